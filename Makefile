@@ -1,0 +1,48 @@
+# Both commands of the README work on a bare machine with Python >= 3.11, git and make: each creates the virtual
+# environment .venv and installs into it first. The stamp's name carries a checksum of pyproject.toml and of this
+# folder, so that the installation is done once and again only when one of them changes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-$(shell { cat pyproject.toml; pwd; } | cksum | cut -d ' ' -f 1)
+ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
+
+.PHONY: help demo test lint venv
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1  \t/'
+
+demo: $(STAMP) ## train, fold, pack, run and report on the small model (about 3 minutes; ARGS="bits=4 seed=1")
+	$(PYTHON) train.py $(ARGS)
+
+test: $(STAMP) ## all tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
+
+lint: $(STAMP) ## style, formatting, types, import directions
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+venv: $(STAMP) ## only the virtual environment
+
+$(STAMP): pyproject.toml
+	@set -e; \
+	if [ ! -x $(PYTHON) ]; then \
+	  found=; \
+	  for candidate in $(BOOTSTRAP) python3.11 python3.12 python3.13 python3; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "no Python >= 3.11 found (looked for python3.11, python3.12, python3.13, python3);" \
+	      "install one or say where it is: make BOOTSTRAP=/path/to/python" >&2; exit 1; \
+	  fi; \
+	  $$found -m venv $(VENV) || { rm -rf $(VENV); echo "$$found has no working venv module;" \
+	    "on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@rm -f $(VENV)/.installed-*; touch $@
