@@ -1,0 +1,111 @@
+"""Swapping a model's Linears for quantized ones by name patterns, and those for packed ones.
+
+A Linear is quantized if its name matches an ``include`` pattern and no ``exclude`` pattern (fnmatch: ``*`` matches dots
+too). A pattern that matches nothing is an error: a renamed layer would otherwise stay in full precision in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.quant.grid import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapReport:
+    """What was quantized and what was not, by module name, in the model's order."""
+
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def select_linears(model: nn.Module, *, include: Sequence[str], exclude: Sequence[str]) -> SwapReport:
+    """Which Linears of a model the patterns choose; changes nothing.
+
+    Raises:
+        ValueError: A pattern matches no Linear, or nothing is left to quantize.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{kind} pattern {pattern!r} matches none of the {len(names)} Linears of {type(model).__name__} "
+                    f"(the first is {names[0] if names else 'none'!r}); correct or remove it"
+                )
+
+    def chosen(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+    report = SwapReport(
+        quantized=tuple(name for name in names if chosen(name)),
+        skipped=tuple(name for name in names if not chosen(name)),
+    )
+    if not report.quantized:
+        raise ValueError(f"include={list(include)} and exclude={list(exclude)} leave no Linear to quantize")
+    return report
+
+
+def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    """All fake-quantized layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """All packed layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def swap_fake_quant_(
+    model: nn.Module, *, names: Sequence[str], profile: Profile, num_noise_bands: int, phi_rank: int = 0
+) -> NoiseBand:
+    """Replace the named Linears by FakeQuantLinears and make the model read its timesteps.
+
+    Nothing is changed when a layer is refused.
+
+    Returns:
+        The noise bands that the layers share.
+
+    Raises:
+        ValueError: Names the layer that the profile or the rank does not fit.
+    """
+    band = NoiseBand(num_noise_bands)
+    layers = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        try:
+            layers[name] = FakeQuantLinear(linear, profile=profile, noise_band=band, phi_rank=phi_rank)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}, or exclude the layer") from error
+    watch_timestep(model, band)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return band
+
+
+def fold_layers_(model: nn.Module, *, kernel: str = "auto") -> int:
+    """Replace every FakeQuantLinear by its PackedLinear; a model without any is left as it is.
+
+    Returns:
+        The number of layers that were folded.
+
+    Raises:
+        ValueError: Names the first layer whose Phi still has rank; nothing is changed then.
+    """
+    packed = {}
+    for name, layer in quantized_layers(model).items():
+        try:
+            packed[name] = PackedLinear.from_fake_quant(layer, kernel=kernel)
+        except ValueError as error:
+            raise ValueError(f"cannot fold {name}: {error}") from error
+    for name, module in packed.items():
+        model.set_submodule(name, module)
+    return len(packed)

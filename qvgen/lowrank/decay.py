@@ -1,0 +1,136 @@
+"""When Phi loses rank: a pure function from the optimizer step to rank and gate (QVGen, Sec. 3.3).
+
+The steps before the tail are cut into one phase for every entry of the list of ranks r_0 > r_1 > ... > r_last. In
+phase i the rank is r_i; the gate of r_{i+1} columns is 1 and that of the others is u, which falls from exactly 1
+(first step of the phase) to exactly 0 (last step). The next phase starts by dropping those columns. The last phase
+takes all that is left, and the tail trains without Phi.
+
+    cosine   u = (1 + cos(pi j / (n - 1))) / 2        step j of n in the phase
+    linear   u = 1 - j / (n - 1)
+
+A phase of one step has u = 0. Deviation from the released code, which leaves 2-3 steps after Phi is gone: a tail of 10 %
+of the steps (docs/method.md).
+
+Example:
+    >>> schedule = DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.2, anneal="linear")
+    >>> [(schedule.at(step).rank, round(schedule.at(step).annealed, 2)) for step in range(10)]
+    [(4, 1.0), (4, 0.67), (4, 0.33), (4, 0.0), (2, 1.0), (2, 0.67), (2, 0.33), (2, 0.0), (0, 0.0), (0, 0.0)]
+    >>> schedule.at(1).gate == (1.0, 1.0, 2 / 3, 2 / 3)
+    True
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Anneal = Literal["cosine", "linear"]
+Drop = Literal["smallest", "largest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayState:
+    """What holds during one optimizer step.
+
+    Attributes:
+        rank: Columns in use.
+        gate: gamma of those columns, in their order (falling singular values): ``rank`` numbers in [0, 1].
+        annealed: u, the gate of the columns that this phase takes away; 0.0 when Phi is gone.
+    """
+
+    rank: int
+    gate: tuple[float, ...]
+    annealed: float
+
+
+def halving_ranks(rank: int, *, decay: float) -> tuple[int, ...]:
+    """The list of ranks that loses a share ``decay`` (the paper's lambda) in every phase, down to nothing.
+
+    Example:
+        >>> halving_ranks(32, decay=0.5), halving_ranks(8, decay=1.0)
+        ((32, 16, 8, 4, 2, 1), (8,))
+    """
+    if rank < 1:
+        raise ValueError(f"phi.rank={rank} is not positive; use 1 or more")
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"phi.decay={decay} is outside (0, 1]; use for example 0.5")
+    ranks = [rank]
+    while (following := min(math.floor((1.0 - decay) * ranks[-1]), ranks[-1] - 1)) > 0:
+        ranks.append(following)
+    return tuple(ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecaySchedule:
+    """The plan for a whole run.
+
+    Attributes:
+        ranks: Rank of each phase, strictly falling and positive.
+        num_steps: Optimizer steps of the run.
+        tail_share: Share of the steps, in [0, 1), that trains without Phi at the end.
+        anneal: Shape of u over a phase.
+        drop: Which columns a phase takes away, by singular value (``largest`` is the paper's ablation).
+
+    Raises:
+        ValueError: A list that does not fall, or more phases than there are steps for.
+    """
+
+    ranks: Sequence[int]
+    num_steps: int
+    tail_share: float = 0.1
+    anneal: Anneal = "cosine"
+    drop: Drop = "smallest"
+
+    def __post_init__(self) -> None:
+        ranks = list(self.ranks)
+        if not ranks or min(ranks) < 1:
+            raise ValueError(f"phi.ranks={ranks} must be positive; for example [32,16,8,4,2,1]")
+        if any(later >= earlier for earlier, later in zip(ranks, ranks[1:], strict=False)):
+            raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
+        if not 0.0 <= self.tail_share < 1.0:
+            raise ValueError(f"phi.tail_share={self.tail_share} is outside [0, 1); use for example 0.1")
+        if self.anneal not in ("cosine", "linear"):
+            raise ValueError(f"phi.anneal={self.anneal!r} is unknown; use cosine or linear")
+        if self.drop not in ("smallest", "largest"):
+            raise ValueError(f"phi.drop={self.drop!r} is unknown; use smallest or largest")
+        if self.decay_steps < len(ranks):
+            raise ValueError(
+                f"steps={self.num_steps} with phi.tail_share={self.tail_share} leave {self.decay_steps} steps for "
+                f"{len(ranks)} phases of phi.ranks={ranks}; use more steps or fewer ranks"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps with Phi: all but the tail."""
+        return self.num_steps - math.ceil(self.tail_share * self.num_steps)
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """First step of each phase, and of the tail."""
+        phases = len(self.ranks)
+        return tuple(index * self.decay_steps // phases for index in range(phases + 1))
+
+    def at(self, step: int) -> DecayState:
+        """State of Phi during optimizer step ``step`` (0 is the first; any later than the last is the tail)."""
+        if step < 0:
+            raise ValueError(f"step={step} is negative; the first optimizer step is 0")
+        phase = bisect_right(self.boundaries, step) - 1
+        if phase >= len(self.ranks):
+            return DecayState(rank=0, gate=(), annealed=0.0)
+        start, end = self.boundaries[phase : phase + 2]
+        rank = self.ranks[phase]
+        kept = self.ranks[phase + 1] if phase + 1 < len(self.ranks) else 0
+        annealed = self._anneal(step - start, end - start)
+        stays, fades = (1.0,) * kept, (annealed,) * (rank - kept)
+        gate = stays + fades if self.drop == "smallest" else fades + stays
+        return DecayState(rank=rank, gate=gate, annealed=annealed)
+
+    def _anneal(self, index: int, length: int) -> float:
+        if index == length - 1:
+            return 0.0
+        progress = index / (length - 1)
+        return 0.5 * (1.0 + math.cos(math.pi * progress)) if self.anneal == "cosine" else 1.0 - progress

@@ -1,0 +1,1 @@
+"""Pure quantizer arithmetic: the grid, its ranges, rotation and packing. Depends on torch alone."""

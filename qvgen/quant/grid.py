@@ -1,0 +1,205 @@
+"""The grid: which values a quantized tensor may take, and the profile: the two grids of a Linear.
+
+A grid maps real numbers to integer codes ``q`` and back by ``x ~ scale * (q - zero_point)``. Everything that
+training and deployment must agree on is a field here, so two frozen objects that compare equal describe the
+same numbers to the bit. What a field means for the arithmetic is in :mod:`qvgen.quant.affine`.
+
+Symmetric grids (``zero_point="none"``) are restricted to ``+-(2**(bits-1) - 1)``: int4 uses -7..7 and never
+-8, as the int4 runtimes do. Asymmetric grids use all ``2**bits`` codes.
+
+Sources: LSQ+ (arXiv 2004.09576) for the asymmetric form; profiles are described in docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
+ZeroPointKind = Literal["integer", "real", "none"]
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+
+MIN_BITS, MAX_BITS = 2, 8
+MIN_SCALE = 1e-8
+"""Smallest scale (units of the tensor): a row of zeros gets this one and dequantizes to exact zeros."""
+
+_GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
+_ZERO_POINTS = ("integer", "real", "none")
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One uniform affine grid.
+
+    Attributes:
+        bits: Code width, 2 to 8.
+        granularity: What shares a scale. ``per_channel`` (rows of a weight ``[N, K]``) and ``per_token`` (rows of
+            an activation ``[..., K]``) are the same arithmetic over the last dimension; ``per_group`` cuts that
+            dimension into groups of ``group_size``.
+        zero_point: ``integer`` (a code), ``real`` (fractional, as in the QVGen release) or ``none`` (symmetric).
+        group_size: Columns per group; required for ``per_group`` and refused elsewhere.
+        scale_dtype: The precision that scales are rounded to right after they are computed. The arithmetic
+            itself is float32 always.
+
+    Raises:
+        ValueError: A value outside of what is said here.
+    """
+
+    bits: int
+    granularity: Granularity
+    zero_point: ZeroPointKind = "integer"
+    group_size: int | None = None
+    scale_dtype: ScaleDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits={self.bits!r} is outside {MIN_BITS}..{MAX_BITS}; choose a whole number in there")
+        for name, value, allowed in (
+            ("granularity", self.granularity, _GRANULARITIES),
+            ("zero_point", self.zero_point, _ZERO_POINTS),
+            ("scale_dtype", self.scale_dtype, tuple(_SCALE_DTYPES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.granularity == "per_group":
+            if not isinstance(self.group_size, int) or self.group_size < 1:
+                raise ValueError(f"group_size={self.group_size!r} with per_group; give a positive number of columns")
+        elif self.group_size is not None:
+            raise ValueError(f"group_size={self.group_size} needs granularity='per_group', not {self.granularity!r}")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid has no zero point and codes of both signs."""
+        return self.zero_point == "none"
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -self.qmax if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """``scale_dtype`` as torch names it."""
+        return _SCALE_DTYPES[self.scale_dtype]
+
+    def num_groups(self, columns: int) -> int:
+        """Number of scales along a row of ``columns`` values.
+
+        Raises:
+            ValueError: ``group_size`` does not divide ``columns``.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            fitting = [size for size in (16, 32, 64, 96, 128, 256) if columns % size == 0]
+            raise ValueError(
+                f"group_size={self.group_size} does not divide in_features={columns}; "
+                f"use {' or '.join(map(str, fitting)) or 'a divisor of it'}"
+            )
+        return columns // self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The pair of grids (and the rotation) that a quantized Linear is trained with and deployed with.
+
+    Attributes:
+        name: ``paper``, ``svdq_g64``, ``convrot``, ``int8``, or a user's own.
+        weight: Grid of the weight ``[N, K]``; per channel or per group.
+        activation: Grid of the input ``[..., K]``; per token or per group, never with a real zero point.
+        rotation: Block size of the normalized Hadamard transform that the input passes before it is quantized
+            (the weight is stored rotated); 0 for none.
+
+    Raises:
+        ValueError: A granularity that does not belong to that side, or a rotation that is no power of two.
+    """
+
+    name: str
+    weight: Grid
+    activation: Grid
+    rotation: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight.granularity not in ("per_channel", "per_group"):
+            raise ValueError(f"weight granularity {self.weight.granularity!r}; use per_channel or per_group")
+        if self.activation.granularity not in ("per_token", "per_group"):
+            raise ValueError(f"activation granularity {self.activation.granularity!r}; use per_token or per_group")
+        if self.activation.zero_point == "real":
+            raise ValueError("activation zero_point 'real' runs on no integer kernel; use integer or none")
+        if self.rotation and (self.rotation < 2 or self.rotation & (self.rotation - 1)):
+            raise ValueError(f"rotation={self.rotation} is no power of two; use 0, 16, 64 or 256")
+        w_group, a_group = self.weight.group_size, self.activation.group_size
+        if w_group and a_group and w_group != a_group:
+            raise ValueError(f"weight group_size={w_group} and activation group_size={a_group} differ; make them equal")
+
+    @property
+    def label(self) -> str:
+        """Short name of the bit-widths, for example ``w4a8``."""
+        return f"w{self.weight.bits}a{self.activation.bits}"
+
+    def check_fits(self, in_features: int) -> None:
+        """Raise ValueError where a row of ``in_features`` values can't be grouped or rotated as the profile says."""
+        self.weight.num_groups(in_features)
+        self.activation.num_groups(in_features)
+        if self.rotation and in_features % self.rotation:
+            raise ValueError(
+                f"rotation={self.rotation} does not divide in_features={in_features}; use rotation=0 or a power of two "
+                "that does"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for manifests and configs."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: A missing or unknown key, or a value that :class:`Grid` refuses.
+        """
+        given = dict(data)
+        names = {field.name for field in fields(cls)}
+        if set(given) != names:
+            raise ValueError(f"profile keys {sorted(given)} differ from {sorted(names)}")
+        try:
+            grids = {side: Grid(**given[side]) for side in ("weight", "activation")}
+        except TypeError as error:
+            raise ValueError(f"profile {given.get('name')!r} has a malformed grid: {error}") from error
+        return cls(name=given["name"], rotation=given["rotation"], **grids)
+
+
+def profile_from_bits(
+    *,
+    name: str,
+    weight_bits: int,
+    activation_bits: int,
+    weight: Mapping[str, Any],
+    activation: Mapping[str, Any],
+    rotation: int = 0,
+) -> Profile:
+    """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
+
+    Example:
+        >>> profile = profile_from_bits(
+        ...     name="paper", weight_bits=3, activation_bits=4,
+        ...     weight={"granularity": "per_channel"}, activation={"granularity": "per_token"},
+        ... )
+        >>> profile.label, profile.weight.qmax, profile.activation.qmax
+        ('w3a4', 7, 15)
+    """
+    return Profile(
+        name=name,
+        weight=Grid(bits=weight_bits, **weight),
+        activation=Grid(bits=activation_bits, **activation),
+        rotation=rotation,
+    )

@@ -1,0 +1,92 @@
+"""Weights on a learned grid: LSQ+ (arXiv 2004.09576) with a scale and a zero point per row or group.
+
+The scale s and the zero point z are Parameters; the forward pass rounds z (integer grids), the gradient goes straight
+through. Their gradients are multiplied by 1 / sqrt(K qmax), K the number of weights that share them, so that one
+learning rate fits weights and scales (LSQ, Sec. 2.2).
+
+The learned z may leave [0, qmax]: it is clamped where it is used and the gradient ignores the clamp, so that it can
+come back. A scale below 1e-8 is used as 1e-8, for the same reason and in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.quant.affine import fake_quantize, quantize, round_scale
+from qvgen.quant.grid import MIN_SCALE, Grid
+from qvgen.quant.ste import fake_quantize_backward
+
+
+class WeightLSQ(nn.Module):
+    """Learned scale and zero point of a weight [N, K].
+
+    Attributes:
+        scale: Parameter float32 [N, 1] or [N, K / group_size].
+        zero_point: Parameter float32 of the same shape, in units of codes; None for symmetric grids.
+    """
+
+    scale: nn.Parameter
+    zero_point: nn.Parameter | None
+
+    def __init__(self, *, out_features: int, in_features: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        groups = grid.num_groups(in_features)
+        self.gradient_scale = 1.0 / math.sqrt(in_features // groups * grid.qmax)
+        self.scale = nn.Parameter(torch.ones(out_features, groups))
+        self.zero_point = None if grid.symmetric else nn.Parameter(torch.zeros(out_features, groups))
+
+    @torch.no_grad()
+    def start_from_(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take over the scale and zero point that a PTQ method chose (shapes as the Parameters)."""
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as the grid uses them: positive, rounded if integer, inside [0, qmax]."""
+        scale = round_scale(self.scale.detach().float().clamp(min=MIN_SCALE), self.grid)
+        if self.zero_point is None:
+            return scale, torch.zeros_like(scale)
+        zero_point = self.zero_point.detach().float()
+        if self.grid.zero_point == "integer":
+            zero_point = zero_point.round()
+        return scale, zero_point.clamp(0, self.grid.qmax)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes [N, K] of a weight [N, K]: what fold stores."""
+        scale, zero_point = self.qparams()
+        return quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
+
+    @torch.no_grad()
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """Grid values float32 [N, K] of a weight [N, K]; no gradient (see :meth:`backward`)."""
+        scale, zero_point = self.qparams()
+        return fake_quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
+
+    @torch.no_grad()
+    def gradients(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Straight-through gradients, with the LSQ factor on scale and zero point.
+
+        Args:
+            grad: float32 [N, K], gradient of the fake-quantized weight.
+            weight: [N, K].
+
+        Returns:
+            Gradients of the weight, the scale and the zero point (None for symmetric grids).
+        """
+        scale, zero_point = self.qparams()
+        grad_weight, grad_scale, grad_zero = fake_quantize_backward(
+            grad, weight, scale=scale, zero_point=zero_point, grid=self.grid
+        )
+        grad_scale = grad_scale * self.gradient_scale
+        return grad_weight, grad_scale, None if self.zero_point is None else grad_zero * self.gradient_scale
+
+    def extra_repr(self) -> str:
+        """Grid for ``print(model)``."""
+        return f"{self.grid.bits} bits, {self.grid.granularity}, zero_point={self.grid.zero_point}"
