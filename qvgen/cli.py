@@ -1,0 +1,229 @@
+"""`qvgen VERB key=value...`: from the command line to one call of ``qvgen.verbs.VERB.run(config)`` for each job.
+
+A verb is a file in qvgen/verbs with a conf/VERB.yaml; it receives the frozen dataclass of qvgen.config.schema that is
+named after it. Every job of a --multirun is composed and checked before the first one starts.
+
+Exit codes: 0 all that was asked is done; 2 bad input or environment (one line on stderr; the traceback too with
+debug=true or HYDRA_FULL_ERROR=1); 1 a bug (traceback); 130 interrupted. Of several jobs the worst counts.
+
+What is the user's to mend is told from a bug by its type: ValueError and OSError are, and so is a RuntimeError that
+our own code raises (it names what is wrong with the environment). A RuntimeError from inside torch is a bug.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import importlib
+import logging
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from qvgen import __version__
+from qvgen.config.errors import UserError, did_you_mean, one_line
+
+DONE, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_SEVERITY = (DONE, BAD_INPUT, BUG, INTERRUPTED)
+_VERBS_DIRECTORY = Path(__file__).parent / "verbs"
+_REFUSED_FLAGS = {
+    "config_name": "the verb names it",
+    "config_path": "--config-dir adds a folder to it",
+    "experimental_rerun": "it would load a pickle",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, ``sys.argv[1:]`` by default, and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show = os.environ.get("HYDRA_FULL_ERROR") == "1" or any(a.lower() == "debug=true" for a in arguments)
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help"):
+        print(_overview())
+        return DONE
+    if first == "--version":
+        print(f"qvgen {__version__}")
+        return DONE
+    if first == "worker":
+        return _guarded(lambda: _worker(arguments[1:]), name="worker", show_traceback=True)
+    return _guarded(lambda: _run_verb(first, arguments[1:], show=show), name=first, show_traceback=show)
+
+
+def verbs() -> dict[str, str]:
+    """Verb -> the first line of its module's docstring, without importing it."""
+    lines = {}
+    for file in sorted(_VERBS_DIRECTORY.glob("[a-z]*.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        lines[file.stem] = docstring.partition("\n")[0]
+    return lines
+
+
+def _overview() -> str:
+    known = verbs()
+    width = max(map(len, known), default=0)
+    return "\n".join(
+        [
+            "qvgen VERB key=value...",
+            "",
+            *(f"  {verb:<{width}}  {line}" for verb, line in known.items()),
+            "",
+            "qvgen VERB --help       all keys, groups and options of a verb",
+            "qvgen VERB --cfg job    the configuration that it would run with",
+            "qvgen VERB -m bits=4,3  one job for each value",
+        ]
+    )
+
+
+def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
+    """Check all jobs of a verb's command line, then run them one after another; return the worst exit code."""
+    known = verbs()
+    if verb not in known:
+        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
+    _own_the_environment()
+    from qvgen.config.build import check
+    from qvgen.config.compose import compose_plain, expand_sweep
+
+    flags = _parse_flags(arguments)
+    extra = Path(flags.config_dir) if flags.config_dir else None
+    about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
+    jobs = expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))
+    if about:
+        if not flags.shell_completion:
+            for job in jobs:
+                compose_plain(verb, job, extra_directory=extra, resolve=False)
+        own_flags = [argument for argument in arguments if argument not in flags.overrides]
+        _let_hydra_answer(verb, [*own_flags, *flags.overrides], header=known[verb])
+        return DONE
+    plains = [compose_plain(verb, job, extra_directory=extra) for job in jobs]
+    for plain, job in zip(plains, jobs, strict=True):
+        check(verb, plain)
+        _check_resume(plain, job)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    run = importlib.import_module(f"qvgen.verbs.{verb}").run
+    codes = [_run_job(run, verb, plain, show=show) for plain in plains]
+    return max(codes, key=_SEVERITY.index)
+
+
+def _run_job(run: Callable[[Any], None], verb: str, plain: dict[str, Any], *, show: bool) -> int:
+    from qvgen.config.build import build
+
+    return _guarded(lambda: run(build(verb, plain)), name=verb, show_traceback=show)
+
+
+def _check_resume(plain: dict[str, Any], overrides: list[str]) -> None:
+    if plain.get("resume") and not any(override.startswith("run_dir=") for override in overrides):
+        raise UserError("resume=true needs run_dir=...: which run shall be continued?")
+
+
+def _parse_flags(arguments: list[str]) -> Namespace:
+    """Split hydra's flags from the overrides, with hydra's own parser but one-line errors."""
+    from hydra._internal.utils import get_args_parser
+
+    parser: ArgumentParser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    flags, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0], options)}")
+    for name, reason in _REFUSED_FLAGS.items():
+        if getattr(flags, name):
+            raise UserError(f"--{name.replace('_', '-')} can't be used here: {reason}")
+    for override in flags.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0].partition("/")[0] == "hydra":
+            raise UserError(f"{key} has no effect here: jobs run in this process, in the present folder; leave it out")
+    return flags
+
+
+def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
+    """--help, --cfg, --info and the like: hydra's own answers about the configuration of a verb."""
+    import hydra
+
+    from qvgen.config.leaves import conf_directory
+
+    help_texts = [
+        f"hydra.help.app_name='qvgen {verb}'",
+        f"hydra.help.header='qvgen {verb}: {header.rstrip('.')}'",
+    ]
+    before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments, *help_texts]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=verb)(lambda _: None)()
+    except SystemExit as end:  # hydra ends the process after some answers
+        if end.code not in (None, 0):
+            raise
+    finally:
+        sys.argv = before
+
+
+def _own_the_environment() -> None:
+    """Forget ranks that another launcher left: Lightning would wait for processes that are not there."""
+    from qvgen.training.launcher import forget_ranks, refuse_foreign_launcher
+
+    refuse_foreign_launcher(os.environ)
+    forget_ranks(os.environ)
+
+
+def _worker(arguments: list[str]) -> None:
+    """One further process of a training run; started by qvgen.training.launcher, never by hand."""
+    from qvgen.training.launcher import follow_parent
+
+    parser = ArgumentParser(prog="qvgen worker")
+    parser.add_argument("config", type=Path)
+    for name in ("rank", "world-size", "port", "parent"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    given = parser.parse_args(arguments)
+    follow_parent(given.parent)
+    from qvgen.config.build import build
+    from qvgen.run_directory import read_plain
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    run_worker = importlib.import_module("qvgen.verbs.train").run_worker
+    config = build("train", read_plain(given.config))
+    run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
+
+
+def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: bool) -> int:
+    """Run an action and turn what it raises into an exit code and what a user needs to read."""
+    try:
+        return action() or DONE
+    except KeyboardInterrupt:
+        print(f"qvgen {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _raised_by_us(error.__traceback__):
+            traceback.print_exc()
+            return BUG
+        if show_traceback:
+            traceback.print_exc()
+        print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except Exception:  # the border of the program: a bug is shown whole and told by the exit code
+        traceback.print_exc()
+        return BUG
+
+
+def _raised_by_us(trace: TracebackType | None) -> bool:
+    """Whether the innermost frame is ours and stands at a `raise`, and not at a call into compiled code."""
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    opcode = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+    return module.partition(".")[0] in ("qvgen", "qvgen_kernels") and dis.opname[opcode] == "RAISE_VARARGS"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What a user may set: the typed, checked configuration that every verb receives.
+
+    conf/*.yaml + overrides --(compose.py: hydra)--> plain dict
+    plain dict --(typed.py)--> frozen dataclasses (schema.py, sections.py)
+    sections with a `_target_` --(leaves.py)--> the objects that they name
+
+Verbs and everything below them see the frozen dataclasses alone; hydra stays in compose.py and in the entry points.
+"""
+
+from qvgen.config.bits import Bits
+from qvgen.config.errors import UserError, did_you_mean
+from qvgen.config.schema import FoldConfig, GenerateConfig, InspectConfig, TrainConfig
+from qvgen.config.sections import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    Names,
+    OptimConfig,
+    PhiConfig,
+    StrategyConfig,
+)
+
+__all__ = [
+    "Bits",
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "FoldConfig",
+    "GenerateConfig",
+    "InspectConfig",
+    "LoggerConfig",
+    "Names",
+    "OptimConfig",
+    "PhiConfig",
+    "StrategyConfig",
+    "TrainConfig",
+    "UserError",
+    "did_you_mean",
+]

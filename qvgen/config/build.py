@@ -1,0 +1,64 @@
+"""From a plain dict to the configuration of a verb: first checked (cheap, imports no torch), then built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qvgen.config.errors import UserError
+from qvgen.config.leaves import build_leaves
+from qvgen.config.schema import FoldConfig, GenerateConfig, InspectConfig, TrainConfig
+from qvgen.config.typed import from_plain
+from qvgen.run_directory import read_config
+
+VerbConfig = TrainConfig | FoldConfig | GenerateConfig | InspectConfig
+_SCHEMAS: dict[str, type[VerbConfig]] = {
+    "train": TrainConfig,
+    "fold": FoldConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
+}
+
+
+def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
+    """The typed configuration with its leaves still plain: every key, type and range is checked.
+
+    Raises:
+        UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
+    """
+    values: dict[str, Any] = dict(plain)
+    if verb == "train":
+        values["plain"] = dict(plain)
+    elif verb == "fold":
+        values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
+    return from_plain(_SCHEMAS[verb], values)
+
+
+def build(verb: str, plain: Mapping[str, Any]) -> Any:
+    """The typed configuration with its leaves built: what a verb's ``run`` receives.
+
+    Raises:
+        ValueError: Any bad value, also one that only the leaf knows to be bad.
+    """
+    config = check(verb, plain)
+    if isinstance(config, TrainConfig):
+        return build_leaves(config)
+    if isinstance(config, FoldConfig):
+        return replace(config, run=build_leaves(config.run))
+    return config
+
+
+def load_run(run_dir: Path) -> TrainConfig:
+    """The configuration of a run that was started before, with its leaves built.
+
+    Raises:
+        UserError: ``run_dir`` holds no run, or one with keys that this version does not know.
+    """
+    try:
+        config = build("train", read_config(run_dir))
+    except UserError as error:
+        raise UserError(f"{run_dir}: {error}") from error
+    assert isinstance(config, TrainConfig)
+    return config

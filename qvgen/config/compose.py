@@ -1,0 +1,196 @@
+"""From conf/ and the command line's overrides to a plain dict: the only module that speaks to hydra's compose API.
+
+Every way in which an override can be wrong is found here, before hydra prints its own account of it: text that is no
+override, an unknown key or option, a sweep without --multirun, an interpolation that fails.
+
+Resolvers for conf/: ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
+``${start_time:}`` -> 20260131-235959-123456, different for every job of a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from qvgen.config.bits import Bits
+from qvgen.config.errors import UserError, did_you_mean, one_line
+from qvgen.config.leaves import conf_directory
+
+_OPEN_SECTIONS = ("model", "profile", "method", "init", "data")
+"""Sections whose keys are the arguments of a leaf: `+method.new_key=1` is checked when the leaf is built."""
+
+_last_start = datetime.min
+
+
+def _start_time() -> str:
+    """The present, to the microsecond, and never the same twice in a process."""
+    global _last_start
+    _last_start = max(datetime.now(), _last_start + timedelta(microseconds=1))
+    return _last_start.strftime("%Y%m%d-%H%M%S-%f")
+
+
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "bits_label": lambda bits: Bits.parse(bits).label,
+    "weight_bits": lambda bits: Bits.parse(bits).weight,
+    "activation_bits": lambda bits: Bits.parse(bits).activation,
+    "start_time": _start_time,
+}
+
+
+def _register_resolvers() -> None:
+    for name, resolver in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
+    """Split `bits=4,3 seed=1` into the overrides of each job; one job where nothing is swept.
+
+    Raises:
+        UserError: Text that is no override, or a sweep although ``multirun`` is False.
+    """
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        if override.is_sweep_override() and not multirun:
+            raise UserError(f"{override.input_line} names several values; add -m to run one job for each")
+    try:
+        return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    except HydraException as error:
+        raise UserError(f"cannot read the sweep: {_cause(error)}") from error
+
+
+def compose_plain(
+    verb: str, overrides: Sequence[str], *, extra_directory: Path | None = None, resolve: bool = True
+) -> dict[str, Any]:
+    """Compose the configuration of one job.
+
+    Args:
+        verb: Name of a file in conf/, without ``.yaml``.
+        overrides: `key=value` texts without sweeps.
+        extra_directory: A folder of the user's whose files count as if they lay in conf/.
+        resolve: False only checks the overrides, leaves interpolations alone and lets values be missing.
+
+    Returns:
+        The configuration: only dict, list, str, int, float, bool and None inside.
+
+    Raises:
+        UserError: Anything wrong with an override.
+    """
+    _register_resolvers()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
+            _add_directory(extra_directory)
+            _check_overrides(verb, [_parse(text) for text in overrides])
+            config = compose(verb, list(overrides), return_hydra_config=True)
+            return _to_plain(config, resolve=resolve)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"cannot compose the configuration: {_cause(error)}") from error
+
+
+def _add_directory(directory: Path | None) -> None:
+    """What hydra's --config-dir does: search a further folder first."""
+    if directory is None:
+        return
+    if not directory.is_dir():
+        raise UserError(f"--config-dir {directory} is no folder; give one with files such as experiment/mine.yaml")
+    search_path = GlobalHydra.instance().config_loader().get_search_path()
+    search_path.prepend(provider="command-line", path=f"file://{directory.resolve()}", anchor="schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="qvgen", config_search_path=search_path)
+
+
+def _to_plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    if "bits" in config:
+        Bits.parse(config["bits"])
+    try:
+        plain = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing; write {error.full_key}=...") from error
+    except InterpolationResolutionError as error:
+        raise UserError(f"cannot work out {error.full_key}: {_cause(error)}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        hint = "" if "=" in text else "; write key=value"
+        quoted = "; put quotes around a value with spaces or signs: 'key=\"a value\"'" if "=" in text else ""
+        raise UserError(f"cannot read {text!r}{hint}{quoted}") from error
+
+
+def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:
+    """Find the first override whose key or option does not exist."""
+    base = compose(verb, [], return_hydra_config=True)
+    options = _options(base)
+    of_groups = [override for override in overrides if override.key_or_group in options]
+    for override in of_groups:
+        _check_option(override, options[override.key_or_group])
+    if of_groups:
+        base = compose(verb, [str(override.input_line) for override in of_groups], return_hydra_config=True)
+    keys = {key for key in _keys(base) if key.partition(".")[0] != "hydra"}
+    for override in overrides:
+        name = override.key_or_group
+        if name in options or name in keys:
+            continue
+        if override.is_add() and name.partition(".")[0] in _OPEN_SECTIONS and name.partition(".")[0] in keys:
+            continue
+        raise UserError(f"unknown key {name!r}{did_you_mean(name, keys | set(options))}")
+
+
+def _options(config: DictConfig) -> dict[str, list[str]]:
+    """Group -> its options, for the groups that this configuration chooses from."""
+    loader = GlobalHydra.instance().config_loader()
+    return {
+        group: sorted(loader.get_group_options(group))
+        for group in config.hydra.runtime.choices
+        if not group.startswith("hydra/")
+    }
+
+
+def _check_option(override: Override, options: list[str]) -> None:
+    group, value = override.key_or_group, override.value()
+    if override.is_delete():
+        raise UserError(f"{override.input_line} takes {group} away; choose one of {', '.join(options)}")
+    chosen = value if isinstance(value, list) else [value]
+    for option in chosen:
+        optional = option is None and group == "experiment"
+        if not optional and str(option) not in options:
+            raise UserError(
+                f"unknown {group}={'null' if option is None else option}"
+                f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"
+            )
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and values."""
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_missing() or node._is_none() or node._is_interpolation()):
+            yield from _keys(node, f"{prefix}{name}.")
+
+
+def _cause(error: BaseException) -> str:
+    """The message of the innermost cause that hydra and omegaconf wrapped, on one line."""
+    while isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)

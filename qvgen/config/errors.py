@@ -1,0 +1,46 @@
+"""The error that is a user's to mend, and the suggestion that helps to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line with the value, the constraint and the fix."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is nearest to a mistyped one.
+
+    A dotted key is also found by its last part alone, so that ``rank`` suggests ``phi.rank``.
+
+    Args:
+        name: What was typed.
+        known: All names that would have been right.
+
+    Returns:
+        ``"; did you mean 'bits'?"``, or an empty string where nothing is near.
+
+    Example:
+        >>> did_you_mean("bitz", ["bits", "seed", "phi.rank"]), did_you_mean("rank", ["bits", "phi.rank"])
+        ("; did you mean 'bits'?", "; did you mean 'phi.rank'?")
+    """
+    names = sorted(set(known) - {name})
+    by_last_part: dict[str, str] = {}
+    for candidate in names:
+        by_last_part.setdefault(candidate.rpartition(".")[2], candidate)
+    last_part = name.rpartition(".")[2]
+    if last_part in by_last_part:
+        return f"; did you mean {by_last_part[last_part]!r}?"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not near:
+        near = [by_last_part[part] for part in difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.6)]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; an OSError without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

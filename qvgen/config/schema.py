@@ -1,0 +1,166 @@
+"""The frozen dataclass that each verb receives, with the meaning and range of every top-level key.
+
+Fields of type ``Any`` are leaves: plain dicts with a ``_target_`` until :func:`qvgen.config.leaves.build_leaves`
+has replaced them with the objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvgen.config.bits import Bits
+from qvgen.config.sections import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    Names,
+    OptimConfig,
+    PhiConfig,
+    StrategyConfig,
+    positive,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that `qvgen train` needs.
+
+    Attributes:
+        model: The model family's VideoDiT object.
+        bits: Bit-widths of weights and activations.
+        profile: :class:`qvgen.quant.grid.Profile`, the two grids and the rotation.
+        method: What is trained and how.
+        init: Where the scales and zero points start.
+        data: Factory of data sets: ``data(split=..., seed=...)``.
+        optim: The optimizer and its schedule.
+        strategy: One process or several.
+        logger: Where metrics go.
+        seed: Seed of everything random; >= 0.
+        steps: Optimizer steps; >= 1.
+        batch_size: Samples per optimizer step over all devices and micro-batches.
+        accumulate: Micro-batches per optimizer step; >= 1.
+        devices: Processes; >= 1.
+        kernel: Backend of the packed model; ``auto`` picks the best one that is there.
+        run_dir: The run's folder.
+        resume: Continue the run in run_dir.
+        dry_run: Build and check everything, train nothing.
+        debug: Show tracebacks.
+        phi: The low-rank helper.
+        checkpoint: How often a run can be resumed from.
+        evaluation: What is measured and shown.
+        names: What was chosen from each group.
+        plain: All of the above as a plain dict, as config.yaml holds it and :func:`qvgen.config.build.build` reads it.
+    """
+
+    model: Any
+    bits: Bits
+    profile: Any
+    method: Any
+    init: Any
+    data: Any
+    optim: OptimConfig
+    strategy: StrategyConfig
+    logger: LoggerConfig
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: int
+    devices: int
+    kernel: str
+    run_dir: Path
+    resume: bool
+    dry_run: bool
+    debug: bool
+    phi: PhiConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    names: Names
+    plain: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
+        positive(steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
+        require(
+            self.devices == 1 or self.strategy.name == "ddp",
+            f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
+        )
+        parts = self.devices * self.accumulate
+        require(
+            self.batch_size % parts == 0,
+            f"batch_size={self.batch_size} cannot be divided by devices={self.devices} x accumulate={self.accumulate}; "
+            f"write for example batch_size={max(1, round(self.batch_size / parts)) * parts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConfig:
+    """Everything that `qvgen fold` needs.
+
+    Attributes:
+        run_dir: The run's folder.
+        run: The configuration that the run was started with.
+        out: Where the packed directory goes.
+        debug: Show tracebacks.
+    """
+
+    run_dir: Path
+    run: TrainConfig
+    out: Path
+    debug: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Everything that `qvgen generate` needs.
+
+    Attributes:
+        packed: A packed directory.
+        prompt: Captions; None: the model's own.
+        seed: One video is made for each caption and seed.
+        num_steps: Sampling steps, > 0; None: the model's own.
+        guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
+        out: Where the mp4 files go.
+        kernel: Backend; ``auto`` picks the best one that is there.
+        debug: Show tracebacks.
+    """
+
+    packed: Path
+    prompt: tuple[str, ...] | None
+    seed: tuple[int, ...]
+    num_steps: int | None
+    guidance_scale: float | None
+    out: Path
+    kernel: str
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require(self.prompt is None or bool(self.prompt), "prompt=[] is empty; write null or captions")
+        require(bool(self.seed), "seed=[] is empty; write for example seed=42")
+        for seed in self.seed:
+            require(0 <= seed < 2**32, f"seed={seed} is outside 0..{2**32 - 1}")
+        positive(num_steps=self.num_steps)
+        require(
+            self.guidance_scale is None or self.guidance_scale >= 0,
+            f"guidance_scale={self.guidance_scale} is negative",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Everything that `qvgen inspect` needs: one of the two folders.
+
+    Attributes:
+        packed: A packed directory.
+        run_dir: A run's folder, in place of its packed directory.
+        debug: Show tracebacks.
+    """
+
+    packed: Path | None
+    run_dir: Path | None
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require((self.packed is None) != (self.run_dir is None), "give one of packed=DIR and run_dir=DIR")

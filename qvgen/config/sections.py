@@ -1,0 +1,179 @@
+"""The sections of a configuration (`phi.*`, `optim.*`, ...), with the meaning, unit and range of every knob.
+
+A range is checked where the field stands, on construction, so no object with a bad value exists. What only a model
+can know (is this rank too large for that layer?) is checked where the model is.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from qvgen.config.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def positive(**values: int | float | None) -> None:
+    """Raise UserError for the first value that is not above 0; a keyword ``a__b`` stands for the key ``a.b``."""
+    for key, value in values.items():
+        require(value is None or value > 0, f"{key.replace('__', '.')}={value} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What was chosen from each group of conf/: names for paths, tables and reports."""
+
+    model: str
+    profile: str
+    method: str
+    init: str
+    data: str
+    experiment: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhiConfig:
+    """The low-rank helper and its way out.
+
+    Attributes:
+        rank: Columns of L at the start; > 0.
+        ranks: Rank of each phase, strictly decreasing and positive; stands in place of rank and decay.
+        decay: Share of the components that one phase takes away, in (0, 1].
+        anneal: How the gate of those components falls from 1 to 0.
+        tail_share: Share of the steps that is left for training without Phi, in [0, 1).
+        drop: Which components go first.
+    """
+
+    rank: int
+    ranks: tuple[int, ...] | None
+    decay: float
+    anneal: Literal["cosine", "linear"]
+    tail_share: float
+    drop: Literal["smallest", "largest"]
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, f"phi.rank={self.rank} must be positive; write for example phi.rank=32")
+        require(0 < self.decay <= 1, f"phi.decay={self.decay} is outside (0, 1]; write for example phi.decay=0.5")
+        require(
+            0 <= self.tail_share < 1,
+            f"phi.tail_share={self.tail_share} is outside [0, 1); write for example phi.tail_share=0.1",
+        )
+        if self.ranks is not None:
+            shown = ",".join(map(str, self.ranks))
+            falling = all(a > b for a, b in zip(self.ranks, self.ranks[1:], strict=False))
+            require(
+                bool(self.ranks) and falling and self.ranks[-1] > 0,
+                f"phi.ranks=[{shown}] must be positive and strictly decreasing; write for example phi.ranks=[32,8,2]",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its schedule.
+
+    Attributes:
+        name: The optimizer; adamw.
+        learning_rate: Peak rate of weights, scales, zero points, L and R; > 0.
+        clip_learning_rate: Peak rate of the activations' learned clips; > 0.
+        betas: Decay of the two moments, each in [0, 1).
+        eps: Added to the root of the second moment; > 0.
+        weight_decay: On weights, L and R only; >= 0.
+        warmup_share: Share of the steps with linear warm-up, in [0, 1]; the rest decays by cosine.
+        gradient_clip: Largest norm of all gradients; > 0.
+    """
+
+    name: Literal["adamw"]
+    learning_rate: float
+    clip_learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    warmup_share: float
+    gradient_clip: float
+
+    def __post_init__(self) -> None:
+        positive(
+            optim__learning_rate=self.learning_rate,
+            optim__clip_learning_rate=self.clip_learning_rate,
+            optim__eps=self.eps,
+            optim__gradient_clip=self.gradient_clip,
+        )
+        for beta in self.betas:
+            require(
+                0 <= beta < 1,
+                f"optim.betas={list(self.betas)} must lie in [0, 1); write for example [0.9,0.95]",
+            )
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; write 0 for none")
+        require(0 <= self.warmup_share <= 1, f"optim.warmup_share={self.warmup_share} is outside [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How processes share the work: ``single`` or ``ddp``."""
+
+    name: Literal["single", "ddp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig:
+    """Where metrics go besides metrics.csv, which is always written.
+
+    Attributes:
+        name: ``wandb`` or ``csv`` (nothing besides).
+        project: Project name at Weights & Biases.
+    """
+
+    name: Literal["wandb", "csv"]
+    project: str | None
+
+    @property
+    def mode(self) -> str:
+        """Mode of wandb: ``WANDB_MODE`` if set, else online where there is a key and offline where there is none."""
+        return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run can be resumed from.
+
+    Attributes:
+        every_steps: Optimizer steps between two checkpoints; > 0.
+        keep: How many of the newest are kept; > 0.
+    """
+
+    every_steps: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        positive(checkpoint__every_steps=self.every_steps, checkpoint__keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured and shown at the end.
+
+    Attributes:
+        samples: Held-out samples of the relative error; > 0.
+        prompts: Captions of the videos; None: the model's own.
+        videos: Number of videos of each kind; >= 0.
+        every_steps: Also measure every so many optimizer steps; None: only at the end.
+    """
+
+    samples: int
+    prompts: tuple[str, ...] | None
+    videos: int
+    every_steps: int | None
+
+    def __post_init__(self) -> None:
+        positive(evaluation__samples=self.samples, evaluation__every_steps=self.every_steps)
+        require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")
+        require(
+            self.prompts is None or bool(self.prompts),
+            "evaluation.prompts=[] is empty; write null or captions",
+        )

@@ -1,0 +1,233 @@
+"""A run's folder: claimed by one process, holding one configuration's run, every file in it whole at any moment.
+
+    run_dir/config.yaml     the configuration, written when the run is claimed
+    run_dir/progress.json   {stage: result} of the stages that are done
+    run_dir/.lock           held by the process that works there
+
+Files are written beside their place, forced to the disk and renamed, so that a killed process, a full disk or a power
+cut leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from qvgen.config.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+PROGRESS_FILE = "progress.json"
+LOCK_FILE = ".lock"
+
+FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "checkpoint", "logger", "names.experiment")
+"""Keys (with all below them) that may differ when a run is continued: they change no number that it computes."""
+
+
+def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file that is there whole or not at all; the previous one stays until the new one is on the disk.
+
+    Args:
+        path: The file; its folder exists.
+        content: The bytes, or a function that writes them to the path that it is given (a temporary file in the
+            same folder), for example ``lambda temporary: save_file(tensors, temporary)``.
+
+    Raises:
+        OSError: The file can't be written; ``path`` is as it was, and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+        _force_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write it, {error.strerror}", str(path)) from error
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith("safetensors"):
+            # torch and safetensors report a full disk in their own ways
+            raise OSError(f"cannot write {path}: {error}") from error
+        raise
+    _force_to_disk(path.parent)
+
+
+def _force_to_disk(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_plain(path: Path, plain: Mapping[str, Any]) -> None:
+    """Write a plain dict as YAML, atomically; floats come back exactly."""
+    atomic_write(path, yaml.safe_dump(_plain(plain), sort_keys=False).encode())
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_plain` wrote.
+
+    Raises:
+        UserError: The file is missing or no YAML mapping.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; is {path.parent} the folder of a run?") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file; restore it or start another run") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} holds no mapping; restore it or start another run")
+    return plain
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The plain configuration of the run in a folder; raises UserError where there is none."""
+    return read_plain(run_dir / CONFIG_FILE)
+
+
+class RunDirectory:
+    """A claimed run folder; a context manager that gives the claim back.
+
+    Attributes:
+        path: The folder.
+        resumed: Whether it held this run already.
+    """
+
+    def __init__(self, path: Path, *, resumed: bool, lock: int) -> None:
+        self.path = path
+        self.resumed = resumed
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, path: Path, plain: Mapping[str, Any], *, resume: bool) -> Self:
+        """Take a folder for a run; it is made if need be, and config.yaml is written to it.
+
+        Args:
+            path: The folder: new, empty, or with resume the one of the same run.
+            plain: The configuration.
+            resume: Continue the run that is there; a folder without one starts from the beginning.
+
+        Raises:
+            UserError: Another process works there, it holds another configuration's run or something else, or
+                the same run without ``resume``. Nothing in it is changed then.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+        try:
+            resumed = _check_content(path, _plain(plain), resume=resume)
+            if not resumed:
+                write_plain(path / CONFIG_FILE, plain)
+            for left_by_a_killed_process in path.rglob(".*.tmp"):
+                left_by_a_killed_process.unlink(missing_ok=True)
+        except BaseException:
+            os.close(lock)
+            raise
+        if resume and not resumed:
+            log.warning("%s holds no run yet; starting from the first step", path)
+        return cls(path, resumed=resumed, lock=lock)
+
+    def save_stage(self, name: str, result: Mapping[str, Any]) -> None:
+        """Record that a stage is done, with its result: what JSON can hold."""
+        stages = self._stages()
+        stages[name] = dict(result)
+        atomic_write(self.path / PROGRESS_FILE, json.dumps(stages, indent=1).encode())
+
+    def load_stage(self, name: str) -> dict[str, Any] | None:
+        """The result of a stage that is done, or None."""
+        return self._stages().get(name)
+
+    def _stages(self) -> dict[str, dict[str, Any]]:
+        file = self.path / PROGRESS_FILE
+        if not file.exists():
+            return {}
+        try:
+            stages: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is no JSON file; delete it to do all stages again") from error
+        return stages
+
+    def release(self) -> None:
+        """Give the claim back; a second call does nothing."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _take_lock(path: Path) -> int:
+    """Lock the folder; the kernel lifts the lock when this process ends, however it ends.
+
+    A record lock and not flock: a forked child (a data loader's worker) does not inherit it, so one that outlives a
+    killed run keeps nobody out.
+    """
+    descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(f"run_dir={path} is in use by process {holder}; wait for it or choose another") from error
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _check_content(path: Path, plain: dict[str, Any], *, resume: bool) -> bool:
+    """Whether the folder holds this very run; raises UserError where it may not be used."""
+    if not (path / CONFIG_FILE).exists():
+        others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        if others:
+            raise UserError(f"run_dir={path} is not empty ({others[0]}) and holds no run; choose another")
+        return False
+    differences = list(_differences(read_config(path), plain))
+    if differences:
+        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        raise UserError(f"run_dir={path} holds another configuration's run: {shown}; choose another run_dir")
+    if not resume:
+        raise UserError(f"run_dir={path} holds this very run; continue it with resume=true or choose another run_dir")
+    return True
+
+
+def _differences(there: Any, asked: Any, key: str = "") -> Iterator[str]:
+    """`key: value there, value asked` for every value that differs, free keys left out."""
+    if key in FREE_KEYS or there == asked:
+        return
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for name in sorted(there.keys() | asked.keys(), key=str):
+            yield from _differences(there.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
+    else:
+        yield f"{key} is {_shown(there)} there and {_shown(asked)} here"
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, tuples as lists, paths as text, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

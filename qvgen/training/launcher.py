@@ -1,0 +1,216 @@
+"""The processes of a distributed run on one machine: started, watched and ended by us.
+
+Rank 0 is the process that the user started. The others run a command that the caller gives, in an environment that
+we make. Neither Lightning's launcher nor variables of the environment take part: under --multirun Lightning's children
+would run the whole sweep again, and a LOCAL_RANK that some other program left would turn two processes into one.
+
+    user -> rank 0 --- WorkerGroup --- rank 1 `qvgen worker CONFIG --rank 1 --world-size N --port P --parent PID`
+                            |                       log: LOG_DIRECTORY/rank1.log
+                            +-- a thread that looks after the children
+
+Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too)
+ends the children. This module needs no torch; what Lightning has to know is in cluster.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+log = logging.getLogger(__name__)
+
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Variables by which torch and Lightning guess ranks; ours are given explicitly."""
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+"""How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
+JOIN_SECONDS = 60.0
+"""How long the children have to end after rank 0 is done."""
+_PR_SET_PDEATHSIG = 1
+
+
+def refuse_foreign_launcher(environment: Mapping[str, str]) -> None:
+    """Raise RuntimeError where torchrun started this process: it would start every process of ours several times."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        raise RuntimeError(
+            "this process was started by torchrun (TORCHELASTIC_RUN_ID is set); "
+            "start it with plain python and devices=N strategy=ddp, it starts the other processes itself"
+        )
+
+
+def forget_ranks(environment: MutableMapping[str, str]) -> None:
+    """Remove what another launcher left in an environment, in place."""
+    for name in RANK_VARIABLES:
+        if environment.pop(name, None) is not None:
+            log.info("ignoring %s from the environment", name)
+
+
+def guard_world_size(actual: int, *, expected: int) -> None:
+    """Raise RuntimeError unless as many processes take part as were asked for."""
+    if actual != expected:
+        raise RuntimeError(
+            f"{actual} processes take part in the training, but devices={expected} were asked for; "
+            "nothing was trained: look for another launcher around this one"
+        )
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def follow_parent(parent: int) -> None:
+    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS * 5)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+    threading.Thread(target=watch, name="follow_parent", daemon=True).start()
+
+
+def worker_command(config_file: Path) -> list[str]:
+    """The command of a worker that trains with the configuration in a file; ranks are added by WorkerGroup."""
+    return [sys.executable, "-m", "qvgen.cli", "worker", str(config_file)]
+
+
+class WorkerGroup:
+    """The processes of ranks 1 .. world_size-1 while the block of a ``with`` statement runs rank 0's share.
+
+    The block runs in the thread that the group was entered in, which must outlive it (Linux ties the children to that
+    thread). Leaving it normally waits for the children; leaving it by an exception ends them.
+
+    Attributes:
+        world_size: All processes, rank 0 included.
+        port: TCP port where the processes find each other, at 127.0.0.1.
+
+    Raises:
+        RuntimeError: On leaving, if a child died or did not end; rank, exit code and the end of its log are named.
+    """
+
+    def __init__(self, command: Sequence[str], *, world_size: int, log_directory: Path) -> None:
+        self.world_size = world_size
+        self.port = free_port()
+        self._command = list(command)
+        self._log_directory = log_directory
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._left = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._log_directory.mkdir(parents=True, exist_ok=True)
+        for rank in range(1, self.world_size):
+            with self._log_file(rank).open("wb") as log_file:
+                self._children[rank] = self._start(rank, log_file)
+        threading.Thread(target=self._watch, name="watch_workers", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        try:
+            if error is None:
+                self._join()
+            elif isinstance(error, Exception) and (last_words := self._first_failure(wait_seconds=2.0)):
+                raise RuntimeError(last_words) from error
+        finally:
+            self._end()
+            _leave_process_group()
+
+    def _start(self, rank: int, log_file: BinaryIO) -> subprocess.Popen[bytes]:
+        ranks = {"rank": rank, "world-size": self.world_size, "port": self.port, "parent": os.getpid()}
+        command = self._command + [text for name, value in ranks.items() for text in (f"--{name}", str(value))]
+        environment = dict(os.environ)
+        forget_ranks(environment)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the child imports what we import
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT
+        )
+
+    def _watch(self) -> None:
+        """End this process if a child died and the main thread hangs, for example in a collective that waits for it."""
+        while not self._left.wait(POLL_SECONDS):
+            if self._first_failure() is None:
+                continue
+            if not self._left.wait(GRACE_SECONDS):
+                sys.stderr.write(f"qvgen: {self._first_failure()}\n")
+                sys.stderr.flush()
+                self._end()
+                os._exit(2)  # the main thread waits in compiled code, where no exception reaches it
+
+    def _first_failure(self, *, wait_seconds: float = 0.0) -> str | None:
+        """What to say about the first child that ended with another code than 0, or None."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            for rank, child in self._children.items():
+                if child.poll():
+                    return self._last_words(rank, child.returncode)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+
+    def _last_words(self, rank: int, code: int) -> str:
+        how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        file = self._log_file(rank)
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        return f"the training process of rank {rank} {how}: {lines[-1].strip() if lines else 'no output'} (see {file})"
+
+    def _join(self) -> None:
+        deadline = time.monotonic() + JOIN_SECONDS
+        for rank, child in self._children.items():
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as expired:
+                raise RuntimeError(
+                    f"the training process of rank {rank} did not end within {JOIN_SECONDS:.0f} s of rank 0; "
+                    f"see {self._log_file(rank)}"
+                ) from expired
+        if last_words := self._first_failure():
+            raise RuntimeError(last_words)
+
+    def _end(self) -> None:
+        for child in self._children.values():
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+    def _log_file(self, rank: int) -> Path:
+        return self._log_directory / f"rank{rank}.log"
+
+
+def _leave_process_group() -> None:
+    """Take this process out of torch's process group: the next job of a --multirun makes its own."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning leaves them
+        os.environ.pop(name, None)
