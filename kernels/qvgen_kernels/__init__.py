@@ -1,0 +1,32 @@
+"""Integer kernels of qvgen's packed linear: the contract, an exact reference, backends behind one operator.
+
+The contract is kernels/README.md. This package depends on torch alone and can be used without qvgen:
+
+    kernel = resolve_kernel("auto", spec, device=device).name
+    weight = prepack(planes, scale=scale, zero_point=zero_point, spec=spec, kernel=kernel)
+    y = packed_linear(x, weight=weight, bias=bias, spec=spec, kernel=kernel)
+
+Every module of the package is imported here, and a backend's module registers its backend: a new one is one
+file.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.op import packed_linear, prepack
+from qvgen_kernels.registry import Backend, available_kernels, get_backend, register_backend, resolve_kernel
+
+__all__ = [
+    "Backend",
+    "LinearSpec",
+    "available_kernels",
+    "get_backend",
+    "packed_linear",
+    "prepack",
+    "register_backend",
+    "resolve_kernel",
+]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

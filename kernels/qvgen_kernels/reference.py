@@ -1,0 +1,209 @@
+r"""Exact reference of the packed linear in plain torch: every backend's oracle, and what runs without one.
+
+    q_x, s_x, z_x = quantize(H x)                        float32, per token or group (kernels/README.md)
+    acc[m,n,g]    = sum_{k in g} (q_x - z_x)(q_w - z_w)   exact integers
+    y[m,n]        = sum_g (float32(acc) * s_x) * s_w + bias
+
+Exact integers from float matrix products. The operands are whole numbers, and ``spec.accumulator_bound``
+bounds the sum of the |products| of one output element, hence every partial sum in ANY order of summation.
+Whole numbers up to 2^24 are float32 numbers, so while the bound is <= 2^24 no addition of a float32 product
+rounds (a fused multiply-add, a blocked or threaded sum neither). Operands are at most 255, which even
+bfloat16 holds: torch's reduced-precision modes for float32 products on CPU change nothing. Beyond 2^24, and
+on GPUs (whose TF32 modes are not ours to reason about), float64 does the same up to 2^53. That is why a row's
+result depends neither on its batch mates nor on the number of threads, though BLAS chooses its own order; the
+rest is elementwise or row-wise.
+
+Non-finite rows need no branch: a NaN or infinity in x[m] makes s_x[m] infinite or NaN and some q_x[m] NaN,
+and the products spread it over row m and no other. Leaves out: speed beyond what BLAS gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec
+from qvgen_kernels.registry import register_backend
+from qvgen_kernels.weight import check_weight, unpack_planes
+
+__all__ = ["ReferenceBackend", "accumulate", "block_hadamard", "quantize_activations"]
+
+FLOAT32_EXACT = 2**24
+"""Every whole number up to here, in magnitude, is a float32."""
+
+
+def block_hadamard(x: Tensor, *, block: int) -> Tensor:
+    """Normalised Hadamard transform (Sylvester order) of every run of ``block`` columns.
+
+    Butterflies with strides 1, 2, ..., block/2 in float32, (a, b) -> (a + b, a - b), then one multiplication
+    by float32(block^-1/2). The order is part of the contract: a matrix product would round differently with
+    M.
+
+    Args:
+        x: float32 [..., K].
+        block: power of two that divides K.
+
+    Returns:
+        float32 [..., K], a new tensor. Within about log2(block) roundings of the exact transform.
+    """
+    y, stride = x, 1
+    while stride < block:
+        first, second = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        y = torch.stack((first + second, first - second), -2).flatten(-3)
+        stride *= 2
+    return y * (1.0 / math.sqrt(block))
+
+
+def quantize_activations(
+    x: Tensor, *, spec: LinearSpec, clip_low: Tensor | None = None, clip_high: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate and quantize rows of x on the fly.
+
+    Args:
+        x: float32, bfloat16 or float16 [M, K].
+        spec: the layer.
+        clip_low: float32 [M], factor on each row's minimum; unused by symmetric activations.
+        clip_high: float32 [M], factor on each row's maximum.
+
+    Returns:
+        operand: float32 [M, G, K/G], whole numbers q - z (G activation groups, 1 per token).
+        scale: float32 [M, G].
+        zero_point: float32 [M, G], whole numbers; zeros where symmetric. Rows that are not finite hold NaNs.
+    """
+    rows = x.to(torch.float32)
+    if spec.rotation:
+        rows = block_hadamard(rows, block=spec.rotation)
+    rows = rows.unflatten(-1, (-1, spec.activation_group_size or spec.in_features))
+    # A divisor on x's device: on CUDA torch multiplies by a Python number's reciprocal instead of dividing.
+    qmax = rows.new_full((), spec.activation_qmax)
+    low = rows.amin(-1, keepdim=True)
+    high = rows.amax(-1, keepdim=True)
+    if spec.activation_zero_point == "none":
+        span = torch.maximum(-low, high)
+        span = span if clip_high is None else span * clip_high.view(-1, 1, 1)
+        scale = _round_scale(span / qmax, spec.scale_dtype)
+        codes = (rows * (1.0 / scale)).round_().clamp_(-spec.activation_qmax, spec.activation_qmax)
+        return codes, scale.squeeze(-1), torch.zeros_like(scale).squeeze(-1)
+    low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
+    low = low if clip_low is None else low * clip_low.view(-1, 1, 1)
+    high = high if clip_high is None else high * clip_high.view(-1, 1, 1)
+    scale = _round_scale((high - low) / qmax, spec.scale_dtype)
+    inverse = 1.0 / scale
+    zero_point = (-low * inverse).round_().clamp_(0, spec.activation_qmax)
+    codes = (rows * inverse).round_().add_(zero_point).clamp_(0, spec.activation_qmax)
+    return codes.sub_(zero_point), scale.squeeze(-1), zero_point.squeeze(-1)
+
+
+def _round_scale(scale: Tensor, dtype: str) -> Tensor:
+    scale = scale.clamp_(min=SCALE_FLOOR["float32"])
+    if dtype == "float32":
+        return scale
+    # Saturate instead of overflowing: a huge row stays finite. But a row with a NaN or infinity stays NaN.
+    rounded = scale.to(getattr(torch, dtype)).to(torch.float32)
+    rounded = rounded.clamp_(min=SCALE_FLOOR[dtype], max=torch.finfo(getattr(torch, dtype)).max)
+    return torch.where(scale.isfinite(), rounded, math.nan)
+
+
+def _matmul_exact(operand: Tensor, weight: Tensor, *, spec: LinearSpec) -> Tensor:
+    """Operand [M, k] (whole numbers) times weight [N, k] transposed, exact float32 or float64 [M, N]."""
+    small = spec.accumulator_bound <= FLOAT32_EXACT and operand.device.type == "cpu"
+    dtype = torch.float32 if small else torch.float64
+    return operand.to(dtype) @ weight.to(dtype).t()
+
+
+def accumulate(operand: Tensor, weight: Sequence[Tensor], *, spec: LinearSpec) -> Tensor:
+    """Integer accumulators, for holding another backend to the reference with ``torch.equal``.
+
+    Args:
+        operand: float32 [M, G, K/G] from :func:`quantize_activations`.
+        weight: what :meth:`ReferenceBackend.prepack` returned.
+        spec: the layer.
+
+    Returns:
+        int32 [M, N, spec.num_groups]; rows that are not finite hold zeros.
+    """
+    operand = operand.flatten(1).nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    sums = [_matmul_exact(operand[:, k], weight[0][:, k], spec=spec) for k in _group_slices(spec)]
+    return torch.stack(sums, -1).to(torch.int32)
+
+
+def _group_slices(spec: LinearSpec) -> list[slice]:
+    return [slice(start, start + spec.group_size) for start in range(0, spec.in_features, spec.group_size)]
+
+
+class ReferenceBackend:
+    """Runs everywhere and every spec. Prepacked weight: [operand, scale] plus [zero_point] where it is real.
+
+    operand is int8 [N, K] (int16 for 8-bit integer zero points, uint8 raw codes for real ones): one byte per
+    weight, widened per call. scale and zero_point are float32 [N, Gw].
+    """
+
+    name = "reference"
+    priority = 0
+
+    def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:  # noqa: ARG002
+        """Refuse nothing: every spec runs on every device that has float64."""
+        return None
+
+    def prepack(
+        self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
+    ) -> list[Tensor]:
+        """Unpack the codes and subtract integer zero points in the operand.
+
+        Raises:
+            ValueError: as :func:`check_weight`.
+        """
+        check_weight(planes, scale=scale, zero_point=zero_point, spec=spec)
+        codes = unpack_planes(planes, spec=spec)
+        scale = scale.reshape(spec.out_features, -1).clone()
+        if spec.weight_zero_point == "real":
+            assert zero_point is not None  # check_weight
+            return [codes, scale, zero_point.reshape(spec.out_features, -1).clone()]
+        if spec.weight_zero_point == "none":
+            return [(codes.to(torch.int16) - 2 ** (spec.weight_bits - 1)).to(torch.int8), scale]
+        assert zero_point is not None  # check_weight
+        columns = codes.to(torch.int16).reshape(spec.out_features, spec.num_weight_groups, -1)
+        operand = (columns - zero_point.reshape(spec.out_features, -1, 1)).flatten(1)
+        return [operand if spec.weight_bits == 8 else operand.to(torch.int8), scale]
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Sequence[Tensor],
+        *,
+        bias: Tensor | None,
+        clip_low: Tensor | None,
+        clip_high: Tensor | None,
+        spec: LinearSpec,
+    ) -> Tensor:
+        """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
+        # module.to(torch.bfloat16) also casts buffers: coarser scales would be another network, silently.
+        if weight[0].shape != (spec.out_features, spec.in_features) or weight[1].dtype != torch.float32:
+            raise ValueError(
+                f"weight is {weight[0].dtype} {list(weight[0].shape)} with {weight[1].dtype} scales; it must be "
+                f"what prepack returned for [{spec.out_features}, {spec.in_features}], with torch.float32 scales"
+            )
+        # An autocast region around the layer would round the float32 sums to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            operand, scale, _ = quantize_activations(x, spec=spec, clip_low=clip_low, clip_high=clip_high)
+            flat = operand.flatten(1)
+            y: Tensor | None = None
+            for group, columns in enumerate(_group_slices(spec)):
+                acc = _matmul_exact(flat[:, columns], weight[0][:, columns], spec=spec).to(torch.float32)
+                w = min(group, weight[1].shape[1] - 1)
+                if spec.weight_zero_point == "real":
+                    # Exact as long as float64 holds it; one rounding to float32, as from an int32 sum.
+                    rowsum = flat[:, columns].sum(-1, keepdim=True, dtype=torch.float64).to(torch.float32)
+                    acc -= rowsum * weight[2][:, w]
+                acc.mul_(scale[:, min(group, scale.shape[1] - 1), None]).mul_(weight[1][:, w])
+                y = acc if y is None else y.add_(acc)
+            assert y is not None  # there is one group at least
+            if bias is not None:
+                y.add_(bias)
+            return y.to(x.dtype)
+
+
+register_backend(ReferenceBackend())

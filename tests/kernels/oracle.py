@@ -1,0 +1,120 @@
+"""Independent oracle of the packed linear, written from kernels/README.md in numpy; imports nothing of ours.
+
+Integers are int64. Every float32 operation of the contract is one float64 operation and one rounding to
+float32: float64 has more than 2 * 24 + 2 bits, so the double rounding of + - * / changes nothing (Figueroa
+1995) while results are normal numbers, which the tests' inputs keep to. Rows and groups are written as loops.
+"""
+
+import numpy as np
+
+FLOOR = {"float32": 1e-8, "bfloat16": 1e-8, "float16": 2.0**-14}
+LARGEST = {"bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
+
+
+def r32(value):
+    """Round float64 to the nearest float32, kept as float64."""
+    return np.asarray(value, np.float64).astype(np.float32).astype(np.float64)
+
+
+def round_to(value, dtype):
+    """Round to a named dtype, kept as float64."""
+    if dtype == "float32":
+        return r32(value)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return np.asarray(value, np.float64).astype(np.float16).astype(np.float64)
+    mantissa, exponent = np.frexp(np.asarray(value, np.float64))
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8)  # bfloat16: 8 significant bits
+
+
+def hadamard(row, block):
+    """The contract's butterflies on one float64 row that holds float32 numbers."""
+    out = np.array(row, np.float64)
+    for start in range(0, len(out), block):
+        stride = 1
+        while stride < block:
+            for first in range(start, start + block, 2 * stride):
+                for i in range(first, first + stride):
+                    out[i], out[i + stride] = r32(out[i] + out[i + stride]), r32(out[i] - out[i + stride])
+            stride *= 2
+    return r32(out * r32(block**-0.5))
+
+
+def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high):
+    """Codes, scale and zero point of the values that share a scale (float64 [k], float32 numbers)."""
+    symmetric = zero_point == "none"
+    qmax = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    if symmetric:
+        low, high = 0.0, r32(np.abs(values).max() * clip_high)
+    else:
+        low, high = r32(min(values.min(), 0.0) * clip_low), r32(max(values.max(), 0.0) * clip_high)
+    scale = max(r32(r32(high - low) / qmax), r32(1e-8))
+    if scale_dtype != "float32":
+        scale = min(max(round_to(scale, scale_dtype), r32(FLOOR[scale_dtype])), LARGEST[scale_dtype])
+    inverse = r32(1.0 / scale)
+    if symmetric:
+        return np.clip(np.rint(r32(values * inverse)), -qmax, qmax).astype(np.int64), scale, 0
+    zero = int(np.clip(np.rint(r32(-low * inverse)), 0, qmax))
+    codes = np.clip(np.rint(r32(values * inverse)) + zero, 0, qmax)
+    return codes.astype(np.int64), scale, zero
+
+
+def packed_linear(x, *, codes, scale, zero_point, bias, clip_low, clip_high, spec):
+    """The whole operator.
+
+    Args:
+        x: float64 [M, K], numbers of the input's dtype.
+        codes: int64 [N, K].
+        scale: float64 [N, Gw].
+        zero_point: float64 [N, Gw], filled with 2^(bits-1) for symmetric weights.
+        bias: float64 [N].
+        clip_low: float64 [M].
+        clip_high: float64 [M].
+        spec: dict of the LinearSpec's fields.
+
+    Returns:
+        acc int64 [M, N, G]; y float64 [M, N], the float32 numbers before the cast; exact float64 [M, N], from
+        the same codes without any rounding; bound float64 [M, N], the sum of the magnitudes of its terms.
+    """
+    size = spec["weight_group_size"] or spec["activation_group_size"] or spec["in_features"]
+    groups = spec["in_features"] // size
+    a_size = spec["activation_group_size"] or spec["in_features"]
+    outputs = spec["out_features"]
+    acc = np.zeros((len(x), outputs, groups), np.int64)
+    y, exact, bound = (np.zeros((len(x), outputs)) for _ in range(3))
+    for m, row in enumerate(x):
+        row = hadamard(row, spec["rotation"]) if spec["rotation"] else row
+        parts = [
+            quantize_group(
+                row[start : start + a_size],
+                bits=spec["activation_bits"],
+                zero_point=spec["activation_zero_point"],
+                scale_dtype=spec["scale_dtype"],
+                clip_low=clip_low[m],
+                clip_high=clip_high[m],
+            )
+            for start in range(0, len(row), a_size)
+        ]
+        operand = np.concatenate([q - z for q, _, z in parts])
+        for g in range(groups):
+            columns = slice(g * size, (g + 1) * size)
+            s_x = parts[g if len(parts) > 1 else 0][1]
+            w = g if scale.shape[1] > 1 else 0
+            s_w, z_w = scale[:, w], zero_point[:, w]
+            if spec["weight_zero_point"] == "real":
+                acc[m, :, g] = codes[:, columns] @ operand[columns]
+                total = int(operand[columns].sum())
+                shifted = r32(r32(acc[m, :, g]) - r32(z_w * r32(total)))
+                true = acc[m, :, g] - z_w * total
+                magnitude = np.abs(acc[m, :, g]) + np.abs(z_w * total)
+            else:
+                acc[m, :, g] = (codes[:, columns] - z_w[:, None].astype(np.int64)) @ operand[columns]
+                shifted, true = r32(acc[m, :, g]), acc[m, :, g]
+                magnitude = np.abs(acc[m, :, g])
+            term = r32(r32(shifted * s_x) * s_w)
+            y[m] = term if g == 0 else r32(y[m] + term)
+            exact[m] += true * s_x * s_w
+            bound[m] += magnitude * s_x * s_w
+        y[m] = r32(y[m] + bias)
+        exact[m] += bias
+    return acc, y, exact, bound + np.abs(bias)

@@ -1,0 +1,53 @@
+"""Inputs are quantized as in training: equal to qvgen.quant.affine and qvgen.quant.hadamard, to the bit."""
+
+import itertools
+
+import pytest
+import torch
+
+from qvgen.quant.affine import choose_qparams, fake_quantize, quantize
+from qvgen.quant.grid import Grid
+from qvgen.quant.hadamard import hadamard_transform
+from qvgen_kernels import LinearSpec
+from qvgen_kernels.reference import quantize_activations
+from tests.kernels.layer import DTYPES, make_rows
+
+
+@pytest.mark.parametrize("zero_point", ["integer", "none"])
+@pytest.mark.parametrize("scale_dtype", list(DTYPES))
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, rotation):
+    for bits, dtype in itertools.product(range(2, 9), DTYPES.values()):
+        grid = Grid(
+            bits=bits,
+            granularity="per_group" if group else "per_token",
+            zero_point=zero_point,
+            group_size=group or None,
+            scale_dtype=scale_dtype,
+        )
+        spec = LinearSpec(
+            in_features=64,
+            out_features=1,
+            weight_bits=4,
+            activation_bits=bits,
+            activation_zero_point=zero_point,
+            activation_group_size=group,
+            scale_dtype=scale_dtype,
+            rotation=rotation,
+        )
+        x = make_rows(40, 64, seed=bits, dtype=dtype)
+        x[0] = 0.0
+        x[1] = x[1].abs() + 1
+        x[2] = -x[2].abs() - 1
+        clips = [torch.rand(40, generator=torch.Generator().manual_seed(seed)) * 0.3 + 0.7 for seed in (1, 2)]
+        operand, scale, zero = quantize_activations(x, spec=spec, clip_low=clips[0], clip_high=clips[1])
+        rows = hadamard_transform(x, block_size=rotation) if rotation else x.float()
+        expected = choose_qparams(rows, grid=grid, clip_low=clips[0][:, None], clip_high=clips[1][:, None])
+        assert torch.equal(scale, expected[0])
+        assert torch.equal(zero, expected[1])
+        codes = quantize(rows, scale=expected[0], zero_point=expected[1], grid=grid)
+        codes = codes.float().unflatten(-1, (scale.shape[1], -1))
+        assert torch.equal(operand, codes - zero.unsqueeze(-1))
+        dequantized = (scale.unsqueeze(-1) * operand).flatten(1)
+        assert torch.equal(dequantized, fake_quantize(rows, scale=scale, zero_point=zero, grid=grid))

@@ -1,0 +1,123 @@
+"""The registered operator: torch's own opcheck, torch.compile without graph breaks, and refused inputs."""
+
+import pytest
+import torch
+from torch import nn
+
+from qvgen_kernels import packed_linear
+from tests.kernels.layer import make_layer, make_rows
+
+OP = torch.ops.qvgen.packed_linear.default
+
+
+class Block(nn.Module):
+    """Two packed layers between ordinary operations, as in a transformer block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(24)
+        self.first = make_layer(out_features=16)
+        self.second = make_layer(in_features=16, out_features=24, rotation=16, seed=1)
+
+    def forward(self, x, clip):
+        hidden = self.first(self.norm(x), clips=(clip, clip))
+        return x + self.second(nn.functional.gelu(hidden), clips=(clip, clip))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(dtype, optional):
+    layer = make_layer(weight_zero_point="real")
+    x = make_rows(6, 24, dtype=dtype).view(2, 3, 24)
+    clip = torch.full((6,), 0.9) if optional else None
+    bias = layer.bias if optional else None
+    torch.library.opcheck(OP, (x, layer.weight, bias, clip, clip, layer.spec.to_string(), "reference"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(backend, dynamic):
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)
+    with torch.no_grad():
+        for batch in (2, 3):
+            x = make_rows(batch * 5, 24).view(batch, 5, 24)
+            clip = torch.full((batch * 5,), 0.9)
+            assert torch.equal(compiled(x, clip), block(x, clip))
+
+
+# torch 2.13's inductor itself goes through torch.jit, which it has deprecated
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiles_with_inductor():
+    # nothing but views around the operator: other work would be compiled by g++, which takes seconds
+    layer = make_layer(rotation=8)
+    compiled = torch.compile(lambda x: layer(x.transpose(0, 1)).flatten(1), fullgraph=True, backend="inductor")
+    x = make_rows(10, 24).view(2, 5, 24)
+    assert torch.equal(compiled(x), layer(x.transpose(0, 1)).flatten(1))
+
+
+def test_shapes_without_data():
+    layer = make_layer()
+    weight = [tensor.to("meta") for tensor in layer.weight]
+    x = torch.empty(2, 3, 24, dtype=torch.bfloat16, device="meta")
+    y = packed_linear(x, weight=weight, bias=layer.bias.to("meta"), spec=layer.spec, kernel="reference")
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, 7), torch.bfloat16, "meta")
+
+
+def test_backward_says_what_to_do():
+    layer = make_layer()
+    x = make_rows(2, 24).requires_grad_()
+    with pytest.raises(RuntimeError, match="packed_linear has no gradient"):
+        layer(x).sum().backward()
+
+
+def test_runs_in_inference_mode():
+    layer, x = make_layer(), make_rows(2, 24)
+    with torch.inference_mode():
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 23)}, r"x has shape \[2, 23\]; .*in_features=24"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \[\]"),
+        ({"x": torch.zeros(2, 24, dtype=torch.float64)}, r"x is torch\.float64"),
+        ({"x": torch.zeros(2, 24, dtype=torch.int32)}, r"x is torch\.int32"),
+        ({"bias": torch.zeros(6)}, r"bias is torch\.float32 \[6\]; it must be torch\.float32 \[7\]"),
+        ({"bias": torch.zeros(7, dtype=torch.bfloat16)}, r"bias is torch\.bfloat16"),
+        ({"clip_low": torch.ones(3)}, r"clip_low is torch\.float32 \[3\]; it must be torch\.float32 \[2\]"),
+        ({"clip_high": torch.ones(2, 1)}, r"clip_high is torch\.float32 \[2, 1\]"),
+        ({"clip_high": torch.ones(2, device="meta")}, "clip_high is on meta and x on cpu"),
+        ({"kernel": "auto"}, "resolved once, before prepacking"),
+        ({"kernel": "nope"}, "kernel='nope' is unknown"),
+    ],
+)
+def test_bad_inputs_are_named(change, message):
+    layer = make_layer()
+    given = {
+        "x": make_rows(2, 24),
+        "weight": layer.weight,
+        "bias": layer.bias,
+        "kernel": "reference",
+    } | change
+    with pytest.raises(ValueError, match=message):
+        packed_linear(given.pop("x"), **given, spec=layer.spec)
+
+
+def test_a_weight_that_was_cast_or_belongs_elsewhere_is_refused():
+    layer = make_layer()
+    layer.weight[1] = layer.weight[1].bfloat16()
+    with pytest.raises(ValueError, match=r"with torch\.bfloat16 scales"):
+        layer(make_rows(2, 24))
+    layer.weight = make_layer(out_features=8).weight
+    with pytest.raises(ValueError, match=r"torch\.int8 \[8, 24\]"):
+        layer(make_rows(2, 24))
