@@ -45,7 +45,7 @@ def build_leaf(spec: Mapping[str, Any], *, key: str, partial: bool = False) -> A
     known = inspect.signature(target).parameters
     for name in arguments:
         if name not in known:
-            raise UserError(f"unknown key '{key}.{name}'{did_you_mean(name, known)}")
+            raise UserError(f"unknown key '{key}.{name}'{did_you_mean(name, [f'{key}.{other}' for other in known])}")
     if partial:
         return functools.partial(target, **arguments)
     for name, parameter in known.items():

@@ -32,7 +32,8 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], *, key: str = "") -> T:
         UserError: An unknown or missing key, a value of another type, or one that the dataclass refuses.
     """
     if not isinstance(plain, Mapping):
-        raise UserError(f"{key}={plain} is a section; set one of its keys, for example {key}.{_first_field(kind)}=...")
+        shown = "null" if plain is None else plain
+        raise UserError(f"{key}={shown} is a section; set one of its keys, for example {key}.{_first_field(kind)}=...")
     hints = typing.get_type_hints(kind)
     for name in plain:
         if name not in hints:

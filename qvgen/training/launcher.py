@@ -140,8 +140,8 @@ class WorkerGroup:
         try:
             if error is None:
                 self._join()
-            elif isinstance(error, Exception) and (last_words := self._first_failure(wait_seconds=2.0)):
-                raise RuntimeError(last_words) from error
+            elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
+                raise RuntimeError(last_words) from error  # a collective failed because a child is gone
         finally:
             self._end()
             _leave_process_group()

@@ -1,0 +1,165 @@
+"""Typed configuration: bits, types, ranges, leaves; checked against the values of conf/ and written-out errors."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvgen.config import Bits, FoldConfig, GenerateConfig, TrainConfig, UserError, did_you_mean
+from qvgen.config.build import build, check, load_run
+from qvgen.config.compose import compose_plain, expand_sweep
+from qvgen.config.leaves import build_leaf, conf_directory, load_leaf
+from qvgen.run_directory import write_plain
+
+
+def train(*overrides: str) -> TrainConfig:
+    config = check("train", compose_plain("train", overrides))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+@given(st.integers(2, 8), st.integers(2, 8))
+def test_bits_come_back_from_their_label(weight: int, activation: int) -> None:
+    bits = Bits(weight=weight, activation=activation)
+    assert Bits.parse(bits.label) == bits
+    assert Bits.parse(f"w{weight}a{activation}") == bits
+
+
+@pytest.mark.parametrize("text", ["1", "9", "w1a4", "w4a9", "w4x3", "w4", "3.0", "True", "None", "²"])
+def test_bad_bits_are_named_with_a_fix(text: str) -> None:
+    with pytest.raises(UserError, match=rf"bits={text} .*write for example bits=3 or bits=w4a8"):
+        Bits.parse(text)
+
+
+def test_defaults_hold_what_the_design_says() -> None:
+    config = train()
+    assert config.bits == Bits(weight=3, activation=3)
+    assert config.phi.rank == 32
+    assert config.phi.tail_share == 0.1
+    assert config.names.method == "qvgen"
+    assert config.run_dir.match("outputs/tiny-3-qvgen/*")
+    assert config.plain["steps"] == config.steps
+
+
+def test_bits_reach_the_profile_and_the_path() -> None:
+    config = train("bits=w4a8", "method=lsq")
+    assert (config.profile["weight_bits"], config.profile["activation_bits"]) == (4, 8)
+    assert config.run_dir.match("outputs/tiny-w4a8-lsq/*")
+
+
+@pytest.mark.parametrize("name", ["paper", "svdq_g64", "convrot", "int8"])
+def test_every_profile_builds(name: str) -> None:
+    profile = build_leaf(train(f"profile={name}", "bits=w3a8").profile, key="profile")
+    assert (profile.name, profile.weight.bits, profile.activation.bits) == (name, 3, 8)
+
+
+def test_experiment_sets_values_and_the_command_line_wins() -> None:
+    assert train("experiment=tiny_teacher").names.method == "pretrain"
+    assert train("experiment=tiny_teacher", "steps=7").steps == 7
+
+
+def test_jobs_started_together_get_different_folders() -> None:
+    assert len({train("run_dir=${start_time:}").run_dir for _ in range(4)}) == 4
+    assert expand_sweep(["bits=4,3", "seed=1,2"], multirun=True) == [
+        ["bits=4", "seed=1"],
+        ["bits=4", "seed=2"],
+        ["bits=3", "seed=1"],
+        ["bits=3", "seed=2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("phi.rank=0", "phi.rank=0 must be positive"),
+        ("phi.ranks=[8,8]", r"phi.ranks=\[8,8\] must be positive and strictly decreasing"),
+        ("phi.ranks=[8,0]", r"phi.ranks=\[8,0\] must be positive"),
+        ("phi.ranks=[]", r"phi.ranks=\[\] must be positive"),
+        ("phi.decay=0", r"phi.decay=0.0 is outside \(0, 1\]"),
+        ("phi.decay=.nan", "phi.decay=.*nan"),
+        ("phi.tail_share=1", r"phi.tail_share=1.0 is outside \[0, 1\)"),
+        ("phi.anneal=cosin", "phi.anneal=cosin is unknown; did you mean 'cosine'"),
+        ("steps=0", "steps=0 must be greater than 0"),
+        ("steps=2.5", "steps=2.5 is not a whole number"),
+        ("steps=true", "steps=True is not a whole number"),
+        ("steps=null", "steps=null is not a whole number"),
+        ("seed=-1", "seed=-1 is outside"),
+        ("dry_run=1", "dry_run=1 is not true or false"),
+        ("optim.learning_rate=-1e-3", "optim.learning_rate=-0.001 must be greater than 0"),
+        ("optim.betas=[0.9]", r"optim.betas=\[0.9\] has 1 entries; give 2"),
+        ("devices=2", "devices=2 needs more than one process; write devices=2 strategy=ddp"),
+        ("batch_size=30 accumulate=4", "batch_size=30 cannot be divided by .*accumulate=4; .*batch_size=32"),
+        ("batch_size=1 devices=2 strategy=ddp", "batch_size=1 cannot .*batch_size=2"),
+        ("phi=3", "phi=3 is a section"),
+        ("phi=null", "phi=null is a section"),
+        ("~seed", "seed is missing"),
+        ("run_dir=", "run_dir"),
+        ("evaluation.prompts=[]", "evaluation.prompts=.. is empty"),
+        ("checkpoint.every_steps=0", "checkpoint.every_steps=0 must be greater"),
+        ("+method.foo=1", "unknown key 'method.foo'"),
+    ],
+)
+def test_bad_values_are_named_with_their_key(overrides: str, message: str) -> None:
+    plain = compose_plain("train", overrides.split())
+    with pytest.raises(UserError, match=message):
+        build("train", plain)
+
+
+def test_scalars_become_lists_of_one_and_numbers_may_be_captions() -> None:
+    config = check("generate", compose_plain("generate", ["packed=p", "prompt=[a b,7]", "seed=3"]))
+    assert isinstance(config, GenerateConfig)
+    assert (config.prompt, config.seed) == (("a b", "7"), (3,))
+
+
+def test_a_run_is_read_back_as_it_was_started(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.yaml is missing"):
+        check("fold", compose_plain("fold", [f"run_dir={tmp_path}"]))
+    started = train("bits=w4a8", "optim.eps=1e-9", "phi.ranks=[8,2]")
+    write_plain(tmp_path / "config.yaml", started.plain)
+    config = check("fold", compose_plain("fold", [f"run_dir={tmp_path}"]))
+    assert isinstance(config, FoldConfig)
+    assert config.run == started
+    assert config.out == tmp_path / "packed"
+    write_plain(tmp_path / "config.yaml", {name: value for name, value in started.plain.items() if name != "seed"})
+    with pytest.raises(UserError, match=f"{tmp_path}: seed is missing"):
+        load_run(tmp_path)
+
+
+def test_all_files_of_conf_compose() -> None:
+    for file in conf_directory().glob("*/*.yaml"):
+        assert train(f"{file.parent.name}={file.stem}", "devices=1").bits.label == "3"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("os.system", "is outside of qvgen"),
+        ("qvgen_kernels.contract.LinearSpec", "is outside of qvgen"),
+        ("qvgen.run_directory.os.system", "does not exist"),
+        ("qvgen.run_directory.os", "is no class or function of qvgen"),
+        ("qvgen.run_directory.partial", "is no class or function of qvgen"),
+        ("qvgen.nowhere.Thing", "does not exist"),
+        (None, "has no _target_"),
+    ],
+)
+def test_leaves_are_ours_alone(target: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_leaf({"_target_": target}, key="method")
+
+
+def test_arguments_of_leaves_are_checked() -> None:
+    spec = {"_target_": "qvgen.config.bits.Bits", "weight": 4}
+    with pytest.raises(UserError, match="method.activation is missing"):
+        build_leaf(spec, key="method")
+    with pytest.raises(UserError, match="unknown key 'method.wieght'; did you mean 'method.weight'"):
+        build_leaf(spec | {"wieght": 3}, key="method")
+    assert build_leaf(spec, key="method", partial=True)(activation=8) == Bits(weight=4, activation=8)
+    with pytest.raises(UserError, match="unknown model=tini; did you mean 'tiny'"):
+        load_leaf("model", "tini")
+
+
+def test_suggestions_find_a_key_by_its_last_part() -> None:
+    assert did_you_mean("bitz", ["bits", "seed"]) == "; did you mean 'bits'?"
+    assert did_you_mean("rnk", ["bits", "phi.rank"]) == "; did you mean 'phi.rank'?"
+    assert did_you_mean("zzz", ["bits"]) == ""

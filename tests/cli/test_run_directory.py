@@ -1,0 +1,121 @@
+"""A run's folder: checked against real processes, a real limit on file sizes and files that others wrote."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qvgen.config import UserError
+from qvgen.run_directory import RunDirectory, atomic_write, read_config, read_plain, write_plain
+
+PLAIN = {"bits": 3, "phi": {"rank": 32, "ranks": None}, "eps": 1e-8, "resume": False, "run_dir": "a", "debug": False}
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_a_plain_config_comes_back_exactly(tmp_path: Path) -> None:
+    plain = {"rate": 0.1 + 0.2, "tiny": 1e-300, "list": [1, 2.0, "x: #y"], "none": None, "text": "3", "flag": True}
+    write_plain(tmp_path / "config.yaml", plain)
+    assert read_plain(tmp_path / "config.yaml") == plain
+
+
+def test_claim_writes_the_config_and_the_same_run_needs_resume(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run"
+    with RunDirectory.claim(path, PLAIN, resume=False) as run:
+        assert not run.resumed
+        assert run.load_stage("init") is None
+        run.save_stage("init", {"seconds": 1.5})
+        run.save_stage("train", {"loss": [1.0, 0.5]})
+    assert read_config(path) == PLAIN
+    with pytest.raises(UserError, match=r"holds this very run; continue it with resume=true"):
+        RunDirectory.claim(path, PLAIN, resume=False)
+    with RunDirectory.claim(path, PLAIN | {"resume": True, "run_dir": "b", "debug": True}, resume=True) as run:
+        assert run.resumed
+        assert run.load_stage("init") == {"seconds": 1.5}
+        assert run.load_stage("train") == {"loss": [1.0, 0.5]}
+    assert read_config(path) == PLAIN
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path, resume: bool) -> None:
+    RunDirectory.claim(tmp_path, PLAIN, resume=False).release()
+    other = PLAIN | {"bits": 4, "phi": {"rank": 8, "ranks": None}, "new": 1}
+    with pytest.raises(UserError, match="bits is 3 there and 4 here; new is null there and 1 here; phi.rank is 32"):
+        RunDirectory.claim(tmp_path, other, resume=resume)
+    assert read_config(tmp_path) == PLAIN
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"not empty \(thesis.tex\) and holds no run"):
+        RunDirectory.claim(tmp_path, PLAIN, resume=False)
+    (tmp_path / "thesis.tex").rename(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="config.yaml holds no mapping"):
+        RunDirectory.claim(tmp_path, PLAIN, resume=True)
+
+
+def test_resume_of_an_empty_folder_starts_and_clears_what_a_killed_process_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".config.yaml.123.tmp").write_text("half")
+    with RunDirectory.claim(tmp_path, PLAIN, resume=True) as run:
+        assert not run.resumed
+    assert "starting from the first step" in caplog.text
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path\nfrom qvgen.run_directory import RunDirectory\n"
+        f"RunDirectory.claim(Path({str(tmp_path)!r}), {PLAIN!r}, resume=True)\n"
+    )
+    with RunDirectory.claim(tmp_path, PLAIN, resume=False):
+        assert "is in use by process" in run_python(program).stderr.splitlines()[-1]
+    assert run_python(program).returncode == 0
+
+
+def test_a_failing_writer_leaves_the_previous_file_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    atomic_write(file, b"old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(file, fail)
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
+    atomic_write(file, lambda temporary: temporary.write_bytes(b"new"))
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"new"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from qvgen.run_directory import atomic_write
+path = Path(sys.argv[1])
+tensors = {"weight": torch.zeros(100_000)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+writers = [bytes(400_000), lambda file: save_file(tensors, file), lambda file: torch.save(tensors, file)]
+for writer in writers:
+    try:
+        atomic_write(path, writer)
+    except OSError as error:
+        print("refused", str(path) in str(error))
+"""
+
+
+def test_a_full_disk_leaves_the_previous_file_and_no_other(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: every writer of ours meets the same failing write."""
+    file = tmp_path / "model.safetensors"
+    atomic_write(file, b"old")
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(file)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["refused True"] * 3, done.stderr
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
