@@ -89,7 +89,7 @@ class FakeQuantLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """W_eff = Q(W) + (L gamma) R, float32 [N, K]; no gradient."""
         quantized = self.quantized_weight()
-        return quantized if self.phi is None or not self.phi.rank else quantized + self.phi.weight()
+        return quantized if self.phi is None or not self.phi.active else quantized + self.phi.weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -104,7 +104,7 @@ class FakeQuantLinear(nn.Module):
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
         clips = [table[index].reshape(shape) for table in self.activation_quantizer.clip_tables()]
         clip_low, clip_high = (clip.expand(*x.shape[:-1], 1).reshape(-1, 1) for clip in clips)
-        phi = self.phi if self.phi is not None and self.phi.rank else None
+        phi = self.phi if self.phi is not None and self.phi.active else None
         y = _FakeQuantLinear.apply(
             x.reshape(-1, self.in_features),
             clip_low,
@@ -151,7 +151,7 @@ class _Operands:
         self.left, self.left_scale = _operand(self.x, *a_qparams, profile.activation, factored=factored)
         w_qparams = layer.weight_quantizer.qparams()
         self.right, self.right_scale = _operand(layer.weight.detach().float(), *w_qparams, profile.weight, factored=factored)
-        if layer.phi is not None and layer.phi.rank:
+        if layer.phi is not None and layer.phi.active:
             helper = layer.phi.weight().detach()
             self.right = self.right + (helper / w_qparams[0] if factored else helper)
 

@@ -56,6 +56,7 @@ class PackedLinear(nn.Module):
         bias: buffer float32 [N] or None.
         clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations.
         clip_high: buffer float32 [num_bands].
+        weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
     """
 
     codes: Tensor
@@ -104,6 +105,7 @@ class PackedLinear(nn.Module):
             tensors["clip_low"] = torch.ones(noise_band.num_bands, device=device)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        self.weight_error: float | None = None
         self._prepacked: tuple[str, list[Tensor]] | None = None
 
     @classmethod
@@ -145,6 +147,8 @@ class PackedLinear(nn.Module):
             value = values[name]
             assert value is not None
             buffer.copy_(value)
+        error = (packed.dequantized_weight() - layer.weight).double().square().sum()
+        packed.weight_error = float(error / layer.weight.double().square().sum().clamp(min=1e-30))
         return packed
 
     @property

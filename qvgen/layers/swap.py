@@ -6,7 +6,8 @@ too). A pattern that matches nothing is an error: a renamed layer would otherwis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -89,6 +90,19 @@ def swap_fake_quant_(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return band
+
+
+@contextmanager
+def phi_suspended(model: nn.Module) -> Iterator[None]:
+    """Run a model without its Phis, for example to measure the PTQ start or what fold would give now."""
+    helpers = [layer.phi for layer in quantized_layers(model).values() if layer.phi is not None]
+    for phi in helpers:
+        phi.suspended = True
+    try:
+        yield
+    finally:
+        for phi in helpers:
+            phi.suspended = False
 
 
 def fold_layers_(model: nn.Module, *, kernel: str = "auto") -> int:

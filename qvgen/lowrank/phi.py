@@ -29,6 +29,7 @@ class Phi(nn.Module):
         right: Parameter float32 [r, K], the paper's R.
         rank_gate: buffer float32 [r], the paper's gamma.
         active_rank: buffer int64 [], columns in use.
+        suspended: Leave Phi out for a measurement; not saved.
 
     Raises:
         ValueError: ``rank`` is not in 1..min(N, K).
@@ -49,6 +50,12 @@ class Phi(nn.Module):
         self.register_buffer("rank_gate", torch.ones(rank))
         self.register_buffer("active_rank", torch.tensor(rank))
         self._rank = rank
+        self.suspended = False
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer has to add Phi: it has rank, and is not suspended."""
+        return self._rank > 0 and not self.suspended
 
     @property
     def rank(self) -> int:

@@ -20,7 +20,7 @@ POWER_ITERATIONS = 4
 
 def _balanced(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype).squeeze(0)
     root = s.sqrt()
     return u * (sign * root), (sign * root).unsqueeze(-1) * vh
 

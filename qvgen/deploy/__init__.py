@@ -1,0 +1,1 @@
+"""Deployment: packed checkpoints, and generation with the model that they hold."""

@@ -1,0 +1,199 @@
+"""The packed checkpoint: model.safetensors (canonical codes, scales, all other weights) and manifest.json.
+
+The directory says everything: loading takes no quantization flag, builds the transformer from the manifest, checks the file's
+sha256 and every tensor's presence, dtype and shape, and never executes anything that the files hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qvgen.deploy.manifest import (
+    MANIFEST_FILE,
+    SUPPORTED_TRANSFORMERS,
+    WEIGHTS_FILE,
+    Manifest,
+    file_sha256,
+    layer_entry,
+    read_manifest,
+)
+from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def save_packed(
+    model: nn.Module,
+    directory: Path | str,
+    *,
+    base_name: str = "",
+    base_revision: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a folded transformer.
+
+    The weights are written first and the manifest, which holds their sha256, last: a directory whose manifest fits is
+    whole.
+
+    Args:
+        model: A folded transformer of diffusers.
+        directory: Made if need be; a checkpoint that is there is replaced.
+        base_name: Name of the model family's configuration; needed by ``qvgen generate``.
+        base_revision: What identifies the full-precision weights.
+        training: How the model was made, for the record.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ValueError: The model has layers that are not folded, or none that are, or is of an unsupported class.
+    """
+    if unfolded := quantized_layers(model):
+        raise ValueError(f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first")
+    packed = packed_layers(model)
+    if not packed:
+        raise ValueError(f"{type(model).__name__} has no packed layer; prepare, train and fold it first")
+    name = type(model).__name__
+    if name not in SUPPORTED_TRANSFORMERS:
+        raise ValueError(f"transformer class {name} is not among {', '.join(SUPPORTED_TRANSFORMERS)}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+    manifest = Manifest(
+        base_name=base_name,
+        base_revision=base_revision,
+        transformer=name,
+        transformer_config=_plain_config(model),
+        num_noise_bands=next(iter(packed.values())).noise_band.num_bands,
+        layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
+        skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
+        training=dict(training or {}),
+        sha256=file_sha256(directory / WEIGHTS_FILE),
+    )
+    atomic_write(directory / MANIFEST_FILE, manifest.to_json())
+    return manifest
+
+
+def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: str = "auto") -> nn.Module:
+    """Read a packed checkpoint into a transformer that runs in its ordinary diffusers pipeline.
+
+    Args:
+        directory: What :func:`save_packed` wrote.
+        model: A full-precision transformer of the same configuration to load into, in place; None builds one
+            without ever allocating its full-precision weights.
+        kernel: Backend that runs the packed layers; a name never falls back to another one.
+
+    Returns:
+        The transformer, in eval mode, on the CPU (or where ``model`` was): its other weights have the dtype that they
+        were trained in; ``.to(torch.bfloat16)`` leaves codes and scales as they are.
+
+    Raises:
+        ValueError: Anything in the directory that is missing, damaged, of another version or shape.
+        RuntimeError: A kernel that does not run here.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    tensors = _read_tensors(directory, manifest)
+    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    if model is None:
+        model = _build(manifest, source=directory / MANIFEST_FILE)
+    elif _plain_config(model) != manifest.transformer_config:
+        raise ValueError(f"the model that was given has another configuration than {directory / MANIFEST_FILE} says")
+    band = NoiseBand(manifest.num_noise_bands)
+    for entry in manifest.layers:
+        _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
+    watch_timestep(model, band)
+    _check_tensors(model, tensors, source=directory / WEIGHTS_FILE)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.to(device)
+    model.requires_grad_(False).eval()
+    names = {layer.prepack_() for layer in packed_layers(model).values()}
+    log.info("%s: %d packed layers on kernel %s", directory, len(manifest.layers), ", ".join(sorted(names)))
+    return model
+
+
+def _plain_config(model: nn.Module) -> dict[str, Any]:
+    """The transformer's own arguments; diffusers' private entries (leading underscore) say where it came from."""
+    config = dict(getattr(model, "config", {}))
+    return {key: _plain(value) for key, value in config.items() if not key.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole packed directory")
+    if (found := file_sha256(path)) != manifest.sha256:
+        raise ValueError(f"{path} has sha256 {found}, the manifest says {manifest.sha256}; the copy is damaged")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def _build(manifest: Manifest, *, source: Path) -> nn.Module:
+    """The transformer with parameters on the meta device and real buffers (positions are not in a state dict)."""
+    transformer = getattr(diffusers, manifest.transformer)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = transformer.from_config(manifest.transformer_config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{source}: its configuration builds no {manifest.transformer}: {error}") from error
+    return model
+
+
+def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: str, source: Path) -> None:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{source} names the layer {name!r}, which {type(model).__name__} does not have") from error
+    wanted = (entry.out_features, entry.in_features)
+    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != wanted:
+        raise ValueError(f"{source}: layer {name!r} of shape {list(wanted)} does not fit {linear}")
+    try:
+        packed = PackedLinear(
+            entry.in_features,
+            entry.out_features,
+            bias=entry.bias,
+            profile=entry.profile,
+            noise_band=band,
+            kernel=kernel,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: layer {name!r}: {error}") from error
+    packed.weight_error = entry.weight_error
+    model.set_submodule(name, packed)
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Raise ValueError for the first tensor that is missing, too much, or of the wrong shape or dtype."""
+    expected = model.state_dict()
+    for name, value in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{source} lacks the tensor {name!r}")
+        found = tensors[name]
+        if found.shape != value.shape:
+            raise ValueError(f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}")
+        if found.is_floating_point() != value.is_floating_point() or (
+            isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLinear) and found.dtype != value.dtype
+        ):
+            raise ValueError(f"{source}: {name!r} is {found.dtype}, {value.dtype} is needed")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"{source} holds the tensor {extra[0]!r}, which the manifest does not know")

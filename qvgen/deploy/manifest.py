@@ -1,0 +1,196 @@
+"""manifest.json: everything about a packed checkpoint that is not a tensor. Plain data; it never names code to run.
+
+    {"format": "qvgen-packed", "version": 1,
+     "base": {"name", "revision", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
+     "num_noise_bands", "layers": [...], "skipped": [...], "training": {...}, "sha256": of model.safetensors}
+
+Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
+granularity, group_size, zero_point, scale_dtype, range "dynamic", clip_table}, rotation, profile, bytes,
+weight_error}; clip_table is the number of noise bands with clip factors of their own, weight_error is
+|Q(W) - W|^2 / |W|^2 against the trained master weight, null where it is not known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.quant.grid import Grid, Profile
+
+FORMAT, VERSION = "qvgen-packed", 1
+MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
+
+SUPPORTED_TRANSFORMERS = ("WanTransformer3DModel",)
+"""Classes of diffusers that a manifest may name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """One packed layer of a manifest."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+    profile: Profile
+    nbytes: int
+    weight_error: float | None
+
+    def to_dict(self, *, num_noise_bands: int) -> dict[str, Any]:
+        """As the manifest stores it."""
+        weight, activation = asdict(self.profile.weight), asdict(self.profile.activation)
+        return {
+            "name": self.name,
+            "shape": [self.out_features, self.in_features],
+            **weight,
+            "bias": self.bias,
+            "activation": {**activation, "range": "dynamic", "clip_table": num_noise_bands},
+            "rotation": self.profile.rotation,
+            "profile": self.profile.name,
+            "bytes": self.nbytes,
+            "weight_error": self.weight_error,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerEntry:
+        """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
+        activation = {key: value for key, value in data["activation"].items() if key not in ("range", "clip_table")}
+        if data["activation"]["range"] != "dynamic":
+            raise ValueError(f"activation range {data['activation']['range']!r}; this version runs dynamic ones")
+        weight = {key: data[key] for key in ("bits", "granularity", "zero_point", "group_size", "scale_dtype")}
+        out_features, in_features = (int(size) for size in data["shape"])
+        if out_features < 1 or in_features < 1:
+            raise ValueError(f"shape {data['shape']} is not positive")
+        profile = Profile(
+            name=str(data["profile"]),
+            weight=Grid(**weight),
+            activation=Grid(**activation),
+            rotation=data["rotation"],
+        )
+        return cls(
+            name=str(data["name"]),
+            out_features=out_features,
+            in_features=in_features,
+            bias=bool(data["bias"]),
+            profile=profile,
+            nbytes=int(data["bytes"]),
+            weight_error=None if data["weight_error"] is None else float(data["weight_error"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole manifest.
+
+    Attributes:
+        base_name: Name of the model family's configuration (conf/model), for example ``tiny``.
+        base_revision: What identifies the full-precision weights, for example their sha256.
+        transformer: Class of diffusers, one of ``SUPPORTED_TRANSFORMERS``.
+        transformer_config: Arguments of that class.
+        num_noise_bands: Bands of the clip tables.
+        layers: Packed layers, in the model's order.
+        skipped: Names of the Linears that stayed in full precision.
+        training: How it was made: method, init, seed, steps; free-form, for people.
+        sha256: Of the file model.safetensors.
+    """
+
+    base_name: str
+    base_revision: str
+    transformer: str
+    transformer_config: dict[str, Any]
+    num_noise_bands: int
+    layers: tuple[LayerEntry, ...]
+    skipped: tuple[str, ...]
+    training: dict[str, Any]
+    sha256: str
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": {
+                "name": self.base_name,
+                "revision": self.base_revision,
+                "transformer": self.transformer,
+                "config": self.transformer_config,
+            },
+            "num_noise_bands": self.num_noise_bands,
+            "layers": [layer.to_dict(num_noise_bands=self.num_noise_bands) for layer in self.layers],
+            "skipped": list(self.skipped),
+            "training": self.training,
+            "sha256": self.sha256,
+        }
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            ValueError: Names the source and what is wrong with it.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON ({error}); export the checkpoint again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{source} is no manifest of format {FORMAT!r}; give the folder that fold wrote")
+        if data.get("version") != VERSION:
+            raise ValueError(f"{source} has version {data.get('version')!r}; this qvgen reads version {VERSION}")
+        try:
+            base = data["base"]
+            manifest = cls(
+                base_name=str(base["name"]),
+                base_revision=str(base["revision"]),
+                transformer=str(base["transformer"]),
+                transformer_config=dict(base["config"]),
+                num_noise_bands=int(data["num_noise_bands"]),
+                layers=tuple(LayerEntry.from_dict(layer) for layer in data["layers"]),
+                skipped=tuple(map(str, data["skipped"])),
+                training=dict(data["training"]),
+                sha256=str(data["sha256"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
+            raise ValueError(f"{source} {what}; export the checkpoint again") from error
+        if manifest.transformer not in SUPPORTED_TRANSFORMERS:
+            known = ", ".join(SUPPORTED_TRANSFORMERS)
+            raise ValueError(f"{source} names the transformer {manifest.transformer!r}; this qvgen runs {known}")
+        return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a packed directory.
+
+    Raises:
+        ValueError: There is none, or it is not one that this version reads.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give a packed directory, for example outputs/.../packed")
+    return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
+
+
+def layer_entry(name: str, layer: PackedLinear) -> LayerEntry:
+    """What a manifest says about a packed layer."""
+    return LayerEntry(
+        name=name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        bias=layer.bias is not None,
+        profile=layer.profile,
+        nbytes=layer.nbytes(),
+        weight_error=layer.weight_error,
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

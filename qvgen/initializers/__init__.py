@@ -1,0 +1,1 @@
+"""Where quantized layers start: PTQ methods, one leaf each."""

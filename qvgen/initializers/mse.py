@@ -1,0 +1,15 @@
+"""Range search per row: the start that the QVGen release uses. The search is :mod:`qvgen.quant.ranges`."""
+
+from __future__ import annotations
+
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.quant.ranges import search_qparams
+
+
+class MeanSquaredError:
+    """The range with the least rounding error |.|^2.4 of each row or group. Data-free."""
+
+    def initialize_(self, layer: FakeQuantLinear) -> None:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        scale, zero_point = search_qparams(layer.weight.detach(), grid=layer.profile.weight)
+        layer.weight_quantizer.start_from_(scale, zero_point)

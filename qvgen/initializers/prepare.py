@@ -1,0 +1,87 @@
+"""prepare: a full-precision transformer becomes a quantized one that can be trained.
+
+Swap the chosen Linears, let a PTQ method choose the first scales and zero points, start Phi from what is left over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qvgen.initializers.base import Initializer
+from qvgen.layers.swap import SwapReport, quantized_layers, select_linears, swap_fake_quant_
+from qvgen.quant.grid import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How a model is quantized.
+
+    Attributes:
+        profile: Grids and rotation (methods: docs/method.md).
+        initializer: An object of :mod:`qvgen.initializers`, which sets each layer's scales and zero points.
+        include: Name patterns of the Linears to quantize (fnmatch).
+        exclude: Name patterns of those to leave alone.
+        num_noise_bands: Bands of the timestep with clip factors of their own.
+        phi_rank: Rank of the low-rank helper; 0 for none.
+        seed: Seed of the randomized decomposition that starts Phi.
+    """
+
+    profile: Profile
+    initializer: Initializer
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    num_noise_bands: int = 50
+    phi_rank: int = 0
+    seed: int = 0
+
+
+def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
+    """Quantize a model's Linears for training, in place.
+
+    Args:
+        model: A transformer whose forward takes a ``timestep``; its weights are the starting point.
+        config: What is quantized and how.
+
+    Returns:
+        The names of the layers that were quantized and of those that were skipped.
+
+    Raises:
+        ValueError: A pattern that matches nothing; a layer that the profile or the rank does not fit. The model
+            is unchanged then.
+    """
+    if quantized_layers(model):
+        raise ValueError("the model is quantized already; prepare a full-precision one")
+    report = select_linears(model, include=config.include, exclude=config.exclude)
+    swap_fake_quant_(
+        model,
+        names=report.quantized,
+        profile=config.profile,
+        num_noise_bands=config.num_noise_bands,
+        phi_rank=config.phi_rank,
+    )
+    initialize_(model, config.initializer, seed=config.seed)
+    return report
+
+
+def initialize_(model: nn.Module, initializer: Initializer, *, seed: int) -> None:
+    """Let a PTQ method choose all scales and zero points of a prepared model, and start its Phis from what is left.
+
+    Args:
+        model: Its master weights are those of the full-precision model.
+        initializer: An object of :mod:`qvgen.initializers`.
+        seed: Seed of the randomized decomposition that starts Phi.
+    """
+    for name, layer in quantized_layers(model).items():
+        initializer.initialize_(layer)
+        layer.start_phi_(generator=_layer_generator(name, seed=seed))
+
+
+def _layer_generator(name: str, *, seed: int) -> torch.Generator:
+    """A generator keyed by the layer's name: excluding one layer does not change what others draw."""
+    digest = hashlib.blake2b(f"phi/{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

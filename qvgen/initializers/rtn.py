@@ -1,0 +1,15 @@
+"""Round to nearest: the range of every row (or group) is its minimum and maximum. The plainest PTQ there is."""
+
+from __future__ import annotations
+
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.quant.affine import choose_qparams
+
+
+class RoundToNearest:
+    """Minimum and maximum of the weight, 0 included. Activations keep their starting clips. Data-free."""
+
+    def initialize_(self, layer: FakeQuantLinear) -> None:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        scale, zero_point = choose_qparams(layer.weight.detach(), grid=layer.profile.weight)
+        layer.weight_quantizer.start_from_(scale, zero_point)

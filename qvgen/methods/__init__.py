@@ -1,0 +1,1 @@
+"""Training methods: what is trained, and towards what. One leaf each."""

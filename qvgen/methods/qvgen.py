@@ -1,0 +1,32 @@
+"""QVGen (arXiv 2505.11497): distillation from the full-precision teacher, with Phi that decays to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qvgen.methods.base import Target, check_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class QVGen:
+    """Loss mean |v_student - v_teacher|^2 on the final prediction; everything in the student is trained.
+
+    Attributes:
+        phi: False is the paper's ablation without the helper: plain distillation on learned scales.
+        caption_dropout: Probability that a sample loses its caption.
+    """
+
+    phi: bool = True
+    caption_dropout: float = 0.05
+    name: Literal["qvgen"] = field(default="qvgen", init=False)
+    quantizes: Literal[True] = field(default=True, init=False)
+    target: Target = field(default="teacher", init=False)
+
+    def __post_init__(self) -> None:
+        check_dropout(self.caption_dropout)
+
+    @property
+    def uses_phi(self) -> bool:
+        """Whether layers carry Phi."""
+        return self.phi

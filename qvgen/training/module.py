@@ -1,0 +1,122 @@
+"""The LightningModule: one loss for distillation, plain quantization-aware training and pretraining.
+
+    loss = mean |v_student(x_t, t, c) - target|^2        target = v_teacher(x_t, t, c), or the data's own (QVGen, Eq. 4)
+
+The student's parameters are float32 masters; the teacher is frozen, in no checkpoint, and not a submodule. All
+randomness of a step comes from (seed, step, sample id): see :mod:`qvgen.data.noise`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from qvgen.config.sections import OptimConfig
+from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT
+from qvgen.training.optim import build_optimizer
+
+
+class TrainingDiverged(ValueError):
+    """The loss or the gradients are no longer finite."""
+
+
+class VideoTraining(lightning.LightningModule):
+    """Trains a student transformer.
+
+    Args:
+        student: The transformer that is trained (quantized, or not for pretraining).
+        teacher: The frozen full-precision transformer; None if the method has no use for it.
+        family: What the two are: objective, captions, call convention.
+        method: Target of the loss.
+        optim: Optimizer and schedule.
+        num_steps: Optimizer steps of the whole run.
+        seed: Seed of noise levels, noises and dropout.
+        caption_dropout: Probability that a sample loses its caption.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        family: VideoDiT,
+        method: Method,
+        optim: OptimConfig,
+        num_steps: int,
+        seed: int,
+        caption_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        if (method.target == "teacher") != (teacher is not None):
+            raise ValueError(f"method={method.name} with target={method.target} and teacher={teacher is not None}")
+        # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
+        self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
+        self.family, self.method, self.optim = family, method, optim
+        self.num_steps, self.seed, self.caption_dropout = num_steps, seed, caption_dropout
+        self.step_losses: list[Tensor] = []
+        self.gradient_norm: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Bring the teacher to the student's device."""
+        del stage
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def draw(self, batch: dict[str, Any], *, step: int) -> NoisyBatch:
+        """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step."""
+        generators = [sample_generator("train", self.seed, step, int(i)) for i in batch["sample_id"]]
+        return add_noise(
+            batch["video"],
+            batch["caption"],
+            objective=self.family.objective,
+            generators=generators,
+            caption_dropout=self.caption_dropout,
+        )
+
+    def loss(self, draw: NoisyBatch) -> Tensor:
+        """Mean squared difference of the student's prediction and its target, float32 []."""
+        condition = {key: value.to(self.device) for key, value in self.family.encode(draw.captions).items()}
+        student = self.family.predict(self.student, draw.noisy, draw.timestep, condition)
+        target = draw.target
+        for teacher in self._teacher:
+            with torch.no_grad():
+                target = self.family.predict(teacher, draw.noisy, draw.timestep, condition)
+        return (student.float() - target.float()).square().mean()
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of one micro-batch; stops the run if it is not finite, before anything was changed by it."""
+        del batch_index
+        loss = self.loss(self.draw(batch, step=self.global_step))
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss.item()} in optimizer step {self.global_step}; the last checkpoint is kept: lower "
+                "optim.learning_rate, or resume from it after correcting the data"
+            )
+        self.step_losses.append(loss.detach())
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients and keep what it was before (for the regret bound of the paper)."""
+        del optimizer, gradient_clip_val, gradient_clip_algorithm
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.gradient_clip)
+        if not torch.isfinite(self.gradient_norm):
+            raise TrainingDiverged(
+                f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
+                "checkpoint is kept: lower optim.learning_rate"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, stepped with its schedule once per optimizer step."""
+        optimizer, schedule = build_optimizer(self.student, self.optim, num_steps=self.num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,106 @@
+"""Builds the Lightning trainer of one process and runs it. What is trained comes from outside."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from qvgen.config.sections import LoggerConfig
+from qvgen.training.callbacks import AtomicCheckpointIO
+from qvgen.training.cluster import OneMachine
+from qvgen.training.launcher import guard_world_size
+
+
+def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
+    """Loggers besides metrics.csv: wandb, offline where there is no key."""
+    if config.name != "wandb":
+        return []
+    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
+    return [WandbLogger(project=config.project, name=run_dir.name, save_dir=run_dir, mode=config.mode)]  # type: ignore[arg-type]
+
+
+def build_trainer(
+    *,
+    steps: int,
+    accumulate: int,
+    rank: int,
+    world_size: int,
+    port: int,
+    callbacks: list[lightning.Callback],
+    loggers: list[Logger],
+) -> lightning.Trainer:
+    """Trainer of one process: float32 on the CPU, bfloat16 autocast over float32 masters on a GPU.
+
+    Args:
+        steps: Optimizer steps.
+        accumulate: Micro-batches per optimizer step.
+        rank: This process.
+        world_size: All processes; more than one trains by DDP.
+        port: Where they find each other.
+        callbacks: See :mod:`qvgen.training.callbacks`.
+        loggers: See :func:`build_logger`; rank 0 only.
+    """
+    on_gpu = torch.cuda.is_available()
+    strategy: Strategy
+    if world_size > 1:
+        strategy = DDPStrategy(
+            cluster_environment=OneMachine(rank=rank, world_size=world_size, port=port),
+            process_group_backend="nccl" if on_gpu else "gloo",
+            broadcast_buffers=False,  # gates and ranks are computed alike everywhere
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,  # the factors of a Phi that is gone
+        )
+    else:
+        strategy = SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
+    trainer = lightning.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=world_size,
+        strategy=strategy,
+        plugins=[AtomicCheckpointIO()],
+        precision="bf16-mixed" if on_gpu else "32-true",
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=callbacks,
+        logger=loggers if rank == 0 else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    guard_world_size(trainer.world_size, expected=world_size)
+    return trainer
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's advice on things that are decided here: devices, workers of the loader, cluster variables."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def fit(trainer: lightning.Trainer, module: Any, data: Any, *, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint or from the module as it is."""
+    with quiet_lightning():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

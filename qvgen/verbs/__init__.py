@@ -1,0 +1,1 @@
+"""The verbs: straight stories of steps. The only rooms that know the order of things."""
