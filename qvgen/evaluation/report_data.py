@@ -1,0 +1,257 @@
+"""Everything a report shows about one run, as plain values: the ``train`` verb fills it, report.py writes it.
+
+A number that was not measured is None and is shown as a dash; nothing has a default that could pass for a measurement.
+
+Left out: the training curves (they are read from metrics.csv) and how any number is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from qvgen.evaluation.environment import Environment
+from qvgen.evaluation.metrics import FlipCount
+
+Frames = UInt8[np.ndarray, "frames height width 3"]
+
+STAGES: tuple[str, ...] = ("init", "train", "fold", "generate")
+"""Stages whose time every report holds; more may follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What was asked for.
+
+    Attributes:
+        model: name of the model family's config, e.g. "tiny".
+        bits: as the user wrote it, e.g. "3" or "w4a8".
+        weight_bits: bits of a weight code, 2..8.
+        activation_bits: bits of an activation code, 2..8.
+        profile: name of the deployment profile.
+        method: name of the training method.
+        init: name of the PTQ method that the training started from.
+        seed: the run's seed.
+        steps: optimizer steps that were done.
+        command: the exact command line.
+        config_yaml: the resolved configuration, as config.yaml holds it.
+    """
+
+    model: str
+    bits: str
+    weight_bits: int
+    activation_bits: int
+    profile: str
+    method: str
+    init: str
+    seed: int
+    steps: int
+    command: str
+    config_yaml: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutError:
+    """Relative error |y - y_teacher|^2 / |y_teacher|^2 of the transformer's output on held-out data.
+
+    Attributes:
+        rtn: round-to-nearest PTQ, the floor that anybody gets for nothing.
+        ptq: the run's own PTQ start (``init``), before any training.
+        qat: the trained, fake-quantized model, without Phi.
+        packed: the packed model on the integer kernel.
+        num_samples: how many (clip, noise, timestep) triples each number is measured on, the same for all four.
+        split: name of the split; no clip of it was trained on.
+        seed: seed of the noise and the timesteps.
+    """
+
+    rtn: float
+    ptq: float
+    qat: float
+    packed: float
+    num_samples: int
+    split: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Bytes of the whole transformer, the layers that stay unquantized included.
+
+    Attributes:
+        bf16: all its parameters and buffers in bfloat16.
+        packed: the size of packed/model.safetensors.
+    """
+
+    bf16: int
+    packed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """Whether what runs is what was trained.
+
+    Attributes:
+        packed_codes_equal: the codes in the packed file equal the trained codes, every one.
+        num_codes: how many codes were compared.
+        packed_vs_fake_max_abs: largest |packed - fake-quantized| of the transformer's output on the same inputs.
+        trajectory_psnr_db: PSNR of the packed model's videos to the fake-quantized model's after the whole sampling
+            trajectory, over all videos of the report; inf when they are equal.
+        flipped_pixels: uint8 values (each channel of each pixel by itself) that differ between those videos.
+        flipped_codes: activation codes that differ on the same inputs; None if they were not counted.
+        phi_rank_final: Phi's rank when the model was folded; 0, or the fold was refused.
+    """
+
+    packed_codes_equal: bool
+    num_codes: int
+    packed_vs_fake_max_abs: float
+    trajectory_psnr_db: float
+    flipped_pixels: FlipCount
+    flipped_codes: FlipCount | None
+    phi_rank_final: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoComparison:
+    """One prompt's videos from one seed, so that they differ by the quantization alone.
+
+    Attributes:
+        prompt: the caption.
+        seed: seed of the starting noise, shared by the three.
+        fps: frames per second.
+        teacher: uint8 [F, H, W, 3], the full-precision model.
+        fake_quantized: the same shape, the trained model with simulated quantization.
+        packed: the same shape, the packed model on the integer kernel.
+    """
+
+    prompt: str
+    seed: int
+    fps: float
+    teacher: Frames
+    fake_quantized: Frames
+    packed: Frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantQuality:
+    """Quality of one variant's generated videos.
+
+    Attributes:
+        name: "teacher", "fake-quantized" or "packed".
+        psnr_db: to the teacher's videos at the same captions and seeds; None for the teacher.
+        ssim: to the teacher's videos; None for the teacher.
+        flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
+        accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
+            attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
+    """
+
+    name: str
+    psnr_db: float | None
+    ssim: float | None
+    flicker: float | None
+    accuracy: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The quality table and what it was measured on.
+
+    Attributes:
+        variants: one row each.
+        num_videos: videos per variant.
+        num_still_videos: those whose caption asks for standing still; flicker is measured on them alone.
+        seeds: which seeds, in words, e.g. "0..63".
+        num_steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    variants: tuple[VariantQuality, ...]
+    num_videos: int
+    num_still_videos: int
+    seeds: str
+    num_steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: its dotted name in the transformer.
+        shape: (out_features, in_features).
+        weight_bits: bits of a weight code.
+        activation_bits: bits of an activation code.
+        num_bytes: everything of this layer in the packed file: codes, scales, zero points, clips and bias.
+        weight_error: |W_q - W|^2 / |W|^2 of the dequantized codes W_q against the trained weight W.
+        output_error: the same for the layer's output on held-out inputs; None if it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weight_bits: int
+    activation_bits: int
+    num_bytes: int
+    weight_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedLayer:
+    """A Linear that stayed in full precision.
+
+    Attributes:
+        name: its dotted name in the transformer.
+        reason: why, e.g. the pattern that excluded it.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that a report of one run shows.
+
+    Attributes:
+        run: what was asked for.
+        relative_error: held-out error of PTQ, QAT and packed.
+        size: bytes in bf16 and packed.
+        checks: whether what runs is what was trained.
+        videos: compared videos, in the order in which they are shown.
+        quality: metrics of the generated videos.
+        layers: the quantized layers, in the model's order.
+        skipped: the Linears that were not quantized.
+        seconds: wall-clock seconds by stage, in order; holds at least init, train, fold and generate.
+        environment: versions, git revision, machine.
+
+    Raises:
+        ValueError: a stage's time is missing, no layer is quantized, or the quality rows' attributes differ.
+    """
+
+    run: RunInfo
+    relative_error: HeldOutError
+    size: ModelSize
+    checks: Checks
+    videos: tuple[VideoComparison, ...]
+    quality: Quality
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[SkippedLayer, ...]
+    seconds: Mapping[str, float]
+    environment: Environment
+
+    def __post_init__(self) -> None:
+        missing = [stage for stage in STAGES if stage not in self.seconds]
+        if missing:
+            raise ValueError(
+                f"seconds={dict(self.seconds)} lacks {', '.join(missing)}; a report times {', '.join(STAGES)}"
+            )
+        if not self.layers:
+            raise ValueError("layers=() : a report describes a model with at least one quantized layer; list them")
+        attributes = {tuple(variant.accuracy) for variant in self.quality.variants}
+        if len(attributes) > 1:
+            raise ValueError(
+                f"accuracy has the attributes {sorted(attributes)} in different variants; give all the same"
+            )

@@ -1,0 +1,98 @@
+"""The content of report.json: what other programs read about a run.
+
+JSON knows no infinity and no NaN. A non-finite number is written as the string "inf", "-inf" or "nan", which Python's
+``float()`` reads back, so that null keeps its one meaning: not measured. The PSNR of two equal videos is the usual
+case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qvgen.evaluation.metrics import FlipCount
+from qvgen.evaluation.report_data import Quality, ReportData
+
+
+def json_number(value: float | None) -> float | str | None:
+    """Make a number fit for JSON: a non-finite one becomes "inf", "-inf" or "nan".
+
+    >>> json_number(1.5), json_number(float("inf")), json_number(None)
+    (1.5, 'inf', None)
+    """
+    if value is None or math.isfinite(value):
+        return value
+    return str(float(value))
+
+
+def to_json_dict(data: ReportData) -> dict[str, Any]:
+    """Return the content of report.json: plain dicts, lists, strings, numbers, booleans and None."""
+    run, error, checks = data.run, data.relative_error, data.checks
+    return {
+        "model": run.model,
+        "bits": run.bits,
+        "weight_bits": run.weight_bits,
+        "activation_bits": run.activation_bits,
+        "profile": run.profile,
+        "method": run.method,
+        "init": run.init,
+        "seed": run.seed,
+        "steps": run.steps,
+        "layers_quantized": [layer.name for layer in data.layers],
+        "layers_skipped": [layer.name for layer in data.skipped],
+        "relative_error": {name: json_number(getattr(error, name)) for name in ("rtn", "ptq", "qat", "packed")},
+        "relative_error_measured_on": {"num_samples": error.num_samples, "split": error.split, "seed": error.seed},
+        "packed_codes_equal": checks.packed_codes_equal,
+        "num_codes": checks.num_codes,
+        "packed_vs_fake_max_abs": json_number(checks.packed_vs_fake_max_abs),
+        "trajectory_psnr_db": json_number(checks.trajectory_psnr_db),
+        "flipped_pixels": _flips(checks.flipped_pixels),
+        "flipped_codes": _flips(checks.flipped_codes),
+        "phi_rank_final": checks.phi_rank_final,
+        "bytes": {"bf16": data.size.bf16, "packed": data.size.packed},
+        "seconds": {stage: json_number(value) for stage, value in data.seconds.items()},
+        "quality": _quality(data.quality),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "weight_bits": layer.weight_bits,
+                "activation_bits": layer.activation_bits,
+                "bytes": layer.num_bytes,
+                "weight_error": json_number(layer.weight_error),
+                "output_error": json_number(layer.output_error),
+            }
+            for layer in data.layers
+        ],
+        "skipped": [{"name": layer.name, "reason": layer.reason} for layer in data.skipped],
+        "videos": [{"prompt": video.prompt, "seed": video.seed, "fps": video.fps} for video in data.videos],
+        "versions": dict(data.environment.versions),
+        "git_sha": data.environment.git_sha,
+        "git_dirty": data.environment.git_dirty,
+        "machine": data.environment.machine.to_json_dict(),
+        "command": run.command,
+        "config": run.config_yaml,
+    }
+
+
+def _flips(flips: FlipCount | None) -> dict[str, int] | None:
+    return None if flips is None else {"flipped": flips.num_flipped, "of": flips.num_values}
+
+
+def _quality(quality: Quality) -> dict[str, Any]:
+    return {
+        "num_videos": quality.num_videos,
+        "num_still_videos": quality.num_still_videos,
+        "seeds": quality.seeds,
+        "num_steps": quality.num_steps,
+        "guidance_scale": quality.guidance_scale,
+        "variants": {
+            variant.name: {
+                "psnr_db": json_number(variant.psnr_db),
+                "ssim": json_number(variant.ssim),
+                "flicker": json_number(variant.flicker),
+                "accuracy": {name: json_number(value) for name, value in variant.accuracy.items()},
+            }
+            for variant in quality.variants
+        },
+    }
