@@ -29,7 +29,7 @@ SSIM_WINDOW_PIXELS = 11
 """The window is cut at 3.5 sigma, rounded: 5 pixels to each side."""
 
 SSIM_FRAMES_AT_ONCE = 16
-"""Bounds the float64 scratch of SSIM to about 60 times 16 frames' bytes."""
+"""Bounds the float64 scratch of SSIM: it holds some ten planes of 8 bytes per value of these frames."""
 
 
 def _check_pair(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
