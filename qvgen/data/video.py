@@ -35,10 +35,10 @@ MIN_VIEWABLE_HEIGHT_PIXELS = 256
 """Videos below this height are enlarged unless a scale is given."""
 
 ARCHIVE_CRF = 12
-"""Constant rate factor of files (0 lossless .. 51); measured on smooth video: RMS error 1.8 levels, most of it the chroma."""
+"""Constant rate factor of files (0 lossless .. 51); RMS error 1.8 levels on a smooth video."""
 
 EMBEDDED_CRF = 20
-"""Constant rate factor of videos inside a report: RMS error 2.0 levels on the same video, in a quarter to half of the bytes."""
+"""Constant rate factor of videos in a report: RMS error 2.0 levels on that video, a quarter to half of the bytes."""
 
 _LABEL_HEIGHT_PIXELS = 32
 _GAP_PIXELS = 8
