@@ -51,7 +51,9 @@ class StepBatchSampler(Sampler[list[int]]):
         if batch_size > num_samples:
             raise ValueError(f"batch_size={batch_size} is larger than the data set of {num_samples}; use less")
         if batch_size % (accumulate * world_size):
-            raise ValueError(f"batch_size={batch_size} can't be divided by accumulate={accumulate} x {world_size} devices")
+            raise ValueError(
+                f"batch_size={batch_size} can't be divided by accumulate={accumulate} x {world_size} devices"
+            )
         self.num_samples, self.batch_size, self.accumulate = num_samples, batch_size, accumulate
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.first_step = first_step

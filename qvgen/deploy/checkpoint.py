@@ -62,7 +62,9 @@ def save_packed(
         ValueError: The model has layers that are not folded, or none that are, or is of an unsupported class.
     """
     if unfolded := quantized_layers(model):
-        raise ValueError(f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first")
+        raise ValueError(
+            f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first"
+        )
     packed = packed_layers(model)
     if not packed:
         raise ValueError(f"{type(model).__name__} has no packed layer; prepare, train and fold it first")
@@ -190,7 +192,9 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: P
             raise ValueError(f"{source} lacks the tensor {name!r}")
         found = tensors[name]
         if found.shape != value.shape:
-            raise ValueError(f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}")
+            raise ValueError(
+                f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}"
+            )
         if found.is_floating_point() != value.is_floating_point() or (
             isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLinear) and found.dtype != value.dtype
         ):

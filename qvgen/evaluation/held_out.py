@@ -61,9 +61,11 @@ class HeldOut:
         try:
             for batch in self._batches:
                 condition = {key: value.to(device) for key, value in self.family.encode(batch.captions).items()}
-                yield self.family.predict(
-                    model, batch.noisy.to(device), batch.timestep.to(device), condition
-                ).float().cpu()
+                yield (
+                    self.family.predict(model, batch.noisy.to(device), batch.timestep.to(device), condition)
+                    .float()
+                    .cpu()
+                )
         finally:
             model.train(was_training)
 
@@ -73,3 +75,11 @@ class HeldOut:
         for found, wanted in zip(self.predictions(model), reference, strict=True):
             error.update(found, wanted)
         return error.compute()
+
+    def loss(self, model: nn.Module) -> float:
+        """Mean |v - target|^2 against the data's own target, over all samples."""
+        total, count = 0.0, 0
+        for found, batch in zip(self.predictions(model), self._batches, strict=True):
+            total += float((found - batch.target).double().square().sum())
+            count += found.numel()
+        return total / count

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
-from qvgen.quant.affine import choose_qparams, qparams_to_rows, round_to_grid, to_rows
+from qvgen.quant.affine import choose_qparams, qparams_to_rows, quantize, round_to_grid, to_rows
 from qvgen.quant.grid import Grid, Profile
 from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quant.ste import dynamic_fake_quantize_backward
@@ -68,12 +68,14 @@ class FakeQuantLinear(nn.Module):
         self.weight_quantizer = WeightLSQ(
             out_features=self.out_features, in_features=self.in_features, grid=profile.weight
         ).to(weight.device)
-        self.activation_quantizer = ActivationDynamic(
-            grid=profile.activation, num_bands=noise_band.num_bands
-        ).to(weight.device)
+        self.activation_quantizer = ActivationDynamic(grid=profile.activation, num_bands=noise_band.num_bands).to(
+            weight.device
+        )
         self.phi = None
         if phi_rank:
-            self.phi = Phi(out_features=self.out_features, in_features=self.in_features, rank=phi_rank).to(weight.device)
+            self.phi = Phi(out_features=self.out_features, in_features=self.in_features, rank=phi_rank).to(
+                weight.device
+            )
 
     def start_phi_(self, *, generator: torch.Generator) -> None:
         """Start Phi from the residual W - Q(W) of the weight quantizer as it is now."""
@@ -91,6 +93,18 @@ class FakeQuantLinear(nn.Module):
         quantized = self.quantized_weight()
         return quantized if self.phi is None or not self.phi.active else quantized + self.phi.weight()
 
+    def row_clips(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip factors of every row of an input [B * n, ..., K] by its sample's noise band: two of float32 [M, 1]."""
+        index = self.noise_band.row_index(x)
+        shape = (x.shape[0], *([1] * (x.ndim - 1)))
+        low, high = (table[index].reshape(shape) for table in self.activation_quantizer.clip_tables())
+        return low.expand(*x.shape[:-1], 1).reshape(-1, 1), high.expand(*x.shape[:-1], 1).reshape(-1, 1)
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> Tensor:
+        """Codes of an input [B * n, ..., K] as the layer quantizes it, [M, K]; for counting differences."""
+        return input_codes(x.reshape(-1, self.in_features), self.row_clips(x), self.profile)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
 
@@ -100,10 +114,7 @@ class FakeQuantLinear(nn.Module):
         Returns:
             [B * n, ..., N] in x's dtype, or autocast's.
         """
-        index = self.noise_band.row_index(x)
-        shape = (x.shape[0], *([1] * (x.ndim - 1)))
-        clips = [table[index].reshape(shape) for table in self.activation_quantizer.clip_tables()]
-        clip_low, clip_high = (clip.expand(*x.shape[:-1], 1).reshape(-1, 1) for clip in clips)
+        clip_low, clip_high = self.row_clips(x)
         phi = self.phi if self.phi is not None and self.phi.active else None
         y = _FakeQuantLinear.apply(
             x.reshape(-1, self.in_features),
@@ -124,15 +135,24 @@ class FakeQuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.profile.name} {self.profile.label}"
 
 
+def input_codes(x: Tensor, clips: tuple[Tensor, Tensor], profile: Profile) -> Tensor:
+    """Codes of rows x [M, K] under a profile, rotated first if it rotates; ``clips`` are float32 [M, 1] each."""
+    rows = hadamard_transform(x, block_size=profile.rotation) if profile.rotation else x.float()
+    scale, zero_point = choose_qparams(rows, grid=profile.activation, clip_low=clips[0], clip_high=clips[1])
+    return quantize(rows, scale=scale, zero_point=zero_point, grid=profile.activation)
+
+
 def _centered(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """q - z as float32 [..., K]."""
+    """Q - z as float32 [..., K]."""
     rows = to_rows(x, grid)
     row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
     codes = round_to_grid(rows, row_scale, row_zero, grid).clamp_(grid.qmin, grid.qmax)
     return codes.sub_(row_zero).reshape(x.shape)
 
 
-def _operand(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, factored: bool) -> tuple[Tensor, Tensor | None]:
+def _operand(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, factored: bool
+) -> tuple[Tensor, Tensor | None]:
     """One side of the product and its scale outside: (q - z, s [rows]), or (s (q - z), None)."""
     centered = _centered(x, scale, zero_point, grid)
     if factored:
@@ -150,7 +170,9 @@ class _Operands:
         a_qparams = choose_qparams(self.x, grid=profile.activation, clip_low=clip_low, clip_high=clip_high)
         self.left, self.left_scale = _operand(self.x, *a_qparams, profile.activation, factored=factored)
         w_qparams = layer.weight_quantizer.qparams()
-        self.right, self.right_scale = _operand(layer.weight.detach().float(), *w_qparams, profile.weight, factored=factored)
+        self.right, self.right_scale = _operand(
+            layer.weight.detach().float(), *w_qparams, profile.weight, factored=factored
+        )
         if layer.phi is not None and layer.phi.active:
             helper = layer.phi.weight().detach()
             self.right = self.right + (helper / w_qparams[0] if factored else helper)

@@ -91,5 +91,7 @@ def watch_timestep(model: nn.Module, band: NoiseBand) -> None:
     """
     signature = inspect.signature(model.forward)
     if "timestep" not in signature.parameters:
-        raise ValueError(f"{type(model).__name__}.forward has no argument named timestep; it is no diffusion transformer")
+        raise ValueError(
+            f"{type(model).__name__}.forward has no argument named timestep; it is no diffusion transformer"
+        )
     model.register_forward_pre_hook(_ReadTimestep(band, signature), with_kwargs=True)

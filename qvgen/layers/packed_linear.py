@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from qvgen_kernels import LinearSpec, packed_linear, prepack, resolve_kernel
 from torch import Tensor, nn
 
-from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_linear import FakeQuantLinear, input_codes
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.quant.affine import dequantize
 from qvgen.quant.grid import Profile
 from qvgen.quant.packing import pack_codes, unpack_codes
+from qvgen_kernels import LinearSpec, packed_linear, prepack, resolve_kernel
 
 
 def linear_spec(profile: Profile, *, in_features: int, out_features: int) -> LinearSpec:
@@ -193,19 +193,31 @@ class PackedLinear(nn.Module):
         self._prepacked = (name, weight)
         return name
 
+    def row_clips(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Clip factors of every row of an input by its sample's noise band: float32 [M] each."""
+        index = self.noise_band.row_index(x).repeat_interleave(x[0, ..., 0].numel())
+        return None if self.clip_low is None else self.clip_low[index], self.clip_high[index]
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> Tensor:
+        """Codes of an input [B * n, ..., K] as the grid has them, [M, K]; for counting differences."""
+        low, high = self.row_clips(x)
+        clips = (torch.ones_like(high) if low is None else low).unsqueeze(-1), high.unsqueeze(-1)
+        return input_codes(x.reshape(-1, self.in_features), clips, self.profile)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype."""
         if self._prepacked is None:
             self.prepack_()
         assert self._prepacked is not None
         kernel, weight = self._prepacked
-        index = self.noise_band.row_index(x).repeat_interleave(x[0, ..., 0].numel())
+        clip_low, clip_high = self.row_clips(x)
         return packed_linear(
             x,
             weight=weight,
             bias=self.bias,
-            clip_low=None if self.clip_low is None else self.clip_low[index],
-            clip_high=self.clip_high[index],
+            clip_low=clip_low,
+            clip_high=clip_high,
             spec=self.spec,
             kernel=kernel,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,8 @@ METRIC_COLUMNS = (
     "phi/gamma_min",
     "val/relative_error",
 )
-"""Columns of metrics.csv. train/gradient_norm is the norm before clipping, val/* is held out."""
+"""Columns of metrics.csv. train/gradient_norm is the norm before clipping, train/seconds
+counts from the run's first step over all its sessions, val/* is held out."""
 
 
 class PhiDecay(lightning.Callback):
@@ -110,6 +112,8 @@ class StepMetrics(lightning.Callback):
         self._started = time.monotonic()
         if trainer.is_global_zero:
             keep = _rows_before(self.path, trainer.global_step)
+            if keep:
+                self._started -= float(keep[-1]["train/seconds"])
             text = io.StringIO()
             writer = csv.DictWriter(text, METRIC_COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -191,6 +195,12 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
     return [row for row in rows if int(row["step"]) < step]
+
+
+def total_seconds(path: Path) -> float:
+    """Seconds that the steps in a metrics.csv took, over all sessions of the run."""
+    rows = _rows_before(path, sys.maxsize)
+    return float(rows[-1]["train/seconds"]) if rows else 0.0
 
 
 class StepCheckpoint(lightning.Callback):

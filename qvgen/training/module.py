@@ -21,7 +21,7 @@ from qvgen.models.base import VideoDiT
 from qvgen.training.optim import build_optimizer
 
 
-class TrainingDiverged(ValueError):
+class TrainingDivergedError(ValueError):
     """The loss or the gradients are no longer finite."""
 
 
@@ -36,7 +36,6 @@ class VideoTraining(lightning.LightningModule):
         optim: Optimizer and schedule.
         num_steps: Optimizer steps of the whole run.
         seed: Seed of noise levels, noises and dropout.
-        caption_dropout: Probability that a sample loses its caption.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class VideoTraining(lightning.LightningModule):
         optim: OptimConfig,
         num_steps: int,
         seed: int,
-        caption_dropout: float,
     ) -> None:
         super().__init__()
         self.student = student
@@ -58,7 +56,7 @@ class VideoTraining(lightning.LightningModule):
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.method, self.optim = family, method, optim
-        self.num_steps, self.seed, self.caption_dropout = num_steps, seed, caption_dropout
+        self.num_steps, self.seed = num_steps, seed
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
 
@@ -76,7 +74,7 @@ class VideoTraining(lightning.LightningModule):
             batch["caption"],
             objective=self.family.objective,
             generators=generators,
-            caption_dropout=self.caption_dropout,
+            caption_dropout=self.method.caption_dropout,
         )
 
     def loss(self, draw: NoisyBatch) -> Tensor:
@@ -94,7 +92,7 @@ class VideoTraining(lightning.LightningModule):
         del batch_index
         loss = self.loss(self.draw(batch, step=self.global_step))
         if not torch.isfinite(loss):
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"the loss is {loss.item()} in optimizer step {self.global_step}; the last checkpoint is kept: lower "
                 "optim.learning_rate, or resume from it after correcting the data"
             )
@@ -111,7 +109,7 @@ class VideoTraining(lightning.LightningModule):
         del optimizer, gradient_clip_val, gradient_clip_algorithm
         self.gradient_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.gradient_clip)
         if not torch.isfinite(self.gradient_norm):
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
                 "checkpoint is kept: lower optim.learning_rate"
             )

@@ -24,7 +24,13 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     Returns:
         Dicts of name, params, lr (peak), weight_decay.
     """
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "phi": [], "scales": [], "clips": [], "biases_and_norms": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "weights": [],
+        "phi": [],
+        "scales": [],
+        "clips": [],
+        "biases_and_norms": [],
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

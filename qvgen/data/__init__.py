@@ -1,0 +1,1 @@
+"""Data: clips and captions, and which noise and which step they meet."""

@@ -1,0 +1,230 @@
+"""Teacher, fake-quantized and packed model side by side: the same captions, the same seeds, the same noise.
+
+The videos that are shown come from the configuration's prompts; the table is measured on as many held-out captions as the
+relative error. Differences between fake-quantized and packed are counted, not only bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qvgen.config.schema import TrainConfig
+from qvgen.data.video import write_video
+from qvgen.evaluation.classifier import ATTRIBUTES, load_classifier
+from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
+from qvgen.evaluation.report_data import Checks, LayerReport, Quality, VariantQuality, VideoComparison
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.models.base import VideoDiT
+
+VARIANTS = ("teacher", "fake-quantized", "packed")
+STILL = "standing still"
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What :func:`compare_models` measured."""
+
+    checks: Checks
+    videos: tuple[VideoComparison, ...]
+    quality: Quality
+
+
+def compare_models(
+    config: TrainConfig, *, teacher: nn.Module, fake: nn.Module, packed: nn.Module, held_out: HeldOut, run_dir: Path
+) -> Comparison:
+    """Generate with all three models, write the shown videos to run_dir/videos, and compare.
+
+    Args:
+        config: The run's: prompts, seed, number of videos and samples.
+        teacher: Full-precision model.
+        fake: Trained model, its Phi gone.
+        packed: The same, read back from its packed directory.
+        held_out: Inputs on which the outputs of fake and packed are compared.
+        run_dir: The run's folder.
+    """
+    models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
+    prompts = list(config.evaluation.prompts or config.model.prompts)
+    shown = [prompts[index % len(prompts)] for index in range(config.evaluation.videos)]
+    seeds = [config.seed + index for index in range(config.evaluation.videos)]
+    shown_videos = {name: generate_videos(config.model, model, shown, seeds) for name, model in models.items()}
+    items = held_out_items(config.data(split="held_out"), config.evaluation.samples)
+    captions = [item["caption"] for item in items]
+    table_seeds = [config.seed + index for index in range(len(items))]
+    table_videos = {name: generate_videos(config.model, model, captions, table_seeds) for name, model in models.items()}
+    _write_videos(shown_videos, shown, seeds, fps=config.model.fps, directory=run_dir / "videos")
+    return Comparison(
+        checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
+        videos=tuple(
+            VideoComparison(
+                prompt=prompt,
+                seed=seed,
+                fps=config.model.fps,
+                teacher=shown_videos["teacher"][index].numpy(),
+                fake_quantized=shown_videos["fake-quantized"][index].numpy(),
+                packed=shown_videos["packed"][index].numpy(),
+            )
+            for index, (prompt, seed) in enumerate(zip(shown, seeds, strict=True))
+        ),
+        quality=Quality(
+            variants=tuple(_quality(name, table_videos, items) for name in VARIANTS),
+            num_videos=len(items),
+            num_still_videos=sum(STILL in caption for caption in captions),
+            seeds=f"{table_seeds[0]}..{table_seeds[-1]}",
+            num_steps=config.model.num_inference_steps,
+            guidance_scale=config.model.guidance_scale,
+        ),
+    )
+
+
+def bf16_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers of a model in bfloat16."""
+    return 2 * sum(value.numel() for value in model.state_dict().values())
+
+
+def layer_reports(packed: nn.Module) -> tuple[LayerReport, ...]:
+    """One row of the report for every packed layer."""
+    return tuple(
+        LayerReport(
+            name=name,
+            shape=(layer.out_features, layer.in_features),
+            weight_bits=layer.profile.weight.bits,
+            activation_bits=layer.profile.activation.bits,
+            num_bytes=layer.nbytes(),
+            weight_error=float("nan") if layer.weight_error is None else layer.weight_error,
+            output_error=None,
+        )
+        for name, layer in packed_layers(packed).items()
+    )
+
+
+def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
+    """Whether every code in the packed layers is the trained one, and how many were compared."""
+    trained, stored = quantized_layers(fake), packed_layers(packed)
+    equal = list(trained) == list(stored)
+    count = 0
+    for name in trained.keys() & stored.keys():
+        codes = trained[name].weight_quantizer.codes(trained[name].weight).cpu()
+        equal = equal and torch.equal(codes, stored[name].integer_codes().cpu())
+        count += codes.numel()
+    return equal, count
+
+
+@torch.no_grad()
+def generate_videos(family: VideoDiT, model: nn.Module, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """One video per caption and seed, as the family usually samples: uint8 [B, F, H, W, 3]."""
+    parts = [
+        family.generate(
+            model,
+            captions[start : start + BATCH_SIZE],
+            seeds[start : start + BATCH_SIZE],
+            num_steps=family.num_inference_steps,
+            guidance_scale=family.guidance_scale,
+        )
+        for start in range(0, len(captions), BATCH_SIZE)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, 1, 1, 1, 3, dtype=torch.uint8)
+
+
+def held_out_items(dataset: Any, count: int) -> list[Mapping[str, Any]]:
+    """The first items of a data set."""
+    return [dataset[index] for index in range(count)]
+
+
+def _write_videos(
+    videos: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int], *, fps: int, directory: Path
+) -> None:
+    directory.mkdir(exist_ok=True)
+    for name, batch in videos.items():
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            write_video(directory / video_name(index, prompt, seed=seed, variant=name), batch[index].numpy(), fps=fps)
+
+
+def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
+    """File name of a video: safe characters of the prompt only."""
+    words = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+    return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
+
+
+def _checks(fake: nn.Module, packed: nn.Module, *, held_out: HeldOut, videos: Mapping[str, Tensor]) -> Checks:
+    equal, count = codes_equal(fake, packed)
+    largest = 0.0
+    for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
+        largest = max(largest, float((ours - theirs).abs().max()))
+    ranks = [layer.phi.rank for layer in quantized_layers(fake).values() if layer.phi is not None]
+    return Checks(
+        packed_codes_equal=equal,
+        num_codes=count,
+        packed_vs_fake_max_abs=largest,
+        trajectory_psnr_db=psnr_db(videos["packed"], videos["fake-quantized"], max_value=255),
+        flipped_pixels=count_flips(videos["packed"], videos["fake-quantized"]),
+        flipped_codes=_flipped_activation_codes(fake, packed, held_out=held_out),
+        phi_rank_final=max(ranks, default=0),
+    )
+
+
+@torch.no_grad()
+def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: HeldOut) -> FlipCount:
+    """How many input codes of all layers differ between the two models on the first held-out batch."""
+    trained = _input_codes(fake, quantized_layers(fake), held_out=held_out)
+    stored = _input_codes(packed, packed_layers(packed), held_out=held_out)
+    counts = [count_flips(trained[name], stored[name]) for name in trained]
+    return FlipCount(
+        num_flipped=sum(count.num_flipped for count in counts), num_values=sum(count.num_values for count in counts)
+    )
+
+
+def _input_codes(
+    model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: HeldOut
+) -> dict[str, Tensor]:
+    """Codes of each layer's input on the first held-out batch."""
+    codes: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: FakeQuantLinear | PackedLinear) -> RemovableHandle:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            del module
+            codes[name] = layer.input_codes(inputs[0])
+
+        return layer.register_forward_pre_hook(keep)
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        next(held_out.predictions(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return codes
+
+
+def _quality(name: str, videos: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]) -> VariantQuality:
+    found, teacher = videos[name], videos["teacher"]
+    still = [index for index, item in enumerate(items) if STILL in item["caption"]]
+    return VariantQuality(
+        name=name,
+        psnr_db=None if name == "teacher" else psnr_db(found, teacher, max_value=255),
+        ssim=None if name == "teacher" else ssim(found, teacher, max_value=255),
+        flicker=flicker(found[still]) if still else None,
+        accuracy=_accuracy(found, items),
+    )
+
+
+def _accuracy(videos: Tensor, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of the videos that show what was asked for; empty for data without such labels."""
+    if not all(name in items[0] for name in ATTRIBUTES):
+        return {}
+    return load_classifier().accuracy(videos, attribute_labels(items))
+
+
+def attribute_labels(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What the captions ask for, int64 [B] by attribute."""
+    return {name: torch.tensor([int(item[name]) for item in items]) for name in ATTRIBUTES}

@@ -1,0 +1,138 @@
+"""What the rest of the library knows of a model family: the protocol that every file of this folder implements.
+
+A family is one object, built from ``conf/model/NAME.yaml``. It owns no weights: transformers are made by it and passed
+to it, so that a teacher, a fake-quantized student and a packed model go through the same calls. All randomness comes in as
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+
+class Objective(Protocol):
+    """A formula of :mod:`qvgen.models.objectives`."""
+
+    def sample_sigma(self, *, generator: torch.Generator) -> Tensor:
+        """Draw one noise level, float32 [] in [0, 1)."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Convert noise levels to timesteps in [0, 1000], float32 [...]."""
+
+    def add_noise(self, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
+        """Mix clean samples [B, C, F, H, W] with noise at levels sigma [B]."""
+
+    def target(self, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
+        """Return what a perfect model predicts, [B, C, F, H, W]."""
+
+
+@runtime_checkable
+class VideoDiT(Protocol):
+    """A family of video diffusion transformers.
+
+    Attributes:
+        name: as in ``model=NAME`` and in a packed model's manifest.
+        revision: of the teacher's weights, for the manifest.
+        objective: what the transformer predicts.
+        transformer_class: name of the diffusers class.
+        include: fnmatch patterns on the names of the transformer's Linears that are quantized.
+        exclude: patterns that take Linears out again; each must match one, as each of ``include``.
+        prompts: captions that a report samples from.
+        fps: frames per second of its videos.
+        num_inference_steps: sampling steps that the model is usually run with.
+        guidance_scale: classifier-free guidance that it is usually run with.
+    """
+
+    name: str
+    objective: Objective
+    transformer_class: str
+    include: list[str]
+    exclude: list[str]
+    prompts: list[str]
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def revision(self) -> str:
+        """Which weights :meth:`load_teacher` loads."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of one sample as the transformer's output has it."""
+
+    def load_teacher(self) -> nn.Module:
+        """Load the trained transformer: float32, in eval mode, its weights' checksum verified.
+
+        Raises:
+            ValueError: when the weights are missing or are not the ones that were published.
+        """
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build a transformer without trained weights.
+
+        Args:
+            config: its diffusers config, as a manifest holds it; plain values only.
+
+        Raises:
+            ValueError: for a key that the transformer does not have.
+        """
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Turn captions into what the transformer is conditioned on.
+
+        Args:
+            captions: B texts; the empty one is the unconditional input of guidance and caption dropout.
+
+        Returns:
+            Tensors with B rows each, at least ``encoder_hidden_states``: float32 [B, T, D].
+
+        Raises:
+            ValueError: for a caption that the model does not understand.
+        """
+
+    def predict(
+        self,
+        transformer: nn.Module,
+        noisy: Float[Tensor, "B C F H W"],
+        timestep: Float[Tensor, " B"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, "B C F H W"]:
+        """Call a transformer of this family once.
+
+        Args:
+            transformer: teacher, student or packed model.
+            noisy: float [B, C, F, H, W], samples at their noise levels.
+            timestep: float32 [B] in [0, 1000], one per sample.
+            condition: what :meth:`encode` returned, on the same device.
+
+        Returns:
+            float [B, C, F, H, W], in the objective's terms.
+        """
+
+    def generate(
+        self,
+        transformer: nn.Module,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> UInt8[Tensor, "B F H W 3"]:
+        """Sample one video per caption.
+
+        Args:
+            transformer: teacher, student or packed model.
+            captions: B texts.
+            seeds: B seeds; a video's noise depends on its own seed alone, so that models can be compared in pairs.
+            num_steps: sampling steps.
+            guidance_scale: classifier-free guidance; 1 is none and costs half.
+
+        Returns:
+            uint8 [B, F, H, W, 3], RGB in 0..255, on the CPU.
+        """

@@ -1,0 +1,233 @@
+"""A tiny video DiT in pixel space that two CPU cores can train: diffusers' Wan transformer on moving digits.
+
+    input    [B, 3 + 6, F, S, S]: the noisy RGB video, and where each pixel is, as sine and cosine of t, y and x. Wan's
+             rotary embedding says only how far apart two tokens are; where the digit is has to be told.
+    tokens   patches of 1 x 4 x 4
+    caption  "a COLOR DIGIT MOTION" -> three tokens, rows of a fixed random table; the empty caption -> its null row, thrice
+    output   [B, 3, F, S, S]: the flow's velocity, noise - video
+
+It is the same class, with the same names of layers, as Wan 2.1 (arXiv 2503.20314), only narrow. No VAE and no text encoder:
+everything that it needs is this file and one megabyte of weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from qvgen.models.objectives import FlowMatching
+from qvgen.models.tiny_caption import embedding_table, token_ids
+from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
+
+RGB_CHANNELS = 3
+PATCH_SIZE = (1, 4, 4)
+TEACHER_FILE = "tiny_teacher.safetensors"
+
+COORDINATE_SCALE = 2.0
+"""Coordinates are constant over a patch and must be heard beside noise of variance 1."""
+
+_GATE_ROWS = [2, 5]
+"""Rows of a Wan block's modulation that gate its self-attention and its feed-forward layers."""
+_MAX_POSITIONS = 64
+
+
+class TinyVideoDiT:
+    """The tiny family. It implements :class:`qvgen.models.base.VideoDiT`.
+
+    Args:
+        image_size: S, side of a frame in pixels, a multiple of 4.
+        num_frames: F, frames per video.
+        width: channels of a token; a multiple of num_heads.
+        num_layers: transformer blocks.
+        num_heads: attention heads.
+        feed_forward_size: hidden channels of a block's feed-forward layers.
+        text_size: channels of a caption token.
+        frequency_size: channels of the timestep's sinusoidal embedding.
+        shift: of the noise levels, in training and in sampling.
+        include: fnmatch patterns of the Linears to quantize.
+        exclude: patterns of Linears to leave alone.
+        prompts: captions that a report samples from.
+        fps: frames per second.
+        num_inference_steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+        weights: the teacher's safetensors file; null: the one that the package ships.
+
+    Raises:
+        ValueError: for sizes that don't divide, and prompts that the model does not understand.
+    """
+
+    name = "tiny"
+    transformer_class = "WanTransformer3DModel"
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_frames: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        feed_forward_size: int,
+        text_size: int,
+        frequency_size: int,
+        shift: float,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        prompts: Sequence[str],
+        fps: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        weights: str | None = None,
+    ) -> None:
+        for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
+            if value % divisor:
+                raise ValueError(f"{name}={value} is no multiple of {divisor}; use {(value // divisor + 1) * divisor}")
+        self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
+        self.objective = FlowMatching(shift=shift)
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
+        self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / TEACHER_FILE
+        self.transformer_config: dict[str, Any] = {
+            "patch_size": list(PATCH_SIZE),
+            "num_attention_heads": num_heads,
+            "attention_head_dim": width // num_heads,
+            "in_channels": RGB_CHANNELS + 6,
+            "out_channels": RGB_CHANNELS,
+            "text_dim": text_size,
+            "freq_dim": frequency_size,
+            "ffn_dim": feed_forward_size,
+            "num_layers": num_layers,
+            "cross_attn_norm": True,
+            "rope_max_seq_len": _MAX_POSITIONS,
+        }
+        self._embeddings = embedding_table(text_size)
+        self._coordinates = _coordinates(num_frames, image_size)
+        self.encode(self.prompts)
+
+    @property
+    def revision(self) -> str:
+        """sha256 of the teacher's weights."""
+        return str(read_card(self.weights)["sha256"])
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int, int]:
+        """(3, F, S, S)."""
+        return (RGB_CHANNELS, self.num_frames, self.image_size, self.image_size)
+
+    def build(self, config: Mapping[str, Any]) -> WanTransformer3DModel:
+        """Build a float32 transformer from its diffusers config, with PyTorch's random weights.
+
+        Raises:
+            ValueError: for a key that the transformer does not have.
+        """
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' own annotations
+        known = inspect.signature(WanTransformer3DModel.__init__).parameters
+        for key in plain:
+            if key not in known:
+                raise ValueError(
+                    f"transformer config has the unknown key {key!r}; {self.transformer_class} has none such"
+                )
+        return WanTransformer3DModel(**plain)
+
+    def initial_transformer(self, seed: int) -> nn.Module:
+        """Build an untrained transformer, the start of pretraining.
+
+        Wan's modulation starts near 0, which closes the residual branches for the first thousand steps of a model this
+        narrow; their gates start at 1 here.
+
+        Args:
+            seed: of the random weights.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = self.build(self.transformer_config)
+        for block in transformer.blocks:
+            with torch.no_grad():
+                block.scale_shift_table[:, _GATE_ROWS] = 1.0
+        return transformer
+
+    def load_teacher(self) -> nn.Module:
+        """Load the trained transformer: float32, in eval mode, its weights' sha256 verified.
+
+        Raises:
+            ValueError: when weights or card are missing, damaged, or of other sizes than the configuration's.
+        """
+        tensors = load_weights(self.weights)
+        transformer = self.build(self.transformer_config)
+        check_state(transformer, tensors, path=self.weights)
+        transformer.load_state_dict(tensors, strict=True)
+        return transformer.eval()
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Look up the three words of each caption; the empty caption is the null row, three times.
+
+        Returns:
+            ``encoder_hidden_states`` float32 [B, 3, text_size].
+
+        Raises:
+            ValueError: for a caption that is no "a COLOR DIGIT MOTION".
+        """
+        return {"encoder_hidden_states": self._embeddings[token_ids(captions)]}
+
+    def predict(
+        self,
+        transformer: nn.Module,
+        noisy: Float[Tensor, "B 3 F S S"],
+        timestep: Float[Tensor, " B"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, "B 3 F S S"]:
+        """Predict the velocity of noisy videos; see :meth:`qvgen.models.base.VideoDiT.predict`."""
+        place = self._coordinates.to(noisy).expand(noisy.shape[0], -1, -1, -1, -1)
+        output: Tensor = transformer(
+            torch.cat((noisy, place), dim=1),
+            timestep=timestep,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            return_dict=False,
+        )[0]
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        transformer: nn.Module,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> UInt8[Tensor, "B F S S 3"]:
+        """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`."""
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
+        device = next(transformer.parameters()).device
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.shift)
+        scheduler.set_timesteps(num_steps, device=device)
+        noises = [torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        video = torch.stack(noises).to(device)
+        guided = guidance_scale != 1.0
+        texts = [*captions, *([""] * len(captions))] if guided else list(captions)
+        condition = {key: value.to(device) for key, value in self.encode(texts).items()}
+        for timestep in scheduler.timesteps:
+            batch = torch.cat((video, video)) if guided else video
+            velocity = self.predict(transformer, batch, timestep.expand(len(batch)), condition)
+            if guided:
+                with_caption, without = velocity.chunk(2)
+                velocity = without + guidance_scale * (with_caption - without)
+            video = scheduler.step(velocity, timestep, video, return_dict=False)[0]
+        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 4, 1).cpu()
+
+
+def _coordinates(num_frames: int, image_size: int) -> Tensor:
+    """Scaled sine and cosine of each pixel's place on the torus, float32 [1, 6, F, S, S]."""
+    turns = [torch.arange(size) * (2 * math.pi / size) for size in (num_frames, image_size, image_size)]
+    angles = torch.stack(torch.meshgrid(*turns, indexing="ij"))
+    return COORDINATE_SCALE * torch.cat((angles.sin(), angles.cos()))[None]

@@ -1,0 +1,188 @@
+"""One training session: this process's share of a run, and the processes that share it.
+
+The state that training starts from lies in ``start.safetensors``; every process reads it, so that all begin with the same
+bits. A later session of the same run continues from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.data.datamodule import StepKeyedData
+from qvgen.lowrank.decay import DecaySchedule, halving_ranks
+from qvgen.run_directory import atomic_write, write_plain
+from qvgen.training.callbacks import PhiDecay, StepCheckpoint, StepMetrics, checkpoints
+from qvgen.training.launcher import WorkerGroup, worker_command
+from qvgen.training.module import VideoTraining
+from qvgen.training.trainer import build_logger, build_trainer, fit
+
+START_FILE = "start.safetensors"
+CHECKPOINT_DIRECTORY = "checkpoints"
+
+
+def phi_ranks(config: TrainConfig) -> tuple[int, ...]:
+    """Rank of Phi in each phase; empty for a method without Phi."""
+    if not config.method.uses_phi:
+        return ()
+    return config.phi.ranks or halving_ranks(config.phi.rank, decay=config.phi.decay)
+
+
+def decay_schedule(config: TrainConfig) -> DecaySchedule | None:
+    """The plan of Phi; None for a method without it.
+
+    Raises:
+        ValueError: There are fewer steps than phases.
+    """
+    ranks = phi_ranks(config)
+    if not ranks:
+        return None
+    return DecaySchedule(
+        ranks=ranks,
+        num_steps=config.steps,
+        tail_share=config.phi.tail_share,
+        anneal=config.phi.anneal,
+        drop=config.phi.drop,
+    )
+
+
+def save_start(student: nn.Module, run_dir: Path) -> None:
+    """Write the state that training starts from."""
+    tensors = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
+    atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
+
+
+def load_start(student: nn.Module, run_dir: Path) -> None:
+    """Read what :func:`save_start` wrote; raises ValueError where it is damaged."""
+    path = run_dir / START_FILE
+    try:
+        student.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} does not hold this run's start ({error}); start another run") from error
+
+
+def load_trained(student: nn.Module, run_dir: Path) -> int:
+    """Bring a prepared student to the newest checkpoint of a run.
+
+    Returns:
+        The optimizer step of that checkpoint.
+
+    Raises:
+        ValueError: There is no checkpoint, or it does not fit the student.
+    """
+    found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
+    if not found:
+        raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
+    try:
+        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        prefix = "student."
+        student.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}, strict=True
+        )
+        step = int(state["global_step"])
+    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise ValueError(f"{found[-1]} is damaged or of another run ({type(error).__name__}); delete it") from error
+    return step
+
+
+def train_all(
+    config: TrainConfig,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    run_dir: Path,
+    validate: Callable[[nn.Module], float] | None,
+) -> None:
+    """Train as rank 0, with as many other processes as the configuration asks for.
+
+    Args:
+        config: The run's.
+        student: Holds the state that training starts from; holds the trained state afterwards.
+        teacher: Frozen full-precision model, if the method has use for it.
+        run_dir: A claimed run folder.
+        validate: Measures the held-out relative error of the student.
+    """
+    if config.devices == 1:
+        train_share(config, student=student, teacher=teacher, run_dir=run_dir, validate=validate)
+        return
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    write_plain(logs / "worker.yaml", {**config.plain, "run_dir": str(run_dir)})
+    with WorkerGroup(worker_command(logs / "worker.yaml"), world_size=config.devices, log_directory=logs) as group:
+        train_share(
+            config,
+            student=student,
+            teacher=teacher,
+            run_dir=run_dir,
+            validate=validate,
+            rank=0,
+            port=group.port,
+        )
+
+
+def train_share(
+    config: TrainConfig,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    run_dir: Path,
+    validate: Callable[[nn.Module], float] | None = None,
+    rank: int = 0,
+    port: int = 0,
+) -> None:
+    """Train as one of the run's processes; arguments as :func:`train_all`."""
+    use_threads(config)
+    schedule = decay_schedule(config)
+    module = VideoTraining(
+        student=student,
+        teacher=teacher,
+        family=config.model,
+        method=config.method,
+        optim=config.optim,
+        num_steps=config.steps,
+        seed=config.seed,
+    )
+    directory = run_dir / CHECKPOINT_DIRECTORY
+    callbacks: list[lightning.Callback] = [] if schedule is None else [PhiDecay(schedule)]
+    callbacks += [
+        StepMetrics(
+            run_dir / "metrics.csv",
+            schedule=schedule,
+            validate=validate,
+            every_steps=config.evaluation.every_steps,
+            num_steps=config.steps,
+        ),
+        StepCheckpoint(
+            directory, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep, num_steps=config.steps
+        ),
+    ]
+    trainer = build_trainer(
+        steps=config.steps,
+        accumulate=config.accumulate,
+        rank=rank,
+        world_size=config.devices,
+        port=port,
+        callbacks=callbacks,
+        loggers=build_logger(config.logger, run_dir=run_dir) if rank == 0 else [],
+    )
+    data = StepKeyedData(
+        config.data(split="train"), batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
+    )
+    student.train()
+    found = checkpoints(directory)
+    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    student.eval()
+
+
+def use_threads(config: TrainConfig) -> None:
+    """Share the cores among the run's processes; OMP_NUM_THREADS, where it is set, decides instead."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.devices))
