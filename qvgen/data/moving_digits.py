@@ -12,7 +12,7 @@ Every clip is a pure function of (seed, split, index): the three choices are tak
 handwriting: ``train`` draws from the first 1500 images of scikit-learn's set, ``held_out`` from the other 297.
 
 Left out: more than one digit, other starts, finer steps, longer clips. Twenty minutes on two cores learn no more than
-this: with a random start, steps of 2 pixels or 16 x 16 pixels the samples fell apart (docs/log.md).
+this: with a random start or steps of 2 pixels the samples fell apart (docs/log.md).
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class MovingDigits(Dataset[MovingDigit]):
         split: str = "train",
         seed: int = 0,
         length: int = 20_000,
-        image_size: int = 12,
-        num_frames: int = 6,
+        image_size: int = 16,
+        num_frames: int = 8,
         step_pixels: int = 4,
     ) -> None:
         if split not in SPLITS:

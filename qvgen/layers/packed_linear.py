@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
         codes: buffer uint8, first plane of the codes; ``codes_high``: second plane (3 bits) or None.
         weight_scale: buffer float32 [N] or [N, K / group_size].
         weight_zero_point: buffer uint8 (integer) or float32 (real) like the scale; None for symmetric weights.
-        bias: buffer float32 [N] or None.
+        bias: Parameter float32 [N], frozen, or None.
         clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations.
         clip_high: buffer float32 [num_bands].
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
     codes_high: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    bias: Tensor | None
+    bias: nn.Parameter | None
     clip_low: Tensor | None
     clip_high: Tensor
 
@@ -93,7 +93,6 @@ class PackedLinear(nn.Module):
             "codes_high": None,
             "weight_scale": torch.ones(shape, device=device),
             "weight_zero_point": None,
-            "bias": torch.zeros(out_features, device=device) if bias else None,
             "clip_low": None,
             "clip_high": torch.ones(noise_band.num_bands, device=device),
         }
@@ -105,6 +104,9 @@ class PackedLinear(nn.Module):
             tensors["clip_low"] = torch.ones(noise_band.num_bands, device=device)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        # A Parameter, though nothing trains it: diffusers asks modules for the dtype of their first parameter.
+        empty = torch.zeros(out_features, device=device)
+        self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
         self.weight_error: float | None = None
         self._prepacked: tuple[str, list[Tensor]] | None = None
 
@@ -143,10 +145,10 @@ class PackedLinear(nn.Module):
             "clip_low": clip_low,
             "clip_high": clip_high,
         }
-        for name, buffer in packed.named_buffers():
+        for name, tensor in packed.state_dict().items():
             value = values[name]
             assert value is not None
-            buffer.copy_(value)
+            tensor.copy_(value)
         error = (packed.dequantized_weight() - layer.weight).double().square().sum()
         packed.weight_error = float(error / layer.weight.double().square().sum().clamp(min=1e-30))
         return packed
@@ -174,7 +176,7 @@ class PackedLinear(nn.Module):
 
     def nbytes(self) -> int:
         """Bytes of all tensors that a checkpoint holds of this layer."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
     def prepack_(self) -> str:
         """Derive the backend's copy of the weight now; the first call of the layer does it otherwise.

@@ -19,13 +19,22 @@ from qvgen.training.callbacks import AtomicCheckpointIO
 from qvgen.training.cluster import OneMachine
 from qvgen.training.launcher import guard_world_size
 
+log = logging.getLogger(__name__)
+
 
 def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
     """Loggers besides metrics.csv: wandb, offline where there is no key."""
     if config.name != "wandb":
         return []
+    import wandb  # takes seconds, and logger=csv does without
+
     (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-    return [WandbLogger(project=config.project, name=run_dir.name, save_dir=run_dir, mode=config.mode)]  # type: ignore[arg-type]
+    settings = wandb.Settings(silent=True, console="off")  # one line of our own in place of its banner
+    logger = WandbLogger(
+        project=config.project, name=run_dir.name, save_dir=run_dir, mode=config.mode, settings=settings
+    )
+    log.info("wandb (%s): %s", config.mode, logger.experiment.url or logger.experiment.dir)
+    return [logger]
 
 
 def build_trainer(
@@ -61,24 +70,25 @@ def build_trainer(
         )
     else:
         strategy = SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
-    trainer = lightning.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=world_size,
-        strategy=strategy,
-        plugins=[AtomicCheckpointIO()],
-        precision="bf16-mixed" if on_gpu else "32-true",
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        callbacks=callbacks,
-        logger=loggers if rank == 0 else False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
+    with quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=world_size,
+            strategy=strategy,
+            plugins=[AtomicCheckpointIO()],
+            precision="bf16-mixed" if on_gpu else "32-true",
+            max_steps=steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            callbacks=callbacks,
+            logger=loggers if rank == 0 else False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+        )
     guard_world_size(trainer.world_size, expected=world_size)
     return trainer
 
@@ -92,6 +102,7 @@ def quiet_lightning() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         try:
             yield
