@@ -8,7 +8,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "PrepareConfig": "qvgen.initializers.prepare",
+    "prepare": "qvgen.initializers.prepare",
+    "fold": "qvgen.layers.swap",
+    "save_packed": "qvgen.deploy.checkpoint",
+    "load_packed": "qvgen.deploy.checkpoint",
+}
 
 __all__ = ["__version__", *_HOMES]
 

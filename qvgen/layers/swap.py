@@ -105,8 +105,8 @@ def phi_suspended(model: nn.Module) -> Iterator[None]:
             phi.suspended = False
 
 
-def fold_layers_(model: nn.Module, *, kernel: str = "auto") -> int:
-    """Replace every FakeQuantLinear by its PackedLinear; a model without any is left as it is.
+def fold(model: nn.Module, *, kernel: str = "auto") -> int:
+    """Replace every FakeQuantLinear by its PackedLinear, in place; a model without any is left as it is.
 
     Returns:
         The number of layers that were folded.

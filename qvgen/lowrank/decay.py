@@ -26,6 +26,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 Anneal = Literal["cosine", "linear"]
@@ -89,7 +90,7 @@ class DecaySchedule:
         ranks = list(self.ranks)
         if not ranks or min(ranks) < 1:
             raise ValueError(f"phi.ranks={ranks} must be positive; for example [32,16,8,4,2,1]")
-        if any(later >= earlier for earlier, later in zip(ranks, ranks[1:], strict=False)):
+        if any(later >= earlier for earlier, later in pairwise(ranks)):
             raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
         if not 0.0 <= self.tail_share < 1.0:
             raise ValueError(f"phi.tail_share={self.tail_share} is outside [0, 1); use for example 0.1")

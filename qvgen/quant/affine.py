@@ -9,7 +9,7 @@ For a row x (over the last dimension, or one group of it), in float32 whatever t
     both         x ~ s * (q - z)
 
 The order of operations is part of the definition: 1/s is one IEEE division and then a multiplication, because
-x / s flips 0.3-0.4 % of the codes; nothing is fused; rne rounds halves to even. The packed kernels implement the same lines, and
+x / s flips 0.3-0.4 % of the codes; nothing is fused; rne rounds halves to even. The packed kernels do the same, and
 ``fake_quantize(x) == dequantize(quantize(x))`` holds bit for bit. bfloat16 arithmetic would flip 1.4 % of 4-bit
 codes, so the only cast is the caller's, at the border.
 

@@ -26,7 +26,7 @@ from qvgen.evaluation.report import write_report
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.evaluation.teacher import NUM_VIDEOS, teacher_quality
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
-from qvgen.layers.swap import SwapReport, fold_layers_, phi_suspended, quantized_layers
+from qvgen.layers.swap import SwapReport, fold, phi_suspended, quantized_layers
 from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import save_weights
 from qvgen.run_directory import RunDirectory
@@ -53,7 +53,7 @@ def run(config: TrainConfig) -> None:
         pretrain(config)
         return
     teacher = config.model.load_teacher()
-    student, swapped = _prepare_student(config, teacher)
+    student, swapped = prepare_student(config, teacher)
     held_out = HeldOut(
         config.model, config.data(split="held_out"), num_samples=config.evaluation.samples, seed=config.seed
     )
@@ -74,7 +74,8 @@ def run(config: TrainConfig) -> None:
         )
         seconds["train"] = total_seconds(run_dir.path / "metrics.csv")
         with _timed(seconds, "fold"):
-            packed = _fold(config, student, run_dir.path / "packed")
+            fold_student(config, student, run_dir.path / "packed", steps=config.steps)
+            packed = load_packed(run_dir.path / "packed", kernel=config.kernel)  # as a user would
         with _timed(seconds, "generate"):
             comparison = compare_models(
                 config, teacher=teacher, fake=student, packed=packed, held_out=held_out, run_dir=run_dir.path
@@ -149,7 +150,7 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     teacher = None
     if config.method.quantizes:
         full_precision = config.model.load_teacher()
-        student, _ = _prepare_student(config, full_precision)
+        student, _ = prepare_student(config, full_precision)
         teacher = full_precision if config.method.target == "teacher" else None
     else:
         student = config.model.initial_transformer(config.seed)
@@ -157,7 +158,7 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     train_share(config, student=student, teacher=teacher, run_dir=config.run_dir, rank=rank, port=port)
 
 
-def _prepare_student(config: TrainConfig, teacher: nn.Module) -> tuple[nn.Module, SwapReport]:
+def prepare_student(config: TrainConfig, teacher: nn.Module) -> tuple[nn.Module, SwapReport]:
     """A copy of the teacher with quantized layers, their scales by round-to-nearest."""
     decay_schedule(config)  # refuse an impossible plan before anything is computed
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -195,10 +196,10 @@ def _start(
     return result
 
 
-def _fold(config: TrainConfig, student: nn.Module, directory: Path) -> nn.Module:
-    """Fold a copy, write it, and read it back as a user would."""
+def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, steps: int) -> None:
+    """Fold a copy of a trained student and write it; raises ValueError while Phi has rank."""
     folded = copy.deepcopy(student)
-    fold_layers_(folded, kernel=config.kernel)
+    fold(folded, kernel=config.kernel)
     save_packed(
         folded,
         directory,
@@ -209,10 +210,9 @@ def _fold(config: TrainConfig, student: nn.Module, directory: Path) -> nn.Module
             "init": config.names.init,
             "bits": config.bits.label,
             "seed": config.seed,
-            "steps": config.steps,
+            "steps": steps,
         },
     )
-    return load_packed(directory, kernel=config.kernel)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -1,0 +1,30 @@
+"""Fold the newest checkpoint of a run into packed/{model.safetensors,manifest.json}."""
+
+from __future__ import annotations
+
+import logging
+
+from qvgen.config.schema import FoldConfig
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.evaluation.comparison import codes_equal
+from qvgen.training.session import load_trained
+from qvgen.verbs.train import fold_student, prepare_student
+
+log = logging.getLogger(__name__)
+
+
+def run(config: FoldConfig) -> None:
+    """Fold, write, read back and compare; refused while Phi has rank."""
+    run_config = config.run
+    if not run_config.method.quantizes:
+        raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
+    student, _ = prepare_student(run_config, run_config.model.load_teacher())
+    step = load_trained(student, config.run_dir)
+    log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
+    fold_student(run_config, student, config.out, steps=step)
+    equal, count = codes_equal(student, load_packed(config.out, kernel="reference"))
+    if not equal:
+        raise RuntimeError(
+            f"{config.out}: the codes that were read back are not those that were trained; do not use it"
+        )
+    print(f"packed: {config.out} ({count} codes, equal to the trained ones)")
