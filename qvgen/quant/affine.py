@@ -35,7 +35,8 @@ def to_rows(x: Tensor, grid: Grid) -> Tensor:
         per_token, per_channel: x itself; per_group: [..., G, group_size]; per_tensor: [1, numel].
     """
     if grid.granularity == "per_group":
-        return x.unflatten(-1, (grid.num_groups(x.shape[-1]), -1))
+        groups: Tensor = x.unflatten(-1, (grid.num_groups(x.shape[-1]), -1))
+        return groups
     if grid.granularity == "per_tensor":
         return x.reshape(1, -1)
     return x

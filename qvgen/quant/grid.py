@@ -84,7 +84,7 @@ class Grid:
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
