@@ -1,0 +1,28 @@
+"""Every worked example of the sources is run: what a docstring shows is what the code does."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import qvgen_kernels
+
+import qvgen
+
+
+def _modules() -> list[str]:
+    names = []
+    for package in (qvgen, qvgen_kernels):
+        names += [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return names
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_examples_of_the_module(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+def test_there_are_examples() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for name in _modules() for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(examples) >= 8
