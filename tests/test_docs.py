@@ -1,4 +1,4 @@
-"""Commands, links and pictures of README and docs: every command is composed by the real command line, every target exists."""
+"""README and docs: every command is composed by the real command line, every link and picture exists."""
 
 import re
 import shlex

@@ -5,9 +5,9 @@ import importlib
 import pkgutil
 
 import pytest
-import qvgen_kernels
 
 import qvgen
+import qvgen_kernels
 
 
 def _modules() -> list[str]:

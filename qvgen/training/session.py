@@ -23,7 +23,7 @@ from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.callbacks import PhiDecay, StepCheckpoint, StepMetrics, checkpoints
 from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
-from qvgen.training.trainer import build_logger, build_trainer, fit
+from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
 
 START_FILE = "start.safetensors"
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -164,6 +164,7 @@ def train_share(
             directory, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep, num_steps=config.steps
         ),
     ]
+    loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
     trainer = build_trainer(
         steps=config.steps,
         accumulate=config.accumulate,
@@ -171,14 +172,17 @@ def train_share(
         world_size=config.devices,
         port=port,
         callbacks=callbacks,
-        loggers=build_logger(config.logger, run_dir=run_dir) if rank == 0 else [],
+        loggers=loggers,
     )
     data = StepKeyedData(
         config.data(split="train"), batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
     )
     student.train()
     found = checkpoints(directory)
-    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    try:
+        fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    finally:
+        close_loggers(loggers)
     student.eval()
 
 

@@ -28,13 +28,12 @@ def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
         return []
     import wandb  # takes seconds, and logger=csv does without
 
-    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off")  # one line of our own in place of its banner
-    logger = WandbLogger(
-        project=config.project, name=run_dir.name, save_dir=run_dir, mode=config.mode, settings=settings
+    run = wandb.init(
+        project=config.project, name=run_dir.name, dir=run_dir, mode=config.mode, settings=settings, reinit="create_new"
     )
-    log.info("wandb (%s): %s", config.mode, logger.experiment.url or logger.experiment.dir)
-    return [logger]
+    log.info("wandb (%s): %s", config.mode, run.url if config.mode == "online" else run.dir)
+    return [WandbLogger(experiment=run)]
 
 
 def build_trainer(
@@ -115,3 +114,10 @@ def fit(trainer: lightning.Trainer, module: Any, data: Any, *, checkpoint: Path 
     """Train, from a checkpoint or from the module as it is."""
     with quiet_lightning():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+
+
+def close_loggers(loggers: list[Logger]) -> None:
+    """End the wandb run: what it still holds is written, and the next run of this process begins its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
