@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qvgen.initializers.base import Initializer
-from qvgen.layers.swap import SwapReport, quantized_layers, select_linears, swap_fake_quant_
+from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.quant.grid import Profile
 
 
@@ -54,7 +54,7 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         ValueError: A pattern that matches nothing; a layer that the profile or the rank does not fit. The model
             is unchanged then.
     """
-    if quantized_layers(model):
+    if quantized_layers(model) or packed_layers(model):
         raise ValueError("the model is quantized already; prepare a full-precision one")
     report = select_linears(model, include=config.include, exclude=config.exclude)
     swap_fake_quant_(

@@ -41,7 +41,8 @@ class NoiseBand:
         """
         if timestep.ndim > 1:
             raise ValueError(f"timestep has shape {list(timestep.shape)}; one number per sample is needed")
-        share = timestep.detach().reshape(-1).float() * (self.num_bands / MAX_TIMESTEP)
+        # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
+        share = timestep.detach().reshape(-1).double() * self.num_bands / MAX_TIMESTEP
         self.current = share.long().clamp(0, self.num_bands - 1)
 
     def row_index(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ checkpoint. A kernel backend derives its own order of bytes from them once; that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -197,7 +198,7 @@ class PackedLinear(nn.Module):
 
     def row_clips(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Clip factors of every row of an input by its sample's noise band: float32 [M] each."""
-        index = self.noise_band.row_index(x).repeat_interleave(x[0, ..., 0].numel())
+        index = self.noise_band.row_index(x).repeat_interleave(math.prod(x.shape[1:-1]))
         return None if self.clip_low is None else self.clip_low[index], self.clip_high[index]
 
     @torch.no_grad()

@@ -31,8 +31,9 @@ def select_linears(model: nn.Module, *, include: Sequence[str], exclude: Sequenc
     """Which Linears of a model the patterns choose; changes nothing.
 
     Raises:
-        ValueError: A pattern matches no Linear, or nothing is left to quantize.
+        ValueError: A pattern matches no Linear, nothing is left to quantize, or two names share one Linear.
     """
+    _refuse_tied(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -52,6 +53,14 @@ def select_linears(model: nn.Module, *, include: Sequence[str], exclude: Sequenc
     if not report.quantized:
         raise ValueError(f"include={list(include)} and exclude={list(exclude)} leave no Linear to quantize")
     return report
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """A Linear with two names would be swapped under one of them and stay in full precision under the other."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and (other := first.setdefault(id(module), name)) != name:
+            raise ValueError(f"{other} and {name} are one Linear; untie them (copy the layer) before quantizing")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:

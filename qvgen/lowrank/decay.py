@@ -25,6 +25,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -60,7 +61,9 @@ def halving_ranks(rank: int, *, decay: float) -> tuple[int, ...]:
     if not 0.0 < decay <= 1.0:
         raise ValueError(f"phi.decay={decay} is outside (0, 1]; use for example 0.5")
     ranks = [rank]
-    while (following := min(math.floor((1.0 - decay) * ranks[-1]), ranks[-1] - 1)) > 0:
+    # In decimal fractions: 1 - 0.8 is a little less than 0.2 in floating point, and 10 would lose 9.
+    share = Fraction(str(decay))
+    while (following := min(math.floor((1 - share) * ranks[-1]), ranks[-1] - 1)) > 0:
         ranks.append(following)
     return tuple(ranks)
 

@@ -13,7 +13,8 @@ x / s flips 0.3-0.4 % of the codes; nothing is fused; rne rounds halves to even.
 ``fake_quantize(x) == dequantize(quantize(x))`` holds bit for bit. bfloat16 arithmetic would flip 1.4 % of 4-bit
 codes, so the only cast is the caller's, at the border.
 
-Ranges include 0, so that a zero stays an exact zero and a one-sided row needs no negative codes. Codes of
+Ranges include 0, so that a zero stays an exact zero (on integer and symmetric grids; a real zero point moves it by up to
+s/2) and a one-sided row needs no negative codes. Codes of
 asymmetric grids are uint8, of symmetric ones int8.
 
 Shapes: for x [..., K] the scale and zero point are [..., 1] (per_token, per_channel), [..., K / group_size]
@@ -99,9 +100,14 @@ def round_scale(scale: Tensor, grid: Grid) -> Tensor:
     """
     if grid.torch_scale_dtype == torch.float32:
         return scale
+    floor, ceiling = scale_bounds(grid)
+    return scale.to(grid.torch_scale_dtype).float().clamp(min=floor, max=ceiling)
+
+
+def scale_bounds(grid: Grid) -> tuple[float, float]:
+    """Smallest and largest scale of a grid."""
     info = torch.finfo(grid.torch_scale_dtype)
-    floor = max(MIN_SCALE, float(info.smallest_normal))
-    return scale.to(grid.torch_scale_dtype).float().clamp(min=floor, max=float(info.max))
+    return max(MIN_SCALE, float(info.smallest_normal)), float(info.max)
 
 
 def choose_qparams(
@@ -129,7 +135,7 @@ def round_to_grid(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -
     """Codes as whole float32 numbers, before the clamp to [qmin, qmax]. All arguments in row layout."""
     scaled = rows * (1.0 / scale)
     if grid.zero_point == "real":
-        return (scaled + zero_point).round()
+        return (scaled + zero_point).round() + 0.0  # makes -0.0 a plain zero: an integer code has no sign of zero
     return scaled.round() + zero_point
 
 

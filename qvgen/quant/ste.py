@@ -15,8 +15,8 @@ s = (hi - lo) / qmax, z = -lo / s. The path through them belongs to the gradient
     ds <- ds + dz lo / s^2,    dlo = -dz / s - ds / qmax,    dhi = ds / qmax
     dc_l = dlo min,   dc_h = dhi max,   dx[argmin] += dlo c_l,   dx[argmax] += dhi c_h
 
-Equal extremes share that last term evenly (as torch.amin does). A row whose scale is at its floor, or whose
-minimum is 0 because ranges include 0, has none.
+Equal extremes share that last term evenly (as torch.amin does). Where the scale is at its floor or
+ceiling, ds ends there; a minimum that is 0 only because ranges include 0 has no share either.
 
 What is left out: the clamp of the zero point to [0, qmax]. It can bite only by rounding at the two ends, since a
 range that includes 0 has -lo/s in [0, qmax] already.
@@ -27,8 +27,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qvgen.quant.affine import clipped_range, qparams_from_range, qparams_to_rows, round_to_grid, to_rows
-from qvgen.quant.grid import MIN_SCALE, Grid
+from qvgen.quant.affine import (
+    clipped_range,
+    qparams_from_range,
+    qparams_to_rows,
+    round_to_grid,
+    scale_bounds,
+    to_rows,
+)
+from qvgen.quant.grid import Grid
 
 
 def _row_gradients(
@@ -92,13 +99,13 @@ def dynamic_fake_quantize_backward(
     grad_x, grad_scale, grad_zero = _row_gradients(grad_rows, rows, scale, zero_point, grid)
     if grid.symmetric:
         grad_low = torch.zeros_like(grad_scale)
-        grad_high = _where_free(scale, grad_scale / grid.qmax)
+        grad_high = _where_free(high, grad_scale / grid.qmax, grid)
         top = rows.abs().amax(-1, keepdim=True)
         grad_x = grad_x + _share(rows.abs() == top, grad_high * c_high) * rows.sign()
         grad_c_low, grad_c_high = grad_low, grad_high * top
     else:
         grad_scale = grad_scale + grad_zero * low / (scale * scale)
-        grad_high = _where_free(scale, grad_scale / grid.qmax)
+        grad_high = _where_free(high - low, grad_scale / grid.qmax, grid)
         grad_low = -grad_zero / scale - grad_high
         bottom, top = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
         grad_x = grad_x + _share((rows == bottom) & (bottom < 0), grad_low * c_low)
@@ -107,9 +114,11 @@ def dynamic_fake_quantize_backward(
     return grad_x.reshape(x.shape), _sum_groups(grad_c_low, grid), _sum_groups(grad_c_high, grid)
 
 
-def _where_free(scale: Tensor, grad: Tensor) -> Tensor:
-    """Zero where the scale sits on its floor: there it no longer depends on the range."""
-    return torch.where(scale > MIN_SCALE, grad, 0.0)
+def _where_free(span: Tensor, grad: Tensor, grid: Grid) -> Tensor:
+    """Zero where the scale sits on its floor or ceiling: there it no longer depends on the range."""
+    floor, ceiling = scale_bounds(grid)
+    scale = span / grid.qmax
+    return torch.where((scale > floor) & (scale < ceiling), grad, 0.0)
 
 
 def _share(mask: Tensor, value: Tensor) -> Tensor:
