@@ -1,0 +1,95 @@
+"""The house rules that a linter does not know: leaves and their files in conf/, and the sizes of modules and functions."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qvgen.config.leaves import conf_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"init": "initializers", "method": "methods", "model": "models"}
+"""Group of conf/ -> package of its leaves."""
+NOT_LEAVES = {
+    "initializers": {"base", "prepare"},
+    "methods": {"base"},
+    "models": {"base", "objectives", "tiny_caption", "weight_file"},
+}
+"""Modules of those packages that leaves share; everything else is a leaf."""
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 60, 7
+
+SOURCES = sorted([*(ROOT / "qvgen").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py"])
+LEAF_FILES = [
+    path for path in sorted(conf_directory().rglob("*.yaml")) if "_target_" in (yaml.safe_load(path.read_text()) or {})
+]
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def target_of(path):
+    return yaml.safe_load(path.read_text())["_target_"]
+
+
+def leaf_modules(package):
+    folder = ROOT / "qvgen" / package
+    return {path.stem for path in folder.glob("*.py")} - {"__init__"} - NOT_LEAVES[package]
+
+
+@pytest.mark.parametrize(("group", "package"), PACKAGES.items())
+def test_every_leaf_has_its_file_in_conf(group, package):
+    targets = {target_of(path).rsplit(".", 2)[-2]: path for path in LEAF_FILES if path.parent.name == group}
+    assert leaf_modules(package) == set(targets)
+    stale = {name for name in NOT_LEAVES[package] if not (ROOT / "qvgen" / package / f"{name}.py").exists()}
+    assert not stale
+
+
+@pytest.mark.parametrize("path", LEAF_FILES, ids=relative)
+def test_every_target_exists_and_takes_its_values(path):
+    """Every value is an argument, and every argument without a default has a value or is given at run time."""
+    spec = yaml.safe_load(path.read_text())
+    module, _, name = spec.pop("_target_").rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    assert target.__module__ == module  # named at its home
+    parameters = inspect.signature(target).parameters
+    given = set(spec) - ({"recipe"} if path.parent.name == "model" else set())
+    assert given <= set(parameters)
+    if path.parent.name != "data":  # a data set is told its split and size by the verb
+        missing = {key for key, value in parameters.items() if value.default is inspect.Parameter.empty} - given
+        assert not missing
+
+
+def test_there_are_files_to_look_at():
+    assert len(SOURCES) > 40
+    assert {path.parent.name for path in LEAF_FILES} >= {"init", "method", "profile"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_modules_and_functions_fit(path):
+    text = path.read_text()
+    leaf = f"qvgen.{path.parent.name}.{path.stem}" in {target_of(file).rpartition(".")[0] for file in LEAF_FILES}
+    lines = len(text.splitlines())
+    assert lines <= MAX_MODULE_LINES, f"{relative(path)} has {lines} lines; split it by what it does"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        length = node.end_lineno - start + 1
+        where = f"{relative(path)}:{node.lineno} {node.name}"
+        assert length <= MAX_FUNCTION_LINES, f"{where} has {length} lines; give its parts names"
+        if leaf and node.name == "__init__":
+            assert not node.args.args[1:], f"{where}: the keys of its file in conf/ must be keyword-only"
+            continue  # they may be many: this is the model's or method's configuration
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([argument for argument in arguments if argument.arg not in ("self", "cls", "ctx")])
+        assert count <= MAX_PARAMETERS, f"{where} has {count} parameters; group them in a dataclass"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_modules_say_what_they_are(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body

@@ -1,0 +1,155 @@
+"""One suite over every PTQ method of conf/init, under every profile of conf/profile. A new leaf is tested unasked."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.initializers.prepare import PrepareConfig, prepare
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.swap import quantized_layers
+from tests.layers.model import make_inputs, make_model
+from tests.profiles import COLUMNS, PROFILES, make_profile
+
+INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
+ROWS = 12
+
+pytestmark = [pytest.mark.parametrize("name", INITIALIZERS), pytest.mark.parametrize("profile_name", PROFILES)]
+
+
+def test_there_are_leaves_to_test(name, profile_name):
+    assert {"rtn", "mse"} <= set(INITIALIZERS)
+    assert name
+    assert profile_name
+
+
+def make_weight(seed=0):
+    """Gaussian rows with some heavy tails, as trained weights have."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator) * torch.logspace(-2, 0, ROWS)[:, None]
+    return weight * (1 + 4 * (torch.rand(ROWS, COLUMNS, generator=generator) > 0.98))
+
+
+def initialized(name, profile, weight):
+    linear = nn.Linear(COLUMNS, ROWS)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(weight[:, 0])
+    layer = FakeQuantLinear(linear, profile=profile, noise_band=NoiseBand(3))
+    load_leaf("init", name).initialize_(layer)
+    return layer
+
+
+def relative_error(layer):
+    """Of the weight as the grid has it, |Q(W) - W|^2 / |W|^2 by row."""
+    weight = layer.weight.detach().double()
+    return ((layer.quantized_weight().double() - weight).square().sum(1) / weight.square().sum(1)).tolist()
+
+
+def test_the_error_is_that_of_a_uniform_grid(name, profile_name):
+    """Between 2^b levels over the whole range and a sane multiple: a quarter of it per bit, below 1 at 3 bits."""
+    worst = {}
+    for bits in range(3, 9):
+        profile = make_profile(profile_name, weight_bits=bits, activation_bits=8)
+        layer = initialized(name, profile, make_weight())
+        scale, zero = layer.weight_quantizer.qparams()
+        assert scale.isfinite().all()
+        assert (scale > 0).all()
+        assert ((zero >= 0) & (zero <= profile.weight.qmax)).all()
+        errors = relative_error(layer)
+        worst[bits] = max(errors)
+        # A step of the range (at most 2 max|w|) / qmax and an error of s^2 / 12 per weight; a factor 3 for a range
+        # that is cut and for rows where all errors are on one side.
+        size = layer.weight.detach().abs().amax(1)
+        step = 2 * size / (2**bits - 2)
+        expected = COLUMNS * step.square() / 12 / layer.weight.detach().square().sum(1)
+        assert all(error <= 3 * bound for error, bound in zip(errors, expected.tolist(), strict=True)), bits
+    assert worst[3] < 1
+    assert all(worst[bits + 1] < 0.6 * worst[bits] for bits in range(3, 8))  # a quarter, less what clipping gives up
+
+
+def test_two_bits_work(name, profile_name):
+    layer = initialized(name, make_profile(profile_name, weight_bits=2), make_weight())
+    assert layer.quantized_weight().isfinite().all()
+    assert layer.weight_quantizer.codes(layer.weight).float().std() > 0
+
+
+def test_the_same_weight_gives_the_same_bits(name, profile_name):
+    profile = make_profile(profile_name)
+    first, second = (initialized(name, profile, make_weight()) for _ in range(2))
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+    # And over again on the same layer: nothing of the first time stays.
+    load_leaf("init", name).initialize_(first)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+
+
+def test_special_channels_harm_no_other(name, profile_name):
+    profile = make_profile(profile_name)
+    before = initialized(name, profile, make_weight())
+    others = torch.arange(ROWS) != 5
+    for value in (0.0, 0.5, -0.5, 1e-30, 1e20):
+        weight = make_weight()
+        weight[5] = value
+        layer = initialized(name, profile, weight)
+        for new, old in zip(layer.weight_quantizer.qparams(), before.weight_quantizer.qparams(), strict=True):
+            assert torch.equal(new[others], old[others])
+            assert new.isfinite().all()
+        assert (layer.weight_quantizer.scale > 0).all()
+        values = layer.quantized_weight()
+        assert values.isfinite().all()
+        assert torch.equal(values[others], before.quantized_weight()[others])
+        if value == 0.0:
+            assert (values[5] == 0).all()
+
+
+def test_what_is_not_the_grid_is_left_alone(name, profile_name):
+    """Data-free methods and others alike set scales and zero points; the master weight and bias are the model's."""
+    profile, weight = make_profile(profile_name), make_weight()
+    linear = nn.Linear(COLUMNS, ROWS)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(weight[:, 0])
+    layer = FakeQuantLinear(linear, profile=profile, noise_band=NoiseBand(3))
+    before = copy.deepcopy(layer)
+    load_leaf("init", name).initialize_(layer)
+    assert torch.equal(layer.weight, before.weight)
+    assert torch.equal(layer.bias, before.bias)
+    assert [key for key, _ in layer.named_parameters()] == [key for key, _ in before.named_parameters()]
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_the_whole_way_of_a_layer(name, profile_name):
+    """Start, forward and backward pass, fold: finite, and the codes are those that were trained."""
+    profile = make_profile(profile_name)
+    layer = initialized(name, profile, make_weight())
+    layer.noise_band.set_timestep(torch.tensor(500))
+    x = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(1))
+    layer(x).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    packed = PackedLinear.from_fake_quant(layer)
+    assert torch.equal(packed.integer_codes(), layer.weight_quantizer.codes(layer.weight))
+    assert packed(x).isfinite().all()
+
+
+def test_a_whole_model_is_prepared(name, profile_name):
+    """Better with more bits, and with Phi than without, against the full-precision model."""
+    inputs = make_inputs()
+    with torch.no_grad():
+        exact = make_model()(*inputs)
+
+        def error(bits, phi_rank):
+            model = make_model()
+            profile = make_profile(profile_name, weight_bits=bits, activation_bits=8)
+            prepare(model, PrepareConfig(profile=profile, initializer=load_leaf("init", name), phi_rank=phi_rank))
+            assert len(quantized_layers(model)) == 7
+            return ((model(*inputs) - exact).norm() / exact.norm()).item()
+
+        assert error(8, 0) < error(4, 0) < error(2, 0)
+        assert error(2, 8) < error(2, 0)

@@ -1,0 +1,121 @@
+"""The range search against a float64 oracle that tries all 80 candidates of every row in a plain loop."""
+
+import numpy as np
+import pytest
+import torch
+
+from qvgen.quant.affine import choose_qparams, fake_quantize
+from qvgen.quant.grid import Grid
+from qvgen.quant.ranges import EXPONENT, NUM_CANDIDATES, search_qparams
+from tests import oracles
+
+KINDS = ("integer", "real", "none")
+
+
+def make_grid(bits, kind="integer", group=None, scale_dtype="float32"):
+    granularity = "per_group" if group else "per_channel"
+    return Grid(bits=bits, granularity=granularity, zero_point=kind, group_size=group, scale_dtype=scale_dtype)
+
+
+def make_weight(rows=6, columns=32, seed=0):
+    """Rows with heavy tails, where a shorter range pays."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.1
+    return weight * (1 + 6 * (torch.rand(rows, columns, generator=generator) > 0.93))
+
+
+def row_errors(weight, scale, zero_point, grid):
+    values = fake_quantize(weight, scale=scale, zero_point=zero_point, grid=grid)
+    return (values.double() - weight).abs().pow(EXPONENT).unflatten(-1, (scale.shape[1], -1)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [None, 16])
+def test_it_finds_the_best_of_all_candidates(kind, group):
+    """Its error is the oracle's least error: 1e-4 relative, the float32 sum and a code or two at a tie."""
+    weight = make_weight()
+    shorter = 0
+    for bits in (2, 3, 4, 8):
+        grid = make_grid(bits, kind, group)
+        scale, zero = search_qparams(weight, grid=grid)
+        errors = row_errors(weight, scale, zero, grid)
+        size = group or weight.shape[1]
+        for n, row in enumerate(weight.double().numpy()):
+            for g in range(0, len(row), size):
+                part = row[g : g + size]
+                options = {"bits": bits, "kind": kind}
+                best = np.inf
+                for index in range(80):
+                    shrink = 1 - index / 100
+                    s, z = oracles.choose_qparams(part, clip_low=shrink, clip_high=shrink, **options)
+                    best = min(best, oracles.search_error(part, s, z, **options))
+                assert errors[n, g // size].item() <= best * (1 + 1e-4)
+        shorter += int((scale < choose_qparams(weight, grid=grid)[0]).sum())
+    assert NUM_CANDIDATES == 80
+    assert EXPONENT == 2.4
+    assert shorter  # the search did not just keep the minimum and maximum
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
+def test_never_worse_than_the_plain_range(kind, scale_dtype):
+    weight = make_weight(rows=20, seed=1)
+    for bits in range(2, 9):
+        grid = make_grid(bits, kind, scale_dtype=scale_dtype)
+        plain = row_errors(weight, *choose_qparams(weight, grid=grid), grid)
+        # Errors are summed in float32: 32 terms.
+        assert (row_errors(weight, *search_qparams(weight, grid=grid), grid) <= plain * (1 + 32 * 2.0**-24)).all()
+
+
+def test_golden_row():
+    """0, 2 (twenty times), 10 on 2 bits: 2 becomes s and 10 becomes 3 s, an error of 20 |s - 2|^2.4 + (10 - 3 s)^2.4.
+
+    s = 10 p / 3. At p = 1: 20 * 1.99 = 39.9; at p = 0.6: (10 - 6)^2.4 = 27.9; the least is at p = 0.77, 12.50.
+    """
+    weight = torch.tensor([[0.0] + [2.0] * 20 + [10.0]])
+    scale, zero = search_qparams(weight, grid=make_grid(2))
+    assert scale.item() == pytest.approx(7.7 / 3, rel=1e-6)  # float32
+    assert zero.item() == 0
+    assert row_errors(weight, scale, zero, make_grid(2)).item() == pytest.approx(12.50, abs=0.005)
+
+
+def test_equal_errors_keep_the_widest_range():
+    """A row that every candidate represents exactly, or equally badly, keeps its minimum and maximum."""
+    weight = torch.stack([torch.zeros(8), torch.full((8,), 1e-30)])
+    grid = make_grid(3)
+    for got, plain in zip(search_qparams(weight, grid=grid), choose_qparams(weight, grid=grid), strict=True):
+        assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_rows_are_finite_and_change_no_other(kind):
+    weight = make_weight()
+    for bits in (2, 4, 8):
+        grid = make_grid(bits, kind)
+        before = search_qparams(weight, grid=grid)
+        others = torch.arange(len(weight)) != 3
+        for value in (0.0, 0.5, -0.5, 1e-30, 1e30):
+            disturbed = weight.clone()
+            disturbed[3] = value
+            after = search_qparams(disturbed, grid=grid)
+            for old, new in zip(before, after, strict=True):
+                assert new.isfinite().all()
+                assert torch.equal(old[others], new[others])
+            assert (after[0] > 0).all()
+            assert fake_quantize(disturbed, scale=after[0], zero_point=after[1], grid=grid).isfinite().all()
+
+
+def test_shapes_types_and_an_untouched_input():
+    weight = make_weight()
+    copy = weight.clone()
+    assert [value.shape for value in search_qparams(weight, grid=make_grid(4))] == [(6, 1)] * 2
+    assert [value.shape for value in search_qparams(weight, grid=make_grid(4, group=8))] == [(6, 4)] * 2
+    assert torch.equal(weight, copy)
+    half = weight.bfloat16()
+    for got, expected in zip(
+        search_qparams(half, grid=make_grid(4)), search_qparams(half.float(), grid=make_grid(4)), strict=True
+    ):
+        assert torch.equal(got, expected)
+        assert got.dtype == torch.float32
+    strided = weight.t().contiguous().t()
+    assert torch.equal(search_qparams(strided, grid=make_grid(4))[0], search_qparams(weight, grid=make_grid(4))[0])

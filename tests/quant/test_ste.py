@@ -1,0 +1,304 @@
+"""Straight-through gradients against float64 autograd of the oracle, and that oracle against finite differences.
+
+Float32 and float64 must round to the same codes for a comparison to mean anything: inputs are drawn so that nothing
+lies near a tie, which every test asserts.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from qvgen.quant.affine import choose_qparams
+from qvgen.quant.grid import Grid
+from qvgen.quant.ste import dynamic_fake_quantize_backward, fake_quantize_backward
+from tests import oracles
+
+KINDS = ("integer", "real", "none")
+WIDTH, GROUP = 24, 8
+FAR = 1e-4
+"""Distance from a tie, in codes, that is safe: float32 errs by at most 2^8 codes * 2^-22 = 6e-5."""
+
+
+def make_grid(bits, kind="integer", granularity="per_token", scale_dtype="float32"):
+    group = GROUP if granularity == "per_group" else None
+    return Grid(bits=bits, granularity=granularity, zero_point=kind, group_size=group, scale_dtype=scale_dtype)
+
+
+def draw(rows, *, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, WIDTH, generator=generator) * scale
+
+
+def assert_near(got, expected, *, rtol=1e-5):
+    """Compare float32 with float64.
+
+    Sums of at most 24 terms err by 24 * 2^-24 of the sum of their magnitudes, which cancellation in ds makes a few
+    times the largest gradient: 1e-5 of the largest entry.
+    """
+    expected = torch.as_tensor(expected)
+    assert got.shape == expected.shape
+    assert (got.double() - expected).abs().max() <= rtol * max(float(expected.abs().max()), 1e-30)
+
+
+def parts(row, grid):
+    size = grid.group_size or len(row)
+    return [row[start : start + size] for start in range(0, len(row), size)]
+
+
+# --------------------------------------------------------------------------- learned scale and zero point
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+def test_learned_gradients_match_float64_autograd(kind, granularity):
+    for bits in range(2, 9):
+        grid = make_grid(bits, kind, granularity)
+        x, grad = draw(4, seed=bits), draw(4, seed=bits + 100)
+        x[0, 3] = x[1, 9] = 7.0  # outliers beyond the learned range: clamped
+        x[2, 20] = -7.0
+        scale, zero = choose_qparams(x, grid=grid)
+        scale = scale * torch.linspace(0.43, 1.317, 4)[:, None]
+        zero = zero + (0.3 if kind == "real" else 0.0)
+        got = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
+        clamped = 0
+        for m, (row, row_grad) in enumerate(zip(x.double(), grad.double(), strict=True)):
+            for g, (part, part_grad) in enumerate(zip(parts(row, grid), parts(row_grad, grid), strict=True)):
+                s, z = scale[m, g].double(), zero[m, g].double()
+                assert oracles.tie_distance(part.numpy(), s.item(), z.item(), kind=kind) > FAR
+                leaves = [value.clone().requires_grad_() for value in (part, s, z)]
+                oracles.ste_fake_quantize(*leaves, bits=bits, kind=kind).backward(part_grad)
+                columns = slice(g * len(part), (g + 1) * len(part))
+                assert_near(got[0][m, columns], leaves[0].grad)
+                # dz and ds have terms of the size s * g and q * g.
+                assert abs(got[1][m, g].item() - leaves[1].grad.item()) <= 1e-5 * 2**bits * part_grad.abs().sum()
+                expected = 0.0 if kind == "none" else leaves[2].grad.item()
+                assert abs(got[2][m, g].item() - expected) <= 1e-5 * s * part_grad.abs().sum()
+                clamped += int((leaves[0].grad == 0).sum())
+        assert clamped  # the clamp's branch was met
+
+
+def test_golden_gradients():
+    """On s = 1, z = 1, codes 0..3, so the range is -1..2; x = -1.75, -0.75, 0.25, 1.25, 3; g = 1, 2, 3, 4, 5.
+
+    m = 0 1 1 1 0 (-1.75 rounds to code -1, 3 to code 4). dx = g m. ds = sum g ((q - z) - m x):
+    1 (-1) + 2 (-1 + 0.75) + 3 (0 - 0.25) + 4 (1 - 1.25) + 5 (2) = -1 - 0.5 - 0.75 - 1 + 10. dz = -(1 + 5).
+    """
+    x = torch.tensor([[-1.75, -0.75, 0.25, 1.25, 3.0]])
+    grad = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    one = torch.ones(1, 1)
+    got = fake_quantize_backward(grad, x, scale=one, zero_point=one, grid=make_grid(2))
+    assert [value.tolist() for value in got] == [[[0.0, 2.0, 3.0, 4.0, 0.0]], [[6.75]], [[-6.0]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_oracle_is_the_derivative_of_the_frozen_function(kind):
+    """Finite differences of the surrogate: rounding errors and clamped elements stay as they are at the point."""
+    generator = np.random.default_rng(5)
+    for bits in (2, 3, 4):
+        x, grad = generator.normal(size=8), generator.normal(size=8)
+        scale = oracles.choose_qparams(x, bits=bits, kind=kind)[0] * 0.6
+        zero = {"integer": 2.0, "real": 1.3, "none": 0.0}[kind]
+        assert oracles.tie_distance(x, scale, zero, kind=kind) > FAR
+        at = (x, scale, zero)
+
+        def loss(point, at=at, bits=bits, grad=grad):
+            return grad @ oracles.surrogate_fake_quantize(point[:-2], *point[-2:], at=at, bits=bits, kind=kind)
+
+        expected = oracles.finite_difference(loss, np.array([*x, scale, zero]))
+        leaves = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in at]
+        oracles.ste_fake_quantize(*leaves, bits=bits, kind=kind).backward(torch.from_numpy(grad))
+        got = np.concatenate([leaf.grad.reshape(-1).numpy() for leaf in leaves])
+        # Central differences in float64: step^2 plus 1e-16 / step, both about 1e-10 times the curvature.
+        np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-7)
+
+
+# --------------------------------------------------------------------------- dynamic range
+
+
+def dynamic_oracle(row, grad, clip_low, clip_high, grid):
+    """Gradients of one row and its two clips in float64."""
+    leaves = [row.clone().requires_grad_(), *(torch.as_tensor(float(c)).double() for c in (clip_low, clip_high))]
+    for leaf in leaves[1:]:
+        leaf.requires_grad_()
+    options = {"bits": grid.bits, "kind": grid.zero_point, "scale_dtype": grid.scale_dtype}
+    values = [oracles.ste_dynamic_fake_quantize(part, *leaves[1:], **options) for part in parts(leaves[0], grid)]
+    torch.cat(values).backward(grad)
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def far_from_ties(row, clip_low, clip_high, grid):
+    for part in parts(row.numpy(), grid):
+        options = {"bits": grid.bits, "kind": grid.zero_point, "clip_low": clip_low, "clip_high": clip_high}
+        plain, _ = oracles.choose_qparams(part, **options)
+        scale, zero = oracles.choose_qparams(part, **options, scale_dtype=grid.scale_dtype)
+        low = np.array([min(0.0, *part) * clip_low])
+        distances = [oracles.tie_distance(part, scale, zero, kind=grid.zero_point)]
+        distances.append(oracles.scale_tie_distance(plain, grid.scale_dtype))
+        if grid.zero_point == "integer":
+            distances.append(oracles.tie_distance(low, scale, 0.0, kind="integer"))
+        if min(distances) <= FAR:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["per_token", "per_group"])
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_dynamic_gradients_match_float64_autograd(kind, granularity, scale_dtype):
+    """With the path through minimum and maximum, for two-sided and one-sided rows."""
+    compared = 0
+    for bits in range(2, 9):
+        grid = make_grid(bits, kind, granularity, scale_dtype)
+        x, grad = draw(8, seed=bits), draw(8, seed=bits + 100)
+        x[2], x[3] = x[2].abs(), -x[3].abs()
+        clips = [torch.linspace(0.7, 0.95, 8)[:, None], torch.linspace(0.9, 0.6, 8)[:, None]]
+        got = dynamic_fake_quantize_backward(grad, x, clip_low=clips[0], clip_high=clips[1], grid=grid)
+        for m, row in enumerate(x.double()):
+            low, high = (clip[m].item() for clip in clips)
+            if not far_from_ties(row, low, high, grid):
+                continue
+            compared += 1
+            expected = dynamic_oracle(row, grad[m].double(), low, high, grid)
+            # An extreme collects ds / qmax, and ds sums up to 2^bits codes times 24 gradients.
+            bound = 1e-5 * grad[m].abs().sum()
+            assert (got[0][m].double() - expected[0]).abs().max() <= bound
+            for value, true in zip(got[1:], expected[1:], strict=True):
+                assert value.shape == (8, 1)
+                assert abs(value[m].item() - true.item()) <= bound * row.abs().max()
+    assert compared > 0.7 * 7 * 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_path_through_the_range_is_a_derivative_too(kind):
+    """Finite differences of s(x), z(x) composed with the frozen function: the oracle's dynamic gradient."""
+    generator = np.random.default_rng(11)
+    bits, clips = 3, (0.8, 0.7)
+    x, grad = generator.normal(size=9), generator.normal(size=9)
+    _, top = oracles.limits(bits, kind)
+
+    def qparams(point):
+        row, low, high = point[:-2], *point[-2:]
+        if kind == "none":
+            return np.abs(row).max() * high / top, 0.0
+        scale = (row.max() * high - row.min() * low) / top
+        return scale, -row.min() * low / scale
+
+    start = np.array([*x, *clips])
+    scale, real_zero = qparams(start)
+    zero = np.rint(real_zero) if kind == "integer" else real_zero
+    assert oracles.tie_distance(x, scale, zero, kind=kind) > FAR
+
+    def loss(point):
+        s, z = qparams(point)
+        moved = z - real_zero + zero  # the rounding error of z is frozen as well
+        at = (x, scale, zero)
+        return grad @ oracles.surrogate_fake_quantize(point[:-2], s, moved, at=at, bits=bits, kind=kind)
+
+    expected = oracles.finite_difference(loss, start)
+    got = dynamic_oracle(torch.from_numpy(x), torch.from_numpy(grad), *clips, make_grid(bits, kind))
+    got = torch.cat([value.reshape(-1) for value in got]).numpy()
+    if kind == "none":
+        assert expected[-2] == 0
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)  # curvature of 1/s times step^2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_extremes_share_evenly(kind):
+    x = draw(1, seed=2).clamp(-2, 2)
+    x[0, [1, 5, 7]], x[0, [2, 3]] = -2.5, 2.5
+    grad, clips = draw(1, seed=3), torch.tensor([[0.9], [0.7]])
+    grid = make_grid(3, kind)
+    low, high = clips.double().flatten().tolist()
+    assert far_from_ties(x[0].double(), low, high, grid)
+    got = dynamic_fake_quantize_backward(grad, x, clip_low=clips[:1], clip_high=clips[1:], grid=grid)
+    expected = dynamic_oracle(x[0].double(), grad[0].double(), low, high, grid)
+    for value, true in zip(got, expected, strict=True):
+        assert_near(value.reshape(true.shape), true)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
+def test_no_gradient_through_a_scale_at_its_floor(kind, scale_dtype):
+    """Rows far below the floor: the scale is a constant, so in range dx = g and the clips have no gradient."""
+    grid = make_grid(4, kind, scale_dtype=scale_dtype)
+    floor = oracles.round_scale(0.0, scale_dtype)
+    x, grad = draw(3, seed=4) * float(floor) * 0.1, draw(3, seed=5)
+    x[2] = 0.0
+    ones = torch.ones(3, 1)
+    got = dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=grid)
+    scale, zero = choose_qparams(x, grid=grid, clip_low=ones, clip_high=ones)
+    torch.testing.assert_close(scale, torch.full_like(scale, float(floor)), rtol=1e-6, atol=0.0)
+    assert torch.equal(zero.round(), torch.zeros_like(zero))
+    for m, row in enumerate(x.double()):
+        expected = dynamic_oracle(row, grad[m].double(), 1.0, 1.0, grid)
+        for value, true in zip(got, expected, strict=True):
+            # Everything is a product of two float32 numbers here; the clips' gradients are sums of them.
+            assert (value[m].double().reshape(true.shape) - true).abs().max() <= 1e-6 * grad[m].abs().max()
+        assert torch.equal(got[0][m], grad[m]) or kind == "real"
+
+
+# --------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["per_token", "per_group"])
+def test_a_disturbed_token_changes_no_other_gradient(kind, granularity):
+    grid = make_grid(4, kind, granularity)
+    x, grad = draw(6, seed=6), draw(6, seed=7)
+    clips = {"clip_low": torch.full((6, 1), 0.9), "clip_high": torch.full((6, 1), 0.8)}
+    scale, zero = choose_qparams(x, grid=grid)
+    others = torch.arange(6) != 2
+    before = dynamic_fake_quantize_backward(grad, x, grid=grid, **clips)
+    learned = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
+    for value, grad_value in itertools.product((0.0, 1e30, -3.0, float("nan")), (0.0, 1e30, float("inf"))):
+        x_new, grad_new = x.clone(), grad.clone()
+        x_new[2], grad_new[2] = value, grad_value
+        after = dynamic_fake_quantize_backward(grad_new, x_new, grid=grid, **clips)
+        after_learned = fake_quantize_backward(grad_new, x_new, scale=scale, zero_point=zero, grid=grid)
+        for old, new in zip((*before, *learned), (*after, *after_learned), strict=True):
+            assert torch.equal(old[others], new[others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_rows_have_finite_gradients(kind):
+    x = torch.stack(
+        [
+            torch.zeros(WIDTH),
+            torch.full((WIDTH,), 0.7),
+            torch.full((WIDTH,), -0.7),
+            torch.full((WIDTH,), 1e30),
+            torch.full((WIDTH,), 1e-30),
+        ]
+    )
+    grad, ones = draw(5, seed=8), torch.ones(5, 1) * 0.95
+    for bits in range(2, 9):
+        for value in dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=make_grid(bits, kind)):
+            assert value.isfinite().all()
+
+
+def test_leading_dimensions_and_per_tensor():
+    x, grad = draw(6, seed=9), draw(6, seed=10)
+    ones = torch.ones(6, 1)
+    grid = make_grid(4)
+    flat = dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=grid)
+    shaped = dynamic_fake_quantize_backward(
+        grad.reshape(2, 3, WIDTH),
+        x.reshape(2, 3, WIDTH),
+        clip_low=ones.reshape(2, 3, 1),
+        clip_high=ones.reshape(2, 3, 1),
+        grid=grid,
+    )
+    for one, other in zip(flat, shaped, strict=True):
+        assert other.shape[:2] == (2, 3)
+        assert torch.equal(one, other.reshape(one.shape))
+    whole = make_grid(4, granularity="per_tensor")
+    scale, zero = choose_qparams(x, grid=whole)
+    got = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=whole)
+    row = fake_quantize_backward(
+        grad.reshape(1, -1), x.reshape(1, -1), scale=scale[:, None], zero_point=zero[:, None], grid=grid
+    )
+    assert [value.shape for value in got] == [x.shape, (1,), (1,)]
+    for one, other in zip(got, row, strict=True):
+        assert torch.equal(one.reshape(-1), other.reshape(-1))

@@ -1,0 +1,67 @@
+"""Learned clips: their tables, start, and gradients through the sigmoid."""
+
+import math
+
+import pytest
+import torch
+
+from qvgen.quant.grid import Grid
+from qvgen.quantizers.activation_dynamic import INITIAL_CLIP, ActivationDynamic
+
+
+def make_quantizer(kind="integer", num_bands=5):
+    return ActivationDynamic(grid=Grid(bits=4, granularity="per_token", zero_point=kind), num_bands=num_bands)
+
+
+def test_clips_start_at_095_in_every_band():
+    assert INITIAL_CLIP == 0.95  # methods.md: start 0.95, lower and upper apart
+    for table in make_quantizer().clip_tables():
+        assert table.shape == (5,)
+        assert table.dtype == torch.float32
+        torch.testing.assert_close(table, torch.full((5,), 0.95), rtol=2.0**-22, atol=0)  # a float32 logit and sigmoid
+
+
+def test_tables_are_sigmoids_of_the_parameters():
+    quantizer = make_quantizer()
+    with torch.no_grad():
+        quantizer.clip_low.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0, 20.0]))
+        quantizer.clip_high.copy_(torch.tensor([3.0, 0.0, -2.0, 5.0, -40.0]))
+    low, high = quantizer.clip_tables()
+    for table, logits in ((low, quantizer.clip_low), (high, quantizer.clip_high)):
+        expected = [1 / (1 + math.exp(-value)) for value in logits.tolist()]
+        assert table.tolist() == pytest.approx(expected, rel=1e-6)  # float32
+        assert ((table >= 0) & (table <= 1)).all()
+    (low.sum() + 2 * high.sum()).backward()
+    # The slope s (1 - s) loses digits to cancellation next to 1: absolute float32 precision.
+    assert quantizer.clip_low.grad.tolist() == pytest.approx((low * (1 - low)).tolist(), abs=1e-7)
+    assert quantizer.clip_high.grad.tolist() == pytest.approx((2 * high * (1 - high)).tolist(), abs=1e-7)
+
+
+def test_a_symmetric_grid_has_one_clip():
+    quantizer = make_quantizer("none")
+    assert quantizer.clip_low is None
+    assert [name for name, _ in quantizer.named_parameters()] == ["clip_high"]
+    low, high = quantizer.clip_tables()
+    assert (low == 1).all()
+    assert high.shape == low.shape == (5,)
+
+
+def test_the_gradient_of_one_band_stays_there():
+    quantizer = make_quantizer()
+    low, high = quantizer.clip_tables()
+    (low[2] * high[4]).backward()
+    assert quantizer.clip_low.grad.nonzero().tolist() == [[2]]
+    assert quantizer.clip_high.grad.nonzero().tolist() == [[4]]
+
+
+def test_state_comes_back_bitwise():
+    quantizer = make_quantizer()
+    with torch.no_grad():
+        quantizer.clip_low.normal_(generator=torch.Generator().manual_seed(0))
+    other = make_quantizer()
+    other.load_state_dict(quantizer.state_dict(), strict=True)
+    for got, expected in zip(other.clip_tables(), quantizer.clip_tables(), strict=True):
+        assert torch.equal(got, expected)
+    assert "4 bits, per_token, bands=5" in repr(quantizer)
+    with pytest.raises(RuntimeError, match="clip_low"):
+        make_quantizer(num_bands=6).load_state_dict(quantizer.state_dict())
