@@ -150,9 +150,10 @@ def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
 
     from qvgen.config.leaves import conf_directory
 
+    line = header.rstrip(".").replace("'", "\\'")  # hydra's grammar reads it, between single quotes
     help_texts = [
         f"hydra.help.app_name='qvgen {verb}'",
-        f"hydra.help.header='qvgen {verb}: {header.rstrip('.')}'",
+        f"hydra.help.header='qvgen {verb}: {line}'",
     ]
     before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments, *help_texts]
     try:

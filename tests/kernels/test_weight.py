@@ -47,7 +47,7 @@ def test_prepacked_operand_is_code_minus_zero_point(kind, bits, group):
         ({"scale": lambda v: v.unsqueeze(1)}, r"\[7, 1\]"),
         ({"scale": lambda v: v * 0}, "not finite and positive"),
         ({"scale": lambda v: v * float("nan")}, "not finite and positive"),
-        ({"zero_point": lambda v: None}, "zero_point is missing"),  # noqa: ARG005
+        ({"zero_point": lambda v: None}, "zero_point is missing"),
         ({"zero_point": lambda v: v.float()}, r"needs torch\.uint8"),
         ({"zero_point": lambda v: v * 0 + 8}, "zero_point 8 is above the largest code 7"),
     ],
