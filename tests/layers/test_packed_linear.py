@@ -14,6 +14,7 @@ from qvgen.layers.packed_linear import PackedLinear, linear_spec
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.hadamard import hadamard_transform
+from qvgen_kernels.reference import quantize_activations
 from tests.layers.model import BANDS, TIMESTEPS, make_layer
 from tests.profiles import COLUMNS, PROFILES, REAL, make_profile
 
@@ -299,3 +300,18 @@ def test_the_spec_says_what_the_profile_says(name):
     groups = (spec.weight_group_size, spec.activation_group_size)
     assert groups == ((64, 64) if name == "svdq_g64" else (0, 0))
     assert (spec.scale_dtype, spec.rotation) == (profile.activation.scale_dtype, profile.rotation)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_input_codes_are_those_that_the_kernel_multiplies(name):
+    """What is counted as a flipped code is what both layers compute with: of a batch of three noise bands, bitwise."""
+    for bits in range(2, 9):
+        layer = make_layer(name, activation_bits=bits, seed=bits)
+        layer.noise_band.set_timestep(TIMESTEPS)
+        packed, x = PackedLinear.from_fake_quant(layer), make_input(bits)
+        codes = layer.input_codes(x)
+        assert codes.shape == (12, COLUMNS)
+        assert torch.equal(packed.input_codes(x), codes)
+        low, high = packed.row_clips(x)
+        operand, _, zero = quantize_activations(x.flatten(0, 1), spec=packed.spec, clip_low=low, clip_high=high)
+        assert torch.equal((operand + zero.unsqueeze(-1)).flatten(1), codes.float())

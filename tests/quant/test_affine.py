@@ -218,6 +218,14 @@ def test_the_reciprocal_is_rounded_before_the_product():
     assert torch.equal(codes.float(), product)
 
 
+def test_the_zero_point_uses_the_same_reciprocal():
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(4))
+    scale, zero = choose_qparams(x, grid=make_grid(8, zero_point="real"))
+    low = x.amin(1, keepdim=True)
+    assert (-low / scale != -low * (1.0 / scale)).any()
+    assert torch.equal(zero, -low * (1.0 / scale))
+
+
 # --------------------------------------------------------------------------- laws
 
 

@@ -80,8 +80,11 @@ def test_golden_row():
 
 
 def test_equal_errors_keep_the_widest_range():
-    """A row that every candidate represents exactly, or equally badly, keeps its minimum and maximum."""
-    weight = torch.stack([torch.zeros(8), torch.full((8,), 1e-30)])
+    """A row that every candidate represents exactly, or equally badly, keeps its minimum and maximum.
+
+    The errors of the huge row are all infinite: |1e30|^2.4 is no float32.
+    """
+    weight = torch.stack([torch.zeros(8), torch.full((8,), 1e-30), make_weight(rows=1, columns=8)[0] * 1e31])
     grid = make_grid(3)
     for got, plain in zip(search_qparams(weight, grid=grid), choose_qparams(weight, grid=grid), strict=True):
         assert torch.equal(got, plain)
