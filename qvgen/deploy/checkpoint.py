@@ -28,9 +28,10 @@ from qvgen.deploy.manifest import (
     read_manifest,
 )
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
-from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.packed_linear import PackedLinear, linear_spec
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
+from qvgen_kernels import resolve_kernel
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,18 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     names = {layer.prepack_() for layer in packed_layers(model).values()}
     log.info("%s: %d packed layers on kernel %s", directory, len(manifest.layers), ", ".join(sorted(names)))
     return model
+
+
+def check_kernel(model: nn.Module, *, kernel: str) -> None:
+    """Find out before training whether a kernel will run what a prepared model is folded to.
+
+    Raises:
+        ValueError: An unknown kernel.
+        RuntimeError: A kernel that was asked for by name does not run here.
+    """
+    for layer in quantized_layers(model).values():
+        spec = linear_spec(layer.profile, in_features=layer.in_features, out_features=layer.out_features)
+        resolve_kernel(kernel, spec, device=layer.weight.device)
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from qvgen.quant.grid import Grid, Profile
 FORMAT, VERSION = "qvgen-packed", 1
 MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
 
-SUPPORTED_TRANSFORMERS = ("WanTransformer3DModel",)
+SUPPORTED_TRANSFORMERS = ("WanTransformer3DModel", "CogVideoXTransformer3DModel")
 """Classes of diffusers that a manifest may name."""
 
 

@@ -1,6 +1,6 @@
-"""Callbacks of a run: the decay of Phi, the metrics of each step, the progress bar, checkpoints.
+"""Callbacks of a run: the decay of Phi, the metrics of each step, the progress bar.
 
-All act between optimizer steps, once per step however many micro-batches it has, and depend on the step's number
+Both act between optimizer steps, once per step however many micro-batches it has, and depend on the step's number
 alone, so that a resumed run does what the uninterrupted one did.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import nn
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ counts from the run's first step over all its sessions, val/* is held out."""
 
 
 class PhiDecay(lightning.Callback):
-    """Brings every layer's Phi to the schedule's state before each optimizer step, and to nothing at the end.
+    """Brings every layer's Phi to the schedule's state before each optimizer step.
 
     Args:
         schedule: The plan of the whole run.
@@ -71,11 +70,6 @@ class PhiDecay(lightning.Callback):
         if trainer.global_step != self._applied_step:
             self._applied_step = trainer.global_step
             self.apply(pl_module.student, trainer.optimizers[0], step=trainer.global_step)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Drop what the last step annealed to 0, where there is no tail."""
-        assert isinstance(pl_module, VideoTraining)
-        self.apply(pl_module.student, trainer.optimizers[0], step=trainer.global_step)
 
 
 class StepMetrics(lightning.Callback):
@@ -144,7 +138,7 @@ class StepMetrics(lightning.Callback):
             row: dict[str, float | int] = {
                 "train/loss": float(loss),
                 "train/gradient_norm": float(pl_module.gradient_norm),
-                "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/learning_rate": pl_module.learning_rate,
                 "train/seconds": time.monotonic() - self._started,
             }
             if self.schedule is not None:
@@ -201,72 +195,3 @@ def total_seconds(path: Path) -> float:
     """Seconds that the steps in a metrics.csv took, over all sessions of the run."""
     rows = _rows_before(path, sys.maxsize)
     return float(rows[-1]["train/seconds"]) if rows else 0.0
-
-
-class StepCheckpoint(lightning.Callback):
-    """Saves the whole training state every so many optimizer steps and keeps the newest few.
-
-    Args:
-        directory: Where ``step-00000050.ckpt`` go.
-        every_steps: Optimizer steps between two of them; the last step has one too.
-        keep: How many are kept.
-        num_steps: Optimizer steps of the run.
-    """
-
-    def __init__(self, directory: Path, *, every_steps: int, keep: int, num_steps: int) -> None:
-        self.directory, self.every_steps, self.keep, self.num_steps = directory, every_steps, keep, num_steps
-        self._saved_step = 0
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The state that was resumed from is saved already."""
-        del pl_module
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Save after a step that is due; then remove the oldest."""
-        del pl_module, outputs, batch, batch_idx
-        step = trainer.global_step
-        if step == self._saved_step or (step % self.every_steps and step != self.num_steps):
-            return
-        self._saved_step = step
-        trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt")
-        if trainer.is_global_zero:
-            for old in checkpoints(self.directory)[: -self.keep]:
-                old.unlink()
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(directory.glob("step-*.ckpt"))
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there, and that are read without executing anything they hold."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside, force to the disk, rename."""
-        del storage_options
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read tensors and plain values only."""
-        del weights_only
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is no checkpoint or damaged; delete it to resume from the one before") from error
-        return state
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete one."""
-        Path(path).unlink(missing_ok=True)

@@ -59,6 +59,7 @@ class VideoTraining(lightning.LightningModule):
         self.num_steps, self.seed = num_steps, seed
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
+        self.learning_rate = 0.0
 
     def setup(self, stage: str) -> None:
         """Bring the teacher to the student's device."""
@@ -105,8 +106,9 @@ class VideoTraining(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients and keep what it was before (for the regret bound of the paper)."""
-        del optimizer, gradient_clip_val, gradient_clip_algorithm
+        """Clip the norm of all gradients; keep what it was before (the paper's regret bound) and the step's rate."""
+        del gradient_clip_val, gradient_clip_algorithm
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
         self.gradient_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.gradient_clip)
         if not torch.isfinite(self.gradient_norm):
             raise TrainingDivergedError(

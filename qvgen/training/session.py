@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import lightning
 import torch
@@ -20,13 +21,20 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 from qvgen.run_directory import atomic_write, write_plain
-from qvgen.training.callbacks import PhiDecay, StepCheckpoint, StepMetrics, checkpoints
+from qvgen.training.callbacks import PhiDecay, StepMetrics
 from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
+from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
 
 START_FILE = "start.safetensors"
 CHECKPOINT_DIRECTORY = "checkpoints"
+
+STEP_PARTS = 2
+"""A step's batch is computed in at least so many parts, whose gradients are added. One process that goes through two
+parts adds the same two numbers as two processes with one part each, so that both train the same bits; a batch in one
+piece would differ in the last bit of its sums, and a code that flips for it changes the loss by a few per cent after
+ten steps."""
 
 
 def phi_ranks(config: TrainConfig) -> tuple[int, ...]:
@@ -54,6 +62,14 @@ def decay_schedule(config: TrainConfig) -> DecaySchedule | None:
     )
 
 
+def micro_batches(config: TrainConfig) -> int:
+    """Micro-batches per optimizer step of each process: ``accumulate``, or more where ``STEP_PARTS`` asks for it."""
+    parts = config.accumulate * config.devices
+    if parts < STEP_PARTS and config.batch_size % STEP_PARTS == 0:
+        return STEP_PARTS
+    return config.accumulate
+
+
 def save_start(student: nn.Module, run_dir: Path) -> None:
     """Write the state that training starts from."""
     tensors = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
@@ -69,8 +85,8 @@ def load_start(student: nn.Module, run_dir: Path) -> None:
         raise ValueError(f"{path} does not hold this run's start ({error}); start another run") from error
 
 
-def load_trained(student: nn.Module, run_dir: Path) -> int:
-    """Bring a prepared student to the newest checkpoint of a run.
+def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule | None) -> int:
+    """Bring a prepared student to the newest checkpoint of a run, and its Phi to what the schedule says there.
 
     Returns:
         The optimizer step of that checkpoint.
@@ -88,8 +104,10 @@ def load_trained(student: nn.Module, run_dir: Path) -> int:
             {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}, strict=True
         )
         step = int(state["global_step"])
-    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+    except (RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
         raise ValueError(f"{found[-1]} is damaged or of another run ({type(error).__name__}); delete it") from error
+    if schedule is not None:
+        PhiDecay(schedule).apply(student, None, step=step)
     return step
 
 
@@ -167,7 +185,7 @@ def train_share(
     loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
     trainer = build_trainer(
         steps=config.steps,
-        accumulate=config.accumulate,
+        accumulate=micro_batches(config),
         rank=rank,
         world_size=config.devices,
         port=port,
@@ -175,7 +193,7 @@ def train_share(
         loggers=loggers,
     )
     data = StepKeyedData(
-        config.data(split="train"), batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
+        config.data(split="train"), batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed
     )
     student.train()
     found = checkpoints(directory)
@@ -183,6 +201,8 @@ def train_share(
         fit(trainer, module, data, checkpoint=found[-1] if found else None)
     finally:
         close_loggers(loggers)
+    if schedule is not None:  # what the last step annealed to 0, where there is no tail
+        PhiDecay(schedule).apply(student, None, step=config.steps)
     student.eval()
 
 

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from qvgen.config.sections import LoggerConfig
-from qvgen.training.callbacks import AtomicCheckpointIO
 from qvgen.training.cluster import OneMachine
 from qvgen.training.launcher import guard_world_size
+from qvgen.training.step_checkpoint import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +59,17 @@ def build_trainer(
     """
     on_gpu = torch.cuda.is_available()
     strategy: Strategy
-    if world_size > 1:
-        strategy = DDPStrategy(
-            cluster_environment=OneMachine(rank=rank, world_size=world_size, port=port),
-            process_group_backend="nccl" if on_gpu else "gloo",
-            broadcast_buffers=False,  # gates and ranks are computed alike everywhere
-            gradient_as_bucket_view=True,
-            find_unused_parameters=True,  # the factors of a Phi that is gone
-        )
-    else:
-        strategy = SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
     with quiet_lightning():
+        if world_size > 1:
+            strategy = DDPStrategy(
+                cluster_environment=OneMachine(rank=rank, world_size=world_size, port=port),
+                process_group_backend="nccl" if on_gpu else "gloo",
+                broadcast_buffers=False,  # gates and ranks are computed alike everywhere
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,  # the factors of a Phi that is gone
+            )
+        else:
+            strategy = SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
         trainer = lightning.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
             devices=world_size,
@@ -103,6 +103,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from torch import nn
 
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
-from qvgen.deploy.checkpoint import load_packed, save_packed
+from qvgen.deploy.checkpoint import check_kernel, load_packed, save_packed
 from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
 from qvgen.evaluation.comparison import bf16_bytes, compare_models, layer_reports
 from qvgen.evaluation.environment import collect_environment
@@ -49,11 +49,13 @@ CLASSIFIER_STEPS = 600
 def run(config: TrainConfig) -> None:
     """Do the whole way of one run."""
     use_threads(config)
+    _check_inputs(config)
     if not config.method.quantizes:
         pretrain(config)
         return
     teacher = config.model.load_teacher()
     student, swapped = prepare_student(config, teacher)
+    check_kernel(student, kernel=config.kernel)
     held_out = HeldOut(
         config.model, config.data(split="held_out"), num_samples=config.evaluation.samples, seed=config.seed
     )
@@ -106,6 +108,17 @@ def run(config: TrainConfig) -> None:
         )
         report = write_report(run_dir.path, data)
         _show_result(data, report)
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """Raise ValueError for what would only be noticed after the run's folder was made, or hours later."""
+    data = config.data(split="train")
+    if config.batch_size > len(data):
+        raise ValueError(f"batch_size={config.batch_size} is larger than the training data of {len(data)}; use less")
+    found, wanted = tuple(data[0]["video"].shape), config.model.sample_shape
+    if found != wanted:
+        raise ValueError(f"data={config.names.data} has videos of shape {found}, model={config.names.model} {wanted}")
+    config.model.encode(list(config.evaluation.prompts or config.model.prompts))
 
 
 def pretrain(config: TrainConfig) -> None:
