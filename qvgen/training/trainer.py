@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,9 +113,20 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def fit(trainer: lightning.Trainer, module: Any, data: Any, *, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint or from the module as it is."""
+    """Train, from a checkpoint or from the module as it is.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; Lightning would end the process with the exit code of a failure.
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with quiet_lightning():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as end:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
+            raise KeyboardInterrupt from end
 
 
 def close_loggers(loggers: list[Logger]) -> None:
