@@ -19,9 +19,9 @@ def test_a_few_steps_learn_the_colour_and_the_same_seed_learns_the_same() -> Non
     data = MovingDigits(length=500)
     first, again = (train_classifier(data, steps=2, seed=3) for _ in range(2))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    accuracy = dataset_accuracy(train_classifier(data, steps=30, seed=3), MovingDigits(split="held_out"), count=64)
+    accuracy = dataset_accuracy(train_classifier(data, steps=40, seed=3), MovingDigits(split="held_out"), count=64)
     assert accuracy.keys() == set(ATTRIBUTES)
-    assert accuracy["color"] > 0.5  # chance is 1/6
+    assert accuracy["color"] > 0.5  # chance is 1/6; 0.9 was seen
 
 
 def test_the_shipped_classifier_is_as_good_as_its_card_says() -> None:
