@@ -9,12 +9,13 @@ from typing import Any
 
 from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
-from qvgen.config.schema import FoldConfig, GenerateConfig, InspectConfig, TrainConfig
+from qvgen.config.schema import AssetsConfig, FoldConfig, GenerateConfig, InspectConfig, TrainConfig
 from qvgen.config.typed import from_plain
 from qvgen.run_directory import read_config
 
-VerbConfig = TrainConfig | FoldConfig | GenerateConfig | InspectConfig
+VerbConfig = AssetsConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig
 _SCHEMAS: dict[str, type[VerbConfig]] = {
+    "assets": AssetsConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,

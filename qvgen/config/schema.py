@@ -164,3 +164,23 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         require((self.packed is None) != (self.run_dir is None), "give one of packed=DIR and run_dir=DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetsConfig:
+    """Everything that `qvgen assets` needs.
+
+    Attributes:
+        names: Which assets; None: all.
+        out: Where they go; None: the user's cache folder.
+        dry_run: Show the table, fetch nothing.
+        debug: Show tracebacks.
+    """
+
+    names: tuple[str, ...] | None
+    out: Path | None
+    dry_run: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")

