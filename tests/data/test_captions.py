@@ -1,0 +1,134 @@
+"""Tables of clips: every form that is promised, checked against what was written into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value, Video
+
+from qvgen.data.captions import ClipTable, read_table
+
+CAPTIONS = {"a.mp4": "a red square, moving", "deep/001.mp4": 'it says "None"\nand more', "None.mp4": "null"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in CAPTIONS:
+        (tmp_path / "clips" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clips" / name).write_bytes(name.encode())
+    return tmp_path / "clips"
+
+
+def write_csv(path: Path, *, columns: tuple[str, str], extra: str = "") -> Path:
+    lines = [",".join(columns) + (",extra" if extra else "")]
+    lines += [f'{name},"{text.replace(chr(34), chr(34) * 2)}"{extra}' for name, text in CAPTIONS.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def assert_is_the_table(table: ClipTable, folder: Path) -> None:
+    assert {clip.name: clip.caption for clip in table} == CAPTIONS
+    assert [clip.name for clip in table] == list(CAPTIONS)  # in its order
+    assert [clip.path for clip in table] == [folder / name for name in CAPTIONS]
+    assert table[-1] == table[len(CAPTIONS) - 1]
+    with pytest.raises(IndexError):
+        table[len(CAPTIONS)]
+    with table[1].local_file() as path:
+        assert path.read_bytes() == b"deep/001.mp4"
+
+
+def test_folder_with_metadata_csv(folder: Path) -> None:
+    write_csv(folder / "metadata.csv", columns=("file_name", "text"))
+    assert_is_the_table(read_table(folder), folder)
+
+
+def test_folder_with_metadata_jsonl(folder: Path) -> None:
+    lines = [json.dumps({"text": text, "file_name": name, "score": 0.5}) for name, text in CAPTIONS.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert_is_the_table(read_table(folder), folder)
+
+
+def test_folder_with_metadata_parquet(folder: Path) -> None:
+    rows = {"file_name": list(CAPTIONS), "text": list(CAPTIONS.values())}
+    Dataset.from_dict(rows).to_parquet(str(folder / "metadata.parquet"))
+    assert_is_the_table(read_table(folder), folder)
+
+
+def test_csv_like_openvid_with_its_videos_elsewhere(folder: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "OpenVid.csv", columns=("video", "caption"), extra=",5.2")
+    assert_is_the_table(read_table(table, videos=folder), folder)
+    with pytest.raises(ValueError, match=r"a\.mp4 and 2 more videos .* write data\.videos=FOLDER"):
+        read_table(table)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_data_set_on_disk(folder: Path, tmp_path: Path, split: bool) -> None:
+    rows = {"video": [str(folder / name) for name in CAPTIONS], "caption": list(CAPTIONS.values())}
+    dataset = Dataset.from_dict(rows, features=Features({"video": Video(decode=False), "caption": Value("string")}))
+    (DatasetDict({"train": dataset}) if split else dataset).save_to_disk(str(tmp_path / "disk"))
+    table = read_table(tmp_path / "disk")
+    assert [clip.data for clip in table] == [name.encode() for name in CAPTIONS]  # save_to_disk takes the bytes along
+    assert [clip.caption for clip in table] == list(CAPTIONS.values())
+
+
+def test_data_set_on_disk_with_names_alone(folder: Path, tmp_path: Path) -> None:
+    Dataset.from_dict({"video": list(CAPTIONS), "text": list(CAPTIONS.values())}).save_to_disk(str(tmp_path / "disk"))
+    assert_is_the_table(read_table(tmp_path / "disk", videos=folder), folder)
+
+
+def test_data_set_that_holds_the_bytes(tmp_path: Path) -> None:
+    rows = {"video": [{"bytes": b"abc", "path": "x.mp4"}, {"bytes": b"de", "path": None}], "caption": ["one", "two"]}
+    features = Features({"video": Video(decode=False), "caption": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "disk"))
+    table = read_table(tmp_path / "disk")
+    assert [(clip.name, clip.path, clip.data) for clip in table] == [("x.mp4", None, b"abc"), ("row-1", None, b"de")]
+    with table[0].local_file() as path:
+        assert (path.suffix, path.read_bytes()) == (".mp4", b"abc")
+    assert not path.exists()
+
+
+def test_a_changed_table_is_read_anew(folder: Path) -> None:
+    for caption in ("first", "later"):  # of one length, and within one second
+        (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{caption}\n")
+        assert read_table(folder)[0].caption == caption
+
+
+def test_rows_without_name_or_text_are_kept_to_be_reported(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,\n,words\n")
+    table = read_table(folder)
+    assert [clip.caption for clip in table] == ["", "words"]
+    assert "row 1 without a name" in table[1].name
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no metadata.csv, metadata.jsonl, metadata.parquet; write one"),
+        ({"metadata.csv": "file_name,text\n", "metadata.jsonl": "{}"}, "has 2 metadata files, not one"),
+        ({"metadata.csv": "file_name,text\n"}, "corresponds to no data"),
+        ({"metadata.csv": ""}, r"columns \(none\); one must be called file_name or video"),
+        ({"metadata.csv": "name,text\na.mp4,x\n"}, "columns name, text; one must be called file_name or video"),
+        ({"metadata.csv": "file_name,words\na.mp4,x\n"}, "one must be called text or caption"),
+        ({"metadata.csv": "file_name,text\nb.mp4,x\n"}, r"b\.mp4 and 0 more videos"),
+        ({"metadata.csv": "file_name,text\na.mp4,x,y,z\nb"}, "can't be read as a table|do not exist"),
+        ({"metadata.jsonl": "{ no json"}, "can't be read as a table"),
+        ({"metadata.parquet": "no parquet"}, "can't be read as a table"),
+    ],
+)
+def test_bad_tables_are_refused_with_what_to_do(folder: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_table(folder)
+
+
+def test_what_is_no_table_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.path=.*absent does not exist"):
+        read_table(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"a\.mp4 is no table"):
+        read_table(folder / "a.mp4")
+    DatasetDict({"test": Dataset.from_dict({"video": ["a"], "caption": ["b"]})}).save_to_disk(str(tmp_path / "disk"))
+    with pytest.raises(ValueError, match=r"no split train \(there are: test\)"):
+        read_table(tmp_path / "disk")
