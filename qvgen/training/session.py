@@ -37,6 +37,11 @@ piece would differ in the last bit of its sums, and a code that flips for it cha
 ten steps."""
 
 
+TRAINING_THREADS = 1
+"""Of each process, until training is over: the last bit of a sum depends on how many threads share it, and a run must not
+depend on the machine's cores or on how many processes there are."""
+
+
 def phi_ranks(config: TrainConfig) -> tuple[int, ...]:
     """Rank of Phi in each phase; empty for a method without Phi."""
     if not config.method.uses_phi:
@@ -157,7 +162,7 @@ def train_share(
     port: int = 0,
 ) -> None:
     """Train as one of the run's processes; arguments as :func:`train_all`."""
-    use_threads(config)
+    use_threads(TRAINING_THREADS)
     schedule = decay_schedule(config)
     module = VideoTraining(
         student=student,
@@ -206,7 +211,7 @@ def train_share(
     student.eval()
 
 
-def use_threads(config: TrainConfig) -> None:
-    """Share the cores among the run's processes; OMP_NUM_THREADS, where it is set, decides instead."""
+def use_threads(count: int) -> None:
+    """Compute on so many cores from now on; OMP_NUM_THREADS, where it is set, decides instead."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.devices))
+        torch.set_num_threads(count)

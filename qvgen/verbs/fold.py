@@ -20,8 +20,8 @@ def run(config: FoldConfig) -> None:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
     student, _ = prepare_student(run_config, run_config.model.load_teacher())
     step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
-    log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
     fold_student(run_config, student, config.out, steps=step)
+    log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
     equal, count = codes_equal(student, load_packed(config.out, kernel="reference"))
     if not equal:
         raise RuntimeError(

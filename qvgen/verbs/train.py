@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shlex
 import sys
 import time
@@ -32,6 +33,7 @@ from qvgen.models.weight_file import save_weights
 from qvgen.run_directory import RunDirectory
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.session import (
+    TRAINING_THREADS,
     decay_schedule,
     load_start,
     phi_ranks,
@@ -44,11 +46,13 @@ from qvgen.training.session import (
 log = logging.getLogger(__name__)
 
 CLASSIFIER_STEPS = 600
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path")
+"""Keys of conf/model that say nothing about the model, or where something lies on this machine."""
 
 
 def run(config: TrainConfig) -> None:
     """Do the whole way of one run."""
-    use_threads(config)
+    use_threads(TRAINING_THREADS)
     _check_inputs(config)
     if not config.method.quantizes:
         pretrain(config)
@@ -59,11 +63,12 @@ def run(config: TrainConfig) -> None:
     held_out = HeldOut(
         config.model, config.data(split="held_out"), num_samples=config.evaluation.samples, seed=config.seed
     )
-    _show_plan(config, student, swapped)
     if config.dry_run:
+        _show_plan(config, student, swapped)
         return
     seconds: dict[str, float] = {}
     with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
+        _show_plan(config, student, swapped)
         reference = list(held_out.predictions(teacher))
         start = _start(config, run_dir, student=student, held_out=held_out, reference=reference)
         seconds["init"] = start["seconds"]
@@ -74,6 +79,7 @@ def run(config: TrainConfig) -> None:
             run_dir=run_dir.path,
             validate=lambda model: held_out.relative_error(model, reference),
         )
+        use_threads(len(os.sched_getaffinity(0)))
         seconds["train"] = total_seconds(run_dir.path / "metrics.csv")
         with _timed(seconds, "fold"):
             fold_student(config, student, run_dir.path / "packed", steps=config.steps)
@@ -138,6 +144,7 @@ def pretrain(config: TrainConfig) -> None:
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
         train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None)
+        use_threads(len(os.sched_getaffinity(0)))
         card: dict[str, Any] = {
             "command": _command(),
             "seed": config.seed,
@@ -218,6 +225,7 @@ def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, st
         directory,
         base_name=config.names.model,
         base_revision=config.model.revision,
+        base_arguments={key: value for key, value in config.plain["model"].items() if key not in LOCAL_ARGUMENTS},
         training={
             "method": config.names.method,
             "init": config.names.init,
