@@ -105,7 +105,11 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         _check_resume(plain, job)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
-    codes = [_run_job(run, verb, plain, show=show) for plain in plains]
+    codes = []
+    for plain in plains:
+        codes.append(_run_job(run, verb, plain, show=show))
+        if codes[-1] == INTERRUPTED:
+            break
     return max(codes, key=_SEVERITY.index)
 
 
@@ -166,11 +170,12 @@ def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
 
 
 def _own_the_environment() -> None:
-    """Forget ranks that another launcher left: Lightning would wait for processes that are not there."""
+    """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.launcher import forget_ranks, refuse_foreign_launcher
 
     refuse_foreign_launcher(os.environ)
     forget_ranks(os.environ)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar
 
 
 def _worker(arguments: list[str]) -> None:

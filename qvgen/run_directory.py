@@ -50,6 +50,7 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             content(temporary)
         else:
             temporary.write_bytes(content)
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
         _force_to_disk(temporary)
         temporary.replace(path)
     except BaseException as error:
@@ -61,6 +62,13 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             raise OSError(f"cannot write {path}: {error}") from error
         raise
     _force_to_disk(path.parent)
+
+
+def _umask() -> int:
+    """The process's umask; asking for it means setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _force_to_disk(path: Path) -> None:

@@ -37,7 +37,12 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert len(list((run_dir / "videos").glob("*.mp4"))) == 3 * 6
     assert list((run_dir / "wandb").iterdir())
     # The last lines say where the report is, and the numbers that matter.
-    for pattern in (r"report: .*report\.html", r"error of PTQ \(mse\): 0\.\d+", r"error of QAT, packed: 0\.\d+", r"size: \d+ KiB"):
+    for pattern in (
+        r"report: .*report\.html",
+        r"error of PTQ \(mse\): 0\.\d+",
+        r"error of QAT, packed: 0\.\d+",
+        r"size: \d+ KiB",
+    ):
         assert re.search(pattern, done.stdout), done.stdout
     # The bar: step, loss, rank, gamma and the time that is left.
     assert re.search(r"\d+/\d+ \[\d+:\d+<\d+:\d+, .*loss=\d\.\d+, rank=32, gamma=", done.stderr)

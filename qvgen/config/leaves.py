@@ -54,11 +54,16 @@ def build_leaf(spec: Mapping[str, Any], *, key: str, partial: bool = False) -> A
     return target(**arguments)
 
 
-def load_leaf(group: str, name: str) -> Any:
-    """Build the object of ``conf/GROUP/NAME.yaml`` with that file's own values, for example ``("model", "tiny")``.
+def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
+    """Build the object of ``conf/GROUP/NAME.yaml``, for example ``("model", "tiny")``.
+
+    Args:
+        group: Folder of conf/.
+        name: File of that folder; it alone decides which class is built.
+        **changes: Arguments in place of the file's values.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or the class has no such argument.
     """
     folder = conf_directory() / group
     names = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -66,7 +71,9 @@ def load_leaf(group: str, name: str) -> Any:
         raise UserError(f"unknown {group}={name}{did_you_mean(name, names)} (there are: {', '.join(names)})")
     spec = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
     assert isinstance(spec, dict), f"conf/{group}/{name}.yaml is no mapping"
-    return build_leaf(_without_recipe({str(name): value for name, value in spec.items()}), key=group)
+    if "_target_" in changes:
+        raise UserError(f"{group}={name}: _target_={changes['_target_']} is not an argument; the name decides")
+    return build_leaf(_without_recipe({**{str(key): value for key, value in spec.items()}, **changes}), key=group)
 
 
 def build_leaves(config: TrainConfig) -> TrainConfig:

@@ -42,6 +42,7 @@ def save_packed(
     *,
     base_name: str = "",
     base_revision: str = "",
+    base_arguments: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write a folded transformer.
@@ -54,6 +55,7 @@ def save_packed(
         directory: Made if need be; a checkpoint that is there is replaced.
         base_name: Name of the model family's configuration; needed by ``qvgen generate``.
         base_revision: What identifies the full-precision weights.
+        base_arguments: Arguments of the family that ``qvgen generate`` needs again: sizes, sampling; no paths.
         training: How the model was made, for the record.
 
     Returns:
@@ -79,6 +81,7 @@ def save_packed(
     manifest = Manifest(
         base_name=base_name,
         base_revision=base_revision,
+        base_arguments=dict(base_arguments or {}),
         transformer=name,
         transformer_config=_plain_config(model),
         num_noise_bands=next(iter(packed.values())).noise_band.num_bands,

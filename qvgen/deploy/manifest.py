@@ -1,7 +1,7 @@
 """manifest.json: everything about a packed checkpoint that is not a tensor. Plain data; it never names code to run.
 
     {"format": "qvgen-packed", "version": 1,
-     "base": {"name", "revision", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
+     "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
      "num_noise_bands", "layers": [...], "skipped": [...], "training": {...}, "sha256": of model.safetensors}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
@@ -89,6 +89,8 @@ class Manifest:
 
     Attributes:
         base_name: Name of the model family's configuration (conf/model), for example ``tiny``.
+        base_arguments: What the run gave to the family in place of its configuration's values: sizes, sampling; plain
+            values, no paths.
         base_revision: What identifies the full-precision weights, for example their sha256.
         transformer: Class of diffusers, one of ``SUPPORTED_TRANSFORMERS``.
         transformer_config: Arguments of that class.
@@ -101,6 +103,7 @@ class Manifest:
 
     base_name: str
     base_revision: str
+    base_arguments: dict[str, Any]
     transformer: str
     transformer_config: dict[str, Any]
     num_noise_bands: int
@@ -117,6 +120,7 @@ class Manifest:
             "base": {
                 "name": self.base_name,
                 "revision": self.base_revision,
+                "arguments": self.base_arguments,
                 "transformer": self.transformer,
                 "config": self.transformer_config,
             },
@@ -148,6 +152,7 @@ class Manifest:
             manifest = cls(
                 base_name=str(base["name"]),
                 base_revision=str(base["revision"]),
+                base_arguments=dict(base["arguments"]),
                 transformer=str(base["transformer"]),
                 transformer_config=dict(base["config"]),
                 num_noise_bands=int(data["num_noise_bands"]),

@@ -23,6 +23,9 @@ from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights
 ATTRIBUTES = ("digit", "color", "motion")
 CLASSIFIER_FILE = "tiny_classifier.safetensors"
 
+VIDEO_SHAPE = (8, 16, 16, 3)
+"""(F, S, S, 3) of the videos that the shipped classifier reads."""
+
 _SIZES = {"digit": len(DIGITS), "color": len(COLORS), "motion": len(MOTIONS)}
 _CHANNELS = 32
 _BATCH_SIZE = 64

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.video import write_video
-from qvgen.evaluation.classifier import ATTRIBUTES, load_classifier
+from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
 from qvgen.evaluation.report_data import Checks, LayerReport, Quality, VariantQuality, VideoComparison
@@ -219,8 +219,8 @@ def _quality(name: str, videos: Mapping[str, Tensor], items: Sequence[Mapping[st
 
 
 def _accuracy(videos: Tensor, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of the videos that show what was asked for; empty for data without such labels."""
-    if not all(name in items[0] for name in ATTRIBUTES):
+    """Share of the videos that show what was asked for; empty for data without labels, or of another size."""
+    if not all(name in items[0] for name in ATTRIBUTES) or tuple(videos.shape[1:]) != VIDEO_SHAPE:
         return {}
     return load_classifier().accuracy(videos, attribute_labels(items))
 

@@ -15,7 +15,7 @@ def run(config: GenerateConfig) -> None:
     manifest = read_manifest(config.packed)
     if not manifest.base_name:
         raise ValueError(f"{config.packed} does not say which model it was made from; load it with qvgen.load_packed")
-    family = load_leaf("model", manifest.base_name)
+    family = load_leaf("model", manifest.base_name, **manifest.base_arguments)
     captions = list(config.prompt or family.prompts)
     family.encode(captions)  # a caption that is not understood is refused before anything is written
     transformer = load_packed(config.packed, kernel=config.kernel)
