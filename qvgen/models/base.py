@@ -8,7 +8,7 @@ arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -136,3 +136,34 @@ class VideoDiT(Protocol):
         Returns:
             uint8 [B, F, H, W, 3], RGB in 0..255, on the CPU.
         """
+
+
+class LatentVideoDiT(VideoDiT, Protocol):
+    """A family whose samples are latents of a VAE, and whose text encoder is a network: both are run once, before training.
+
+    Attributes:
+        height: of a frame in pixels.
+        width: of a frame in pixels.
+        num_frames: frames of a clip.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+
+    def component_revision(self, component: str) -> str:
+        """Content key of the weights of ``transformer``, ``vae`` or ``text_encoder``."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Choose where text encoder and VAE run."""
+
+    def release(self) -> None:
+        """Free text encoder and VAE; they are loaded again when needed."""
+
+    def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:
+        """Turn clips in [-1, 1] into the float32 latents that the transformer is trained on."""
+
+    def decode(
+        self, latents: Float[Tensor, "B C f h w"], *, num_frames: int | None = None
+    ) -> Float[Tensor, "B 3 F H W"]:
+        """Turn latents of clips of ``num_frames`` frames (None: as in training) into pixels about [-1, 1]."""

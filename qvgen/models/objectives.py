@@ -10,12 +10,23 @@ Flow matching (rectified flow; Lipman et al. 2210.02747, Liu et al. 2209.03003; 
 The same formulas as diffusers' FlowMatchEulerDiscreteScheduler, which does the sampling. [ours] Training uses the shift that
 sampling uses: QVGen's released code trains at 1 and samples at 3 (docs/method.md).
 
-Left out: weightings of the loss over sigma, logit-normal draws.
+v-prediction (Salimans and Ho 2202.00512; zero terminal SNR: Lin et al. 2305.08891; CogVideoX 2408.06072):
+
+    x_t   = a_t * x_0 + b_t * noise        a_t^2 = abar_t, b_t^2 = 1 - abar_t, t a whole number in 0..999
+    v     = a_t * noise - b_t * x_0        the target
+    sigma = t / 1000                       here only the name of a place on the schedule
+    abar  = cumprod(1 - beta), then abar / (k + (1 - k) abar) with k = snr_shift_scale, then sqrt(abar) shifted and
+            scaled so that its last entry is 0 and its first is unchanged; sqrt(beta) is linear in t
+
+The same formulas as diffusers' CogVideoXDDIMScheduler.
+
+Left out: weightings of the loss over sigma, logit-normal draws, other beta schedules.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -85,6 +96,89 @@ class FlowMatching:
         """Return what a perfect model predicts on average, v = noise - clean; it does not depend on sigma."""
         del sigma
         return noise - clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPrediction:
+    """v-prediction on a schedule of 1000 steps.
+
+    Attributes:
+        beta_start: beta of t = 0, in (0, 1).
+        beta_end: beta of t = 999, in (0, 1).
+        snr_shift_scale: k > 0; the signal-to-noise ratio is divided by it.
+        zero_terminal_snr: whether t = 999 is pure noise.
+
+    Raises:
+        ValueError: for values outside of these ranges.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    snr_shift_scale: float = 1.0
+    zero_terminal_snr: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_start < self.beta_end < 1:
+            raise ValueError(
+                f"beta_start={self.beta_start} and beta_end={self.beta_end} do not rise within (0, 1); "
+                "CogVideoX uses 0.00085 and 0.012"
+            )
+        if not self.snr_shift_scale > 0:
+            raise ValueError(
+                f"snr_shift_scale={self.snr_shift_scale} is not positive; CogVideoX uses 3 (2b) and 1 (5b)"
+            )
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar, float32 [1000]; computed in float64, as the products of a thousand factors need."""
+        ends = self.beta_start**0.5, self.beta_end**0.5
+        betas = torch.linspace(*ends, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+        table = torch.cumprod(1 - betas, dim=0)
+        table = table / (self.snr_shift_scale + (1 - self.snr_shift_scale) * table)
+        if self.zero_terminal_snr:
+            root = table.sqrt()
+            table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return table.float()
+
+    def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Draw one t uniformly from 0..999 and return t / 1000, float32 []."""
+        return torch.randint(NUM_TRAIN_TIMESTEPS, (), generator=generator) / NUM_TRAIN_TIMESTEPS
+
+    def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Convert t / 1000 to t, float32 [...] of whole numbers in 0..999.
+
+        >>> VPrediction().timestep(torch.tensor([0.0, 0.007, 0.999])).tolist()
+        [0.0, 7.0, 999.0]
+        """
+        return (sigma * NUM_TRAIN_TIMESTEPS).round()
+
+    def add_noise(
+        self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B C F H W"]:
+        """Mix clean samples with noise.
+
+        Args:
+            clean: float [B, C, F, H, W], x_0.
+            noise: float [B, C, F, H, W], standard normal.
+            sigma: float [B] in [0, 0.999], t / 1000 of each sample.
+
+        Returns:
+            x_t: float [B, C, F, H, W]; with zero_terminal_snr, t = 999 gives noise exactly.
+        """
+        signal, spread = self._weights(sigma, like=clean)
+        return signal * clean + spread * noise
+
+    def target(
+        self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B C F H W"]:
+        """Return what a perfect model predicts on average, v = a_t noise - b_t clean."""
+        signal, spread = self._weights(sigma, like=clean)
+        return signal * noise - spread * clean
+
+    def _weights(self, sigma: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and b_t of each sample, broadcasting over [B, C, F, H, W]."""
+        alphas = self.alphas_cumprod.to(sigma.device)[self.timestep(sigma).long()]
+        return _per_sample(alphas.sqrt(), like=like), _per_sample((1 - alphas).sqrt(), like=like)
 
 
 def _per_sample(sigma: Tensor, *, like: Tensor) -> Tensor:

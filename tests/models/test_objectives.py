@@ -1,10 +1,10 @@
-"""Flow matching against diffusers' own scheduler: the noise that training adds is the one that sampling takes away."""
+"""The objectives against diffusers' own schedulers: the noise that training adds is the one that sampling takes away."""
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from qvgen.models.objectives import FlowMatching
+from qvgen.models.objectives import FlowMatching, VPrediction
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -48,3 +48,82 @@ def test_shift_moves_half_of_the_draws_above_three_quarters() -> None:
     assert abs(float((draws > 0.75).float().mean()) - 0.5) < 0.05  # 4.5 standard deviations
     with pytest.raises(ValueError, match=r"shift=0\.5"):
         FlowMatching(shift=0.5)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_sigmas_equal_those_that_wan_is_sampled_with(shift: float) -> None:
+    objective = FlowMatching(shift=shift)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+    scheduler.set_timesteps(50)
+    expected = objective.shifted(torch.linspace(1, 1 / 1000, 51)[:-1])
+    # The first is 1 - 1e-6 there, so that its logarithm of alpha is finite.
+    assert torch.allclose(scheduler.sigmas[:50], expected, rtol=0, atol=1.1e-6)
+    # The scheduler tells the transformer whole numbers: at most 1 off.
+    assert (scheduler.timesteps - objective.timestep(expected)).abs().max() <= 1
+    clean, noise = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    for index in (0, 25, 49):
+        sigma = scheduler.sigmas[index].expand(2)
+        theirs = scheduler.add_noise(clean, noise, scheduler.timesteps[index].expand(2))
+        assert torch.allclose(objective.add_noise(clean, noise, sigma=sigma), theirs, atol=1e-6)
+
+
+def _cogvideox(snr_shift_scale: float, zero: bool) -> tuple[VPrediction, CogVideoXDDIMScheduler]:
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        rescale_betas_zero_snr=zero,
+        snr_shift_scale=snr_shift_scale,
+    )
+    return VPrediction(snr_shift_scale=snr_shift_scale, zero_terminal_snr=zero), scheduler
+
+
+@pytest.mark.parametrize(("snr_shift_scale", "zero"), [(3.0, True), (1.0, True), (3.0, False)])
+def test_v_prediction_equals_the_schedulers(snr_shift_scale: float, zero: bool) -> None:
+    """Noise and velocity at every timestep, each sample with another one."""
+    objective, scheduler = _cogvideox(snr_shift_scale, zero)
+    clean, noise = torch.randn(1000, 2, 1, 2, 2), torch.randn(1000, 2, 1, 2, 2)
+    timesteps = torch.arange(1000)
+    sigma = timesteps / 1000
+    assert torch.equal(objective.timestep(sigma), timesteps.float())
+    theirs = scheduler.add_noise(clean, noise, timesteps)
+    assert torch.allclose(objective.add_noise(clean, noise, sigma=sigma), theirs, rtol=0, atol=1e-6)
+    velocity = scheduler.get_velocity(clean, noise, timesteps)
+    assert torch.allclose(objective.target(clean, noise, sigma=sigma), velocity, rtol=0, atol=1e-6)
+    if zero:
+        assert torch.equal(objective.add_noise(clean, noise, sigma=sigma)[-1], noise[-1])
+
+
+def test_one_ddim_step_with_the_velocity_reaches_the_clean_sample() -> None:
+    objective, scheduler = _cogvideox(3.0, True)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999]
+    clean, noise = torch.randn(1, 2, 2, 4, 4), torch.randn(1, 2, 2, 4, 4)
+    sigma = torch.tensor([0.999])
+    start, target = objective.add_noise(clean, noise, sigma=sigma), objective.target(clean, noise, sigma=sigma)
+    found = scheduler.step(target, scheduler.timesteps[0], start, return_dict=False)[1]
+    assert torch.allclose(found, clean, atol=1e-6)
+
+
+def test_v_prediction_draws_whole_timesteps_uniformly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    objective = VPrediction()
+    draws = torch.stack([objective.sample_sigma(generator=generator) for _ in range(4000)])
+    times = objective.timestep(draws)
+    assert torch.allclose(times, draws * 1000, atol=1e-3)
+    assert times.min() < 10
+    assert times.max() > 989
+    assert times.max() <= 999
+    assert abs(float(times.mean()) - 499.5) < 5 * 289 / 4000**0.5  # 5 standard deviations
+
+
+def test_v_prediction_errors_name_the_value() -> None:
+    with pytest.raises(ValueError, match="snr_shift_scale=0"):
+        VPrediction(snr_shift_scale=0)
+    with pytest.raises(ValueError, match=r"beta_start=0\.5 and beta_end=0\.1"):
+        VPrediction(beta_start=0.5, beta_end=0.1)
+    clean = torch.randn(2, 3, 2, 4, 4)
+    with pytest.raises(ValueError, match="one noise level per sample"):
+        VPrediction().add_noise(clean, clean, sigma=torch.zeros(3))

@@ -1,0 +1,124 @@
+"""CogVideoX: 2b and 5b (arXiv 2408.06072) and 1.5-5B, text to video.
+
+    transformer   CogVideoXTransformer3DModel; latents as [B, F, C, H, W], text and video tokens in one sequence
+    positions     2b: sincos, added by the transformer; 5b and 1.5: a rotary embedding that the caller computes
+    objective     v-prediction on whole timesteps, zero terminal SNR (qvgen.models.objectives)
+    latents       VAE latents times scaling_factor, for all three models. The VAE's ``invert_scale_latents`` belongs to the
+                  image condition of 1.5's image-to-video model alone: its pipelines decode by 1 / scaling_factor too
+    1.5           tokens span 2 latent frames; where a clip has an odd number its first latent frame is repeated in
+                  front (CogVideo's trainer), and the pipeline drops what it put there before it decodes
+
+Left out: image-to-video (image latents, ``ofs``) and learned positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, VPrediction
+from qvgen.models.pipeline_family import PipelineFamily
+
+
+@dataclass(kw_only=True, eq=False)
+class CogVideoX(PipelineFamily):
+    """The CogVideoX family; its keys are those of :class:`qvgen.models.folder_family.FolderFamily`."""
+
+    transformer_class: ClassVar[str] = "CogVideoXTransformer3DModel"
+    pipeline_class: ClassVar[Any] = CogVideoXPipeline
+    vae_class: ClassVar[Any] = AutoencoderKLCogVideoX
+    text_encoder_class: ClassVar[Any] = T5EncoderModel
+    scheduler_classes: ClassVar[tuple[str, ...]] = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+    max_text_tokens: ClassVar[int] = 226
+
+    _rotary: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @cached_property
+    def objective(self) -> VPrediction:
+        """v-prediction on the schedule of the folder's scheduler.
+
+        Raises:
+            ValueError: the scheduler is of another kind.
+        """
+        config = self.scheduler().config
+        wanted = {
+            "prediction_type": "v_prediction",
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+            "trained_betas": None,
+        }
+        for key, value in wanted.items():
+            if config[key] != value:
+                raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
+        return VPrediction(
+            beta_start=config["beta_start"],
+            beta_end=config["beta_end"],
+            snr_shift_scale=config["snr_shift_scale"],
+            zero_terminal_snr=config["rescale_betas_zero_snr"],
+        )
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """Frames per latent frame (but the first) and pixels per latent pixel of the VAE."""
+        config = self._vae_config
+        return int(config["temporal_compression_ratio"]), 2 ** (len(config["block_out_channels"]) - 1)
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels along a side of a token."""
+        return int(self.transformer_config["patch_size"])
+
+    def frame_padding(self, num_frames: int) -> int:
+        """Latent frames in front of a clip's own; 0 but for 1.5, whose tokens span several."""
+        frames = (num_frames - 1) // self.compression[0] + 1
+        return -frames % (self.transformer_config.get("patch_size_t") or 1)
+
+    def predict(
+        self,
+        transformer: nn.Module,
+        noisy: Float[Tensor, "B C F H W"],
+        timestep: Float[Tensor, " B"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, "B C F H W"]:
+        """Predict v; see :meth:`qvgen.models.base.VideoDiT.predict`."""
+        output: Tensor = transformer(
+            hidden_states=noisy.to(transformer.dtype).transpose(1, 2),
+            encoder_hidden_states=condition["encoder_hidden_states"].to(transformer.dtype),
+            timestep=timestep,
+            image_rotary_emb=self._rotary_embedding(transformer, noisy),
+            return_dict=False,
+        )[0]
+        return output.transpose(1, 2)
+
+    def _rotary_embedding(self, transformer: nn.Module, noisy: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines float32 [tokens, head size] each, by the pipeline's own function; None for 2b."""
+        if not transformer.config.use_rotary_positional_embeddings:
+            return None
+        frames, height, width = noisy.shape[2:]
+        key = (frames, height, width, noisy.device)
+        if key not in self._rotary:
+            pipeline = self._pipeline(transformer=transformer)
+            scale = pipeline.vae_scale_factor_spatial
+            self._rotary[key] = pipeline._prepare_rotary_positional_embeddings(
+                height * scale, width * scale, frames, noisy.device
+            )
+        return self._rotary[key]
+
+    def _normalize(self, latents: Tensor) -> Tensor:
+        return latents * self._vae_config["scaling_factor"]
+
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        return 1 / self._vae_config["scaling_factor"] * latents
+
+    def _from_pipeline(self, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)

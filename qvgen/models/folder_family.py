@@ -1,0 +1,230 @@
+"""A family over a diffusers model in a local folder: its configurations, its transformer, and loading its other parts.
+
+Where no folder is given, the configurations that were published (conf/model/NAME.yaml, ``published``) stand in for the
+folder's, so that a run can be planned before anything is downloaded; whatever needs weights raises then. Once there is a
+folder its own configurations count.
+
+What is done with text encoder and VAE is :mod:`qvgen.models.pipeline_family`'s.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+from torch import nn
+
+from qvgen.models.hub_folder import HubFolder, download_remedy
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(kw_only=True, eq=False)
+class FolderFamily(abc.ABC):
+    """The part of a family that loads.
+
+    Attributes:
+        name: as in ``model=NAME``.
+        repository: ORG/NAME on the hub.
+        path: the model's folder; None plans without weights.
+        published: component -> its configuration as published, used while there is no folder.
+        height: of a frame in pixels, in training and sampling.
+        width: of a frame in pixels.
+        num_frames: frames of a clip in training.
+        sampling_frames: frames of a video that is sampled.
+        fps: frames per second.
+        num_inference_steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+        include: fnmatch patterns of the Linears to quantize.
+        exclude: patterns of Linears to leave alone.
+        prompts: captions that a report samples from.
+        dtype: of the teacher's weights: float32, bfloat16 or float16.
+        vae_dtype: of the VAE.
+        text_encoder_dtype: of the text encoder; its output is float32.
+
+    Raises:
+        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model.
+    """
+
+    name: str
+    repository: str
+    published: Mapping[str, Mapping[str, Any]]
+    height: int
+    width: int
+    num_frames: int
+    sampling_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    include: list[str]
+    exclude: list[str]
+    prompts: list[str]
+    dtype: str
+    vae_dtype: str
+    text_encoder_dtype: str
+    path: str | Path | None = None
+
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[type[nn.Module]]
+    text_encoder_class: ClassVar[type[nn.Module]]
+
+    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False)
+    _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for key in ("dtype", "vae_dtype", "text_encoder_dtype"):
+            if getattr(self, key) not in _DTYPES:
+                raise ValueError(f"model.{key}={getattr(self, key)} is not among {', '.join(_DTYPES)}")
+        self.folder = (
+            None
+            if self.path is None
+            else HubFolder(path=Path(self.path).expanduser(), repository=self.repository, model=self.name)
+        )
+        found = self.component_config("transformer").get("_class_name", self.transformer_class)
+        if found != self.transformer_class:
+            raise ValueError(
+                f"model.path={self.path} holds a {found}, model={self.name} is a {self.transformer_class}; "
+                "choose the model that the folder is of"
+            )
+        temporal, spatial = self.compression
+        multiple = spatial * self.patch_size
+        for key in ("height", "width"):
+            if (value := getattr(self, key)) < multiple or value % multiple:
+                raise ValueError(
+                    f"model.{key}={value} is no multiple of {multiple}, VAE times patches; "
+                    f"use {max(1, round(value / multiple)) * multiple}"
+                )
+        for key in ("num_frames", "sampling_frames"):
+            if (value := getattr(self, key)) < 1 or (value - 1) % temporal:
+                raise ValueError(
+                    f"model.{key}={value} is not 1 more than a multiple of {temporal}; "
+                    f"use {max(0, round((value - 1) / temporal)) * temporal + 1}"
+                )
+
+    # What a folder, or the published configuration, says
+
+    def component_config(self, component: str) -> dict[str, Any]:
+        """A component's configuration, the folder's if there is one.
+
+        Args:
+            component: transformer, vae, scheduler or model_index.
+
+        Raises:
+            ValueError: the folder lacks it.
+        """
+        if self.folder is None:
+            return dict(self.published.get(component, {}))
+        files = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        return self.folder.read_json(files.get(component, f"{component}/config.json"))
+
+    @cached_property
+    def transformer_config(self) -> dict[str, Any]:
+        """What :meth:`build` takes to build the model's transformer."""
+        config = self.component_config("transformer")
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return self.component_config("vae")
+
+    @property
+    @abc.abstractmethod
+    def compression(self) -> tuple[int, int]:
+        """Frames per latent frame (but the first) and pixels per latent pixel of the VAE."""
+
+    @property
+    @abc.abstractmethod
+    def patch_size(self) -> int:
+        """Latent pixels along a side of a token."""
+
+    def frame_padding(self, num_frames: int) -> int:
+        """Latent frames that are put in front of a clip's own, so that the patches divide them."""
+        del num_frames
+        return 0
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a training clip's latents."""
+        temporal, spatial = self.compression
+        frames = self.frame_padding(self.num_frames) + (self.num_frames - 1) // temporal + 1
+        channels = int(self.transformer_config.get("in_channels", 16))  # 16 is both classes' default
+        return (channels, frames, self.height // spatial, self.width // spatial)
+
+    # Transformers
+
+    @cached_property
+    def revision(self) -> str:
+        """Content key of the transformer's weights; see :mod:`qvgen.models.hub_folder`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return self.component_revision("transformer")
+
+    def component_revision(self, component: str) -> str:
+        """Content key of the weights of transformer, vae or text_encoder; raises ValueError where there are none."""
+        return self._require_folder().revision(component)
+
+    def load_teacher(self) -> nn.Module:
+        """Load the trained transformer in ``dtype``, in eval mode, without gradients, on the CPU.
+
+        Raises:
+            ValueError: the weights are missing, damaged or of another model.
+        """
+        transformer_class = getattr(diffusers, self.transformer_class)
+        return self._require_folder().load("transformer", transformer_class, dtype=_DTYPES[self.dtype])
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build a transformer with random weights, on the device that is the default one (``meta`` costs nothing).
+
+        Raises:
+            ValueError: for a key that the transformer does not have.
+        """
+        transformer_class = getattr(diffusers, self.transformer_class)
+        known = inspect.signature(transformer_class.__init__).parameters
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' annotations
+        for key in plain:
+            if key not in known:
+                raise ValueError(
+                    f"transformer config has the unknown key {key!r}; {self.transformer_class} has none such"
+                )
+        transformer: nn.Module = transformer_class(**plain)
+        return transformer
+
+    # Text encoder and VAE
+
+    def to(self, device: torch.device | str) -> Self:
+        """Choose where text encoder and VAE run; they are moved when they are next used."""
+        self._device = torch.device(device)
+        return self
+
+    def release(self) -> None:
+        """Forget text encoder, tokenizer and VAE and free their memory; they are loaded again when needed."""
+        self._loaded.clear()
+
+    def _require_folder(self) -> HubFolder:
+        if self.folder is None:
+            raise ValueError(
+                f"model={self.name} needs its weights: {download_remedy(self.repository, model=self.name)}"
+            )
+        return self.folder
+
+    def _tokenizer(self) -> Any:
+        if "tokenizer" not in self._loaded:
+            self._loaded["tokenizer"] = self._require_folder().load_tokenizer()
+        return self._loaded["tokenizer"]
+
+    def _module(self, component: str, *, device: torch.device | None = None) -> Any:
+        """Text encoder or VAE, loaded once, on ``device`` or where :meth:`to` says."""
+        if component not in self._loaded:
+            model_class = self.vae_class if component == "vae" else self.text_encoder_class
+            dtype = _DTYPES[getattr(self, f"{component}_dtype")]
+            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
+        return self._loaded[component].to(device or self._device)

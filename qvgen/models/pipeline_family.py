@@ -1,0 +1,175 @@
+"""What CogVideoX and Wan share: text encoder, VAE and the ordinary diffusers pipeline around a transformer.
+
+    captions --text encoder--> embeddings          pixels --VAE--> latents --transformer--> prediction in latents
+
+A family's samples are latents: :meth:`PipelineFamily.encode_video` makes them. Text encoder and VAE are loaded when they are
+first needed, stay until :meth:`~qvgen.models.folder_family.FolderFamily.release`, and run where
+:meth:`~qvgen.models.folder_family.FolderFamily.to` put them.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.video_processor import VideoProcessor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from qvgen.models.base import Objective
+from qvgen.models.folder_family import FolderFamily
+
+
+@dataclass(kw_only=True, eq=False)
+class PipelineFamily(FolderFamily):
+    """A family that is sampled by a diffusers pipeline; :class:`qvgen.models.base.LatentVideoDiT` but for ``predict``.
+
+    Its keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+    """
+
+    pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
+    scheduler_classes: ClassVar[tuple[str, ...]]
+    max_text_tokens: ClassVar[int]
+
+    @property
+    @abc.abstractmethod
+    def objective(self) -> Objective:
+        """The formula that the folder's scheduler undoes."""
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Run the text encoder as the pipeline does, each caption alone: an embedding has no batch mates.
+
+        Returns:
+            ``encoder_hidden_states`` float32 [B, T, D], where :meth:`to` says.
+
+        Raises:
+            ValueError: tokenizer or weights are missing.
+        """
+        pipeline = self._pipeline(tokenizer=self._tokenizer(), text_encoder=self._module("text_encoder"))
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.max_text_tokens}
+        embeddings = [pipeline.encode_prompt(caption, device=self._device, **options)[0] for caption in captions]
+        return {"encoder_hidden_states": torch.cat(embeddings).float()}
+
+    @torch.no_grad()
+    def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:
+        """Turn clips into the normalized latents that the transformer is trained on: the mode of the VAE's posterior.
+
+        Args:
+            pixels: float [B, 3, F, H, W] in [-1, 1]; F is 1 more than a multiple of the VAE's temporal compression.
+
+        Returns:
+            float32 [B, C, f, h, w], where :meth:`to` says.
+
+        Raises:
+            ValueError: for frames or sizes that do not divide.
+        """
+        temporal, spatial = self.compression
+        frames, height, width = pixels.shape[2:]
+        multiple = spatial * self.patch_size
+        if (frames - 1) % temporal or height % multiple or width % multiple:
+            raise ValueError(
+                f"a clip of {frames}x{height}x{width} does not fit {self.name}: frames must be {temporal} n + 1, "
+                f"height and width multiples of {multiple}"
+            )
+        vae = self._module("vae")
+        latents = self._normalize(vae.encode(pixels.to(self._device, vae.dtype)).latent_dist.mode()).float()
+        padding = self.frame_padding(frames)
+        return torch.cat([latents[:, :, :1]] * padding + [latents], dim=2)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Float[Tensor, "B C f h w"], *, num_frames: int | None = None
+    ) -> Float[Tensor, "B 3 F H W"]:
+        """Turn normalized latents into pixels, as the pipeline does.
+
+        Args:
+            latents: float [B, C, f, h, w]; the VAE follows them to their device.
+            num_frames: F of the clip that they are of; None: as in training.
+
+        Returns:
+            float [B, 3, F, H, W] about [-1, 1], not clamped, in the VAE's dtype.
+        """
+        vae = self._module("vae", device=latents.device)
+        own = latents[:, :, self.frame_padding(num_frames or self.num_frames) :]
+        pixels: Tensor = vae.decode(self._denormalize(own.to(vae.dtype)), return_dict=False)[0]
+        return pixels
+
+    @torch.no_grad()
+    def generate(
+        self,
+        transformer: nn.Module,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> UInt8[Tensor, "B F H W 3"]:
+        """Sample one video per caption by the ordinary pipeline, one after another.
+
+        See :meth:`qvgen.models.base.VideoDiT.generate`.
+        """
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
+        like = {"device": next(transformer.parameters()).device, "dtype": transformer.dtype}
+        embeddings = self.encode([*captions, ""])["encoder_hidden_states"].to(**like).split(1)
+        pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
+        videos = []
+        for embedding, seed in zip(embeddings, seeds, strict=False):  # the last embedding is the empty caption's
+            latents = pipeline(
+                prompt_embeds=embedding,
+                negative_prompt_embeds=embeddings[-1],
+                height=self.height,
+                width=self.width,
+                num_frames=self.sampling_frames,
+                num_inference_steps=num_steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            ).frames
+            pixels = self.decode(self._from_pipeline(latents), num_frames=self.sampling_frames)
+            video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
+            videos.append(torch.from_numpy((video * 255).round().astype("uint8")))
+        return torch.stack(videos)
+
+    def scheduler(self) -> Any:
+        """The folder's scheduler, new.
+
+        Raises:
+            ValueError: it is of a class that the family is not sampled with.
+        """
+        config = self.component_config("scheduler")
+        if (name := config.get("_class_name")) not in self.scheduler_classes:
+            raise ValueError(
+                f"{self.name} has the scheduler {name}; one of {', '.join(self.scheduler_classes)} is needed"
+            )
+        return getattr(diffusers, name).from_config(config)
+
+    @abc.abstractmethod
+    def _normalize(self, latents: Tensor) -> Tensor:
+        """From the VAE's latents [B, C, f, h, w] to the transformer's."""
+
+    @abc.abstractmethod
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's latents to the VAE's."""
+
+    @abc.abstractmethod
+    def _from_pipeline(self, latents: Tensor) -> Tensor:
+        """From the pipeline's order of dimensions to [B, C, f, h, w]."""
+
+    def _pipeline(self, **components: Any) -> Any:
+        """The diffusers pipeline with the components that a call needs."""
+        names = ("tokenizer", "text_encoder", "vae", "transformer")
+        pipeline = self.pipeline_class(
+            **{name: components.get(name) for name in names}, scheduler=self.scheduler(), **self._pipeline_options()
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        """Arguments of the pipeline that are no components."""
+        return {}
