@@ -37,10 +37,14 @@ class NoiseBand:
         """Keep the bands of a batch.
 
         Args:
-            timestep: [B], or a scalar that all samples share; units of [0, 1000), any number dtype.
+            timestep: [B], or a scalar that all samples share, or [B, tokens] (Wan2.2 TI2V's pipeline); units of
+                [0, 1000), any number dtype. A sample with several is in the band of its largest: its other tokens
+                are clean conditions.
         """
-        if timestep.ndim > 1:
-            raise ValueError(f"timestep has shape {list(timestep.shape)}; one number per sample is needed")
+        if timestep.ndim > 2:
+            raise ValueError(f"timestep has shape {list(timestep.shape)}; one number per sample or token is needed")
+        if timestep.ndim == 2:
+            timestep = timestep.amax(dim=1)
         # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
         share = timestep.detach().reshape(-1).double() * self.num_bands / MAX_TIMESTEP
         self.current = share.long().clamp(0, self.num_bands - 1)

@@ -46,14 +46,21 @@ def test_rows_belong_to_samples_in_order():
     assert band.row_index(torch.zeros(5, 7, 4)).tolist() == [3] * 5
 
 
+def test_a_sample_with_a_timestep_per_token_is_in_its_noisiest_tokens_band():
+    band = NoiseBand(10)
+    band.set_timestep(torch.tensor([[0, 950, 950], [50, 50, 50]]))  # the first sample begins with a clean image
+    assert band.current.tolist() == [9, 0]
+    assert band.row_index(torch.zeros(6, 4)).tolist() == [9, 9, 9, 0, 0, 0]
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="num_noise_bands=0 is not positive; the paper uses 50"):
         NoiseBand(0)
     band = NoiseBand(10)
     with pytest.raises(RuntimeError, match="called before its model: call the transformer with a timestep"):
         band.row_index(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"timestep has shape \[2, 3\]; one number per sample"):
-        band.set_timestep(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"timestep has shape \[2, 3, 1\]; one number per sample or token"):
+        band.set_timestep(torch.zeros(2, 3, 1))
     band.set_timestep(torch.zeros(3))
     with pytest.raises(ValueError, match="got 4 entries along dimension 0 for 3 samples; exclude this layer"):
         band.row_index(torch.zeros(4, 8))
