@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shlex
 import sys
 import time
@@ -19,6 +18,7 @@ from torch import nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, load_packed, save_packed
+from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
 from qvgen.evaluation.comparison import bf16_bytes, compare_models, layer_reports
 from qvgen.evaluation.environment import collect_environment
@@ -66,12 +66,10 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         _show_plan(config, student, swapped)
         return
-    seconds: dict[str, float] = {}
     with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
         _show_plan(config, student, swapped)
         reference = list(held_out.predictions(teacher))
         start = _start(config, run_dir, student=student, held_out=held_out, reference=reference)
-        seconds["init"] = start["seconds"]
         train_all(
             config,
             student=student,
@@ -79,16 +77,32 @@ def run(config: TrainConfig) -> None:
             run_dir=run_dir.path,
             validate=lambda model: held_out.relative_error(model, reference),
         )
-        use_threads(len(os.sched_getaffinity(0)))
-        seconds["train"] = total_seconds(run_dir.path / "metrics.csv")
-        with _timed(seconds, "fold"):
-            fold_student(config, student, run_dir.path / "packed", steps=config.steps)
-            packed = load_packed(run_dir.path / "packed", kernel=config.kernel)  # as a user would
-        with _timed(seconds, "generate"):
-            comparison = compare_models(
-                config, teacher=teacher, fake=student, packed=packed, held_out=held_out, run_dir=run_dir.path
-            )
-        error = HeldOutError(
+        data = _deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
+        _show_result(data, write_report(run_dir.path, data))
+
+
+def _deliver(
+    config: TrainConfig,
+    path: Path,
+    *,
+    start: Mapping[str, float],
+    teacher: nn.Module,
+    student: nn.Module,
+    held_out: HeldOut,
+) -> ReportData:
+    """Fold, pack, read back, generate with all three models and compare: all that the report says."""
+    seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
+    with _timed(seconds, "fold"):
+        fold_student(config, student, path / "packed", steps=config.steps)
+        packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
+    with _timed(seconds, "generate"):
+        comparison = compare_models(
+            config, teacher=teacher, fake=student, packed=packed, held_out=held_out, run_dir=path
+        )
+    reference = list(held_out.predictions(teacher))
+    return ReportData(
+        run=_run_info(config),
+        relative_error=HeldOutError(
             rtn=start["rtn"],
             ptq=start["ptq"],
             qat=held_out.relative_error(student, reference),
@@ -96,24 +110,19 @@ def run(config: TrainConfig) -> None:
             num_samples=held_out.num_samples,
             split="held_out",
             seed=config.seed,
-        )
-        weights = run_dir.path / "packed" / "model.safetensors"
-        data = ReportData(
-            run=_run_info(config),
-            relative_error=error,
-            size=ModelSize(bf16=bf16_bytes(teacher), packed=weights.stat().st_size),
-            checks=comparison.checks,
-            videos=comparison.videos,
-            quality=comparison.quality,
-            layers=layer_reports(packed),
-            skipped=tuple(
-                SkippedLayer(name=name, reason="excluded by the model's patterns") for name in swapped.skipped
-            ),
-            seconds=seconds,
-            environment=collect_environment(),
-        )
-        report = write_report(run_dir.path, data)
-        _show_result(data, report)
+        ),
+        size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
+        checks=comparison.checks,
+        videos=comparison.videos,
+        quality=comparison.quality,
+        layers=layer_reports(packed),
+        skipped=tuple(
+            SkippedLayer(name=name, reason="excluded by the model's patterns")
+            for name in read_manifest(path / "packed").skipped
+        ),
+        seconds=seconds,
+        environment=collect_environment(),
+    )
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -144,7 +153,6 @@ def pretrain(config: TrainConfig) -> None:
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
         train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None)
-        use_threads(len(os.sched_getaffinity(0)))
         card: dict[str, Any] = {
             "command": _command(),
             "seed": config.seed,
