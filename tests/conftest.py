@@ -1,0 +1,17 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run, W3A3 with Phi and two micro-batches per step; read it, or change a copy."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    assert runs.train(run_dir, "accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9") == 0
+    return run_dir

@@ -1,0 +1,76 @@
+"""Short runs of the real tiny model through the command line, for the tests that need what a run leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from qvgen.cli import main
+from qvgen.config import TrainConfig
+from qvgen.config.build import build
+from qvgen.config.compose import compose_plain
+
+STEPS = 12
+BOUNDARIES = (3, 6, 10)
+"""First steps of rank 2, rank 1 and the tail, with the overrides below."""
+
+SHORT = (
+    "logger=csv",
+    f"steps={STEPS}",
+    "batch_size=4",
+    "phi.rank=4",
+    "evaluation.samples=4",
+    "evaluation.videos=1",
+    "model.num_inference_steps=2",
+)
+"""A run of seconds: two optimizer steps or more in each phase of Phi."""
+
+
+def train(run_dir: Path, *overrides: str) -> int:
+    """`qvgen train` in this process; the exit code."""
+    return main(["train", *SHORT, f"run_dir={run_dir}", *overrides])
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    """What the verb would receive."""
+    config = build("train", compose_plain("train", [*SHORT, *overrides]))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv without the column that measures time."""
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "train/seconds"} for row in csv.DictReader(file)]
+
+
+def packed_bytes(run_dir: Path) -> bytes:
+    """The packed weights of a run."""
+    return (run_dir / "packed" / "model.safetensors").read_bytes()
+
+
+def copy_until(run_dir: Path, target: Path, *, step: int) -> Path:
+    """A copy of a finished run as if it had been killed after the checkpoint of a step."""
+    shutil.copytree(run_dir, target, ignore=shutil.ignore_patterns("packed", "report.*", "videos", ".lock"))
+    for file in (target / "checkpoints").iterdir():
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
+    return target
+
+
+def load_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The module's tensors in a training checkpoint."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder (the lock left out, it names a process)."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

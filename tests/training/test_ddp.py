@@ -1,0 +1,56 @@
+"""Two processes train what one trains: the contract asks for 1e-5, the design of a step gives the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import DONE
+from qvgen.training.session import micro_batches
+from tests.runs import BOUNDARIES, STEPS, packed_bytes, read_metrics, train, train_config
+
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same command on one process and on two."""
+    folder = tmp_path_factory.mktemp("ddp")
+    assert train(folder / "one") == DONE
+    assert train(folder / "two", "devices=2", "strategy=ddp") == DONE
+    return folder / "one", folder / "two"
+
+
+def test_two_processes_have_the_losses_of_one(both: tuple[Path, Path]) -> None:
+    one, two = (read_metrics(run_dir) for run_dir in both)
+    assert len(one) == len(two) == STEPS
+    assert sum(boundary < STEPS for boundary in BOUNDARIES) >= 2
+    for left, right in zip(one, two, strict=True):
+        for name in ("train/loss", "train/gradient_norm"):
+            assert float(right[name]) == pytest.approx(float(left[name]), rel=RELATIVE)
+        for name in ("step", "train/learning_rate", "phi/rank", "phi/gamma_min"):
+            assert right[name] == left[name]
+
+
+def test_two_processes_pack_the_same_bytes(both: tuple[Path, Path]) -> None:
+    assert packed_bytes(both[0]) == packed_bytes(both[1])
+
+
+def test_the_second_process_said_nothing_but_its_log(both: tuple[Path, Path]) -> None:
+    log = (both[1] / "logs" / "rank1.log").read_text()
+    assert "Traceback" not in log
+    assert "deprecated" not in log
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("batch_size=4",), 2),
+        (("batch_size=5",), 1),
+        (("batch_size=4", "accumulate=4"), 4),
+        (("batch_size=4", "devices=2", "strategy=ddp"), 1),
+    ],
+)
+def test_a_step_has_two_parts_or_more(overrides: tuple[str, ...], expected: int) -> None:
+    assert micro_batches(train_config(*overrides)) == expected

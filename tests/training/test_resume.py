@@ -1,0 +1,141 @@
+"""Runs that are interrupted and continued: the packed file must be the uninterrupted run's, byte for byte."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import BAD_INPUT, DONE, main
+from tests.runs import BOUNDARIES, SHORT, STEPS, copy_until, load_state, packed_bytes, read_metrics, snapshot, train
+
+ACCUMULATE = "accumulate=2"
+EVERY = "checkpoint.every_steps=4"
+"""No multiple of where the runs are killed, nor of Phi's phases."""
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The same command in a process of its own."""
+    command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir={run_dir}", *overrides]
+    with (run_dir.parent / f"{run_dir.name}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Return as soon as metrics.csv has so many rows: the next step is being computed then."""
+    metrics = run_dir / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count + 1:
+        assert process.poll() is None, run_dir.with_name(f"{run_dir.name}.log").read_text()
+        assert time.monotonic() < deadline, "it did not get there in time"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of two runs, killed inside of a phase and in the first step of one."""
+    folder = tmp_path_factory.mktemp("killed")
+    steps = {"mid-phase": BOUNDARIES[0] + 2, "boundary": BOUNDARIES[1]}
+    for name, step in steps.items():
+        with start(folder / name, ACCUMULATE, EVERY) as process:
+            wait_for_rows(folder / name, step, process)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert step <= len(read_metrics(folder / name)) < STEPS
+        assert not (folder / name / "packed").exists()
+    return {name: folder / name for name in steps}
+
+
+@pytest.mark.parametrize("where", ["mid-phase", "boundary"])
+def test_a_killed_run_continues_to_the_same_bytes(
+    where: str, killed_runs: dict[str, Path], short_run: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(killed_runs[where], tmp_path / "run")
+    (run_dir / ".manifest.json.1.tmp").write_bytes(b"half")
+    assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(short_run)
+    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) -> None:
+    # The checkpoint lies on a boundary: the reloaded run itself takes the columns away.
+    assert STEPS // 2 in BOUNDARIES
+    run_dir = copy_until(short_run, tmp_path / "run", step=STEPS // 2)
+    half = load_state(run_dir / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt")
+    assert half["student.proj_out.phi.active_rank"] == 2
+    assert train(run_dir, ACCUMULATE, "checkpoint.every_steps=3", "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(short_run)
+    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert len(list((run_dir / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
+    # Without a tail the last columns are dropped after the last step, which is not trained again.
+    options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0")
+    assert train(tmp_path / "run", *options) == DONE
+    folded = packed_bytes(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "packed")
+    assert main(["fold", f"run_dir={tmp_path / 'run'}"]) == DONE
+    assert packed_bytes(tmp_path / "run") == folded
+    shutil.rmtree(tmp_path / "run" / "packed")
+    assert train(tmp_path / "run", *options, "resume=true") == DONE
+    assert packed_bytes(tmp_path / "run") == folded
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(
+    killed_runs: dict[str, Path], short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(killed_runs["mid-phase"], tmp_path / "run")
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    before = checkpoint.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == BAD_INPUT
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines = capfd.readouterr().err.splitlines()
+    failed = checkpoint.with_name("step-00000008.ckpt")
+    assert lines[-1] == f"qvgen train: {failed}: cannot write it, File too large"
+    assert [line for line in lines if "qvgen train" in line or "Traceback" in line] == lines[-1:]
+    assert list((run_dir / "checkpoints").iterdir()) == [checkpoint]
+    assert checkpoint.read_bytes() == before
+    assert load_state(checkpoint)
+    assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(short_run)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
+def test_a_damaged_checkpoint_is_named(
+    content: bytes | None, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = copy_until(short_run, tmp_path / "run", step=6)
+    newest = run_dir / "checkpoints" / "step-00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:100_000] if content is None else content)
+    before = snapshot(run_dir)
+    assert train(run_dir, ACCUMULATE, "resume=true") == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{newest} is no checkpoint or damaged; delete it to resume from the one before" in line
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{newest} is damaged or of another run" in line
+    assert snapshot(run_dir) == before
+
+
+def test_ctrl_c_ends_a_run_that_can_be_continued(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with start(run_dir, "steps=200", "checkpoint.every_steps=2") as process:
+        wait_for_rows(run_dir, 3, process)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert (tmp_path / "run.log").read_text().splitlines()[-1] == "qvgen train: interrupted"
+    newest = max((run_dir / "checkpoints").iterdir())
+    assert load_state(newest)
