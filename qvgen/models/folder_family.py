@@ -72,6 +72,7 @@ class FolderFamily(abc.ABC):
     path: str | Path | None = None
 
     transformer_class: ClassVar[str]
+    transformer_folder: ClassVar[str] = "transformer"
     vae_class: ClassVar[type[nn.Module]]
     text_encoder_class: ClassVar[type[nn.Module]]
 
@@ -166,7 +167,7 @@ class FolderFamily(abc.ABC):
         Raises:
             ValueError: there are none.
         """
-        return self.component_revision("transformer")
+        return self.component_revision(self.transformer_folder)
 
     def component_revision(self, component: str) -> str:
         """Content key of the weights of transformer, vae or text_encoder; raises ValueError where there are none."""
@@ -179,7 +180,7 @@ class FolderFamily(abc.ABC):
             ValueError: the weights are missing, damaged or of another model.
         """
         transformer_class = getattr(diffusers, self.transformer_class)
-        return self._require_folder().load("transformer", transformer_class, dtype=_DTYPES[self.dtype])
+        return self._require_folder().load(self.transformer_folder, transformer_class, dtype=_DTYPES[self.dtype])
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a transformer with random weights, on the device that is the default one (``meta`` costs nothing).

@@ -41,16 +41,22 @@ class FlowMatching:
 
     Attributes:
         shift: at least 1; 1 draws sigma uniformly, 3 puts half of the draws above sigma = 0.75.
+        lowest: sigma that draws begin at, in [0, 1): a model may be made for a part of the noise levels only.
+        highest: sigma that draws end below, in (lowest, 1].
 
     Raises:
-        ValueError: for a shift below 1.
+        ValueError: for a shift below 1, or bounds that are no range.
     """
 
     shift: float = 1.0
+    lowest: float = 0.0
+    highest: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.shift >= 1.0:
             raise ValueError(f"shift={self.shift} is below 1 and would favour clean samples; use 1 (uniform) to 10")
+        if not 0.0 <= self.lowest < self.highest <= 1.0:
+            raise ValueError(f"lowest={self.lowest} and highest={self.highest} are no range of noise levels in [0, 1]")
 
     def shifted(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Shift uniform noise levels.
@@ -67,8 +73,9 @@ class FlowMatching:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Draw one noise level, float32 [] in [0, 1)."""
-        return self.shifted(torch.rand((), generator=generator))
+        """Draw one noise level, float32 [] in [lowest, highest) but for rounding; the shifted density, cut."""
+        start, end = (sigma / (self.shift - (self.shift - 1) * sigma) for sigma in (self.lowest, self.highest))
+        return self.shifted(start + (end - start) * torch.rand((), generator=generator))
 
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert noise levels in [0, 1] to timesteps in [0, 1000], float32 [...]."""

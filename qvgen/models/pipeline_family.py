@@ -128,6 +128,7 @@ class PipelineFamily(FolderFamily):
                 num_frames=self.sampling_frames,
                 num_inference_steps=num_steps,
                 guidance_scale=guidance_scale,
+                **self._call_options(),
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
             ).frames
@@ -163,13 +164,15 @@ class PipelineFamily(FolderFamily):
 
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
-        names = ("tokenizer", "text_encoder", "vae", "transformer")
-        pipeline = self.pipeline_class(
-            **{name: components.get(name) for name in names}, scheduler=self.scheduler(), **self._pipeline_options()
-        )
+        none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+        pipeline = self.pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _pipeline_options(self) -> dict[str, Any]:
         """Arguments of the pipeline that are no components."""
+        return {}
+
+    def _call_options(self) -> dict[str, Any]:
+        """Further arguments of a call of the pipeline."""
         return {}

@@ -1,4 +1,4 @@
-"""Wan, text to video: Wan2.1 1.3B and 14B (arXiv 2503.20314) and Wan2.2 TI2V-5B.
+"""Wan, text to video: Wan2.1 1.3B and 14B (arXiv 2503.20314), Wan2.2 TI2V-5B and A14B.
 
     transformer   WanTransformer3DModel; latents as [B, C, F, H, W], text by cross-attention
     objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
@@ -6,7 +6,11 @@
     TI2V-5B       its pipeline gives every token a timestep of its own (an image's tokens have t = 0); in text to video
                   all of a sample's are equal, so that training passes one number per sample: the same function
 
-Left out: image conditions, and Wan2.2-A14B, whose two experts are two transformers.
+    A14B          two transformers: transformer/ for timesteps from 1000 boundary_ratio (875) on, transformer_2/ for those
+                  below. Each is trained and packed on its own, on noise levels of its own part alone; the pipeline
+                  calls the other one beside it
+
+Left out: image conditions.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
@@ -26,6 +30,7 @@ from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 
 _SHIFT_KEYS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
+_EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,8 +54,13 @@ class Wan(PipelineFamily):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.component_config("model_index").get("boundary_ratio") is not None:
-            raise ValueError(f"model.path={self.path} holds two experts (Wan2.2-A14B), which model={self.name} is not")
+        self._check_experts(self.component_config("model_index").get("boundary_ratio"))
+
+    def _check_experts(self, boundary: float | None) -> None:
+        if boundary is not None:
+            raise ValueError(
+                f"model.path={self.path} holds two experts, which model={self.name} has not; use model=wan2.2-a14b"
+            )
 
     def scheduler(self) -> Any:
         """The folder's scheduler with this family's shift, new; see the base class."""
@@ -78,7 +88,12 @@ class Wan(PipelineFamily):
                 f"{config.get('prediction_type')}, use_flow_sigmas={config.get('use_flow_sigmas')}, "
                 f"num_train_timesteps={config['num_train_timesteps']}"
             )
-        return FlowMatching(shift=float(config[_SHIFT_KEYS[type(scheduler).__name__]]))
+        lowest, highest = self._noise_range()
+        return FlowMatching(shift=float(config[_SHIFT_KEYS[type(scheduler).__name__]]), lowest=lowest, highest=highest)
+
+    def _noise_range(self) -> tuple[float, float]:
+        """Noise levels that the transformer is made for."""
+        return 0.0, 1.0
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -126,3 +141,65 @@ class Wan(PipelineFamily):
 
     def _pipeline_options(self) -> dict[str, Any]:
         return {"expand_timesteps": bool(self.component_config("model_index").get("expand_timesteps", False))}
+
+
+@dataclass(kw_only=True, eq=False)
+class WanExpert(Wan):
+    """One of the two experts.
+
+    Attributes:
+        expert: high or low: the noise levels of the transformer that is trained.
+        guidance_scale_low: classifier-free guidance at the low-noise expert's steps; ``guidance_scale`` is the other's.
+
+    The other keys are those of :class:`Wan`.
+
+    Raises:
+        ValueError: another expert, or a folder without experts.
+    """
+
+    expert: str
+    guidance_scale_low: float
+
+    def __post_init__(self) -> None:
+        if self.expert not in _EXPERT_FOLDERS:
+            raise ValueError(f"model.expert={self.expert} is not among {', '.join(_EXPERT_FOLDERS)}")
+        super().__post_init__()
+
+    @property
+    def transformer_folder(self) -> str:
+        """Folder of the expert that is trained."""
+        return _EXPERT_FOLDERS[self.expert]
+
+    def use_partner(self, transformer: nn.Module) -> None:
+        """Sample with this transformer as the other expert, until :meth:`release`; it must be on the same device."""
+        self._loaded["partner"] = transformer
+
+    def _check_experts(self, boundary: float | None) -> None:
+        if boundary is None:
+            raise ValueError(
+                f"model.path={self.path} says no boundary_ratio: it holds one transformer; use model=wan-14b"
+            )
+        self._boundary = float(boundary)
+
+    def _noise_range(self) -> tuple[float, float]:
+        return (self._boundary, 1.0) if self.expert == "high" else (0.0, self._boundary)
+
+    def _pipeline(self, **components: Any) -> Any:
+        if (transformer := components.get("transformer")) is not None:
+            pair = (transformer, self._partner(transformer))
+            components["transformer"], components["transformer_2"] = pair if self.expert == "high" else pair[::-1]
+        return super()._pipeline(**components)
+
+    def _partner(self, like: nn.Module) -> nn.Module:
+        """The other expert, in the dtype and on the device of the one that is sampled."""
+        if "partner" not in self._loaded:
+            (folder,) = set(_EXPERT_FOLDERS.values()) - {self.transformer_folder}
+            self._loaded["partner"] = self._require_folder().load(folder, WanTransformer3DModel, dtype=like.dtype)
+        partner: nn.Module = self._loaded["partner"].to(next(like.parameters()).device)
+        return partner
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {**super()._pipeline_options(), "boundary_ratio": self._boundary}
+
+    def _call_options(self) -> dict[str, Any]:
+        return {"guidance_scale_2": self.guidance_scale_low}

@@ -64,22 +64,28 @@ def make_cogvideox_folder(path: Path, variant: str = "2b", *, seed: int = 0) -> 
 
 
 def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
-    """Wan: 2 blocks of width 32; compression of 4 x 8 x 8 (2.1), or 4 x 16 x 16 and a timestep per token (ti2v)."""
+    """Wan: 2 blocks of width 32.
+
+    Compression of 4 x 8 x 8 (2.1), or 4 x 16 x 16 and a timestep per token (ti2v), or two transformers (a14b).
+    """
     torch.manual_seed(seed)
-    channels = 4 if variant == "2.1" else 8
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=channels, text_dim=TEXT_SIZE,
-        freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+    channels = 8 if variant == "ti2v" else 4
+    transformer, second = (
+        WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=channels,
+            text_dim=TEXT_SIZE, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32,
+        )
+        for _ in range(2)
     )  # fmt: skip
     residual = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1 * i - 0.2 for i in range(channels)], latents_std=[0.5 + 0.1 * i for i in range(channels)],
-        **({} if variant == "2.1" else residual),
+        **(residual if variant == "ti2v" else {}),
     )  # fmt: skip
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
-        flow_shift=3.0 if variant == "2.1" else 5.0,
+        flow_shift=5.0 if variant == "ti2v" else 3.0,
     )  # fmt: skip
     WanPipeline(
         tokenizer=T5Tokenizer(vocab=PIECES, extra_ids=0),
@@ -87,6 +93,8 @@ def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
         vae=vae,
         transformer=transformer,
         scheduler=scheduler,
+        transformer_2=second if variant == "a14b" else None,
+        boundary_ratio=0.875 if variant == "a14b" else None,
         expand_timesteps=variant == "ti2v",
     ).save_pretrained(path)
     return path

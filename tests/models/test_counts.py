@@ -21,6 +21,7 @@ SIZES = {
     "cogvideox1.5": (5.571, 342, 252, 4.756, 85, 0.796),
     "wan": (1.419, 306, 300, 1.392, 0, 0.0),
     "wan-14b": (14.289, 406, 400, 14.051, 0, 0.0),
+    "wan2.2-a14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "wan2.2-ti2v": (5.000, 306, 300, 4.907, 0, 0.0),
 }
 BLOCK_PATTERNS = ("transformer_blocks.*.attn1.*", "transformer_blocks.*.ff.*", "blocks.*.attn?.*", "blocks.*.ffn.*")
@@ -79,6 +80,7 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "cogvideox1.5": (16, 22, 96, 170),  # 21 latent frames, and one so that patches of 2 divide them
         "wan": (16, 13, 60, 104),
         "wan-14b": (16, 13, 60, 104),
+        "wan2.2-a14b": (16, 13, 60, 104),
         "wan2.2-ti2v": (48, 13, 44, 80),
     }.items(),
 )

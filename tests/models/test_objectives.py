@@ -69,6 +69,20 @@ def test_sigmas_equal_those_that_wan_is_sampled_with(shift: float) -> None:
         assert torch.allclose(objective.add_noise(clean, noise, sigma=sigma), theirs, atol=1e-6)
 
 
+def test_draws_of_a_part_are_the_shifted_density_cut() -> None:
+    """Against rejection: draws of the whole range that fall into the part."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.stack([FlowMatching(shift=3.0).sample_sigma(generator=generator) for _ in range(8000)])
+    for lowest, highest in ((0.875, 1.0), (0.0, 0.875)):
+        part = FlowMatching(shift=3.0, lowest=lowest, highest=highest)
+        draws = torch.stack([part.sample_sigma(generator=generator) for _ in range(2000)])
+        kept = whole[(whole >= lowest) & (whole < highest)]
+        spread = kept.std() * (1 / len(kept) + 1 / 2000) ** 0.5
+        assert abs(float(draws.mean() - kept.mean())) < 5 * spread  # 5 standard deviations
+    with pytest.raises(ValueError, match=r"lowest=0\.9 and highest=0\.5 are no range"):
+        FlowMatching(lowest=0.9, highest=0.5)
+
+
 def _cogvideox(snr_shift_scale: float, zero: bool) -> tuple[VPrediction, CogVideoXDDIMScheduler]:
     scheduler = CogVideoXDDIMScheduler(
         prediction_type="v_prediction",

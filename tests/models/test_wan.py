@@ -117,6 +117,33 @@ def test_training_and_sampling_share_their_shift(tmp_path: Path) -> None:
     check_generation_equals_the_pipeline(family, family.load_teacher(), pipeline)
 
 
+def test_each_expert_is_trained_on_its_own_noise_and_sampled_beside_the_other(tmp_path: Path) -> None:
+    folder = make_wan_folder(tmp_path / "hub", "a14b")
+    pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    teachers, revisions = {}, set()
+    for expert, stored in (("high", pipeline.transformer), ("low", pipeline.transformer_2)):
+        family = tiny_family("wan2.2-a14b", folder, expert=expert)
+        teachers[expert] = family.load_teacher()
+        revisions.add(family.revision)
+        saved = stored.state_dict()
+        assert all(torch.equal(value, saved[key]) for key, value in teachers[expert].state_dict().items())
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.stack([family.objective.sample_sigma(generator=generator) for _ in range(200)])
+        assert draws.min() >= (0.875 - 1e-6 if expert == "high" else 0)
+        assert draws.max() <= (1 if expert == "high" else 0.875 + 1e-6)
+        check_generation_equals_the_pipeline(family, teachers[expert], pipeline, guidance_scale_2=3.0)
+        check_one_training_step(family, teachers[expert])
+    assert len(revisions) == 2
+    alone = family.generate(teachers["low"], CAPTIONS[:1], [1], num_steps=3, guidance_scale=4.0)
+    family.use_partner(teachers["low"])  # the wrong one, to be heard
+    assert not torch.equal(alone, family.generate(teachers["low"], CAPTIONS[:1], [1], num_steps=3, guidance_scale=4.0))
+    with pytest.raises(ValueError, match="model.expert=middle is not among high, low"):
+        tiny_family("wan2.2-a14b", folder, expert="middle")
+    with pytest.raises(ValueError, match="it holds one transformer; use model=wan-14b"):
+        tiny_family("wan2.2-a14b", make_wan_folder(tmp_path / "one"))
+
+
 def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
     folder = make_wan_folder(tmp_path / "hub")
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -127,7 +154,7 @@ def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
     scheduler.write_text(json.dumps(config))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
-    with pytest.raises(ValueError, match="holds two experts"):
+    with pytest.raises(ValueError, match="holds two experts, .* use model=wan2.2-a14b"):
         tiny_family("wan", folder)
     with pytest.raises(ValueError, match="1 captions and 2 seeds"):
         tiny_family("wan", None).generate(torch.nn.Linear(1, 1), ["a"], [1, 2], num_steps=1, guidance_scale=1.0)
