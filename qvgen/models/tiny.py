@@ -140,8 +140,7 @@ class TinyVideoDiT:
     def initial_transformer(self, seed: int) -> nn.Module:
         """Build an untrained transformer, the start of pretraining.
 
-        Wan's modulation starts near 0, which closes the residual branches for the first thousand steps of a model this
-        narrow; their gates start at 1 here.
+        Wan's modulation starts near 0, which all but closes the residual branches; their gates start at 1 here.
 
         Args:
             seed: of the random weights.
