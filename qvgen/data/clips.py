@@ -134,6 +134,8 @@ def frame_indices(info: VideoInfo, *, frames: int, fps: float) -> tuple[int, ...
     Raises:
         BadClip: Its rate is too low.
     """
+    if info.num_frames < frames:
+        return None  # whatever its rate is: a picture has none
     stride = info.fps / Fraction(fps).limit_denominator(1001)
     if stride < 1:
         if stride < 1 - RATE_TOLERANCE:

@@ -39,6 +39,7 @@ TIMEOUT_S = 60.0
 """Seconds that one file may take; whole 4K clips took less than 10."""
 
 _GRACE_S = 10.0
+_START_S = 300.0
 _PROGRAM = (
     "import sys; sys.path[:] = {path!r}; from qvgen.data.probe import serve; serve({fd}, {answer!r}, {timeout_s!r})"
 )
@@ -97,8 +98,8 @@ class ClipReader:
             BadClip: The worker refused it or was lost over it.
             RuntimeError: The worker failed for a reason that is not the file's.
         """
-        connection = self._started()
         try:
+            connection = self._started()
             connection.send_bytes(json.dumps(request).encode())
             # The worker's own alarm rings first; this limit is for one that even the kernel can't end.
             if not connection.poll(self.timeout_s + _GRACE_S):
@@ -124,6 +125,11 @@ class ClipReader:
                 stderr=self._stderr,
             )
             theirs.close()
+            # The imports are no file's fault: the first file's time begins after them.
+            if not self._connection.poll(_START_S):
+                self.close()
+                raise RuntimeError(f"the process that reads video files did not start within {_START_S:g} s")
+            self._connection.recv_bytes()
         return self._connection
 
     def _lost(self) -> Exception:
@@ -179,6 +185,7 @@ def serve(descriptor: int, answer_name: str, timeout_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     connection = Connection(os.dup(descriptor))
     os.close(descriptor)
+    connection.send_bytes(b"ready")
     while True:
         try:
             request = json.loads(connection.recv_bytes())

@@ -102,6 +102,13 @@ def test_a_hanging_worker_does_not_outlive_a_killed_parent() -> None:
     assert not is_alive(worker)
 
 
+def test_a_worker_that_can_not_start_says_why() -> None:
+    with ClipReader(answer="tests.data.absent:answer") as reader:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="No module named 'tests.data.absent'"):
+                reader.probe("any")
+
+
 def test_a_time_limit_must_be_positive() -> None:
     with pytest.raises(ValueError, match="timeout_s=0"):
         ClipReader(timeout_s=0)
