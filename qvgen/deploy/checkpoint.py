@@ -184,7 +184,9 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
         raise ValueError(f"{source} names the layer {name!r}, which {type(model).__name__} does not have") from error
     wanted = (entry.out_features, entry.in_features)
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != wanted:
-        raise ValueError(f"{source}: layer {name!r} of shape {list(wanted)} does not fit {linear}")
+        raise ValueError(
+            f"{source}: layer {name!r} of shape {list(wanted)} does not fit the model's {_described(linear)}"
+        )
     try:
         packed = PackedLinear(
             entry.in_features,
@@ -198,6 +200,11 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
         raise ValueError(f"{source}: layer {name!r}: {error}") from error
     packed.weight_error = entry.weight_error
     model.set_submodule(name, packed)
+
+
+def _described(module: nn.Module) -> str:
+    shape = f" of shape {[module.out_features, module.in_features]}" if isinstance(module, nn.Linear) else ""
+    return type(module).__name__ + shape
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:

@@ -164,6 +164,8 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{source} {what}; export the checkpoint again") from error
+        if manifest.num_noise_bands < 1:
+            raise ValueError(f"{source}: num_noise_bands={manifest.num_noise_bands} is not positive; export it again")
         if manifest.transformer not in SUPPORTED_TRANSFORMERS:
             known = ", ".join(SUPPORTED_TRANSFORMERS)
             raise ValueError(f"{source} names the transformer {manifest.transformer!r}; this qvgen runs {known}")

@@ -127,12 +127,17 @@ def _deliver(
 
 def _check_inputs(config: TrainConfig) -> None:
     """Raise ValueError for what would only be noticed after the run's folder was made, or hours later."""
+    if config.method.quantizes:
+        log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     data = config.data(split="train")
     if config.batch_size > len(data):
         raise ValueError(f"batch_size={config.batch_size} is larger than the training data of {len(data)}; use less")
     found, wanted = tuple(data[0]["video"].shape), config.model.sample_shape
     if found != wanted:
-        raise ValueError(f"data={config.names.data} has videos of shape {found}, model={config.names.model} {wanted}")
+        raise ValueError(
+            f"data={config.names.data} has videos of shape {found}, model={config.names.model} takes {wanted}; "
+            "choose data that fits (training from cached latents of real clips is not there yet)"
+        )
     config.model.encode(list(config.evaluation.prompts or config.model.prompts))
 
 
