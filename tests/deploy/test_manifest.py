@@ -1,0 +1,149 @@
+"""manifest.json: complete, and refused with its path and the reason where anything in it is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.deploy.manifest import Manifest, file_sha256, read_manifest
+from tests.runs import train_config
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def packed(short_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(short_run / "packed", tmp_path / "packed"))
+
+
+def test_the_manifest_says_everything(short_run: Path) -> None:
+    content = json.loads((short_run / "packed" / "manifest.json").read_text())
+    model = train_config().model
+    assert content["format"] == "qvgen-packed"
+    assert content["version"] == 1
+    assert content["base"]["name"] == "tiny"
+    assert content["base"]["revision"] == model.revision
+    assert content["base"]["transformer"] == "WanTransformer3DModel"
+    assert content["base"]["config"]["num_layers"] == 3
+    assert content["sha256"] == file_sha256(short_run / "packed" / "model.safetensors")
+    assert content["training"] == {"method": "qvgen", "init": "mse", "bits": "3", "seed": 42, "steps": 12}
+    assert len(content["layers"]) == 36
+    assert content["skipped"] == []
+    layer = next(layer for layer in content["layers"] if layer["name"] == "proj_out")
+    assert 0 < layer.pop("weight_error") < 0.5
+    # 3 bits: 64 x 48 codes, scale and zero point per row, bias, two tables of 50 clips
+    expected_bytes = 48 * 64 * 3 // 8 + 48 * (4 + 1) + 48 * 4 + 2 * 50 * 4
+    assert layer == {
+        "name": "proj_out",
+        "shape": [48, 64],
+        "bits": 3,
+        "granularity": "per_channel",
+        "zero_point": "integer",
+        "group_size": None,
+        "scale_dtype": "float32",
+        "bias": True,
+        "activation": {
+            "bits": 3,
+            "granularity": "per_token",
+            "zero_point": "integer",
+            "group_size": None,
+            "scale_dtype": "float32",
+            "range": "dynamic",
+            "clip_table": 50,
+        },
+        "rotation": 0,
+        "profile": "paper",
+        "bytes": expected_bytes,
+    }
+
+
+def test_reading_what_was_written_gives_the_same_manifest(short_run: Path) -> None:
+    manifest = read_manifest(short_run / "packed")
+    assert Manifest.from_json(manifest.to_json().decode(), source="memory") == manifest
+
+
+def first_layer(content: dict[str, Any]) -> dict[str, Any]:
+    layer: dict[str, Any] = content["layers"][0]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format="gguf"), "is no manifest of format 'qvgen-packed'"),
+        (lambda c: c.update(version=2), "has version 2; this qvgen reads version 1"),
+        (lambda c: c.pop("version"), "has version None; this qvgen reads version 1"),
+        (lambda c: c.pop("layers"), "lacks 'layers'"),
+        (lambda c: c.pop("sha256"), "lacks 'sha256'"),
+        (lambda c: c.update(base=None), "is malformed"),
+        (lambda c: c["base"].update(transformer="os.system"), "names the transformer 'os.system'; this qvgen runs Wan"),
+        (
+            lambda c: c["base"].update(transformer="FluxTransformer2DModel"),
+            "names the transformer 'FluxTransformer2DModel'",
+        ),
+        (lambda c: c["base"]["config"].update(num_layers="many"), "its configuration builds no WanTransformer3DModel"),
+        (lambda c: c["base"]["config"].update(num_layers=2), "names the layer 'blocks.2"),
+        (lambda c: c.update(num_noise_bands=7), r"clip_low' has shape \[50\], the manifest asks for \[7\]"),
+        (lambda c: c.update(num_noise_bands=0), "num_noise_bands=0 is not positive"),
+        (lambda c: first_layer(c).pop("bits"), "lacks 'bits'"),
+        (lambda c: first_layer(c).update(bits=9), "is malformed: .*bits=9"),
+        (lambda c: first_layer(c).update(bits="3"), "is malformed: "),
+        (lambda c: first_layer(c).update(bits=4), r"codes' has shape .*, the manifest asks for"),
+        (lambda c: first_layer(c).update(zero_point="imaginary"), "is malformed: .*imaginary"),
+        (lambda c: first_layer(c).update(zero_point="none"), "weight_zero_point', which the manifest does not know"),
+        (lambda c: first_layer(c).update(shape=[64]), "is malformed"),
+        (lambda c: first_layer(c).update(shape=[64, -64]), r"shape \[64, -64\] is not positive"),
+        (
+            lambda c: first_layer(c).update(shape=[64, 32]),
+            r"of shape \[64, 32\] does not fit the model's Linear of shape \[64, 64\]",
+        ),
+        (lambda c: first_layer(c).update(bias=False), "bias', which the manifest does not know"),
+        (lambda c: first_layer(c).update(name="blocks.7.attn1.to_q"), "names the layer 'blocks.7.attn1.to_q', which"),
+        (lambda c: first_layer(c).update(name="blocks.0.attn1"), "does not fit the model's WanAttention"),
+        (lambda c: first_layer(c).update(rotation=48), "rotation"),
+        (
+            lambda c: first_layer(c)["activation"].update(range="static"),
+            "activation range 'static'; this version runs dynamic",
+        ),
+        (lambda c: first_layer(c)["activation"].pop("bits"), "is malformed|lacks"),
+        (lambda c: c["layers"].pop(0), "lacks the tensor 'condition_embedder.time_embedder.linear_1.weight'"),
+        (lambda c: c["layers"].append(first_layer(c)), "does not fit the model's PackedLinear"),
+        (lambda c: c.update(layers=[]), "lacks the tensor"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_reason(packed: Path, change: Change, message: str) -> None:
+    path = packed / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_packed(packed)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(packed) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\xff"], ids=["empty", "cut", "list", "null", "binary"])
+def test_what_is_no_manifest_is_refused(packed: Path, text: str) -> None:
+    (packed / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json is no (JSON|manifest)"):
+        read_manifest(packed)
+
+
+def test_a_truncated_manifest_is_refused(packed: Path) -> None:
+    path = packed / "manifest.json"
+    whole = path.read_text()
+    for length in (1, len(whole) // 3, len(whole) - 3):
+        path.write_text(whole[:length])
+        with pytest.raises(ValueError, match=r"manifest.json is no JSON .*; export the checkpoint again"):
+            read_manifest(packed)
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"manifest.json is missing; give a packed directory"):
+        read_manifest(tmp_path)

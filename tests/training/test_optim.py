@@ -1,0 +1,111 @@
+"""Parameter groups, learning rate and moments: checked against the recipe (docs/method.md) and a direct formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
+from qvgen.verbs.train import prepare_student
+from tests.runs import train_config
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    config = train_config()
+    return prepare_student(config, config.model.load_teacher())[0]
+
+
+def test_every_trainable_parameter_is_in_one_group(student: nn.Module) -> None:
+    groups = parameter_groups(student, train_config().optim)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+
+
+def test_groups_have_the_rates_and_decays_of_the_recipe(student: nn.Module) -> None:
+    optim = train_config("optim.learning_rate=1e-3", "optim.clip_learning_rate=1e-2", "optim.weight_decay=0.5").optim
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in parameter_groups(student, optim)}
+    assert found == {
+        "weights": (1e-3, 0.5),
+        "phi": (1e-3, 0.5),
+        "scales": (1e-3, 0.0),
+        "clips": (1e-2, 0.0),
+        "biases_and_norms": (1e-3, 0.0),
+    }
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    members = {
+        group["name"]: [names[id(parameter)] for parameter in group["params"]]
+        for group in parameter_groups(student, optim)
+    }
+    assert all(name.endswith((".left", ".right")) for name in members["phi"])
+    assert all(name.endswith((".scale", ".zero_point")) for name in members["scales"])
+    assert all(name.endswith((".clip_low", ".clip_high")) for name in members["clips"])
+    assert "proj_out.weight" in members["weights"]
+    assert "proj_out.bias" in members["biases_and_norms"]
+    layers = 36
+    assert [len(members[name]) for name in ("phi", "scales", "clips")] == [2 * layers] * 3
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    frozen = nn.Linear(3, 2)
+    frozen.requires_grad_(False)
+    (group,) = parameter_groups(nn.Sequential(model, frozen), train_config().optim)
+    assert group["name"] == "weights"
+    assert group["params"] == [model.weight]
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_the_rate_warms_up_and_falls(num_steps: int, share: float) -> None:
+    factors = [learning_rate_factor(step, num_steps=num_steps, warmup_share=share) for step in range(num_steps)]
+    warmup = round(share * num_steps)
+    assert all(0 < factor <= 1 for factor in factors)  # no step is wasted
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    if warmup < num_steps:
+        assert factors[warmup] == 1.0
+
+
+def test_the_rate_is_that_of_the_step() -> None:
+    config = train_config("optim.warmup_share=0.25")
+    model = nn.Linear(2, 2)
+    optimizer, schedule = build_optimizer(model, config.optim, num_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    peak = config.optim.learning_rate
+    cosine = [peak * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx([peak / 2, peak, *cosine], rel=1e-12)
+
+
+def test_forgotten_moments_start_like_new_ones() -> None:
+    def step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor:
+        parameter.grad = torch.tensor([0.3, -2.0])
+        optimizer.step()
+        return parameter.detach().clone()
+
+    optim = train_config().optim
+    old, other, new = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer, _ = build_optimizer(nn.ParameterList([old, other]), optim, num_steps=1000)
+    step(optimizer, old)
+    step(optimizer, other)
+    kept = {name: value.clone() for name, value in optimizer.state[other].items()}
+    forget_moments_(optimizer, old)
+    assert all(not value.any() for value in optimizer.state[old].values())
+    for name, value in optimizer.state[other].items():
+        assert torch.equal(value, kept[name])
+    with torch.no_grad():
+        old.fill_(1.0)
+    other.grad = None
+    fresh, _ = build_optimizer(nn.ParameterList([new]), optim, num_steps=1000)
+    assert torch.equal(step(optimizer, old), step(fresh, new))
+    forget_moments_(fresh, other)  # not known to it: nothing to forget

@@ -1,0 +1,64 @@
+"""`qvgen fold`: what the run itself packed, from its newest checkpoint; refused while Phi has rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import BAD_INPUT, DONE, main
+from qvgen.config.compose import compose_plain
+from qvgen.run_directory import write_plain
+from tests.runs import BOUNDARIES, SHORT, copy_until, snapshot
+
+
+def test_folding_a_finished_run_gives_its_packed_directory(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(short_run)
+    for out in (tmp_path / "first", tmp_path / "first", tmp_path / "second"):  # twice into the same: idempotent
+        assert main(["fold", f"run_dir={short_run}", f"out={out}"]) == DONE
+        assert "191488 codes, equal to the trained ones" in capsys.readouterr().out
+        assert snapshot(out) == snapshot(short_run / "packed")
+    assert snapshot(short_run) == before
+
+
+def test_out_is_the_runs_own_packed_directory_by_default(short_run: Path, tmp_path: Path) -> None:
+    run_dir = copy_until(short_run, tmp_path / "run", step=12)
+    assert main(["fold", f"run_dir={run_dir}"]) == DONE
+    assert snapshot(run_dir / "packed") == snapshot(short_run / "packed")
+
+
+@pytest.mark.parametrize(("step", "rank"), [(BOUNDARIES[0], 2), (9, 1)])
+def test_folding_while_phi_has_rank_is_refused(
+    step: int, rank: int, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    run_dir = copy_until(short_run, tmp_path / "run", step=step)
+    before = snapshot(run_dir)
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert line.startswith("qvgen fold: cannot fold condition_embedder.time_embedder.linear_1")
+    assert f"Phi still has rank {rank}; train until its decay is over, then fold" in line
+    assert shown.out == ""
+    assert not caplog.messages  # they would stand beside the line
+    assert snapshot(run_dir) == before
+
+
+def test_runs_without_anything_to_fold_are_refused(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = copy_until(short_run, tmp_path / "untrained", step=0)
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    assert "holds no checkpoint; train first" in capsys.readouterr().err
+    full_precision = tmp_path / "pretrain"
+    full_precision.mkdir()
+    write_plain(full_precision / "config.yaml", compose_plain("train", ["experiment=tiny_teacher", *SHORT]))
+    assert main(["fold", f"run_dir={full_precision}"]) == BAD_INPUT
+    assert "is a run of method=pretrain: there is nothing to fold" in capsys.readouterr().err
+    assert main(["fold", f"run_dir={tmp_path / 'nowhere'}"]) == BAD_INPUT
+    assert "config.yaml is missing" in capsys.readouterr().err
+    for folder in (run_dir, full_precision):
+        assert not (folder / "packed").exists()

@@ -1,0 +1,152 @@
+"""`qvgen train` on the real tiny model, the whole way: every variant, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvgen.cli import DONE, main
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.layers.swap import packed_layers
+from tests.runs import SHORT, read_metrics, train
+
+KEYS = {
+    "model", "bits", "profile", "method", "init", "seed", "steps", "layers_quantized", "layers_skipped",
+    "relative_error", "packed_codes_equal", "packed_vs_fake_max_abs", "bytes", "seconds", "phi_rank_final", "versions",
+    "git_sha",
+}  # fmt: skip
+"""What report.json promises."""
+
+LAYERS = 36
+WEIGHTS = 191_488
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bits=4": {"bits": "4"},
+    "bits=w4a8": {"bits": "w4a8", "weight_bits": 4, "activation_bits": 8},
+    "bits=2": {"bits": "2"},
+    "method=lsq": {"method": "lsq"},
+    "method=lsq method.distill=true": {"method": "lsq"},
+    "method.phi=false": {"method": "qvgen"},
+    "init=rtn": {"init": "rtn"},
+    "phi.rank=8": {},
+    "phi.ranks=[6,2] phi.anneal=linear phi.drop=largest": {},
+    "seed=1": {"seed": 1},
+    "profile=convrot": {"profile": "convrot"},
+    "profile=svdq_g64 bits=4": {"profile": "svdq_g64", "bits": "4"},
+    "profile=int8": {"profile": "int8"},
+    "profile.weight.zero_point=real": {"profile": "paper"},
+    "model.exclude=[proj_out,condition_embedder.*]": {},
+}
+"""Overrides -> what the report says of them."""
+
+INEXACT = ("profile=svdq_g64 bits=4", "profile.weight.zero_point=real")
+"""Where a scale or a zero point can't leave the sum, so that float32 rounding differs between training and packed."""
+
+
+def read_report(run_dir: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any]) -> dict[str, Any]:
+    """Assert what holds for every run; returns the report."""
+    report = read_report(run_dir)
+    assert set(report) >= KEYS
+    for key, value in (
+        {"model": "tiny", "profile": "paper", "init": "mse", "seed": 42, "bits": "3"} | expected
+    ).items():
+        assert report[key] == value, key
+    assert report["packed_codes_equal"] is True
+    assert report["phi_rank_final"] == 0
+    assert float(report["trajectory_psnr_db"]) >= 50
+    if exact:
+        assert report["packed_vs_fake_max_abs"] == 0.0
+        assert report["flipped_codes"]["flipped"] == 0
+    assert set(report["relative_error"]) >= {"ptq", "qat", "packed"}
+    assert all(0 < report["relative_error"][name] < 10 for name in ("rtn", "ptq", "qat", "packed"))
+    assert report["relative_error"]["packed"] == pytest.approx(
+        report["relative_error"]["qat"], rel=0 if exact else 1e-2
+    )
+    assert set(report["seconds"]) >= {"init", "train", "fold", "generate"}
+    assert all(value > 0 for value in report["seconds"].values())
+    packed = run_dir / "packed" / "model.safetensors"
+    assert report["bytes"]["packed"] == packed.stat().st_size < report["bytes"]["bf16"]
+    quantized, skipped = report["layers_quantized"], report["layers_skipped"]
+    assert len(quantized) + len(skipped) == LAYERS
+    assert quantized == list(packed_layers(load_packed(run_dir / "packed")))
+    assert all(math.isfinite(float(row["train/loss"])) for row in read_metrics(run_dir))
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["names"]["model"] == "tiny"
+    names = {path.name.rpartition("-seed")[2].partition("-")[2] for path in (run_dir / "videos").iterdir()}
+    assert names == {"teacher.mp4", "fake-quantized.mp4", "packed.mp4"}
+    assert (run_dir / "report.html").stat().st_size > 100_000  # the videos are inside
+    return report
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_every_variant_goes_the_whole_way(overrides: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, "steps=6", *overrides.split()) == DONE
+    report = check_run(run_dir, exact=overrides not in INEXACT, expected=VARIANTS[overrides])
+    assert report["steps"] == len(read_metrics(run_dir)) == 6
+    if "exclude" in overrides:
+        assert "proj_out" in report["layers_skipped"]
+        assert len(report["layers_quantized"]) == 30
+        assert {layer["reason"] for layer in report["skipped"]} == {"excluded by the model's patterns"}
+    else:
+        assert report["layers_skipped"] == []
+        assert report["num_codes"] == WEIGHTS
+
+
+def test_a_finished_run_has_all_that_is_promised(short_run: Path) -> None:
+    report = check_run(short_run, exact=True, expected={"method": "qvgen"})
+    # 3 bits are 0.375 bytes; the bound is the format's, on these narrow layers biases and clips come on top
+    weights = sum(
+        value.numel() * value.element_size()
+        for layer in packed_layers(load_packed(short_run / "packed")).values()
+        for name, value in layer.state_dict().items()
+        if name in ("codes", "codes_high")
+    )
+    assert weights == WEIGHTS * 3 // 8
+    assert sum(layer["bytes"] for layer in report["layers"]) < report["bytes"]["packed"]
+
+
+def test_more_bits_have_less_error(short_run: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "steps=6", "bits=w8a8") == DONE
+    assert (
+        read_report(tmp_path / "run")["relative_error"]["ptq"] < 0.1 * read_report(short_run)["relative_error"]["ptq"]
+    )
+
+
+def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = f"run_dir={tmp_path}/w${{bits}}"
+    assert main(["train", "-m", *SHORT, "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
+    for bits in ("4", "3"):
+        run_dir = tmp_path / f"w{bits}"
+        check_run(run_dir, exact=True, expected={"bits": bits})
+        (offline,) = (run_dir / "wandb").glob("offline-run-*")
+        (record,) = offline.glob("*.wandb")
+        assert record.stat().st_size > 0
+
+
+def test_held_out_error_while_training_is_the_one_at_the_end(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "steps=4", "phi.ranks=[2]", "evaluation.every_steps=3") == DONE
+    errors = [row["val/relative_error"] for row in read_metrics(tmp_path / "run")]
+    assert [bool(error) for error in errors] == [False, False, True, True]
+    assert float(errors[-1]) == read_report(tmp_path / "run")["relative_error"]["qat"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert train(tmp_path / "run", "dry_run=true") == DONE
+    assert list(tmp_path.iterdir()) == []
+    assert "36 Linears quantized to w3a3 (paper)" in caplog.text
+    assert "ranks [4, 2, 1]" in caplog.text
