@@ -23,7 +23,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__
 from qvgen.config.errors import UserError, did_you_mean, one_line
@@ -103,7 +103,7 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     for plain, job in zip(plains, jobs, strict=True):
         check(verb, plain)
         _check_resume(plain, job)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    _log_to_stderr()
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
     codes = []
     for plain in plains:
@@ -169,6 +169,19 @@ def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
         sys.argv = before
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at that moment: a program that calls main() again may have changed it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, handlers=[_Stderr()], format="%(message)s")
+
+
 def _own_the_environment() -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.launcher import forget_ranks, refuse_foreign_launcher
@@ -191,7 +204,7 @@ def _worker(arguments: list[str]) -> None:
     from qvgen.config.build import build
     from qvgen.run_directory import read_plain
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    _log_to_stderr()
     run_worker = importlib.import_module("qvgen.verbs.train").run_worker
     config = build("train", read_plain(given.config))
     run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)

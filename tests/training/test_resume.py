@@ -30,7 +30,7 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
 def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     """Return as soon as metrics.csv has so many rows: the next step is being computed then."""
     metrics = run_dir / "metrics.csv"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < count + 1:
         assert process.poll() is None, run_dir.with_name(f"{run_dir.name}.log").read_text()
         assert time.monotonic() < deadline, "it did not get there in time"
