@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from qvgen.cli import DONE
+from qvgen.cli import BAD_INPUT, DONE
 from qvgen.training.session import micro_batches
-from tests.runs import BOUNDARIES, STEPS, packed_bytes, read_metrics, train, train_config
+from tests.runs import BOUNDARIES, STEPS, copy_until, packed_bytes, read_metrics, train, train_config
 
 RELATIVE = 1e-5
+TWO = ("devices=2", "strategy=ddp")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same command on one process and on two."""
     folder = tmp_path_factory.mktemp("ddp")
     assert train(folder / "one") == DONE
-    assert train(folder / "two", "devices=2", "strategy=ddp") == DONE
+    assert train(folder / "two", *TWO, "checkpoint.every_steps=4", "checkpoint.keep=9") == DONE
     return folder / "one", folder / "two"
 
 
@@ -35,6 +36,21 @@ def test_two_processes_have_the_losses_of_one(both: tuple[Path, Path]) -> None:
 
 def test_two_processes_pack_the_same_bytes(both: tuple[Path, Path]) -> None:
     assert packed_bytes(both[0]) == packed_bytes(both[1])
+
+
+def test_two_processes_continue_where_they_were(both: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir = copy_until(both[1], tmp_path / "run", step=4)
+    assert train(run_dir, *TWO, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(both[1])
+    assert read_metrics(run_dir) == read_metrics(both[1])
+
+
+def test_two_processes_stop_together(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("optim.learning_rate=1e30", "optim.warmup_share=0")
+    assert train(tmp_path / "run", *TWO, *options) == BAD_INPUT
+    lines = [line for line in capfd.readouterr().err.splitlines() if "qvgen train" in line or "Traceback" in line]
+    assert len(lines) == 1
+    assert "the loss is nan in optimizer step 1" in lines[0]
 
 
 def test_the_second_process_said_nothing_but_its_log(both: tuple[Path, Path]) -> None:

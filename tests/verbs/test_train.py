@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from qvgen.cli import DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
-from tests.runs import SHORT, read_metrics, train
+from qvgen.models.weight_file import save_weights
+from qvgen.training.session import train_all
+from tests.runs import SHORT, read_metrics, train, train_config
 
 KEYS = {
     "model", "bits", "profile", "method", "init", "seed", "steps", "layers_quantized", "layers_skipped",
@@ -142,6 +145,17 @@ def test_held_out_error_while_training_is_the_one_at_the_end(tmp_path: Path) -> 
     errors = [row["val/relative_error"] for row in read_metrics(tmp_path / "run")]
     assert [bool(error) for error in errors] == [False, False, True, True]
     assert float(errors[-1]) == read_report(tmp_path / "run")["relative_error"]["qat"]
+
+
+def test_a_model_that_was_pretrained_can_be_quantized(tmp_path: Path) -> None:
+    config = train_config("experiment=tiny_teacher", "devices=1", "strategy=single", "steps=2", "batch_size=4")
+    student = config.model.initial_transformer(config.seed)
+    before = student.proj_out.weight.detach().clone()
+    train_all(config, student=student, teacher=None, run_dir=tmp_path, validate=None)
+    assert not torch.equal(student.proj_out.weight, before)
+    assert all(float(row["train/loss"]) > 0 and row["phi/rank"] == "" for row in read_metrics(tmp_path))
+    weights = save_weights(student.state_dict(), tmp_path / "mine.safetensors", card={"seed": config.seed})
+    assert train(tmp_path / "run", f"model.weights={weights}", "dry_run=true") == DONE
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
