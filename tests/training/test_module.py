@@ -14,10 +14,10 @@ from torch.utils.data import default_collate
 from qvgen.data.datamodule import StepBatchSampler
 from qvgen.data.moving_digits import MovingDigits
 from qvgen.training.module import TrainingDivergedError, VideoTraining
-from qvgen.training.session import train_share
+from qvgen.training.session import decay_schedule, load_trained, train_share
 from qvgen.training.step_checkpoint import checkpoints
 from qvgen.verbs.train import prepare_student
-from tests.runs import load_state, train_config
+from tests.runs import copy_until, load_state, read_metrics, train_config
 
 
 def make_module(*overrides: str) -> VideoTraining:
@@ -165,6 +165,24 @@ def test_captions_are_dropped_as_often_as_asked_for() -> None:
     assert dropped == pytest.approx(0.25, abs=0.1)  # four standard deviations of 300 draws
     never = make_module("method.caption_dropout=0").draw(make_batch(0, 1, 2, 3, 4), step=0)
     assert "" not in never.captions
+
+
+def test_the_loss_of_a_run_is_that_of_its_step(short_run: Path, tmp_path: Path) -> None:
+    # Recomputed from the checkpoint before the step, the step's samples in one batch and the step's noise.
+    step = 6
+    module = make_module("accumulate=2")
+    loaded = load_trained(
+        module.student, copy_until(short_run, tmp_path / "run", step=step), schedule=decay_schedule(train_config())
+    )
+    assert loaded == step
+    sampler = StepBatchSampler(
+        num_samples=20_000, batch_size=4, accumulate=2, rank=0, world_size=1, seed=module.seed, first_step=lambda: 0
+    )
+    with torch.no_grad():
+        loss = module.loss(module.draw(make_batch(*sampler.step_indices(step)), step=step))
+    # Logged is the mean over two micro-batches: the same numbers, summed in another order.
+    assert float(loss) == pytest.approx(float(read_metrics(short_run)[step]["train/loss"]), rel=1e-4)
+    assert float(loss) != pytest.approx(float(read_metrics(short_run)[step - 1]["train/loss"]), rel=1e-3)
 
 
 class Broken(MovingDigits):
