@@ -159,6 +159,8 @@ def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
         f"hydra.help.app_name='qvgen {verb}'",
         f"hydra.help.header='qvgen {verb}: {line}'",
     ]
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments, *help_texts]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=verb)(lambda _: None)()
@@ -167,6 +169,8 @@ def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
             raise
     finally:
         sys.argv = before
+        root.handlers[:] = handlers  # hydra's own, on the stdout of the moment, would outlive its answer
+        root.setLevel(level)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
