@@ -173,9 +173,18 @@ class _Operands:
         self.right, self.right_scale = _operand(
             layer.weight.detach().float(), *w_qparams, profile.weight, factored=factored
         )
+        # A real zero point is no whole number: the product takes raw codes, and z * (row sum of X) is subtracted after it,
+        # as the kernels do. ``right`` is What all the same, for the backward pass.
+        self.right_zero = None
+        raw = self.right
+        if factored and profile.weight.zero_point == "real":
+            self.right_zero = w_qparams[1].reshape(-1)
+            raw = (self.right + w_qparams[1]).round()
         if layer.phi is not None and layer.phi.active:
             helper = layer.phi.weight().detach()
-            self.right = self.right + (helper / w_qparams[0] if factored else helper)
+            helper = helper / w_qparams[0] if factored else helper
+            self.right, raw = self.right + helper, raw + helper
+        self.right_raw = raw
 
 
 class _FakeQuantLinear(torch.autograd.Function):
@@ -190,7 +199,9 @@ class _FakeQuantLinear(torch.autograd.Function):
         ctx.layer, ctx.dtype, ctx.has_bias = layer, dtype, bias is not None
         with torch.autocast(device, enabled=False):
             ops = _Operands(layer, x, clip_low, clip_high)
-            y = functional.linear(ops.left.to(dtype), ops.right.to(dtype)).float()
+            y = functional.linear(ops.left.to(dtype), ops.right_raw.to(dtype)).float()
+            if ops.right_zero is not None:
+                y = y - ops.left.sum(-1, keepdim=True) * ops.right_zero
             if ops.left_scale is not None and ops.right_scale is not None:
                 y = (y * ops.left_scale.unsqueeze(-1)) * ops.right_scale
             if bias is not None:
