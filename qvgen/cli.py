@@ -196,10 +196,11 @@ def _own_the_environment() -> None:
 
 
 def _worker(arguments: list[str]) -> None:
-    """One further process of a training run; started by qvgen.training.launcher, never by hand."""
+    """One further process of a verb's run; started by qvgen.training.launcher, never by hand."""
     from qvgen.training.launcher import follow_parent
 
     parser = ArgumentParser(prog="qvgen worker")
+    parser.add_argument("verb", choices=sorted(verbs()))
     parser.add_argument("config", type=Path)
     for name in ("rank", "world-size", "port", "parent"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -209,8 +210,8 @@ def _worker(arguments: list[str]) -> None:
     from qvgen.run_directory import read_plain
 
     _log_to_stderr()
-    run_worker = importlib.import_module("qvgen.verbs.train").run_worker
-    config = build("train", read_plain(given.config))
+    run_worker = importlib.import_module(f"qvgen.verbs.{given.verb}").run_worker
+    config = build(given.verb, read_plain(given.config))
     run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
 
 

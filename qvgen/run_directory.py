@@ -29,7 +29,7 @@ CONFIG_FILE = "config.yaml"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = ".lock"
 
-FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "checkpoint", "logger", "names.experiment")
+FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "logger", "names.experiment")
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes."""
 
 

@@ -9,17 +9,25 @@ from typing import Any
 
 from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
-from qvgen.config.schema import AssetsConfig, FoldConfig, GenerateConfig, InspectConfig, TrainConfig
+from qvgen.config.schema import (
+    AssetsConfig,
+    FoldConfig,
+    GenerateConfig,
+    InspectConfig,
+    PrecomputeConfig,
+    TrainConfig,
+)
 from qvgen.config.typed import from_plain
 from qvgen.run_directory import read_config
 
-VerbConfig = AssetsConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig
+VerbConfig = AssetsConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig | PrecomputeConfig
 _SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
+    "precompute": PrecomputeConfig,
 }
 
 
@@ -30,7 +38,7 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
     """
     values: dict[str, Any] = dict(plain)
-    if verb == "train":
+    if verb in ("train", "precompute"):
         values["plain"] = dict(plain)
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
@@ -44,7 +52,7 @@ def build(verb: str, plain: Mapping[str, Any]) -> Any:
         ValueError: Any bad value, also one that only the leaf knows to be bad.
     """
     config = check(verb, plain)
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig | PrecomputeConfig):
         return build_leaves(config)
     if isinstance(config, FoldConfig):
         return replace(config, run=build_leaves(config.run))

@@ -4,7 +4,8 @@ Every way in which an override can be wrong is found here, before hydra prints i
 override, an unknown key or option, a sweep without --multirun, an interpolation that fails.
 
 Resolvers for conf/: ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
-``${start_time:}`` -> 20260131-235959-123456, different for every job of a process.
+``${start_time:}`` -> 20260131-235959-123456, different for every job of a process, ``${model_data:wan}`` -> clips, the data
+that the model's recipe names, ``${micro_batches:64,8,1}`` -> 8, so many of 1 sample on each of 8 devices make a batch of 64.
 """
 
 from __future__ import annotations
@@ -42,15 +43,30 @@ def _start_time() -> str:
     return _last_start.strftime("%Y%m%d-%H%M%S-%f")
 
 
+def _model_data(model: str) -> str:
+    """The file of conf/data that a model is trained on unless another one is chosen."""
+    path = conf_directory() / "model" / f"{model}.yaml"
+    spec = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    return str(OmegaConf.select(spec, "recipe.data", default="clips"))
+
+
+def _micro_batches(batch_size: Any, devices: Any, size: Any) -> int:
+    """Micro-batches of a device per optimizer step; 1 where nothing says how large they may be, or they don't divide."""
+    return max(1, int(batch_size) // (int(devices) * int(size))) if size is not None else 1
+
+
 _RESOLVERS: dict[str, Callable[..., Any]] = {
     "bits_label": lambda bits: Bits.parse(bits).label,
     "weight_bits": lambda bits: Bits.parse(bits).weight,
     "activation_bits": lambda bits: Bits.parse(bits).activation,
     "start_time": _start_time,
+    "model_data": _model_data,
+    "micro_batches": _micro_batches,
 }
 
 
-def _register_resolvers() -> None:
+def register_resolvers() -> None:
+    """Make the resolvers of conf/ known."""
     for name, resolver in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
@@ -88,7 +104,7 @@ def compose_plain(
     Raises:
         UserError: Anything wrong with an override.
     """
-    _register_resolvers()
+    register_resolvers()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):

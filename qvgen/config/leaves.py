@@ -6,18 +6,17 @@ a run can choose among our classes, but never bring code of its own.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from qvgen.config.errors import UserError, did_you_mean
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema import PrecomputeConfig, TrainConfig
 
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
@@ -28,13 +27,12 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else _PACKAGE_DIRECTORY.parent / "conf"
 
 
-def build_leaf(spec: Mapping[str, Any], *, key: str, partial: bool = False) -> Any:
+def build_leaf(spec: Mapping[str, Any], *, key: str) -> Any:
     """Build the object that a section with a `_target_` describes.
 
     Args:
         spec: ``{"_target_": "qvgen.methods.lsq.LSQ", argument: value, ...}``; plain values only.
         key: The section's name, for messages.
-        partial: Return a factory that takes the remaining arguments, instead of the object.
 
     Raises:
         UserError: No `_target_`, one outside of qvgen, an unknown or missing argument.
@@ -46,8 +44,6 @@ def build_leaf(spec: Mapping[str, Any], *, key: str, partial: bool = False) -> A
     for name in arguments:
         if name not in known:
             raise UserError(f"unknown key '{key}.{name}'{did_you_mean(name, [f'{key}.{other}' for other in known])}")
-    if partial:
-        return functools.partial(target, **arguments)
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f"{key}.{name} is missing; write {key}.{name}=...")
@@ -76,19 +72,18 @@ def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
     return build_leaf(_without_recipe({**{str(key): value for key, value in spec.items()}, **changes}), key=group)
 
 
-def build_leaves(config: TrainConfig) -> TrainConfig:
+Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig)
+
+
+def build_leaves(config: Config) -> Config:
     """Replace the plain leaf sections of a configuration by the objects that they describe.
 
     Raises:
         ValueError: See :func:`build_leaf`.
     """
+    groups = [group for group in ("model", "profile", "method", "init", "data") if hasattr(config, group)]
     return replace(
-        config,
-        model=build_leaf(_without_recipe(config.model), key="model"),
-        profile=build_leaf(config.profile, key="profile"),
-        method=build_leaf(config.method, key="method"),
-        init=build_leaf(config.init, key="init"),
-        data=build_leaf(config.data, key="data", partial=True),
+        config, **{group: build_leaf(_without_recipe(getattr(config, group)), key=group) for group in groups}
     )
 
 

@@ -43,6 +43,7 @@ class TrainConfig:
         batch_size: Samples per optimizer step over all devices and micro-batches.
         accumulate: Micro-batches per optimizer step; >= 1.
         devices: Processes; >= 1.
+        device_memory_gib: Memory of each device that will train, for the plan alone; > 0; None: this machine's.
         kernel: Backend of the packed model; ``auto`` picks the best one that is there.
         run_dir: The run's folder.
         resume: Continue the run in run_dir.
@@ -69,6 +70,7 @@ class TrainConfig:
     batch_size: int
     accumulate: int
     devices: int
+    device_memory_gib: float | None
     kernel: str
     run_dir: Path
     resume: bool
@@ -83,6 +85,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
         positive(steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
+        positive(device_memory_gib=self.device_memory_gib)
         require(
             self.devices == 1 or self.strategy.name == "ddp",
             f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
@@ -113,30 +116,50 @@ class FoldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelName:
+    """The model of `qvgen generate`; None: what the packed directory says."""
+
+    model: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Everything that `qvgen generate` needs.
 
     Attributes:
-        packed: A packed directory.
+        packed: A packed directory, or the two of a model with two experts; None: full precision.
+        model: The model's section, plain; None: what the packed directory says.
         prompt: Captions; None: the model's own.
         seed: One video is made for each caption and seed.
         num_steps: Sampling steps, > 0; None: the model's own.
         guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
         out: Where the mp4 files go.
         kernel: Backend; ``auto`` picks the best one that is there.
+        dry_run: Say what would be done.
         debug: Show tracebacks.
+        names: What was chosen.
+        typed: The command line's overrides.
     """
 
-    packed: Path
+    packed: tuple[Path, ...] | None
+    model: dict[str, Any] | None
     prompt: tuple[str, ...] | None
     seed: tuple[int, ...]
     num_steps: int | None
     guidance_scale: float | None
     out: Path
     kernel: str
+    dry_run: bool
     debug: bool
+    names: ModelName
+    typed: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        require(
+            self.packed is not None or self.names.model is not None,
+            "packed is missing; write packed=DIR, or model=NAME model.path=FOLDER for the full-precision model",
+        )
+        require(self.packed is None or 1 <= len(self.packed) <= 2, "packed=[...] takes one directory or two")
         require(self.prompt is None or bool(self.prompt), "prompt=[] is empty; write null or captions")
         require(bool(self.seed), "seed=[] is empty; write for example seed=42")
         for seed in self.seed:
@@ -173,14 +196,59 @@ class AssetsConfig:
     Attributes:
         names: Which assets; None: all.
         out: Where they go; None: the user's cache folder.
+        clips: Folder for a table of the fetched clips; None: no table.
         dry_run: Show the table, fetch nothing.
         debug: Show tracebacks.
     """
 
     names: tuple[str, ...] | None
     out: Path | None
+    clips: Path | None
     dry_run: bool
     debug: bool
 
     def __post_init__(self) -> None:
         require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataNames:
+    """What was chosen from the groups of `qvgen precompute`."""
+
+    model: str
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Everything that `qvgen precompute` needs.
+
+    Attributes:
+        model: The model family, one with a VAE.
+        data: The clips and their cache.
+        prompts: Further captions to encode; None: the model's own.
+        devices: Processes on this machine; >= 1.
+        shard: This machine's share, 0 <= shard < num_shards.
+        num_shards: Machines that share the clips; >= 1.
+        run_dir: Where the further processes log.
+        dry_run: Count what is missing, encode nothing.
+        debug: Show tracebacks.
+        names: What was chosen from each group.
+        plain: All of the above as a plain dict.
+    """
+
+    model: Any
+    data: Any
+    prompts: tuple[str, ...] | None
+    devices: int
+    shard: int
+    num_shards: int
+    run_dir: Path
+    dry_run: bool
+    debug: bool
+    names: DataNames
+    plain: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        positive(devices=self.devices, num_shards=self.num_shards)
+        require(0 <= self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")

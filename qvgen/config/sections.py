@@ -115,9 +115,16 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """How processes share the work: ``single`` or ``ddp``."""
+    """How processes share the work, and what they give for memory.
+
+    Attributes:
+        name: ``single`` or ``ddp``.
+        gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
+            for about a third more time.
+    """
 
     name: Literal["single", "ddp"]
+    gradient_checkpointing: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +166,24 @@ class EvaluationConfig:
     """What is measured and shown at the end.
 
     Attributes:
-        samples: Held-out samples of the relative error; > 0.
+        samples: Held-out inputs of the relative error; > 0.
+        quality_videos: Videos of each kind for the report's table, with held-out captions; > 0.
         prompts: Captions of the videos; None: the model's own.
         videos: Number of videos of each kind; >= 0.
         every_steps: Also measure every so many optimizer steps; None: only at the end.
+        video_every_steps: Sample validation videos of the same prompts every so many optimizer steps; None: never.
     """
 
     samples: int
+    quality_videos: int
     prompts: tuple[str, ...] | None
     videos: int
     every_steps: int | None
+    video_every_steps: int | None
 
     def __post_init__(self) -> None:
-        positive(evaluation__samples=self.samples, evaluation__every_steps=self.every_steps)
+        positive(evaluation__samples=self.samples, evaluation__quality_videos=self.quality_videos)
+        positive(evaluation__every_steps=self.every_steps, evaluation__video_every_steps=self.video_every_steps)
         require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")
         require(
             self.prompts is None or bool(self.prompts),

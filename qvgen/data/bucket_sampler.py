@@ -6,8 +6,9 @@ leaves out others. Each bucket gets batches in proportion to its clips, and they
 
     batch_size 2, samples in order and their buckets:   4a 1b 0a 3a 2b 5a   ->   [4 0] [1 2] [3 5]
 
-With a single bucket this is :class:`qvgen.data.datamodule.StepBatchSampler`, batch for batch. As there, micro-batch m of
-rank r takes a fixed cut of the step's samples, and the first step is asked for when an iteration begins.
+With a single bucket, step k takes the k-th run of ``batch_size`` samples from the permutation. Micro-batch m of rank r
+takes a fixed cut of a step's samples, so that the same samples make the same step whatever the cut is. The first step
+is asked for when an iteration begins: a resumed run starts there, and no loader state has to be stored.
 """
 
 from __future__ import annotations

@@ -32,12 +32,11 @@ from torch.utils.data import Dataset
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clips import CutPlan, CutSettings, too_many_bad
+from qvgen.data.source import SPLITS
 from qvgen.run_directory import atomic_write
 
 FORMAT = 1
 """Part of every key; one more when the same settings would give other content."""
-
-SPLITS = ("train", "held_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +209,7 @@ class CachedClips(Dataset[CachedClip]):
         held_out: How many clips are held out: the first ones by their bytes' checksum, whatever the table's order.
 
     Attributes:
+        rows: The split's own.
         buckets: The bucket of each sample, as 49x480x720.
 
     Raises:
@@ -223,11 +223,11 @@ class CachedClips(Dataset[CachedClip]):
             raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
         clips = sorted({row["clip"] for row in rows}, key=lambda clip: content_key("held_out", clip))
         kept_apart = set(clips[:held_out])
-        self._rows = [row for row in rows if (row["clip"] in kept_apart) == (split == "held_out")]
-        if not self._rows:
+        self.rows = [row for row in rows if (row["clip"] in kept_apart) == (split == "held_out")]
+        if not self.rows:
             raise UserError(f"no clip is left for split={split}: held_out={held_out} of {len(clips)} different clips")
         self.cache = cache
-        self.buckets: list[str] = [row["bucket"] for row in self._rows]
+        self.buckets: list[str] = [row["bucket"] for row in self.rows]
 
     @classmethod
     def open(
@@ -253,7 +253,7 @@ class CachedClips(Dataset[CachedClip]):
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> CachedClip:
         """Read sample ``index``.
@@ -262,5 +262,5 @@ class CachedClips(Dataset[CachedClip]):
             IndexError: There is no such sample.
             UserError: Its latents are gone.
         """
-        row = self._rows[index]
+        row = self.rows[index]
         return CachedClip(video=self.cache.read_latents(row["latents"]), caption=row["caption"], sample_id=row["row"])

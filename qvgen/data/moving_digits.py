@@ -19,12 +19,16 @@ Left out: more than one digit, other starts, finer steps, longer clips: a few mi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from qvgen.config.errors import UserError
+from qvgen.data.source import SPLITS, Family, Split
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.0, 0.0),
@@ -53,8 +57,6 @@ MOTIONS: dict[str, tuple[int, int]] = {
 
 DIGIT_PIXELS = 8
 TRAIN_IMAGES = 1500
-SPLITS: tuple[str, ...] = ("train", "held_out")
-
 _MASK_64 = (1 << 64) - 1
 
 
@@ -176,6 +178,36 @@ class MovingDigits(Dataset[MovingDigit]):
         canvas[frame, row, column] = ink
         rgb = torch.tensor(tuple(COLORS.values())[color])
         return rgb[:, None, None, None] * canvas * 2 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingDigitsSource:
+    """``data=moving_digits``: the two splits under one setting; arguments as :class:`MovingDigits`."""
+
+    length: int
+    image_size: int
+    num_frames: int
+    step_pixels: int
+
+    def check(self, family: Family) -> None:
+        """Raise ValueError where the family does not take videos of this shape."""
+        found = (3, self.num_frames, self.image_size, self.image_size)
+        if found != family.sample_shape:
+            raise UserError(
+                f"data=moving_digits has videos of shape {found}, model={family.name} takes {family.sample_shape}; "
+                "choose data that fits: data=clips data.path=FOLDER for a model with a VAE"
+            )
+
+    def open(self, family: Family, *, split: str) -> Split:
+        """The samples of ``train`` or ``held_out``, all of one bucket."""
+        samples = MovingDigits(
+            split=split,
+            length=self.length,
+            image_size=self.image_size,
+            num_frames=self.num_frames,
+            step_pixels=self.step_pixels,
+        )
+        return Split(samples=samples, buckets=[""] * self.length, encode=family.encode)
 
 
 class _SplitMix64:

@@ -132,8 +132,13 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     return model
 
 
-def check_kernel(model: nn.Module, *, kernel: str) -> None:
+def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None:
     """Find out before training whether a kernel will run what a prepared model is folded to.
+
+    Args:
+        model: A prepared model; its weights may lie on the meta device.
+        kernel: Name or auto.
+        device: Where the packed model will run.
 
     Raises:
         ValueError: An unknown kernel.
@@ -141,7 +146,7 @@ def check_kernel(model: nn.Module, *, kernel: str) -> None:
     """
     for layer in quantized_layers(model).values():
         spec = linear_spec(layer.profile, in_features=layer.in_features, out_features=layer.out_features)
-        resolve_kernel(kernel, spec, device=layer.weight.device)
+        resolve_kernel(kernel, spec, device=device)
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:

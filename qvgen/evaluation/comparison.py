@@ -16,19 +16,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.config.schema import TrainConfig
+from qvgen.data.source import Split
 from qvgen.data.video import write_video
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
+from qvgen.evaluation.placement import placed
 from qvgen.evaluation.report_data import Checks, LayerReport, Quality, VariantQuality, VideoComparison
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, quantized_layers
-from qvgen.models.base import VideoDiT
+from qvgen.models.base import Encode, VideoDiT
 
 VARIANTS = ("teacher", "fake-quantized", "packed")
 STILL = "standing still"
 BATCH_SIZE = 32
+WATCHED_TOKENS = 256
+"""All tokens of all layers of a large model would not fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +50,23 @@ def compare_models(
     """Generate with all three models, write the shown videos to run_dir/videos, and compare.
 
     Args:
-        config: The run's: prompts, seed, number of videos and samples.
+        config: The run's: prompts, seed, number of videos.
         teacher: Full-precision model.
         fake: Trained model, its Phi gone.
         packed: The same, read back from its packed directory.
-        held_out: Inputs on which the outputs of fake and packed are compared.
+        held_out: Inputs on which the outputs of fake and packed are compared; captions of the table's videos.
         run_dir: The run's folder.
     """
     models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
-    prompts = list(config.evaluation.prompts or config.model.prompts)
-    shown = [prompts[index % len(prompts)] for index in range(config.evaluation.videos)]
-    seeds = [config.seed + index for index in range(config.evaluation.videos)]
-    shown_videos = {name: generate_videos(config.model, model, shown, seeds) for name, model in models.items()}
-    items = held_out_items(config.data(split="held_out"), config.evaluation.samples)
+    shown, seeds = shown_prompts(config)
+    split = held_out.split
+    items = held_out_items(split, config.evaluation.quality_videos)
     captions = [item["caption"] for item in items]
     table_seeds = [config.seed + index for index in range(len(items))]
-    table_videos = {name: generate_videos(config.model, model, captions, table_seeds) for name, model in models.items()}
+    shown_videos, table_videos = {}, {}
+    for name, model in models.items():
+        shown_videos[name] = generate_videos(config.model, model, shown, seeds, encode=split.encode)
+        table_videos[name] = generate_videos(config.model, model, captions, table_seeds, encode=split.encode)
     _write_videos(shown_videos, shown, seeds, fps=config.model.fps, directory=run_dir / "videos")
     return Comparison(
         checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
@@ -85,6 +90,13 @@ def compare_models(
             guidance_scale=config.model.guidance_scale,
         ),
     )
+
+
+def shown_prompts(config: TrainConfig) -> tuple[list[str], list[int]]:
+    """Captions and seeds of the videos that a run shows: the configuration's prompts, again and again if need be."""
+    prompts = list(config.evaluation.prompts or config.model.prompts)
+    places = range(config.evaluation.videos)
+    return [prompts[index % len(prompts)] for index in places], [config.seed + index for index in places]
 
 
 def bf16_bytes(model: nn.Module) -> int:
@@ -121,24 +133,28 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
 
 
 @torch.no_grad()
-def generate_videos(family: VideoDiT, model: nn.Module, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+def generate_videos(
+    family: VideoDiT, model: nn.Module, captions: Sequence[str], seeds: Sequence[int], *, encode: Encode | None = None
+) -> Tensor:
     """One video per caption and seed, as the family usually samples: uint8 [B, F, H, W, 3]."""
-    parts = [
-        family.generate(
-            model,
-            captions[start : start + BATCH_SIZE],
-            seeds[start : start + BATCH_SIZE],
-            num_steps=family.num_inference_steps,
-            guidance_scale=family.guidance_scale,
-        )
-        for start in range(0, len(captions), BATCH_SIZE)
-    ]
+    with placed(model):
+        parts = [
+            family.generate(
+                model,
+                captions[start : start + BATCH_SIZE],
+                seeds[start : start + BATCH_SIZE],
+                num_steps=family.num_inference_steps,
+                guidance_scale=family.guidance_scale,
+                encode=encode,
+            )
+            for start in range(0, len(captions), BATCH_SIZE)
+        ]
     return torch.cat(parts) if parts else torch.empty(0, 1, 1, 1, 3, dtype=torch.uint8)
 
 
-def held_out_items(dataset: Any, count: int) -> list[Mapping[str, Any]]:
-    """The first items of a data set."""
-    return [dataset[index] for index in range(count)]
+def held_out_items(split: Split, count: int) -> list[Mapping[str, Any]]:
+    """The first items of a split, from its beginning again where it has fewer."""
+    return [split.samples[index % len(split)] for index in range(count)]
 
 
 def _write_videos(
@@ -187,13 +203,14 @@ def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: H
 def _input_codes(
     model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: HeldOut
 ) -> dict[str, Tensor]:
-    """Codes of each layer's input on the first held-out batch."""
+    """Codes of each layer's input on the first held-out batch, of ``WATCHED_TOKENS`` tokens per sample."""
     codes: dict[str, Tensor] = {}
 
     def watch(name: str, layer: FakeQuantLinear | PackedLinear) -> RemovableHandle:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             del module
-            codes[name] = layer.input_codes(inputs[0])
+            tokens = inputs[0] if inputs[0].ndim < 3 else inputs[0][:, :WATCHED_TOKENS]
+            codes[name] = layer.input_codes(tokens).cpu()
 
         return layer.register_forward_pre_hook(keep)
 

@@ -6,45 +6,49 @@ draws it. Nothing here depends on the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
+from qvgen.data.source import Split
 from qvgen.evaluation.metrics import RelativeError
+from qvgen.evaluation.placement import placed
 from qvgen.models.base import VideoDiT
-
-BATCH_SIZE = 32
 
 
 class HeldOut:
-    """A fixed set of held-out inputs, and the teacher's outputs for them.
+    """A fixed set of held-out inputs, and a model's outputs for them.
+
+    Where more inputs are asked for than there are clips, the clips come again with another noise and noise level.
 
     Args:
-        family: The model family: objective, captions and call convention.
-        dataset: Held-out split; items have ``video`` and ``caption``.
-        num_samples: How many of it; at most all.
+        family: The model family: objective and call convention.
+        split: Held-out clips.
+        num_samples: Inputs.
         seed: Seed of noise and noise levels.
-
-    Raises:
-        ValueError: The split has fewer samples.
+        batch_size: Inputs that a model works on at once; fewer where the next one is of another bucket.
     """
 
-    def __init__(self, family: VideoDiT, dataset: Dataset[Any], *, num_samples: int, seed: int) -> None:
-        size = len(dataset)  # type: ignore[arg-type] # a map-style data set has a length
-        if num_samples > size:
-            raise ValueError(f"evaluation.samples={num_samples} is more than the held-out split has ({size}); use less")
-        self.family, self.seed, self.num_samples = family, seed, num_samples
-        self._batches = [
-            self._draw(dataset, range(start, min(start + BATCH_SIZE, num_samples)))
-            for start in range(0, num_samples, BATCH_SIZE)
-        ]
+    def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
+        self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples
+        self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
 
-    def _draw(self, dataset: Dataset[Any], indices: range) -> NoisyBatch:
-        items = [dataset[index] for index in indices]
+    def _cut(self, batch_size: int) -> list[list[int]]:
+        batches: list[list[int]] = []
+        buckets = self.split.buckets
+        for index in range(self.num_samples):
+            bucket = buckets[index % len(buckets)]
+            last = batches[-1] if batches else []
+            if last and len(last) < batch_size and buckets[last[-1] % len(buckets)] == bucket:
+                last.append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def _draw(self, indices: Sequence[int]) -> NoisyBatch:
+        items = [self.split.samples[index % len(self.split)] for index in indices]
         return add_noise(
             torch.stack([item["video"] for item in items]),
             [item["caption"] for item in items],
@@ -54,20 +58,15 @@ class HeldOut:
 
     @torch.no_grad()
     def predictions(self, model: nn.Module) -> Iterator[Tensor]:
-        """A model's outputs float32 [b, C, F, H, W], batch by batch; its training mode is restored afterwards."""
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
-        try:
+        """A model's outputs float32 [b, C, F, H, W] on the CPU, batch by batch; mode and place are restored afterwards."""
+        with placed(model) as device:
             for batch in self._batches:
-                condition = {key: value.to(device) for key, value in self.family.encode(batch.captions).items()}
+                condition = {key: value.to(device) for key, value in self.split.encode(batch.captions).items()}
                 yield (
                     self.family.predict(model, batch.noisy.to(device), batch.timestep.to(device), condition)
                     .float()
                     .cpu()
                 )
-        finally:
-            model.train(was_training)
 
     def relative_error(self, model: nn.Module, reference: list[Tensor]) -> float:
         """|y - y_ref|^2 / |y_ref|^2 over all samples, against stored predictions of another model."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ NUM_VIDEOS = 256
 
 
 def teacher_quality(
-    family: VideoDiT, model: nn.Module, dataset: Any, *, held_out: HeldOut, classifier: MovingDigitClassifier
+    family: VideoDiT, model: nn.Module, *, held_out: HeldOut, classifier: MovingDigitClassifier
 ) -> Mapping[str, float]:
     """Measure a model on ``NUM_VIDEOS`` held-out captions.
 
@@ -26,7 +25,7 @@ def teacher_quality(
         ``held_out_loss`` (mean squared error of the velocity), ``digit_accuracy``, ``color_accuracy``,
         ``motion_accuracy`` of its samples, and ``flicker`` (levels of 255) of those that stand still.
     """
-    items = held_out_items(dataset, NUM_VIDEOS)
+    items = held_out_items(held_out.split, NUM_VIDEOS)
     videos = generate_videos(family, model, [item["caption"] for item in items], range(NUM_VIDEOS))
     accuracy = classifier.accuracy(videos, attribute_labels(items))
     still = torch.tensor([index for index, item in enumerate(items) if "still" in item["caption"]])

@@ -6,6 +6,7 @@ too). A pattern that matches nothing is an error: a renamed layer would otherwis
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,16 +88,18 @@ def swap_fake_quant_(
         ValueError: Names the layer that the profile or the rank does not fit.
     """
     band = NoiseBand(num_noise_bands)
-    layers = {}
+    linears = {}
     for name in names:
-        linear = model.get_submodule(name)
+        linear = linears[name] = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        alike = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         try:
-            layers[name] = FakeQuantLinear(linear, profile=profile, noise_band=band, phi_rank=phi_rank)
+            FakeQuantLinear(alike, profile=profile, noise_band=band, phi_rank=phi_rank)
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or exclude the layer") from error
     watch_timestep(model, band)
-    for name, layer in layers.items():
+    for name in names:  # one by one, each Linear freed at once: two copies of a large model may not fit
+        layer = FakeQuantLinear(linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank)
         model.set_submodule(name, layer)
     return band
 
@@ -123,12 +126,31 @@ def fold(model: nn.Module, *, kernel: str = "auto") -> int:
     Raises:
         ValueError: Names the first layer whose Phi still has rank; nothing is changed then.
     """
+    packed = _pack(model, kernel=kernel)
+    for name, module in packed.items():
+        model.set_submodule(name, module)
+    return len(packed)
+
+
+def folded_copy(model: nn.Module, *, kernel: str = "auto") -> nn.Module:
+    """A folded model, the given one left as it is; no master weight is copied, only what was not quantized.
+
+    Raises:
+        ValueError: See :func:`fold`.
+    """
+    layers = quantized_layers(model)
+    packed = _pack(model, kernel=kernel)
+    memo: dict[int, object] = {id(layers[name]): module for name, module in packed.items()}
+    for module in packed.values():
+        memo[id(module.noise_band)] = module.noise_band  # the copy's hook sets the bands that its layers read
+    return copy.deepcopy(model, memo)
+
+
+def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
     packed = {}
     for name, layer in quantized_layers(model).items():
         try:
             packed[name] = PackedLinear.from_fake_quant(layer, kernel=kernel)
         except ValueError as error:
             raise ValueError(f"cannot fold {name}: {error}") from error
-    for name, module in packed.items():
-        model.set_submodule(name, module)
-    return len(packed)
+    return packed

@@ -7,12 +7,16 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+
+
+Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 
 
 class Objective(Protocol):
@@ -66,8 +70,15 @@ class VideoDiT(Protocol):
     def sample_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of one sample as the transformer's output has it."""
 
-    def load_teacher(self) -> nn.Module:
-        """Load the trained transformer: float32, in eval mode, its weights' checksum verified.
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(T, D) of ``encoder_hidden_states`` of one caption, without running a text encoder."""
+
+    def load_teacher(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the trained transformer, in eval mode, without gradients, on the CPU.
+
+        Args:
+            dtype: of its weights; None: the one that a teacher has in this family's configuration.
 
         Raises:
             ValueError: when the weights are missing or are not the ones that were published.
@@ -123,6 +134,7 @@ class VideoDiT(Protocol):
         *,
         num_steps: int,
         guidance_scale: float,
+        encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Sample one video per caption.
 
@@ -132,6 +144,7 @@ class VideoDiT(Protocol):
             seeds: B seeds; a video's noise depends on its own seed alone, so that models can be compared in pairs.
             num_steps: sampling steps.
             guidance_scale: classifier-free guidance; 1 is none and costs half.
+            encode: stands in place of :meth:`encode`, so that no text encoder has to be loaded.
 
         Returns:
             uint8 [B, F, H, W, 3], RGB in 0..255, on the CPU.
@@ -151,8 +164,16 @@ class LatentVideoDiT(VideoDiT, Protocol):
     width: int
     num_frames: int
 
-    def component_revision(self, component: str) -> str:
-        """Content key of the weights of ``transformer``, ``vae`` or ``text_encoder``."""
+    @property
+    def latent_revision(self) -> str:
+        """Content key of whatever decides :meth:`encode_video`."""
+
+    @property
+    def text_revision(self) -> str:
+        """Content key of whatever decides :meth:`encode`."""
+
+    def check_clip(self, *, frames: int, height: int, width: int) -> None:
+        """Raise ValueError for a size that VAE and patches do not divide."""
 
     def to(self, device: torch.device | str) -> Self:
         """Choose where text encoder and VAE run."""

@@ -78,6 +78,11 @@ class CogVideoX(PipelineFamily):
         """Latent pixels along a side of a token."""
         return int(self.transformer_config["patch_size"])
 
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(226, text_embed_dim): tokens and channels of a caption's embedding."""
+        return (self.max_text_tokens, int(self.transformer_config.get("text_embed_dim", 4096)))  # the class's default
+
     def frame_padding(self, num_frames: int) -> int:
         """Latent frames in front of a clip's own; 0 but for 1.5, whose tokens span several."""
         frames = (num_frames - 1) // self.compression[0] + 1

@@ -10,7 +10,9 @@ What is done with text encoder and VAE is :mod:`qvgen.models.pipeline_family`'s.
 from __future__ import annotations
 
 import abc
+import hashlib
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from qvgen.models.hub_folder import HubFolder, download_remedy
+from qvgen.models.lora import Lora
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,9 +51,12 @@ class FolderFamily(abc.ABC):
         dtype: of the teacher's weights: float32, bfloat16 or float16.
         vae_dtype: of the VAE.
         text_encoder_dtype: of the text encoder; its output is float32.
+        lora: file or folder of a LoRA that is merged into the transformer as it is loaded; see :mod:`qvgen.models.lora`.
+        lora_scale: factor of that LoRA; means nothing without one.
 
     Raises:
-        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model.
+        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model, a
+            LoRA that can't be read.
     """
 
     name: str
@@ -70,9 +76,14 @@ class FolderFamily(abc.ABC):
     vae_dtype: str
     text_encoder_dtype: str
     path: str | Path | None = None
+    lora: str | Path | None = None
+    lora_scale: float = 1.0
 
+    pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
+    folder_class: ClassVar[type[HubFolder]] = HubFolder
     transformer_class: ClassVar[str]
     transformer_folder: ClassVar[str] = "transformer"
+    transformer_folders: ClassVar[tuple[str, ...]] = ("transformer",)
     vae_class: ClassVar[type[nn.Module]]
     text_encoder_class: ClassVar[type[nn.Module]]
 
@@ -86,7 +97,19 @@ class FolderFamily(abc.ABC):
         self.folder = (
             None
             if self.path is None
-            else HubFolder(path=Path(self.path).expanduser(), repository=self.repository, model=self.name)
+            else self.folder_class(path=Path(self.path).expanduser(), repository=self.repository, model=self.name)
+        )
+        if not (isinstance(self.lora_scale, int | float) and math.isfinite(self.lora_scale)):
+            raise ValueError(f"model.lora_scale={self.lora_scale} is no finite number; write 1.0 for the LoRA as it is")
+        self._lora = (
+            None
+            if self.lora is None
+            else Lora(
+                path=Path(self.lora).expanduser(),
+                loader=self.pipeline_class,
+                components=self.transformer_folders,
+                trained=self.transformer_folder,
+            )
         )
         found = self.component_config("transformer").get("_class_name", self.transformer_class)
         if found != self.transformer_class:
@@ -162,25 +185,37 @@ class FolderFamily(abc.ABC):
 
     @cached_property
     def revision(self) -> str:
-        """Content key of the transformer's weights; see :mod:`qvgen.models.hub_folder`.
+        """Content key of the transformer's weights: the folder's, see :mod:`qvgen.models.hub_folder`, LoRA and its scale.
 
         Raises:
             ValueError: there are none.
         """
-        return self.component_revision(self.transformer_folder)
+        revision = self.component_revision(self.transformer_folder)
+        if self._lora is None:
+            return revision
+        return hashlib.sha256(f"{revision} {self._lora.revision} {float(self.lora_scale)!r}".encode()).hexdigest()
 
     def component_revision(self, component: str) -> str:
-        """Content key of the weights of transformer, vae or text_encoder; raises ValueError where there are none."""
+        """Content key of the folder's weights of transformer, vae or text_encoder; raises ValueError without them."""
         return self._require_folder().revision(component)
 
-    def load_teacher(self) -> nn.Module:
-        """Load the trained transformer in ``dtype``, in eval mode, without gradients, on the CPU.
+    def load_teacher(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the trained transformer, with its LoRA, in eval mode, without gradients, on the CPU.
+
+        Args:
+            dtype: of its weights; None: the configuration's.
 
         Raises:
-            ValueError: the weights are missing, damaged or of another model.
+            ValueError: the weights or the LoRA are missing, damaged or of another model.
         """
-        transformer_class = getattr(diffusers, self.transformer_class)
-        return self._require_folder().load(self.transformer_folder, transformer_class, dtype=_DTYPES[self.dtype])
+        return self._load_transformer(self.transformer_folder, dtype=dtype or _DTYPES[self.dtype])
+
+    def _load_transformer(self, folder: str, *, dtype: torch.dtype) -> nn.Module:
+        """Load one of the model's transformers, with its LoRA if there is one."""
+        transformer = self._require_folder().load(folder, getattr(diffusers, self.transformer_class), dtype=dtype)
+        if self._lora is not None:
+            self._lora.merge_(transformer, component=folder, scale=self.lora_scale)
+        return transformer
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a transformer with random weights, on the device that is the default one (``meta`` costs nothing).

@@ -89,6 +89,21 @@ class HubFolder:
                     raise ValueError(f"{file} is no safetensors file ({error}); {self.remedy()}") from error
         return digest.hexdigest()
 
+    def files_revision(self, component: str) -> str:
+        """Content key of all files of a component without weights, such as tokenizer: sha256 over names and bytes.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        files = sorted(path for path in (self.path / component).glob("*") if path.is_file())
+        if not files:
+            raise ValueError(f"{self.path / component} is missing; {self.remedy()}")
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
     def load(self, component: str, model_class: type[Any], *, dtype: torch.dtype) -> nn.Module:
         """Load a component's weights strictly, from safetensors alone.
 

@@ -20,7 +20,7 @@ from diffusers.video_processor import VideoProcessor
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from qvgen.models.base import Objective
+from qvgen.models.base import Encode, Objective
 from qvgen.models.folder_family import FolderFamily
 
 
@@ -55,6 +55,37 @@ class PipelineFamily(FolderFamily):
         embeddings = [pipeline.encode_prompt(caption, device=self._device, **options)[0] for caption in captions]
         return {"encoder_hidden_states": torch.cat(embeddings).float()}
 
+    @property
+    def latent_revision(self) -> str:
+        """Content key of whatever decides :meth:`encode_video`: the VAE's weights and dtype, how latents are padded.
+
+        Raises:
+            ValueError: there are no weights.
+        """
+        patch_frames = self.transformer_config.get("patch_size_t") or 1
+        return f"{self.component_revision('vae')} {self.vae_dtype} {patch_frames}"
+
+    @property
+    def text_revision(self) -> str:
+        """Content key of whatever decides :meth:`encode`: text encoder, its dtype, tokenizer, number of tokens.
+
+        Raises:
+            ValueError: there are no weights.
+        """
+        tokenizer = self._require_folder().files_revision("tokenizer")
+        encoder = self.component_revision("text_encoder")
+        return f"{encoder} {tokenizer} {self.text_encoder_dtype} {self.max_text_tokens}"
+
+    def check_clip(self, *, frames: int, height: int, width: int) -> None:
+        """Raise ValueError for a size that VAE and patches do not divide."""
+        temporal, spatial = self.compression
+        multiple = spatial * self.patch_size
+        if (frames - 1) % temporal or height % multiple or width % multiple:
+            raise ValueError(
+                f"a clip of {frames}x{height}x{width} does not fit {self.name}: frames must be {temporal} n + 1, "
+                f"height and width multiples of {multiple}"
+            )
+
     @torch.no_grad()
     def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:
         """Turn clips into the normalized latents that the transformer is trained on: the mode of the VAE's posterior.
@@ -68,14 +99,8 @@ class PipelineFamily(FolderFamily):
         Raises:
             ValueError: for frames or sizes that do not divide.
         """
-        temporal, spatial = self.compression
         frames, height, width = pixels.shape[2:]
-        multiple = spatial * self.patch_size
-        if (frames - 1) % temporal or height % multiple or width % multiple:
-            raise ValueError(
-                f"a clip of {frames}x{height}x{width} does not fit {self.name}: frames must be {temporal} n + 1, "
-                f"height and width multiples of {multiple}"
-            )
+        self.check_clip(frames=frames, height=height, width=width)
         vae = self._module("vae")
         latents = self._normalize(vae.encode(pixels.to(self._device, vae.dtype)).latent_dist.mode()).float()
         padding = self.frame_padding(frames)
@@ -108,6 +133,7 @@ class PipelineFamily(FolderFamily):
         *,
         num_steps: int,
         guidance_scale: float,
+        encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Sample one video per caption by the ordinary pipeline, one after another.
 
@@ -116,7 +142,7 @@ class PipelineFamily(FolderFamily):
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
         like = {"device": next(transformer.parameters()).device, "dtype": transformer.dtype}
-        embeddings = self.encode([*captions, ""])["encoder_hidden_states"].to(**like).split(1)
+        embeddings = (encode or self.encode)([*captions, ""])["encoder_hidden_states"].to(**like).split(1)
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for embedding, seed in zip(embeddings, seeds, strict=False):  # the last embedding is the empty caption's

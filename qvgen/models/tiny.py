@@ -23,8 +23,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from qvgen.models.base import Encode
 from qvgen.models.objectives import FlowMatching
-from qvgen.models.tiny_caption import embedding_table, token_ids
+from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
 
 RGB_CHANNELS = 3
@@ -122,6 +123,11 @@ class TinyVideoDiT:
         """(3, F, S, S)."""
         return (RGB_CHANNELS, self.num_frames, self.image_size, self.image_size)
 
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(3, text_size): one token per word that counts."""
+        return (NUM_TOKENS, int(self.transformer_config["text_dim"]))
+
     def build(self, config: Mapping[str, Any]) -> WanTransformer3DModel:
         """Build a float32 transformer from its diffusers config, with PyTorch's random weights.
 
@@ -153,8 +159,8 @@ class TinyVideoDiT:
                 block.scale_shift_table[:, _GATE_ROWS] = 1.0
         return transformer
 
-    def load_teacher(self) -> nn.Module:
-        """Load the trained transformer: float32, in eval mode, its weights' sha256 verified.
+    def load_teacher(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the trained transformer: float32 unless asked otherwise, in eval mode, its weights' sha256 verified.
 
         Raises:
             ValueError: when weights or card are missing, damaged, or of other sizes than the configuration's.
@@ -163,7 +169,9 @@ class TinyVideoDiT:
         transformer = self.build(self.transformer_config)
         check_state(transformer, tensors, path=self.weights)
         transformer.load_state_dict(tensors, strict=True)
-        return transformer.eval()
+        if dtype not in (None, torch.float32):
+            transformer.to(dtype)
+        return transformer.requires_grad_(False).eval()
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Look up the three words of each caption; the empty caption is the null row, three times.
@@ -202,6 +210,7 @@ class TinyVideoDiT:
         *,
         num_steps: int,
         guidance_scale: float,
+        encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F S S 3"]:
         """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`."""
         if len(captions) != len(seeds):
@@ -213,7 +222,7 @@ class TinyVideoDiT:
         video = torch.stack(noises).to(device)
         guided = guidance_scale != 1.0
         texts = [*captions, *([""] * len(captions))] if guided else list(captions)
-        condition = {key: value.to(device) for key, value in self.encode(texts).items()}
+        condition = {key: value.to(device) for key, value in (encode or self.encode)(texts).items()}
         for timestep in scheduler.timesteps:
             batch = torch.cat((video, video)) if guided else video
             velocity = self.predict(transformer, batch, timestep.expand(len(batch)), condition)

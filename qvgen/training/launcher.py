@@ -4,7 +4,7 @@ Rank 0 is the process that the user started. The others run a command that the c
 we make. Neither Lightning's launcher nor variables of the environment take part: under --multirun Lightning's children
 would run the whole sweep again, and a LOCAL_RANK that some other program left would turn two processes into one.
 
-    user -> rank 0 --- WorkerGroup --- rank 1 `qvgen worker CONFIG --rank 1 --world-size N --port P --parent PID`
+    user -> rank 0 --- WorkerGroup --- rank 1 `qvgen worker VERB CONFIG --rank 1 --world-size N --port P --parent PID`
                             |                       log: LOG_DIRECTORY/rank1.log
                             +-- a thread that looks after the children
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import socket
@@ -98,9 +99,9 @@ def follow_parent(parent: int) -> None:
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()
 
 
-def worker_command(config_file: Path) -> list[str]:
-    """The command of a worker that trains with the configuration in a file; ranks are added by WorkerGroup."""
-    return [sys.executable, "-m", "qvgen.cli", "worker", str(config_file)]
+def worker_command(verb: str, config_file: Path) -> list[str]:
+    """The command of a verb's worker with the configuration in a file; ranks are added by WorkerGroup."""
+    return [sys.executable, "-m", "qvgen.cli", "worker", verb, str(config_file)]
 
 
 class WorkerGroup:
@@ -139,7 +140,7 @@ class WorkerGroup:
         self._left.set()
         try:
             if error is None:
-                self._join()
+                self.join(timeout_s=JOIN_SECONDS)
             elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
                 raise RuntimeError(last_words) from error  # a collective failed because a child is gone
         finally:
@@ -182,16 +183,21 @@ class WorkerGroup:
         how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         file = self._log_file(rank)
         lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        return f"the training process of rank {rank} {how}: {lines[-1].strip() if lines else 'no output'} (see {file})"
+        return f"the process of rank {rank} {how}: {lines[-1].strip() if lines else 'no output'} (see {file})"
 
-    def _join(self) -> None:
-        deadline = time.monotonic() + JOIN_SECONDS
+    def join(self, *, timeout_s: float | None = None) -> None:
+        """Wait until the children are done: as long as they need, or for ``timeout_s`` seconds.
+
+        Raises:
+            RuntimeError: A child died or did not end in time.
+        """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         for rank, child in self._children.items():
             try:
-                child.wait(max(0.0, deadline - time.monotonic()))
+                child.wait(None if timeout_s is None else max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired as expired:
                 raise RuntimeError(
-                    f"the training process of rank {rank} did not end within {JOIN_SECONDS:.0f} s of rank 0; "
+                    f"the process of rank {rank} did not end within {timeout_s:.0f} s of rank 0; "
                     f"see {self._log_file(rank)}"
                 ) from expired
         if last_words := self._first_failure():

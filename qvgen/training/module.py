@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.methods.base import Method
-from qvgen.models.base import VideoDiT
+from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.optim import build_optimizer
 
 
@@ -31,7 +31,8 @@ class VideoTraining(lightning.LightningModule):
     Args:
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
-        family: What the two are: objective, captions, call convention.
+        family: What the two are: objective, call convention.
+        encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
         method: Target of the loss.
         optim: Optimizer and schedule.
         num_steps: Optimizer steps of the whole run.
@@ -44,6 +45,7 @@ class VideoTraining(lightning.LightningModule):
         student: nn.Module,
         teacher: nn.Module | None,
         family: VideoDiT,
+        encode: Encode,
         method: Method,
         optim: OptimConfig,
         num_steps: int,
@@ -55,7 +57,7 @@ class VideoTraining(lightning.LightningModule):
             raise ValueError(f"method={method.name} with target={method.target} and teacher={teacher is not None}")
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.method, self.optim = family, method, optim
+        self.family, self.encode, self.method, self.optim = family, encode, method, optim
         self.num_steps, self.seed = num_steps, seed
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
@@ -80,11 +82,12 @@ class VideoTraining(lightning.LightningModule):
 
     def loss(self, draw: NoisyBatch) -> Tensor:
         """Mean squared difference of the student's prediction and its target, float32 []."""
-        condition = {key: value.to(self.device) for key, value in self.family.encode(draw.captions).items()}
+        condition = {key: value.to(self.device) for key, value in self.encode(draw.captions).items()}
         student = self.family.predict(self.student, draw.noisy, draw.timestep, condition)
         target = draw.target
         for teacher in self._teacher:
-            with torch.no_grad():
+            # In its own dtype: autocast would cast every weight of it again in each step.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 target = self.family.predict(teacher, draw.noisy, draw.timestep, condition)
         return (student.float() - target.float()).square().mean()
 

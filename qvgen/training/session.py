@@ -19,6 +19,7 @@ from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
+from qvgen.data.source import Split
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
@@ -73,6 +74,11 @@ def micro_batches(config: TrainConfig) -> int:
     if parts < STEP_PARTS and config.batch_size % STEP_PARTS == 0:
         return STEP_PARTS
     return config.accumulate
+
+
+def micro_batch_size(config: TrainConfig) -> int:
+    """Samples that a process works on at once."""
+    return config.batch_size // (micro_batches(config) * config.devices)
 
 
 def save_start(student: nn.Module, run_dir: Path) -> None:
@@ -139,7 +145,9 @@ def train_all(
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     write_plain(logs / "worker.yaml", {**config.plain, "run_dir": str(run_dir)})
-    with WorkerGroup(worker_command(logs / "worker.yaml"), world_size=config.devices, log_directory=logs) as group:
+    with WorkerGroup(
+        worker_command("train", logs / "worker.yaml"), world_size=config.devices, log_directory=logs
+    ) as group:
         train_share(
             config,
             student=student,
@@ -164,10 +172,12 @@ def train_share(
     """Train as one of the run's processes; arguments as :func:`train_all`."""
     use_threads(TRAINING_THREADS)
     schedule = decay_schedule(config)
+    split: Split = config.data.open(config.model, split="train")
     module = VideoTraining(
         student=student,
         teacher=teacher,
         family=config.model,
+        encode=split.encode,
         method=config.method,
         optim=config.optim,
         num_steps=config.steps,
@@ -197,9 +207,9 @@ def train_share(
         callbacks=callbacks,
         loggers=loggers,
     )
-    data = StepKeyedData(
-        config.data(split="train"), batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed
-    )
+    data = StepKeyedData(split, batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed)
+    if config.strategy.gradient_checkpointing:
+        student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
     student.train()
     found = checkpoints(directory)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from qvgen.config.schema import AssetsConfig
+from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import Asset, assets_directory, fetch, select
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ def run(config: AssetsConfig) -> None:
         except RuntimeError as error:
             log.warning("skipped: %s", error)
             missed.append(asset.name)
+    if config.clips is not None:
+        count = write_clip_table(config.clips, assets=config.out)
+        print(f"{count} clips with captions: data.path={config.clips}")
     if missed:
         raise RuntimeError(f"{len(missed)} of {len(chosen)} assets could not be fetched: {', '.join(missed)}")
 

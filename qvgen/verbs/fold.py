@@ -8,7 +8,7 @@ from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import codes_equal
 from qvgen.training.session import decay_schedule, load_trained
-from qvgen.verbs.train import fold_student, prepare_student
+from qvgen.training.student import fold_student, prepare_student
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def run(config: FoldConfig) -> None:
     run_config = config.run
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
-    student, _ = prepare_student(run_config, run_config.model.load_teacher())
+    student, _ = prepare_student(run_config)
     step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
     fold_student(run_config, student, config.out, steps=step)
     log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)

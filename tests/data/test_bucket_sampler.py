@@ -6,11 +6,12 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qvgen.data.bucket_sampler import BucketBatchSampler
-from qvgen.data.datamodule import StepBatchSampler
+from qvgen.data.noise import sample_generator
 
 BUCKETS = ["wide"] * 23 + ["tall"] * 9 + ["square"] * 4
 
@@ -43,10 +44,12 @@ def test_every_batch_is_of_one_bucket_and_an_epoch_repeats_nothing(
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_one_bucket_gives_the_plain_samplers_batches(seed: int) -> None:
-    common = {"batch_size": 6, "accumulate": 3, "rank": 1, "world_size": 2, "seed": seed, "first_step": lambda: 4}
-    mine = islice(BucketBatchSampler(buckets=["a"] * 40, **common), 60)
-    assert list(mine) == list(islice(StepBatchSampler(num_samples=40, **common), 60))
+def test_one_bucket_gives_runs_of_each_epochs_permutation(seed: int) -> None:
+    sampler = sampler_of(["a"] * 40, batch_size=6, seed=seed)
+    for step in (0, 5, 6, 20):
+        epoch, index = divmod(step, 6)  # 4 of 40 samples are left out
+        order = torch.randperm(40, generator=sample_generator("epoch", seed, epoch)).tolist()
+        assert sampler.step_indices(step) == order[6 * index : 6 * index + 6]
 
 
 def test_ranks_and_micro_batches_share_out_a_step() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvgen.data.datamodule import StepBatchSampler
+from qvgen.data.bucket_sampler import BucketBatchSampler
 
 
 def make_sampler(
@@ -20,9 +20,9 @@ def make_sampler(
     world_size: int = 1,
     seed: int = 0,
     step: int = 0,
-) -> StepBatchSampler:
-    return StepBatchSampler(
-        num_samples=num_samples,
+) -> BucketBatchSampler:
+    return BucketBatchSampler(
+        buckets=[0] * num_samples,
         batch_size=batch_size,
         accumulate=accumulate,
         rank=rank,
@@ -80,8 +80,8 @@ def test_another_seed_is_another_order() -> None:
 
 def test_the_first_step_is_asked_for_when_iteration_begins() -> None:
     steps = iter([3, 1])
-    sampler = StepBatchSampler(
-        num_samples=20, batch_size=4, accumulate=1, rank=0, world_size=1, seed=0, first_step=lambda: next(steps)
+    sampler = BucketBatchSampler(
+        buckets=[0] * 20, batch_size=4, accumulate=1, rank=0, world_size=1, seed=0, first_step=lambda: next(steps)
     )
     assert next(iter(sampler)) == sampler.step_indices(3)
     assert next(iter(sampler)) == sampler.step_indices(1)
@@ -90,7 +90,7 @@ def test_the_first_step_is_asked_for_when_iteration_begins() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 21}, "batch_size=21 is larger than the data set of 20"),
+        ({"batch_size": 21}, "batch_size=21 is larger than the largest bucket of 20 clips"),
         ({"batch_size": 4, "accumulate": 3}, "batch_size=4 can't be divided by accumulate=3 x 1 devices"),
         ({"batch_size": 6, "world_size": 4}, "batch_size=6 can't be divided by accumulate=1 x 4 devices"),
     ],

@@ -12,6 +12,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import (
     fold,
+    folded_copy,
     packed_layers,
     phi_suspended,
     quantized_layers,
@@ -222,6 +223,27 @@ def test_the_folded_model_computes_what_was_trained(name):
         near = (got - expected).abs() <= 1e-5 * expected.abs().max()
         assert near.float().mean() >= 0.9
         assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_a_folded_copy_is_what_fold_gives_and_leaves_the_model_alone():
+    model = prepared_model(make_profile("paper", weight_bits=3, activation_bits=4), phi_rank=4)
+    with pytest.raises(ValueError, match="cannot fold blocks.0.modulation: Phi still has rank 4"):
+        folded_copy(model)
+    for layer in quantized_layers(model).values():
+        layer.phi.advance_(END)
+    before = snapshot(model)
+    copied = folded_copy(model)
+    assert_unchanged(model, before)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not own & {value.data_ptr() for value in copied.state_dict().values()}
+    inputs, others = make_inputs(), [value.flip(0) for value in make_inputs()]
+    with torch.no_grad():
+        expected = model(*inputs)
+        model(*others)  # other timesteps: the copy must set the bands that its own layers read
+        assert torch.equal(copied(*inputs), expected)
+    fold(model)
+    assert list(copied.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in copied.state_dict().items())
 
 
 def test_folding_again_changes_nothing():

@@ -15,7 +15,7 @@ from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, _rows_before, tot
 from qvgen.training.optim import build_optimizer
 from qvgen.training.session import decay_schedule
 from qvgen.training.step_checkpoint import AtomicCheckpointIO, checkpoints
-from qvgen.verbs.train import prepare_student
+from qvgen.training.student import prepare_student
 from tests.runs import BOUNDARIES, STEPS, read_metrics, train_config
 
 RANKS = (4, 2, 1)
@@ -27,7 +27,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer, DecaySchedule]:
     config = train_config()
     schedule = decay_schedule(config)
     assert schedule is not None
-    student, _ = prepare_student(config, config.model.load_teacher())
+    student, _ = prepare_student(config)
     optimizer, _ = build_optimizer(student, config.optim, num_steps=STEPS)
     generator = torch.Generator().manual_seed(0)
     for step in range(BOUNDARIES[0]):

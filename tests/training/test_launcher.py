@@ -95,7 +95,7 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
     done = subprocess.run(parent, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"qvgen: the training process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
+        f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from qvgen.data.datamodule import StepBatchSampler
-from qvgen.data.moving_digits import MovingDigits
+from qvgen.data.bucket_sampler import BucketBatchSampler
+from qvgen.data.moving_digits import MovingDigits, MovingDigitsSource
+from qvgen.data.source import Split
 from qvgen.training.module import TrainingDivergedError, VideoTraining
 from qvgen.training.session import decay_schedule, load_trained, train_share
 from qvgen.training.step_checkpoint import checkpoints
-from qvgen.verbs.train import prepare_student
+from qvgen.training.student import prepare_student
 from tests.runs import copy_until, load_state, read_metrics, train_config
 
 
@@ -24,11 +25,12 @@ def make_module(*overrides: str) -> VideoTraining:
     """A module as a run makes it."""
     config = train_config(*overrides)
     teacher = config.model.load_teacher()
-    student = prepare_student(config, teacher)[0] if config.method.quantizes else config.model.initial_transformer(0)
+    student = prepare_student(config)[0] if config.method.quantizes else config.model.initial_transformer(0)
     return VideoTraining(
         student=student.train(),
         teacher=teacher if config.method.target == "teacher" else None,
         family=config.model,
+        encode=config.model.encode,
         method=config.method,
         optim=config.optim,
         num_steps=config.steps,
@@ -175,8 +177,8 @@ def test_the_loss_of_a_run_is_that_of_its_step(short_run: Path, tmp_path: Path) 
         module.student, copy_until(short_run, tmp_path / "run", step=step), schedule=decay_schedule(train_config())
     )
     assert loaded == step
-    sampler = StepBatchSampler(
-        num_samples=20_000, batch_size=4, accumulate=2, rank=0, world_size=1, seed=module.seed, first_step=lambda: 0
+    sampler = BucketBatchSampler(
+        buckets=[0] * 20_000, batch_size=4, accumulate=2, rank=0, world_size=1, seed=module.seed, first_step=lambda: 0
     )
     with torch.no_grad():
         loss = module.loss(module.draw(make_batch(*sampler.step_indices(step)), step=step))
@@ -197,15 +199,26 @@ class Broken(MovingDigits):
         return {**item, "video": item["video"] * float("nan")} if index == self.bad else item
 
 
+@dataclass(frozen=True, kw_only=True)
+class BrokenSource(MovingDigitsSource):
+    """Such clips as a run opens them."""
+
+    bad: int
+
+    def open(self, family: Any, *, split: str) -> Split:
+        opened = super().open(family, split=split)
+        return replace(opened, samples=Broken(split=split, length=self.length, bad=self.bad))
+
+
 def test_a_bad_clip_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     options = ("method=lsq", "checkpoint.every_steps=1", "checkpoint.keep=1", "batch_size=2", "data.length=40")
     config = train_config(*options)
-    sampler = StepBatchSampler(
-        num_samples=40, batch_size=2, accumulate=2, rank=0, world_size=1, seed=config.seed, first_step=lambda: 0
+    sampler = BucketBatchSampler(
+        buckets=[0] * 40, batch_size=2, accumulate=2, rank=0, world_size=1, seed=config.seed, first_step=lambda: 0
     )
     (bad, _) = sampler.step_indices(5)
-    config = replace(config, data=lambda split: Broken(split=split, length=40, bad=bad))
-    student, _ = prepare_student(config, config.model.load_teacher())
+    config = replace(config, data=BrokenSource(bad=bad, **vars(config.data)))
+    student, _ = prepare_student(config)
     with pytest.raises(TrainingDivergedError, match="the loss is nan in optimizer step 5"):
         train_share(config, student=student, teacher=None, run_dir=tmp_path)
     # Step 5 has not changed anything, and whether its state was good nobody knows: the one before is proven.
@@ -231,6 +244,7 @@ def test_method_and_teacher_have_to_agree() -> None:
             student=module.student,
             teacher=None,
             family=module.family,
+            encode=module.encode,
             method=module.method,
             optim=module.optim,
             num_steps=1,

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
-from qvgen.verbs.train import prepare_student
+from qvgen.training.student import prepare_student
 from tests.runs import train_config
 
 
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
     config = train_config()
-    return prepare_student(config, config.model.load_teacher())[0]
+    return prepare_student(config)[0]
 
 
 def test_every_trainable_parameter_is_in_one_group(student: nn.Module) -> None:

@@ -50,7 +50,6 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ("profile=convrot profile.rotation=48", "rotation=48"),
         ("kernel=fast", "kernel='fast' is unknown"),
         ("evaluation.prompts=[a\\ purple\\ cow]", "caption 'a purple cow' is no 'a COLOR DIGIT MOTION'"),
-        ("evaluation.samples=30000", "evaluation.samples=30000 is more than the held-out split has (20000)"),
         ("batch_size=30000", "batch_size=30000 is larger than the training data of 20000"),
         ("data.num_frames=4", "data=moving_digits has videos of shape (3, 4, 16, 16), model=tiny takes (3, 8, 16, 16)"),
         ("model.width=63", "width=63 is no multiple of 8"),

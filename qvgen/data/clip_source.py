@@ -1,0 +1,162 @@
+"""``data=clips``: a user's own videos and captions, seen by the training as latents and embeddings of a cache.
+
+    data.path --read_table--> rows --fill (once)--> LatentCache --open--> latents, embeddings, one bucket per batch
+
+What belongs to whom: rate, buckets and limits are this source's; VAE, text encoder and their content keys are the family's
+(:class:`LatentFamily`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qvgen.config.errors import UserError
+from qvgen.data.cache_fill import FillOptions, FillReport, fill
+from qvgen.data.captions import ClipTable, read_table
+from qvgen.data.clips import Bucket, CutSettings
+from qvgen.data.latent_cache import CachedClips, CacheSettings, LatentCache
+from qvgen.data.source import Family, Split
+
+
+class LatentFamily(Family, Protocol):
+    """What is needed of a family whose samples are latents: :class:`qvgen.models.base.LatentVideoDiT`."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+
+    @property
+    def latent_revision(self) -> str:
+        """Content key of whatever decides :meth:`encode_video`."""
+
+    @property
+    def text_revision(self) -> str:
+        """Content key of whatever decides ``encode``."""
+
+    def check_clip(self, *, frames: int, height: int, width: int) -> None:
+        """Raise ValueError for a size that VAE and patches do not divide."""
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Clips float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Clips of a table.
+
+    Attributes:
+        path: Folder with metadata.csv, .jsonl or .parquet, such a file, or a data set on disk.
+        videos: Folder that the table's names start from; None: the table's own.
+        cache: Folder of latents and embeddings; any number of runs may share it.
+        fps: Frames per second that clips are cut at; None: the model's.
+        buckets: Shapes such as 49x480x720 (frames x height x width); None: the model's own alone.
+        max_bad: Share of the clips that may be broken, too short or too small, in [0, 1].
+        held_out: Clips that are kept from training to measure on; at most a tenth of all, at least one.
+        timeout_s: Seconds that one file may take to be read.
+    """
+
+    path: str | None
+    videos: str | None
+    cache: str
+    fps: float | None
+    buckets: Sequence[str] | None
+    max_bad: float
+    held_out: int
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        FillOptions(max_bad=self.max_bad)
+        for name, value in (("held_out", self.held_out), ("timeout_s", self.timeout_s)):
+            if not value > 0:
+                raise UserError(f"data.{name}={value} must be greater than 0")
+        if self.buckets is not None:
+            _parse(self.buckets)
+
+    def check(self, family: Any) -> None:
+        """Raise ValueError where the family has no latents, or a bucket does not fit its VAE and patches."""
+        if not hasattr(family, "encode_video"):
+            raise UserError(
+                f"data=clips needs a model with a VAE, which model={family.name} has not; choose data=moving_digits"
+            )
+        for bucket in self.cut_settings(family).buckets:
+            try:
+                family.check_clip(frames=bucket.frames, height=bucket.height, width=bucket.width)
+            except ValueError as error:
+                raise UserError(f"data.buckets: {error}") from error
+
+    def cut_settings(self, family: LatentFamily) -> CutSettings:
+        """Rate and shapes."""
+        own = Bucket(frames=family.num_frames, height=family.height, width=family.width)
+        buckets = (own,) if self.buckets is None else _parse(self.buckets)
+        return CutSettings(fps=float(family.fps if self.fps is None else self.fps), buckets=buckets)
+
+    def table(self) -> ClipTable:
+        """The table of clips.
+
+        Raises:
+            UserError: ``path`` is not set, or see :func:`qvgen.data.captions.read_table`.
+        """
+        if self.path is None:
+            raise UserError(
+                "data.path is missing; write data.path=FOLDER with videos and metadata.csv (file_name,text)"
+            )
+        return read_table(Path(self.path).expanduser(), videos=self.videos)
+
+    def latent_cache(self, family: LatentFamily) -> LatentCache:
+        """The cache under this source's and the family's settings; raises ValueError where the family has no weights."""
+        return LatentCache(
+            Path(self.cache).expanduser(),
+            settings=CacheSettings(
+                cut=self.cut_settings(family),
+                vae_revision=family.latent_revision,
+                text_revision=family.text_revision,
+            ),
+        )
+
+    def is_complete(self, family: LatentFamily, *, captions: Sequence[str]) -> bool:
+        """Whether the cache holds every clip of the table, and these captions too."""
+        cache = self.latent_cache(family)
+        if not all(cache.text_path(caption).is_file() for caption in captions):
+            return False
+        return CachedClips.open(cache, self.table(), max_bad=self.max_bad) is not None
+
+    def fill(self, family: LatentFamily, *, captions: Sequence[str], shard: int = 0, num_shards: int = 1) -> FillReport:
+        """Do what is missing of a share of the cache; see :func:`qvgen.data.cache_fill.fill`."""
+        options = FillOptions(
+            shard=shard,
+            num_shards=num_shards,
+            max_bad=self.max_bad,
+            timeout_s=self.timeout_s,
+            captions=tuple(captions),
+        )
+        cache = self.latent_cache(family)
+        return fill(
+            cache, self.table(), encode_video=family.encode_video, encode_captions=family.encode, options=options
+        )
+
+    def open(self, family: LatentFamily, *, split: str) -> Split:
+        """The samples of a split.
+
+        Raises:
+            UserError: The cache lacks some, or the split is empty.
+        """
+        cache = self.latent_cache(family)
+        everything = CachedClips.open(cache, self.table(), max_bad=self.max_bad)
+        if everything is None:
+            raise UserError(f"data.cache={self.cache} does not hold all of {self.path}; run qvgen precompute first")
+        different = len({row["clip"] for row in everything.rows})
+        if different < 2:
+            raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
+        held_out = max(1, min(self.held_out, different // 10))
+        clips = CachedClips(cache, everything.rows, split=split, held_out=held_out)
+        return Split(samples=clips, buckets=clips.buckets, encode=cache.encode)
+
+
+def _parse(buckets: Sequence[str]) -> tuple[Bucket, ...]:
+    return tuple(Bucket.parse(str(text)) for text in buckets)

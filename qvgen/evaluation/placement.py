@@ -1,0 +1,38 @@
+"""Where a model is measured and sampled: on the GPU if there is one, one model at a time, and back where it was.
+
+Several models of billions of parameters are compared at the end of a run; together they would not fit on one GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def placed(model: nn.Module) -> Iterator[torch.device]:
+    """A model in eval mode on the device that computes, as long as the context lasts.
+
+    A model with float32 parameters runs under bfloat16 autocast on a GPU, as it was trained; one in another dtype as it is.
+
+    Yields:
+        The device; inputs belong there.
+    """
+    first = next(model.parameters())
+    before, was_training = first.device, model.training
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else before
+    model.eval()
+    if device != before:
+        model.to(device)
+    try:
+        with torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and first.dtype == torch.float32
+        ):
+            yield device
+    finally:
+        if device != before:
+            model.to(before)
+        model.train(was_training)

@@ -1,0 +1,101 @@
+"""The student of a run: prepared from the teacher's weights, started by a PTQ method, folded into a packed checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.config.leaves import load_leaf
+from qvgen.config.schema import TrainConfig
+from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.evaluation.held_out import HeldOut
+from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
+from qvgen.layers.swap import SwapReport, folded_copy, phi_suspended, select_linears, swap_fake_quant_
+from qvgen.run_directory import RunDirectory
+from qvgen.training.session import decay_schedule, load_start, phi_ranks, save_start
+
+log = logging.getLogger(__name__)
+
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora")
+"""Keys of conf/model that say nothing about the model, or where something lies on this machine."""
+
+
+def check_student(config: TrainConfig) -> None:
+    """Find out without weights, in seconds, whether the model can be quantized as asked.
+
+    Raises:
+        ValueError: An impossible plan of Phi; patterns, bits, groups or ranks that do not fit the model's layers.
+        RuntimeError: A kernel that was asked for by name does not run here.
+    """
+    decay_schedule(config)
+    with torch.device("meta"):
+        skeleton = config.model.build(config.model.transformer_config)
+    chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
+    swap_fake_quant_(
+        skeleton,
+        names=chosen.quantized,
+        profile=config.profile,
+        num_noise_bands=1,
+        phi_rank=max(phi_ranks(config), default=0),
+    )
+    check_kernel(skeleton, kernel=config.kernel, device=torch.device("cpu"))
+
+
+def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
+    """The teacher's weights in float32 with quantized layers, their scales by round-to-nearest."""
+    student = config.model.load_teacher(dtype=torch.float32).requires_grad_(True)
+    swapped = prepare(
+        student,
+        PrepareConfig(
+            profile=config.profile,
+            initializer=load_leaf("init", "rtn"),
+            include=config.model.include,
+            exclude=config.model.exclude,
+            phi_rank=max(phi_ranks(config), default=0),
+            seed=config.seed,
+        ),
+    )
+    return student, swapped
+
+
+def start_student(
+    config: TrainConfig, run_dir: RunDirectory, *, student: nn.Module, held_out: HeldOut, reference: Sequence[Tensor]
+) -> Mapping[str, float]:
+    """Let the PTQ method choose where training starts, or read what it chose before; the errors without training."""
+    done = run_dir.load_stage("start")
+    if done is not None:
+        load_start(student, run_dir.path)
+        return done
+    began = time.monotonic()
+    with phi_suspended(student):
+        result = {"rtn": held_out.relative_error(student, reference)}
+        initialize_(student, config.init, seed=config.seed)
+        result["ptq"] = held_out.relative_error(student, reference)
+    save_start(student, run_dir.path)
+    result["seconds"] = time.monotonic() - began
+    run_dir.save_stage("start", result)
+    log.info("held-out error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
+    return result
+
+
+def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, steps: int) -> None:
+    """Fold a trained student into a packed checkpoint, itself left as it is; raises ValueError while Phi has rank."""
+    save_packed(
+        folded_copy(student, kernel=config.kernel),
+        directory,
+        base_name=config.names.model,
+        base_revision=config.model.revision,
+        base_arguments={key: value for key, value in config.plain["model"].items() if key not in LOCAL_ARGUMENTS},
+        training={
+            "method": config.names.method,
+            "init": config.names.init,
+            "bits": config.bits.label,
+            "seed": config.seed,
+            "steps": steps,
+        },
+    )

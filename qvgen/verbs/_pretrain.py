@@ -1,0 +1,65 @@
+"""Pretraining, a branch of the verb ``train``: a full-precision model from scratch, for methods that do not quantize."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
+from qvgen.evaluation.environment import collect_environment
+from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.teacher import NUM_VIDEOS, teacher_quality
+from qvgen.models.tiny import TEACHER_FILE
+from qvgen.models.weight_file import save_weights
+from qvgen.run_directory import RunDirectory
+from qvgen.training.callbacks import total_seconds
+from qvgen.training.session import load_start, micro_batch_size, save_start, train_all
+from qvgen.verbs._deliver import command_line
+
+log = logging.getLogger(__name__)
+
+CLASSIFIER_STEPS = 600
+
+
+def pretrain(config: TrainConfig) -> None:
+    """Train a full-precision model from scratch, and write its weights with a card that says how good it is.
+
+    What is made is made in the run's folder; shipping it is moving it to where ``model.weights`` points.
+    """
+    student = config.model.initial_transformer(config.seed)
+    held_out = HeldOut(
+        config.model,
+        config.data.open(config.model, split="held_out"),
+        num_samples=config.evaluation.samples,
+        seed=config.seed,
+        batch_size=micro_batch_size(config),
+    )
+    log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))
+    if config.dry_run:
+        return
+    with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
+        if run_dir.load_stage("start") is None:
+            save_start(student, run_dir.path)
+            run_dir.save_stage("start", {})
+        load_start(student, run_dir.path)
+        train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None)
+        card: dict[str, Any] = {
+            "command": command_line(),
+            "seed": config.seed,
+            "steps": config.steps,
+            "seconds": round(total_seconds(run_dir.path / "metrics.csv")),
+            "environment": {"machine": collect_environment().machine.to_json_dict()},
+        }
+        classifier = train_classifier(
+            config.data.open(config.model, split="train").samples, steps=CLASSIFIER_STEPS, seed=config.seed
+        )
+        accuracy = dataset_accuracy(classifier, held_out.split.samples, count=NUM_VIDEOS)
+        save_weights(
+            classifier.state_dict(), run_dir.path / CLASSIFIER_FILE, card={**card, "held_out_accuracy": accuracy}
+        )
+        quality = teacher_quality(config.model, student, held_out=held_out, classifier=classifier)
+        path = save_weights(student.state_dict(), run_dir.path / TEACHER_FILE, card={**card, "quality": quality})
+    print(f"weights: {path}")
+    for name, value in quality.items():
+        print(f"{name}: {value:.4f}")

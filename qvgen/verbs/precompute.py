@@ -1,0 +1,151 @@
+"""Encode video files and captions once: VAE latents and text embeddings in a cache that training reads."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from qvgen.config.build import build
+from qvgen.config.errors import UserError
+from qvgen.config.schema import PrecomputeConfig, TrainConfig
+from qvgen.data.cache_fill import FillReport
+from qvgen.data.clip_source import ClipSource
+from qvgen.run_directory import write_plain
+from qvgen.training.launcher import WorkerGroup, worker_command
+
+log = logging.getLogger(__name__)
+
+
+def run(config: PrecomputeConfig) -> None:
+    """Fill the cache with what is missing of this machine's share."""
+    source = _clips(config)
+    if config.dry_run:
+        for line in plan(config, source):
+            print(line)
+        return
+    began = time.monotonic()
+    encoded, report = fill_all(config, source)
+    print(
+        f"{report.encoded + report.reused} clips ready ({encoded} encoded by this process), {len(report.bad)} unusable, "
+        f"{time.monotonic() - began:.1f} s; cache: {source.cache}"
+    )
+    if report.bad:
+        print(f"unusable clips: {report.bad_report}")
+    if not report.complete:
+        print(f"not complete yet: other shares of num_shards={config.num_shards} are missing")
+
+
+def fill_missing(config: TrainConfig, *, captions: Sequence[str]) -> None:
+    """Make the cache that a training run reads, where something of it is missing; nothing for data without one."""
+    source = config.data
+    if not isinstance(source, ClipSource) or config.dry_run or source.is_complete(config.model, captions=captions):
+        return
+    log.info("encoding %s into %s first", source.path, source.cache)
+    sections = {key: config.plain[key] for key in ("model", "data", "debug", "devices")}
+    plain = {
+        **sections,
+        "prompts": list(captions),
+        "shard": 0,
+        "num_shards": 1,
+        "run_dir": f"{source.cache}/logs",
+        "dry_run": False,
+        "names": {"model": config.names.model, "data": config.names.data},
+    }
+    precompute = build("precompute", plain)
+    fill_all(precompute, _clips(precompute))
+
+
+def fill_all(config: PrecomputeConfig, source: ClipSource) -> tuple[int, FillReport]:
+    """Fill a machine's share with all its processes.
+
+    Returns:
+        How many clips this process encoded, and the report of the whole share.
+
+    Raises:
+        UserError: See :func:`qvgen.data.cache_fill.fill`.
+        RuntimeError: A process died.
+    """
+    if config.devices == 1:
+        report = _fill_share(config, source, rank=0)
+        return report.encoded, report
+    logs = config.run_dir
+    logs.mkdir(parents=True, exist_ok=True)
+    write_plain(logs / "worker.yaml", config.plain)
+    command = worker_command("precompute", logs / "worker.yaml")
+    with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
+        mine = _fill_share(config, source, rank=0)
+        group.join()
+    # Every clip of this machine has a record now: going through them once more encodes nothing.
+    shares = {"shard": config.shard, "num_shards": config.num_shards}
+    return mine.encoded, source.fill(config.model, captions=_captions(config), **shares)
+
+
+def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: int) -> None:
+    """Fill another process's share."""
+    del port  # they need not speak to each other
+    assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    _fill_share(config, _clips(config), rank=rank)
+
+
+def plan(config: PrecomputeConfig, source: ClipSource) -> list[str]:
+    """What the verb would do: clips, what is missing, disk."""
+    table = source.table()
+    cut = source.cut_settings(config.model)
+    mine = range(config.shard, len(table), config.num_shards)
+    lines = [
+        f"model {config.names.model}, {len(table)} clips in {source.path}, {len(mine)} of them in this share, "
+        f"{config.devices} process{'es' if config.devices > 1 else ''}",
+        f"cut at {cut.fps:g} frames per second to {', '.join(bucket.label for bucket in cut.buckets)}",
+    ]
+    if config.model.path is None:
+        lines.append("nothing is known about the cache: model.path is missing")
+    else:
+        cache = source.latent_cache(config.model)
+        done = sum(cache.read_record(cache.row_key(table[row])) is not None for row in mine)
+        lines.append(f"{done} clips are done, {len(mine) - done} are missing in {source.cache}")
+    tokens, channels = config.model.condition_shape
+    latents = math.prod(config.model.sample_shape) * _bytes_per_value(config.model.vae_dtype)
+    embedding = tokens * channels * _bytes_per_value(config.model.text_encoder_dtype)
+    lines.append(
+        f"disk: {len(table) * (latents + embedding) / 1e9:.2f} GB at most ({latents / 1e6:.2f} MB of latents per clip "
+        f"of the model's size, {embedding / 1e6:.2f} MB per caption)"
+    )
+    return lines
+
+
+def _clips(config: PrecomputeConfig) -> ClipSource:
+    """The run's source; raises ValueError where it has no cache or does not fit the model."""
+    source = config.data
+    source.check(config.model)
+    if not isinstance(source, ClipSource):
+        raise UserError(f"data={config.names.data} has nothing to encode; use data=clips data.path=FOLDER")
+    return source
+
+
+def _captions(config: PrecomputeConfig) -> list[str]:
+    return list(config.prompts or config.model.prompts)
+
+
+def _fill_share(config: PrecomputeConfig, source: ClipSource, *, rank: int) -> FillReport:
+    """One process's share: clips shard, shard + num_shards, ..., of which every devices-th."""
+    family = config.model
+    if torch.cuda.is_available():
+        family.to(torch.device("cuda", rank % torch.cuda.device_count()))
+    try:
+        return source.fill(
+            family,
+            captions=_captions(config),
+            shard=config.shard + config.num_shards * rank,
+            num_shards=config.num_shards * config.devices,
+        )
+    finally:
+        family.release()
+
+
+def _bytes_per_value(dtype: str) -> int:
+    """Of what the cache stores: it narrows where no bit is lost."""
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,196 @@
+"""Every verb on complete model folders of the hub's layout, from mp4 files to videos of the packed model.
+
+The folders are the real diffusers and transformers classes at tiny sizes (tests/models/hub_folders.py); the clips are
+procedural. Checked against: the fake-quantized model's own videos (PSNR), the cache's content, the report's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qvgen.cli import main
+from qvgen.config.build import load_run
+from qvgen.config.leaves import load_leaf
+from qvgen.data.video import write_video
+from qvgen.data.video_reader import read_frames
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.training.session import decay_schedule, load_trained
+from qvgen.training.student import prepare_student
+from tests.models.family_checks import psnr_db
+from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.runs import packed_bytes, read_metrics, snapshot
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "cogvideox": (make_cogvideox_folder, "2b"),
+    "cogvideox-5b": (make_cogvideox_folder, "5b"),
+    "cogvideox1.5": (make_cogvideox_folder, "1.5"),
+    "wan": (make_wan_folder, "2.1"),
+    "wan2.2-a14b": (make_wan_folder, "a14b"),
+    "wan2.2-ti2v": (make_wan_folder, "ti2v"),
+}
+CAPTIONS = ("a red boat", "two dogs run", "a dog", "a boat", "red dogs", "boats run", "a red dog", "two boats")
+
+
+def write_clips(folder: Path, *, fps: float) -> Path:
+    """Eight clips of 64 x 96 pixels with a moving bright square, and their table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["file_name,text"]
+    for index, caption in enumerate(CAPTIONS):
+        frames = np.full((12, 64, 96, 3), 20 * index, dtype=np.uint8)
+        for frame in range(12):
+            frames[frame, 8:40, 4 * frame : 4 * frame + 32, index % 3] = 230
+        write_video(folder / f"{index}.mp4", frames, fps=fps, scale=1)
+        rows.append(f"{index}.mp4,{caption}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def tiny_keys(name: str, folder: Path) -> list[str]:
+    """Overrides that fit a configuration to a tiny folder."""
+    height = 64 if name == "wan2.2-ti2v" else 32
+    return [
+        f"model={name}", f"model.path={folder}", f"model.height={height}", f"model.width={3 * height // 2}",
+        "model.num_frames=9", "model.sampling_frames=9", "model.text_encoder_dtype=float32", "model.dtype=float32",
+        "model.num_inference_steps=2", "model.prompts=[a red boat,two dogs run]",
+    ]  # fmt: skip
+
+
+def train_keys(name: str, folder: Path, clips: Path, tmp_path: Path) -> list[str]:
+    """A training run of seconds."""
+    return [
+        *tiny_keys(name, folder), f"data.path={clips}", f"data.cache={tmp_path / 'cache'}", "logger=csv", "bits=4",
+        "steps=5", "batch_size=2", "phi.ranks=[4,2]", "evaluation.samples=3", "evaluation.videos=1",
+        "evaluation.quality_videos=1", "evaluation.video_every_steps=null", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_from_mp4_files_to_videos_of_the_packed_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, variant = MODELS[name]
+    folder = make(tmp_path / "model", variant)
+    clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
+    keys = train_keys(name, folder, clips, tmp_path)
+
+    data_keys = [key for key in keys if key.startswith(("model", "data"))]
+    assert main(["precompute", *data_keys]) == 0
+    assert "8 clips ready (8 encoded by this process), 0 unusable" in capsys.readouterr().out
+    assert main(["precompute", *data_keys]) == 0
+    assert "8 clips ready (0 encoded by this process), 0 unusable" in capsys.readouterr().out
+
+    assert main(["train", *keys]) == 0
+    run_dir = tmp_path / "run"
+    report = json.loads((run_dir / "report.json").read_text())
+    assert (report["model"], report["phi_rank_final"], report["packed_codes_equal"]) == (name, 0, True)
+    assert len(report["layers_quantized"]) > 20
+    error = report["relative_error"]
+    assert all(0 < error[key] < 2 for key in ("ptq", "qat", "packed"))
+
+    (run_dir / "packed").rename(tmp_path / "first")
+    assert main(["fold", f"run_dir={run_dir}"]) == 0
+    for file in ("model.safetensors", "manifest.json"):
+        assert (run_dir / "packed" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
+
+    # The packed pipeline's video is the fake-quantized one's; the manifest and model.path are all that is needed.
+    config = load_run(run_dir)
+    fake, _ = prepare_student(config)
+    load_trained(fake, run_dir, schedule=decay_schedule(config))
+    arguments = {"num_steps": 2, "guidance_scale": 3.0}
+    packed = load_packed(run_dir / "packed")
+    videos = [config.model.generate(model.eval(), ["a dog"], [3], **arguments) for model in (fake, packed)]
+    assert psnr_db(*videos) >= 50
+    teacher = config.model.generate(config.model.load_teacher(), ["a dog"], [3], **arguments)
+    assert not torch.equal(videos[0], teacher)
+
+    capsys.readouterr()
+    command = ["generate", f"packed={run_dir / 'packed'}", f"model={name}", f"model.path={folder}", "prompt=a dog"]
+    assert main([*command, "seed=3", "guidance_scale=3", f"out={tmp_path / 'out'}"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert Path(line).stat().st_size > 0
+
+
+def test_two_packed_experts_sample_in_one_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_wan_folder(tmp_path / "model", "a14b")
+    clips = write_clips(tmp_path / "clips", fps=16)
+    keys = [key for key in train_keys("wan2.2-a14b", folder, clips, tmp_path) if not key.startswith("run_dir")]
+    packed = {}
+    for expert in ("high", "low"):
+        assert (
+            main(["train", *keys, f"model.expert={expert}", f"run_dir={tmp_path / expert}", "evaluation.videos=0"]) == 0
+        )
+        packed[expert] = tmp_path / expert / "packed"
+    capsys.readouterr()
+    command = ["generate", "model=wan2.2-a14b", f"model.path={folder}", "prompt=a dog", "num_steps=4"]
+    videos = {}
+    for name, directories in {
+        "both": f"[{packed['high']},{packed['low']}]",
+        "swapped": f"[{packed['low']},{packed['high']}]",
+        "high": str(packed["high"]),
+        "none": "null",
+    }.items():
+        assert main([*command, f"packed={directories}", f"out={tmp_path / name}"]) == 0
+        videos[name] = read_frames(Path(capsys.readouterr().out.strip()), lambda info: range(info.num_frames))[1]
+    assert np.array_equal(videos["both"], videos["swapped"])
+    assert not np.array_equal(videos["both"], videos["high"])
+    assert not np.array_equal(videos["high"], videos["none"])
+    assert main([*command, f"packed=[{packed['high']},{packed['high']}]", f"out={tmp_path / 'bad'}"]) == 2
+    assert "give one high and one low" in capsys.readouterr().err
+    assert main([*command, f"packed={packed['high']}", "model.path=null", f"out={tmp_path / 'bad'}"]) == 2
+    assert "hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_clips_and_train_the_same(tmp_path: Path) -> None:
+    folder = make_wan_folder(tmp_path / "model")
+    clips = write_clips(tmp_path / "clips", fps=16)
+    keys = [*train_keys("wan", folder, clips, tmp_path), "method.caption_dropout=0.5", "evaluation.videos=0"]
+    assert main(["train", *keys, "devices=2", "strategy=ddp"]) == 0
+    logs = tmp_path / "cache" / "logs"
+    assert (logs / "rank1.log").is_file()
+    first = snapshot(tmp_path / "cache" / "latents") | snapshot(tmp_path / "cache" / "texts")
+    assert len(first) == 8 + 8 + 1  # latents, captions (the prompts are two of them), the empty caption
+    alone = [key for key in keys if not key.startswith(("run_dir", "data.cache"))]
+    assert main(["train", *alone, f"run_dir={tmp_path / 'alone'}", f"data.cache={tmp_path / 'other'}"]) == 0
+    assert snapshot(tmp_path / "other" / "latents") | snapshot(tmp_path / "other" / "texts") == first
+    losses = [[row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("run", "alone")]
+    assert losses[0] == losses[1]
+    assert packed_bytes(tmp_path / "run") == packed_bytes(tmp_path / "alone")
+
+
+def test_clips_of_two_shapes_and_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_cogvideox_folder(tmp_path / "model", "5b")
+    clips = write_clips(tmp_path / "clips", fps=8)
+    for index in range(4):
+        frames = np.full((12, 96, 64, 3), 30 * index, dtype=np.uint8)
+        write_video(clips / f"tall{index}.mp4", frames, fps=8, scale=1)
+    write_video(clips / "short.mp4", np.zeros((3, 64, 96, 3), dtype=np.uint8), fps=8, scale=1)
+    rows = [*(f"tall{index}.mp4,a tall boat" for index in range(4)), "short.mp4,a boat", "gone.mp4,a boat"]
+    with (clips / "metadata.csv").open("a") as table:
+        table.write("\n".join(rows) + "\n")
+    keys = [*train_keys("cogvideox-5b", folder, clips, tmp_path), "data.buckets=[9x32x48,9x48x32]"]
+    assert main(["train", *keys]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 14 clips can't be used, more than max_bad=0.05" in message
+    (report,) = (tmp_path / "cache" / "indexes").glob("*.bad.csv")
+    names = [line.split(",")[0] for line in report.read_text().splitlines()]
+    assert names == ["file_name", "gone.mp4", "short.mp4"]
+    assert main(["train", *keys, "data.max_bad=0.2", "strategy.gradient_checkpointing=false"]) == 0
+    # Keeping less costs time, and no bit.
+    again = [key for key in keys if not key.startswith("run_dir")]
+    assert main(["train", *again, "data.max_bad=0.2", f"run_dir={tmp_path / 'again'}"]) == 0
+    assert packed_bytes(tmp_path / "run") == packed_bytes(tmp_path / "again")
+
+
+def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("train", "precompute"):
+        for name in MODELS:
+            assert main([verb, f"model={name}", "data.path=clips"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            repository = load_leaf("model", name).repository
+            assert f"hf download {repository} --local-dir FOLDER` and write model={name} model.path=FOLDER" in line
