@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
@@ -106,6 +106,11 @@ class Wan(PipelineFamily):
         """Latent pixels along a side of a token."""
         return int(self.transformer_config["patch_size"][1])
 
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(512, text_dim): tokens and channels of a caption's embedding."""
+        return (self.max_text_tokens, int(self.transformer_config.get("text_dim", 4096)))  # the class's default
+
     def predict(
         self,
         transformer: nn.Module,
@@ -160,6 +165,8 @@ class WanExpert(Wan):
     expert: str
     guidance_scale_low: float
 
+    transformer_folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
+
     def __post_init__(self) -> None:
         if self.expert not in _EXPERT_FOLDERS:
             raise ValueError(f"model.expert={self.expert} is not among {', '.join(_EXPERT_FOLDERS)}")
@@ -191,10 +198,10 @@ class WanExpert(Wan):
         return super()._pipeline(**components)
 
     def _partner(self, like: nn.Module) -> nn.Module:
-        """The other expert, in the dtype and on the device of the one that is sampled."""
+        """The other expert, with its own part of the LoRA, in the dtype and on the device of the one that is sampled."""
         if "partner" not in self._loaded:
             (folder,) = set(_EXPERT_FOLDERS.values()) - {self.transformer_folder}
-            self._loaded["partner"] = self._require_folder().load(folder, WanTransformer3DModel, dtype=like.dtype)
+            self._loaded["partner"] = self._load_transformer(folder, dtype=like.dtype)
         partner: nn.Module = self._loaded["partner"].to(next(like.parameters()).device)
         return partner
 

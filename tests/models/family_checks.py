@@ -17,7 +17,9 @@ from qvgen.layers.swap import packed_layers, quantized_layers
 from tests.models.hub_folders import CAPTIONS
 from tests.profiles import make_profile
 
-TINY_SIZES = {"height": 32, "width": 48, "num_frames": 9, "sampling_frames": 9, "text_encoder_dtype": "float32"}
+TINY_SIZES = {
+    "height": 32, "width": 48, "num_frames": 9, "sampling_frames": 9, "dtype": "float32", "text_encoder_dtype": "float32",
+}  # fmt: skip
 
 
 def tiny_family(name: str, path: Path | None, **changes: Any) -> Any:
