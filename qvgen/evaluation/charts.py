@@ -1,8 +1,5 @@
 """Training curves: metrics.csv -> inline SVG.
 
-The drawings carry no colours and no fonts of their own: placeholders are replaced by the page's CSS variables, so that
-one drawing is readable on a light and on a dark page. The SVG is the same for the same numbers (salted ids, no date).
-
     thin line   each logged step          thick line   running mean, to see the trend under the noise
     dashed      the step from which Phi has rank 0
 
@@ -12,66 +9,17 @@ Left out: interaction, and any number that is not in metrics.csv.
 from __future__ import annotations
 
 import csv
-import io
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qvgen.evaluation.canvas import FIRST, SECOND, TEXT, Canvas, Chart, Series, use_log_axis
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_PLACEHOLDERS: dict[str, str] = {
-    "#0a0b01": "var(--series-1)",
-    "#0a0b02": "var(--series-2)",
-    "#0a0b03": "var(--text-soft)",
-    "#0a0b04": "var(--line)",
-}
-_FIRST, _SECOND, _TEXT, _GRID = _PLACEHOLDERS
-
-_RC: dict[str, object] = {
-    "svg.fonttype": "none",  # real text in the page's font
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _TEXT,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-}
-
-Series = tuple[np.ndarray, np.ndarray]
-"""(steps int64 [n], values float64 [n]), n >= 1, steps increasing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """One drawing.
-
-    Attributes:
-        title: what is drawn, with its unit.
-        note: how to read it; may be empty.
-        svg: a whole <svg> element without fixed size, to be put into a page as it is.
-    """
-
-    title: str
-    note: str
-    svg: str
 
 
 def read_history(path: Path) -> dict[str, Series]:
@@ -156,6 +104,11 @@ def phi_removed_step(history: Mapping[str, Series]) -> int | None:
     return int(steps[gone[0]]) if len(gone) else None
 
 
+def _canvas(title: str, history: Mapping[str, Series]) -> Canvas:
+    """All drawings of a run share one range of steps, so that they can be read across."""
+    return Canvas(title, last_step=max(int(steps[-1]) for steps, _ in history.values()))
+
+
 def _draw_lines(
     history: Mapping[str, Series], names: list[str], *, title: str, log: bool, smooth: bool
 ) -> Chart | None:
@@ -164,9 +117,9 @@ def _draw_lines(
     if not drawn:
         return None
     log = log and all(_positive(values).any() for _, values in drawn.values())
-    with _Canvas(title, history) as canvas:
+    with _canvas(title, history) as canvas:
         note = ""
-        for color, (name, (steps, values)) in zip([_FIRST, _SECOND] * len(drawn), drawn.items(), strict=False):
+        for color, (name, (steps, values)) in zip([FIRST, SECOND] * len(drawn), drawn.items(), strict=False):
             values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
             window = max(1, len(values) // 25) | 1
             if smooth and window > 1 and np.isfinite(values).all():
@@ -181,7 +134,7 @@ def _draw_lines(
         if len(drawn) > 1:
             canvas.axes.legend(loc="best")
         if log:
-            _use_log_axis(canvas.axes)
+            use_log_axis(canvas.axes)
         note = _mark_phi_removed(canvas.axes, history, note)
         return canvas.chart(note)
 
@@ -193,14 +146,14 @@ def _draw_held_out(history: Mapping[str, Series], *, ptq_error: float | None) ->
     steps, values = history[name]
     log = bool(_positive(values).any())
     values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
-    with _Canvas("Held-out relative error", history) as canvas:
-        canvas.axes.plot(steps, values, color=_FIRST, linewidth=1.8, marker="o", markersize=3, clip_on=False)
+    with _canvas("Held-out relative error", history) as canvas:
+        canvas.axes.plot(steps, values, color=FIRST, linewidth=1.8, marker="o", markersize=3, clip_on=False)
         note = ""
         if ptq_error is not None and math.isfinite(ptq_error) and ptq_error > 0:
-            canvas.axes.axhline(ptq_error, color=_SECOND, linewidth=1.2, linestyle="--")
+            canvas.axes.axhline(ptq_error, color=SECOND, linewidth=1.2, linestyle="--")
             note = f"Horizontal: PTQ before training, {ptq_error:.3g}."
         if log:
-            _use_log_axis(canvas.axes)
+            use_log_axis(canvas.axes)
         return canvas.chart(_mark_phi_removed(canvas.axes, history, note))
 
 
@@ -208,15 +161,15 @@ def _draw_phi(history: Mapping[str, Series]) -> Chart | None:
     if "phi/rank" not in history:
         return None
     steps, ranks = history["phi/rank"]
-    with _Canvas("Rank of Phi and gate of its decaying columns", history) as canvas:
-        canvas.axes.plot(steps, ranks, color=_FIRST, linewidth=1.8, drawstyle="steps-post")
-        canvas.axes.set_ylabel("rank", color=_FIRST)
+    with _canvas("Rank of Phi and gate of its decaying columns", history) as canvas:
+        canvas.axes.plot(steps, ranks, color=FIRST, linewidth=1.8, drawstyle="steps-post")
+        canvas.axes.set_ylabel("rank", color=FIRST)
         canvas.axes.set_ylim(bottom=0)
         note = ""
         if "phi/gamma_min" in history:
             right = canvas.axes.twinx()
-            right.plot(*history["phi/gamma_min"], color=_SECOND, linewidth=1.2)
-            right.set_ylabel("smallest gate gamma", color=_SECOND)
+            right.plot(*history["phi/gamma_min"], color=SECOND, linewidth=1.2)
+            right.set_ylabel("smallest gate gamma", color=SECOND)
             right.set_ylim(0, 1.05)
             right.grid(visible=False)
             note = "The gate of the weakest columns falls from 1 to 0 in each phase; then they are dropped."
@@ -233,68 +186,5 @@ def _mark_phi_removed(axes: Axes, history: Mapping[str, Series], note: str) -> s
     step = phi_removed_step(history)
     if step is None:
         return note
-    axes.axvline(step, color=_TEXT, linewidth=1.0, linestyle=(0, (3, 3)))
+    axes.axvline(step, color=TEXT, linewidth=1.0, linestyle=(0, (3, 3)))
     return f"{note} Dashed: Phi is gone from step {step}.".strip()
-
-
-def _use_log_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    # Within one decade a power of ten alone would leave the axis without a number.
-    steps = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-class _Canvas:
-    """One pair of axes in the page's style; leaves matplotlib's global state as it was.
-
-    All drawings of a run share one range of steps, so that they can be read across.
-    """
-
-    def __init__(self, title: str, history: Mapping[str, Series]) -> None:
-        import matplotlib
-        from matplotlib.figure import Figure  # without pyplot: no backend is chosen, no window is kept
-
-        self.title = title
-        self._last_step = max(int(steps[-1]) for steps, _ in history.values())
-        self._context = matplotlib.rc_context({**_RC, "svg.hashsalt": title})
-        self._figure_class = Figure
-
-    def __enter__(self) -> _Canvas:
-        from matplotlib.ticker import MaxNLocator
-
-        self._context.__enter__()
-        self.figure = self._figure_class(figsize=(5.2, 2.6))
-        self.axes = self.figure.add_subplot()
-        self.axes.set_xlabel("step")
-        self.axes.set_xlim(0, max(1, self._last_step))
-        self.axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
-
-    def chart(self, note: str) -> Chart:
-        """Return the drawing as inline SVG."""
-        buffer = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-        return Chart(title=self.title, note=note, svg=_inline(buffer.getvalue()))
-
-
-def _inline(document: str) -> str:
-    """Turn matplotlib's SVG document into an element of a page: no prologue, no size, no ids but those referred to."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    # A <style> inside an inline drawing would hold for the whole page.
-    svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    for placeholder, variable in _PLACEHOLDERS.items():
-        svg = svg.replace(placeholder, variable)
-    return svg.strip()

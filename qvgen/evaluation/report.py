@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -25,11 +24,14 @@ import jinja2
 import numpy as np
 import torch
 
-from qvgen.data.video import Frames, encode_video_bytes, upscale, viewable_scale
-from qvgen.evaluation.charts import Series, draw_charts, read_history
+from qvgen.evaluation.canvas import Series
+from qvgen.evaluation.charts import draw_charts, read_history
 from qvgen.evaluation.metrics import psnr_db
-from qvgen.evaluation.report_data import ReportData, VideoComparison
+from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison
 from qvgen.evaluation.report_json import to_json_dict
+from qvgen.evaluation.report_video import ShownVideo, shown_video
+from qvgen.evaluation.validation_files import DIRECTORY, read_validation
+from qvgen.evaluation.validation_section import build_section
 from qvgen.run_directory import atomic_write
 
 TRAJECTORY_PSNR_FLOOR_DB = 50.0
@@ -38,20 +40,11 @@ TRAJECTORY_PSNR_FLOOR_DB = 50.0
 _DASH = "\N{EN DASH}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShownVideo:
-    """One tile: label, mp4 and first frame in base64, PSNR to the teacher (None for the teacher itself)."""
-
-    label: str
-    mp4_base64: str
-    poster_base64: str
-    psnr_db: float | None
-
-
 def write_report(run_dir: Path, data: ReportData) -> Path:
     """Write run_dir/report.json and run_dir/report.html; each is there whole or as it was.
 
-    The curves are read from run_dir/metrics.csv; without that file the page says so.
+    The curves are read from run_dir/metrics.csv; without that file the page says so. What was sampled while training is
+    read from run_dir/validation; without that folder there is no such section.
 
     Args:
         run_dir: the run's folder; it exists.
@@ -65,20 +58,22 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
         OSError: a file cannot be written.
     """
     run_dir = Path(run_dir)
-    page = render_html(data, read_history(run_dir / "metrics.csv"))
-    text = json.dumps(to_json_dict(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    validation = read_validation(run_dir / DIRECTORY, verify=True)
+    page = render_html(data, read_history(run_dir / "metrics.csv"), validation)
+    text = json.dumps(to_json_dict(data, validation), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(run_dir / "report.json", text.encode())
     path = run_dir / "report.html"
     atomic_write(path, page.encode())
     return path
 
 
-def render_html(data: ReportData, history: Mapping[str, Series]) -> str:
+def render_html(data: ReportData, history: Mapping[str, Series], validation: Sequence[ValidationVideo] = ()) -> str:
     """Return the page as text.
 
     Args:
         data: everything that is shown.
         history: curves by name, as :func:`qvgen.evaluation.charts.read_history` returns them.
+        validation: what was sampled while training, in order of step and prompt; its videos are read.
     """
     script = _template_text("report.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -89,6 +84,7 @@ def render_html(data: ReportData, history: Mapping[str, Series]) -> str:
         .render(
             data=data,
             charts=draw_charts(history, ptq_error=error.ptq),
+            validation=build_section(validation, last_step=data.run.steps),
             comparisons=[(video, _shown_videos(video)) for video in data.videos],
             error_rows=[
                 ("RTN, no training", error.rtn),
@@ -107,34 +103,17 @@ def render_html(data: ReportData, history: Mapping[str, Series]) -> str:
     )
 
 
-def _shown_videos(comparison: VideoComparison) -> list[_ShownVideo]:
+def _shown_videos(comparison: VideoComparison) -> list[ShownVideo]:
     tiles = (
         ("Teacher", comparison.teacher),
         ("Fake-quantized", comparison.fake_quantized),
         ("Packed", comparison.packed),
     )
-    teacher = torch.from_numpy(np.array(comparison.teacher))
-    return [
-        _ShownVideo(
-            label=label,
-            mp4_base64=base64.b64encode(encode_video_bytes(frames, fps=comparison.fps)).decode(),
-            poster_base64=_poster_base64(frames),
-            psnr_db=None
-            if label == "Teacher"
-            else psnr_db(torch.from_numpy(np.array(frames)), teacher, max_value=255.0),
-        )
-        for label, frames in tiles
-    ]
-
-
-def _poster_base64(frames: Frames) -> str:
-    """Return the first frame as JPEG: a browser without h264, or a printed page, shows at least this."""
-    from PIL import Image
-
-    first = upscale(np.asarray(frames)[:1], scale=viewable_scale(np.asarray(frames).shape[1]))[0]
-    buffer = io.BytesIO()
-    Image.fromarray(first).save(buffer, format="JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()
+    # All are encoded first: that checks their shapes, and says what is wrong with one.
+    shown = [shown_video(frames, label=label, fps=comparison.fps, psnr_db=None) for label, frames in tiles]
+    teacher, *others = (torch.from_numpy(np.array(frames)) for _, frames in tiles)
+    measured = [psnr_db(frames, teacher, max_value=255.0) for frames in others]
+    return [shown[0], *(replace(tile, psnr_db=value) for tile, value in zip(shown[1:], measured, strict=True))]
 
 
 def _layer_totals(data: ReportData) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -132,6 +133,33 @@ class VideoComparison:
     teacher: Frames
     fake_quantized: Frames
     packed: Frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationVideo:
+    """One prompt's video that the student made while it was trained; the only ones that are read from the run's folder.
+
+    Attributes:
+        step: optimizer steps that the student had behind it.
+        prompt_index: place of the prompt among the run's validation prompts.
+        prompt: the caption.
+        seed: seed of the starting noise.
+        fps: frames per second.
+        psnr_db: to the teacher's video from the same seed; None if there was no teacher.
+        ssim: to the same.
+        student: its mp4.
+        teacher: the teacher's mp4, None if there is none.
+    """
+
+    step: int
+    prompt_index: int
+    prompt: str
+    seed: int
+    fps: float
+    psnr_db: float | None
+    ssim: float | None
+    student: Path
+    teacher: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)

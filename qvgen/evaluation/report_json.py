@@ -8,10 +8,11 @@ case.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report_data import Quality, ReportData
+from qvgen.evaluation.report_data import Quality, ReportData, ValidationVideo
 
 
 def json_number(value: float | None) -> float | str | None:
@@ -25,7 +26,7 @@ def json_number(value: float | None) -> float | str | None:
     return str(float(value))
 
 
-def to_json_dict(data: ReportData) -> dict[str, Any]:
+def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -> dict[str, Any]:
     """Return the content of report.json: plain dicts, lists, strings, numbers, booleans and None."""
     run, error, checks = data.run, data.relative_error, data.checks
     return {
@@ -66,6 +67,17 @@ def to_json_dict(data: ReportData) -> dict[str, Any]:
         ],
         "skipped": [{"name": layer.name, "reason": layer.reason} for layer in data.skipped],
         "videos": [{"prompt": video.prompt, "seed": video.seed, "fps": video.fps} for video in data.videos],
+        "validation": [
+            {
+                "step": video.step,
+                "prompt_index": video.prompt_index,
+                "prompt": video.prompt,
+                "seed": video.seed,
+                "psnr_db": json_number(video.psnr_db),
+                "ssim": json_number(video.ssim),
+            }
+            for video in validation
+        ],
         "versions": dict(data.environment.versions),
         "git_sha": data.environment.git_sha,
         "git_dirty": data.environment.git_dirty,

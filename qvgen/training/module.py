@@ -14,7 +14,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.sections import OptimConfig
+from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
@@ -29,36 +29,23 @@ class VideoTraining(lightning.LightningModule):
     """Trains a student transformer.
 
     Args:
+        config: The run's: family, method, optimizer, steps, seed of noise levels, noises and dropout.
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
-        family: What the two are: objective, call convention.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
-        method: Target of the loss.
-        optim: Optimizer and schedule.
-        num_steps: Optimizer steps of the whole run.
-        seed: Seed of noise levels, noises and dropout.
     """
 
-    def __init__(
-        self,
-        *,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        family: VideoDiT,
-        encode: Encode,
-        method: Method,
-        optim: OptimConfig,
-        num_steps: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, config: TrainConfig, *, student: nn.Module, teacher: nn.Module | None, encode: Encode) -> None:
         super().__init__()
+        method: Method = config.method
+        family: VideoDiT = config.model
         self.student = student
         if (method.target == "teacher") != (teacher is not None):
             raise ValueError(f"method={method.name} with target={method.target} and teacher={teacher is not None}")
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.encode, self.method, self.optim = family, encode, method, optim
-        self.num_steps, self.seed = num_steps, seed
+        self.family, self.encode, self.method, self.optim = family, encode, method, config.optim
+        self.num_steps, self.seed = config.steps, config.seed
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
         self.learning_rate = 0.0

@@ -27,6 +27,7 @@ from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
+from qvgen.training.validation import validation_videos
 
 START_FILE = "start.safetensors"
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -135,7 +136,7 @@ def train_all(
     Args:
         config: The run's.
         student: Holds the state that training starts from; holds the trained state afterwards.
-        teacher: Frozen full-precision model, if the method has use for it.
+        teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
         run_dir: A claimed run folder.
         validate: Measures the held-out relative error of the student.
     """
@@ -173,16 +174,8 @@ def train_share(
     use_threads(TRAINING_THREADS)
     schedule = decay_schedule(config)
     split: Split = config.data.open(config.model, split="train")
-    module = VideoTraining(
-        student=student,
-        teacher=teacher,
-        family=config.model,
-        encode=split.encode,
-        method=config.method,
-        optim=config.optim,
-        num_steps=config.steps,
-        seed=config.seed,
-    )
+    target = teacher if config.method.target == "teacher" else None
+    module = VideoTraining(config, student=student, teacher=target, encode=split.encode)
     directory = run_dir / CHECKPOINT_DIRECTORY
     callbacks: list[lightning.Callback] = [] if schedule is None else [PhiDecay(schedule)]
     callbacks += [
@@ -197,6 +190,8 @@ def train_share(
             directory, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep, num_steps=config.steps
         ),
     ]
+    videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
+    callbacks += [] if videos is None else [videos]
     loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
     trainer = build_trainer(
         steps=config.steps,

@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ from qvgen.training.launcher import guard_world_size
 from qvgen.training.step_checkpoint import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""How long a process may wait for the others: one that samples long videos, or more of them, is late and not lost.
+
+torch would end all of them after 10 minutes (nccl) or 30 (gloo). It is safe to wait, because the launcher watches the
+processes themselves: whichever dies takes the others along within seconds. A process that lives and hangs is what
+nobody notices any more. torch itself gives gloo at most 2^31 milliseconds, 24 days (distributed/rpc/constants.py).
+
+Other clocks, which waiting does not set off: nccl's TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes) watches the watchdog
+thread of the process itself, which goes on while the process waits or samples; the store, by which processes find each
+other, takes this same time; the launcher's JOIN_SECONDS begin when rank 0 is done, so rank 0 is the last to be (it waits
+for the others' files, see validation.py).
+"""
 
 
 def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
@@ -65,6 +79,7 @@ def build_trainer(
             strategy = DDPStrategy(
                 cluster_environment=OneMachine(rank=rank, world_size=world_size, port=port),
                 process_group_backend="nccl" if on_gpu else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
                 broadcast_buffers=False,  # gates and ranks are computed alike everywhere
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,  # the factors of a Phi that is gone

@@ -60,7 +60,7 @@ def run(config: TrainConfig) -> None:
         train_all(
             config,
             student=student,
-            teacher=teacher if config.method.target == "teacher" else None,
+            teacher=teacher,
             run_dir=run_dir.path,
             validate=lambda model: held_out.relative_error(model, reference),
         )
@@ -85,7 +85,8 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     teacher: nn.Module | None = None
     if config.method.quantizes:
         student, _ = prepare_student(config)
-        teacher = config.model.load_teacher() if config.method.target == "teacher" else None
+        if config.method.target == "teacher" or config.evaluation.video_every_steps is not None:
+            teacher = config.model.load_teacher()
     else:
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)

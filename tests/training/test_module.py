@@ -27,14 +27,10 @@ def make_module(*overrides: str) -> VideoTraining:
     teacher = config.model.load_teacher()
     student = prepare_student(config)[0] if config.method.quantizes else config.model.initial_transformer(0)
     return VideoTraining(
+        config,
         student=student.train(),
         teacher=teacher if config.method.target == "teacher" else None,
-        family=config.model,
         encode=config.model.encode,
-        method=config.method,
-        optim=config.optim,
-        num_steps=config.steps,
-        seed=config.seed,
     )
 
 
@@ -240,13 +236,4 @@ def test_gradients_that_are_not_finite_stop_the_run() -> None:
 def test_method_and_teacher_have_to_agree() -> None:
     module = make_module()
     with pytest.raises(ValueError, match="method=qvgen with target=teacher and teacher=False"):
-        VideoTraining(
-            student=module.student,
-            teacher=None,
-            family=module.family,
-            encode=module.encode,
-            method=module.method,
-            optim=module.optim,
-            num_steps=1,
-            seed=0,
-        )
+        VideoTraining(train_config(), student=module.student, teacher=None, encode=module.encode)

@@ -1,0 +1,131 @@
+"""One drawing of a report: matplotlib -> inline SVG that takes its colours from the page.
+
+The drawings carry no colours and no fonts of their own: placeholders are replaced by the page's CSS variables, so that
+one drawing is readable on a light and on a dark page. The SVG is the same for the same numbers (salted ids, no date).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PLACEHOLDERS: dict[str, str] = {
+    "#0a0b01": "var(--series-1)",
+    "#0a0b02": "var(--series-2)",
+    "#0a0b03": "var(--text-soft)",
+    "#0a0b04": "var(--line)",
+}
+FIRST, SECOND, TEXT, GRID = _PLACEHOLDERS
+
+_RC: dict[str, object] = {
+    "svg.fonttype": "none",  # real text in the page's font
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": TEXT,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+}
+
+Series = tuple[np.ndarray, np.ndarray]
+"""(steps int64 [n], values float64 [n]), n >= 1, steps increasing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One drawing.
+
+    Attributes:
+        title: what is drawn, with its unit.
+        note: how to read it; may be empty.
+        svg: a whole <svg> element without fixed size, to be put into a page as it is.
+    """
+
+    title: str
+    note: str
+    svg: str
+
+
+class Canvas:
+    """One pair of axes in the page's style; leaves matplotlib's global state as it was.
+
+    Args:
+        title: what is drawn, with its unit.
+        last_step: where the axis of steps ends; one for all drawings of a run, so that they can be read across.
+    """
+
+    def __init__(self, title: str, *, last_step: int) -> None:
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot: no backend is chosen, no window is kept
+
+        self.title = title
+        self._last_step = last_step
+        self._context = matplotlib.rc_context({**_RC, "svg.hashsalt": title})
+        self._figure_class = Figure
+
+    def __enter__(self) -> Canvas:
+        from matplotlib.ticker import MaxNLocator
+
+        self._context.__enter__()
+        self.figure = self._figure_class(figsize=(5.2, 2.6))
+        self.axes = self.figure.add_subplot()
+        self.axes.set_xlabel("step")
+        self.axes.set_xlim(0, max(1, self._last_step))
+        self.axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def chart(self, note: str) -> Chart:
+        """Return the drawing as inline SVG."""
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+        return Chart(title=self.title, note=note, svg=_inline(buffer.getvalue()))
+
+
+def _inline(document: str) -> str:
+    """Turn matplotlib's SVG document into an element of a page: no prologue, no size, no ids but those referred to."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    # A <style> inside an inline drawing would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    for placeholder, variable in _PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, variable)
+    return svg.strip()
+
+
+def use_log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with readable numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Within one decade a power of ten alone would leave the axis without a number.
+    steps = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

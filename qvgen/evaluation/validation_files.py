@@ -1,0 +1,193 @@
+"""The files of a run's validation videos, written by any number of processes that never wait for each other.
+
+    run_dir/validation/
+        teacher/00-a-red-three-seed42-teacher.mp4          one per prompt, once in the run
+        teacher/00-a-red-three-seed42-teacher.npy          its frames without loss, so that a resumed run measures the same
+        teacher/00-a-red-three-seed42-teacher.json         its record
+        step-000500/00-a-red-three-seed42-student.mp4      the student after 500 optimizer steps
+        step-000500/00-a-red-three-seed42-side-by-side.mp4 teacher and student
+        step-000500/00-a-red-three-seed42-student.json     its record: prompt, seed, PSNR, SSIM
+        metrics.csv                                        all records as a table
+
+A record is written after the videos and holds their sha256: where it is, they are complete; where a sum differs,
+they were damaged afterwards. Every file is there whole or not at all, and belongs to one prompt, so that processes
+with different prompts share nothing. A prompt's PSNR is of the frames as they were sampled, not of the mp4.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvgen.data.video import Frames, side_by_side, write_video
+from qvgen.deploy.manifest import file_sha256
+from qvgen.evaluation.comparison import video_name
+from qvgen.evaluation.report_data import ValidationVideo
+from qvgen.evaluation.report_json import json_number
+from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "validation"
+"""The folder in the run's own."""
+TABLE_FILE = "metrics.csv"
+TABLE_COLUMNS = ("step", "prompt_index", "seed", "psnr_db", "ssim")
+
+
+class ValidationFiles:
+    """Where the videos of fixed prompts and seeds lie.
+
+    Args:
+        directory: ``run_dir/validation``; it is made with the first file.
+        prompts: The captions.
+        seeds: One per caption.
+        fps: Frames per second.
+
+    Raises:
+        ValueError: Another number of seeds than of prompts.
+    """
+
+    def __init__(self, directory: Path, *, prompts: Sequence[str], seeds: Sequence[int], fps: int) -> None:
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} validation prompts and {len(seeds)} seeds; give one seed for each")
+        self.directory, self.fps = directory, fps
+        self.prompts, self.seeds = list(prompts), list(seeds)
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts)
+
+    def path(self, index: int, *, step: int | None, variant: str) -> Path:
+        """A prompt's mp4 of ``student`` or ``side-by-side`` at a step, or of ``teacher`` at None."""
+        folder = "teacher" if step is None else f"step-{step:06d}"
+        name = video_name(index, self.prompts[index], seed=self.seeds[index], variant=variant)
+        return self.directory / folder / name
+
+    def load_teacher(self, index: int) -> Frames | None:
+        """The teacher's frames as they were sampled, uint8 [F, H, W, 3]; None if they are not there whole."""
+        path = self.path(index, step=None, variant="teacher")
+        if not _is_whole(path.with_suffix(".json")):
+            return None
+        frames: Frames = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        return frames
+
+    def write_teacher(self, index: int, frames: Frames) -> None:
+        """Keep the teacher's video, uint8 [F, H, W, 3]."""
+        path = self.path(index, step=None, variant="teacher")
+        write_video(path, frames, fps=self.fps)
+        atomic_write(path.with_suffix(".npy"), lambda temporary: _save_frames(temporary, frames))
+        _write_record(self._identity(index), path, path.with_suffix(".npy"))
+
+    def has_student(self, index: int, *, step: int) -> bool:
+        """Whether a prompt's videos of a step are there whole."""
+        return _is_whole(self.path(index, step=step, variant="student").with_suffix(".json"))
+
+    def write_student(
+        self,
+        index: int,
+        frames: Frames,
+        *,
+        step: int,
+        teacher: Frames | None,
+        psnr_db: float | None,
+        ssim: float | None,
+    ) -> None:
+        """Keep the student's video after ``step`` steps, uint8 [F, H, W, 3], and how far it is from the teacher's."""
+        path = self.path(index, step=step, variant="student")
+        written = [write_video(path, frames, fps=self.fps)]
+        if teacher is not None:
+            both = side_by_side([teacher, frames], ["teacher", f"student, step {step}"])
+            target = self.path(index, step=step, variant="side-by-side")
+            written.append(write_video(target, both, fps=self.fps, scale=1))
+        measured = {"step": step, "psnr_db": json_number(psnr_db), "ssim": json_number(ssim)}
+        _write_record({**self._identity(index), **measured}, *written)
+
+    def missing(self, step: int) -> list[Path]:
+        """Videos of a step that are not there (yet); does not look into those that are."""
+        paths = [self.path(index, step=step, variant="student") for index in range(len(self))]
+        return [path for path in paths if not path.with_suffix(".json").exists()]
+
+    def write_table(self) -> None:
+        """Bring metrics.csv up to date with all records that are there, in order of step and prompt."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, TABLE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for video in read_validation(self.directory, verify=False):
+            writer.writerow({name: getattr(video, name) for name in TABLE_COLUMNS})
+        path, content = self.directory / TABLE_FILE, text.getvalue().encode()
+        if not path.exists() or path.read_bytes() != content:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, content)
+
+    def _identity(self, index: int) -> dict[str, Any]:
+        return {"prompt_index": index, "prompt": self.prompts[index], "seed": self.seeds[index], "fps": self.fps}
+
+
+def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, ...]:
+    """The students' videos of a run, in order of step and prompt.
+
+    Args:
+        directory: ``run_dir/validation``; one that does not exist holds none.
+        verify: Read every video to see that it is as it was written; what is not is left out with a warning.
+    """
+    is_whole = cache(_is_whole) if verify else Path.exists
+    videos = []
+    for path in directory.glob("step-*/*-student.json"):
+        content = _read_record(path)
+        if content is None or not is_whole(path):
+            log.warning("%s or a video that it names is damaged; it is left out", path)
+            continue
+        measured = content["psnr_db"] is not None
+        name = video_name(content["prompt_index"], content["prompt"], seed=content["seed"], variant="teacher")
+        teacher = directory / "teacher" / name
+        videos.append(
+            ValidationVideo(
+                step=content["step"],
+                prompt_index=content["prompt_index"],
+                prompt=content["prompt"],
+                seed=content["seed"],
+                fps=content["fps"],
+                psnr_db=float(content["psnr_db"]) if measured else None,
+                ssim=float(content["ssim"]) if measured else None,
+                student=path.with_suffix(".mp4"),
+                teacher=teacher if measured and is_whole(teacher.with_suffix(".json")) else None,
+            )
+        )
+    return tuple(sorted(videos, key=lambda video: (video.step, video.prompt_index)))
+
+
+def _write_record(content: Mapping[str, Any], first: Path, *others: Path) -> None:
+    """Say beside ``first`` that the files are complete."""
+    sums = {path.name: file_sha256(path) for path in (first, *others)}
+    text = json.dumps({**content, "sha256": sums}, indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write(first.with_suffix(".json"), text.encode())
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content
+
+
+def _is_whole(record: Path) -> bool:
+    """Whether a record and all files that it names are as they were written."""
+    content = _read_record(record)
+    if content is None:
+        return False
+    files = {record.with_name(name): wanted for name, wanted in content["sha256"].items()}
+    return all(path.is_file() and file_sha256(path) == wanted for path, wanted in files.items())
+
+
+def _save_frames(path: Path, frames: Frames) -> None:
+    with path.open("wb") as file:  # np.save would add a suffix to the name of a temporary file
+        np.save(file, frames, allow_pickle=False)

@@ -1,0 +1,227 @@
+"""Validation videos: the student samples the same prompts from the same seeds again and again while it is trained.
+
+    step        0               every_steps        2 every_steps      ...   num_steps
+    rank 0      prompt 0, 3     prompt 0, 3        prompt 0, 3
+    rank 1      prompt 1, 4     prompt 1, 4        prompt 1, 4              each into files of its own
+    rank 2      prompt 2        prompt 2           prompt 2
+
+No process waits for another one here: there is no collective, only files that are there whole or not at all. Any number
+of prompts fits any number of processes. Rank 0 logs a step as soon as all its files are there, which may be later than
+the step; a slow process holds the others up in their next all-reduce, whose timeout (trainer.py) is days.
+
+Training does not notice: gradients, modes of the modules and every global random state are as before, so that a run has
+the same bits with and without videos. The student is sampled with Phi, the way it is trained.
+
+Left out: students whose parameters are sharded; their forward pass needs all processes at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.data.video import Frames
+from qvgen.evaluation.comparison import generate_videos, shown_prompts
+from qvgen.evaluation.metrics import psnr_db, ssim
+from qvgen.evaluation.report_data import ValidationVideo
+from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
+from qvgen.models.base import Encode, VideoDiT
+from qvgen.training.module import VideoTraining
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 7200.0
+"""How long rank 0 waits for the others' last videos when training is over. One that died ends the run at once
+(launcher.py); this is for one that has more prompts than rank 0 or a slower device."""
+
+POLL_SECONDS = 0.2
+
+
+class ValidationVideos(lightning.Callback):
+    """Samples a run's validation prompts before the first step, every so many steps, and after the last.
+
+    Put it behind StepCheckpoint: a process that is killed while it samples continues from the step that it sampled at.
+
+    Args:
+        files: Prompts, seeds, and where the videos go.
+        family: Samples, as it usually does.
+        teacher: The full-precision model to compare with; it may lie on the CPU. None: the student's videos alone.
+        encode: Stands in place of the family's, so that no text encoder runs.
+        every_steps: Optimizer steps between two validations.
+        num_steps: Optimizer steps of the run.
+        wait_seconds: How long rank 0 waits at the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: ValidationFiles,
+        family: VideoDiT,
+        teacher: nn.Module | None,
+        encode: Encode | None,
+        every_steps: int,
+        num_steps: int,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
+        self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, wait_seconds
+        self._last_step = 0
+        self._unlogged: list[int] = []
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learn where the run goes on; the trainer itself is told after on_fit_start."""
+        del trainer, pl_module
+        self._last_step = int(checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Validate the start, or what a killed process left undone; also in a run that has no step left."""
+        self._validate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Validate once per optimizer step that is due, however many micro-batches it has."""
+        del outputs, batch, batch_idx
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._validate(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log what was not complete yet."""
+        del pl_module
+        if trainer.is_global_zero:
+            self.finish(trainer.loggers, world_size=trainer.world_size)
+
+    def _validate(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        step = self._last_step
+        if step % self.every_steps != 0 and step != self.num_steps:
+            return
+        assert isinstance(pl_module, VideoTraining)
+        self.write_videos(pl_module.student, step=step, rank=trainer.global_rank, world_size=trainer.world_size)
+        if trainer.is_global_zero:
+            self.publish(trainer.loggers, step=step)
+
+    def write_videos(self, student: nn.Module, *, step: int, rank: int, world_size: int) -> None:
+        """Sample and write a process's prompts of a step; what is there whole is left as it is."""
+        due = [i for i in range(rank, len(self.files), world_size) if not self.files.has_student(i, step=step)]
+        if due:
+            log.info("step %d: sampling the validation prompts %s", step, ", ".join(map(str, due)))
+        for index in due:
+            teacher = self._teacher_frames(index)
+            frames = self._sample(student, index)
+            psnr, similarity = None, None
+            if teacher is not None:  # on the student's device: a large video's SSIM takes minutes on a CPU core
+                psnr, similarity = _distance(frames, teacher, next(student.parameters()).device)
+            self.files.write_student(index, frames, step=step, teacher=teacher, psnr_db=psnr, ssim=similarity)
+
+    def _teacher_frames(self, index: int) -> Frames | None:
+        """The teacher's video; sampled once in a run, by the process that the prompt belongs to."""
+        if self.teacher is None:
+            return None
+        frames = self.files.load_teacher(index)
+        if frames is None:
+            frames = self._sample(self.teacher, index)
+            self.files.write_teacher(index, frames)
+        return frames
+
+    def _sample(self, model: nn.Module, index: int) -> Frames:
+        """A prompt's video, uint8 [F, H, W, 3]; alone, so that it does not depend on how the prompts are shared out."""
+        prompt, seed = self.files.prompts[index], self.files.seeds[index]
+        modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
+        try:
+            with isolate_rng():
+                videos = generate_videos(self.family, model, [prompt], [seed], encode=self.encode)
+        finally:
+            for module, training in modes:
+                module.training = training
+        frames: Frames = videos[0].numpy()
+        return frames
+
+    def publish(self, loggers: list[Logger], *, step: int) -> None:
+        """As rank 0: log every validation up to ``step`` whose files are all there, and bring the table up to date."""
+        if step not in self._unlogged:
+            self._unlogged.append(step)
+        complete = {step for step in self._unlogged if not self.files.missing(step)}
+        self._unlogged = [step for step in self._unlogged if step not in complete]
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                for step in sorted(complete):
+                    videos = read_validation(self.files.directory, verify=False)
+                    _log_to_wandb(logger.experiment, self.files, [video for video in videos if video.step == step])
+        self.files.write_table()
+
+    def finish(self, loggers: list[Logger], *, world_size: int) -> None:
+        """As rank 0: wait for the others' last videos, log what came, warn of what did not.
+
+        A process writes its videos one after another: where its last ones are, earlier ones that are missing won't come.
+        """
+        if not self._unlogged:
+            return
+        last = self._unlogged[-1]
+        deadline = time.monotonic() + self.wait_seconds
+        while world_size > 1 and self.files.missing(last) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self.publish(loggers, step=last)
+        for step in self._unlogged:
+            names = ", ".join(str(path) for path in self.files.missing(step))
+            log.warning("validation videos of step %d are missing, it is not logged: %s", step, names)
+
+
+def validation_videos(
+    config: TrainConfig, *, run_dir: Path, teacher: nn.Module | None, encode: Encode | None
+) -> ValidationVideos | None:
+    """The callback that a configuration asks for; None where it asks for none."""
+    if config.evaluation.video_every_steps is None or config.evaluation.videos == 0:
+        return None
+    prompts, seeds = shown_prompts(config)
+    return ValidationVideos(
+        files=ValidationFiles(run_dir / DIRECTORY, prompts=prompts, seeds=seeds, fps=config.model.fps),
+        family=config.model,
+        teacher=teacher,
+        encode=encode,
+        every_steps=config.evaluation.video_every_steps,
+        num_steps=config.steps,
+    )
+
+
+def _distance(frames: Frames, teacher: Frames, device: torch.device) -> tuple[float, float]:
+    """PSNR in dB and SSIM of a video to the teacher's."""
+    a, b = (torch.from_numpy(video).to(device) for video in (frames, teacher))
+    return psnr_db(a, b, max_value=255), ssim(a, b, max_value=255)
+
+
+def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo]) -> None:
+    """One panel per prompt, and the means over the prompts; with a step of their own, because they may come late."""
+    import wandb
+
+    step = videos[0].step
+    content: dict[str, Any] = {"validation/step": step}
+    for video in videos:
+        index, both = video.prompt_index, video.psnr_db is not None
+        path = files.path(index, step=step, variant="side-by-side") if both else video.student
+        caption = f"{video.prompt} (seed {video.seed}, step {step}{'; teacher, student' if both else ''})"
+        content[f"validation/{index:02d}"] = wandb.Video(str(path), format="mp4", caption=caption)
+    for name in ("psnr_db", "ssim"):
+        values = [value for video in videos if (value := getattr(video, name)) is not None]
+        if values:
+            content[f"validation/{name}"] = fmean(values)
+    run.define_metric("validation/step", hidden=True)
+    run.define_metric("validation/*", step_metric="validation/step")
+    run.log(content)

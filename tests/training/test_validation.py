@@ -1,0 +1,245 @@
+"""Validation videos of the real tiny model: checked against the family's own frames, and for what they may not touch."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from qvgen.config.errors import UserError
+from qvgen.config.sections import LoggerConfig
+from qvgen.data.video import write_video
+from qvgen.evaluation.metrics import psnr_db, ssim
+from qvgen.evaluation.validation_files import ValidationFiles, read_validation
+from qvgen.training.student import prepare_student
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT, build_logger, build_trainer, close_loggers
+from qvgen.training.validation import ValidationVideos, validation_videos
+from tests.runs import train_config
+from tests.training.validated import contents, times
+
+PROMPTS = 5
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return train_config().model.load_teacher()
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    return prepare_student(train_config("phi.rank=2"))[0].train()
+
+
+def five_prompts(directory: Path, *, encode: Any = None, teacher: nn.Module | None) -> ValidationVideos:
+    config = train_config()
+    files = ValidationFiles(directory, prompts=config.model.prompts[:PROMPTS], seeds=range(7, 7 + PROMPTS), fps=8)
+    return ValidationVideos(
+        files=files, family=config.model, teacher=teacher, encode=encode, every_steps=2, num_steps=3, wait_seconds=0
+    )
+
+
+def index_of(name: str) -> int:
+    return int(Path(name).name[:2])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_out_the_prompts(
+    world_size: int, teacher: nn.Module, student: nn.Module, tmp_path: Path
+) -> None:
+    before: dict[str, int] = {}
+    for rank in reversed(range(world_size)):  # in any order: none waits for another
+        videos = five_prompts(tmp_path / "shared", teacher=teacher)
+        videos.write_videos(student, step=2, rank=rank, world_size=world_size)
+        after = times(tmp_path / "shared")
+        assert before.items() <= after.items()  # what others wrote is as it was
+        assert {index_of(name) for name in after.keys() - before.keys()} == set(range(rank, PROMPTS, world_size))
+        before = after
+    alone = five_prompts(tmp_path / "alone", teacher=teacher)
+    alone.write_videos(student, step=2, rank=0, world_size=1)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    names = [path.name for path in (tmp_path / "shared" / "step-000002").glob("*-student.mp4")]
+    assert sorted(map(index_of, names)) == list(range(PROMPTS))
+    assert alone.files.missing(2) == []
+
+
+def test_a_file_holds_the_frames_that_the_family_samples(
+    teacher: nn.Module, student: nn.Module, tmp_path: Path
+) -> None:
+    family = train_config().model
+    videos = five_prompts(tmp_path / "found", teacher=teacher)
+    videos.write_videos(student, step=3, rank=1, world_size=4)
+    videos.publish([], step=3)
+    sampling = {"num_steps": family.num_inference_steps, "guidance_scale": family.guidance_scale}
+    frames = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        frames[name] = family.generate(model.eval(), [family.prompts[1]], [8], **sampling)[0]
+        expected = write_video(tmp_path / f"{name}.mp4", frames[name].numpy(), fps=8).read_bytes()
+        path = videos.files.path(1, step=3 if name == "student" else None, variant=name)
+        assert path.read_bytes() == expected
+    student.train()
+    assert path.name == "01-a-green-six-standing-still-seed8-teacher.mp4"
+    kept = videos.files.load_teacher(1)
+    assert kept is not None
+    assert np.array_equal(kept, frames["teacher"].numpy())
+    (video,) = read_validation(tmp_path / "found", verify=True)
+    assert (video.step, video.prompt_index, video.prompt, video.seed, video.fps) == (3, 1, family.prompts[1], 8, 8)
+    assert video.psnr_db == psnr_db(frames["student"], frames["teacher"], max_value=255)
+    assert video.ssim == ssim(frames["student"], frames["teacher"], max_value=255)
+    with (tmp_path / "found" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [row[name] for name in ("step", "prompt_index", "seed")] == ["3", "1", "8"]
+    assert (float(row["psnr_db"]), float(row["ssim"])) == (video.psnr_db, video.ssim)
+
+
+def test_sampling_leaves_modes_gradients_and_random_states_alone(
+    teacher: nn.Module, student: nn.Module, tmp_path: Path
+) -> None:
+    family = train_config().model
+    asked: list[str] = []
+
+    def encode(captions: Sequence[str]) -> Mapping[str, Tensor]:
+        asked.extend(captions)
+        torch.rand(3)
+        np.random.default_rng()
+        np.random.rand(3)
+        random.random()
+        return family.encode(captions)
+
+    student.train().proj_out.eval()  # a part that is not trained, for example
+    modes = {name: module.training for name, module in student.named_modules()}
+    for parameter in student.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    state = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # type: ignore[union-attr]
+    five_prompts(tmp_path, teacher=teacher, encode=encode).write_videos(student, step=2, rank=4, world_size=5)
+    assert set(asked) == {family.prompts[4], ""}
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])
+    assert random.getstate() == state[2]
+    assert {name: module.training for name, module in student.named_modules()} == modes
+    assert not teacher.training
+    for parameter in student.parameters():
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 0.5))
+        parameter.grad = None
+    student.train()
+
+
+def test_without_a_teacher_the_student_is_alone(student: nn.Module, tmp_path: Path) -> None:
+    videos = five_prompts(tmp_path, teacher=None)
+    videos.write_videos(student, step=0, rank=0, world_size=5)
+    videos.publish([], step=0)
+    (video,) = read_validation(tmp_path, verify=True)
+    assert (video.psnr_db, video.ssim, video.teacher) == (None, None, None)
+    assert sorted(path.name[-11:] for path in (tmp_path / "step-000000").iterdir()) == ["student.mp4", "tudent.json"]
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "0,0,7,,"
+
+
+def test_a_missing_video_is_a_warning_with_its_name(
+    student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos = five_prompts(tmp_path, teacher=None)
+    for step in (0, 2):  # the other process wrote its share of the first step only
+        videos.write_videos(student, step=step, rank=0, world_size=2)
+        videos.publish([], step=step)
+    videos.write_videos(student, step=0, rank=1, world_size=2)
+    with caplog.at_level(logging.WARNING):
+        videos.finish([], world_size=2)
+    (record,) = caplog.records
+    missing = [videos.files.path(index, step=2, variant="student") for index in (1, 3)]
+    assert (
+        record.getMessage() == f"validation videos of step 2 are missing, it is not logged: {missing[0]}, {missing[1]}"
+    )
+    steps = [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == ["0"] * 5 + ["2"] * 3
+
+
+def test_rank_0_waits_for_the_others_at_the_end(
+    student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos = five_prompts(tmp_path, teacher=None)
+    videos.wait_seconds = 60.0
+    videos.write_videos(student, step=2, rank=0, world_size=2)
+    videos.publish([], step=2)
+
+    def other_process() -> None:
+        time.sleep(1.0)
+        videos.write_videos(student, step=2, rank=1, world_size=2)
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    began = time.monotonic()
+    videos.finish([], world_size=2)
+    thread.join()
+    assert 1.0 <= time.monotonic() - began < 50.0
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + PROMPTS
+
+
+def test_wandb_gets_a_step_as_soon_as_it_is_complete(
+    teacher: nn.Module, student: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    videos = five_prompts(tmp_path / "validation", teacher=teacher)
+    loggers = build_logger(LoggerConfig(name="wandb", project="test"), run_dir=tmp_path)
+    run = loggers[0].experiment
+    try:
+        videos.write_videos(student, step=0, rank=0, world_size=2)
+        videos.publish(loggers, step=0)
+        loggers[0].log_metrics({"train/loss": 1.0}, step=1)
+        assert "validation/00" not in run.summary.keys()  # noqa: SIM118 - a summary is no dict
+        videos.write_videos(student, step=2, rank=0, world_size=2)
+        for step in (0, 2):
+            videos.write_videos(student, step=step, rank=1, world_size=2)
+        videos.publish(loggers, step=2)
+        videos.finish(loggers, world_size=2)
+        summary = dict(run.summary)
+    finally:
+        close_loggers(loggers)
+    found = [video for video in read_validation(videos.files.directory, verify=True) if video.step == 2]
+    assert summary["validation/step"] == 2
+    for name in ("psnr_db", "ssim"):
+        mean = sum(getattr(video, name) for video in found) / PROMPTS
+        assert summary[f"validation/{name}"] == pytest.approx(mean, rel=1e-12)  # the order of a float64 sum
+    for video in found:
+        panel = summary[f"validation/{video.prompt_index:02d}"]
+        assert panel["caption"] == f"{video.prompt} (seed {video.seed}, step 2; teacher, student)"
+    (record,) = tmp_path.rglob("*.wandb")
+    assert b"validation/*" in record.read_bytes()
+    for index in range(PROMPTS):
+        logged = [path.read_bytes() for path in record.parent.glob(f"files/media/videos/validation/{index:02d}_*.mp4")]
+        made = [videos.files.path(index, step=step, variant="side-by-side").read_bytes() for step in (0, 2)]
+        assert sorted(logged) == sorted(made)
+
+
+def test_a_slow_process_is_waited_for() -> None:
+    trainer = build_trainer(steps=1, accumulate=1, rank=0, world_size=2, port=1, callbacks=[], loggers=[])
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.strategy._timeout == COLLECTIVE_TIMEOUT
+    assert COLLECTIVE_TIMEOUT.total_seconds() * 1000 < 2**31  # gloo's counter of milliseconds
+
+
+def test_the_configuration_says_how_often() -> None:
+    for name in ("cogvideox", "cogvideox-5b", "cogvideox1.5", "wan", "wan-14b", "wan2.2-a14b", "wan2.2-ti2v"):
+        assert train_config(f"model={name}").evaluation.video_every_steps == 250
+    for overrides in ((), ("evaluation.video_every_steps=3", "evaluation.videos=0")):
+        assert validation_videos(train_config(*overrides), run_dir=Path(), teacher=None, encode=None) is None
+    config = train_config("evaluation.video_every_steps=3", "evaluation.videos=3", "seed=7")
+    videos = validation_videos(config, run_dir=Path("run"), teacher=None, encode=None)
+    assert videos is not None
+    assert (videos.every_steps, videos.num_steps) == (3, config.steps)
+    assert (videos.files.prompts, videos.files.seeds) == (config.model.prompts[:3], [7, 8, 9])
+    assert videos.files.directory == Path("run/validation")
+    with pytest.raises(UserError, match="evaluation.video_every_steps=0 must be greater than 0"):
+        train_config("evaluation.video_every_steps=0")
+    with pytest.raises(ValueError, match="2 validation prompts and 1 seeds"):
+        ValidationFiles(Path(), prompts=["a", "b"], seeds=[1], fps=8)
