@@ -106,12 +106,14 @@ class FoldConfig:
         run_dir: The run's folder.
         run: The configuration that the run was started with.
         out: Where the packed directory goes.
+        dry_run: Say what would be done.
         debug: Show tracebacks.
     """
 
     run_dir: Path
     run: TrainConfig
     out: Path
+    dry_run: bool
     debug: bool
 
 
@@ -178,11 +180,13 @@ class InspectConfig:
     Attributes:
         packed: A packed directory.
         run_dir: A run's folder, in place of its packed directory.
+        dry_run: Say what would be read.
         debug: Show tracebacks.
     """
 
     packed: Path | None
     run_dir: Path | None
+    dry_run: bool
     debug: bool
 
     def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 

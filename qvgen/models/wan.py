@@ -15,26 +15,19 @@ Left out: image conditions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
-from diffusers import AutoencoderKLWan, WanPipeline
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import UMT5EncoderModel
 
-from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
-from qvgen.models.pipeline_family import PipelineFamily
+from qvgen.models.wan_family import WanFamily
 
-_SHIFT_KEYS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 _EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 
 @dataclass(kw_only=True, eq=False)
-class Wan(PipelineFamily):
+class Wan(WanFamily):
     """The Wan family.
 
     Attributes:
@@ -43,13 +36,7 @@ class Wan(PipelineFamily):
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
     """
 
-    shift: float | None = None
-
-    transformer_class: ClassVar[str] = "WanTransformer3DModel"
-    pipeline_class: ClassVar[Any] = WanPipeline
-    vae_class: ClassVar[Any] = AutoencoderKLWan
     text_encoder_class: ClassVar[Any] = UMT5EncoderModel
-    scheduler_classes: ClassVar[tuple[str, ...]] = tuple(_SHIFT_KEYS)
     max_text_tokens: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
@@ -61,91 +48,6 @@ class Wan(PipelineFamily):
             raise ValueError(
                 f"model.path={self.path} holds two experts, which model={self.name} has not; use model=wan2.2-a14b"
             )
-
-    def scheduler(self) -> Any:
-        """The folder's scheduler with this family's shift, new; see the base class."""
-        scheduler = super().scheduler()
-        if self.shift is None:
-            return scheduler
-        return type(scheduler).from_config(scheduler.config, **{_SHIFT_KEYS[type(scheduler).__name__]: self.shift})
-
-    @cached_property
-    def objective(self) -> FlowMatching:
-        """Flow matching with the shift that the scheduler samples with.
-
-        Raises:
-            ValueError: the scheduler is of another kind.
-        """
-        scheduler = self.scheduler()
-        config = scheduler.config
-        is_flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
-        if (
-            not (is_flow and config.get("use_flow_sigmas", True))
-            or config["num_train_timesteps"] != NUM_TRAIN_TIMESTEPS
-        ):
-            raise ValueError(
-                f"{self.name}'s scheduler is no flow of {NUM_TRAIN_TIMESTEPS} timesteps: prediction_type="
-                f"{config.get('prediction_type')}, use_flow_sigmas={config.get('use_flow_sigmas')}, "
-                f"num_train_timesteps={config['num_train_timesteps']}"
-            )
-        lowest, highest = self._noise_range()
-        return FlowMatching(shift=float(config[_SHIFT_KEYS[type(scheduler).__name__]]), lowest=lowest, highest=highest)
-
-    def _noise_range(self) -> tuple[float, float]:
-        """Noise levels that the transformer is made for."""
-        return 0.0, 1.0
-
-    @property
-    def compression(self) -> tuple[int, int]:
-        """Frames per latent frame (but the first) and pixels per latent pixel of the VAE."""
-        config = self._vae_config  # files from before Wan2.2 lack both keys
-        return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
-
-    @property
-    def patch_size(self) -> int:
-        """Latent pixels along a side of a token."""
-        return int(self.transformer_config["patch_size"][1])
-
-    @property
-    def condition_shape(self) -> tuple[int, int]:
-        """(512, text_dim): tokens and channels of a caption's embedding."""
-        return (self.max_text_tokens, int(self.transformer_config.get("text_dim", 4096)))  # the class's default
-
-    def predict(
-        self,
-        transformer: nn.Module,
-        noisy: Float[Tensor, "B C F H W"],
-        timestep: Float[Tensor, " B"],
-        condition: Mapping[str, Tensor],
-    ) -> Float[Tensor, "B C F H W"]:
-        """Predict the flow's velocity; see :meth:`qvgen.models.base.VideoDiT.predict`."""
-        output: Tensor = transformer(
-            hidden_states=noisy.to(transformer.dtype),
-            timestep=timestep,
-            encoder_hidden_states=condition["encoder_hidden_states"].to(transformer.dtype),
-            return_dict=False,
-        )[0]
-        return output
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / standard deviation of the VAE's latents, [1, C, 1, 1, 1] in the dtype of ``like``."""
-        config = self._module("vae", device=like.device).config
-        mean, deviation = (torch.tensor(config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-        return mean.to(like), 1.0 / deviation.to(like)
-
-    def _normalize(self, latents: Tensor) -> Tensor:
-        mean, inverse = self._statistics(latents)
-        return (latents - mean) * inverse
-
-    def _denormalize(self, latents: Tensor) -> Tensor:
-        mean, inverse = self._statistics(latents)
-        return latents / inverse + mean  # the pipeline's order of operations, to the bit
-
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def _pipeline_options(self) -> dict[str, Any]:
-        return {"expand_timesteps": bool(self.component_config("model_index").get("expand_timesteps", False))}
 
 
 @dataclass(kw_only=True, eq=False)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qvgen.config.schema import TrainConfig
+from qvgen.data.moving_digits import MovingDigits
 from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.teacher import NUM_VIDEOS, teacher_quality
+from qvgen.models.folder_family import FolderFamily
+from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import save_weights
 from qvgen.run_directory import RunDirectory
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.session import load_start, micro_batch_size, save_start, train_all
+from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import command_line
 
 log = logging.getLogger(__name__)
@@ -25,8 +33,13 @@ CLASSIFIER_STEPS = 600
 def pretrain(config: TrainConfig) -> None:
     """Train a full-precision model from scratch, and write its weights with a card that says how good it is.
 
-    What is made is made in the run's folder; shipping it is moving it to where ``model.weights`` points.
+    What is made is made in the run's folder; shipping it is moving it to where ``model.weights`` or ``model.path`` points.
+
+    Raises:
+        ValueError: The model is none that this project trains from scratch.
     """
+    if not hasattr(config.model, "initial_transformer"):
+        raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny and model=small can")
     student = config.model.initial_transformer(config.seed)
     held_out = HeldOut(
         config.model,
@@ -36,8 +49,6 @@ def pretrain(config: TrainConfig) -> None:
         batch_size=micro_batch_size(config),
     )
     log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))
-    if config.dry_run:
-        return
     with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
         if run_dir.load_stage("start") is None:
             save_start(student, run_dir.path)
@@ -51,15 +62,29 @@ def pretrain(config: TrainConfig) -> None:
             "seconds": round(total_seconds(run_dir.path / "metrics.csv")),
             "environment": {"machine": collect_environment().machine.to_json_dict()},
         }
-        classifier = train_classifier(
-            config.data.open(config.model, split="train").samples, steps=CLASSIFIER_STEPS, seed=config.seed
-        )
-        accuracy = dataset_accuracy(classifier, held_out.split.samples, count=NUM_VIDEOS)
-        save_weights(
-            classifier.state_dict(), run_dir.path / CLASSIFIER_FILE, card={**card, "held_out_accuracy": accuracy}
-        )
-        quality = teacher_quality(config.model, student, held_out=held_out, classifier=classifier)
-        path = save_weights(student.state_dict(), run_dir.path / TEACHER_FILE, card={**card, "quality": quality})
+        quality = {"held_out_loss": held_out.loss(student)}
+        if isinstance(held_out.split.samples, MovingDigits):
+            quality = _digit_quality(config, student, run_dir.path, held_out=held_out, card=card)
+        path = _save(config, student, run_dir.path, card={**card, "quality": quality})
     print(f"weights: {path}")
     for name, value in quality.items():
         print(f"{name}: {value:.4f}")
+
+
+def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[str, Any]) -> Path:
+    """A weights file, or for a family whose models are folders a complete folder."""
+    if isinstance(config.model, FolderFamily):
+        source = Path(config.model.path).expanduser()
+        return write_small_folder(path / MODEL_DIRECTORY, source_folder=source, transformer=student, card=card)
+    return save_weights(student.state_dict(), path / TEACHER_FILE, card=card)
+
+
+def _digit_quality(
+    config: TrainConfig, student: nn.Module, path: Path, *, held_out: HeldOut, card: Mapping[str, Any]
+) -> Mapping[str, float]:
+    """What samples of moving digits show, by a classifier that is trained for it and kept in the run's folder."""
+    clips = config.data.open(config.model, split="train").samples
+    classifier = train_classifier(clips, steps=CLASSIFIER_STEPS, seed=config.seed)
+    accuracy = dataset_accuracy(classifier, held_out.split.samples, count=NUM_VIDEOS)
+    save_weights(classifier.state_dict(), path / CLASSIFIER_FILE, card={**card, "held_out_accuracy": accuracy})
+    return teacher_quality(config.model, student, held_out=held_out, classifier=classifier)

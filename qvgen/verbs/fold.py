@@ -7,6 +7,7 @@ import logging
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import codes_equal
+from qvgen.training.plan_verbs import plan_fold
 from qvgen.training.session import decay_schedule, load_trained
 from qvgen.training.student import fold_student, prepare_student
 
@@ -15,6 +16,10 @@ log = logging.getLogger(__name__)
 
 def run(config: FoldConfig) -> None:
     """Fold, write, read back and compare; refused while Phi has rank."""
+    if config.dry_run:
+        for line in plan_fold(config):
+            print(line)
+        return
     run_config = config.run
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")

@@ -15,6 +15,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import Manifest, read_manifest
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
+from qvgen.training.plan_verbs import plan_generate
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ def run(config: GenerateConfig) -> None:
     num_steps = config.num_steps or family.num_inference_steps
     guidance_scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
     if config.dry_run:
-        for line in plan(config, captions=captions, num_steps=num_steps, guidance_scale=guidance_scale):
+        lines = plan(config, captions=captions, num_steps=num_steps, guidance_scale=guidance_scale)
+        for line in [*lines, *plan_generate(family, packed=config.packed or ())]:
             print(line)
         return
     transformer = _transformer(config, family)

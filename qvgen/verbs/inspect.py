@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qvgen.config.schema import InspectConfig
-from qvgen.deploy.manifest import WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
+from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
 
 HEADER = ("layer", "shape", "bits", "profile", "bytes", "weight error")
 
@@ -20,6 +20,9 @@ def run(config: InspectConfig) -> None:
     weights = directory / WEIGHTS_FILE
     if not weights.is_file():
         raise ValueError(f"{weights} is missing; copy the whole packed directory")
+    if config.dry_run:
+        print(f"would read {directory / MANIFEST_FILE} and the size of {weights}")
+        return
     for line in table(manifest, file_bytes=weights.stat().st_size):
         print(line)
 

@@ -7,10 +7,13 @@ import logging
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.report import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.run_directory import RunDirectory
+from qvgen.training.plan import plan_training
+from qvgen.training.plan_text import format_plan
 from qvgen.training.session import (
     TRAINING_THREADS,
     load_start,
@@ -21,6 +24,7 @@ from qvgen.training.session import (
     use_threads,
 )
 from qvgen.training.student import check_student, prepare_student, start_student
+from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
 from qvgen.verbs._pretrain import pretrain
 from qvgen.verbs.precompute import fill_missing
@@ -32,9 +36,17 @@ def run(config: TrainConfig) -> None:
     """Do the whole way of one run."""
     use_threads(TRAINING_THREADS)
     config.data.check(config.model)
+    if config.method.name == "autoencoder":
+        train_autoencoder(config)
+        return
+    if config.method.quantizes:
+        check_student(config)
+    if config.dry_run:
+        for line in format_plan(plan_training(config, num_clips=_num_clips(config))):
+            print(line)
+        return
     if config.method.quantizes:
         log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
-        check_student(config)
     captions = list(config.evaluation.prompts or config.model.prompts)
     fill_missing(config, captions=captions)
     if not config.method.quantizes:
@@ -49,9 +61,6 @@ def run(config: TrainConfig) -> None:
         seed=config.seed,
         batch_size=micro_batch_size(config),
     )
-    if config.dry_run:
-        _show_plan(config, student, swapped)
-        return
     with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
@@ -66,6 +75,12 @@ def run(config: TrainConfig) -> None:
         )
         data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
         show_result(data, write_report(run_dir.path, data))
+
+
+def _num_clips(config: TrainConfig) -> int | None:
+    """Clips of the table, as far as one was named."""
+    source = config.data
+    return len(source.table()) if isinstance(source, ClipSource) and source.path is not None else None
 
 
 def _check_inputs(config: TrainConfig, *, captions: list[str]) -> None:

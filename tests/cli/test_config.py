@@ -154,7 +154,7 @@ def test_arguments_of_leaves_are_checked() -> None:
         build_leaf(spec, key="method")
     with pytest.raises(UserError, match="unknown key 'method.wieght'; did you mean 'method.weight'"):
         build_leaf(spec | {"wieght": 3}, key="method")
-    assert build_leaf(spec, key="method", partial=True)(activation=8) == Bits(weight=4, activation=8)
+    assert build_leaf({**spec, "activation": 8}, key="method") == Bits(weight=4, activation=8)
     with pytest.raises(UserError, match="unknown model=tini; did you mean 'tiny'"):
         load_leaf("model", "tini")
 

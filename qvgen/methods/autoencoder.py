@@ -1,0 +1,35 @@
+"""Training of a video VAE on pixel clips (Kingma and Welling 1312.6114; latent diffusion 2112.10752): a model's first stage.
+
+    loss = mean |x - decode(z)| + kl_weight * mean KL(q(z | x) || N(0, 1))        z ~ q(z | x), both means over all numbers
+
+Left out: perceptual and adversarial losses, which sharpen what the L1 norm leaves blurred.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qvgen.methods.base import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """No transformer, no captions, nothing quantized.
+
+    Attributes:
+        kl_weight: Of the KL divergence per latent number, in nats; >= 0. It only keeps latents from growing without bound:
+            their scale is divided out afterwards.
+    """
+
+    kl_weight: float
+    name: Literal["autoencoder"] = field(default="autoencoder", init=False)
+    quantizes: Literal[False] = field(default=False, init=False)
+    uses_phi: Literal[False] = field(default=False, init=False)
+    target: Target = field(default="data", init=False)
+    caption_dropout: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"method.kl_weight={self.kl_weight} is negative or not finite; write for example 1e-4")

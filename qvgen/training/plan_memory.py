@@ -1,0 +1,171 @@
+"""The memory that a run needs, by part, and the memory that is there.
+
+    masters 4 + gradients 4 + AdamW's moments 8 bytes per trained parameter, the teacher in its dtype, buffers: from the
+    models on the meta device. What the forward and backward pass keep alive: from :mod:`qvgen.training.counted_step`.
+
+Left out: the CUDA context, workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host,
+Python itself, the decomposition that starts Phi (one layer in float64 at a time) and the data loader.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.training.counted_step import StepSettings, count_step
+from qvgen.training.fake_model import build_family, build_student, build_teacher
+from qvgen.training.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.step_counter import StepCount
+
+USABLE_SHARE = 0.92
+"""Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPart:
+    """One line of the table."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What trains.
+
+    Attributes:
+        name: For people.
+        nbytes: Memory of one device; for processes that share a host, each one's share.
+        on_gpu: Whether training has a GPU's precision.
+        is_here: Whether it is this machine's, and can be measured.
+    """
+
+    name: str
+    nbytes: int
+    on_gpu: bool
+    is_here: bool
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may fill."""
+        return int(USABLE_SHARE * self.nbytes)
+
+
+def find_device(config: TrainConfig) -> Device:
+    """The device that ``device_memory_gib`` describes, or this machine's."""
+    if config.device_memory_gib is not None:
+        name = f"a GPU of {config.device_memory_gib:g} GiB (device_memory_gib)"
+        return Device(name=name, nbytes=int(config.device_memory_gib * GIB), on_gpu=True, is_here=False)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(name=properties.name, nbytes=properties.total_memory, on_gpu=True, is_here=True)
+    share = host_memory()[0] // config.devices
+    name = "the CPU of this host" + (f", shared by {config.devices} processes" if config.devices > 1 else "")
+    return Device(name=name, nbytes=share, on_gpu=False, is_here=True)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of this host's memory (or of its container's), all and available."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024  # what caches hold can be had too
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        total = min(total, int(limit)) if limit != "max" else total
+    except (OSError, KeyError):  # not Linux, or no such group
+        pass
+    return total, min(available, total)
+
+
+def teacher_dtype(family: Any) -> torch.dtype:
+    """Of the weights that the family loads as the teacher; float32 for one that has no choice."""
+    dtype: torch.dtype = getattr(torch, getattr(family, "dtype", "float32"))
+    return dtype
+
+
+def moment_bytes(student: nn.Module) -> int:
+    """AdamW's two moments and the step count of each trained tensor, all float32."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return sum(8 * parameter.numel() + 4 for parameter in trained)
+
+
+def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype) -> list[MemoryPart]:
+    """What lies on every device from the first step to the last; both strategies hold all of it.
+
+    Args:
+        config: The run's.
+        student: On the meta device.
+        dtype: Of the teacher.
+    """
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    parts = [
+        MemoryPart(name="student: float32 masters", nbytes=tensor_bytes(student.parameters())),
+        MemoryPart(name="student: gradients, float32", nbytes=4 * sum(parameter.numel() for parameter in trained)),
+        MemoryPart(name="optimizer: two moments, float32", nbytes=moment_bytes(student)),
+        MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
+    ]
+    if config.method.target == "teacher":
+        teacher = build_teacher(build_family(config), dtype=dtype)
+        name = f"teacher: weights, {str(dtype).removeprefix('torch.')}"
+        parts.insert(3, MemoryPart(name=name, nbytes=tensor_bytes([*teacher.parameters(), *teacher.buffers()])))
+    return parts
+
+
+def activation_parts(count: StepCount) -> list[MemoryPart]:
+    """What a micro-batch adds, at the moment when it is most."""
+    return [
+        MemoryPart(name="activations: kept for the backward pass", nbytes=count.kept_bytes),
+        MemoryPart(name="activations: more at the peak", nbytes=count.peak_bytes - count.kept_bytes),
+    ]
+
+
+def total_bytes(parts: list[MemoryPart]) -> int:
+    """Their sum."""
+    return sum(part.nbytes for part in parts)
+
+
+class MemoryCounter:
+    """The sum of all parts for any settings, each counted once; the first count is checked."""
+
+    def __init__(self, config: TrainConfig, student: nn.Module) -> None:
+        self.config, self.student = config, student
+        self._counts: dict[StepSettings, StepCount] = {}
+
+    def count(self, settings: StepSettings) -> StepCount:
+        """The micro-batch."""
+        if settings not in self._counts:
+            self._counts[settings] = count_step(self.config, settings, is_checked=not self._counts)
+        return self._counts[settings]
+
+    def weight_bytes(self, settings: StepSettings) -> int:
+        """All but activations."""
+        return total_bytes(weight_parts(self.config, self.student, dtype=settings.teacher_dtype))
+
+    def total(self, settings: StepSettings) -> int:
+        """Bytes of everything."""
+        return self.weight_bytes(settings) + self.count(settings).peak_bytes
+
+
+def preparation_bytes(config: TrainConfig) -> int:
+    """Most bytes of tensors on the host at once before training starts, for each process.
+
+    The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
+    their weights before the old ones go), then the teacher is loaded.
+    """
+    family = build_family(config)
+    with LiveBytes() as live:
+        student, _ = build_student(config, family)
+        teacher = build_teacher(family, dtype=teacher_dtype(family)) if config.method.quantizes else None
+        peak = live.peak
+    del student, teacher
+    return peak
