@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tests.hadamard_oracle import rotation_matrix
+
 FLOOR = 1e-8
 SMALLEST = {"float32": FLOOR, "bfloat16": FLOOR, "float16": 2.0**-14}
 LARGEST = {"float32": np.inf, "bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
@@ -154,20 +156,7 @@ def finite_difference(function, point, *, step=1e-6):
     return gradient
 
 
-# --------------------------------------------------------------------------- Hadamard and singular values
-
-
-def hadamard_matrix(block):
-    """Sylvester's matrix of a block, divided by sqrt(block)."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < block:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(block)
-
-
-def rotation_matrix(columns, block):
-    """Block-diagonal Hadamard [columns, columns]; the identity where ``block`` is 0."""
-    return np.kron(np.eye(columns // block), hadamard_matrix(block)) if block else np.eye(columns)
+# --------------------------------------------------------------------------- singular values
 
 
 def best_rank_error(matrix, rank):

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
+from qvgen_kernels.hadamard import paley_factor, rotation_sizes
+
 __all__ = ["INT32_LIMIT", "MAX_BITS", "MIN_BITS", "SCALE_FLOOR", "LinearSpec"]
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -43,7 +45,8 @@ class LinearSpec:
             token).
         scale_dtype: the precision that ACTIVATION scales are rounded to. Weight scales come as float32 and
             are used as they are: whoever made them has rounded them already.
-        rotation: block size of the Hadamard transform of the input, a power of two; 0 = none.
+        rotation: block size of the Hadamard transform of the input; 0 = none. Powers of two, and those times b, an
+            order of Paley's (:mod:`qvgen_kernels.hadamard`): 1920 = 60 * 32, 8960 = 140 * 64.
 
     Raises:
         ValueError: a field outside its range, a group or rotation that does not divide in_features, two
@@ -88,12 +91,11 @@ class LinearSpec:
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     def _check_sizes(self) -> None:
-        for name in ("weight_group_size", "activation_group_size", "rotation"):
+        for name in ("weight_group_size", "activation_group_size"):
             value = getattr(self, name)
             if value and self.in_features % value:
                 raise ValueError(f"{name}={value} does not divide in_features={self.in_features}; use a divisor or 0")
-        if self.rotation and (self.rotation < 2 or self.rotation & (self.rotation - 1)):
-            raise ValueError(f"rotation={self.rotation} is no power of two; use 0 (none), 16, 64 or 256")
+        self._check_rotation()
         sizes = (self.weight_group_size, self.activation_group_size)
         if all(sizes) and sizes[0] != sizes[1]:
             raise ValueError(
@@ -104,6 +106,16 @@ class LinearSpec:
                 f"{self.group_size} columns at w{self.weight_bits}a{self.activation_bits} can sum to "
                 f"{self.accumulator_bound}, which int32 can't hold; use fewer bits or a group size"
             )
+
+    def _check_rotation(self) -> None:
+        size = self.rotation
+        exists = size != 1 and paley_factor(size) > 0
+        if size == 0 or (exists and self.in_features % size == 0):
+            return
+        sizes = rotation_sizes(self.in_features)
+        nearest = [*[n for n in sizes if n < size][-1:], *[n for n in sizes if n > size][:1]]
+        problem = f"does not divide in_features={self.in_features}" if exists else "has no Hadamard matrix here"
+        raise ValueError(f"rotation={size} {problem}; use {' or '.join(map(str, [0, *nearest]))}")
 
     @property
     def group_size(self) -> int:

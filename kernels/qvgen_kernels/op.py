@@ -1,7 +1,7 @@
 """The registered operator qvgen::packed_linear and its Python front.
 
     qvgen::packed_linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? clip_low, Tensor? clip_high,
-                         str spec, str kernel) -> Tensor
+                         Tensor? input_scale, str spec, str kernel) -> Tensor
 
 torch.compile sees one opaque node with a known output, so no compiler can reorder or fuse the arithmetic that
 the contract fixes. Inference only: a backward pass raises, since the trainable layer is the fake-quantized
@@ -28,25 +28,21 @@ _NAME = "qvgen::packed_linear"
 _library = torch.library.Library("qvgen", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? clip_low, Tensor? clip_high, "
-    "str spec, str kernel) -> Tensor",
+    "Tensor? input_scale, str spec, str kernel) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _check_inputs(
-    x: Tensor, *, bias: Tensor | None, clip_low: Tensor | None, clip_high: Tensor | None, spec: LinearSpec
-) -> None:
+def _check_inputs(x: Tensor, *, spec: LinearSpec, **vectors: Tensor | None) -> None:
     """Check what can be checked without reading a value: reading one would stall a GPU in every layer."""
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"x is {x.dtype}; use torch.float32, torch.bfloat16 or torch.float16")
     if x.ndim < 1 or x.shape[-1] != spec.in_features:
         raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be in_features={spec.in_features}")
     rows = prod(x.shape[:-1])
-    for name, tensor, size in (
-        ("bias", bias, spec.out_features),
-        ("clip_low", clip_low, rows),
-        ("clip_high", clip_high, rows),
-    ):
+    sizes = {"bias": spec.out_features, "clip_low": rows, "clip_high": rows, "input_scale": spec.in_features}
+    for name, tensor in vectors.items():
+        size = sizes[name]
         if tensor is None:
             continue
         if tensor.dtype != torch.float32 or tensor.ndim != 1 or tensor.shape[0] != size:
@@ -61,17 +57,19 @@ def _packed_linear(
     bias: Tensor | None,
     clip_low: Tensor | None,
     clip_high: Tensor | None,
+    input_scale: Tensor | None,
     spec: str,
     kernel: str,
 ) -> Tensor:
     parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, spec=parsed)
+    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, input_scale=input_scale, spec=parsed)
     y = get_backend(kernel).linear(
         x.reshape(-1, parsed.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), parsed.in_features),
         weight,
         bias=bias,
         clip_low=clip_low,
         clip_high=clip_high,
+        input_scale=input_scale,
         spec=parsed,
     )
     return y.reshape(*x.shape[:-1], parsed.out_features)
@@ -83,11 +81,12 @@ def _fake(
     bias: Tensor | None,
     clip_low: Tensor | None,
     clip_high: Tensor | None,
+    input_scale: Tensor | None,
     spec: str,
     kernel: str,  # noqa: ARG001
 ) -> Tensor:
     parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, spec=parsed)
+    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, input_scale=input_scale, spec=parsed)
     return x.new_empty((*x.shape[:-1], parsed.out_features))
 
 
@@ -131,6 +130,7 @@ def packed_linear(
     bias: Tensor | None = None,
     clip_low: Tensor | None = None,
     clip_high: Tensor | None = None,
+    input_scale: Tensor | None = None,
     spec: LinearSpec,
     kernel: str,
 ) -> Tensor:
@@ -142,6 +142,7 @@ def packed_linear(
         bias: float32 [N].
         clip_low: float32 [M], a factor on each row's minimum (M = product of x's leading sizes); None = 1.
         clip_high: float32 [M], a factor on each row's maximum; None = 1.
+        input_scale: float32 [K], a factor on each column of x, before all else; None = 1.
         spec: the layer.
         kernel: a resolved backend name (``resolve_kernel(...).name``).
 
@@ -152,5 +153,5 @@ def packed_linear(
         ValueError: wrong dtype, shape or device, or unknown kernel.
     """
     text = spec.to_string()
-    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), bias, clip_low, clip_high, text, kernel)
+    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), bias, clip_low, clip_high, input_scale, text, kernel)
     return y

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec
+from qvgen_kernels.hadamard import block_hadamard
 from qvgen_kernels.registry import register_backend
 from qvgen_kernels.weight import check_weight, unpack_planes
 
@@ -33,28 +34,6 @@ __all__ = ["ReferenceBackend", "accumulate", "block_hadamard", "quantize_activat
 
 FLOAT32_EXACT = 2**24
 """Every whole number up to here, in magnitude, is a float32."""
-
-
-def block_hadamard(x: Tensor, *, block: int) -> Tensor:
-    """Normalised Hadamard transform (Sylvester order) of every run of ``block`` columns.
-
-    Butterflies with strides 1, 2, ..., block/2 in float32, (a, b) -> (a + b, a - b), then one multiplication
-    by float32(block^-1/2). The order is part of the contract: a matrix product would round differently with
-    M.
-
-    Args:
-        x: float32 [..., K].
-        block: power of two that divides K.
-
-    Returns:
-        float32 [..., K], a new tensor. Within about log2(block) roundings of the exact transform.
-    """
-    y, stride = x, 1
-    while stride < block:
-        first, second = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        y = torch.stack((first + second, first - second), -2).flatten(-3)
-        stride *= 2
-    return y * (1.0 / math.sqrt(block))
 
 
 def quantize_activations(
@@ -177,6 +156,7 @@ class ReferenceBackend:
         bias: Tensor | None,
         clip_low: Tensor | None,
         clip_high: Tensor | None,
+        input_scale: Tensor | None = None,
         spec: LinearSpec,
     ) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
@@ -188,7 +168,8 @@ class ReferenceBackend:
             )
         # An autocast region around the layer would round the float32 sums to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            operand, scale, _ = quantize_activations(x, spec=spec, clip_low=clip_low, clip_high=clip_high)
+            rows = x if input_scale is None else x.to(torch.float32) * input_scale
+            operand, scale, _ = quantize_activations(rows, spec=spec, clip_low=clip_low, clip_high=clip_high)
             flat = operand.flatten(1)
             y: Tensor | None = None
             for group, columns in enumerate(_group_slices(spec)):

@@ -52,6 +52,7 @@ class Backend(Protocol):
         bias: Tensor | None,
         clip_low: Tensor | None,
         clip_high: Tensor | None,
+        input_scale: Tensor | None,
         spec: LinearSpec,
     ) -> Tensor:
         """Map x [M, K] (any strides, M may be 0) to a new tensor [M, N] of x's dtype."""

@@ -28,6 +28,7 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "precompute": PrecomputeConfig,
+    "ptq": TrainConfig,
 }
 
 
@@ -38,7 +39,7 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
     """
     values: dict[str, Any] = dict(plain)
-    if verb in ("train", "precompute"):
+    if verb in ("train", "ptq", "precompute"):
         values["plain"] = dict(plain)
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))

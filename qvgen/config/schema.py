@@ -12,6 +12,7 @@ from typing import Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.sections import (
+    CalibrationConfig,
     CheckpointConfig,
     EvaluationConfig,
     LoggerConfig,
@@ -39,7 +40,7 @@ class TrainConfig:
         strategy: One process or several.
         logger: Where metrics go.
         seed: Seed of everything random; >= 0.
-        steps: Optimizer steps; >= 1.
+        steps: Optimizer steps; 0 only where nothing is trained.
         batch_size: Samples per optimizer step over all devices and micro-batches.
         accumulate: Micro-batches per optimizer step; >= 1.
         devices: Processes; >= 1.
@@ -50,6 +51,7 @@ class TrainConfig:
         dry_run: Build and check everything, train nothing.
         debug: Show tracebacks.
         phi: The low-rank helper.
+        calibration: What a PTQ method sees of the full-precision model.
         checkpoint: How often a run can be resumed from.
         evaluation: What is measured and shown.
         names: What was chosen from each group.
@@ -77,6 +79,7 @@ class TrainConfig:
     dry_run: bool
     debug: bool
     phi: PhiConfig
+    calibration: CalibrationConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     names: Names
@@ -84,7 +87,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
-        positive(steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
+        require(self.steps >= 0, f"steps={self.steps} is negative")
+        positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
         positive(device_memory_gib=self.device_memory_gib)
         require(
             self.devices == 1 or self.strategy.name == "ddp",

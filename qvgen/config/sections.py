@@ -162,6 +162,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What a PTQ method that needs statistics sees of the full-precision model; data-free methods sample nothing.
+
+    Attributes:
+        videos: Videos that are sampled for it; > 0. Their prompts are the evaluation's, again and again.
+        steps: Sampling steps of each; > 0.
+        memory_gib: Of the statistics of one pass; > 0. What does not fit is collected in further passes.
+        cache: Folder of statistics, keyed by content.
+    """
+
+    videos: int
+    steps: int
+    memory_gib: float
+    cache: str
+
+    def __post_init__(self) -> None:
+        positive(
+            calibration__videos=self.videos,
+            calibration__steps=self.steps,
+            calibration__memory_gib=self.memory_gib,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured and shown at the end.
 

@@ -199,6 +199,7 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
             bias=entry.bias,
             profile=entry.profile,
             noise_band=band,
+            input_scale=entry.input_scale,
             kernel=kernel,
         )
     except ValueError as error:

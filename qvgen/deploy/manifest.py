@@ -38,6 +38,7 @@ class LayerEntry:
     in_features: int
     bias: bool
     profile: Profile
+    input_scale: bool
     nbytes: int
     weight_error: float | None
 
@@ -51,6 +52,7 @@ class LayerEntry:
             "bias": self.bias,
             "activation": {**activation, "range": "dynamic", "clip_table": num_noise_bands},
             "rotation": self.profile.rotation,
+            "input_scale": self.input_scale,
             "profile": self.profile.name,
             "bytes": self.nbytes,
             "weight_error": self.weight_error,
@@ -78,6 +80,7 @@ class LayerEntry:
             in_features=in_features,
             bias=bool(data["bias"]),
             profile=profile,
+            input_scale=bool(data.get("input_scale", False)),  # checkpoints from before there was any
             nbytes=int(data["bytes"]),
             weight_error=None if data["weight_error"] is None else float(data["weight_error"]),
         )
@@ -192,6 +195,7 @@ def layer_entry(name: str, layer: PackedLinear) -> LayerEntry:
         in_features=layer.in_features,
         bias=layer.bias is not None,
         profile=layer.profile,
+        input_scale=layer.input_scale is not None,
         nbytes=layer.nbytes(),
         weight_error=layer.weight_error,
     )

@@ -6,13 +6,13 @@ Swap the chosen Linears, let a PTQ method choose the first scales and zero point
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from qvgen.initializers.base import Initializer
+from qvgen.initializers.base import Initializer, LayerStatistics
 from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.quant.grid import Profile
 
@@ -29,6 +29,7 @@ class PrepareConfig:
         num_noise_bands: Bands of the timestep with clip factors of their own.
         phi_rank: Rank of the low-rank helper; 0 for none.
         seed: Seed of the randomized decomposition that starts Phi.
+        statistics: A layer's name -> what calibration saw of it; None is enough for a data-free method.
     """
 
     profile: Profile
@@ -38,6 +39,7 @@ class PrepareConfig:
     num_noise_bands: int = 50
     phi_rank: int = 0
     seed: int = 0
+    statistics: Callable[[str], LayerStatistics] | None = None
 
 
 def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
@@ -64,21 +66,37 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         num_noise_bands=config.num_noise_bands,
         phi_rank=config.phi_rank,
     )
-    initialize_(model, config.initializer, seed=config.seed)
+    initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics)
     return report
 
 
-def initialize_(model: nn.Module, initializer: Initializer, *, seed: int) -> None:
-    """Let a PTQ method choose all scales and zero points of a prepared model, and start its Phis from what is left.
+def initialize_(
+    model: nn.Module,
+    initializer: Initializer,
+    *,
+    seed: int,
+    statistics: Callable[[str], LayerStatistics] | None = None,
+) -> None:
+    """Let a PTQ method set up all layers of a prepared model, and start its Phis from what each of them loses.
 
     Args:
         model: Its master weights are those of the full-precision model.
         initializer: An object of :mod:`qvgen.initializers`.
         seed: Seed of the randomized decomposition that starts Phi.
+        statistics: A layer's name -> its statistics; not called for a data-free method.
+
+    Raises:
+        ValueError: The method needs statistics and there are none.
     """
+    if initializer.needs and statistics is None:
+        raise ValueError(
+            f"{type(initializer).__name__} needs calibration ({', '.join(sorted(initializer.needs))}); give "
+            "PrepareConfig(statistics=...) what qvgen.initializers.calibration.Calibration collected"
+        )
     for name, layer in quantized_layers(model).items():
-        initializer.initialize_(layer)
-        layer.start_phi_(generator=_layer_generator(name, seed=seed))
+        of_layer = statistics(name) if initializer.needs and statistics is not None else None
+        target = initializer.initialize_(layer, statistics=of_layer)
+        layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
 
 
 def _layer_generator(name: str, *, seed: int) -> torch.Generator:

@@ -2,7 +2,8 @@
 
     Y = Q(X) (Q(W) + (L gamma) R)^T + bias
 
-computed with the scales outside of the product, as the integer kernels do:
+in the layer's own coordinates, X = H (x m) of the model's x (rotation H and smoothing m, where there are any), and computed
+with the scales outside of the product, as the integer kernels do:
 
     Y = s_x * ((q_x - z_x) What^T) * s_w + bias        What = (q_w - z_w) + (L gamma) R / s_w
 
@@ -17,6 +18,7 @@ quantizer arithmetic in float32.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,12 +50,14 @@ class FakeQuantLinear(nn.Module):
         weight_quantizer: Learned scale and zero point.
         activation_quantizer: Learned clips.
         phi: The helper, or None.
+        input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
 
     Raises:
         ValueError: The profile's groups or rotation do not fit K, or the rank does not fit the layer.
     """
 
     bias: nn.Parameter | None
+    input_scale: Tensor | None
 
     def __init__(self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0) -> None:
         super().__init__()
@@ -71,17 +75,67 @@ class FakeQuantLinear(nn.Module):
         self.activation_quantizer = ActivationDynamic(grid=profile.activation, num_bands=noise_band.num_bands).to(
             weight.device
         )
+        self.register_buffer("input_scale", None)
         self.phi = None
         if phi_rank:
             self.phi = Phi(out_features=self.out_features, in_features=self.in_features, rank=phi_rank).to(
                 weight.device
             )
 
-    def start_phi_(self, *, generator: torch.Generator) -> None:
-        """Start Phi from the residual W - Q(W) of the weight quantizer as it is now."""
+    @torch.no_grad()
+    def move_(self, *, profile: Profile, input_scale: Tensor | None = None) -> None:
+        """Quantize in other coordinates, or with other bits: X' = H (X m), W' = H (W / m); the product is the same.
+
+        The master weight is rewritten in place, in float32. Scales and zero points keep their values, so a PTQ method has to
+        choose them afterwards.
+
+        Args:
+            profile: The new one; its bits and rotation may differ, the rest must be the layer's.
+            input_scale: m, float32 [K], not 0 anywhere; None leaves the input as it is.
+
+        Raises:
+            ValueError: Another granularity, group size or kind of zero point, a rotation that does not fit, or an m with
+                zeros or values that are not finite.
+        """
+        profile.check_fits(self.in_features)
+        for side in ("weight", "activation"):
+            mine, other = getattr(self.profile, side), getattr(profile, side)
+            if replace(mine, bits=other.bits) != other:
+                raise ValueError(f"{side} grid {other} differs in more than bits from the layer's {mine}")
+        weight = self.original_weight()
+        if input_scale is not None:
+            if input_scale.shape != (self.in_features,) or not bool(
+                (input_scale.isfinite() & (input_scale != 0)).all()
+            ):
+                raise ValueError(f"input_scale must be {self.in_features} finite values other than 0")
+            input_scale = input_scale.to(weight)
+            weight = weight / input_scale
+        self.weight.copy_(hadamard_transform(weight, block_size=profile.rotation) if profile.rotation else weight)
+        self.declare_(profile=profile, input_scale=input_scale)
+
+    def declare_(self, *, profile: Profile, input_scale: Tensor | None) -> None:
+        """Set what :meth:`move_` sets besides the weight, before a state is loaded."""
+        self.profile = profile
+        self.input_scale = input_scale
+        self.weight_quantizer.set_bits_(profile.weight.bits)
+        self.activation_quantizer.set_bits_(profile.activation.bits)
+
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """The master weight in the model's own coordinates, float32 [N, K]: not rotated, not smoothed."""
+        weight = self.weight.detach().float()
+        if self.profile.rotation:
+            weight = hadamard_transform(weight, block_size=self.profile.rotation)
+        return weight.clone() if self.input_scale is None else weight * self.input_scale
+
+    def start_phi_(self, *, generator: torch.Generator, target: Tensor | None = None) -> None:
+        """Start Phi from what the weight quantizer loses.
+
+        ``target``, float32 [N, K], is what Q(W) + Phi shall be, in the layer's coordinates; None: the master weight.
+        """
         if self.phi is not None:
-            residual = self.weight.detach() - self.weight_quantizer.fake_quantize(self.weight)
-            self.phi.start_from_(residual, generator=generator)
+            target = self.weight.detach() if target is None else target
+            self.phi.start_from_(target - self.weight_quantizer.fake_quantize(self.weight), generator=generator)
 
     def quantized_weight(self) -> Tensor:
         """Q(W), float32 [N, K]: no Phi, no gradient."""
@@ -103,7 +157,8 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
         """Codes of an input [B * n, ..., K] as the layer quantizes it, [M, K]; for counting differences."""
-        return input_codes(x.reshape(-1, self.in_features), self.row_clips(x), self.profile)
+        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
+        return input_codes(rows, self.row_clips(x), self.profile)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -135,9 +190,15 @@ class FakeQuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.profile.name} {self.profile.label}"
 
 
-def input_codes(x: Tensor, clips: tuple[Tensor, Tensor], profile: Profile) -> Tensor:
-    """Codes of rows x [M, K] under a profile, rotated first if it rotates; ``clips`` are float32 [M, 1] each."""
-    rows = hadamard_transform(x, block_size=profile.rotation) if profile.rotation else x.float()
+def to_grid_input(x: Tensor, input_scale: Tensor | None, *, rotation: int) -> Tensor:
+    """What is quantized of an input [..., K]: float32 H (x m)."""
+    x = x.float()
+    x = x if input_scale is None else x * input_scale
+    return hadamard_transform(x, block_size=rotation) if rotation else x
+
+
+def input_codes(rows: Tensor, clips: tuple[Tensor, Tensor], profile: Profile) -> Tensor:
+    """Codes of rows [M, K] of :func:`to_grid_input` under a profile; ``clips`` are float32 [M, 1] each."""
     scale, zero_point = choose_qparams(rows, grid=profile.activation, clip_low=clips[0], clip_high=clips[1])
     return quantize(rows, scale=scale, zero_point=zero_point, grid=profile.activation)
 
@@ -166,7 +227,7 @@ class _Operands:
     def __init__(self, layer: FakeQuantLinear, x: Tensor, clip_low: Tensor, clip_high: Tensor) -> None:
         profile = layer.profile
         factored = profile.weight.granularity == "per_channel" and profile.activation.granularity == "per_token"
-        self.x = hadamard_transform(x, block_size=profile.rotation) if profile.rotation else x.float()
+        self.x = to_grid_input(x, layer.input_scale, rotation=profile.rotation)
         a_qparams = choose_qparams(self.x, grid=profile.activation, clip_low=clip_low, clip_high=clip_high)
         self.left, self.left_scale = _operand(self.x, *a_qparams, profile.activation, factored=factored)
         w_qparams = layer.weight_quantizer.qparams()
@@ -224,6 +285,8 @@ class _FakeQuantLinear(torch.autograd.Function):
             )
             if profile.rotation:
                 grad_x = hadamard_transform(grad_x, block_size=profile.rotation)
+            if layer.input_scale is not None:
+                grad_x = grad_x * layer.input_scale
             grad_weight, grad_scale, grad_zero = layer.weight_quantizer.gradients(grad_w_eff, weight)
             grad_left = grad_right = None
             if phi_left is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 MAX_TIMESTEP = 1000.0
 
@@ -88,8 +89,8 @@ class _ReadTimestep:
         self.band.set_timestep(torch.as_tensor(timestep))
 
 
-def watch_timestep(model: nn.Module, band: NoiseBand) -> None:
-    """Make every call of ``model`` tell ``band`` its timestep.
+def watch_timestep(model: nn.Module, band: NoiseBand) -> RemovableHandle:
+    """Make every call of ``model`` tell ``band`` its timestep, until the handle that is returned is removed.
 
     Raises:
         ValueError: The model's forward has no argument named ``timestep``.
@@ -99,4 +100,4 @@ def watch_timestep(model: nn.Module, band: NoiseBand) -> None:
         raise ValueError(
             f"{type(model).__name__}.forward has no argument named timestep; it is no diffusion transformer"
         )
-    model.register_forward_pre_hook(_ReadTimestep(band, signature), with_kwargs=True)
+    return model.register_forward_pre_hook(_ReadTimestep(band, signature), with_kwargs=True)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, input_codes
+from qvgen.layers.fake_quant_linear import FakeQuantLinear, input_codes, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.quant.affine import dequantize
 from qvgen.quant.grid import Profile
@@ -47,6 +47,7 @@ class PackedLinear(nn.Module):
         bias: Whether the layer has one.
         profile: The two grids and the rotation.
         noise_band: Shared with the other layers of the model.
+        input_scale: Whether the input is multiplied with a factor per channel first.
         kernel: Name of a kernel backend, or ``auto``.
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
@@ -57,6 +58,7 @@ class PackedLinear(nn.Module):
         bias: Parameter float32 [N], frozen, or None.
         clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations.
         clip_high: buffer float32 [num_bands].
+        input_scale: buffer float32 [K] or None.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
     """
 
@@ -67,6 +69,7 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     clip_low: Tensor | None
     clip_high: Tensor
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class PackedLinear(nn.Module):
         bias: bool,
         profile: Profile,
         noise_band: NoiseBand,
+        input_scale: bool = False,
         kernel: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -96,6 +100,7 @@ class PackedLinear(nn.Module):
             "weight_zero_point": None,
             "clip_low": None,
             "clip_high": torch.ones(noise_band.num_bands, device=device),
+            "input_scale": torch.ones(in_features, device=device) if input_scale else None,
         }
         if len(planes) == 2:
             tensors["codes_high"] = torch.zeros(out_features, planes[1].shape[1], dtype=torch.uint8, device=device)
@@ -127,6 +132,7 @@ class PackedLinear(nn.Module):
             bias=layer.bias is not None,
             profile=layer.profile,
             noise_band=layer.noise_band,
+            input_scale=layer.input_scale is not None,
             kernel=kernel,
             device=layer.weight.device,
         )
@@ -145,6 +151,7 @@ class PackedLinear(nn.Module):
             "bias": layer.bias,
             "clip_low": clip_low,
             "clip_high": clip_high,
+            "input_scale": layer.input_scale,
         }
         for name, tensor in packed.state_dict().items():
             value = values[name]
@@ -168,7 +175,7 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
-        """float32 [N, K] grid values of the weight (rotated if the profile rotates)."""
+        """float32 [N, K] grid values of the weight, in the layer's own coordinates (rotated, smoothed)."""
         scale = self.weight_scale.reshape(self.out_features, -1)
         zero_point = torch.zeros_like(scale)
         if self.weight_zero_point is not None:
@@ -206,7 +213,8 @@ class PackedLinear(nn.Module):
         """Codes of an input [B * n, ..., K] as the grid has them, [M, K]; for counting differences."""
         low, high = self.row_clips(x)
         clips = (torch.ones_like(high) if low is None else low).unsqueeze(-1), high.unsqueeze(-1)
-        return input_codes(x.reshape(-1, self.in_features), clips, self.profile)
+        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
+        return input_codes(rows, clips, self.profile)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype."""
@@ -221,6 +229,7 @@ class PackedLinear(nn.Module):
             bias=self.bias,
             clip_low=clip_low,
             clip_high=clip_high,
+            input_scale=self.input_scale,
             spec=self.spec,
             kernel=kernel,
         )

@@ -7,11 +7,13 @@ too). A pattern that matches nothing is an error: a renamed layer would otherwis
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -102,6 +104,28 @@ def swap_fake_quant_(
         layer = FakeQuantLinear(linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank)
         model.set_submodule(name, layer)
     return band
+
+
+def coordinates(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What each fake-quantized layer is besides its tensors, plain values: its profile, and whether it has an input_scale."""
+    return {
+        name: {"profile": layer.profile.to_dict(), "input_scale": layer.input_scale is not None}
+        for name, layer in quantized_layers(model).items()
+    }
+
+
+def restore_coordinates_(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bring a prepared model's layers to stored :func:`coordinates`; their tensors are loaded afterwards.
+
+    Raises:
+        ValueError: They are of other layers, or malformed.
+    """
+    layers = quantized_layers(model)
+    if set(layers) != set(stored):
+        raise ValueError(f"{len(stored)} stored layers are not the {len(layers)} of the model")
+    for name, layer in layers.items():
+        scale = torch.ones(layer.in_features, device=layer.weight.device) if stored[name]["input_scale"] else None
+        layer.declare_(profile=Profile.from_dict(stored[name]["profile"]), input_scale=scale)
 
 
 @contextmanager

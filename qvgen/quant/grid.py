@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import torch
 
+from qvgen.quant.hadamard import hadamard_order, nearest_sizes
+
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
 ZeroPointKind = Literal["integer", "real", "none"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
@@ -117,10 +119,11 @@ class Profile:
         weight: Grid of the weight ``[N, K]``; per channel or per group.
         activation: Grid of the input ``[..., K]``; per token or per group, never with a real zero point.
         rotation: Block size of the normalized Hadamard transform that the input passes before it is quantized
-            (the weight is stored rotated); 0 for none.
+            (the weight is stored rotated); 0 for none. Any size of :func:`qvgen.quant.hadamard.hadamard_order`, the
+            whole row included: 1920, 3072, 8960.
 
     Raises:
-        ValueError: A granularity that does not belong to that side, or a rotation that is no power of two.
+        ValueError: A granularity that does not belong to that side, or a rotation that has no Hadamard matrix here.
     """
 
     name: str
@@ -135,8 +138,9 @@ class Profile:
             raise ValueError(f"activation granularity {self.activation.granularity!r}; use per_token or per_group")
         if self.activation.zero_point == "real":
             raise ValueError("activation zero_point 'real' runs on no integer kernel; use integer or none")
-        if self.rotation and (self.rotation < 2 or self.rotation & (self.rotation - 1)):
-            raise ValueError(f"rotation={self.rotation} is no power of two; use 0, 16, 64 or 256")
+        if self.rotation and (self.rotation == 1 or hadamard_order(self.rotation) is None):
+            sizes = " or ".join(map(str, [0, *nearest_sizes(self.rotation)]))
+            raise ValueError(f"rotation={self.rotation} has no Hadamard matrix here; use {sizes}")
         w_group, a_group = self.weight.group_size, self.activation.group_size
         if w_group and a_group and w_group != a_group:
             raise ValueError(f"weight group_size={w_group} and activation group_size={a_group} differ; make them equal")
@@ -151,10 +155,8 @@ class Profile:
         self.weight.num_groups(in_features)
         self.activation.num_groups(in_features)
         if self.rotation and in_features % self.rotation:
-            raise ValueError(
-                f"rotation={self.rotation} does not divide in_features={in_features}; use rotation=0 or a power of two "
-                "that does"
-            )
+            sizes = " or ".join(map(str, [0, *nearest_sizes(self.rotation, columns=in_features)]))
+            raise ValueError(f"rotation={self.rotation} does not divide in_features={in_features}; use {sizes}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for manifests and configs."""

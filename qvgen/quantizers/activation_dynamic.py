@@ -11,6 +11,7 @@ Deviations from the released code, which chooses the band by the first sample of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ class ActivationDynamic(nn.Module):
         logit = math.log(INITIAL_CLIP / (1.0 - INITIAL_CLIP))
         self.clip_low = None if grid.symmetric else nn.Parameter(torch.full((num_bands,), logit))
         self.clip_high = nn.Parameter(torch.full((num_bands,), logit))
+
+    def set_bits_(self, bits: int) -> None:
+        """Another width of the same grid; the clips keep their values."""
+        self.grid = replace(self.grid, bits=bits)
 
     def clip_tables(self) -> tuple[Tensor, Tensor]:
         """Factors in (0, 1), float32 [num_bands] each: low (ones for symmetric grids) and high.

@@ -11,6 +11,7 @@ come back. A scale below 1e-8 is used as 1e-8, for the same reason and in the sa
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,18 @@ class WeightLSQ(nn.Module):
         super().__init__()
         self.grid = grid
         groups = grid.num_groups(in_features)
-        self.gradient_scale = 1.0 / math.sqrt(in_features // groups * grid.qmax)
+        self.columns = in_features // groups
         self.scale = nn.Parameter(torch.ones(out_features, groups))
         self.zero_point = None if grid.symmetric else nn.Parameter(torch.zeros(out_features, groups))
+
+    @property
+    def gradient_scale(self) -> float:
+        """LSQ's factor on the gradients of scale and zero point, 1 / sqrt(columns qmax)."""
+        return 1.0 / math.sqrt(self.columns * self.grid.qmax)
+
+    def set_bits_(self, bits: int) -> None:
+        """Another width of the same grid; scale and zero point keep their values."""
+        self.grid = replace(self.grid, bits=bits)
 
     @torch.no_grad()
     def start_from_(self, scale: Tensor, zero_point: Tensor) -> None:

@@ -48,10 +48,6 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
             rate = optim.clip_learning_rate if name == "clips" else optim.learning_rate
             decay = optim.weight_decay if name in ("weights", "phi") else 0.0
             result.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
-            log.info(
-                "optimizer group %s: %d tensors, %d parameters, peak learning rate %g, weight decay %g",
-                name, len(parameters), sum(p.numel() for p in parameters), rate, decay,
-            )  # fmt: skip
     return result
 
 
@@ -72,7 +68,13 @@ def build_optimizer(
     model: nn.Module, optim: OptimConfig, *, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over the model's parameter groups, and its schedule, to be stepped once per optimizer step."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps, fused=True)
+    groups = parameter_groups(model, optim)
+    for group in groups:
+        log.info(
+            "optimizer group %s: %d tensors, %d parameters, peak learning rate %g, weight decay %g",
+            group["name"], len(group["params"]), sum(p.numel() for p in group["params"]), group["lr"], group["weight_decay"],
+        )  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, num_steps=num_steps, warmup_share=optim.warmup_share)

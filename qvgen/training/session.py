@@ -6,6 +6,7 @@ bits. A later session of the same run continues from the newest checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
+from qvgen.layers.swap import coordinates, restore_coordinates_
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
@@ -30,6 +32,7 @@ from qvgen.training.trainer import build_logger, build_trainer, close_loggers, f
 from qvgen.training.validation import validation_videos
 
 START_FILE = "start.safetensors"
+LAYERS_FILE = "layers.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 
 STEP_PARTS = 2
@@ -83,7 +86,8 @@ def micro_batch_size(config: TrainConfig) -> int:
 
 
 def save_start(student: nn.Module, run_dir: Path) -> None:
-    """Write the state that training starts from."""
+    """Write the state that training starts from: coordinates of the layers, then all tensors."""
+    atomic_write(run_dir / LAYERS_FILE, json.dumps(coordinates(student)).encode())
     tensors = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
     atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
 
@@ -91,10 +95,19 @@ def save_start(student: nn.Module, run_dir: Path) -> None:
 def load_start(student: nn.Module, run_dir: Path) -> None:
     """Read what :func:`save_start` wrote; raises ValueError where it is damaged."""
     path = run_dir / START_FILE
+    _restore(student, run_dir)
     try:
         student.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} does not hold this run's start ({error}); start another run") from error
+
+
+def _restore(student: nn.Module, run_dir: Path) -> None:
+    path = run_dir / LAYERS_FILE
+    try:
+        restore_coordinates_(student, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold this run's layers ({error}); start another run") from error
 
 
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule | None) -> int:
@@ -109,6 +122,7 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule |
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
     if not found:
         raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
+    _restore(student, run_dir)
     try:
         state = torch.load(found[-1], map_location="cpu", weights_only=True)
         prefix = "student."

@@ -15,8 +15,9 @@ from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
-from qvgen.layers.swap import SwapReport, folded_copy, phi_suspended, select_linears, swap_fake_quant_
+from qvgen.layers.swap import SwapReport, folded_copy, phi_suspended, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.run_directory import RunDirectory
+from qvgen.training.calibration import CalibratedModel
 from qvgen.training.session import decay_schedule, load_start, phi_ranks, save_start
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,13 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
 
 
 def start_student(
-    config: TrainConfig, run_dir: RunDirectory, *, student: nn.Module, held_out: HeldOut, reference: Sequence[Tensor]
+    config: TrainConfig,
+    run_dir: RunDirectory,
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    held_out: HeldOut,
+    reference: Sequence[Tensor],
 ) -> Mapping[str, float]:
     """Let the PTQ method choose where training starts, or read what it chose before; the errors without training."""
     done = run_dir.load_stage("start")
@@ -74,7 +81,11 @@ def start_student(
     began = time.monotonic()
     with phi_suspended(student):
         result = {"rtn": held_out.relative_error(student, reference)}
-        initialize_(student, config.init, seed=config.seed)
+        statistics = None
+        if config.init.needs:
+            bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
+            statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
+        initialize_(student, config.init, seed=config.seed, statistics=statistics)
         result["ptq"] = held_out.relative_error(student, reference)
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began

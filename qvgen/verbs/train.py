@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.config.sections import positive
 from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.report import write_report
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 def run(config: TrainConfig) -> None:
     """Do the whole way of one run."""
+    if config.method.name == "ptq":
+        raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
+    positive(steps=config.steps)
     use_threads(TRAINING_THREADS)
     config.data.check(config.model)
     if config.method.name == "autoencoder":
@@ -42,17 +46,21 @@ def run(config: TrainConfig) -> None:
     if config.method.quantizes:
         check_student(config)
     if config.dry_run:
-        for line in format_plan(plan_training(config, num_clips=_num_clips(config))):
+        for line in format_plan(plan_training(config, num_clips=num_clips(config))):
             print(line)
         return
     if config.method.quantizes:
-        log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
-    captions = list(config.evaluation.prompts or config.model.prompts)
-    fill_missing(config, captions=captions)
-    if not config.method.quantizes:
-        pretrain(config)
+        quantize(config)
         return
-    _check_inputs(config, captions=captions)
+    fill_missing(config, captions=_captions(config))
+    pretrain(config)
+
+
+def quantize(config: TrainConfig) -> None:
+    """From the PTQ start over training, if the method has any, to a packed checkpoint and a report."""
+    log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
+    fill_missing(config, captions=_captions(config))
+    _check_inputs(config)
     student, swapped = prepare_student(config)
     held_out = HeldOut(
         config.model,
@@ -65,33 +73,38 @@ def run(config: TrainConfig) -> None:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
         reference = list(held_out.predictions(teacher))
-        start = start_student(config, run_dir, student=student, held_out=held_out, reference=reference)
-        train_all(
-            config,
-            student=student,
-            teacher=teacher,
-            run_dir=run_dir.path,
-            validate=lambda model: held_out.relative_error(model, reference),
-        )
+        start = start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
+        if config.steps:
+            train_all(
+                config,
+                student=student,
+                teacher=teacher,
+                run_dir=run_dir.path,
+                validate=lambda model: held_out.relative_error(model, reference),
+            )
         data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
         show_result(data, write_report(run_dir.path, data))
 
 
-def _num_clips(config: TrainConfig) -> int | None:
+def _captions(config: TrainConfig) -> list[str]:
+    return list(config.evaluation.prompts or config.model.prompts)
+
+
+def num_clips(config: TrainConfig) -> int | None:
     """Clips of the table, as far as one was named."""
     source = config.data
     return len(source.table()) if isinstance(source, ClipSource) and source.path is not None else None
 
 
-def _check_inputs(config: TrainConfig, *, captions: list[str]) -> None:
+def _check_inputs(config: TrainConfig) -> None:
     """Raise ValueError for what would only be noticed after the run's folder was made, or hours later."""
     split = config.data.open(config.model, split="train")
     largest = max(split.buckets.count(bucket) for bucket in set(split.buckets))
-    if config.batch_size > largest:
+    if config.steps and config.batch_size > largest:
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the training data of {largest} clips of one shape; use less"
         )
-    split.encode(captions)
+    split.encode(_captions(config))
 
 
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

@@ -58,6 +58,7 @@ def test_the_manifest_says_everything(short_run: Path) -> None:
             "clip_table": 50,
         },
         "rotation": 0,
+        "input_scale": False,
         "profile": "paper",
         "bytes": expected_bytes,
     }

@@ -24,13 +24,14 @@ class Layer:
     bias: torch.Tensor
     weight: list[torch.Tensor]
 
-    def __call__(self, x, *, clips=(None, None)):
+    def __call__(self, x, *, clips=(None, None), input_scale=None):
         return packed_linear(
             x,
             weight=self.weight,
             bias=self.bias,
             clip_low=clips[0],
             clip_high=clips[1],
+            input_scale=input_scale,
             spec=self.spec,
             kernel="reference",
         )

@@ -7,6 +7,8 @@ float32: float64 has more than 2 * 24 + 2 bits, so the double rounding of + - * 
 
 import numpy as np
 
+from tests.hadamard_oracle import hadamard_factors
+
 FLOOR = {"float32": 1e-8, "bfloat16": 1e-8, "float16": 2.0**-14}
 LARGEST = {"bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
 
@@ -28,16 +30,31 @@ def round_to(value, dtype):
 
 
 def hadamard(row, block):
-    """The contract's butterflies on one float64 row that holds float32 numbers."""
+    """The contract's rotation of one float64 row that holds float32 numbers: butterflies, sums by fours, scale."""
+    matrix, exponent = hadamard_factors(block)
     out = np.array(row, np.float64)
-    for start in range(0, len(out), block):
+    for start in range(0, len(out), 2**exponent):
         stride = 1
-        while stride < block:
-            for first in range(start, start + block, 2 * stride):
+        while stride < 2**exponent:
+            for first in range(start, start + 2**exponent, 2 * stride):
                 for i in range(first, first + stride):
                     out[i], out[i + stride] = r32(out[i] + out[i + stride]), r32(out[i] - out[i + stride])
             stride *= 2
+    if len(matrix) > 1:
+        for start in range(0, len(out), block):
+            runs = out[start : start + block].reshape(len(matrix), -1)
+            out[start : start + block] = np.concatenate([sum_by_fours(signs, runs) for signs in matrix])
     return r32(out * r32(block**-0.5))
+
+
+def sum_by_fours(signs, runs):
+    """Sum over j of signs[j] * runs[j], four at a time, from left to right."""
+    total = None
+    for j in range(0, len(signs), 4):
+        x = signs[j : j + 4, None] * runs[j : j + 4]
+        term = r32(r32(x[0] + x[1]) + r32(x[2] + x[3]))
+        total = term if total is None else r32(total + term)
+    return total
 
 
 def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high):

@@ -16,8 +16,8 @@ from tests.kernels.layer import DTYPES, make_rows
 @pytest.mark.parametrize("zero_point", ["integer", "none"])
 @pytest.mark.parametrize("scale_dtype", list(DTYPES))
 @pytest.mark.parametrize("group", [0, 16])
-@pytest.mark.parametrize("rotation", [0, 32])
-def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, rotation):
+@pytest.mark.parametrize(("columns", "rotation"), [(64, 0), (64, 32), (48, 48)])
+def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, columns, rotation):
     for bits, dtype in itertools.product(range(2, 9), DTYPES.values()):
         grid = Grid(
             bits=bits,
@@ -27,7 +27,7 @@ def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, rotation
             scale_dtype=scale_dtype,
         )
         spec = LinearSpec(
-            in_features=64,
+            in_features=columns,
             out_features=1,
             weight_bits=4,
             activation_bits=bits,
@@ -36,7 +36,7 @@ def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, rotation
             scale_dtype=scale_dtype,
             rotation=rotation,
         )
-        x = make_rows(40, 64, seed=bits, dtype=dtype)
+        x = make_rows(40, columns, seed=bits, dtype=dtype)
         x[0] = 0.0
         x[1] = x[1].abs() + 1
         x[2] = -x[2].abs() - 1

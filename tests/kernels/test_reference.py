@@ -53,7 +53,7 @@ def test_every_pair_of_bits(weight_zero_point, activation_zero_point):
 def cases(draw):
     group = draw(st.sampled_from([1, 2, 5, 8, 16, 24]))
     columns = group * draw(st.integers(1, 4))
-    rotations = [0] + [size for size in (2, 4, 8, 16, 32, 64) if columns % size == 0]
+    rotations = [0] + [size for size in (2, 4, 8, 12, 16, 20, 24, 32, 40, 64) if columns % size == 0]
     options = {
         "in_features": columns,
         "out_features": draw(st.integers(1, 9)),
@@ -76,6 +76,19 @@ def test_any_spec(case):
     layer = make_layer(seed=seed, **options)
     x = make_rows(rows, options["in_features"], seed=seed, dtype=DTYPES[dtype])
     assert_equals_oracle(layer, x, clips=make_clips(rows, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("rotation", [0, 8, 24])
+def test_an_input_scale_is_a_product_in_float32_before_all_else(dtype, rotation):
+    layer = make_layer(rotation=rotation)
+    x = make_rows(5, 24, dtype=DTYPES[dtype])
+    scale = torch.linspace(-3, 2, 24)
+    scaled = as64(x) * as64(scale)
+    in_float32 = torch.from_numpy(scaled).float()  # one rounding
+    expected = layer(in_float32).to(x.dtype)
+    assert torch.equal(layer(x, input_scale=scale), expected)
+    assert_equals_oracle(layer, in_float32)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(258, 3), (259, 3), (1031, 2)])
@@ -133,6 +146,7 @@ def test_extreme_rows_are_finite_and_alone(activation_zero_point, scale_dtype, g
         {"weight_zero_point": "real", "scale_dtype": "float16"},
         {"activation_group_size": 8, "scale_dtype": "bfloat16"},
         {"rotation": 8},
+        {"rotation": 24},
     ],
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -162,6 +176,7 @@ def test_a_range_beyond_float32_is_nan():
     "options",
     [
         {"in_features": 192, "rotation": 64},
+        {"in_features": 240, "rotation": 240},
         {"in_features": 192, "weight_bits": 8, "activation_bits": 8, "weight_zero_point": "real"},
         {"in_features": 320, "weight_bits": 8, "activation_bits": 8},
         {"in_features": 192, "weight_group_size": 64, "activation_group_size": 64},

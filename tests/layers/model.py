@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -85,17 +87,29 @@ def make_inputs(samples=3, tokens=4, seed=0):
     return x, torch.randn(samples, COLUMNS, generator=generator), timestep
 
 
-def make_rows(seed=0, tokens=4):
+def make_rows(seed=0, tokens=4, columns=COLUMNS):
     """Inputs of a layer for three samples, float32 [3, tokens, K], with an outlier channel."""
-    x = torch.randn(3, tokens, COLUMNS, generator=torch.Generator().manual_seed(seed + 1000))
+    x = torch.randn(3, tokens, columns, generator=torch.Generator().manual_seed(seed + 1000))
     x[..., 3] *= 5
     return x
 
 
 def make_layer(
-    name="paper", *, weight_bits=3, activation_bits=3, phi_rank=0, out_features=6, bias=True, seed=0, columns=COLUMNS
+    name="paper",
+    *,
+    weight_bits=3,
+    activation_bits=3,
+    rotation=None,
+    phi_rank=0,
+    out_features=6,
+    bias=True,
+    seed=0,
+    columns=COLUMNS,
 ):
-    """A layer whose weight range is learned a little away from minimum and maximum, with clips by band."""
+    """A layer whose weight range is learned a little away from minimum and maximum, with clips by band.
+
+    ``rotation`` takes the place of the profile's.
+    """
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(columns, out_features, bias=bias)
     with torch.no_grad():
@@ -103,6 +117,7 @@ def make_layer(
         if bias:
             linear.bias.copy_(torch.randn(out_features, generator=generator))
     profile = make_profile(name, weight_bits=weight_bits, activation_bits=activation_bits)
+    profile = profile if rotation is None else replace(profile, rotation=rotation)
     layer = FakeQuantLinear(linear, profile=profile, noise_band=NoiseBand(BANDS), phi_rank=phi_rank)
     scale, zero = choose_qparams(layer.weight.detach(), grid=profile.weight)
     shift = 0.2 if profile.weight.zero_point == "integer" else 0.37

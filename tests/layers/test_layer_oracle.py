@@ -12,7 +12,7 @@ from qvgen.quant.affine import choose_qparams, quantize
 from qvgen.quant.hadamard import hadamard_transform
 from tests import oracles
 from tests.layers.model import BANDS, TIMESTEPS, grid_side, make_layer, make_rows
-from tests.profiles import COLUMNS, PROFILES
+from tests.profiles import PROFILES
 
 FAR = 2e-5
 """A distance from a tie, in codes: float32 errs by about 1e-6 at 3 bits, at most 5e-5 at 8 (codes are compared too)."""
@@ -46,7 +46,8 @@ def completed(leaves):
 def assert_same_codes(layer, form, leaves, x, bands):
     """What both sides round to, weights and inputs, is equal."""
     leaves = completed(leaves)
-    size = form.group or COLUMNS
+    columns_of_x = x.shape[-1]
+    size = form.group or columns_of_x
     scale, zero = (value.detach().numpy() for value in oracles.weight_qparams(form, leaves))
     codes = layer.weight_quantizer.codes(layer.weight).numpy()
     rows = x.detach().flatten(0, -2)
@@ -55,8 +56,8 @@ def assert_same_codes(layer, form, leaves, x, bands):
     grid = layer.profile.activation
     qparams = choose_qparams(rotated, grid=grid, clip_low=low, clip_high=high)
     input_codes = quantize(rotated, scale=qparams[0], zero_point=qparams[1], grid=grid).numpy()
-    exact = rows.double().numpy() @ oracles.rotation_matrix(COLUMNS, form.rotation)
-    for start in range(0, COLUMNS, size):
+    exact = rows.double().numpy() @ oracles.rotation_matrix(columns_of_x, form.rotation)
+    for start in range(0, columns_of_x, size):
         columns, group = slice(start, start + size), start // size
         for n, row in enumerate(leaves["weight"].detach().numpy()):
             options = {"bits": form.weight_bits, "kind": form.weight_kind}
@@ -152,3 +153,23 @@ def test_two_optimizer_steps_reproduce_the_oracle(name, bits):
         rtol=0,
         atol=1e-2 * RATES["left"],  # as difference.mean() above
     )
+
+
+@pytest.mark.parametrize(("columns", "rotation"), [(120, 120), (120, 60), (112, 56)])
+@pytest.mark.parametrize("name", ["convrot", "paper"])
+def test_rotations_by_paleys_matrices_reproduce_the_oracle(name, columns, rotation):
+    """60 = 59 + 1 and 28 = 2 (13 + 1): both of Paley's types, whole rows and parts of them; all gradients."""
+    layer = make_layer(name, columns=columns, rotation=rotation, phi_rank=4, seed=2)  # no tie
+    form = oracles.LayerForm(**grid_side(layer.profile))
+    params = oracle_params(layer)
+    leaves = as_leaves(params)
+    x, target = make_rows(columns=columns), torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
+    layer.noise_band.set_timestep(TIMESTEPS)
+    gate = torch.ones(4, dtype=torch.float64)
+    expected, expected_grad = run_oracle(layer, form, leaves, x, target, gate)
+    y = layer(x.requires_grad_())
+    (y - target).square().mean().backward()
+    # As in the two steps above.
+    assert (y.detach() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (x.grad - expected_grad).abs().max() <= 2e-5 * expected_grad.abs().max()
+    assert_gradients(params, leaves)

@@ -102,9 +102,9 @@ def test_a_grid_is_a_frozen_value():
         ({"weight": channel_grid(granularity="per_tensor")}, "weight granularity 'per_tensor'"),
         ({"activation": channel_grid()}, "activation granularity 'per_channel'; use per_token or per_group"),
         ({"activation": token_grid(zero_point="real")}, "activation zero_point 'real' runs on no integer kernel"),
-        ({"rotation": 48}, "rotation=48 is no power of two"),
-        ({"rotation": 1}, "rotation=1 is no power of two"),
-        ({"rotation": -4}, "rotation=-4 is no power of two"),
+        ({"rotation": 52}, "rotation=52 has no Hadamard matrix here; use 0 or 48 or 56"),
+        ({"rotation": 1}, "rotation=1 has no Hadamard matrix here; use 0 or 2"),
+        ({"rotation": -4}, "rotation=-4 has no Hadamard matrix here; use 0 or 2"),
         (
             {
                 "weight": channel_grid(granularity="per_group", group_size=64),
@@ -125,8 +125,12 @@ def test_a_profile_says_which_widths_it_fits():
     grouped.check_fits(192)
     with pytest.raises(ValueError, match="group_size=64 does not divide in_features=100"):
         grouped.check_fits(100)
-    with pytest.raises(ValueError, match="rotation=64 does not divide in_features=96"):
+    with pytest.raises(ValueError, match="rotation=64 does not divide in_features=96; use 0 or 48 or 96"):
         make_profile("convrot").check_fits(96)
+    whole_row = Profile(name="own", weight=channel_grid(), activation=token_grid(), rotation=1920)
+    whole_row.check_fits(7680)
+    with pytest.raises(ValueError, match="rotation=1920 does not divide in_features=8960; use 0 or 1792 or 2240"):
+        whole_row.check_fits(8960)
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -139,7 +143,7 @@ def test_profiles_of_conf_come_back_from_their_dict(name):
 
 
 @settings(deadline=None, max_examples=50)
-@given(weight=grids, activation=grids, rotation=st.sampled_from([0, 16, 64]))
+@given(weight=grids, activation=grids, rotation=st.sampled_from([0, 16, 64, 1920]))
 def test_any_valid_profile_comes_back_from_its_dict(weight, activation, rotation):
     try:
         profile = Profile(name="own", weight=weight, activation=activation, rotation=rotation)

@@ -158,9 +158,10 @@ def test_a_model_that_was_pretrained_can_be_quantized(tmp_path: Path) -> None:
     assert train(tmp_path / "run", f"model.weights={weights}", "dry_run=true") == DONE
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", "dry_run=true") == DONE
     assert list(tmp_path.iterdir()) == []
-    assert "36 Linears quantized to w3a3 (paper)" in caplog.text
-    assert "ranks [4, 2, 1]" in caplog.text
+    shown = capsys.readouterr().out
+    assert "quantized: 36 Linears" in shown
+    assert "4 from step 0, 2 from step 3, 1 from step 6, 0 from step 10" in shown
+    assert "fits: " in shown

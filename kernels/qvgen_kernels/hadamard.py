@@ -1,0 +1,111 @@
+"""Hadamard transform of the packed linear's input (kernels/README.md, step 1), in plain torch.
+
+    H = (H_b kron H_n) / sqrt(b n),  n = 2^m        H_n: Sylvester        H_b: Paley, over the integers modulo a prime
+
+Written here a second time, on purpose: this package imports nothing of qvgen, whose training uses
+qvgen/quant/hadamard.py, and tests hold the two to each other bit for bit. This one keeps the columns where they are
+and so reads like the contract; the other transposes and is two to three times as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_hadamard", "paley_factor", "paley_signs", "rotation_sizes"]
+
+CHUNK = 2**18
+"""Elements transformed at a time on CPU (1 MiB): what is written is still in the cache when it is read again."""
+
+
+@lru_cache(maxsize=4096)
+def paley_factor(size: int) -> int:
+    """The b of a block size: the smallest such that size / b is a power of two and H_b can be built; 0 if none."""
+    powers = size & -size
+    factors = (size // powers << shift for shift in range(powers.bit_length())) if size > 0 else ()
+    return next((b for b in factors if b == 1 or _field(b)), 0)
+
+
+def rotation_sizes(columns: int) -> list[int]:
+    """Every block size from 2 that divides ``columns`` and has a matrix, ascending."""
+    return [size for size in range(2, columns + 1) if columns % size == 0 and paley_factor(size)]
+
+
+def _field(order: int) -> int:
+    """The prime q of H_b: b = q + 1 with q = 3 mod 4, else b = 2 (q + 1) with q = 1 mod 4; 0 if there is none."""
+    for q, fits in ((order - 1, order % 4 == 0), (order // 2 - 1, order % 8 == 4)):
+        if fits and q > 1 and all(q % n for n in range(2, math.isqrt(q) + 1)):
+            return q
+    return 0
+
+
+@lru_cache(maxsize=64)
+def paley_signs(order: int) -> tuple[tuple[int, ...], ...]:
+    """H_b, b = ``order``, by rows: 1 and -1, symmetric. Order 1 is the matrix 1."""
+    if order == 1:
+        return ((1,),)
+    q = _field(order)
+    assert q, f"no Paley matrix of order {order}"  # paley_factor
+    character = [0] + [-1] * (q - 1)
+    for root in range(1, q):
+        character[root * root % q] = 1
+    if order == q + 1:
+        # q = 3 mod 4. i + j (not i - j, Paley's) makes it symmetric; i + j = 0 mod q counts as a non-square.
+        core = [[1 if character[(i + j) % q] == 1 else -1 for j in range(1, q + 1)] for i in range(1, q + 1)]
+        return ((1,) * order, *((1, *row) for row in core))
+    # q = 1 mod 4: each entry of the bordered character matrix becomes two rows and two columns.
+    pairs = {0: ((1, -1), (-1, -1)), 1: ((1, 1), (1, -1)), -1: ((-1, -1), (-1, 1))}
+    border = [[0] + [1] * q] + [[1] + [character[(i - j) % q] for j in range(q)] for i in range(q)]
+    return tuple(tuple(sign for entry in row for sign in pairs[entry][half]) for row in border for half in (0, 1))
+
+
+def block_hadamard(x: Tensor, *, block: int) -> Tensor:
+    """Normalised Hadamard transform of every run of ``block`` columns; the order of operations is the contract's.
+
+    Args:
+        x: float32 [..., K].
+        block: divides K and has a matrix (:func:`paley_factor`).
+
+    Returns:
+        float32 [..., K], a new tensor. Within about log2(block / b) + 2 + b / 4 roundings of the exact transform.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, CHUNK // rows.shape[1]) if x.device.type == "cpu" else max(1, len(rows))
+    return torch.cat([_transform(part, block=block) for part in rows.split(step)]).reshape(x.shape)
+
+
+def _transform(x: Tensor, *, block: int) -> Tensor:
+    b = paley_factor(block)
+    assert b, f"no Hadamard matrix of size {block}"  # LinearSpec
+    y, stride = x, 1
+    while stride < block // b:
+        first, second = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        y = torch.stack((first + second, first - second), -2).flatten(-3)
+        stride *= 2
+    if b > 1:
+        y = _paley_sums(y.unflatten(-1, (-1, b, block // b)), signs=paley_signs(b)).flatten(-3)
+    return y * (1.0 / math.sqrt(block))
+
+
+def _paley_sums(x: Tensor, *, signs: tuple[tuple[int, ...], ...]) -> Tensor:
+    """y_i = sum_j signs[i][j] x_j for x [..., b, n], four columns at a time as (h0 x0 + h1 x1) + (h2 x2 + h3 x3)."""
+    b = len(signs)
+    negative = torch.tensor(signs, device=x.device) < 0
+    y: Tensor | None = None
+    for start in range(0, b, 4):
+        x0, x1, x2, x3 = x[..., start : start + 4, :].unbind(-2)
+        low, high = _four_signs(x0, x1), _four_signs(x2, x3)
+        terms = (low.unsqueeze(-2) + high.unsqueeze(-3)).flatten(-3, -2)
+        flags = negative[:, start : start + 4].long()
+        chosen = terms.index_select(-2, flags[:, 0] * 8 + flags[:, 1] * 4 + flags[:, 2] * 2 + flags[:, 3])
+        y = chosen if y is None else y.add_(chosen)
+    assert y is not None  # b >= 4
+    return y
+
+
+def _four_signs(a: Tensor, c: Tensor) -> Tensor:
+    """Stack a + c, a - c, -a + c, -a - c; a negation is exact."""
+    return torch.stack((a + c, a - c, c - a, -(a + c)), -2)

@@ -1,0 +1,65 @@
+"""GPTQ (arXiv 2210.17323): columns are rounded one after another, later ones make up for the error of earlier ones.
+
+The grid is the range search's; the codes are :func:`qvgen.quant.gptq.gptq_round`'s under the second moment of the layer's
+inputs over all noise bands. The master weight becomes the rounded one, so that its codes are GPTQ's; what Phi starts from is
+the distance to the full-precision weight. On a rotated profile weight and second moment are rotated alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.quant.affine import dequantize
+from qvgen.quant.gptq import gptq_round
+from qvgen.quant.ranges import search_qparams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """Second-order rounding.
+
+    Attributes:
+        damping: Share of the second moment's mean diagonal that is added to it; > 0.
+        order: activation (largest inputs first) or natural.
+    """
+
+    damping: float
+    order: Literal["activation", "natural"]
+
+    needs: frozenset[Need] = frozenset({"second_moment"})
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0:
+            raise ValueError(f"init.damping={self.damping} must be greater than 0; the paper uses 0.01")
+        if self.order not in ("activation", "natural"):
+            raise ValueError(f"init.order={self.order} is unknown; use activation or natural")
+
+    @torch.no_grad()
+    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        moment = require(statistics, "second_moment").second_moment
+        assert moment is not None
+        target = layer.weight.detach().clone()
+        moment = to_layer_coordinates(moment.to(target.device), layer)
+        grid = layer.profile.weight
+        scale, zero_point = search_qparams(target, grid=grid)
+        layer.weight_quantizer.start_from_(scale, zero_point)
+        scale, zero_point = layer.weight_quantizer.qparams()
+        codes = gptq_round(
+            target, moment, scale=scale, zero_point=zero_point, grid=grid, damping=self.damping, order=self.order
+        )
+        layer.weight.copy_(dequantize(codes, scale=scale, zero_point=zero_point, grid=grid))
+        return target
+
+
+def to_layer_coordinates(moment: Tensor, layer: FakeQuantLinear) -> Tensor:
+    """The second moment [K, K] of the inputs as the layer quantizes them: rotated and smoothed from both sides."""
+    for _ in range(2):
+        moment = to_grid_input(moment, layer.input_scale, rotation=layer.profile.rotation).mT
+    return moment.contiguous()

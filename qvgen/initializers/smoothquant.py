@@ -1,0 +1,59 @@
+"""SmoothQuant (arXiv 2211.10438): the input's outlier channels are divided down, the weight's columns multiplied up.
+
+X' = X m, W' = W / m, m_j = w_j^(1-alpha) / a_j^alpha (:mod:`qvgen.quant.smoothing`), a_j the largest |X_j| over all noise
+bands, as one m serves all sampling steps. Then a range search per row of W'. The factor stays an explicit multiplication
+before the quantization of the input; folding it into the layer before is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.quant.ranges import search_qparams
+from qvgen.quant.smoothing import search_alpha, smoothing_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant:
+    """Smoothing and range search.
+
+    Attributes:
+        alpha: 0 to 1, how much of the input's range moves into the weight; None searches the value with the least error of
+            the layer's output on a sample of its inputs.
+    """
+
+    alpha: float | None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; write null to search it, or 0.5")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Maxima of the channels; a sample of inputs for the search."""
+        return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
+
+    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        largest = require(statistics, "abs_max").abs_max.amax(0).to(layer.weight.device)
+        weight, profile = layer.original_weight(), layer.profile
+        alpha = self.alpha
+        if alpha is None:
+            inputs = require(statistics, "inputs").inputs
+            assert inputs is not None
+            alpha, _ = search_alpha(
+                inputs.to(weight),
+                weight,
+                activation_abs_max=largest,
+                weight_grid=profile.weight,
+                activation_grid=profile.activation,
+                transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
+            )
+        layer.move_(profile=profile, input_scale=smoothing_scale(largest, weight, alpha=alpha))
+        scale, zero_point = search_qparams(layer.weight.detach(), grid=profile.weight)
+        layer.weight_quantizer.start_from_(scale, zero_point)
+        return layer.weight.detach()

@@ -1,0 +1,60 @@
+"""ViDiT-Q (arXiv 2406.02540): static-dynamic channel balancing, then a random rotation of the whole row.
+
+    m_j = w_j^alpha / a_j^(1-alpha)      a_j: largest |X_j| over all noise bands (the paper: over timesteps)
+    X' = (X m D) H, W' = (W / (m D)) H   D: random signs, so that H is a random Hadamard matrix
+
+D is part of the layer's input_scale: one multiplication. The weight is rounded once, from (W / (m D)) H (the released
+code rounds twice); activations are dynamic per token of each sample. Which layers stay in full precision (the paper:
+embedders, adaLN, the last one) is ``model.exclude``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.quant.hadamard import largest_block
+from qvgen.quant.ranges import search_qparams
+from qvgen.quant.smoothing import smoothing_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViditQ:
+    """Balancing, rotation and range search.
+
+    Attributes:
+        alpha: The paper's exponent of the weight, 0 to 1: 0.56 for W4A8, 0.75 for W8A8.
+        seed: Of the random signs.
+    """
+
+    alpha: float
+    seed: int
+
+    needs: frozenset[Need] = frozenset({"abs_max"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; the paper uses 0.56 for W4A8, 0.75 for W8A8")
+
+    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        largest = require(statistics, "abs_max").abs_max.amax(0).to(layer.weight.device)
+        # smoothing_scale's alpha is the share of the input's range that moves into the weight: 1 - the paper's.
+        factor = smoothing_scale(largest, layer.original_weight(), alpha=1.0 - self.alpha)
+        factor = factor * _random_signs(layer, seed=self.seed).to(factor)
+        layer.move_(profile=replace(layer.profile, rotation=largest_block(layer.in_features)), input_scale=factor)
+        scale, zero_point = search_qparams(layer.weight.detach(), grid=layer.profile.weight)
+        layer.weight_quantizer.start_from_(scale, zero_point)
+        return layer.weight.detach()
+
+
+def _random_signs(layer: FakeQuantLinear, *, seed: int) -> Tensor:
+    """+-1 [K]; the same for all layers of a width, as the paper's rotation is."""
+    digest = hashlib.blake2b(f"vidit_q/{seed}/{layer.in_features}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randint(0, 2, (layer.in_features,), generator=generator) * 2.0 - 1.0

@@ -1,0 +1,117 @@
+"""Statistics for PTQ methods: the full-precision model samples videos while its layers are watched, once per content key.
+
+    FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment and inputs where they were asked for
+
+KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
+``calibration.memory_gib`` makes necessary; every pass samples the same videos again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.placement import placed
+from qvgen.initializers.base import LayerStatistics, Need
+from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
+from qvgen.layers.swap import select_linears
+from qvgen.models.base import Encode
+from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the key; one more when the same settings would give other statistics."""
+
+SEED_OFFSET = 10_000
+"""Videos of the calibration have other noise than those that are compared."""
+
+
+class CalibratedModel:
+    """A layer's name -> its statistics, sampled when they are first asked for and not in the cache.
+
+    Args:
+        config: The run's: model, prompts, seed, what the method needs.
+        teacher: Full-precision model.
+        encode: Turns captions into conditions.
+        num_bands: Noise bands.
+    """
+
+    def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode, num_bands: int) -> None:
+        self.config, self.teacher, self.encode, self.num_bands = config, teacher, encode, num_bands
+        self.needs: frozenset[Need] = frozenset(config.init.needs)
+        chosen = select_linears(teacher, include=config.model.include, exclude=config.model.exclude).quantized
+        sizes = [(name, teacher.get_submodule(name).in_features) for name in chosen]
+        budget = int(config.calibration.memory_gib * 2**30)
+        self._passes = passes(sizes, needs=self.needs, budget_bytes=budget)  # type: ignore[arg-type]
+        self.folder = Path(config.calibration.cache).expanduser() / self._key()
+
+    def _key(self) -> str:
+        config = self.config
+        parts = [
+            FORMAT, config.model.revision, config.model.name, list(config.model.sample_shape), self._prompts(),
+            config.seed, config.calibration.steps, config.model.guidance_scale, sorted(self.needs), self.num_bands,
+            ROWS_PER_CALL, MAX_INPUTS,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def _prompts(self) -> list[str]:
+        prompts = list(self.config.evaluation.prompts or self.config.model.prompts)
+        return [prompts[index % len(prompts)] for index in range(self.config.calibration.videos)]
+
+    def __call__(self, name: str) -> LayerStatistics:
+        """The statistics of a layer.
+
+        Raises:
+            ValueError: It was never called, or its inputs were not finite.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            (names,) = (names for names in self._passes if name in names)
+            self._collect([name for name in names if not self._path(name).is_file()])
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        return LayerStatistics(
+            abs_max=tensors["abs_max"],
+            second_moment=tensors.get("second_moment"),
+            inputs=tensors.get("inputs"),
+            num_rows=int(tensors["num_rows"]),
+        )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _collect(self, names: list[str]) -> None:
+        config, prompts = self.config, self._prompts()
+        log.info(
+            "calibration: %d videos of %d steps for %d of %d layers",
+            len(prompts), config.calibration.steps, len(names), sum(map(len, self._passes)),
+        )  # fmt: skip
+        watch = Calibration(self.teacher, names=names, needs=self.needs, num_bands=self.num_bands, seed=config.seed)
+        with watch, placed(self.teacher), torch.no_grad():
+            for index, prompt in enumerate(prompts):
+                config.model.generate(
+                    self.teacher,
+                    [prompt],
+                    [config.seed + SEED_OFFSET + index],
+                    num_steps=config.calibration.steps,
+                    guidance_scale=config.model.guidance_scale,
+                    encode=self.encode,
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            found = watch.statistics(name)
+            tensors = {"abs_max": found.abs_max, "num_rows": torch.tensor(found.num_rows)}
+            if found.second_moment is not None:
+                tensors["second_moment"] = found.second_moment
+            if found.inputs is not None:
+                tensors["inputs"] = found.inputs
+            atomic_write(self._path(name), lambda temporary, tensors=tensors: save_file(tensors, temporary))

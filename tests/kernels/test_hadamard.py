@@ -1,0 +1,65 @@
+"""The package's own Hadamard transform: the contract's order of operations to the bit (oracle.py), and training's."""
+
+import numpy as np
+import pytest
+import torch
+
+from qvgen.quant.hadamard import hadamard_order, hadamard_transform, paley_matrix
+from qvgen_kernels.hadamard import block_hadamard, paley_factor, paley_signs, rotation_sizes
+from tests import hadamard_oracle
+from tests.kernels import oracle
+from tests.kernels.layer import as64, make_rows
+
+WIDTHS = (64, 256, 512, 1152, 1536, 1920, 2048, 3072, 4096, 5120, 7680, 8192, 8960, 12288, 13824, 14336, 16384)
+"""in_features of the models; each can be rotated as one block."""
+
+
+@pytest.mark.parametrize(
+    ("columns", "block"),
+    [(128, 16), (24, 12), (20, 20), (56, 28), (144, 72), (240, 240), (216, 216), (560, 280), (1920, 1920)],
+)
+def test_both_sides_follow_the_contract(columns, block):
+    x = make_rows(3, columns)
+    expected = [oracle.hadamard(row, block) for row in as64(x)]
+    np.testing.assert_array_equal(as64(block_hadamard(x, block=block)), expected)
+    np.testing.assert_array_equal(as64(hadamard_transform(x, block_size=block)), expected)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_every_width_is_rotated_as_in_training(columns):
+    x = make_rows(5, columns, seed=columns)
+    for block in {columns, 64}:
+        rotated = block_hadamard(x, block=block)
+        assert torch.equal(rotated, hadamard_transform(x, block_size=block))
+    whole = block_hadamard(x, block=columns)
+    assert (block_hadamard(whole, block=columns) - x).norm() <= 1e-6 * x.norm()
+    # make_rows differ by 10^6 in size: row by row
+    error = np.linalg.norm(as64(whole) - hadamard_oracle.rotate(x.numpy(), columns), axis=1)
+    assert (error <= 1e-6 * np.linalg.norm(as64(x), axis=1)).all()
+
+
+def test_the_construction_is_that_of_training():
+    for size in range(1, 4097):
+        assert paley_factor(size) == (hadamard_order(size) or 0)
+    for order in [b for b in range(12, 301, 4) if paley_factor(b) == b]:
+        signs = np.array(paley_signs(order))
+        assert (signs @ signs.T == order * np.eye(order, dtype=int)).all()
+        assert signs.tolist() == paley_matrix(order)
+    assert paley_factor(0) == paley_factor(-4) == paley_factor(52) == 0
+    assert rotation_sizes(60) == [2, 4, 12, 20, 60]
+
+
+def test_a_row_is_the_same_alone_in_a_long_batch_and_with_any_number_of_threads():
+    x = make_rows(1100, 240, seed=1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results += [block_hadamard(x, block=240), hadamard_transform(x, block_size=240)]
+            results.append(torch.cat([block_hadamard(piece, block=240) for piece in x.split(1)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results)
+    assert block_hadamard(x[:0], block=240).shape == (0, 240)
+    assert torch.equal(block_hadamard(x.view(11, 100, 240), block=240).view(1100, 240), results[0])

@@ -1,0 +1,101 @@
+"""`qvgen ptq`: every method of conf/init alone, and that training starts from the very same model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvgen.cli import main
+from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.evaluation.held_out import HeldOut
+from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
+from qvgen.training.session import load_start
+from qvgen.training.student import prepare_student
+from tests.runs import SHORT, packed_bytes, train, train_config
+
+INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
+
+
+def ptq(run_dir: Path, *overrides: str) -> int:
+    keys = [key for key in SHORT if not key.startswith(("steps", "phi"))]
+    return main(["ptq", *keys, "calibration.videos=2", "calibration.steps=3", f"run_dir={run_dir}", *overrides])
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_a_method_alone_and_as_the_start_of_training(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6")
+    assert ptq(tmp_path / "ptq", *common) == 0
+    report = json.loads((tmp_path / "ptq" / "report.json").read_text())
+    assert (report["init"], report["method"], report["steps"], report["phi_rank_final"]) == (name, "ptq", 0, 0)
+    assert report["packed_codes_equal"] is True
+    assert report["packed_vs_fake_max_abs"] == 0.0
+    error = report["relative_error"]
+    assert error["ptq"] == error["qat"] == error["packed"]
+    assert 0 < error["packed"] < 1.2 * error["rtn"]
+    sampled = sum(message.startswith("calibration:") for message in caplog.messages)
+    assert sampled == bool(load_leaf("init", name).needs)
+
+    caplog.clear()
+    calibration = ("calibration.videos=2", "calibration.steps=3")
+    assert train(tmp_path / "run", *common, *calibration, "steps=4", "phi.ranks=[2]", "evaluation.videos=0") == 0
+    assert not any(message.startswith("calibration:") for message in caplog.messages)  # it is in the cache
+    config = train_config(*common, *calibration, "phi.ranks=[2]")
+    student, _ = prepare_student(config)
+    load_start(student, tmp_path / "run")
+    packed = load_packed(tmp_path / "ptq" / "packed")
+    split = config.data.open(config.model, split="held_out")
+    held_out = HeldOut(config.model, split, num_samples=3, seed=1, batch_size=2)
+    with phi_suspended(student):
+        outputs = [list(held_out.predictions(model)) for model in (student, packed)]
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    with_phi = list(held_out.predictions(student))
+    assert not torch.equal(with_phi[0], outputs[0][0])
+    exact = list(held_out.predictions(config.model.load_teacher()))
+    assert distance(with_phi, exact) < distance(outputs[0], exact)  # Phi starts from this method's own loss
+    assert all(layer.phi is not None for layer in quantized_layers(student).values())
+
+
+def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True)))
+
+
+def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path) -> None:
+    common = ("init=vidit_q", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2")
+    runs = {"one": (), "two": ("devices=2", "strategy=ddp")}
+    for name, keys in runs.items():
+        assert train(tmp_path / name, *common, *keys, "steps=5", "phi.ranks=[2]", "evaluation.videos=0") == 0
+    assert packed_bytes(tmp_path / "one") == packed_bytes(tmp_path / "two")
+    layers = packed_layers(load_packed(tmp_path / "one" / "packed"))
+    assert all(layer.input_scale is not None and layer.profile.rotation for layer in layers.values())
+    folded = tmp_path / "again"
+    assert main(["fold", f"run_dir={tmp_path / 'one'}", f"out={folded}"]) == 0
+    assert (folded / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "one")
+    assert len(load_file(folded / "model.safetensors")) > 100
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for keys, message in (
+        (("steps=10",), "qvgen ptq trains nothing"),
+        (("method=lsq",), "qvgen ptq trains nothing"),
+        (("init=smoothquant", "init.alpha=2"), "init.alpha=2 is outside 0..1"),
+        (("init=gptq", "init.damping=0"), "init.damping=0 must be greater than 0"),
+        (("calibration.videos=0",), "calibration.videos=0 must be greater than 0"),
+    ):
+        assert ptq(tmp_path / "run", *keys) == 2
+        assert message in capsys.readouterr().err
+    assert train(tmp_path / "run", "method=ptq") == 2
+    assert "use qvgen ptq" in capsys.readouterr().err
+    assert train(tmp_path / "run", "steps=0") == 2
+    assert not (tmp_path / "run").exists()
+    assert ptq(tmp_path / "run", "init=gptq", "dry_run=true") == 0
+    assert "calibration: second_moment from 2 videos of 3 steps" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
