@@ -1,8 +1,9 @@
 """SmoothQuant (arXiv 2211.10438): the input's outlier channels are divided down, the weight's columns multiplied up.
 
 X' = X m, W' = W / m, m_j = w_j^(1-alpha) / a_j^alpha (:mod:`qvgen.quant.smoothing`), a_j the largest |X_j| over all noise
-bands, as one m serves all sampling steps. Then a range search per row of W'. The factor stays an explicit multiplication
-before the quantization of the input; folding it into the layer before is left out.
+bands, as one m serves all sampling steps. Then minimum and maximum of each row of W': its largest columns are those that
+the loudest inputs meet, and a range search would clip just them (measured, docs/log.md). The factor stays an explicit
+multiplication before the quantization of the input; folding it into the layer before is left out.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
-from qvgen.quant.ranges import search_qparams
+from qvgen.quant.affine import choose_qparams
 from qvgen.quant.smoothing import search_alpha, smoothing_scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant:
-    """Smoothing and range search.
+    """Smoothing, then round to nearest.
 
     Attributes:
         alpha: 0 to 1, how much of the input's range moves into the weight; None searches the value with the least error of
@@ -54,6 +55,6 @@ class SmoothQuant:
                 transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
             )
         layer.move_(profile=profile, input_scale=smoothing_scale(largest, weight, alpha=alpha))
-        scale, zero_point = search_qparams(layer.weight.detach(), grid=profile.weight)
+        scale, zero_point = choose_qparams(layer.weight.detach(), grid=profile.weight)
         layer.weight_quantizer.start_from_(scale, zero_point)
         return layer.weight.detach()

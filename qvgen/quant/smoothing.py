@@ -11,8 +11,9 @@ columns. ViDiT-Q's 0.56 (W4A8) and 0.75 (W8A8) are alpha = 0.44 and 0.25.
 
 Two things differ from the papers. The factors are divided by their median: a common factor changes no result (it goes
 into the scales of both grids), and the middle channel then keeps its unit, whatever one extreme channel does (a mean
-would follow that one). And they are bounded to 1e-4 .. 1e4: the maxima come from a finite sample, so a channel that was
-almost silent in it must not be blown up without limit when it speaks later.
+would follow that one). And they are bounded to 1e-4 .. 1e4, and no channel counts as quieter than a tenth of the median
+one: the maxima come from a finite sample, and a channel that was almost silent in it must not be blown up when it speaks
+later.
 
 A dead channel (a maximum that is 0 or not finite, on either side) has factor 1 and no part in the median.
 """
@@ -29,6 +30,10 @@ from qvgen.quant.grid import Grid
 
 MAX_FACTOR = 1e4
 """Largest factor, and the inverse of the smallest, after the division by the median."""
+
+SILENCE = 0.1
+"""Share of the median channel's maximum below which a channel counts as that loud: one that was nearly silent in the
+calibration must not be blown up, or it drowns all others when it speaks."""
 
 ALPHAS = tuple(index / 20 for index in range(21))
 """Candidates of the search: 0, 0.05, ..., 1."""
@@ -57,6 +62,9 @@ def smoothing_scale(activation_abs_max: Tensor, weight: Tensor, *, alpha: float)
             "give [K] and [N, K] or [K]"
         )
     a = activation_abs_max.double()
+    seen = a[a.isfinite() & (a > 0)]
+    if seen.numel():
+        a = torch.where(a > 0, a.clamp(min=SILENCE * float(seen.median())), a)
     w = (weight.abs().amax(0) if weight.dim() == 2 else weight).double()
     live = a.isfinite() & w.isfinite() & (a > 0) & (w > 0)
     factor = torch.ones_like(a)
