@@ -84,6 +84,8 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     known = verbs()
     if verb not in known:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
+    if verb == "benchmark" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        arguments = [f"what={arguments[0]}", *arguments[1:]]  # `qvgen benchmark ptq`
     _own_the_environment()
     from qvgen.config.build import check
     from qvgen.config.compose import compose_plain, expand_sweep

@@ -1,7 +1,8 @@
 """The registered operator qvgen::packed_linear and its Python front.
 
-    qvgen::packed_linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? clip_low, Tensor? clip_high,
-                         Tensor? input_scale, str spec, str kernel) -> Tensor
+    qvgen::packed_linear(Tensor x, Tensor[] weight, Tensor?[] vectors, str spec, str kernel) -> Tensor
+
+``vectors`` are bias, clip_low, clip_high and input_scale, each a Tensor or None.
 
 torch.compile sees one opaque node with a known output, so no compiler can reorder or fuse the arithmetic that
 the contract fixes. Inference only: a backward pass raises, since the trainable layer is the fake-quantized
@@ -24,11 +25,11 @@ __all__ = ["packed_linear", "prepack"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "qvgen::packed_linear"
+_VECTORS = ("bias", "clip_low", "clip_high", "input_scale")
 
 _library = torch.library.Library("qvgen", "FRAGMENT")
 _library.define(
-    "packed_linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? clip_low, Tensor? clip_high, "
-    "Tensor? input_scale, str spec, str kernel) -> Tensor",
+    "packed_linear(Tensor x, Tensor[] weight, Tensor?[] vectors, str spec, str kernel) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -52,25 +53,15 @@ def _check_inputs(x: Tensor, *, spec: LinearSpec, **vectors: Tensor | None) -> N
 
 
 def _packed_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    bias: Tensor | None,
-    clip_low: Tensor | None,
-    clip_high: Tensor | None,
-    input_scale: Tensor | None,
-    spec: str,
-    kernel: str,
+    x: Tensor, weight: Sequence[Tensor], vectors: Sequence[Tensor | None], spec: str, kernel: str
 ) -> Tensor:
-    parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, input_scale=input_scale, spec=parsed)
+    parsed, named = LinearSpec.from_string(spec), dict(zip(_VECTORS, vectors, strict=True))
+    _check_inputs(x, spec=parsed, **named)
     y = get_backend(kernel).linear(
         x.reshape(-1, parsed.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), parsed.in_features),
         weight,
-        bias=bias,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        input_scale=input_scale,
         spec=parsed,
+        **named,
     )
     return y.reshape(*x.shape[:-1], parsed.out_features)
 
@@ -78,15 +69,12 @@ def _packed_linear(
 def _fake(
     x: Tensor,
     weight: Sequence[Tensor],  # noqa: ARG001 - the operator's signature
-    bias: Tensor | None,
-    clip_low: Tensor | None,
-    clip_high: Tensor | None,
-    input_scale: Tensor | None,
+    vectors: Sequence[Tensor | None],
     spec: str,
     kernel: str,  # noqa: ARG001
 ) -> Tensor:
     parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, bias=bias, clip_low=clip_low, clip_high=clip_high, input_scale=input_scale, spec=parsed)
+    _check_inputs(x, spec=parsed, **dict(zip(_VECTORS, vectors, strict=True)))
     return x.new_empty((*x.shape[:-1], parsed.out_features))
 
 
@@ -128,8 +116,7 @@ def packed_linear(
     *,
     weight: Sequence[Tensor],
     bias: Tensor | None = None,
-    clip_low: Tensor | None = None,
-    clip_high: Tensor | None = None,
+    clips: tuple[Tensor | None, Tensor | None] = (None, None),
     input_scale: Tensor | None = None,
     spec: LinearSpec,
     kernel: str,
@@ -140,8 +127,8 @@ def packed_linear(
         x: float32, bfloat16 or float16 [..., K], any strides.
         weight: what :func:`prepack` returned for the same spec and kernel.
         bias: float32 [N].
-        clip_low: float32 [M], a factor on each row's minimum (M = product of x's leading sizes); None = 1.
-        clip_high: float32 [M], a factor on each row's maximum; None = 1.
+        clips: clip_low and clip_high, float32 [M] each, factors on every row's minimum and maximum (M = product of x's
+            leading sizes); None = 1.
         input_scale: float32 [K], a factor on each column of x, before all else; None = 1.
         spec: the layer.
         kernel: a resolved backend name (``resolve_kernel(...).name``).
@@ -152,6 +139,6 @@ def packed_linear(
     Raises:
         ValueError: wrong dtype, shape or device, or unknown kernel.
     """
-    text = spec.to_string()
-    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), bias, clip_low, clip_high, input_scale, text, kernel)
+    vectors = [bias, *clips, input_scale]
+    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), vectors, spec.to_string(), kernel)
     return y

@@ -11,6 +11,7 @@ from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
 from qvgen.config.schema import (
     AssetsConfig,
+    BenchmarkConfig,
     FoldConfig,
     GenerateConfig,
     InspectConfig,
@@ -20,9 +21,12 @@ from qvgen.config.schema import (
 from qvgen.config.typed import from_plain
 from qvgen.run_directory import read_config
 
-VerbConfig = AssetsConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig | PrecomputeConfig
+VerbConfig = (
+    AssetsConfig | BenchmarkConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig | PrecomputeConfig
+)
 _SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
+    "benchmark": BenchmarkConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
@@ -30,6 +34,9 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "precompute": PrecomputeConfig,
     "ptq": TrainConfig,
 }
+
+_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "out")
+"""Keys of conf/benchmark.yaml that are no keys of a training run."""
 
 
 def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
@@ -43,6 +50,9 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         values["plain"] = dict(plain)
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
+    elif verb == "benchmark":
+        own = {key: values.pop(key) for key in _BENCHMARK_KEYS}
+        values = {**own, "run": check("train", values)}
     return from_plain(_SCHEMAS[verb], values)
 
 
@@ -55,7 +65,7 @@ def build(verb: str, plain: Mapping[str, Any]) -> Any:
     config = check(verb, plain)
     if isinstance(config, TrainConfig | PrecomputeConfig):
         return build_leaves(config)
-    if isinstance(config, FoldConfig):
+    if isinstance(config, FoldConfig | BenchmarkConfig):
         return replace(config, run=build_leaves(config.run))
     return config
 

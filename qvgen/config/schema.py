@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvgen.config.bits import Bits
 from qvgen.config.sections import (
@@ -87,7 +87,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
-        require(self.steps >= 0, f"steps={self.steps} is negative")
+        if self.names.method != "ptq" or self.steps:
+            positive(steps=self.steps)
         positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
         positive(device_memory_gib=self.device_memory_gib)
         require(
@@ -260,3 +261,37 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         positive(devices=self.devices, num_shards=self.num_shards)
         require(0 <= self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Everything that `qvgen benchmark` needs.
+
+    Attributes:
+        run: Model, data, profile and evaluation: as `qvgen train` has them.
+        what: The benchmark.
+        methods: Files of conf/init; ``NAME+rN`` on a profile that rotates by N.
+        widths: Bit-widths.
+        seeds: Seeds, each >= 0.
+        videos: Videos per cell; > 0.
+        out: Folder of the results.
+    """
+
+    run: TrainConfig
+    what: Literal["ptq"]
+    methods: tuple[str, ...]
+    widths: tuple[Bits, ...]
+    seeds: tuple[int, ...]
+    videos: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        positive(videos=self.videos)
+        for key in ("methods", "widths", "seeds"):
+            require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")
+        for method in self.methods:
+            rotation = method.partition("+r")[2]
+            require(
+                "+" not in method or rotation.isdigit(),
+                f"methods holds {method!r}; write a file of conf/init, or for example gptq+r16",
+            )

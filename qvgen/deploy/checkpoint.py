@@ -199,11 +199,12 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
             bias=entry.bias,
             profile=entry.profile,
             noise_band=band,
-            input_scale=entry.input_scale,
             kernel=kernel,
         )
     except ValueError as error:
         raise ValueError(f"{source}: layer {name!r}: {error}") from error
+    if entry.input_scale:
+        packed.expect_input_scale_()
     packed.weight_error = entry.weight_error
     model.set_submodule(name, packed)
 

@@ -47,7 +47,6 @@ class PackedLinear(nn.Module):
         bias: Whether the layer has one.
         profile: The two grids and the rotation.
         noise_band: Shared with the other layers of the model.
-        input_scale: Whether the input is multiplied with a factor per channel first.
         kernel: Name of a kernel backend, or ``auto``.
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
@@ -79,7 +78,6 @@ class PackedLinear(nn.Module):
         bias: bool,
         profile: Profile,
         noise_band: NoiseBand,
-        input_scale: bool = False,
         kernel: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -100,7 +98,7 @@ class PackedLinear(nn.Module):
             "weight_zero_point": None,
             "clip_low": None,
             "clip_high": torch.ones(noise_band.num_bands, device=device),
-            "input_scale": torch.ones(in_features, device=device) if input_scale else None,
+            "input_scale": None,
         }
         if len(planes) == 2:
             tensors["codes_high"] = torch.zeros(out_features, planes[1].shape[1], dtype=torch.uint8, device=device)
@@ -115,6 +113,10 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
         self.weight_error: float | None = None
         self._prepacked: tuple[str, list[Tensor]] | None = None
+
+    def expect_input_scale_(self) -> None:
+        """Make room for an input_scale, which :meth:`from_fake_quant` or a checkpoint then fills."""
+        self.input_scale = torch.ones(self.in_features, device=self.codes.device)
 
     @classmethod
     @torch.no_grad()
@@ -132,10 +134,11 @@ class PackedLinear(nn.Module):
             bias=layer.bias is not None,
             profile=layer.profile,
             noise_band=layer.noise_band,
-            input_scale=layer.input_scale is not None,
             kernel=kernel,
             device=layer.weight.device,
         )
+        if layer.input_scale is not None:
+            packed.expect_input_scale_()
         grid = layer.profile.weight
         codes = layer.weight_quantizer.codes(layer.weight)
         if grid.symmetric:
@@ -222,13 +225,11 @@ class PackedLinear(nn.Module):
             self.prepack_()
         assert self._prepacked is not None
         kernel, weight = self._prepacked
-        clip_low, clip_high = self.row_clips(x)
         return packed_linear(
             x,
             weight=weight,
             bias=self.bias,
-            clip_low=clip_low,
-            clip_high=clip_high,
+            clips=self.row_clips(x),
             input_scale=self.input_scale,
             spec=self.spec,
             kernel=kernel,

@@ -7,7 +7,6 @@ import logging
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
-from qvgen.config.sections import positive
 from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.report import write_report
@@ -37,7 +36,6 @@ def run(config: TrainConfig) -> None:
     """Do the whole way of one run."""
     if config.method.name == "ptq":
         raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
-    positive(steps=config.steps)
     use_threads(TRAINING_THREADS)
     config.data.check(config.model)
     if config.method.name == "autoencoder":

@@ -39,7 +39,8 @@ def test_opcheck(dtype, optional):
     clip = torch.full((6,), 0.9) if optional else None
     bias = layer.bias if optional else None
     input_scale = torch.linspace(-2, 3, 24) if optional else None
-    torch.library.opcheck(OP, (x, layer.weight, bias, clip, clip, input_scale, layer.spec.to_string(), "reference"))
+    vectors = [bias, clip, clip, input_scale]
+    torch.library.opcheck(OP, (x, layer.weight, vectors, layer.spec.to_string(), "reference"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -95,9 +96,9 @@ def test_runs_in_inference_mode():
         ({"x": torch.zeros(2, 24, dtype=torch.int32)}, r"x is torch\.int32"),
         ({"bias": torch.zeros(6)}, r"bias is torch\.float32 \[6\]; it must be torch\.float32 \[7\]"),
         ({"bias": torch.zeros(7, dtype=torch.bfloat16)}, r"bias is torch\.bfloat16"),
-        ({"clip_low": torch.ones(3)}, r"clip_low is torch\.float32 \[3\]; it must be torch\.float32 \[2\]"),
-        ({"clip_high": torch.ones(2, 1)}, r"clip_high is torch\.float32 \[2, 1\]"),
-        ({"clip_high": torch.ones(2, device="meta")}, "clip_high is on meta and x on cpu"),
+        ({"clips": (torch.ones(3), None)}, r"clip_low is torch\.float32 \[3\]; it must be torch\.float32 \[2\]"),
+        ({"clips": (None, torch.ones(2, 1))}, r"clip_high is torch\.float32 \[2, 1\]"),
+        ({"clips": (None, torch.ones(2, device="meta"))}, "clip_high is on meta and x on cpu"),
         ({"input_scale": torch.ones(23)}, r"input_scale is torch\.float32 \[23\]; it must be torch\.float32 \[24\]"),
         ({"input_scale": torch.ones(24, dtype=torch.float64)}, r"input_scale is torch\.float64 \[24\]"),
         ({"kernel": "auto"}, "resolved once, before prepacking"),

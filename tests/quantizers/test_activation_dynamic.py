@@ -6,19 +6,30 @@ import pytest
 import torch
 
 from qvgen.quant.grid import Grid
-from qvgen.quantizers.activation_dynamic import INITIAL_CLIP, ActivationDynamic
+from qvgen.quantizers.activation_dynamic import ActivationDynamic, initial_clip
 
 
-def make_quantizer(kind="integer", num_bands=5):
-    return ActivationDynamic(grid=Grid(bits=4, granularity="per_token", zero_point=kind), num_bands=num_bands)
+def make_quantizer(kind="integer", num_bands=5, bits=4):
+    return ActivationDynamic(grid=Grid(bits=bits, granularity="per_token", zero_point=kind), num_bands=num_bands)
 
 
-def test_clips_start_at_095_in_every_band():
-    assert INITIAL_CLIP == 0.95  # methods.md: start 0.95, lower and upper apart
-    for table in make_quantizer().clip_tables():
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.95), (3, 0.95), (4, 0.98), (5, 0.995), (6, 0.999), (8, 0.999)])
+def test_clips_start_at_their_widths_share_in_every_band(bits, share):
+    assert initial_clip(bits) == share  # methods.md: 0.95, which is for few bits
+    for table in make_quantizer(bits=bits).clip_tables():
         assert table.shape == (5,)
         assert table.dtype == torch.float32
-        torch.testing.assert_close(table, torch.full((5,), 0.95), rtol=2.0**-22, atol=0)  # a float32 logit and sigmoid
+        torch.testing.assert_close(table, torch.full((5,), share), rtol=2.0**-21, atol=0)  # a float32 logit and sigmoid
+
+
+def test_another_width_starts_anew():
+    quantizer = make_quantizer(bits=8)
+    parameters = list(quantizer.parameters())
+    quantizer.set_bits_(3)
+    assert quantizer.grid.bits == 3
+    assert all(a is b for a, b in zip(parameters, quantizer.parameters(), strict=True))
+    for new, fresh in zip(quantizer.clip_tables(), make_quantizer(bits=3).clip_tables(), strict=True):
+        assert torch.equal(new, fresh)
 
 
 def test_tables_are_sigmoids_of_the_parameters():

@@ -1,0 +1,49 @@
+"""Measure methods against each other in one run: rows with every value as JSON, a table as Markdown."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from qvgen.config.schema import BenchmarkConfig
+from qvgen.evaluation.environment import collect_environment
+from qvgen.run_directory import atomic_write
+from qvgen.training.session import TRAINING_THREADS, use_threads
+from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
+from qvgen.verbs._deliver import command_line
+
+log = logging.getLogger(__name__)
+
+
+def run(config: BenchmarkConfig) -> None:
+    """Run the benchmark that ``what`` names."""
+    use_threads(TRAINING_THREADS)
+    if config.run.dry_run:
+        cells = len(config.methods) * len(config.widths) * len(config.seeds)
+        print(
+            f"{config.what} on {config.run.names.model}: {cells} cells ({', '.join(config.methods)}), into {config.out}"
+        )
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    environment = collect_environment()
+    head = {
+        "benchmark": config.what,
+        "model": config.run.names.model,
+        "revision": config.run.model.revision,
+        "profile": config.run.profile.name,
+        "samples": config.run.evaluation.samples,
+        "videos": config.videos,
+        "command": command_line(),
+        "machine": environment.machine.to_json_dict(),
+        "versions": dict(environment.versions),
+        "git_sha": environment.git_sha,
+    }
+    name = f"{config.what}-{config.run.names.model}"
+    rows = []
+    for row in ptq_rows(config):
+        rows.append(row)
+        log.info("%s", row)
+        # After every cell: a benchmark of hours that is killed has lost one.
+        atomic_write(config.out / f"{name}.json", json.dumps({**head, "rows": rows}, indent=1).encode())
+    atomic_write(config.out / f"{name}.md", ("\n".join(ptq_table(head, rows)) + "\n").encode())
+    print(config.out / f"{name}.md")
