@@ -35,7 +35,7 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "ptq": TrainConfig,
 }
 
-_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "out")
+_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "timed_steps", "out")
 """Keys of conf/benchmark.yaml that are no keys of a training run."""
 
 

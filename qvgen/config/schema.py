@@ -87,8 +87,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
-        if self.names.method != "ptq" or self.steps:
-            positive(steps=self.steps)
+        require(
+            self.steps > 0 or (self.steps == 0 and self.names.method == "ptq"),
+            f"steps={self.steps} must be greater than 0; method=ptq alone trains nothing (qvgen ptq)",
+        )
         positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
         positive(device_memory_gib=self.device_memory_gib)
         require(
@@ -273,20 +275,22 @@ class BenchmarkConfig:
         methods: Files of conf/init; ``NAME+rN`` on a profile that rotates by N.
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
-        videos: Videos per cell; > 0.
+        videos: Videos per cell of ``ptq``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``; > 0.
         out: Folder of the results.
     """
 
     run: TrainConfig
-    what: Literal["ptq"]
+    what: Literal["ptq", "training"]
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]
     videos: int
+    timed_steps: int
     out: Path
 
     def __post_init__(self) -> None:
-        positive(videos=self.videos)
+        positive(videos=self.videos, timed_steps=self.timed_steps)
         for key in ("methods", "widths", "seeds"):
             require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods:

@@ -63,12 +63,16 @@ def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None
 
 def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
     """The teacher on the meta device as diffusers loads it: in a dtype, but for what its class keeps in float32."""
-    teacher = build_transformer(family, blocks=blocks).requires_grad_(False).eval()
-    kept = set(getattr(teacher, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in teacher.named_parameters():
+    return narrow_(build_transformer(family, blocks=blocks).requires_grad_(False).eval(), dtype=dtype)
+
+
+def narrow_(transformer: nn.Module, *, dtype: torch.dtype) -> nn.Module:
+    """Bring parameters to a dtype as loading in it does: what the class keeps in float32 stays."""
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in transformer.named_parameters():
         if not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
-    return teacher
+    return transformer
 
 
 def fill_(model: nn.Module) -> None:

@@ -10,9 +10,12 @@ from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
+from qvgen.verbs._benchmark_training import training_rows, training_table
 from qvgen.verbs._deliver import command_line
 
 log = logging.getLogger(__name__)
+
+_BENCHMARKS = {"ptq": (ptq_rows, ptq_table), "training": (training_rows, training_table)}
 
 
 def run(config: BenchmarkConfig) -> None:
@@ -40,10 +43,11 @@ def run(config: BenchmarkConfig) -> None:
     }
     name = f"{config.what}-{config.run.names.model}"
     rows = []
-    for row in ptq_rows(config):
+    measure, table = _BENCHMARKS[config.what]
+    for row in measure(config):
         rows.append(row)
         log.info("%s", row)
         # After every cell: a benchmark of hours that is killed has lost one.
         atomic_write(config.out / f"{name}.json", json.dumps({**head, "rows": rows}, indent=1).encode())
-    atomic_write(config.out / f"{name}.md", ("\n".join(ptq_table(head, rows)) + "\n").encode())
+    atomic_write(config.out / f"{name}.md", ("\n".join(table(head, rows)) + "\n").encode())
     print(config.out / f"{name}.md")

@@ -1,0 +1,75 @@
+"""`qvgen benchmark ptq` on the real tiny model: rows with every value, a table with mean and spread, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import main
+
+SHORT = (
+    "seeds=[1,2]", "widths=[8,w4a4]", "methods=[rtn,gptq+r16]", "videos=2", "evaluation.samples=8",
+    "model.num_inference_steps=2", "calibration.videos=1", "calibration.steps=2", "logger=csv",
+)  # fmt: skip
+
+
+def test_every_cell_is_a_row_and_the_table_has_mean_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    keys = [*SHORT, f"out={out}", f"calibration.cache={tmp_path / 'cache'}"]
+    assert main(["benchmark", "ptq", *keys, "dry_run=true"]) == 0
+    assert "8 cells" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(["benchmark", "ptq", *keys]) == 0
+    content = json.loads((out / "ptq-tiny.json").read_text())
+    rows = content["rows"]
+    assert [(row["seed"], row["bits"], row["method"]) for row in rows] == [
+        (seed, bits, method) for seed in (1, 2) for bits in ("8", "4") for method in ("rtn", "gptq+r16")
+    ]
+    assert content["machine"]["cpu"]
+    for row in rows:
+        assert 0 < row["relative_error"] < 1
+        assert row["psnr_db"] > 5
+        assert row["bytes"] > 100_000
+    error = {(row["method"], row["bits"], row["seed"]): row["relative_error"] for row in rows}
+    assert error["rtn", "8", 1] < 0.1 * error["rtn", "4", 1]
+    assert error["gptq+r16", "4", 1] < error["rtn", "4", 1]
+    assert error["rtn", "4", 1] != error["rtn", "4", 2]
+    values = [error["rtn", "4", seed] for seed in (1, 2)]
+    page = (out / "ptq-tiny.md").read_text()
+    assert f"{sum(values) / 2:.5f} +- {abs(values[0] - values[1]) / 2:.5f}" in page
+    assert "| method | W8A8 | W4A4 |" in page
+
+
+def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
+    keys = ["widths=[4]", "timed_steps=2", "batch_size=8", "strategy.gradient_checkpointing=true", f"out={tmp_path}"]
+    assert main(["benchmark", "training", *keys]) == 0
+    (row,) = json.loads((tmp_path / "training-tiny.json").read_text())["rows"]
+    parts = sum(row[f"{part}_s"] for part in ("teacher", "student_forward", "backward"))
+    assert row["micro_batch_s"] == pytest.approx(parts, rel=0.5)  # medians of two steps each, on a shared machine
+    assert row["optimizer_s"] > 0
+    assert row["micro_batch"] == 4  # a step of 8 has two parts at least
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert row["shares"]["attention"] > 0
+    assert row["planned_bytes"] > 4 * 16 * 200_000  # masters, gradients, two moments
+    assert "| micro-batch s | teacher |" in (tmp_path / "training-tiny.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("methods=[rtm]", "unknown init=rtm; did you mean 'rtn'"),
+        ("methods=[gptq+rx]", "methods holds 'gptq+rx'"),
+        ("widths=[9]", "bits=9 is outside 2..8"),
+        ("seeds=[]", "seeds=[] is empty"),
+        ("what=speed", "what=speed is unknown (there are: ptq, training)"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(
+    key: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", *SHORT, f"out={tmp_path / 'out'}", key]) == 2
+    assert message in capsys.readouterr().err
