@@ -224,14 +224,16 @@ def _input_codes(
 
 
 def _quality(name: str, videos: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]) -> VariantQuality:
-    found, teacher = videos[name], videos["teacher"]
+    # SSIM of a large video takes minutes on a CPU core.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found, teacher = videos[name].to(device), videos["teacher"].to(device)
     still = [index for index, item in enumerate(items) if STILL in item["caption"]]
     return VariantQuality(
         name=name,
         psnr_db=None if name == "teacher" else psnr_db(found, teacher, max_value=255),
         ssim=None if name == "teacher" else ssim(found, teacher, max_value=255),
         flicker=flicker(found[still]) if still else None,
-        accuracy=_accuracy(found, items),
+        accuracy=_accuracy(videos[name], items),
     )
 
 

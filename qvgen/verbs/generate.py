@@ -32,6 +32,8 @@ def run(config: GenerateConfig) -> None:
             print(line)
         return
     transformer = _transformer(config, family)
+    if hasattr(family, "to") and torch.cuda.is_available():
+        family.to("cuda")
     conditions = {caption: family.encode([caption]) for caption in dict.fromkeys([*captions, ""])}
     if hasattr(family, "release"):
         family.release()  # the text encoder: it may be as large as the transformer
