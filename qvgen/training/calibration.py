@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Part of the key; one more when the same settings would give other statistics."""
 
+_NO_PART_OF_SAMPLING = ("path", "weights", "lora", "recipe", "published", "prompts", "include", "exclude")
+"""Keys of conf/model that change no video, or that the weights' revision stands for."""
+
 SEED_OFFSET = 10_000
 """Videos of the calibration have other noise than those that are compared."""
 
@@ -55,11 +58,12 @@ class CalibratedModel:
         self.folder = Path(config.calibration.cache).expanduser() / self._key()
 
     def _key(self) -> str:
-        config = self.config
+        config, family = self.config, self.config.model
+        model = {key: value for key, value in config.plain["model"].items() if key not in _NO_PART_OF_SAMPLING}
+        scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
-            FORMAT, config.model.revision, config.model.name, list(config.model.sample_shape), self._prompts(),
-            config.seed, config.calibration.steps, config.model.guidance_scale, sorted(self.needs), self.num_bands,
-            ROWS_PER_CALL, MAX_INPUTS,
+            FORMAT, family.revision, model, scheduler, self._prompts(), config.seed, config.calibration.steps,
+            sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
