@@ -9,7 +9,7 @@ Verbs and everything below them see the frozen dataclasses alone; hydra stays in
 
 from qvgen.config.bits import Bits
 from qvgen.config.errors import UserError, did_you_mean
-from qvgen.config.schema import FoldConfig, GenerateConfig, InspectConfig, TrainConfig
+from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -19,6 +19,7 @@ from qvgen.config.sections import (
     PhiConfig,
     StrategyConfig,
 )
+from qvgen.config.verb_schema import GenerateConfig, InspectConfig
 
 __all__ = [
     "Bits",

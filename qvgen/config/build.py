@@ -9,16 +9,9 @@ from typing import Any
 
 from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
-from qvgen.config.schema import (
-    AssetsConfig,
-    BenchmarkConfig,
-    FoldConfig,
-    GenerateConfig,
-    InspectConfig,
-    PrecomputeConfig,
-    TrainConfig,
-)
+from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.typed import from_plain
+from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
 from qvgen.run_directory import read_config
 
 VerbConfig = (

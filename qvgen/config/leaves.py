@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from qvgen.config.errors import UserError, did_you_mean
-from qvgen.config.schema import PrecomputeConfig, TrainConfig
+from qvgen.config.schema import TrainConfig
+from qvgen.config.verb_schema import PrecomputeConfig
 
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 

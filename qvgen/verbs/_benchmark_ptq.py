@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import BenchmarkConfig, TrainConfig
+from qvgen.config.schema import TrainConfig
+from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.comparison import generate_videos, held_out_items
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import psnr_db

@@ -18,7 +18,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import BenchmarkConfig, TrainConfig
+from qvgen.config.schema import TrainConfig
+from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from qvgen.config.schema import AssetsConfig
+from qvgen.config.verb_schema import AssetsConfig
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import Asset, assets_directory, fetch, select
 

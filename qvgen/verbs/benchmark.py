@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from qvgen.config.schema import BenchmarkConfig
+from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads

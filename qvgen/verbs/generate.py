@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import GenerateConfig
+from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import Manifest, read_manifest

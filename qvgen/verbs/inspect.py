@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qvgen.config.schema import InspectConfig
+from qvgen.config.verb_schema import InspectConfig
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
 
 HEADER = ("layer", "shape", "bits", "profile", "bytes", "weight error")

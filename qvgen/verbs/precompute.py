@@ -11,7 +11,8 @@ import torch
 
 from qvgen.config.build import build
 from qvgen.config.errors import UserError
-from qvgen.config.schema import PrecomputeConfig, TrainConfig
+from qvgen.config.schema import TrainConfig
+from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.data.cache_fill import FillReport
 from qvgen.data.clip_source import ClipSource
 from qvgen.run_directory import write_plain

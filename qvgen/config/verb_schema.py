@@ -1,0 +1,188 @@
+"""The frozen dataclasses of the verbs that train nothing: generate, inspect, assets, precompute, benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qvgen.config.bits import Bits
+from qvgen.config.schema import TrainConfig
+from qvgen.config.sections import positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelName:
+    """The model of `qvgen generate`; None: what the packed directory says."""
+
+    model: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Everything that `qvgen generate` needs.
+
+    Attributes:
+        packed: A packed directory, or the two of a model with two experts; None: full precision.
+        model: The model's section, plain; None: what the packed directory says.
+        prompt: Captions; None: the model's own.
+        seed: One video is made for each caption and seed.
+        num_steps: Sampling steps, > 0; None: the model's own.
+        guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
+        out: Where the mp4 files go.
+        kernel: Backend; ``auto`` picks the best one that is there.
+        dry_run: Say what would be done.
+        debug: Show tracebacks.
+        names: What was chosen.
+        typed: The command line's overrides.
+    """
+
+    packed: tuple[Path, ...] | None
+    model: dict[str, Any] | None
+    prompt: tuple[str, ...] | None
+    seed: tuple[int, ...]
+    num_steps: int | None
+    guidance_scale: float | None
+    out: Path
+    kernel: str
+    dry_run: bool
+    debug: bool
+    names: ModelName
+    typed: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(
+            self.packed is not None or self.names.model is not None,
+            "packed is missing; write packed=DIR, or model=NAME model.path=FOLDER for the full-precision model",
+        )
+        require(self.packed is None or 1 <= len(self.packed) <= 2, "packed=[...] takes one directory or two")
+        require(self.prompt is None or bool(self.prompt), "prompt=[] is empty; write null or captions")
+        require(bool(self.seed), "seed=[] is empty; write for example seed=42")
+        for seed in self.seed:
+            require(0 <= seed < 2**32, f"seed={seed} is outside 0..{2**32 - 1}")
+        positive(num_steps=self.num_steps)
+        require(
+            self.guidance_scale is None or self.guidance_scale >= 0,
+            f"guidance_scale={self.guidance_scale} is negative",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Everything that `qvgen inspect` needs: one of the two folders.
+
+    Attributes:
+        packed: A packed directory.
+        run_dir: A run's folder, in place of its packed directory.
+        dry_run: Say what would be read.
+        debug: Show tracebacks.
+    """
+
+    packed: Path | None
+    run_dir: Path | None
+    dry_run: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require((self.packed is None) != (self.run_dir is None), "give one of packed=DIR and run_dir=DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetsConfig:
+    """Everything that `qvgen assets` needs.
+
+    Attributes:
+        names: Which assets; None: all.
+        out: Where they go; None: the user's cache folder.
+        clips: Folder for a table of the fetched clips; None: no table.
+        dry_run: Show the table, fetch nothing.
+        debug: Show tracebacks.
+    """
+
+    names: tuple[str, ...] | None
+    out: Path | None
+    clips: Path | None
+    dry_run: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataNames:
+    """What was chosen from the groups of `qvgen precompute`."""
+
+    model: str
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Everything that `qvgen precompute` needs.
+
+    Attributes:
+        model: The model family, one with a VAE.
+        data: The clips and their cache.
+        prompts: Further captions to encode; None: the model's own.
+        devices: Processes on this machine; >= 1.
+        shard: This machine's share, 0 <= shard < num_shards.
+        num_shards: Machines that share the clips; >= 1.
+        run_dir: Where the further processes log.
+        dry_run: Count what is missing, encode nothing.
+        debug: Show tracebacks.
+        names: What was chosen from each group.
+        plain: All of the above as a plain dict.
+    """
+
+    model: Any
+    data: Any
+    prompts: tuple[str, ...] | None
+    devices: int
+    shard: int
+    num_shards: int
+    run_dir: Path
+    dry_run: bool
+    debug: bool
+    names: DataNames
+    plain: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        positive(devices=self.devices, num_shards=self.num_shards)
+        require(0 <= self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Everything that `qvgen benchmark` needs.
+
+    Attributes:
+        run: Model, data, profile and evaluation: as `qvgen train` has them.
+        what: The benchmark.
+        methods: Files of conf/init; ``NAME+rN`` on a profile that rotates by N.
+        widths: Bit-widths.
+        seeds: Seeds, each >= 0.
+        videos: Videos per cell of ``ptq``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``; > 0.
+        out: Folder of the results.
+    """
+
+    run: TrainConfig
+    what: Literal["ptq", "training"]
+    methods: tuple[str, ...]
+    widths: tuple[Bits, ...]
+    seeds: tuple[int, ...]
+    videos: int
+    timed_steps: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        positive(videos=self.videos, timed_steps=self.timed_steps)
+        for key in ("methods", "widths", "seeds"):
+            require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")
+        for method in self.methods:
+            rotation = method.partition("+r")[2]
+            require(
+                "+" not in method or rotation.isdigit(),
+                f"methods holds {method!r}; write a file of conf/init, or for example gptq+r16",
+            )
