@@ -33,10 +33,9 @@ from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.run_directory import atomic_write
-from qvgen.training.callbacks import _rows_before
-from qvgen.training.module import TrainingDivergedError
-from qvgen.training.optim import build_optimizer
+from qvgen.training.callbacks import rows_before
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
+from qvgen.training.step_module import StepModule, TrainingDivergedError
 from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class LatentVideo(Protocol):
         """And back."""
 
 
-class AutoencoderTraining(lightning.LightningModule):
+class AutoencoderTraining(StepModule):
     """Trains a VAE of diffusers' kind.
 
     Args:
@@ -74,12 +73,14 @@ class AutoencoderTraining(lightning.LightningModule):
     """
 
     def __init__(self, *, vae: nn.Module, kl_weight: float, optim: OptimConfig, num_steps: int, seed: int) -> None:
-        super().__init__()
+        super().__init__(optim=optim, num_steps=num_steps)
         self.vae = vae
-        self.kl_weight, self.optim, self.num_steps, self.seed = kl_weight, optim, num_steps, seed
-        self.step_losses: list[Tensor] = []
-        self.gradient_norm: Tensor | None = None
-        self.learning_rate = 0.0
+        self.kl_weight, self.seed = kl_weight, seed
+
+    @property
+    def trained(self) -> nn.Module:
+        """The VAE."""
+        return self.vae
 
     def losses(self, video: Tensor, sample_ids: Sequence[int], *, step: int) -> Tensor:
         """Loss, L1 and KL of clips uint8 [B, 3, F, H, W] in an optimizer step: float32 [3]."""
@@ -108,27 +109,6 @@ class AutoencoderTraining(lightning.LightningModule):
             )
         self.step_losses.append(losses.detach())
         return losses[0]
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the norm of all gradients; keep what it was before, and the step's learning rate."""
-        del gradient_clip_val, gradient_clip_algorithm
-        self.learning_rate = float(optimizer.param_groups[0]["lr"])
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.vae.parameters(), self.optim.gradient_clip)
-        if not torch.isfinite(self.gradient_norm):
-            raise TrainingDivergedError(
-                f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
-                "checkpoint is kept: lower optim.learning_rate"
-            )
-
-    def configure_optimizers(self) -> Any:
-        """AdamW, stepped with its schedule once per optimizer step."""
-        optimizer, schedule = build_optimizer(self.vae, self.optim, num_steps=self.num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def decode_unclamped(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -169,7 +149,7 @@ class AutoencoderMetrics(lightning.Callback):
         """Open the table at the step that the run begins with."""
         del pl_module
         self._last_step, self._started = trainer.global_step, time.monotonic()
-        keep = _rows_before(self.path, trainer.global_step)
+        keep = rows_before(self.path, trainer.global_step)
         if keep:
             self._started -= float(keep[-1]["train/seconds"])
         text = io.StringIO()

@@ -105,7 +105,7 @@ class StepMetrics(lightning.Callback):
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         if trainer.is_global_zero:
-            keep = _rows_before(self.path, trainer.global_step)
+            keep = rows_before(self.path, trainer.global_step)
             if keep:
                 self._started -= float(keep[-1]["train/seconds"])
             text = io.StringIO()
@@ -182,7 +182,7 @@ class StepMetrics(lightning.Callback):
             self._bar.update()
 
 
-def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+def rows_before(path: Path, step: int) -> list[dict[str, str]]:
     """Rows of a table that are older than a step; a line that a killed process left half written is dropped."""
     if not path.exists():
         return []
@@ -193,5 +193,5 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
 
 def total_seconds(path: Path) -> float:
     """Seconds that the steps in a metrics.csv took, over all sessions of the run."""
-    rows = _rows_before(path, sys.maxsize)
+    rows = rows_before(path, sys.maxsize)
     return float(rows[-1]["train/seconds"]) if rows else 0.0

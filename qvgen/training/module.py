@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +17,10 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
-from qvgen.training.optim import build_optimizer
+from qvgen.training.step_module import StepModule, TrainingDivergedError
 
 
-class TrainingDivergedError(ValueError):
-    """The loss or the gradients are no longer finite."""
-
-
-class VideoTraining(lightning.LightningModule):
+class VideoTraining(StepModule):
     """Trains a student transformer.
 
     Args:
@@ -36,7 +31,7 @@ class VideoTraining(lightning.LightningModule):
     """
 
     def __init__(self, config: TrainConfig, *, student: nn.Module, teacher: nn.Module | None, encode: Encode) -> None:
-        super().__init__()
+        super().__init__(optim=config.optim, num_steps=config.steps)
         method: Method = config.method
         family: VideoDiT = config.model
         self.student = student
@@ -44,11 +39,12 @@ class VideoTraining(lightning.LightningModule):
             raise ValueError(f"method={method.name} with target={method.target} and teacher={teacher is not None}")
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.encode, self.method, self.optim = family, encode, method, config.optim
-        self.num_steps, self.seed = config.steps, config.seed
-        self.step_losses: list[Tensor] = []
-        self.gradient_norm: Tensor | None = None
-        self.learning_rate = 0.0
+        self.family, self.encode, self.method, self.seed = family, encode, method, config.seed
+
+    @property
+    def trained(self) -> nn.Module:
+        """The student."""
+        return self.student
 
     def setup(self, stage: str) -> None:
         """Bring the teacher to the student's device."""
@@ -89,24 +85,3 @@ class VideoTraining(lightning.LightningModule):
             )
         self.step_losses.append(loss.detach())
         return loss
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the norm of all gradients; keep what it was before (the paper's regret bound) and the step's rate."""
-        del gradient_clip_val, gradient_clip_algorithm
-        self.learning_rate = float(optimizer.param_groups[0]["lr"])
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.gradient_clip)
-        if not torch.isfinite(self.gradient_norm):
-            raise TrainingDivergedError(
-                f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
-                "checkpoint is kept: lower optim.learning_rate"
-            )
-
-    def configure_optimizers(self) -> Any:
-        """AdamW, stepped with its schedule once per optimizer step."""
-        optimizer, schedule = build_optimizer(self.student, self.optim, num_steps=self.num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from qvgen.run_directory import atomic_write
-from qvgen.training.module import TrainingDivergedError
+from qvgen.training.step_module import TrainingDivergedError
 
 
 class StepCheckpoint(lightning.Callback):

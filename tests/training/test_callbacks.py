@@ -11,7 +11,7 @@ from torch import nn
 
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
-from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, _rows_before, total_seconds
+from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, rows_before, total_seconds
 from qvgen.training.optim import build_optimizer
 from qvgen.training.session import decay_schedule
 from qvgen.training.step_checkpoint import AtomicCheckpointIO, checkpoints
@@ -119,13 +119,13 @@ def test_rows_from_the_resumed_step_on_and_half_a_row_are_dropped(tmp_path: Path
     path = tmp_path / "metrics.csv"
     full = [f"{step},0.5,0.1,0.002,{step + 0.25},4,1.0,\n" for step in range(4)]
     write_table(path, full)
-    assert [row["step"] for row in _rows_before(path, 2)] == ["0", "1"]
-    assert [row["step"] for row in _rows_before(path, 9)] == ["0", "1", "2", "3"]
+    assert [row["step"] for row in rows_before(path, 2)] == ["0", "1"]
+    assert [row["step"] for row in rows_before(path, 9)] == ["0", "1", "2", "3"]
     assert total_seconds(path) == 3.25
     for cut in ("4", "4,0.5,0.", ",", "4,0.5,0.1,0.002,7.25,4,1.0"):
         write_table(path, [*full, cut])
-        assert [row["step"] for row in _rows_before(path, 9)] == ["0", "1", "2", "3"], cut
-    assert _rows_before(tmp_path / "none.csv", 3) == []
+        assert [row["step"] for row in rows_before(path, 9)] == ["0", "1", "2", "3"], cut
+    assert rows_before(tmp_path / "none.csv", 3) == []
     assert total_seconds(tmp_path / "none.csv") == 0.0
 
 

@@ -1,0 +1,63 @@
+"""What the trainings of this folder share: the clipped step of an optimizer with its schedule, and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from qvgen.config.sections import OptimConfig
+from qvgen.training.optim import build_optimizer
+
+
+class TrainingDivergedError(ValueError):
+    """The loss or the gradients are no longer finite."""
+
+
+class StepModule(lightning.LightningModule):
+    """A LightningModule that trains one network.
+
+    Args:
+        optim: Optimizer and schedule.
+        num_steps: Optimizer steps of the whole run.
+
+    Attributes:
+        step_losses: Of the micro-batches since the last optimizer step.
+        gradient_norm: Of all gradients before clipping, in the last step.
+        learning_rate: Of the last step.
+    """
+
+    def __init__(self, *, optim: OptimConfig, num_steps: int) -> None:
+        super().__init__()
+        self.optim, self.num_steps = optim, num_steps
+        self.step_losses: list[Tensor] = []
+        self.gradient_norm: Tensor | None = None
+        self.learning_rate = 0.0
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network, a submodule of this one."""
+        raise NotImplementedError
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients; keep what it was before (the paper's regret bound) and the step's rate."""
+        del gradient_clip_val, gradient_clip_algorithm
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.optim.gradient_clip)
+        if not torch.isfinite(self.gradient_norm):
+            raise TrainingDivergedError(
+                f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
+                "checkpoint is kept: lower optim.learning_rate"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, stepped with its schedule once per optimizer step."""
+        optimizer, schedule = build_optimizer(self.trained, self.optim, num_steps=self.num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
