@@ -23,8 +23,13 @@ EVERY = "checkpoint.every_steps=4"
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The same command in a process of its own."""
     command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir={run_dir}", *overrides]
-    with (run_dir.parent / f"{run_dir.name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+    # A suite that runs in the background of a shell ignores Ctrl-C, and its children would inherit that.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (run_dir.parent / f"{run_dir.name}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -> None:
