@@ -4,7 +4,7 @@ The contract is kernels/README.md. This package depends on torch alone and can b
 
     kernel = resolve_kernel("auto", spec, device=device).name
     weight = prepack(planes, scale=scale, zero_point=zero_point, spec=spec, kernel=kernel)
-    y = packed_linear(x, weight=weight, bias=bias, spec=spec, kernel=kernel)
+    y = packed_linear(x, weight=weight, tensors=LinearTensors(bias=bias), spec=spec, kernel=kernel)
 
 Every module of the package is imported here, and a backend's module registers its backend: a new one is one
 file.
@@ -13,13 +13,14 @@ file.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.op import packed_linear, prepack
 from qvgen_kernels.registry import Backend, available_kernels, get_backend, register_backend, resolve_kernel
 
 __all__ = [
     "Backend",
     "LinearSpec",
+    "LinearTensors",
     "available_kernels",
     "get_backend",
     "packed_linear",

@@ -1,4 +1,4 @@
-"""LinearSpec: the static half of the packed linear's contract. The arithmetic is in kernels/README.md.
+"""LinearSpec and LinearTensors: the two halves of the packed linear's contract. The arithmetic is in kernels/README.md.
 
 A spec says everything about one layer that is not a tensor, and nothing about how a backend computes it. It
 travels through the registered operator as its canonical JSON text, because an operator takes tensors, numbers
@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
 
 from qvgen_kernels.hadamard import paley_factor, rotation_sizes
 
-__all__ = ["INT32_LIMIT", "MAX_BITS", "MIN_BITS", "SCALE_FLOOR", "LinearSpec"]
+__all__ = ["INT32_LIMIT", "MAX_BITS", "MIN_BITS", "SCALE_FLOOR", "LinearSpec", "LinearTensors"]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -26,6 +29,7 @@ smallest normal number stands in, so that backends which flush subnormals agree.
 
 _WEIGHT_ZERO_POINTS = ("integer", "real", "none")
 _ACTIVATION_ZERO_POINTS = ("integer", "none")
+_ACTIVATION_RANGES = ("dynamic", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,9 @@ class LinearSpec:
             are used as they are: whoever made them has rounded them already.
         rotation: block size of the Hadamard transform of the input; 0 = none. Powers of two, and those times b, an
             order of Paley's (:mod:`qvgen_kernels.hadamard`): 1920 = 60 * 32, 8960 = 140 * 64.
+        activation_range: "dynamic" (every row's own minimum and maximum) or "static" (a scale and a zero point come
+            with every row; no activation groups then).
+        branch_rank: rank of the low-rank branch on the input in floating point; 0 = none.
 
     Raises:
         ValueError: a field outside its range, a group or rotation that does not divide in_features, two
@@ -70,6 +77,8 @@ class LinearSpec:
     activation_group_size: int = 0
     scale_dtype: str = "float32"
     rotation: int = 0
+    activation_range: str = "dynamic"
+    branch_rank: int = 0
     _text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -77,12 +86,13 @@ class LinearSpec:
             _check_int(name, getattr(self, name), low=1)
         for name in ("weight_bits", "activation_bits"):
             _check_int(name, getattr(self, name), low=MIN_BITS, high=MAX_BITS)
-        for name in ("weight_group_size", "activation_group_size", "rotation"):
+        for name in ("weight_group_size", "activation_group_size", "rotation", "branch_rank"):
             _check_int(name, getattr(self, name), low=0)
         for name, allowed in (
             ("weight_zero_point", _WEIGHT_ZERO_POINTS),
             ("activation_zero_point", _ACTIVATION_ZERO_POINTS),
             ("scale_dtype", tuple(SCALE_FLOOR)),
+            ("activation_range", _ACTIVATION_RANGES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
@@ -91,6 +101,14 @@ class LinearSpec:
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     def _check_sizes(self) -> None:
+        if self.activation_range == "static" and self.activation_group_size:
+            raise ValueError(
+                f"activation_group_size={self.activation_group_size} with static ranges; a row has one scale, use 0"
+            )
+        if self.branch_rank > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"branch_rank={self.branch_rank} is above the rank of a [{self.out_features}, {self.in_features}] weight"
+            )
         for name in ("weight_group_size", "activation_group_size"):
             value = getattr(self, name)
             if value and self.in_features % value:
@@ -161,6 +179,30 @@ class LinearSpec:
             ValueError: no JSON object, a missing or unknown key, or a value that the spec refuses.
         """
         return _parse(text)
+
+
+class LinearTensors(NamedTuple):
+    """What a call gets besides x and the packed weight; M rows of x, None where there is none.
+
+    Attributes:
+        bias: float32 [N].
+        clip_low: float32 [M], factor on every row's minimum (dynamic ranges; unused by symmetric activations).
+        clip_high: float32 [M], factor on every row's maximum.
+        input_scale: float32 [K], factor on every column of x before all else; the branch does not see it.
+        row_scale: float32 [M], every row's scale: static ranges need it.
+        row_zero_point: float32 [M], whole numbers in 0..qmax; static ranges with zero points need it.
+        branch_down: [r, K] of any floating type: y += (x branch_down^T) branch_up^T.
+        branch_up: [N, r].
+    """
+
+    bias: Tensor | None = None
+    clip_low: Tensor | None = None
+    clip_high: Tensor | None = None
+    input_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+    row_zero_point: Tensor | None = None
+    branch_down: Tensor | None = None
+    branch_up: Tensor | None = None
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,8 @@
 """The registered operator qvgen::packed_linear and its Python front.
 
-    qvgen::packed_linear(Tensor x, Tensor[] weight, Tensor?[] vectors, str spec, str kernel) -> Tensor
+    qvgen::packed_linear(Tensor x, Tensor[] weight, Tensor?[] tensors, str spec, str kernel) -> Tensor
 
-``vectors`` are bias, clip_low, clip_high and input_scale, each a Tensor or None.
+``tensors`` are the fields of LinearTensors in their order.
 
 torch.compile sees one opaque node with a known output, so no compiler can reorder or fuse the arithmetic that
 the contract fixes. Inference only: a backward pass raises, since the trainable layer is the fake-quantized
@@ -18,63 +18,84 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.registry import get_backend
 
 __all__ = ["packed_linear", "prepack"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "qvgen::packed_linear"
-_VECTORS = ("bias", "clip_low", "clip_high", "input_scale")
+_NOTHING = LinearTensors()
 
 _library = torch.library.Library("qvgen", "FRAGMENT")
 _library.define(
-    "packed_linear(Tensor x, Tensor[] weight, Tensor?[] vectors, str spec, str kernel) -> Tensor",
+    "packed_linear(Tensor x, Tensor[] weight, Tensor?[] tensors, str spec, str kernel) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _check_inputs(x: Tensor, *, spec: LinearSpec, **vectors: Tensor | None) -> None:
+def _check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
     """Check what can be checked without reading a value: reading one would stall a GPU in every layer."""
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"x is {x.dtype}; use torch.float32, torch.bfloat16 or torch.float16")
     if x.ndim < 1 or x.shape[-1] != spec.in_features:
         raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be in_features={spec.in_features}")
     rows = prod(x.shape[:-1])
-    sizes = {"bias": spec.out_features, "clip_low": rows, "clip_high": rows, "input_scale": spec.in_features}
-    for name, tensor in vectors.items():
-        size = sizes[name]
+    shapes: dict[str, tuple[int, ...]] = {
+        "bias": (spec.out_features,),
+        "clip_low": (rows,),
+        "clip_high": (rows,),
+        "input_scale": (spec.in_features,),
+        "row_scale": (rows,),
+        "row_zero_point": (rows,),
+        "branch_down": (spec.branch_rank, spec.in_features),
+        "branch_up": (spec.out_features, spec.branch_rank),
+    }
+    for name, tensor in tensors._asdict().items():
         if tensor is None:
             continue
-        if tensor.dtype != torch.float32 or tensor.ndim != 1 or tensor.shape[0] != size:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be torch.float32 [{size}]")
+        shape, is_branch = shapes[name], name.startswith("branch")
+        if tensor.shape != shape or (tensor.dtype not in _INPUT_DTYPES if is_branch else tensor.dtype != torch.float32):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            wanted = "floating point" if is_branch else "torch.float32"
+            raise ValueError(f"{name} is {found}; it must be {wanted} {list(shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+    for name in _needed(spec):
+        if getattr(tensors, name) is None:
+            raise ValueError(f"{name} is missing; a layer of {_kind(spec)} needs it")
+
+
+def _needed(spec: LinearSpec) -> list[str]:
+    names = ["branch_down", "branch_up"] if spec.branch_rank else []
+    if spec.activation_range == "static":
+        names += ["row_scale", *(["row_zero_point"] if spec.activation_zero_point == "integer" else [])]
+    return names
+
+
+def _kind(spec: LinearSpec) -> str:
+    return f"activation_range={spec.activation_range!r} and branch_rank={spec.branch_rank}"
 
 
 def _packed_linear(
-    x: Tensor, weight: Sequence[Tensor], vectors: Sequence[Tensor | None], spec: str, kernel: str
+    x: Tensor, weight: Sequence[Tensor], tensors: Sequence[Tensor | None], spec: str, kernel: str
 ) -> Tensor:
-    parsed, named = LinearSpec.from_string(spec), dict(zip(_VECTORS, vectors, strict=True))
-    _check_inputs(x, spec=parsed, **named)
-    y = get_backend(kernel).linear(
-        x.reshape(-1, parsed.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), parsed.in_features),
-        weight,
-        spec=parsed,
-        **named,
-    )
+    parsed, named = LinearSpec.from_string(spec), LinearTensors(*tensors)
+    _check_inputs(x, named, parsed)
+    rows = x.reshape(-1, parsed.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), parsed.in_features)
+    y = get_backend(kernel).linear(rows, weight, tensors=named, spec=parsed)
     return y.reshape(*x.shape[:-1], parsed.out_features)
 
 
 def _fake(
     x: Tensor,
     weight: Sequence[Tensor],  # noqa: ARG001 - the operator's signature
-    vectors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
     spec: str,
     kernel: str,  # noqa: ARG001
 ) -> Tensor:
     parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, spec=parsed, **dict(zip(_VECTORS, vectors, strict=True)))
+    _check_inputs(x, LinearTensors(*tensors), parsed)
     return x.new_empty((*x.shape[:-1], parsed.out_features))
 
 
@@ -115,30 +136,25 @@ def packed_linear(
     x: Tensor,
     *,
     weight: Sequence[Tensor],
-    bias: Tensor | None = None,
-    clips: tuple[Tensor | None, Tensor | None] = (None, None),
-    input_scale: Tensor | None = None,
+    tensors: LinearTensors = _NOTHING,
     spec: LinearSpec,
     kernel: str,
 ) -> Tensor:
     """Quantize x on the fly and multiply it with a packed weight, as kernels/README.md defines it.
 
     Args:
-        x: float32, bfloat16 or float16 [..., K], any strides.
+        x: float32, bfloat16 or float16 [..., K], any strides; M is the product of its leading sizes.
         weight: what :func:`prepack` returned for the same spec and kernel.
-        bias: float32 [N].
-        clips: clip_low and clip_high, float32 [M] each, factors on every row's minimum and maximum (M = product of x's
-            leading sizes); None = 1.
-        input_scale: float32 [K], a factor on each column of x, before all else; None = 1.
+        tensors: bias, clips, smoothing, static scales and low-rank branch, as far as the layer has them.
         spec: the layer.
         kernel: a resolved backend name (``resolve_kernel(...).name``).
 
     Returns:
-        [..., N] of x's dtype, contiguous; a row with a NaN or infinity is NaN, the others are untouched.
+        [..., N] of x's dtype, contiguous; a row with a NaN is NaN (with an infinity, too, if ranges are dynamic),
+        the others are untouched.
 
     Raises:
-        ValueError: wrong dtype, shape or device, or unknown kernel.
+        ValueError: wrong dtype, shape or device, a tensor that the spec needs and is missing, or unknown kernel.
     """
-    vectors = [bias, *clips, input_scale]
-    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), vectors, spec.to_string(), kernel)
+    y: Tensor = torch.ops.qvgen.packed_linear(x, list(weight), list(tensors), spec.to_string(), kernel)
     return y

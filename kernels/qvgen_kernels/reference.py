@@ -2,7 +2,7 @@ r"""Exact reference of the packed linear in plain torch: every backend's oracle,
 
     q_x, s_x, z_x = quantize(H x)                        float32, per token or group (kernels/README.md)
     acc[m,n,g]    = sum_{k in g} (q_x - z_x)(q_w - z_w)   exact integers
-    y[m,n]        = sum_g (float32(acc) * s_x) * s_w + bias
+    y[m,n]        = sum_g (float32(acc) * s_x) * s_w + (x down^T) up^T + bias
 
 Exact integers from float matrix products. The operands are whole numbers, and ``spec.accumulator_bound``
 bounds the sum of the |products| of one output element, hence every partial sum in ANY order of summation.
@@ -24,28 +24,30 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec
+from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec, LinearTensors
 from qvgen_kernels.hadamard import block_hadamard
 from qvgen_kernels.registry import register_backend
 from qvgen_kernels.weight import check_weight, unpack_planes
 
 __all__ = ["ReferenceBackend", "accumulate", "block_hadamard", "quantize_activations"]
 
+_NOTHING = LinearTensors()
+
 FLOAT32_EXACT = 2**24
 """Every whole number up to here, in magnitude, is a float32."""
 
 
 def quantize_activations(
-    x: Tensor, *, spec: LinearSpec, clip_low: Tensor | None = None, clip_high: Tensor | None = None
+    x: Tensor, *, spec: LinearSpec, tensors: LinearTensors = _NOTHING
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate and quantize rows of x on the fly.
+    """Smooth, rotate and quantize rows of x on the fly.
 
     Args:
         x: float32, bfloat16 or float16 [M, K].
         spec: the layer.
-        clip_low: float32 [M], factor on each row's minimum; unused by symmetric activations.
-        clip_high: float32 [M], factor on each row's maximum.
+        tensors: clips, input_scale, and row_scale and row_zero_point where ranges are static.
 
     Returns:
         operand: float32 [M, G, K/G], whole numbers q - z (G activation groups, 1 per token).
@@ -53,9 +55,22 @@ def quantize_activations(
         zero_point: float32 [M, G], whole numbers; zeros where symmetric. Rows that are not finite hold NaNs.
     """
     rows = x.to(torch.float32)
+    rows = rows if tensors.input_scale is None else rows * tensors.input_scale
     if spec.rotation:
         rows = block_hadamard(rows, block=spec.rotation)
     rows = rows.unflatten(-1, (-1, spec.activation_group_size or spec.in_features))
+    symmetric = spec.activation_zero_point == "none"
+    scale, zero_point = (_static_qparams if spec.activation_range == "static" else _dynamic_qparams)(
+        rows, spec=spec, tensors=tensors
+    )
+    codes = (rows * (1.0 / scale)).round_().add_(zero_point)
+    codes = codes.clamp_(-spec.activation_qmax if symmetric else 0, spec.activation_qmax)
+    return codes.sub_(zero_point), scale.squeeze(-1), zero_point.squeeze(-1)
+
+
+def _dynamic_qparams(rows: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [M, G, 1] of rows [M, G, K/G] from their own extremes."""
+    clip_low, clip_high = tensors.clip_low, tensors.clip_high
     # A divisor on x's device: on CUDA torch multiplies by a Python number's reciprocal instead of dividing.
     qmax = rows.new_full((), spec.activation_qmax)
     low = rows.amin(-1, keepdim=True)
@@ -64,16 +79,26 @@ def quantize_activations(
         span = torch.maximum(-low, high)
         span = span if clip_high is None else span * clip_high.view(-1, 1, 1)
         scale = _round_scale(span / qmax, spec.scale_dtype)
-        codes = (rows * (1.0 / scale)).round_().clamp_(-spec.activation_qmax, spec.activation_qmax)
-        return codes, scale.squeeze(-1), torch.zeros_like(scale).squeeze(-1)
+        return scale, torch.zeros_like(scale)
     low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
     low = low if clip_low is None else low * clip_low.view(-1, 1, 1)
     high = high if clip_high is None else high * clip_high.view(-1, 1, 1)
     scale = _round_scale((high - low) / qmax, spec.scale_dtype)
-    inverse = 1.0 / scale
-    zero_point = (-low * inverse).round_().clamp_(0, spec.activation_qmax)
-    codes = (rows * inverse).round_().add_(zero_point).clamp_(0, spec.activation_qmax)
-    return codes.sub_(zero_point), scale.squeeze(-1), zero_point.squeeze(-1)
+    return scale, (-low * (1.0 / scale)).round_().clamp_(0, spec.activation_qmax)
+
+
+def _static_qparams(
+    rows: Tensor,  # noqa: ARG001 - same signature as the dynamic ones
+    *,
+    spec: LinearSpec,
+    tensors: LinearTensors,
+) -> tuple[Tensor, Tensor]:
+    """The given scale and zero point of every row, [M, 1, 1]."""
+    assert tensors.row_scale is not None  # the operator has checked it
+    scale = tensors.row_scale.view(-1, 1, 1)
+    if tensors.row_zero_point is None or spec.activation_zero_point == "none":
+        return scale, torch.zeros_like(scale)
+    return scale, tensors.row_zero_point.view(-1, 1, 1)
 
 
 def _round_scale(scale: Tensor, dtype: str) -> Tensor:
@@ -148,17 +173,7 @@ class ReferenceBackend:
         operand = (columns - zero_point.reshape(spec.out_features, -1, 1)).flatten(1)
         return [operand if spec.weight_bits == 8 else operand.to(torch.int8), scale]
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Sequence[Tensor],
-        *,
-        bias: Tensor | None,
-        clip_low: Tensor | None,
-        clip_high: Tensor | None,
-        input_scale: Tensor | None = None,
-        spec: LinearSpec,
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
         # module.to(torch.bfloat16) also casts buffers: coarser scales would be another network, silently.
         if weight[0].shape != (spec.out_features, spec.in_features) or weight[1].dtype != torch.float32:
@@ -168,8 +183,7 @@ class ReferenceBackend:
             )
         # An autocast region around the layer would round the float32 sums to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            rows = x if input_scale is None else x.to(torch.float32) * input_scale
-            operand, scale, _ = quantize_activations(rows, spec=spec, clip_low=clip_low, clip_high=clip_high)
+            operand, scale, _ = quantize_activations(x, spec=spec, tensors=tensors)
             flat = operand.flatten(1)
             y: Tensor | None = None
             for group, columns in enumerate(_group_slices(spec)):
@@ -182,9 +196,19 @@ class ReferenceBackend:
                 acc.mul_(scale[:, min(group, scale.shape[1] - 1), None]).mul_(weight[1][:, w])
                 y = acc if y is None else y.add_(acc)
             assert y is not None  # there is one group at least
-            if bias is not None:
-                y.add_(bias)
+            if spec.branch_rank:
+                y.add_(low_rank_branch(x, tensors))
+            if tensors.bias is not None:
+                y.add_(tensors.bias)
             return y.to(x.dtype)
+
+
+def low_rank_branch(x: Tensor, tensors: LinearTensors) -> Tensor:
+    """(x down^T) up^T of x [M, K] in x's dtype, as float32 [M, N]."""
+    down, up = tensors.branch_down, tensors.branch_up
+    assert down is not None  # the operator has checked both
+    assert up is not None
+    return functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(torch.float32)
 
 
 register_backend(ReferenceBackend())

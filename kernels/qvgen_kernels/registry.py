@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.contract import LinearSpec, LinearTensors
 
 __all__ = ["AUTO", "Backend", "available_kernels", "get_backend", "register_backend", "resolve_kernel"]
 
@@ -44,17 +44,7 @@ class Backend(Protocol):
     ) -> list[Tensor]:
         """Turn canonical tensors (checked by ``weight.check_weight``) into this backend's own; at load."""
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Sequence[Tensor],
-        *,
-        bias: Tensor | None,
-        clip_low: Tensor | None,
-        clip_high: Tensor | None,
-        input_scale: Tensor | None,
-        spec: LinearSpec,
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] (any strides, M may be 0) to a new tensor [M, N] of x's dtype."""
 
 

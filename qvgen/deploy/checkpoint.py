@@ -27,8 +27,10 @@ from qvgen.deploy.manifest import (
     layer_entry,
     read_manifest,
 )
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
-from qvgen.layers.packed_linear import PackedLinear, linear_spec
+from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from qvgen.layers.packed_weight import PackedWeight
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 from qvgen_kernels import resolve_kernel
@@ -78,13 +80,16 @@ def save_packed(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+    band = next(iter(packed.values())).noise_band
     manifest = Manifest(
         base_name=base_name,
         base_revision=base_revision,
         base_arguments=dict(base_arguments or {}),
         transformer=name,
         transformer_config=_plain_config(model),
-        num_noise_bands=next(iter(packed.values())).noise_band.num_bands,
+        num_noise_bands=band.num_bands,
+        timesteps=band.timesteps,
+        strict_timesteps=band.strict,
         layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
         skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
         training=dict(training or {}),
@@ -120,6 +125,12 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     elif _plain_config(model) != manifest.transformer_config:
         raise ValueError(f"the model that was given has another configuration than {directory / MANIFEST_FILE} says")
     band = NoiseBand(manifest.num_noise_bands)
+    if manifest.timesteps is not None:
+        try:
+            band.use_timesteps_(manifest.timesteps)
+        except ValueError as error:
+            raise ValueError(f"{directory / MANIFEST_FILE}: {error}") from error
+        band.strict = manifest.strict_timesteps
     for entry in manifest.layers:
         _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
     watch_timestep(model, band)
@@ -145,7 +156,7 @@ def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None
         RuntimeError: A kernel that was asked for by name does not run here.
     """
     for layer in quantized_layers(model).values():
-        spec = linear_spec(layer.profile, in_features=layer.in_features, out_features=layer.out_features)
+        spec = layer_spec(LayerForm.of(layer), in_features=layer.in_features, out_features=layer.out_features)
         resolve_kernel(kernel, spec, device=device)
 
 
@@ -197,14 +208,12 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
             entry.in_features,
             entry.out_features,
             bias=entry.bias,
-            profile=entry.profile,
+            form=entry.form,
             noise_band=band,
             kernel=kernel,
         )
     except ValueError as error:
         raise ValueError(f"{source}: layer {name!r}: {error}") from error
-    if entry.input_scale:
-        packed.expect_input_scale_()
     packed.weight_error = entry.weight_error
     model.set_submodule(name, packed)
 
@@ -226,7 +235,7 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: P
                 f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}"
             )
         if found.is_floating_point() != value.is_floating_point() or (
-            isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLinear) and found.dtype != value.dtype
+            isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight) and found.dtype != value.dtype
         ):
             raise ValueError(f"{source}: {name!r} is {found.dtype}, {value.dtype} is needed")
     if extra := sorted(set(tensors) - set(expected)):

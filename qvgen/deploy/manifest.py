@@ -2,12 +2,14 @@
 
     {"format": "qvgen-packed", "version": 1,
      "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
-     "num_noise_bands", "layers": [...], "skipped": [...], "training": {...}, "sha256": of model.safetensors}
+     "num_noise_bands", "timesteps", "strict_timesteps", "layers": [...], "skipped": [...], "training": {...},
+     "sha256": of model.safetensors}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
-granularity, group_size, zero_point, scale_dtype, range "dynamic", clip_table}, rotation, profile, bytes,
-weight_error}; clip_table is the number of noise bands with clip factors of their own, weight_error is
-|Q(W) - W|^2 / |W|^2 against the trained master weight, null where it is not known.
+granularity, group_size, zero_point, scale_dtype, range "dynamic" or "static", clip_table}, rotation, input_scale,
+branch_rank, plan, profile, bytes, weight_error}; clip_table is the number of noise bands (or static steps) with table
+entries of their own, plan is a BitPlan's, weight_error is |Q(W) - W|^2 / |W|^2 against the trained master weight, null
+where it is not known.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
+from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.grid import Grid, Profile
 
 FORMAT, VERSION = "qvgen-packed", 1
@@ -37,23 +41,26 @@ class LayerEntry:
     out_features: int
     in_features: int
     bias: bool
-    profile: Profile
-    input_scale: bool
+    form: LayerForm
     nbytes: int
     weight_error: float | None
 
     def to_dict(self, *, num_noise_bands: int) -> dict[str, Any]:
         """As the manifest stores it."""
-        weight, activation = asdict(self.profile.weight), asdict(self.profile.activation)
+        form, profile = self.form, self.form.profile
+        weight, activation = asdict(profile.weight), asdict(profile.activation)
+        kind = "static" if form.static else "dynamic"
         return {
             "name": self.name,
             "shape": [self.out_features, self.in_features],
             **weight,
             "bias": self.bias,
-            "activation": {**activation, "range": "dynamic", "clip_table": num_noise_bands},
-            "rotation": self.profile.rotation,
-            "input_scale": self.input_scale,
-            "profile": self.profile.name,
+            "activation": {**activation, "range": kind, "clip_table": num_noise_bands},
+            "rotation": profile.rotation,
+            "input_scale": form.input_scale,
+            "branch_rank": form.branch_rank,
+            "plan": None if form.plan is None else form.plan.to_dict(),
+            "profile": profile.name,
             "bytes": self.nbytes,
             "weight_error": self.weight_error,
         }
@@ -62,8 +69,9 @@ class LayerEntry:
     def from_dict(cls, data: Mapping[str, Any]) -> LayerEntry:
         """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
         activation = {key: value for key, value in data["activation"].items() if key not in ("range", "clip_table")}
-        if data["activation"]["range"] != "dynamic":
-            raise ValueError(f"activation range {data['activation']['range']!r}; this version runs dynamic ones")
+        wanted = "static" if activation["granularity"] == "per_tensor" else "dynamic"
+        if data["activation"]["range"] != wanted:
+            raise ValueError(f"activation range {data['activation']['range']!r} of a {activation['granularity']} grid")
         weight = {key: data[key] for key in ("bits", "granularity", "zero_point", "group_size", "scale_dtype")}
         out_features, in_features = (int(size) for size in data["shape"])
         if out_features < 1 or in_features < 1:
@@ -79,8 +87,12 @@ class LayerEntry:
             out_features=out_features,
             in_features=in_features,
             bias=bool(data["bias"]),
-            profile=profile,
-            input_scale=bool(data.get("input_scale", False)),  # checkpoints from before there was any
+            form=LayerForm(
+                profile=profile,
+                plan=None if data.get("plan") is None else BitPlan.from_dict(data["plan"]),
+                input_scale=bool(data.get("input_scale", False)),  # .get: checkpoints from before there was any
+                branch_rank=int(data.get("branch_rank", 0)),
+            ),
             nbytes=int(data["bytes"]),
             weight_error=None if data["weight_error"] is None else float(data["weight_error"]),
         )
@@ -98,6 +110,8 @@ class Manifest:
         transformer: Class of diffusers, one of ``SUPPORTED_TRANSFORMERS``.
         transformer_config: Arguments of that class.
         num_noise_bands: Bands of the clip tables.
+        timesteps: What the entries of static tables were calibrated for, rising; None where there are none.
+        strict_timesteps: Whether other timesteps are refused, in place of interpolating.
         layers: Packed layers, in the model's order.
         skipped: Names of the Linears that stayed in full precision.
         training: How it was made: method, init, seed, steps; free-form, for people.
@@ -110,6 +124,8 @@ class Manifest:
     transformer: str
     transformer_config: dict[str, Any]
     num_noise_bands: int
+    timesteps: tuple[float, ...] | None
+    strict_timesteps: bool
     layers: tuple[LayerEntry, ...]
     skipped: tuple[str, ...]
     training: dict[str, Any]
@@ -128,6 +144,8 @@ class Manifest:
                 "config": self.transformer_config,
             },
             "num_noise_bands": self.num_noise_bands,
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
+            "strict_timesteps": self.strict_timesteps,
             "layers": [layer.to_dict(num_noise_bands=self.num_noise_bands) for layer in self.layers],
             "skipped": list(self.skipped),
             "training": self.training,
@@ -159,6 +177,8 @@ class Manifest:
                 transformer=str(base["transformer"]),
                 transformer_config=dict(base["config"]),
                 num_noise_bands=int(data["num_noise_bands"]),
+                timesteps=None if data.get("timesteps") is None else tuple(map(float, data["timesteps"])),
+                strict_timesteps=bool(data.get("strict_timesteps", False)),
                 layers=tuple(LayerEntry.from_dict(layer) for layer in data["layers"]),
                 skipped=tuple(map(str, data["skipped"])),
                 training=dict(data["training"]),
@@ -194,8 +214,7 @@ def layer_entry(name: str, layer: PackedLinear) -> LayerEntry:
         out_features=layer.out_features,
         in_features=layer.in_features,
         bias=layer.bias is not None,
-        profile=layer.profile,
-        input_scale=layer.input_scale is not None,
+        form=layer.form,
         nbytes=layer.nbytes(),
         weight_error=layer.weight_error,
     )

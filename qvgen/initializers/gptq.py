@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import dequantize
 from qvgen.quant.bgr import refine_grid
 from qvgen.quant.gptq import gptq_round

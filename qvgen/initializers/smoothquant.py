@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import choose_qparams
 from qvgen.quant.smoothing import search_alpha, smoothing_scale
 

@@ -1,38 +1,35 @@
 """A Linear that trains on the grid it will run on (QVGen, arXiv 2505.11497, Sec. 3).
 
-    Y = Q(X) (Q(W) + (L gamma) R)^T + bias
+    Y = Q(X) (Q(W) + (L gamma) R)^T + x D^T U^T + bias
 
-in the layer's own coordinates, X = H (x m) of the model's x (rotation H and smoothing m, where there are any), and computed
-with the scales outside of the product, as the integer kernels do:
-
-    Y = s_x * ((q_x - z_x) What^T) * s_w + bias        What = (q_w - z_w) + (L gamma) R / s_w
-
-(q - z) are whole numbers of at most 8 bits and a sign: exact in bfloat16 and float32. In float32, and as long as a sum
-stays below 2^24, the product is exact too, so that once Phi is gone this layer and the packed one agree bit for
-bit. Where a scale belongs to a group of columns it can't leave the sum: both sides are dequantized before the product.
-
-One autograd.Function for the layer: it saves the input and recomputes codes and ranges in the backward pass; the
-straight-through formulas are those of qvgen.quant.ste. Under autocast the two products run in its dtype, all
-quantizer arithmetic in float32.
+in the layer's own coordinates, X = H (x m) of the model's x (rotation H and smoothing m, where there are any). D and U
+are a low-rank branch in floating point that stays (SVDQuant), where there is one. The product is computed with the
+scales outside of it, as the integer kernels do (:mod:`qvgen.layers.fake_quant_product`). (q - z) are whole numbers of at
+most 8 bits and a sign: exact in bfloat16 and float32. In float32, and as long as a sum stays below 2^24, the product is exact
+too, so that once Phi is gone this layer and the packed one agree bit for bit. Where a scale belongs to a group of columns
+it can't leave the sum: both sides are dequantized before the product.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from qvgen.layers.bit_choice import by_widths, rows_of
+from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, input_codes, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
-from qvgen.quant.affine import choose_qparams, qparams_to_rows, quantize, round_to_grid, to_rows
-from qvgen.quant.grid import Grid, Profile
+from qvgen.quant.bit_plan import BitPlan, Widths
+from qvgen.quant.grid import Profile
 from qvgen.quant.hadamard import hadamard_transform
-from qvgen.quant.ste import dynamic_fake_quantize_backward
 from qvgen.quantizers.activation_dynamic import ActivationDynamic
+from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
 from qvgen.quantizers.weight_lsq import WeightLSQ
+
+BRANCH_DTYPE = torch.bfloat16
+"""What the branch is stored and computed from; its rounding is part of what the quantized weight makes up for."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -48,9 +45,13 @@ class FakeQuantLinear(nn.Module):
         weight: Parameter float32 [N, K], the master weight (W H under a rotation).
         bias: Parameter float32 [N] or None.
         weight_quantizer: Learned scale and zero point.
-        activation_quantizer: Learned clips.
+        activation_quantizer: Learned clips, or the learned tables of a static grid.
         phi: The helper, or None.
         input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
+        branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
+        plan: Widths that change over sampling, or None.
+        other_weight_quantizers, other_activation_quantizers: By width, for those of the plan that are not the profile's;
+            None where there are none.
 
     Raises:
         ValueError: The profile's groups or rotation do not fit K, or the rank does not fit the layer.
@@ -58,6 +59,8 @@ class FakeQuantLinear(nn.Module):
 
     bias: nn.Parameter | None
     input_scale: Tensor | None
+    branch_down: Tensor | None
+    branch_up: Tensor | None
 
     def __init__(self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0) -> None:
         super().__init__()
@@ -69,18 +72,32 @@ class FakeQuantLinear(nn.Module):
         weight = hadamard_transform(weight, block_size=profile.rotation) if profile.rotation else weight.clone()
         self.weight = nn.Parameter(weight)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
-        self.weight_quantizer = WeightLSQ(
-            out_features=self.out_features, in_features=self.in_features, grid=profile.weight
-        ).to(weight.device)
-        self.activation_quantizer = ActivationDynamic(grid=profile.activation, num_bands=noise_band.num_bands).to(
-            weight.device
-        )
-        self.register_buffer("input_scale", None)
+        self.weight_quantizer = self._weight_quantizer(profile.weight.bits)
+        self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
+        self.plan: BitPlan | None = None
+        self.other_weight_quantizers: nn.ModuleDict | None = None
+        self.other_activation_quantizers: nn.ModuleDict | None = None
+        for name in ("input_scale", "branch_down", "branch_up"):
+            self.register_buffer(name, None)
         self.phi = None
         if phi_rank:
             self.phi = Phi(out_features=self.out_features, in_features=self.in_features, rank=phi_rank).to(
                 weight.device
             )
+
+    def _weight_quantizer(self, bits: int) -> WeightLSQ:
+        grid = replace(self.profile.weight, bits=bits)
+        made = WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid)
+        return made.to(self.weight.device)
+
+    def _activation_quantizer(self, bits: int) -> ActivationDynamic | ActivationStatic:
+        grid, bands = replace(self.profile.activation, bits=bits), self.noise_band.num_bands
+        made = (
+            ActivationStatic(grid=grid, num_bands=bands, in_features=self.in_features)
+            if grid.granularity == "per_tensor"
+            else ActivationDynamic(grid=grid, num_bands=bands)
+        )
+        return made.to(self.weight.device)
 
     @torch.no_grad()
     def move_(self, *, profile: Profile, input_scale: Tensor | None = None) -> None:
@@ -120,6 +137,42 @@ class FakeQuantLinear(nn.Module):
         self.weight_quantizer.set_bits_(profile.weight.bits)
         self.activation_quantizer.set_bits_(profile.activation.bits)
 
+    def set_plan_(self, plan: BitPlan | None) -> None:
+        """Change widths over sampling from now on; the scales of other weight widths are for a PTQ method to choose.
+
+        Raises:
+            ValueError: The plan does not fit the layer's profile or noise bands.
+        """
+        weight, activation = self.profile.weight.bits, self.profile.activation.bits
+        widths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        if plan is not None:
+            plan.check_fits(self.profile, num_bands=self.noise_band.num_bands)
+            widths = plan.weight_widths(weight), plan.activation_widths(activation)
+        self.plan = plan
+        weights = {str(bits): self._weight_quantizer(bits) for bits in widths[0] if bits != weight}
+        activations = {str(bits): self._activation_quantizer(bits) for bits in widths[1] if bits != activation}
+        self.other_weight_quantizers = nn.ModuleDict(weights) if weights else None
+        self.other_activation_quantizers = nn.ModuleDict(activations) if activations else None
+
+    def set_branch_(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Have a low-rank branch y += (x down^T) up^T, [r, K] and [N, r], rounded to bfloat16; None: no branch.
+
+        The weight is left as it is: what the branch carries is for the caller to take from it.
+        """
+        self.branch_down, self.branch_up = (
+            None if factor is None else factor.detach().to(self.weight.device, BRANCH_DTYPE) for factor in (down, up)
+        )
+
+    def weight_quantizers(self) -> dict[int, WeightLSQ]:
+        """Every weight width's quantizer, the profile's first."""
+        others = self.other_weight_quantizers or {}
+        return {self.profile.weight.bits: self.weight_quantizer, **{int(bits): q for bits, q in others.items()}}
+
+    def activation_quantizers(self) -> dict[int, ActivationDynamic | ActivationStatic]:
+        """Every activation width's quantizer, the profile's first."""
+        others = self.other_activation_quantizers or {}
+        return {self.profile.activation.bits: self.activation_quantizer, **{int(bits): q for bits, q in others.items()}}
+
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """The master weight in the model's own coordinates, float32 [N, K]: not rotated, not smoothed."""
@@ -147,18 +200,22 @@ class FakeQuantLinear(nn.Module):
         quantized = self.quantized_weight()
         return quantized if self.phi is None or not self.phi.active else quantized + self.phi.weight()
 
-    def row_clips(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip factors of every row of an input [B * n, ..., K] by its sample's noise band: two of float32 [M, 1]."""
-        index = self.noise_band.row_index(x)
+    def row_params(self, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+        """Two of float32 [M, 1] for the rows of an input [B * n, ..., K]: clip factors, or static scale and zero point."""
+        quantizer = self.activation_quantizers()[bits]
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
-        low, high = (table[index].reshape(shape) for table in self.activation_quantizer.clip_tables())
-        return low.expand(*x.shape[:-1], 1).reshape(-1, 1), high.expand(*x.shape[:-1], 1).reshape(-1, 1)
+        first, second = (self.noise_band.row_values(table, x) for table in quantizer.tables())
+        if isinstance(quantizer, ActivationStatic):
+            second = whole_zero_point(second, quantizer.grid)
+        first, second = (value.reshape(shape).expand(*x.shape[:-1], 1).reshape(-1, 1) for value in (first, second))
+        return first, second
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
-        """Codes of an input [B * n, ..., K] as the layer quantizes it, [M, K]; for counting differences."""
+        """Codes of an input [B * n, ..., K] at the profile's width, [M, K]; for counting differences."""
+        grid = self.profile.activation
         rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
-        return input_codes(rows, self.row_clips(x), self.profile)
+        return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -169,132 +226,36 @@ class FakeQuantLinear(nn.Module):
         Returns:
             [B * n, ..., N] in x's dtype, or autocast's.
         """
-        clip_low, clip_high = self.row_clips(x)
+
+        def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
+            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths)
+
+        return by_widths(x, run, plan=self.plan, profile=self.profile, noise_band=self.noise_band)
+
+    def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
+        quantizer = self.weight_quantizers()[widths[0]]
         phi = self.phi if self.phi is not None and self.phi.active else None
-        y = _FakeQuantLinear.apply(
+        config = ProductConfig(
+            weight_quantizer=quantizer,
+            activation=self.activation_quantizers()[widths[1]].grid,
+            rotation=self.profile.rotation,
+            input_scale=self.input_scale,
+            phi=phi,
+            branch=None if self.branch_down is None or self.branch_up is None else (self.branch_down, self.branch_up),
+        )
+        y = FakeQuantProduct.apply(
             x.reshape(-1, self.in_features),
-            clip_low,
-            clip_high,
+            *params,
             self.weight,
-            self.weight_quantizer.scale,
-            self.weight_quantizer.zero_point,
+            quantizer.scale,
+            quantizer.zero_point,
             None if phi is None else phi.left,
             None if phi is None else phi.right,
             self.bias,
-            self,
+            config,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, {self.profile.name} {self.profile.label}"
-
-
-def to_grid_input(x: Tensor, input_scale: Tensor | None, *, rotation: int) -> Tensor:
-    """What is quantized of an input [..., K]: float32 H (x m)."""
-    x = x.float()
-    x = x if input_scale is None else x * input_scale
-    return hadamard_transform(x, block_size=rotation) if rotation else x
-
-
-def input_codes(rows: Tensor, clips: tuple[Tensor, Tensor], profile: Profile) -> Tensor:
-    """Codes of rows [M, K] of :func:`to_grid_input` under a profile; ``clips`` are float32 [M, 1] each."""
-    scale, zero_point = choose_qparams(rows, grid=profile.activation, clip_low=clips[0], clip_high=clips[1])
-    return quantize(rows, scale=scale, zero_point=zero_point, grid=profile.activation)
-
-
-def _centered(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Q - z as float32 [..., K]."""
-    rows = to_rows(x, grid)
-    row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
-    codes = round_to_grid(rows, row_scale, row_zero, grid).clamp_(grid.qmin, grid.qmax)
-    return codes.sub_(row_zero).reshape(x.shape)
-
-
-def _operand(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, factored: bool
-) -> tuple[Tensor, Tensor | None]:
-    """One side of the product and its scale outside: (q - z, s [rows]), or (s (q - z), None)."""
-    centered = _centered(x, scale, zero_point, grid)
-    if factored:
-        return centered, scale.reshape(-1)
-    return (qparams_to_rows(scale, grid) * to_rows(centered, grid)).reshape(x.shape), None
-
-
-class _Operands:
-    """Both sides of the product as the forward pass uses them; built again by the backward pass."""
-
-    def __init__(self, layer: FakeQuantLinear, x: Tensor, clip_low: Tensor, clip_high: Tensor) -> None:
-        profile = layer.profile
-        factored = profile.weight.granularity == "per_channel" and profile.activation.granularity == "per_token"
-        self.x = to_grid_input(x, layer.input_scale, rotation=profile.rotation)
-        a_qparams = choose_qparams(self.x, grid=profile.activation, clip_low=clip_low, clip_high=clip_high)
-        self.left, self.left_scale = _operand(self.x, *a_qparams, profile.activation, factored=factored)
-        w_qparams = layer.weight_quantizer.qparams()
-        self.right, self.right_scale = _operand(
-            layer.weight.detach().float(), *w_qparams, profile.weight, factored=factored
-        )
-        # A real zero point is no whole number: the product takes raw codes, and z * (row sum of X) is subtracted after it,
-        # as the kernels do. ``right`` is What all the same, for the backward pass.
-        self.right_zero = None
-        raw = self.right
-        if factored and profile.weight.zero_point == "real":
-            self.right_zero = w_qparams[1].reshape(-1)
-            raw = (self.right + w_qparams[1]).round()
-        if layer.phi is not None and layer.phi.active:
-            helper = layer.phi.weight().detach()
-            helper = helper / w_qparams[0] if factored else helper
-            self.right, raw = self.right + helper, raw + helper
-        self.right_raw = raw
-
-
-class _FakeQuantLinear(torch.autograd.Function):
-    """Y [M, N] of x [M, K] with the layer's parameters as differentiable inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip_low: Tensor, clip_high: Tensor, *rest: Any) -> Tensor:
-        weight, scale, zero_point, phi_left, phi_right, bias, layer = rest
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.save_for_backward(x, clip_low, clip_high, weight, scale, zero_point, phi_left, phi_right)
-        ctx.layer, ctx.dtype, ctx.has_bias = layer, dtype, bias is not None
-        with torch.autocast(device, enabled=False):
-            ops = _Operands(layer, x, clip_low, clip_high)
-            y = functional.linear(ops.left.to(dtype), ops.right_raw.to(dtype)).float()
-            if ops.right_zero is not None:
-                y = y - ops.left.sum(-1, keepdim=True) * ops.right_zero
-            if ops.left_scale is not None and ops.right_scale is not None:
-                y = (y * ops.left_scale.unsqueeze(-1)) * ops.right_scale
-            if bias is not None:
-                y = y + bias.float()
-            return y.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, clip_low, clip_high, weight, _, _, phi_left, phi_right = ctx.saved_tensors
-        layer, profile, dtype = ctx.layer, ctx.layer.profile, ctx.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            grad_y = grads[0].float()
-            ops = _Operands(layer, x, clip_low, clip_high)
-            by_row = grad_y if ops.right_scale is None else grad_y * ops.right_scale
-            grad_x_hat = (by_row.to(dtype) @ ops.right.to(dtype)).float()
-            by_column = grad_y if ops.left_scale is None else grad_y * ops.left_scale.unsqueeze(-1)
-            grad_w_eff = (by_column.to(dtype).mT @ ops.left.to(dtype)).float()
-            grad_x, grad_low, grad_high = dynamic_fake_quantize_backward(
-                grad_x_hat, ops.x, clip_low=clip_low, clip_high=clip_high, grid=profile.activation
-            )
-            if profile.rotation:
-                grad_x = hadamard_transform(grad_x, block_size=profile.rotation)
-            if layer.input_scale is not None:
-                grad_x = grad_x * layer.input_scale
-            grad_weight, grad_scale, grad_zero = layer.weight_quantizer.gradients(grad_w_eff, weight)
-            grad_left = grad_right = None
-            if phi_left is not None:
-                gate = layer.phi.rank_gate
-                grad_left = (grad_w_eff @ phi_right.mT) * gate
-                grad_right = (phi_left * gate).mT @ grad_w_eff
-            grad_bias = grad_y.sum(0) if ctx.has_bias else None
-        return (
-            grad_x.to(x.dtype), grad_low, grad_high, grad_weight, grad_scale, grad_zero,
-            grad_left, grad_right, grad_bias, None,
-        )  # fmt: skip

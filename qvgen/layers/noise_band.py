@@ -11,7 +11,7 @@ factors in training and in every sampler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,36 +19,117 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 MAX_TIMESTEP = 1000.0
+TIMESTEP_TOLERANCE = 0.01
+"""Timesteps that differ by less are the same step of a sampler: schedulers compute them in float32."""
 
 
 class NoiseBand:
-    """The bands of the samples that are passing through a model now; shared by all its quantized layers.
+    """Where the samples that are passing through a model now stand on the noise axis; shared by all its quantized layers.
 
     Args:
         num_bands: Number of equal bands of [0, 1000).
+
+    Attributes:
+        timesteps: Static tables have an entry for each of these (rising), and a sample is in the band of the nearest one;
+            None: equal bands.
+        strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
+        lenient: Interpolate for now, whatever ``strict`` says: held-out errors draw any timestep.
+        policy_bits: Activation width that a sampling policy asks for now; None: there is no policy.
     """
 
     def __init__(self, num_bands: int) -> None:
         if num_bands < 1:
             raise ValueError(f"num_noise_bands={num_bands} is not positive; the paper uses 50")
         self.num_bands = num_bands
+        self.timesteps: tuple[float, ...] | None = None
+        self.strict = False
+        self.lenient = False
+        self.policy_bits: int | None = None
         self.current: Tensor | None = None
+        self._upper: tuple[Tensor, Tensor] | None = None
+        self._listed: list[int] | None = None
 
-    def set_timestep(self, timestep: Tensor) -> None:
+    def use_timesteps_(self, timesteps: Sequence[float]) -> None:
+        """Have one band for each of these timesteps of a sampler, in [0, 1000], rising.
+
+        Raises:
+            ValueError: They are not rising, or other ones were chosen before.
+        """
+        values = tuple(float(t) for t in timesteps)
+        if self.timesteps is not None and self.timesteps != values:
+            raise ValueError(f"static tables of {len(self.timesteps)} steps are there; all layers need the same steps")
+        if not values or list(values) != sorted(set(values)) or not all(0 <= t <= MAX_TIMESTEP for t in values):
+            raise ValueError(f"timesteps of static tables must rise within 0..{MAX_TIMESTEP:g}; got {values}")
+        self.timesteps, self.num_bands = values, len(values)
+
+    def set_timestep(self, timestep: Tensor, *, training: bool = False) -> None:
         """Keep the bands of a batch.
 
         Args:
             timestep: [B], or a scalar that all samples share, or [B, tokens] (Wan2.2 TI2V's pipeline); units of
                 [0, 1000), any number dtype. A sample with several is in the band of its largest: its other tokens
                 are clean conditions.
+            training: Any timestep may come, strict or not.
+
+        Raises:
+            ValueError: Its shape is another one, or it is not among ``timesteps`` and the bands are strict.
         """
         if timestep.ndim > 2:
             raise ValueError(f"timestep has shape {list(timestep.shape)}; one number per sample or token is needed")
         if timestep.ndim == 2:
             timestep = timestep.amax(dim=1)
-        # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
-        share = timestep.detach().reshape(-1).double() * self.num_bands / MAX_TIMESTEP
-        self.current = share.long().clamp(0, self.num_bands - 1)
+        self._listed = None
+        values = timestep.detach().reshape(-1).double()
+        if self.timesteps is None:
+            # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
+            share = values * self.num_bands / MAX_TIMESTEP
+            self.current = share.long().clamp(0, self.num_bands - 1)
+            return
+        steps = values.new_tensor(self.timesteps)
+        upper = torch.searchsorted(steps, values).clamp(max=len(steps) - 1)
+        lower = (upper - 1).clamp(min=0)
+        span = (steps[upper] - steps[lower]).clamp(min=1e-12)
+        share = ((values - steps[lower]) / span).clamp(0, 1)
+        # An exact hit takes its entry alone: 1 * s + 0 * s' is s, bit for bit.
+        self.current = torch.where(share < 0.5, lower, upper)
+        self._upper = (lower, share.float())
+        if (
+            self.strict
+            and not (training or self.lenient)
+            and bool(((steps[self.current] - values).abs() > TIMESTEP_TOLERANCE).any())
+        ):
+            raise ValueError(
+                f"timestep {values.tolist()} is not among the {len(steps)} that the static scales were calibrated for; "
+                "sample with the same scheduler and number of steps, or calibrate with init.other_steps=interpolate"
+            )
+
+    def sample_bands(self) -> list[int]:
+        """Band of each sample as plain numbers; on a GPU the first call after a new timestep waits for it."""
+        if self._listed is None:
+            self._listed = self._samples().tolist()
+        return self._listed
+
+    def _samples(self) -> Tensor:
+        if self.current is None:
+            raise RuntimeError("a quantized layer was called before its model: call the transformer with a timestep")
+        return self.current
+
+    def row_values(self, table: Tensor, x: Tensor) -> Tensor:
+        """A table's entry for each entry along the first dimension of x, interpolated between steps; float32 [B * n]."""
+        if self._upper is None:
+            return table[self.row_index(x)]
+        lower, share = (self._repeat(value, x) for value in self._upper)
+        upper = (lower + 1).clamp(max=self.num_bands - 1)
+        return table[lower] * (1.0 - share) + table[upper] * share
+
+    def _repeat(self, values: Tensor, x: Tensor) -> Tensor:
+        samples = values.numel()
+        if x.shape[0] % samples:
+            raise ValueError(
+                f"a quantized layer got {x.shape[0]} entries along dimension 0 for {samples} samples; "
+                "exclude this layer, its input is not ordered by sample"
+            )
+        return values.to(x.device).repeat_interleave(x.shape[0] // samples)
 
     def row_index(self, x: Tensor) -> Tensor:
         """Band of each entry along the first dimension of a layer's input.
@@ -63,15 +144,7 @@ class NoiseBand:
             RuntimeError: No timestep was seen: the layer was called without its model.
             ValueError: The first dimension is no multiple of the number of samples.
         """
-        if self.current is None:
-            raise RuntimeError("a quantized layer was called before its model: call the transformer with a timestep")
-        samples = self.current.numel()
-        if x.shape[0] % samples:
-            raise ValueError(
-                f"a quantized layer got {x.shape[0]} entries along dimension 0 for {samples} samples; "
-                "exclude this layer, its input is not ordered by sample"
-            )
-        return self.current.to(x.device).repeat_interleave(x.shape[0] // samples)
+        return self._repeat(self._samples(), x)
 
 
 class _ReadTimestep:
@@ -82,11 +155,10 @@ class _ReadTimestep:
         self.signature = signature
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        del module
         timestep = self.signature.bind_partial(*args, **kwargs).arguments.get("timestep")
         if timestep is None:
             raise ValueError("a quantized transformer needs its timestep argument: it chooses the noise band")
-        self.band.set_timestep(torch.as_tensor(timestep))
+        self.band.set_timestep(torch.as_tensor(timestep), training=module.training)
 
 
 def watch_timestep(model: nn.Module, band: NoiseBand) -> RemovableHandle:

@@ -8,67 +8,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, input_codes, to_grid_input
+from qvgen.layers.bit_choice import by_widths, rows_of
+from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
+from qvgen.layers.fake_quant_product import input_codes, to_grid_input
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.quant.affine import dequantize
-from qvgen.quant.grid import Profile
-from qvgen.quant.packing import pack_codes, unpack_codes
-from qvgen_kernels import LinearSpec, packed_linear, prepack, resolve_kernel
+from qvgen.layers.packed_weight import PackedWeight
+from qvgen.quant.bit_plan import Widths
+from qvgen.quantizers.activation_static import whole_zero_point
+from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 
 
-def linear_spec(profile: Profile, *, in_features: int, out_features: int) -> LinearSpec:
-    """The kernels' description of a layer under a profile."""
-    weight, activation = profile.weight, profile.activation
+def layer_spec(form: LayerForm, *, in_features: int, out_features: int, widths: Widths | None = None) -> LinearSpec:
+    """The kernels' description of a layer; ``widths`` of its plan, None: the profile's."""
+    weight, activation = form.profile.weight, form.profile.activation
+    weight_bits, activation_bits = widths or form.widths
     return LinearSpec(
         in_features=in_features,
         out_features=out_features,
-        weight_bits=weight.bits,
+        weight_bits=weight_bits,
         weight_zero_point=weight.zero_point,
         weight_group_size=weight.group_size or 0,
-        activation_bits=activation.bits,
+        activation_bits=activation_bits,
         activation_zero_point=activation.zero_point,
         activation_group_size=activation.group_size or 0,
         scale_dtype=activation.scale_dtype,
-        rotation=profile.rotation,
+        rotation=form.profile.rotation,
+        activation_range="static" if form.static else "dynamic",
+        branch_rank=form.branch_rank,
     )
 
 
-class PackedLinear(nn.Module):
-    """Integer Linear with dynamic activations.
+class PackedLinear(PackedWeight):
+    """Integer Linear.
 
     Args:
         in_features: K.
         out_features: N.
         bias: Whether the layer has one.
-        profile: The two grids and the rotation.
+        form: Grids, plan, smoothing and branch.
         noise_band: Shared with the other layers of the model.
         kernel: Name of a kernel backend, or ``auto``.
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
     Attributes:
-        codes: buffer uint8, first plane of the codes; ``codes_high``: second plane (3 bits) or None.
-        weight_scale: buffer float32 [N] or [N, K / group_size].
-        weight_zero_point: buffer uint8 (integer) or float32 (real) like the scale; None for symmetric weights.
         bias: Parameter float32 [N], frozen, or None.
-        clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations.
-        clip_high: buffer float32 [num_bands].
+        clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations and static ranges.
+        clip_high: buffer float32 [num_bands]; None for static ranges.
+        static_scale: buffer float32 [num_bands]; None for dynamic ranges.
+        static_zero_point: buffer float32 [num_bands], not rounded; None for dynamic ranges and symmetric activations.
+        clip_low_8, ...: The tables of other activation widths of the plan, by width.
+        other_weights: The codes of other weight widths of the plan, by width; None where there are none.
         input_scale: buffer float32 [K] or None.
+        branch_down, branch_up: buffers bfloat16 [r, K] and [N, r] or None.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
     """
 
-    codes: Tensor
-    codes_high: Tensor | None
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
     bias: nn.Parameter | None
-    clip_low: Tensor | None
-    clip_high: Tensor
     input_scale: Tensor | None
+    branch_down: Tensor | None
+    branch_up: Tensor | None
 
     def __init__(
         self,
@@ -76,47 +82,46 @@ class PackedLinear(nn.Module):
         out_features: int,
         *,
         bias: bool,
-        profile: Profile,
+        form: LayerForm,
         noise_band: NoiseBand,
         kernel: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.profile, self.noise_band = profile, noise_band
-        self.kernel = kernel
-        self.spec = linear_spec(profile, in_features=in_features, out_features=out_features)
-        # One row tells how wide the planes are.
-        planes = pack_codes(torch.zeros(1, in_features, dtype=torch.uint8), bits=profile.weight.bits)
-        groups = profile.weight.num_groups(in_features)
-        shape = (out_features, groups) if profile.weight.group_size else (out_features,)
-        zero_dtype = torch.float32 if profile.weight.zero_point == "real" else torch.uint8
-        tensors: dict[str, Tensor | None] = {
-            "codes": torch.zeros(out_features, planes[0].shape[1], dtype=torch.uint8, device=device),
-            "codes_high": None,
-            "weight_scale": torch.ones(shape, device=device),
-            "weight_zero_point": None,
-            "clip_low": None,
-            "clip_high": torch.ones(noise_band.num_bands, device=device),
-            "input_scale": None,
+        super().__init__(in_features, out_features, grid=form.profile.weight, device=device)
+        self.form, self.profile, self.noise_band, self.kernel = form, form.profile, noise_band, kernel
+        self.register_buffer("input_scale", torch.ones(in_features, device=device) if form.input_scale else None)
+        rank = form.branch_rank
+        down = torch.zeros(rank, in_features, dtype=BRANCH_DTYPE, device=device) if rank else None
+        up = torch.zeros(out_features, rank, dtype=BRANCH_DTYPE, device=device) if rank else None
+        self.register_buffer("branch_down", down)
+        self.register_buffer("branch_up", up)
+        if form.plan is not None:
+            form.plan.check_fits(form.profile, num_bands=noise_band.num_bands)
+        self._specs = {
+            widths: layer_spec(form, in_features=in_features, out_features=out_features, widths=widths)
+            for widths in product(form.weight_widths, form.activation_widths)
         }
-        if len(planes) == 2:
-            tensors["codes_high"] = torch.zeros(out_features, planes[1].shape[1], dtype=torch.uint8, device=device)
-        if not profile.weight.symmetric:
-            tensors["weight_zero_point"] = torch.zeros(shape, dtype=zero_dtype, device=device)
-        if not profile.activation.symmetric:
-            tensors["clip_low"] = torch.ones(noise_band.num_bands, device=device)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        for bits in form.activation_widths:
+            for name in filter(None, form.table_names(bits)):
+                self.register_buffer(name, torch.ones(noise_band.num_bands, device=device))
+        others = {
+            str(bits): PackedWeight(
+                in_features, out_features, grid=replace(form.profile.weight, bits=bits), device=device
+            )
+            for bits in form.weight_widths
+            if bits != form.profile.weight.bits
+        }
+        self.other_weights = nn.ModuleDict(others) if others else None
         # A Parameter, though nothing trains it: diffusers asks modules for the dtype of their first parameter.
-        empty = torch.zeros(out_features, device=device)
-        self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
+        zeros = torch.zeros(out_features, device=device)
+        self.register_parameter("bias", nn.Parameter(zeros, requires_grad=False) if bias else None)
         self.weight_error: float | None = None
-        self._prepacked: tuple[str, list[Tensor]] | None = None
+        self._prepacked: dict[Widths, tuple[str, LinearSpec, list[Tensor]]] = {}
 
-    def expect_input_scale_(self) -> None:
-        """Make room for an input_scale, which :meth:`from_fake_quant` or a checkpoint then fills."""
-        self.input_scale = torch.ones(self.in_features, device=self.codes.device)
+    @property
+    def spec(self) -> LinearSpec:
+        """The kernels' description of the layer at the profile's widths."""
+        return self._specs[self.form.widths]
 
     @classmethod
     @torch.no_grad()
@@ -132,65 +137,39 @@ class PackedLinear(nn.Module):
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
-            profile=layer.profile,
+            form=LayerForm.of(layer),
             noise_band=layer.noise_band,
             kernel=kernel,
             device=layer.weight.device,
         )
-        if layer.input_scale is not None:
-            packed.expect_input_scale_()
-        grid = layer.profile.weight
-        codes = layer.weight_quantizer.codes(layer.weight)
-        if grid.symmetric:
-            codes = (codes.to(torch.int16) + 2 ** (grid.bits - 1)).to(torch.uint8)
-        planes = pack_codes(codes, bits=grid.bits)
-        scale, zero_point = layer.weight_quantizer.qparams()
-        clip_low, clip_high = layer.activation_quantizer.clip_tables()
-        values = {
-            "codes": planes[0],
-            "codes_high": planes[1] if len(planes) == 2 else None,
-            "weight_scale": scale.reshape(packed.weight_scale.shape),
-            "weight_zero_point": zero_point.reshape(packed.weight_scale.shape),
-            "bias": layer.bias,
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "input_scale": layer.input_scale,
-        }
-        for name, tensor in packed.state_dict().items():
-            value = values[name]
-            assert value is not None
-            tensor.copy_(value)
+        for bits, quantizer in layer.weight_quantizers().items():
+            packed.weight_of(bits).store_(layer.weight, quantizer)
+        for bits, quantizer in layer.activation_quantizers().items():
+            for name, table in zip(packed.form.table_names(bits), quantizer.tables(), strict=True):
+                if name is not None:
+                    getattr(packed, name).copy_(table)
+        for name in ("bias", "input_scale", "branch_down", "branch_up"):
+            if (mine := getattr(packed, name)) is not None:
+                mine.copy_(getattr(layer, name))
         error = (packed.dequantized_weight() - layer.weight).double().square().sum()
         packed.weight_error = float(error / layer.weight.double().square().sum().clamp(min=1e-30))
         return packed
 
-    @property
-    def planes(self) -> tuple[Tensor, ...]:
-        """Canonical planes of the codes."""
-        return (self.codes,) if self.codes_high is None else (self.codes, self.codes_high)
-
-    @torch.no_grad()
-    def integer_codes(self) -> Tensor:
-        """Codes as the grid has them: uint8 (asymmetric) or int8 (symmetric), [N, K]."""
-        grid = self.profile.weight
-        codes = unpack_codes(self.planes, bits=grid.bits, in_features=self.in_features)
-        return (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8) if grid.symmetric else codes
-
-    @torch.no_grad()
-    def dequantized_weight(self) -> Tensor:
-        """float32 [N, K] grid values of the weight, in the layer's own coordinates (rotated, smoothed)."""
-        scale = self.weight_scale.reshape(self.out_features, -1)
-        zero_point = torch.zeros_like(scale)
-        if self.weight_zero_point is not None:
-            zero_point = self.weight_zero_point.float().reshape(scale.shape)
-        return dequantize(self.integer_codes(), scale=scale, zero_point=zero_point, grid=self.profile.weight)
+    def weight_of(self, bits: int) -> PackedWeight:
+        """The codes of one of the layer's weight widths."""
+        if bits == self.profile.weight.bits:
+            return self
+        assert self.other_weights is not None
+        other = self.other_weights[str(bits)]
+        assert isinstance(other, PackedWeight)
+        return other
 
     def nbytes(self) -> int:
         """Bytes of all tensors that a checkpoint holds of this layer."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
-    def prepack_(self) -> str:
-        """Derive the backend's copy of the weight now; the first call of the layer does it otherwise.
+    def prepack_(self, widths: Widths | None = None) -> str:
+        """Derive the backend's copy of the weight now; the first call of the layer at these widths does it otherwise.
 
         Returns:
             The name of the backend that runs the layer.
@@ -199,41 +178,62 @@ class PackedLinear(nn.Module):
             ValueError: An unknown kernel.
             RuntimeError: A kernel that was asked for by name does not run here.
         """
-        name = resolve_kernel(self.kernel, self.spec, device=self.codes.device).name
+        widths = widths or self.form.widths
+        spec, source = self._specs[widths], self.weight_of(widths[0])
+        name = resolve_kernel(self.kernel, spec, device=self.codes.device).name
         weight = prepack(
-            self.planes, scale=self.weight_scale, zero_point=self.weight_zero_point, spec=self.spec, kernel=name
+            source.planes, scale=source.weight_scale, zero_point=source.weight_zero_point, spec=spec, kernel=name
         )
-        self._prepacked = (name, weight)
+        self._prepacked[widths] = (name, spec, weight)
         return name
 
-    def row_clips(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Clip factors of every row of an input by its sample's noise band: float32 [M] each."""
-        index = self.noise_band.row_index(x).repeat_interleave(math.prod(x.shape[1:-1]))
-        return None if self.clip_low is None else self.clip_low[index], self.clip_high[index]
+    @torch.no_grad()
+    def row_params(self, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+        """Two of float32 [M, 1] for the rows of an input [B * n, ..., K]: clip factors, or static scale and zero point."""
+        names, repeat = self.form.table_names(bits), math.prod(x.shape[1:-1])
+        found = [None if name is None else self.noise_band.row_values(getattr(self, name), x) for name in names]
+        first, second = found
+        if self.form.static:
+            assert first is not None
+            second = torch.zeros_like(first) if second is None else second
+            second = whole_zero_point(second, self.profile.activation)
+        else:
+            assert second is not None
+            first = torch.ones_like(second) if first is None else first
+        return first.repeat_interleave(repeat).unsqueeze(-1), second.repeat_interleave(repeat).unsqueeze(-1)
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
-        """Codes of an input [B * n, ..., K] as the grid has them, [M, K]; for counting differences."""
-        low, high = self.row_clips(x)
-        clips = (torch.ones_like(high) if low is None else low).unsqueeze(-1), high.unsqueeze(-1)
+        """Codes of an input [B * n, ..., K] at the profile's width, [M, K]; for counting differences."""
+        grid = self.profile.activation
         rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
-        return input_codes(rows, clips, self.profile)
+        return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype."""
-        if self._prepacked is None:
-            self.prepack_()
-        assert self._prepacked is not None
-        kernel, weight = self._prepacked
-        return packed_linear(
-            x,
-            weight=weight,
+
+        def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
+            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths)
+
+        return by_widths(x, run, plan=self.form.plan, profile=self.profile, noise_band=self.noise_band)
+
+    def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
+        if widths not in self._prepacked:
+            self.prepack_(widths)
+        kernel, spec, weight = self._prepacked[widths]
+        first, second = (value.squeeze(-1) for value in params)
+        static = self.form.static
+        tensors = LinearTensors(
             bias=self.bias,
-            clips=self.row_clips(x),
+            clip_low=None if static or self.profile.activation.symmetric else first,
+            clip_high=None if static else second,
             input_scale=self.input_scale,
-            spec=self.spec,
-            kernel=kernel,
+            row_scale=first if static else None,
+            row_zero_point=second if static else None,
+            branch_down=self.branch_down,
+            branch_up=self.branch_up,
         )
+        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A scale in half precision would no longer be the one that was trained: only the device may change.
@@ -241,11 +241,11 @@ class PackedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._prepacked = None
+        self._prepacked = {}
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepacked = None
+        self._prepacked = {}
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.quant.grid import Profile
+from qvgen.quantizers.activation_static import ActivationStatic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,26 +107,40 @@ def swap_fake_quant_(
     return band
 
 
-def coordinates(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each fake-quantized layer is besides its tensors, plain values: its profile, and whether it has an input_scale."""
+def forms(model: nn.Module) -> dict[str, Any]:
+    """What the fake-quantized layers are besides their tensors, plain values; ``timesteps`` of static tables, or None."""
+    layers = quantized_layers(model)
+    band = next(iter(layers.values())).noise_band
     return {
-        name: {"profile": layer.profile.to_dict(), "input_scale": layer.input_scale is not None}
-        for name, layer in quantized_layers(model).items()
+        "timesteps": None if band.timesteps is None else list(band.timesteps),
+        "strict_timesteps": band.strict,
+        "layers": {name: LayerForm.of(layer).to_dict() for name, layer in layers.items()},
     }
 
 
-def restore_coordinates_(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Bring a prepared model's layers to stored :func:`coordinates`; their tensors are loaded afterwards.
+def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Bring a prepared model's layers to stored :func:`forms`; their tensors are loaded afterwards.
 
     Raises:
         ValueError: They are of other layers, or malformed.
     """
     layers = quantized_layers(model)
-    if set(layers) != set(stored):
-        raise ValueError(f"{len(stored)} stored layers are not the {len(layers)} of the model")
+    if set(layers) != set(stored["layers"]):
+        raise ValueError(f"{len(stored['layers'])} stored layers are not the {len(layers)} of the model")
+    if stored["timesteps"] is not None:
+        use_timesteps_(model, stored["timesteps"])
+    next(iter(layers.values())).noise_band.strict = stored["strict_timesteps"]
     for name, layer in layers.items():
-        scale = torch.ones(layer.in_features, device=layer.weight.device) if stored[name]["input_scale"] else None
-        layer.declare_(profile=Profile.from_dict(stored[name]["profile"]), input_scale=scale)
+        LayerForm.from_dict(stored["layers"][name]).declare_(layer)
+
+
+def use_timesteps_(model: nn.Module, timesteps: Sequence[float]) -> None:
+    """Give the static layers of a prepared model a table entry for each of these timesteps; the tables are empty then."""
+    layers = quantized_layers(model).values()
+    next(iter(layers)).noise_band.use_timesteps_(timesteps)
+    for layer in layers:
+        if isinstance(layer.activation_quantizer, ActivationStatic):
+            layer.activation_quantizer.resize_(len(timesteps))
 
 
 @contextmanager
@@ -139,6 +154,19 @@ def phi_suspended(model: nn.Module) -> Iterator[None]:
     finally:
         for phi in helpers:
             phi.suspended = False
+
+
+@contextmanager
+def any_timestep(model: nn.Module) -> Iterator[None]:
+    """Let static tables interpolate, also those that refuse the timesteps that they were not calibrated for."""
+    layers: list[FakeQuantLinear | PackedLinear] = [*quantized_layers(model).values(), *packed_layers(model).values()]
+    for layer in layers:
+        layer.noise_band.lenient = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.noise_band.lenient = False
 
 
 def fold(model: nn.Module, *, kernel: str = "auto") -> int:

@@ -117,7 +117,8 @@ class Profile:
     Attributes:
         name: ``paper``, ``svdq_g64``, ``convrot``, ``int8``, or a user's own.
         weight: Grid of the weight ``[N, K]``; per channel or per group.
-        activation: Grid of the input ``[..., K]``; per token or per group, never with a real zero point.
+        activation: Grid of the input ``[..., K]``, never with a real zero point: per token or per group with ranges taken
+            at run time, or per_tensor, static: one scale for all tokens of a sampling step, from a table.
         rotation: Block size of the normalized Hadamard transform that the input passes before it is quantized
             (the weight is stored rotated); 0 for none. Any size of :func:`qvgen.quant.hadamard.hadamard_order`, the
             whole row included: 1920, 3072, 8960.
@@ -134,8 +135,11 @@ class Profile:
     def __post_init__(self) -> None:
         if self.weight.granularity not in ("per_channel", "per_group"):
             raise ValueError(f"weight granularity {self.weight.granularity!r}; use per_channel or per_group")
-        if self.activation.granularity not in ("per_token", "per_group"):
-            raise ValueError(f"activation granularity {self.activation.granularity!r}; use per_token or per_group")
+        if self.activation.granularity not in ("per_token", "per_group", "per_tensor"):
+            kinds = "per_token, per_group or per_tensor (static)"
+            raise ValueError(f"activation granularity {self.activation.granularity!r}; use {kinds}")
+        if self.activation.granularity == "per_tensor" and self.activation.scale_dtype != "float32":
+            raise ValueError("static activation scales (per_tensor) are float32; write scale_dtype: float32")
         if self.activation.zero_point == "real":
             raise ValueError("activation zero_point 'real' runs on no integer kernel; use integer or none")
         if self.rotation and (self.rotation == 1 or hadamard_order(self.rotation) is None):

@@ -56,7 +56,7 @@ class ActivationDynamic(nn.Module):
             if clip is not None:
                 clip.data.fill_(_logit(initial_clip(bits)))
 
-    def clip_tables(self) -> tuple[Tensor, Tensor]:
+    def tables(self) -> tuple[Tensor, Tensor]:
         """Factors in (0, 1), float32 [num_bands] each: low (ones for symmetric grids) and high.
 
         Training gathers from the same tables that fold stores, so both see the same bits.

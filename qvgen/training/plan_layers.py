@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
 from qvgen.training.plan_memory import moment_bytes
@@ -89,7 +90,7 @@ def packed_bytes(student: nn.Module) -> int:
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
-            profile=layer.profile,
+            form=LayerForm.of(layer),
             noise_band=layer.noise_band,
             device="meta",
         ).nbytes()

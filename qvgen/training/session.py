@@ -21,7 +21,7 @@ from torch import nn
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
-from qvgen.layers.swap import coordinates, restore_coordinates_
+from qvgen.layers.swap import forms, restore_forms_
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
@@ -86,8 +86,8 @@ def micro_batch_size(config: TrainConfig) -> int:
 
 
 def save_start(student: nn.Module, run_dir: Path) -> None:
-    """Write the state that training starts from: coordinates of the layers, then all tensors."""
-    atomic_write(run_dir / LAYERS_FILE, json.dumps(coordinates(student)).encode())
+    """Write the state that training starts from: forms of the layers, then all tensors."""
+    atomic_write(run_dir / LAYERS_FILE, json.dumps(forms(student)).encode())
     tensors = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
     atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
 
@@ -105,7 +105,7 @@ def load_start(student: nn.Module, run_dir: Path) -> None:
 def _restore(student: nn.Module, run_dir: Path) -> None:
     path = run_dir / LAYERS_FILE
     try:
-        restore_coordinates_(student, json.loads(path.read_text(encoding="utf-8")))
+        restore_forms_(student, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not hold this run's layers ({error}); start another run") from error
 

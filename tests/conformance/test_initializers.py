@@ -8,7 +8,8 @@ from qvgen.config.leaves import conf_directory, load_leaf
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.prepare import PrepareConfig, prepare
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers

@@ -6,6 +6,7 @@ A class is found by its name: Weight* is given a weight, Activation* the rows of
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ CLASSES = [
 ]
 WEIGHTS = [member for member in CLASSES if member.__name__.startswith("Weight")]
 ACTIVATIONS = [member for member in CLASSES if member.__name__.startswith("Activation")]
+DYNAMIC = [member for member in ACTIVATIONS if "Dynamic" in member.__name__]
 ROWS, BANDS = 6, 4
 
 over_weights = [pytest.mark.parametrize("quantizer_class", WEIGHTS), pytest.mark.parametrize("profile_name", PROFILES)]
+over_dynamic = [pytest.mark.parametrize("quantizer_class", DYNAMIC), pytest.mark.parametrize("profile_name", PROFILES)]
 over_activations = [
     pytest.mark.parametrize("quantizer_class", ACTIVATIONS),
     pytest.mark.parametrize("profile_name", PROFILES),
@@ -124,25 +127,33 @@ def test_weight_state_comes_back_bitwise(quantizer_class, profile_name):
     assert all(parameter.ndim >= 1 for parameter in quantizer.parameters())
 
 
-@every(over_activations)
+def make_activation_quantizer(quantizer_class, profile_name):
+    grid = make_profile(profile_name).activation
+    if quantizer_class in DYNAMIC:
+        return quantizer_class(grid=grid, num_bands=BANDS)
+    static = replace(grid, granularity="per_tensor", group_size=None, scale_dtype="float32")
+    return quantizer_class(grid=static, num_bands=BANDS, in_features=COLUMNS)
+
+
+@every(over_dynamic)
 def test_clip_tables_are_factors_by_band(quantizer_class, profile_name):
     grid = make_profile(profile_name).activation
     quantizer = quantizer_class(grid=grid, num_bands=BANDS)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(draw(*parameter.shape) * 30)
-    for table in quantizer.clip_tables():
+    for table in quantizer.tables():
         assert table.shape == (BANDS,)
         assert table.dtype == torch.float32
         assert ((table >= 0) & (table <= 1)).all()
 
 
-@every(over_activations)
+@every(over_dynamic)
 def test_clipped_inputs_stay_on_one_grid(quantizer_class, profile_name):
     x = draw(BANDS, COLUMNS)
     for bits in range(2, 9):
         grid = make_profile(profile_name, activation_bits=bits).activation
-        low, high = (table.detach()[:, None] for table in quantizer_class(grid=grid, num_bands=BANDS).clip_tables())
+        low, high = (table.detach()[:, None] for table in quantizer_class(grid=grid, num_bands=BANDS).tables())
         scale, zero = choose_qparams(x, grid=grid, clip_low=low, clip_high=high)
         codes = quantize(x, scale=scale, zero_point=zero, grid=grid)
         values = fake_quantize(x, scale=scale, zero_point=zero, grid=grid)
@@ -154,11 +165,10 @@ def test_clipped_inputs_stay_on_one_grid(quantizer_class, profile_name):
 
 @every(over_activations)
 def test_activation_state_comes_back_bitwise(quantizer_class, profile_name):
-    grid = make_profile(profile_name).activation
-    quantizer, other = (quantizer_class(grid=grid, num_bands=BANDS) for _ in range(2))
+    quantizer, other = (make_activation_quantizer(quantizer_class, profile_name) for _ in range(2))
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(draw(*parameter.shape))
     other.load_state_dict(quantizer.state_dict(), strict=True)
-    for got, expected in zip(other.clip_tables(), quantizer.clip_tables(), strict=True):
+    for got, expected in zip(other.tables(), quantizer.tables(), strict=True):
         assert torch.equal(got, expected)

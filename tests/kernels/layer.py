@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qvgen.quant.packing import pack_codes
-from qvgen_kernels import LinearSpec, packed_linear, prepack
+from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack
 from tests.kernels import oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,16 +24,9 @@ class Layer:
     bias: torch.Tensor
     weight: list[torch.Tensor]
 
-    def __call__(self, x, *, clips=(None, None), input_scale=None):
-        return packed_linear(
-            x,
-            weight=self.weight,
-            bias=self.bias,
-            clips=clips,
-            input_scale=input_scale,
-            spec=self.spec,
-            kernel="reference",
-        )
+    def __call__(self, x, *, clips=(None, None), **tensors):
+        given = LinearTensors(bias=self.bias, clip_low=clips[0], clip_high=clips[1], **tensors)
+        return packed_linear(x, weight=self.weight, tensors=given, spec=self.spec, kernel="reference")
 
     def oracle(self, x, *, clips=(None, None)):
         """oracle.packed_linear on x [M, K]."""

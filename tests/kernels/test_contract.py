@@ -30,6 +30,10 @@ BASE = {"in_features": 96, "out_features": 64, "weight_bits": 3, "activation_bit
         ({"rotation": -4}, "rotation=-4 must be a whole number"),
         ({"weight_zero_point": "maybe"}, "weight_zero_point='maybe'"),
         ({"activation_zero_point": "real"}, "activation_zero_point='real'"),
+        ({"activation_range": "fixed"}, "activation_range='fixed' is unknown; use one of dynamic, static"),
+        ({"activation_range": "static", "activation_group_size": 32}, "activation_group_size=32 with static ranges"),
+        ({"branch_rank": 65}, r"branch_rank=65 is above the rank of a \[64, 96\] weight"),
+        ({"branch_rank": -1}, "branch_rank=-1 must be a whole number"),
         ({"scale_dtype": "float64"}, "scale_dtype='float64'"),
         (
             {"in_features": 33026, "weight_bits": 8, "activation_bits": 8},
@@ -68,7 +72,7 @@ def test_text_is_canonical_and_complete():
     text = spec.to_string()
     assert text == LinearSpec(**dict(reversed(json.loads(text).items()))).to_string()
     assert LinearSpec.from_string(text) == spec
-    assert len(json.loads(text)) == 10
+    assert len(json.loads(text)) == 12
     assert hash(LinearSpec.from_string(text)) == hash(spec)
     assert dataclasses.replace(spec, rotation=16).to_string() != text
 

@@ -8,7 +8,7 @@ import torch
 from qvgen.quant.affine import choose_qparams, fake_quantize, quantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.hadamard import hadamard_transform
-from qvgen_kernels import LinearSpec
+from qvgen_kernels import LinearSpec, LinearTensors
 from qvgen_kernels.reference import quantize_activations
 from tests.kernels.layer import DTYPES, make_rows
 
@@ -42,7 +42,7 @@ def test_operands_are_the_trained_codes(zero_point, scale_dtype, group, columns,
         x[2] = -x[2].abs() - 1
         x[3] *= 1 if dtype == torch.float16 else 1e30
         clips = [torch.rand(40, generator=torch.Generator().manual_seed(seed)) * 0.3 + 0.7 for seed in (1, 2)]
-        operand, scale, zero = quantize_activations(x, spec=spec, clip_low=clips[0], clip_high=clips[1])
+        operand, scale, zero = quantize_activations(x, spec=spec, tensors=LinearTensors(None, *clips))
         rows = hadamard_transform(x, block_size=rotation) if rotation else x.float()
         expected = choose_qparams(rows, grid=grid, clip_low=clips[0][:, None], clip_high=clips[1][:, None])
         assert torch.equal(scale, expected[0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvgen_kernels import packed_linear
+from qvgen_kernels import LinearTensors, packed_linear
 from tests.kernels.layer import make_layer, make_rows
 
 OP = torch.ops.qvgen.packed_linear.default
@@ -39,8 +39,8 @@ def test_opcheck(dtype, optional):
     clip = torch.full((6,), 0.9) if optional else None
     bias = layer.bias if optional else None
     input_scale = torch.linspace(-2, 3, 24) if optional else None
-    vectors = [bias, clip, clip, input_scale]
-    torch.library.opcheck(OP, (x, layer.weight, vectors, layer.spec.to_string(), "reference"))
+    tensors = [*LinearTensors(bias, clip, clip, input_scale)]
+    torch.library.opcheck(OP, (x, layer.weight, tensors, layer.spec.to_string(), "reference"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -69,7 +69,9 @@ def test_shapes_without_data():
     layer = make_layer()
     weight = [tensor.to("meta") for tensor in layer.weight]
     x = torch.empty(2, 3, 24, dtype=torch.bfloat16, device="meta")
-    y = packed_linear(x, weight=weight, bias=layer.bias.to("meta"), spec=layer.spec, kernel="reference")
+    y = packed_linear(
+        x, weight=weight, tensors=LinearTensors(bias=layer.bias.to("meta")), spec=layer.spec, kernel="reference"
+    )
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 7), torch.bfloat16, "meta")
 
 
@@ -96,25 +98,48 @@ def test_runs_in_inference_mode():
         ({"x": torch.zeros(2, 24, dtype=torch.int32)}, r"x is torch\.int32"),
         ({"bias": torch.zeros(6)}, r"bias is torch\.float32 \[6\]; it must be torch\.float32 \[7\]"),
         ({"bias": torch.zeros(7, dtype=torch.bfloat16)}, r"bias is torch\.bfloat16"),
-        ({"clips": (torch.ones(3), None)}, r"clip_low is torch\.float32 \[3\]; it must be torch\.float32 \[2\]"),
-        ({"clips": (None, torch.ones(2, 1))}, r"clip_high is torch\.float32 \[2, 1\]"),
-        ({"clips": (None, torch.ones(2, device="meta"))}, "clip_high is on meta and x on cpu"),
+        ({"clip_low": torch.ones(3)}, r"clip_low is torch\.float32 \[3\]; it must be torch\.float32 \[2\]"),
+        ({"clip_high": torch.ones(2, 1)}, r"clip_high is torch\.float32 \[2, 1\]"),
+        ({"clip_high": torch.ones(2, device="meta")}, "clip_high is on meta and x on cpu"),
         ({"input_scale": torch.ones(23)}, r"input_scale is torch\.float32 \[23\]; it must be torch\.float32 \[24\]"),
         ({"input_scale": torch.ones(24, dtype=torch.float64)}, r"input_scale is torch\.float64 \[24\]"),
+        ({"branch_down": torch.ones(2, 24)}, r"branch_down is torch\.float32 \[2, 24\]; it must be .* \[0, 24\]"),
         ({"kernel": "auto"}, "resolved once, before prepacking"),
         ({"kernel": "nope"}, "kernel='nope' is unknown"),
     ],
 )
 def test_bad_inputs_are_named(change, message):
     layer = make_layer()
-    given = {
-        "x": make_rows(2, 24),
-        "weight": layer.weight,
-        "bias": layer.bias,
-        "kernel": "reference",
-    } | change
+    given = {"x": make_rows(2, 24), "bias": layer.bias, "kernel": "reference"} | change
+    x, kernel = given.pop("x"), given.pop("kernel")
     with pytest.raises(ValueError, match=message):
-        packed_linear(given.pop("x"), **given, spec=layer.spec)
+        packed_linear(x, weight=layer.weight, tensors=LinearTensors(**given), spec=layer.spec, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({"activation_range": "static"}, "row_scale"),
+        ({"activation_range": "static", "row_scale": torch.ones(2)}, "row_zero_point"),
+        ({"branch_rank": 2}, "branch_down"),
+        ({"branch_rank": 2, "branch_down": torch.ones(2, 24)}, "branch_up"),
+    ],
+)
+def test_a_tensor_that_the_spec_needs_is_asked_for(options, missing):
+    tensors = {key: value for key, value in options.items() if isinstance(value, torch.Tensor)}
+    layer = make_layer(**{key: value for key, value in options.items() if key not in tensors})
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        layer(make_rows(2, 24), **tensors)
+
+
+def test_opcheck_with_static_ranges_and_a_branch():
+    layer = make_layer(activation_range="static", branch_rank=2)
+    ones = torch.ones(6)
+    tensors = LinearTensors(
+        row_scale=ones, row_zero_point=ones, branch_down=torch.ones(2, 24), branch_up=torch.ones(7, 2)
+    )
+    x = make_rows(6, 24).view(2, 3, 24)
+    torch.library.opcheck(OP, (x, layer.weight, [*tensors], layer.spec.to_string(), "reference"))
 
 
 def test_a_weight_that_was_cast_or_belongs_elsewhere_is_refused():

@@ -1,6 +1,7 @@
 """The reference backend against the numpy oracle (oracle.py): accumulators and outputs equal, to the bit."""
 
 import itertools
+import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from qvgen_kernels import LinearSpec, packed_linear, prepack
+from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack
 from qvgen_kernels.reference import accumulate, block_hadamard, quantize_activations
 from tests.kernels import oracle
 from tests.kernels.layer import DTYPES, as64, make_layer, make_rows
@@ -23,7 +24,7 @@ def make_clips(rows, *, seed=0):
 
 def assert_equals_oracle(layer, x, *, clips=(None, None)):
     acc, y32, exact, bound = layer.oracle(x, clips=clips)
-    operand, _, _ = quantize_activations(x, spec=layer.spec, clip_low=clips[0], clip_high=clips[1])
+    operand, _, _ = quantize_activations(x, spec=layer.spec, tensors=LinearTensors(None, *clips))
     ours = accumulate(operand, layer.weight, spec=layer.spec)
     assert ours.dtype == torch.int32
     assert torch.equal(ours.long(), torch.from_numpy(acc))
@@ -89,6 +90,63 @@ def test_an_input_scale_is_a_product_in_float32_before_all_else(dtype, rotation)
     expected = layer(in_float32).to(x.dtype)
     assert torch.equal(layer(x, input_scale=scale), expected)
     assert_equals_oracle(layer, in_float32)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("weight_group_size", [0, 8])
+def test_static_ranges_take_every_rows_scale_and_zero_point_as_given(dtype, kind, weight_group_size):
+    layer = make_layer(
+        activation_range="static", activation_zero_point=kind, activation_bits=4, weight_group_size=weight_group_size
+    )
+    x = make_rows(5, 24, dtype=DTYPES[dtype])
+    scale, zero = torch.logspace(-3, 1, 5), torch.tensor([0.0, 3.0, 15.0, 7.0, 8.0])
+    y = layer(x, row_scale=scale, row_zero_point=zero if kind == "integer" else None)
+    assert torch.equal(y, oracle_of_static(layer, x, scale, zero if kind == "integer" else None).to(x.dtype))
+
+
+def oracle_of_static(layer, x, scale, zero):
+    """float32 [M, N]: numpy in float64, every product rounded to float32 as the contract says."""
+    low, high = (0, 15) if zero is not None else (-7, 7)
+    z = np.zeros(len(x)) if zero is None else as64(zero)
+    inverse = oracle.r32(1.0 / as64(scale))[:, None]
+    codes = np.clip(np.rint(oracle.r32(as64(x) * inverse)) + z[:, None], low, high)
+    weight = layer.codes.numpy().astype(np.float64)
+    scales, zeros = (as64(t).reshape(len(weight), -1) for t in (layer.scale, layer.zero_point))
+    y = None
+    for group, columns in enumerate(np.split(np.arange(24), scales.shape[1])):
+        acc = (codes - z[:, None])[:, columns] @ (weight[:, columns] - zeros[:, [group]]).T
+        term = oracle.r32(oracle.r32(oracle.r32(acc) * as64(scale)[:, None]) * scales[:, group])
+        y = term if y is None else oracle.r32(y + term)
+    return torch.from_numpy(oracle.r32(y + as64(layer.bias))).float()
+
+
+def test_static_ranges_saturate_an_infinity_and_keep_a_nan_in_its_row():
+    layer = make_layer(activation_range="static")
+    x = make_rows(3, 24)
+    plain = layer(x, row_scale=torch.ones(3), row_zero_point=torch.ones(3))
+    x[0, 5], x[1, 5] = math.nan, math.inf
+    y = layer(x, row_scale=torch.ones(3), row_zero_point=torch.ones(3))
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+    assert torch.equal(y[2], plain[2])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_branch_is_added_in_float32_before_the_bias(dtype):
+    layer = make_layer(branch_rank=3, rotation=8)
+    plain = make_layer(rotation=8)
+    layer.bias.zero_()
+    plain.bias.zero_()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    down, up = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((3, 24), (7, 3)))
+    scale = torch.linspace(1, 2, 24)  # the branch sees x as it came
+    found = layer(x, input_scale=scale, branch_down=down.bfloat16(), branch_up=up.bfloat16())
+    low_rank = as64(x) @ as64(down.bfloat16()).T @ as64(up.bfloat16()).T
+    expected = as64(plain(x.float(), input_scale=scale)) + low_rank
+    # two products and one sum round in x's dtype
+    tolerance = 4 * torch.finfo(x.dtype).eps * (1 + np.abs(low_rank).max())
+    assert np.abs(as64(found) - expected).max() < tolerance
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(258, 3), (259, 3), (1031, 2)])
@@ -236,7 +294,7 @@ def test_clips_narrow_their_own_end_and_row():
     spec = LinearSpec(in_features=2, out_features=1, weight_bits=4, activation_bits=4)
     x = torch.tensor([[-8.0, 8.0], [-8.0, 8.0]])
     clip_low, clip_high = torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.25])
-    _, scale, zero_point = quantize_activations(x, spec=spec, clip_low=clip_low, clip_high=clip_high)
+    _, scale, zero_point = quantize_activations(x, spec=spec, tensors=LinearTensors(None, clip_low, clip_high))
     assert scale[:, 0].tolist() == [np.float32(12 / 15), np.float32(10 / 15)]
     assert zero_point[:, 0].tolist() == [5.0, 12.0]
 

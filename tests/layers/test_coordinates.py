@@ -12,7 +12,7 @@ from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.layers.swap import coordinates, quantized_layers, restore_coordinates_
+from qvgen.layers.swap import forms, quantized_layers, restore_forms_
 from tests.hadamard_oracle import hadamard_matrix
 from tests.layers.model import make_inputs, prepared_model
 from tests.profiles import make_profile
@@ -88,7 +88,7 @@ def test_packed_equals_fake_quantized_bitwise(rotation: int, bits: int) -> None:
     assert int(packed.integer_codes().max()) <= 2**bits - 1
 
 
-def test_coordinates_are_stored_and_restored() -> None:
+def test_forms_are_stored_and_restored() -> None:
     model, other = (prepared_model(make_profile("paper"), phi_rank=0) for _ in range(2))
     layers = quantized_layers(model)
     for index, layer in enumerate(layers.values()):
@@ -96,15 +96,15 @@ def test_coordinates_are_stored_and_restored() -> None:
         layer.move_(profile=profile, input_scale=torch.linspace(1, 2, layer.in_features) if index % 3 else None)
     with pytest.raises(RuntimeError, match="input_scale"):
         other.load_state_dict(model.state_dict())
-    restore_coordinates_(other, coordinates(model))
+    restore_forms_(other, forms(model))
     other.load_state_dict(model.state_dict())
     inputs = make_inputs()
     with torch.no_grad():
         assert torch.equal(other(*inputs), model(*inputs))
-    stored = coordinates(model)
-    stored.pop("output")
+    stored = forms(model)
+    stored["layers"].pop("output")
     with pytest.raises(ValueError, match="6 stored layers are not the 7 of the model"):
-        restore_coordinates_(other, stored)
+        restore_forms_(other, stored)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def assert_same_codes(layer, form, leaves, x, bands):
     codes = layer.weight_quantizer.codes(layer.weight).numpy()
     rows = x.detach().flatten(0, -2)
     rotated = hadamard_transform(rows, block_size=form.rotation) if form.rotation else rows
-    low, high = (table.detach()[bands].unsqueeze(-1) for table in layer.activation_quantizer.clip_tables())
+    low, high = (table.detach()[bands].unsqueeze(-1) for table in layer.activation_quantizer.tables())
     grid = layer.profile.activation
     qparams = choose_qparams(rotated, grid=grid, clip_low=low, clip_high=high)
     input_codes = quantize(rotated, scale=qparams[0], zero_point=qparams[1], grid=grid).numpy()

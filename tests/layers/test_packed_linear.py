@@ -9,11 +9,13 @@ import copy
 import pytest
 import torch
 
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.layers.packed_linear import PackedLinear, linear_spec
+from qvgen.layers.packed_linear import PackedLinear, layer_spec
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.hadamard import hadamard_transform
+from qvgen_kernels import LinearTensors
 from qvgen_kernels.reference import quantize_activations
 from tests.layers.model import BANDS, TIMESTEPS, make_layer
 from tests.profiles import COLUMNS, PROFILES, REAL, make_profile
@@ -41,7 +43,7 @@ def input_values(layer, x):
     rows = x.flatten(0, -2)
     rows = hadamard_transform(rows, block_size=profile.rotation) if profile.rotation else rows
     bands = layer.noise_band.row_index(x).repeat_interleave(x[0, ..., 0].numel())
-    low, high = (table.detach()[bands][:, None] for table in layer.activation_quantizer.clip_tables())
+    low, high = (table.detach()[bands][:, None] for table in layer.activation_quantizer.tables())
     scale, zero = choose_qparams(rows, grid=profile.activation, clip_low=low, clip_high=high)
     return fake_quantize(rows, scale=scale, zero_point=zero, grid=profile.activation).double()
 
@@ -189,7 +191,7 @@ def test_state_comes_back_bitwise(name, bits):
     kind = layer.profile.weight.zero_point
     dtypes |= {} if kind == "none" else {"weight_zero_point": torch.float32 if kind == "real" else torch.uint8}
     assert {key: value.dtype for key, value in state.items()} == dtypes
-    other = PackedLinear(COLUMNS, 6, bias=True, profile=layer.profile, noise_band=NoiseBand(BANDS))
+    other = PackedLinear(COLUMNS, 6, bias=True, form=LayerForm.of(layer), noise_band=NoiseBand(BANDS))
     for module in (packed, other):
         module.noise_band.set_timestep(TIMESTEPS)
     x = make_input()
@@ -240,15 +242,14 @@ def test_bfloat16_inputs_stay_near_the_trained_layer(name):
 def test_bytes_per_weight():
     """Canonical sizes of kernels.md: 4 bits at most 0.51 and 3 bits at most 0.385 bytes with everything."""
     for bits, most in ((2, 0.26), (3, 0.385), (4, 0.51), (8, 1.01)):
-        packed = PackedLinear(
-            1920, 1920, bias=True, profile=make_profile("paper", weight_bits=bits), noise_band=NoiseBand(50)
-        )
+        form = LayerForm(profile=make_profile("paper", weight_bits=bits))
+        packed = PackedLinear(1920, 1920, bias=True, form=form, noise_band=NoiseBand(50))
         assert packed.nbytes() / 1920**2 <= most
 
 
 def test_shapes_are_known_without_memory():
-    profile = make_profile("svdq_g64")
-    packed = PackedLinear(COLUMNS, 6, bias=False, profile=profile, noise_band=NoiseBand(BANDS), device="meta")
+    form = LayerForm(profile=make_profile("svdq_g64"))
+    packed = PackedLinear(COLUMNS, 6, bias=False, form=form, noise_band=NoiseBand(BANDS), device="meta")
     layer = make_layer("svdq_g64", bias=False)
     shapes = {key: (value.shape, value.dtype) for key, value in packed.state_dict().items()}
     folded = PackedLinear.from_fake_quant(layer).state_dict()
@@ -290,7 +291,7 @@ def test_kernels_by_name():
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_spec_says_what_the_profile_says(name):
     profile = make_profile(name, weight_bits=4, activation_bits=8)
-    spec = linear_spec(profile, in_features=COLUMNS, out_features=6)
+    spec = layer_spec(LayerForm(profile=profile), in_features=COLUMNS, out_features=6)
     assert (spec.in_features, spec.out_features) == (COLUMNS, 6)
     assert (spec.weight_bits, spec.activation_bits) == (4, 8)
     assert (spec.weight_zero_point, spec.activation_zero_point) == (
@@ -312,6 +313,7 @@ def test_input_codes_are_those_that_the_kernel_multiplies(name):
         codes = layer.input_codes(x)
         assert codes.shape == (12, COLUMNS)
         assert torch.equal(packed.input_codes(x), codes)
-        low, high = packed.row_clips(x)
-        operand, _, zero = quantize_activations(x.flatten(0, 1), spec=packed.spec, clip_low=low, clip_high=high)
+        clips = [clip.squeeze(-1) for clip in packed.row_params(x, bits=bits)]
+        tensors = LinearTensors(None, *clips)
+        operand, _, zero = quantize_activations(x.flatten(0, 1), spec=packed.spec, tensors=tensors)
         assert torch.equal((operand + zero.unsqueeze(-1)).flatten(1), codes.float())

@@ -16,7 +16,7 @@ def make_quantizer(kind="integer", num_bands=5, bits=4):
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.95), (3, 0.95), (4, 0.98), (5, 0.995), (6, 0.999), (8, 0.999)])
 def test_clips_start_at_their_widths_share_in_every_band(bits, share):
     assert initial_clip(bits) == share  # methods.md: 0.95, which is for few bits
-    for table in make_quantizer(bits=bits).clip_tables():
+    for table in make_quantizer(bits=bits).tables():
         assert table.shape == (5,)
         assert table.dtype == torch.float32
         torch.testing.assert_close(table, torch.full((5,), share), rtol=2.0**-21, atol=0)  # a float32 logit and sigmoid
@@ -28,7 +28,7 @@ def test_another_width_starts_anew():
     quantizer.set_bits_(3)
     assert quantizer.grid.bits == 3
     assert all(a is b for a, b in zip(parameters, quantizer.parameters(), strict=True))
-    for new, fresh in zip(quantizer.clip_tables(), make_quantizer(bits=3).clip_tables(), strict=True):
+    for new, fresh in zip(quantizer.tables(), make_quantizer(bits=3).tables(), strict=True):
         assert torch.equal(new, fresh)
 
 
@@ -37,7 +37,7 @@ def test_tables_are_sigmoids_of_the_parameters():
     with torch.no_grad():
         quantizer.clip_low.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0, 20.0]))
         quantizer.clip_high.copy_(torch.tensor([3.0, 0.0, -2.0, 5.0, -40.0]))
-    low, high = quantizer.clip_tables()
+    low, high = quantizer.tables()
     for table, logits in ((low, quantizer.clip_low), (high, quantizer.clip_high)):
         expected = [1 / (1 + math.exp(-value)) for value in logits.tolist()]
         assert table.tolist() == pytest.approx(expected, rel=1e-6)  # float32
@@ -52,14 +52,14 @@ def test_a_symmetric_grid_has_one_clip():
     quantizer = make_quantizer("none")
     assert quantizer.clip_low is None
     assert [name for name, _ in quantizer.named_parameters()] == ["clip_high"]
-    low, high = quantizer.clip_tables()
+    low, high = quantizer.tables()
     assert (low == 1).all()
     assert high.shape == low.shape == (5,)
 
 
 def test_the_gradient_of_one_band_stays_there():
     quantizer = make_quantizer()
-    low, high = quantizer.clip_tables()
+    low, high = quantizer.tables()
     (low[2] * high[4]).backward()
     assert quantizer.clip_low.grad.nonzero().tolist() == [[2]]
     assert quantizer.clip_high.grad.nonzero().tolist() == [[4]]
@@ -71,7 +71,7 @@ def test_state_comes_back_bitwise():
         quantizer.clip_low.normal_(generator=torch.Generator().manual_seed(0))
     other = make_quantizer()
     other.load_state_dict(quantizer.state_dict(), strict=True)
-    for got, expected in zip(other.clip_tables(), quantizer.clip_tables(), strict=True):
+    for got, expected in zip(other.tables(), quantizer.tables(), strict=True):
         assert torch.equal(got, expected)
     assert "4 bits, per_token, bands=5" in repr(quantizer)
     with pytest.raises(RuntimeError, match="clip_low"):

@@ -1,0 +1,59 @@
+"""Rows of one input at different widths: cut a layer's input by its samples' widths, run each part, put them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qvgen.layers.noise_band import NoiseBand
+from qvgen.quant.bit_plan import BitPlan, Widths
+from qvgen.quant.grid import Profile
+
+
+def by_widths(
+    x: Tensor,
+    run: Callable[[Tensor, Tensor | None, Widths], Tensor],
+    *,
+    plan: BitPlan | None,
+    profile: Profile,
+    noise_band: NoiseBand,
+) -> Tensor:
+    """Apply a layer whose widths may differ from sample to sample.
+
+    Args:
+        x: [B * n, ..., K], entries along the first dimension ordered by sample.
+        run: Takes some entries of x, their places (None: all of them) and the widths; gives [entries, ..., N].
+        plan: None: the profile's widths for all.
+        profile: The layer's.
+        noise_band: Where the samples stand.
+
+    Returns:
+        [B * n, ..., N]; bit for bit what each sample alone would give.
+    """
+    base = (profile.weight.bits, profile.activation.bits)
+    if plan is None:
+        return run(x, None, base)
+    policy = noise_band.policy_bits
+    of_sample = [plan.widths(band, profile=profile, policy_bits=policy) for band in noise_band.sample_bands()]
+    kinds = list(dict.fromkeys(of_sample))
+    if len(kinds) == 1:
+        return run(x, None, kinds[0])
+    repeat = x.shape[0] // len(of_sample)
+    places = [
+        torch.tensor([i * repeat + j for i, mine in enumerate(of_sample) if mine == widths for j in range(repeat)])
+        for widths in kinds
+    ]
+    parts = [
+        run(x[index.to(x.device)], index.to(x.device), widths) for index, widths in zip(places, kinds, strict=True)
+    ]
+    return torch.cat(parts)[torch.cat(places).argsort().to(x.device)]
+
+
+def rows_of(values: tuple[Tensor, Tensor], x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of two columns [M, 1] for the rows of x, those of some entries along x's first dimension (None: all)."""
+    if index is None:
+        return values
+    first, second = (value.reshape(x.shape[0], -1)[index].reshape(-1, 1) for value in values)
+    return first, second

@@ -1,0 +1,105 @@
+"""What a quantized layer is besides the values of its tensors: plain data for checkpoints, resumed runs and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.quant.bit_plan import BitPlan, Widths
+from qvgen.quant.grid import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForm:
+    """The form of one layer.
+
+    Attributes:
+        profile: The two grids and the rotation.
+        plan: Widths that change over sampling, or None.
+        input_scale: Whether the input is smoothed.
+        branch_rank: Of the low-rank branch; 0 for none.
+
+    Example:
+        >>> from qvgen.quant.grid import Grid
+        >>> grids = {"weight": Grid(bits=4, granularity="per_channel"), "activation": Grid(bits=4, granularity="per_token")}
+        >>> form = LayerForm(profile=Profile(name="paper", **grids), plan=BitPlan(switch=(4, 8)))
+        >>> form.activation_widths, form.table_names(8)
+        ((4, 8), ('clip_low_8', 'clip_high_8'))
+        >>> LayerForm.from_dict(form.to_dict()) == form
+        True
+    """
+
+    profile: Profile
+    plan: BitPlan | None = None
+    input_scale: bool = False
+    branch_rank: int = 0
+
+    @classmethod
+    def of(cls, layer: FakeQuantLinear) -> Self:
+        """That of a layer in training."""
+        return cls(
+            profile=layer.profile,
+            plan=layer.plan,
+            input_scale=layer.input_scale is not None,
+            branch_rank=0 if layer.branch_down is None else layer.branch_down.shape[0],
+        )
+
+    @property
+    def widths(self) -> Widths:
+        """The profile's weight and activation bits."""
+        return self.profile.weight.bits, self.profile.activation.bits
+
+    @property
+    def weight_widths(self) -> tuple[int, ...]:
+        """Widths of the sets of weight codes, rising."""
+        return (self.widths[0],) if self.plan is None else self.plan.weight_widths(self.widths[0])
+
+    @property
+    def activation_widths(self) -> tuple[int, ...]:
+        """Widths of the tables of the activations, rising."""
+        return (self.widths[1],) if self.plan is None else self.plan.activation_widths(self.widths[1])
+
+    @property
+    def static(self) -> bool:
+        """Whether ranges come from tables by sampling step."""
+        return self.profile.activation.granularity == "per_tensor"
+
+    def table_names(self, bits: int) -> tuple[str | None, str | None]:
+        """Names of the two tables [num_bands] of an activation width; None: it has no such table, being symmetric."""
+        symmetric = self.profile.activation.symmetric
+        if self.static:
+            return "static_scale", None if symmetric else "static_zero_point"
+        suffix = "" if bits == self.widths[1] else f"_{bits}"
+        return None if symmetric else f"clip_low{suffix}", f"clip_high{suffix}"
+
+    def declare_(self, layer: FakeQuantLinear) -> None:
+        """Bring a layer in training to this form; its tensors are loaded afterwards."""
+        device, columns, rows = layer.weight.device, layer.in_features, layer.out_features
+        smoothed = torch.ones(columns, device=device) if self.input_scale else None
+        layer.declare_(profile=self.profile, input_scale=smoothed)
+        layer.set_plan_(self.plan)
+        rank = self.branch_rank
+        layer.set_branch_(*((torch.zeros(rank, columns), torch.zeros(rows, rank)) if rank else (None, None)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "profile": self.profile.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "input_scale": self.input_scale,
+            "branch_rank": self.branch_rank,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
+        return cls(
+            profile=Profile.from_dict(data["profile"]),
+            plan=None if data["plan"] is None else BitPlan.from_dict(data["plan"]),
+            input_scale=bool(data["input_scale"]),
+            branch_rank=int(data["branch_rank"]),
+        )

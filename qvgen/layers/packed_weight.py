@@ -1,0 +1,82 @@
+"""The integer codes of one weight with their scales and zero points, as a checkpoint stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.quant.affine import dequantize
+from qvgen.quant.grid import Grid
+from qvgen.quant.packing import pack_codes, unpack_codes
+from qvgen.quantizers.weight_lsq import WeightLSQ
+
+
+class PackedWeight(nn.Module):
+    """Canonical tensors (kernels/README.md) of a weight [N, K].
+
+    Args:
+        in_features: K.
+        out_features: N.
+        grid: Of the weight.
+        device: Where the empty buffers are made (``meta`` for shapes alone).
+
+    Attributes:
+        codes: buffer uint8, first plane of the codes; ``codes_high``: second plane (3 bits) or None.
+        weight_scale: buffer float32 [N] or [N, K / group_size].
+        weight_zero_point: buffer uint8 (integer) or float32 (real) like the scale; None for symmetric weights.
+    """
+
+    codes: Tensor
+    codes_high: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, grid: Grid, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_grid = grid
+        # One row tells how wide the planes are.
+        planes = pack_codes(torch.zeros(1, in_features, dtype=torch.uint8), bits=grid.bits)
+        groups = grid.num_groups(in_features)
+        shape = (out_features, groups) if grid.group_size else (out_features,)
+        zero_dtype = torch.float32 if grid.zero_point == "real" else torch.uint8
+        empty = [torch.zeros(out_features, plane.shape[1], dtype=torch.uint8, device=device) for plane in planes]
+        self.register_buffer("codes", empty[0])
+        self.register_buffer("codes_high", empty[1] if len(empty) == 2 else None)
+        self.register_buffer("weight_scale", torch.ones(shape, device=device))
+        zeros = None if grid.symmetric else torch.zeros(shape, dtype=zero_dtype, device=device)
+        self.register_buffer("weight_zero_point", zeros)
+
+    @torch.no_grad()
+    def store_(self, weight: Tensor, quantizer: WeightLSQ) -> None:
+        """Take over the codes that a weight [N, K] has under its quantizer."""
+        codes = quantizer.codes(weight)
+        if self.weight_grid.symmetric:
+            codes = (codes.to(torch.int16) + 2 ** (self.weight_grid.bits - 1)).to(torch.uint8)
+        for mine, plane in zip(self.planes, pack_codes(codes, bits=self.weight_grid.bits), strict=True):
+            mine.copy_(plane)
+        scale, zero_point = quantizer.qparams()
+        self.weight_scale.copy_(scale.reshape(self.weight_scale.shape))
+        if self.weight_zero_point is not None:
+            self.weight_zero_point.copy_(zero_point.reshape(self.weight_scale.shape))
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """Canonical planes of the codes."""
+        return (self.codes,) if self.codes_high is None else (self.codes, self.codes_high)
+
+    @torch.no_grad()
+    def integer_codes(self) -> Tensor:
+        """Codes as the grid has them: uint8 (asymmetric) or int8 (symmetric), [N, K]."""
+        grid = self.weight_grid
+        codes = unpack_codes(self.planes, bits=grid.bits, in_features=self.in_features)
+        return (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8) if grid.symmetric else codes
+
+    @torch.no_grad()
+    def dequantized_weight(self) -> Tensor:
+        """float32 [N, K] grid values of the weight, in the layer's own coordinates (rotated, smoothed)."""
+        scale = self.weight_scale.reshape(self.out_features, -1)
+        zero_point = torch.zeros_like(scale)
+        if self.weight_zero_point is not None:
+            zero_point = self.weight_zero_point.float().reshape(scale.shape)
+        return dequantize(self.integer_codes(), scale=scale, zero_point=zero_point, grid=self.weight_grid)
