@@ -159,8 +159,10 @@ class FakeQuantLinear(nn.Module):
 
         The weight is left as it is: what the branch carries is for the caller to take from it.
         """
+        # Contiguous, as a checkpoint stores them: BLAS sums other layouts in another order.
         self.branch_down, self.branch_up = (
-            None if factor is None else factor.detach().to(self.weight.device, BRANCH_DTYPE) for factor in (down, up)
+            None if factor is None else factor.detach().to(self.weight.device, BRANCH_DTYPE).contiguous()
+            for factor in (down, up)
         )
 
     def weight_quantizers(self) -> dict[int, WeightLSQ]:

@@ -1,0 +1,98 @@
+"""SVDQuant (arXiv 2411.05007): smooth, move the weight's largest singular directions into a branch, round what is left.
+
+    W' = W / m                 m as SmoothQuant's (Eq. 4 to 6 of the paper: outliers of X go into W)
+    W' = L R + W''             L R the best approximation of rank r, a branch in 16 bits on the unquantized input
+    y  = x (R m)^T L^T + Q(x m) Q(W'')^T
+
+The branch acts on x as it comes, as the runtimes have it: m (and a rotation, if the profile has one) is folded into R. Its
+factors are rounded to bfloat16 first and W'' is what they leave of W', so their rounding is no error. W'' is the master
+weight of the layer; the branch stays through training and is part of the packed checkpoint, unlike Phi.
+
+Left out: the paper's GPTQ rounding of W'' (``init=gptq`` has it, without a branch) and its fused kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
+from qvgen.layers.fake_quant_product import to_grid_input
+from qvgen.lowrank.svd import truncated_svd
+from qvgen.quant.bgr import refine_grid
+from qvgen.quant.hadamard import hadamard_transform
+from qvgen.quant.smoothing import search_alpha, smoothing_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdQuant:
+    """Smoothing, a low-rank branch, and refined grids for what is left.
+
+    Attributes:
+        alpha: 0 to 1, how much of the input's range moves into the weight; None searches it as SmoothQuant does.
+        rank: Of the branch, > 0; a weight with fewer rows or columns has a branch of its own rank. The runtimes want
+            multiples of 16.
+        seed: Of the randomized decomposition.
+    """
+
+    alpha: float | None
+    rank: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; write null to search it, or 0.5")
+        if self.rank < 1:
+            raise ValueError(f"init.rank={self.rank} is not positive; the paper uses 32")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Maxima of the channels; a sample of inputs for the search."""
+        return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
+
+    @torch.no_grad()
+    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        largest = require(statistics, "abs_max").abs_max.amax(0).to(layer.weight.device)
+        weight, profile = layer.original_weight(), layer.profile
+        alpha = self.alpha
+        if alpha is None:
+            inputs = require(statistics, "inputs").inputs
+            assert inputs is not None
+            alpha, _ = search_alpha(
+                inputs.to(weight),
+                weight,
+                activation_abs_max=largest,
+                weight_grid=profile.weight,
+                activation_grid=profile.activation,
+                transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
+            )
+        layer.move_(profile=profile, input_scale=smoothing_scale(largest, weight, alpha=alpha))
+        self._split_(layer)
+        refined = refine_grid(layer.weight.detach(), grid=profile.weight)
+        layer.weight_quantizer.start_from_(refined.scale, refined.zero_point)
+        return layer.weight.detach()
+
+    def _split_(self, layer: FakeQuantLinear) -> None:
+        """Move the largest directions of the master weight into the branch."""
+        rotation, factor = layer.profile.rotation, layer.input_scale
+        assert factor is not None
+        rank = min(self.rank, *layer.weight.shape)
+        left, right = truncated_svd(layer.weight.detach(), rank=rank, generator=_generator(layer, seed=self.seed))
+        down = (hadamard_transform(right, block_size=rotation) if rotation else right) * factor
+        down, up = (value.to(BRANCH_DTYPE).float() for value in (down, left))
+        inside = down / factor
+        inside = hadamard_transform(inside, block_size=rotation) if rotation else inside
+        layer.weight.sub_(up @ inside)
+        layer.set_branch_(down, up)
+
+
+def _generator(layer: FakeQuantLinear, *, seed: int) -> torch.Generator:
+    """The same for all layers of a shape: each draws its own test matrix of that shape anyway."""
+    key = f"svdquant/{seed}/{layer.out_features}/{layer.in_features}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
