@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,12 +24,25 @@ class LayerStatistics:
         second_moment: float32 [K, K], mean of x^T x over rows; None if it was not asked for.
         inputs: float32 [n, K], some of the rows; None if they were not asked for.
         num_rows: rows that ``second_moment`` is a mean of.
+        smoothed: a smoothing vector was folded into what stands before the layer: it needs none of its own.
     """
 
     abs_max: Float[Tensor, "bands K"]
     second_moment: Float[Tensor, "K K"] | None
     inputs: Float[Tensor, "n K"] | None
     num_rows: int
+    smoothed: bool = False
+
+    def folded(self, input_scale: Float[Tensor, " K"]) -> Self:
+        """The statistics of inputs x m, as they are once m is folded into what makes x."""
+        m = input_scale.to(self.abs_max)
+        return replace(
+            self,
+            abs_max=self.abs_max * m.abs(),
+            second_moment=None if self.second_moment is None else self.second_moment * m * m[:, None],
+            inputs=None if self.inputs is None else self.inputs * m,
+            smoothed=True,
+        )
 
 
 class Initializer(Protocol):
@@ -49,6 +63,25 @@ class Initializer(Protocol):
 
         Returns:
             float32 [N, K], the full-precision weight in the layer's coordinates as they are now: what Q(W) + Phi shall be.
+        """
+
+
+@runtime_checkable
+class Smoothing(Initializer, Protocol):
+    """A method that multiplies inputs by a vector m before it quantizes them, and weights' columns by 1 / m.
+
+    Attributes:
+        fold_smoothing: fold m into what stands before a layer, where the model allows it.
+    """
+
+    fold_smoothing: bool
+
+    def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
+        """One m float32 [K], not 0 anywhere, for layers that read the same input.
+
+        Args:
+            layers: In the model's own coordinates, or rotated.
+            statistics: Of their common input.
         """
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qvgen.initializers.base import Initializer, LayerStatistics
+from qvgen.initializers.base import Initializer, LayerStatistics, Smoothing
+from qvgen.initializers.smoothing import fold_smoothing_
+from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.quant.grid import Profile
 
@@ -30,6 +32,8 @@ class PrepareConfig:
         phi_rank: Rank of the low-rank helper; 0 for none.
         seed: Seed of the randomized decomposition that starts Phi.
         statistics: A layer's name -> what calibration saw of it; None is enough for a data-free method.
+        folds: Where the model lets smoothing vectors disappear (a family's ``smoothing_folds``); none: each stays a
+            multiplication.
     """
 
     profile: Profile
@@ -40,6 +44,7 @@ class PrepareConfig:
     phi_rank: int = 0
     seed: int = 0
     statistics: Callable[[str], LayerStatistics] | None = None
+    folds: Sequence[SmoothingFold] = ()
 
 
 def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
@@ -66,7 +71,7 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         num_noise_bands=config.num_noise_bands,
         phi_rank=config.phi_rank,
     )
-    initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics)
+    initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics, folds=config.folds)
     return report
 
 
@@ -76,6 +81,7 @@ def initialize_(
     *,
     seed: int,
     statistics: Callable[[str], LayerStatistics] | None = None,
+    folds: Sequence[SmoothingFold] = (),
 ) -> None:
     """Let a PTQ method set up all layers of a prepared model, and start its Phis from what each of them loses.
 
@@ -84,6 +90,7 @@ def initialize_(
         initializer: An object of :mod:`qvgen.initializers`.
         seed: Seed of the randomized decomposition that starts Phi.
         statistics: A layer's name -> its statistics; not called for a data-free method.
+        folds: Where smoothing vectors go into what stands before, if the method has any and is asked to.
 
     Raises:
         ValueError: The method needs statistics and there are none.
@@ -93,8 +100,13 @@ def initialize_(
             f"{type(initializer).__name__} needs calibration ({', '.join(sorted(initializer.needs))}); give "
             "PrepareConfig(statistics=...) what qvgen.initializers.calibration.Calibration collected"
         )
+    folded = {}
+    if isinstance(initializer, Smoothing) and initializer.fold_smoothing and statistics is not None:
+        folded = fold_smoothing_(model, initializer, folds=folds, statistics=statistics)
     for name, layer in quantized_layers(model).items():
         of_layer = statistics(name) if initializer.needs and statistics is not None else None
+        if of_layer is not None and name in folded:
+            of_layer = of_layer.folded(folded[name])
         target = initializer.initialize_(layer, statistics=of_layer)
         layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
 

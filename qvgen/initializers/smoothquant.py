@@ -2,14 +2,17 @@
 
 X' = X m, W' = W / m, m_j = w_j^(1-alpha) / a_j^alpha (:mod:`qvgen.quant.smoothing`), a_j the largest |X_j| over all noise
 bands, as one m serves all sampling steps. Then minimum and maximum of each row of W': its largest columns are those that
-the loudest inputs meet, and a range search would clip just them (measured, docs/log.md). The factor stays an explicit
-multiplication before the quantization of the input; folding it into the layer before is left out.
+the loudest inputs meet, and a range search would clip just them (measured, docs/log.md). Where the model's family allows
+it m is folded into what stands before the layer (:mod:`qvgen.initializers.smoothing`), one m for all layers that read the same
+input; elsewhere it stays an explicit multiplication before the quantization of the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
@@ -26,9 +29,11 @@ class SmoothQuant:
     Attributes:
         alpha: 0 to 1, how much of the input's range moves into the weight; None searches the value with the least error of
             the layer's output on a sample of its inputs.
+        fold_smoothing: fold m into what stands before the layer where the model allows it; False: multiply everywhere.
     """
 
     alpha: float | None
+    fold_smoothing: bool
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -39,10 +44,10 @@ class SmoothQuant:
         """Maxima of the channels; a sample of inputs for the search."""
         return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
 
-    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
-        """See :class:`qvgen.initializers.base.Initializer`."""
-        largest = require(statistics, "abs_max").abs_max.amax(0).to(layer.weight.device)
-        weight, profile = layer.original_weight(), layer.profile
+    def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
+        """See :class:`qvgen.initializers.base.Smoothing`: w_j and the error of the search are those of all layers' rows."""
+        weight, profile = torch.cat([layer.original_weight() for layer in layers]), layers[0].profile
+        largest = require(statistics, "abs_max").abs_max.amax(0).to(weight.device)
         alpha = self.alpha
         if alpha is None:
             inputs = require(statistics, "inputs").inputs
@@ -55,7 +60,13 @@ class SmoothQuant:
                 activation_grid=profile.activation,
                 transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
             )
-        layer.move_(profile=profile, input_scale=smoothing_scale(largest, weight, alpha=alpha))
-        scale, zero_point = choose_qparams(layer.weight.detach(), grid=profile.weight)
+        return smoothing_scale(largest, weight, alpha=alpha)
+
+    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
+        """See :class:`qvgen.initializers.base.Initializer`."""
+        statistics = require(statistics, "abs_max")
+        if not statistics.smoothed:
+            layer.move_(profile=layer.profile, input_scale=self.input_scale([layer], statistics=statistics))
+        scale, zero_point = choose_qparams(layer.weight.detach(), grid=layer.profile.weight)
         layer.weight_quantizer.start_from_(scale, zero_point)
         return layer.weight.detach()

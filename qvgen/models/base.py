@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from qvgen.layers.smoothing_fold import SmoothingFold
+
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 
@@ -91,6 +93,16 @@ class VideoDiT(Protocol):
 
         Raises:
             ValueError: for a key that the transformer does not have.
+        """
+
+    def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
+        """Where a smoothing vector of a Linear's inputs can go into what stands before it, without another result.
+
+        Args:
+            transformer: of this family, quantized or not.
+
+        Returns:
+            In an order in which a fold that scales a Linear comes before the one in which that Linear is scaled down.
         """
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.cogvideox_fold import cogvideox_folds
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, VPrediction
 from qvgen.models.pipeline_family import PipelineFamily
 
@@ -87,6 +89,10 @@ class CogVideoX(PipelineFamily):
         """Latent frames in front of a clip's own; 0 but for 1.5, whose tokens span several."""
         frames = (num_frames - 1) // self.compression[0] + 1
         return -frames % (self.transformer_config.get("patch_size_t") or 1)
+
+    def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
+        """Behind norms and values; see :mod:`qvgen.models.cogvideox_fold`."""
+        return cogvideox_folds(transformer)
 
     def predict(
         self,

@@ -23,9 +23,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
+from qvgen.models.wan_fold import wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
 
 RGB_CHANNELS = 3
@@ -172,6 +174,10 @@ class TinyVideoDiT:
         if dtype not in (None, torch.float32):
             transformer.to(dtype)
         return transformer.requires_grad_(False).eval()
+
+    def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
+        """Those of Wan's class."""
+        return wan_folds(transformer)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Look up the three words of each caption; the empty caption is the null row, three times.

@@ -19,8 +19,10 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
+from qvgen.models.wan_fold import wan_folds
 
 _SHIFT_KEYS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 
@@ -90,6 +92,10 @@ class WanFamily(PipelineFamily):
     def condition_shape(self) -> tuple[int, int]:
         """(T, text_dim): tokens and channels of a caption's embedding."""
         return (self.max_text_tokens, int(self.transformer_config.get("text_dim", 4096)))  # the class's default
+
+    def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
+        """Behind values and the norm of cross-attention; see :mod:`qvgen.models.wan_fold`."""
+        return wan_folds(transformer)
 
     def predict(
         self,

@@ -85,7 +85,8 @@ def start_student(
         if config.init.needs:
             bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
             statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
-        initialize_(student, config.init, seed=config.seed, statistics=statistics)
+        folds = config.model.smoothing_folds(student)
+        initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
         result["ptq"] = held_out.relative_error(student, reference)
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began

@@ -82,7 +82,8 @@ def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) ->
         statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
         statistics(next(iter(quantized_layers(student))))  # all layers of a pass are collected by the first one
     calibrated = time.monotonic()
-    initialize_(student, config.init, seed=config.seed, statistics=statistics)
+    folds = config.model.smoothing_folds(student)
+    initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
     return student, {"calibration_s": calibrated - began, "method_s": time.monotonic() - calibrated}
 
 

@@ -1,0 +1,53 @@
+"""Smoothing vectors go into what stands before a layer, where the model's family says that they can.
+
+For every place (:class:`qvgen.layers.smoothing_fold.SmoothingFold`) the method chooses one m for all Linears that read the
+same input, from their weights together; they start without an input_scale then. Everywhere else each layer keeps its own m as
+a multiplication before quantization.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from qvgen.initializers.base import LayerStatistics, Smoothing
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
+
+log = logging.getLogger(__name__)
+
+
+def fold_smoothing_(
+    model: nn.Module,
+    initializer: Smoothing,
+    *,
+    folds: Sequence[SmoothingFold],
+    statistics: Callable[[str], LayerStatistics],
+) -> dict[str, Tensor]:
+    """Smooth a prepared model at every fold, before any of its layers is set up.
+
+    Args:
+        model: Its master weights are those of the full-precision model, its layers have no input_scale.
+        initializer: Chooses m.
+        folds: In an order in which what makes an input comes after what reads its own output: the m of to_out scales to_v's
+            rows, which the m of to_q, to_k and to_v then sees.
+        statistics: A layer's name -> what calibration saw of it.
+
+    Returns:
+        m of every quantized layer whose input comes smoothed now, by name.
+    """
+    found: dict[str, Tensor] = {}
+    for fold in folds:
+        assert not any(producer.module in found for producer in fold.producers), f"{fold} comes too late"
+        layers = {name: model.get_submodule(name) for name in fold.consumers}
+        quantized = {name: layer for name, layer in layers.items() if isinstance(layer, FakeQuantLinear)}
+        if not quantized:
+            continue
+        seen = statistics(next(iter(quantized)))  # they all read the same input
+        factor = initializer.input_scale(list(quantized.values()), statistics=seen)
+        fold_input_scale_(model, fold, factor)
+        found |= dict.fromkeys(quantized, factor)
+    log.info("smoothing of %d layers is folded into what stands before them", len(found))
+    return found

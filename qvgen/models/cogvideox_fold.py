@@ -1,0 +1,50 @@
+"""Where smoothing vectors disappear in diffusers' CogVideoX transformer.
+
+    x = norm(h) (1 + scale) + shift, for video and text tokens, with shift, scale, gate, enc_shift, enc_scale, enc_gate =
+    linear(silu(t)) of each block's own: x m = (m norm(h)) (1 + scale) + m shift. The norm's affine part takes m, and so do the
+    rows of linear that make the two shifts.
+
+    attn1.to_q, to_k, to_v   <- norm1      one m for the three, as they read the same x
+    ff.net.0.proj            <- norm2
+    attn1.to_out             <- to_v       attention mixes tokens, not channels
+    proj_out                 <- norm_out   linear makes shift and scale
+
+Where they stay a multiplication before quantization: ff.net.2 and the time embedding (behind a GELU or SiLU), the modulations'
+Linears (behind a SiLU), the text projection and the patch embedding (nothing stands before them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qvgen.layers.smoothing_fold import Producer, SmoothingFold
+
+
+def cogvideox_folds(transformer: nn.Module) -> list[SmoothingFold]:
+    """The folds of a CogVideoXTransformer3DModel; see :meth:`qvgen.models.base.VideoDiT.smoothing_folds`.
+
+    A model without affine norms has those behind its values alone.
+    """
+    model: Any = transformer
+    folds = []
+    for index, block in enumerate(model.transformer_blocks):
+        name = f"transformer_blocks.{index}"
+        attention = f"{name}.attn1"
+        folds.append(
+            SmoothingFold(consumers=(f"{attention}.to_out.0",), producers=(Producer(module=f"{attention}.to_v"),))
+        )
+        queries = tuple(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v"))
+        folds += _behind_norm(block.norm1, f"{name}.norm1", consumers=queries, shifts=(0, 3))
+        folds += _behind_norm(block.norm2, f"{name}.norm2", consumers=(f"{name}.ff.net.0.proj",), shifts=(0, 3))
+    return folds + _behind_norm(model.norm_out, "norm_out", consumers=("proj_out",), shifts=(0,))
+
+
+def _behind_norm(norm: Any, name: str, *, consumers: tuple[str, ...], shifts: tuple[int, ...]) -> list[SmoothingFold]:
+    """What reads a modulated norm; ``shifts`` are the places of shifts among the chunks of its Linear's output."""
+    if norm.norm.weight is None:
+        return []
+    width = norm.norm.weight.numel()
+    rows = tuple(Producer(module=f"{name}.linear", start=width * chunk) for chunk in shifts)
+    return [SmoothingFold(consumers=consumers, producers=(Producer(module=f"{name}.norm"), *rows))]
