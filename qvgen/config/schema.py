@@ -91,6 +91,10 @@ class TrainConfig:
             self.steps > 0 or (self.steps == 0 and self.names.method == "ptq"),
             f"steps={self.steps} must be greater than 0; method=ptq alone trains nothing (qvgen ptq)",
         )
+        require(
+            self.evaluation.samples > 0 or self.names.method == "ptq",
+            "evaluation.samples=0 must be greater than 0; only qvgen ptq can leave measuring out",
+        )
         positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
         positive(device_memory_gib=self.device_memory_gib)
         require(

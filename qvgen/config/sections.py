@@ -166,12 +166,14 @@ class CalibrationConfig:
     """What a PTQ method that needs statistics sees of the full-precision model; data-free methods sample nothing.
 
     Attributes:
-        videos: Videos that are sampled for it; > 0. Their prompts are the evaluation's, again and again.
+        prompts: Captions of its videos, or one text file that holds them, one to a line; None: the evaluation's.
+        videos: Videos that are sampled for it; > 0. They take the prompts in turn.
         steps: Sampling steps of each; > 0.
         memory_gib: Of the statistics of one pass; > 0. What does not fit is collected in further passes.
         cache: Folder of statistics, keyed by content.
     """
 
+    prompts: tuple[str, ...] | None
     videos: int
     steps: int
     memory_gib: float
@@ -183,6 +185,10 @@ class CalibrationConfig:
             calibration__steps=self.steps,
             calibration__memory_gib=self.memory_gib,
         )
+        require(
+            self.prompts is None or (bool(self.prompts) and all(prompt.strip() for prompt in self.prompts)),
+            f"calibration.prompts={list(self.prompts or ())} holds no or empty captions; write null, captions, or a file of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +196,7 @@ class EvaluationConfig:
     """What is measured and shown at the end.
 
     Attributes:
-        samples: Held-out inputs of the relative error; > 0.
+        samples: Held-out inputs of the relative error; > 0. `qvgen ptq` takes 0: then nothing at all is sampled or measured.
         quality_videos: Videos of each kind for the report's table, with held-out captions; > 0.
         prompts: Captions of the videos; None: the model's own.
         videos: Number of videos of each kind; >= 0.
@@ -206,7 +212,8 @@ class EvaluationConfig:
     video_every_steps: int | None
 
     def __post_init__(self) -> None:
-        positive(evaluation__samples=self.samples, evaluation__quality_videos=self.quality_videos)
+        require(self.samples >= 0, f"evaluation.samples={self.samples} is negative; write 0 to measure nothing (qvgen ptq)")
+        positive(evaluation__quality_videos=self.quality_videos if self.samples else None)
         positive(evaluation__every_steps=self.every_steps, evaluation__video_every_steps=self.video_every_steps)
         require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")
         require(

@@ -19,7 +19,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
-from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.report_data import Checks, LayerReport, Quality, VariantQuality, VideoComparison
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def compare_models(
-    config: TrainConfig, *, teacher: nn.Module, fake: nn.Module, packed: nn.Module, held_out: HeldOut, run_dir: Path
+    config: TrainConfig, *, teacher: nn.Module, fake: nn.Module, packed: nn.Module, held_out: MeasuredInputs, run_dir: Path
 ) -> Comparison:
     """Generate with all three models, write the shown videos to run_dir/videos, and compare.
 
@@ -172,7 +172,7 @@ def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
     return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
 
 
-def _checks(fake: nn.Module, packed: nn.Module, *, held_out: HeldOut, videos: Mapping[str, Tensor]) -> Checks:
+def _checks(fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, videos: Mapping[str, Tensor]) -> Checks:
     equal, count = codes_equal(fake, packed)
     largest = 0.0
     for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
@@ -190,7 +190,7 @@ def _checks(fake: nn.Module, packed: nn.Module, *, held_out: HeldOut, videos: Ma
 
 
 @torch.no_grad()
-def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: HeldOut) -> FlipCount:
+def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs) -> FlipCount:
     """How many input codes of all layers differ between the two models on the first held-out batch."""
     trained = _input_codes(fake, quantized_layers(fake), held_out=held_out)
     stored = _input_codes(packed, packed_layers(packed), held_out=held_out)
@@ -201,7 +201,7 @@ def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: H
 
 
 def _input_codes(
-    model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: HeldOut
+    model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: MeasuredInputs
 ) -> dict[str, Tensor]:
     """Codes of each layer's input on the first held-out batch, of ``WATCHED_TOKENS`` tokens per sample."""
     codes: dict[str, Tensor] = {}

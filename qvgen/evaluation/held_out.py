@@ -1,4 +1,7 @@
-"""Held-out predictions: the same noisy clips, noise levels and captions for every model that is compared.
+"""What models are compared on: the same inputs for every one, and a model's outputs for them.
+
+:class:`HeldOut` takes noisy clips of the data; where there are no clips, :mod:`qvgen.evaluation.sampled_inputs` takes inputs of
+the full-precision model's own sampling.
 
 Sample i of the held-out split is noised by a generator keyed by ("held_out", seed, i); its noise level is as the objective
 draws it. Nothing here depends on the batch size.
@@ -6,6 +9,7 @@ draws it. Nothing here depends on the batch size.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +23,34 @@ from qvgen.layers.swap import any_timestep
 from qvgen.models.base import VideoDiT
 
 
-class HeldOut:
+class MeasuredInputs(abc.ABC):
+    """Fixed inputs, and a model's outputs for them.
+
+    Attributes:
+        split: Captions of the videos that are compared, and what turns captions into conditions.
+        num_samples: Inputs.
+        seed: Of what is random in them.
+        source: What they are, in words, for the report.
+    """
+
+    split: Split
+    num_samples: int
+    seed: int
+    source: str
+
+    @abc.abstractmethod
+    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+        """A model's outputs float32 on the CPU, batch by batch; mode and place are restored afterwards."""
+
+    def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:
+        """|y - y_ref|^2 / |y_ref|^2 over all samples, against stored predictions of another model."""
+        error = RelativeError()
+        for found, wanted in zip(self.predictions(model), reference, strict=True):
+            error.update(found, wanted)
+        return error.compute()
+
+
+class HeldOut(MeasuredInputs):
     """A fixed set of held-out inputs, and a model's outputs for them.
 
     Where more inputs are asked for than there are clips, the clips come again with another noise and noise level.
@@ -31,6 +62,8 @@ class HeldOut:
         seed: Seed of noise and noise levels.
         batch_size: Inputs that a model works on at once; fewer where the next one is of another bucket.
     """
+
+    source = "held_out"
 
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
         self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples
@@ -68,13 +101,6 @@ class HeldOut:
                     .float()
                     .cpu()
                 )
-
-    def relative_error(self, model: nn.Module, reference: list[Tensor]) -> float:
-        """|y - y_ref|^2 / |y_ref|^2 over all samples, against stored predictions of another model."""
-        error = RelativeError()
-        for found, wanted in zip(self.predictions(model), reference, strict=True):
-            error.update(found, wanted)
-        return error.compute()
 
     def loss(self, model: nn.Module) -> float:
         """Mean |v - target|^2 against the data's own target, over all samples."""

@@ -64,7 +64,7 @@ class HeldOutError:
         qat: the trained, fake-quantized model, without Phi.
         packed: the packed model on the integer kernel.
         num_samples: how many (clip, noise, timestep) triples each number is measured on, the same for all four.
-        split: name of the split; no clip of it was trained on.
+        split: name of the split, no clip of which was trained on; or what stands in its place, in words.
         seed: seed of the noise and the timesteps.
     """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics, Need
@@ -36,6 +38,34 @@ _NO_PART_OF_SAMPLING = ("path", "weights", "lora", "recipe", "published", "promp
 
 SEED_OFFSET = 10_000
 """Videos of the calibration have other noise than those that are compared."""
+
+
+def calibration_prompts(config: TrainConfig) -> list[str]:
+    """Captions that calibration samples from: ``calibration.prompts`` or what its file holds, else the evaluation's.
+
+    Raises:
+        UserError: A file that is not there, is no text, or holds no caption.
+    """
+    given = config.calibration.prompts
+    if given is None:
+        return list(config.evaluation.prompts or config.model.prompts)
+    if len(given) > 1 or not _names_a_file(given[0]):
+        return list(given)
+    try:
+        lines = Path(given[0]).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"calibration.prompts={given[0]} can't be read as a text file ({error}); write a file with one caption to a "
+            "line, or a list of captions"
+        ) from error
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"calibration.prompts={given[0]} holds no caption; write one to a line")
+    return prompts
+
+
+def _names_a_file(text: str) -> bool:
+    """A path and not a caption: it is there, or ends as a text file does, or is a single word."""
+    return os.path.exists(Path(text).expanduser()) or text.endswith(".txt") or len(text.split()) == 1  # noqa: PTH110
 
 
 class CalibratedModel:
@@ -68,7 +98,7 @@ class CalibratedModel:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _prompts(self) -> list[str]:
-        prompts = list(self.config.evaluation.prompts or self.config.model.prompts)
+        prompts = calibration_prompts(self.config)
         return [prompts[index % len(prompts)] for index in range(self.config.calibration.videos)]
 
     def __call__(self, name: str) -> LayerStatistics:

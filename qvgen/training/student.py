@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
-from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.swap import SwapReport, folded_copy, phi_suspended, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.run_directory import RunDirectory
@@ -70,7 +70,7 @@ def start_student(
     *,
     student: nn.Module,
     teacher: nn.Module,
-    held_out: HeldOut,
+    held_out: MeasuredInputs,
     reference: Sequence[Tensor],
 ) -> Mapping[str, float]:
     """Let the PTQ method choose where training starts, or read what it chose before; the errors without training."""
@@ -91,7 +91,8 @@ def start_student(
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
-    log.info("held-out error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
+    if held_out.num_samples:
+        log.info("error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
     return result
 
 

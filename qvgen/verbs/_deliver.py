@@ -17,7 +17,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.comparison import bf16_bytes, compare_models, layer_reports
 from qvgen.evaluation.environment import collect_environment
-from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.student import fold_student
@@ -30,7 +30,7 @@ def deliver(
     start: Mapping[str, float],
     teacher: nn.Module,
     student: nn.Module,
-    held_out: HeldOut,
+    held_out: MeasuredInputs,
 ) -> ReportData:
     """Fold, pack, read back, generate with all three models and compare: all that the report says."""
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
@@ -43,15 +43,15 @@ def deliver(
         )
     reference = list(held_out.predictions(teacher))
     return ReportData(
-        run=_run_info(config),
+        run=run_info(config),
         relative_error=HeldOutError(
             rtn=start["rtn"],
             ptq=start["ptq"],
             qat=held_out.relative_error(student, reference),
             packed=held_out.relative_error(packed, reference),
             num_samples=held_out.num_samples,
-            split="held_out",
-            seed=config.seed,
+            split=held_out.source,
+            seed=held_out.seed,
         ),
         size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
         checks=comparison.checks,
@@ -71,12 +71,15 @@ def show_result(data: ReportData, report: Path) -> None:
     """Print the numbers that a user looks for first."""
     error, size = data.relative_error, data.size
     print(f"report: {report}")
+    if error.split != HeldOut.source:
+        print(f"measured on {error.num_samples} samples, {error.split}")
     print(f"held-out error of PTQ ({data.run.init}): {error.ptq:.4f}   round to nearest: {error.rtn:.4f}")
     print(f"held-out error of QAT, packed: {error.packed:.4f}   ({error.packed / error.rtn:.2f} x round to nearest)")
     print(f"size: {size.packed / 1024:.0f} KiB packed, {size.bf16 / 1024:.0f} KiB in bfloat16")
 
 
-def _run_info(config: TrainConfig) -> RunInfo:
+def run_info(config: TrainConfig) -> RunInfo:
+    """What was asked for."""
     return RunInfo(
         model=config.names.model,
         bits=config.bits.label,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qvgen.config.schema import TrainConfig
+from qvgen.training.calibration import calibration_prompts
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.training.student import check_student
+from qvgen.verbs._inputs import without_clips
 from qvgen.verbs.train import quantize
 
 
@@ -17,21 +19,31 @@ def run(config: TrainConfig) -> None:
     use_threads(TRAINING_THREADS)
     config.data.check(config.model)
     check_student(config)
+    prompts = calibration_prompts(config) if config.init.needs else []
     if config.dry_run:
-        for line in plan(config):
+        for line in plan(config, num_prompts=len(prompts)):
             print(line)
         return
     quantize(config)
 
 
-def plan(config: TrainConfig) -> list[str]:
-    """What the verb would do."""
+def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
+    """What the verb would do; ``num_prompts`` are those of the calibration."""
     needs = ", ".join(sorted(config.init.needs))
     calibration = config.calibration
     return [
         f"model={config.names.model} init={config.names.init} {config.profile.label} ({config.profile.name}), no training",
-        f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps"
+        f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
         if needs
         else "calibration: none, the method is data-free",
+        f"measured on: {_measured_on(config)}",
         f"output: {config.run_dir}",
     ]
+
+
+def _measured_on(config: TrainConfig) -> str:
+    if config.evaluation.samples == 0:
+        return "nothing (evaluation.samples=0): no errors, no videos"
+    if without_clips(config):
+        return f"{config.evaluation.samples} inputs of the full-precision model's own sampling (no data.path)"
+    return f"{config.evaluation.samples} held-out inputs of data={config.names.data}"

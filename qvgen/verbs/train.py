@@ -8,7 +8,6 @@ from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
-from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.report import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.run_directory import RunDirectory
@@ -17,7 +16,6 @@ from qvgen.training.plan_text import format_plan
 from qvgen.training.session import (
     TRAINING_THREADS,
     load_start,
-    micro_batch_size,
     phi_ranks,
     train_all,
     train_share,
@@ -26,6 +24,8 @@ from qvgen.training.session import (
 from qvgen.training.student import check_student, prepare_student, start_student
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
+from qvgen.verbs._inputs import open_inputs
+from qvgen.verbs._packed_only import deliver_unmeasured
 from qvgen.verbs._pretrain import pretrain
 from qvgen.verbs.precompute import fill_missing
 
@@ -50,26 +50,19 @@ def run(config: TrainConfig) -> None:
     if config.method.quantizes:
         quantize(config)
         return
-    fill_missing(config, captions=_captions(config))
+    fill_missing(config, captions=list(config.evaluation.prompts or config.model.prompts))
     pretrain(config)
 
 
 def quantize(config: TrainConfig) -> None:
     """From the PTQ start over training, if the method has any, to a packed checkpoint and a report."""
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
-    fill_missing(config, captions=_captions(config))
-    _check_inputs(config)
+    inputs = open_inputs(config)
     student, swapped = prepare_student(config)
-    held_out = HeldOut(
-        config.model,
-        config.data.open(config.model, split="held_out"),
-        num_samples=config.evaluation.samples,
-        seed=config.seed,
-        batch_size=micro_batch_size(config),
-    )
     with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
+        held_out = inputs(teacher)
         reference = list(held_out.predictions(teacher))
         start = start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
         if config.steps:
@@ -80,29 +73,17 @@ def quantize(config: TrainConfig) -> None:
                 run_dir=run_dir.path,
                 validate=lambda model: held_out.relative_error(model, reference),
             )
+        if not held_out.num_samples:
+            deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
+            return
         data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
         show_result(data, write_report(run_dir.path, data))
-
-
-def _captions(config: TrainConfig) -> list[str]:
-    return list(config.evaluation.prompts or config.model.prompts)
 
 
 def num_clips(config: TrainConfig) -> int | None:
     """Clips of the table, as far as one was named."""
     source = config.data
     return len(source.table()) if isinstance(source, ClipSource) and source.path is not None else None
-
-
-def _check_inputs(config: TrainConfig) -> None:
-    """Raise ValueError for what would only be noticed after the run's folder was made, or hours later."""
-    split = config.data.open(config.model, split="train")
-    largest = max(split.buckets.count(bucket) for bucket in set(split.buckets))
-    if config.steps and config.batch_size > largest:
-        raise ValueError(
-            f"batch_size={config.batch_size} is larger than the training data of {largest} clips of one shape; use less"
-        )
-    split.encode(_captions(config))
 
 
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

@@ -1,0 +1,182 @@
+"""Inputs to measure on where there are no clips: those that the full-precision model meets while it samples videos.
+
+Every call of the transformer in ``calibration.steps`` steps for one prompt after the other is recorded, as the pipeline makes it
+(conditional and unconditional), until there are enough; evenly spaced ones of them are kept. Another model is called with the
+very same arguments. The prompts are the evaluation's; the noise is neither the calibration's nor the shown videos'.
+
+The errors are those at the states that the full-precision model visits, and not at noisy clips of the real world, so they are not
+to be compared with errors on held-out clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.data.source import Split
+from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.evaluation.placement import placed
+from qvgen.models.base import Encode
+
+SEED_OFFSET = 20_000
+"""Between the seeds of the shown videos and these; the calibration's lie between."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a transformer, tensors on the CPU."""
+
+
+class EncodedCaptions:
+    """Conditions of captions, each encoded once and kept; the text encoder is freed after every round.
+
+    Args:
+        family: The model family; its ``encode`` is called where a caption is not known yet.
+    """
+
+    def __init__(self, family: Any) -> None:
+        self._family = family
+        self._rows: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """A row for each caption."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._rows]
+        if missing:
+            if torch.cuda.is_available() and hasattr(self._family, "to"):
+                self._family.to(torch.device("cuda", torch.cuda.current_device()))
+            for caption in missing:
+                self._rows[caption] = {key: value.cpu() for key, value in self._family.encode([caption]).items()}
+            if hasattr(self._family, "release"):
+                self._family.release()
+        names = self._rows[captions[0]]
+        return {name: torch.cat([self._rows[caption][name] for caption in captions]) for name in names}
+
+
+def captions_split(captions: Sequence[str], encode: Encode) -> Split:
+    """Captions without clips, in the place of a data set's."""
+    items: Any = [{"caption": caption} for caption in captions]
+    return Split(samples=items, buckets=[""] * len(items), encode=encode)
+
+
+class SampledInputs(MeasuredInputs):
+    """Recorded inputs of the full-precision model.
+
+    Args:
+        config: The run's: model, prompts, seed, steps, number of inputs; whole calls are kept, so there may be one or two more.
+        teacher: Full-precision model.
+        encode: Turns captions into conditions.
+
+    Raises:
+        ValueError: The model was not called while sampling (an expert of other noise levels than the few steps').
+    """
+
+    def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode) -> None:
+        captions = list(config.evaluation.prompts or config.model.prompts)
+        self.split, self.seed = captions_split(captions, encode), config.seed
+        self._dtype = teacher.dtype
+        calls: list[Call] = []
+        rows = videos = 0
+        while rows < config.evaluation.samples:
+            calls += _record(config, teacher, captions[videos % len(captions)], index=videos, encode=encode)
+            videos += 1
+            rows = sum(map(_num_rows, calls))
+            if not calls:
+                raise ValueError(
+                    f"calibration.steps={config.calibration.steps}: model={config.names.model} was not called in any of them; "
+                    "use more"
+                )
+        count = min(len(calls), math.ceil(config.evaluation.samples * len(calls) / rows))
+        kept = torch.linspace(0, len(calls) - 1, count).round().long().tolist()
+        self._calls = [calls[index] for index in kept]
+        self.num_samples = sum(map(_num_rows, self._calls))
+        self.source = (
+            f"no clips: inputs of the full-precision model in {videos} "
+            f"sampled video{'s' if videos > 1 else ''} of {config.calibration.steps} steps"
+        )
+
+    @torch.no_grad()
+    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+        """See the base class; a batch is one recorded call."""
+        with placed(model) as device:
+            for arguments, named in self._calls:
+
+                def to_model(value: Tensor, *, device: torch.device = device) -> Tensor:
+                    return value.to(device, model.dtype if value.dtype == self._dtype else value.dtype)
+
+                found = model(*_mapped(arguments, to_model), **_mapped(named, to_model))
+                yield found[0].float().cpu()
+
+
+class NothingMeasured(MeasuredInputs):
+    """In the place of inputs where ``evaluation.samples`` is 0: there are none, and no error.
+
+    Args:
+        config: The run's.
+        encode: Turns captions into conditions, for a calibration.
+    """
+
+    source = "nothing: evaluation.samples=0"
+    num_samples = 0
+
+    def __init__(self, config: TrainConfig, *, encode: Encode) -> None:
+        self.split, self.seed = captions_split([], encode), config.seed
+
+    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+        """Of no inputs."""
+        del model
+        return iter(())
+
+    def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:
+        """NaN: not measured."""
+        del model, reference
+        return math.nan
+
+
+@torch.no_grad()
+def _record(config: TrainConfig, teacher: nn.Module, prompt: str, *, index: int, encode: Encode) -> list[Call]:
+    """All calls of the transformer while a video is sampled."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        del module
+        calls.append((_mapped(arguments, _stored), _mapped(named, _stored)))
+
+    handle = teacher.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with placed(teacher):
+            config.model.generate(
+                teacher,
+                [prompt],
+                [config.seed + SEED_OFFSET + index],
+                num_steps=config.calibration.steps,
+                guidance_scale=config.model.guidance_scale,
+                encode=encode,
+            )
+    finally:
+        handle.remove()
+    return calls
+
+
+def _stored(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone()
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """A structure of tuples, lists and dicts with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(entry, change) for entry in value)
+    if isinstance(value, dict):
+        return {key: _mapped(entry, change) for key, entry in value.items()}
+    return value
+
+
+def _num_rows(call: Call) -> int:
+    """Samples of a call: the first tensor's, which is the noisy video."""
+    arguments, named = call
+    first = named["hidden_states"] if "hidden_states" in named else arguments[0]
+    return int(first.shape[0])
