@@ -163,12 +163,12 @@ class BenchmarkConfig:
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
         videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``; > 0.
         out: Folder of the results.
     """
 
     run: TrainConfig
-    what: Literal["ptq", "training"]
+    what: Literal["ptq", "ptq_cost", "training"]
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]

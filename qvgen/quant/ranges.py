@@ -4,6 +4,9 @@ For every row (or group) the candidates are its minimum and maximum, 0 included,
 0..79. The one with the least sum |fake_quantize(w) - w|^2.4 wins; the exponent between 2 and 3 protects the large
 weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
 worse than that by this measure. The first of equal candidates (the widest range) is kept.
+
+A narrow range loses by what it cuts off, which is all in a row's largest values: where the error of the largest eighth alone is
+above the best one found for every row of a piece, the rest of the candidate's errors is not computed. The result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ from qvgen.quant.grid import Grid
 
 NUM_CANDIDATES = 80
 EXPONENT = 2.4
+
+LARGEST_SHARE = 8
+"""One of so many values of a row is looked at first."""
+
+CERTAIN = 0.999
+"""Sums of float32 err by less than a thousandth, whatever their order: a bound counts by this much."""
 
 CACHED_ELEMENTS = 1 << 18
 """Values of a piece: 1 MiB and its scratch."""
@@ -48,13 +57,25 @@ def _search_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     low, high = clipped_range(rows, grid=grid)
     best_scale, best_zero = qparams_from_range(low, high, grid)
     best_error = torch.full_like(best_scale, torch.inf)
+    columns = rows.shape[-1]
+    largest = rows.gather(-1, rows.abs().topk(max(1, columns // LARGEST_SHARE), dim=-1, sorted=False).indices)
+    improved = True
     for index in range(NUM_CANDIDATES):
         shrink = 1.0 - index / 100
         scale, zero_point = qparams_from_range(low * shrink, high * shrink, grid)
-        codes = round_to_grid(rows, scale, zero_point, grid).clamp_(grid.qmin, grid.qmax)
-        error = codes.sub_(zero_point).mul_(scale).sub_(rows).abs_().pow_(EXPONENT).sum(-1, keepdim=True)
+        # Worth a look once ranges are no longer too wide.
+        if not improved and bool((CERTAIN * _errors(largest, scale, zero_point, grid) >= best_error).all()):
+            continue
+        error = _errors(rows, scale, zero_point, grid)
         better = error < best_error
+        improved = bool(better.any())
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero_point, best_zero)
     return best_scale, best_zero
+
+
+def _errors(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Sum of |fake_quantize(w) - w|^2.4 over each row, [R, 1]."""
+    codes = round_to_grid(rows, scale, zero_point, grid).clamp_(grid.qmin, grid.qmax)
+    return codes.sub_(zero_point).mul_(scale).sub_(rows).abs_().pow_(EXPONENT).sum(-1, keepdim=True)

@@ -84,7 +84,7 @@ class CalibratedModel:
         chosen = select_linears(teacher, include=config.model.include, exclude=config.model.exclude).quantized
         sizes = [(name, teacher.get_submodule(name).in_features) for name in chosen]
         budget = int(config.calibration.memory_gib * 2**30)
-        self._passes = passes(sizes, needs=self.needs, budget_bytes=budget)  # type: ignore[arg-type]
+        self._passes = passes(sizes, needs=self.needs, num_bands=num_bands, budget_bytes=budget)  # type: ignore[arg-type]
         self.folder = Path(config.calibration.cache).expanduser() / self._key()
 
     def _key(self) -> str:

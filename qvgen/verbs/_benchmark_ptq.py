@@ -55,11 +55,11 @@ def ptq_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
         for width in config.widths:
             for method in config.methods:
                 row = {"method": method, "bits": width.label, "seed": seed}
-                student, seconds = _quantized(_cell(base, method, width), teacher=teacher, held_out=held_out)
+                student, seconds = _quantized(cell(base, method, width), teacher=teacher, held_out=held_out)
                 yield {**row, **seconds, **measure(student), "bytes": _bytes(student)}
 
 
-def _cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
+def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
     """The configuration of one method at one bit-width."""
     name, _, rotation = method.partition("+r")
     profile = replace(

@@ -10,12 +10,17 @@ from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
+from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
 from qvgen.verbs._benchmark_training import training_rows, training_table
 from qvgen.verbs._deliver import command_line
 
 log = logging.getLogger(__name__)
 
-_BENCHMARKS = {"ptq": (ptq_rows, ptq_table), "training": (training_rows, training_table)}
+_BENCHMARKS = {
+    "ptq": (ptq_rows, ptq_table),
+    "ptq_cost": (cost_rows, cost_table),
+    "training": (training_rows, training_table),
+}
 
 
 def run(config: BenchmarkConfig) -> None:
@@ -32,16 +37,18 @@ def run(config: BenchmarkConfig) -> None:
     head = {
         "benchmark": config.what,
         "model": config.run.names.model,
-        "revision": config.run.model.revision,
+        "revision": config.run.model.revision if config.what == "ptq" else None,  # the others have random weights
         "profile": config.run.profile.name,
         "samples": config.run.evaluation.samples,
         "videos": config.videos,
+        "timed_steps": config.timed_steps,
+        "memory_gib": config.run.calibration.memory_gib,
         "command": command_line(),
         "machine": environment.machine.to_json_dict(),
         "versions": dict(environment.versions),
         "git_sha": environment.git_sha,
     }
-    name = f"{config.what}-{config.run.names.model}"
+    name = f"{config.what.replace('_', '-')}-{_model_name(config)}"
     rows = []
     measure, table = _BENCHMARKS[config.what]
     for row in measure(config):
@@ -51,3 +58,9 @@ def run(config: BenchmarkConfig) -> None:
         atomic_write(config.out / f"{name}.json", json.dumps({**head, "rows": rows}, indent=1).encode())
     atomic_write(config.out / f"{name}.md", ("\n".join(table(head, rows)) + "\n").encode())
     print(config.out / f"{name}.md")
+
+
+def _model_name(config: BenchmarkConfig) -> str:
+    """Of the result's files: the model's, or its repository's where the size is what counts."""
+    repository = getattr(config.run.model, "repository", "") if config.what == "ptq_cost" else ""
+    return repository.rpartition("/")[2].lower() or config.run.names.model

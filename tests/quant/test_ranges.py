@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvgen.quant.affine import choose_qparams, fake_quantize
+from qvgen.quant import ranges
+from qvgen.quant.affine import choose_qparams, clipped_range, fake_quantize, qparams_from_range
 from qvgen.quant.grid import Grid
 from qvgen.quant.ranges import EXPONENT, NUM_CANDIDATES, search_qparams
 from tests import oracles
@@ -122,3 +123,40 @@ def test_shapes_types_and_an_untouched_input():
         assert got.dtype == torch.float32
     strided = weight.t().contiguous().t()
     assert torch.equal(search_qparams(strided, grid=make_grid(4))[0], search_qparams(weight, grid=make_grid(4))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [None, 64])
+def test_leaving_hopeless_candidates_out_changes_no_bit(kind, bits, group, monkeypatch):
+    """Against the walk over all 80; and some are left out, or the test would say nothing."""
+    grid = make_grid(bits, kind, group)
+    weight = torch.cat([make_weight(40, 256), torch.randn(40, 256, generator=torch.Generator().manual_seed(1))])
+    weight[3] = 0
+    weight[4] = 1e20
+    weight[5, 1:] = 0
+    found = search_qparams(weight, grid=grid)
+    rows = weight.reshape(-1, group or 256)
+    low, high = clipped_range(rows, grid=grid)
+    best = torch.full((len(rows), 1), torch.inf)
+    expected = list(qparams_from_range(low, high, grid))
+    for index in range(NUM_CANDIDATES):
+        pair = qparams_from_range(low * (1 - index / 100), high * (1 - index / 100), grid)
+        error = ranges._errors(rows, *pair, grid)
+        for side in (0, 1):
+            expected[side] = torch.where(error < best, pair[side], expected[side])
+        best = torch.minimum(best, error)
+    for side in (0, 1):
+        assert torch.equal(found[side].reshape(-1, 1), expected[side])
+
+    whole = []
+    plain = ranges._errors
+
+    def counted(part, *rest):
+        whole.append(part.shape[-1] == (group or 256))
+        return plain(part, *rest)
+
+    monkeypatch.setattr(ranges, "_errors", counted)
+    search_qparams(weight[10:14], grid=grid)
+    if bits > 2:
+        assert sum(whole) < NUM_CANDIDATES

@@ -44,6 +44,39 @@ def test_every_cell_is_a_row_and_the_table_has_mean_and_spread(
     assert "| method | W8A8 | W4A4 |" in page
 
 
+def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Path) -> None:
+    methods = "methods=[rtn,mse,gptq]"
+    keys = ["model=tiny", "widths=[4]", methods, "timed_steps=1", f"out={tmp_path}", "calibration.memory_gib=0.0005"]
+    assert main(["benchmark", "ptq_cost", *keys]) == 0
+    content = json.loads((tmp_path / "ptq-cost-tiny.json").read_text())
+    assert content["revision"] is None  # random weights
+    rows = {row["method"]: row for row in content["rows"]}
+    for row in rows.values():
+        assert sum(shape["layers"] for shape in row["shapes"]) == row["layers"] == 36
+        assert len({(shape["in_features"], shape["out_features"]) for shape in row["shapes"]}) == len(row["shapes"]) == 5
+        for kind in ("", "cpu_"):
+            total = sum(shape[f"{kind}seconds"] * shape["layers"] for shape in row["shapes"])
+            assert row[f"{kind}seconds_extrapolated"] == pytest.approx(total)
+            assert total > 0
+    assert rows["rtn"]["cpu_seconds_extrapolated"] < rows["mse"]["cpu_seconds_extrapolated"]
+    assert (rows["mse"]["statistics_bytes"], rows["mse"]["passes"]) == (0, 0)
+    widths = [shape["in_features"] for shape in rows["gptq"]["shapes"] for _ in range(shape["layers"])]
+    assert rows["gptq"]["statistics_bytes"] == sum(4 * width * (width + 50) for width in widths)
+    assert rows["gptq"]["passes"] > 1
+    assert rows["gptq"]["largest_pass_bytes"] <= 0.0005 * 2**30
+    page = (tmp_path / "ptq-cost-tiny.md").read_text()
+    assert "Extrapolated: one layer of every distinct shape is timed (median of 1)" in page
+    assert "| gptq | second_moment | 0.00 |" in page
+    assert main(["benchmark", "ptq_cost", *keys, "calibration.memory_gib=0.00001"]) == 2
+
+
+def test_a_full_size_model_needs_no_weights(tmp_path: Path) -> None:
+    keys = ["model=cogvideox", "widths=[4]", "methods=[rtn]", "timed_steps=1", f"out={tmp_path}"]
+    assert main(["benchmark", "ptq_cost", *keys]) == 0
+    (row,) = json.loads((tmp_path / "ptq-cost-cogvideox-2b.json").read_text())["rows"]
+    assert (row["layers"], len(row["shapes"])) == (245, 9)
+
+
 def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
     keys = ["widths=[4]", "timed_steps=2", "batch_size=8", "strategy.gradient_checkpointing=true", f"out={tmp_path}"]
     assert main(["benchmark", "training", *keys]) == 0
@@ -65,7 +98,7 @@ def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
         ("methods=[gptq+rx]", "methods holds 'gptq+rx'"),
         ("widths=[9]", "bits=9 is outside 2..8"),
         ("seeds=[]", "seeds=[] is empty"),
-        ("what=speed", "what=speed is unknown (there are: ptq, training)"),
+        ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training)"),
     ],
 )
 def test_what_can_not_be_measured_is_refused(
