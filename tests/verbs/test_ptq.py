@@ -17,7 +17,7 @@ from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
 from qvgen.training.session import load_start
 from qvgen.training.student import prepare_student
-from tests.runs import SHORT, packed_bytes, train, train_config
+from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 
 INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
 
@@ -82,6 +82,32 @@ def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path
     assert main(["fold", f"run_dir={tmp_path / 'one'}", f"out={folded}"]) == 0
     assert (folded / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "one")
     assert len(load_file(folded / "model.safetensors")) > 100
+
+
+def test_a_smoothed_start_trains_and_resumes_with_its_folds_and_without(tmp_path: Path) -> None:
+    """The scaled norms and values are in checkpoints and in the packed file; only the option decides whether they are."""
+    common = (
+        "init=smoothquant", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2", "bits=4",
+        "evaluation.videos=0", "checkpoint.every_steps=2", "phi.ranks=[2]", "steps=6",
+    )  # fmt: skip
+    norm, value = "blocks.0.norm2.weight", "blocks.1.attn1.to_v.bias"
+    teacher = train_config().model.load_teacher().state_dict()
+    errors = {}
+    for folding in (True, False):
+        first, again = tmp_path / f"first-{folding}", tmp_path / f"again-{folding}"
+        keys = (*common, f"init.fold_smoothing={folding}".lower())
+        assert train(first, *keys) == 0
+        copy_until(first, again, step=2)
+        assert train(again, *keys, "resume=true") == 0
+        assert packed_bytes(again) == packed_bytes(first)
+        errors[folding] = json.loads((first / "report.json").read_text())["relative_error"]
+        start = load_file(first / "start.safetensors")
+        for name in (norm, value):
+            assert torch.equal(start[name], teacher[name]) != folding
+        packed = load_packed(first / "packed")
+        assert (packed.get_submodule("blocks.0.attn2.to_q").input_scale is None) == folding
+        assert packed.get_submodule("blocks.0.attn1.to_q").input_scale is not None
+    assert errors[True]["ptq"] < 1.1 * errors[False]["ptq"]
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
