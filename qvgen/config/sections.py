@@ -187,7 +187,8 @@ class CalibrationConfig:
         )
         require(
             self.prompts is None or (bool(self.prompts) and all(prompt.strip() for prompt in self.prompts)),
-            f"calibration.prompts={list(self.prompts or ())} holds no or empty captions; write null, captions, or a file of them",
+            f"calibration.prompts={list(self.prompts or ())} holds no or empty captions; write null, captions, "
+            "or a file of them",
         )
 
 
@@ -212,7 +213,9 @@ class EvaluationConfig:
     video_every_steps: int | None
 
     def __post_init__(self) -> None:
-        require(self.samples >= 0, f"evaluation.samples={self.samples} is negative; write 0 to measure nothing (qvgen ptq)")
+        require(
+            self.samples >= 0, f"evaluation.samples={self.samples} is negative; write 0 to measure nothing (qvgen ptq)"
+        )
         positive(evaluation__quality_videos=self.quality_videos if self.samples else None)
         positive(evaluation__every_steps=self.every_steps, evaluation__video_every_steps=self.video_every_steps)
         require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")

@@ -45,7 +45,13 @@ class Comparison:
 
 
 def compare_models(
-    config: TrainConfig, *, teacher: nn.Module, fake: nn.Module, packed: nn.Module, held_out: MeasuredInputs, run_dir: Path
+    config: TrainConfig,
+    *,
+    teacher: nn.Module,
+    fake: nn.Module,
+    packed: nn.Module,
+    held_out: MeasuredInputs,
+    run_dir: Path,
 ) -> Comparison:
     """Generate with all three models, write the shown videos to run_dir/videos, and compare.
 

@@ -1,7 +1,7 @@
 """What models are compared on: the same inputs for every one, and a model's outputs for them.
 
-:class:`HeldOut` takes noisy clips of the data; where there are no clips, :mod:`qvgen.evaluation.sampled_inputs` takes inputs of
-the full-precision model's own sampling.
+:class:`HeldOut` takes noisy clips of the data; where there are no clips, :mod:`qvgen.evaluation.sampled_inputs` takes
+inputs of the full-precision model's own sampling.
 
 Sample i of the held-out split is noised by a generator keyed by ("held_out", seed, i); its noise level is as the objective
 draws it. Nothing here depends on the batch size.

@@ -1,11 +1,11 @@
 """Inputs to measure on where there are no clips: those that the full-precision model meets while it samples videos.
 
-Every call of the transformer in ``calibration.steps`` steps for one prompt after the other is recorded, as the pipeline makes it
-(conditional and unconditional), until there are enough; evenly spaced ones of them are kept. Another model is called with the
-very same arguments. The prompts are the evaluation's; the noise is neither the calibration's nor the shown videos'.
+Every call of the transformer in ``calibration.steps`` steps for one prompt after the other is recorded, as the pipeline makes
+it (conditional and unconditional), until there are enough; evenly spaced ones of them are kept. Another model is called with
+the very same arguments. The prompts are the evaluation's; the noise is neither the calibration's nor the shown videos'.
 
-The errors are those at the states that the full-precision model visits, and not at noisy clips of the real world, so they are not
-to be compared with errors on held-out clips.
+The errors are those at the states that the full-precision model visits, and not at noisy clips of the real world, so they are
+not to be compared with errors on held-out clips.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SampledInputs(MeasuredInputs):
     """Recorded inputs of the full-precision model.
 
     Args:
-        config: The run's: model, prompts, seed, steps, number of inputs; whole calls are kept, so there may be one or two more.
+        config: The run's: model, prompts, seed, steps, number of inputs; whole calls are kept, so there may be a few more.
         teacher: Full-precision model.
         encode: Turns captions into conditions.
 
@@ -85,8 +85,8 @@ class SampledInputs(MeasuredInputs):
             rows = sum(map(_num_rows, calls))
             if not calls:
                 raise ValueError(
-                    f"calibration.steps={config.calibration.steps}: model={config.names.model} was not called in any of them; "
-                    "use more"
+                    f"calibration.steps={config.calibration.steps}: model={config.names.model} was not called in any of "
+                    "them; use more"
                 )
         count = min(len(calls), math.ceil(config.evaluation.samples * len(calls) / rows))
         kept = torch.linspace(0, len(calls) - 1, count).round().long().tolist()

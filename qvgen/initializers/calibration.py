@@ -183,7 +183,8 @@ def passes(
         ValueError: A layer needs more by itself.
 
     Example:
-        >>> passes([("a", 1024), ("b", 1024), ("c", 64)], needs=frozenset({"second_moment"}), num_bands=1, budget_bytes=5 << 20)
+        >>> needs = frozenset({"second_moment"})
+        >>> passes([("a", 1024), ("b", 1024), ("c", 64)], needs=needs, num_bands=1, budget_bytes=5 << 20)
         [['a'], ['b', 'c']]
     """
     result: list[list[str]] = []

@@ -3,8 +3,8 @@
 X' = X m, W' = W / m, m_j = w_j^(1-alpha) / a_j^alpha (:mod:`qvgen.quant.smoothing`), a_j the largest |X_j| over all noise
 bands, as one m serves all sampling steps. Then minimum and maximum of each row of W': its largest columns are those that
 the loudest inputs meet, and a range search would clip just them (measured, docs/log.md). Where the model's family allows
-it m is folded into what stands before the layer (:mod:`qvgen.initializers.smoothing`), one m for all layers that read the same
-input; elsewhere it stays an explicit multiplication before the quantization of the input.
+it m is folded into what stands before the layer (:mod:`qvgen.initializers.smoothing`), one m for all layers that read the
+same input; elsewhere it stays an explicit multiplication before the quantization of the input.
 """
 
 from __future__ import annotations

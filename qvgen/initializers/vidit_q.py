@@ -4,9 +4,9 @@
     X' = (X m D) H, W' = (W / (m D)) H   D: random signs, so that H is a random Hadamard matrix
 
 D is part of the layer's input_scale: one multiplication, which is folded into what stands before the layer where the model's
-family allows it (:mod:`qvgen.initializers.smoothing`); layers that read the same input share m and D. The weight is rounded once, from (W / (m D)) H (the released
-code rounds twice); activations are dynamic per token of each sample. Which layers stay in full precision (the paper:
-embedders, adaLN, the last one) is ``model.exclude``.
+family allows it (:mod:`qvgen.initializers.smoothing`); layers that read the same input share m and D. The weight is rounded
+once, from (W / (m D)) H (the released code rounds twice); activations are dynamic per token of each sample. Which layers stay
+in full precision (the paper: embedders, adaLN, the last one) is ``model.exclude``.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Where smoothing vectors disappear in diffusers' CogVideoX transformer.
 
     x = norm(h) (1 + scale) + shift, for video and text tokens, with shift, scale, gate, enc_shift, enc_scale, enc_gate =
-    linear(silu(t)) of each block's own: x m = (m norm(h)) (1 + scale) + m shift. The norm's affine part takes m, and so do the
-    rows of linear that make the two shifts.
+    linear(silu(t)) of each block's own: x m = (m norm(h)) (1 + scale) + m shift. The norm's affine part takes m, and so do
+    the rows of linear that make the two shifts.
 
     attn1.to_q, to_k, to_v   <- norm1      one m for the three, as they read the same x
     ff.net.0.proj            <- norm2
     attn1.to_out             <- to_v       attention mixes tokens, not channels
     proj_out                 <- norm_out   linear makes shift and scale
 
-Where they stay a multiplication before quantization: ff.net.2 and the time embedding (behind a GELU or SiLU), the modulations'
-Linears (behind a SiLU), the text projection and the patch embedding (nothing stands before them).
+Where they stay a multiplication before quantization: ff.net.2 and the time embedding (behind a GELU or SiLU), the Linears of
+the modulations (behind a SiLU), the text projection and the patch embedding (nothing stands before them).
 """
 
 from __future__ import annotations

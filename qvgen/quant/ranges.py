@@ -5,8 +5,9 @@ For every row (or group) the candidates are its minimum and maximum, 0 included,
 weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
 worse than that by this measure. The first of equal candidates (the widest range) is kept.
 
-A narrow range loses by what it cuts off, which is all in a row's largest values: where the error of the largest eighth alone is
-above the best one found for every row of a piece, the rest of the candidate's errors is not computed. The result is the same to the bit.
+A narrow range loses by what it cuts off, which is all in a row's largest values: where the error of the largest eighth
+alone is above the best one found, for every row of a piece, the rest of the candidate's errors is not computed. The
+result is the same to the bit.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def calibration_prompts(config: TrainConfig) -> list[str]:
 
 def _names_a_file(text: str) -> bool:
     """A path and not a caption: it is there, or ends as a text file does, or is a single word."""
-    return os.path.exists(Path(text).expanduser()) or text.endswith(".txt") or len(text.split()) == 1  # noqa: PTH110
+    return os.path.exists(Path(text).expanduser()) or text.endswith(".txt") or len(text.split()) == 1
 
 
 class CalibratedModel:

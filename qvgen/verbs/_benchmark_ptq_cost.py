@@ -1,13 +1,13 @@
 """The benchmark ``ptq_cost``: what every PTQ method costs on a model of full size, extrapolated from its distinct shapes.
 
-The model is built on the meta device. One layer of every distinct (out_features, in_features) is given random weights with some heavy
-tails and, where the method needs them, statistics of random inputs with loud channels; the method sets it up ``timed_steps``
-times and the median counts for all layers of that shape: elapsed seconds, and seconds of processor time, which other load on
-the machine disturbs less. What it does depends on shapes and hardly on values (GPTQ and the
-searches do the same work, refined grids stop a few iterations earlier or later).
+The model is built on the meta device. One layer of every distinct (out_features, in_features) is given random weights
+with some heavy tails and, where the method needs them, statistics of random inputs with loud channels; the method sets it
+up ``timed_steps`` times and the median counts for all layers of that shape: elapsed seconds, and seconds of processor
+time, which other load on the machine disturbs less. What a method does depends on shapes and hardly on values (refined
+grids and the range search stop earlier on some rows than on others).
 
-Not in the seconds: loading the model, sampling for the calibration (a method without needs has none), folding smoothing vectors
-(a few multiplications), packing. Beside them stands the memory that the calibration's statistics take.
+Not in the seconds: loading the model, sampling for the calibration (a method without needs has none), folding smoothing
+vectors (a few multiplications), packing. Beside them stands the memory that the calibration's statistics take.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def cost_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
 
 
 def calibration_memory(config: TrainConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Bytes of all statistics of the method, passes that ``calibration.memory_gib`` cuts them into, and the largest of these."""
+    """Bytes of all statistics of the method, the passes that ``calibration.memory_gib`` makes of them, and the largest one."""
     needs = frozenset(config.init.needs)
     if not needs:
         return {"statistics_bytes": 0, "passes": 0, "largest_pass_bytes": 0}
@@ -154,17 +154,17 @@ def cost_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     return [
         f"# Cost of the PTQ methods on {head['model']} at full size, random weights",
         "",
-        f"Extrapolated: one layer of every distinct shape is timed (median of {head['timed_steps']}) and counted as often as the "
-        f"model has it; {first[0]['layers']} Linears. bits={width}, profile {head['profile']}. {head['machine']['cpu']}, "
-        f"{head['machine']['num_threads']} thread{'s' if head['machine']['num_threads'] > 1 else ''}, torch {head['versions']['torch']}. "
+        f"Extrapolated: one layer of every distinct shape is timed (median of {head['timed_steps']}) and counted as often "
+        f"as the model has it; {first[0]['layers']} Linears. bits={width}, profile {head['profile']}. "
+        f"{head['machine']['cpu']}, threads: {head['machine']['num_threads']}, torch {head['versions']['torch']}. "
         "Loading, sampling for the calibration, folds and packing are not in it.",
         "",
         f"    {head['command']}",
         "",
         "## Seconds of processor time",
         "",
-        f"By shape, in -> out (x layers). Elapsed: the same by the clock, with the load average of the machine's {head['machine']['num_cores']} "
-        "cores behind it.",
+        "By shape, in -> out (x layers). Elapsed: the same by the clock, and behind it the load average of the machine's "
+        f"{head['machine']['num_cores']} cores at the time.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

@@ -33,7 +33,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         _encode_all(config, encode)
         if config.evaluation.samples == 0:
             log.info("evaluation.samples=0: no errors are measured and no videos are sampled")
-            return lambda teacher: NothingMeasured(config, encode=encode)
+            return lambda _: NothingMeasured(config, encode=encode)
         log.info("no data.path: errors are measured on inputs of the full-precision model's own sampling")
         return lambda teacher: SampledInputs(config, teacher=teacher, encode=encode)
     fill_missing(config, captions=_captions(config))
@@ -45,7 +45,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         seed=config.seed,
         batch_size=micro_batch_size(config),
     )
-    return lambda teacher: held_out
+    return lambda _: held_out
 
 
 def without_clips(config: TrainConfig) -> bool:

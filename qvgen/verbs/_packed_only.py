@@ -1,4 +1,4 @@
-"""The end of `qvgen ptq evaluation.samples=0`: fold, pack, read back, compare the codes; no sampling, no errors, no videos."""
+"""The end of `qvgen ptq evaluation.samples=0`: fold, pack, read back, compare the codes; no errors, no videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of full-size models within calibration.memory_gib: planned passes against the collectors themselves, on the meta device.
+"""Statistics of full-size models within calibration.memory_gib: planned passes against the collectors themselves, on meta.
 
 The documented totals are counted here from the layers' widths alone.
 """
@@ -66,5 +66,7 @@ def test_a_layer_that_fits_nowhere_is_refused(skeleton) -> None:
     _, _, sizes = skeleton
     widest = max(size for _, size in sizes)
     need = statistics_bytes(widest, needs=frozenset({"second_moment"}), num_bands=BANDS)
-    with pytest.raises(ValueError, match=r"calibration\.memory_gib=.* is too little for the statistics of .*; it needs"):
+    with pytest.raises(
+        ValueError, match=r"calibration\.memory_gib=.* is too little for the statistics of .*; it needs"
+    ):
         passes(sizes, needs=frozenset({"second_moment"}), num_bands=BANDS, budget_bytes=need - 1)

@@ -53,7 +53,9 @@ def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Pat
     rows = {row["method"]: row for row in content["rows"]}
     for row in rows.values():
         assert sum(shape["layers"] for shape in row["shapes"]) == row["layers"] == 36
-        assert len({(shape["in_features"], shape["out_features"]) for shape in row["shapes"]}) == len(row["shapes"]) == 5
+        assert (
+            len({(shape["in_features"], shape["out_features"]) for shape in row["shapes"]}) == len(row["shapes"]) == 5
+        )
         for kind in ("", "cpu_"):
             total = sum(shape[f"{kind}seconds"] * shape["layers"] for shape in row["shapes"])
             assert row[f"{kind}seconds_extrapolated"] == pytest.approx(total)

@@ -87,8 +87,8 @@ def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path
 def test_a_smoothed_start_trains_and_resumes_with_its_folds_and_without(tmp_path: Path) -> None:
     """The scaled norms and values are in checkpoints and in the packed file; only the option decides whether they are."""
     common = (
-        "init=smoothquant", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2", "bits=4",
-        "evaluation.videos=0", "checkpoint.every_steps=2", "phi.ranks=[2]", "steps=6",
+        "init=smoothquant", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2",
+        "bits=4", "evaluation.videos=0", "checkpoint.every_steps=2", "phi.ranks=[2]", "steps=6",
     )  # fmt: skip
     norm, value = "blocks.0.norm2.weight", "blocks.1.attn1.to_v.bias"
     teacher = train_config().model.load_teacher().state_dict()

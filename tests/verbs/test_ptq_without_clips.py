@@ -124,7 +124,16 @@ def test_a_data_free_method_needs_weights_alone(tmp_path: Path, capsys: pytest.C
     assert packed_bytes(tmp_path / "run") == packed_bytes(tmp_path / "measured")
     report, full = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "measured"))
     assert report["relative_error"] == dict.fromkeys(("rtn", "ptq", "qat", "packed"))
-    for key in ("model", "bits", "init", "layers_quantized", "layers_skipped", "bytes", "packed_codes_equal", "num_codes"):
+    for key in (
+        "model",
+        "bits",
+        "init",
+        "layers_quantized",
+        "layers_skipped",
+        "bytes",
+        "packed_codes_equal",
+        "num_codes",
+    ):
         assert report[key] == full[key], key
     assert not (tmp_path / "run" / "report.html").exists()
     assert not list((tmp_path / "run").rglob("*.mp4"))
