@@ -6,13 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 
-Need = Literal["abs_max", "second_moment", "inputs"]
+Need = Literal["abs_max", "second_moment", "inputs", "ranges"]
 """A kind of statistics; see :class:`LayerStatistics`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepRanges:
+    """Smallest and largest input of each channel at each step of the sampler, conditional and unconditional calls together.
+
+    Attributes:
+        timesteps: of the sampler's steps, rising.
+        low: float32 [num_steps, K].
+        high: float32 [num_steps, K].
+    """
+
+    timesteps: tuple[float, ...]
+    low: Float[Tensor, "steps K"]
+    high: Float[Tensor, "steps K"]
+
+    def scaled(self, factor: Float[Tensor, " K"]) -> Self:
+        """The ranges of inputs that are multiplied by ``factor``, whose signs may differ."""
+        ends = self.low * factor, self.high * factor
+        return replace(self, low=torch.minimum(*ends), high=torch.maximum(*ends))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +45,7 @@ class LayerStatistics:
         second_moment: float32 [K, K], mean of x^T x over rows; None if it was not asked for.
         inputs: float32 [n, K], some of the rows; None if they were not asked for.
         num_rows: rows that ``second_moment`` is a mean of.
+        ranges: of each channel at each sampling step; None if they were not asked for.
         smoothed: a smoothing vector was folded into what stands before the layer: it needs none of its own.
     """
 
@@ -31,6 +53,7 @@ class LayerStatistics:
     second_moment: Float[Tensor, "K K"] | None
     inputs: Float[Tensor, "n K"] | None
     num_rows: int
+    ranges: StepRanges | None = None
     smoothed: bool = False
 
     def folded(self, input_scale: Float[Tensor, " K"]) -> Self:
@@ -41,6 +64,7 @@ class LayerStatistics:
             abs_max=self.abs_max * m.abs(),
             second_moment=None if self.second_moment is None else self.second_moment * m * m[:, None],
             inputs=None if self.inputs is None else self.inputs * m,
+            ranges=None if self.ranges is None else self.ranges.scaled(m),
             smoothed=True,
         )
 

@@ -2,6 +2,7 @@
 
     abs_max        all tokens of all calls, per noise band, for every method     [bands, K] float32 per layer
     second_moment  ``ROWS_PER_CALL`` tokens of each sample in a call, evenly spread   [K, K] float32 per layer
+    ranges         all tokens of all calls, per timestep                          2 [steps, K] float32 per layer
     inputs         a uniform sample of those tokens (reservoir, Vitter's R)         [MAX_INPUTS, K] float32 per layer
 
 Memory is bounded by the model alone, not by how long it samples. Second moments are what is large: 8.9 GiB for all 245
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qvgen.initializers.base import LayerStatistics, Need
+from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 
 ROWS_PER_CALL = 256
 MAX_INPUTS = 512
+RANGE_STEPS = 50
+"""Sampling steps that the estimate of memory counts on; ranges are small beside the rest."""
 
 
 class Calibration:
@@ -87,7 +90,7 @@ class Calibration:
         def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             del module
             with torch.no_grad():
-                watched.add(inputs[0].detach(), self._band.row_index(inputs[0]))
+                watched.add(inputs[0].detach(), self._band)
 
         return look
 
@@ -110,11 +113,15 @@ class _Watched:
         self._abs_max = torch.zeros(num_bands, size)
         self._moment = torch.zeros(size, size) if "second_moment" in needs else None
         self._inputs = torch.zeros(0, size) if "inputs" in needs else None
+        self._ranges: dict[float, tuple[Tensor, Tensor]] | None = {} if "ranges" in needs else None
         self.num_rows = 0
 
-    def add(self, x: Tensor, bands: Tensor) -> None:
-        """Take in an input [B * n, ..., K] whose rows along the first dimension are of the noise bands ``bands``."""
+    def add(self, x: Tensor, band: NoiseBand) -> None:
+        """Take in an input [B * n, ..., K] of the samples whose timesteps ``band`` holds."""
+        bands = band.row_index(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self._ranges is not None:
+            self._widen(x, band)
         self._abs_max = self._abs_max.to(x.device)
         largest = x.abs().amax(1).float()
         index = bands.to(x.device).unsqueeze(-1).expand_as(largest)
@@ -129,6 +136,20 @@ class _Watched:
         if self._inputs is not None:
             self._keep(rows.cpu())
         self.num_rows += len(rows)
+
+    def _widen(self, x: Tensor, band: NoiseBand) -> None:
+        """Let the ranges of the samples' timesteps include x [B * n, tokens, K]."""
+        assert self._ranges is not None
+        assert band.timestep is not None  # row_index has raised otherwise
+        timesteps = band.timestep.tolist()
+        repeat = len(x) // len(timesteps)
+        for index, timestep in enumerate(timesteps):
+            rows = x[index * repeat : (index + 1) * repeat].flatten(0, 1)
+            low, high = rows.amin(0).float().cpu(), rows.amax(0).float().cpu()
+            if timestep in self._ranges:
+                low = torch.minimum(low, self._ranges[timestep][0])
+                high = torch.maximum(high, self._ranges[timestep][1])
+            self._ranges[timestep] = low, high
 
     def _keep(self, rows: Tensor) -> None:
         """Reservoir sampling: after n rows each of them is kept with probability MAX_INPUTS / n."""
@@ -147,8 +168,17 @@ class _Watched:
         if not bool(self._abs_max.isfinite().all()):
             raise ValueError(f"{name} had inputs that are not finite while calibrating; run the model in float32")
         moment = None if self._moment is None else (self._moment / max(self.num_rows, 1)).cpu()
+        ranges = None
+        if self._ranges is not None:
+            steps = tuple(sorted(self._ranges))
+            low, high = (torch.stack([self._ranges[step][side] for step in steps]) for side in (0, 1))
+            ranges = StepRanges(timesteps=steps, low=low, high=high)
         return LayerStatistics(
-            abs_max=self._abs_max.cpu(), second_moment=moment, inputs=self._inputs, num_rows=self.num_rows
+            abs_max=self._abs_max.cpu(),
+            second_moment=moment,
+            inputs=self._inputs,
+            num_rows=self.num_rows,
+            ranges=ranges,
         )
 
 
@@ -162,6 +192,7 @@ def statistics_bytes(in_features: int, *, needs: frozenset[Need], num_bands: int
     rows = num_bands
     rows += in_features if "second_moment" in needs else 0
     rows += MAX_INPUTS if "inputs" in needs else 0
+    rows += 2 * RANGE_STEPS if "ranges" in needs else 0
     return 4 * in_features * rows
 
 

@@ -10,13 +10,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from qvgen.initializers.base import LayerStatistics, Smoothing
+from qvgen.initializers.base import LayerStatistics, Smoothing, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
+from qvgen.quant.grid import static_grid
+from qvgen.quant.smoothing import search_alpha, smoothing_scale
 
 log = logging.getLogger(__name__)
+
+
+def chosen_scale(
+    layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics, alpha: float | None, static: bool = False
+) -> Tensor:
+    """SmoothQuant's m for layers that read the same input, from all their rows together.
+
+    Args:
+        layers: In the model's own coordinates, or rotated.
+        statistics: Of their input, with a sample of it where ``alpha`` is None.
+        alpha: How much of the input's range moves into the weight; None: the value with the least error of the outputs.
+        static: The search rounds inputs with one scale for all of them, not with one per token.
+    """
+    weight, profile = torch.cat([layer.original_weight() for layer in layers]), layers[0].profile
+    largest = require(statistics, "abs_max").abs_max.amax(0).to(weight.device)
+    if alpha is None:
+        inputs = require(statistics, "inputs").inputs
+        assert inputs is not None
+        alpha, _ = search_alpha(
+            inputs.to(weight),
+            weight,
+            activation_abs_max=largest,
+            weight_grid=profile.weight,
+            activation_grid=static_grid(profile.activation) if static else profile.activation,
+            transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
+        )
+    return smoothing_scale(largest, weight, alpha=alpha)
 
 
 def fold_smoothing_(

@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
-from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import choose_qparams
-from qvgen.quant.smoothing import search_alpha, smoothing_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +44,7 @@ class SmoothQuant:
 
     def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
         """See :class:`qvgen.initializers.base.Smoothing`: w_j and the error of the search are those of all layers' rows."""
-        weight, profile = torch.cat([layer.original_weight() for layer in layers]), layers[0].profile
-        largest = require(statistics, "abs_max").abs_max.amax(0).to(weight.device)
-        alpha = self.alpha
-        if alpha is None:
-            inputs = require(statistics, "inputs").inputs
-            assert inputs is not None
-            alpha, _ = search_alpha(
-                inputs.to(weight),
-                weight,
-                activation_abs_max=largest,
-                weight_grid=profile.weight,
-                activation_grid=profile.activation,
-                transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
-            )
-        return smoothing_scale(largest, weight, alpha=alpha)
+        return chosen_scale(layers, statistics=statistics, alpha=self.alpha)
 
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""

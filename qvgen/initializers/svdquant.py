@@ -14,18 +14,18 @@ Left out: the paper's GPTQ rounding of W'' (``init=gptq`` has it, without a bran
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
+from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
-from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.lowrank.svd import truncated_svd
 from qvgen.quant.bgr import refine_grid
 from qvgen.quant.hadamard import hadamard_transform
-from qvgen.quant.smoothing import search_alpha, smoothing_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,13 @@ class SvdQuant:
         rank: Of the branch, > 0; a weight with fewer rows or columns has a branch of its own rank. The runtimes want
             multiples of 16.
         seed: Of the randomized decomposition.
+        fold_smoothing: fold m into what stands before the layer where the model allows it; False: multiply everywhere.
     """
 
     alpha: float | None
     rank: int
     seed: int
+    fold_smoothing: bool
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -54,33 +56,25 @@ class SvdQuant:
         """Maxima of the channels; a sample of inputs for the search."""
         return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
 
+    def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
+        """See :class:`qvgen.initializers.base.Smoothing`: w_j and the error of the search are those of all layers' rows."""
+        return chosen_scale(layers, statistics=statistics, alpha=self.alpha)
+
     @torch.no_grad()
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""
-        largest = require(statistics, "abs_max").abs_max.amax(0).to(layer.weight.device)
-        weight, profile = layer.original_weight(), layer.profile
-        alpha = self.alpha
-        if alpha is None:
-            inputs = require(statistics, "inputs").inputs
-            assert inputs is not None
-            alpha, _ = search_alpha(
-                inputs.to(weight),
-                weight,
-                activation_abs_max=largest,
-                weight_grid=profile.weight,
-                activation_grid=profile.activation,
-                transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
-            )
-        layer.move_(profile=profile, input_scale=smoothing_scale(largest, weight, alpha=alpha))
+        statistics = require(statistics, "abs_max")
+        if not statistics.smoothed:
+            layer.move_(profile=layer.profile, input_scale=self.input_scale([layer], statistics=statistics))
         self._split_(layer)
-        refined = refine_grid(layer.weight.detach(), grid=profile.weight)
+        refined = refine_grid(layer.weight.detach(), grid=layer.profile.weight)
         layer.weight_quantizer.start_from_(refined.scale, refined.zero_point)
         return layer.weight.detach()
 
     def _split_(self, layer: FakeQuantLinear) -> None:
         """Move the largest directions of the master weight into the branch."""
         rotation, factor = layer.profile.rotation, layer.input_scale
-        assert factor is not None
+        factor = layer.weight.new_ones(layer.in_features) if factor is None else factor
         rank = min(self.rank, *layer.weight.shape)
         left, right = truncated_svd(layer.weight.detach(), rank=rank, generator=_generator(layer, seed=self.seed))
         down = (hadamard_transform(right, block_size=rotation) if rotation else right) * factor

@@ -12,6 +12,7 @@ it can't leave the sum: both sides are dequantized before the product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,7 @@ from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, inp
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.bit_plan import BitPlan, Widths
-from qvgen.quant.grid import Profile
+from qvgen.quant.grid import Profile, static_grid
 from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quantizers.activation_dynamic import ActivationDynamic
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
@@ -135,7 +136,24 @@ class FakeQuantLinear(nn.Module):
         self.profile = profile
         self.input_scale = input_scale
         self.weight_quantizer.set_bits_(profile.weight.bits)
-        self.activation_quantizer.set_bits_(profile.activation.bits)
+        self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
+
+    def set_static_(self, *, timesteps: Sequence[float], scale: Tensor, zero_point: Tensor) -> None:
+        """Quantize inputs with one scale for all tokens of a sampling step from now on, and nothing taken at run time.
+
+        Args:
+            timesteps: Of the sampler's steps, in [0, 1000], rising; all layers of a model have the same.
+            scale: float32 [num_steps], > 0.
+            zero_point: float32 [num_steps], in units of codes; not used by symmetric grids.
+
+        Raises:
+            ValueError: Another layer has other timesteps.
+        """
+        self.noise_band.use_timesteps_(timesteps)
+        profile = replace(self.profile, activation=static_grid(self.profile.activation))
+        self.declare_(profile=profile, input_scale=self.input_scale)
+        assert isinstance(self.activation_quantizer, ActivationStatic)
+        self.activation_quantizer.start_from_(scale, zero_point)
 
     def set_plan_(self, plan: BitPlan | None) -> None:
         """Change widths over sampling from now on; the scales of other weight widths are for a PTQ method to choose.

@@ -34,6 +34,7 @@ class NoiseBand:
             None: equal bands.
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
         lenient: Interpolate for now, whatever ``strict`` says: held-out errors draw any timestep.
+        timestep: float64 [B], the samples' timesteps now; None before the first call.
         policy_bits: Activation width that a sampling policy asks for now; None: there is no policy.
     """
 
@@ -46,6 +47,7 @@ class NoiseBand:
         self.lenient = False
         self.policy_bits: int | None = None
         self.current: Tensor | None = None
+        self.timestep: Tensor | None = None
         self._upper: tuple[Tensor, Tensor] | None = None
         self._listed: list[int] | None = None
 
@@ -79,7 +81,7 @@ class NoiseBand:
         if timestep.ndim == 2:
             timestep = timestep.amax(dim=1)
         self._listed = None
-        values = timestep.detach().reshape(-1).double()
+        values = self.timestep = timestep.detach().reshape(-1).double()
         if self.timesteps is None:
             # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
             share = values * self.num_bands / MAX_TIMESTEP

@@ -20,7 +20,6 @@ from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.quant.grid import Profile
-from qvgen.quantizers.activation_static import ActivationStatic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +126,12 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     layers = quantized_layers(model)
     if set(layers) != set(stored["layers"]):
         raise ValueError(f"{len(stored['layers'])} stored layers are not the {len(layers)} of the model")
+    band = next(iter(layers.values())).noise_band
     if stored["timesteps"] is not None:
-        use_timesteps_(model, stored["timesteps"])
-    next(iter(layers.values())).noise_band.strict = stored["strict_timesteps"]
+        band.use_timesteps_(stored["timesteps"])
+    band.strict = stored["strict_timesteps"]
     for name, layer in layers.items():
         LayerForm.from_dict(stored["layers"][name]).declare_(layer)
-
-
-def use_timesteps_(model: nn.Module, timesteps: Sequence[float]) -> None:
-    """Give the static layers of a prepared model a table entry for each of these timesteps; the tables are empty then."""
-    layers = quantized_layers(model).values()
-    next(iter(layers)).noise_band.use_timesteps_(timesteps)
-    for layer in layers:
-        if isinstance(layer.activation_quantizer, ActivationStatic):
-            layer.activation_quantizer.resize_(len(timesteps))
 
 
 @contextmanager

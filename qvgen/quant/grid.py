@@ -13,7 +13,7 @@ Sources: LSQ+ (arXiv 2004.09576) for the asymmetric form; profiles are described
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -108,6 +108,11 @@ class Grid:
                 f"use {' or '.join(map(str, fitting)) or 'a divisor of it'}"
             )
         return columns // self.group_size
+
+
+def static_grid(grid: Grid) -> Grid:
+    """The same codes with one float32 scale for all tokens (per_tensor)."""
+    return replace(grid, granularity="per_tensor", group_size=None, scale_dtype="float32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ Deviations from the released code, which chooses the band by the first sample of
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +47,6 @@ class ActivationDynamic(nn.Module):
         logit = _logit(initial_clip(grid.bits))
         self.clip_low = None if grid.symmetric else nn.Parameter(torch.full((num_bands,), logit))
         self.clip_high = nn.Parameter(torch.full((num_bands,), logit))
-
-    def set_bits_(self, bits: int) -> None:
-        """Another width of the same grid, before training: the clips start anew as that width's do."""
-        self.grid = replace(self.grid, bits=bits)
-        for clip in (self.clip_low, self.clip_high):
-            if clip is not None:
-                clip.data.fill_(_logit(initial_clip(bits)))
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Factors in (0, 1), float32 [num_bands] each: low (ones for symmetric grids) and high.

@@ -11,7 +11,6 @@ A timestep between two steps of the table interpolates linearly between their en
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,19 +34,8 @@ class ActivationStatic(nn.Module):
         super().__init__()
         self.grid = grid
         self.in_features = in_features
-        self.resize_(num_bands)
-
-    def resize_(self, num_bands: int) -> None:
-        """Empty tables for another number of steps."""
-        device = self.scale.device if hasattr(self, "scale") else None
-        self.scale = nn.Parameter(torch.full((num_bands,), math.nan, device=device))
-        zeros = None if self.grid.symmetric else nn.Parameter(torch.zeros(num_bands, device=device))
-        self.zero_point = zeros
-
-    def set_bits_(self, bits: int) -> None:
-        """Another width of the same grid, before training: the tables are empty again."""
-        self.grid = replace(self.grid, bits=bits)
-        self.resize_(self.scale.numel())
+        self.scale = nn.Parameter(torch.full((num_bands,), math.nan))
+        self.zero_point = None if grid.symmetric else nn.Parameter(torch.zeros(num_bands))
 
     @property
     def gradient_scale(self) -> float:

@@ -1,6 +1,6 @@
 """Statistics for PTQ methods: the full-precision model samples videos while its layers are watched, once per content key.
 
-    FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment and inputs where they were asked for
+    FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment, inputs, and ranges by timestep where they were asked for
 
 KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
 ``calibration.memory_gib`` makes necessary; every pass samples the same videos again.
@@ -12,17 +12,18 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.placement import placed
-from qvgen.initializers.base import LayerStatistics, Need
+from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import Encode
@@ -81,6 +82,8 @@ class CalibratedModel:
     def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode, num_bands: int) -> None:
         self.config, self.teacher, self.encode, self.num_bands = config, teacher, encode, num_bands
         self.needs: frozenset[Need] = frozenset(config.init.needs)
+        # Static tables have an entry for every step that the model will be sampled with: those and no fewer are watched.
+        self.steps = config.model.num_inference_steps if "ranges" in self.needs else config.calibration.steps
         chosen = select_linears(teacher, include=config.model.include, exclude=config.model.exclude).quantized
         sizes = [(name, teacher.get_submodule(name).in_features) for name in chosen]
         budget = int(config.calibration.memory_gib * 2**30)
@@ -92,7 +95,7 @@ class CalibratedModel:
         model = {key: value for key, value in config.plain["model"].items() if key not in _NO_PART_OF_SAMPLING}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
-            FORMAT, family.revision, model, scheduler, self._prompts(), config.seed, config.calibration.steps,
+            FORMAT, family.revision, model, scheduler, self._prompts(), config.seed, self.steps,
             sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -118,6 +121,7 @@ class CalibratedModel:
             second_moment=tensors.get("second_moment"),
             inputs=tensors.get("inputs"),
             num_rows=int(tensors["num_rows"]),
+            ranges=_read_ranges(tensors),
         )
 
     def _path(self, name: str) -> Path:
@@ -127,7 +131,7 @@ class CalibratedModel:
         config, prompts = self.config, self._prompts()
         log.info(
             "calibration: %d videos of %d steps for %d of %d layers",
-            len(prompts), config.calibration.steps, len(names), sum(map(len, self._passes)),
+            len(prompts), self.steps, len(names), sum(map(len, self._passes)),
         )  # fmt: skip
         watch = Calibration(self.teacher, names=names, needs=self.needs, num_bands=self.num_bands, seed=config.seed)
         with watch, placed(self.teacher), torch.no_grad():
@@ -136,7 +140,7 @@ class CalibratedModel:
                     self.teacher,
                     [prompt],
                     [config.seed + SEED_OFFSET + index],
-                    num_steps=config.calibration.steps,
+                    num_steps=self.steps,
                     guidance_scale=config.model.guidance_scale,
                     encode=self.encode,
                 )
@@ -148,4 +152,13 @@ class CalibratedModel:
                 tensors["second_moment"] = found.second_moment
             if found.inputs is not None:
                 tensors["inputs"] = found.inputs
+            if found.ranges is not None:
+                tensors["timesteps"] = torch.tensor(found.ranges.timesteps, dtype=torch.float64)
+                tensors |= {"low": found.ranges.low, "high": found.ranges.high}
             atomic_write(self._path(name), lambda temporary, tensors=tensors: save_file(tensors, temporary))
+
+
+def _read_ranges(tensors: Mapping[str, Tensor]) -> StepRanges | None:
+    if "timesteps" not in tensors:
+        return None
+    return StepRanges(timesteps=tuple(tensors["timesteps"].tolist()), low=tensors["low"], high=tensors["high"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qvgen.config.leaves import conf_directory, load_leaf
-from qvgen.initializers.base import LayerStatistics
+from qvgen.initializers.base import LayerStatistics, StepRanges
 from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -19,9 +19,20 @@ from tests.profiles import COLUMNS, PROFILES, make_profile
 INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
 ROWS = 12
 
-pytestmark = [pytest.mark.parametrize("name", INITIALIZERS), pytest.mark.parametrize("profile_name", PROFILES)]
+REFUSED = {("static", "convrot"): "init=static has no rotation"}
+"""Pairs that can't be, and what is said about them."""
+
+PAIRS = [(name, profile) for name in INITIALIZERS for profile in PROFILES if (name, profile) not in REFUSED]
+pairs = pytest.mark.parametrize(("name", "profile_name"), PAIRS)
 
 
+@pytest.mark.parametrize(("pair", "message"), REFUSED.items())
+def test_what_cannot_be_is_refused(pair, message):
+    with pytest.raises(ValueError, match=message):
+        initialized(pair[0], make_profile(pair[1]), make_weight())
+
+
+@pairs
 def test_there_are_leaves_to_test(name, profile_name):
     assert {"rtn", "mse"} <= set(INITIALIZERS)
     assert name
@@ -41,8 +52,19 @@ def make_statistics(columns=COLUMNS, seed=1):
     x = x + 0.5 * x.roll(1, 1)
     x[:, :4] *= 20
     x[:, 7] = 0
-    abs_max = x.abs().amax(0).expand(3, -1).clone()
-    return LayerStatistics(abs_max=abs_max, second_moment=x.mT @ x / len(x), inputs=x[:64], num_rows=len(x))
+    return statistics_of(x, inputs=x[:64])
+
+
+def statistics_of(x, *, inputs):
+    return LayerStatistics(
+        abs_max=x.abs().amax(0).expand(3, -1).clone(),
+        second_moment=x.mT @ x / len(x),
+        inputs=inputs,
+        num_rows=len(x),
+        ranges=StepRanges(
+            timesteps=(250.0, 500.0, 750.0), low=x.amin(0).expand(3, -1).clone(), high=x.amax(0).expand(3, -1).clone()
+        ),
+    )
 
 
 def initialize_(name, layer):
@@ -71,6 +93,7 @@ def relative_error(layer):
     return ((layer.quantized_weight().double() - weight).square().sum(1) / weight.square().sum(1)).tolist()
 
 
+@pairs
 def test_the_error_is_that_of_a_uniform_grid(name, profile_name):
     """Between 2^b levels over the whole range and a sane multiple: a quarter of it per bit, below 1 at 3 bits."""
     if "second_moment" in load_leaf("init", name).needs:
@@ -95,12 +118,14 @@ def test_the_error_is_that_of_a_uniform_grid(name, profile_name):
     assert all(worst[bits + 1] < 0.6 * worst[bits] for bits in range(3, 8))  # a quarter, less what clipping gives up
 
 
+@pairs
 def test_two_bits_work(name, profile_name):
     layer = initialized(name, make_profile(profile_name, weight_bits=2), make_weight())
     assert layer.quantized_weight().isfinite().all()
     assert layer.weight_quantizer.codes(layer.weight).float().std() > 0
 
 
+@pairs
 def test_the_same_weight_gives_the_same_bits(name, profile_name):
     profile = make_profile(profile_name)
     first, second = (initialized(name, profile, make_weight()) for _ in range(2))
@@ -114,6 +139,7 @@ def test_the_same_weight_gives_the_same_bits(name, profile_name):
         assert torch.equal(value, second.state_dict()[key])
 
 
+@pairs
 def test_special_rows_harm_no_other(name, profile_name):
     """Bitwise, but where input channels are balanced against the weight's columns, which all rows share."""
     profile = make_profile(profile_name)
@@ -139,6 +165,7 @@ def test_special_rows_harm_no_other(name, profile_name):
         assert torch.equal(values[others], before.quantized_weight()[others])
 
 
+@pairs
 def test_special_input_channels_are_bounded(name, profile_name):
     """A channel that was silent while calibrating may speak later; a huge one is no worse than without the method."""
     if not load_leaf("init", name).needs:
@@ -148,9 +175,7 @@ def test_special_input_channels_are_bounded(name, profile_name):
     for value in (0.0, 1e-30, 1e4):
         x = make_statistics().inputs.clone()
         x[:, 9] = value
-        statistics = LayerStatistics(
-            abs_max=x.abs().amax(0).expand(3, -1), second_moment=x.mT @ x / len(x), inputs=x, num_rows=len(x)
-        )
+        statistics = statistics_of(x, inputs=x)
         layer = made_layer(profile, make_weight())
         load_leaf("init", name).initialize_(layer, statistics=statistics)
         assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
@@ -160,11 +185,12 @@ def test_special_input_channels_are_bounded(name, profile_name):
             assert output_error(layer, x) <= 1.1 * output_error(initialized("rtn", profile, make_weight()), x)
 
 
+@pairs
 def test_coordinates_alone_change_nothing(name, profile_name):
     """The returned weight on the layer's own input gives the full-precision layer's output; the bias is left alone."""
     weight = make_weight()
     layer = made_layer(make_profile(profile_name), weight)
-    names = [key for key, _ in layer.named_parameters()]
+    names = parameters_besides_tables(layer)
     target = initialize_(name, layer)
     x = make_statistics().inputs.double()
     moved = to_grid_input(x.float(), layer.input_scale, rotation=layer.profile.rotation).double()
@@ -174,11 +200,17 @@ def test_coordinates_alone_change_nothing(name, profile_name):
         found = found + x @ layer.branch_down.double().mT @ layer.branch_up.double().mT
     assert (found - exact).norm() <= 1e-5 * exact.norm()  # float32 butterflies and quotients
     assert torch.equal(layer.bias, weight[:, 0])
-    assert [key for key, _ in layer.named_parameters()] == names
+    assert parameters_besides_tables(layer) == names
     assert all(parameter.requires_grad for parameter in layer.parameters())
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+def parameters_besides_tables(layer):
+    """Static activations have other tables than dynamic ones."""
+    return [key for key, _ in layer.named_parameters() if not key.startswith("activation_quantizer")]
+
+
+@pairs
 def test_on_outliers_it_is_no_worse_than_round_to_nearest(name, profile_name):
     profile = make_profile(profile_name, weight_bits=4, activation_bits=4)
     x = make_statistics().inputs
@@ -194,6 +226,7 @@ def output_error(layer, x):
         return ((layer(x) - exact).norm() / exact.norm()).square().item()
 
 
+@pairs
 def test_the_whole_way_of_a_layer(name, profile_name):
     """Start, forward and backward pass, fold: finite, and the codes are those that were trained."""
     profile = make_profile(profile_name)
@@ -207,6 +240,7 @@ def test_the_whole_way_of_a_layer(name, profile_name):
     assert packed(x).isfinite().all()
 
 
+@pairs
 def test_a_whole_model_is_prepared(name, profile_name):
     """Better with more bits, and with Phi than without, against the full-precision model."""
     inputs = make_inputs()

@@ -19,6 +19,7 @@ from tests.hadamard_oracle import hadamard_matrix
 from tests.profiles import make_profile
 
 ROWS, COLUMNS, RANK = 40, 64, 4
+METHOD = SvdQuant(alpha=0.5, rank=RANK, seed=0, fold_smoothing=False)
 
 
 def make_weight() -> torch.Tensor:
@@ -51,7 +52,7 @@ def make_layer(method: SvdQuant | SmoothQuant, *, rotation: int = 0, bits: int =
 @pytest.mark.parametrize("rotation", [0, 64])
 def test_the_split_is_the_papers(rotation: int) -> None:
     """Rank 4 of the smoothed weight in the branch, the rest in the master weight: the sum is the weight itself."""
-    layer = make_layer(SvdQuant(alpha=0.5, rank=RANK, seed=0), rotation=rotation)
+    layer = make_layer(METHOD, rotation=rotation)
     weight, x = make_weight().double().numpy(), make_inputs().double().numpy()
     m = layer.input_scale.double().numpy()
     unscaled = np.sqrt(np.abs(weight).max(0) / np.abs(x).max(0))
@@ -75,7 +76,10 @@ def test_the_branch_lowers_the_error_of_smoothing_alone() -> None:
     with torch.no_grad():
         with_branch, without = (
             ((make_layer(method)(x) - exact).norm() / exact.norm()).item()
-            for method in (SvdQuant(alpha=0.5, rank=RANK, seed=0), SmoothQuant(alpha=0.5))
+            for method in (
+                METHOD,
+                SmoothQuant(alpha=0.5, fold_smoothing=False),
+            )
         )
     assert with_branch < 0.6 * without
 
@@ -83,7 +87,7 @@ def test_the_branch_lowers_the_error_of_smoothing_alone() -> None:
 @pytest.mark.parametrize("rotation", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_equals_fake_quantized(rotation: int, dtype: torch.dtype) -> None:
-    layer = make_layer(SvdQuant(alpha=0.5, rank=RANK, seed=0), rotation=rotation)
+    layer = make_layer(METHOD, rotation=rotation)
     packed, x = PackedLinear.from_fake_quant(layer), make_inputs().to(dtype)
     assert packed.form.branch_rank == RANK
     with torch.no_grad():
@@ -96,7 +100,7 @@ def test_packed_equals_fake_quantized(rotation: int, dtype: torch.dtype) -> None
 
 def test_gradients_go_through_the_branch() -> None:
     """At 8 bits the layer's gradient is the Linear's, which it is only with the branch's part."""
-    layer = make_layer(SvdQuant(alpha=0.5, rank=RANK, seed=0), bits=8)
+    layer = make_layer(METHOD, bits=8)
     x = make_inputs().requires_grad_()
     weights = torch.randn(96, ROWS, generator=torch.Generator().manual_seed(2))
     (found,) = torch.autograd.grad((layer(x) * weights).sum(), x)
@@ -105,7 +109,7 @@ def test_gradients_go_through_the_branch() -> None:
 
 
 def test_a_small_weight_has_a_branch_of_its_own_rank() -> None:
-    layer = make_layer(SvdQuant(alpha=0.5, rank=100, seed=0))
+    layer = make_layer(SvdQuant(alpha=0.5, rank=100, seed=0, fold_smoothing=False))
     assert layer.branch_down.shape == (ROWS, COLUMNS)
     assert layer.weight.abs().max() < 0.02 * make_weight().abs().max()
 
@@ -116,4 +120,4 @@ def test_a_small_weight_has_a_branch_of_its_own_rank() -> None:
 )
 def test_bad_options_are_named(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SvdQuant(**({"alpha": 0.5, "rank": 32, "seed": 0} | options))  # type: ignore[arg-type]
+        SvdQuant(**({"alpha": 0.5, "rank": 32, "seed": 0, "fold_smoothing": False} | options))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import nn
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.layers.swap import any_timestep, quantized_layers, use_timesteps_
+from qvgen.layers.swap import any_timestep, forms, restore_forms_
 from qvgen.quant.affine import choose_qparams
 from tests.profiles import COLUMNS, make_profile
 
@@ -20,16 +20,20 @@ STEPS = (250.0, 500.0, 937.5)
 SCALES, ZEROS = torch.tensor([0.1, 0.2, 0.4]), torch.tensor([7.0, 8.6, 3.0])
 
 
-def make_layer(*, zero_point: str = "integer", bits: int = 4) -> FakeQuantLinear:
+def make_dynamic_layer(*, zero_point: str = "integer", bits: int = 4) -> FakeQuantLinear:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         linear = nn.Linear(COLUMNS, ROWS)
     profile = make_profile("paper", weight_bits=bits, activation_bits=bits)
-    activation = replace(profile.activation, granularity="per_tensor", zero_point=zero_point)
+    activation = replace(profile.activation, zero_point=zero_point)
     layer = FakeQuantLinear(linear, profile=replace(profile, activation=activation), noise_band=NoiseBand(50))
-    use_timesteps_(nn.ModuleDict({"layer": layer}), STEPS)
     layer.weight_quantizer.start_from_(*choose_qparams(layer.weight.detach(), grid=profile.weight))
-    layer.activation_quantizer.start_from_(SCALES, ZEROS)
+    return layer
+
+
+def make_layer(*, zero_point: str = "integer") -> FakeQuantLinear:
+    layer = make_dynamic_layer(zero_point=zero_point)
+    layer.set_static_(timesteps=STEPS, scale=SCALES, zero_point=ZEROS)
     return layer
 
 
@@ -128,10 +132,22 @@ def test_strict_tables_refuse_other_steps_only_where_the_model_samples() -> None
 
 
 def test_all_layers_share_one_list_of_steps() -> None:
-    model = nn.ModuleDict({"a": make_layer()})
+    layer = make_layer()
     with pytest.raises(ValueError, match="static tables of 3 steps are there"):
-        use_timesteps_(model, (1.0, 2.0))
-    assert quantized_layers(model)["a"].activation_quantizer.scale.shape == (3,)
+        layer.set_static_(timesteps=(1.0, 2.0), scale=torch.ones(2), zero_point=torch.ones(2))
     for bad in ((), (3.0, 2.0), (1.0, 1.0), (-1.0, 5.0), (5.0, 1001.0)):
         with pytest.raises(ValueError, match=r"must rise within 0\.\.1000"):
             NoiseBand(3).use_timesteps_(bad)
+
+
+def test_the_form_comes_back_with_steps_and_strictness() -> None:
+    model, other = nn.ModuleDict({"a": make_layer()}), nn.ModuleDict({"a": make_dynamic_layer()})
+    model["a"].noise_band.strict = True
+    restore_forms_(other, forms(model))
+    other.load_state_dict(model.state_dict())
+    band = other["a"].noise_band
+    assert (band.timesteps, band.strict) == (STEPS, True)
+    x = make_input(1)
+    for layer in (model["a"], other["a"]):
+        layer.noise_band.set_timestep(torch.tensor([500.0]))
+    assert torch.equal(other["a"](x), model["a"](x))

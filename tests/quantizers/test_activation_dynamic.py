@@ -22,16 +22,6 @@ def test_clips_start_at_their_widths_share_in_every_band(bits, share):
         torch.testing.assert_close(table, torch.full((5,), share), rtol=2.0**-21, atol=0)  # a float32 logit and sigmoid
 
 
-def test_another_width_starts_anew():
-    quantizer = make_quantizer(bits=8)
-    parameters = list(quantizer.parameters())
-    quantizer.set_bits_(3)
-    assert quantizer.grid.bits == 3
-    assert all(a is b for a, b in zip(parameters, quantizer.parameters(), strict=True))
-    for new, fresh in zip(quantizer.tables(), make_quantizer(bits=3).tables(), strict=True):
-        assert torch.equal(new, fresh)
-
-
 def test_tables_are_sigmoids_of_the_parameters():
     quantizer = make_quantizer()
     with torch.no_grad():
