@@ -12,6 +12,7 @@ from typing import Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.sections import (
+    ActivationSwitchConfig,
     CalibrationConfig,
     CheckpointConfig,
     EvaluationConfig,
@@ -52,6 +53,7 @@ class TrainConfig:
         debug: Show tracebacks.
         phi: The low-rank helper.
         calibration: What a PTQ method sees of the full-precision model.
+        activation_switch: A policy that changes activation bits while sampling.
         checkpoint: How often a run can be resumed from.
         evaluation: What is measured and shown.
         names: What was chosen from each group.
@@ -80,6 +82,7 @@ class TrainConfig:
     debug: bool
     phi: PhiConfig
     calibration: CalibrationConfig
+    activation_switch: ActivationSwitchConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     names: Names
@@ -100,6 +103,12 @@ class TrainConfig:
         require(
             self.devices == 1 or self.strategy.name == "ddp",
             f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
+        )
+        widths = self.activation_switch.widths
+        require(
+            widths is None or self.bits.activation in widths,
+            f"activation_switch.widths={list(widths or ())} lacks the {self.bits.activation} activation bits of "
+            f"bits={self.bits.label}; write for example bits=w{self.bits.weight}a4 activation_switch.widths=[4,8]",
         )
         parts = self.devices * self.accumulate
         require(

@@ -193,6 +193,26 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationSwitchConfig:
+    """A policy that changes activation bits while a video is sampled (delta-GBS, :mod:`qvgen.deploy.delta_switch`).
+
+    Attributes:
+        widths: The two widths, one of them that of ``bits``; None: no policy. Training draws one of them for each sample.
+        delta: Sum of the outputs' relative changes from which a step runs at the larger width; >= 0.
+    """
+
+    widths: tuple[int, ...] | None
+    delta: float
+
+    def __post_init__(self) -> None:
+        require(self.delta >= 0, f"activation_switch.delta={self.delta} is negative; write for example 0.12")
+        require(
+            self.widths is None or (len(self.widths) == 2 and 2 <= self.widths[0] < self.widths[1] <= 8),
+            f"activation_switch.widths={list(self.widths or ())} must be two rising widths in 2..8; write [4,8]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured and shown at the end.
 

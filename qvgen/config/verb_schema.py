@@ -29,6 +29,7 @@ class GenerateConfig:
         seed: One video is made for each caption and seed.
         num_steps: Sampling steps, > 0; None: the model's own.
         guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
+        delta: Of a packed model's activation switch, >= 0; None: its own.
         out: Where the mp4 files go.
         kernel: Backend; ``auto`` picks the best one that is there.
         dry_run: Say what would be done.
@@ -43,6 +44,7 @@ class GenerateConfig:
     seed: tuple[int, ...]
     num_steps: int | None
     guidance_scale: float | None
+    delta: float | None
     out: Path
     kernel: str
     dry_run: bool
@@ -65,6 +67,7 @@ class GenerateConfig:
             self.guidance_scale is None or self.guidance_scale >= 0,
             f"guidance_scale={self.guidance_scale} is negative",
         )
+        require(self.delta is None or self.delta >= 0, f"delta={self.delta} is negative; write for example delta=0.12")
 
 
 @dataclass(frozen=True, kw_only=True)

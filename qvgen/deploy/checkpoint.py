@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qvgen.deploy.delta_switch import add_switch, check_switch, find_switch
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
     SUPPORTED_TRANSFORMERS,
@@ -80,7 +81,8 @@ def save_packed(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
-    band = next(iter(packed.values())).noise_band
+    band, switch = next(iter(packed.values())).noise_band, find_switch(model)
+    check_switch(model)
     manifest = Manifest(
         base_name=base_name,
         base_revision=base_revision,
@@ -90,6 +92,7 @@ def save_packed(
         num_noise_bands=band.num_bands,
         timesteps=band.timesteps,
         strict_timesteps=band.strict,
+        activation_switch=None if switch is None else switch.config,
         layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
         skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
         training=dict(training or {}),
@@ -134,6 +137,9 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     for entry in manifest.layers:
         _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
     watch_timestep(model, band)
+    if manifest.activation_switch is not None:
+        add_switch(model, manifest.activation_switch)
+        check_switch(model)
     _check_tensors(model, tensors, source=directory / WEIGHTS_FILE)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.to(device)

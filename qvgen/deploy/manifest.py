@@ -2,8 +2,8 @@
 
     {"format": "qvgen-packed", "version": 1,
      "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
-     "num_noise_bands", "timesteps", "strict_timesteps", "layers": [...], "skipped": [...], "training": {...},
-     "sha256": of model.safetensors}
+     "num_noise_bands", "timesteps", "strict_timesteps", "activation_switch", "layers": [...], "skipped": [...],
+     "training": {...}, "sha256": of model.safetensors}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
 granularity, group_size, zero_point, scale_dtype, range "dynamic" or "static", clip_table}, rotation, input_scale,
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgen.deploy.delta_switch import DeltaSwitchConfig
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.quant.bit_plan import BitPlan
@@ -112,6 +113,7 @@ class Manifest:
         num_noise_bands: Bands of the clip tables.
         timesteps: What the entries of static tables were calibrated for, rising; None where there are none.
         strict_timesteps: Whether other timesteps are refused, in place of interpolating.
+        activation_switch: The policy that chooses activation widths while sampling; None: there is none.
         layers: Packed layers, in the model's order.
         skipped: Names of the Linears that stayed in full precision.
         training: How it was made: method, init, seed, steps; free-form, for people.
@@ -126,6 +128,7 @@ class Manifest:
     num_noise_bands: int
     timesteps: tuple[float, ...] | None
     strict_timesteps: bool
+    activation_switch: DeltaSwitchConfig | None
     layers: tuple[LayerEntry, ...]
     skipped: tuple[str, ...]
     training: dict[str, Any]
@@ -146,6 +149,7 @@ class Manifest:
             "num_noise_bands": self.num_noise_bands,
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "strict_timesteps": self.strict_timesteps,
+            "activation_switch": None if self.activation_switch is None else self.activation_switch.to_dict(),
             "layers": [layer.to_dict(num_noise_bands=self.num_noise_bands) for layer in self.layers],
             "skipped": list(self.skipped),
             "training": self.training,
@@ -169,7 +173,7 @@ class Manifest:
         if data.get("version") != VERSION:
             raise ValueError(f"{source} has version {data.get('version')!r}; this qvgen reads version {VERSION}")
         try:
-            base = data["base"]
+            base, switch = data["base"], data.get("activation_switch")
             manifest = cls(
                 base_name=str(base["name"]),
                 base_revision=str(base["revision"]),
@@ -179,6 +183,7 @@ class Manifest:
                 num_noise_bands=int(data["num_noise_bands"]),
                 timesteps=None if data.get("timesteps") is None else tuple(map(float, data["timesteps"])),
                 strict_timesteps=bool(data.get("strict_timesteps", False)),
+                activation_switch=None if switch is None else DeltaSwitchConfig.from_dict(switch),
                 layers=tuple(LayerEntry.from_dict(layer) for layer in data["layers"]),
                 skipped=tuple(map(str, data["skipped"])),
                 training=dict(data["training"]),

@@ -7,7 +7,7 @@ relative error. Differences between fake-quantized and packed are counted, not o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
+from qvgen.deploy.delta_switch import find_switch
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
@@ -69,10 +70,14 @@ def compare_models(
     items = held_out_items(split, config.evaluation.quality_videos)
     captions = [item["caption"] for item in items]
     table_seeds = [config.seed + index for index in range(len(items))]
-    shown_videos, table_videos = {}, {}
+    shown_videos, table_videos, activation_bits = {}, {}, {}
     for name, model in models.items():
         shown_videos[name] = generate_videos(config.model, model, shown, seeds, encode=split.encode)
+        switch = find_switch(model)
+        if switch is not None:
+            switch.history.clear()
         table_videos[name] = generate_videos(config.model, model, captions, table_seeds, encode=split.encode)
+        activation_bits[name] = None if switch is None else switch.mean_bits()
     _write_videos(shown_videos, shown, seeds, fps=config.model.fps, directory=run_dir / "videos")
     return Comparison(
         checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
@@ -88,7 +93,9 @@ def compare_models(
             for index, (prompt, seed) in enumerate(zip(shown, seeds, strict=True))
         ),
         quality=Quality(
-            variants=tuple(_quality(name, table_videos, items) for name in VARIANTS),
+            variants=tuple(
+                replace(_quality(name, table_videos, items), activation_bits=activation_bits[name]) for name in VARIANTS
+            ),
             num_videos=len(items),
             num_still_videos=sum(STILL in caption for caption in captions),
             seeds=f"{table_seeds[0]}..{table_seeds[-1]}",
@@ -132,9 +139,10 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
     equal = list(trained) == list(stored)
     count = 0
     for name in trained.keys() & stored.keys():
-        codes = trained[name].weight_quantizer.codes(trained[name].weight).cpu()
-        equal = equal and torch.equal(codes, stored[name].integer_codes().cpu())
-        count += codes.numel()
+        for bits, quantizer in trained[name].weight_quantizers().items():
+            codes = quantizer.codes(trained[name].weight).cpu()
+            equal = equal and torch.equal(codes, stored[name].weight_of(bits).integer_codes().cpu())
+            count += codes.numel()
     return equal, count
 
 

@@ -19,7 +19,7 @@ from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.data.source import Split
 from qvgen.evaluation.metrics import RelativeError
 from qvgen.evaluation.placement import placed
-from qvgen.layers.swap import any_timestep
+from qvgen.layers.swap import not_sampling
 from qvgen.models.base import VideoDiT
 
 
@@ -93,7 +93,7 @@ class HeldOut(MeasuredInputs):
     @torch.no_grad()
     def predictions(self, model: nn.Module) -> Iterator[Tensor]:
         """A model's outputs float32 [b, C, F, H, W] on the CPU, batch by batch; mode and place are restored afterwards."""
-        with placed(model) as device, any_timestep(model):
+        with placed(model) as device, not_sampling(model):
             for batch in self._batches:
                 condition = {key: value.to(device) for key, value in self.split.encode(batch.captions).items()}
                 yield (

@@ -92,6 +92,7 @@ def render_html(data: ReportData, history: Mapping[str, Series], validation: Seq
                 (f"QAT ({data.run.method}), fake-quantized", error.qat),
                 ("QAT, packed", error.packed),
             ],
+            switching=any(variant.activation_bits is not None for variant in data.quality.variants),
             attributes=list(data.quality.variants[0].accuracy) if data.quality.variants else [],
             trajectory_agrees=data.checks.trajectory_psnr_db >= TRAJECTORY_PSNR_FLOOR_DB,
             trajectory_floor_db=TRAJECTORY_PSNR_FLOOR_DB,

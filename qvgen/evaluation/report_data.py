@@ -173,6 +173,7 @@ class VariantQuality:
         flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
         accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
             attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
+        activation_bits: mean over the calls that made the videos, where a policy switches widths; None: it does not.
     """
 
     name: str
@@ -180,6 +181,7 @@ class VariantQuality:
     ssim: float | None
     flicker: float | None
     accuracy: Mapping[str, float | None]
+    activation_bits: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

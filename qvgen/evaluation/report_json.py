@@ -103,6 +103,7 @@ def _quality(quality: Quality) -> dict[str, Any]:
                 "psnr_db": json_number(variant.psnr_db),
                 "ssim": json_number(variant.ssim),
                 "flicker": json_number(variant.flicker),
+                "activation_bits": json_number(variant.activation_bits),
                 "accuracy": {name: json_number(value) for name, value in variant.accuracy.items()},
             }
             for variant in quality.variants

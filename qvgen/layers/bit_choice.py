@@ -35,8 +35,9 @@ def by_widths(
     base = (profile.weight.bits, profile.activation.bits)
     if plan is None:
         return run(x, None, base)
-    policy = noise_band.policy_bits
-    of_sample = [plan.widths(band, profile=profile, policy_bits=policy) for band in noise_band.sample_bands()]
+    bands = noise_band.sample_bands()
+    asked = noise_band.policy_bits or (None,) * len(bands)
+    of_sample = [plan.widths(band, profile=profile, policy_bits=bits) for band, bits in zip(bands, asked, strict=True)]
     kinds = list(dict.fromkeys(of_sample))
     if len(kinds) == 1:
         return run(x, None, kinds[0])

@@ -156,7 +156,9 @@ class FakeQuantLinear(nn.Module):
         self.activation_quantizer.start_from_(scale, zero_point)
 
     def set_plan_(self, plan: BitPlan | None) -> None:
-        """Change widths over sampling from now on; the scales of other weight widths are for a PTQ method to choose.
+        """Change widths over sampling from now on.
+
+        The scales of weight widths that the layer did not have are for a PTQ method to choose; those that it had stay.
 
         Raises:
             ValueError: The plan does not fit the layer's profile or noise bands.
@@ -166,9 +168,10 @@ class FakeQuantLinear(nn.Module):
         if plan is not None:
             plan.check_fits(self.profile, num_bands=self.noise_band.num_bands)
             widths = plan.weight_widths(weight), plan.activation_widths(activation)
+        had = self.weight_quantizers(), self.activation_quantizers()
         self.plan = plan
-        weights = {str(bits): self._weight_quantizer(bits) for bits in widths[0] if bits != weight}
-        activations = {str(bits): self._activation_quantizer(bits) for bits in widths[1] if bits != activation}
+        weights = {str(b): had[0].get(b) or self._weight_quantizer(b) for b in widths[0] if b != weight}
+        activations = {str(b): had[1].get(b) or self._activation_quantizer(b) for b in widths[1] if b != activation}
         self.other_weight_quantizers = nn.ModuleDict(weights) if weights else None
         self.other_activation_quantizers = nn.ModuleDict(activations) if activations else None
 

@@ -33,9 +33,10 @@ class NoiseBand:
         timesteps: Static tables have an entry for each of these (rising), and a sample is in the band of the nearest one;
             None: equal bands.
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
-        lenient: Interpolate for now, whatever ``strict`` says: held-out errors draw any timestep.
+        sampling: Calls are steps of a sampler; False while held-out errors are measured, which draw any timestep: tables
+            interpolate then, whatever ``strict`` says, and no policy acts.
         timestep: float64 [B], the samples' timesteps now; None before the first call.
-        policy_bits: Activation width that a sampling policy asks for now; None: there is no policy.
+        policy_bits: Activation width that a sampling policy asks for now, for each sample; None: there is no policy.
     """
 
     def __init__(self, num_bands: int) -> None:
@@ -44,8 +45,8 @@ class NoiseBand:
         self.num_bands = num_bands
         self.timesteps: tuple[float, ...] | None = None
         self.strict = False
-        self.lenient = False
-        self.policy_bits: int | None = None
+        self.sampling = True
+        self.policy_bits: tuple[int, ...] | None = None
         self.current: Tensor | None = None
         self.timestep: Tensor | None = None
         self._upper: tuple[Tensor, Tensor] | None = None

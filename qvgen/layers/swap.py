@@ -19,6 +19,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
+from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.grid import Profile
 
 
@@ -134,6 +135,21 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
         LayerForm.from_dict(stored["layers"][name]).declare_(layer)
 
 
+def add_switch_widths_(model: nn.Module, widths: Sequence[int]) -> None:
+    """Let a sampling policy choose among these activation widths in all layers of a prepared model.
+
+    Raises:
+        ValueError: A layer's own width is not among them, or its activations are static.
+    """
+    for name, layer in quantized_layers(model).items():
+        if layer.profile.activation.bits not in widths:
+            raise ValueError(
+                f"activation_switch.widths={list(widths)} lack the {layer.profile.activation.bits} activation bits of {name}"
+            )
+        bands = () if layer.plan is None else layer.plan.bands
+        layer.set_plan_(BitPlan(bands=bands, switch=tuple(widths)))
+
+
 @contextmanager
 def phi_suspended(model: nn.Module) -> Iterator[None]:
     """Run a model without its Phis, for example to measure the PTQ start or what fold would give now."""
@@ -148,16 +164,18 @@ def phi_suspended(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def any_timestep(model: nn.Module) -> Iterator[None]:
-    """Let static tables interpolate, also those that refuse the timesteps that they were not calibrated for."""
+def not_sampling(model: nn.Module) -> Iterator[None]:
+    """Call a model with timesteps of no sampler: static tables interpolate, no policy chooses widths."""
     layers: list[FakeQuantLinear | PackedLinear] = [*quantized_layers(model).values(), *packed_layers(model).values()]
-    for layer in layers:
-        layer.noise_band.lenient = True
+    bands = {id(layer.noise_band): layer.noise_band for layer in layers}.values()
+    policies = [band.policy_bits for band in bands]
+    for band in bands:
+        band.sampling, band.policy_bits = False, None
     try:
         yield
     finally:
-        for layer in layers:
-            layer.noise_band.lenient = False
+        for band, bits in zip(bands, policies, strict=True):
+            band.sampling, band.policy_bits = True, bits
 
 
 def fold(model: nn.Module, *, kernel: str = "auto") -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
+from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.step_module import StepModule, TrainingDivergedError
@@ -74,9 +75,18 @@ class VideoTraining(StepModule):
                 target = self.family.predict(teacher, draw.noisy, draw.timestep, condition)
         return (student.float() - target.float()).square().mean()
 
+    def _draw_widths(self, batch: dict[str, Any], *, step: int) -> None:
+        """Where a policy will switch activation widths: one of them for each sample, from (seed, step, sample id)."""
+        switch = find_switch(self.student)
+        if switch is not None:
+            draws = [sample_generator("activation_width", self.seed, step, int(i)) for i in batch["sample_id"]]
+            widths = switch.config.widths
+            switch.band.policy_bits = tuple(widths[int(torch.randint(2, (), generator=draw))] for draw in draws)
+
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one micro-batch; stops the run if it is not finite, before anything was changed by it."""
         del batch_index
+        self._draw_widths(batch, step=self.global_step)
         loss = self.loss(self.draw(batch, step=self.global_step))
         if not torch.isfinite(loss):
             raise TrainingDivergedError(

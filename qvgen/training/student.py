@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
-from qvgen.layers.swap import SwapReport, folded_copy, phi_suspended, quantized_layers, select_linears, swap_fake_quant_
+from qvgen.layers.swap import (
+    SwapReport,
+    add_switch_widths_,
+    folded_copy,
+    phi_suspended,
+    quantized_layers,
+    select_linears,
+    swap_fake_quant_,
+)
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.session import decay_schedule, load_start, phi_ranks, save_start
@@ -34,6 +43,10 @@ def check_student(config: TrainConfig) -> None:
         RuntimeError: A kernel that was asked for by name does not run here.
     """
     decay_schedule(config)
+    if config.activation_switch.widths is not None and "ranges" in config.init.needs:
+        raise ValueError(
+            f"init={config.names.init} has one table of scales; activation_switch.widths can't change its bits"
+        )
     with torch.device("meta"):
         skeleton = config.model.build(config.model.transformer_config)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
@@ -61,6 +74,10 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
             seed=config.seed,
         ),
     )
+    if config.activation_switch.widths is not None:
+        add_switch(
+            student, DeltaSwitchConfig(widths=config.activation_switch.widths, delta=config.activation_switch.delta)
+        )
     return student, swapped
 
 
@@ -87,6 +104,8 @@ def start_student(
             statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
         folds = config.model.smoothing_folds(student)
         initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
+        if config.activation_switch.widths is not None:
+            add_switch_widths_(student, config.activation_switch.widths)
         result["ptq"] = held_out.relative_error(student, reference)
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began

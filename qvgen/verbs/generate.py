@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
 from qvgen.deploy.manifest import Manifest, read_manifest
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
@@ -37,7 +39,8 @@ def run(config: GenerateConfig) -> None:
     conditions = {caption: family.encode([caption]) for caption in dict.fromkeys([*captions, ""])}
     if hasattr(family, "release"):
         family.release()  # the text encoder: it may be as large as the transformer
-    _use_partner(config, family)
+    partner = _use_partner(config, family)
+    switches = _switches(config, [transformer, *partner])
     config.out.mkdir(parents=True, exist_ok=True)
     variant = "packed" if config.packed else "teacher"
 
@@ -53,6 +56,9 @@ def run(config: GenerateConfig) -> None:
             path = config.out / video_name(index, caption, seed=seed, variant=variant)
             write_video(path, video.numpy(), fps=family.fps)
             print(path)
+    for switch in switches:
+        widths, delta = list(switch.config.widths), switch.config.delta
+        print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
 
 
 def load_family(config: GenerateConfig) -> Any:
@@ -94,10 +100,31 @@ def _transformer(config: GenerateConfig, family: Any) -> nn.Module:
     return transformer
 
 
-def _use_partner(config: GenerateConfig, family: Any) -> None:
-    """Make the second of two packed experts known to the family."""
-    for path in (config.packed or ())[1:]:
-        family.use_partner(load_packed(path, kernel=config.kernel))
+def _use_partner(config: GenerateConfig, family: Any) -> list[nn.Module]:
+    """Make the second of two packed experts known to the family; it, if there is one."""
+    partners = [load_packed(path, kernel=config.kernel) for path in (config.packed or ())[1:]]
+    for partner in partners:
+        family.use_partner(partner)
+    return partners
+
+
+def _switches(config: GenerateConfig, transformers: list[nn.Module]) -> list[DeltaSwitch]:
+    """The policies of the transformers, with the delta that was asked for.
+
+    Raises:
+        ValueError: A delta for a transformer that has no policy.
+    """
+    found = [find_switch(transformer) for transformer in transformers]
+    if config.delta is not None:
+        if None in found:
+            raise ValueError(
+                f"delta={config.delta:g} is for packed models whose activations switch widths; this one was made without "
+                "activation_switch.widths"
+            )
+        for switch in found:
+            if switch is not None:
+                switch.config = replace(switch.config, delta=config.delta)
+    return [switch for switch in found if switch is not None]
 
 
 def plan(config: GenerateConfig, *, captions: list[str], num_steps: int, guidance_scale: float) -> list[str]:

@@ -67,17 +67,26 @@ def test_a_policy_changes_the_activations_of_all_samples() -> None:
     packed = PackedLinear.from_fake_quant(layer)
     with torch.no_grad():
         for bits, widths in ((None, (4, 4)), (8, (4, 8)), (4, (4, 4)), (6, (4, 4))):  # 6 is none of the switch's
-            layer.noise_band.policy_bits = bits
+            layer.noise_band.policy_bits = None if bits is None else (bits,) * 3
             wanted = expected_of([widths] * 3, x)
             assert torch.equal(layer(x), wanted)
             assert torch.equal(packed(x), wanted)
+
+
+def test_a_policy_may_ask_for_other_widths_of_each_sample() -> None:
+    layer, x = make_layer(BitPlan(switch=(4, 8))), make_input()
+    layer.noise_band.policy_bits = (8, 4, 8)
+    with torch.no_grad():
+        wanted = expected_of([(4, 8), (4, 4), (4, 8)], x)
+        assert torch.equal(layer(x), wanted)
+        assert torch.equal(PackedLinear.from_fake_quant(layer)(x), wanted)
 
 
 def test_a_policy_is_for_layers_with_a_switch_alone() -> None:
     layer, x = make_layer(None), make_input()
     with torch.no_grad():
         before = layer(x)
-        layer.noise_band.policy_bits = 8
+        layer.noise_band.policy_bits = (8, 8, 8)
         assert torch.equal(layer(x), before)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.layers.swap import any_timestep, forms, restore_forms_
+from qvgen.layers.swap import forms, not_sampling, restore_forms_
 from qvgen.quant.affine import choose_qparams
 from tests.profiles import COLUMNS, make_profile
 
@@ -123,7 +123,7 @@ def test_strict_tables_refuse_other_steps_only_where_the_model_samples() -> None
         model(x, torch.tensor([500.001]))
         with pytest.raises(ValueError, match=r"timestep \[400\.0\] is not among the 3"):
             model(x, torch.tensor([400.0]))
-        with any_timestep(model):
+        with not_sampling(model):
             model(x, torch.tensor([400.0]))
         model.train()
         model(x, torch.tensor([400.0]))

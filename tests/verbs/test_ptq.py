@@ -40,7 +40,8 @@ def test_a_method_alone_and_as_the_start_of_training(
     assert report["packed_vs_fake_max_abs"] == 0.0
     error = report["relative_error"]
     assert error["ptq"] == error["qat"] == error["packed"]
-    assert 0 < error["packed"] < 1.2 * error["rtn"]
+    worst = 3.0 if name == "static" else 1.2  # round to nearest has a scale of its own for each token
+    assert 0 < error["packed"] < worst * error["rtn"]
     sampled = sum(message.startswith("calibration:") for message in caplog.messages)
     assert sampled == bool(load_leaf("init", name).needs)
 

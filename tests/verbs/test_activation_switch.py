@@ -1,0 +1,73 @@
+"""activation_switch: one checkpoint whose activations switch widths while sampling, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import main
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.deploy.delta_switch import find_switch
+from tests.runs import SHORT, copy_until, packed_bytes, train
+
+SWITCH = ("bits=w4a4", "activation_switch.widths=[4,8]", "activation_switch.delta=0.3")
+
+
+def test_a_ptq_checkpoint_switches_and_says_how_often(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [key for key in SHORT if not key.startswith(("steps", "phi", "model.num"))]
+    steps = "model.num_inference_steps=8"
+    assert main(["ptq", *keys, *SWITCH, steps, "init=dvd_quant", f"run_dir={tmp_path / 'run'}"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    variants = report["quality"]["variants"]
+    mean = variants["packed"]["activation_bits"]
+    assert 4 < mean < 8
+    assert variants["fake-quantized"]["activation_bits"] == mean
+    assert variants["teacher"]["activation_bits"] is None
+    assert report["packed_codes_equal"] is True
+    assert report["trajectory_psnr_db"] == "inf"
+    assert "<th>Activation bits</th>" in (tmp_path / "run" / "report.html").read_text()
+
+    packed = tmp_path / "run" / "packed"
+    assert find_switch(load_packed(packed)).config.delta == 0.3
+    generate = [
+        "generate",
+        f"packed={packed}",
+        "prompt=a red three moving left",
+        "num_steps=8",
+        f"out={tmp_path / 'v'}",
+    ]
+    found = []
+    for extra in ((), ("delta=0",), ("delta=1000",)):
+        capsys.readouterr()
+        assert main([*generate, *extra]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith("mean activation bits: ")
+        found.append(float(line.split()[3]))
+    assert found[1] == 8.0
+    assert found[2] == pytest.approx((2 * 8 + 6 * 4) / 8)
+    assert found[2] <= found[0] <= 8
+
+
+def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    keys = (*SWITCH, "phi.ranks=[2]", "steps=6", "checkpoint.every_steps=2", "evaluation.videos=0")
+    assert train(tmp_path / "first", *keys) == 0
+    copy_until(tmp_path / "first", tmp_path / "again", step=2)
+    assert train(tmp_path / "again", *keys, "resume=true") == 0
+    assert packed_bytes(tmp_path / "again") == packed_bytes(tmp_path / "first")
+    layer = load_packed(tmp_path / "first" / "packed").get_submodule("proj_out")
+    for table in (layer.clip_high, layer.clip_high_8):  # both were trained: no longer one value in all bands
+        assert len(set(table.tolist())) > 1
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for keys, message in (
+        (("bits=w4a6", "activation_switch.widths=[4,8]"), "lacks the 6 activation bits of bits=w4a6"),
+        (("bits=w4a4", "activation_switch.widths=[8,4]"), "must be two rising widths"),
+        ((*SWITCH, "activation_switch.delta=-1"), "activation_switch.delta=-1.0 is negative"),
+        ((*SWITCH, "init=static"), "init=static has one table of scales"),
+    ):
+        assert train(tmp_path / "run", *keys) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
