@@ -108,12 +108,15 @@ def swap_fake_quant_(
 
 
 def forms(model: nn.Module) -> dict[str, Any]:
-    """What the fake-quantized layers are besides their tensors, plain values; ``timesteps`` of static tables, or None."""
+    """What the fake-quantized layers are besides their tensors, plain values; ``timesteps`` of static tables, or None.
+
+    A model without such layers, which is pretrained, has no noise bands and an empty dict of layers.
+    """
     layers = quantized_layers(model)
-    band = next(iter(layers.values())).noise_band
+    bands = [layer.noise_band for layer in layers.values()][:1]
     return {
-        "timesteps": None if band.timesteps is None else list(band.timesteps),
-        "strict_timesteps": band.strict,
+        "timesteps": list(bands[0].timesteps) if bands and bands[0].timesteps is not None else None,
+        "strict_timesteps": bool(bands) and bands[0].strict,
         "layers": {name: LayerForm.of(layer).to_dict() for name, layer in layers.items()},
     }
 
@@ -127,10 +130,10 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     layers = quantized_layers(model)
     if set(layers) != set(stored["layers"]):
         raise ValueError(f"{len(stored['layers'])} stored layers are not the {len(layers)} of the model")
-    band = next(iter(layers.values())).noise_band
-    if stored["timesteps"] is not None:
-        band.use_timesteps_(stored["timesteps"])
-    band.strict = stored["strict_timesteps"]
+    for band in [layer.noise_band for layer in layers.values()][:1]:
+        if stored["timesteps"] is not None:
+            band.use_timesteps_(stored["timesteps"])
+        band.strict = stored["strict_timesteps"]
     for name, layer in layers.items():
         LayerForm.from_dict(stored["layers"][name]).declare_(layer)
 
