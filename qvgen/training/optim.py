@@ -74,7 +74,10 @@ def build_optimizer(
             "optimizer group %s: %d tensors, %d parameters, peak learning rate %g, weight decay %g",
             group["name"], len(group["params"]), sum(p.numel() for p in group["params"]), group["lr"], group["weight_decay"],
         )  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+    # The CPU's fused kernel rounds the last numbers of a tensor, which fill no vector, in another way than the rest: cut
+    # into shares, a parameter would be trained to other bits.
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=on_gpu, foreach=not on_gpu)
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, num_steps=num_steps, warmup_share=optim.warmup_share)

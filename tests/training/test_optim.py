@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
+from qvgen.training.step_module import total_norm
 from qvgen.training.student import prepare_student
 from tests.runs import train_config
 
@@ -109,3 +110,32 @@ def test_forgotten_moments_start_like_new_ones() -> None:
     fresh, _ = build_optimizer(nn.ParameterList([new]), optim, num_steps=1000)
     assert torch.equal(step(optimizer, old), step(fresh, new))
     forget_moments_(fresh, other)  # not known to it: nothing to forget
+
+
+def test_the_norm_is_the_same_bits_however_gradients_are_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=generator) for size in (1, 50, 4097)]
+    norm = total_norm(gradients)
+    assert norm.dtype == torch.float32
+    assert float(norm) == float(torch.cat(gradients).double().square().sum().sqrt().float())
+    for rows in (1, 3, 25, 1000):
+        assert torch.equal(total_norm([piece for gradient in gradients for piece in gradient.split(rows)]), norm)
+
+
+def test_adamw_trains_the_same_bits_however_parameters_are_cut() -> None:
+    """Pieces that fill no vector of a CPU: what is left over may not be rounded in another way."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(10_000, generator=generator), torch.randn(8, 10_000, generator=generator)
+    found = []
+    for size in (50, 25, 7):
+        pieces = nn.ParameterList(nn.Parameter(piece.clone()) for piece in start.split(size))
+        optimizer, schedule = build_optimizer(pieces, train_config().optim, num_steps=8)
+        for gradient in gradients:
+            for piece, part in zip(pieces, gradient.split(size), strict=True):
+                piece.grad = part.clone()
+            optimizer.step()
+            schedule.step()
+        moments = [torch.cat([optimizer.state[p][name] for p in pieces]) for name in ("exp_avg", "exp_avg_sq")]
+        found.append([torch.cat(list(pieces)).detach(), *moments])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
