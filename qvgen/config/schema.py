@@ -101,8 +101,13 @@ class TrainConfig:
         positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
         positive(device_memory_gib=self.device_memory_gib)
         require(
-            self.devices == 1 or self.strategy.name == "ddp",
+            self.devices == 1 or self.strategy.name != "single",
             f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
+        )
+        require(
+            self.devices > 1 or self.strategy.name != "fsdp",
+            "strategy=fsdp shares one model out over several devices, and devices=1; write devices=8 strategy=fsdp for "
+            "example, or strategy=single",
         )
         widths = self.activation_switch.widths
         require(

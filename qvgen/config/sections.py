@@ -118,12 +118,13 @@ class StrategyConfig:
     """How processes share the work, and what they give for memory.
 
     Attributes:
-        name: ``single`` or ``ddp``.
+        name: ``single``, ``ddp`` (every process holds everything) or ``fsdp`` (weights, gradients, moments and teacher are
+            shared out over the processes).
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
     """
 
-    name: Literal["single", "ddp"]
+    name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
 
 

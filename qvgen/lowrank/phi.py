@@ -6,8 +6,9 @@ Phi starts as the best rank-r approximation of the rounding residual W - Q(W), c
 taken away while training: gamma of the columns to be dropped goes to 0, then the rest is decomposed again.
 
 L and R are Parameters that keep their size and their storage for ever (new Parameters would break the reducers of
-data-parallel training); dropped columns are zeros behind a gate of 0. gamma is a buffer: it is scheduled, not
-learned. ``active_rank`` counts the columns that are still in use and is saved with the module.
+data-parallel training); dropped columns are zeros behind a gate of 0. They may be sharded over processes: taking columns
+away is a collective then. gamma is a buffer: it is scheduled, not learned. ``active_rank`` counts the columns that are
+still in use and is saved with the module.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.lowrank.decay import DecayState
+from qvgen.lowrank.sharded import whole, write_whole_
 from qvgen.lowrank.svd import refactor, truncated_svd
 
 
@@ -85,7 +87,7 @@ class Phi(nn.Module):
         """Bring the module to a state of the schedule, between two optimizer steps. Safe to call again.
 
         At the first step of a phase the gated columns are exactly 0 and are dropped: what is left is decomposed
-        again and written, sorted, into the first columns.
+        again and written, sorted, into the first columns; all processes get the same bits.
 
         Returns:
             Whether L and R were rewritten (their optimizer moments belong to other columns then).
@@ -99,14 +101,13 @@ class Phi(nn.Module):
         return rewritten
 
     def _drop_to(self, rank: int) -> None:
-        gated = self.left * self.rank_gate
-        old, right = gated[:, : self._rank], self.right[: self._rank].clone()
-        self.left.zero_()
-        self.right.zero_()
+        left, right = whole(self.left), whole(self.right)
+        new_left, new_right = torch.zeros_like(left), torch.zeros_like(right)
         if rank:
-            new_left, new_right = refactor(old, right, rank=rank)
-            self.left[:, :rank].copy_(new_left)
-            self.right[:rank].copy_(new_right)
+            gated = left * self.rank_gate
+            new_left[:, :rank], new_right[:rank] = refactor(gated[:, : self._rank], right[: self._rank], rank=rank)
+        write_whole_(self.left, new_left)
+        write_whole_(self.right, new_right)
         self._set_rank(rank)
 
     def _set_rank(self, rank: int) -> None:

@@ -36,7 +36,7 @@ from qvgen.run_directory import atomic_write
 from qvgen.training.callbacks import rows_before
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.step_module import StepModule, TrainingDivergedError
-from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
+from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +222,7 @@ def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_di
     trainer = build_trainer(
         steps=config.steps,
         accumulate=config.accumulate,
-        rank=0,
-        world_size=1,
-        port=0,
+        processes=Processes(),
         callbacks=callbacks,
         loggers=loggers,
     )

@@ -78,7 +78,8 @@ class StepMetrics(lightning.Callback):
     Args:
         path: metrics.csv; rows that are there from before a resume are kept up to the step that is resumed.
         schedule: The plan of Phi, None without it.
-        validate: Measures the held-out relative error of the student; None for never.
+        validate: Measures the held-out relative error of the student; None for never. Rank 0 writes what it found;
+            another process has one where the student's forward pass needs all of them.
         every_steps: How often; also after the last step.
         num_steps: Optimizer steps of the run.
     """
@@ -133,6 +134,9 @@ class StepMetrics(lightning.Callback):
         step, self._last_step = self._last_step, trainer.global_step
         loss = trainer.strategy.reduce(torch.stack(pl_module.step_losses).mean(), reduce_op="mean")
         pl_module.step_losses.clear()
+        error = None
+        if self._is_validation_step(step + 1) and self.validate is not None:
+            error = self.validate(pl_module.student)
         if trainer.is_global_zero:
             assert pl_module.gradient_norm is not None
             row: dict[str, float | int] = {
@@ -144,8 +148,8 @@ class StepMetrics(lightning.Callback):
             if self.schedule is not None:
                 state = self.schedule.at(step)
                 row |= {"phi/rank": state.rank, "phi/gamma_min": min(state.gate, default=0.0)}
-            if self._is_validation_step(step + 1) and self.validate is not None:
-                row["val/relative_error"] = self.validate(pl_module.student)
+            if error is not None:
+                row["val/relative_error"] = error
             self._write(row, step=step, loggers=trainer.loggers)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -16,7 +16,7 @@ from qvgen.config.leaves import build_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
-from qvgen.training.session import phi_ranks
+from qvgen.training.phi_plan import phi_ranks
 
 
 def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) -> Any:

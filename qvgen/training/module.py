@@ -8,16 +8,20 @@ randomness of a step comes from (seed, step, sample id): see :mod:`qvgen.data.no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.training.sharding import add_gradients_by_block_
 from qvgen.training.step_module import StepModule, TrainingDivergedError
 
 
@@ -29,9 +33,19 @@ class VideoTraining(StepModule):
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
+        share_out: Shards both models, which are on the meta device until then, over the processes' mesh; None: they stay
+            whole.
     """
 
-    def __init__(self, config: TrainConfig, *, student: nn.Module, teacher: nn.Module | None, encode: Encode) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        encode: Encode,
+        share_out: Callable[[DeviceMesh, torch.device], None] | None = None,
+    ) -> None:
         super().__init__(optim=config.optim, num_steps=config.steps)
         method: Method = config.method
         family: VideoDiT = config.model
@@ -41,6 +55,8 @@ class VideoTraining(StepModule):
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.encode, self.method, self.seed = family, encode, method, config.seed
+        self._share_out = share_out
+        self._handles: list[RemovableHandle] = []
 
     @property
     def trained(self) -> nn.Module:
@@ -48,10 +64,25 @@ class VideoTraining(StepModule):
         return self.student
 
     def setup(self, stage: str) -> None:
-        """Bring the teacher to the student's device."""
+        """Bring the teacher to the student's device; a sharded one is put there by :meth:`configure_model`."""
         del stage
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        if self._share_out is None:
+            for teacher in self._teacher:
+                teacher.to(self.device)
+
+    def configure_model(self) -> None:
+        """Shard the models, where the strategy made a mesh; before there is an optimizer."""
+        if self._share_out is None:
+            self._handles = add_gradients_by_block_(self.student)
+            return
+        assert self.device_mesh is not None
+        self._share_out(self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the student without the hooks of training."""
+        del stage
+        while self._handles:
+            self._handles.pop().remove()
 
     def draw(self, batch: dict[str, Any], *, step: int) -> NoisyBatch:
         """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step."""

@@ -16,6 +16,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.training.counted_step import StepSettings
 from qvgen.training.fake_model import build_family, build_student
 from qvgen.training.optim import parameter_groups
+from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.plan_advice import Change, clip_size, find_changes
 from qvgen.training.plan_layers import DiskPart, LayerGroup, cache_files, collapse, run_files
 from qvgen.training.plan_memory import (
@@ -24,13 +25,14 @@ from qvgen.training.plan_memory import (
     MemoryPart,
     activation_parts,
     find_device,
+    host_bytes,
     host_memory,
-    preparation_bytes,
+    shards_of,
     teacher_dtype,
     total_bytes,
     weight_parts,
 )
-from qvgen.training.session import decay_schedule, micro_batch_size, micro_batches
+from qvgen.training.session import micro_batch_size, micro_batches
 from qvgen.training.step_counter import StepCount
 
 GPU_EFFICIENCY = 0.3
@@ -100,12 +102,13 @@ class TrainingPlan:
         skipped: Linears that are not.
         parameters: Of the student, in groups of the optimizer.
         schedule: Steps and phases.
+        shards: Devices over which parameters are shared out; 1: each holds all.
         precision: Of the forward pass.
         gradient_checkpointing: Whether blocks are computed again.
         clip: (C, F, H, W) of the largest samples.
         device: What trains.
         memory: Parts on each device.
-        host_bytes: On the host before training, over all processes.
+        host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         count: Operations and bytes of one micro-batch.
         time: The estimate.
@@ -120,6 +123,7 @@ class TrainingPlan:
     skipped: list[LayerGroup]
     parameters: list[ParameterGroup]
     schedule: Schedule
+    shards: int
     precision: str
     gradient_checkpointing: bool
     clip: tuple[int, int, int, int]
@@ -178,7 +182,8 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
     )
     counter = MemoryCounter(config, student)
     count = counter.count(settings)
-    memory = weight_parts(config, student, dtype=settings.teacher_dtype) + activation_parts(count)
+    shards = shards_of(config)
+    memory = weight_parts(config, student, dtype=settings.teacher_dtype, shards=shards) + activation_parts(count)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(config, settings, counter, usable_bytes=device.usable_bytes)
@@ -197,12 +202,13 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
             for group in parameter_groups(student, config.optim)
         ],
         schedule=schedule,
+        shards=shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
         gradient_checkpointing=settings.gradient_checkpointing,
         clip=family.sample_shape,
         device=device,
         memory=memory,
-        host_bytes=config.devices * preparation_bytes(config),
+        host_bytes=host_bytes(config, student),
         host_available_bytes=host_memory()[1],
         count=count,
         time=_time(config, device, count, settings),

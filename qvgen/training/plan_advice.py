@@ -1,6 +1,7 @@
 """What to change where a run does not fit: each change is counted again, and only those that fit are named.
 
-First every change alone, each as small as fits; if none does, the ones that cost no quality together; then smaller clips too.
+First every change alone, each as small as fits (sharding over as few devices as fit); if none does, the ones that cost no
+quality together; then smaller clips too.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 
 from qvgen.config.schema import TrainConfig
 from qvgen.training.counted_step import StepSettings
-from qvgen.training.plan_memory import USABLE_SHARE, MemoryCounter
+from qvgen.training.plan_memory import USABLE_SHARE, MemoryCounter, shards_of
 
 _SHARES = (0.75, 0.5, 0.25)
 """Of the clip's frames, or of its height and width."""
+
+SHARDED_DEVICES = (2, 4, 8)
+"""Devices of one machine that strategy=fsdp is tried with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class _Step:
 
     overrides: tuple[str, ...]
     settings: StepSettings
+    shards: int
 
 
 def find_changes(
@@ -50,24 +55,27 @@ def find_changes(
 
     def first_fit(steps: Sequence[_Step]) -> list[Change]:
         """The first of ever smaller settings that fits."""
-        index = bisect_left(steps, True, key=lambda step: counter.total(step.settings) <= usable_bytes)
+        index = bisect_left(steps, True, key=lambda step: total(step) <= usable_bytes)
         return [
-            Change(overrides=" ".join(step.overrides), total_bytes=counter.total(step.settings))
-            for step in steps[index : index + 1]
+            Change(overrides=" ".join(step.overrides), total_bytes=total(step)) for step in steps[index : index + 1]
         ]
 
-    start = _Step(overrides=(), settings=base)
-    axes = [_checkpointed(start), _accumulated(config, start), _teacher(config, start)]
+    def total(step: _Step) -> int:
+        return counter.total(step.settings, shards=step.shards)
+
+    start = _Step(overrides=(), settings=base, shards=shards_of(config))
+    axes = [_checkpointed(start), _accumulated(config, start), _teacher(config, start), _sharded(config, start)]
     smallest = start
     for axis in (_checkpointed, lambda step: _accumulated(config, step), lambda step: _teacher(config, step)):
         smallest = (axis(smallest) or [smallest])[-1]
-    needed = int(counter.total(smallest.settings) / USABLE_SHARE)
-    if counter.weight_bytes(smallest.settings) > usable_bytes:
-        return [], needed
+    needed = int(total(smallest) / USABLE_SHARE)
+    if counter.weight_bytes(smallest.settings, shards=smallest.shards) > usable_bytes:
+        return first_fit(_sharded(config, start)) or first_fit(_sharded(config, smallest)), needed
     changes = [change for axis in axes for change in first_fit(axis)]
     if not changes:
         without_teacher = (_accumulated(config, (_checkpointed(start) or [start])[-1]) or [])[-1:]
         changes = first_fit(without_teacher) or first_fit([smallest] if smallest.overrides else [])
+        changes += first_fit(_sharded(config, smallest))
     cut_from = start if changes else smallest
     changes += [change for axis in clip_steps(config, cut_from) for change in first_fit(axis)]
     return changes, needed
@@ -77,14 +85,15 @@ def _checkpointed(step: _Step) -> list[_Step]:
     if step.settings.gradient_checkpointing:
         return []
     settings = replace(step.settings, gradient_checkpointing=True)
-    return [_Step(overrides=(*step.overrides, "strategy.gradient_checkpointing=true"), settings=settings)]
+    return [replace(step, overrides=(*step.overrides, "strategy.gradient_checkpointing=true"), settings=settings)]
 
 
 def _accumulated(config: TrainConfig, step: _Step) -> list[_Step]:
     share = config.batch_size // config.devices
     sizes = [size for size in range(step.settings.micro_batch - 1, 0, -1) if share % size == 0]
     return [
-        _Step(
+        replace(
+            step,
             overrides=(*step.overrides, f"accumulate={share // size}"),
             settings=replace(step.settings, micro_batch=size),
         )
@@ -97,7 +106,27 @@ def _teacher(config: TrainConfig, step: _Step) -> list[_Step]:
     if not has_choice or step.settings.teacher_dtype != torch.float32:
         return []
     settings = replace(step.settings, teacher_dtype=torch.bfloat16)
-    return [_Step(overrides=(*step.overrides, "model.dtype=bfloat16"), settings=settings)]
+    return [replace(step, overrides=(*step.overrides, "model.dtype=bfloat16"), settings=settings)]
+
+
+def _sharded(config: TrainConfig, step: _Step) -> list[_Step]:
+    """FSDP2 over ever more GPUs, with the same micro-batches; the CPU's processes share one memory anyway."""
+    if not step.settings.autocast:
+        return []
+    fewest = step.shards + 1 if step.shards > 1 else max(2, config.devices)
+    others = [override for override in step.overrides if not override.startswith("accumulate=")]
+    micro_batch = step.settings.micro_batch
+    return [
+        replace(
+            step,
+            overrides=(
+                *others, f"devices={count}", "strategy=fsdp", f"accumulate={config.batch_size // (count * micro_batch)}",
+            ),
+            shards=count,
+        )
+        for count in SHARDED_DEVICES
+        if count >= fewest and config.batch_size % (count * micro_batch) == 0
+    ]  # fmt: skip
 
 
 def clip_steps(config: TrainConfig, step: _Step) -> list[list[_Step]]:
@@ -132,4 +161,4 @@ def _resized(config: TrainConfig, step: _Step, size: dict[str, Any]) -> _Step:
     else:
         changes = [f"model.{key}={value}" for key, value in size.items() if value != before[key]]
     settings = replace(step.settings, model_changes=tuple(size.items()))
-    return _Step(overrides=(*step.overrides, *changes), settings=settings)
+    return replace(step, overrides=(*step.overrides, *changes), settings=settings)

@@ -1,7 +1,8 @@
 """The memory that a run needs, by part, and the memory that is there.
 
     masters 4 + gradients 4 + AdamW's moments 8 bytes per trained parameter, the teacher in its dtype, buffers: from the
-    models on the meta device. What the forward and backward pass keep alive: from :mod:`qvgen.training.counted_step`.
+    models on the meta device; with strategy=fsdp a share of each, and what is gathered. What the forward and backward pass
+    keep alive: from :mod:`qvgen.training.counted_step`.
 
 Left out: the CUDA context, workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host,
 Python itself, the decomposition that starts Phi (one layer in float64 at a time) and the data loader.
@@ -10,17 +11,19 @@ Python itself, the decomposition that starts Phi (one layer in float64 at a time
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.training.counted_step import StepSettings, count_step
 from qvgen.training.fake_model import build_family, build_student, build_teacher
 from qvgen.training.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.sharding import blocks_of, rows_of
 from qvgen.training.step_counter import StepCount
 
 USABLE_SHARE = 0.92
@@ -93,31 +96,61 @@ def teacher_dtype(family: Any) -> torch.dtype:
     return dtype
 
 
-def moment_bytes(student: nn.Module) -> int:
+def shards_of(config: TrainConfig) -> int:
+    """Over how many devices parameters are shared out; 1: every device holds all of them."""
+    return config.devices if config.strategy.name == "fsdp" else 1
+
+
+def share_bytes(tensors: Iterable[Tensor], *, shards: int) -> int:
+    """Bytes of the largest share of tensors that are cut along their rows."""
+    if shards == 1:
+        return tensor_bytes(tensors)
+    return sum(t[rows_of(t.shape[0], rank=0, world_size=shards)].numel() * t.element_size() for t in tensors)
+
+
+def moment_bytes(student: nn.Module, *, shards: int = 1) -> int:
     """AdamW's two moments and the step count of each trained tensor, all float32."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return sum(8 * parameter.numel() + 4 for parameter in trained)
+    return 2 * share_bytes(trained, shards=shards) + 4 * len(trained)
 
 
-def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype) -> list[MemoryPart]:
-    """What lies on every device from the first step to the last; both strategies hold all of it.
+def gathered_bytes(student: nn.Module) -> int:
+    """Most bytes of whole parameters and gradients on a device at once, besides its shares; an estimate.
+
+    From what torch 2.13's fully_shard does, not measured. In the backward pass of a block: its parameters, its gradients, the
+    buffer that they are shared out from, and the buffer into which the next block is gathered. What is in no block (the root
+    unit) is whole from the beginning of a pass to its end, parameters and gradients.
+    """
+    blocks = [tensor_bytes(block.parameters()) for block in blocks_of(student)]
+    root = tensor_bytes(student.parameters()) - sum(blocks)
+    return 4 * max(blocks) + 2 * root
+
+
+def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype, shards: int = 1) -> list[MemoryPart]:
+    """What lies on every device from the first step to the last.
 
     Args:
         config: The run's.
         student: On the meta device.
         dtype: Of the teacher.
+        shards: Over how many devices all but the buffers is shared out.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    share = "" if shards == 1 else f", 1/{shards}"
+    weights = share_bytes(student.parameters(), shards=shards)
     parts = [
-        MemoryPart(name="student: float32 masters", nbytes=tensor_bytes(student.parameters())),
-        MemoryPart(name="student: gradients, float32", nbytes=4 * sum(parameter.numel() for parameter in trained)),
-        MemoryPart(name="optimizer: two moments, float32", nbytes=moment_bytes(student)),
+        MemoryPart(name=f"student: float32 masters{share}", nbytes=weights),
+        MemoryPart(name=f"student: gradients, float32{share}", nbytes=share_bytes(trained, shards=shards)),
+        MemoryPart(name=f"optimizer: two moments, float32{share}", nbytes=moment_bytes(student, shards=shards)),
         MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
     ]
     if config.method.target == "teacher":
         teacher = build_teacher(build_family(config), dtype=dtype)
-        name = f"teacher: weights, {str(dtype).removeprefix('torch.')}"
-        parts.insert(3, MemoryPart(name=name, nbytes=tensor_bytes([*teacher.parameters(), *teacher.buffers()])))
+        name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
+        nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())
+        parts.insert(3, MemoryPart(name=name, nbytes=nbytes))
+    if shards > 1:
+        parts.append(MemoryPart(name="gathered: a block, its gradients, buffers", nbytes=gathered_bytes(student)))
     return parts
 
 
@@ -147,25 +180,41 @@ class MemoryCounter:
             self._counts[settings] = count_step(self.config, settings, is_checked=not self._counts)
         return self._counts[settings]
 
-    def weight_bytes(self, settings: StepSettings) -> int:
-        """All but activations."""
-        return total_bytes(weight_parts(self.config, self.student, dtype=settings.teacher_dtype))
+    def weight_bytes(self, settings: StepSettings, *, shards: int) -> int:
+        """All but activations, shared out over so many devices."""
+        return total_bytes(weight_parts(self.config, self.student, dtype=settings.teacher_dtype, shards=shards))
 
-    def total(self, settings: StepSettings) -> int:
+    def total(self, settings: StepSettings, *, shards: int) -> int:
         """Bytes of everything."""
-        return self.weight_bytes(settings) + self.count(settings).peak_bytes
+        return self.weight_bytes(settings, shards=shards) + self.count(settings).peak_bytes
 
 
 def preparation_bytes(config: TrainConfig) -> int:
-    """Most bytes of tensors on the host at once before training starts, for each process.
+    """Most bytes of tensors on the host at once before training starts, of a process that holds whole models.
 
     The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
-    their weights before the old ones go), then the teacher is loaded.
+    their weights before the old ones go), then the teacher is loaded in its dtype.
     """
     family = build_family(config)
     with LiveBytes() as live:
         student, _ = build_student(config, family)
-        teacher = build_teacher(family, dtype=teacher_dtype(family)) if config.method.quantizes else None
-        peak = live.peak
-    del student, teacher
+        peak, kept = live.peak, live.live
+    if config.method.quantizes:
+        teacher = build_teacher(family, dtype=teacher_dtype(family))
+        peak = max(peak, kept + tensor_bytes([*teacher.parameters(), *teacher.buffers()]))
+    del student
     return peak
+
+
+def host_bytes(config: TrainConfig, student: nn.Module) -> int:
+    """Most bytes of tensors on the host at once, over all processes.
+
+    With strategy=fsdp only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
+    """
+    preparation = preparation_bytes(config)
+    if shards_of(config) == 1:
+        return config.devices * preparation
+    family = build_family(config)
+    teacher = build_teacher(family, dtype=teacher_dtype(family)) if config.method.quantizes else None
+    kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
+    return max(preparation, kept + tensor_bytes([*student.parameters(), *student.buffers()]) + moment_bytes(student))

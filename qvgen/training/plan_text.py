@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from qvgen.training.plan import TrainingPlan
+from qvgen.training.plan_advice import SHARDED_DEVICES
 from qvgen.training.plan_layers import LayerGroup
 from qvgen.training.plan_memory import USABLE_SHARE
 
@@ -132,12 +133,13 @@ def _memory(plan: TrainingPlan) -> list[str]:
     lines.append(
         f"  {'sum':<{width}}  {format_bytes(total):>10}  of {format_bytes(plan.device.nbytes)}, {plan.device.name}"
     )
+    left = f"this host has {format_bytes(plan.host_available_bytes)} left"
+    if plan.shards > 1:
+        what = "student and teacher before training, or teacher and a checkpoint; the other processes hold no weights"
+        return [*lines, f"host memory of rank 0: {format_bytes(plan.host_bytes)} ({what}); {left}"]
     each = f", {plan.schedule.devices} processes together" if plan.schedule.devices > 1 else ""
-    lines.append(
-        f"host memory before training: {format_bytes(plan.host_bytes)}{each} (student while its layers are swapped, or "
-        f"student and teacher); this host has {format_bytes(plan.host_available_bytes)} left"
-    )
-    return lines
+    what = "student while its layers are swapped, or student and teacher"
+    return [*lines, f"host memory before training: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]
 
 
 def _work(plan: TrainingPlan) -> list[str]:
@@ -191,7 +193,7 @@ def _verdict(plan: TrainingPlan) -> list[str]:
     host = []
     if plan.host_bytes > plan.host_available_bytes:
         host = [
-            f"HOST MEMORY IS SHORT: {format_bytes(plan.host_bytes)} are needed before training, "
+            f"HOST MEMORY IS SHORT: {format_bytes(plan.host_bytes)} are needed, "
             f"{format_bytes(plan.host_available_bytes)} are left on this host"
         ]
     if plan.fits:
@@ -206,9 +208,12 @@ def _verdict(plan: TrainingPlan) -> list[str]:
     if not plan.changes:
         assert plan.needed_bytes is not None
         needed = math.ceil(plan.needed_bytes / 2**30)
+        shared = "strategy=fsdp shares a model out over GPUs"
+        if plan.device.on_gpu:
+            shared = f"sharing the model out over {max(SHARDED_DEVICES)} GPUs (strategy=fsdp) is not enough either"
         lines.append(
             f"  nothing that can be set makes it fit: each device needs {needed} GiB even with gradient checkpointing, "
-            "micro-batches of 1 and a bfloat16 teacher; sharding over several GPUs (FSDP2) is not built yet"
+            f"micro-batches of 1 and a bfloat16 teacher; {shared}"
         )
     if not plan.device.on_gpu:
         lines.append("  this is a plan for the CPU; write device_memory_gib=80 to plan for a GPU of 80 GiB")

@@ -22,13 +22,15 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
 from qvgen.layers.swap import forms, restore_forms_
-from qvgen.lowrank.decay import DecaySchedule, halving_ranks
+from qvgen.lowrank.decay import DecaySchedule
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
 from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
+from qvgen.training.phi_plan import decay_schedule
+from qvgen.training.sharded_models import ShardedModels
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
-from qvgen.training.trainer import build_logger, build_trainer, close_loggers, fit
+from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
 from qvgen.training.validation import validation_videos
 
 START_FILE = "start.safetensors"
@@ -45,31 +47,6 @@ ten steps."""
 TRAINING_THREADS = 1
 """Of each process, until training is over: the last bit of a sum depends on how many threads share it, and a run must not
 depend on the machine's cores or on how many processes there are."""
-
-
-def phi_ranks(config: TrainConfig) -> tuple[int, ...]:
-    """Rank of Phi in each phase; empty for a method without Phi."""
-    if not config.method.uses_phi:
-        return ()
-    return config.phi.ranks or halving_ranks(config.phi.rank, decay=config.phi.decay)
-
-
-def decay_schedule(config: TrainConfig) -> DecaySchedule | None:
-    """The plan of Phi; None for a method without it.
-
-    Raises:
-        ValueError: There are fewer steps than phases.
-    """
-    ranks = phi_ranks(config)
-    if not ranks:
-        return None
-    return DecaySchedule(
-        ranks=ranks,
-        num_steps=config.steps,
-        tail_share=config.phi.tail_share,
-        anneal=config.phi.anneal,
-        drop=config.phi.drop,
-    )
 
 
 def micro_batches(config: TrainConfig) -> int:
@@ -95,14 +72,19 @@ def save_start(student: nn.Module, run_dir: Path) -> None:
 def load_start(student: nn.Module, run_dir: Path) -> None:
     """Read what :func:`save_start` wrote; raises ValueError where it is damaged."""
     path = run_dir / START_FILE
-    _restore(student, run_dir)
+    restore_layers_(student, run_dir)
     try:
         student.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} does not hold this run's start ({error}); start another run") from error
 
 
-def _restore(student: nn.Module, run_dir: Path) -> None:
+def restore_layers_(student: nn.Module, run_dir: Path) -> None:
+    """Bring the layers of a prepared student to the coordinates that the run starts in; their tensors stay.
+
+    Raises:
+        ValueError: The file is missing, damaged or of another model.
+    """
     path = run_dir / LAYERS_FILE
     try:
         restore_forms_(student, json.loads(path.read_text(encoding="utf-8")))
@@ -122,7 +104,7 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule |
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
     if not found:
         raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
-    _restore(student, run_dir)
+    restore_layers_(student, run_dir)
     try:
         state = torch.load(found[-1], map_location="cpu", weights_only=True)
         prefix = "student."
@@ -177,20 +159,67 @@ def train_all(
 def train_share(
     config: TrainConfig,
     *,
-    student: nn.Module,
+    student: nn.Module | None,
     teacher: nn.Module | None,
     run_dir: Path,
     validate: Callable[[nn.Module], float] | None = None,
     rank: int = 0,
     port: int = 0,
 ) -> None:
-    """Train as one of the run's processes; arguments as :func:`train_all`."""
+    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
     use_threads(TRAINING_THREADS)
     schedule = decay_schedule(config)
     split: Split = config.data.open(config.model, split="train")
-    target = teacher if config.method.target == "teacher" else None
-    module = VideoTraining(config, student=student, teacher=target, encode=split.encode)
-    directory = run_dir / CHECKPOINT_DIRECTORY
+    models = None
+    trained, shown = student, teacher
+    if config.strategy.name == "fsdp":
+        models = ShardedModels(config, whole_student=student, whole_teacher=teacher)
+        trained, shown = models.student, models.teacher
+        restore_layers_(trained, run_dir)
+    assert trained is not None, "a process that trains a whole model needs it"
+    module = VideoTraining(
+        config,
+        student=trained,
+        teacher=shown if config.method.target == "teacher" else None,
+        encode=split.encode,
+        share_out=None if models is None else models.share_out_,
+    )
+    callbacks = _callbacks(config, split, teacher=shown, run_dir=run_dir, validate=validate)
+    loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
+    trainer = build_trainer(
+        steps=config.steps,
+        accumulate=micro_batches(config),
+        processes=Processes(rank=rank, world_size=config.devices, port=port, sharded=models is not None),
+        callbacks=callbacks,
+        loggers=loggers,
+    )
+    data = StepKeyedData(split, batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed)
+    if config.strategy.gradient_checkpointing:
+        trained.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
+    trained.train()
+    found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
+    try:
+        fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    finally:
+        close_loggers(loggers)
+    if models is not None:
+        models.gather_()
+    if student is not None:
+        if schedule is not None:  # what the last step annealed to 0, where there is no tail
+            PhiDecay(schedule).apply(student, None, step=config.steps)
+        student.eval()
+
+
+def _callbacks(
+    config: TrainConfig,
+    split: Split,
+    *,
+    teacher: nn.Module | None,
+    run_dir: Path,
+    validate: Callable[[nn.Module], float] | None,
+) -> list[lightning.Callback]:
+    """In their order: Phi before the step; after it the metrics, the checkpoint, and the videos, which take longest."""
+    schedule, steps = decay_schedule(config), config.steps
     callbacks: list[lightning.Callback] = [] if schedule is None else [PhiDecay(schedule)]
     callbacks += [
         StepMetrics(
@@ -198,36 +227,17 @@ def train_share(
             schedule=schedule,
             validate=validate,
             every_steps=config.evaluation.every_steps,
-            num_steps=config.steps,
+            num_steps=steps,
         ),
         StepCheckpoint(
-            directory, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep, num_steps=config.steps
+            run_dir / CHECKPOINT_DIRECTORY,
+            every_steps=config.checkpoint.every_steps,
+            keep=config.checkpoint.keep,
+            num_steps=steps,
         ),
     ]
     videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
-    callbacks += [] if videos is None else [videos]
-    loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
-    trainer = build_trainer(
-        steps=config.steps,
-        accumulate=micro_batches(config),
-        rank=rank,
-        world_size=config.devices,
-        port=port,
-        callbacks=callbacks,
-        loggers=loggers,
-    )
-    data = StepKeyedData(split, batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed)
-    if config.strategy.gradient_checkpointing:
-        student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
-    student.train()
-    found = checkpoints(directory)
-    try:
-        fit(trainer, module, data, checkpoint=found[-1] if found else None)
-    finally:
-        close_loggers(loggers)
-    if schedule is not None:  # what the last step annealed to 0, where there is no tail
-        PhiDecay(schedule).apply(student, None, step=config.steps)
-    student.eval()
+    return callbacks if videos is None else [*callbacks, videos]
 
 
 def use_threads(count: int) -> None:

@@ -84,7 +84,14 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there, and that are read without executing anything they hold."""
+    """Checkpoints that are whole or not there, and that are read without executing anything they hold.
+
+    Args:
+        mapped: Map a file to memory in place of reading it: many processes read the parts that they need.
+    """
+
+    def __init__(self, *, mapped: bool = False) -> None:
+        self.mapped = mapped
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write beside, force to the disk, rename."""
@@ -98,7 +105,9 @@ class AtomicCheckpointIO(CheckpointIO):
         """Read tensors and plain values only."""
         del weights_only
         try:
-            state: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(
+                path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped
+            )
         except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
             raise ValueError(f"{path} is no checkpoint or damaged; delete it to resume from the one before") from error
         return state

@@ -27,7 +27,8 @@ from qvgen.layers.swap import (
 )
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.session import decay_schedule, load_start, phi_ranks, save_start
+from qvgen.training.phi_plan import decay_schedule, phi_ranks
+from qvgen.training.session import load_start, save_start
 
 log = logging.getLogger(__name__)
 

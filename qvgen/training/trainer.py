@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from qvgen.config.sections import LoggerConfig
 from qvgen.training.cluster import OneMachine
 from qvgen.training.launcher import guard_world_size
+from qvgen.training.sharded_strategy import ShardedStrategy
 from qvgen.training.step_checkpoint import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -51,13 +53,28 @@ def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
     return [WandbLogger(experiment=run)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: This process.
+        world_size: All processes; more than one trains by DDP, or FSDP2.
+        port: Where they find each other.
+        sharded: Share parameters, gradients and moments out over them (FSDP2).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    port: int = 0
+    sharded: bool = False
+
+
 def build_trainer(
     *,
     steps: int,
     accumulate: int,
-    rank: int,
-    world_size: int,
-    port: int,
+    processes: Processes,
     callbacks: list[lightning.Callback],
     loggers: list[Logger],
 ) -> lightning.Trainer:
@@ -66,37 +83,24 @@ def build_trainer(
     Args:
         steps: Optimizer steps.
         accumulate: Micro-batches per optimizer step.
-        rank: This process.
-        world_size: All processes; more than one trains by DDP.
-        port: Where they find each other.
+        processes: This one and the others.
         callbacks: See :mod:`qvgen.training.callbacks`.
         loggers: See :func:`build_logger`; rank 0 only.
     """
     on_gpu = torch.cuda.is_available()
-    strategy: Strategy
     with quiet_lightning():
-        if world_size > 1:
-            strategy = DDPStrategy(
-                cluster_environment=OneMachine(rank=rank, world_size=world_size, port=port),
-                process_group_backend="nccl" if on_gpu else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-                broadcast_buffers=False,  # gates and ranks are computed alike everywhere
-                gradient_as_bucket_view=True,
-                find_unused_parameters=True,  # the factors of a Phi that is gone
-            )
-        else:
-            strategy = SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
+        strategy = _strategy(processes, on_gpu=on_gpu)
         trainer = lightning.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
-            devices=world_size,
+            devices=processes.world_size,
             strategy=strategy,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(mapped=processes.sharded)],
             precision="bf16-mixed" if on_gpu else "32-true",
             max_steps=steps,
             max_epochs=-1,
             accumulate_grad_batches=accumulate,
             callbacks=callbacks,
-            logger=loggers if rank == 0 else False,
+            logger=loggers if processes.rank == 0 else False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -104,8 +108,32 @@ def build_trainer(
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
-    guard_world_size(trainer.world_size, expected=world_size)
+    guard_world_size(trainer.world_size, expected=processes.world_size)
     return trainer
+
+
+def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
+    if processes.world_size == 1:
+        return SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
+    backend = "nccl" if on_gpu else "gloo"
+    cluster = OneMachine(rank=processes.rank, world_size=processes.world_size, port=processes.port)
+    if processes.sharded:
+        strategy = ShardedStrategy(
+            data_parallel_size=processes.world_size,  # Lightning's "auto" is the number of machines: 1
+            tensor_parallel_size=1,
+            process_group_backend=backend,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        strategy.cluster_environment = cluster  # no argument of it
+        return strategy
+    return DDPStrategy(
+        cluster_environment=cluster,
+        process_group_backend=backend,
+        timeout=COLLECTIVE_TIMEOUT,
+        broadcast_buffers=False,  # gates and ranks are computed alike everywhere
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,  # the factors of a Phi that is gone
+    )
 
 
 @contextmanager
@@ -120,6 +148,8 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
+        # A prediction that is a view may not be changed in place: no family does, and the loss computes out of place.
+        warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*")
         try:
             yield
         finally:

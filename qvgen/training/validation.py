@@ -12,7 +12,8 @@ the step; a slow process holds the others up in their next all-reduce, whose tim
 Training does not notice: gradients, modes of the modules and every global random state are as before, so that a run has
 the same bits with and without videos. The student is sampled with Phi, the way it is trained.
 
-Left out: students whose parameters are sharded; their forward pass needs all processes at once.
+Models whose parameters are sharded (``sharded``) run on all processes at once: every process samples every prompt then, and
+rank 0 decides which are due and writes the files. The bits are the same; the time is not shared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import lightning
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import distributed, nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
@@ -59,6 +60,9 @@ class ValidationVideos(lightning.Callback):
         encode: Stands in place of the family's, so that no text encoder runs.
         every_steps: Optimizer steps between two validations.
         num_steps: Optimizer steps of the run.
+        sharded: Student and teacher are shared out over the processes.
+
+    Attributes:
         wait_seconds: How long rank 0 waits at the end.
     """
 
@@ -71,10 +75,11 @@ class ValidationVideos(lightning.Callback):
         encode: Encode | None,
         every_steps: int,
         num_steps: int,
-        wait_seconds: float = WAIT_SECONDS,
+        sharded: bool = False,
     ) -> None:
         self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
-        self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, wait_seconds
+        self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, WAIT_SECONDS
+        self.sharded = sharded
         self._last_step = 0
         self._unlogged: list[int] = []
 
@@ -120,25 +125,39 @@ class ValidationVideos(lightning.Callback):
 
     def write_videos(self, student: nn.Module, *, step: int, rank: int, world_size: int) -> None:
         """Sample and write a process's prompts of a step; what is there whole is left as it is."""
-        due = [i for i in range(rank, len(self.files), world_size) if not self.files.has_student(i, step=step)]
+        mine, writes = range(rank, len(self.files), world_size), True
+        if self.sharded:
+            mine, writes = range(len(self.files)), rank == 0
+        due = self._agreed([i for i in mine if not self.files.has_student(i, step=step)])
         if due:
             log.info("step %d: sampling the validation prompts %s", step, ", ".join(map(str, due)))
         for index in due:
-            teacher = self._teacher_frames(index)
+            teacher = self._teacher_frames(index, writes=writes)
             frames = self._sample(student, index)
+            if not writes:
+                continue
             psnr, similarity = None, None
             if teacher is not None:  # on the student's device: a large video's SSIM takes minutes on a CPU core
                 psnr, similarity = _distance(frames, teacher, next(student.parameters()).device)
             self.files.write_student(index, frames, step=step, teacher=teacher, psnr_db=psnr, ssim=similarity)
 
-    def _teacher_frames(self, index: int) -> Frames | None:
+    def _agreed(self, answer: list[int]) -> list[int]:
+        """What rank 0 found, where all processes have to do the same; files come and go while they look."""
+        if not self.sharded:
+            return answer
+        box = [answer]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _teacher_frames(self, index: int, *, writes: bool) -> Frames | None:
         """The teacher's video; sampled once in a run, by the process that the prompt belongs to."""
         if self.teacher is None:
             return None
         frames = self.files.load_teacher(index)
-        if frames is None:
+        if self._agreed([index] if frames is None else []):
             frames = self._sample(self.teacher, index)
-            self.files.write_teacher(index, frames)
+            if writes:
+                self.files.write_teacher(index, frames)
         return frames
 
     def _sample(self, model: nn.Module, index: int) -> Frames:
@@ -198,6 +217,7 @@ def validation_videos(
         encode=encode,
         every_steps=config.evaluation.video_every_steps,
         num_steps=config.steps,
+        sharded=config.strategy.name == "fsdp",
     )
 
 

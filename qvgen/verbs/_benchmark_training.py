@@ -26,9 +26,10 @@ from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.training.callbacks import PhiDecay
 from qvgen.training.fake_model import narrow_
 from qvgen.training.module import VideoTraining
+from qvgen.training.phi_plan import decay_schedule, phi_ranks
 from qvgen.training.plan import plan_training
 from qvgen.training.plan_memory import teacher_dtype
-from qvgen.training.session import decay_schedule, micro_batch_size, phi_ranks
+from qvgen.training.session import micro_batch_size
 
 PLANNED_STEPS = 100
 """Of the run that is pretended: enough for all phases of Phi, of which the first one is measured."""

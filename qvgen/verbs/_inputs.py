@@ -38,14 +38,19 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         return lambda teacher: SampledInputs(config, teacher=teacher, encode=encode)
     fill_missing(config, captions=_captions(config))
     _check_clips(config)
-    held_out = HeldOut(
+    held_out = open_held_out(config)
+    return lambda _: held_out
+
+
+def open_held_out(config: TrainConfig) -> HeldOut:
+    """The held-out clips that a run measures errors on."""
+    return HeldOut(
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
         seed=config.seed,
         batch_size=micro_batch_size(config),
     )
-    return lambda _: held_out
 
 
 def without_clips(config: TrainConfig) -> bool:

@@ -7,8 +7,9 @@ import logging
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import codes_equal
+from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.plan_verbs import plan_fold
-from qvgen.training.session import decay_schedule, load_trained
+from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.report import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.run_directory import RunDirectory
+from qvgen.training.phi_plan import phi_ranks
 from qvgen.training.plan import plan_training
 from qvgen.training.plan_text import format_plan
 from qvgen.training.session import (
     TRAINING_THREADS,
     load_start,
-    phi_ranks,
     train_all,
     train_share,
     use_threads,
@@ -24,7 +24,7 @@ from qvgen.training.session import (
 from qvgen.training.student import check_student, prepare_student, start_student
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
-from qvgen.verbs._inputs import open_inputs
+from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
 from qvgen.verbs._pretrain import pretrain
 from qvgen.verbs.precompute import fill_missing
@@ -89,6 +89,11 @@ def num_clips(config: TrainConfig) -> int | None:
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    if config.strategy.name == "fsdp":  # its shares come from rank 0
+        held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
+        validate = None if held_out is None else held_out.take_part
+        train_share(config, student=None, teacher=None, run_dir=config.run_dir, validate=validate, rank=rank, port=port)
+        return
     teacher: nn.Module | None = None
     if config.method.quantizes:
         student, _ = prepare_student(config)

@@ -89,6 +89,7 @@ def test_jobs_started_together_get_different_folders() -> None:
         ("optim.learning_rate=-1e-3", "optim.learning_rate=-0.001 must be greater than 0"),
         ("optim.betas=[0.9]", r"optim.betas=\[0.9\] has 1 entries; give 2"),
         ("devices=2", "devices=2 needs more than one process; write devices=2 strategy=ddp"),
+        ("strategy=fsdp", "strategy=fsdp shares one model .*devices=8 strategy=fsdp .*or strategy=single"),
         ("batch_size=30 accumulate=4", "batch_size=30 cannot be divided by .*accumulate=4; .*batch_size=32"),
         ("batch_size=1 devices=2 strategy=ddp", "batch_size=1 cannot .*batch_size=2"),
         ("phi=3", "phi=3 is a section"),
@@ -128,7 +129,8 @@ def test_a_run_is_read_back_as_it_was_started(tmp_path: Path) -> None:
 
 def test_all_files_of_conf_compose() -> None:
     for file in conf_directory().glob("*/*.yaml"):
-        assert train(f"{file.parent.name}={file.stem}", "devices=1").bits.label == "3"
+        devices = 2 if file.stem == "fsdp" else 1
+        assert train(f"{file.parent.name}={file.stem}", f"devices={devices}").bits.label == "3"
 
 
 @pytest.mark.parametrize(

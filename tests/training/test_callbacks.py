@@ -13,7 +13,7 @@ from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, rows_before, total_seconds
 from qvgen.training.optim import build_optimizer
-from qvgen.training.session import decay_schedule
+from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.step_checkpoint import AtomicCheckpointIO, checkpoints
 from qvgen.training.student import prepare_student
 from tests.runs import BOUNDARIES, STEPS, read_metrics, train_config

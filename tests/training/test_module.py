@@ -15,7 +15,8 @@ from qvgen.data.bucket_sampler import BucketBatchSampler
 from qvgen.data.moving_digits import MovingDigits, MovingDigitsSource
 from qvgen.data.source import Split
 from qvgen.training.module import VideoTraining
-from qvgen.training.session import decay_schedule, load_trained, train_share
+from qvgen.training.phi_plan import decay_schedule
+from qvgen.training.session import load_trained, train_share
 from qvgen.training.step_checkpoint import checkpoints
 from qvgen.training.step_module import TrainingDivergedError
 from qvgen.training.student import prepare_student

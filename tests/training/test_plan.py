@@ -192,12 +192,42 @@ def test_every_proposal_fits_when_it_is_planned() -> None:
         assert again.memory_bytes == change.total_bytes
 
 
+def test_a_model_of_14b_is_shared_out_over_eight_gpus() -> None:
+    """Against 18 bytes for each of 14.289e9 parameters (docs/models.md) over 8, and what is said in docs/planning.md."""
+    plan = plan_training(full_size("wan-14b", "device_memory_gib=80"))
+    assert not plan.fits
+    (change,) = plan.changes
+    assert change.overrides == "devices=8 strategy=fsdp accumulate=6"
+    shared = plan_training(full_size("wan-14b", "device_memory_gib=80", *change.overrides.split()))
+    assert shared.fits
+    assert shared.memory_bytes == change.total_bytes
+    assert shared.count == plan.count
+    parts = {part.name: part.nbytes for part in shared.memory}
+    shares = sum(nbytes for name, nbytes in parts.items() if "1/8" in name)
+    assert shares == pytest.approx(18 * 14.289e9 / 8, rel=0.02)  # and Phi, scales
+    block = 8 * 5120**2 + 2 * 5120 * 13824  # two attentions of four Linears, two of the feed-forward layers
+    root = 14.289e9 - 40 * block
+    assert parts["gathered: a block, its gradients, buffers"] == pytest.approx(4 * (4 * block + 2 * root), rel=0.1)
+    # Rank 0 alone holds whole models on the host; a checkpoint is 12 bytes for each parameter, beside a bfloat16 teacher.
+    assert shared.host_bytes == pytest.approx(14 * 14.449e9, rel=0.01)
+    assert plan.host_bytes == pytest.approx(6 * 14.4e9, rel=0.02)
+    text = "\n".join(format_plan(shared))
+    assert "the other processes hold no weights" in text
+    assert "student: float32 masters, 1/8" in text
+
+
+def test_processes_of_a_cpu_share_its_memory_anyway() -> None:
+    plan = plan_training(train_config("model.num_layers=1", "devices=2", "strategy=fsdp"))
+    assert plan.shards == 2
+    assert not any("fsdp" in change.overrides for change in plan.changes)
+
+
 def test_where_nothing_fits_it_says_how_much_is_needed() -> None:
     plan = plan_training(train_config(*SMALL, "device_memory_gib=0.001"))
     assert plan.changes == []
     text = format_plan(plan)[-1]
     assert "each device needs 1 GiB" in text
-    assert "FSDP2" in text
+    assert "sharing the model out over 8 GPUs (strategy=fsdp) is not enough either" in text
     best = ("strategy.gradient_checkpointing=true", "accumulate=8", "device_memory_gib=1")
     assert plan.needed_bytes == int(plan_training(train_config(*SMALL, *best)).memory_bytes / USABLE_SHARE)
 

@@ -23,7 +23,7 @@ from qvgen.data.video import write_video
 from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
 from qvgen.training.student import prepare_student
-from qvgen.training.trainer import COLLECTIVE_TIMEOUT, build_logger, build_trainer, close_loggers
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_logger, build_trainer, close_loggers
 from qvgen.training.validation import ValidationVideos, validation_videos
 from tests.runs import train_config
 from tests.training.validated import contents, times
@@ -44,9 +44,11 @@ def student() -> nn.Module:
 def five_prompts(directory: Path, *, encode: Any = None, teacher: nn.Module | None) -> ValidationVideos:
     config = train_config()
     files = ValidationFiles(directory, prompts=config.model.prompts[:PROMPTS], seeds=range(7, 7 + PROMPTS), fps=8)
-    return ValidationVideos(
-        files=files, family=config.model, teacher=teacher, encode=encode, every_steps=2, num_steps=3, wait_seconds=0
+    videos = ValidationVideos(
+        files=files, family=config.model, teacher=teacher, encode=encode, every_steps=2, num_steps=3
     )
+    videos.wait_seconds = 0
+    return videos
 
 
 def index_of(name: str) -> int:
@@ -222,7 +224,8 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
 
 
 def test_a_slow_process_is_waited_for() -> None:
-    trainer = build_trainer(steps=1, accumulate=1, rank=0, world_size=2, port=1, callbacks=[], loggers=[])
+    processes = Processes(rank=0, world_size=2, port=1)
+    trainer = build_trainer(steps=1, accumulate=1, processes=processes, callbacks=[], loggers=[])
     assert isinstance(trainer.strategy, DDPStrategy)
     assert trainer.strategy._timeout == COLLECTIVE_TIMEOUT
     assert COLLECTIVE_TIMEOUT.total_seconds() * 1000 < 2**31  # gloo's counter of milliseconds

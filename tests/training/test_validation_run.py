@@ -16,10 +16,10 @@ from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
 from qvgen.training.callbacks import PhiDecay, StepMetrics
 from qvgen.training.module import VideoTraining
-from qvgen.training.session import decay_schedule
+from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.student import prepare_student
-from qvgen.training.trainer import build_trainer, fit
+from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import ValidationVideos, validation_videos
 from tests import runs
 from tests.runs import load_state, read_metrics, train_config
@@ -64,9 +64,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
     trainer = build_trainer(
         steps=NUM_STEPS,
         accumulate=2,
-        rank=0,
-        world_size=1,
-        port=0,
+        processes=Processes(),
         callbacks=[PhiDecay(schedule), steps, saves, *([videos] if videos else [])],
         loggers=[],
     )

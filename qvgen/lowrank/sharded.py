@@ -1,0 +1,30 @@
+"""Tensors of which every process holds a share of the rows, read and written whole.
+
+They are torch's DTensors, which FSDP2 makes of Parameters. An ordinary tensor is its own whole. Both functions are
+collectives for a sharded one: every process of its mesh calls them, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, on every process; an ordinary tensor itself, not a copy."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def write_whole_(tensor: Tensor, value: Tensor) -> None:
+    """Set a tensor in place to a value of its whole shape.
+
+    Where it is sharded, the first process of the mesh sends each its rows: whatever the others computed, all shares are of
+    one and the same value. (A singular value decomposition may differ in bits between devices that are not alike, and
+    shares of two different ones would be no decomposition of anything.)
+    """
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)

@@ -1,0 +1,161 @@
+"""Models whose parameters are shared out over the processes of a run (FSDP2, torch.distributed.fsdp.fully_shard).
+
+    rank 0     a model with its weights, on the host
+                 |  the same model on the meta device, on every rank: its blocks become units, then the rest is one
+                 |  rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
+    rank r     rows [r n/R, (r + 1) n/R) of each parameter [n, ...]; buffers whole
+
+A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left; gradients are
+averaged and shared out by unit, after every micro-batch (whole ones would not fit). Outside of both passes every parameter
+is a share, so whatever acts between optimizer steps sees shares alone (``reshard_after_forward`` is on for the root too).
+What is gathered has the parameters' own dtype: the quantizers' arithmetic needs the float32 masters, and a
+MixedPrecisionPolicy would hand them bfloat16.
+
+Left out: offloading to the host, more than one machine, tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from qvgen.lowrank.sharded import whole, write_whole_
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks: the entries of the lists that are its direct children."""
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard a model over a mesh and give it the tensors of another; a collective.
+
+    Args:
+        model: On the meta device; each process keeps its rows of every parameter, and all of every buffer.
+        source: On rank 0, the model whose tensors it gets; None elsewhere.
+        mesh: The processes.
+        device: Where this process's shares go.
+
+    Raises:
+        ValueError: The model has no blocks.
+        RuntimeError: The source has other parameters than the model.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of blocks to shard; use strategy=ddp")
+    _take_dtypes_(model, source)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.to_empty(device=device)
+    given = {} if source is None else dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        if source is not None:
+            value = given[name].detach().to(device)
+        else:  # receives its rows; nobody reads these numbers
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        write_whole_(parameter, value)
+    _take_buffers_(model, source, device=device)
+
+
+def _take_dtypes_(model: nn.Module, source: nn.Module | None) -> None:
+    """The source's dtypes, which a family may choose by its own rules, on the meta device."""
+    found = [] if source is None else [(name, p.shape, p.dtype) for name, p in source.named_parameters()]
+    wanted = {name: (shape, dtype) for name, shape, dtype in _from_rank_zero(found)}
+    here = dict(model.named_parameters())
+    if {name: p.shape for name, p in here.items()} != {name: shape for name, (shape, _) in wanted.items()}:
+        raise RuntimeError(f"rank 0 has another {type(model).__name__} than this process; start all from one version")
+    for name, parameter in here.items():
+        parameter.data = parameter.data.to(wanted[name][1])
+
+
+def _take_buffers_(model: nn.Module, source: nn.Module | None, *, device: torch.device) -> None:
+    """The source's buffers, also those that are in no state dict (positions that a model computes when it is built)."""
+    found = {} if source is None else dict(source.named_buffers())
+    for name, shape, dtype in _from_rank_zero([(name, b.shape, b.dtype) for name, b in found.items()]):
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        if source is not None:
+            buffer.copy_(found[name])
+        distributed.broadcast(buffer, src=0)
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = buffer
+
+
+def _from_rank_zero(value: list[tuple[str, torch.Size, torch.dtype]]) -> list[tuple[str, torch.Size, torch.dtype]]:
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@torch.no_grad()
+def gather_(model: nn.Module, *, target: nn.Module | None) -> None:
+    """Put a sharded model's tensors together on the host of one process, one after another; a collective.
+
+    Args:
+        model: Sharded.
+        target: On rank 0, the model without shards (its tensors may be on the meta device) that gets them; None elsewhere.
+    """
+    found = {}
+    for name, tensor in {**dict(model.named_buffers()), **model.state_dict()}.items():
+        value = whole(tensor)
+        if target is not None:  # the others take part and keep nothing
+            found[name] = value.cpu()
+    if target is not None:
+        kept = target.state_dict().keys()
+        target.load_state_dict({name: found[name] for name in kept}, strict=True, assign=True)
+        for name in found.keys() - kept:  # buffers that are in no state dict
+            parent, _, leaf = name.rpartition(".")
+            target.get_submodule(parent)._buffers[leaf] = found[name]
+
+
+def rows_of(size: int, *, rank: int, world_size: int) -> slice:
+    """Which of ``size`` rows a process holds: equal shares, the last ones shorter or empty (torch.chunk's rule).
+
+    Example:
+        >>> [rows_of(10, rank=rank, world_size=4) for rank in range(4)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 9, None), slice(9, 10, None)]
+        >>> rows_of(1, rank=1, world_size=2)
+        slice(1, 1, None)
+    """
+    share = -(-size // world_size)
+    return slice(min(rank * share, size), min((rank + 1) * share, size))
+
+
+def share_of(value: Tensor, *, like: DTensor) -> DTensor:
+    """This process's rows of a whole tensor, as a tensor that is sharded as another of its shape; no collective.
+
+    Only the rows are read: ``value`` may be a file that is mapped to memory.
+    """
+    assert value.shape == like.shape, f"{list(value.shape)} for {list(like.shape)}"
+    mesh = like.device_mesh
+    rows = value[rows_of(value.shape[0], rank=mesh.get_local_rank(), world_size=mesh.size())]
+    local = rows.to(device=like.to_local().device, copy=True)
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def add_gradients_by_block_(model: nn.Module) -> list[RemovableHandle]:
+    """Make a model that is not sharded add gradients in the order of a sharded one.
+
+    What several blocks read, such as the embedding of the text, gets a sum of gradients. FSDP2 passes a unit's inputs through
+    a node of its own, so that the parts of one block are added first, and then blocks; without such nodes the parts are added
+    one by one. Both are right; this makes the strategies train the same bits. It costs neither memory nor operations.
+
+    Returns:
+        What undoes it.
+    """
+
+    def own(value: Any) -> Any:
+        return value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
+
+    def hook(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        del block
+        return tree_map(own, args), tree_map(own, kwargs)
+
+    return [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks_of(model)]
