@@ -14,6 +14,7 @@ from torch import nn
 
 from qvgen.config.leaves import build_leaf
 from qvgen.config.schema import TrainConfig
+from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
 from qvgen.training.phi_plan import phi_ranks
@@ -58,7 +59,16 @@ def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None
             num_noise_bands=PrepareConfig.num_noise_bands,
             phi_rank=max(phi_ranks(config), default=0),
         )
+    add_configured_switch(student, config)
     return student, report
+
+
+def add_configured_switch(student: nn.Module, config: TrainConfig) -> None:
+    """Let the configured policy choose a prepared student's activation widths, if there is one."""
+    switch = config.activation_switch
+    if switch.widths is not None:
+        low, high = switch.widths
+        add_switch(student, DeltaSwitchConfig(widths=(low, high), delta=switch.delta))
 
 
 def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:

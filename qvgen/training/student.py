@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
-from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.swap import (
@@ -27,6 +26,7 @@ from qvgen.layers.swap import (
 )
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
+from qvgen.training.fake_model import add_configured_switch
 from qvgen.training.phi_plan import decay_schedule, phi_ranks
 from qvgen.training.session import load_start, save_start
 
@@ -75,10 +75,7 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
             seed=config.seed,
         ),
     )
-    if config.activation_switch.widths is not None:
-        add_switch(
-            student, DeltaSwitchConfig(widths=config.activation_switch.widths, delta=config.activation_switch.delta)
-        )
+    add_configured_switch(student, config)
     return student, swapped
 
 
