@@ -80,7 +80,7 @@ def cost_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
 
 
 def calibration_memory(config: TrainConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Bytes of all statistics of the method, the passes that ``calibration.memory_gib`` makes of them, the largest one."""
+    """Bytes of all statistics of a method, the passes that ``calibration.memory_gib`` makes of them, and the largest one."""
     needs = frozenset(config.init.needs)
     if not needs:
         return {"statistics_bytes": 0, "passes": 0, "largest_pass_bytes": 0}
