@@ -181,6 +181,10 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         positive(videos=self.videos, timed_steps=self.timed_steps)
+        require(
+            self.what != "ptq" or self.run.evaluation.samples > 0,
+            "evaluation.samples=0 measures nothing; a benchmark needs more",
+        )
         for key in ("methods", "widths", "seeds"):
             require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods:

@@ -100,6 +100,7 @@ def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
         ("methods=[gptq+rx]", "methods holds 'gptq+rx'"),
         ("widths=[9]", "bits=9 is outside 2..8"),
         ("seeds=[]", "seeds=[] is empty"),
+        ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
         ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training)"),
     ],
 )
