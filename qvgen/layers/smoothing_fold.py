@@ -56,9 +56,13 @@ def fold_input_scale_(model: nn.Module, fold: SmoothingFold, input_scale: Float[
         input_scale: m, finite and not 0 anywhere.
 
     Raises:
-        ValueError: An m of another size, or with zeros or values that are not finite.
+        ValueError: An m of another size, or with zeros or values that are not finite; a layer with a low-rank branch, whose
+            factors would have to be scaled too.
     """
     consumers = [model.get_submodule(name) for name in fold.consumers]
+    for name in (*fold.consumers, *(producer.module for producer in fold.producers)):
+        if getattr(model.get_submodule(name), "branch_down", None) is not None:
+            raise ValueError(f"{name} has a low-rank branch already; fold before the method that makes it")
     sizes = {getattr(module, "in_features", None) for module in consumers}
     if sizes != {input_scale.numel()} or not bool((input_scale.isfinite() & (input_scale != 0)).all()):
         raise ValueError(

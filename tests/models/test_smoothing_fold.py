@@ -217,3 +217,15 @@ def test_a_factor_that_does_not_fit_is_refused(factor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"input_scale of blocks\.0\.attn1\.to_out\.0 must be \['32'\] finite values"):
         fold_input_scale_(model, fold, factor)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("branched", ["blocks.0.attn1.to_v", "blocks.0.attn1.to_out.0"])
+def test_a_layer_with_a_branch_is_refused(branched: str) -> None:
+    family, model, _ = make("wan")
+    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    qvgen.prepare(model, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    quantized_layers(model)[branched].set_branch_(torch.zeros(2, 32), torch.zeros(32, 2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"{branched} has a low-rank branch already"):
+        fold_input_scale_(model, family.smoothing_folds(model)[0], torch.full((32,), 2.0))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
