@@ -127,13 +127,7 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
         model = _build(manifest, source=directory / MANIFEST_FILE)
     elif _plain_config(model) != manifest.transformer_config:
         raise ValueError(f"the model that was given has another configuration than {directory / MANIFEST_FILE} says")
-    band = NoiseBand(manifest.num_noise_bands)
-    if manifest.timesteps is not None:
-        try:
-            band.use_timesteps_(manifest.timesteps)
-        except ValueError as error:
-            raise ValueError(f"{directory / MANIFEST_FILE}: {error}") from error
-        band.strict = manifest.strict_timesteps
+    band = _noise_band(manifest, source=directory / MANIFEST_FILE)
     for entry in manifest.layers:
         _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
     watch_timestep(model, band)
@@ -197,6 +191,17 @@ def _build(manifest: Manifest, *, source: Path) -> nn.Module:
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"{source}: its configuration builds no {manifest.transformer}: {error}") from error
     return model
+
+
+def _noise_band(manifest: Manifest, *, source: Path) -> NoiseBand:
+    band = NoiseBand(manifest.num_noise_bands)
+    if manifest.timesteps is not None:
+        try:
+            band.use_timesteps_(manifest.timesteps)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        band.strict = manifest.strict_timesteps
+    return band
 
 
 def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: str, source: Path) -> None:
