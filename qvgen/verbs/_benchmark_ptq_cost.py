@@ -25,8 +25,8 @@ from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
-from qvgen.initializers.base import LayerStatistics
-from qvgen.initializers.calibration import MAX_INPUTS, passes, statistics_bytes
+from qvgen.initializers.base import LayerStatistics, StepRanges
+from qvgen.initializers.calibration import MAX_INPUTS, RANGE_STEPS, passes, statistics_bytes
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
@@ -118,11 +118,14 @@ def _statistics(size: int, *, config: TrainConfig, generator: torch.Generator) -
     rows = torch.randn(ROWS, size, generator=generator)
     rows[:, ::64] *= 30
     needs = config.init.needs
+    steps = tuple(20.0 * step for step in range(RANGE_STEPS))
+    low, high = (end.expand(RANGE_STEPS, -1) for end in (rows.amin(0), rows.amax(0)))
     return LayerStatistics(
         abs_max=rows.abs().amax(0).expand(PrepareConfig.num_noise_bands, -1),
         second_moment=rows.mT @ rows / ROWS if "second_moment" in needs else None,
         inputs=rows[:MAX_INPUTS] if "inputs" in needs else None,
         num_rows=ROWS,
+        ranges=StepRanges(timesteps=steps, low=low, high=high) if "ranges" in needs else None,
     )
 
 
