@@ -98,7 +98,8 @@ class NoiseBand:
         self._upper = (lower, share.float())
         if (
             self.strict
-            and not (training or self.lenient)
+            and self.sampling
+            and not training
             and bool(((steps[self.current] - values).abs() > TIMESTEP_TOLERANCE).any())
         ):
             raise ValueError(
