@@ -2,8 +2,8 @@
 
     visual   lpips   mean over frames of LPIPS (:mod:`qvgen.evaluation.lpips`)
              ssim    1 - SSIM, the stated substitute without a network
-    motion   raft         mean |flow_a - flow_b| of the optical flow (:mod:`qvgen.evaluation.raft`) from each frame to the next,
-                          as a share of the frame's diagonal
+    motion   raft         mean |flow_a - flow_b| of the optical flow from each frame to the next, as a share of the frame's
+                          diagonal (:mod:`qvgen.evaluation.raft`)
              differences  mean |(a_{f+1} - a_f) - (b_{f+1} - b_f)| / 255, the stated substitute
     text     clip    mean over frames of |cos(a, caption) - cos(b, caption)| of the user's model
                      (:mod:`qvgen.evaluation.text_similarity`)

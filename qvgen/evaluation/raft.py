@@ -187,7 +187,7 @@ class Raft(nn.Module):
 
 
 def _grid(like: Tensor) -> Tensor:
-    """x and y of every place, float32 [B, 2, H, W]."""
+    """Column and row of every place, float32 [B, 2, H, W]."""
     batch, _, height, width = like.shape
     y, x = torch.meshgrid(
         torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"

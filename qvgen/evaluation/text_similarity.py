@@ -1,8 +1,8 @@
 """How well frames fit their caption: the cosine of a user's own text-image model (CLIP, SigLIP, ...), from a local folder.
 
-No package registry carries such weights, so there is no default: the folder is what `hf download` leaves, read by transformers
-from safetensors alone and without code of its own. Images are resized (shorter side), cut in the middle and normalized as the
-folder's preprocessor_config.json says.
+No package registry carries such weights, so there is no default: the folder is what `hf download` leaves, read by
+transformers from safetensors alone and without code of its own. Images are resized (shorter side), cut in the middle
+and normalized as the folder's preprocessor_config.json says.
 """
 
 from __future__ import annotations

@@ -1,71 +1,16 @@
 """ViDiT-Q (arXiv 2406.02540): static-dynamic channel balancing, then a random rotation of the whole row.
 
-    m_j = w_j^alpha / a_j^(1-alpha)      a_j: largest |X_j| over all noise bands (the paper: over timesteps)
-    X' = (X m D) H, W' = (W / (m D)) H   D: random signs, so that H is a random Hadamard matrix
-
-D is part of the layer's input_scale: one multiplication, which is folded into what stands before the layer where the model's
-family allows it (:mod:`qvgen.initializers.smoothing`); layers that read the same input share m and D. The weight is rounded
-once, from (W / (m D)) H (the released code rounds twice); activations are dynamic per token of each sample. Which layers stay
-in full precision (the paper: embedders, adaLN, the last one) is ``model.exclude``.
+All of it is :mod:`qvgen.initializers.balanced_rotation`, with the same bits for every layer. Which layers stay in full
+precision (the paper: embedders, adaLN, the last one) is ``model.exclude``.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from qvgen.initializers.base import LayerStatistics, Need, require
-from qvgen.layers.fake_quant_linear import FakeQuantLinear
-from qvgen.quant.hadamard import largest_block
-from qvgen.quant.ranges import search_qparams
-from qvgen.quant.smoothing import smoothing_scale
+from qvgen.initializers.balanced_rotation import BalancedRotation
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViditQ:
-    """Balancing, rotation and range search.
-
-    Attributes:
-        alpha: The paper's exponent of the weight, 0 to 1: 0.56 for W4A8, 0.75 for W8A8.
-        seed: Of the random signs.
-        fold_smoothing: fold m and the signs into what stands before the layer where the model allows it; False: multiply
-            everywhere.
-    """
-
-    alpha: float
-    seed: int
-    fold_smoothing: bool
-
-    needs: frozenset[Need] = frozenset({"abs_max"})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; the paper uses 0.56 for W4A8, 0.75 for W8A8")
-
-    def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
-        """See :class:`qvgen.initializers.base.Smoothing`."""
-        weight = torch.cat([layer.original_weight() for layer in layers])
-        largest = require(statistics, "abs_max").abs_max.amax(0).to(weight.device)
-        # smoothing_scale's alpha is the share of the input's range that moves into the weight: 1 - the paper's.
-        factor = smoothing_scale(largest, weight, alpha=1.0 - self.alpha)
-        return factor * _random_signs(layers[0].in_features, seed=self.seed).to(factor)
-
-    def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
-        """See :class:`qvgen.initializers.base.Initializer`."""
-        statistics = require(statistics, "abs_max")
-        factor = None if statistics.smoothed else self.input_scale([layer], statistics=statistics)
-        layer.move_(profile=replace(layer.profile, rotation=largest_block(layer.in_features)), input_scale=factor)
-        scale, zero_point = search_qparams(layer.weight.detach(), grid=layer.profile.weight)
-        layer.weight_quantizer.start_from_(scale, zero_point)
-        return layer.weight.detach()
-
-
-def _random_signs(size: int, *, seed: int) -> Tensor:
-    """+-1 [K]; the same for all layers of a width, as the paper's rotation is."""
-    digest = hashlib.blake2b(f"vidit_q/{seed}/{size}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
+class ViditQ(BalancedRotation):
+    """Balancing, rotation and range search."""

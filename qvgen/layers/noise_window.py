@@ -1,7 +1,7 @@
 """Windows of timesteps: equal shares of the sampling steps, made of whole noise bands.
 
-Window 0 is where sampling begins. Schedules with a shift spend most steps in strong noise, so that equal shares of the axis of
-timesteps could hold no step at all; here they are shares of the steps that a schedule visits.
+Window 0 is where sampling begins. Schedules with a shift spend most steps in strong noise, so that equal shares of the
+axis of timesteps could hold no step at all; here they are shares of the steps that a schedule visits.
 """
 
 from __future__ import annotations

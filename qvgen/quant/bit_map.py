@@ -1,0 +1,139 @@
+"""Mixed precision: which bit-width every unit of layers has in every window of timesteps, from measured sensitivities.
+
+Two levels, as ViDiT-Q (arXiv 2406.02540) has them, each solved exactly (:mod:`qvgen.quant.allocation`):
+
+    between groups   all units at once by their output error: how much of the budget each group gets
+    inside a group   the units of that group by the group's own metric, under what the group got
+
+Metrics of different groups are never added up. Errors of units are taken as additive, which is the one approximation.
+
+A width may be fixed in some windows of timesteps (the released map of ViDiT-Q: 8 bits in the first quarter). The codes of both
+widths are stored then, and the cost is the sum of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qvgen.quant.allocation import allocate
+
+BitMap = Mapping[str, Mapping[int, tuple[int, int]]]
+"""Layer -> window of timesteps -> bits of weight and activation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideProblem:
+    """The allocation of one side (weights or activations).
+
+    Attributes:
+        groups: Group of each unit, [U].
+        widths: Candidate bit-widths, rising, [B].
+        output_error: float64 [U, B, W], of the whole model's output when that unit alone has that width in that window.
+        score: float64 [U, B, W], by the group's own metric; in any unit that is one for the whole group.
+        cost: float64 [U, B], whole numbers: what the unit's layers cost at that width.
+        budget: Largest sum of costs.
+    """
+
+    groups: tuple[str, ...]
+    widths: tuple[int, ...]
+    output_error: Tensor
+    score: Tensor
+    cost: Tensor
+    budget: float
+
+    def __post_init__(self) -> None:
+        shape = (len(self.groups), len(self.widths))
+        for name, value in (("output_error", self.output_error), ("score", self.score)):
+            if value.shape[:2] != shape or value.dim() != 3:
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}; {len(shape) + 1} dimensions {list(shape)} x W are needed"
+                )
+        if self.cost.shape != shape or bool((self.cost != self.cost.round()).any()):
+            raise ValueError(f"cost must be whole numbers of shape {list(shape)}")
+
+
+def constant_widths(problem: SideProblem, *, fixed: Sequence[int | None] | None = None) -> list[list[int]]:
+    """One width per unit, but for windows whose width is fixed.
+
+    Args:
+        problem: The candidates.
+        fixed: [W], the width of a window for all units, or None where it is the unit's; None: nowhere fixed.
+
+    Returns:
+        Bits by unit and window, [U][W].
+
+    Raises:
+        ValueError: A fixed width that is no candidate, or a budget below the cheapest choice.
+    """
+    windows = problem.output_error.shape[2]
+    fixed = [None] * windows if fixed is None else list(fixed)
+    if len(fixed) != windows:
+        raise ValueError(f"{len(fixed)} fixed widths for {windows} windows; give one for each, null where it is free")
+    for width in fixed:
+        if width is not None and width not in problem.widths:
+            raise ValueError(f"the fixed width {width} is no candidate; add it to {list(problem.widths)}")
+    options = [[width if held is None else held for held in fixed] for width in problem.widths]
+    place = {width: index for index, width in enumerate(problem.widths)}
+    chosen = torch.tensor([[place[width] for width in option] for option in options])  # [O, W]
+    cost = torch.stack([problem.cost[:, [place[width] for width in set(option)]].sum(1) for option in options], 1)
+
+    def of_options(table: Tensor) -> Tensor:
+        return table.double()[:, chosen, torch.arange(windows)].sum(2)
+
+    choice = _two_levels(
+        problem.groups, of_options(problem.output_error), of_options(problem.score), cost, problem.budget
+    )
+    return [options[index] for index in choice.tolist()]
+
+
+def windowed_widths(problem: SideProblem, *, steps: Sequence[int]) -> list[list[int]]:
+    """A width of its own for every unit and window.
+
+    Args:
+        problem: The candidates; the budget is of one step.
+        steps: [W], sampling steps of each window: what its costs count.
+
+    Returns:
+        Bits by unit and window, [U][W].
+
+    Raises:
+        ValueError: A budget below the cheapest choice, or not one number of steps per window.
+    """
+    units, widths, windows = problem.output_error.shape
+    if len(steps) != windows or min(steps) < 1:
+        raise ValueError(f"steps={list(steps)} must be {windows} positive numbers, one for each window")
+    cost = (problem.cost.double().unsqueeze(1) * torch.tensor(steps).view(1, -1, 1)).reshape(-1, widths)
+    error, score = (table.double().mT.reshape(-1, widths) for table in (problem.output_error, problem.score))
+    groups = [group for group in problem.groups for _ in range(windows)]
+    choice = _two_levels(groups, error, score, cost, problem.budget * sum(steps)).view(units, windows)
+    return [[problem.widths[index] for index in row] for row in choice.tolist()]
+
+
+def _two_levels(groups: Sequence[str], error: Tensor, score: Tensor, cost: Tensor, budget: float) -> Tensor:
+    """Option of every row, int64 [R]; tables are [R, O]."""
+    between = allocate(error, cost, budget=budget)
+    choice = between.clone()
+    for group in dict.fromkeys(groups):
+        rows = torch.tensor([index for index, name in enumerate(groups) if name == group])
+        granted = float(cost[rows, between[rows]].sum())
+        choice[rows] = allocate(score[rows], cost[rows], budget=granted)
+    return choice
+
+
+def per_layer(bit_map: BitMap) -> dict[str, tuple[int, int]]:
+    """The map of layers whose widths are the same in all windows.
+
+    Raises:
+        ValueError: Names the first layer with another width in some window.
+    """
+    result = {}
+    for layer, windows in bit_map.items():
+        found = set(windows.values())
+        if len(found) > 1:
+            raise ValueError(f"{layer} has {len(found)} pairs of bit-widths over the windows of timesteps, not one")
+        result[layer] = found.pop()
+    return result
