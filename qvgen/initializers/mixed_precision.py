@@ -1,11 +1,11 @@
 """ViDiT-Q's metric-decoupled mixed precision (arXiv 2406.02540): bits by what each layer's loss does to the video.
 
-The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has. Which bits
-those are is decided before, over the whole model: :mod:`qvgen.training.mixed_precision` measures the sensitivities
-as this configuration says, and :mod:`qvgen.quant.bit_map` allocates. Used on a single layer, it is ``vidit_q``.
+The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has.
+Which bits those are is decided before, over the whole model: :mod:`qvgen.training.mixed_precision` measures the
+sensitivities as this configuration says, and :mod:`qvgen.quant.bit_map` allocates. Used on a single layer, it is ``vidit_q``.
 
-Published is the idea and one released map of bits; the allocator is ours, and so are windows of equal numbers of steps, output
-error as the measure between groups, and the substitutes for networks that are not there.
+Published is the idea and one released map of bits; the allocator is ours, and so are windows of equal numbers of steps
+and the substitutes for networks that are not there.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class MixedPrecision(BalancedRotation):
     def widths(self, mean: float) -> tuple[int, ...]:
         """Bit-widths of a side whose budget is ``mean`` bits: the candidates and the uniform choice ``floor(mean)``.
 
-        Where that is no more than the smallest candidate, one bit less is a candidate too: else there would be nothing to give
-        up, and so nothing to gain.
+        Where that is no more than the smallest candidate, one bit less is a candidate too: else there would be nothing to
+        give up, and so nothing to gain.
         """
         uniform = min(max(int(mean), MIN_BITS), MAX_BITS)
         widths = {*self.candidates, uniform}

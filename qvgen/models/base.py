@@ -47,6 +47,7 @@ class VideoDiT(Protocol):
         transformer_class: name of the diffusers class.
         include: fnmatch patterns on the names of the transformer's Linears that are quantized.
         exclude: patterns that take Linears out again; each must match one, as each of ``include``.
+        layer_groups: what layers do, by fnmatch patterns of their names; see :mod:`qvgen.layers.layer_group`.
         prompts: captions that a report samples from.
         fps: frames per second of its videos.
         num_inference_steps: sampling steps that the model is usually run with.
@@ -58,6 +59,7 @@ class VideoDiT(Protocol):
     transformer_class: str
     include: list[str]
     exclude: list[str]
+    layer_groups: Mapping[str, Sequence[str]]
     prompts: list[str]
     fps: int
     num_inference_steps: int

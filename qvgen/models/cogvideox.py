@@ -13,7 +13,7 @@ Left out: image-to-video (image latents, ``ofs``) and learned positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -40,6 +40,10 @@ class CogVideoX(PipelineFamily):
     text_encoder_class: ClassVar[Any] = T5EncoderModel
     scheduler_classes: ClassVar[tuple[str, ...]] = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
     max_text_tokens: ClassVar[int] = 226
+    layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "self_attention": ("transformer_blocks.*.attn1.*",),  # over text, space and time at once
+        "ffn": ("transformer_blocks.*.ff.*",),
+    }
 
     _rotary: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False

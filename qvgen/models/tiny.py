@@ -16,7 +16,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -69,6 +69,11 @@ class TinyVideoDiT:
 
     name = "tiny"
     transformer_class = "WanTransformer3DModel"
+    layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "self_attention": ("blocks.*.attn1.*",),
+        "cross_attention": ("blocks.*.attn2.*",),
+        "ffn": ("blocks.*.ffn.*",),
+    }
 
     def __init__(
         self,

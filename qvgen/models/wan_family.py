@@ -9,7 +9,7 @@ The text encoder is a family's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -43,6 +43,11 @@ class WanFamily(PipelineFamily):
     pipeline_class: ClassVar[Any] = WanPipeline
     vae_class: ClassVar[Any] = AutoencoderKLWan
     scheduler_classes: ClassVar[tuple[str, ...]] = tuple(_SHIFT_KEYS)
+    layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "self_attention": ("blocks.*.attn1.*",),  # over space and time at once
+        "cross_attention": ("blocks.*.attn2.*",),
+        "ffn": ("blocks.*.ffn.*",),
+    }
 
     def scheduler(self) -> Any:
         """The folder's scheduler with this family's shift, new; see the base class."""

@@ -7,8 +7,8 @@ Two levels, as ViDiT-Q (arXiv 2406.02540) has them, each solved exactly (:mod:`q
 
 Metrics of different groups are never added up. Errors of units are taken as additive, which is the one approximation.
 
-A width may be fixed in some windows of timesteps (the released map of ViDiT-Q: 8 bits in the first quarter). The codes of both
-widths are stored then, and the cost is the sum of both.
+A width may be fixed in some windows of timesteps (the released map of ViDiT-Q: 8 bits in the first quarter). The codes
+of both widths are stored then, and the cost is the sum of both.
 """
 
 from __future__ import annotations

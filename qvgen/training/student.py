@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.evaluation.bit_table import Allocation, write_allocation
 from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.swap import (
     SwapReport,
@@ -24,9 +26,11 @@ from qvgen.layers.swap import (
     select_linears,
     swap_fake_quant_,
 )
+from qvgen.models.base import Encode
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.fake_model import add_configured_switch
+from qvgen.training.mixed_precision import allocate_bits_, check_mixed_precision
 from qvgen.training.phi_plan import decay_schedule, phi_ranks
 from qvgen.training.session import load_start, save_start
 
@@ -51,6 +55,8 @@ def check_student(config: TrainConfig) -> None:
     with torch.device("meta"):
         skeleton = config.model.build(config.model.transformer_config)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
+    if isinstance(config.init, MixedPrecision):
+        check_mixed_precision(config, chosen.quantized)
     swap_fake_quant_(
         skeleton,
         names=chosen.quantized,
@@ -79,6 +85,26 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
     return student, swapped
 
 
+def calibrate_(
+    config: TrainConfig, student: nn.Module, *, teacher: nn.Module, encode: Encode
+) -> tuple[CalibratedModel | None, Allocation | None]:
+    """What the PTQ method has to know before it sets layers up; a mixed-precision method's layers get their bits here.
+
+    Returns:
+        Statistics of the layers, None for a data-free method; the allocation of bits, None where all have the same.
+    """
+    if not config.init.needs:
+        return None, None
+    bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
+    statistics = CalibratedModel(config, teacher=teacher, encode=encode, num_bands=bands)
+    if not isinstance(config.init, MixedPrecision):
+        return statistics, None
+    allocation = allocate_bits_(
+        config, student, teacher=teacher, encode=encode, statistics=statistics, statistics_key=statistics.folder.name
+    )
+    return statistics, allocation
+
+
 def start_student(
     config: TrainConfig,
     run_dir: RunDirectory,
@@ -96,10 +122,9 @@ def start_student(
     began = time.monotonic()
     with phi_suspended(student):
         result = {"rtn": held_out.relative_error(student, reference)}
-        statistics = None
-        if config.init.needs:
-            bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
-            statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
+        statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
+        if allocation is not None:
+            write_allocation(run_dir.path, allocation)
         folds = config.model.smoothing_folds(student)
         initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
         if config.activation_switch.widths is not None:

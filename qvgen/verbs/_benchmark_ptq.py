@@ -19,9 +19,8 @@ from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import folded_copy, quantized_layers
-from qvgen.training.calibration import CalibratedModel
 from qvgen.training.session import micro_batch_size
-from qvgen.training.student import prepare_student
+from qvgen.training.student import calibrate_, prepare_student
 
 
 def ptq_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
@@ -76,10 +75,9 @@ def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
 def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) -> tuple[nn.Module, dict[str, float]]:
     """A student that the cell's method has set up, and the seconds that calibration and method took."""
     student, _ = prepare_student(config)
-    statistics, began = None, time.monotonic()
-    if config.init.needs:
-        bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
-        statistics = CalibratedModel(config, teacher=teacher, encode=held_out.split.encode, num_bands=bands)
+    began = time.monotonic()
+    statistics, _ = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
+    if statistics is not None:
         statistics(next(iter(quantized_layers(student))))  # all layers of a pass are collected by the first one
     calibrated = time.monotonic()
     folds = config.model.smoothing_folds(student)

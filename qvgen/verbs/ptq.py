@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from qvgen.config.schema import TrainConfig
+from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.training.calibration import calibration_prompts
+from qvgen.training.mixed_precision import plan_measurements
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.training.student import check_student
 from qvgen.verbs._inputs import without_clips
@@ -36,6 +38,7 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
         f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
         if needs
         else "calibration: none, the method is data-free",
+        *([plan_measurements(config)] if isinstance(config.init, MixedPrecision) else []),
         f"measured on: {_measured_on(config)}",
         f"output: {config.run_dir}",
     ]

@@ -1,0 +1,195 @@
+"""Mixed precision in files: measured sensitivities, the allocation that was made of them, and how a run's folder keeps both.
+
+    RUN_DIR/mixed_precision/sensitivity.csv    one row per (group, block, side, bits, window of timesteps)
+    RUN_DIR/mixed_precision/allocation.json    the budget, what was reached, and {layer: {window: [weight, activation bits]}}
+
+While measuring, rows are appended to a JSONL file as they come: a run that is killed loses the row that it was at.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qvgen.run_directory import atomic_write
+
+DIRECTORY = "mixed_precision"
+TABLE_FILE, ALLOCATION_FILE = "sensitivity.csv", "allocation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What one quantization did: one side of one unit, in one window of timesteps, all else in full precision.
+
+    Attributes:
+        group: What the unit's layers do.
+        block: Where they are.
+        side: "weight" or "activation".
+        bits: Of that side.
+        window: Of timesteps; 0 is where sampling begins.
+        output_error: |y - y_fp|^2 / |y_fp|^2 of the transformer's output, on the full-precision model's calls of that window.
+        metric: Name of the group's own metric.
+        score: Its value; larger is worse.
+        seconds: Wall-clock time of the measurement.
+    """
+
+    group: str
+    block: str
+    side: str
+    bits: int
+    window: int
+    output_error: float
+    metric: str
+    score: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What was measured."""
+        return (self.group, self.block, self.side, self.bits, self.window)
+
+
+_NUMBERS = {"bits": int, "window": int, "output_error": float, "score": float, "seconds": float}
+
+
+class SensitivityStore:
+    """Rows in a JSONL file, appended as they come.
+
+    Args:
+        path: The file; its folder is made when something is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[tuple[str, str, str, int, int], Sensitivity]:
+        """The rows by their key; a last line that a killed process left half is left out.
+
+        Raises:
+            ValueError: Another line is damaged.
+        """
+        if not self.path.is_file():
+            return {}
+        rows = {}
+        lines = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
+            try:
+                row = Sensitivity(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                if number == len(lines):  # no newline after it
+                    continue
+                raise ValueError(f"{self.path}, line {number} is damaged; delete the line or the file") from error
+            rows[row.key] = row
+        return rows
+
+    def add(self, row: Sensitivity) -> None:
+        """Append a row and force it to the disk; raises OSError where that fails."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+                if torn:  # what a killed process left of its line
+                    whole = self.path.read_bytes()
+                    file.truncate(whole.rfind(b"\n") + 1)
+            file.write(json.dumps(asdict(row)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Which bits every layer got, and of what.
+
+    Attributes:
+        sensitivities: Every row that was measured; empty where both budgets left no choice.
+        bits: layer -> window of timesteps -> (weight bits, activation bits).
+        units: layer -> (group, block).
+        window_of_band: Window of every noise band, cleanest first.
+        budget: side -> what was asked for, in words.
+        mean_bits: side -> mean over what is quantized, with the weights of the budget.
+        weight_bytes: Of the packed weight codes.
+        metrics: group -> name of the metric that its units were compared by.
+    """
+
+    sensitivities: tuple[Sensitivity, ...]
+    bits: Mapping[str, Mapping[int, tuple[int, int]]]
+    units: Mapping[str, tuple[str, str]]
+    window_of_band: tuple[int, ...]
+    budget: Mapping[str, str]
+    mean_bits: Mapping[str, float]
+    weight_bytes: int
+    metrics: Mapping[str, str]
+
+
+def write_allocation(run_dir: Path, allocation: Allocation) -> None:
+    """Write both files into a run's folder."""
+    folder = run_dir / DIRECTORY
+    folder.mkdir(exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Sensitivity)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in allocation.sensitivities)
+    atomic_write(folder / TABLE_FILE, text.getvalue().encode())
+    content: dict[str, Any] = {
+        "budget": dict(allocation.budget),
+        "mean_bits": dict(allocation.mean_bits),
+        "weight_bytes": allocation.weight_bytes,
+        "metrics": dict(allocation.metrics),
+        "window_of_band": list(allocation.window_of_band),
+        "units": {layer: list(unit) for layer, unit in allocation.units.items()},
+        "bits": {
+            layer: {str(window): list(pair) for window, pair in windows.items()}
+            for layer, windows in allocation.bits.items()
+        },
+    }
+    atomic_write(folder / ALLOCATION_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_allocation(run_dir: Path) -> Allocation | None:
+    """Read what :func:`write_allocation` wrote; None where there is nothing.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    folder = run_dir / DIRECTORY
+    if not (folder / ALLOCATION_FILE).is_file():
+        return None
+    try:
+        content = json.loads((folder / ALLOCATION_FILE).read_text(encoding="utf-8"))
+        return Allocation(
+            sensitivities=_read_table(folder / TABLE_FILE),
+            bits={
+                layer: {int(window): (pair[0], pair[1]) for window, pair in windows.items()}
+                for layer, windows in content["bits"].items()
+            },
+            units={layer: (unit[0], unit[1]) for layer, unit in content["units"].items()},
+            window_of_band=tuple(content["window_of_band"]),
+            budget=content["budget"],
+            mean_bits=content["mean_bits"],
+            weight_bytes=content["weight_bytes"],
+            metrics=content["metrics"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{folder} holds no allocation of bits ({error}); start another run") from error
+
+
+def _read_table(path: Path) -> tuple[Sensitivity, ...]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(
+            Sensitivity(**{name: _NUMBERS.get(name, str)(cell) for name, cell in row.items()})
+            for row in csv.DictReader(file)
+        )
+
+
+def rows_of(rows: Sequence[Sensitivity], *, side: str) -> list[Sensitivity]:
+    """The rows of a side."""
+    return [row for row in rows if row.side == side]

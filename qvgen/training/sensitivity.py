@@ -1,0 +1,303 @@
+"""How much every unit of layers suffers from every bit-width: one measurement for each, kept as they come.
+
+One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps, all
+else in full precision. Measured is
+
+    output_error   of the transformer on the very calls that the full-precision model made in that window
+    score          the group's own metric: of the videos of a whole sampling (:mod:`qvgen.evaluation.damage`), or without
+                   a text-image model the change of the cross-attention's output on those calls
+
+Cost of a measurement: the calls of one window, and for video metrics one sampling with decoding. The number of measurements
+is units x widths x sides x windows, said before it starts. Rows are keyed by content; a killed run continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.bit_table import Sensitivity, SensitivityStore
+from qvgen.evaluation.damage import Damage, motion_damage, text_damage, visual_damage
+from qvgen.evaluation.metrics import RelativeError
+from qvgen.evaluation.placement import placed
+from qvgen.initializers.base import LayerStatistics
+from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.layer_group import LayerUnit
+from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.noise_window import band_windows
+from qvgen.models.base import Encode
+from qvgen.quant.grid import Profile
+from qvgen.training.probe import Probe, Side
+from qvgen.training.trajectory import Call, Sampling, record, sampling_of
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the key; one more when the same settings would give other numbers."""
+
+SEED_OFFSET = 20_000
+"""Videos of the measurements have other noise than those of the calibration and those that are compared."""
+
+ATTENTION = "attention output"
+"""Name of the substitute for text similarity."""
+
+OUTPUT = "output error"
+
+Key = tuple[str, str, str, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be measured.
+
+    Attributes:
+        units: All of the model.
+        widths: side -> candidate bit-widths; none where the budget leaves no choice.
+    """
+
+    units: tuple[LayerUnit, ...]
+    widths: Mapping[Side, tuple[int, ...]]
+
+    def keys(self, windows: int) -> Iterator[tuple[LayerUnit, int, Side, int]]:
+        """(unit, bits, side, window) of every measurement, in the order in which they are made."""
+        for unit in self.units:
+            for bits in sorted({bits for widths in self.widths.values() for bits in widths}):
+                for side in self.widths:
+                    if bits in self.widths[side]:
+                        yield from ((unit, bits, side, window) for window in range(windows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The groups' own metrics.
+
+    Attributes:
+        damages: group -> a distance of videos; None where no video is needed.
+        names: group -> its name in tables.
+    """
+
+    damages: Mapping[str, Damage | None]
+    names: Mapping[str, str]
+
+    @classmethod
+    def load(cls, init: MixedPrecision, groups: Sequence[str]) -> Metrics:
+        """Load the networks that the groups need.
+
+        Raises:
+            UserError: One was not fetched.
+            ValueError: A folder holds no text-image model.
+        """
+        makers: dict[str, Callable[[], Damage | None]] = {
+            "visual": lambda: visual_damage(init.visual),
+            "motion": lambda: motion_damage(init.motion),
+            "text": lambda: None if init.text is None else text_damage(init.text),
+            "output": lambda: None,
+        }
+        kinds = {group: init.metric(group) for group in groups}
+        made = {kind: makers[kind]() for kind in dict.fromkeys(kinds.values())}
+        plain = {"text": ATTENTION, "output": OUTPUT}
+        names = {group: damage.name if (damage := made[kind]) else plain[kind] for group, kind in kinds.items()}
+        return cls(damages={group: made[kind] for group, kind in kinds.items()}, names=names)
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A full-precision model that is measured: what it did while sampling, and hooks to quantize parts of it.
+
+    Attributes:
+        model: Full precision, where it computes.
+        probe: Hooks on it.
+        sampling: What was sampled.
+        calls: The transformer's calls.
+        call_windows: Window of each.
+        videos: uint8 [B, F, H, W, 3].
+        metrics: Of the groups.
+    """
+
+    model: nn.Module
+    probe: Probe
+    sampling: Sampling
+    calls: Sequence[Call]
+    call_windows: Sequence[int]
+    videos: Tensor
+    metrics: Metrics
+
+    def measure(
+        self, unit: LayerUnit, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int
+    ) -> tuple[float, float]:
+        """Output error and score of one quantization."""
+        damage = self.metrics.damages[unit.group]
+        with self.probe.quantizing(layers, side=side, window=window):
+            if self.metrics.names[unit.group] == ATTENTION:
+                with self.probe.output_change(unit.module) as change:
+                    error = self._output_error(window)
+                return error, change.compute()
+            error = self._output_error(window)
+            if damage is None:
+                return error, error
+            return error, damage.measure(self.sampling.videos(self.model), self.videos, self.sampling.captions)
+
+    def _output_error(self, window: int) -> float:
+        error = RelativeError()
+        for call, place in zip(self.calls, self.call_windows, strict=True):
+            if place == window:
+                error.update(call.again(self.model).cpu(), call.output)
+        return error.compute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Sensitivities and the trajectory's facts that the allocation needs.
+
+    Attributes:
+        rows: By (group, block, side, bits, window).
+        window_of_band: Window of every noise band.
+        window_calls: Calls of the transformer in each window.
+        values: Linear -> values in its input over all calls.
+        metrics: group -> name of its metric.
+    """
+
+    rows: Mapping[Key, Sensitivity]
+    window_of_band: tuple[int, ...]
+    window_calls: tuple[int, ...]
+    values: Mapping[str, int]
+    metrics: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityMeasurement:
+    """Measures a full-precision model.
+
+    Attributes:
+        config: The run's; its ``init`` is a :class:`MixedPrecision`.
+        teacher: Full-precision model; it is as it was afterwards.
+        encode: Captions to conditions.
+        statistics: Layer's name -> what calibration saw.
+        statistics_key: Content key of those statistics: of model, prompts, seed.
+        num_bands: Noise bands.
+    """
+
+    config: TrainConfig
+    teacher: nn.Module
+    encode: Encode
+    statistics: Callable[[str], LayerStatistics]
+    statistics_key: str
+    num_bands: int
+
+    def measure(self, wanted: Wanted) -> Measured:
+        """Measure what is not stored yet.
+
+        Raises:
+            UserError: A metric's network is not there.
+            ValueError: Too few sampling steps for the windows.
+        """
+        init: MixedPrecision = self.config.init
+        metrics = Metrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
+        sampling = sampling_of(
+            self.config, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET, encode=self.encode
+        )
+        store = SensitivityStore(self._path(metrics, sampling))
+        rows = store.read()
+        keys = list(wanted.keys(init.windows))
+        missing = [key for key in keys if _row_key(*key) not in rows]
+        log.info(
+            "sensitivity: %d measurements (%d units x bits x sides x %d windows), %d of them stored; each takes the calls "
+            "of one window, and for a video metric a sampling of %d videos of %d steps; metrics: %s",
+            len(keys), len(wanted.units), init.windows, len(keys) - len(missing), init.videos, init.steps,
+            ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
+        )  # fmt: skip
+        names = [name for unit in wanted.units for name in unit.layers]
+        band = NoiseBand(self.num_bands)
+        handle = watch_timestep(self.teacher, band)
+        try:
+            with placed(self.teacher):
+                calls, videos = record(self.teacher, band, sampling, names=names)
+                windows = band_windows(
+                    [call.band for call in calls], num_windows=init.windows, num_bands=self.num_bands
+                )
+                session = Session(
+                    model=self.teacher,
+                    probe=Probe(self.teacher, band, windows=windows),
+                    sampling=sampling,
+                    calls=calls,
+                    call_windows=[windows[call.band] for call in calls],
+                    videos=videos,
+                    metrics=metrics,
+                )
+                for row in self._rows(session, missing, band):
+                    store.add(row)
+                    rows[row.key] = row
+        finally:
+            handle.remove()
+        return Measured(
+            rows={_row_key(*key): rows[_row_key(*key)] for key in keys},
+            window_of_band=windows,
+            window_calls=tuple(session.call_windows.count(window) for window in range(init.windows)),
+            values={name: sum(call.values.get(name, 0) for call in calls) for name in names},
+            metrics=metrics.names,
+        )
+
+    def _rows(
+        self, session: Session, missing: Sequence[tuple[LayerUnit, int, Side, int]], band: NoiseBand
+    ) -> Iterator[Sensitivity]:
+        built, layers = None, {}
+        for unit, bits, side, window in tqdm(missing, desc="sensitivity", unit="measurement", disable=not missing):
+            if built != (unit.name, bits):
+                built, layers = (unit.name, bits), self.layers(unit, bits, band)
+            began = time.monotonic()
+            error, score = session.measure(unit, layers, side=side, window=window)
+            yield Sensitivity(
+                group=unit.group,
+                block=unit.block,
+                side=side,
+                bits=bits,
+                window=window,
+                output_error=error,
+                metric=session.metrics.names[unit.group],
+                score=score,
+                seconds=round(time.monotonic() - began, 4),
+            )
+
+    def layers(self, unit: LayerUnit, bits: int, band: NoiseBand) -> dict[str, FakeQuantLinear]:
+        """The unit's layers, set up by the method with both sides at so many bits."""
+        made = {}
+        for name in unit.layers:
+            linear = self.teacher.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            profile = with_bits(self.config.profile, (bits, bits))
+            made[name] = FakeQuantLinear(linear, profile=profile, noise_band=band)
+            self.config.init.initialize_(made[name], statistics=self.statistics(name))
+        return made
+
+    def _path(self, metrics: Metrics, sampling: Sampling) -> Path:
+        """A file of rows for all that decides their values."""
+        config, init = self.config, self.config.init
+        profile = with_bits(config.profile, (8, 8)).to_dict()
+        parts = [
+            FORMAT, self.statistics_key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
+            init.windows, config.model.guidance_scale,
+            {group: damage.key if damage else metrics.names[group] for group, damage in metrics.damages.items()},
+        ]  # fmt: skip
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return Path(config.calibration.cache).expanduser() / f"sensitivity-{key}.jsonl"
+
+
+def with_bits(profile: Profile, bits: tuple[int, int]) -> Profile:
+    """A profile with other bits of weight and activation."""
+    return replace(
+        profile, weight=replace(profile.weight, bits=bits[0]), activation=replace(profile.activation, bits=bits[1])
+    )
+
+
+def _row_key(unit: LayerUnit, bits: int, side: Side, window: int) -> Key:
+    return (unit.group, unit.block, side, bits, window)
