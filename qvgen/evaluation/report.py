@@ -24,6 +24,8 @@ import jinja2
 import numpy as np
 import torch
 
+from qvgen.evaluation.bit_section import build_bit_section, section_json
+from qvgen.evaluation.bit_table import Allocation, read_allocation
 from qvgen.evaluation.canvas import Series
 from qvgen.evaluation.charts import draw_charts, read_history
 from qvgen.evaluation.metrics import psnr_db
@@ -44,7 +46,8 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     """Write run_dir/report.json and run_dir/report.html; each is there whole or as it was.
 
     The curves are read from run_dir/metrics.csv; without that file the page says so. What was sampled while training is
-    read from run_dir/validation; without that folder there is no such section.
+    read from run_dir/validation; without that folder there is no such section. Bits that were allocated to layers are read
+    from run_dir/mixed_precision, likewise.
 
     Args:
         run_dir: the run's folder; it exists.
@@ -59,21 +62,29 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     """
     run_dir = Path(run_dir)
     validation = read_validation(run_dir / DIRECTORY, verify=True)
-    page = render_html(data, read_history(run_dir / "metrics.csv"), validation)
-    text = json.dumps(to_json_dict(data, validation), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    allocation = read_allocation(run_dir)
+    page = render_html(data, read_history(run_dir / "metrics.csv"), validation, allocation)
+    content = {**to_json_dict(data, validation), "mixed_precision": section_json(allocation)}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(run_dir / "report.json", text.encode())
     path = run_dir / "report.html"
     atomic_write(path, page.encode())
     return path
 
 
-def render_html(data: ReportData, history: Mapping[str, Series], validation: Sequence[ValidationVideo] = ()) -> str:
+def render_html(
+    data: ReportData,
+    history: Mapping[str, Series],
+    validation: Sequence[ValidationVideo] = (),
+    allocation: Allocation | None = None,
+) -> str:
     """Return the page as text.
 
     Args:
         data: everything that is shown.
         history: curves by name, as :func:`qvgen.evaluation.charts.read_history` returns them.
         validation: what was sampled while training, in order of step and prompt; its videos are read.
+        allocation: which bits every layer got, and of what; None where all have the same.
     """
     script = _template_text("report.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -85,6 +96,7 @@ def render_html(data: ReportData, history: Mapping[str, Series], validation: Seq
             data=data,
             charts=draw_charts(history, ptq_error=error.ptq),
             validation=build_section(validation, last_step=data.run.steps),
+            mixed=build_bit_section(allocation),
             comparisons=[(video, _shown_videos(video)) for video in data.videos],
             error_rows=[
                 ("RTN, no training", error.rtn),

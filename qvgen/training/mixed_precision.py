@@ -28,7 +28,8 @@ from qvgen.layers.swap import quantized_layers, select_linears
 from qvgen.models.base import Encode
 from qvgen.quant.bit_map import SideProblem, constant_widths, per_layer, windowed_widths
 from qvgen.quant.packing import plane_shapes
-from qvgen.training.sensitivity import Measured, Metrics, SensitivityMeasurement, Side, Wanted, with_bits
+from qvgen.training.group_metric import GroupMetrics
+from qvgen.training.sensitivity import Measured, SensitivityMeasurement, Side, Wanted, with_bits
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def check_mixed_precision(config: TrainConfig, names: Sequence[str]) -> None:
                 f"init.{key}={getattr(init, key)}: a layer can't change its bits between timesteps yet; leave out the key"
             )
     wanted = wanted_measurements(config, names)
-    Metrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
+    GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
 
 
 def wanted_measurements(config: TrainConfig, names: Sequence[str]) -> Wanted:

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.bit_table import Sensitivity, SensitivityStore
-from qvgen.evaluation.damage import Damage, motion_damage, text_damage, visual_damage
 from qvgen.evaluation.metrics import RelativeError
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics
@@ -37,6 +36,7 @@ from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.noise_window import band_windows
 from qvgen.models.base import Encode
 from qvgen.quant.grid import Profile
+from qvgen.training.group_metric import ATTENTION, GroupMetrics
 from qvgen.training.probe import Probe, Side
 from qvgen.training.trajectory import Call, Sampling, record, sampling_of
 
@@ -47,11 +47,6 @@ FORMAT = 1
 
 SEED_OFFSET = 20_000
 """Videos of the measurements have other noise than those of the calibration and those that are compared."""
-
-ATTENTION = "attention output"
-"""Name of the substitute for text similarity."""
-
-OUTPUT = "output error"
 
 Key = tuple[str, str, str, int, int]
 
@@ -77,39 +72,6 @@ class Wanted:
                         yield from ((unit, bits, side, window) for window in range(windows))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The groups' own metrics.
-
-    Attributes:
-        damages: group -> a distance of videos; None where no video is needed.
-        names: group -> its name in tables.
-    """
-
-    damages: Mapping[str, Damage | None]
-    names: Mapping[str, str]
-
-    @classmethod
-    def load(cls, init: MixedPrecision, groups: Sequence[str]) -> Metrics:
-        """Load the networks that the groups need.
-
-        Raises:
-            UserError: One was not fetched.
-            ValueError: A folder holds no text-image model.
-        """
-        makers: dict[str, Callable[[], Damage | None]] = {
-            "visual": lambda: visual_damage(init.visual),
-            "motion": lambda: motion_damage(init.motion),
-            "text": lambda: None if init.text is None else text_damage(init.text),
-            "output": lambda: None,
-        }
-        kinds = {group: init.metric(group) for group in groups}
-        made = {kind: makers[kind]() for kind in dict.fromkeys(kinds.values())}
-        plain = {"text": ATTENTION, "output": OUTPUT}
-        names = {group: damage.name if (damage := made[kind]) else plain[kind] for group, kind in kinds.items()}
-        return cls(damages={group: made[kind] for group, kind in kinds.items()}, names=names)
-
-
 @dataclass(kw_only=True)
 class Session:
     """A full-precision model that is measured: what it did while sampling, and hooks to quantize parts of it.
@@ -130,7 +92,7 @@ class Session:
     calls: Sequence[Call]
     call_windows: Sequence[int]
     videos: Tensor
-    metrics: Metrics
+    metrics: GroupMetrics
 
     def measure(
         self, unit: LayerUnit, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int
@@ -202,7 +164,7 @@ class SensitivityMeasurement:
             ValueError: Too few sampling steps for the windows.
         """
         init: MixedPrecision = self.config.init
-        metrics = Metrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
+        metrics = GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
         sampling = sampling_of(
             self.config, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET, encode=self.encode
         )
@@ -279,7 +241,7 @@ class SensitivityMeasurement:
             self.config.init.initialize_(made[name], statistics=self.statistics(name))
         return made
 
-    def _path(self, metrics: Metrics, sampling: Sampling) -> Path:
+    def _path(self, metrics: GroupMetrics, sampling: Sampling) -> Path:
         """A file of rows for all that decides their values."""
         config, init = self.config, self.config.init
         profile = with_bits(config.profile, (8, 8)).to_dict()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.evaluation.bit_section import write_heat_maps
 from qvgen.evaluation.bit_table import Allocation, write_allocation
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.initializers.mixed_precision import MixedPrecision
@@ -125,6 +126,7 @@ def start_student(
         statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
         if allocation is not None:
             write_allocation(run_dir.path, allocation)
+            write_heat_maps(run_dir.path, allocation)
         folds = config.model.smoothing_folds(student)
         initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
         if config.activation_switch.widths is not None:

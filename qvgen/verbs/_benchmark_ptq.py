@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -54,8 +54,8 @@ def ptq_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
         for width in config.widths:
             for method in config.methods:
                 row = {"method": method, "bits": width.label, "seed": seed}
-                student, seconds = _quantized(cell(base, method, width), teacher=teacher, held_out=held_out)
-                yield {**row, **seconds, **measure(student), "bytes": _bytes(student)}
+                student, facts = _quantized(cell(base, method, width), teacher=teacher, held_out=held_out)
+                yield {**row, **facts, **measure(student), "bytes": _bytes(student)}
 
 
 def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
@@ -73,16 +73,18 @@ def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
 
 
 def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) -> tuple[nn.Module, dict[str, float]]:
-    """A student that the cell's method has set up, and the seconds that calibration and method took."""
+    """A student that the cell's method has set up; the seconds that calibration and method took, and its mean bits."""
     student, _ = prepare_student(config)
     began = time.monotonic()
-    statistics, _ = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
+    statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
     if statistics is not None:
         statistics(next(iter(quantized_layers(student))))  # all layers of a pass are collected by the first one
     calibrated = time.monotonic()
     folds = config.model.smoothing_folds(student)
     initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
-    return student, {"calibration_s": calibrated - began, "method_s": time.monotonic() - calibrated}
+    seconds = {"calibration_s": calibrated - began, "method_s": time.monotonic() - calibrated}
+    mean = allocation.mean_bits if allocation is not None else asdict(config.bits)
+    return student, {**seconds, "mean_weight_bits": mean["weight"], "mean_activation_bits": mean["activation"]}
 
 
 def _bytes(student: nn.Module) -> int:
