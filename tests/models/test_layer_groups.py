@@ -1,0 +1,43 @@
+"""Every family's groups on its real transformer (meta device): a partition, and counts that follow from docs/models.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.layers.layer_group import layer_units
+from qvgen.layers.swap import select_linears
+
+WANTED = {
+    "tiny": {"self_attention": 12, "cross_attention": 12, "ffn": 6, "other": 6},
+    "small": {"self_attention": 24, "cross_attention": 24, "ffn": 12, "other": 6},
+    "wan": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
+    "wan-14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
+    "wan2.2-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
+    "wan2.2-ti2v": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
+    "cogvideox": {"self_attention": 120, "ffn": 60, "other": 65},
+    "cogvideox-5b": {"self_attention": 168, "ffn": 84, "other": 89},
+    "cogvideox1.5": {"self_attention": 168, "ffn": 84, "other": 90},
+}
+"""Attention has four Linears, a feed-forward net two; the rest are embedders, adaLN (CogVideoX: two a block), the output."""
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (conf_directory() / "model").glob("*.yaml")))
+def test_every_quantized_layer_is_in_exactly_one_group(model):
+    family = load_leaf("model", model)
+    with torch.device("meta"):
+        transformer = family.build(family.transformer_config)
+    names = select_linears(transformer, include=family.include, exclude=family.exclude).quantized
+    units = layer_units(names, family.layer_groups)
+    assert sorted(name for unit in units for name in unit.layers) == sorted(names)
+    assert len({unit.name for unit in units}) == len(units)
+    counts = Counter(unit.group for unit in units for _ in unit.layers)
+    assert dict(counts) == WANTED[model]
+    for unit in units:
+        assert unit.group == "other" or transformer.get_submodule(unit.module) is not None
+        if unit.group in ("self_attention", "cross_attention"):
+            assert len(unit.layers) == 4
+            assert unit.module.rpartition(".")[2] in ("attn1", "attn2")

@@ -1,0 +1,153 @@
+"""The two-level allocation against enumeration: first all units by output error, then each group by its own score."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from qvgen.quant.bit_map import SideProblem, constant_widths, per_layer, windowed_widths
+
+WIDTHS = (4, 6, 8)
+GROUPS = ("cross_attention", "ffn", "ffn", "cross_attention", "other")
+
+
+def problem(seed: int, *, budget: float, windows: int = 2, widths=WIDTHS, groups=GROUPS) -> SideProblem:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(groups), len(widths), windows)
+    falling = 4.0 ** -torch.tensor(widths).double().view(1, -1, 1)
+    error, score = (falling * (0.1 + torch.rand(shape, generator=generator).double()) for _ in range(2))
+    size = torch.randint(1, 9, (len(groups), 1), generator=generator).double()
+    cost = size * torch.tensor(widths)
+    return SideProblem(
+        groups=groups, widths=widths, output_error=error, score=score, cost=cost, budget=budget * float(size.sum())
+    )
+
+
+def best(tables, costs, budget):
+    """Enumeration: options [rows][options] -> indices with the least sum, then the least cost, then the first."""
+    found = None
+    for choice in itertools.product(*(range(len(row)) for row in tables)):
+        cost = sum(row[index] for row, index in zip(costs, choice, strict=True))
+        total = sum(row[index] for row, index in zip(tables, choice, strict=True))
+        if cost <= budget and (found is None or (total, cost, choice) < found):
+            found = (total, cost, choice)
+    assert found is not None
+    return found[2]
+
+
+def two_levels(groups, errors, scores, costs, budget):
+    between = best(errors, costs, budget)
+    result = list(between)
+    for group in set(groups):
+        rows = [index for index, name in enumerate(groups) if name == group]
+        granted = sum(costs[row][between[row]] for row in rows)
+        inside = best([scores[row] for row in rows], [costs[row] for row in rows], granted)
+        for row, index in zip(rows, inside, strict=True):
+            result[row] = index
+    return result
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("budget", [4.0, 5.1, 6.0, 7.3, 8.0])
+def test_one_width_per_unit_is_the_best_by_both_levels(seed, budget):
+    given = problem(seed, budget=budget)
+    errors, scores = (table.sum(2).tolist() for table in (given.output_error, given.score))
+    wanted = two_levels(given.groups, errors, scores, given.cost.tolist(), given.budget)
+    assert constant_widths(given) == [[WIDTHS[index]] * 2 for index in wanted]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("budget", [4.5, 6.0])
+def test_a_width_for_every_window_is_the_best_by_both_levels(seed, budget):
+    groups = GROUPS[:4]
+    given = problem(seed, budget=budget, groups=groups)
+    steps = [3, 1]
+    rows = list(itertools.product(range(len(groups)), range(2)))
+    errors, scores = (
+        [[float(table[u, b, w]) for b in range(3)] for u, w in rows] for table in (given.output_error, given.score)
+    )
+    costs = [[float(given.cost[u, b]) * steps[w] for b in range(3)] for u, w in rows]
+    wanted = two_levels([groups[u] for u, _ in rows], errors, scores, costs, given.budget * sum(steps))
+    found = windowed_widths(given, steps=steps)
+    assert [width for row in found for width in row] == [WIDTHS[index] for index in wanted]
+    mean = sum(float(given.cost[u, 0]) / 4 * steps[w] * found[u][w] for u, w in rows)
+    assert mean <= given.budget * sum(steps)
+
+
+def test_windows_of_their_own_are_never_worse_between_groups():
+    """More freedom under the same budget; one group, so that both levels see the same score."""
+    for seed in range(6):
+        given = problem(seed, budget=5.5, groups=("ffn",) * 4)
+        given = SideProblem(**{**vars(given), "score": given.output_error})
+        place = {width: index for index, width in enumerate(WIDTHS)}
+
+        def total(found, given=given, place=place):
+            return sum(
+                float(given.output_error[u, place[width], w])
+                for u, row in enumerate(found)
+                for w, width in enumerate(row)
+            )
+
+        assert total(windowed_widths(given, steps=[1, 1])) <= total(constant_widths(given)) + 1e-15
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fixed_window_counts_both_sets_of_codes(seed):
+    """8 bits in the first window: where the rest has another width the cost is the sum of both."""
+    given = problem(seed, budget=12.6)
+    found = constant_widths(given, fixed=[8, None])
+    assert all(row[0] == 8 for row in found)
+    place = {width: index for index, width in enumerate(WIDTHS)}
+    options = [[8, width] for width in WIDTHS]
+    errors, scores = (
+        [[sum(float(table[u, place[o[w]], w]) for w in range(2)) for o in options] for u in range(len(GROUPS))]
+        for table in (given.output_error, given.score)
+    )
+    costs = [[sum(float(given.cost[u, place[width]]) for width in set(o)) for o in options] for u in range(len(GROUPS))]
+    wanted = two_levels(given.groups, errors, scores, costs, given.budget)
+    assert found == [options[index] for index in wanted]
+
+
+def test_two_sets_are_never_worth_their_bytes_where_nothing_is_fixed():
+    """8 bits alone cost less than 8 and 4 bits together and lose less: with bytes as the budget, 8 everywhere wins."""
+    for budget in (8.0, 12.0, 20.0):  # 12 would pay for 8 and 4 bits of all
+        assert constant_widths(problem(0, budget=budget), fixed=[8, None]) == [[8, 8]] * len(GROUPS)
+
+
+def test_equal_sensitivities_take_the_lower_cost():
+    flat = torch.ones(2, 3, 1).double()
+    cost = torch.tensor([[4.0, 6.0, 8.0]] * 2)
+    given = SideProblem(groups=("ffn", "ffn"), widths=WIDTHS, output_error=flat, score=flat, cost=cost, budget=99)
+    assert constant_widths(given) == [[4], [4]]
+
+
+def test_large_models_take_seconds():
+    """92 units (Wan 1.3B) in 4 windows with 4 widths."""
+    groups = tuple(["self_attention", "cross_attention", "ffn"] * 30 + ["other"] * 2)
+    given = problem(3, budget=5.3, windows=4, widths=(3, 4, 6, 8), groups=groups)
+    assert len(constant_widths(given)) == 92
+    assert len(windowed_widths(given, steps=[4, 4, 4, 4])) == 92
+
+
+def test_what_makes_no_sense_is_refused():
+    given = problem(0, budget=6.0)
+    with pytest.raises(ValueError, match="smallest feasible budget"):
+        constant_widths(problem(0, budget=3.9))
+    with pytest.raises(ValueError, match="fixed width 5 is no candidate"):
+        constant_widths(given, fixed=[5, None])
+    with pytest.raises(ValueError, match="3 fixed widths for 2 windows"):
+        constant_widths(given, fixed=[8, None, None])
+    with pytest.raises(ValueError, match="steps=\\[0, 2\\] must be 2 positive"):
+        windowed_widths(given, steps=[0, 2])
+    with pytest.raises(ValueError, match="output_error has shape"):
+        SideProblem(**{**vars(given), "output_error": given.output_error[:2]})
+    with pytest.raises(ValueError, match="whole numbers"):
+        SideProblem(**{**vars(given), "cost": given.cost + 0.5})
+
+
+def test_a_map_without_windows_is_one_per_layer():
+    assert per_layer({"a": {0: (4, 8), 1: (4, 8)}, "b": {0: (6, 4)}}) == {"a": (4, 8), "b": (6, 4)}
+    with pytest.raises(ValueError, match="b has 2 pairs"):
+        per_layer({"a": {0: (4, 8)}, "b": {0: (4, 8), 1: (8, 8)}})
