@@ -33,7 +33,7 @@ class Sensitivity:
         side: "weight" or "activation".
         bits: Of that side.
         window: Of timesteps; 0 is where sampling begins.
-        output_error: |y - y_fp|^2 / |y_fp|^2 of the transformer's output, on the full-precision model's calls of that window.
+        output_error: mean squared difference of the sampled videos to the full-precision model's, pixels in [0, 1].
         metric: Name of the group's own metric.
         score: Its value; larger is worse.
         seconds: Wall-clock time of the measurement.
@@ -115,7 +115,8 @@ class Allocation:
         units: layer -> (group, block).
         window_of_band: Window of every noise band, cleanest first.
         budget: side -> what was asked for, in words.
-        mean_bits: side -> mean over what is quantized, with the weights of the budget.
+        mean_bits: side -> what the budget counts: bits of a weight in all sets of its codes, and of an activation over all
+            calls of the sampled videos.
         weight_bytes: Of the packed weight codes.
         metrics: group -> name of the metric that its units were compared by.
     """

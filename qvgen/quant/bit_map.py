@@ -13,16 +13,13 @@ of both widths are stored then, and the cost is the sum of both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qvgen.quant.allocation import allocate
-
-BitMap = Mapping[str, Mapping[int, tuple[int, int]]]
-"""Layer -> window of timesteps -> bits of weight and activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class SideProblem:
     Attributes:
         groups: Group of each unit, [U].
         widths: Candidate bit-widths, rising, [B].
-        output_error: float64 [U, B, W], of the whole model's output when that unit alone has that width in that window.
+        output_error: float64 [U, B, W], of the videos when that unit alone has that width in that window.
         score: float64 [U, B, W], by the group's own metric; in any unit that is one for the whole group.
         cost: float64 [U, B], whole numbers: what the unit's layers cost at that width.
         budget: Largest sum of costs.
@@ -122,18 +119,3 @@ def _two_levels(groups: Sequence[str], error: Tensor, score: Tensor, cost: Tenso
         granted = float(cost[rows, between[rows]].sum())
         choice[rows] = allocate(score[rows], cost[rows], budget=granted)
     return choice
-
-
-def per_layer(bit_map: BitMap) -> dict[str, tuple[int, int]]:
-    """The map of layers whose widths are the same in all windows.
-
-    Raises:
-        ValueError: Names the first layer with another width in some window.
-    """
-    result = {}
-    for layer, windows in bit_map.items():
-        found = set(windows.values())
-        if len(found) > 1:
-            raise ValueError(f"{layer} has {len(found)} pairs of bit-widths over the windows of timesteps, not one")
-        result[layer] = found.pop()
-    return result

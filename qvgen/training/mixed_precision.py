@@ -6,7 +6,7 @@
 
 Cost of weights: bits of their codes, or with ``init.weights_mib`` bytes as they are packed (6 bits lie in a byte). Cost of
 activations: bits of the values that are quantized in the sampled videos. Groups without a metric of their own, and the
-split between groups, go by output error.
+split between groups, go by the output error: mean squared change of the sampled videos.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.bit_table import Allocation
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import quantized_layers, select_linears
 from qvgen.models.base import Encode
-from qvgen.quant.bit_map import SideProblem, constant_widths, per_layer, windowed_widths
+from qvgen.quant.bit_map import SideProblem, constant_widths, windowed_widths
+from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.packing import plane_shapes
 from qvgen.training.group_metric import GroupMetrics
 from qvgen.training.sensitivity import Measured, SensitivityMeasurement, Side, Wanted, with_bits
@@ -57,6 +59,7 @@ def allocate_bits_(
 
     Raises:
         UserError: A budget that no choice meets, or a network that is not there.
+        ValueError: Too few sampling steps for the windows of timesteps.
     """
     layers = quantized_layers(student)
     wanted = wanted_measurements(config, list(layers))
@@ -70,28 +73,36 @@ def allocate_bits_(
     )
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     allocation = allocate_budget(config, wanted, measurement.measure(wanted), shapes=shapes)
-    for name, bits in per_layer(allocation.bits).items():
-        profile = with_bits(layers[name].profile, bits)
-        if profile != layers[name].profile:
-            layers[name].move_(profile=profile)
+    for name, bits in allocation.bits.items():
+        give_bits_(layers[name], bits, window_of_band=allocation.window_of_band)
     for side, mean in allocation.mean_bits.items():
         log.info("allocated: %.3f bits of %ss, budget %s", mean, side, allocation.budget[side])
     return allocation
+
+
+def give_bits_(layer: FakeQuantLinear, bits: Mapping[int, tuple[int, int]], *, window_of_band: Sequence[int]) -> None:
+    """Set a layer's widths; where they differ between windows of timesteps it has a plan by noise band."""
+    weights, activations = zip(*bits.values(), strict=True)
+    profile = with_bits(layer.profile, (min(weights), min(activations)))
+    if profile != layer.profile:
+        layer.move_(profile=profile)
+    if len(set(bits.values())) > 1:
+        layer.set_plan_(BitPlan(bands=tuple(bits[window] for window in window_of_band)))
 
 
 def check_mixed_precision(config: TrainConfig, names: Sequence[str]) -> None:
     """Find out in seconds what would fail after hours.
 
     Raises:
-        UserError: Bits that change over windows of timesteps, or a metric's network that is not there.
+        UserError: A metric's network that is not there, or Phi beside weights of two widths.
         ValueError: Patterns of the model's groups that contradict each other.
     """
     init: MixedPrecision = config.init
-    for key in ("activation_windows", "weight_windows"):
-        if getattr(init, key):
-            raise UserError(
-                f"init.{key}={getattr(init, key)}: a layer can't change its bits between timesteps yet; leave out the key"
-            )
+    if init.weight_windows is not None and config.method.uses_phi:
+        raise UserError(
+            f"init.weight_windows={list(init.weight_windows)} gives layers two sets of weights, and Phi makes up for the "
+            "loss of one; use method=lsq or qvgen ptq"
+        )
     wanted = wanted_measurements(config, names)
     GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
 
@@ -124,7 +135,7 @@ def plan_measurements(config: TrainConfig) -> str:
     count = sum(1 for _ in wanted.keys(init.windows))
     return (
         f"sensitivity: {count} measurements ({', '.join(f'{n} of {group}' for group, n in groups.items())}; "
-        f"{init.windows} windows), each at most {init.videos} videos of {init.steps} steps and a quarter of that again"
+        f"{init.windows} windows), each samples {init.videos} videos of {init.steps} steps"
         if count
         else "sensitivity: none, the budgets leave no choice"
     )
@@ -233,7 +244,9 @@ def _code_bytes(shape: tuple[int, int], widths: set[int]) -> int:
 def _mean_bits(
     bits: Mapping[str, Mapping[int, tuple[int, int]]], sizes: Mapping[str, int], side: Side, calls: Sequence[int]
 ) -> float:
-    """Mean over weights or quantized values, and over the windows by their calls."""
-    place = ("weight", "activation").index(side)
-    total = sum(sizes[name] * calls[window] * pair[place] for name, of in bits.items() for window, pair in of.items())
-    return total / (sum(sizes[name] for name in bits) * sum(calls))
+    """What the budget counts: bits of a weight in all sets of its codes, or of an activation over all calls."""
+    if side == "weight":
+        total = sum(sizes[name] * sum({pair[0] for pair in of.values()}) for name, of in bits.items())
+        return total / sum(sizes[name] for name in bits)
+    of_calls = sum(sizes[name] * calls[window] * pair[1] for name, of in bits.items() for window, pair in of.items())
+    return of_calls / (sum(sizes[name] for name in bits) * sum(calls))

@@ -18,9 +18,10 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.evaluation.metrics import RelativeError
-from qvgen.layers.fake_quant_linear import FakeQuantLinear, to_grid_input
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.fake_quant_product import row_grid, row_qparams, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.quant.affine import choose_qparams, fake_quantize
+from qvgen.quant.affine import fake_quantize
 
 Side = Literal["weight", "activation"]
 
@@ -111,9 +112,8 @@ def _product(layer: FakeQuantLinear, side: Side) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         rows = to_grid_input(x.reshape(-1, layer.in_features), layer.input_scale, rotation=layer.profile.rotation)
         if side == "activation":
-            low, high = layer.row_clips(x)
-            scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high)
-            rows = fake_quantize(rows, scale=scale, zero_point=zero_point, grid=grid)
+            scale, zero_point = row_qparams(rows, layer.row_params(x, bits=grid.bits), grid)
+            rows = fake_quantize(rows, scale=scale, zero_point=zero_point, grid=row_grid(grid))
         return functional.linear(rows, weight, bias).reshape(*x.shape[:-1], layer.out_features)
 
     return apply

@@ -3,12 +3,14 @@
 One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps, all
 else in full precision. Measured is
 
-    output_error   of the transformer on the very calls that the full-precision model made in that window
-    score          the group's own metric: of the videos of a whole sampling (:mod:`qvgen.evaluation.damage`), or without
-                   a text-image model the change of the cross-attention's output on those calls
+    output_error   mean squared change of the videos that are sampled so, pixels in [0, 1]
+    score          the group's own metric of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
+                   cross-attention the change of its output on the calls that the full-precision model made
 
-Cost of a measurement: the calls of one window, and for video metrics one sampling with decoding. The number of measurements
-is units x widths x sides x windows, said before it starts. Rows are keyed by content; a killed run continues.
+The error of single predictions was tried in place of the videos' and allocates worse (docs/log.md).
+
+Cost of a measurement: one sampling with decoding, and the calls of one window for that substitute. Their number is units x
+widths x sides x windows, said before it starts. Rows are keyed by content; a killed run continues.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from tqdm import tqdm
 
 from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.bit_table import Sensitivity, SensitivityStore
-from qvgen.evaluation.metrics import RelativeError
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
@@ -36,7 +37,7 @@ from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.noise_window import band_windows
 from qvgen.models.base import Encode
 from qvgen.quant.grid import Profile
-from qvgen.training.group_metric import ATTENTION, GroupMetrics
+from qvgen.training.group_metric import OUTPUT, GroupMetrics
 from qvgen.training.probe import Probe, Side
 from qvgen.training.trajectory import Call, Sampling, record, sampling_of
 
@@ -100,21 +101,17 @@ class Session:
         """Output error and score of one quantization."""
         damage = self.metrics.damages[unit.group]
         with self.probe.quantizing(layers, side=side, window=window):
-            if self.metrics.names[unit.group] == ATTENTION:
-                with self.probe.output_change(unit.module) as change:
-                    error = self._output_error(window)
-                return error, change.compute()
-            error = self._output_error(window)
-            if damage is None:
+            videos = self.sampling.videos(self.model)
+            error = float((videos.double() - self.videos.double()).square().mean()) / 255**2
+            if damage is not None:
+                return error, damage.measure(videos, self.videos, self.sampling.captions)
+            if self.metrics.names[unit.group] == OUTPUT:
                 return error, error
-            return error, damage.measure(self.sampling.videos(self.model), self.videos, self.sampling.captions)
-
-    def _output_error(self, window: int) -> float:
-        error = RelativeError()
-        for call, place in zip(self.calls, self.call_windows, strict=True):
-            if place == window:
-                error.update(call.again(self.model).cpu(), call.output)
-        return error.compute()
+            with self.probe.output_change(unit.module) as change:
+                for call, place in zip(self.calls, self.call_windows, strict=True):
+                    if place == window:
+                        call.again(self.model)
+            return error, change.compute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +170,8 @@ class SensitivityMeasurement:
         keys = list(wanted.keys(init.windows))
         missing = [key for key in keys if _row_key(*key) not in rows]
         log.info(
-            "sensitivity: %d measurements (%d units x bits x sides x %d windows), %d of them stored; each takes the calls "
-            "of one window, and for a video metric a sampling of %d videos of %d steps; metrics: %s",
+            "sensitivity: %d measurements (%d units x bits x sides x %d windows), %d of them stored; each samples "
+            "%d videos of %d steps; metrics: %s",
             len(keys), len(wanted.units), init.windows, len(keys) - len(missing), init.videos, init.steps,
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from qvgen.quant.bit_map import SideProblem, constant_widths, per_layer, windowed_widths
+from qvgen.quant.bit_map import SideProblem, constant_widths, windowed_widths
 
 WIDTHS = (4, 6, 8)
 GROUPS = ("cross_attention", "ffn", "ffn", "cross_attention", "other")
@@ -145,9 +145,3 @@ def test_what_makes_no_sense_is_refused():
         SideProblem(**{**vars(given), "output_error": given.output_error[:2]})
     with pytest.raises(ValueError, match="whole numbers"):
         SideProblem(**{**vars(given), "cost": given.cost + 0.5})
-
-
-def test_a_map_without_windows_is_one_per_layer():
-    assert per_layer({"a": {0: (4, 8), 1: (4, 8)}, "b": {0: (6, 4)}}) == {"a": (4, 8), "b": (6, 4)}
-    with pytest.raises(ValueError, match="b has 2 pairs"):
-        per_layer({"a": {0: (4, 8)}, "b": {0: (4, 8), 1: (8, 8)}})

@@ -131,15 +131,13 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
     for window in range(2):
         model = direct_model(config, layers, side=side, window=window, windows=measured.window_of_band)
         row = measured.rows[asked.units[0].group, asked.units[0].block, side, 4, window]
-        with torch.no_grad():
-            own = [(model(*args, **kwargs)[0], out) for args, kwargs, out in calls[2 * window : 2 * window + 2]]
-        found = relative_error(*(torch.cat([pair[i] for pair in own]) for i in (0, 1)))
-        # float32 against float64 moves a code now and then where activations are rounded
-        assert row.output_error == pytest.approx(found, rel=2e-2 if side == "activation" else 1e-3)
+        videos = sample(model)
+        # Videos are rounded to 256 levels, and float32 against float64 moves a code of an activation now and then.
+        assert row.output_error == pytest.approx(mean_square(videos, exact), rel=0.1, abs=1e-7)
         assert row.output_error > 1e-7
         if unit.startswith("ffn"):
             assert row.metric == "ssim"
-            assert row.score == pytest.approx(1 - ssim(sample(model), exact, max_value=255), rel=0.1, abs=1e-4)
+            assert row.score == pytest.approx(1 - ssim(videos, exact, max_value=255), rel=0.1, abs=1e-4)
         if unit.startswith("other"):
             assert (row.metric, row.score) == (OUTPUT, row.output_error)
         if unit.startswith("cross"):
@@ -147,6 +145,11 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
             assert row.score == pytest.approx(
                 attention_change(model, teacher, calls[2 * window : 2 * window + 2]), rel=2e-2
             )
+
+
+def mean_square(a, b) -> float:
+    """Of pixels in [0, 1]."""
+    return float(((a.double() - b.double()) / 255).square().mean())
 
 
 def attention_change(model, teacher, calls) -> float:
