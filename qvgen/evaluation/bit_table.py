@@ -115,9 +115,8 @@ class Allocation:
         units: layer -> (group, block).
         window_of_band: Window of every noise band, cleanest first.
         budget: side -> what was asked for, in words.
-        mean_bits: side -> what the budget counts: bits of a weight in all sets of its codes, and of an activation over all
-            calls of the sampled videos.
-        weight_bytes: Of the packed weight codes.
+        mean_bits: side -> mean over weights or quantized values, and over the calls of the sampled videos.
+        weight_bytes: Of the packed weight codes, all sets of them.
         metrics: group -> name of the metric that its units were compared by.
     """
 

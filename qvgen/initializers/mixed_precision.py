@@ -41,7 +41,7 @@ class MixedPrecision(BalancedRotation):
         steps: Their sampling steps; at least ``windows``.
         activation_windows: Whether activation bits may differ between windows.
         weight_windows: Bits of all weights by window, None where a layer has its own: ``[8, null, null, null]`` is the
-            paper's released map; None: per layer alone.
+            paper's released map; None: per layer alone. Both sets of codes are stored.
     """
 
     candidates: Sequence[int]

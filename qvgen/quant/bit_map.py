@@ -8,7 +8,8 @@ Two levels, as ViDiT-Q (arXiv 2406.02540) has them, each solved exactly (:mod:`q
 Metrics of different groups are never added up. Errors of units are taken as additive, which is the one approximation.
 
 A width may be fixed in some windows of timesteps (the released map of ViDiT-Q: 8 bits in the first quarter). The codes
-of both widths are stored then, and the cost is the sum of both.
+of both widths are stored then. What a choice costs is either what is stored, the sum of both, or what runs, the mean over
+the steps. By what is stored two sets are never worth it: the wider one alone costs less and loses less.
 """
 
 from __future__ import annotations
@@ -53,12 +54,15 @@ class SideProblem:
             raise ValueError(f"cost must be whole numbers of shape {list(shape)}")
 
 
-def constant_widths(problem: SideProblem, *, fixed: Sequence[int | None] | None = None) -> list[list[int]]:
+def constant_widths(
+    problem: SideProblem, *, fixed: Sequence[int | None] | None = None, steps: Sequence[int] | None = None
+) -> list[list[int]]:
     """One width per unit, but for windows whose width is fixed.
 
     Args:
         problem: The candidates.
         fixed: [W], the width of a window for all units, or None where it is the unit's; None: nowhere fixed.
+        steps: [W], sampling steps of each window: the budget is of what runs in a step; None: of what is stored.
 
     Returns:
         Bits by unit and window, [U][W].
@@ -76,14 +80,17 @@ def constant_widths(problem: SideProblem, *, fixed: Sequence[int | None] | None 
     options = [[width if held is None else held for held in fixed] for width in problem.widths]
     place = {width: index for index, width in enumerate(problem.widths)}
     chosen = torch.tensor([[place[width] for width in option] for option in options])  # [O, W]
-    cost = torch.stack([problem.cost[:, [place[width] for width in set(option)]].sum(1) for option in options], 1)
+    if steps is None:
+        stored = [[place[width] for width in set(option)] for option in options]
+        cost, budget = torch.stack([problem.cost[:, widths].sum(1) for widths in stored], 1), problem.budget
+    else:
+        cost = (problem.cost.double()[:, chosen] * _checked_steps(steps, windows)).sum(2)
+        budget = problem.budget * sum(steps)
 
     def of_options(table: Tensor) -> Tensor:
         return table.double()[:, chosen, torch.arange(windows)].sum(2)
 
-    choice = _two_levels(
-        problem.groups, of_options(problem.output_error), of_options(problem.score), cost, problem.budget
-    )
+    choice = _two_levels(problem.groups, of_options(problem.output_error), of_options(problem.score), cost, budget)
     return [options[index] for index in choice.tolist()]
 
 
@@ -101,13 +108,17 @@ def windowed_widths(problem: SideProblem, *, steps: Sequence[int]) -> list[list[
         ValueError: A budget below the cheapest choice, or not one number of steps per window.
     """
     units, widths, windows = problem.output_error.shape
-    if len(steps) != windows or min(steps) < 1:
-        raise ValueError(f"steps={list(steps)} must be {windows} positive numbers, one for each window")
-    cost = (problem.cost.double().unsqueeze(1) * torch.tensor(steps).view(1, -1, 1)).reshape(-1, widths)
+    cost = (problem.cost.double().unsqueeze(1) * _checked_steps(steps, windows).unsqueeze(1)).reshape(-1, widths)
     error, score = (table.double().mT.reshape(-1, widths) for table in (problem.output_error, problem.score))
     groups = [group for group in problem.groups for _ in range(windows)]
     choice = _two_levels(groups, error, score, cost, problem.budget * sum(steps)).view(units, windows)
     return [[problem.widths[index] for index in row] for row in choice.tolist()]
+
+
+def _checked_steps(steps: Sequence[int], windows: int) -> Tensor:
+    if len(steps) != windows or min(steps) < 1:
+        raise ValueError(f"steps={list(steps)} must be {windows} positive numbers, one for each window")
+    return torch.tensor(steps)
 
 
 def _two_levels(groups: Sequence[str], error: Tensor, score: Tensor, cost: Tensor, budget: float) -> Tensor:

@@ -4,9 +4,9 @@
     sensitivities  :mod:`qvgen.training.sensitivity`
     allocation     :mod:`qvgen.quant.bit_map`: weights and activations apart, each under its own budget
 
-Cost of weights: bits of their codes, or with ``init.weights_mib`` bytes as they are packed (6 bits lie in a byte). Cost of
-activations: bits of the values that are quantized in the sampled videos. Groups without a metric of their own, and the
-split between groups, go by the output error: mean squared change of the sampled videos.
+Cost of weights: mean bits that run, or with ``init.weights_mib`` bytes as they are packed (6 bits lie in a byte; two widths
+are two sets of codes). Cost of activations: bits of the values that are quantized in the sampled videos. Groups without a
+metric of their own, and the split between groups, go by the output error: mean squared change of the sampled videos.
 """
 
 from __future__ import annotations
@@ -177,9 +177,14 @@ def allocate_budget(
             if side == "activation" and init.activation_windows:
                 chosen[side] = windowed_widths(problem, steps=measured.window_calls)
             else:
-                chosen[side] = constant_widths(problem, fixed=init.weight_windows if side == "weight" else None)
+                fixed = init.weight_windows if side == "weight" else None
+                runs = fixed is not None and init.weights_mib is None
+                chosen[side] = constant_widths(problem, fixed=fixed, steps=measured.window_calls if runs else None)
         except ValueError as error:
-            raise UserError(f"bits of {side}s, candidates {list(wanted.widths[side])}: {error}") from error
+            raise UserError(
+                f"bits of {side}s, candidates {list(wanted.widths[side])}: {error} (one bit of all is {float(size.sum()):g}, "
+                f"times {sum(measured.window_calls)} calls where bits change over windows; weights_mib counts bytes)"
+            ) from error
     bits = {
         name: {window: (chosen["weight"][u][window], chosen["activation"][u][window]) for window in range(init.windows)}
         for u, unit in enumerate(wanted.units)
@@ -244,9 +249,7 @@ def _code_bytes(shape: tuple[int, int], widths: set[int]) -> int:
 def _mean_bits(
     bits: Mapping[str, Mapping[int, tuple[int, int]]], sizes: Mapping[str, int], side: Side, calls: Sequence[int]
 ) -> float:
-    """What the budget counts: bits of a weight in all sets of its codes, or of an activation over all calls."""
-    if side == "weight":
-        total = sum(sizes[name] * sum({pair[0] for pair in of.values()}) for name, of in bits.items())
-        return total / sum(sizes[name] for name in bits)
-    of_calls = sum(sizes[name] * calls[window] * pair[1] for name, of in bits.items() for window, pair in of.items())
-    return of_calls / (sum(sizes[name] for name in bits) * sum(calls))
+    """Mean over weights or quantized values, and over the calls of the sampled videos: what runs."""
+    place = ("weight", "activation").index(side)
+    total = sum(sizes[name] * calls[window] * pair[place] for name, of in bits.items() for window, pair in of.items())
+    return total / (sum(sizes[name] for name in bits) * sum(calls))

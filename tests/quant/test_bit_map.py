@@ -110,6 +110,23 @@ def test_a_fixed_window_counts_both_sets_of_codes(seed):
     assert found == [options[index] for index in wanted]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fixed_window_by_what_runs(seed):
+    """8 bits in a window of one step of four, and a width of the unit's own in the other three."""
+    given = problem(seed, budget=5.8)
+    found = constant_widths(given, fixed=[8, None], steps=[1, 3])
+    place = {width: index for index, width in enumerate(WIDTHS)}
+    errors, scores = (
+        [[float(table[u, 2, 0] + table[u, place[width], 1]) for width in WIDTHS] for u in range(len(GROUPS))]
+        for table in (given.output_error, given.score)
+    )
+    size = (given.cost[:, 0] / 4).tolist()
+    costs = [[unit * (8 + 3 * width) for width in WIDTHS] for unit in size]
+    wanted = two_levels(given.groups, errors, scores, costs, 4 * given.budget)
+    assert found == [[8, WIDTHS[index]] for index in wanted]
+    assert len({width for _, width in found}) > 1
+
+
 def test_two_sets_are_never_worth_their_bytes_where_nothing_is_fixed():
     """8 bits alone cost less than 8 and 4 bits together and lose less: with bytes as the budget, 8 everywhere wins."""
     for budget in (8.0, 12.0, 20.0):  # 12 would pay for 8 and 4 bits of all

@@ -22,6 +22,10 @@ from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
 
 
+QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=4", "init.windows=2")}
+"""Settings of a method that would take minutes, or needs a network."""
+
+
 def ptq(run_dir: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi"))]
     return main(["ptq", *keys, "calibration.videos=2", "calibration.steps=3", f"run_dir={run_dir}", *overrides])
@@ -32,7 +36,7 @@ def test_a_method_alone_and_as_the_start_of_training(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6")
+    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6", *QUICK.get(name, ()))
     assert ptq(tmp_path / "ptq", *common) == 0
     report = json.loads((tmp_path / "ptq" / "report.json").read_text())
     assert (report["init"], report["method"], report["steps"], report["phi_rank_final"]) == (name, "ptq", 0, 0)
