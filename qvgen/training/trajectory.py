@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qvgen.config.schema import TrainConfig
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.training.calibration import calibration_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class Sampling:
 
 
 def sampling_of(config: TrainConfig, *, videos: int, steps: int, seed_offset: int, encode: Encode) -> Sampling:
-    """Videos with the evaluation's prompts, again and again if need be, and seeds of their own."""
-    prompts = list(config.evaluation.prompts or config.model.prompts)
+    """Videos with the calibration's prompts, again and again if need be, and seeds of their own."""
+    prompts = calibration_prompts(config)
     return Sampling(
         family=config.model,
         captions=tuple(prompts[index % len(prompts)] for index in range(videos)),
