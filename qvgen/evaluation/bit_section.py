@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qvgen.evaluation.bit_table import DIRECTORY, Allocation, Sensitivity
+from qvgen.evaluation.bit_table import ALL_WINDOWS, DIRECTORY, Allocation, Sensitivity
 from qvgen.evaluation.canvas import Canvas, Chart
 from qvgen.run_directory import atomic_write
 
@@ -84,7 +84,7 @@ def _shown(widths: list[int]) -> str:
 
 def draw_sensitivity(allocation: Allocation, *, side: str) -> Chart | None:
     """Heat map of a side's scores, each group against its own largest; None where the side was not measured."""
-    rows = [row for row in allocation.sensitivities if row.side == side]
+    rows = [row for row in allocation.sensitivities if row.side == side and row.window != ALL_WINDOWS]
     if not rows:
         return None
     units = list(dict.fromkeys((row.group, row.block) for row in rows))

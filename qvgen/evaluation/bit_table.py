@@ -20,6 +20,9 @@ from typing import Any
 from qvgen.run_directory import atomic_write
 
 DIRECTORY = "mixed_precision"
+ALL_WINDOWS = -1
+"""Stands for all windows of timesteps at once."""
+
 TABLE_FILE, ALLOCATION_FILE = "sensitivity.csv", "allocation.json"
 
 
@@ -32,7 +35,7 @@ class Sensitivity:
         block: Where they are.
         side: "weight" or "activation".
         bits: Of that side.
-        window: Of timesteps; 0 is where sampling begins.
+        window: Of timesteps; 0 is where sampling begins, -1 all of them at once.
         output_error: mean squared difference of the sampled videos to the full-precision model's, pixels in [0, 1].
         metric: Name of the group's own metric.
         score: Its value; larger is worse.

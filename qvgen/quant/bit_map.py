@@ -6,8 +6,9 @@ Two levels, as ViDiT-Q (arXiv 2406.02540) has them, each solved exactly (:mod:`q
     inside a group   the units of that group by the group's own metric, under what the group got
 
 Metrics of different groups are never added up. Errors of units are taken as additive, which is the one approximation.
-Output errors of one unit in different windows add as amplitudes, (sum_w sqrt(e_w))^2: the same weights err in the same
-direction in every step. Measured on the small model, plain sums are up to ten times too small (docs/log.md).
+What a unit loses at one width in all windows is measured as such: the same weights err in the same direction in every
+step, and sums over windows were up to ten times too small (docs/log.md). Where the widths of its windows differ there is
+only the sum: of amplitudes for output errors, (sum_w sqrt(e_w))^2.
 
 A width may be fixed in some windows of timesteps (the released map of ViDiT-Q: 8 bits in the first quarter). The codes
 of both widths are stored then. What a choice costs is either what is stored, the sum of both, or what runs, the mean over
@@ -34,6 +35,7 @@ class SideProblem:
         widths: Candidate bit-widths, rising, [B].
         output_error: float64 [U, B, W], squared error of the videos when that unit alone has that width in that window.
         score: float64 [U, B, W], by the group's own metric; in any unit that is one for the whole group.
+        whole_error, whole_score: float64 [U, B], the same with that width in all windows.
         cost: float64 [U, B], whole numbers: what the unit's layers cost at that width.
         budget: Largest sum of costs.
     """
@@ -42,6 +44,8 @@ class SideProblem:
     widths: tuple[int, ...]
     output_error: Tensor
     score: Tensor
+    whole_error: Tensor
+    whole_score: Tensor
     cost: Tensor
     budget: float
 
@@ -52,6 +56,8 @@ class SideProblem:
                 raise ValueError(
                     f"{name} has shape {list(value.shape)}; {len(shape) + 1} dimensions {list(shape)} x W are needed"
                 )
+        if self.whole_error.shape != shape or self.whole_score.shape != shape:
+            raise ValueError(f"whole_error and whole_score must have the shape {list(shape)}")
         if self.cost.shape != shape or bool((self.cost != self.cost.round()).any()):
             raise ValueError(f"cost must be whole numbers of shape {list(shape)}")
 
@@ -92,8 +98,11 @@ def constant_widths(
     def of_options(table: Tensor) -> Tensor:
         return table.double()[:, chosen, torch.arange(windows)]
 
-    error = of_options(problem.output_error).sqrt().sum(2).square()
-    choice = _two_levels(problem.groups, error, of_options(problem.score).sum(2), cost, budget)
+    if all(held is None for held in fixed):
+        error, score = problem.whole_error.double(), problem.whole_score.double()
+    else:
+        error, score = of_options(problem.output_error).sqrt().sum(2).square(), of_options(problem.score).sum(2)
+    choice = _two_levels(problem.groups, error, score, cost, budget)
     return [options[index] for index in choice.tolist()]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
-from qvgen.evaluation.bit_table import Allocation
+from qvgen.evaluation.bit_table import ALL_WINDOWS, Allocation
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -135,7 +135,7 @@ def plan_measurements(config: TrainConfig) -> str:
     count = sum(1 for _ in wanted.keys(init.windows))
     return (
         f"sensitivity: {count} measurements ({', '.join(f'{n} of {group}' for group, n in groups.items())}; "
-        f"{init.windows} windows), each samples {init.videos} videos of {init.steps} steps"
+        f"{init.windows} windows and all at once), each samples {init.videos} videos of {init.steps} steps"
         if count
         else "sensitivity: none, the budgets leave no choice"
     )
@@ -207,25 +207,26 @@ def allocate_budget(
 
 def side_problem(wanted: Wanted, measured: Measured, *, side: Side, cost: Tensor, budget: float) -> SideProblem:
     """The sensitivities of a side as tables."""
+    count = len(measured.window_calls)
 
-    def table(key: str) -> Tensor:
-        windows = range(len(measured.window_calls))
-        return torch.tensor(
+    def table(key: str, windows: Sequence[int]) -> Tensor:
+        rows = [
             [
-                [
-                    [getattr(measured.rows[unit.group, unit.block, side, bits, window], key) for window in windows]
-                    for bits in wanted.widths[side]
-                ]
-                for unit in wanted.units
-            ],
-            dtype=torch.float64,
-        )
+                [getattr(measured.rows[unit.group, unit.block, side, bits, window], key) for window in windows]
+                for bits in wanted.widths[side]
+            ]
+            for unit in wanted.units
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
 
+    whole = [ALL_WINDOWS if count > 1 else 0]
     return SideProblem(
         groups=tuple(unit.group for unit in wanted.units),
         widths=wanted.widths[side],
-        output_error=table("output_error"),
-        score=table("score"),
+        output_error=table("output_error", range(count)),
+        score=table("score", range(count)),
+        whole_error=table("output_error", whole).squeeze(2),
+        whole_score=table("score", whole).squeeze(2),
         cost=cost,
         budget=budget,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from qvgen.evaluation.bit_table import ALL_WINDOWS
 from qvgen.evaluation.metrics import RelativeError
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import row_grid, row_qparams, to_grid_input
@@ -47,7 +48,7 @@ class Probe:
         Args:
             layers: A Linear's name -> it, set up by a PTQ method.
             side: Which side; the other one stays exact.
-            window: In which window.
+            window: In which window; ``ALL_WINDOWS``: always.
         """
         handles = [
             self._model.get_submodule(name).register_forward_hook(self._hook(_product(layer, side), window))
@@ -62,7 +63,8 @@ class Probe:
     def _hook(self, product: Callable[[Tensor], Tensor], window: int) -> Callable[..., Tensor | None]:
         def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             del module
-            inside = self._windows[self._band.row_index(inputs[0]).cpu()] == window
+            windows = self._windows[self._band.row_index(inputs[0]).cpu()]
+            inside = (windows == window) | (window == ALL_WINDOWS)
             if self._paused or not bool(inside.any()):
                 return None
             quantized = product(inputs[0]).to(output.dtype)

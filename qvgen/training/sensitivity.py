@@ -1,7 +1,7 @@
 """How much every unit of layers suffers from every bit-width: one measurement for each, kept as they come.
 
-One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps, all
-else in full precision. Measured is
+One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps and
+once in all of them, all else in full precision. Measured is
 
     output_error   mean squared change of the videos that are sampled so, pixels in [0, 1]
     score          the group's own metric of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
@@ -10,7 +10,7 @@ else in full precision. Measured is
 The error of single predictions was tried in place of the videos' and allocates worse (docs/log.md).
 
 Cost of a measurement: one sampling with decoding, and the calls of one window for that substitute. Their number is units x
-widths x sides x windows, said before it starts. Rows are keyed by content; a killed run continues.
+widths x sides x (windows and all), said before it starts. Rows are keyed by content; a killed run continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qvgen.config.schema import TrainConfig
-from qvgen.evaluation.bit_table import Sensitivity, SensitivityStore
+from qvgen.evaluation.bit_table import ALL_WINDOWS, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
@@ -66,11 +66,12 @@ class Wanted:
 
     def keys(self, windows: int) -> Iterator[tuple[LayerUnit, int, Side, int]]:
         """(unit, bits, side, window) of every measurement, in the order in which they are made."""
+        places = [*range(windows), ALL_WINDOWS] if windows > 1 else [0]
         for unit in self.units:
             for bits in sorted({bits for widths in self.widths.values() for bits in widths}):
                 for side in self.widths:
                     if bits in self.widths[side]:
-                        yield from ((unit, bits, side, window) for window in range(windows))
+                        yield from ((unit, bits, side, window) for window in places)
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class Session:
                 return error, error
             with self.probe.output_change(unit.module) as change:
                 for call, place in zip(self.calls, self.call_windows, strict=True):
-                    if place == window:
+                    if window in (place, ALL_WINDOWS):
                         call.again(self.model)
             return error, change.compute()
 
@@ -170,7 +171,7 @@ class SensitivityMeasurement:
         keys = list(wanted.keys(init.windows))
         missing = [key for key in keys if _row_key(*key) not in rows]
         log.info(
-            "sensitivity: %d measurements (%d units x bits x sides x %d windows), %d of them stored; each samples "
+            "sensitivity: %d measurements (%d units x bits x sides x (%d windows and all)), %d of them stored; each samples "
             "%d videos of %d steps; metrics: %s",
             len(keys), len(wanted.units), init.windows, len(keys) - len(missing), init.videos, init.steps,
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),

@@ -18,10 +18,18 @@ def problem(seed: int, *, budget: float, windows: int = 2, widths=WIDTHS, groups
     shape = (len(groups), len(widths), windows)
     falling = 4.0 ** -torch.tensor(widths).double().view(1, -1, 1)
     error, score = (falling * (0.1 + torch.rand(shape, generator=generator).double()) for _ in range(2))
+    whole = [windows * falling[..., 0] * (0.1 + torch.rand(shape[:2], generator=generator).double()) for _ in range(2)]
     size = torch.randint(1, 9, (len(groups), 1), generator=generator).double()
     cost = size * torch.tensor(widths)
     return SideProblem(
-        groups=groups, widths=widths, output_error=error, score=score, cost=cost, budget=budget * float(size.sum())
+        groups=groups,
+        widths=widths,
+        output_error=error,
+        score=score,
+        whole_error=whole[0],
+        whole_score=whole[1],
+        cost=cost,
+        budget=budget * float(size.sum()),
     )
 
 
@@ -53,8 +61,7 @@ def two_levels(groups, errors, scores, costs, budget):
 @pytest.mark.parametrize("budget", [4.0, 5.1, 6.0, 7.3, 8.0])
 def test_one_width_per_unit_is_the_best_by_both_levels(seed, budget):
     given = problem(seed, budget=budget)
-    errors = [[sum(float(e) ** 0.5 for e in windows) ** 2 for windows in unit] for unit in given.output_error]
-    scores = given.score.sum(2).tolist()
+    errors, scores = given.whole_error.tolist(), given.whole_score.tolist()
     wanted = two_levels(given.groups, errors, scores, given.cost.tolist(), given.budget)
     assert constant_widths(given) == [[WIDTHS[index]] * 2 for index in wanted]
 
@@ -126,7 +133,10 @@ def test_two_sets_are_never_worth_their_bytes_where_nothing_is_fixed():
 def test_equal_sensitivities_take_the_lower_cost():
     flat = torch.ones(2, 3, 1).double()
     cost = torch.tensor([[4.0, 6.0, 8.0]] * 2)
-    given = SideProblem(groups=("ffn", "ffn"), widths=WIDTHS, output_error=flat, score=flat, cost=cost, budget=99)
+    given = SideProblem(
+        groups=("ffn", "ffn"), widths=WIDTHS, output_error=flat, score=flat, whole_error=flat[..., 0],
+        whole_score=flat[..., 0], cost=cost, budget=99,
+    )  # fmt: skip
     assert constant_widths(given) == [[4], [4]]
 
 
@@ -150,5 +160,7 @@ def test_what_makes_no_sense_is_refused():
         windowed_widths(given, steps=[0, 2])
     with pytest.raises(ValueError, match="output_error has shape"):
         SideProblem(**{**vars(given), "output_error": given.output_error[:2]})
+    with pytest.raises(ValueError, match="whole_error and whole_score"):
+        SideProblem(**{**vars(given), "whole_score": given.score})
     with pytest.raises(ValueError, match="whole numbers"):
         SideProblem(**{**vars(given), "cost": given.cost + 0.5})

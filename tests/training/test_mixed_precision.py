@@ -103,9 +103,7 @@ def test_a_larger_budget_has_no_larger_error_between_groups(cache):
         _, allocation = started(config)
         rows = {row.key: row.output_error for row in allocation.sensitivities}
         place = {unit: allocation.bits[name] for name, unit in allocation.units.items()}
-        sums.append(
-            sum(sum(rows[*unit, "weight", bits[w][0], w] ** 0.5 for w in range(2)) ** 2 for unit, bits in place.items())
-        )
+        sums.append(sum(rows[*unit, "weight", bits[0][0], -1] for unit, bits in place.items()))
         assert allocation.mean_bits["weight"] <= mean
     assert sums == sorted(sums, reverse=True)
     assert sums[0] > sums[-1]
@@ -206,9 +204,9 @@ def test_candidates_and_plans(cache):
     config = configured(cache, "bits=w6a8")
     names = list(quantized_layers(prepare_student(config)[0]))
     assert wanted_measurements(config, names).widths == {"weight": (4, 6, 8), "activation": ()}
-    # 11 units, 3 widths of one side, 2 windows
+    # 11 units, 3 widths of one side, 2 windows and both at once
     assert plan_measurements(config).startswith(
-        "sensitivity: 66 measurements (3 of cross_attention, 3 of self_attention, 3 of"
+        "sensitivity: 99 measurements (3 of cross_attention, 3 of self_attention, 3 of"
     )
     assert plan_measurements(configured(cache, "bits=8")) == "sensitivity: none, the budgets leave no choice"
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qvgen.evaluation.bit_table import ALL_WINDOWS
 from qvgen.evaluation.metrics import relative_error, ssim
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -66,7 +67,7 @@ def direct_model(config, layers, *, side: str, window: int, windows):
 
     def read(module, args, kwargs):
         timestep = float(kwargs["timestep"].flatten()[0])
-        now["inside"] = windows[min(int(timestep * BANDS / 1000), BANDS - 1)] == window
+        now["inside"] = window in (windows[min(int(timestep * BANDS / 1000), BANDS - 1)], ALL_WINDOWS)
 
     model.register_forward_pre_hook(read, with_kwargs=True)
     for name, layer in layers.items():
@@ -128,7 +129,7 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
     teacher.register_forward_hook(lambda m, args, kwargs, out: calls.append((args, kwargs, out[0])), with_kwargs=True)
     exact = sample(teacher)
     assert len(calls) == 4  # steps; guidance is in the batch
-    for window in range(2):
+    for window in (0, 1, ALL_WINDOWS):
         model = direct_model(config, layers, side=side, window=window, windows=measured.window_of_band)
         row = measured.rows[asked.units[0].group, asked.units[0].block, side, 4, window]
         videos = sample(model)
@@ -143,7 +144,10 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
         if unit.startswith("cross"):
             assert row.metric == ATTENTION
             assert row.score == pytest.approx(
-                attention_change(model, teacher, calls[2 * window : 2 * window + 2]), rel=2e-2
+                attention_change(
+                    model, teacher, calls if window == ALL_WINDOWS else calls[2 * window : 2 * window + 2]
+                ),
+                rel=2e-2,
             )
 
 
@@ -205,7 +209,7 @@ def test_what_was_measured_survives_a_kill_and_is_not_measured_again(tmp_path):
     kept = file.read_text()
     count.update(calls=0, limit=0)
     resumed = measurement(config, encode=encode).measure(asked)
-    assert count["calls"] == 1 + 8 - 3
+    assert count["calls"] == 1 + 12 - 3
     assert file.read_text().startswith(kept)
     count.update(calls=0)
     again = measurement(config, encode=encode).measure(asked)
@@ -229,7 +233,7 @@ def test_another_setting_is_another_file(tmp_path):
         measurement(configured(tmp_path, *keys)).measure(asked)
     files = sorted((tmp_path / "cache").glob("sensitivity-*.jsonl"))
     assert len(files) == 6
-    assert sorted(line.count('"differences"') for line in (file.read_text() for file in files)) == [0, 0, 0, 0, 0, 2]
+    assert sorted(line.count('"differences"') for line in (file.read_text() for file in files)) == [0, 0, 0, 0, 0, 3]
     measurement(configured(tmp_path, "bits=w4a4", "init.mean_weight_bits=5")).measure(asked)  # changes no number
     assert sorted((tmp_path / "cache").glob("sensitivity-*.jsonl")) == files
 

@@ -31,20 +31,20 @@ def test_a_run_holds_table_allocation_and_heat_maps(
     tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ptq(tmp_path / "run", cache, "bits=6", "dry_run=true") == 0
-    assert "sensitivity: 132 measurements" in capsys.readouterr().out  # 11 units, 3 widths, 2 sides, 2 windows
+    assert "sensitivity: 198 measurements" in capsys.readouterr().out  # 11 units, 3 widths, 2 sides, 2 windows and all
     assert ptq(tmp_path / "run", cache, "bits=6") == 0
     assert "sensitivity: 100%" in capsys.readouterr().err
     folder = tmp_path / "run" / "mixed_precision"
     assert {path.name for path in folder.iterdir()} == {
         "sensitivity.csv", "allocation.json", "heat_map_weight.svg", "heat_map_activation.svg",
     }  # fmt: skip
-    assert len((folder / "sensitivity.csv").read_text().splitlines()) == 1 + 132
+    assert len((folder / "sensitivity.csv").read_text().splitlines()) == 1 + 198
     allocation = json.loads((folder / "allocation.json").read_text())
     packed = packed_layers(load_packed(tmp_path / "run" / "packed"))
     for name, layer in packed.items():
         assert allocation["bits"][name]["0"] == [layer.profile.weight.bits, layer.profile.activation.bits]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["mixed_precision"]["measurements"] == 132
+    assert report["mixed_precision"]["measurements"] == 198
     assert report["packed_vs_fake_max_abs"] == 0.0
     assert {row["weight_bits"] for row in report["layers"]} <= {4, 6, 8}
     page = (tmp_path / "run" / "report.html").read_text()
