@@ -70,7 +70,9 @@ def test_bits_that_change_over_sampling_go_the_whole_way(tmp_path: Path, cache: 
     assert report["packed_vs_fake_max_abs"] == 0.0
     assert report["trajectory_psnr_db"] == "inf"
     assert any("/" in unit["weight_bits"] for unit in report["mixed_precision"]["units"])
-    assert any(layer.plan is not None for layer in packed_layers(load_packed(tmp_path / "run" / "packed")).values())
+    assert any(
+        layer.form.plan is not None for layer in packed_layers(load_packed(tmp_path / "run" / "packed")).values()
+    )
 
 
 def test_what_makes_no_sense_is_refused(
