@@ -145,7 +145,7 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
             assert row.metric == ATTENTION
             assert row.score == pytest.approx(
                 attention_change(
-                    model, teacher, calls if window == ALL_WINDOWS else calls[2 * window : 2 * window + 2]
+                    model, teacher, list(calls) if window == ALL_WINDOWS else calls[2 * window : 2 * window + 2]
                 ),
                 rel=2e-2,
             )
