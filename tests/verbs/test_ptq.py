@@ -16,7 +16,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
 from qvgen.training.session import load_start
-from qvgen.training.student import prepare_student
+from qvgen.training.student import fold_student, prepare_student
 from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 
 INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
@@ -67,6 +67,11 @@ def test_a_method_alone_and_as_the_start_of_training(
     exact = list(held_out.predictions(config.model.load_teacher()))
     assert distance(with_phi, exact) < distance(outputs[0], exact)  # Phi starts from this method's own loss
     assert all(layer.phi is not None for layer in quantized_layers(student).values())
+    for layer in quantized_layers(student).values():
+        layer.phi = None
+    # What training starts from is the checkpoint without training.
+    fold_student(config, student, tmp_path / "folded", steps=0)
+    assert (tmp_path / "folded" / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "ptq")
 
 
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
