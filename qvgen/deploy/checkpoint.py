@@ -67,27 +67,17 @@ def save_packed(
     Raises:
         ValueError: The model has layers that are not folded, or none that are, or is of an unsupported class.
     """
-    if unfolded := quantized_layers(model):
-        raise ValueError(
-            f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first"
-        )
-    packed = packed_layers(model)
-    if not packed:
-        raise ValueError(f"{type(model).__name__} has no packed layer; prepare, train and fold it first")
-    name = type(model).__name__
-    if name not in SUPPORTED_TRANSFORMERS:
-        raise ValueError(f"transformer class {name} is not among {', '.join(SUPPORTED_TRANSFORMERS)}")
+    packed = _check_folded(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
     band, switch = next(iter(packed.values())).noise_band, find_switch(model)
-    check_switch(model)
     manifest = Manifest(
         base_name=base_name,
         base_revision=base_revision,
         base_arguments=dict(base_arguments or {}),
-        transformer=name,
+        transformer=type(model).__name__,
         transformer_config=_plain_config(model),
         num_noise_bands=band.num_bands,
         timesteps=band.timesteps,
@@ -100,6 +90,22 @@ def save_packed(
     )
     atomic_write(directory / MANIFEST_FILE, manifest.to_json())
     return manifest
+
+
+def _check_folded(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model that can be written; raises ValueError for any other."""
+    if unfolded := quantized_layers(model):
+        raise ValueError(
+            f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first"
+        )
+    packed = packed_layers(model)
+    name = type(model).__name__
+    if not packed:
+        raise ValueError(f"{name} has no packed layer; prepare, train and fold it first")
+    if name not in SUPPORTED_TRANSFORMERS:
+        raise ValueError(f"transformer class {name} is not among {', '.join(SUPPORTED_TRANSFORMERS)}")
+    check_switch(model)
+    return packed
 
 
 def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: str = "auto") -> nn.Module:

@@ -27,8 +27,8 @@ class LayerForm:
         >>> from qvgen.quant.grid import Grid
         >>> grids = {"weight": Grid(bits=4, granularity="per_channel"), "activation": Grid(bits=4, granularity="per_token")}
         >>> form = LayerForm(profile=Profile(name="paper", **grids), plan=BitPlan(switch=(4, 8)))
-        >>> form.activation_widths, form.table_names(8)
-        ((4, 8), ('clip_low_8', 'clip_high_8'))
+        >>> form.label, form.activation_widths, form.table_names(8)
+        ('w4a4|8', (4, 8), ('clip_low_8', 'clip_high_8'))
         >>> LayerForm.from_dict(form.to_dict()) == form
         True
     """
@@ -67,6 +67,16 @@ class LayerForm:
     def static(self) -> bool:
         """Whether ranges come from tables by sampling step."""
         return self.profile.activation.granularity == "per_tensor"
+
+    @property
+    def label(self) -> str:
+        """Short name: the widths (w4a4, w4|8a4|8 with a plan), static ranges, the branch's rank."""
+        widths = "".join(
+            side + "|".join(map(str, found))
+            for side, found in (("w", self.weight_widths), ("a", self.activation_widths))
+        )
+        branch = f" +r{self.branch_rank}" if self.branch_rank else ""
+        return widths + (" static" if self.static else "") + branch
 
     def table_names(self, bits: int) -> tuple[str | None, str | None]:
         """Names of the two tables [num_bands] of an activation width; None: it has no such table, being symmetric."""

@@ -174,12 +174,7 @@ def allocate_budget(
             cost, budget = _byte_costs(wanted, shapes), init.weights_mib * _MIB
         problem = side_problem(wanted, measured, side=side, cost=cost, budget=budget)
         try:
-            if side == "activation" and init.activation_windows:
-                chosen[side] = windowed_widths(problem, steps=measured.window_calls)
-            else:
-                fixed = init.weight_windows if side == "weight" else None
-                runs = fixed is not None and init.weights_mib is None
-                chosen[side] = constant_widths(problem, fixed=fixed, steps=measured.window_calls if runs else None)
+            chosen[side] = _side_widths(init, problem, side=side, calls=measured.window_calls)
         except ValueError as error:
             raise UserError(
                 f"bits of {side}s, candidates {list(wanted.widths[side])}: {error} (one bit of all is {float(size.sum()):g}, "
@@ -203,6 +198,15 @@ def allocate_budget(
         weight_bytes=sum(_code_bytes(shapes[name], {pair[0] for pair in bits[name].values()}) for name in shapes),
         metrics=measured.metrics,
     )
+
+
+def _side_widths(init: MixedPrecision, problem: SideProblem, *, side: Side, calls: Sequence[int]) -> list[list[int]]:
+    """Bits of each unit in each window."""
+    if side == "activation" and init.activation_windows:
+        return windowed_widths(problem, steps=calls)
+    fixed = init.weight_windows if side == "weight" else None
+    runs = fixed is not None and init.weights_mib is None
+    return constant_widths(problem, fixed=fixed, steps=calls if runs else None)
 
 
 def side_problem(wanted: Wanted, measured: Measured, *, side: Side, cost: Tensor, budget: float) -> SideProblem:

@@ -61,7 +61,7 @@ def plan_generate(family: Any, *, packed: Sequence[Path]) -> list[str]:
         file = directory / WEIGHTS_FILE
         size = file.stat().st_size if file.is_file() else sum(layer.nbytes for layer in manifest.layers)
         codes = sum(
-            layer.out_features * layer.in_features * layer.profile.weight.bits // 8 for layer in manifest.layers
+            layer.out_features * layer.in_features * sum(layer.form.weight_widths) // 8 for layer in manifest.layers
         )
         lines.append(
             f"memory of {directory}: {format_bytes(size)} in {len(manifest.layers)} packed layers and the rest, and "

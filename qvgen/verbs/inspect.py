@@ -49,7 +49,7 @@ def table(manifest: Manifest, *, file_bytes: int) -> list[str]:
 def _row(layer: LayerEntry) -> tuple[str, ...]:
     error = "-" if layer.weight_error is None else f"{layer.weight_error:.5f}"
     shape = f"{layer.out_features} x {layer.in_features}"
-    return (layer.name, shape, layer.profile.label, layer.profile.name, str(layer.nbytes), error)
+    return (layer.name, shape, layer.form.label, layer.form.profile.name, str(layer.nbytes), error)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -100,7 +100,10 @@ def test_a_grid_is_a_frozen_value():
     [
         ({"weight": token_grid()}, "weight granularity 'per_token'; use per_channel or per_group"),
         ({"weight": channel_grid(granularity="per_tensor")}, "weight granularity 'per_tensor'"),
-        ({"activation": channel_grid()}, "activation granularity 'per_channel'; use per_token or per_group"),
+        (
+            {"activation": channel_grid()},
+            "activation granularity 'per_channel'; use per_token, per_group or per_tensor",
+        ),
         ({"activation": token_grid(zero_point="real")}, "activation zero_point 'real' runs on no integer kernel"),
         ({"rotation": 52}, "rotation=52 has no Hadamard matrix here; use 0 or 48 or 56"),
         ({"rotation": 1}, "rotation=1 has no Hadamard matrix here; use 0 or 2"),
