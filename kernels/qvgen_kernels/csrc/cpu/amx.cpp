@@ -1,0 +1,2 @@
+#include "qv.h"
+namespace qv { BackendInfo amx_backend() { return portable_backend(); } }

@@ -1,0 +1,218 @@
+// The C ABI, the choice of what this CPU can run, threads, and memory of a thread.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "qv.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#if defined(_WIN32)
+#define QV_API extern "C" __declspec(dllexport)
+#else
+#define QV_API extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace qv {
+namespace {
+
+struct Arena {
+    void* memory[kSlots] = {};
+    size_t bytes[kSlots] = {};
+    ~Arena() {
+        for (void* piece : memory) std::free(piece);
+    }
+};
+thread_local Arena arena;
+
+// Shared by the threads of one call. An item is a block of rows times a run of outputs.
+struct Call {
+    const Linear* linear;
+    RunFunction run;
+    int64_t row_block, column_block, row_items, column_items;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+};
+
+void work(void* data) {
+    Call& call = *static_cast<Call*>(data);
+    const Linear& p = *call.linear;
+    for (;;) {
+        const int64_t item = call.next.fetch_add(1);
+        if (item >= call.row_items * call.column_items || call.out_of_memory) return;
+        const int64_t m0 = item / call.column_items * call.row_block, n0 = item % call.column_items * call.column_block;
+        const int64_t m1 = m0 + call.row_block, n1 = n0 + call.column_block;
+        try {
+            call.run(p, m0, m1 < p.rows ? m1 : p.rows, n0, n1 < p.out_features ? n1 : p.out_features);
+        } catch (const std::bad_alloc&) {
+            call.out_of_memory = true;
+        }
+    }
+}
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+// Run `work` on `threads` threads, this one among them: on torch's own pool where there is one (GOMP_parallel of the
+// library that torch has loaded), else on fresh threads.
+void parallel(Call& call, int threads) {
+    if (threads <= 1) return work(&call);
+    if (GompParallel pool = gomp_parallel) return pool(work, &call, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back(work, &call);
+    work(&call);
+    for (std::thread& other : others) other.join();
+}
+
+bool backend_of(int32_t id, BackendInfo* info) {
+    switch (id) {
+        case kPortable: *info = portable_backend(); return true;
+#if defined(__x86_64__)
+        case kAvx2: *info = avx2_backend(); return true;
+        case kAvxVnni: *info = avxvnni_backend(); return true;
+        case kVnni: *info = vnni_backend(); return true;
+        case kAmx: *info = amx_backend(); return true;
+#endif
+#if defined(__aarch64__)
+        case kNeon: *info = neon_backend(); return true;
+#endif
+        default: return false;
+    }
+}
+
+// Rows of one item: their codes fill about half of a second-level cache of 1 MiB, in whole tiles, and few enough that all
+// threads have work. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
+void divide(Call& call, int64_t tile) {
+    const Linear& p = *call.linear;
+    int64_t rows = (512 << 10) / p.padded_in / tile * tile;
+    if (rows < tile) rows = tile;
+    const int64_t share = ((p.rows + p.threads - 1) / p.threads + tile - 1) / tile * tile;
+    call.row_block = rows < share ? rows : share;
+    call.row_items = (p.rows + call.row_block - 1) / call.row_block;
+    const int64_t blocks = (p.out_features + kBlock - 1) / kBlock;
+    int64_t parts = call.row_items >= p.threads ? 1 : p.threads / call.row_items;
+    if (parts > blocks) parts = blocks;
+    call.column_block = (blocks + parts - 1) / parts * kBlock;
+    call.column_items = (p.out_features + call.column_block - 1) / call.column_block;
+}
+
+}  // namespace
+
+void* scratch(int slot, size_t bytes) {
+    if (arena.bytes[slot] < bytes) {
+        std::free(arena.memory[slot]);
+        arena.memory[slot] = nullptr;
+        arena.bytes[slot] = 0;
+        constexpr size_t kPage = 2 << 20;
+        const size_t unit = bytes >= kPage / 2 ? kPage : 64;
+        const size_t size = (bytes + unit - 1) / unit * unit;
+        void* piece = nullptr;
+        if (posix_memalign(&piece, unit, size) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+        if (unit == kPage) madvise(piece, size, MADV_HUGEPAGE);  // may be refused: then pages are small
+#endif
+        arena.memory[slot] = piece;
+        arena.bytes[slot] = size;
+    }
+    return arena.memory[slot];
+}
+
+bool amx_permission() {
+#if defined(__linux__) && defined(__x86_64__)
+    // ARCH_REQ_XCOMP_PERM for tile data (18): until then a tile instruction raises SIGILL.
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+
+}  // namespace qv
+
+// Changes whenever qv::Linear does: the Python side refuses a library of another size.
+QV_API int64_t qv_linear_size() { return sizeof(qv::Linear); }
+
+// 1: this CPU and kernel run the backend; 0: the CPU lacks instructions; -1: not in this build; -2: refused by the kernel.
+QV_API int qv_supported(int32_t backend) {
+    qv::BackendInfo info;
+    if (!qv::backend_of(backend, &info)) return -1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+    unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    const bool amx = (edx >> 24 & 1) && (edx >> 25 & 1);  // amx-tile, amx-int8
+    eax = 7, ecx = 1;
+    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    const bool avxvnni = avx2 && (eax >> 4 & 1);
+    switch (backend) {
+        case qv::kAvx2: return avx2;
+        case qv::kAvxVnni: return avxvnni;
+        case qv::kVnni: return vnni;
+        case qv::kAmx: return !amx || !vnni ? 0 : qv::amx_permission() ? 1 : -2;
+        default: return 1;
+    }
+#elif defined(__aarch64__) && defined(__linux__)
+    return backend != qv::kNeon || (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__)
+    return 1;  // every 64-bit Apple processor has the dot product
+#else
+    return 1;
+#endif
+}
+
+// Address of GOMP_parallel of the OpenMP library that torch uses; null: threads of our own.
+QV_API void qv_set_pool(void* function) { qv::gomp_parallel = reinterpret_cast<qv::GompParallel>(function); }
+
+// 0: done; 1: a backend that this build has not; 2: out of memory.
+QV_API int qv_linear(const qv::Linear* linear) {
+    qv::BackendInfo info;
+    if (!qv::backend_of(linear->backend, &info)) return 1;
+    if (linear->rows == 0) return 0;
+    qv::Call call;
+    call.linear = linear;
+    call.run = info.run;
+    qv::divide(call, info.tile_rows);
+    const int64_t items = call.row_items * call.column_items;
+    qv::parallel(call, static_cast<int>(items < linear->threads ? items : linear->threads));
+    return call.out_of_memory ? 2 : 0;
+}
+
+// Weight codes uint8 [N, K] to the packed order: int8 [Np/16][Kp/4][16][4], packed = code - base[n, gw], with the sums of
+// packed values per group in column_sum [G, Np]. The outputs are zeroed here.
+QV_API void qv_pack(const uint8_t* codes, const int32_t* base, int64_t out_features, int64_t in_features, int64_t group,
+                    int64_t padded_group, int64_t padded_out, int64_t base_groups, int8_t* packed, int32_t* column_sum) {
+    const int64_t groups = in_features / group, padded_in = groups * padded_group;
+    memset(packed, 0, static_cast<size_t>(padded_out * padded_in));
+    memset(column_sum, 0, static_cast<size_t>(groups * padded_out) * sizeof(int32_t));
+    for (int64_t n = 0; n < out_features; ++n) {
+        int8_t* panel = packed + n / qv::kLanes * padded_in * qv::kLanes + n % qv::kLanes * 4;
+        for (int64_t g = 0; g < groups; ++g) {
+            const uint8_t* row = codes + n * in_features + g * group;
+            const int32_t zero = base[n * base_groups + (base_groups == 1 ? 0 : g)];
+            int32_t sum = 0;
+            for (int64_t k = 0; k < group; ++k) {
+                const int32_t value = row[k] - zero;
+                const int64_t place = g * padded_group + k;
+                panel[place / 4 * 64 + place % 4] = static_cast<int8_t>(value);
+                sum += value;
+            }
+            column_sum[g * padded_out + n] = sum;
+        }
+    }
+}

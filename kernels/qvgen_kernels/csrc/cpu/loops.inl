@@ -1,0 +1,29 @@
+// The order of blocks of every backend that computes a tile's sums in one go (all but AMX).
+//
+// The rows [m0, m1) of one item are quantized once and stay in the second-level cache. For every 32 outputs the weight's
+// two panels are streamed against all of those rows; a tile's sums go through 4 KiB that never leave the first level.
+
+static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    const RowBlock rows = quantize_rows(p, m0, m1);
+    int32_t* c = static_cast<int32_t*>(scratch(kSlotTile, QV_ROWS * kBlock * 8));
+    float* y = reinterpret_cast<float*>(c + QV_ROWS * kBlock);
+    const int64_t panel = p.padded_in * kLanes, count = m1 - m0;
+    for (int64_t n = n0; n < n1; n += kBlock) {
+        const int8_t* b = p.weight + n / kLanes * panel;
+        float bias[kBlock] = {0};
+        if (p.bias) for (int64_t l = 0; l < kBlock && n + l < p.out_features; ++l) bias[l] = p.bias[n + l];
+        for (int64_t slot = 0; slot < count; slot += QV_ROWS) {
+            const int64_t here = count - slot < QV_ROWS ? count - slot : QV_ROWS;
+            for (int64_t g = 0; g < p.groups; ++g) {
+                const int64_t k = g * p.padded_group;
+                tile(p, rows.codes + slot * rows.lda + k, rows.lda, b + k * kLanes, panel, p.padded_group / 4, here, c);
+                for (int64_t r = 0; r < here; ++r) add_group(p, rows, m0, slot + r, n, g, c + r * kBlock, y + r * kBlock);
+            }
+            for (int64_t r = 0; r < here; ++r) {
+                float* out = y + r * kBlock;
+                if (p.bias) for (int64_t l = 0; l < kBlock; ++l) out[l] += bias[l];
+                store_row(p, m0 + slot + r, n, out);
+            }
+        }
+    }
+}

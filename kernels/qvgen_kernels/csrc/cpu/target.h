@@ -1,0 +1,11 @@
+// QV_TARGET_BEGIN("avx2,fma") ... QV_TARGET_END: every function between is compiled for these instructions and must be called
+// only where the CPU has them. Headers of intrinsics are included before.
+#pragma once
+#define QV_TEXT(x) #x
+#if defined(__clang__)
+#define QV_TARGET_BEGIN(list) _Pragma(QV_TEXT(clang attribute push(__attribute__((target(list))), apply_to = function)))
+#define QV_TARGET_END _Pragma("clang attribute pop")
+#else
+#define QV_TARGET_BEGIN(list) _Pragma("GCC push_options") _Pragma(QV_TEXT(GCC target(list)))
+#define QV_TARGET_END _Pragma("GCC pop_options")
+#endif
