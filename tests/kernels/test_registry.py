@@ -20,7 +20,7 @@ class Fast:
     """A backend of four bits on the CPU; it is never run here."""
 
     name = "fast"
-    priority = 10
+    priority = 1000
 
     def refusal(self, spec, *, device):
         if device.type != "cpu":

@@ -92,11 +92,12 @@ bool backend_of(int32_t id, BackendInfo* info) {
     }
 }
 
-// Rows of one item: their codes fill about half of a second-level cache of 1 MiB, in whole tiles, and few enough that all
-// threads have work. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
-void divide(Call& call, int64_t tile) {
+// Rows of one item: their codes fill about half of the second-level cache, in whole tiles, and few enough that all threads
+// have work. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
+void divide(Call& call, const BackendInfo& info) {
     const Linear& p = *call.linear;
-    int64_t rows = (512 << 10) / p.padded_in / tile * tile;
+    const int64_t tile = info.tile_rows;
+    int64_t rows = info.code_bytes / p.padded_in / tile * tile;
     if (rows < tile) rows = tile;
     const int64_t share = ((p.rows + p.threads - 1) / p.threads + tile - 1) / tile * tile;
     call.row_block = rows < share ? rows : share;
@@ -164,7 +165,11 @@ QV_API int qv_supported(int32_t backend) {
         case qv::kAvx2: return avx2;
         case qv::kAvxVnni: return avxvnni;
         case qv::kVnni: return vnni;
+#if defined(QV_AMX_EMULATE)
+        case qv::kAmx: return 1;
+#else
         case qv::kAmx: return !amx || !vnni ? 0 : qv::amx_permission() ? 1 : -2;
+#endif
         default: return 1;
     }
 #elif defined(__aarch64__) && defined(__linux__)
@@ -187,7 +192,7 @@ QV_API int qv_linear(const qv::Linear* linear) {
     qv::Call call;
     call.linear = linear;
     call.run = info.run;
-    qv::divide(call, info.tile_rows);
+    qv::divide(call, info);
     const int64_t items = call.row_items * call.column_items;
     qv::parallel(call, static_cast<int>(items < linear->threads ? items : linear->threads));
     return call.out_of_memory ? 2 : 0;

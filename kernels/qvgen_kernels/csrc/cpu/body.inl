@@ -303,6 +303,16 @@ static inline void store_row(const Linear& p, int64_t m, int64_t n, const float*
     else memcpy(out, half, width * sizeof(uint16_t));
 }
 
+// Bias, cast and store of 32 outputs of row m.
+static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
+    if (p.bias) {
+        const float* bias = p.bias + n;
+        if (p.out_features - n >= kBlock) for (int64_t l = 0; l < kBlock; ++l) y[l] += bias[l];
+        else for (int64_t l = 0; l < p.out_features - n; ++l) y[l] += bias[l];
+    }
+    store_row(p, m, n, y);
+}
+
 static RowBlock quantize_rows(const Linear& p, int64_t m0, int64_t m1) {
     const int64_t rows = (m1 - m0 + QV_ROWS - 1) / QV_ROWS * QV_ROWS;
     RowBlock block;

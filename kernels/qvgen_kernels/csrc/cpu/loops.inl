@@ -10,8 +10,6 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
     const int64_t panel = p.padded_in * kLanes, count = m1 - m0;
     for (int64_t n = n0; n < n1; n += kBlock) {
         const int8_t* b = p.weight + n / kLanes * panel;
-        float bias[kBlock] = {0};
-        if (p.bias) for (int64_t l = 0; l < kBlock && n + l < p.out_features; ++l) bias[l] = p.bias[n + l];
         for (int64_t slot = 0; slot < count; slot += QV_ROWS) {
             const int64_t here = count - slot < QV_ROWS ? count - slot : QV_ROWS;
             for (int64_t g = 0; g < p.groups; ++g) {
@@ -19,11 +17,7 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
                 tile(p, rows.codes + slot * rows.lda + k, rows.lda, b + k * kLanes, panel, p.padded_group / 4, here, c);
                 for (int64_t r = 0; r < here; ++r) add_group(p, rows, m0, slot + r, n, g, c + r * kBlock, y + r * kBlock);
             }
-            for (int64_t r = 0; r < here; ++r) {
-                float* out = y + r * kBlock;
-                if (p.bias) for (int64_t l = 0; l < kBlock; ++l) out[l] += bias[l];
-                store_row(p, m0 + slot + r, n, out);
-            }
+            for (int64_t r = 0; r < here; ++r) finish_row(p, m0 + slot + r, n, y + r * kBlock);
         }
     }
 }

@@ -58,6 +58,7 @@ using RunFunction = void (*)(const Linear&, int64_t m0, int64_t m1, int64_t n0, 
 struct BackendInfo {
     RunFunction run;
     int64_t tile_rows;
+    int64_t code_bytes;  // of one item: what its codes may fill of the second-level cache
 };
 
 BackendInfo portable_backend();
