@@ -21,7 +21,11 @@ namespace qv {
 namespace amx {
 namespace {
 
+#if !defined(QV_AMX_EMULATE)
+#define QV_USE_AVX512
+#endif
 #define QV_ROWS 32
+#define QV_WIDTH 16
 #define QV_UNSIGNED 0
 
 #include "body.inl"
@@ -146,6 +150,7 @@ void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
         else run_groups(item, count, n, two, reinterpret_cast<float*>(two + kTile));
     }
     TILE_RELEASE();
+    end_stores();
 }
 
 }  // namespace

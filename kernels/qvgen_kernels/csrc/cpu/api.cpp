@@ -121,13 +121,22 @@ void* scratch(int slot, size_t bytes) {
         const size_t size = (bytes + unit - 1) / unit * unit;
         void* piece = nullptr;
         if (posix_memalign(&piece, unit, size) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-        if (unit == kPage) madvise(piece, size, MADV_HUGEPAGE);  // may be refused: then pages are small
-#endif
+        if (unit == kPage) advise(piece, size);
         arena.memory[slot] = piece;
         arena.bytes[slot] = size;
     }
     return arena.memory[slot];
+}
+
+void advise(void* memory, size_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 2 << 20;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+    const uintptr_t stop = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+    if (stop > start) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 bool amx_permission() {
@@ -193,6 +202,9 @@ QV_API int qv_linear(const qv::Linear* linear) {
     call.linear = linear;
     call.run = info.run;
     qv::divide(call, info);
+    // A fresh output costs 0.3 to 0.7 ms per MB in faults of 4 KiB pages: more than quantizing and scaling together.
+    const size_t width = linear->dtype == qv::kFloat32 ? 4 : 2;
+    qv::advise(linear->y, static_cast<size_t>(linear->rows * linear->y_row_stride) * width);
     const int64_t items = call.row_items * call.column_items;
     qv::parallel(call, static_cast<int>(items < linear->threads ? items : linear->threads));
     return call.out_of_memory ? 2 : 0;

@@ -13,6 +13,7 @@ namespace avxvnni {
 namespace {
 
 #define QV_ROWS 3
+#define QV_WIDTH 8
 #define QV_UNSIGNED 1
 
 template <int kRows>

@@ -20,4 +20,5 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
             for (int64_t r = 0; r < here; ++r) finish_row(p, m0 + slot + r, n, y + r * kBlock);
         }
     }
+    end_stores();
 }

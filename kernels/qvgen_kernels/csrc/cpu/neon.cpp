@@ -17,6 +17,7 @@ namespace neon {
 namespace {
 
 #define QV_ROWS 4
+#define QV_WIDTH 4
 #define QV_UNSIGNED 0
 
 inline int32x4_t dot(int32x4_t sums, int8x16_t w, int8x16_t x) {

@@ -6,6 +6,7 @@ namespace portable {
 namespace {
 
 #define QV_ROWS 4
+#define QV_WIDTH 4
 #define QV_UNSIGNED 0
 
 void tile(const Linear&, const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel, int64_t quads, int64_t rows,

@@ -73,6 +73,9 @@ BackendInfo neon_backend();
 void* scratch(int slot, size_t bytes);
 enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlots };
 
+// Ask for huge pages for what lies in this range; it may be refused, then pages are small.
+void advise(void* memory, size_t bytes);
+
 bool amx_permission();  // asks the kernel once per process
 
 }  // namespace qv

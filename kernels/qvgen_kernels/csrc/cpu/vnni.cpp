@@ -15,7 +15,9 @@ namespace qv {
 namespace vnni {
 namespace {
 
+#define QV_USE_AVX512
 #define QV_ROWS 12
+#define QV_WIDTH 16
 #define QV_UNSIGNED 1
 
 template <int kRows>

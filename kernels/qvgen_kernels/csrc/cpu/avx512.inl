@@ -1,0 +1,79 @@
+// AVX-512 forms of what body.inl has in plain C++; same results bit for bit. Included by the VNNI and AMX backends.
+#define QV_AVX512 1
+
+static inline __m512 widen_bfloat16(const uint16_t* x) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Smallest and largest ordered key of a bfloat16 row, in float32 keys. Integer order needs no conversion, and it keeps NaNs, which
+// floating-point minima drop.
+static void range_bfloat16(const uint16_t* x, int64_t columns, int32_t* min_key, int32_t* max_key) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i low[2], high[2];
+    low[0] = low[1] = magnitude;
+    high[0] = high[1] = _mm512_set1_epi16(INT16_MIN);
+    for (int64_t k = 0; k < columns; k += 64)
+        for (int half = 0; half < 2; ++half) {
+            const int64_t rest = columns - k - 32 * half;
+            const __mmask32 mask = rest >= 32 ? 0xffffffffu : rest <= 0 ? 0 : (1u << rest) - 1;
+            const __m512i v = _mm512_maskz_loadu_epi16(mask, x + k + 32 * half);
+            const __m512i key = _mm512_ternarylogic_epi32(v, _mm512_srai_epi16(v, 15), magnitude, 0x78);  // v ^ (sign & 0x7fff)
+            low[half] = _mm512_mask_min_epi16(low[half], mask, low[half], key);
+            high[half] = _mm512_mask_max_epi16(high[half], mask, high[half], key);
+        }
+    alignas(64) int16_t lows[32], highs[32];
+    _mm512_store_si512(lows, _mm512_min_epi16(low[0], low[1]));
+    _mm512_store_si512(highs, _mm512_max_epi16(high[0], high[1]));
+    int16_t least = lows[0], most = highs[0];
+    for (int l = 1; l < 32; ++l) {
+        least = lows[l] < least ? lows[l] : least;
+        most = highs[l] > most ? highs[l] : most;
+    }
+    // The key of a negative float32 has ones where its bfloat16 has been cut off.
+    *min_key = static_cast<int32_t>(static_cast<uint32_t>(least) << 16 | (least < 0 ? 0xffff : 0));
+    *max_key = static_cast<int32_t>(static_cast<uint32_t>(most) << 16 | (most < 0 ? 0xffff : 0));
+}
+
+static inline __m128i encode16(__m512 x, __m512 inverse, __m512 low, __m512 high, __m512i offset) {
+    // max and min return their second argument where one is NaN, so a NaN becomes `low`.
+    const __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inverse), low), high);
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), offset));
+}
+
+// Codes of a run of columns that are float32 (kWide) or bfloat16.
+template <bool kWide>
+static void encode_run(const void* x, int64_t columns, const Params& r, uint8_t* out) {
+    const float* wide = static_cast<const float*>(x);
+    const uint16_t* narrow = static_cast<const uint16_t*>(x);
+    const __m512 inverse = _mm512_set1_ps(r.inverse), low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
+    const __m512i offset = _mm512_set1_epi32(r.offset);
+    int64_t k = 0;
+    for (; k + 16 <= columns; k += 16) {
+        const __m512 v = kWide ? _mm512_loadu_ps(wide + k) : widen_bfloat16(narrow + k);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), encode16(v, inverse, low, high, offset));
+    }
+    if (k < columns) {
+        const __mmask16 mask = static_cast<__mmask16>((1u << (columns - k)) - 1);
+        const __m512 v = kWide ? _mm512_maskz_loadu_ps(mask, wide + k)
+                               : _mm512_castsi512_ps(_mm512_slli_epi32(
+                                     _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, narrow + k)), 16));
+        _mm_mask_storeu_epi8(out + k, mask, encode16(v, inverse, low, high, offset));
+    }
+}
+
+static inline __m256i narrow_bfloat16(__m512 y) {
+    const __m512i u = _mm512_castps_si512(y);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0)));
+}
+
+// 32 outputs of one row as one line of 64 bytes, past the caches where it is a whole line.
+static inline void store_bfloat16(uint16_t* out, const float* y) {
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(_mm512_loadu_ps(y))),
+                                            narrow_bfloat16(_mm512_loadu_ps(y + 16)), 1);
+    if ((reinterpret_cast<uintptr_t>(out) & 63) == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
+    else _mm512_storeu_si512(out, line);
+}

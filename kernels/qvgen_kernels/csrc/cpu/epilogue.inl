@@ -1,0 +1,72 @@
+// Step 4 of the contract: sums to outputs, 32 of one row at a time.
+
+// Add what one group contributes to a row of 32 outputs: the corrected sum, scaled.
+static inline void add_group(const Linear& p, const RowBlock& rows, int64_t m0, int64_t slot, int64_t n, int64_t g,
+                             const int32_t* c, float* y) {
+    const int64_t Np = p.padded_out;
+    const int64_t gx = p.activation_groups == 1 ? 0 : g, gw = p.weight_groups == 1 ? 0 : g;
+    const uint32_t offset = static_cast<uint32_t>(rows.offset[slot * p.activation_groups + gx]);
+    const float scale_x = rows.scale[slot * p.activation_groups + gx];
+    const float* scale_w = p.weight_scale + gw * Np + n;
+    int32_t acc[kBlock];
+    for (int64_t l = 0; l < kBlock; ++l) acc[l] = c[l];
+    if (offset) {
+        const int32_t* sums = p.column_sum + g * Np + n;
+        for (int64_t l = 0; l < kBlock; ++l)
+            acc[l] = static_cast<int32_t>(static_cast<uint32_t>(acc[l]) - offset * static_cast<uint32_t>(sums[l]));
+    }
+    if (p.weight_shift) {
+        const uint32_t total = static_cast<uint32_t>(rows.row_sum[slot * p.groups + g]);
+        const int32_t* shift = p.weight_shift + gw * Np + n;
+        for (int64_t l = 0; l < kBlock; ++l)
+            acc[l] = static_cast<int32_t>(static_cast<uint32_t>(acc[l]) + total * static_cast<uint32_t>(shift[l]));
+    }
+    if (p.accumulators)
+        for (int64_t l = 0; l < kBlock && n + l < p.out_features; ++l)
+            p.accumulators[((m0 + slot) * p.out_features + n + l) * p.groups + g] = acc[l];
+    float t[kBlock];
+    for (int64_t l = 0; l < kBlock; ++l) t[l] = static_cast<float>(acc[l]);
+    if (p.weight_zero) {
+        const float total = static_cast<float>(rows.row_sum[slot * p.groups + g]);
+        const float* zero = p.weight_zero + gw * Np + n;
+        for (int64_t l = 0; l < kBlock; ++l) t[l] = t[l] - total * zero[l];
+    }
+    for (int64_t l = 0; l < kBlock; ++l) t[l] = (t[l] * scale_x) * scale_w[l];
+    if (g == 0) for (int64_t l = 0; l < kBlock; ++l) y[l] = t[l];
+    else for (int64_t l = 0; l < kBlock; ++l) y[l] += t[l];
+}
+
+static inline void store_row(const Linear& p, int64_t m, int64_t n, const float* y) {
+    const int64_t width = p.out_features - n < kBlock ? p.out_features - n : kBlock;
+    if (p.dtype == kFloat32) {
+        memcpy(static_cast<float*>(p.y) + m * p.y_row_stride + n, y, width * sizeof(float));
+        return;
+    }
+#if defined(QV_USE_AVX512)
+    if (p.dtype == kBfloat16 && width == kBlock)
+        return store_bfloat16(static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n, y);
+#endif
+    uint16_t half[kBlock];
+    if (p.dtype == kBfloat16) for (int64_t l = 0; l < kBlock; ++l) half[l] = to_bfloat16(y[l]);
+    else for (int64_t l = 0; l < kBlock; ++l) half[l] = to_float16(y[l]);
+    uint16_t* out = static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n;
+    if (width == kBlock) memcpy(out, half, sizeof(half));
+    else memcpy(out, half, width * sizeof(uint16_t));
+}
+
+// Bias, cast and store of 32 outputs of row m.
+static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
+    if (p.bias) {
+        const float* bias = p.bias + n;
+        if (p.out_features - n >= kBlock) for (int64_t l = 0; l < kBlock; ++l) y[l] += bias[l];
+        else for (int64_t l = 0; l < p.out_features - n; ++l) y[l] += bias[l];
+    }
+    store_row(p, m, n, y);
+}
+
+// What a backend does after its last store: lines stored past the caches must be seen by the thread that waits for this one.
+static inline void end_stores() {
+#if defined(QV_USE_AVX512)
+    _mm_sfence();
+#endif
+}

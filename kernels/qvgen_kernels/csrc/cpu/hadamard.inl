@@ -1,0 +1,110 @@
+// Step 1 of the contract: the fast Hadamard transform of a row, in the order of operations that the contract fixes.
+
+// Vectors of the compiler: QV_WIDTH floats.
+typedef float Vector __attribute__((vector_size(QV_WIDTH * 4)));
+typedef int32_t Signs __attribute__((vector_size(QV_WIDTH * 4)));
+
+static inline Vector load(const float* p) { Vector v; memcpy(&v, p, sizeof(v)); return v; }
+static inline void store(float* p, Vector v) { memcpy(p, &v, sizeof(v)); }
+
+// (a, b) of lanes i and i + stride become (a + b, a - b): lane i is x[i ^ stride] + x[i], or x[i ^ stride] + (-x[i]) where bit
+// `stride` of i is set. A negation and the order of two summands change no bit.
+template <int kStride>
+static inline Vector butterfly(Vector x) {
+    Signs flip;
+    Vector other;
+    for (int i = 0; i < QV_WIDTH; ++i) flip[i] = i & kStride ? INT32_MIN : 0;
+#if defined(__clang__)
+    for (int i = 0; i < QV_WIDTH; ++i) other[i] = x[i ^ kStride];
+#else
+    Signs lanes;
+    for (int i = 0; i < QV_WIDTH; ++i) lanes[i] = i ^ kStride;
+    other = __builtin_shuffle(x, lanes);
+#endif
+    return other + (Vector)((Signs)x ^ flip);
+}
+
+// Elements i and i + stride of each 2 * stride become (a + b, a - b), strides 1 .. n / 2.
+static void butterflies(float* row, int64_t columns, int64_t n) {
+    int64_t stride = 1;
+    if (n >= QV_WIDTH) {
+        for (int64_t k = 0; k < columns; k += QV_WIDTH) {
+            Vector x = butterfly<2>(butterfly<1>(load(row + k)));
+            if (QV_WIDTH > 4) x = butterfly<4>(x);
+            if (QV_WIDTH > 8) x = butterfly<8>(x);
+            store(row + k, x);
+        }
+        stride = QV_WIDTH;
+    }
+    for (; stride < n; stride *= 2)
+        for (int64_t start = 0; start < columns; start += 2 * stride) {
+            float *first = row + start, *second = first + stride;
+            if (stride >= QV_WIDTH) {
+                for (int64_t i = 0; i < stride; i += QV_WIDTH) {
+                    const Vector a = load(first + i), b = load(second + i);
+                    store(first + i, a + b);
+                    store(second + i, a - b);
+                }
+            } else {
+                for (int64_t i = 0; i < stride; ++i) {
+                    const float a = first[i], b = second[i];
+                    first[i] = a + b;
+                    second[i] = a - b;
+                }
+            }
+        }
+}
+
+// The 16 signed sums of x_0 .. x_3, n apart: (+-x_0 +- x_1) + (+-x_2 +- x_3).
+template <int kLanesHere>
+static inline void signed_sums(const float* x, int64_t n, float* terms) {
+    float low[4][kLanesHere], high[4][kLanesHere];
+    for (int l = 0; l < kLanesHere; ++l) {
+        const float a = x[l], b = x[n + l], c = x[2 * n + l], d = x[3 * n + l];
+        low[0][l] = a + b, low[1][l] = a - b, low[2][l] = b - a, low[3][l] = -(a + b);
+        high[0][l] = c + d, high[1][l] = c - d, high[2][l] = d - c, high[3][l] = -(c + d);
+    }
+    for (int s = 0; s < 16; ++s)
+        for (int l = 0; l < kLanesHere; ++l) terms[s * kLanesHere + l] = low[s >> 2][l] + high[s & 3][l];
+}
+
+// y_i = sum_j H_b[i][j] x_j over the b runs of n columns of one block, four j at a time as the contract orders it, kLanesHere
+// columns at a time. `work` holds 32 signed sums and the b results.
+template <int kLanesHere>
+static void paley_block(const Linear& p, float* block, int64_t n, float* work) {
+    const int64_t b = p.paley;
+    float *terms = work, *more = work + 16 * kLanesHere, *result = work + 32 * kLanesHere;
+    for (int64_t column = 0; column < n; column += kLanesHere) {
+        for (int64_t j = 0; j < b; j += 8) {
+            const bool pair = j + 4 < b;
+            signed_sums<kLanesHere>(block + j * n + column, n, terms);
+            if (pair) signed_sums<kLanesHere>(block + (j + 4) * n + column, n, more);
+            const uint8_t *pattern = p.paley_terms + j / 4 * b, *next = pattern + b;
+            for (int64_t i = 0; i < b; ++i) {
+                const float* term = terms + pattern[i] * kLanesHere;
+                float* out = result + i * kLanesHere;
+                float sum[kLanesHere];
+                for (int l = 0; l < kLanesHere; ++l) sum[l] = j ? out[l] + term[l] : term[l];
+                if (pair) {
+                    const float* second = more + next[i] * kLanesHere;
+                    for (int l = 0; l < kLanesHere; ++l) sum[l] += second[l];
+                }
+                for (int l = 0; l < kLanesHere; ++l) out[l] = sum[l];
+            }
+        }
+        for (int64_t i = 0; i < b; ++i) memcpy(block + i * n + column, result + i * kLanesHere, kLanesHere * sizeof(float));
+    }
+}
+
+static void rotate(const Linear& p, float* row, float* work) {
+    const int64_t n = p.rotation / p.paley;
+    butterflies(row, p.in_features, n);
+    if (p.paley > 1)
+        for (int64_t start = 0; start < p.in_features; start += p.rotation) {
+            float* block = row + start;
+            if (n >= 16) paley_block<16>(p, block, n, work);
+            else if (n >= 4) paley_block<4>(p, block, n, work);
+            else paley_block<1>(p, block, n, work);
+        }
+    for (int64_t k = 0; k < p.in_features; ++k) row[k] *= p.rotation_scale;
+}
