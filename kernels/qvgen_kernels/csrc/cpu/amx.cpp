@@ -55,11 +55,8 @@ struct Item {
 
 inline void finish(Item& item, int64_t count) {
     Pending& w = item.pending;
-    for (; count > 0 && w.row < w.rows; --count, ++w.row) {
-        alignas(64) float y[kBlock];
-        add_group(item.p, item.rows, item.m0, w.slot + w.row, w.n, 0, w.c + w.row * kBlock, y);
-        finish_row(item.p, item.m0 + w.slot + w.row, w.n, y);
-    }
+    for (; count > 0 && w.row < w.rows; --count, ++w.row)
+        finish_whole(item.p, item.rows, item.m0, w.slot + w.row, w.n, w.c + w.row * kBlock);
 }
 
 // Multiply `depth` tiles of K into c; `first` starts at zero, else the sums so far are in c. Meanwhile `share` rows of the pending

@@ -7,13 +7,15 @@ static inline __m512 widen_bfloat16(const uint16_t* x) {
 }
 
 // Smallest and largest ordered key of a bfloat16 row, in float32 keys. Integer order needs no conversion, and it keeps NaNs, which
-// floating-point minima drop.
-static void range_bfloat16(const uint16_t* x, int64_t columns, int32_t* min_key, int32_t* max_key) {
+// floating-point minima drop. The row `ahead` elements on is fetched meanwhile: the processor's own prefetch ends with the page.
+static void range_bfloat16(const uint16_t* x, int64_t columns, int64_t ahead, int32_t* min_key, int32_t* max_key) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff);
     __m512i low[2], high[2];
     low[0] = low[1] = magnitude;
     high[0] = high[1] = _mm512_set1_epi16(INT16_MIN);
-    for (int64_t k = 0; k < columns; k += 64)
+    for (int64_t k = 0; k < columns; k += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(x + k + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(x + k + ahead + 32), _MM_HINT_T0);
         for (int half = 0; half < 2; ++half) {
             const int64_t rest = columns - k - 32 * half;
             const __mmask32 mask = rest >= 32 ? 0xffffffffu : rest <= 0 ? 0 : (1u << rest) - 1;
@@ -22,6 +24,7 @@ static void range_bfloat16(const uint16_t* x, int64_t columns, int32_t* min_key,
             low[half] = _mm512_mask_min_epi16(low[half], mask, low[half], key);
             high[half] = _mm512_mask_max_epi16(high[half], mask, high[half], key);
         }
+    }
     alignas(64) int16_t lows[32], highs[32];
     _mm512_store_si512(lows, _mm512_min_epi16(low[0], low[1]));
     _mm512_store_si512(highs, _mm512_max_epi16(high[0], high[1]));
@@ -70,10 +73,32 @@ static inline __m256i narrow_bfloat16(__m512 y) {
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0)));
 }
 
-// 32 outputs of one row as one line of 64 bytes, past the caches where it is a whole line.
-static inline void store_bfloat16(uint16_t* out, const float* y) {
-    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(_mm512_loadu_ps(y))),
-                                            narrow_bfloat16(_mm512_loadu_ps(y + 16)), 1);
+// One accumulation group's epilogue of 16 outputs in registers (epilogue.inl has the same in words).
+static inline __m512 scale_lanes(const Linear& p, const RowBlock& rows, int64_t slot, int64_t n, const int32_t* c) {
+    __m512i acc = _mm512_loadu_si512(c);
+    if (const int32_t offset = rows.offset[slot])
+        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(offset), _mm512_loadu_si512(p.column_sum + n)));
+    if (p.weight_shift)
+        acc = _mm512_add_epi32(
+            acc, _mm512_mullo_epi32(_mm512_set1_epi32(rows.row_sum[slot]), _mm512_loadu_si512(p.weight_shift + n)));
+    __m512 t = _mm512_cvtepi32_ps(acc);
+    if (p.weight_zero) {
+        const __m512 total = _mm512_set1_ps(static_cast<float>(rows.row_sum[slot]));
+        t = _mm512_sub_ps(t, _mm512_mul_ps(total, _mm512_loadu_ps(p.weight_zero + n)));
+    }
+    return _mm512_mul_ps(_mm512_mul_ps(t, _mm512_set1_ps(rows.scale[slot])), _mm512_loadu_ps(p.weight_scale + n));
+}
+
+// A whole row of 32 bfloat16 outputs of a layer without groups, from sums to one line of memory, past the caches where the line is
+// aligned.
+static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_t m, int64_t slot, int64_t n, const int32_t* c) {
+    __m512 low = scale_lanes(p, rows, slot, n, c), high = scale_lanes(p, rows, slot, n + kLanes, c + kLanes);
+    if (p.bias) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(p.bias + n));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(p.bias + n + kLanes));
+    }
+    uint16_t* out = static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n;
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high), 1);
     if ((reinterpret_cast<uintptr_t>(out) & 63) == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
     else _mm512_storeu_si512(out, line);
 }

@@ -42,10 +42,6 @@ static inline void store_row(const Linear& p, int64_t m, int64_t n, const float*
         memcpy(static_cast<float*>(p.y) + m * p.y_row_stride + n, y, width * sizeof(float));
         return;
     }
-#if defined(QV_USE_AVX512)
-    if (p.dtype == kBfloat16 && width == kBlock)
-        return store_bfloat16(static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n, y);
-#endif
     uint16_t half[kBlock];
     if (p.dtype == kBfloat16) for (int64_t l = 0; l < kBlock; ++l) half[l] = to_bfloat16(y[l]);
     else for (int64_t l = 0; l < kBlock; ++l) half[l] = to_float16(y[l]);
@@ -62,6 +58,17 @@ static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
         else for (int64_t l = 0; l < p.out_features - n; ++l) y[l] += bias[l];
     }
     store_row(p, m, n, y);
+}
+
+// Row `slot` of the block, 32 outputs from n on, where there is one accumulation group.
+static inline void finish_whole(const Linear& p, const RowBlock& rows, int64_t m0, int64_t slot, int64_t n, const int32_t* c) {
+#if defined(QV_USE_AVX512)
+    if (p.dtype == kBfloat16 && p.out_features - n >= kBlock && !p.accumulators)
+        return finish_bfloat16(p, rows, m0 + slot, slot, n, c);
+#endif
+    alignas(64) float y[kBlock];
+    add_group(p, rows, m0, slot, n, 0, c, y);
+    finish_row(p, m0 + slot, n, y);
 }
 
 // What a backend does after its last store: lines stored past the caches must be seen by the thread that waits for this one.

@@ -39,11 +39,11 @@ static const uint16_t* direct_row(const Linear& p, int64_t m) {
 #endif
 }
 
-static void range_direct(const uint16_t* x, int64_t columns, int32_t* low, int32_t* high) {
+static void range_direct(const Linear& p, const uint16_t* x, int64_t columns, int32_t* low, int32_t* high) {
 #if defined(QV_USE_AVX512)
-    range_bfloat16(x, columns, low, high);
+    range_bfloat16(x, columns, 2 * p.x_row_stride, low, high);
 #else
-    (void)x, (void)columns, (void)low, (void)high;
+    (void)p, (void)x, (void)columns, (void)low, (void)high;
 #endif
 }
 
@@ -78,7 +78,7 @@ static void quantize_row(const Linear& p, int64_t m, int64_t slot, const RowBloc
         if (g < Ga) {
             int32_t low, high;
             const int64_t columns = Ga == 1 ? p.in_features : p.group;
-            if (direct) range_direct(direct + g * p.group, columns, &low, &high);
+            if (direct) range_direct(p, direct + g * p.group, columns, &low, &high);
             else range(row + g * p.group, columns, &low, &high);
             r = choose(p, m, low, high);
             finite = finite && r.scale == r.scale;
