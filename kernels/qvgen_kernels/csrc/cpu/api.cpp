@@ -175,7 +175,7 @@ QV_API int qv_supported(int32_t backend) {
         case qv::kAvxVnni: return avxvnni;
         case qv::kVnni: return vnni;
 #if defined(QV_AMX_EMULATE)
-        case qv::kAmx: return 1;
+        case qv::kAmx: return amx || true;  // the tiles are plain C++
 #else
         case qv::kAmx: return !amx || !vnni ? 0 : qv::amx_permission() ? 1 : -2;
 #endif

@@ -1,0 +1,176 @@
+"""Random calls of the CPU backends, what the reference says of them, and their comparison.
+
+``draw_case`` takes anything with ``integers(low, high)`` and ``choice(list)`` (both inclusive), so that hypothesis and a seeded
+generator make the same kind of case.
+"""
+
+import ctypes
+import random
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+from qvgen_kernels import cpu, get_backend
+from qvgen_kernels.cpu_library import BACKENDS
+from qvgen_kernels.hadamard import rotation_sizes
+from qvgen_kernels.reference import accumulate, quantize_activations
+from tests.kernels.layer import DTYPES, Layer, make_layer, make_rows
+
+KERNEL_OF = {"portable": "portable", "avx2": "avx2", "avxvnni": "avx2", "vnni": "vnni", "amx": "amx", "neon": "neon"}
+POINTERS = [name for name, kind in cpu.CLinear._fields_ if kind is ctypes.c_void_p]
+WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+@dataclass
+class Case:
+    layer: Layer
+    x: torch.Tensor
+    vectors: dict
+
+    def expected(self):
+        """Operands [M, K], scales, accumulators, y of the reference, and which rows are finite."""
+        spec, vectors = self.layer.spec, self.vectors
+        rows = self.x if vectors["input_scale"] is None else self.x.float() * vectors["input_scale"]
+        operand, scale, _ = quantize_activations(
+            rows, spec=spec, clip_low=vectors["clip_low"], clip_high=vectors["clip_high"]
+        )
+        acc = accumulate(operand, self.layer.weight, spec=spec)
+        y = get_backend("reference").linear(self.x, self.layer.weight, spec=spec, **vectors)
+        return operand.flatten(1), scale, acc, y, scale.isfinite().all(1)
+
+    def packed(self, variant):
+        layer = self.layer
+        backend = get_backend(KERNEL_OF[variant])
+        weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec)
+        return weight, backend.k_unit
+
+
+def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
+    K = draw.choice([64, 96, 128, 240, draw.integers(*columns)])
+    N, M = draw.integers(1, 100), draw.integers(*rows)
+    options = {
+        "in_features": K,
+        "out_features": N,
+        "weight_bits": draw.integers(2, 8),
+        "activation_bits": draw.integers(2, 8),
+        "weight_zero_point": draw.choice(["integer", "real", "none"]),
+        "activation_zero_point": draw.choice(["integer", "none"]),
+        "scale_dtype": draw.choice(list(DTYPES)),
+    }
+    grouped = draw.choice(["", "", "weight", "activation", "both"])
+    size = draw.choice([n for n in range(1, K + 1) if K % n == 0])
+    for side in ("weight", "activation"):
+        if grouped in (side, "both"):
+            options[f"{side}_group_size"] = size
+    sizes = rotation_sizes(K)
+    if sizes and draw.choice([True, False]):
+        options["rotation"] = draw.choice(sizes)
+    layer = make_layer(seed=seed, **options)
+    x = layout_of(
+        draw.choice(["plain", "transposed", "sliced", "stepped"]), M, K, DTYPES[draw.choice(list(DTYPES))], seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    if draw.choice([True, False]) and M > 4:
+        x[1], x[2] = 0.0, x[2].abs()
+        x[0, K // 2], x[3, 0] = float("nan"), -float("inf")
+    clipped, smoothed, biased = (draw.choice([True, False]) for _ in range(3))
+    clips = [torch.rand(M, generator=generator) * 0.3 + 0.7 for _ in range(2)]
+    vectors = {
+        "bias": layer.bias if biased else None,
+        "clip_low": clips[0] if clipped else None,
+        "clip_high": clips[1] if clipped else None,
+        "input_scale": torch.randn(K, generator=generator) if smoothed else None,
+    }
+    return Case(layer, x, vectors)
+
+
+def layout_of(kind, rows, columns, dtype, seed):
+    """x [rows, columns] with the strides that views have."""
+    if kind == "transposed":
+        return make_rows(columns, rows, seed=seed, dtype=dtype).t()
+    if kind == "sliced":
+        return make_rows(rows, columns + 7, seed=seed, dtype=dtype)[:, 3 : 3 + columns]
+    if kind == "stepped":
+        return make_rows(2 * rows, 2 * columns, seed=seed, dtype=dtype)[::2, ::2]
+    return make_rows(rows, columns, seed=seed, dtype=dtype)
+
+
+class Seeded:
+    """The drawing interface on a seeded generator."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def integers(self, low, high):
+        return self.random.randint(low, high)
+
+    def choice(self, values):
+        return self.random.choice(values)
+
+
+def compare(case, found, expected=None):
+    """Codes, scales and accumulators are equal; outputs too, but for the allowed rounding of real zero points."""
+    operand, scale, acc, y, finite = expected or case.expected()
+    found_operand, found_scale, found_acc, found_y = found
+    assert torch.equal(found_operand[finite].float(), operand[finite])
+    assert torch.equal(found_scale[finite], scale[finite])
+    assert torch.equal(found_acc[finite], acc[finite])
+    assert found_y.dtype == y.dtype
+    assert found_y[~finite].isnan().all()
+    # Real zero points included: the contract would allow a rounding, but the order of operations is the same.
+    assert torch.equal(found_y[finite], y[finite])
+
+
+def probe(case, variant):
+    weight, k_unit = case.packed(variant)
+    return cpu.probe(case.x, weight, spec=case.layer.spec, variant=variant, k_unit=k_unit, **case.vectors)
+
+
+def run_driver(command, cases, *, variant, threads=1):
+    """Run cases through cpu_driver.cpp: what probe returns, per case."""
+    data, shapes = [len(cases).to_bytes(8, "little")], []
+    for case in cases:
+        weight, k_unit = case.packed(variant)
+        spec, x = case.layer.spec, case.x
+        call, _ = cpu._call(x, weight, case.vectors, spec=spec, k_unit=k_unit)
+        call.backend, call.threads = BACKENDS[variant], threads
+        M, N = len(x), spec.out_features
+        pieces = {name: b"" for name in POINTERS}
+        extent = (M - 1) * x.stride(0) + (spec.in_features - 1) * x.stride(1) + 1
+        pieces["x"] = ctypes.string_at(x.data_ptr(), extent * x.element_size())
+        names = ["weight", "column_sum", "weight_scale"]
+        names += ["weight_zero"] if spec.weight_zero_point == "real" else []
+        names += ["weight_shift"] if len(weight) > len(names) else []
+        tensors = dict(zip(names, weight, strict=True)) | {k: v for k, v in case.vectors.items() if v is not None}
+        tensors |= {"paley_terms": cpu._paley_terms(call.paley)} if call.paley > 1 else {}
+        shape = {
+            "y": torch.zeros(M, N, dtype=x.dtype),
+            "accumulators": torch.zeros(M, N, spec.num_groups, dtype=torch.int32),
+            "operands": torch.zeros(M, spec.in_features, dtype=torch.int16),
+            "scales": torch.zeros(M, call.activation_groups),
+        }
+        pieces |= {name: raw(tensor) for name, tensor in (tensors | shape).items()}
+        sizes = (ctypes.c_int64 * len(POINTERS))(*(len(pieces[name]) for name in POINTERS))
+        data += [bytes(call), bytes(sizes), *(pieces[name] for name in POINTERS)]
+        shapes.append(shape)
+    done = subprocess.run(command, input=b"".join(data), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return list(split(done.stdout, shapes))
+
+
+def raw(tensor):
+    tensor = tensor.detach().contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def split(output, shapes):
+    place = 0
+    for shape in shapes:
+        found = {}
+        for name, tensor in shape.items():
+            part = bytearray(output[place : place + tensor.nbytes])
+            found[name] = torch.frombuffer(part, dtype=tensor.dtype).reshape(tensor.shape)
+            place += tensor.nbytes
+        yield found["operands"], found["scales"], found["accumulators"], found["y"]
+    assert place == len(output)

@@ -1,0 +1,96 @@
+"""The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
+
+One build of everything with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs the same random calls as
+test_cpu.py on every x86 backend; every tensor is an allocation of its exact size. The 64-bit ARM build runs under qemu-user.
+"""
+
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from qvgen_kernels import cpu_library
+from qvgen_kernels.cpu_build import SOURCE
+from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case, run_driver
+from tests.kernels.layer import make_layer, make_rows
+
+pytestmark = pytest.mark.skipif(cpu_library.missing_reason() is not None, reason="no C++ compiler")
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DQV_AMX_EMULATE", "-Wno-psabi")
+CROSS = "aarch64-linux-gnu-g++"
+
+
+def build(compiler, flags, folder):
+    """The driver and all sources as one program."""
+    sources = [*sorted(SOURCE.glob("*.cpp")), Path(__file__).with_name("cpu_driver.cpp")]
+    objects = [folder / f"{path.stem}.o" for path in sources]
+    common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
+
+    def compile_one(pair):
+        subprocess.run([compiler, *common, "-c", str(pair[0]), "-o", str(pair[1])], check=True, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, zip(sources, objects, strict=True)))
+    subprocess.run([compiler, *flags, "-pthread", *map(str, objects), "-o", str(folder / "driver")], check=True)
+    return str(folder / "driver")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    made = [draw_case(Seeded(seed), seed=seed) for seed in range(40)]
+    nothing = {"bias": None, "clip_low": None, "clip_high": None, "input_scale": None}
+    for columns, rows in ((1000, 40), (2000, 70)):  # more than one and two chunks of the tiles' K
+        layer = make_layer(in_features=columns, out_features=70, weight_bits=4, activation_bits=4)
+        made.append(Case(layer, make_rows(rows, columns), nothing))
+    return [(case, case.expected()) for case in made]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    probe = subprocess.run(
+        ["g++", *SANITIZERS[1:2], "-x", "c++", "-", "-o", "/dev/null"],
+        input=b"int main() {}",
+        capture_output=True,
+        check=False,
+    )
+    if platform.machine() != "x86_64" or probe.returncode:
+        pytest.skip("this machine's g++ can't link the sanitizers")
+    return build("g++", SANITIZERS, tmp_path_factory.mktemp("sanitized"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("variant", ["portable", "avx2", "avxvnni", "vnni", "amx"])
+def test_no_error_and_the_reference_bits(variant, sanitized, cases):
+    if variant != "amx" and cpu_library.supported(variant) is not None:
+        pytest.skip(cpu_library.supported(variant))
+    found = run_driver([sanitized], [case for case, _ in cases], variant=variant, threads=2)
+    for (case, expected), result in zip(cases, found, strict=True):
+        compare(case, result, expected)
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
+        pytest.skip(f"{CROSS} and qemu-aarch64 are not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    return build(CROSS, ("-O2", "-static", "-Wall", "-Wextra", "-Werror"), tmp_path_factory.mktemp("arm"))
+
+
+@pytest.mark.parametrize("variant", ["portable", "neon"])
+def test_arm_gives_the_reference_bits(variant, arm, cases):
+    found = run_driver(["qemu-aarch64", arm], [case for case, _ in cases], variant=variant, threads=2)
+    for (case, expected), result in zip(cases, found, strict=True):
+        compare(case, result, expected)
+
+
+def test_the_sources_never_contract_multiplications(arm):
+    # 64-bit ARM has fused multiply-adds in its base set and compilers use them by default: not here
+    text = subprocess.run(
+        ["aarch64-linux-gnu-objdump", "-d", str(Path(arm).with_name("neon.o"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "sdot" in text
+    assert not any(name in text for name in ("fmla", "fmls", "fmadd", "fmsub"))
