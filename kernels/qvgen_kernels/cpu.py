@@ -5,8 +5,8 @@ cache. Everything but the integer product is the same source for all backends (c
 
 Packed weight, the list that ``prepack`` returns (padded to K' columns and N' outputs, csrc/cpu/qv.h):
 
-    int8 [N'/16, K'/4, 16, 4]   operands q - base, base = integer zero point up to 7 bits, 2^(bits-1) where symmetric, 0 where real,
-                                128 for 8-bit codes with a zero point (they would not fit a signed byte)
+    int8 [N'/16, K'/4, 16, 4]   operands q - base; base = integer zero point up to 7 bits, 2^(bits-1) where symmetric, 0 where
+                                real, 128 for 8-bit codes with a zero point (they would not fit a signed byte)
     int32 [G, N']               their sums over each group of columns
     float32 [Gw, N']            scales
     float32 [Gw, N']            real zero points, where they are real
@@ -23,8 +23,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.cpu_library import BACKENDS, CLinear, library, supported
 from qvgen_kernels.hadamard import paley_factor, paley_signs
 from qvgen_kernels.registry import register_backend
@@ -109,21 +110,10 @@ class CpuBackend:
             weight.append(_by_output(128 - zero.to(torch.int32), spec, padded_out))
         return weight
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Sequence[Tensor],
-        *,
-        bias: Tensor | None,
-        clip_low: Tensor | None,
-        clip_high: Tensor | None,
-        input_scale: Tensor | None = None,
-        spec: LinearSpec,
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
-        vectors = {"bias": bias, "clip_low": clip_low, "clip_high": clip_high, "input_scale": input_scale}
         y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype)
-        call, keep = _call(x, weight, vectors, spec=spec, k_unit=self.k_unit)
+        call, keep = _call(x, weight, tensors, spec=spec, k_unit=self.k_unit)
         call.backend, call.y = BACKENDS[self.variant()], y.data_ptr()
         _run(call)
         del keep
@@ -190,7 +180,7 @@ def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
 
 
 def _call(
-    x: Tensor, weight: Sequence[Tensor], vectors: dict[str, Tensor | None], *, spec: LinearSpec, k_unit: int
+    x: Tensor, weight: Sequence[Tensor], tensors: LinearTensors, *, spec: LinearSpec, k_unit: int
 ) -> tuple[CLinear, list[Tensor | None]]:
     """A filled structure without backend and output, and the tensors that it points into."""
     template, terms = _template(spec, k_unit)
@@ -210,12 +200,23 @@ def _call(
         call.weight_zero = extra.pop(0).data_ptr()
     if extra:
         call.weight_shift = extra.pop(0).data_ptr()
+    vectors = {name: getattr(tensors, name) for name in ("bias", "clip_low", "clip_high", "input_scale", "row_scale")}
+    vectors |= {"row_zero": tensors.row_zero_point, "branch": _branch(x, tensors) if spec.branch_rank else None}
     for name, tensor in vectors.items():
         if tensor is not None:
             keep.append(dense := tensor.contiguous())
             setattr(call, name, dense.data_ptr())
     call.threads = torch.get_num_threads()
     return call, keep
+
+
+def _branch(x: Tensor, tensors: LinearTensors) -> Tensor:
+    """(x down^T) up^T in x's dtype [M, N], as the reference computes it; the library adds it to the sums."""
+    assert tensors.branch_down is not None  # the operator has checked both
+    assert tensors.branch_up is not None
+    # An autocast region would compute float32 inputs in bfloat16.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return functional.linear(functional.linear(x, tensors.branch_down.to(x.dtype)), tensors.branch_up.to(x.dtype))
 
 
 def _run(call: CLinear) -> None:
@@ -226,23 +227,23 @@ def _run(call: CLinear) -> None:
 
 
 def probe(
-    x: Tensor, weight: Sequence[Tensor], *, spec: LinearSpec, variant: str, k_unit: int, **vectors: Tensor | None
+    x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec, variant: str, k_unit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a call computes on its way, for holding a backend to the reference with ``torch.equal``.
 
     Args:
         x: float32, bfloat16 or float16 [M, K].
         weight: what a prepack with the same ``k_unit`` returned.
+        tensors: bias, clips, static ranges, branch.
         spec: the layer.
         variant: a backend of the library (:data:`~qvgen_kernels.cpu_library.BACKENDS`).
         k_unit: columns are padded to it.
-        **vectors: bias, clip_low, clip_high, input_scale.
 
     Returns:
         operands int16 [M, K] (q - z), scales float32 [M, Ga], accumulators int32 [M, N, G], y [M, N].
     """
     y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype)
-    call, keep = _call(x, weight, vectors, spec=spec, k_unit=k_unit)
+    call, keep = _call(x, weight, tensors, spec=spec, k_unit=k_unit)
     operands = torch.empty(x.shape, dtype=torch.int16)
     scales = torch.empty(x.shape[0], call.activation_groups)
     accumulators = torch.empty(x.shape[0], spec.out_features, spec.num_groups, dtype=torch.int32)

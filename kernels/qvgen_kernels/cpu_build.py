@@ -4,9 +4,9 @@
     python cpu_build.py DIRECTORY       the same at install time (QVGEN_BUILD_KERNELS=1 pip install ... does it)
 
 The library is looked for beside this file first (``prebuilt/``, made at install time) and then in the cache:
-$QVGEN_KERNEL_CACHE, else $XDG_CACHE_HOME/qvgen/kernels, else ~/.cache/qvgen/kernels. Its name holds a hash of all sources, flags
-and the machine's type, so a changed source is never run stale and a folder can be shared. Processes that build at the same
-time each write a file of their own and move it into place in one step.
+$QVGEN_KERNEL_CACHE, else $XDG_CACHE_HOME/qvgen/kernels, else ~/.cache/qvgen/kernels. Its name holds a hash of all sources,
+flags and the machine's type, so a changed source is never run stale and a folder can be shared. Processes that build
+at the same time each write a file of their own and move it into place in one step.
 
 Imports nothing but the standard library: it also runs in a build environment that has no torch.
 """

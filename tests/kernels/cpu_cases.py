@@ -1,7 +1,7 @@
 """Random calls of the CPU backends, what the reference says of them, and their comparison.
 
-``draw_case`` takes anything with ``integers(low, high)`` and ``choice(list)`` (both inclusive), so that hypothesis and a seeded
-generator make the same kind of case.
+``draw_case`` takes anything with ``integers(low, high)`` (both inclusive) and ``choice(list)``, so that hypothesis and a
+seeded generator make the same kind of case.
 """
 
 import ctypes
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from qvgen_kernels import cpu, get_backend
+from qvgen_kernels import LinearTensors, cpu, get_backend
 from qvgen_kernels.cpu_library import BACKENDS
 from qvgen_kernels.hadamard import rotation_sizes
 from qvgen_kernels.reference import accumulate, quantize_activations
 from tests.kernels.layer import DTYPES, Layer, make_layer, make_rows
 
 KERNEL_OF = {"portable": "portable", "avx2": "avx2", "avxvnni": "avx2", "vnni": "vnni", "amx": "amx", "neon": "neon"}
+NOTHING = LinearTensors()
 POINTERS = [name for name, kind in cpu.CLinear._fields_ if kind is ctypes.c_void_p]
 WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -26,18 +27,16 @@ WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 class Case:
     layer: Layer
     x: torch.Tensor
-    vectors: dict
+    tensors: LinearTensors = NOTHING
 
     def expected(self):
         """Operands [M, K], scales, accumulators, y of the reference, and which rows are finite."""
-        spec, vectors = self.layer.spec, self.vectors
-        rows = self.x if vectors["input_scale"] is None else self.x.float() * vectors["input_scale"]
-        operand, scale, _ = quantize_activations(
-            rows, spec=spec, clip_low=vectors["clip_low"], clip_high=vectors["clip_high"]
-        )
+        spec = self.layer.spec
+        operand, scale, _ = quantize_activations(self.x, spec=spec, tensors=self.tensors)
         acc = accumulate(operand, self.layer.weight, spec=spec)
-        y = get_backend("reference").linear(self.x, self.layer.weight, spec=spec, **vectors)
-        return operand.flatten(1), scale, acc, y, scale.isfinite().all(1)
+        y = get_backend("reference").linear(self.x, self.layer.weight, tensors=self.tensors, spec=spec)
+        finite = scale.isfinite().all(1) & operand.flatten(1).isfinite().all(1)
+        return operand.flatten(1), scale, acc, y, finite
 
     def packed(self, variant):
         layer = self.layer
@@ -66,6 +65,9 @@ def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
     sizes = rotation_sizes(K)
     if sizes and draw.choice([True, False]):
         options["rotation"] = draw.choice(sizes)
+    static = "activation_group_size" not in options and draw.choice([True, False, False])
+    options["activation_range"] = "static" if static else "dynamic"
+    options["branch_rank"] = min(N, K, draw.choice([0, 0, 3]))
     layer = make_layer(seed=seed, **options)
     x = layout_of(
         draw.choice(["plain", "transposed", "sliced", "stepped"]), M, K, DTYPES[draw.choice(list(DTYPES))], seed
@@ -76,17 +78,25 @@ def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
         x[0, K // 2], x[3, 0] = float("nan"), -float("inf")
     clipped, smoothed, biased = (draw.choice([True, False]) for _ in range(3))
     clips = [torch.rand(M, generator=generator) * 0.3 + 0.7 for _ in range(2)]
-    vectors = {
-        "bias": layer.bias if biased else None,
-        "clip_low": clips[0] if clipped else None,
-        "clip_high": clips[1] if clipped else None,
-        "input_scale": torch.randn(K, generator=generator) if smoothed else None,
-    }
-    return Case(layer, x, vectors)
+    qmax = layer.spec.activation_qmax
+    zeros = torch.randint(0, qmax + 1, (M,), generator=generator).float()
+    integer = layer.spec.activation_zero_point == "integer"
+    rank = layer.spec.branch_rank
+    tensors = LinearTensors(
+        bias=layer.bias if biased else None,
+        clip_low=clips[0] if clipped and not static else None,
+        clip_high=clips[1] if clipped and not static else None,
+        input_scale=torch.randn(K, generator=generator) if smoothed else None,
+        row_scale=torch.rand(M, generator=generator) + 0.01 if static else None,
+        row_zero_point=zeros if static and integer else None,
+        branch_down=torch.randn(rank, K, generator=generator) if rank else None,
+        branch_up=torch.randn(N, rank, generator=generator) if rank else None,
+    )
+    return Case(layer, x, tensors)
 
 
 def layout_of(kind, rows, columns, dtype, seed):
-    """x [rows, columns] with the strides that views have."""
+    """Rows [rows, columns] with the strides that views have."""
     if kind == "transposed":
         return make_rows(columns, rows, seed=seed, dtype=dtype).t()
     if kind == "sliced":
@@ -118,13 +128,20 @@ def compare(case, found, expected=None):
     assert torch.equal(found_acc[finite], acc[finite])
     assert found_y.dtype == y.dtype
     assert found_y[~finite].isnan().all()
-    # Real zero points included: the contract would allow a rounding, but the order of operations is the same.
-    assert torch.equal(found_y[finite], y[finite])
+    if not case.layer.spec.branch_rank:
+        # Real zero points included: the contract would allow a rounding, but the order of operations is the same.
+        assert torch.equal(found_y[finite], y[finite])
+        return
+    # torch's product may round otherwise when its operands lie elsewhere in memory: 2 eps of the branch's terms, and of y
+    down, up = (t.to(y.dtype).double() for t in (case.tensors.branch_down, case.tensors.branch_up))
+    bound = (case.x[finite].double().abs() @ down.abs().t()) @ up.abs().t() + y[finite].double().abs()
+    error = (found_y[finite].double() - y[finite].double()).abs()
+    assert bool((error <= 2 * torch.finfo(y.dtype).eps * bound + 1e-6).all())
 
 
 def probe(case, variant):
     weight, k_unit = case.packed(variant)
-    return cpu.probe(case.x, weight, spec=case.layer.spec, variant=variant, k_unit=k_unit, **case.vectors)
+    return cpu.probe(case.x, weight, spec=case.layer.spec, variant=variant, k_unit=k_unit, tensors=case.tensors)
 
 
 def run_driver(command, cases, *, variant, threads=1):
@@ -133,16 +150,19 @@ def run_driver(command, cases, *, variant, threads=1):
     for case in cases:
         weight, k_unit = case.packed(variant)
         spec, x = case.layer.spec, case.x
-        call, _ = cpu._call(x, weight, case.vectors, spec=spec, k_unit=k_unit)
+        call, _ = cpu._call(x, weight, case.tensors, spec=spec, k_unit=k_unit)
         call.backend, call.threads = BACKENDS[variant], threads
         M, N = len(x), spec.out_features
-        pieces = {name: b"" for name in POINTERS}
+        pieces = dict.fromkeys(POINTERS, b"")
         extent = (M - 1) * x.stride(0) + (spec.in_features - 1) * x.stride(1) + 1
         pieces["x"] = ctypes.string_at(x.data_ptr(), extent * x.element_size())
         names = ["weight", "column_sum", "weight_scale"]
         names += ["weight_zero"] if spec.weight_zero_point == "real" else []
         names += ["weight_shift"] if len(weight) > len(names) else []
-        tensors = dict(zip(names, weight, strict=True)) | {k: v for k, v in case.vectors.items() if v is not None}
+        given = case.tensors._asdict() | {"row_zero": case.tensors.row_zero_point}
+        tensors = dict(zip(names, weight, strict=True))
+        tensors |= {name: tensor for name, tensor in given.items() if tensor is not None and name in POINTERS}
+        tensors |= {"branch": cpu._branch(x, case.tensors)} if spec.branch_rank else {}
         tensors |= {"paley_terms": cpu._paley_terms(call.paley)} if call.paley > 1 else {}
         shape = {
             "y": torch.zeros(M, N, dtype=x.dtype),

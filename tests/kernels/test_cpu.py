@@ -11,14 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvgen_kernels import available_kernels, cpu, get_backend, packed_linear, resolve_kernel
+from qvgen_kernels import LinearTensors, available_kernels, get_backend, packed_linear, resolve_kernel
 from qvgen_kernels.cpu_library import BACKENDS, missing_reason, supported
 from tests.kernels.cpu_cases import KERNEL_OF, Case, compare, draw_case, probe
 from tests.kernels.layer import DTYPES, as64, make_layer, make_rows
 
 pytestmark = pytest.mark.skipif(missing_reason() is not None, reason=f"no CPU library: {missing_reason()}")
 VARIANTS = [name for name in BACKENDS if missing_reason() is None and supported(name) is None]
-NOTHING = {"bias": None, "clip_low": None, "clip_high": None, "input_scale": None}
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_all_pairs_of_bits(weight_zero_point, activation_zero_point):
             weight_zero_point=weight_zero_point,
             activation_zero_point=activation_zero_point,
         )
-        case = Case(layer, make_rows(9, 70, seed=bits[0] * 8 + bits[1]), NOTHING | {"bias": layer.bias})
+        case = Case(layer, make_rows(9, 70, seed=bits[0] * 8 + bits[1]), LinearTensors(bias=layer.bias))
         expected = case.expected()
         for variant in VARIANTS:
             compare(case, probe(case, variant), expected)
@@ -82,7 +81,7 @@ def test_long_rows(columns):
     )
     x = make_rows(13, columns)
     x[:4] = 1.0
-    case = Case(layer, x, NOTHING)
+    case = Case(layer, x)
     expected = case.expected()
     assert int(expected[2].max()) == columns * 255 * 255
     for variant in VARIANTS:
@@ -92,7 +91,7 @@ def test_long_rows(columns):
 @pytest.mark.parametrize("rotation", [2, 8, 12, 24, 48, 96, 1920])
 def test_rotations_of_every_vector_length(rotation):
     layer = make_layer(in_features=1920, out_features=5, weight_bits=4, activation_bits=8, rotation=rotation)
-    case = Case(layer, make_rows(5, 1920), NOTHING)
+    case = Case(layer, make_rows(5, 1920))
     expected = case.expected()
     for variant in VARIANTS:
         compare(case, probe(case, variant), expected)
@@ -108,26 +107,28 @@ def test_extreme_rows_change_no_other_row(value, dtype):
         weight = get_backend(name).prepack(
             layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec
         )
-        before = packed_linear(x, weight=weight, bias=layer.bias, spec=layer.spec, kernel=name)
+        before = packed_linear(x, weight=weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel=name)
         changed = x.clone()
         changed[3] = value
-        y = packed_linear(changed, weight=weight, bias=layer.bias, spec=layer.spec, kernel=name)
+        y = packed_linear(changed, weight=weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel=name)
         others = [0, 1, 2, 4, 5, 6]
         assert torch.equal(y[others], before[others])
-        expected = packed_linear(changed, weight=layer.weight, bias=layer.bias, spec=layer.spec, kernel="reference")
+        expected = packed_linear(
+            changed, weight=layer.weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel="reference"
+        )
         assert torch.equal(y.isnan(), expected.isnan())
         assert bool(y[3].isnan().all()) == (not torch.tensor(value).isfinite())
-        compare(Case(layer, changed, NOTHING), probe(Case(layer, changed, NOTHING), variant))
+        compare(Case(layer, changed), probe(Case(layer, changed), variant))
 
 
 @pytest.mark.parametrize("weight_zero_point", ["integer", "real"])
 def test_bfloat16_outputs_are_the_rounded_exact_ones(weight_zero_point):
-    # float32 rounds three times before the cast: next to a tie of bfloat16 that decides otherwise in about 3 * 2^-17 of the outputs
+    # float32 rounds three times before the cast: next to a tie of bfloat16 that decides otherwise, about 3 * 2^-17 of the outputs
     layer = make_layer(
         in_features=1920, out_features=512, weight_bits=4, activation_bits=4, weight_zero_point=weight_zero_point
     )
     x = torch.randn(256, 1920, generator=torch.Generator().manual_seed(0)).bfloat16()
-    case = Case(layer, x, NOTHING | {"bias": layer.bias})
+    case = Case(layer, x, LinearTensors(bias=layer.bias))
     operand, scale, acc, _, _ = case.expected()
     total = as64(operand.sum(1, keepdim=True, dtype=torch.float64))
     zero = as64(layer.zero_point)[None] * total if weight_zero_point == "real" else 0
@@ -155,7 +156,9 @@ def test_threads_change_nothing(threads):
             for count in (1, 2, 3):
                 threads(count)
                 outputs_by_threads.append(
-                    packed_linear(x, weight=weight, bias=layer.bias, spec=layer.spec, kernel=name)
+                    packed_linear(
+                        x, weight=weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel=name
+                    )
                 )
             assert torch.equal(outputs_by_threads[0], outputs_by_threads[1])
             assert torch.equal(outputs_by_threads[0], outputs_by_threads[2])
@@ -177,7 +180,7 @@ def test_float16_conversions_are_those_of_torch():
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     layer = make_layer(in_features=1, out_features=1, weight_bits=8, activation_bits=8, activation_zero_point="none")
     x = bits.view(torch.float16)[:, None]
-    case = Case(layer, x, NOTHING)
+    case = Case(layer, x)
     expected = case.expected()
     for variant in VARIANTS:
         compare(case, probe(case, variant), expected)
@@ -215,7 +218,14 @@ def test_compiles_without_graph_break():
     weight = get_backend(name).prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec)
 
     def block(x):
-        return torch.relu(packed_linear(x * 2, weight=weight, bias=layer.bias, spec=layer.spec, kernel=name)) + 1
+        return (
+            torch.relu(
+                packed_linear(
+                    x * 2, weight=weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel=name
+                )
+            )
+            + 1
+        )
 
     x = make_rows(10, 24).view(2, 5, 24)
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))

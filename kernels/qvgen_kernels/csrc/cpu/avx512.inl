@@ -93,6 +93,11 @@ static inline __m512 scale_lanes(const Linear& p, const RowBlock& rows, int64_t 
 // aligned.
 static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_t m, int64_t slot, int64_t n, const int32_t* c) {
     __m512 low = scale_lanes(p, rows, slot, n, c), high = scale_lanes(p, rows, slot, n + kLanes, c + kLanes);
+    if (p.branch) {
+        const uint16_t* branch = static_cast<const uint16_t*>(p.branch) + m * p.out_features + n;
+        low = _mm512_add_ps(low, widen_bfloat16(branch));
+        high = _mm512_add_ps(high, widen_bfloat16(branch + kLanes));
+    }
     if (p.bias) {
         low = _mm512_add_ps(low, _mm512_loadu_ps(p.bias + n));
         high = _mm512_add_ps(high, _mm512_loadu_ps(p.bias + n + kLanes));

@@ -101,6 +101,21 @@ struct Params {
     int32_t offset;
 };
 
+// Static ranges: the row brings its scale and zero point. An infinity takes the last code, a NaN makes its row NaN.
+static Params given(const Linear& p, int64_t m, int32_t min_key, int32_t max_key) {
+    const float qmax = static_cast<float>(p.activation_qmax), zero = p.row_zero && !p.symmetric ? p.row_zero[m] : 0.0f;
+    Params r;
+    r.scale = p.row_scale[m];
+    r.inverse = 1.0f / r.scale;
+    r.low = p.symmetric ? -qmax : -zero;
+    r.high = qmax - zero;
+    r.offset = static_cast<int32_t>(zero);
+    if (p.symmetric) r.offset = QV_UNSIGNED ? p.activation_qmax : 0;
+    else if (!QV_UNSIGNED) r.offset = p.activation_bits == 8 ? r.offset - 128 : 0;
+    if (max_key > 0x7f800000 || min_key < ordered(static_cast<int32_t>(0xff800000))) r.scale = bits_float(0x7fc00000);
+    return r;
+}
+
 static Params choose(const Linear& p, int64_t m, int32_t min_key, int32_t max_key) {
     float low = bits_float(static_cast<uint32_t>(ordered(min_key)));
     float high = bits_float(static_cast<uint32_t>(ordered(max_key)));

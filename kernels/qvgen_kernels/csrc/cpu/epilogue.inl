@@ -50,8 +50,23 @@ static inline void store_row(const Linear& p, int64_t m, int64_t n, const float*
     else memcpy(out, half, width * sizeof(uint16_t));
 }
 
-// Bias, cast and store of 32 outputs of row m.
+// y += branch[m, n ..]
+static inline void add_branch(const Linear& p, int64_t m, int64_t n, float* y) {
+    const int64_t width = p.out_features - n < kBlock ? p.out_features - n : kBlock, place = m * p.out_features + n;
+    const uint16_t* half = static_cast<const uint16_t*>(p.branch) + place;
+    if (p.dtype == kFloat32) {
+        const float* wide = static_cast<const float*>(p.branch) + place;
+        for (int64_t l = 0; l < width; ++l) y[l] += wide[l];
+    } else if (p.dtype == kBfloat16) {
+        for (int64_t l = 0; l < width; ++l) y[l] += bits_float(static_cast<uint32_t>(half[l]) << 16);
+    } else {
+        for (int64_t l = 0; l < width; ++l) y[l] += from_float16(half[l]);
+    }
+}
+
+// Branch, bias, cast and store of 32 outputs of row m.
 static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
+    if (p.branch) add_branch(p, m, n, y);
     if (p.bias) {
         const float* bias = p.bias + n;
         if (p.out_features - n >= kBlock) for (int64_t l = 0; l < kBlock; ++l) y[l] += bias[l];

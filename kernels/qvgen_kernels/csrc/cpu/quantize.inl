@@ -80,7 +80,7 @@ static void quantize_row(const Linear& p, int64_t m, int64_t slot, const RowBloc
             const int64_t columns = Ga == 1 ? p.in_features : p.group;
             if (direct) range_direct(p, direct + g * p.group, columns, &low, &high);
             else range(row + g * p.group, columns, &low, &high);
-            r = choose(p, m, low, high);
+            r = p.row_scale ? given(p, m, low, high) : choose(p, m, low, high);
             finite = finite && r.scale == r.scale;
             out.scale[slot * Ga + g] = r.scale;
             out.offset[slot * Ga + g] = r.offset;

@@ -44,6 +44,9 @@ struct Linear {
     const float* clip_low;                    // [M]; null: 1
     const float* clip_high;                   // [M]; null: 1
     const float* input_scale;                 // [K]; null: 1
+    const float* row_scale;                   // [M]: static ranges; null: from each row's own extremes
+    const float* row_zero;                    // [M], whole numbers in 0..qmax; null: 0
+    const void* branch;                       // [M, N] of x's type, added before the bias; null: none
     const uint8_t* paley_terms;               // [b / 4][b]: which of 16 signed sums of four; null: b = 1
     int32_t* accumulators;                    // [M, N, G], for tests; null: not wanted
     int16_t* operands;                        // [M, K] q - z, for tests; null: not wanted
