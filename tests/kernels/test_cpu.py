@@ -123,7 +123,7 @@ def test_extreme_rows_change_no_other_row(value, dtype):
 
 @pytest.mark.parametrize("weight_zero_point", ["integer", "real"])
 def test_bfloat16_outputs_are_the_rounded_exact_ones(weight_zero_point):
-    # float32 rounds three times before the cast: next to a tie of bfloat16 that decides otherwise, about 3 * 2^-17 of the outputs
+    # float32 rounds three times before the cast: next to a tie of bfloat16 that decides otherwise, 3 * 2^-17 of the outputs
     layer = make_layer(
         in_features=1920, out_features=512, weight_bits=4, activation_bits=4, weight_zero_point=weight_zero_point
     )
