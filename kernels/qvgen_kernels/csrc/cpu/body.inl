@@ -136,8 +136,8 @@ static Params choose(const Linear& p, int64_t m, int32_t min_key, int32_t max_ke
         r.scale = round_scale((high - low) / qmax, p.scale_dtype);
         r.inverse = 1.0f / r.scale;
         float zero = -low * r.inverse;
-        zero = zero < 0.0f ? 0.0f : zero;
-        zero = zero > qmax ? qmax : zero;
+        zero = zero > 0.0f ? zero : 0.0f;  // a NaN too
+        zero = zero < qmax ? zero : qmax;
         zero = rne(zero);
         r.low = -zero;
         r.high = qmax - zero;
