@@ -39,7 +39,8 @@ class CLinear(ctypes.Structure):
         *((name, c_void_p) for name in ("accumulators", "operands", "scales")),
         ("rotation_scale", c_float),
         *((name, c_int32) for name in ("dtype", "activation_qmax", "symmetric", "activation_bits", "scale_dtype")),
-        *((name, c_int32) for name in ("weight_bound", "backend", "threads")),
+        *((name, c_int32) for name in ("weight_bound", "function", "stream")),
+        *((name, c_int32) for name in ("backend", "threads")),
     )
 
 
@@ -58,6 +59,9 @@ def open_library(path: str) -> ctypes.CDLL:
     if size != ctypes.sizeof(CLinear):
         raise BuildError(f"{path} has a structure of {size} bytes, expected {ctypes.sizeof(CLinear)}; remove it")
     loaded.qv_linear.argtypes = [ctypes.POINTER(CLinear)]
+    loaded.qv_feed_forward.argtypes = [ctypes.POINTER(CLinear), ctypes.POINTER(CLinear)]
+    loaded.qv_exercise.argtypes = [c_int32, c_int64]
+    loaded.qv_exercise.restype = c_int64
     loaded.qv_pack.argtypes = [c_void_p, c_void_p, *[c_int64] * 6, c_void_p, c_void_p]
     loaded.qv_pack.restype = None
     loaded.qv_set_pool.argtypes = [c_void_p]

@@ -34,7 +34,7 @@ _library.define(
 )
 
 
-def _check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
+def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
     """Check what can be checked without reading a value: reading one would stall a GPU in every layer."""
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"x is {x.dtype}; use torch.float32, torch.bfloat16 or torch.float16")
@@ -81,7 +81,7 @@ def _packed_linear(
     x: Tensor, weight: Sequence[Tensor], tensors: Sequence[Tensor | None], spec: str, kernel: str
 ) -> Tensor:
     parsed, named = LinearSpec.from_string(spec), LinearTensors(*tensors)
-    _check_inputs(x, named, parsed)
+    check_inputs(x, named, parsed)
     rows = x.reshape(-1, parsed.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), parsed.in_features)
     y = get_backend(kernel).linear(rows, weight, tensors=named, spec=parsed)
     return y.reshape(*x.shape[:-1], parsed.out_features)
@@ -95,7 +95,7 @@ def _fake(
     kernel: str,  # noqa: ARG001
 ) -> Tensor:
     parsed = LinearSpec.from_string(spec)
-    _check_inputs(x, LinearTensors(*tensors), parsed)
+    check_inputs(x, LinearTensors(*tensors), parsed)
     return x.new_empty((*x.shape[:-1], parsed.out_features))
 
 

@@ -150,10 +150,29 @@ void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     end_stores();
 }
 
+int64_t exercise(int64_t times) {
+    constexpr int64_t kColumns = 8 * kDepth;
+    alignas(64) static uint8_t a[QV_ROWS * kColumns];
+    alignas(64) static int8_t b[kBlock * kColumns];
+    alignas(64) int32_t c[kTile];
+    const Linear p{};
+    RowBlock rows{};
+    rows.lda = kColumns;
+    Item item{p, rows, 0, kColumns * kLanes, {}};
+    const TileConfig config;
+    TILE_CONFIGURE(&config);
+    for (int64_t t = 0; t < times; ++t) {
+        multiply(item, a, b, kColumns / kDepth, true, true, 0, c);
+        __asm__ volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // or it would be done once
+    }
+    TILE_RELEASE();
+    return times * 2 * kTile * kColumns;
+}
+
 }  // namespace
 }  // namespace amx
 
-BackendInfo amx_backend() { return {amx::run, QV_ROWS, 1 << 20}; }
+BackendInfo amx_backend() { return {amx::run, QV_ROWS, 1 << 20, amx::exercise}; }
 
 }  // namespace qv
 

@@ -96,7 +96,7 @@ void tile(const Linear& p, const uint8_t* a, int64_t lda, const int8_t* b, int64
 }  // namespace
 }  // namespace avx2
 
-BackendInfo avx2_backend() { return {avx2::run, QV_ROWS, 512 << 10}; }
+BackendInfo avx2_backend() { return {avx2::run, QV_ROWS, 512 << 10, avx2::exercise}; }
 
 }  // namespace qv
 

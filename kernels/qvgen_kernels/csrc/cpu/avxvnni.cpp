@@ -49,7 +49,7 @@ void tile(const Linear&, const uint8_t* a, int64_t lda, const int8_t* b, int64_t
 }  // namespace
 }  // namespace avxvnni
 
-BackendInfo avxvnni_backend() { return {avxvnni::run, QV_ROWS, 512 << 10}; }
+BackendInfo avxvnni_backend() { return {avxvnni::run, QV_ROWS, 512 << 10, avxvnni::exercise}; }
 
 }  // namespace qv
 

@@ -64,7 +64,42 @@ static inline void add_branch(const Linear& p, int64_t m, int64_t n, float* y) {
     }
 }
 
-// Branch, bias, cast and store of 32 outputs of row m.
+// e^v for v in [-87, 87]: 2^n times a polynomial of the rest, |rest| <= ln(2) / 2; error below 2 units in the last place. Single
+// operations in a fixed order, so that all backends agree.
+static inline float exponential(float v) {
+    v = v > -87.0f ? v : -87.0f;
+    v = v < 87.0f ? v : 87.0f;
+    const float n = rne(v * 1.44269504f);
+    const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+    float e = 1.38888889e-3f;
+    e = e * r + 8.33333333e-3f;
+    e = e * r + 4.16666667e-2f;
+    e = e * r + 1.66666667e-1f;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    return e * bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+// x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU with tanh; or with u = x / 2: SiLU. Outputs are rounded to y's type
+// before, as between two operators.
+static inline void apply_function(const Linear& p, float* y) {
+    if (p.dtype == kBfloat16) {
+        for (int64_t l = 0; l < kBlock; ++l) y[l] = bits_float(static_cast<uint32_t>(to_bfloat16(y[l])) << 16);
+    } else if (p.dtype == kFloat16) {
+        for (int64_t l = 0; l < kBlock; ++l) y[l] = from_float16(to_float16(y[l]));
+    }
+    if (p.function == kGeluTanh) {
+        for (int64_t l = 0; l < kBlock; ++l) {
+            const float x = y[l], u = x * (1.0f + (0.044715f * x) * x);
+            y[l] = x / (1.0f + exponential(-1.59576912f * u));
+        }
+    } else if (p.function == kSilu) {
+        for (int64_t l = 0; l < kBlock; ++l) y[l] = y[l] / (1.0f + exponential(-y[l]));
+    }
+}
+
+// Branch, bias, function, cast and store of 32 outputs of row m.
 static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
     if (p.branch) add_branch(p, m, n, y);
     if (p.bias) {
@@ -72,13 +107,14 @@ static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
         if (p.out_features - n >= kBlock) for (int64_t l = 0; l < kBlock; ++l) y[l] += bias[l];
         else for (int64_t l = 0; l < p.out_features - n; ++l) y[l] += bias[l];
     }
+    if (p.function) apply_function(p, y);
     store_row(p, m, n, y);
 }
 
 // Row `slot` of the block, 32 outputs from n on, where there is one accumulation group.
 static inline void finish_whole(const Linear& p, const RowBlock& rows, int64_t m0, int64_t slot, int64_t n, const int32_t* c) {
 #if defined(QV_USE_AVX512)
-    if (p.dtype == kBfloat16 && p.out_features - n >= kBlock && !p.accumulators)
+    if (p.dtype == kBfloat16 && p.out_features - n >= kBlock && !p.accumulators && !p.function)
         return finish_bfloat16(p, rows, m0 + slot, slot, n, c);
 #endif
     alignas(64) float y[kBlock];

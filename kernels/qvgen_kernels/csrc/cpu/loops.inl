@@ -27,3 +27,17 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
     }
     end_stores();
 }
+
+static int64_t exercise(int64_t times) {
+    constexpr int64_t kQuads = 120;
+    alignas(64) static uint8_t a[QV_ROWS * 4 * kQuads];
+    alignas(64) static int8_t b[kBlock * 4 * kQuads];
+    alignas(64) int32_t c[QV_ROWS * kBlock];
+    Linear p{};
+    p.activation_qmax = p.weight_bound = 15;
+    for (int64_t t = 0; t < times; ++t) {
+        tile(p, a, 4 * kQuads, b, kQuads * 4 * kLanes, kQuads, QV_ROWS, c);
+        __asm__ volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // or it would be done once
+    }
+    return times * 2 * QV_ROWS * kBlock * 4 * kQuads;
+}

@@ -72,7 +72,7 @@ void tile(const Linear&, const uint8_t* a, int64_t lda, const int8_t* b, int64_t
 }  // namespace
 }  // namespace neon
 
-BackendInfo neon_backend() { return {neon::run, QV_ROWS, 512 << 10}; }
+BackendInfo neon_backend() { return {neon::run, QV_ROWS, 512 << 10, neon::exercise}; }
 
 }  // namespace qv
 

@@ -32,6 +32,6 @@ void tile(const Linear&, const uint8_t* a, int64_t lda, const int8_t* b, int64_t
 }  // namespace
 }  // namespace portable
 
-BackendInfo portable_backend() { return {portable::run, QV_ROWS, 512 << 10}; }
+BackendInfo portable_backend() { return {portable::run, QV_ROWS, 512 << 10, portable::exercise}; }
 
 }  // namespace qv

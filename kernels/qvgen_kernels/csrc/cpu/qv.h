@@ -17,7 +17,7 @@ namespace qv {
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Backend : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kVnni = 3, kAmx = 4, kNeon = 5 };
-enum Function : int32_t { kIdentity = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
+enum Function : int32_t { kIdentity = 0, kGeluTanh = 1, kSilu = 2 };
 
 constexpr int64_t kLanes = 16;   // outputs in one panel of the packed weight
 constexpr int64_t kBlock = 32;   // outputs computed at a time: two panels
@@ -52,8 +52,11 @@ struct Linear {
     int16_t* operands;                        // [M, K] q - z, for tests; null: not wanted
     float* scales;                            // [M, activation_groups], for tests; null: not wanted
     float rotation_scale;                     // float32(B^-1/2)
-    int32_t dtype, activation_qmax, symmetric, activation_bits, scale_dtype, weight_bound, backend, threads;
-    // weight_bound: the largest magnitude of a packed weight
+    int32_t dtype, activation_qmax, symmetric, activation_bits, scale_dtype;
+    int32_t weight_bound;                     // the largest magnitude of a packed weight
+    int32_t function;                         // of the output, after the bias: a Function
+    int32_t stream;                           // whole lines of y may be stored past the caches
+    int32_t backend, threads;
 };
 
 // A backend runs rows [m0, m1) of outputs [n0, n1), n0 a multiple of kBlock.
@@ -62,6 +65,7 @@ struct BackendInfo {
     RunFunction run;
     int64_t tile_rows;
     int64_t code_bytes;  // of one item: what its codes may fill of the second-level cache
+    int64_t (*exercise)(int64_t times);  // integer operations done by `times` tiles whose operands stay in the first-level cache
 };
 
 BackendInfo portable_backend();
@@ -74,7 +78,7 @@ BackendInfo neon_backend();
 // Memory of this thread that lives as long as the thread: at least `bytes`, 64-byte aligned, contents undefined.
 // Each slot is one piece. Returns null where there is no memory.
 void* scratch(int slot, size_t bytes);
-enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlots };
+enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlotHidden, kSlots };
 
 // Ask for huge pages for what lies in this range; it may be refused, then pages are small.
 void advise(void* memory, size_t bytes);

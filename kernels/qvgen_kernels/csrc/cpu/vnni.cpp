@@ -56,7 +56,7 @@ void tile(const Linear&, const uint8_t* a, int64_t lda, const int8_t* b, int64_t
 }  // namespace
 }  // namespace vnni
 
-BackendInfo vnni_backend() { return {vnni::run, QV_ROWS, 512 << 10}; }
+BackendInfo vnni_backend() { return {vnni::run, QV_ROWS, 512 << 10, vnni::exercise}; }
 
 }  // namespace qv
 
