@@ -166,26 +166,30 @@ class BenchmarkConfig:
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
         videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``; > 0.
+        shapes: Of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
+        threads: Numbers of threads of ``kernels``, each > 0.
         out: Folder of the results.
     """
 
     run: TrainConfig
-    what: Literal["ptq", "ptq_cost", "training"]
+    what: Literal["ptq", "ptq_cost", "training", "kernels"]
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]
     videos: int
     timed_steps: int
+    shapes: tuple[str, ...]
+    threads: tuple[int, ...]
     out: Path
 
     def __post_init__(self) -> None:
-        positive(videos=self.videos, timed_steps=self.timed_steps)
+        positive(videos=self.videos, timed_steps=self.timed_steps, threads=min(self.threads, default=1))
         require(
             self.what != "ptq" or self.run.evaluation.samples > 0,
             "evaluation.samples=0 measures nothing; a benchmark needs more",
         )
-        for key in ("methods", "widths", "seeds"):
+        for key in ("methods", "widths", "seeds", "shapes", "threads"):
             require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods:
             rotation = method.partition("+r")[2]

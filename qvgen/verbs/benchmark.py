@@ -9,6 +9,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
+from qvgen.verbs._benchmark_kernels import kernel_rows, kernel_table
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
 from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
 from qvgen.verbs._benchmark_training import training_rows, training_table
@@ -20,12 +21,16 @@ _BENCHMARKS = {
     "ptq": (ptq_rows, ptq_table),
     "ptq_cost": (cost_rows, cost_table),
     "training": (training_rows, training_table),
+    "kernels": (kernel_rows, kernel_table),
 }
 
 
 def run(config: BenchmarkConfig) -> None:
     """Run the benchmark that ``what`` names."""
     use_threads(TRAINING_THREADS)
+    if config.run.dry_run and config.what == "kernels":
+        print(f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads, into {config.out}")
+        return
     if config.run.dry_run:
         cells = len(config.methods) * len(config.widths) * len(config.seeds)
         print(
@@ -61,6 +66,8 @@ def run(config: BenchmarkConfig) -> None:
 
 
 def _model_name(config: BenchmarkConfig) -> str:
-    """Of the result's files: the model's, or its repository's where the size is what counts."""
+    """Of the result's files: the model's, its repository's where the size is what counts, the device of kernels."""
+    if config.what == "kernels":
+        return "cpu"
     repository = getattr(config.run.model, "repository", "") if config.what == "ptq_cost" else ""
     return repository.rpartition("/")[2].lower() or config.run.names.model
