@@ -12,6 +12,8 @@ import torch
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen_kernels import LinearSpec, available_kernels
 from tests.runs import train_config
 
 PROMPT = "a red three moving up left"
@@ -45,6 +47,18 @@ def test_one_video_for_each_caption_and_seed(packed: Path, tmp_path: Path) -> No
         "a-blue-five-standing-still-seed2-packed.mp4",
     ]
     assert len({video.read_bytes() for video in videos}) == 4
+
+
+def test_the_video_is_the_same_on_every_backend(packed: Path) -> None:
+    family = train_config().model
+    names = available_kernels(LinearSpec(in_features=8, out_features=8, weight_bits=4, activation_bits=4))
+    videos = []
+    for name in names:
+        transformer = load_packed(packed, kernel=name)
+        videos.append(family.generate(transformer, [PROMPT], [7], num_steps=2, guidance_scale=2.0))
+        assert {layer.prepack_() for layer in transformer.modules() if isinstance(layer, PackedLinear)} == {name}
+    assert "reference" in names
+    assert all(torch.equal(videos[0], video) for video in videos)
 
 
 def test_the_seed_alone_decides_the_noise(packed: Path) -> None:
