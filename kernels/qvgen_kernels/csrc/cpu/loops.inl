@@ -17,6 +17,13 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
                 for (int64_t r = 0; r < here; ++r) finish_whole(p, rows, m0, slot + r, n, c + r * kBlock);
                 continue;
             }
+#if defined(QV_GROUPED_ROWS)
+            if (!p.accumulators) {
+                grouped_rows(p, rows, slot, here, n, y);
+                for (int64_t r = 0; r < here; ++r) finish_row(p, m0 + slot + r, n, y + r * kBlock);
+                continue;
+            }
+#endif
             for (int64_t g = 0; g < p.groups; ++g) {
                 const int64_t k = g * p.padded_group;
                 tile(p, rows.codes + slot * rows.lda + k, rows.lda, b + k * kLanes, panel, p.padded_group / 4, here, c);
