@@ -58,14 +58,41 @@ static void butterflies(float* row, int64_t columns, int64_t n) {
 // The 16 signed sums of x_0 .. x_3, n apart: (+-x_0 +- x_1) + (+-x_2 +- x_3).
 template <int kLanesHere>
 static inline void signed_sums(const float* x, int64_t n, float* terms) {
-    float low[4][kLanesHere], high[4][kLanesHere];
-    for (int l = 0; l < kLanesHere; ++l) {
-        const float a = x[l], b = x[n + l], c = x[2 * n + l], d = x[3 * n + l];
-        low[0][l] = a + b, low[1][l] = a - b, low[2][l] = b - a, low[3][l] = -(a + b);
-        high[0][l] = c + d, high[1][l] = c - d, high[2][l] = d - c, high[3][l] = -(c + d);
+    if (kLanesHere < QV_WIDTH) {
+        for (int l = 0; l < kLanesHere; ++l) {
+            const float a = x[l], b = x[n + l], c = x[2 * n + l], d = x[3 * n + l];
+            const float low[4] = {a + b, a - b, b - a, -(a + b)}, high[4] = {c + d, c - d, d - c, -(c + d)};
+            for (int s = 0; s < 16; ++s) terms[s * kLanesHere + l] = low[s >> 2] + high[s & 3];
+        }
+        return;
     }
-    for (int s = 0; s < 16; ++s)
-        for (int l = 0; l < kLanesHere; ++l) terms[s * kLanesHere + l] = low[s >> 2][l] + high[s & 3][l];
+    for (int l = 0; l < kLanesHere; l += QV_WIDTH) {
+        const Vector a = load(x + l), b = load(x + n + l), c = load(x + 2 * n + l), d = load(x + 3 * n + l);
+        const Vector low[4] = {a + b, a - b, b - a, -(a + b)}, high[4] = {c + d, c - d, d - c, -(c + d)};
+        for (int s = 0; s < 16; ++s) store(terms + s * kLanesHere + l, low[s >> 2] + high[s & 3]);
+    }
+}
+
+// result[i] += terms[pattern[i]] + more[next[i]] for i < b, in this order; kFirst: result starts there; kPair: there is a second.
+template <int kLanesHere, bool kFirst, bool kPair>
+static inline void add_terms(int64_t b, const uint8_t* pattern, const uint8_t* next, const float* terms, const float* more,
+                             float* result) {
+    constexpr int kStep = kLanesHere < QV_WIDTH ? 1 : QV_WIDTH;
+    for (int64_t i = 0; i < b; ++i, result += kLanesHere) {
+        const float* first = terms + pattern[i] * kLanesHere;
+        const float* second = kPair ? more + next[i] * kLanesHere : nullptr;
+        for (int l = 0; l < kLanesHere; l += kStep) {
+            if (kStep == 1) {
+                const float sum = kFirst ? first[l] : result[l] + first[l];
+                result[l] = kPair ? sum + second[l] : sum;
+            } else {
+                Vector sum = load(first + l);
+                if (!kFirst) sum = load(result + l) + sum;
+                if (kPair) sum = sum + load(second + l);
+                store(result + l, sum);
+            }
+        }
+    }
 }
 
 // y_i = sum_j H_b[i][j] x_j over the b runs of n columns of one block, four j at a time as the contract orders it, kLanesHere
@@ -76,21 +103,13 @@ static void paley_block(const Linear& p, float* block, int64_t n, float* work) {
     float *terms = work, *more = work + 16 * kLanesHere, *result = work + 32 * kLanesHere;
     for (int64_t column = 0; column < n; column += kLanesHere) {
         for (int64_t j = 0; j < b; j += 8) {
+            const uint8_t *pattern = p.paley_terms + j / 4 * b, *next = pattern + b;
             const bool pair = j + 4 < b;
             signed_sums<kLanesHere>(block + j * n + column, n, terms);
             if (pair) signed_sums<kLanesHere>(block + (j + 4) * n + column, n, more);
-            const uint8_t *pattern = p.paley_terms + j / 4 * b, *next = pattern + b;
-            for (int64_t i = 0; i < b; ++i) {
-                const float* term = terms + pattern[i] * kLanesHere;
-                float* out = result + i * kLanesHere;
-                float sum[kLanesHere];
-                for (int l = 0; l < kLanesHere; ++l) sum[l] = j ? out[l] + term[l] : term[l];
-                if (pair) {
-                    const float* second = more + next[i] * kLanesHere;
-                    for (int l = 0; l < kLanesHere; ++l) sum[l] += second[l];
-                }
-                for (int l = 0; l < kLanesHere; ++l) out[l] = sum[l];
-            }
+            if (j == 0) add_terms<kLanesHere, true, true>(b, pattern, next, terms, more, result);  // b is 12 at least
+            else if (pair) add_terms<kLanesHere, false, true>(b, pattern, next, terms, more, result);
+            else add_terms<kLanesHere, false, false>(b, pattern, pattern, terms, more, result);
         }
         for (int64_t i = 0; i < b; ++i) memcpy(block + i * n + column, result + i * kLanesHere, kLanesHere * sizeof(float));
     }
