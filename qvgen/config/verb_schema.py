@@ -166,7 +166,8 @@ class BenchmarkConfig:
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
         videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``;
+            > 0.
         shapes: Of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
         threads: Numbers of threads of ``kernels``, each > 0.
         out: Folder of the results.

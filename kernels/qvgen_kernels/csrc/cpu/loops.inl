@@ -42,8 +42,10 @@ static int64_t exercise(int64_t times) {
     alignas(64) int32_t c[QV_ROWS * kBlock];
     Linear p{};
     p.activation_qmax = p.weight_bound = 15;
+    int64_t quads = kQuads, rows = QV_ROWS;
+    __asm__ volatile("" : "+r"(quads), "+r"(rows));  // compile the tile as the layers have it, not for these sizes
     for (int64_t t = 0; t < times; ++t) {
-        tile(p, a, 4 * kQuads, b, kQuads * 4 * kLanes, kQuads, QV_ROWS, c);
+        tile(p, a, 4 * quads, b, quads * 4 * kLanes, quads, rows, c);
         __asm__ volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // or it would be done once
     }
     return times * 2 * QV_ROWS * kBlock * 4 * kQuads;
