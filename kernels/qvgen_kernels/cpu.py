@@ -83,12 +83,12 @@ class CpuBackend:
         codes = unpack_planes(planes, spec=spec)
         groups, outputs = spec.num_weight_groups, spec.out_features
         padded_group, padded_out = _padded(spec, self.k_unit)
-        base = torch.full((outputs, groups), _base(spec), dtype=torch.int32)
+        base = codes.new_full((outputs, groups), _base(spec), dtype=torch.int32)
         if spec.weight_zero_point == "integer" and spec.weight_bits < 8:
             assert zero_point is not None  # check_weight
             base = zero_point.reshape(outputs, groups).to(torch.int32).contiguous()
-        packed = torch.empty(padded_out // 16, spec.num_groups * padded_group // 4, 16, 4, dtype=torch.int8)
-        column_sum = torch.empty(spec.num_groups, padded_out, dtype=torch.int32)
+        packed = codes.new_empty(padded_out // 16, spec.num_groups * padded_group // 4, 16, 4, dtype=torch.int8)
+        column_sum = codes.new_empty(spec.num_groups, padded_out, dtype=torch.int32)
         library().qv_pack(
             codes.data_ptr(),
             base.data_ptr(),
@@ -112,7 +112,7 @@ class CpuBackend:
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
-        y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype)
+        y = x.new_empty(x.shape[0], spec.out_features)
         call, keep = _call(x, weight, tensors, spec=spec, k_unit=self.k_unit)
         call.backend, call.y = BACKENDS[self.variant()], y.data_ptr()
         _run(call)
@@ -130,8 +130,8 @@ def feed_forward(
     """Two layers on x [M, K] with a function between (its number in csrc/cpu/qv.h); neither has a branch."""
     (first, first_tensors, first_spec), (second, second_tensors, second_spec) = layers
     # The second layer's input never exists as a whole; its shape is that of a row repeated.
-    hidden = torch.empty(1, second_spec.in_features, dtype=x.dtype).expand(x.shape[0], -1)
-    y = torch.empty(x.shape[0], second_spec.out_features, dtype=x.dtype)
+    hidden = x.new_empty(1, second_spec.in_features).expand(x.shape[0], -1)
+    y = x.new_empty(x.shape[0], second_spec.out_features)
     call, keep = _call(x, first, first_tensors, spec=first_spec, k_unit=backend.k_unit)
     call.function, call.backend = function, BACKENDS[backend.variant()]
     last, keep_last = _call(hidden, second, second_tensors, spec=second_spec, k_unit=backend.k_unit)
@@ -164,8 +164,8 @@ def _by_output(values: Tensor, spec: LinearSpec, padded_out: int) -> Tensor:
 @lru_cache(maxsize=64)
 def _paley_terms(b: int) -> Tensor:
     """uint8 [b/4, b]: which of the 16 signed sums of inputs 4j .. 4j+3 output i takes (first sign is the highest bit)."""
-    negative = (torch.tensor(paley_signs(b)) < 0).long()
-    weights = torch.tensor([8, 4, 2, 1])
+    negative = (torch.tensor(paley_signs(b), device="cpu") < 0).long()  # whatever the default device is
+    weights = torch.tensor([8, 4, 2, 1], device="cpu")
     return (negative.unflatten(1, (-1, 4)) * weights).sum(-1).t().contiguous().to(torch.uint8)
 
 
@@ -267,11 +267,11 @@ def probe(
     Returns:
         operands int16 [M, K] (q - z), scales float32 [M, Ga], accumulators int32 [M, N, G], y [M, N].
     """
-    y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype)
+    y = x.new_empty(x.shape[0], spec.out_features)
     call, keep = _call(x, weight, tensors, spec=spec, k_unit=k_unit)
-    operands = torch.empty(x.shape, dtype=torch.int16)
-    scales = torch.empty(x.shape[0], call.activation_groups)
-    accumulators = torch.empty(x.shape[0], spec.out_features, spec.num_groups, dtype=torch.int32)
+    operands = x.new_empty(x.shape, dtype=torch.int16)
+    scales = x.new_empty(x.shape[0], call.activation_groups, dtype=torch.float32)
+    accumulators = x.new_empty(x.shape[0], spec.out_features, spec.num_groups, dtype=torch.int32)
     call.backend, call.y = BACKENDS[variant], y.data_ptr()
     call.operands, call.scales = operands.data_ptr(), scales.data_ptr()
     call.accumulators = accumulators.data_ptr()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvgen_kernels import LinearTensors, available_kernels, get_backend, packed_linear, resolve_kernel
+from qvgen_kernels import LinearTensors, available_kernels, cpu, get_backend, packed_linear, resolve_kernel
 from qvgen_kernels.cpu_library import BACKENDS, missing_reason, supported
 from tests.kernels.cpu_cases import KERNEL_OF, Case, compare, draw_case, probe
 from tests.kernels.layer import DTYPES, as64, make_layer, make_rows
@@ -210,6 +210,19 @@ def test_a_weight_of_another_layer_or_precision_is_refused():
     weight[2] = weight[2].bfloat16()
     with pytest.raises(ValueError, match="torch.bfloat16 scales"):
         packed_linear(make_rows(2, 24), weight=weight, spec=layer.spec, kernel="portable")
+
+
+def test_the_default_device_is_of_no_concern():
+    layer = make_layer(in_features=48, rotation=24)
+    name, x = resolve_kernel("auto", layer.spec).name, make_rows(3, 48)
+    cpu._paley_terms.cache_clear()
+    cpu._template.cache_clear()
+    with torch.device("meta"):
+        weight = get_backend(name).prepack(
+            layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec
+        )
+        y = packed_linear(x, weight=weight, tensors=LinearTensors(bias=layer.bias), spec=layer.spec, kernel=name)
+    assert torch.equal(y, layer(x))
 
 
 def test_compiles_without_graph_break():

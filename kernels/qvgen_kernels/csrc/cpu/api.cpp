@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -95,7 +96,11 @@ void parallel(Call& call, int threads) {
     if (threads <= 1) return work(&call);
     if (GompParallel pool = gomp_parallel) return pool(work, &call, static_cast<unsigned>(threads), 0);
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(work, &call);
+    try {
+        for (int t = 1; t < threads; ++t) others.emplace_back(work, &call);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do all the work.
+    }
     work(&call);
     for (std::thread& other : others) other.join();
 }
