@@ -17,6 +17,7 @@ The product is corrected in int32 by what was left out, which is exact. Threads 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,7 +30,7 @@ from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.cpu_library import BACKENDS, CLinear, library, supported
 from qvgen_kernels.hadamard import paley_factor, paley_signs
 from qvgen_kernels.registry import register_backend
-from qvgen_kernels.weight import check_weight, unpack_planes
+from qvgen_kernels.weight import check_weight
 
 __all__ = ["CpuBackend", "feed_forward", "probe"]
 
@@ -80,24 +81,21 @@ class CpuBackend:
             ValueError: as :func:`check_weight`.
         """
         check_weight(planes, scale=scale, zero_point=zero_point, spec=spec)
-        codes = unpack_planes(planes, spec=spec)
         groups, outputs = spec.num_weight_groups, spec.out_features
         padded_group, padded_out = _padded(spec, self.k_unit)
-        base = codes.new_full((outputs, groups), _base(spec), dtype=torch.int32)
+        low, high = planes[0].contiguous(), planes[-1].contiguous()
+        base = low.new_full((outputs, groups), _base(spec), dtype=torch.int32)
         if spec.weight_zero_point == "integer" and spec.weight_bits < 8:
             assert zero_point is not None  # check_weight
             base = zero_point.reshape(outputs, groups).to(torch.int32).contiguous()
-        packed = codes.new_empty(padded_out // 16, spec.num_groups * padded_group // 4, 16, 4, dtype=torch.int8)
-        column_sum = codes.new_empty(spec.num_groups, padded_out, dtype=torch.int32)
+        packed = low.new_empty(padded_out // 16, spec.num_groups * padded_group // 4, 16, 4, dtype=torch.int8)
+        column_sum = low.new_empty(spec.num_groups, padded_out, dtype=torch.int32)
+        sizes = (spec.weight_bits, outputs, spec.in_features, spec.group_size, padded_group, padded_out, groups)
         library().qv_pack(
-            codes.data_ptr(),
+            low.data_ptr(),
+            high.data_ptr(),
             base.data_ptr(),
-            outputs,
-            spec.in_features,
-            spec.group_size,
-            padded_group,
-            padded_out,
-            groups,
+            (ctypes.c_int64 * 9)(*sizes, low.shape[1], high.shape[1]),
             packed.data_ptr(),
             column_sum.data_ptr(),
         )

@@ -62,7 +62,7 @@ def open_library(path: str) -> ctypes.CDLL:
     loaded.qv_feed_forward.argtypes = [ctypes.POINTER(CLinear), ctypes.POINTER(CLinear)]
     loaded.qv_exercise.argtypes = [c_int32, c_int64]
     loaded.qv_exercise.restype = c_int64
-    loaded.qv_pack.argtypes = [c_void_p, c_void_p, *[c_int64] * 6, c_void_p, c_void_p]
+    loaded.qv_pack.argtypes = [c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int64), c_void_p, c_void_p]
     loaded.qv_pack.restype = None
     loaded.qv_set_pool.argtypes = [c_void_p]
     loaded.qv_set_pool.restype = None
