@@ -28,6 +28,7 @@ from qvgen.deploy.manifest import (
     layer_entry,
     read_manifest,
 )
+from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear, layer_spec
@@ -144,8 +145,12 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     model.load_state_dict(tensors, strict=True, assign=True)
     model.to(device)
     model.requires_grad_(False).eval()
-    names = {layer.prepack_() for layer in packed_layers(model).values()}
-    log.info("%s: %d packed layers on kernel %s", directory, len(manifest.layers), ", ".join(sorted(names)))
+    fused = fuse_packed_(model)
+    names = prepack_(model)
+    log.info(
+        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks",
+        directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards,
+    )  # fmt: skip
     return model
 
 

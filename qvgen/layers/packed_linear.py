@@ -221,10 +221,15 @@ class PackedLinear(PackedWeight):
         if widths not in self._prepacked:
             self.prepack_(widths)
         kernel, spec, weight = self._prepacked[widths]
+        tensors = self.call_tensors(params, bias=self.bias)
+        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
+
+    def call_tensors(self, params: tuple[Tensor, Tensor], *, bias: Tensor | None) -> LinearTensors:
+        """What a call of the operator gets, of the :meth:`row_params` of its rows."""
         first, second = (value.squeeze(-1) for value in params)
         static = self.form.static
-        tensors = LinearTensors(
-            bias=self.bias,
+        return LinearTensors(
+            bias=bias,
             clip_low=None if static or self.profile.activation.symmetric else first,
             clip_high=None if static else second,
             input_scale=self.input_scale,
@@ -233,7 +238,6 @@ class PackedLinear(PackedWeight):
             branch_down=self.branch_down,
             branch_up=self.branch_up,
         )
-        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A scale in half precision would no longer be the one that was trained: only the device may change.

@@ -1,0 +1,86 @@
+"""Packed layers of one input as one call: q, k and v quantize x once.
+
+Sums of an output do not depend on the other outputs, so the merged layer computes the bits of its parts. It holds no
+tensor of a checkpoint: the parts keep the canonical codes, and only the backend's copy of the weight is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen_kernels import LinearSpec, packed_linear, prepack, resolve_kernel
+from qvgen_kernels.fused import Canonical, merge_linears
+
+
+def can_merge(parts: Sequence[PackedLinear]) -> bool:
+    """Whether layers of one input quantize it alike: same form, smoothing and tables; no plan, no branch."""
+    first = parts[0]
+    if any(part.form != first.form or part.kernel != first.kernel for part in parts):
+        return False
+    if first.form.plan is not None or first.form.branch_rank or len({part.bias is None for part in parts}) > 1:
+        return False
+    tables = [name for name in first.form.table_names(first.form.widths[1]) if name is not None]
+    names = [*tables, *(["input_scale"] if first.input_scale is not None else [])]
+    return all(torch.equal(getattr(part, name), getattr(first, name)) for part in parts for name in names)
+
+
+class MergedPackedLinear(nn.Module):
+    """One call for several packed layers of one input; their outputs side by side.
+
+    Args:
+        parts: Layers for which :func:`can_merge`; they are no submodules of this one.
+
+    Attributes:
+        parts: The same.
+    """
+
+    def __init__(self, parts: Sequence[PackedLinear]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)  # a tuple: no submodules, so nothing is in a state dict twice
+        self._prepacked: tuple[str, LinearSpec, list[Tensor], Tensor | None] | None = None
+        self._source: tuple[tuple[int, int], ...] = ()
+
+    def prepack_(self) -> str:
+        """Derive the backend's copy of the weights now; the first call does it otherwise.
+
+        Returns:
+            The name of the backend that runs the layer.
+        """
+        merged = merge_linears(
+            [
+                Canonical(part.planes, part.weight_scale, part.weight_zero_point, part.bias, part.spec)
+                for part in self.parts
+            ]
+        )
+        lead = self.parts[0]
+        name = resolve_kernel(lead.kernel, merged.spec, device=lead.codes.device).name
+        weight = prepack(merged.planes, scale=merged.scale, zero_point=merged.zero_point, spec=merged.spec, kernel=name)
+        self._prepacked, self._source = (name, merged.spec, weight, merged.bias), self._identity()
+        return name
+
+    def _identity(self) -> tuple[tuple[int, int], ...]:
+        """What tells whether the parts' codes are still those that were prepacked."""
+        return tuple((part.codes.data_ptr(), part.codes._version) for part in self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype."""
+        if self._prepacked is None or (not torch.compiler.is_compiling() and self._source != self._identity()):
+            self.prepack_()
+        assert self._prepacked is not None
+        name, spec, weight, bias = self._prepacked
+        lead = self.parts[0]
+        tensors = lead.call_tensors(lead.row_params(x, bits=lead.form.widths[1]), bias=bias)
+        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepacked = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Sizes for ``print(model)``."""
+        return f"{self.parts[0].in_features} -> {' + '.join(str(part.out_features) for part in self.parts)}"

@@ -1,0 +1,119 @@
+"""A packed transformer's blocks with fewer passes over memory, and the same bits.
+
+    attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
+                   attention has for fused projections; where their tables or smoothing differ, as after training, they stay
+                   three
+    feed-forward   on a CPU, blocks of ``ROWS`` rows go through both layers one after the other: what lies between them, four
+                   times as wide as x, stays in a cache. Every row is by itself, so the blocks' results are the whole's
+
+No tensor is added to a checkpoint: the layers that a state dict names are still there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor, nn
+
+from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
+from qvgen.layers.packed_linear import PackedLinear
+
+ROWS = 512
+"""Rows of a block; at 1920 -> 7680 -> 1920 the intermediate takes 8 MB in bfloat16 (docs/log.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionCount:
+    """What was fused.
+
+    Attributes:
+        merged: Packed layers that are part of a merged one.
+        feed_forwards: Feed-forwards that run by blocks of rows.
+    """
+
+    merged: int
+    feed_forwards: int
+
+
+class BlockedFeedForward(nn.Module):
+    """A feed-forward of packed layers by blocks of rows; on other devices than a CPU whole.
+
+    Args:
+        feed_forward: Of diffusers; its ``net`` becomes this module's, so that names in a state dict stay.
+    """
+
+    def __init__(self, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.net = feed_forward.net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to x [B * n, ..., K]; [B * n, ..., K']."""
+        entries = x.shape[0]
+        rows = x.numel() // max(1, entries * x.shape[-1])  # of each entry along the first dimension
+        if x.device.type != "cpu" or x.ndim != 3 or rows <= ROWS:
+            return self._whole(x)
+        # Blocks along the tokens of all samples: a layer finds each row's sample by the first dimension.
+        return torch.cat([self._whole(part) for part in x.split(max(1, ROWS // entries), dim=1)], dim=1)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+def fuse_packed_(model: nn.Module) -> FusionCount:
+    """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit."""
+    merged = 0
+    for module in list(model.modules()):
+        if isinstance(module, WanAttention):
+            merged += _merge_wan_(module)
+        elif isinstance(module, Attention) and isinstance(module.processor, CogVideoXAttnProcessor2_0):
+            merged += _merge_cogvideox_(module)
+    feed_forwards = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FeedForward) and any(isinstance(part, PackedLinear) for part in module.modules())
+    ]
+    for name, module in feed_forwards:
+        model.set_submodule(name, BlockedFeedForward(module))
+    return FusionCount(merged=merged, feed_forwards=len(feed_forwards))
+
+
+def prepack_(model: nn.Module) -> set[str]:
+    """Derive the backends' copies of all weights, of merged layers once; the names of the backends."""
+    merged = [module for module in model.modules() if isinstance(module, MergedPackedLinear)]
+    parts = {id(part) for module in merged for part in module.parts}
+    alone = [module for module in model.modules() if isinstance(module, PackedLinear) and id(module) not in parts]
+    return {module.prepack_() for module in [*merged, *alone]}
+
+
+def _packed(module: nn.Module, *names: str) -> list[PackedLinear] | None:
+    parts = [getattr(module, name) for name in names]
+    found = [part for part in parts if isinstance(part, PackedLinear)]
+    return found if len(found) == len(parts) and can_merge(found) else None
+
+
+def _merge_wan_(attention: WanAttention) -> int:
+    """Give a WanAttention one layer for q, k and v, or for k and v where it attends to the text."""
+    crossed = attention.is_cross_attention
+    parts = _packed(attention, *(("to_k", "to_v") if crossed else ("to_q", "to_k", "to_v")))
+    if parts is None or len({part.out_features for part in parts}) > 1:
+        return 0
+    setattr(attention, "to_kv" if crossed else "to_qkv", MergedPackedLinear(parts))
+    attention.fused_projections = True
+    return len(parts)
+
+
+def _merge_cogvideox_(attention: Attention) -> int:
+    """Give CogVideoX's attention one layer for q, k and v."""
+    parts = _packed(attention, "to_q", "to_k", "to_v")
+    if parts is None or len({part.out_features for part in parts}) > 1:
+        return 0
+    attention.to_qkv = MergedPackedLinear(parts)
+    attention.fused_projections = True
+    attention.set_processor(FusedCogVideoXAttnProcessor2_0())
+    return len(parts)

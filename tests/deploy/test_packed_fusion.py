@@ -1,0 +1,144 @@
+"""Packed blocks with merged q, k, v and feed-forwards by blocks of rows: the bits of the layers one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from torch import nn
+
+import qvgen
+from qvgen.config.leaves import load_leaf
+from qvgen.deploy import packed_fusion
+from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
+from qvgen.deploy.packed_fusion import BlockedFeedForward, fuse_packed_, prepack_
+from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.quant.bit_plan import BitPlan
+from tests.profiles import make_profile
+
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 24,
+    "freq_dim": 32, "ffn_dim": 96, "num_layers": 2, "patch_size": (1, 2, 2), "rope_max_seq_len": 64,
+}  # fmt: skip
+COGVIDEOX = {
+    "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
+    "text_embed_dim": 24, "num_layers": 2, "sample_width": 16, "sample_height": 16, "sample_frames": 5,
+    "max_text_seq_length": 8, "temporal_compression_ratio": 4,
+}  # fmt: skip
+MODELS = {"wan": (WanTransformer3DModel, WAN, 4), "cogvideox": (CogVideoXTransformer3DModel, COGVIDEOX, 3)}
+"""Class, configuration and how many layers of a block are merged: q, k, v, and k, v of the text in Wan's."""
+
+
+def make_fake(name: str) -> nn.Module:
+    model_class, config, _ = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(**config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    qvgen.prepare(model, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    return model.eval().requires_grad_(False)
+
+
+def make_packed(name: str, fake: nn.Module | None = None) -> nn.Module:
+    model = copy.deepcopy(fake) if fake is not None else make_fake(name)
+    qvgen.fold(model)
+    return model
+
+
+def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    timestep, text = torch.tensor([100.0, 900.0]), torch.randn(2, 8, 24, generator=generator).to(dtype)
+    shape = (2, 4, 2, 8, 8) if name == "wan" else (2, 2, 4, 16, 16)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    with torch.no_grad():
+        found: torch.Tensor = model(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[
+            0
+        ]
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [512, 16])
+def test_fused_blocks_give_the_bits_of_single_layers(
+    name: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_fusion, "ROWS", rows)
+    fake = make_fake(name)
+    plain, fused = make_packed(name, fake), make_packed(name, fake)
+    count = fuse_packed_(fused)
+    merged = MODELS[name][2] + (1 if name == "wan" else 0)
+    assert (count.merged, count.feed_forwards) == (2 * merged, 2)
+    plain, fused = (model.to(dtype) for model in (plain, fused))
+    assert torch.equal(call(name, fused, dtype), call(name, plain, dtype))
+    if dtype == torch.float32:
+        assert torch.equal(call(name, fused), call(name, fake))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_of_it_is_that_of_the_single_layers(name: str, tmp_path) -> None:
+    packed = make_packed(name)
+    qvgen.save_packed(packed, tmp_path / "first")
+    loaded = qvgen.load_packed(tmp_path / "first")
+    assert sum(isinstance(module, BlockedFeedForward) for module in loaded.modules()) == 2
+    assert set(loaded.state_dict()) == set(packed.state_dict())
+    qvgen.save_packed(loaded, tmp_path / "second")
+    for file in ("model.safetensors", "manifest.json"):
+        first, second = (tmp_path / part / file for part in ("first", "second"))
+        if file.endswith("safetensors"):
+            assert first.read_bytes() == second.read_bytes()
+    merged_parts = {
+        id(part) for module in loaded.modules() if isinstance(module, MergedPackedLinear) for part in module.parts
+    }
+    for layer in packed_layers(loaded).values():  # the weight of a merged layer is prepacked once
+        assert bool(layer._prepacked) == (id(layer) not in merged_parts)
+    assert torch.equal(call(name, copy.deepcopy(loaded)), call(name, packed))
+
+
+def test_what_was_trained_apart_stays_apart() -> None:
+    fake = make_fake("wan")
+    layers = quantized_layers(fake)
+    layers["blocks.0.attn1.to_k"].activation_quantizer.clip_high.add_(0.1)
+    layers["blocks.1.attn1.to_q"].set_plan_(BitPlan(switch=(4, 8)))
+    layers["blocks.1.attn2.to_v"].set_branch_(torch.ones(1, 64), torch.ones(64, 1))
+    packed = make_packed("wan", fake)
+    assert fuse_packed_(packed).merged == 2  # k and v of the text in the first block
+    assert torch.equal(call("wan", packed), call("wan", fake))
+    parts = [packed.get_submodule(f"blocks.0.attn1.to_{side}") for side in "qk"]
+    assert not can_merge(parts)
+    assert can_merge(parts[:1] * 2)
+
+
+def test_a_merged_layer_follows_its_parts() -> None:
+    packed = make_packed("wan")
+    fuse_packed_(packed)
+    assert prepack_(packed)
+    before = call("wan", packed)
+    part = packed.get_submodule("blocks.0.attn1.to_v")
+    part.codes.bitwise_xor_(0x11)
+    part._prepacked = {}
+    changed = call("wan", packed)
+    assert not torch.equal(changed, before)
+    part.codes.bitwise_xor_(0x11)
+    assert torch.equal(call("wan", packed), before)
+    assert "64 -> 64 + 64 + 64" in repr(packed.get_submodule("blocks.0.attn1.to_qkv"))
+
+
+def test_a_fused_model_compiles_without_graph_break() -> None:
+    packed = make_packed("wan")
+    fuse_packed_(packed)
+    prepack_(packed)
+    merged, feed_forward = packed.get_submodule("blocks.0.attn1.to_qkv"), packed.get_submodule("blocks.0.ffn")
+    merged.parts[0].noise_band.set_timestep(torch.tensor([100.0]))
+    torch._dynamo.reset()
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for module in (merged, feed_forward):
+            compiled = torch.compile(module, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(x), module(x))
+    torch._dynamo.reset()
