@@ -28,7 +28,7 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "ptq": TrainConfig,
 }
 
-_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "out")
+_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out")
 """Keys of conf/benchmark.yaml that are no keys of a training run."""
 
 

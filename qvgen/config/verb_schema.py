@@ -166,15 +166,16 @@ class BenchmarkConfig:
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
         videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``;
-            > 0.
+        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``
+            and ``denoising_step``; > 0.
         shapes: Of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
-        threads: Numbers of threads of ``kernels``, each > 0.
+        threads: Numbers of threads of ``kernels`` and ``denoising_step``, each > 0.
+        blocks: Transformer blocks that ``denoising_step`` runs; > 0.
         out: Folder of the results.
     """
 
     run: TrainConfig
-    what: Literal["ptq", "ptq_cost", "training", "kernels"]
+    what: Literal["ptq", "ptq_cost", "training", "kernels", "denoising_step"]
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]
@@ -182,10 +183,13 @@ class BenchmarkConfig:
     timed_steps: int
     shapes: tuple[str, ...]
     threads: tuple[int, ...]
+    blocks: int
     out: Path
 
     def __post_init__(self) -> None:
-        positive(videos=self.videos, timed_steps=self.timed_steps, threads=min(self.threads, default=1))
+        positive(
+            blocks=self.blocks, videos=self.videos, timed_steps=self.timed_steps, threads=min(self.threads, default=1)
+        )
         require(
             self.what != "ptq" or self.run.evaluation.samples > 0,
             "evaluation.samples=0 measures nothing; a benchmark needs more",

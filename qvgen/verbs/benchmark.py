@@ -12,6 +12,7 @@ from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.verbs._benchmark_kernels import kernel_rows, kernel_table
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
 from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
+from qvgen.verbs._benchmark_step import step_rows, step_table
 from qvgen.verbs._benchmark_training import training_rows, training_table
 from qvgen.verbs._deliver import command_line
 
@@ -22,6 +23,7 @@ _BENCHMARKS = {
     "ptq_cost": (cost_rows, cost_table),
     "training": (training_rows, training_table),
     "kernels": (kernel_rows, kernel_table),
+    "denoising_step": (step_rows, step_table),
 }
 
 
@@ -30,6 +32,10 @@ def run(config: BenchmarkConfig) -> None:
     use_threads(TRAINING_THREADS)
     if config.run.dry_run and config.what == "kernels":
         print(f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads, into {config.out}")
+        return
+    if config.run.dry_run and config.what == "denoising_step":
+        widths = ", ".join(["bf16", *(width.label for width in config.widths)])
+        print(f"denoising_step of {config.run.names.model}, {config.blocks} blocks: {widths}, into {config.out}")
         return
     if config.run.dry_run:
         cells = len(config.methods) * len(config.widths) * len(config.seeds)

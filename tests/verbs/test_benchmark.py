@@ -118,6 +118,26 @@ def test_kernels_are_measured_beside_torch(tmp_path: Path, capsys: pytest.Captur
     assert "<svg" in (tmp_path / "kernels-cpu.svg").read_text()
 
 
+def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["what=denoising_step", "widths=[4,w3a8]", "timed_steps=2", "blocks=2", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    assert "denoising_step of tiny, 2 blocks: bf16, 4, w3a8" in capsys.readouterr().out
+    assert main(["benchmark", *keys]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "denoising-step-tiny.json").read_text())["rows"]}
+    assert set(rows) == {"4", "w3a8", "bf16"}
+    for name, row in rows.items():
+        assert (row["tokens"], row["blocks_run"], row["blocks"]) == (128, 2, 3)
+        assert row["step_s"] == pytest.approx(row["measured_s"] + row["measured_blocks_s"] / 2, rel=0.5)
+        assert row["measured_blocks_s"] < row["measured_s"]
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in row["shares"].values())
+        assert row["activation_peak_bytes"] > 128 * 64 * 2
+        assert (row["quantize_s"] > 0) == (name != "bf16")
+    assert rows["4"]["bytes"] < 0.6 * rows["bf16"]["bytes"]
+    assert rows["4"]["load_s"] > 0
+    assert "| 4 | 1 |" in (tmp_path / "denoising-step-tiny.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -127,7 +147,7 @@ def test_kernels_are_measured_beside_torch(tmp_path: Path, capsys: pytest.Captur
         ("threads=[0]", "threads=0"),
         ("seeds=[]", "seeds=[] is empty"),
         ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
-        ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training, kernels)"),
+        ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training, kernels, denoising_step)"),
     ],
 )
 def test_what_can_not_be_measured_is_refused(
