@@ -233,6 +233,7 @@ def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: s
             form=entry.form,
             noise_band=band,
             kernel=kernel,
+            device="meta",  # its tensors are those of the file
         )
     except ValueError as error:
         raise ValueError(f"{source}: layer {name!r}: {error}") from error
