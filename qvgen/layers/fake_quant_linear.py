@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.layers.bit_choice import by_widths, rows_of
-from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, input_codes, to_grid_input
+from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, TouchParameters, input_codes, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.bit_plan import BitPlan, Widths
@@ -253,7 +253,11 @@ class FakeQuantLinear(nn.Module):
         def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
             return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths)
 
-        return by_widths(x, run, plan=self.plan, profile=self.profile, noise_band=self.noise_band)
+        y = by_widths(x, run, plan=self.plan, profile=self.profile, noise_band=self.noise_band)
+        if self.plan is None or not y.requires_grad:
+            return y
+        quantizers = [*self.weight_quantizers().values(), *self.activation_quantizers().values()]
+        return TouchParameters.apply(y, *(p for quantizer in quantizers for p in quantizer.parameters()))
 
     def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
         quantizer = self.weight_quantizers()[widths[0]]

@@ -196,3 +196,22 @@ def _activation_backward(
     if config.rotation:
         grad_x = hadamard_transform(grad_x, block_size=config.rotation)
     return grad_x if config.input_scale is None else grad_x * config.input_scale, first, second
+
+
+class TouchParameters(torch.autograd.Function):
+    """The identity of its first input; the others, which it may not depend on, get gradients of zero.
+
+    Data-parallel training needs a gradient of every parameter on every process: which widths of a plan a process meets
+    depends on its own samples, and shares of gradients that another process does not have would be mixed up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the value."""
+        ctx.save_for_backward(*parameters)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Pass the gradient on, and zeros."""
+        return grads[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)

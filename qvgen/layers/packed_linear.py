@@ -184,6 +184,10 @@ class PackedLinear(PackedWeight):
         weight = prepack(
             source.planes, scale=source.weight_scale, zero_point=source.weight_zero_point, spec=spec, kernel=name
         )
+        for (other, _), (other_name, _, theirs) in self._prepacked.items():
+            # Most backends order a weight alike for all widths of the activations: one copy serves them all.
+            if other == widths[0] and other_name == name and _equal(theirs, weight):
+                weight = theirs
         self._prepacked[widths] = (name, spec, weight)
         return name
 
@@ -255,3 +259,9 @@ class PackedLinear(PackedWeight):
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, {self.profile.name} {self.profile.label}"
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )

@@ -82,6 +82,14 @@ def test_a_policy_may_ask_for_other_widths_of_each_sample() -> None:
         assert torch.equal(PackedLinear.from_fake_quant(layer)(x), wanted)
 
 
+def test_widths_of_activations_share_the_prepacked_weight() -> None:
+    layer = make_layer(BitPlan(switch=(4, 8)))
+    packed = PackedLinear.from_fake_quant(layer, kernel="reference")
+    assert packed.prepack_((4, 4)) == packed.prepack_((4, 8)) == "reference"
+    first, second = (weight for _, _, weight in packed._prepacked.values())
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
 def test_a_policy_is_for_layers_with_a_switch_alone() -> None:
     layer, x = make_layer(None), make_input()
     with torch.no_grad():
@@ -110,6 +118,19 @@ def test_gradients_are_those_of_the_samples_one_by_one() -> None:
         "other_activation_quantizers.8.clip_low",
     }
     assert used <= set(whole)
+
+
+def test_every_quantizer_has_a_gradient_whatever_widths_were_met() -> None:
+    """On every process of a data-parallel run: zeros where no sample was in a band of that width."""
+    layer, x = make_layer(BANDS_PLAN), make_input(1)
+    layer.noise_band.set_timestep(torch.tensor([400.0]))  # w4a6 alone
+    layer(x).square().sum().backward()
+    for bits, quantizer in layer.weight_quantizers().items():
+        assert quantizer.scale.grad is not None
+        assert bool(quantizer.scale.grad.any()) == (bits == 4)
+    for bits, quantizer in layer.activation_quantizers().items():
+        assert quantizer.clip_high.grad is not None
+        assert bool(quantizer.clip_high.grad.any()) == (bits == 6)
 
 
 def test_a_checkpoint_holds_one_set_of_codes_per_weight_width() -> None:

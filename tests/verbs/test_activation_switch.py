@@ -61,6 +61,25 @@ def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> No
         assert len(set(table.tolist())) > 1
 
 
+QUICK = ("phi.ranks=[2]", "steps=6", "evaluation.videos=0", "calibration.videos=1", "model.num_inference_steps=4")
+STARTS = {
+    "switch": SWITCH,
+    "static": ("bits=8", "init=static", "init.alpha=0.5"),
+    "svdquant": ("bits=4", "init=svdquant", "init.rank=8"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_processes_that_meet_other_widths_train_the_same_bits(start: str, tmp_path: Path) -> None:
+    """With all of the model on each of two processes, and with shares of it: what one process trains."""
+    keys = (*QUICK, *STARTS[start], f"calibration.cache={tmp_path / 'cache'}")
+    strategies = ("ddp", "fsdp") if start == "switch" else ("fsdp",)
+    assert train(tmp_path / "one", *keys) == 0
+    for strategy in strategies:
+        assert train(tmp_path / strategy, *keys, "devices=2", f"strategy={strategy}") == 0
+        assert packed_bytes(tmp_path / strategy) == packed_bytes(tmp_path / "one")
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for keys, message in (
         (("bits=w4a6", "activation_switch.widths=[4,8]"), "lacks the 6 activation bits of bits=w4a6"),
