@@ -19,6 +19,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
 from qvgen.deploy.delta_switch import find_switch
+from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
@@ -218,23 +219,30 @@ def _input_codes(
     model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: MeasuredInputs
 ) -> dict[str, Tensor]:
     """Codes of each layer's input on the first held-out batch, of ``WATCHED_TOKENS`` tokens per sample."""
-    codes: dict[str, Tensor] = {}
+    codes: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def watch(name: str, layer: FakeQuantLinear | PackedLinear) -> RemovableHandle:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            del module
-            tokens = inputs[0] if inputs[0].ndim < 3 else inputs[0][:, :WATCHED_TOKENS]
-            codes[name] = layer.input_codes(tokens).cpu()
+    def watch(module: nn.Module, name: str) -> RemovableHandle:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, found = inputs[0], codes[name]
+            # A packed feed-forward comes by blocks of tokens.
+            left = WATCHED_TOKENS - sum(part.shape[1] for part in found) if x.ndim > 2 else 1 - len(found)
+            if left > 0:
+                tokens = x[:, :left] if x.ndim > 2 else x
+                found.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
 
-        return layer.register_forward_pre_hook(keep)
+        return module.register_forward_pre_hook(keep)
 
-    handles = [watch(name, layer) for name, layer in layers.items()]
+    handles = [watch(layer, name) for name, layer in layers.items()]
+    places = {id(layer): name for name, layer in layers.items()}
+    for module in model.modules():
+        if isinstance(module, MergedPackedLinear):  # its parts are not called themselves
+            handles += [watch(module, places[id(part)]) for part in module.parts]
     try:
         next(held_out.predictions(model))
     finally:
         for handle in handles:
             handle.remove()
-    return codes
+    return {name: torch.cat(parts, 1) if parts[0].ndim > 2 else parts[0] for name, parts in codes.items()}
 
 
 def _quality(name: str, videos: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]) -> VariantQuality:
