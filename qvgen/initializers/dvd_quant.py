@@ -5,7 +5,8 @@
     X' = X H, quantized online with a scale of each token     ARQ with the profile's activation grid
 
 ARQ's D is one scale per block of channels; here it is what the profile says: one per token, or per token and group of 64
-(``profile=svdq_g64``). delta-GBS, the switch between 4- and 8-bit activations while sampling, is left out.
+(``profile=svdq_g64``). delta-GBS, the switch between 4- and 8-bit activations while sampling, works with any method:
+``activation_switch.widths`` (:mod:`qvgen.deploy.delta_switch`).
 """
 
 from __future__ import annotations
