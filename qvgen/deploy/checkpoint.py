@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None
         RuntimeError: A kernel that was asked for by name does not run here.
     """
     for layer in quantized_layers(model).values():
-        spec = layer_spec(LayerForm.of(layer), in_features=layer.in_features, out_features=layer.out_features)
-        resolve_kernel(kernel, spec, device=device)
+        form = LayerForm.of(layer)
+        for widths in product(form.weight_widths, form.activation_widths):
+            spec = layer_spec(form, in_features=layer.in_features, out_features=layer.out_features, widths=widths)
+            resolve_kernel(kernel, spec, device=device)
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def check_student(config: TrainConfig) -> None:
         num_noise_bands=1,
         phi_rank=max(phi_ranks(config), default=0),
     )
+    if config.activation_switch.widths is not None:
+        add_switch_widths_(skeleton, config.activation_switch.widths)
     check_kernel(skeleton, kernel=config.kernel, device=torch.device("cpu"))
 
 
