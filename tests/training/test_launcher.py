@@ -32,7 +32,7 @@ def test_two_processes_train_twice_in_one_program_whatever_ranks_the_environment
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path)],
         env=os.environ | LEFTOVER | paths,
-        timeout=120,
+        timeout=600,
         capture_output=True,
         text=True,
         check=False,
@@ -92,7 +92,7 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
         f"with launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})):\n"
         "    time.sleep(100)"
     )
-    done = subprocess.run(parent, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(parent, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
