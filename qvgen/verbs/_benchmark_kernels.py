@@ -5,18 +5,21 @@ runs once, one after the other, so that what else the machine does meets all of 
 Every call makes a fresh output, which torch frees again. The packed linear asks for huge pages for outputs above 2 MiB, torch
 does so where THP_MEM_ALLOC_ENABLE=1 is set: the results say whether it was.
 
-Time is the process's CPU time with one thread (what other programs take on a shared machine does not count) and wall time
-with more. Random codes and inputs: speed does not depend on values. Left out: peers that are not installed here.
+Several numbers of threads are calls of the same rounds; ``_benchmark_kernels_timing`` says how they are timed. Random codes
+and inputs: speed does not depend on values. Peers are torchao and ONNX Runtime, of the extra ``peers``; the log and the page
+say so where one is not installed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,15 +31,29 @@ from torch.nn import functional
 from qvgen.config.bits import Bits
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.quant.packing import pack_codes
+from qvgen.verbs import _benchmark_kernels_onnx as onnx
+from qvgen.verbs import _benchmark_kernels_torchao as torchao
+from qvgen.verbs._benchmark_kernels_page import plot
+from qvgen.verbs._benchmark_kernels_timing import (
+    BF16,
+    PREPACKED,
+    Candidates,
+    Samples,
+    clock,
+    interleaved,
+    ratio,
+    sample,
+    scaling,
+    seconds,
+)
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 from qvgen_kernels.cpu_library import BACKENDS, library, supported
 from qvgen_kernels.fused import packed_feed_forward
 
-BF16, PREPACKED = "F.linear bf16", "prepacked bf16"
-SLOW = 8.0
-"""A candidate that takes this many times F.linear's time runs in the first two rounds alone."""
+log = logging.getLogger(__name__)
 
-Candidates = dict[str, Callable[[], Tensor]]
+PEERS = {"torchao": (torchao, torchao.torchao_candidates), "onnxruntime": (onnx, onnx.onnx_candidates)}
+"""By the name of the package: our module for it and the function that builds its candidates."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +90,40 @@ class Shape:
 
 
 def kernel_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """What the machine can do, then one row per shape, number of threads and candidate; a plot beside them."""
+    """What the machine and the peers are, then one row per shape, number of threads and candidate; a plot beside them."""
     shapes = [Shape.parse(text) for text in config.shapes]
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
-        for threads in config.threads:
-            torch.set_num_threads(threads)
-            rows.append({"limits": _limits(threads)})
-            yield rows[-1]
-            for shape in shapes:
-                for row in _shape_rows(shape, threads=threads, config=config):
-                    rows.append(row)
-                    yield row
+        for row in _all_rows(shapes, config):
+            rows.append(row)
+            yield row
     finally:
         torch.set_num_threads(before)
-    _plot(rows, config.out / "kernels-cpu.svg")
+    plot(rows, config.out / "kernels-cpu.svg")
+
+
+def _all_rows(shapes: Sequence[Shape], config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+    peers = installed_peers()
+    yield {"peers": peers}
+    for threads in config.threads:
+        torch.set_num_threads(threads)
+        yield {"limits": _limits(threads)}
+    for shape in shapes:
+        yield from _shape_rows(shape, peers=[name for name in PEERS if peers[name]], config=config)
+
+
+def installed_peers() -> dict[str, str | None]:
+    """The version of each peer; None of those that can't be imported, which the log says with the way to get them."""
+    found: dict[str, str | None] = dict.fromkeys(PEERS)
+    for name, (ours, _) in PEERS.items():
+        try:
+            modules = [import_module(module) for module in ours.MODULES]
+        except ImportError as error:
+            log.warning("%s is left out of the table (%s); pip install 'qvgen[peers]' brings it", name, error)
+        else:
+            found[name] = modules[0].__version__
+    return found
 
 
 def _limits(threads: int) -> dict[str, Any]:
@@ -98,12 +133,12 @@ def _limits(threads: int) -> dict[str, Any]:
         if supported(name) is None:
             rates[name] = max(_tile_gops(number) for _ in range(5))  # the best: a limit, whatever else the machine did
     source, target = torch.ones(2**25), torch.empty(2**25)
-    seconds = median(_timed(lambda: target.copy_(source), time.perf_counter) for _ in range(5))
+    copying = median(sample(lambda: target.copy_(source)).wall for _ in range(5))
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "threads": threads,
         "tile_gops_of_one_core": rates,
-        "copy_gb_s": 2 * source.nbytes / seconds / 1e9,
+        "copy_gb_s": 2 * source.nbytes / copying / 1e9,
         "huge_pages": pages.read_text().strip() if pages.is_file() else "unknown",
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
     }
@@ -115,56 +150,51 @@ def _tile_gops(backend: int) -> float:
     return operations / (time.process_time() - began) / 1e9
 
 
-def _shape_rows(shape: Shape, *, threads: int, config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    clock = time.process_time if threads == 1 else time.perf_counter
-    times = _interleaved(_candidates(shape, config.widths), rounds=config.timed_steps, clock=clock)
-    for name, seconds in times.items():
-        middle = median(seconds)
-        yield {
-            "shape": shape.text,
-            "threads": threads,
-            "candidate": name,
-            "clock": clock.__name__,
-            "seconds": seconds,
-            "median_ms": 1e3 * middle,
-            "gops": shape.operations / middle / 1e9,
-            "operations_per_byte": shape.operations / shape.bytes_moved,
-            "times_bf16": _ratio(times[BF16], seconds),
-            "times_prepacked": _ratio(times[PREPACKED], seconds) if PREPACKED in times else None,
-        }
+def _shape_rows(shape: Shape, *, peers: Sequence[str], config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+    torch.compiler.reset()  # it keeps eight versions of a module's code; those of the shape before are not needed any more
+    x, weights = _tensors(shape)
+    candidates: dict[int, Candidates] = {}
+    for threads in config.threads:  # built for each: layouts of weights and compiled code may depend on the number
+        torch.set_num_threads(threads)
+        candidates[threads] = _candidates(x, weights, config.widths)
+        for name in peers:
+            candidates[threads] |= PEERS[name][1](x, weights, threads)
+    samples = interleaved(candidates, rounds=config.timed_steps)
+    for threads, name in samples:
+        yield _row(shape, samples, threads, name)
 
 
-def _ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
-    """Median over the rounds of how many times as fast as the base."""
-    return median(first / second for first, second in zip(base, seconds, strict=False))
+def _row(shape: Shape, samples: Samples, threads: int, name: str) -> dict[str, Any]:
+    few = next(iter(samples))[0]
+    times = {other: seconds(samples[threads, other], threads) for other in (name, BF16, PREPACKED)}
+    middle = median(times[name])
+    return {
+        "shape": shape.text,
+        "threads": threads,
+        "candidate": name,
+        "clock": clock(threads),
+        "seconds": times[name],
+        "wall_seconds": [one.wall for one in samples[threads, name]],
+        "median_ms": 1e3 * middle,
+        "gops": shape.operations / middle / 1e9,
+        "operations_per_byte": shape.operations / shape.bytes_moved,
+        "times_bf16": ratio(times[BF16], times[name]),
+        "times_prepacked": ratio(times[PREPACKED], times[name]),
+        "scaling": None if threads == few else {"from": few, **scaling(samples[few, name], samples[threads, name])},
+    }
 
 
-def _interleaved(candidates: Candidates, *, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.no_grad():
-        for call in candidates.values():
-            call()
-        for index in range(rounds):
-            for name, call in candidates.items():
-                if index < 2 or times[name][0] < SLOW * times[BF16][0]:
-                    times[name].append(_timed(call, clock))
-    return times
-
-
-def _timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    began = clock()
-    call()
-    return clock() - began
-
-
-def _candidates(shape: Shape, widths: Sequence[Bits]) -> Candidates:
+def _tensors(shape: Shape) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape.rows, shape.widths[0], generator=generator).bfloat16()
-    pairs = list(zip(shape.widths[1:], shape.widths, strict=False))
-    weights = [torch.randn(*pair, generator=generator).bfloat16() * 0.02 for pair in pairs]
+    pairs = zip(shape.widths[1:], shape.widths, strict=False)
+    return x, [torch.randn(*pair, generator=generator).bfloat16() * 0.02 for pair in pairs]
+
+
+def _candidates(x: Tensor, weights: Sequence[Tensor], widths: Sequence[Bits]) -> Candidates:
     candidates = _torch_feed_forward(x, weights) if len(weights) == 2 else _torch_linears(x, weights[0])
     for width in widths:
-        layers = [_packed_layer(*pair, width) for pair in pairs]
+        layers = [_packed_layer(*weight.shape, width) for weight in weights]
         if len(layers) == 1:
             candidates[f"packed {width.label}"] = _bind(packed_linear, x, layers[0])
         else:
@@ -215,11 +245,10 @@ def _torch_linears(x: Tensor, weight: Tensor) -> Candidates:
     """What torch itself has for one linear. Its int8 paths get float32 or codes, as they ask for."""
     wide, wide_weight = x.float(), weight.float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-    codes = torch.randint(-8, 8, x.shape, dtype=torch.int8)
-    weight_codes = torch.randint(-8, 8, weight.t().shape, dtype=torch.int8)
+    codes, weight_codes = _codes(wide), _codes(wide_weight).t().contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates its quantized tensors, and has no other int8 linear on CPUs
-        scales = torch.full((len(weight),), 0.01)
+        scales = wide_weight.abs().amax(1) / 127
         eight = torch.quantize_per_channel(wide_weight, scales, torch.zeros(len(weight)).long(), 0, torch.qint8)
         dynamic = torch.ops.quantized.linear_prepack(eight, None)
     group = next((size for size in (64, 32) if x.shape[1] % size == 0), None)
@@ -233,63 +262,17 @@ def _torch_linears(x: Tensor, weight: Tensor) -> Candidates:
         ),
     }
     if group is not None:
-        nibbles = torch.randint(0, 16, weight.shape, dtype=torch.int32)
+        groups = wide_weight.unflatten(1, (-1, group))
+        low, step = groups.amin(2), (groups.amax(2) - groups.amin(2)) / 15
+        nibbles = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).flatten(1).int()
         four = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        scales_and_zeros = torch.ones(x.shape[1] // group, len(weight), 2, dtype=torch.bfloat16)
+        scales_and_zeros = torch.stack([step, low + 8 * step], dim=2).transpose(0, 1).bfloat16().contiguous()
         candidates["int4 weight-only"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, four, group, scales_and_zeros
         )
     return candidates
 
 
-def kernel_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The Markdown page."""
-    limits = [row["limits"] for row in rows if "limits" in row]
-    measured = [row for row in rows if "shape" in row]
-    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in limits[0]["tile_gops_of_one_core"].items())
-    best = max(limits[0]["tile_gops_of_one_core"].values())
-    lines = [
-        "# Packed linears on a CPU",
-        "",
-        f"{head['machine']['cpu']}, torch {head['versions']['torch']}. One process, candidates interleaved, medians of "
-        f"{len(measured[0]['seconds'])} rounds, fresh outputs. Integer operations of one core whose operands lie in the "
-        f"first-level cache, in GOP/s: {rates}. Copying memory: {limits[0]['copy_gb_s']:.1f} GB/s.",
-        f"Huge pages: {limits[0]['huge_pages']}; THP_MEM_ALLOC_ENABLE: {limits[0]['THP_MEM_ALLOC_ENABLE']}; packed "
-        "linears ask for them for their outputs. One thread: CPU time; more: wall time.",
-        "",
-        f"    {head['command']}",
-        "",
-        "| M x K - N | threads | | ms | GOP/s | of the core's | times F.linear bf16 | times prepacked bf16 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in measured:
-        share = row["gops"] / best / row["threads"]
-        prepacked = "-" if row["times_prepacked"] is None else f"{row['times_prepacked']:.2f}"
-        lines.append(
-            f"| {row['shape']} | {row['threads']} | {row['candidate']} | {row['median_ms']:.1f} | {row['gops']:.0f} | "
-            f"{share:.0%} | {row['times_bf16']:.2f} | {prepacked} |"
-        )
-    return [*lines, "", "![Roofline](kernels-cpu.svg)"]
-
-
-def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The roofline: operations per byte against GOP/s, the limits of the first number of threads, every candidate a point."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    limits = next(row["limits"] for row in rows if "limits" in row)
-    measured = [row for row in rows if row.get("threads") == limits["threads"]]
-    with mpl.rc_context({"svg.hashsalt": "qvgen"}):
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
-        intensities = [2.0**power for power in range(2, 15)]
-        peak = max(limits["tile_gops_of_one_core"].values()) * limits["threads"]
-        axes.loglog(intensities, [min(peak, limits["copy_gb_s"] * value) for value in intensities], "k-")
-        for name in dict.fromkeys(row["candidate"] for row in measured):
-            points = [row for row in measured if row["candidate"] == name]
-            axes.loglog(
-                [row["operations_per_byte"] for row in points], [row["gops"] for row in points], "o", label=name
-            )
-        axes.set_xlabel("operations per byte (bf16 input and output, int8 weights)")
-        axes.set_ylabel(f"GOP/s, {limits['threads']} thread(s)")
-        axes.legend(fontsize="small")
-        figure.savefig(path, metadata={"Date": None})
+def _codes(values: Tensor) -> Tensor:
+    """Symmetric int8 codes with one scale."""
+    return (values / (values.abs().max() / 127)).round().to(torch.int8)

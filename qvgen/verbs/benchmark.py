@@ -9,7 +9,8 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
-from qvgen.verbs._benchmark_kernels import kernel_rows, kernel_table
+from qvgen.verbs._benchmark_kernels import kernel_rows
+from qvgen.verbs._benchmark_kernels_page import kernel_table
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
 from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
 from qvgen.verbs._benchmark_step import step_rows, step_table

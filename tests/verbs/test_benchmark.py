@@ -93,31 +93,6 @@ def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
     assert "| micro-batch s | teacher |" in (tmp_path / "training-tiny.md").read_text()
 
 
-def test_kernels_are_measured_beside_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["widths=[4,w4a8]", "timed_steps=3", "threads=[1,2]", "shapes=[65x96-64,65x96-128-96]", f"out={tmp_path}"]
-    assert main(["benchmark", "kernels", *keys, "dry_run=true"]) == 0
-    assert "65x96-64" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-    assert main(["benchmark", "kernels", *keys]) == 0
-    rows = json.loads((tmp_path / "kernels-cpu.json").read_text())["rows"]
-    limits = [row["limits"] for row in rows if "limits" in row]
-    assert [row["threads"] for row in limits] == [1, 2]
-    assert 0.1 < limits[0]["tile_gops_of_one_core"]["portable"] < 10_000
-    cells = [(row["threads"], row["shape"], row["candidate"]) for row in rows if "shape" in row]
-    assert len(set(cells)) == len(cells)
-    for threads in (1, 2):
-        for name in ("F.linear bf16", "prepacked bf16", "packed 4", "packed w4a8"):
-            assert (threads, "65x96-64", name) in cells
-        assert (threads, "65x96-128-96", "packed 4, one call") in cells
-    for row in rows:
-        if "shape" in row:
-            assert row["gops"] > 0
-            assert len(row["seconds"]) == 3 or row["times_bf16"] < 1
-    page = (tmp_path / "kernels-cpu.md").read_text()
-    assert page.count("\n| 65x96") == len(cells)
-    assert "<svg" in (tmp_path / "kernels-cpu.svg").read_text()
-
-
 def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ["what=denoising_step", "widths=[4,w3a8]", "timed_steps=2", "blocks=2", f"out={tmp_path}", "logger=csv"]
     assert main(["benchmark", *keys, "dry_run=true"]) == 0

@@ -1,0 +1,112 @@
+"""Time of the candidates of ``benchmark kernels``: interleaved, on every number of threads, and what is made of it.
+
+One round calls every candidate once for each number of threads, one right after the other: what else the machine does meets
+the two calls of a ratio alike. A call's time is the calling thread's processor time where it computes alone (what other
+programs take does not count; nor do workers that still spin after the call before), and wall time on more threads. The
+ratio of two numbers of threads is of wall times.
+
+On a shared machine a call on more threads waits for the slowest of them, so that foreign load lowers the ratio more than
+anything here could: read it beside F.linear's, and beside the processors that a call had. The best of each is what the least
+disturbed calls gave.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BF16, PREPACKED = "F.linear bf16", "prepacked bf16"
+SLOW = 8.0
+"""A candidate that takes this many times F.linear's time runs in the first two rounds alone."""
+REST_S = 0.01
+"""Pause before a call where several numbers of threads are measured: GNU OpenMP's workers spin for some milliseconds."""
+
+Candidates = dict[str, Callable[[], Tensor]]
+
+
+class Sample(NamedTuple):
+    """One call, in seconds."""
+
+    thread: float
+    """Processor time of the calling thread."""
+    process: float
+    """Processor time of all threads."""
+    wall: float
+
+
+Samples = dict[tuple[int, str], list[Sample]]
+"""Of each number of threads and candidate, by rounds."""
+
+
+def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples:
+    """Call all candidates in every round, each on every number of threads in turn; one call of each before, unmeasured.
+
+    Args:
+        candidates: Of each number of threads; all have the same names and ``BF16`` among them.
+        rounds: Calls of each; slow ones have two.
+    """
+    base = next(iter(candidates))
+    samples: Samples = {(threads, name): [] for threads in candidates for name in candidates[threads]}
+    rest = REST_S if len(candidates) > 1 else 0.0
+    # A compiled peer that would compile anew does not run what was built for it: better an error.
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        for threads, calls in candidates.items():
+            torch.set_num_threads(threads)
+            for call in calls.values():
+                call()
+        for index in range(rounds):
+            for name in candidates[base]:
+                if index >= 2 and samples[base, name][0].thread >= SLOW * samples[base, BF16][0].thread:
+                    continue
+                for threads, calls in candidates.items():
+                    torch.set_num_threads(threads)
+                    time.sleep(rest)
+                    samples[threads, name].append(sample(calls[name]))
+    return samples
+
+
+def sample(call: Callable[[], object]) -> Sample:
+    """Measure one call; to free what it returns is a part of it."""
+    began = (time.thread_time(), time.process_time(), time.perf_counter())
+    call()
+    ended = (time.thread_time(), time.process_time(), time.perf_counter())
+    return Sample(*(second - first for first, second in zip(began, ended, strict=True)))
+
+
+def clock(threads: int) -> str:
+    """The field of a sample that is a candidate's time."""
+    return "thread" if threads == 1 else "wall"
+
+
+def seconds(samples: Sequence[Sample], threads: int) -> list[float]:
+    """A candidate's times, by rounds."""
+    return [getattr(one, clock(threads)) for one in samples]
+
+
+def ratio(base: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the rounds of how many times as fast as the base."""
+    return median(first / second for first, second in zip(base, others, strict=False))
+
+
+def scaling(base: Sequence[Sample], more: Sequence[Sample]) -> dict[str, Any]:
+    """How many times as fast on more threads, in wall time.
+
+    Returns:
+        median, quartiles: of the rounds' ratios; quartiles [first, third], the extremes where there are only two rounds.
+        best: the fastest call on few threads over the fastest on more.
+        processors: median over the calls on more threads of processor time per wall time; the number of threads if nothing
+            else ran and no thread waited for another.
+    """
+    ratios = [few.wall / many.wall for few, many in zip(base, more, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 2 else (min(ratios), 0.0, max(ratios))
+    return {
+        "median": median(ratios),
+        "quartiles": [low, high],
+        "best": min(one.wall for one in base) / min(one.wall for one in more),
+        "processors": median(one.process / one.wall for one in more),
+    }

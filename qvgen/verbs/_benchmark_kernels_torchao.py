@@ -1,0 +1,108 @@
+"""torchao's linears as peers of ``benchmark kernels``; bfloat16 in and out, as the packed ones.
+
+torchao 0.18 has four ways to a linear with 8-bit activations on a CPU:
+
+- ``Int8DynamicActivationInt8WeightConfig``: symmetric scales for each token and output channel, torch._int_mm. Eager it makes
+  several passes over float32; compiled with freezing, inductor packs the weight and fuses the scales.
+- ``Int8DynamicActivationIntxWeightConfig`` with int4 weights, groups of 32: its wheel has no kernel for them on x86, the
+  weights are dequantized for a bfloat16 product.
+- Export, ``X86InductorQuantizer`` (dynamic) and compilation with freezing, which calls oneDNN's fused int8 linear. It has one
+  scale for all tokens, so it is coarser than the packed linear. ``lower_pt2e_quantized_to_x86``, which lowers without
+  compiling, was slower: 1.5 times in float32, 2.9 times in bfloat16 (1024 x 1920 -> 1920, AVX-512 VNNI).
+- ``torchao.prototype``'s ``Int8DynamicActivationInt4WeightConfig`` asserts an operator (da8w4_linear_cpu) that its wheel does
+  not have; left out.
+
+Source: the package's own docstrings and https://docs.pytorch.org/ao, the tutorial of the X86 backend.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.verbs._benchmark_kernels_timing import Candidates
+
+MODULES = ("torchao", "torchao.quantization.pt2e.quantize_pt2e")
+"""What is imported here; the first one knows its version."""
+GROUP = 32
+"""Weights with one scale: torchao's default."""
+
+
+def torchao_candidates(x: Tensor, weights: Sequence[Tensor], threads: int) -> Candidates:
+    """All of torchao's ways to this linear, or to this feed-forward with GELU (tanh), compiled for so many threads.
+
+    Args:
+        x: bf16 [rows, in_features].
+        weights: bf16 [out_features, in_features] of each layer, one or two.
+        threads: inductor writes their number into its code.
+
+    Raises:
+        ImportError: torchao is not installed, or not one that has these configurations.
+    """
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        PerGroup,
+        quantize_,
+    )
+
+    eight, four = _module(weights), _module(weights)
+    torch.set_num_threads(threads)
+    candidates: Candidates = {}
+    # inductor warns of its own tensor copies, export of its own pytree nodes
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        quantize_(eight, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+        candidates["torchao W8A8 per token (bf16), eager"] = lambda: eight(x)
+        candidates["torchao W8A8 per token (bf16), compiled"] = _compiled(eight, x)
+        candidates["torchao W8A8 per tensor (bf16), X86InductorQuantizer"] = _exported(weights, x)
+        if all(weight.shape[1] % GROUP == 0 for weight in weights):
+            config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP))
+            quantize_(four, config)
+            candidates[f"torchao W4A8 groups of {GROUP} (bf16), compiled"] = _compiled(four, x)
+    return candidates
+
+
+def _module(weights: Sequence[Tensor]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for weight in weights:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        layers += [nn.GELU(approximate="tanh"), linear] if layers else [linear]
+    return nn.Sequential(*layers).eval()
+
+
+def _compiled(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Compile for inputs like x and call once; torch.no_grad() has to hold then and later, freezing asks for it."""
+    from torch._inductor import config
+
+    fast = torch.compile(module, fullgraph=True, dynamic=False)
+    with config.patch(freezing=True):
+        fast(x)
+    return lambda: fast(x)
+
+
+def _exported(weights: Sequence[Tensor], x: Tensor) -> Callable[[], Tensor]:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    wide: Any = torch.export.export(_module([weight.float() for weight in weights]), (x.float(),)).module()
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_dynamic=True))
+    prepared = prepare_pt2e(wide, quantizer)
+    prepared(x.float())
+    converted = convert_pt2e(prepared)
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # around the product, whose operands are codes: it sets the output's type
+        call = _compiled(converted, x)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return run
