@@ -1,9 +1,12 @@
 """Time of the candidates of ``benchmark kernels``: interleaved, on every number of threads, and what is made of it.
 
 One round calls every candidate once for each number of threads, one right after the other: what else the machine does meets
-the two calls of a ratio alike. A call's time is the calling thread's processor time where it computes alone (what other
-programs take does not count; nor do workers that still spin after the call before), and wall time on more threads. The
-ratio of two numbers of threads is of wall times.
+the two calls of a ratio alike. Every round has its own order of candidates, the same in every run: what a call leaves behind
+in caches and free memory (after large outputs the next call may wait for huge pages) meets no candidate in particular.
+
+A call's time is the calling thread's processor time where it computes alone (what other programs take does not count; nor do
+workers that still spin after the call before), and wall time on more threads. The ratio of two numbers of threads is of
+wall times.
 
 On a shared machine a call on more threads waits for the slowest of them, so that foreign load lowers the ratio more than
 anything here could: read it beside F.linear's, and beside the processors that a call had. The best of each is what the least
@@ -12,6 +15,7 @@ disturbed calls gave.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
@@ -60,7 +64,9 @@ def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples
             for call in calls.values():
                 call()
         for index in range(rounds):
-            for name in candidates[base]:
+            names = list(candidates[base])
+            random.Random(index).shuffle(names)
+            for name in names:
                 if index >= 2 and samples[base, name][0].thread >= SLOW * samples[base, BF16][0].thread:
                     continue
                 for threads, calls in candidates.items():

@@ -207,8 +207,12 @@ def test_every_round_runs_every_candidate_on_every_number_of_threads() -> None:
         torch.set_num_threads(before)
     warm, measured = calls[:6], calls[6:]
     assert warm == [(name, threads) for threads in (1, 2) for name in candidates]
-    round_of = [(name, threads) for name in candidates for threads in (1, 2)]
-    assert measured == 2 * round_of + 2 * [cell for cell in round_of if cell[0] != "slow"]
+    pairs = list(zip(measured[0::2], measured[1::2], strict=True))
+    assert all(pair == ((pair[0][0], 1), (pair[0][0], 2)) for pair in pairs)  # one right after the other
+    order = [first[0] for first, _ in pairs]
+    assert [sorted(order[:3]), sorted(order[3:6])] == 2 * [sorted(candidates)]
+    assert [sorted(order[6:8]), sorted(order[8:])] == 2 * [sorted([timing.BF16, "quick"])]
+    assert order[:3] != order[3:6]
     assert {cell: len(runs) for cell, runs in samples.items()} == {
         (threads, name): 2 if name == "slow" else 4 for threads in (1, 2) for name in candidates
     }
