@@ -62,20 +62,22 @@ def _scaling_table(measured: Sequence[Row]) -> list[str]:
         "",
         "## More threads",
         "",
-        "Wall time on few threads over wall time on more, the two calls one right after the other. Median and quartiles "
-        "of the rounds; the fastest call of all on few over the fastest on more. Processors: processor time over wall "
-        "time of the calls on more threads. Where other programs run, they lower all ratios: compare with F.linear's, and "
-        "read a ratio only where the processors are as many as the threads.",
+        "Wall time on few threads over wall time on more, the two calls one right after the other: median and quartiles of "
+        "the rounds, and the fastest call of all on few over the fastest on more. Where other programs run, they lower these "
+        "ratios: compare with F.linear's. Processors: processor time over wall time of the calls on more threads; where they "
+        "are fewer than the threads, the machine had no more to give. Busiest: processor time of the call on few threads "
+        "over that of the busiest thread on more; a lower bound, which others lower only where threads spin.",
         "",
-        "| M x K - N | | threads | median | quartiles | fastest | processors |",
-        "|---|---|---|---|---|---|---|",
+        "| M x K - N | | threads | median | quartiles | fastest | processors | busiest |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in scaled:
         scaling = row["scaling"]
         low, high = scaling["quartiles"]
         lines.append(
             f"| {row['shape']} | {row['candidate']} | {scaling['from']} to {row['threads']} | {scaling['median']:.2f} | "
-            f"{low:.2f} to {high:.2f} | {scaling['best']:.2f} | {scaling['processors']:.2f} |"
+            f"{low:.2f} to {high:.2f} | {scaling['best']:.2f} | {scaling['processors']:.2f} | "
+            f"{scaling['by_processor_time']:.2f} |"
         )
     return lines
 

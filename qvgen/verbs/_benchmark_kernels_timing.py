@@ -10,7 +10,10 @@ wall times.
 
 On a shared machine a call on more threads waits for the slowest of them, so that foreign load lowers the ratio more than
 anything here could: read it beside F.linear's, and beside the processors that a call had. The best of each is what the least
-disturbed calls gave.
+disturbed calls gave. The same ratio of processor times, the calling thread's when alone over the busiest thread's, leaves out
+what others take, but counts a thread that spins for another (GOMP_SPINCOUNT=0 keeps GNU OpenMP's from it) and, where work is
+shared out while it is done, all that the less disturbed thread takes over: it is a lower bound of how evenly work is shared.
+It says nothing of threads that wait for memory together.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from math import nan
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -40,6 +46,8 @@ class Sample(NamedTuple):
     """Processor time of the calling thread."""
     process: float
     """Processor time of all threads."""
+    busiest: float
+    """Processor time of the thread that took most; nan where the system is not Linux."""
     wall: float
 
 
@@ -78,10 +86,25 @@ def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples
 
 def sample(call: Callable[[], object]) -> Sample:
     """Measure one call; to free what it returns is a part of it."""
+    threads = _processor_times()
     began = (time.thread_time(), time.process_time(), time.perf_counter())
     call()
     ended = (time.thread_time(), time.process_time(), time.perf_counter())
-    return Sample(*(second - first for first, second in zip(began, ended, strict=True)))
+    thread, process, wall = (second - first for first, second in zip(began, ended, strict=True))
+    busiest = max((spent - threads.get(task, 0.0) for task, spent in _processor_times().items()), default=nan)
+    return Sample(thread=thread, process=process, busiest=busiest, wall=wall)
+
+
+def _processor_times() -> dict[int, float]:
+    """Seconds of each thread of this process, by its number in the system; nothing where /proc does not list them."""
+    times = {}
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        with suppress(OSError):  # it ended meanwhile
+            times[int(task.name)] = time.clock_gettime(
+                ~int(task.name) << 3 | 6
+            )  # Linux: the processor clock of a thread
+    return times
 
 
 def clock(threads: int) -> str:
@@ -105,6 +128,8 @@ def scaling(base: Sequence[Sample], more: Sequence[Sample]) -> dict[str, Any]:
     Returns:
         median, quartiles: of the rounds' ratios; quartiles [first, third], the extremes where there are only two rounds.
         best: the fastest call on few threads over the fastest on more.
+        by_processor_time: median of the rounds' ratios of the calling thread's processor time on few to the busiest thread's
+            on more; nan where the system is not Linux.
         processors: median over the calls on more threads of processor time per wall time; the number of threads if nothing
             else ran and no thread waited for another.
     """
@@ -114,5 +139,6 @@ def scaling(base: Sequence[Sample], more: Sequence[Sample]) -> dict[str, Any]:
         "median": median(ratios),
         "quartiles": [low, high],
         "best": min(one.wall for one in base) / min(one.wall for one in more),
+        "by_processor_time": median(few.thread / many.busiest for few, many in zip(base, more, strict=True)),
         "processors": median(one.process / one.wall for one in more),
     }

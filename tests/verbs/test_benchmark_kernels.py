@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvgen.cli import main
+from qvgen.config.bits import Bits
 from qvgen.verbs import _benchmark_kernels as kernels
 from qvgen.verbs import _benchmark_kernels_timing as timing
 from qvgen.verbs._benchmark_kernels_page import kernel_table
@@ -220,11 +222,15 @@ def test_every_round_runs_every_candidate_on_every_number_of_threads() -> None:
     assert samples[1, "slow"][0].wall >= samples[1, "slow"][0].thread
 
 
-def test_more_threads_are_compared_in_wall_time_by_rounds() -> None:
-    few = [timing.Sample(thread=9.0, process=9.0, wall=wall) for wall in (10.0, 12.0, 11.0, 30.0, 20.0)]
-    more = [timing.Sample(thread=9.0, process=2 * wall, wall=wall) for wall in (5.0, 4.0, 11.0, 10.0, 20.0)]
-    # ratios 2, 3, 1, 3, 1
-    assert timing.scaling(few, more) == {"median": 2.0, "quartiles": [1.0, 3.0], "best": 2.5, "processors": 2.0}
+def test_more_threads_are_compared_by_rounds() -> None:
+    few = [timing.Sample(thread=9.0, process=9.0, busiest=9.0, wall=wall) for wall in (10.0, 12.0, 11.0, 30.0, 20.0)]
+    more = [
+        timing.Sample(thread=4.0, process=2 * wall, busiest=5.0, wall=wall) for wall in (5.0, 4.0, 11.0, 10.0, 20.0)
+    ]
+    # ratios of wall times 2, 3, 1, 3, 1
+    assert timing.scaling(few, more) == {
+        "median": 2.0, "quartiles": [1.0, 3.0], "best": 2.5, "by_processor_time": 1.8, "processors": 2.0,
+    }  # fmt: skip
     assert timing.scaling(few[:2], more[:2])["quartiles"] == [2.0, 3.0]
     assert timing.seconds(few, 1) == [9.0] * 5
     assert timing.seconds(more, 2) == [5.0, 4.0, 11.0, 10.0, 20.0]
@@ -234,6 +240,40 @@ def test_waiting_is_no_processor_time() -> None:
     one = timing.sample(lambda: time.sleep(0.02))
     assert one.wall >= 0.02
     assert one.thread < 0.01
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has clocks of other threads")
+def test_the_busiest_thread_is_found() -> None:
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work, 0.01).result()  # the worker is there before the call, with processor time of its own
+        one = timing.sample(lambda: (pool.submit(work, 0.05), work(0.02), pool.submit(int).result()))
+    assert 0.05 <= one.busiest < 0.06
+    assert 0.02 <= one.thread < 0.03
+    assert one.process == pytest.approx(one.busiest + one.thread, abs=0.005)
+
+
+def test_a_large_product_is_shared_by_two_threads() -> None:
+    """Packed and torch's. One thread that does it all has a ratio of 1; waiting for each other in loops lowers it below 2."""
+    before = torch.get_num_threads()
+    try:
+        shape = kernels.Shape.parse("4096x1920-1920")
+        x, weights = kernels._tensors(shape)
+        candidates = kernels._candidates(x, weights, [Bits(weight=4, activation=4)])
+        chosen = {name: candidates[name] for name in (timing.BF16, "packed 4")}
+        samples = timing.interleaved({1: chosen, 2: chosen}, rounds=5)
+    finally:
+        torch.set_num_threads(before)
+    for name in chosen:
+        ratios = [one.thread / two.busiest for one, two in zip(samples[1, name], samples[2, name], strict=True)]
+        assert 1.3 < max(ratios) < 3, (
+            name,
+            ratios,
+        )  # the best: a thread may not run at all for one call on a busy machine
 
 
 def test_the_page_names_the_peers_that_are_there() -> None:
