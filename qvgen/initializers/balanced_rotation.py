@@ -10,7 +10,6 @@ once, from (W / (m D)) H (the released code rounds twice); activations are dynam
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
-from qvgen.quant.hadamard import largest_block
+from qvgen.quant.hadamard import largest_block, random_signs
 from qvgen.quant.ranges import search_qparams
 from qvgen.quant.smoothing import smoothing_scale
 
@@ -51,7 +50,8 @@ class BalancedRotation:
         largest = require(statistics, "abs_max").abs_max.amax(0).to(weight.device)
         # smoothing_scale's alpha is the share of the input's range that moves into the weight: 1 - the paper's.
         factor = smoothing_scale(largest, weight, alpha=1.0 - self.alpha)
-        return factor * _random_signs(layers[0].in_features, seed=self.seed).to(factor)
+        signs = random_signs(layers[0].in_features, key=f"vidit_q/{self.seed}")
+        return factor * signs.to(factor)
 
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""
@@ -61,10 +61,3 @@ class BalancedRotation:
         for quantizer in layer.weight_quantizers().values():  # more than one where bits change over sampling
             quantizer.start_from_(*search_qparams(layer.weight.detach(), grid=quantizer.grid))
         return layer.weight.detach()
-
-
-def _random_signs(size: int, *, seed: int) -> Tensor:
-    """+-1 [K]; the same for all layers of a width, as the paper's rotation is."""
-    digest = hashlib.blake2b(f"vidit_q/{seed}/{size}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0

@@ -33,6 +33,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from functools import lru_cache
 from typing import Any
@@ -186,3 +187,14 @@ def _signed_sums(a: Tensor, b: Tensor) -> Tensor:
     """[4, ...]: a + b, a - b, -a + b, -a - b; negation is exact, so two additions make the four."""
     total, difference = a + b, a - b
     return torch.stack((total, difference, -difference, -total))
+
+
+def random_signs(size: int, *, key: str) -> Tensor:
+    """D of a random Hadamard matrix D H: +-1, float32 [size], the same for the same key.
+
+    H alone turns a row whose entries have a mean, such as what a GELU puts out, into one spike in its first column; H after
+    random signs does not.
+    """
+    digest = hashlib.blake2b(f"{key}/{size}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
