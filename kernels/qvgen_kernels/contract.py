@@ -30,6 +30,7 @@ smallest normal number stands in, so that backends which flush subnormals agree.
 _WEIGHT_ZERO_POINTS = ("integer", "real", "none")
 _ACTIVATION_ZERO_POINTS = ("integer", "none")
 _ACTIVATION_RANGES = ("dynamic", "static")
+_FUNCTIONS = ("none", "gelu_tanh", "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class LinearSpec:
         activation_range: "dynamic" (every row's own minimum and maximum) or "static" (a scale and a zero point come
             with every row; no activation groups then).
         branch_rank: rank of the low-rank branch on the input in floating point; 0 = none.
+        function: of every output, after the bias: "none", "gelu_tanh" (GELU by tanh) or "silu".
 
     Raises:
         ValueError: a field outside its range, a group or rotation that does not divide in_features, two
@@ -79,6 +81,7 @@ class LinearSpec:
     rotation: int = 0
     activation_range: str = "dynamic"
     branch_rank: int = 0
+    function: str = "none"
     _text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -93,11 +96,14 @@ class LinearSpec:
             ("activation_zero_point", _ACTIVATION_ZERO_POINTS),
             ("scale_dtype", tuple(SCALE_FLOOR)),
             ("activation_range", _ACTIVATION_RANGES),
+            ("function", _FUNCTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         self._check_sizes()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.function == "none":
+            del values["function"]  # the text is that of before there were functions
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     def _check_sizes(self) -> None:
@@ -184,6 +190,9 @@ class LinearSpec:
 class LinearTensors(NamedTuple):
     """What a call gets besides x and the packed weight; M rows of x, None where there is none.
 
+    Gate and residual are what a transformer block does with the outputs, ``residual + gate * f(y)``, with the roundings of
+    the separate operators.
+
     Attributes:
         bias: float32 [N].
         clip_low: float32 [M], factor on every row's minimum (dynamic ranges; unused by symmetric activations).
@@ -193,6 +202,9 @@ class LinearTensors(NamedTuple):
         row_zero_point: float32 [M], whole numbers in 0..qmax; static ranges with zero points need it.
         branch_down: [r, K] of any floating type: y += (x branch_down^T) branch_up^T.
         branch_up: [N, r].
+        gate: [S, N], factor on the outputs of M / S rows that follow each other (a sample); S divides M. Of x's dtype:
+            the product is rounded to it, then the sum; float32: both are float32, and the result is rounded once.
+        residual: [M, N] of x's dtype, added last.
     """
 
     bias: Tensor | None = None
@@ -203,6 +215,8 @@ class LinearTensors(NamedTuple):
     row_zero_point: Tensor | None = None
     branch_down: Tensor | None = None
     branch_up: Tensor | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -212,7 +226,7 @@ def _parse(text: str) -> LinearSpec:
     except json.JSONDecodeError as error:
         raise ValueError(f"spec {text!r} is no JSON ({error}); pass LinearSpec.to_string()") from error
     expected = {f.name for f in fields(LinearSpec) if f.init}
-    if not isinstance(values, dict) or set(values) != expected:
+    if not isinstance(values, dict) or set(values) | {"function"} != expected:
         raise ValueError(f"spec {text!r} must have exactly the keys {sorted(expected)}; pass LinearSpec.to_string()")
     return LinearSpec(**values)
 

@@ -38,6 +38,7 @@ BLOCK = 32
 """Outputs are padded to a multiple of this."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FUNCTIONS = {"none": 0, "gelu_tanh": 1, "silu": 2}
 _SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -193,6 +194,7 @@ def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
         symmetric=int(spec.activation_zero_point == "none"),
         activation_bits=spec.activation_bits,
         scale_dtype=_SCALE_DTYPES[spec.scale_dtype],
+        function=_FUNCTIONS[spec.function],
         stream=1,
         weight_bound=128 if eight else spec.weight_operand_bound,
     )
@@ -226,8 +228,20 @@ def _call(
         if tensor is not None:
             keep.append(dense := tensor.contiguous())
             setattr(call, name, dense.data_ptr())
+    if tensors.gate is not None:
+        keep.append(gate := _dense_rows(tensors.gate))
+        call.gate, call.gate_row_stride = gate.data_ptr(), gate.stride(0)
+        call.gate_rows, call.gate_float32 = len(x) // max(1, len(gate)), int(gate.dtype == torch.float32)
+    if tensors.residual is not None:
+        keep.append(residual := _dense_rows(tensors.residual))
+        call.residual, call.residual_row_stride = residual.data_ptr(), residual.stride(0)
     call.threads = torch.get_num_threads()
     return call, keep
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """Rows whose columns lie side by side; a view where they do."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _branch(x: Tensor, tensors: LinearTensors) -> Tensor:

@@ -35,11 +35,12 @@ class CLinear(ctypes.Structure):
         ("y_row_stride", c_int64),
         *((name, c_void_p) for name in ("weight", "weight_scale", "column_sum", "weight_shift", "weight_zero")),
         *((name, c_void_p) for name in ("bias", "clip_low", "clip_high", "input_scale", "row_scale", "row_zero")),
-        *((name, c_void_p) for name in ("branch", "paley_terms")),
+        *((name, c_void_p) for name in ("branch", "gate", "residual", "paley_terms")),
         *((name, c_void_p) for name in ("accumulators", "operands", "scales")),
+        *((name, c_int64) for name in ("gate_rows", "gate_row_stride", "residual_row_stride")),
         ("rotation_scale", c_float),
         *((name, c_int32) for name in ("dtype", "activation_qmax", "symmetric", "activation_bits", "scale_dtype")),
-        *((name, c_int32) for name in ("weight_bound", "function", "stream")),
+        *((name, c_int32) for name in ("weight_bound", "function", "gate_float32", "stream")),
         *((name, c_int32) for name in ("backend", "threads")),
     )
 

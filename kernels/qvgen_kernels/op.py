@@ -40,30 +40,50 @@ def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
         raise ValueError(f"x is {x.dtype}; use torch.float32, torch.bfloat16 or torch.float16")
     if x.ndim < 1 or x.shape[-1] != spec.in_features:
         raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be in_features={spec.in_features}")
-    rows = prod(x.shape[:-1])
+    rows, outputs = prod(x.shape[:-1]), spec.out_features
     shapes: dict[str, tuple[int, ...]] = {
-        "bias": (spec.out_features,),
+        "bias": (outputs,),
         "clip_low": (rows,),
         "clip_high": (rows,),
         "input_scale": (spec.in_features,),
         "row_scale": (rows,),
         "row_zero_point": (rows,),
         "branch_down": (spec.branch_rank, spec.in_features),
-        "branch_up": (spec.out_features, spec.branch_rank),
+        "branch_up": (outputs, spec.branch_rank),
+        "gate": (_gate_rows(tensors.gate, rows), outputs),
+        "residual": (rows, outputs),
+    }
+    dtypes = {
+        "branch_down": _INPUT_DTYPES,
+        "branch_up": _INPUT_DTYPES,
+        "gate": (x.dtype, torch.float32),
+        "residual": (x.dtype,),
     }
     for name, tensor in tensors._asdict().items():
         if tensor is None:
             continue
-        shape, is_branch = shapes[name], name.startswith("branch")
-        if tensor.shape != shape or (tensor.dtype not in _INPUT_DTYPES if is_branch else tensor.dtype != torch.float32):
+        allowed = dtypes.get(name, (torch.float32,))
+        if tensor.shape != shapes[name] or tensor.dtype not in allowed:
+            wanted = "floating point" if allowed is _INPUT_DTYPES else " or ".join(map(str, dict.fromkeys(allowed)))
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            wanted = "floating point" if is_branch else "torch.float32"
-            raise ValueError(f"{name} is {found}; it must be {wanted} {list(shape)}")
+            raise ValueError(f"{name} is {found}; it must be {wanted} {list(shapes[name])}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
     for name in _needed(spec):
         if getattr(tensors, name) is None:
             raise ValueError(f"{name} is missing; a layer of {_kind(spec)} needs it")
+
+
+def _gate_rows(gate: Tensor | None, rows: int) -> int:
+    """Rows S of a gate, each for M / S rows of x."""
+    if gate is None or gate.ndim == 0:
+        return 1
+    count = gate.shape[0]
+    if (rows % count if count else rows) != 0:
+        raise ValueError(
+            f"gate has {count} rows, which do not divide the {rows} rows of x; give one row per sample, or per row"
+        )
+    return count
 
 
 def _needed(spec: LinearSpec) -> list[str]:
@@ -145,7 +165,7 @@ def packed_linear(
     Args:
         x: float32, bfloat16 or float16 [..., K], any strides; M is the product of its leading sizes.
         weight: what :func:`prepack` returned for the same spec and kernel.
-        tensors: bias, clips, smoothing, static scales and low-rank branch, as far as the layer has them.
+        tensors: bias, clips, smoothing, static scales, low-rank branch, gate and residual, as far as there are any.
         spec: the layer.
         kernel: a resolved backend name (``resolve_kernel(...).name``).
 

@@ -3,6 +3,7 @@ r"""Exact reference of the packed linear in plain torch: every backend's oracle,
     q_x, s_x, z_x = quantize(H x)                        float32, per token or group (kernels/README.md)
     acc[m,n,g]    = sum_{k in g} (q_x - z_x)(q_w - z_w)   exact integers
     y[m,n]        = sum_g (float32(acc) * s_x) * s_w + (x down^T) up^T + bias
+    result        = residual + gate * f(y), as torch's separate operators round
 
 Exact integers from float matrix products. The operands are whole numbers, and ``spec.accumulator_bound``
 bounds the sum of the |products| of one output element, hence every partial sum in ANY order of summation.
@@ -200,7 +201,21 @@ class ReferenceBackend:
                 y.add_(low_rank_branch(x, tensors))
             if tensors.bias is not None:
                 y.add_(tensors.bias)
-            return y.to(x.dtype)
+            return finish(y.to(x.dtype), tensors=tensors, spec=spec)
+
+
+def finish(y: Tensor, *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
+    """Function, gate and residual of outputs [M, N] by torch's operators; they round where these do."""
+    dtype = y.dtype
+    if spec.function == "gelu_tanh":
+        y = functional.gelu(y, approximate="tanh")
+    elif spec.function == "silu":
+        y = functional.silu(y)
+    if tensors.gate is not None and len(y):
+        y = (y.unflatten(0, (len(tensors.gate), -1)) * tensors.gate.unsqueeze(1)).flatten(0, 1)
+    if tensors.residual is not None:
+        y = tensors.residual + y  # float32 where the gate is
+    return y.to(dtype).contiguous()  # as of any layer, however the residual lies
 
 
 def low_rank_branch(x: Tensor, tensors: LinearTensors) -> Tensor:

@@ -7,7 +7,7 @@ seeded generator make the same kind of case.
 import ctypes
 import random
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,8 @@ from qvgen_kernels import LinearTensors, cpu, get_backend
 from qvgen_kernels.cpu_library import BACKENDS
 from qvgen_kernels.hadamard import rotation_sizes
 from qvgen_kernels.reference import accumulate, quantize_activations
-from tests.kernels.layer import DTYPES, Layer, make_layer, make_rows
+from tests.kernels import oracle
+from tests.kernels.layer import DTYPES, Layer, as64, make_layer, make_rows
 
 KERNEL_OF = {"portable": "portable", "avx2": "avx2", "avxvnni": "avx2", "vnni": "vnni", "amx": "amx", "neon": "neon"}
 NOTHING = LinearTensors()
@@ -37,6 +38,12 @@ class Case:
         y = get_backend("reference").linear(self.x, self.layer.weight, tensors=self.tensors, spec=spec)
         finite = scale.isfinite().all(1) & operand.flatten(1).isfinite().all(1)
         return operand.flatten(1), scale, acc, y, finite
+
+    def plain(self):
+        """The reference's outputs before function, gate and residual."""
+        spec = replace(self.layer.spec, function="none")
+        tensors = self.tensors._replace(gate=None, residual=None)
+        return get_backend("reference").linear(self.x, self.layer.weight, tensors=tensors, spec=spec)
 
     def packed(self, variant):
         layer = self.layer
@@ -68,6 +75,7 @@ def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
     static = "activation_group_size" not in options and draw.choice([True, False, False])
     options["activation_range"] = "static" if static else "dynamic"
     options["branch_rank"] = min(N, K, draw.choice([0, 0, 3]))
+    options["function"] = draw.choice(["none", "none", "none", "gelu_tanh", "silu"])
     layer = make_layer(seed=seed, **options)
     x = layout_of(
         draw.choice(["plain", "transposed", "sliced", "stepped"]), M, K, DTYPES[draw.choice(list(DTYPES))], seed
@@ -91,8 +99,22 @@ def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
         row_zero_point=zeros if static and integer else None,
         branch_down=torch.randn(rank, K, generator=generator) if rank else None,
         branch_up=torch.randn(N, rank, generator=generator) if rank else None,
+        **draw_tail(draw, M, N, x.dtype, seed),
     )
     return Case(layer, x, tensors)
+
+
+def draw_tail(draw, rows, outputs, dtype, seed):
+    """A gate and a residual, or one of them, or none; of any strides."""
+    samples = draw.choice([1, rows, draw.choice([n for n in range(1, rows + 1) if rows % n == 0])])
+    gate = draw.choice([None, None, "x", "float32"])
+    kinds = ["plain", "sliced", "transposed", "stepped"]
+    layout, residual = draw.choice(kinds), draw.choice([None, None, *kinds])
+    gate_dtype = dtype if gate == "x" else torch.float32
+    return {
+        "gate": None if gate is None else layout_of(layout, samples, outputs, gate_dtype, seed + 1),
+        "residual": None if residual is None else layout_of(residual, rows, outputs, dtype, seed + 2),
+    }
 
 
 def layout_of(kind, rows, columns, dtype, seed):
@@ -128,19 +150,50 @@ def compare(case, found, expected=None):
     assert torch.equal(found_acc[finite], acc[finite])
     assert found_y.dtype == y.dtype
     assert found_y[~finite].isnan().all()
+    if case.layer.spec.function != "none":
+        assert bool(near_function(case, y, found_y)[finite].all())
+        return
     if not case.layer.spec.branch_rank:
         # Real zero points included: the contract would allow a rounding, but the order of operations is the same.
         assert torch.equal(found_y[finite], y[finite])
         return
     # torch's product may round otherwise when its operands lie elsewhere in memory: 2 eps of the branch's terms, and of y
     down, up = (t.to(y.dtype).double() for t in (case.tensors.branch_down, case.tensors.branch_up))
-    bound = (case.x[finite].double().abs() @ down.abs().t()) @ up.abs().t() + y[finite].double().abs()
+    bound = (case.x[finite].double().abs() @ down.abs().t()) @ up.abs().t()
+    bound = bound * gate_of(case)[finite].abs() + y[finite].double().abs()
+    if case.tensors.residual is not None:
+        bound += case.tensors.residual[finite].double().abs()  # what is added to it is rounded too
     error = (found_y[finite].double() - y[finite].double()).abs()
     near = error <= 2 * torch.finfo(y.dtype).eps * bound + 1e-6
     same = (found_y[finite] == y[finite]) | (
         found_y[finite].isnan() & y[finite].isnan()
     )  # where infinities are involved
     assert bool((near | same).all())
+
+
+def gate_of(case):
+    """The factor of every output, float64 [M, N] or 1."""
+    if case.tensors.gate is None:
+        return torch.ones(len(case.x), 1, dtype=torch.float64)
+    return case.tensors.gate.double().repeat_interleave(len(case.x) // len(case.tensors.gate), 0)
+
+
+def near_function(case, y, found_y):
+    """Which outputs are within the contract's bound of GELU and SiLU, passed on through gate and residual."""
+    plain, gate, spec = case.plain().double(), gate_of(case), case.layer.spec
+    eps = torch.finfo(y.dtype).eps
+    after = torch.from_numpy(oracle.function_of(spec.function, as64(plain)))
+    slack = 2 * eps * after.abs() + 2.0**-22 * plain.abs() + torch.finfo(y.dtype).tiny
+    if spec.branch_rank:
+        down, up = (t.to(y.dtype).double() for t in (case.tensors.branch_down, case.tensors.branch_up))
+        slack += (
+            4 * eps * ((case.x.double().abs() @ down.abs().t()) @ up.abs().t() + plain.abs())
+        )  # slopes are below 1.13
+    residual = 0 if case.tensors.residual is None else case.tensors.residual.double().abs()
+    bound = slack * gate.abs() + 2 * eps * ((after * gate).abs() + residual)
+    error = (found_y.double() - y.double()).abs()
+    # where an output overflowed, both are that infinity or no number
+    return (error <= bound) | (found_y == y) | (found_y.isnan() & y.isnan()) | ~bound.isfinite()
 
 
 def probe(case, variant):
@@ -158,14 +211,16 @@ def run_driver(command, cases, *, variant, threads=1):
         call.backend, call.threads = BACKENDS[variant], threads
         M, N = len(x), spec.out_features
         pieces = dict.fromkeys(POINTERS, b"")
-        extent = (M - 1) * x.stride(0) + (spec.in_features - 1) * x.stride(1) + 1
-        pieces["x"] = ctypes.string_at(x.data_ptr(), extent * x.element_size())
+        pieces["x"] = extent_of(x)
         names = ["weight", "column_sum", "weight_scale"]
         names += ["weight_zero"] if spec.weight_zero_point == "real" else []
         names += ["weight_shift"] if len(weight) > len(names) else []
         given = case.tensors._asdict() | {"row_zero": case.tensors.row_zero_point}
         tensors = dict(zip(names, weight, strict=True))
-        tensors |= {name: tensor for name, tensor in given.items() if tensor is not None and name in POINTERS}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None and name in POINTERS}
+        for name in given.keys() & {"gate", "residual"}:
+            pieces[name] = extent_of(cpu._dense_rows(given.pop(name)))
+        tensors |= given
         tensors |= {"branch": cpu._branch(x, case.tensors)} if spec.branch_rank else {}
         tensors |= {"paley_terms": cpu._paley_terms(call.paley)} if call.paley > 1 else {}
         shape = {
@@ -181,6 +236,12 @@ def run_driver(command, cases, *, variant, threads=1):
     done = subprocess.run(command, input=b"".join(data), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return list(split(done.stdout, shapes))
+
+
+def extent_of(tensor):
+    """The bytes from the first element of a matrix to its last."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return ctypes.string_at(tensor.data_ptr(), extent * tensor.element_size())
 
 
 def raw(tensor):

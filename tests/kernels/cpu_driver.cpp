@@ -1,6 +1,6 @@
 // Runs recorded calls of the CPU library without Python: for sanitizers, and for other processors under an emulator.
 //
-// stdin: a count of calls, then per call the structure qv::Linear, the bytes of each of its 18 pointers (0: null), and the bytes
+// stdin: a count of calls, then per call the structure qv::Linear, the bytes of each of its 20 pointers (0: null), and the bytes
 // themselves. stdout: per call the bytes of y, accumulators, operands and scales. Every piece is an allocation of exactly
 // its size, so that a sanitizer sees a byte too far.
 #include <cstdio>
@@ -22,11 +22,11 @@ int main() {
     take(&calls, sizeof(calls));
     for (int64_t i = 0; i < calls; ++i) {
         qv::Linear p;
-        int64_t bytes[18];
-        void* piece[18];
+        int64_t bytes[20];
+        void* piece[20];
         take(&p, sizeof(p));
         take(bytes, sizeof(bytes));
-        for (int f = 0; f < 18; ++f) {
+        for (int f = 0; f < 20; ++f) {
             piece[f] = bytes[f] ? malloc(static_cast<size_t>(bytes[f])) : nullptr;
             take(piece[f], static_cast<size_t>(bytes[f]));
         }
@@ -44,10 +44,12 @@ int main() {
         p.row_scale = static_cast<float*>(piece[11]);
         p.row_zero = static_cast<float*>(piece[12]);
         p.branch = piece[13];
-        p.paley_terms = static_cast<uint8_t*>(piece[14]);
-        p.accumulators = static_cast<int32_t*>(piece[15]);
-        p.operands = static_cast<int16_t*>(piece[16]);
-        p.scales = static_cast<float*>(piece[17]);
+        p.gate = piece[14];
+        p.residual = piece[15];
+        p.paley_terms = static_cast<uint8_t*>(piece[16]);
+        p.accumulators = static_cast<int32_t*>(piece[17]);
+        p.operands = static_cast<int16_t*>(piece[18]);
+        p.scales = static_cast<float*>(piece[19]);
         if (qv_supported(p.backend) != 1) {
             fprintf(stderr, "backend %d does not run here\n", p.backend);
             return 4;
@@ -59,7 +61,7 @@ int main() {
         p.scales = nullptr;
         memset(piece[1], 0, static_cast<size_t>(bytes[1]));
         if (qv_linear(&p) != 0) return 5;
-        for (int f : {1, 15, 16, 17}) fwrite(piece[f], 1, static_cast<size_t>(bytes[f]), stdout);
+        for (int f : {1, 17, 18, 19}) fwrite(piece[f], 1, static_cast<size_t>(bytes[f]), stdout);
         for (void* memory : piece) free(memory);
     }
     return 0;

@@ -76,6 +76,39 @@ def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high
     return codes.astype(np.int64), scale, zero
 
 
+def function_of(name, values):
+    """GELU by tanh or SiLU in float64, without cancellation: v / (1 + e^-2u)."""
+    if name == "none":
+        return values
+    u = values / 2 if name == "silu" else np.sqrt(2 / np.pi) * (values + 0.044715 * values**3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values / (1 + np.exp(-2 * u))
+
+
+def finish(y, *, dtype, function="none", gate=None, gate_dtype="float32", residual=None):
+    """Compute residual + gate * f(y) as separate operators round it.
+
+    Args:
+        y: float64 [M, N], the float32 numbers before the cast.
+        dtype: name of x's dtype.
+        function: of LinearSpec.
+        gate: float64 [S, N] of numbers of gate_dtype, or None.
+        gate_dtype: dtype, or "float32".
+        residual: float64 [M, N] of numbers of dtype, or None.
+
+    Returns:
+        float64 [M, N], numbers of dtype.
+    """
+    y = round_to(function_of(function, round_to(y, dtype)), dtype)
+    inner = dtype if gate is None else gate_dtype
+    if gate is not None:
+        rows = len(y) // len(gate)
+        y = np.stack([round_to(r32(y[m] * gate[m // rows]), inner) for m in range(len(y))])
+    if residual is not None:
+        y = round_to(r32(residual + y), inner)
+    return round_to(y, dtype)
+
+
 def packed_linear(x, *, codes, scale, zero_point, bias, clip_low, clip_high, spec):
     """The whole operator.
 

@@ -35,6 +35,7 @@ BASE = {"in_features": 96, "out_features": 64, "weight_bits": 3, "activation_bit
         ({"branch_rank": 65}, r"branch_rank=65 is above the rank of a \[64, 96\] weight"),
         ({"branch_rank": -1}, "branch_rank=-1 must be a whole number"),
         ({"scale_dtype": "float64"}, "scale_dtype='float64'"),
+        ({"function": "relu"}, "function='relu' is unknown; use one of none, gelu_tanh, silu"),
         (
             {"in_features": 33026, "weight_bits": 8, "activation_bits": 8},
             "2147515650, which int32 can't hold",
@@ -72,7 +73,9 @@ def test_text_is_canonical_and_complete():
     text = spec.to_string()
     assert text == LinearSpec(**dict(reversed(json.loads(text).items()))).to_string()
     assert LinearSpec.from_string(text) == spec
-    assert len(json.loads(text)) == 12
+    assert len(json.loads(text)) == 12  # a layer without a function has the text of before there were functions
+    with_function = dataclasses.replace(spec, function="silu")
+    assert LinearSpec.from_string(with_function.to_string()) == with_function != spec
     assert hash(LinearSpec.from_string(text)) == hash(spec)
     assert dataclasses.replace(spec, rotation=16).to_string() != text
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvgen_kernels import LinearTensors, packed_linear
+from qvgen_kernels import LinearTensors, available_kernels, packed_linear, prepack
 from tests.kernels.layer import make_layer, make_rows
 
 OP = torch.ops.qvgen.packed_linear.default
@@ -104,6 +104,15 @@ def test_runs_in_inference_mode():
         ({"input_scale": torch.ones(23)}, r"input_scale is torch\.float32 \[23\]; it must be torch\.float32 \[24\]"),
         ({"input_scale": torch.ones(24, dtype=torch.float64)}, r"input_scale is torch\.float64 \[24\]"),
         ({"branch_down": torch.ones(2, 24)}, r"branch_down is torch\.float32 \[2, 24\]; it must be .* \[0, 24\]"),
+        ({"gate": torch.ones(3, 7)}, "gate has 3 rows, which do not divide the 2 rows of x; give one row per sample"),
+        ({"gate": torch.ones(0, 7)}, "gate has 0 rows"),
+        ({"gate": torch.ones(1, 6)}, r"gate is torch\.float32 \[1, 6\]; it must be torch\.float32 \[1, 7\]"),
+        ({"gate": torch.ones(7)}, "gate has 7 rows"),
+        ({"gate": torch.tensor(1.0)}, r"gate is torch\.float32 \[\]"),
+        ({"gate": torch.ones(1, 7, dtype=torch.bfloat16)}, r"gate is torch\.bfloat16 \[1, 7\]"),
+        ({"residual": torch.ones(1, 7)}, r"residual is torch\.float32 \[1, 7\]; it must be torch\.float32 \[2, 7\]"),
+        ({"residual": torch.ones(2, 7).half()}, r"residual is torch\.float16 \[2, 7\]"),
+        ({"residual": torch.ones(2, 7, device="meta")}, "residual is on meta and x on cpu"),
         ({"kernel": "auto"}, "resolved once, before prepacking"),
         ({"kernel": "nope"}, "kernel='nope' is unknown"),
     ],
@@ -140,6 +149,33 @@ def test_opcheck_with_static_ranges_and_a_branch():
     )
     x = make_rows(6, 24).view(2, 3, 24)
     torch.library.opcheck(OP, (x, layer.weight, [*tensors], layer.spec.to_string(), "reference"))
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_with_function_gate_and_residual(gate_dtype):
+    layer = make_layer(function="silu")
+    x = make_rows(6, 24, dtype=torch.bfloat16).view(2, 3, 24)
+    tensors = LinearTensors(gate=torch.ones(2, 14, dtype=gate_dtype)[:, ::2], residual=make_rows(7, 6).bfloat16().t())
+    torch.library.opcheck(OP, (x, layer.weight, [*tensors], layer.spec.to_string(), "reference"))
+
+
+@pytest.mark.parametrize("kernel", available_kernels(make_layer().spec))
+def test_a_block_with_its_gate_and_residual_compiles(kernel):
+    layer = make_layer(out_features=24)
+    weight = prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec, kernel=kernel)
+
+    def block(x, gates):
+        tensors = LinearTensors(layer.bias, gate=gates.chunk(2, dim=-1)[1], residual=x.flatten(0, 1))
+        rows = torch.nn.functional.silu(x)
+        return packed_linear(rows, weight=weight, tensors=tensors, spec=layer.spec, kernel=kernel)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 3):
+            x, gates = make_rows(batch * 5, 24).view(batch, 5, 24), make_rows(batch, 48)
+            assert torch.equal(compiled(x, gates), block(x, gates))
+            unfused = x + gates.chunk(2, dim=-1)[1].unsqueeze(1) * layer(torch.nn.functional.silu(x))
+            assert torch.equal(block(x, gates), unfused)
 
 
 def test_a_weight_that_was_cast_or_belongs_elsewhere_is_refused():

@@ -105,6 +105,7 @@ void run_whole(Item& item, int64_t count, int64_t n, int32_t* sums, int32_t* two
         const bool last = start + here == depth;
         for (int64_t slot = 0; slot < count; slot += QV_ROWS) {
             const int64_t rows = count - slot < QV_ROWS ? count - slot : QV_ROWS;
+            if (last) for (int64_t r = 0; r < rows; ++r) prefetch_row(p, item.m0 + slot + r, n);
             int32_t* c = chunks > 1 ? sums + slot * kBlock : two + (slot / QV_ROWS & 1) * kTile;
             const int64_t share = (item.pending.rows - item.pending.row + here - 1) / here;
             multiply(item, item.rows.codes + slot * item.rows.lda + start * kDepth, b + start * kDepth * kLanes, here, start == 0,
@@ -124,6 +125,7 @@ void run_groups(Item& item, int64_t count, int64_t n, int32_t* c, float* y) {
     const Linear& p = item.p;
     for (int64_t slot = 0; slot < count; slot += QV_ROWS) {
         const int64_t rows = count - slot < QV_ROWS ? count - slot : QV_ROWS;
+        for (int64_t r = 0; r < rows; ++r) prefetch_row(p, item.m0 + slot + r, n);
         for (int64_t g = 0; g < p.groups; ++g) {
             const int64_t k = g * p.padded_group;
             multiply(item, item.rows.codes + slot * item.rows.lda + k, p.weight + n / kLanes * item.panel + k * kLanes,

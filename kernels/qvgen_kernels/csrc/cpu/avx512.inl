@@ -89,6 +89,55 @@ static inline __m512 scale_lanes(const Linear& p, const RowBlock& rows, int64_t 
     return _mm512_mul_ps(_mm512_mul_ps(t, _mm512_set1_ps(rows.scale[slot])), _mm512_loadu_ps(p.weight_scale + n));
 }
 
+static inline __m512 round_lanes(__m512 y) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_bfloat16(y)), 16));
+}
+
+// epilogue.inl, exponential
+static inline __m512 exponential_lanes(__m512 v) {
+    // max and min return their second argument where one is NaN
+    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(89.0f));
+    const __m512 shift = _mm512_set1_ps(12582912.0f);
+    const __m512 n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), shift), shift);
+    const __m512 r = _mm512_add_ps(_mm512_sub_ps(v, _mm512_mul_ps(n, _mm512_set1_ps(0.693359375f))),
+                                   _mm512_mul_ps(n, _mm512_set1_ps(2.12194440e-4f)));
+    __m512 e = _mm512_set1_ps(1.38888889e-3f);
+    constexpr float kTerms[] = {8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
+    for (const float term : kTerms)
+        e = _mm512_add_ps(_mm512_mul_ps(e, r), _mm512_set1_ps(term));
+    const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    return _mm512_mul_ps(e, _mm512_castsi512_ps(power));
+}
+
+// epilogue.inl, apply_function
+static inline __m512 function_lanes(int32_t function, __m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 v = _mm512_xor_ps(x, _mm512_set1_ps(-0.0f));
+    if (function == kGeluTanh) {
+        const __m512 square = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.044715f), x), x);
+        v = _mm512_mul_ps(_mm512_set1_ps(-1.59576912f), _mm512_mul_ps(x, _mm512_add_ps(one, square)));
+    }
+    return _mm512_div_ps(x, _mm512_add_ps(one, exponential_lanes(v)));
+}
+
+// epilogue.inl, apply_tail, of 16 bfloat16 outputs of row m
+static inline __m512 tail_lanes(const Linear& p, int64_t m, int64_t n, __m512 y) {
+    y = round_lanes(y);
+    if (p.function) {
+        y = function_lanes(p.function, y);
+        if (p.gate || p.residual) y = round_lanes(y);
+    }
+    if (p.gate) {
+        const int64_t place = m / p.gate_rows * p.gate_row_stride + n;
+        y = _mm512_mul_ps(y, p.gate_float32 ? _mm512_loadu_ps(static_cast<const float*>(p.gate) + place)
+                                            : widen_bfloat16(static_cast<const uint16_t*>(p.gate) + place));
+        if (p.residual && !p.gate_float32) y = round_lanes(y);
+    }
+    if (p.residual)
+        y = _mm512_add_ps(y, widen_bfloat16(static_cast<const uint16_t*>(p.residual) + m * p.residual_row_stride + n));
+    return y;
+}
+
 // A whole row of 32 bfloat16 outputs of a layer without groups, from sums to one line of memory, past the caches where the line is
 // aligned.
 static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_t m, int64_t slot, int64_t n, const int32_t* c) {
@@ -101,6 +150,10 @@ static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_
     if (p.bias) {
         low = _mm512_add_ps(low, _mm512_loadu_ps(p.bias + n));
         high = _mm512_add_ps(high, _mm512_loadu_ps(p.bias + n + kLanes));
+    }
+    if (p.function || p.gate || p.residual) {
+        low = tail_lanes(p, m, n, low);
+        high = tail_lanes(p, m, n + kLanes, high);
     }
     uint16_t* out = static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n;
     const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high), 1);

@@ -12,6 +12,7 @@ static void run(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
         const int8_t* b = p.weight + n / kLanes * panel;
         for (int64_t slot = 0; slot < count; slot += QV_ROWS) {
             const int64_t here = count - slot < QV_ROWS ? count - slot : QV_ROWS;
+            for (int64_t r = 0; r < here; ++r) prefetch_row(p, m0 + slot + r, n);
             if (p.groups == 1) {
                 tile(p, rows.codes + slot * rows.lda, rows.lda, b, panel, p.padded_in / 4, here, c);
                 for (int64_t r = 0; r < here; ++r) finish_whole(p, rows, m0, slot + r, n, c + r * kBlock);

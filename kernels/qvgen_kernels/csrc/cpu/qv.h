@@ -47,14 +47,18 @@ struct Linear {
     const float* row_scale;                   // [M]: static ranges; null: from each row's own extremes
     const float* row_zero;                    // [M], whole numbers in 0..qmax; null: 0
     const void* branch;                       // [M, N] of x's type, added before the bias; null: none
+    const void* gate;                         // [M / gate_rows, N] of x's type or float32, a factor after the function; null: none
+    const void* residual;                     // [M, N] of x's type, added last; null: none
     const uint8_t* paley_terms;               // [b / 4][b]: which of 16 signed sums of four; null: b = 1
     int32_t* accumulators;                    // [M, N, G], for tests; null: not wanted
     int16_t* operands;                        // [M, K] q - z, for tests; null: not wanted
     float* scales;                            // [M, activation_groups], for tests; null: not wanted
+    int64_t gate_rows, gate_row_stride, residual_row_stride;  // strides in elements; columns are contiguous
     float rotation_scale;                     // float32(B^-1/2)
     int32_t dtype, activation_qmax, symmetric, activation_bits, scale_dtype;
     int32_t weight_bound;                     // the largest magnitude of a packed weight
     int32_t function;                         // of the output, after the bias: a Function
+    int32_t gate_float32;                     // 1: gate and sum are float32; 0: both are rounded to x's type
     int32_t stream;                           // whole lines of y may be stored past the caches
     int32_t backend, threads;
 };

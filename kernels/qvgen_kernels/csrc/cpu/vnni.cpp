@@ -20,9 +20,10 @@ namespace {
 #define QV_WIDTH 16
 #define QV_UNSIGNED 1
 
+// sums[r][h] = products of row r with the 16 outputs of panel h, over 4 * quads columns.
 template <int kRows>
-void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel, int64_t quads, int32_t* c) {
-    __m512i sums[kRows][2];
+inline __attribute__((always_inline)) void accumulate(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel, int64_t quads,
+                                                      __m512i (&sums)[kRows][2]) {
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int64_t q = 0; q < quads; ++q) {
@@ -36,6 +37,12 @@ void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel, int6
             sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, w1);
         }
     }
+}
+
+template <int kRows>
+void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel, int64_t quads, int32_t* c) {
+    __m512i sums[kRows][2];
+    accumulate(a, lda, b, panel, quads, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
         _mm512_storeu_si512(c + r * kBlock, sums[r][0]);
@@ -62,19 +69,7 @@ void grouped(const Linear& p, const RowBlock& rows, int64_t slot, int64_t n, flo
         const uint8_t* a = rows.codes + slot * lda + g * p.padded_group;
         const int8_t* b = p.weight + n / kLanes * panel + g * p.padded_group * kLanes;
         __m512i sums[kRows][2];
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-        for (int64_t q = 0; q < quads; ++q) {
-            const __m512i w0 = _mm512_loadu_si512(b + q * 64), w1 = _mm512_loadu_si512(b + panel + q * 64);
-#pragma GCC unroll 6
-            for (int r = 0; r < kRows; ++r) {
-                int32_t four;
-                memcpy(&four, a + r * lda + 4 * q, 4);
-                const __m512i x = _mm512_set1_epi32(four);
-                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, w0);
-                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, w1);
-            }
-        }
+        accumulate(a, lda, b, panel, quads, sums);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
             const __m512i offset = _mm512_set1_epi32(rows.offset[(slot + r) * p.activation_groups + gx]);
