@@ -32,7 +32,7 @@ from qvgen_kernels.hadamard import paley_factor, paley_signs
 from qvgen_kernels.registry import register_backend
 from qvgen_kernels.weight import check_weight
 
-__all__ = ["CpuBackend", "feed_forward", "probe"]
+__all__ = ["CpuBackend", "probe"]
 
 BLOCK = 32
 """Outputs are padded to a multiple of this."""
@@ -119,27 +119,6 @@ class CpuBackend:
         return y
 
 
-def feed_forward(
-    backend: CpuBackend,
-    x: Tensor,
-    layers: Sequence[tuple[Sequence[Tensor], LinearTensors, LinearSpec]],
-    *,
-    function: int,
-) -> Tensor:
-    """Two layers on x [M, K] with a function between (its number in csrc/cpu/qv.h); neither has a branch."""
-    (first, first_tensors, first_spec), (second, second_tensors, second_spec) = layers
-    # The second layer's input never exists as a whole; its shape is that of a row repeated.
-    hidden = x.new_empty(1, second_spec.in_features).expand(x.shape[0], -1)
-    y = x.new_empty(x.shape[0], second_spec.out_features)
-    call, keep = _call(x, first, first_tensors, spec=first_spec, k_unit=backend.k_unit)
-    call.function, call.backend = function, BACKENDS[backend.variant()]
-    last, keep_last = _call(hidden, second, second_tensors, spec=second_spec, k_unit=backend.k_unit)
-    last.backend, last.y = call.backend, y.data_ptr()
-    _check_status(library().qv_feed_forward(call, last), call)
-    del keep, keep_last
-    return y
-
-
 def _base(spec: LinearSpec) -> int:
     """What is subtracted from every code where it is one number for the whole layer."""
     if spec.weight_zero_point == "none":
@@ -195,7 +174,6 @@ def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
         activation_bits=spec.activation_bits,
         scale_dtype=_SCALE_DTYPES[spec.scale_dtype],
         function=_FUNCTIONS[spec.function],
-        stream=1,
         weight_bound=128 if eight else spec.weight_operand_bound,
     )
     return filled, terms
@@ -254,10 +232,7 @@ def _branch(x: Tensor, tensors: LinearTensors) -> Tensor:
 
 
 def _run(call: CLinear) -> None:
-    _check_status(library().qv_linear(call), call)
-
-
-def _check_status(status: int, call: CLinear) -> None:
+    status = library().qv_linear(call)
     if status == 2:
         raise MemoryError(f"no memory for {call.rows} rows of {call.in_features} columns; call with fewer rows")
     assert status == 0, f"backend {call.backend} is not in the library"

@@ -40,7 +40,7 @@ class CLinear(ctypes.Structure):
         *((name, c_int64) for name in ("gate_rows", "gate_row_stride", "residual_row_stride")),
         ("rotation_scale", c_float),
         *((name, c_int32) for name in ("dtype", "activation_qmax", "symmetric", "activation_bits", "scale_dtype")),
-        *((name, c_int32) for name in ("weight_bound", "function", "gate_float32", "stream")),
+        *((name, c_int32) for name in ("weight_bound", "function", "gate_float32")),
         *((name, c_int32) for name in ("backend", "threads")),
     )
 
@@ -60,7 +60,6 @@ def open_library(path: str) -> ctypes.CDLL:
     if size != ctypes.sizeof(CLinear):
         raise BuildError(f"{path} has a structure of {size} bytes, expected {ctypes.sizeof(CLinear)}; remove it")
     loaded.qv_linear.argtypes = [ctypes.POINTER(CLinear)]
-    loaded.qv_feed_forward.argtypes = [ctypes.POINTER(CLinear), ctypes.POINTER(CLinear)]
     loaded.qv_exercise.argtypes = [c_int32, c_int64]
     loaded.qv_exercise.restype = c_int64
     loaded.qv_pack.argtypes = [c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int64), c_void_p, c_void_p]

@@ -3,8 +3,8 @@
     attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
                    attention has for fused projections; where their tables or smoothing differ, as after training, they stay
                    three
-    feed-forward   on a CPU, blocks of ``ROWS`` rows go through both layers one after the other: what lies between them, four
-                   times as wide as x, stays in a cache. Every row is by itself, so the blocks' results are the whole's
+    feed-forward   by blocks of rows (:mod:`qvgen.deploy.blocked_feed_forward`)
+    Wan's block    gates and residuals are part of the layers before them (:mod:`qvgen.deploy.gated_wan_block`)
 
 No tensor is added to a checkpoint: the layers that a state dict names are still there.
 """
@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
-from diffusers.models.transformers.transformer_wan import WanAttention
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from torch import nn
 
+from qvgen.deploy.blocked_feed_forward import BlockedFeedForward
+from qvgen.deploy.gated_wan_block import GatedWanBlock, can_gate
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
 from qvgen.layers.packed_linear import PackedLinear
-
-ROWS = 512
-"""Rows of a block; at 1920 -> 7680 -> 1920 the intermediate takes 8 MB in bfloat16 (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,36 +31,12 @@ class FusionCount:
     Attributes:
         merged: Packed layers that are part of a merged one.
         feed_forwards: Feed-forwards that run by blocks of rows.
+        gated: Blocks whose gates and residuals are part of their layers.
     """
 
     merged: int
     feed_forwards: int
-
-
-class BlockedFeedForward(nn.Module):
-    """A feed-forward of packed layers by blocks of rows; on other devices than a CPU whole.
-
-    Args:
-        feed_forward: Of diffusers; its ``net`` becomes this module's, so that names in a state dict stay.
-    """
-
-    def __init__(self, feed_forward: FeedForward) -> None:
-        super().__init__()
-        self.net = feed_forward.net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to x [B * n, ..., K]; [B * n, ..., K']."""
-        entries = x.shape[0]
-        rows = x.numel() // max(1, entries * x.shape[-1])  # of each entry along the first dimension
-        if x.device.type != "cpu" or x.ndim != 3 or rows <= ROWS:
-            return self._whole(x)
-        # Blocks along the tokens of all samples: a layer finds each row's sample by the first dimension.
-        return torch.cat([self._whole(part) for part in x.split(max(1, ROWS // entries), dim=1)], dim=1)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        for module in self.net:
-            x = module(x)
-        return x
+    gated: int
 
 
 def fuse_packed_(model: nn.Module) -> FusionCount:
@@ -80,7 +54,14 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
     ]
     for name, module in feed_forwards:
         model.set_submodule(name, BlockedFeedForward(module))
-    return FusionCount(merged=merged, feed_forwards=len(feed_forwards))
+    gated = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, WanTransformerBlock) and can_gate(module)
+    ]
+    for name, module in gated:
+        model.set_submodule(name, GatedWanBlock(module))
+    return FusionCount(merged=merged, feed_forwards=len(feed_forwards), gated=len(gated))
 
 
 def prepack_(model: nn.Module) -> set[str]:
@@ -99,6 +80,8 @@ def _packed(module: nn.Module, *names: str) -> list[PackedLinear] | None:
 
 def _merge_wan_(attention: WanAttention) -> int:
     """Give a WanAttention one layer for q, k and v, or for k and v where it attends to the text."""
+    if attention.add_k_proj is not None:  # of an image; the switch would ask for a merged layer of these too
+        return 0
     crossed = attention.is_cross_attention
     parts = _packed(attention, *(("to_k", "to_v") if crossed else ("to_q", "to_k", "to_v")))
     if parts is None or len({part.out_features for part in parts}) > 1:

@@ -7,7 +7,7 @@ checkpoint. A kernel backend derives its own order of bytes from them once; that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, Self
@@ -213,19 +213,26 @@ class PackedLinear(PackedWeight):
         rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
         return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype."""
+    def forward(self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype.
+
+        ``residual + gate * y`` for a gate [B * n, 1, N] or [B * n, ..., N] and a residual like y; of the operator's types.
+        """
 
         def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
-            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths)
+            tail = [value if value is None or index is None else value[index] for value in (gate, residual)]
+            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths, tail)
 
         return by_widths(x, run, plan=self.form.plan, profile=self.profile, noise_band=self.noise_band)
 
-    def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
+    def _product(
+        self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths, tail: Sequence[Tensor | None]
+    ) -> Tensor:
         if widths not in self._prepacked:
             self.prepack_(widths)
         kernel, spec, weight = self._prepacked[widths]
-        tensors = self.call_tensors(params, bias=self.bias)
+        gate, residual = (None if value is None else value.flatten(0, -2) for value in tail)
+        tensors = self.call_tensors(params, bias=self.bias)._replace(gate=gate, residual=residual)
         return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
 
     def call_tensors(self, params: tuple[Tensor, Tensor], *, bias: Tensor | None) -> LinearTensors:

@@ -18,7 +18,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -48,12 +48,13 @@ from qvgen.verbs._benchmark_kernels_timing import (
 )
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 from qvgen_kernels.cpu_library import BACKENDS, library, supported
-from qvgen_kernels.fused import packed_feed_forward
 
 log = logging.getLogger(__name__)
 
 PEERS = {"torchao": (torchao, torchao.torchao_candidates), "onnxruntime": (onnx, onnx.onnx_candidates)}
 """By the name of the package: our module for it and the function that builds its candidates."""
+BLOCK_ROWS = 512
+"""Rows that a feed-forward takes through both layers before the next ones: what lies between stays in a cache."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,9 @@ def _candidates(x: Tensor, weights: Sequence[Tensor], widths: Sequence[Bits]) ->
             candidates[f"packed {width.label}"] = _bind(packed_linear, x, layers[0])
         else:
             candidates[f"packed {width.label}"] = _bind_pair(x, layers, fused=False)
-            candidates[f"packed {width.label}, one call"] = _bind_pair(x, layers, fused=True)
+            candidates[f"packed {width.label}, GELU inside, {BLOCK_ROWS} rows a block"] = _bind_pair(
+                x, layers, fused=True
+            )
     return candidates
 
 
@@ -221,12 +224,10 @@ def _bind(operator: Callable[..., Tensor], x: Tensor, layer: Mapping[str, Any]) 
 
 def _bind_pair(x: Tensor, layers: Sequence[Mapping[str, Any]], *, fused: bool) -> Callable[[], Tensor]:
     first, second = layers
-    if fused:
-        both = {f"{name}s": (first[name], second[name]) for name in ("weight", "spec")}
-        return lambda: packed_feed_forward(
-            x, **both, tensors=(first["tensors"], second["tensors"]), function="gelu_tanh", kernel=first["kernel"]
-        )
-    return lambda: packed_linear(functional.gelu(packed_linear(x, **first), approximate="tanh"), **second)
+    if not fused:
+        return lambda: packed_linear(functional.gelu(packed_linear(x, **first), approximate="tanh"), **second)
+    inside = {**first, "spec": replace(first["spec"], function="gelu_tanh")}
+    return lambda: torch.cat([packed_linear(packed_linear(rows, **inside), **second) for rows in x.split(BLOCK_ROWS)])
 
 
 def _torch_feed_forward(x: Tensor, weights: Sequence[Tensor]) -> Candidates:

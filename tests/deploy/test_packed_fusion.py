@@ -7,13 +7,16 @@ import copy
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 import qvgen
 from qvgen.config.leaves import load_leaf
-from qvgen.deploy import packed_fusion
+from qvgen.deploy import blocked_feed_forward
+from qvgen.deploy.blocked_feed_forward import BlockedFeedForward
+from qvgen.deploy.gated_wan_block import GatedWanBlock
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
-from qvgen.deploy.packed_fusion import BlockedFeedForward, fuse_packed_, prepack_
+from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.quant.bit_plan import BitPlan
@@ -68,12 +71,12 @@ def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> tor
 def test_fused_blocks_give_the_bits_of_single_layers(
     name: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_fusion, "ROWS", rows)
+    monkeypatch.setattr(blocked_feed_forward, "ROWS", rows)
     fake = make_fake(name)
     plain, fused = make_packed(name, fake), make_packed(name, fake)
     count = fuse_packed_(fused)
     merged = MODELS[name][2] + (1 if name == "wan" else 0)
-    assert (count.merged, count.feed_forwards) == (2 * merged, 2)
+    assert (count.merged, count.feed_forwards, count.gated) == (2 * merged, 2, 2 if name == "wan" else 0)
     plain, fused = (model.to(dtype) for model in (plain, fused))
     assert torch.equal(call(name, fused, dtype), call(name, plain, dtype))
     if dtype == torch.float32:
@@ -112,6 +115,58 @@ def test_what_was_trained_apart_stays_apart() -> None:
     parts = [packed.get_submodule(f"blocks.0.attn1.to_{side}") for side in "qk"]
     assert not can_merge(parts)
     assert can_merge(parts[:1] * 2)
+
+
+@pytest.mark.parametrize("rows", [512, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_are_of_samples_or_tokens_and_layers_of_several_widths(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked_feed_forward, "ROWS", rows)
+    fake = make_fake("wan")
+    for name in ("blocks.0.attn1.to_out.0", "blocks.1.ffn.net.2"):
+        quantized_layers(fake)[name].set_plan_(BitPlan(switch=(4, 8)))
+    plain, fused = make_packed("wan", fake).to(dtype), make_packed("wan", fake).to(dtype)
+    assert fuse_packed_(fused).gated == 2
+    assert torch.equal(call("wan", fused, dtype), call("wan", plain, dtype))  # leaves the samples' timesteps behind
+    generator = torch.Generator().manual_seed(0)
+    x, text = (
+        torch.randn(2, 32, 64, generator=generator).to(dtype),
+        torch.randn(2, 8, 64, generator=generator).to(dtype),
+    )
+    rotary = (torch.randn(1, 32, 1, 32, generator=generator), torch.randn(1, 32, 1, 32, generator=generator))
+    for shape in ((2, 6, 64), (2, 32, 6, 64)):
+        temb = torch.randn(shape, generator=generator).to(dtype)
+        for mine, theirs in zip(fused.blocks, plain.blocks, strict=True):
+            assert isinstance(mine, GatedWanBlock)
+            assert torch.equal(mine(x, text, temb, rotary), theirs(x, text, temb, rotary))
+
+
+def test_blocks_with_other_layers_or_processors_keep_their_gates() -> None:
+    packed = make_packed("wan")
+    packed.blocks[0].attn1.to_out[0] = nn.Linear(64, 64)
+    packed.blocks[1].attn1.set_processor(type("Other", (WanAttnProcessor,), {})())
+    plain = copy.deepcopy(packed)
+    assert fuse_packed_(packed).gated == 0
+    assert torch.equal(call("wan", packed), call("wan", plain))
+
+
+def test_attention_to_images_stays_in_parts() -> None:
+    # diffusers' switch asks for a merged k and v of the image too, which differ in nothing but their input
+    model = WanTransformer3DModel(**WAN, image_dim=16, added_kv_proj_dim=64)
+    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    qvgen.prepare(model, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    plain = make_packed("", model.eval().requires_grad_(False))
+    fused = copy.deepcopy(plain)
+    assert fuse_packed_(fused).merged == 2 * 3
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 512, 24, generator=generator),
+        "encoder_hidden_states_image": torch.randn(1, 512, 16, generator=generator),
+    }
+    assert torch.equal(*(found(**inputs, return_dict=False)[0] for found in (fused, plain)))
 
 
 def test_a_merged_layer_follows_its_parts() -> None:

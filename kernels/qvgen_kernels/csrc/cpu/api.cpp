@@ -41,34 +41,11 @@ thread_local Arena arena;
 // Shared by the threads of one call. An item is a block of rows times a run of outputs.
 struct Call {
     const Linear* linear;
-    const Linear* second;  // of a feed-forward: applied to the outputs of the first; null: none
     RunFunction run;
     int64_t row_block, column_block, row_items, column_items;
     std::atomic<int64_t> next{0};
     std::atomic<bool> out_of_memory{false};
 };
-
-// Rows [m0, m1) of both layers of a feed-forward. What lies between them is in memory of this thread, a block of rows at a
-// time, in the same precision as an output; so the result is that of two calls.
-void run_pair(const Call& call, int64_t m0, int64_t m1) {
-    Linear first = *call.linear, second = *call.second;
-    const int64_t width = first.dtype == kFloat32 ? 4 : 2;
-    first.rows = second.rows = m1 - m0;
-    void* hidden = scratch(kSlotHidden, static_cast<size_t>(first.rows * first.out_features * width));
-    first.x = static_cast<const char*>(first.x) + m0 * first.x_row_stride * width;
-    first.y = hidden;
-    first.y_row_stride = first.out_features;
-    first.stream = 0;  // it is read at once
-    second.x = hidden;
-    second.x_row_stride = first.out_features;
-    second.x_column_stride = 1;
-    second.y = static_cast<char*>(second.y) + m0 * second.y_row_stride * width;
-    for (Linear* p : {&first, &second})
-        for (const float** rows : {&p->clip_low, &p->clip_high, &p->row_scale, &p->row_zero})
-            if (*rows) *rows += m0;
-    call.run(first, 0, first.rows, 0, first.out_features);
-    call.run(second, 0, second.rows, 0, second.out_features);
-}
 
 void work(void* data) {
     Call& call = *static_cast<Call*>(data);
@@ -79,8 +56,7 @@ void work(void* data) {
         const int64_t m0 = item / call.column_items * call.row_block, n0 = item % call.column_items * call.column_block;
         const int64_t m1 = m0 + call.row_block, n1 = n0 + call.column_block;
         try {
-            if (call.second) run_pair(call, m0, m1 < p.rows ? m1 : p.rows);
-            else call.run(p, m0, m1 < p.rows ? m1 : p.rows, n0, n1 < p.out_features ? n1 : p.out_features);
+            call.run(p, m0, m1 < p.rows ? m1 : p.rows, n0, n1 < p.out_features ? n1 : p.out_features);
         } catch (const std::bad_alloc&) {
             call.out_of_memory = true;
         }
@@ -121,7 +97,7 @@ bool backend_of(int32_t id, BackendInfo* info) {
     }
 }
 
-// Rows of one item: their codes fill about half of the second-level cache, in whole tiles, and few enough that all threads
+// Rows of one item: as many as their codes may fill of a cache (code_bytes), in whole tiles, and few enough that all threads
 // have work. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
 void divide(Call& call, const BackendInfo& info) {
     const Linear& p = *call.linear;
@@ -132,7 +108,7 @@ void divide(Call& call, const BackendInfo& info) {
     call.row_block = rows < share ? rows : share;
     call.row_items = (p.rows + call.row_block - 1) / call.row_block;
     const int64_t blocks = (p.out_features + kBlock - 1) / kBlock;
-    int64_t parts = call.row_items >= p.threads || call.second ? 1 : p.threads / call.row_items;
+    int64_t parts = call.row_items >= p.threads ? 1 : p.threads / call.row_items;
     if (parts > blocks) parts = blocks;
     call.column_block = (blocks + parts - 1) / parts * kBlock;
     call.column_items = (p.out_features + call.column_block - 1) / call.column_block;
@@ -222,33 +198,22 @@ QV_API int qv_supported(int32_t backend) {
 // Address of GOMP_parallel of the OpenMP library that torch uses; null: threads of our own.
 QV_API void qv_set_pool(void* function) { qv::gomp_parallel = reinterpret_cast<qv::GompParallel>(function); }
 
-namespace {
-
-int run_call(const qv::Linear* first, const qv::Linear* second) {
+// 0: done; 1: a backend that this build has not; 2: out of memory.
+QV_API int qv_linear(const qv::Linear* linear) {
     qv::BackendInfo info;
-    if (!qv::backend_of(first->backend, &info)) return 1;
-    if (first->rows == 0) return 0;
+    if (!qv::backend_of(linear->backend, &info)) return 1;
+    if (linear->rows == 0) return 0;
     qv::Call call;
-    call.linear = first;
-    call.second = second;
+    call.linear = linear;
     call.run = info.run;
     qv::divide(call, info);
     // A fresh output costs 0.3 to 0.7 ms per MB in faults of 4 KiB pages: more than quantizing and scaling together.
-    const qv::Linear* last = second ? second : first;
-    const size_t width = last->dtype == qv::kFloat32 ? 4 : 2;
-    qv::advise(last->y, static_cast<size_t>(last->rows * last->y_row_stride) * width);
+    const size_t width = linear->dtype == qv::kFloat32 ? 4 : 2;
+    qv::advise(linear->y, static_cast<size_t>(linear->rows * linear->y_row_stride) * width);
     const int64_t items = call.row_items * call.column_items;
-    qv::parallel(call, static_cast<int>(items < first->threads ? items : first->threads));
+    qv::parallel(call, static_cast<int>(items < linear->threads ? items : linear->threads));
     return call.out_of_memory ? 2 : 0;
 }
-
-}  // namespace
-
-// 0: done; 1: a backend that this build has not; 2: out of memory.
-QV_API int qv_linear(const qv::Linear* linear) { return run_call(linear, nullptr); }
-
-// second(first(x)): first has y null, second has x null; same rows, type and backend, no branch, no probes. Returns as qv_linear.
-QV_API int qv_feed_forward(const qv::Linear* first, const qv::Linear* second) { return run_call(first, second); }
 
 // Integer operations of `times` tiles of a backend whose operands stay in the first-level cache: what a core can do.
 QV_API int64_t qv_exercise(int32_t backend, int64_t times) {

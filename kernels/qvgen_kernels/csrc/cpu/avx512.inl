@@ -157,7 +157,7 @@ static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_
     }
     uint16_t* out = static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n;
     const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high), 1);
-    if (p.stream && (reinterpret_cast<uintptr_t>(out) & 63) == 0)
+    if ((reinterpret_cast<uintptr_t>(out) & 63) == 0)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
     else
         _mm512_storeu_si512(out, line);

@@ -59,7 +59,6 @@ struct Linear {
     int32_t weight_bound;                     // the largest magnitude of a packed weight
     int32_t function;                         // of the output, after the bias: a Function
     int32_t gate_float32;                     // 1: gate and sum are float32; 0: both are rounded to x's type
-    int32_t stream;                           // whole lines of y may be stored past the caches
     int32_t backend, threads;
 };
 
@@ -68,7 +67,7 @@ using RunFunction = void (*)(const Linear&, int64_t m0, int64_t m1, int64_t n0, 
 struct BackendInfo {
     RunFunction run;
     int64_t tile_rows;
-    int64_t code_bytes;  // of one item: what its codes may fill of the second-level cache
+    int64_t code_bytes;  // of one item: what its codes may fill of the caches
     int64_t (*exercise)(int64_t times);  // integer operations done by `times` tiles whose operands stay in the first-level cache
 };
 
@@ -82,7 +81,7 @@ BackendInfo neon_backend();
 // Memory of this thread that lives as long as the thread: at least `bytes`, 64-byte aligned, contents undefined.
 // Each slot is one piece. Returns null where there is no memory.
 void* scratch(int slot, size_t bytes);
-enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlotHidden, kSlots };
+enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlots };
 
 // Ask for huge pages for what lies in this range; it may be refused, then pages are small.
 void advise(void* memory, size_t bytes);
