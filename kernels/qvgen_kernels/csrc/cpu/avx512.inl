@@ -6,6 +6,13 @@ static inline __m512 widen_bfloat16(const uint16_t* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+static inline int16_t least_lane(__m512i v) {
+    const __m256i half = _mm256_min_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i quarter = _mm_min_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(INT16_MIN)));  // unsigned order
+    return static_cast<int16_t>(_mm_extract_epi16(least, 0) ^ 0x8000);
+}
+
 // Smallest and largest ordered key of a bfloat16 row, in float32 keys. Integer order needs no conversion, and it keeps NaNs, which
 // floating-point minima drop. The row `ahead` elements on is fetched meanwhile: the processor's own prefetch ends with the page.
 static void range_bfloat16(const uint16_t* x, int64_t columns, int64_t ahead, int32_t* min_key, int32_t* max_key) {
@@ -25,14 +32,9 @@ static void range_bfloat16(const uint16_t* x, int64_t columns, int64_t ahead, in
             high[half] = _mm512_mask_max_epi16(high[half], mask, high[half], key);
         }
     }
-    alignas(64) int16_t lows[32], highs[32];
-    _mm512_store_si512(lows, _mm512_min_epi16(low[0], low[1]));
-    _mm512_store_si512(highs, _mm512_max_epi16(high[0], high[1]));
-    int16_t least = lows[0], most = highs[0];
-    for (int l = 1; l < 32; ++l) {
-        least = lows[l] < least ? lows[l] : least;
-        most = highs[l] > most ? highs[l] : most;
-    }
+    const __m512i ones = _mm512_set1_epi16(-1);  // ~v reverses the order
+    const int16_t least = least_lane(_mm512_min_epi16(low[0], low[1]));
+    const int16_t most = static_cast<int16_t>(~least_lane(_mm512_xor_si512(_mm512_max_epi16(high[0], high[1]), ones)));
     // The key of a negative float32 has ones where its bfloat16 has been cut off.
     *min_key = static_cast<int32_t>(static_cast<uint32_t>(least) << 16 | (least < 0 ? 0xffff : 0));
     *max_key = static_cast<int32_t>(static_cast<uint32_t>(most) << 16 | (most < 0 ? 0xffff : 0));
