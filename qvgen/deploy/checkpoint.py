@@ -149,8 +149,8 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     fused = fuse_packed_(model)
     names = prepack_(model)
     log.info(
-        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks",
-        directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards,
+        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated",
+        directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
     )  # fmt: skip
     return model
 
