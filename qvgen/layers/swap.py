@@ -19,6 +19,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
 from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.grid import Profile
 
@@ -110,13 +111,15 @@ def swap_fake_quant_(
 def forms(model: nn.Module) -> dict[str, Any]:
     """What the fake-quantized layers are besides their tensors, plain values; ``timesteps`` of static tables, or None.
 
-    A model without such layers, which is pretrained, has no noise bands and an empty dict of layers.
+    ``shared_activations`` are sets of layers with one activation quantizer (:mod:`qvgen.layers.shared_input`). A model
+    without such layers, which is pretrained, has no noise bands and an empty dict of layers.
     """
     layers = quantized_layers(model)
     bands = [layer.noise_band for layer in layers.values()][:1]
     return {
         "timesteps": list(bands[0].timesteps) if bands and bands[0].timesteps is not None else None,
         "strict_timesteps": bool(bands) and bands[0].strict,
+        "shared_activations": [list(names) for names in activation_sharing(layers)],
         "layers": {name: LayerForm.of(layer).to_dict() for name, layer in layers.items()},
     }
 
@@ -134,8 +137,11 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
         if stored["timesteps"] is not None:
             band.use_timesteps_(stored["timesteps"])
         band.strict = stored["strict_timesteps"]
+    unshare_activations_(layers)
     for name, layer in layers.items():
         LayerForm.from_dict(stored["layers"][name]).declare_(layer)
+    for names in stored["shared_activations"]:
+        tie_activations_([layers[name] for name in names])
 
 
 def add_switch_widths_(model: nn.Module, widths: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ class Autoencoder:
     uses_phi: Literal[False] = field(default=False, init=False)
     target: Target = field(default="data", init=False)
     caption_dropout: float = field(default=0.0, init=False)
+    share_activations: Literal[False] = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.kl_weight < math.inf:

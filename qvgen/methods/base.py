@@ -17,6 +17,8 @@ class Method(Protocol):
         target: What the student's prediction is compared with: the frozen full-precision teacher's prediction,
             or the data's own target (the flow velocity).
         caption_dropout: Probability in [0, 1] that a training sample loses its caption.
+        share_activations: Whether layers that read the same input learn one range of it together
+            (:mod:`qvgen.layers.shared_input`).
     """
 
     @property
@@ -38,6 +40,10 @@ class Method(Protocol):
     @property
     def caption_dropout(self) -> float:
         """Share of samples without caption."""
+
+    @property
+    def share_activations(self) -> bool:
+        """One activation quantizer for q, k and v?"""
 
 
 def check_dropout(value: float) -> None:

@@ -15,10 +15,13 @@ class LSQ:
     Attributes:
         distill: True trains against the full-precision teacher instead of the data's target.
         caption_dropout: Probability that a sample loses its caption.
+        share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed
+            model quantizes it once; False: each layer learns its own.
     """
 
     distill: bool = False
     caption_dropout: float = 0.05
+    share_activations: bool = True
     name: Literal["lsq"] = field(default="lsq", init=False)
     quantizes: Literal[True] = field(default=True, init=False)
     uses_phi: Literal[False] = field(default=False, init=False)

@@ -21,6 +21,7 @@ class Pretrain:
     quantizes: Literal[False] = field(default=False, init=False)
     uses_phi: Literal[False] = field(default=False, init=False)
     target: Target = field(default="data", init=False)
+    share_activations: Literal[False] = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_dropout(self.caption_dropout)

@@ -15,3 +15,4 @@ class PostTraining:
     quantizes: Literal[True] = field(default=True, init=False)
     uses_phi: Literal[False] = field(default=False, init=False)
     caption_dropout: float = field(default=0.0, init=False)
+    share_activations: Literal[False] = field(default=False, init=False)

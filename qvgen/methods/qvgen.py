@@ -15,10 +15,13 @@ class QVGen:
     Attributes:
         phi: False is the paper's ablation without the helper: plain distillation on learned scales.
         caption_dropout: Probability that a sample loses its caption.
+        share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed
+            model quantizes it once; False: each layer learns its own.
     """
 
     phi: bool = True
     caption_dropout: float = 0.05
+    share_activations: bool = True
     name: Literal["qvgen"] = field(default="qvgen", init=False)
     quantizes: Literal[True] = field(default=True, init=False)
     target: Target = field(default="teacher", init=False)

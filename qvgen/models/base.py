@@ -48,6 +48,8 @@ class VideoDiT(Protocol):
         include: fnmatch patterns on the names of the transformer's Linears that are quantized.
         exclude: patterns that take Linears out again; each must match one, as each of ``include``.
         layer_groups: what layers do, by fnmatch patterns of their names; see :mod:`qvgen.layers.layer_group`.
+        shared_inputs: Linears of a block that read the same input, by the ends of their names; see
+            :mod:`qvgen.layers.shared_input`.
         prompts: captions that a report samples from.
         fps: frames per second of its videos.
         num_inference_steps: sampling steps that the model is usually run with.
@@ -60,6 +62,7 @@ class VideoDiT(Protocol):
     include: list[str]
     exclude: list[str]
     layer_groups: Mapping[str, Sequence[str]]
+    shared_inputs: Sequence[Sequence[str]]
     prompts: list[str]
     fps: int
     num_inference_steps: int

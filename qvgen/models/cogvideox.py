@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from qvgen.layers.smoothing_fold import SmoothingFold
-from qvgen.models.cogvideox_fold import cogvideox_folds
+from qvgen.models.cogvideox_fold import COGVIDEOX_SHARED_INPUTS, cogvideox_folds
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, VPrediction
 from qvgen.models.pipeline_family import PipelineFamily
 
@@ -44,6 +44,7 @@ class CogVideoX(PipelineFamily):
         "self_attention": ("transformer_blocks.*.attn1.*",),  # over text, space and time at once
         "ffn": ("transformer_blocks.*.ff.*",),
     }
+    shared_inputs: ClassVar[Sequence[Sequence[str]]] = COGVIDEOX_SHARED_INPUTS
 
     _rotary: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False

@@ -1,4 +1,4 @@
-"""Where smoothing vectors disappear in diffusers' CogVideoX transformer.
+"""Which Linears of diffusers' CogVideoX transformer read the same input, and where smoothing vectors disappear.
 
     x = norm(h) (1 + scale) + shift, for video and text tokens, with shift, scale, gate, enc_shift, enc_scale, enc_gate =
     linear(silu(t)) of each block's own: x m = (m norm(h)) (1 + scale) + m shift. The norm's affine part takes m, and so do
@@ -21,6 +21,10 @@ from torch import nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 
+_QUERIES = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+COGVIDEOX_SHARED_INPUTS = (_QUERIES,)
+"""See :attr:`qvgen.models.base.VideoDiT.shared_inputs`."""
+
 
 def cogvideox_folds(transformer: nn.Module) -> list[SmoothingFold]:
     """The folds of a CogVideoXTransformer3DModel; see :meth:`qvgen.models.base.VideoDiT.smoothing_folds`.
@@ -35,7 +39,7 @@ def cogvideox_folds(transformer: nn.Module) -> list[SmoothingFold]:
         folds.append(
             SmoothingFold(consumers=(f"{attention}.to_out.0",), producers=(Producer(module=f"{attention}.to_v"),))
         )
-        queries = tuple(f"{attention}.{part}" for part in ("to_q", "to_k", "to_v"))
+        queries = tuple(f"{name}.{query}" for query in _QUERIES)
         folds += _behind_norm(block.norm1, f"{name}.norm1", consumers=queries, shifts=(0, 3))
         folds += _behind_norm(block.norm2, f"{name}.norm2", consumers=(f"{name}.ff.net.0.proj",), shifts=(0, 3))
     return folds + _behind_norm(model.norm_out, "norm_out", consumers=("proj_out",), shifts=(0,))

@@ -27,7 +27,7 @@ from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
-from qvgen.models.wan_fold import wan_folds
+from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
 
 RGB_CHANNELS = 3
@@ -74,6 +74,7 @@ class TinyVideoDiT:
         "cross_attention": ("blocks.*.attn2.*",),
         "ffn": ("blocks.*.ffn.*",),
     }
+    shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
 
     def __init__(
         self,

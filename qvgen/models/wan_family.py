@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
-from qvgen.models.wan_fold import wan_folds
+from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 
 _SHIFT_KEYS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 
@@ -48,6 +48,7 @@ class WanFamily(PipelineFamily):
         "cross_attention": ("blocks.*.attn2.*",),
         "ffn": ("blocks.*.ffn.*",),
     }
+    shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
 
     def scheduler(self) -> Any:
         """The folder's scheduler with this family's shift, new; see the base class."""

@@ -1,4 +1,4 @@
-"""Where smoothing vectors disappear in diffusers' Wan transformer.
+"""Which Linears of diffusers' Wan transformer read the same input, and where smoothing vectors disappear.
 
     attn1.to_out, attn2.to_out   <- to_v            attention mixes tokens, not channels: channel j of its output is channel j
                                                     of the values (and of an image's, add_v_proj, where there is one)
@@ -20,6 +20,13 @@ from __future__ import annotations
 from torch import nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
+
+WAN_SHARED_INPUTS = (
+    ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    ("attn2.to_k", "attn2.to_v"),  # the text
+    ("attn2.add_k_proj", "attn2.add_v_proj"),  # an image, where the model has one
+)
+"""See :attr:`qvgen.models.base.VideoDiT.shared_inputs`."""
 
 
 def wan_folds(transformer: nn.Module) -> list[SmoothingFold]:

@@ -16,7 +16,9 @@ from qvgen.config.leaves import build_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.initializers.prepare import PrepareConfig
-from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.shared_input import share_activations_, shared_input_sets
+from qvgen.layers.swap import SwapReport, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.training.phi_plan import phi_ranks
 
 
@@ -60,7 +62,29 @@ def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None
             phi_rank=max(phi_ranks(config), default=0),
         )
     add_configured_switch(student, config)
+    share_inputs_(student, config)
     return student, report
+
+
+def share_inputs_(student: nn.Module, config: TrainConfig) -> tuple[tuple[str, ...], ...]:
+    """Let layers that read the same input share an activation quantizer, if the method says so.
+
+    Args:
+        student: Quantized, with its activation widths as they stay.
+        config: The run's.
+
+    Returns:
+        Their names, in sets.
+    """
+    if not config.method.share_activations:
+        return ()
+    return share_activations_(quantized_layers(student), input_sets(student, config))
+
+
+def input_sets(student: nn.Module, config: TrainConfig) -> tuple[tuple[str, ...], ...]:
+    """Names of a student's Linears that read the same input, quantized or not, in sets."""
+    linears = (name for name, module in student.named_modules() if isinstance(module, nn.Linear | FakeQuantLinear))
+    return shared_input_sets(linears, config.model.shared_inputs)
 
 
 def add_configured_switch(student: nn.Module, config: TrainConfig) -> None:

@@ -63,9 +63,16 @@ def micro_batch_size(config: TrainConfig) -> int:
 
 
 def save_start(student: nn.Module, run_dir: Path) -> None:
-    """Write the state that training starts from: forms of the layers, then all tensors."""
+    """Write the state that training starts from: forms of the layers, then all tensors.
+
+    What layers share is written under the name of each: safetensors has no tensor of two names.
+    """
     atomic_write(run_dir / LAYERS_FILE, json.dumps(forms(student)).encode())
-    tensors = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    written: set[int] = set()
+    for name, value in student.state_dict().items():
+        tensors[name] = value.clone() if value.data_ptr() in written else value.detach().contiguous()
+        written.add(value.data_ptr())
     atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
 
 

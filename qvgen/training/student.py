@@ -18,6 +18,7 @@ from qvgen.evaluation.bit_table import Allocation, write_allocation
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
+from qvgen.layers.shared_input import activation_sharing, unshare_activations_
 from qvgen.layers.swap import (
     SwapReport,
     add_switch_widths_,
@@ -30,7 +31,7 @@ from qvgen.layers.swap import (
 from qvgen.models.base import Encode
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.fake_model import add_configured_switch
+from qvgen.training.fake_model import add_configured_switch, input_sets, share_inputs_
 from qvgen.training.mixed_precision import allocate_bits_, check_mixed_precision
 from qvgen.training.phi_plan import decay_schedule, phi_ranks
 from qvgen.training.session import load_start, save_start
@@ -71,7 +72,10 @@ def check_student(config: TrainConfig) -> None:
 
 
 def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
-    """The teacher's weights in float32 with quantized layers, their scales by round-to-nearest."""
+    """The teacher's weights in float32 with quantized layers, their scales by round-to-nearest.
+
+    Layers that read the same input share their activation quantizers, if the method says so.
+    """
     student = config.model.load_teacher(dtype=torch.float32).requires_grad_(True)
     swapped = prepare(
         student,
@@ -85,6 +89,7 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
         ),
     )
     add_configured_switch(student, config)
+    share_inputs_(student, config)
     return student, swapped
 
 
@@ -121,8 +126,10 @@ def start_student(
     done = run_dir.load_stage("start")
     if done is not None:
         load_start(student, run_dir.path)
+        _say_sharing(config, student)
         return done
     began = time.monotonic()
+    unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     with phi_suspended(student):
         result = {"rtn": held_out.relative_error(student, reference)}
         statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
@@ -133,13 +140,26 @@ def start_student(
         initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
         if config.activation_switch.widths is not None:
             add_switch_widths_(student, config.activation_switch.widths)
+        share_inputs_(student, config)
         result["ptq"] = held_out.relative_error(student, reference)
+    _say_sharing(config, student)
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
     if held_out.num_samples:
         log.info("error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
     return result
+
+
+def _say_sharing(config: TrainConfig, student: nn.Module) -> None:
+    if config.method.share_activations:
+        shared, sets = activation_sharing(quantized_layers(student)), input_sets(student, config)
+        log.info(
+            "%d of %d sets of layers that read the same input share their activation ranges%s",
+            len(shared),
+            len(sets),
+            "" if len(shared) == len(sets) else "; the others differ in grid, smoothing or ranges",
+        )
 
 
 def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, steps: int) -> None:
