@@ -50,7 +50,8 @@ def test_groups_have_the_rates_and_decays_of_the_recipe(student: nn.Module) -> N
     assert "proj_out.weight" in members["weights"]
     assert "proj_out.bias" in members["biases_and_norms"]
     layers = 36
-    assert [len(members[name]) for name in ("phi", "scales", "clips")] == [2 * layers] * 3
+    inputs = layers - 3 * 3  # in each of 3 blocks q, k and v share one, and k and v of the text
+    assert [len(members[name]) for name in ("phi", "scales", "clips")] == [2 * layers, 2 * layers, 2 * inputs]
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
