@@ -34,11 +34,12 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".weight_quantizer." in name:
+        modules = set(name.split("."))
+        if modules & {"weight_quantizer", "other_weight_quantizers"}:
             groups["scales"].append(parameter)
-        elif ".activation_quantizer." in name:
+        elif modules & {"activation_quantizer", "other_activation_quantizers"}:
             groups["clips"].append(parameter)
-        elif ".phi." in name:
+        elif "phi" in modules:
             groups["phi"].append(parameter)
         else:
             groups["weights" if parameter.ndim > 1 else "biases_and_norms"].append(parameter)

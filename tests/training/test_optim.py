@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qvgen.layers.swap import quantized_layers
+from qvgen.quant.bit_plan import BitPlan
 from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
 from qvgen.training.step_module import total_norm
 from qvgen.training.student import prepare_student
@@ -52,6 +54,26 @@ def test_groups_have_the_rates_and_decays_of_the_recipe(student: nn.Module) -> N
     layers = 36
     inputs = layers - 3 * 3  # in each of 3 blocks q, k and v share one, and k and v of the text
     assert [len(members[name]) for name in ("phi", "scales", "clips")] == [2 * layers, 2 * layers, 2 * inputs]
+
+
+def test_other_widths_of_a_plan_have_the_rates_of_the_first() -> None:
+    """A decayed scale would shrink the grid; clips are logits, whatever their width."""
+    config = train_config("bits=w4a4", "activation_switch.widths=[4,8]")
+    student, _ = prepare_student(config)
+    for layer in quantized_layers(student).values():
+        layer.set_plan_(BitPlan(bands=((4, 4), (8, 4)) * 25, switch=(4, 8)))
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    groups = {
+        group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(student, config.optim)
+    }
+    scales = ["weight_quantizer.scale", "weight_quantizer.zero_point"]
+    scales += ["other_weight_quantizers.8.scale", "other_weight_quantizers.8.zero_point"]
+    clips = ["activation_quantizer.clip_low", "activation_quantizer.clip_high"]
+    clips += ["other_activation_quantizers.8.clip_low", "other_activation_quantizers.8.clip_high"]
+    for group, wanted in (("scales", scales), ("clips", clips)):
+        found = [name.removeprefix("proj_out.") for name in groups[group] if name.startswith("proj_out.")]
+        assert found == wanted
+        assert all(name.endswith(tuple(wanted)) for name in groups[group])
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
