@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvgen.cli import DONE
+from qvgen.cli import DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.evaluation.held_out import HeldOut
@@ -26,8 +26,10 @@ from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.session import load_start, load_trained
 from qvgen.training.step_module import total_norm
 from qvgen.training.student import prepare_student
+from tests.models.hub_folders import make_cogvideox_folder
 from tests.runs import load_state, packed_bytes, read_metrics, train, train_config
 from tests.training.test_module import make_batch
+from tests.verbs.test_hub_models import train_keys, write_clips
 
 APART = "method.share_activations=false"
 SETS = 2 * 3
@@ -138,3 +140,34 @@ def test_the_start_is_read_as_it_was_written(short_run: Path, apart_run: Path) -
         for run_dir, sets in ((short_run, SETS), (apart_run, 0)):
             load_start(student, run_dir)
             assert len(activation_sharing(quantized_layers(student))) == sets
+
+
+def test_smoothing_that_goes_into_a_norm_leaves_layers_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CogVideoX's q, k and v have one smoothing vector, and it is in norm1; the output's stays with the output."""
+    caplog.set_level("INFO")
+    folder = make_cogvideox_folder(tmp_path / "model", "2b")
+    clips = write_clips(tmp_path / "clips", fps=8)
+    calibration = ("calibration.videos=1", "calibration.steps=2", f"calibration.cache={tmp_path / 'calibration'}")
+    keys = [*train_keys("cogvideox", folder, clips, tmp_path), "init=vidit_q", *calibration, "evaluation.videos=0"]
+    assert main(["train", *keys]) == DONE
+    assert "2 of 2 sets of layers that read the same input share their activation ranges" in caplog.messages
+    assert shared_of(tmp_path / "run") == 2
+    packed = load_packed(tmp_path / "run" / "packed")
+    assert merged_layers(packed) == 2 * 3
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["packed_codes_equal"] is True
+    assert report["packed_vs_fake_max_abs"] == 0.0
+
+
+def test_smoothing_that_stays_a_multiplication_keeps_layers_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In Wan each of q, k and v has a vector of its own."""
+    caplog.set_level("INFO")
+    calibration = ("calibration.videos=1", "calibration.steps=2", f"calibration.cache={tmp_path / 'calibration'}")
+    keys = ("init=smoothquant", *calibration, "steps=2", "phi.ranks=[2]", "phi.tail_share=0", "evaluation.videos=0")
+    assert train(tmp_path / "run", *keys) == DONE
+    (line,) = [message for message in caplog.messages if "sets of layers" in message]
+    assert line.startswith(f"0 of {SETS} sets")
+    assert line.endswith("the others differ in grid, smoothing or ranges")
+    assert merged_layers(load_packed(tmp_path / "run" / "packed")) == 0
