@@ -18,6 +18,7 @@ from qvgen.evaluation.comparison import generate_videos, held_out_items
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.initializers.prepare import initialize_
+from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
 from qvgen.training.session import micro_batch_size
 from qvgen.training.student import calibrate_, prepare_student
@@ -75,6 +76,7 @@ def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
 def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) -> tuple[nn.Module, dict[str, float]]:
     """A student that the cell's method has set up; the seconds that calibration and method took, and its mean bits."""
     student, _ = prepare_student(config)
+    unshare_activations_(quantized_layers(student))  # as before every PTQ method
     began = time.monotonic()
     statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
     if statistics is not None:
