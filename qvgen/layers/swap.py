@@ -140,7 +140,7 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     unshare_activations_(layers)
     for name, layer in layers.items():
         LayerForm.from_dict(stored["layers"][name]).declare_(layer)
-    for names in stored["shared_activations"]:
+    for names in stored.get("shared_activations", ()):  # runs from before there was sharing do not say
         tie_activations_([layers[name] for name in names])
 
 

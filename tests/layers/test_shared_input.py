@@ -168,6 +168,8 @@ def test_forms_say_who_shares():
         made.load_state_dict(model.state_dict(), strict=True)
         assert activation_sharing(quantized_layers(made)) == SETS[:1]
         assert forms(made) == forms(model)
+    restore_forms_(model, {key: value for key, value in stored.items() if key != "shared_activations"})
+    assert activation_sharing(quantized_layers(model)) == ()
     stored["shared_activations"] = [["blocks.0.to_q", "nowhere"]]
     with pytest.raises(KeyError, match="nowhere"):
         restore_forms_(make_model(), stored)
