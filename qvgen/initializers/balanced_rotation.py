@@ -4,7 +4,7 @@
     X' = (X m D) H, W' = (W / (m D)) H   D: random signs, so that H is a random Hadamard matrix
 
 D is part of the layer's input_scale: one multiplication, which is folded into what stands before the layer where the model's
-family allows it (:mod:`qvgen.initializers.smoothing`); layers that read the same input share m and D. The weight is rounded
+family allows it (:mod:`qvgen.initializers.smoothing`), where layers that read the same input share m. The weight is rounded
 once, from (W / (m D)) H (the released code rounds twice); activations are dynamic per token of each sample.
 """
 
