@@ -3,21 +3,11 @@
 One call quantizes rows, multiplies integers and scales the sums, block by block, so that the codes of a block never leave the
 cache. Everything but the integer product is the same source for all backends (csrc/cpu/body.inl), so they agree to the bit.
 
-Packed weight, the list that ``prepack`` returns (padded to K' columns and N' outputs, csrc/cpu/qv.h):
-
-    int8 [N'/16, K'/4, 16, 4]   operands q - base; base = integer zero point up to 7 bits, 2^(bits-1) where symmetric, 0 where
-                                real, 128 for 8-bit codes with a zero point (they would not fit a signed byte)
-    int32 [G, N']               their sums over each group of columns
-    float32 [Gw, N']            scales
-    float32 [Gw, N']            real zero points, where they are real
-    int32 [Gw, N']              base - zero point, where base is 128
-
-The product is corrected in int32 by what was left out, which is exact. Threads are torch's own (``torch.set_num_threads``).
+The packed weight is described in :mod:`qvgen_kernels.cpu_prepack`. Threads are torch's own (``torch.set_num_threads``).
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -28,21 +18,19 @@ from torch.nn import functional
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.cpu_library import BACKENDS, CLinear, library, supported
+from qvgen_kernels.cpu_prepack import arrange, padded_sizes
 from qvgen_kernels.hadamard import paley_factor, paley_signs
 from qvgen_kernels.registry import register_backend
-from qvgen_kernels.weight import check_weight
+from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight
 
 __all__ = ["CpuBackend", "probe"]
-
-BLOCK = 32
-"""Outputs are padded to a multiple of this."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FUNCTIONS = {"none": 0, "gelu_tanh": 1, "silu": 2}
 _SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-class CpuBackend:
+class CpuBackend(CanonicalPrepack):
     """One kernel name of the CPU library.
 
     Args:
@@ -73,41 +61,11 @@ class CpuBackend:
                 return name
         raise RuntimeError(f"kernel={self.name!r}: {supported(self.variants[-1])}; use kernel=auto")
 
-    def prepack(
-        self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
-    ) -> list[Tensor]:
-        """Unpack the codes, subtract what fits the operand, and bring them into the order of the products.
-
-        Raises:
-            ValueError: as :func:`check_weight`.
-        """
-        check_weight(planes, scale=scale, zero_point=zero_point, spec=spec)
-        groups, outputs = spec.num_weight_groups, spec.out_features
-        padded_group, padded_out = _padded(spec, self.k_unit)
-        low, high = planes[0].contiguous(), planes[-1].contiguous()
-        base = low.new_full((outputs, groups), _base(spec), dtype=torch.int32)
-        if spec.weight_zero_point == "integer" and spec.weight_bits < 8:
-            assert zero_point is not None  # check_weight
-            base = zero_point.reshape(outputs, groups).to(torch.int32).contiguous()
-        packed = low.new_empty(padded_out // 16, spec.num_groups * padded_group // 4, 16, 4, dtype=torch.int8)
-        column_sum = low.new_empty(spec.num_groups, padded_out, dtype=torch.int32)
-        sizes = (spec.weight_bits, outputs, spec.in_features, spec.group_size, padded_group, padded_out, groups)
-        library().qv_pack(
-            low.data_ptr(),
-            high.data_ptr(),
-            base.data_ptr(),
-            (ctypes.c_int64 * 9)(*sizes, low.shape[1], high.shape[1]),
-            packed.data_ptr(),
-            column_sum.data_ptr(),
-        )
-        weight = [packed, column_sum, _by_output(scale, spec, padded_out)]
-        if spec.weight_zero_point == "real":
-            assert zero_point is not None  # check_weight
-            weight.append(_by_output(zero_point, spec, padded_out))
-        if spec.weight_bits == 8 and spec.weight_zero_point != "none":
-            zero = torch.zeros_like(base) if zero_point is None or zero_point.is_floating_point() else zero_point
-            weight.append(_by_output(128 - zero.to(torch.int32), spec, padded_out))
-        return weight
+    def _arrange(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
+        """Unpack the codes, subtract what fits the operand, and bring them into the order of the products."""
+        # All backends write the same bytes; so a weight can be made where only another machine can use it.
+        runs_here = [name for name in self.variants if supported(name) is None]
+        return arrange(parts, spec=spec, k_unit=self.k_unit, backend=BACKENDS[(*runs_here, "portable")[0]])
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them."""
@@ -119,24 +77,6 @@ class CpuBackend:
         return y
 
 
-def _base(spec: LinearSpec) -> int:
-    """What is subtracted from every code where it is one number for the whole layer."""
-    if spec.weight_zero_point == "none":
-        return int(2 ** (spec.weight_bits - 1))
-    return 128 if spec.weight_bits == 8 else 0
-
-
-def _padded(spec: LinearSpec, k_unit: int) -> tuple[int, int]:
-    """Columns of a group and outputs, as they are stored."""
-    return -(-spec.group_size // k_unit) * k_unit, -(-spec.out_features // BLOCK) * BLOCK
-
-
-def _by_output(values: Tensor, spec: LinearSpec, padded_out: int) -> Tensor:
-    """Values [N] or [N, Gw] as contiguous [Gw, N'], zeros after N."""
-    columns = values.reshape(spec.out_features, -1).t()
-    padded = columns.new_zeros(columns.shape[0], padded_out)
-    padded[:, : spec.out_features] = columns
-    return padded
 
 
 @lru_cache(maxsize=64)
@@ -150,7 +90,7 @@ def _paley_terms(b: int) -> Tensor:
 @lru_cache(maxsize=1024)
 def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
     """All of a call that the spec decides, and the table that it points into."""
-    padded_group, padded_out = _padded(spec, k_unit)
+    padded_group, padded_out = padded_sizes(spec, k_unit)
     paley = paley_factor(spec.rotation) if spec.rotation else 1
     terms = _paley_terms(paley) if paley > 1 else None
     eight = spec.weight_bits == 8 and spec.weight_zero_point != "none"

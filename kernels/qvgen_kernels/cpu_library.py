@@ -62,8 +62,9 @@ def open_library(path: str) -> ctypes.CDLL:
     loaded.qv_linear.argtypes = [ctypes.POINTER(CLinear)]
     loaded.qv_exercise.argtypes = [c_int32, c_int64]
     loaded.qv_exercise.restype = c_int64
-    loaded.qv_pack.argtypes = [c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int64), c_void_p, c_void_p]
-    loaded.qv_pack.restype = None
+    loaded.qv_prepack.argtypes = [c_void_p]
+    loaded.qv_prepack.restype = None
+    loaded.qv_prepack_size.restype = c_int64
     loaded.qv_set_pool.argtypes = [c_void_p]
     loaded.qv_set_pool.restype = None
     pool = _torch_pool()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from torch.nn import functional
 from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec, LinearTensors
 from qvgen_kernels.hadamard import block_hadamard
 from qvgen_kernels.registry import register_backend
-from qvgen_kernels.weight import check_weight, unpack_planes
+from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight, unpack_planes
 
 __all__ = ["ReferenceBackend", "accumulate", "block_hadamard", "quantize_activations"]
 
@@ -139,7 +140,7 @@ def _group_slices(spec: LinearSpec) -> list[slice]:
     return [slice(start, start + spec.group_size) for start in range(0, spec.in_features, spec.group_size)]
 
 
-class ReferenceBackend:
+class ReferenceBackend(CanonicalPrepack):
     """Runs everywhere and every spec. Prepacked weight: [operand, scale] plus [zero_point] where it is real.
 
     operand is int8 [N, K] (int16 for 8-bit integer zero points, uint8 raw codes for real ones): one byte per
@@ -153,15 +154,13 @@ class ReferenceBackend:
         """Refuse nothing: every spec runs on every device that has float64."""
         return None
 
-    def prepack(
-        self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
-    ) -> list[Tensor]:
-        """Unpack the codes and subtract integer zero points in the operand.
+    def _arrange(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
+        """Unpack the codes and subtract integer zero points in the operand."""
+        arranged = [self._arrange_part(part, spec=replace(spec, out_features=len(part.scale))) for part in parts]
+        return [torch.cat(tensors) for tensors in zip(*arranged, strict=True)] if len(parts) > 1 else arranged[0]
 
-        Raises:
-            ValueError: as :func:`check_weight`.
-        """
-        check_weight(planes, scale=scale, zero_point=zero_point, spec=spec)
+    def _arrange_part(self, part: CanonicalWeight, *, spec: LinearSpec) -> list[Tensor]:
+        planes, scale, zero_point = part
         codes = unpack_planes(planes, spec=spec)
         scale = scale.reshape(spec.out_features, -1).clone()
         if spec.weight_zero_point == "real":

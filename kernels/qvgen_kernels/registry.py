@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
+from qvgen_kernels.weight import CanonicalWeight
 
 __all__ = ["AUTO", "Backend", "available_kernels", "get_backend", "register_backend", "resolve_kernel"]
 
@@ -43,6 +44,9 @@ class Backend(Protocol):
         self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
     ) -> list[Tensor]:
         """Turn canonical tensors (checked by ``weight.check_weight``) into this backend's own; at load."""
+
+    def prepack_parts(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
+        """The same for layers of one input as one; ``weight.CanonicalPrepack`` gives both."""
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] (any strides, M may be 0) to a new tensor [M, N] of x's dtype."""

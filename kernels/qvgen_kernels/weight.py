@@ -1,4 +1,4 @@
-"""The packed weight as a backend receives it: checks, and unpacking of the canonical planes.
+"""The packed weight as a backend receives it: its tensors, checks, what all prepacks share, and unpacking of planes.
 
 The layout is that of qvgen's packed checkpoints (kernels/README.md, "Bytes"). It is unpacked here a second
 time, because this package imports nothing of qvgen; a test holds the two to each other.
@@ -6,14 +6,68 @@ time, because this package imports nothing of qvgen; a test holds the two to eac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qvgen_kernels.contract import LinearSpec
 
-__all__ = ["check_weight", "unpack_planes"]
+__all__ = ["CanonicalPrepack", "CanonicalWeight", "check_weight", "unpack_planes"]
+
+
+class CanonicalWeight(NamedTuple):
+    """The weight of a layer as a checkpoint holds it.
+
+    Attributes:
+        planes: uint8, kernels/README.md, "Bytes".
+        scale: float32 [N] or [N, G].
+        zero_point: uint8 ("integer") or float32 ("real") like the scale; None for "none".
+    """
+
+    planes: Sequence[Tensor]
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+class CanonicalPrepack(ABC):
+    """What the prepacks of all backends share: checks of every part, and one layer as the case of one part."""
+
+    def prepack(
+        self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
+    ) -> list[Tensor]:
+        """Bring one layer's canonical tensors into this backend's order.
+
+        Raises:
+            ValueError: as :func:`check_weight`.
+        """
+        return self.prepack_parts([CanonicalWeight(planes, scale, zero_point)], spec=spec)
+
+    def prepack_parts(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
+        """Bring layers of one input, their outputs one below the other, into this backend's order as one weight.
+
+        Args:
+            parts: At least one; all on one device.
+            spec: Of the whole: out_features is the sum of the parts'.
+
+        Raises:
+            ValueError: parts whose rows do not add up to out_features; else as :func:`check_weight`.
+        """
+        rows = [part.planes[0].shape[0] if len(parts) > 1 else spec.out_features for part in parts]
+        if sum(rows) != spec.out_features:
+            raise ValueError(f"parts of {rows} outputs do not make out_features={spec.out_features}")
+        for part, count in zip(parts, rows, strict=True):
+            check_weight(
+                part.planes, scale=part.scale, zero_point=part.zero_point, spec=replace(spec, out_features=count)
+            )
+        return self._arrange(parts, spec=spec)
+
+    @abstractmethod
+    def _arrange(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
+        """The tensors that ``linear`` takes, of parts that were checked."""
 
 
 def plane_shapes(spec: LinearSpec) -> list[tuple[int, int]]:
@@ -41,7 +95,7 @@ def unpack_planes(planes: Sequence[Tensor], *, spec: LinearSpec) -> Tensor:
 
 
 def check_weight(planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> None:
-    """Check the tensors of one layer. Every backend's prepack calls this first.
+    """Check the tensors of one layer; :class:`CanonicalPrepack` does so before any backend sees them.
 
     Args:
         planes: canonical uint8 planes.
@@ -56,7 +110,7 @@ def check_weight(planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor 
     if [tuple(plane.shape) for plane in planes] != shapes or any(plane.dtype != torch.uint8 for plane in planes):
         found = [(plane.dtype, list(plane.shape)) for plane in planes]
         raise ValueError(f"planes are {found}; {spec.weight_bits}-bit weights need torch.uint8 of shapes {shapes}")
-    if spec.weight_bits > 4 and int(planes[0].max()) >= 2**spec.weight_bits:
+    if 4 < spec.weight_bits < 8 and int(planes[0].max()) >= 2**spec.weight_bits:
         raise ValueError(f"weight code {int(planes[0].max())} does not fit into {spec.weight_bits} bits")
     groups = spec.num_weight_groups
     shape = (spec.out_features, groups) if spec.weight_group_size else (spec.out_features,)

@@ -7,14 +7,15 @@ tensor of a checkpoint: the parts keep the canonical codes, and only the backend
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen_kernels import LinearSpec, packed_linear, prepack, resolve_kernel
-from qvgen_kernels.fused import Canonical, merge_linears
+from qvgen_kernels import LinearSpec, packed_linear, resolve_kernel
+from qvgen_kernels.weight import CanonicalWeight
 
 
 def can_merge(parts: Sequence[PackedLinear]) -> bool:
@@ -51,17 +52,15 @@ class MergedPackedLinear(nn.Module):
         Returns:
             The name of the backend that runs the layer.
         """
-        merged = merge_linears(
-            [
-                Canonical(part.planes, part.weight_scale, part.weight_zero_point, part.bias, part.spec)
-                for part in self.parts
-            ]
-        )
         lead = self.parts[0]
-        name = resolve_kernel(lead.kernel, merged.spec, device=lead.codes.device).name
-        weight = prepack(merged.planes, scale=merged.scale, zero_point=merged.zero_point, spec=merged.spec, kernel=name)
-        self._prepacked, self._source = (name, merged.spec, weight, merged.bias), self._identity()
-        return name
+        spec = replace(lead.spec, out_features=sum(part.out_features for part in self.parts))
+        backend = resolve_kernel(lead.kernel, spec, device=lead.codes.device)
+        weights = [CanonicalWeight(part.planes, part.weight_scale, part.weight_zero_point) for part in self.parts]
+        weight = backend.prepack_parts(weights, spec=spec)
+        biases = [part.bias for part in self.parts if part.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        self._prepacked, self._source = (backend.name, spec, weight, bias), self._identity()
+        return backend.name
 
     def _identity(self) -> tuple[tuple[int, int], ...]:
         """What tells whether the parts' codes are still those that were prepacked."""

@@ -66,21 +66,6 @@ void work(void* data) {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
-// Run `work` on `threads` threads, this one among them: on torch's own pool where there is one (GOMP_parallel of the
-// library that torch has loaded), else on fresh threads.
-void parallel(Call& call, int threads) {
-    if (threads <= 1) return work(&call);
-    if (GompParallel pool = gomp_parallel) return pool(work, &call, static_cast<unsigned>(threads), 0);
-    std::vector<std::thread> others;
-    try {
-        for (int t = 1; t < threads; ++t) others.emplace_back(work, &call);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that there are do all the work.
-    }
-    work(&call);
-    for (std::thread& other : others) other.join();
-}
-
 bool backend_of(int32_t id, BackendInfo* info) {
     switch (id) {
         case kPortable: *info = portable_backend(); return true;
@@ -115,6 +100,20 @@ void divide(Call& call, const BackendInfo& info) {
 }
 
 }  // namespace
+
+// On torch's own pool where there is one (GOMP_parallel of the library that torch has loaded), else on fresh threads.
+void parallel(void (*work)(void*), void* data, int threads) {
+    if (threads <= 1) return work(data);
+    if (GompParallel pool = gomp_parallel) return pool(work, data, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> others;
+    try {
+        for (int t = 1; t < threads; ++t) others.emplace_back(work, data);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do all the work.
+    }
+    work(data);
+    for (std::thread& other : others) other.join();
+}
 
 void* scratch(int slot, size_t bytes) {
     if (arena.bytes[slot] < bytes) {
@@ -211,7 +210,7 @@ QV_API int qv_linear(const qv::Linear* linear) {
     const size_t width = linear->dtype == qv::kFloat32 ? 4 : 2;
     qv::advise(linear->y, static_cast<size_t>(linear->rows * linear->y_row_stride) * width);
     const int64_t items = call.row_items * call.column_items;
-    qv::parallel(call, static_cast<int>(items < linear->threads ? items : linear->threads));
+    qv::parallel(qv::work, &call, static_cast<int>(items < linear->threads ? items : linear->threads));
     return call.out_of_memory ? 2 : 0;
 }
 
@@ -219,73 +218,4 @@ QV_API int qv_linear(const qv::Linear* linear) {
 QV_API int64_t qv_exercise(int32_t backend, int64_t times) {
     qv::BackendInfo info;
     return qv::backend_of(backend, &info) ? info.exercise(times) : 0;
-}
-
-namespace {
-
-// Codes of one row of canonical planes (kernels/README.md, "Bytes"); `high` is the second plane of 3 bits.
-void unpack_row(int32_t bits, const uint8_t* low, const uint8_t* high, int64_t columns, uint8_t* out) {
-    if (bits > 4) {
-        memcpy(out, low, static_cast<size_t>(columns));
-    } else if (bits == 4) {
-        for (int64_t j = 0; j < columns / 2; ++j) {
-            out[2 * j] = low[j] & 15;
-            out[2 * j + 1] = low[j] >> 4;
-        }
-        if (columns % 2) out[columns - 1] = low[columns / 2] & 15;
-    } else {
-        int64_t k = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-        // Eight codes at a time: spread 16 bits to two in every byte, and 8 bits to one in every byte.
-        for (; k + 8 <= columns; k += 8) {
-            uint64_t two = low[k / 4] | static_cast<uint64_t>(low[k / 4 + 1]) << 8, one = bits == 3 ? high[k / 8] : 0;
-            two = (two | two << 24) & 0x000000ff000000ff;
-            two = (two | two << 12) & 0x000f000f000f000f;
-            two = (two | two << 6) & 0x0303030303030303;
-            one = (one | one << 28) & 0x0000000f0000000f;
-            one = (one | one << 14) & 0x0003000300030003;
-            one = (one | one << 7) & 0x0101010101010101;
-            two |= one << 2;
-            memcpy(out + k, &two, 8);
-        }
-#endif
-        for (; k < columns; ++k) {
-            out[k] = low[k / 4] >> (k % 4 * 2) & 3;
-            if (bits == 3) out[k] = static_cast<uint8_t>(out[k] | (high[k / 8] >> (k % 8) & 1) << 2);
-        }
-    }
-}
-
-}  // namespace
-
-// Canonical planes of N rows to the packed order: int8 [Np/16][Kp/4][16][4], packed = code - base[n, gw], with the sums of
-// packed values per group in column_sum [G, Np]. What is padding becomes 0.
-QV_API void qv_pack(const uint8_t* low, const uint8_t* high, const int32_t* base, const int64_t* sizes, int8_t* packed,
-                    int32_t* column_sum) {
-    const int64_t bits = sizes[0], out_features = sizes[1], in_features = sizes[2], group = sizes[3], padded_group = sizes[4],
-                  padded_out = sizes[5], base_groups = sizes[6], low_bytes = sizes[7], high_bytes = sizes[8];
-    const int64_t groups = in_features / group, padded_in = groups * padded_group;
-    std::vector<uint8_t> codes(static_cast<size_t>(in_features));
-    std::vector<int8_t> line(static_cast<size_t>(padded_group), 0);
-    qv::advise(packed, static_cast<size_t>(padded_out * padded_in));
-    memset(packed, 0, static_cast<size_t>(padded_out * padded_in));
-    memset(column_sum, 0, static_cast<size_t>(groups * padded_out) * sizeof(int32_t));
-    for (int64_t n = 0; n < out_features; ++n) {
-        unpack_row(static_cast<int32_t>(bits), low + n * low_bytes, high + n * high_bytes, in_features, codes.data());
-        int8_t* panel = packed + n / qv::kLanes * padded_in * qv::kLanes + n % qv::kLanes * 4;
-        for (int64_t g = 0; g < groups; ++g) {
-            const uint8_t* row = codes.data() + g * group;
-            const int32_t zero = base[n * base_groups + (base_groups == 1 ? 0 : g)];
-            int32_t sum = 0;
-            for (int64_t k = 0; k < group; ++k) {
-                const int32_t value = row[k] - zero;
-                line[static_cast<size_t>(k)] = static_cast<int8_t>(value);
-                sum += value;
-            }
-            // Four columns of one output stand together, 64 bytes from the next four; after the group come zeros.
-            for (int64_t k = 0; k < padded_group; k += 4)
-                memcpy(panel + (g * padded_group + k) * 16, &line[static_cast<size_t>(k)], 4);
-            column_sum[g * padded_out + n] = sum;
-        }
-    }
 }

@@ -86,6 +86,9 @@ enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlots };
 // Ask for huge pages for what lies in this range; it may be refused, then pages are small.
 void advise(void* memory, size_t bytes);
 
+// Run work(data) on `threads` threads, the caller among them; returns when all have.
+void parallel(void (*work)(void*), void* data, int threads);
+
 bool amx_permission();  // asks the kernel once per process
 
 }  // namespace qv
