@@ -77,8 +77,6 @@ class CpuBackend(CanonicalPrepack):
         return y
 
 
-
-
 @lru_cache(maxsize=64)
 def _paley_terms(b: int) -> Tensor:
     """uint8 [b/4, b]: which of the 16 signed sums of inputs 4j .. 4j+3 output i takes (first sign is the highest bit)."""

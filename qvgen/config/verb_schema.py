@@ -166,16 +166,16 @@ class BenchmarkConfig:
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
         videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``
-            and ``denoising_step``; > 0.
+        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``,
+            ``denoising_step`` and ``loading``; > 0.
         shapes: Of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
-        threads: Numbers of threads of ``kernels`` and ``denoising_step``, each > 0.
-        blocks: Transformer blocks that ``denoising_step`` runs; > 0.
+        threads: Numbers of threads of ``kernels``, ``denoising_step`` and ``loading``, each > 0.
+        blocks: Transformer blocks that ``denoising_step`` runs, or of the larger file of ``loading``; > 0.
         out: Folder of the results.
     """
 
     run: TrainConfig
-    what: Literal["ptq", "ptq_cost", "training", "kernels", "denoising_step"]
+    what: Literal["ptq", "ptq_cost", "training", "kernels", "denoising_step", "loading"]
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]
@@ -193,6 +193,10 @@ class BenchmarkConfig:
         require(
             self.what != "ptq" or self.run.evaluation.samples > 0,
             "evaluation.samples=0 measures nothing; a benchmark needs more",
+        )
+        require(
+            self.what != "loading" or self.blocks > 1,
+            f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
         )
         for key in ("methods", "widths", "seeds", "shapes", "threads"):
             require(bool(getattr(self, key)), f"{key}=[] is empty; leave it out for the default")

@@ -15,8 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvgen.deploy.delta_switch import add_switch, check_switch, find_switch
@@ -29,6 +28,7 @@ from qvgen.deploy.manifest import (
     layer_entry,
     read_manifest,
 )
+from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -127,14 +127,26 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
         ValueError: Anything in the directory that is missing, damaged, of another version or shape.
         RuntimeError: A kernel that does not run here.
     """
+    return load_timed(directory, model, kernel)[0]
+
+
+def load_timed(
+    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto"
+) -> tuple[nn.Module, LoadSeconds]:
+    """:func:`load_packed`, and where its time went."""
+    clock = StageClock()
     directory = Path(directory)
     manifest = read_manifest(directory)
-    tensors = _read_tensors(directory, manifest)
     device = torch.device("cpu") if model is None else next(model.parameters()).device
-    if model is None:
-        model = _build(manifest, source=directory / MANIFEST_FILE)
-    elif _plain_config(model) != manifest.transformer_config:
-        raise ValueError(f"the model that was given has another configuration than {directory / MANIFEST_FILE} says")
+    with file_checked(directory, manifest, clock), clock.stage("build"):
+        if model is None:
+            model = _build(manifest, source=directory / MANIFEST_FILE)
+        elif _plain_config(model) != manifest.transformer_config:
+            raise ValueError(
+                f"the model that was given has another configuration than {directory / MANIFEST_FILE} says"
+            )
+    with clock.stage("map"):
+        tensors = map_tensors(directory)
     band = _noise_band(manifest, source=directory / MANIFEST_FILE)
     for entry in manifest.layers:
         _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
@@ -147,12 +159,15 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     model.to(device)
     model.requires_grad_(False).eval()
     fused = fuse_packed_(model)
-    names = prepack_(model)
+    with clock.stage("prepack", all_threads=True):
+        names = prepack_(model)
+    seconds = clock.seconds()
     log.info(
-        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated",
+        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated; %.1f s",
         directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
+        seconds.wall,
     )  # fmt: skip
-    return model
+    return model, seconds
 
 
 def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None:
@@ -182,18 +197,6 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; copy the whole packed directory")
-    if (found := file_sha256(path)) != manifest.sha256:
-        raise ValueError(f"{path} has sha256 {found}, the manifest says {manifest.sha256}; the copy is damaged")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
 def _build(manifest: Manifest, *, source: Path) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,13 @@ from qvgen.quant.affine import dequantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.packing import pack_codes, unpack_codes
 from qvgen.quantizers.weight_lsq import WeightLSQ
+
+
+@cache
+def _plane_widths(in_features: int, bits: int) -> tuple[int, ...]:
+    """Bytes of a row of each plane; packing one row tells it."""
+    codes = torch.zeros(1, in_features, dtype=torch.uint8, device="cpu")
+    return tuple(plane.shape[1] for plane in pack_codes(codes, bits=bits))
 
 
 class PackedWeight(nn.Module):
@@ -35,12 +44,11 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight_grid = grid
-        # One row tells how wide the planes are.
-        planes = pack_codes(torch.zeros(1, in_features, dtype=torch.uint8), bits=grid.bits)
         groups = grid.num_groups(in_features)
         shape = (out_features, groups) if grid.group_size else (out_features,)
         zero_dtype = torch.float32 if grid.zero_point == "real" else torch.uint8
-        empty = [torch.zeros(out_features, plane.shape[1], dtype=torch.uint8, device=device) for plane in planes]
+        widths = _plane_widths(in_features, grid.bits)
+        empty = [torch.zeros(out_features, width, dtype=torch.uint8, device=device) for width in widths]
         self.register_buffer("codes", empty[0])
         self.register_buffer("codes_high", empty[1] if len(empty) == 2 else None)
         self.register_buffer("weight_scale", torch.ones(shape, device=device))

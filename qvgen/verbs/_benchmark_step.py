@@ -28,16 +28,16 @@ from torch.profiler import ProfilerActivity, profile
 from qvgen.config.bits import Bits
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
-from qvgen.deploy.checkpoint import load_packed, save_packed
+from qvgen.deploy.checkpoint import load_timed, save_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE
 from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import fold, packed_layers
-from qvgen.quant.grid import Profile
 from qvgen.training.fake_model import num_blocks
 from qvgen.training.live_bytes import LiveBytes
+from qvgen.verbs._benchmark_loading import PARTS, profile_of
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 from qvgen_kernels.weight import plane_shapes
 
@@ -89,25 +89,23 @@ class _Call:
 
 def _packed(source: nn.Module, config: TrainConfig, width: Bits) -> tuple[nn.Module, dict[str, Any]]:
     """A packed model of the source's weights, read back from its directory, and what that took."""
-    base: Profile = config.profile
-    profile_of_width = replace(
-        base,
-        weight=replace(base.weight, bits=width.weight),
-        activation=replace(base.activation, bits=width.activation),
-    )
     model = type(source).from_config(source.config)
     model.load_state_dict(source.state_dict())
     patterns = {"include": config.model.include, "exclude": config.model.exclude}
-    prepare(model, PrepareConfig(profile=profile_of_width, initializer=RoundToNearest(), **patterns))
+    prepare(model, PrepareConfig(profile=profile_of(config.profile, width), initializer=RoundToNearest(), **patterns))
     fold(model, kernel=config.kernel)
     with tempfile.TemporaryDirectory() as folder:
         save_packed(model, folder)
         size = (Path(folder) / WEIGHTS_FILE).stat().st_size
-        began = time.perf_counter()
-        loaded = load_packed(folder, kernel=config.kernel)
-        seconds = time.perf_counter() - began
+        loaded, seconds = load_timed(folder, kernel=config.kernel)
     kernels = sorted({layer.prepack_() for layer in list(packed_layers(loaded).values())[:1]})
-    facts = {"bytes": size, "load_s": seconds, "load_s_per_gb": seconds / size * 1e9, "kernel": kernels[0]}
+    facts = {
+        "bytes": size,
+        "load_s": seconds.wall,
+        "load_s_per_gb": seconds.wall / size * 1e9,
+        "load_cpu_s": {part: getattr(seconds, part) for part in PARTS},
+        "kernel": kernels[0],
+    }
     return loaded.to(torch.bfloat16), facts
 
 
@@ -239,6 +237,7 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             f"{row['activation_peak_bytes'] / 2**30:.2f}",
             f"{row['bytes'] / 2**20:.0f}",
             "-" if row["variant"] == BF16 else f"{row['load_s']:.2f} ({row['load_s_per_gb']:.2f})",
+            "-" if row["variant"] == BF16 else ", ".join(f"{row['load_cpu_s'][part]:.2f}" for part in PARTS),
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -246,7 +245,7 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     parts = [f"{part}" for part in first["shares"]]
     columns = [
         "model", "threads", "step s", "times bf16", *parts, "quantizing", "activations GiB", "weights MiB",
-        "load s (per GB)",
+        "load s (per GB)", f"CPU s of loading: {', '.join(PARTS)}",
     ]  # fmt: skip
     kernels = sorted({row["kernel"] for row in rows if "kernel" in row})
     return [

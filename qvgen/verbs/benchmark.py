@@ -11,6 +11,7 @@ from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.verbs._benchmark_kernels import kernel_rows
 from qvgen.verbs._benchmark_kernels_page import kernel_table
+from qvgen.verbs._benchmark_loading import loading_rows, loading_table
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
 from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
 from qvgen.verbs._benchmark_step import step_rows, step_table
@@ -25,6 +26,7 @@ _BENCHMARKS = {
     "training": (training_rows, training_table),
     "kernels": (kernel_rows, kernel_table),
     "denoising_step": (step_rows, step_table),
+    "loading": (loading_rows, loading_table),
 }
 
 
@@ -34,9 +36,10 @@ def run(config: BenchmarkConfig) -> None:
     if config.run.dry_run and config.what == "kernels":
         print(f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads, into {config.out}")
         return
-    if config.run.dry_run and config.what == "denoising_step":
-        widths = ", ".join(["bf16", *(width.label for width in config.widths)])
-        print(f"denoising_step of {config.run.names.model}, {config.blocks} blocks: {widths}, into {config.out}")
+    if config.run.dry_run and config.what in ("denoising_step", "loading"):
+        others = ["bf16"] if config.what == "denoising_step" else []
+        widths = ", ".join([*others, *(width.label for width in config.widths)])
+        print(f"{config.what} of {config.run.names.model}, {config.blocks} blocks: {widths}, into {config.out}")
         return
     if config.run.dry_run:
         cells = len(config.methods) * len(config.widths) * len(config.seeds)

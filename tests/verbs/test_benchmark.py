@@ -110,7 +110,33 @@ def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.C
         assert (row["quantize_s"] > 0) == (name != "bf16")
     assert rows["4"]["bytes"] < 0.6 * rows["bf16"]["bytes"]
     assert rows["4"]["load_s"] > 0
+    assert rows["4"]["load_cpu_s"]["prepack"] > 0
     assert "| 4 | 1 |" in (tmp_path / "denoising-step-tiny.md").read_text()
+
+
+def test_loading_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["loading", "widths=[3,w8a4]", "timed_steps=2", "threads=[1,2]", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    assert "loading of tiny, 3 blocks: 3, w8a4" in capsys.readouterr().out
+    assert main(["benchmark", *keys, "blocks=1"]) == 2
+    assert "blocks=1 is no second size" in capsys.readouterr().err
+    assert main(["benchmark", *keys]) == 0
+    rows = json.loads((tmp_path / "loading-tiny.json").read_text())["rows"]
+    assert [(row["threads"], row["variant"]) for row in rows] == [(1, "3"), (1, "w8a4"), (2, "3"), (2, "w8a4")]
+    for row in rows:
+        assert row["bytes"]["large"] > 1.3 * row["bytes"]["small"] > 20_000
+        for size, own in row["loads"].items():
+            assert len(own) == 2
+            for load in own:
+                parts = [load[part] for part in ("hash", "build", "map", "prepack", "other")]
+                assert all(part > 0 for part in parts)
+                assert load["cpu"] == pytest.approx(sum(parts))
+                assert load["peak_above_final_bytes"] < 50_000_000
+            assert row["median_s"][size]["cpu"] == pytest.approx((own[0]["cpu"] + own[1]["cpu"]) / 2)
+        whole = row["fixed_s"]["cpu"] + row["s_per_gb"]["cpu"] * row["bytes"]["large"] / 1e9
+        assert whole == pytest.approx(row["median_s"]["large"]["cpu"])
+    assert rows[1]["bytes"]["large"] > 1.2 * rows[0]["bytes"]["large"]
+    assert "| 3 | 1 |" in (tmp_path / "loading-tiny.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +148,7 @@ def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.C
         ("threads=[0]", "threads=0"),
         ("seeds=[]", "seeds=[] is empty"),
         ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
-        ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training, kernels, denoising_step)"),
+        ("what=speed", "what=speed is unknown (there are: ptq, ptq_cost, training, kernels, denoising_step, loading)"),
     ],
 )
 def test_what_can_not_be_measured_is_refused(

@@ -1,0 +1,111 @@
+"""The file of a packed checkpoint: its hash, its tensors as views of mapped pages, and where the time of a load goes.
+
+A thread hashes the file while the transformer is built, which needs the manifest alone. Nothing of the file is used, and no
+model of a caller is touched, before the hash is known to be the manifest's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, file_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSeconds:
+    """Where the time of one load went.
+
+    Attributes:
+        hash: CPU seconds of hashing the file.
+        build: of building the transformer without weights; the same for a file of any size.
+        map: of mapping the file and finding its tensors; pages are read when they are used.
+        prepack: of the backends' copies of the weights, on all threads, with what it takes to find memory.
+        other: the rest: packed layers, checks of names and shapes.
+        wall: seconds from begin to end by the clock; hash and build go on at the same time.
+    """
+
+    hash: float
+    build: float
+    map: float
+    prepack: float
+    other: float
+    wall: float
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of all threads."""
+        return self.hash + self.build + self.map + self.prepack + self.other
+
+
+class StageClock:
+    """Measures one load from its construction on. Other work of the process at the same time counts as ``other``."""
+
+    def __init__(self) -> None:
+        self._began = time.process_time(), time.perf_counter()
+        self._stages = dict.fromkeys(("hash", "build", "map", "prepack"), 0.0)
+
+    @contextmanager
+    def stage(self, name: str, *, all_threads: bool = False) -> Iterator[None]:
+        """Count the CPU time of the calling thread, or of all, as that of a stage."""
+        clock = time.process_time if all_threads else time.thread_time
+        began = clock()
+        try:
+            yield
+        finally:
+            self._stages[name] += clock() - began
+
+    def seconds(self) -> LoadSeconds:
+        """What was measured until now."""
+        cpu, wall = time.process_time() - self._began[0], time.perf_counter() - self._began[1]
+        return LoadSeconds(**self._stages, other=cpu - sum(self._stages.values()), wall=wall)
+
+
+@contextmanager
+def file_checked(directory: Path, manifest: Manifest, clock: StageClock) -> Iterator[None]:
+    """Hash the weights' file in a thread while the caller's block, which must not need the file, runs.
+
+    Raises:
+        ValueError: The file is missing or has another sha256 than the manifest says, whatever the block raised.
+    """
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole packed directory")
+
+    def digest() -> str:
+        with clock.stage("hash"):
+            return file_sha256(path)
+
+    def check(found: str) -> None:
+        if found != manifest.sha256:
+            raise ValueError(f"{path} has sha256 {found}, the manifest says {manifest.sha256}; the copy is damaged")
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(digest)
+        try:
+            yield
+        except Exception:
+            check(found.result())
+            raise
+        check(found.result())
+
+
+def map_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a checked file, by name; they share its mapped pages.
+
+    Raises:
+        ValueError: It is no safetensors file.
+    """
+    path = directory / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
