@@ -1,7 +1,8 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
 
 One build with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs random calls as in test_cpu.py
-on every x86 backend; every tensor is an allocation of its exact size. The 64-bit ARM build runs under qemu-user.
+on every x86 backend, and prepack_driver.cpp prepacks; every tensor is an allocation of its exact size. The 64-bit ARM build
+runs under qemu-user.
 """
 
 import platform
@@ -23,8 +24,9 @@ CROSS = "aarch64-linux-gnu-g++"
 
 
 def build(compiler, flags, folder):
-    """The driver and all sources as one program."""
-    sources = [*sorted(SOURCE.glob("*.cpp")), Path(__file__).with_name("cpu_driver.cpp")]
+    """Both drivers, each a program with all sources; the path of the first."""
+    drivers = [Path(__file__).with_name(name) for name in ("cpu_driver.cpp", "prepack_driver.cpp")]
+    sources = [*sorted(SOURCE.glob("*.cpp")), *drivers]
     objects = [folder / f"{path.stem}.o" for path in sources]
     common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
 
@@ -33,8 +35,10 @@ def build(compiler, flags, folder):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, zip(sources, objects, strict=True)))
-    subprocess.run([compiler, *flags, "-pthread", *map(str, objects), "-o", str(folder / "driver")], check=True)
-    return str(folder / "driver")
+    for made in objects[-2:]:
+        linked = [*objects[:-2], made]
+        subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(made.with_suffix(""))], check=True)
+    return str(objects[-2].with_suffix(""))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,17 @@ def test_no_error_and_the_reference_bits(variant, sanitized, cases):
         compare(case, result, expected)
 
 
+def run_prepack(command):
+    command[-1] = str(Path(command[-1]).with_name("prepack_driver"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_prepacking_reads_no_byte_too_far(sanitized):
+    run_prepack([sanitized])
+
+
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
     if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
@@ -81,6 +96,10 @@ def test_arm_gives_the_reference_bits(variant, arm, cases):
     found = run_driver(["qemu-aarch64", arm], [case for case, _ in cases], variant=variant, threads=2)
     for (case, expected), result in zip(cases, found, strict=True):
         compare(case, result, expected)
+
+
+def test_arm_prepacks_the_same_bytes(arm):
+    run_prepack(["qemu-aarch64", arm])
 
 
 def test_the_sources_never_contract_multiplications(arm):
