@@ -33,7 +33,6 @@ from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, select_linears
 from qvgen.quant.grid import Profile
 from qvgen.training.fake_model import build_family, build_transformer
-from qvgen_kernels import resolve_kernel
 
 PARTS = ("hash", "build", "map", "prepack", "other")
 _SMALL = 1
@@ -134,7 +133,7 @@ def _load(folder: Path, kernel: str) -> tuple[LoadSeconds, dict[str, float], str
     memory = _memory()
     peak = {"peak_above_final_bytes": float(memory["VmHWM"] - memory["VmRSS"])} if memory else {}
     first = next(iter(packed_layers(model).values()))
-    return seconds, peak, resolve_kernel(first.kernel, first.spec).name
+    return seconds, peak, first.prepack_()
 
 
 def _memory() -> dict[str, int]:
