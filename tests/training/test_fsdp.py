@@ -102,7 +102,7 @@ def test_the_packed_file_and_the_videos_are_those_of_one_process(both: tuple[Pat
     log = (both[1] / "logs" / "rank1.log").read_text()
     assert "step 6: sampling the validation prompts 0, 1" in log  # the forward pass needs both
     assert "Traceback" not in log
-    assert "Warning" not in log
+    assert "Warning" not in log.replace("Warning: Detected no triton", "")  # torchao says so, where diffusers finds it
 
 
 def test_a_run_continues_over_a_rank_boundary_to_the_same_bytes(both: tuple[Path, Path], tmp_path: Path) -> None:
