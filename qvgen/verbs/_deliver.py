@@ -96,8 +96,9 @@ def run_info(config: TrainConfig) -> RunInfo:
 
 
 def command_line() -> str:
-    """What the user typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What the user typed; ``qvgen`` for ``python -m qvgen.cli``."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["qvgen" if name == "cli.py" else name, *sys.argv[1:]])
 
 
 @contextmanager
