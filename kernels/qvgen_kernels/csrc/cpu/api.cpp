@@ -47,6 +47,9 @@ struct Call {
     std::atomic<bool> out_of_memory{false};
 };
 
+constexpr int64_t kSharedItems = 4;           // items of one thread, where there are rows enough
+constexpr int64_t kSharedBytes = 512 << 10;  // of codes in such an item at least
+
 void work(void* data) {
     Call& call = *static_cast<Call*>(data);
     const Linear& p = *call.linear;
@@ -82,16 +85,23 @@ bool backend_of(int32_t id, BackendInfo* info) {
     }
 }
 
-// Rows of one item: as many as their codes may fill of a cache (code_bytes), in whole tiles, and few enough that all threads
-// have work. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
+// Rows of one item: as many as their codes may fill of a cache (code_bytes), in whole tiles. On several threads every one gets
+// as many items as the others, and some small ones (kSharedBytes of codes) rather than one: a thread that the machine disturbs
+// then leaves work to the rest. With fewer rows than that the outputs are divided too, and each part quantizes its rows itself.
 void divide(Call& call, const BackendInfo& info) {
     const Linear& p = *call.linear;
-    const int64_t tile = info.tile_rows;
+    const int64_t tile = info.tile_rows, threads = p.threads;
     int64_t rows = info.code_bytes / p.padded_in / tile * tile;
     if (rows < tile) rows = tile;
-    const int64_t share = ((p.rows + p.threads - 1) / p.threads + tile - 1) / tile * tile;
-    call.row_block = rows < share ? rows : share;
-    call.row_items = (p.rows + call.row_block - 1) / call.row_block;
+    int64_t items = (p.rows + rows - 1) / rows;
+    if (threads > 1) {
+        const int64_t small = p.rows * p.padded_in / kSharedBytes, wanted = kSharedItems * threads;
+        if (items < wanted) items = small < wanted ? (small > items ? small : items) : wanted;
+        items = (items + threads - 1) / threads * threads;
+    }
+    rows = ((p.rows + items - 1) / items + tile - 1) / tile * tile;
+    call.row_block = rows;
+    call.row_items = (p.rows + rows - 1) / rows;
     const int64_t blocks = (p.out_features + kBlock - 1) / kBlock;
     int64_t parts = call.row_items >= p.threads ? 1 : p.threads / call.row_items;
     if (parts > blocks) parts = blocks;
