@@ -76,8 +76,13 @@ def run(config: BenchmarkConfig) -> None:
 
 
 def _model_name(config: BenchmarkConfig) -> str:
-    """Of the result's files: the model's, its repository's where the size is what counts, the device of kernels."""
+    """Of the result's files: the model's, its repository's where the size is what counts, the device of kernels.
+
+    One step of the same model on more frames is another page: attention's share grows with them.
+    """
     if config.what == "kernels":
         return "cpu"
+    if config.what == "denoising_step":
+        return f"{config.run.names.model}-{config.run.model.num_frames}-frames"
     repository = getattr(config.run.model, "repository", "") if config.what == "ptq_cost" else ""
     return repository.rpartition("/")[2].lower() or config.run.names.model
