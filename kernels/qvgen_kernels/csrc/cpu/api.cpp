@@ -6,11 +6,9 @@
 #include <thread>
 #include <vector>
 
+#include "pages.h"
 #include "qv.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -43,6 +41,7 @@ struct Call {
     const Linear* linear;
     RunFunction run;
     int64_t row_block, column_block, row_items, column_items;
+    PageRange pages;  // of the outputs
     std::atomic<int64_t> next{0};
     std::atomic<bool> out_of_memory{false};
 };
@@ -53,6 +52,7 @@ constexpr int64_t kSharedBytes = 512 << 10;  // of codes in such an item at leas
 void work(void* data) {
     Call& call = *static_cast<Call*>(data);
     const Linear& p = *call.linear;
+    populate_pages(call.pages);
     for (;;) {
         const int64_t item = call.next.fetch_add(1);
         if (item >= call.row_items * call.column_items || call.out_of_memory) return;
@@ -142,17 +142,6 @@ void* scratch(int slot, size_t bytes) {
     return arena.memory[slot];
 }
 
-void advise(void* memory, size_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t kPage = 2 << 20;
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-    const uintptr_t stop = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-    if (stop > start) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
 bool amx_permission() {
 #if defined(__linux__) && defined(__x86_64__)
     // ARCH_REQ_XCOMP_PERM for tile data (18): until then a tile instruction raises SIGILL.
@@ -216,9 +205,8 @@ QV_API int qv_linear(const qv::Linear* linear) {
     call.linear = linear;
     call.run = info.run;
     qv::divide(call, info);
-    // A fresh output costs 0.3 to 0.7 ms per MB in faults of 4 KiB pages: more than quantizing and scaling together.
     const size_t width = linear->dtype == qv::kFloat32 ? 4 : 2;
-    qv::advise(linear->y, static_cast<size_t>(linear->rows * linear->y_row_stride) * width);
+    qv::find_pages(call.pages, linear->y, static_cast<size_t>(linear->rows * linear->y_row_stride) * width);
     const int64_t items = call.row_items * call.column_items;
     qv::parallel(qv::work, &call, static_cast<int>(items < linear->threads ? items : linear->threads));
     return call.out_of_memory ? 2 : 0;

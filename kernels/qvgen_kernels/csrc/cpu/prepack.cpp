@@ -3,10 +3,7 @@
 
 #include <atomic>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <time.h>
-#endif
+#include "pages.h"
 
 #if defined(_WIN32)
 #define QV_API extern "C" __declspec(dllexport)
@@ -83,57 +80,9 @@ void plain(int32_t bits, const PanelRows& rows, int64_t k, int64_t columns, int6
 struct Job {
     const Prepack* prepack;
     ChunkFunction chunks;     // null: plain alone
-    int8_t *pages, *end;      // the whole huge pages of the packed weight
-    std::atomic<int64_t> next_page{0}, next{0};
+    PageRange pages;          // of the packed weight
+    std::atomic<int64_t> next{0};
 };
-
-#if defined(__linux__)
-// Fresh memory is most of the work: 0.35 ms per MB in page faults of 4 KiB and 0.05 with huge pages, against 0.04 for the rest
-// (docs/log.md). But where the system has no huge page at hand (memory in pieces; a virtual machine that has given its free
-// memory back to the host) one may take 10 ms. So each is timed, and after a slow one the next kPause are small.
-constexpr int64_t kHugePage = 2 << 20, kPause = 64;
-constexpr int64_t kSlowNanoseconds = 1000000;  // small pages take about 0.8 ms for as much
-constexpr int kPopulateWrite = 23;             // MADV_POPULATE_WRITE, since Linux 5.14; older ones fault at the stores
-std::atomic<int64_t> pause{0};
-
-int64_t thread_nanoseconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
-void populate(int8_t* memory, int64_t bytes) {
-    if (bytes > 0) madvise(memory, static_cast<size_t>(bytes), kPopulateWrite);
-}
-
-void populate_huge(int8_t* page) {
-    if (pause > 0) {
-        --pause;
-        return populate(page, kHugePage);
-    }
-    advise(page, kHugePage);
-    const int64_t began = thread_nanoseconds();
-    populate(page, kHugePage);
-    if (thread_nanoseconds() - began > kSlowNanoseconds) pause = kPause;
-}
-
-void find_pages(Job& job) {
-    const Prepack& p = *job.prepack;
-    const int64_t bytes = p.padded_out * p.groups * p.padded_group;
-    const int64_t before = -reinterpret_cast<intptr_t>(p.packed) & (kHugePage - 1);
-    const int64_t whole = bytes > before ? (bytes - before) / kHugePage * kHugePage : 0;
-    job.pages = p.packed + (whole ? before : 0);
-    job.end = job.pages + whole;
-}
-
-void populate_pages(Job& job) {
-    for (int64_t i = job.next_page.fetch_add(1); i < (job.end - job.pages) / kHugePage; i = job.next_page.fetch_add(1))
-        populate_huge(job.pages + i * kHugePage);
-}
-#else
-void find_pages(Job&) {}
-void populate_pages(Job&) {}
-#endif
 
 // Rows [16 * index, + 16) of the sources; `zero` points to the first group's zero points of each row.
 void find_rows(const Prepack& p, int64_t index, PanelRows* rows, const uint8_t** zero) {
@@ -178,7 +127,7 @@ void pack_panel(const Prepack& p, int64_t index, ChunkFunction chunks) {
 void work(void* data) {
     Job& job = *static_cast<Job*>(data);
     const int64_t panels = job.prepack->padded_out / kLanes;
-    populate_pages(job);
+    populate_pages(job.pages);
     for (int64_t i = job.next.fetch_add(1); i < panels; i = job.next.fetch_add(1)) pack_panel(*job.prepack, i, job.chunks);
 }
 
@@ -205,6 +154,7 @@ QV_API void qv_prepack(const qv::Prepack* prepack) {
     const bool aligned = reinterpret_cast<uintptr_t>(prepack->packed) % 64 == 0;
     job.chunks = aligned ? qv::chunk_function(prepack->backend, prepack->bits) : nullptr;
     const int64_t panels = prepack->padded_out / qv::kLanes;
-    qv::find_pages(job);
+    const int64_t bytes = prepack->padded_out * prepack->groups * prepack->padded_group;
+    qv::find_pages(job.pages, prepack->packed, static_cast<size_t>(bytes));
     qv::parallel(qv::work, &job, static_cast<int>(panels < prepack->threads ? panels : prepack->threads));
 }

@@ -83,9 +83,6 @@ BackendInfo neon_backend();
 void* scratch(int slot, size_t bytes);
 enum Slot { kSlotCodes, kSlotRow, kSlotVectors, kSlotTile, kSlotSums, kSlots };
 
-// Ask for huge pages for what lies in this range; it may be refused, then pages are small.
-void advise(void* memory, size_t bytes);
-
 // Run work(data) on `threads` threads, the caller among them; returns when all have.
 void parallel(void (*work)(void*), void* data, int threads);
 
