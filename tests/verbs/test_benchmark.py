@@ -98,7 +98,9 @@ def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.C
     assert main(["benchmark", *keys, "dry_run=true"]) == 0
     assert "denoising_step of tiny, 2 blocks: bf16, 4, w3a8" in capsys.readouterr().out
     assert main(["benchmark", *keys]) == 0
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "denoising-step-tiny-8-frames.json").read_text())["rows"]}
+    rows = {
+        row["variant"]: row for row in json.loads((tmp_path / "denoising-step-tiny-8-frames.json").read_text())["rows"]
+    }
     assert set(rows) == {"4", "w3a8", "bf16"}
     for name, row in rows.items():
         assert (row["tokens"], row["blocks_run"], row["blocks"]) == (128, 2, 3)
