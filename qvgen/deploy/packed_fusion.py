@@ -1,8 +1,8 @@
 """A packed transformer's blocks with fewer passes over memory, and the same bits.
 
     attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
-                   attention has for fused projections; where their tables or smoothing differ, as after training, they stay
-                   three
+                   attention has for fused projections; where their tables or smoothing differ, as after a method that smooths
+                   each layer by itself, or training with method.share_activations=false, they stay three
     feed-forward   by blocks of rows (:mod:`qvgen.deploy.blocked_feed_forward`)
     Wan's block    gates and residuals are part of the layers before them (:mod:`qvgen.deploy.gated_wan_block`)
 

@@ -11,14 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qvgen.config.leaves import conf_directory
-from qvgen.data.noise import NoisyBatch
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import not_sampling, quantized_layers
@@ -97,15 +95,11 @@ def errors(name: str, bits: str, cache: Path) -> Errors:
     with not_sampling(student), torch.no_grad():
         for batch in HeldOut(config.model, split, num_samples=12, seed=1, batch_size=12)._batches:
             noise_band.set_timestep(batch.timestep)
-            call(config.model, teacher, batch, split.encode(batch.captions))
+            config.model.predict(teacher, batch.noisy, batch.timestep, split.encode(batch.captions))
     result: Errors = {"output": {}, "weight": {}}
     for (what, kind), (error, norm) in sums.items():
         result[what][kind] = float(error / norm)
     return result
-
-
-def call(family: Any, model: nn.Module, batch: NoisyBatch, condition: dict[str, Tensor]) -> None:
-    family.predict(model, batch.noisy, batch.timestep, condition)
 
 
 def compare(layer: nn.Module, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

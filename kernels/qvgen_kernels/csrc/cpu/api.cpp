@@ -18,12 +18,6 @@
 #include <sys/auxv.h>
 #endif
 
-#if defined(_WIN32)
-#define QV_API extern "C" __declspec(dllexport)
-#else
-#define QV_API extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace qv {
 namespace {
 

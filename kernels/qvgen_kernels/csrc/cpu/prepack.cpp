@@ -5,12 +5,6 @@
 
 #include "pages.h"
 
-#if defined(_WIN32)
-#define QV_API extern "C" __declspec(dllexport)
-#else
-#define QV_API extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace qv {
 namespace {
 

@@ -13,6 +13,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(_WIN32)
+#define QV_API extern "C" __declspec(dllexport)
+#else
+#define QV_API extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace qv {
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
