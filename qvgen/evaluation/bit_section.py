@@ -5,14 +5,14 @@ The numbers are read from the run's folder; see :mod:`qvgen.evaluation.bit_table
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qvgen.evaluation.bit_table import ALL_WINDOWS, DIRECTORY, Allocation, Sensitivity
+from qvgen.evaluation.bit_table import ALL_WINDOWS, DIRECTORY, Allocation, Key, combined_scores
 from qvgen.evaluation.canvas import Canvas, Chart
 from qvgen.run_directory import atomic_write
 
@@ -89,7 +89,7 @@ def draw_sensitivity(allocation: Allocation, *, side: str) -> Chart | None:
         return None
     units = list(dict.fromkeys((row.group, row.block) for row in rows))
     widths, windows = sorted({row.bits for row in rows}), sorted({row.window for row in rows})
-    shares = relative_scores(rows)
+    shares = relative_scores(combined_scores(allocation.sensitivities), rows=[row.key for row in rows])
     values = np.full((len(units), len(widths) * len(windows)), np.nan)
     for row in rows:
         column = widths.index(row.bits) * len(windows) + windows.index(row.window)
@@ -101,16 +101,17 @@ def draw_sensitivity(allocation: Allocation, *, side: str) -> Chart | None:
         axes.set_xticks([(index + 0.5) * len(windows) for index in range(len(widths))], [str(w) for w in widths])
         axes.set_yticks([index + 0.5 for index in range(len(units))], [f"{group} {block}" for group, block in units])
         return canvas.chart(
-            "Colour: the group's own metric as a share of its largest value here, as a power of ten; groups do not compare."
+            "Colour: the group's own metrics as a share of its largest value here, as a power of ten; groups do not compare."
         )
 
 
-def relative_scores(rows: list[Sensitivity]) -> Mapping[tuple[str, str, str, int, int], float]:
-    """Every score as a share of the largest one of its group, by the row's key; 0 where all of a group are 0."""
+def relative_scores(scores: Mapping[Key, float], *, rows: Iterable[Key]) -> dict[Key, float]:
+    """The scores of some rows as shares of the largest of these of their group; 0 where all of a group are 0."""
+    shown = {key: scores[key] for key in rows}
     largest: dict[str, float] = {}
-    for row in rows:
-        largest[row.group] = max(largest.get(row.group, 0.0), row.score)
-    return {row.key: row.score / largest[row.group] if largest[row.group] else 0.0 for row in rows}
+    for (group, *_), score in shown.items():
+        largest[group] = max(largest.get(group, 0.0), score)
+    return {key: score / largest[key[0]] if largest[key[0]] else 0.0 for key, score in shown.items()}
 
 
 def _fill(canvas: Canvas, values: Any) -> None:

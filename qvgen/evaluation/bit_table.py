@@ -1,6 +1,6 @@
 """Mixed precision in files: measured sensitivities, the allocation that was made of them, and how a run's folder keeps both.
 
-    RUN_DIR/mixed_precision/sensitivity.csv    one row per (group, block, side, bits, window of timesteps)
+    RUN_DIR/mixed_precision/sensitivity.csv    a row per (group, block, side, bits, window of timesteps), a column per metric
     RUN_DIR/mixed_precision/allocation.json    the budget, what was reached, and {layer: {window: [weight, activation bits]}}
 
 While measuring, rows are appended to a JSONL file as they come: a run that is killed loses the row that it was at.
@@ -12,8 +12,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from qvgen.run_directory import atomic_write
 DIRECTORY = "mixed_precision"
 ALL_WINDOWS = -1
 """Stands for all windows of timesteps at once."""
+
+Key = tuple[str, str, str, int, int]
+"""(group, block, side, bits, window) of a measurement."""
 
 TABLE_FILE, ALLOCATION_FILE = "sensitivity.csv", "allocation.json"
 
@@ -37,8 +41,7 @@ class Sensitivity:
         bits: Of that side.
         window: Of timesteps; 0 is where sampling begins, -1 all of them at once.
         output_error: mean squared difference of the sampled videos to the full-precision model's, pixels in [0, 1].
-        metric: Name of the group's own metric.
-        score: Its value; larger is worse.
+        scores: Name of each of the group's own metrics -> its value; larger is worse.
         seconds: Wall-clock time of the measurement.
     """
 
@@ -48,17 +51,18 @@ class Sensitivity:
     bits: int
     window: int
     output_error: float
-    metric: str
-    score: float
+    scores: Mapping[str, float]
     seconds: float
 
     @property
-    def key(self) -> tuple[str, str, str, int, int]:
+    def key(self) -> Key:
         """What was measured."""
         return (self.group, self.block, self.side, self.bits, self.window)
 
 
-_NUMBERS = {"bits": int, "window": int, "output_error": float, "score": float, "seconds": float}
+_COLUMNS = {
+    "group": str, "block": str, "side": str, "bits": int, "window": int, "output_error": float, "seconds": float,
+}  # fmt: skip
 
 
 class SensitivityStore:
@@ -71,7 +75,7 @@ class SensitivityStore:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[tuple[str, str, str, int, int], Sensitivity]:
+    def read(self) -> dict[Key, Sensitivity]:
         """The rows by their key; a last line that a killed process left half is left out.
 
         Raises:
@@ -120,7 +124,7 @@ class Allocation:
         budget: side -> what was asked for, in words.
         mean_bits: side -> mean over weights or quantized values, and over the calls of the sampled videos.
         weight_bytes: Of the packed weight codes, all sets of them.
-        metrics: group -> name of the metric that its units were compared by.
+        metrics: group -> names of the metrics that its units were compared by, with " + " between them.
     """
 
     sensitivities: tuple[Sensitivity, ...]
@@ -138,9 +142,11 @@ def write_allocation(run_dir: Path, allocation: Allocation) -> None:
     folder = run_dir / DIRECTORY
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Sensitivity)], lineterminator="\n")
+    metrics = dict.fromkeys(chain.from_iterable(row.scores for row in allocation.sensitivities))
+    writer = csv.DictWriter(text, [*_COLUMNS, *metrics], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in allocation.sensitivities)
+    for row in allocation.sensitivities:
+        writer.writerow({**{name: getattr(row, name) for name in _COLUMNS}, **row.scores})
     atomic_write(folder / TABLE_FILE, text.getvalue().encode())
     content: dict[str, Any] = {
         "budget": dict(allocation.budget),
@@ -188,11 +194,37 @@ def read_allocation(run_dir: Path) -> Allocation | None:
 def _read_table(path: Path) -> tuple[Sensitivity, ...]:
     with path.open(newline="", encoding="utf-8") as file:
         return tuple(
-            Sensitivity(**{name: _NUMBERS.get(name, str)(cell) for name, cell in row.items()})
+            Sensitivity(
+                **{name: kind(row[name]) for name, kind in _COLUMNS.items()},
+                scores={name: float(cell) for name, cell in row.items() if name not in _COLUMNS and cell != ""},
+            )
             for row in csv.DictReader(file)
         )
 
 
-def rows_of(rows: Sequence[Sensitivity], *, side: str) -> list[Sensitivity]:
-    """The rows of a side."""
-    return [row for row in rows if row.side == side]
+def combined_scores(rows: Iterable[Sensitivity]) -> dict[Key, float]:
+    """One number per row, by its key, that compares the units of a group.
+
+    The value itself where a group has one metric. Several are not commensurable, so each is divided by its mean over the
+    group's measurements of that side in all windows at once (in each, where there is one window), and added.
+
+        >>> def row(block, **scores):
+        ...     return Sensitivity(group="ffn", block=block, side="weight", bits=4, window=-1, output_error=0.0,
+        ...                        scores=scores, seconds=0.0)
+        >>> list(combined_scores([row("a", lpips=0.1), row("b", lpips=0.3)]).values())
+        [0.1, 0.3]
+        >>> list(combined_scores([row("a", lpips=0.1, raft=2.0), row("b", lpips=0.3, raft=2.0)]).values())
+        [1.5, 2.5]
+    """
+    tables: dict[tuple[str, str], list[Sensitivity]] = {}
+    for row in rows:
+        tables.setdefault((row.group, row.side), []).append(row)
+    combined = {}
+    for table in tables.values():
+        divisors = dict.fromkeys(table[0].scores, 1.0)
+        if len(divisors) > 1:
+            whole = [row for row in table if row.window == ALL_WINDOWS] or table
+            means = {name: sum(row.scores[name] for row in whole) / len(whole) for name in divisors}
+            divisors = {name: mean or 1.0 for name, mean in means.items()}  # 0: no width changes anything by it
+        combined.update({row.key: sum(row.scores[name] / by for name, by in divisors.items()) for row in table})
+    return combined

@@ -1,6 +1,8 @@
 """What quantization did to a video: distances between a quantized model's video and the full-precision one's, same noise.
 
     visual   lpips   mean over frames of LPIPS (:mod:`qvgen.evaluation.lpips`)
+             i3d     mean over videos of |f_a - f_b|^2 of I3D's logits, the Frechet video distance of two single videos
+                     (:mod:`qvgen.evaluation.i3d`): what happens in time counts too
              ssim    1 - SSIM, the stated substitute without a network
     motion   raft         mean |flow_a - flow_b| of the optical flow from each frame to the next, as a share of the frame's
                           diagonal (:mod:`qvgen.evaluation.raft`)
@@ -16,7 +18,7 @@ change is seen even where a score happens to rise. Left out: the text substitute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,14 +29,18 @@ from torch import Tensor
 from qvgen.config.errors import UserError
 from qvgen.data.asset_table import ASSETS
 from qvgen.data.assets import find_asset
-from qvgen.evaluation import lpips, raft
+from qvgen.evaluation import i3d, lpips, raft
 from qvgen.evaluation.metrics import ssim
 from qvgen.evaluation.text_similarity import TextSimilarity
 
-VisualKind = Literal["lpips", "ssim"]
+VisualKind = Literal["lpips", "i3d", "ssim"]
 MotionKind = Literal["raft", "differences"]
 
 _FRAMES_AT_ONCE = 8
+
+
+Judge = Callable[[Tensor], float]
+"""Videos uint8 [B, F, H, W, 3] -> their distance to a reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +50,25 @@ class Damage:
     Attributes:
         name: For tables, e.g. "lpips".
         key: Decides its values: the name, and the checksum of the network's archive or folder.
-        measure: (videos, reference, captions) -> its value; videos uint8 [B, F, H, W, 3].
+        against: (reference, captions) -> the distance to it; what a network sees in the reference is computed once.
     """
 
     name: str
     key: str
-    measure: Callable[[Tensor, Tensor, Sequence[str]], float]
+    against: Callable[[Tensor, Sequence[str]], Judge]
+
+    def measure(self, videos: Tensor, reference: Tensor, captions: Sequence[str]) -> float:
+        """Its value; videos uint8 [B, F, H, W, 3]."""
+        return self.against(reference, captions)(videos)
 
 
 def visual_damage(kind: VisualKind) -> Damage:
-    """Distance of frames; see the module.
+    """Distance of looks; see the module.
 
     Raises:
         UserError: The network was not fetched.
     """
-    if kind == "ssim":
-        return Damage(name=kind, key=kind, measure=lambda a, b, _: 1.0 - ssim(a, b, max_value=255))
-    network = lpips.Lpips.load(_file(lpips.ASSET, lpips.FILE, substitute="init.visual=ssim")).to(_device())
-
-    def measure(a: Tensor, b: Tensor, captions: Sequence[str]) -> float:
-        del captions
-        parts = zip(_frames(a).split(_FRAMES_AT_ONCE), _frames(b).split(_FRAMES_AT_ONCE), strict=True)
-        return float(torch.cat([network(*_pixels(*part)).cpu() for part in parts]).double().mean())
-
-    return Damage(name=kind, key=f"{kind} {_checksum(lpips.ASSET)}", measure=measure)
+    return {"lpips": _lpips_damage, "i3d": _i3d_damage, "ssim": _ssim_damage}[kind]()
 
 
 def motion_damage(kind: MotionKind) -> Damage:
@@ -76,39 +77,89 @@ def motion_damage(kind: MotionKind) -> Damage:
     Raises:
         UserError: The network was not fetched.
     """
-    if kind == "differences":
+    return {"raft": _raft_damage, "differences": _differences_damage}[kind]()
 
-        def differences(a: Tensor, b: Tensor, captions: Sequence[str]) -> float:
-            del captions
-            _check_frames(a)
-            return float((a.double().diff(dim=1) - b.double().diff(dim=1)).abs().mean()) / 255
 
-        return Damage(name=kind, key=kind, measure=differences)
+def _ssim_damage() -> Damage:
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
+        del captions
+        return lambda videos: 1.0 - ssim(videos, reference, max_value=255)
+
+    return Damage(name="ssim", key="ssim", against=against)
+
+
+def _lpips_damage() -> Damage:
+    network = lpips.Lpips.load(_file(lpips.ASSET, lpips.FILE, substitute="init.visual=ssim")).to(_device())
+
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
+        del captions
+
+        def judge(videos: Tensor) -> float:
+            frames = (_frames(x).split(_FRAMES_AT_ONCE) for x in (videos, reference))
+            return _mean(network(*map(_pixels, pair)) for pair in zip(*frames, strict=True))
+
+        return judge
+
+    return Damage(name="lpips", key=f"lpips {_checksum(lpips.ASSET)}", against=against)
+
+
+def _i3d_damage() -> Damage:
+    network = i3d.I3d.load(_file(i3d.ASSET, i3d.FILE, substitute="init.visual=ssim")).to(_device())
+
+    def logits(videos: Tensor) -> Tensor:
+        parts = videos.permute(0, 4, 1, 2, 3).split(1)  # for memory: 49 frames are 80 MB behind the first layer
+        return torch.cat([network(_pixels(part)).cpu() for part in parts]).double()
+
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
+        del captions
+        exact = logits(reference)
+        return lambda videos: float((logits(videos) - exact).square().sum(1).mean())
+
+    return Damage(name="i3d", key=f"i3d {_checksum(i3d.ASSET)}", against=against)
+
+
+def _differences_damage() -> Damage:
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
+        del captions
+        _check_frames(reference)
+        exact = reference.double().diff(dim=1)
+        return lambda videos: float((videos.double().diff(dim=1) - exact).abs().mean()) / 255
+
+    return Damage(name="differences", key="differences", against=against)
+
+
+def _raft_damage() -> Damage:
     network = raft.Raft.load(_file(raft.ASSET, raft.FILE, substitute="init.motion=differences")).to(_device())
 
     def flow(video: Tensor) -> Tensor:
-        first, second = _frames(video[:, :-1]), _frames(video[:, 1:])
-        parts = zip(first.split(_FRAMES_AT_ONCE), second.split(_FRAMES_AT_ONCE), strict=True)
-        return torch.cat([network(*_pixels(*part)).cpu() for part in parts]).double()
+        pairs = (_frames(part).split(_FRAMES_AT_ONCE) for part in (video[:, :-1], video[:, 1:]))
+        return torch.cat([network(*map(_pixels, pair)).cpu() for pair in zip(*pairs, strict=True)]).double()
 
-    def measure(a: Tensor, b: Tensor, captions: Sequence[str]) -> float:
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
         del captions
-        _check_frames(a)
-        diagonal = (a.shape[-3] ** 2 + a.shape[-2] ** 2) ** 0.5
-        return float((flow(a) - flow(b)).norm(dim=1).mean()) / diagonal
+        _check_frames(reference)
+        exact, diagonal = flow(reference), (reference.shape[-3] ** 2 + reference.shape[-2] ** 2) ** 0.5
+        return lambda videos: float((flow(videos) - exact).norm(dim=1).mean()) / diagonal
 
-    return Damage(name=kind, key=f"{kind} {_checksum(raft.ASSET)}", measure=measure)
+    return Damage(name="raft", key=f"raft {_checksum(raft.ASSET)}", against=against)
 
 
 def text_damage(folder: str | Path) -> Damage:
     """Change of the cosine with the caption, by a user's model; raises ValueError where the folder holds none."""
     network = TextSimilarity(Path(folder))
 
-    def measure(a: Tensor, b: Tensor, captions: Sequence[str]) -> float:
-        cosines = [network(video, captions, device=_device()).double() for video in (a, b)]
-        return float((cosines[0] - cosines[1]).abs().mean())
+    def against(reference: Tensor, captions: Sequence[str]) -> Judge:
+        def cosine(videos: Tensor) -> Tensor:
+            return network(videos, captions, device=_device()).double()
 
-    return Damage(name="clip", key=f"clip {network.revision}", measure=measure)
+        exact = cosine(reference)
+        return lambda videos: float((cosine(videos) - exact).abs().mean())
+
+    return Damage(name="clip", key=f"clip {network.revision}", against=against)
+
+
+def _mean(parts: Iterable[Tensor]) -> float:
+    return float(torch.cat([part.cpu() for part in parts]).double().mean())
 
 
 def _check_frames(video: Tensor) -> None:
@@ -121,9 +172,9 @@ def _frames(videos: Tensor) -> Tensor:
     return videos.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def _pixels(*frames: Tensor) -> list[Tensor]:
+def _pixels(frames: Tensor) -> Tensor:
     """In [-1, 1], float32, where networks run."""
-    return [part.to(_device()).float() / 127.5 - 1 for part in frames]
+    return frames.to(_device()).float() / 127.5 - 1
 
 
 def _device() -> torch.device:

@@ -32,8 +32,8 @@ class MixedPrecision(BalancedRotation):
         mean_weight_bits: Budget, mean over the weights of the quantized layers; None: the run's ``bits``.
         mean_activation_bits: Budget, mean over the values that are quantized in a sampling step; None: the run's ``bits``.
         weights_mib: Budget of the packed weight codes in MiB, in place of ``mean_weight_bits``; None: that one.
-        metrics: Group -> its metric; ``other`` is scored by output error.
-        visual: ``lpips`` (a fetched network) or ``ssim``.
+        metrics: Group -> its metric or several, which count alike; ``other`` is scored by output error.
+        visual: ``lpips``, ``i3d`` (fetched networks) or ``ssim``.
         motion: ``raft`` (a fetched network) or ``differences``.
         text: Folder of the user's own text-image model; None: the change of the cross-attention's output stands in.
         windows: Windows of timesteps; > 0.
@@ -48,8 +48,8 @@ class MixedPrecision(BalancedRotation):
     mean_weight_bits: float | None
     mean_activation_bits: float | None
     weights_mib: float | None
-    metrics: Mapping[str, Metric]
-    visual: Literal["lpips", "ssim"]
+    metrics: Mapping[str, Metric | Sequence[Metric]]
+    visual: Literal["lpips", "i3d", "ssim"]
     motion: Literal["raft", "differences"]
     text: str | None
     windows: int
@@ -67,13 +67,16 @@ class MixedPrecision(BalancedRotation):
         if not self.candidates:
             raise UserError("init.candidates=[] is empty; write for example [4,6,8]")
         for group, metric in self.metrics.items():
-            if group not in GROUPS[:-1] or metric not in get_args(Metric):
+            kinds = self.metrics_of(group)
+            if group not in GROUPS[:-1] or not kinds or not set(kinds) <= set(get_args(Metric)):
                 raise UserError(
                     f"init.metrics.{group}={metric} is unknown; groups: {', '.join(GROUPS[:-1])}, "
-                    f"metrics: {', '.join(get_args(Metric))}"
+                    f"metrics: {', '.join(get_args(Metric))}, or several as [visual,motion]"
                 )
+            if len(set(kinds)) < len(kinds):
+                raise UserError(f"init.metrics.{group}={metric} names a metric twice; write each once")
         for key, value, allowed in (
-            ("visual", self.visual, ("lpips", "ssim")),
+            ("visual", self.visual, ("lpips", "i3d", "ssim")),
             ("motion", self.motion, ("raft", "differences")),
         ):
             if value not in allowed:
@@ -105,6 +108,7 @@ class MixedPrecision(BalancedRotation):
             widths.add(max(uniform - 1, MIN_BITS))
         return tuple(sorted(widths))
 
-    def metric(self, group: str) -> Metric:
-        """The metric of a group."""
-        return self.metrics.get(group, "output")
+    def metrics_of(self, group: str) -> tuple[Metric, ...]:
+        """The metrics of a group, in the order in which they were written."""
+        found = self.metrics.get(group, "output")
+        return (found,) if isinstance(found, str) else tuple(found)

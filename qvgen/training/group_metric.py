@@ -1,9 +1,10 @@
-"""Which metric belongs to which group of layers, as ``init=vidit_q_mp`` is configured, with its network loaded."""
+"""Which metrics belong to which group of layers, as ``init=vidit_q_mp`` is configured, with their networks loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 from qvgen.evaluation.damage import Damage, motion_damage, text_damage, visual_damage
@@ -20,12 +21,23 @@ class GroupMetrics:
     """The groups' own metrics.
 
     Attributes:
-        damages: group -> a distance of videos; None where no video is needed.
-        names: group -> its name in tables.
+        of: group -> name in tables -> a distance of videos; None where no video is needed.
     """
 
-    damages: Mapping[str, Damage | None]
-    names: Mapping[str, str]
+    of: Mapping[str, Mapping[str, Damage | None]]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Group -> its metrics' names in words."""
+        return {group: " + ".join(metrics) for group, metrics in self.of.items()}
+
+    @property
+    def keys(self) -> dict[str, list[str]]:
+        """Group -> what decides the values of its metrics."""
+        return {
+            group: [damage.key if damage else name for name, damage in metrics.items()]
+            for group, metrics in self.of.items()
+        }
 
     @classmethod
     def load(cls, init: MixedPrecision, groups: Sequence[str]) -> Self:
@@ -41,8 +53,8 @@ class GroupMetrics:
             "text": lambda: None if init.text is None else text_damage(init.text),
             "output": lambda: None,
         }
-        kinds = {group: init.metric(group) for group in groups}
-        made = {kind: makers[kind]() for kind in dict.fromkeys(kinds.values())}
+        kinds = {group: init.metrics_of(group) for group in groups}
+        made = {kind: makers[kind]() for kind in dict.fromkeys(chain.from_iterable(kinds.values()))}
         plain = {"text": ATTENTION, "output": OUTPUT}
-        names = {group: damage.name if (damage := made[kind]) else plain[kind] for group, kind in kinds.items()}
-        return cls(damages={group: made[kind] for group, kind in kinds.items()}, names=names)
+        names = {kind: damage.name if damage else plain[kind] for kind, damage in made.items()}
+        return cls(of={group: {names[kind]: made[kind] for kind in of} for group, of in kinds.items()})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
-from qvgen.evaluation.bit_table import ALL_WINDOWS, Allocation
+from qvgen.evaluation.bit_table import ALL_WINDOWS, Allocation, Key, combined_scores
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -212,13 +212,12 @@ def _side_widths(init: MixedPrecision, problem: SideProblem, *, side: Side, call
 def side_problem(wanted: Wanted, measured: Measured, *, side: Side, cost: Tensor, budget: float) -> SideProblem:
     """The sensitivities of a side as tables."""
     count = len(measured.window_calls)
+    errors = {key: row.output_error for key, row in measured.rows.items()}
+    scores = combined_scores(measured.rows.values())
 
-    def table(key: str, windows: Sequence[int]) -> Tensor:
+    def table(values: Mapping[Key, float], windows: Sequence[int]) -> Tensor:
         rows = [
-            [
-                [getattr(measured.rows[unit.group, unit.block, side, bits, window], key) for window in windows]
-                for bits in wanted.widths[side]
-            ]
+            [[values[unit.group, unit.block, side, bits, window] for window in windows] for bits in wanted.widths[side]]
             for unit in wanted.units
         ]
         return torch.tensor(rows, dtype=torch.float64)
@@ -227,10 +226,10 @@ def side_problem(wanted: Wanted, measured: Measured, *, side: Side, cost: Tensor
     return SideProblem(
         groups=tuple(unit.group for unit in wanted.units),
         widths=wanted.widths[side],
-        output_error=table("output_error", range(count)),
-        score=table("score", range(count)),
-        whole_error=table("output_error", whole).squeeze(2),
-        whole_score=table("score", whole).squeeze(2),
+        output_error=table(errors, range(count)),
+        score=table(scores, range(count)),
+        whole_error=table(errors, whole).squeeze(2),
+        whole_score=table(scores, whole).squeeze(2),
         cost=cost,
         budget=budget,
     )

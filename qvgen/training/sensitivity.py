@@ -4,7 +4,7 @@ One side (weights or activations) of one unit (one group in one block) is quanti
 once in all of them, all else in full precision. Measured is
 
     output_error   mean squared change of the videos that are sampled so, pixels in [0, 1]
-    score          the group's own metric of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
+    scores         the group's own metrics of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
                    cross-attention the change of its output on the calls that the full-precision model made
 
 The error of single predictions was tried in place of the videos' and allocates worse (docs/log.md).
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qvgen.config.schema import TrainConfig
-from qvgen.evaluation.bit_table import ALL_WINDOWS, Sensitivity, SensitivityStore
+from qvgen.evaluation.bit_table import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision
@@ -43,13 +43,11 @@ from qvgen.training.trajectory import Call, Sampling, record, sampling_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key; one more when the same settings would give other numbers."""
 
 SEED_OFFSET = 20_000
 """Videos of the measurements have other noise than those of the calibration and those that are compared."""
-
-Key = tuple[str, str, str, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +94,37 @@ class Session:
     videos: Tensor
     metrics: GroupMetrics
 
+    def __post_init__(self) -> None:
+        damages = {
+            damage.key: damage
+            for metrics in self.metrics.of.values()
+            for damage in metrics.values()
+            if damage is not None
+        }
+        self._judges = {key: damage.against(self.videos, self.sampling.captions) for key, damage in damages.items()}
+
     def measure(
         self, unit: LayerUnit, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int
-    ) -> tuple[float, float]:
-        """Output error and score of one quantization."""
-        damage = self.metrics.damages[unit.group]
+    ) -> tuple[float, dict[str, float]]:
+        """Output error and scores of one quantization."""
         with self.probe.quantizing(layers, side=side, window=window):
             videos = self.sampling.videos(self.model)
             error = float((videos.double() - self.videos.double()).square().mean()) / 255**2
-            if damage is not None:
-                return error, damage.measure(videos, self.videos, self.sampling.captions)
-            if self.metrics.names[unit.group] == OUTPUT:
-                return error, error
-            with self.probe.output_change(unit.module) as change:
-                for call, place in zip(self.calls, self.call_windows, strict=True):
-                    if window in (place, ALL_WINDOWS):
-                        call.again(self.model)
-            return error, change.compute()
+            scores = {}
+            for name, damage in self.metrics.of[unit.group].items():
+                if damage is not None:
+                    scores[name] = self._judges[damage.key](videos)
+                else:
+                    scores[name] = error if name == OUTPUT else self._attention_change(unit, window)
+        return error, scores
+
+    def _attention_change(self, unit: LayerUnit, window: int) -> float:
+        """Relative change of the attention's output on the full-precision model's own calls."""
+        with self.probe.output_change(unit.module) as change:
+            for call, place in zip(self.calls, self.call_windows, strict=True):
+                if window in (place, ALL_WINDOWS):
+                    call.again(self.model)
+        return change.compute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +136,7 @@ class Measured:
         window_of_band: Window of every noise band.
         window_calls: Calls of the transformer in each window.
         values: Linear -> values in its input over all calls.
-        metrics: group -> name of its metric.
+        metrics: group -> names of its metrics.
     """
 
     rows: Mapping[Key, Sensitivity]
@@ -215,7 +227,7 @@ class SensitivityMeasurement:
             if built != (unit.name, bits):
                 built, layers = (unit.name, bits), self.layers(unit, bits, band)
             began = time.monotonic()
-            error, score = session.measure(unit, layers, side=side, window=window)
+            error, scores = session.measure(unit, layers, side=side, window=window)
             yield Sensitivity(
                 group=unit.group,
                 block=unit.block,
@@ -223,8 +235,7 @@ class SensitivityMeasurement:
                 bits=bits,
                 window=window,
                 output_error=error,
-                metric=session.metrics.names[unit.group],
-                score=score,
+                scores=scores,
                 seconds=round(time.monotonic() - began, 4),
             )
 
@@ -246,7 +257,7 @@ class SensitivityMeasurement:
         parts = [
             FORMAT, self.statistics_key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
             init.windows, config.model.guidance_scale,
-            {group: damage.key if damage else metrics.names[group] for group, damage in metrics.damages.items()},
+            metrics.keys,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         return Path(config.calibration.cache).expanduser() / f"sensitivity-{key}.jsonl"

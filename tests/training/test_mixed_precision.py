@@ -191,7 +191,11 @@ def test_the_real_network_is_the_default(cache):
     config = train_config("init=vidit_q_mp")
     assert (config.init.visual, config.init.motion, config.init.text) == ("lpips", "raft", None)
     _, allocation = started(configured(cache, "bits=w4a8", "init.visual=lpips"))
-    assert {row.metric for row in allocation.sensitivities} == {"lpips", "attention output", "output error"}
+    assert {name for row in allocation.sensitivities for name in row.scores} == {
+        "lpips",
+        "attention output",
+        "output error",
+    }
     assert allocation.metrics["ffn"] == "lpips"
 
 
@@ -217,8 +221,11 @@ def test_candidates_and_plans(cache):
         ("init.candidates=[]", r"init.candidates=\[\] is empty"),
         ("init.candidates=[4,9]", "holds 9; use 2..8 bits"),
         ("init.metrics.ffn=quality", "init.metrics.ffn=quality is unknown"),
+        ("init.metrics.ffn=[]", r"init.metrics.ffn=\[\] is unknown"),
+        ("init.metrics.ffn=[visual,quality]", "is unknown; groups"),
+        ("init.metrics.ffn=[visual,visual]", "names a metric twice"),
         ("+init.metrics.mlp=visual", "init.metrics.mlp=visual is unknown"),
-        ("init.visual=fid", "init.visual=fid is unknown; write lpips or ssim"),
+        ("init.visual=fid", "init.visual=fid is unknown; write lpips or i3d or ssim"),
         ("init.motion=flow", "init.motion=flow is unknown; write raft or differences"),
         ("init.steps=1", "init.steps=1 is less than init.windows=2"),
         ("init.videos=0", "init.videos=0 must be greater than 0"),

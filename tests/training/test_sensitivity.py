@@ -111,7 +111,7 @@ def direct_model(config, layers, *, side: str, window: int, windows):
 @pytest.mark.parametrize("side", ["weight", "activation"])
 @pytest.mark.parametrize("unit", ["ffn:blocks.1", "cross_attention:blocks.0", "other:proj_out"])
 def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
-    config = configured(tmp_path)
+    config = configured(tmp_path, "init.metrics.ffn=[visual,motion]")
     made = measurement(config)
     asked = wanted(config, unit, sides=(side,))
     measured = made.measure(asked)
@@ -137,13 +137,15 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
         assert row.output_error == pytest.approx(mean_square(videos, exact), rel=0.1, abs=1e-7)
         assert row.output_error > 1e-7
         if unit.startswith("ffn"):
-            assert row.metric == "ssim"
-            assert row.score == pytest.approx(1 - ssim(videos, exact, max_value=255), rel=0.1, abs=1e-4)
+            assert list(row.scores) == ["ssim", "differences"]
+            assert row.scores["ssim"] == pytest.approx(1 - ssim(videos, exact, max_value=255), rel=0.1, abs=1e-4)
+            moved = (videos.double().diff(dim=1) - exact.double().diff(dim=1)).abs().mean() / 255
+            assert row.scores["differences"] == pytest.approx(float(moved), rel=0.1, abs=1e-4)
         if unit.startswith("other"):
-            assert (row.metric, row.score) == (OUTPUT, row.output_error)
+            assert row.scores == {OUTPUT: row.output_error}
         if unit.startswith("cross"):
-            assert row.metric == ATTENTION
-            assert row.score == pytest.approx(
+            assert list(row.scores) == [ATTENTION]
+            assert row.scores[ATTENTION] == pytest.approx(
                 attention_change(
                     model, teacher, list(calls) if window == ALL_WINDOWS else calls[2 * window : 2 * window + 2]
                 ),
@@ -246,7 +248,8 @@ def test_more_bits_and_full_precision_lose_less(tmp_path):
             rows = [[measured.rows[group, block, side, bits, window] for bits in (2, 4, 8)] for window in (0, 1)]
             for low, middle, high in rows:
                 assert low.output_error > 3 * middle.output_error > 9 * high.output_error > 0
-                assert low.score > middle.score >= high.score >= 0
+                scores = [next(iter(row.scores.values())) for row in (low, middle, high)]
+                assert scores[0] > scores[1] >= scores[2] >= 0
 
 
 def test_samples_of_one_batch_are_quantized_by_their_own_timestep(tmp_path):
