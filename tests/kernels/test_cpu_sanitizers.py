@@ -1,8 +1,8 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
 
 One build with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs random calls as in test_cpu.py
-on every x86 backend, and prepack_driver.cpp prepacks; every tensor is an allocation of its exact size. The 64-bit ARM build
-runs under qemu-user.
+on every x86 backend, and prepack_driver.cpp prepacks; every tensor is an allocation of its exact size. A second one emulates
+AVX-512 too (avx512_emulation.h), so that its backends run on every x86 processor. The 64-bit ARM build runs under qemu-user.
 """
 
 import platform
@@ -20,6 +20,7 @@ from tests.kernels.layer import make_layer, make_rows
 
 pytestmark = pytest.mark.skipif(cpu_library.missing_reason() is not None, reason="no C++ compiler")
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DQV_AMX_EMULATE", "-Wno-psabi")
+EMULATED = (*SANITIZERS, "-DQV_AVX512_EMULATE", "-include", str(Path(__file__).with_name("avx512_emulation.h")))
 CROSS = "aarch64-linux-gnu-g++"
 
 
@@ -50,8 +51,7 @@ def cases():
     return [(case, case.expected()) for case in made]
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
+def sanitized_build(flags, folder):
     probe = subprocess.run(
         ["g++", *SANITIZERS[1:2], "-x", "c++", "-", "-o", "/dev/null"],
         input=b"int main() {}",
@@ -60,7 +60,17 @@ def sanitized(tmp_path_factory):
     )
     if platform.machine() != "x86_64" or probe.returncode:
         pytest.skip("this machine's g++ can't link the sanitizers")
-    return build("g++", SANITIZERS, tmp_path_factory.mktemp("sanitized"))
+    return build("g++", flags, folder)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    return sanitized_build(SANITIZERS, tmp_path_factory.mktemp("sanitized"))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return sanitized_build(EMULATED, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -69,6 +79,14 @@ def test_no_error_and_the_reference_bits(variant, sanitized, cases):
     if variant != "amx" and cpu_library.supported(variant) is not None:
         pytest.skip(cpu_library.supported(variant))
     found = run_driver([sanitized], [case for case, _ in cases], variant=variant, threads=2)
+    for (case, expected), result in zip(cases, found, strict=True):
+        compare(case, result, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("variant", ["vnni", "amx"])
+def test_emulated_avx512_gives_the_reference_bits(variant, emulated, cases):
+    found = run_driver([emulated], [case for case, _ in cases], variant=variant, threads=2)
     for (case, expected), result in zip(cases, found, strict=True):
         compare(case, result, expected)
 

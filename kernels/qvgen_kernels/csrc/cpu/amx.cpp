@@ -15,15 +15,16 @@
 
 #if !defined(QV_AMX_EMULATE)
 QV_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
+#define QV_USE_AVX512
+#elif defined(QV_AVX512_EMULATE)
+QV_TARGET_BEGIN(QV_AVX512_TARGET)
+#define QV_USE_AVX512
 #endif
 
 namespace qv {
 namespace amx {
 namespace {
 
-#if !defined(QV_AMX_EMULATE)
-#define QV_USE_AVX512
-#endif
 #define QV_ROWS 32
 #define QV_WIDTH 16
 #define QV_UNSIGNED 0
@@ -178,7 +179,7 @@ BackendInfo amx_backend() { return {amx::run, QV_ROWS, 1 << 20, amx::exercise}; 
 
 }  // namespace qv
 
-#if !defined(QV_AMX_EMULATE)
+#if defined(QV_USE_AVX512)
 QV_TARGET_END
 #endif
 #endif

@@ -170,7 +170,11 @@ QV_API int qv_supported(int32_t backend) {
     switch (backend) {
         case qv::kAvx2: return avx2;
         case qv::kAvxVnni: return avxvnni;
+#if defined(QV_AVX512_EMULATE)
+        case qv::kVnni: return avx2;
+#else
         case qv::kVnni: return vnni;
+#endif
 #if defined(QV_AMX_EMULATE)
         case qv::kAmx: return amx || true;  // the tiles are plain C++
 #else

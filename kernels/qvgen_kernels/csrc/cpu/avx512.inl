@@ -1,5 +1,5 @@
-// AVX-512 forms of what body.inl has in plain C++; same results bit for bit. Included by the VNNI and AMX backends.
-#define QV_AVX512 1
+// AVX-512 forms of what body.inl has in plain C++, same results bit for bit, for the VNNI and AMX backends: ranges and codes of
+// rows, and the registers that vector_epilogue.inl computes with.
 
 static inline __m512 widen_bfloat16(const uint16_t* x) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -67,7 +67,31 @@ static void encode_run(const void* x, int64_t columns, const Params& r, uint8_t*
     }
 }
 
-static inline __m256i narrow_bfloat16(__m512 y) {
+// One register of 16 numbers.
+constexpr int64_t kVector = 16;
+using Floats = __m512;
+using Ints = __m512i;
+
+static inline Floats load_floats(const float* x) { return _mm512_loadu_ps(x); }
+static inline Ints load_ints(const int32_t* x) { return _mm512_loadu_si512(x); }
+static inline void keep_floats(float* x, Floats a) { _mm512_storeu_ps(x, a); }
+static inline Floats all(float x) { return _mm512_set1_ps(x); }
+static inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
+static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+static inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+static inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+static inline Floats negative(Floats a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }   // b where a is NaN
+static inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b where a is NaN
+static inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+static inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+static inline Ints mul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+static inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+static inline Ints to_ints(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest even
+static inline Floats power_of_two(Ints n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, all(127)), 23)); }
+
+static inline __m256i narrow_bfloat16(Floats y) {
     const __m512i u = _mm512_castps_si512(y);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
@@ -75,90 +99,21 @@ static inline __m256i narrow_bfloat16(__m512 y) {
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0)));
 }
 
-// One accumulation group's epilogue of 16 outputs in registers (epilogue.inl has the same in words).
-static inline __m512 scale_lanes(const Linear& p, const RowBlock& rows, int64_t slot, int64_t n, const int32_t* c) {
-    __m512i acc = _mm512_loadu_si512(c);
-    if (const int32_t offset = rows.offset[slot])
-        acc = _mm512_sub_epi32(acc, _mm512_mullo_epi32(_mm512_set1_epi32(offset), _mm512_loadu_si512(p.column_sum + n)));
-    if (p.weight_shift)
-        acc = _mm512_add_epi32(
-            acc, _mm512_mullo_epi32(_mm512_set1_epi32(rows.row_sum[slot]), _mm512_loadu_si512(p.weight_shift + n)));
-    __m512 t = _mm512_cvtepi32_ps(acc);
-    if (p.weight_zero) {
-        const __m512 total = _mm512_set1_ps(static_cast<float>(rows.row_sum[slot]));
-        t = _mm512_sub_ps(t, _mm512_mul_ps(total, _mm512_loadu_ps(p.weight_zero + n)));
-    }
-    return _mm512_mul_ps(_mm512_mul_ps(t, _mm512_set1_ps(rows.scale[slot])), _mm512_loadu_ps(p.weight_scale + n));
-}
-
-static inline __m512 round_lanes(__m512 y) {
+static inline Floats round_bfloat16(Floats y) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_bfloat16(y)), 16));
 }
 
-// epilogue.inl, exponential
-static inline __m512 exponential_lanes(__m512 v) {
-    // max and min return their second argument where one is NaN
-    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(89.0f));
-    const __m512 shift = _mm512_set1_ps(12582912.0f);
-    const __m512 n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), shift), shift);
-    const __m512 r = _mm512_add_ps(_mm512_sub_ps(v, _mm512_mul_ps(n, _mm512_set1_ps(0.693359375f))),
-                                   _mm512_mul_ps(n, _mm512_set1_ps(2.12194440e-4f)));
-    __m512 e = _mm512_set1_ps(1.38888889e-3f);
-    constexpr float kTerms[] = {8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
-    for (const float term : kTerms)
-        e = _mm512_add_ps(_mm512_mul_ps(e, r), _mm512_set1_ps(term));
-    const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return _mm512_mul_ps(e, _mm512_castsi512_ps(power));
+// 32 numbers, past the caches where they are aligned.
+static inline void store_floats(float* out, const Floats* y) {
+    const bool aligned = (reinterpret_cast<uintptr_t>(out) & 63) == 0;
+    for (int64_t v = 0; v < 2; ++v) {
+        if (aligned) _mm512_stream_ps(out + v * kVector, y[v]);
+        else _mm512_storeu_ps(out + v * kVector, y[v]);
+    }
 }
 
-// epilogue.inl, apply_function
-static inline __m512 function_lanes(int32_t function, __m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 v = _mm512_xor_ps(x, _mm512_set1_ps(-0.0f));
-    if (function == kGeluTanh) {
-        const __m512 square = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.044715f), x), x);
-        v = _mm512_mul_ps(_mm512_set1_ps(-1.59576912f), _mm512_mul_ps(x, _mm512_add_ps(one, square)));
-    }
-    return _mm512_div_ps(x, _mm512_add_ps(one, exponential_lanes(v)));
-}
-
-// epilogue.inl, apply_tail, of 16 bfloat16 outputs of row m
-static inline __m512 tail_lanes(const Linear& p, int64_t m, int64_t n, __m512 y) {
-    y = round_lanes(y);
-    if (p.function) {
-        y = function_lanes(p.function, y);
-        if (p.gate || p.residual) y = round_lanes(y);
-    }
-    if (p.gate) {
-        const int64_t place = m / p.gate_rows * p.gate_row_stride + n;
-        y = _mm512_mul_ps(y, p.gate_float32 ? _mm512_loadu_ps(static_cast<const float*>(p.gate) + place)
-                                            : widen_bfloat16(static_cast<const uint16_t*>(p.gate) + place));
-        if (p.residual && !p.gate_float32) y = round_lanes(y);
-    }
-    if (p.residual)
-        y = _mm512_add_ps(y, widen_bfloat16(static_cast<const uint16_t*>(p.residual) + m * p.residual_row_stride + n));
-    return y;
-}
-
-// A whole row of 32 bfloat16 outputs of a layer without groups, from sums to one line of memory, past the caches where the line is
-// aligned.
-static inline void finish_bfloat16(const Linear& p, const RowBlock& rows, int64_t m, int64_t slot, int64_t n, const int32_t* c) {
-    __m512 low = scale_lanes(p, rows, slot, n, c), high = scale_lanes(p, rows, slot, n + kLanes, c + kLanes);
-    if (p.branch) {
-        const uint16_t* branch = static_cast<const uint16_t*>(p.branch) + m * p.out_features + n;
-        low = _mm512_add_ps(low, widen_bfloat16(branch));
-        high = _mm512_add_ps(high, widen_bfloat16(branch + kLanes));
-    }
-    if (p.bias) {
-        low = _mm512_add_ps(low, _mm512_loadu_ps(p.bias + n));
-        high = _mm512_add_ps(high, _mm512_loadu_ps(p.bias + n + kLanes));
-    }
-    if (p.function || p.gate || p.residual) {
-        low = tail_lanes(p, m, n, low);
-        high = tail_lanes(p, m, n + kLanes, high);
-    }
-    uint16_t* out = static_cast<uint16_t*>(p.y) + m * p.y_row_stride + n;
-    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high), 1);
+static inline void store_bfloat16(uint16_t* out, const Floats* y) {
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(y[0])), narrow_bfloat16(y[1]), 1);
     if ((reinterpret_cast<uintptr_t>(out) & 63) == 0)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
     else

@@ -12,6 +12,7 @@ namespace qv {
 namespace avxvnni {
 namespace {
 
+#define QV_USE_AVX2
 #define QV_ROWS 3
 #define QV_WIDTH 8
 #define QV_UNSIGNED 1

@@ -1,9 +1,11 @@
-// Everything of a backend but the integer product, in four files that are included once per backend, inside its namespace and
-// target pragma: this one (numbers, rows, scales), hadamard.inl, quantize.inl, epilogue.inl.
+// Everything of a backend but the integer product, in files that are included once per backend, inside its namespace and target
+// pragma: this one (numbers, rows, scales), hadamard.inl, quantize.inl, epilogue.inl; on x86 the registers (avx512.inl, avx2.inl)
+// and vector_epilogue.inl.
 //
 // The including file defines before:
 //   QV_ROWS                 rows of its tile
 //   QV_WIDTH                floats in a register
+//   QV_USE_AVX512 or QV_USE_AVX2   where it has these registers
 //   QV_UNSIGNED             1: activations are stored as unsigned bytes (maddubs, VNNI), 0: as signed bytes
 //   tile(p, a, lda, b, panel, quads, rows, c)   c[rows][32] = int32 sums over 4 * quads columns; panel = bytes between the two
 //                           panels (all but AMX)
@@ -154,6 +156,12 @@ static Params choose(const Linear& p, int64_t m, int32_t min_key, int32_t max_ke
 
 #if defined(QV_USE_AVX512)
 #include "avx512.inl"
+#elif defined(QV_USE_AVX2)
+#include "avx2.inl"
+#endif
+#if defined(QV_USE_AVX512) || defined(QV_USE_AVX2)
+#define QV_VECTOR_EPILOGUE
+#include "vector_epilogue.inl"
 #endif
 #include "hadamard.inl"
 #include "quantize.inl"

@@ -3,6 +3,9 @@
 // Add what one group contributes to a row of 32 outputs: the corrected sum, scaled.
 static inline void add_group(const Linear& p, const RowBlock& rows, int64_t m0, int64_t slot, int64_t n, int64_t g,
                              const int32_t* c, float* y) {
+#if defined(QV_VECTOR_EPILOGUE)
+    if (!p.accumulators) return add_group_lanes(p, rows, slot, n, g, c, y);
+#endif
     const int64_t Np = p.padded_out;
     const int64_t gx = p.activation_groups == 1 ? 0 : g, gw = p.weight_groups == 1 ? 0 : g;
     const uint32_t offset = static_cast<uint32_t>(rows.offset[slot * p.activation_groups + gx]);
@@ -132,6 +135,9 @@ static inline void apply_tail(const Linear& p, int64_t m, int64_t n, float* y) {
 
 // Branch, bias, tail, cast and store of 32 outputs of row m.
 static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
+#if defined(QV_VECTOR_EPILOGUE)
+    if (finish_row_lanes(p, m, n, y)) return;
+#endif
     const int64_t width = p.out_features - n < kBlock ? p.out_features - n : kBlock;
     if (p.branch) {
         float branch[kBlock];
@@ -149,9 +155,11 @@ static inline void finish_row(const Linear& p, int64_t m, int64_t n, float* y) {
 
 // Row `slot` of the block, 32 outputs from n on, where there is one accumulation group.
 static inline void finish_whole(const Linear& p, const RowBlock& rows, int64_t m0, int64_t slot, int64_t n, const int32_t* c) {
-#if defined(QV_USE_AVX512)
-    if (p.dtype == kBfloat16 && p.out_features - n >= kBlock && !p.accumulators)
-        return finish_bfloat16(p, rows, m0 + slot, slot, n, c);
+#if defined(QV_VECTOR_EPILOGUE)
+    if (p.out_features - n >= kBlock && !p.accumulators) {
+        if (p.dtype == kBfloat16) return finish_whole_lanes<false>(p, rows, m0 + slot, slot, n, c);
+        if (p.dtype == kFloat32) return finish_whole_lanes<true>(p, rows, m0 + slot, slot, n, c);
+    }
 #endif
     alignas(64) float y[kBlock];
     add_group(p, rows, m0, slot, n, 0, c, y);
@@ -160,7 +168,7 @@ static inline void finish_whole(const Linear& p, const RowBlock& rows, int64_t m
 
 // What a backend does after its last store: lines stored past the caches must be seen by the thread that waits for this one.
 static inline void end_stores() {
-#if defined(QV_USE_AVX512)
+#if defined(QV_VECTOR_EPILOGUE)
     _mm_sfence();
 #endif
 }

@@ -1,6 +1,12 @@
 // QV_TARGET_BEGIN("avx2,fma") ... QV_TARGET_END: every function between is compiled for these instructions and must be called
 // only where the CPU has them. Headers of intrinsics are included before.
 #pragma once
+// The instructions that the AVX-512 backends need; -DQV_AVX512_EMULATE is for tests on CPUs without them.
+#if defined(QV_AVX512_EMULATE)
+#define QV_AVX512_TARGET "avx2,fma,f16c"
+#else
+#define QV_AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
+#endif
 #define QV_TEXT(x) #x
 #if defined(__clang__)
 #define QV_TARGET_BEGIN(list) _Pragma(QV_TEXT(clang attribute push(__attribute__((target(list))), apply_to = function)))

@@ -9,7 +9,7 @@
 
 #include "target.h"
 
-QV_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+QV_TARGET_BEGIN(QV_AVX512_TARGET)
 
 namespace qv {
 namespace vnni {
