@@ -33,9 +33,11 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.quant.packing import pack_codes
 from qvgen.verbs import _benchmark_kernels_onnx as onnx
 from qvgen.verbs import _benchmark_kernels_torchao as torchao
-from qvgen.verbs._benchmark_kernels_page import plot
+from qvgen.verbs._benchmark_kernels_page import PLOT, plot
 from qvgen.verbs._benchmark_kernels_timing import (
+    BASELINES,
     BF16,
+    FLOAT32,
     PREPACKED,
     Candidates,
     Samples,
@@ -101,7 +103,12 @@ def kernel_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
             yield row
     finally:
         torch.set_num_threads(before)
-    plot(rows, config.out / "kernels-cpu.svg")
+    plot(rows, config.out / PLOT.format(cpu_kernel()))
+
+
+def cpu_kernel() -> str:
+    """The kernel that auto chooses here."""
+    return resolve_kernel("auto", LinearSpec(in_features=64, out_features=32, weight_bits=4, activation_bits=4)).name
 
 
 def _all_rows(shapes: Sequence[Shape], config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
@@ -138,6 +145,7 @@ def _limits(threads: int) -> dict[str, Any]:
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "threads": threads,
+        "kernel": cpu_kernel(),
         "tile_gops_of_one_core": rates,
         "copy_gb_s": 2 * source.nbytes / copying / 1e9,
         "huge_pages": pages.read_text().strip() if pages.is_file() else "unknown",
@@ -167,7 +175,8 @@ def _shape_rows(shape: Shape, *, peers: Sequence[str], config: BenchmarkConfig) 
 
 def _row(shape: Shape, samples: Samples, threads: int, name: str) -> dict[str, Any]:
     few = next(iter(samples))[0]
-    times = {other: seconds(samples[threads, other], threads) for other in (name, BF16, PREPACKED)}
+    baselines = [other for other in BASELINES if (threads, other) in samples]
+    times = {other: seconds(samples[threads, other], threads) for other in (name, *baselines)}
     middle = median(times[name])
     return {
         "shape": shape.text,
@@ -179,8 +188,7 @@ def _row(shape: Shape, samples: Samples, threads: int, name: str) -> dict[str, A
         "median_ms": 1e3 * middle,
         "gops": shape.operations / middle / 1e9,
         "operations_per_byte": shape.operations / shape.bytes_moved,
-        "times_bf16": ratio(times[BF16], times[name]),
-        "times_prepacked": ratio(times[PREPACKED], times[name]),
+        "times": {other: ratio(times[other], times[name]) for other in baselines},
         "scaling": None if threads == few else {"from": few, **scaling(samples[few, name], samples[threads, name])},
     }
 
@@ -231,37 +239,48 @@ def _bind_pair(x: Tensor, layers: Sequence[Mapping[str, Any]], *, fused: bool) -
 
 
 def _torch_feed_forward(x: Tensor, weights: Sequence[Tensor]) -> Candidates:
-    first, second = weights
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for weight in weights]
-    return {
-        BF16: lambda: functional.linear(functional.gelu(functional.linear(x, first), approximate="tanh"), second),
-        PREPACKED: lambda: pointwise(
+    wide = [x.float(), *(weight.float() for weight in weights)]
+
+    def plain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return functional.linear(functional.gelu(functional.linear(x, first), approximate="tanh"), second)
+
+    candidates: Candidates = {BF16: lambda: plain(x, *weights), FLOAT32: lambda: plain(*wide)}
+    if _prepacks_bf16():
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for weight in weights]
+        candidates[PREPACKED] = lambda: pointwise(
             pointwise(x, packed[0], None, "gelu", [], "tanh"), packed[1], None, "none", [], None
-        ),
-    }
+        )
+    return candidates
+
+
+def _prepacks_bf16() -> bool:
+    """Whether torch has prepacked bfloat16 weights for this processor: without AVX-512 it has none."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _torch_linears(x: Tensor, weight: Tensor) -> Candidates:
     """What torch itself has for one linear. Its int8 paths get float32 or codes, as they ask for."""
     wide, wide_weight = x.float(), weight.float()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
     codes, weight_codes = _codes(wide), _codes(wide_weight).t().contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates its quantized tensors, and has no other int8 linear on CPUs
         scales = wide_weight.abs().amax(1) / 127
         eight = torch.quantize_per_channel(wide_weight, scales, torch.zeros(len(weight)).long(), 0, torch.qint8)
         dynamic = torch.ops.quantized.linear_prepack(eight, None)
+    reduced = not torch.cpu._is_vnni_supported()  # 7-bit inputs: its AVX2 products of 8-bit ones saturate in 16 bits
     group = next((size for size in (64, 32) if x.shape[1] % size == 0), None)
     candidates: Candidates = {
         BF16: lambda: functional.linear(x, weight),
-        PREPACKED: lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], None),
-        "F.linear float32": lambda: functional.linear(wide, wide_weight),
+        FLOAT32: lambda: functional.linear(wide, wide_weight),
         "_int_mm (codes to int32 alone)": lambda: torch._int_mm(codes, weight_codes),
         "quantized.linear_dynamic (per tensor, float32)": lambda: torch.ops.quantized.linear_dynamic(
-            wide, dynamic, False
+            wide, dynamic, reduced
         ),
     }
+    if _prepacks_bf16():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+        candidates[PREPACKED] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], None)
     if group is not None:
         groups = wide_weight.unflatten(1, (-1, group))
         low, step = groups.amin(2), (groups.amax(2) - groups.amin(2)) / 15

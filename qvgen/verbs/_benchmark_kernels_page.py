@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+PLOT = "kernels-cpu-{}.svg"
+"""The plot beside the page, by the kernel that was measured."""
 
 
 def kernel_table(head: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -14,13 +16,14 @@ def kernel_table(head: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     limits = [row["limits"] for row in rows if "limits" in row]
     measured = [row for row in rows if "shape" in row]
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in limits[0]["tile_gops_of_one_core"].items())
+    baselines = list(measured[0]["times"])
     best = max(limits[0]["tile_gops_of_one_core"].values())
     lines = [
-        "# Packed linears on a CPU",
+        f"# Packed linears on a CPU, kernel {limits[0]['kernel']}",
         "",
         f"{head['machine']['cpu']}, torch {head['versions']['torch']}. One process, candidates interleaved, medians of "
         f"{max(len(row['seconds']) for row in measured)} rounds (of two where a candidate takes eight times as long as "
-        "F.linear), fresh outputs. Integer operations of one core whose operands lie in the "
+        "the fastest F.linear), fresh outputs. Integer operations of one core whose operands lie in the "
         f"first-level cache, in GOP/s: {rates}. Copying memory: {limits[0]['copy_gb_s']:.1f} GB/s.",
         f"Huge pages: {limits[0]['huge_pages']}; THP_MEM_ALLOC_ENABLE: {limits[0]['THP_MEM_ALLOC_ENABLE']}; packed "
         "linears ask for them for their outputs. One thread: its processor time; more: wall time.",
@@ -28,16 +31,17 @@ def kernel_table(head: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         "",
         f"    {head['command']}",
         "",
-        "| M x K - N | threads | | ms | GOP/s | of the core's | times F.linear bf16 | times prepacked bf16 |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| M x K - N | threads | | ms | GOP/s | of the core's | {' | '.join(f'times {name}' for name in baselines)} |",
+        "|---" * (6 + len(baselines)) + "|",
     ]
     for row in measured:
         share = row["gops"] / best / row["threads"]
+        times = " | ".join(f"{row['times'][name]:.2f}" for name in baselines)
         lines.append(
             f"| {row['shape']} | {row['threads']} | {row['candidate']} | {row['median_ms']:.1f} | {row['gops']:.0f} | "
-            f"{share:.0%} | {row['times_bf16']:.2f} | {row['times_prepacked']:.2f} |"
+            f"{share:.0%} | {times} |"
         )
-    return [*lines, *_scaling_table(measured), "", "![Roofline](kernels-cpu.svg)"]
+    return [*lines, *_scaling_table(measured), "", f"![Roofline]({PLOT.format(limits[0]['kernel'])})"]
 
 
 def _peers_text(rows: Sequence[Row]) -> Iterator[str]:

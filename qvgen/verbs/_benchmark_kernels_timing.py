@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BF16, PREPACKED = "F.linear bf16", "prepacked bf16"
+BF16, PREPACKED, FLOAT32 = "F.linear bf16", "prepacked bf16", "F.linear float32"
+BASELINES = (BF16, PREPACKED, FLOAT32)
+"""What candidates are compared with, where the processor has it."""
 SLOW = 8.0
-"""A candidate that takes this many times F.linear's time runs in the first two rounds alone."""
+"""A candidate that takes this many times the fastest baseline's time runs in the first two rounds alone."""
 REST_S = 0.01
 """Pause before a call where several numbers of threads are measured: GNU OpenMP's workers spin for some milliseconds."""
 
@@ -59,12 +61,13 @@ def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples
     """Call all candidates in every round, each on every number of threads in turn; one call of each before, unmeasured.
 
     Args:
-        candidates: Of each number of threads; all have the same names and ``BF16`` among them.
+        candidates: Of each number of threads; all have the same names and a baseline among them.
         rounds: Calls of each; slow ones have two.
     """
     base = next(iter(candidates))
     samples: Samples = {(threads, name): [] for threads in candidates for name in candidates[threads]}
     rest = REST_S if len(candidates) > 1 else 0.0
+    slow: set[str] = set()
     # A compiled peer that would compile anew does not run what was built for it: better an error.
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         for threads, calls in candidates.items():
@@ -73,9 +76,12 @@ def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples
                 call()
         for index in range(rounds):
             names = list(candidates[base])
+            if index == 2:
+                quick = SLOW * min(samples[base, name][0].thread for name in BASELINES if name in names)
+                slow = {name for name in names if samples[base, name][0].thread >= quick}
             random.Random(index).shuffle(names)
             for name in names:
-                if index >= 2 and samples[base, name][0].thread >= SLOW * samples[base, BF16][0].thread:
+                if name in slow:
                     continue
                 for threads, calls in candidates.items():
                     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.training.session import TRAINING_THREADS, use_threads
-from qvgen.verbs._benchmark_kernels import kernel_rows
+from qvgen.verbs._benchmark_kernels import cpu_kernel, kernel_rows
 from qvgen.verbs._benchmark_kernels_page import kernel_table
 from qvgen.verbs._benchmark_loading import loading_rows, loading_table
 from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
@@ -76,12 +76,12 @@ def run(config: BenchmarkConfig) -> None:
 
 
 def _model_name(config: BenchmarkConfig) -> str:
-    """Of the result's files: the model's, its repository's where the size is what counts, the device of kernels.
+    """Of the result's files: the model's, its repository's where the size is what counts, the device and kernel of kernels.
 
     One step of the same model on more frames is another page: attention's share grows with them.
     """
     if config.what == "kernels":
-        return "cpu"
+        return f"cpu-{cpu_kernel()}"
     if config.what == "denoising_step":
         return f"{config.run.names.model}-{config.run.model.num_frames}-frames"
     repository = getattr(config.run.model, "repository", "") if config.what == "ptq_cost" else ""

@@ -1,7 +1,7 @@
 """I3D against the package that its weights come from, and what of a pickle is refused.
 
-The logits below were computed once by that package (JAX 0.10, Flax 0.12, CPU; its statistics flattened to [C], which that Flax
-needs) on a video of three moving waves that is made here by a formula.
+The logits below were computed once by that package (JAX 0.10, Flax 0.12, CPU; its statistics flattened to [C], as that Flax
+needs it) on a video of three moving waves that is made here by a formula.
 """
 
 from __future__ import annotations

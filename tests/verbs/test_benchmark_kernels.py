@@ -35,7 +35,7 @@ ONNX = (
 
 
 def _rows(folder: Path) -> list[dict]:
-    return json.loads((folder / "kernels-cpu.json").read_text())["rows"]
+    return json.loads((folder / f"kernels-cpu-{kernels.cpu_kernel()}.json").read_text())["rows"]
 
 
 def test_without_peers_the_table_says_so(
@@ -65,21 +65,26 @@ def test_without_peers_the_table_says_so(
     cells = [(row["threads"], row["shape"], row["candidate"]) for row in rows if "shape" in row]
     assert len(set(cells)) == len(cells)
     for threads in (1, 2):
-        for name in ("F.linear bf16", "prepacked bf16", "packed 4", "packed w4a8"):
+        for name in ("F.linear bf16", "F.linear float32", "packed 4", "packed w4a8"):
             assert (threads, "65x96-64", name) in cells
+        for shape in ("65x96-64", "65x96-128-96"):
+            assert ((threads, shape, "prepacked bf16") in cells) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
         assert (threads, "65x96-128-96", "packed 4, GELU inside, 512 rows a block") in cells
     for row in rows:
         if "shape" in row:
             assert row["gops"] > 0
+            assert {"F.linear bf16", "F.linear float32"} <= set(row["times"])
+            if row["candidate"] in row["times"]:
+                assert row["times"][row["candidate"]] == 1.0
             assert len(row["seconds"]) in (2, 3)
             assert (row["scaling"] is None) == (row["threads"] == 1)
             assert row["clock"] == ("thread" if row["threads"] == 1 else "wall")
-    page = (tmp_path / "kernels-cpu.md").read_text()
+    page = (tmp_path / f"kernels-cpu-{kernels.cpu_kernel()}.md").read_text()
     tables = page.split("## More threads")
     assert tables[0].count("\n| 65x96") == len(cells)
     assert tables[1].count("\n| 65x96") == len(cells) // 2
     assert "Not measured, because not installed (`pip install 'qvgen[peers]'`): torchao and onnxruntime." in page
-    assert "<svg" in (tmp_path / "kernels-cpu.svg").read_text()
+    assert "<svg" in (tmp_path / f"kernels-cpu-{kernels.cpu_kernel()}.svg").read_text()
 
 
 def test_peers_are_rows_of_the_same_table(tmp_path: Path) -> None:
@@ -92,12 +97,12 @@ def test_peers_are_rows_of_the_same_table(tmp_path: Path) -> None:
     assert all(rows[0]["peers"].values())
     measured = {row["candidate"]: row for row in rows if "shape" in row}
     for name in (*TORCHAO, *ONNX):
-        assert measured[name]["times_bf16"] > 0
-    page = (tmp_path / "kernels-cpu.md").read_text()
+        assert measured[name]["times"]["F.linear bf16"] > 0
+    page = (tmp_path / f"kernels-cpu-{kernels.cpu_kernel()}.md").read_text()
     assert f"Peers: torchao {rows[0]['peers']['torchao']} and onnxruntime {rows[0]['peers']['onnxruntime']}." in page
     assert "Not measured" not in page
     assert "More threads" not in page
-    picture = (tmp_path / "kernels-cpu.svg").read_text()
+    picture = (tmp_path / f"kernels-cpu-{kernels.cpu_kernel()}.svg").read_text()
     for name in (*TORCHAO, *ONNX, "torch._int_mm (codes to int32 alone)"):
         assert f"<!-- {name} -->" in picture
 
@@ -283,12 +288,15 @@ def test_the_page_names_the_peers_that_are_there() -> None:
         "copy_gb_s": 1.0,
         "huge_pages": "",
         "THP_MEM_ALLOC_ENABLE": "",
+        "kernel": "portable",
     }
     row = {
         "shape": "1x2-3", "threads": 1, "candidate": "packed 4", "seconds": [1.0], "median_ms": 1.0, "gops": 1.0,
-        "times_bf16": 2.0, "times_prepacked": 1.5, "scaling": None,
+        "times": {"F.linear bf16": 2.0, "F.linear float32": 1.5}, "scaling": None,
     }  # fmt: skip
     page = "\n".join(kernel_table(head, [{"peers": {"torchao": None, "onnxruntime": "1.2"}}, {"limits": limits}, row]))
     assert "Peers: onnxruntime 1.2." in page
     assert "not installed (`pip install 'qvgen[peers]'`): torchao." in page
+    assert "| times F.linear bf16 | times F.linear float32 |" in page
     assert "| 1x2-3 | 1 | packed 4 | 1.0 | 1 | 20% | 2.00 | 1.50 |" in page
+    assert "(kernels-cpu-portable.svg)" in page
