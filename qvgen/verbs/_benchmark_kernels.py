@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from qvgen.config.bits import Bits
 from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.quant.packing import pack_codes
 from qvgen.verbs import _benchmark_kernels_onnx as onnx
 from qvgen.verbs import _benchmark_kernels_torchao as torchao
@@ -245,18 +246,13 @@ def _torch_feed_forward(x: Tensor, weights: Sequence[Tensor]) -> Candidates:
         return functional.linear(functional.gelu(functional.linear(x, first), approximate="tanh"), second)
 
     candidates: Candidates = {BF16: lambda: plain(x, *weights), FLOAT32: lambda: plain(*wide)}
-    if _prepacks_bf16():
+    if fast_bfloat16():
         pointwise = torch.ops.mkldnn._linear_pointwise
         packed = [torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for weight in weights]
         candidates[PREPACKED] = lambda: pointwise(
             pointwise(x, packed[0], None, "gelu", [], "tanh"), packed[1], None, "none", [], None
         )
     return candidates
-
-
-def _prepacks_bf16() -> bool:
-    """Whether torch has prepacked bfloat16 weights for this processor: without AVX-512 it has none."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _torch_linears(x: Tensor, weight: Tensor) -> Candidates:
@@ -278,7 +274,7 @@ def _torch_linears(x: Tensor, weight: Tensor) -> Candidates:
             wide, dynamic, reduced
         ),
     }
-    if _prepacks_bf16():
+    if fast_bfloat16():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         candidates[PREPACKED] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], None)
     if group is not None:

@@ -1,4 +1,6 @@
-"""The benchmark ``denoising_step``: one call of a whole transformer, bfloat16 beside packed, by part.
+"""The benchmark ``denoising_step``: one call of a whole transformer, unquantized beside packed, by part.
+
+Everything is bfloat16, or float32 where this processor has no bfloat16: what its user would run.
 
 The transformer has its full width, random weights and ``blocks`` of its blocks; a call is measured by block and the blocks'
 time counts for as many as the whole model has (every block does the same work), the rest once. The packed model is what
@@ -31,6 +33,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.deploy.checkpoint import load_timed, save_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE
 from qvgen.deploy.merged_linear import MergedPackedLinear
+from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.packed_linear import PackedLinear
@@ -41,7 +44,6 @@ from qvgen.verbs._benchmark_loading import PARTS, profile_of
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 from qvgen_kernels.weight import plane_shapes
 
-BF16 = "bf16"
 _PARTS = {
     "linears": ("qvgen::packed_linear", "aten::linear"),
     "attention": ("aten::scaled_dot_product_attention",),
@@ -58,11 +60,13 @@ def step_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(run.seed)
         source = run.model.build({**run.model.transformer_config, "num_layers": config.blocks}).eval()
-        call = _Call(run)
+        dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
+        call = _Call(run, dtype)
         variants: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
         for width in config.widths:
-            variants[width.label] = _packed(source, run, width)
-        variants[BF16] = source.to(torch.bfloat16), {"bytes": sum(2 * p.numel() for p in source.parameters())}
+            variants[width.label] = _packed(source, run, width, dtype)
+        size = sum(dtype.itemsize * p.numel() for p in source.parameters())
+        variants[_name(dtype)] = source.to(dtype), {"bytes": size}
         before = torch.get_num_threads()
         try:
             for threads in config.threads:
@@ -73,13 +77,13 @@ def step_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
 
 
 class _Call:
-    """The inputs of one call: one sample in bfloat16."""
+    """The inputs of one call: one sample."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, dtype: torch.dtype) -> None:
         self.family = config.model
         tokens, channels = self.family.condition_shape
-        self.noisy = torch.randn(1, *self.family.sample_shape).bfloat16()
-        self.condition = {"encoder_hidden_states": torch.randn(1, tokens, channels).bfloat16()}
+        self.noisy = torch.randn(1, *self.family.sample_shape, dtype=dtype)
+        self.condition = {"encoder_hidden_states": torch.randn(1, tokens, channels, dtype=dtype)}
 
     def __call__(self, model: nn.Module) -> Tensor:
         timestep = torch.full((1,), 500.0)
@@ -87,7 +91,13 @@ class _Call:
         return found
 
 
-def _packed(source: nn.Module, config: TrainConfig, width: Bits) -> tuple[nn.Module, dict[str, Any]]:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _packed(
+    source: nn.Module, config: TrainConfig, width: Bits, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Any]]:
     """A packed model of the source's weights, read back from its directory, and what that took."""
     model = type(source).from_config(source.config)
     model.load_state_dict(source.state_dict())
@@ -106,7 +116,7 @@ def _packed(source: nn.Module, config: TrainConfig, width: Bits) -> tuple[nn.Mod
         "load_cpu_s": {part: getattr(seconds, part) for part in PARTS},
         "kernel": kernels[0],
     }
-    return loaded.to(torch.bfloat16), facts
+    return loaded.to(dtype), facts
 
 
 def _measure(
@@ -131,7 +141,8 @@ def _measure(
             **seconds,
             "step_spread_s": max(steps) - min(steps),
             "shares": _shares(model, call),
-            "quantize_s": _quantize_seconds(seen.calls, clock=clock),
+            "dtype": _name(call.noisy.dtype),
+            "quantize_s": _quantize_seconds(seen.calls, clock=clock, dtype=call.noisy.dtype),
             "activation_peak_bytes": seen.peak_bytes,
             **facts,
         }
@@ -194,7 +205,9 @@ def _shares(model: nn.Module, call: _Call) -> dict[str, float]:
     return {**shares, "rest": 1.0 - sum(shares.values())}
 
 
-def _quantize_seconds(calls: Sequence[tuple[int, nn.Module]], *, clock: Callable[[], float]) -> float:
+def _quantize_seconds(
+    calls: Sequence[tuple[int, nn.Module]], *, clock: Callable[[], float], dtype: torch.dtype
+) -> float:
     """Seconds of quantizing the inputs of all packed calls of one pass, each measured as a layer of 32 outputs."""
     known: dict[tuple[int, LinearSpec], float] = {}
     total = 0.0
@@ -202,17 +215,17 @@ def _quantize_seconds(calls: Sequence[tuple[int, nn.Module]], *, clock: Callable
         if isinstance(layer, PackedLinear):
             spec = replace(layer.spec, out_features=_QUANTIZER_OUTPUTS)
             if (rows, spec) not in known:
-                known[rows, spec] = _small_layer_seconds(rows, spec, layer.kernel, clock=clock)
+                x = torch.randn(rows, spec.in_features).to(dtype)
+                known[rows, spec] = _small_layer_seconds(x, spec, layer.kernel, clock=clock)
             total += known[rows, spec]
     return total
 
 
-def _small_layer_seconds(rows: int, spec: LinearSpec, kernel: str, *, clock: Callable[[], float]) -> float:
+def _small_layer_seconds(x: Tensor, spec: LinearSpec, kernel: str, *, clock: Callable[[], float]) -> float:
     name = resolve_kernel(kernel, spec).name
     planes = [torch.zeros(shape, dtype=torch.uint8) for shape in plane_shapes(spec)]
     zero = torch.zeros(spec.out_features, dtype=torch.uint8) if spec.weight_zero_point == "integer" else None
     weight = prepack(planes, scale=torch.ones(spec.out_features), zero_point=zero, spec=spec, kernel=name)
-    x = torch.randn(rows, spec.in_features).bfloat16()
     times = []
     for _ in range(3):
         began = clock()
@@ -223,7 +236,8 @@ def _small_layer_seconds(rows: int, spec: LinearSpec, kernel: str, *, clock: Cal
 
 def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Markdown page."""
-    base = {row["threads"]: row["step_s"] for row in rows if row["variant"] == BF16}
+    full = rows[0]["dtype"]
+    base = {row["threads"]: row["step_s"] for row in rows if row["variant"] == full}
 
     def line(row: Mapping[str, Any]) -> str:
         shares = row["shares"]
@@ -233,18 +247,18 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             f"{row['step_s']:.1f} (spread {row['step_spread_s']:.1f})",
             f"{base[row['threads']] / row['step_s']:.2f}",
             *(f"{shares[part]:.0%}" for part in shares),
-            "-" if row["variant"] == BF16 else f"{row['quantize_s'] / row['measured_s']:.0%}",
+            "-" if row["variant"] == full else f"{row['quantize_s'] / row['measured_s']:.0%}",
             f"{row['activation_peak_bytes'] / 2**30:.2f}",
             f"{row['bytes'] / 2**20:.0f}",
-            "-" if row["variant"] == BF16 else f"{row['load_s']:.2f} ({row['load_s_per_gb']:.2f})",
-            "-" if row["variant"] == BF16 else ", ".join(f"{row['load_cpu_s'][part]:.2f}" for part in PARTS),
+            "-" if row["variant"] == full else f"{row['load_s']:.2f} ({row['load_s_per_gb']:.2f})",
+            "-" if row["variant"] == full else ", ".join(f"{row['load_cpu_s'][part]:.2f}" for part in PARTS),
         ]
         return f"| {' | '.join(cells)} |"
 
     first = rows[0]
     parts = [f"{part}" for part in first["shares"]]
     columns = [
-        "model", "threads", "step s", "times bf16", *parts, "quantizing", "activations GiB", "weights MiB",
+        "model", "threads", "step s", f"times {full}", *parts, "quantizing", "activations GiB", "weights MiB",
         "load s (per GB)", f"CPU s of loading: {', '.join(PARTS)}",
     ]  # fmt: skip
     kernels = sorted({row["kernel"] for row in rows if "kernel" in row})
@@ -252,7 +266,7 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         f"# One denoising step of {head['model']}, random weights, {first['tokens']} tokens",
         "",
         f"{head['machine']['cpu']}, torch {head['versions']['torch']}, kernel {', '.join(kernels)}, "
-        f"profile {head['profile']}.",
+        f"profile {head['profile']}, all but the packed products in {full}.",
         f"{first['blocks_run']} of {first['blocks']} blocks were run; seconds are of the whole model, with the blocks' time "
         "scaled; shares (quantizing is part of the linears), activations and weights are of what was run.",
         f"Medians of {head['timed_steps']} rounds. One thread: CPU time; more: wall time.",

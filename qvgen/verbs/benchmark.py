@@ -37,7 +37,7 @@ def run(config: BenchmarkConfig) -> None:
         print(f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads, into {config.out}")
         return
     if config.run.dry_run and config.what in ("denoising_step", "loading"):
-        others = ["bf16"] if config.what == "denoising_step" else []
+        others = ["unquantized"] if config.what == "denoising_step" else []
         widths = ", ".join([*others, *(width.label for width in config.widths)])
         print(f"{config.what} of {config.run.names.model}, {config.blocks} blocks: {widths}, into {config.out}")
         return
@@ -78,11 +78,11 @@ def run(config: BenchmarkConfig) -> None:
 def _model_name(config: BenchmarkConfig) -> str:
     """Of the result's files: the model's, its repository's where the size is what counts, the device and kernel of kernels.
 
-    One step of the same model on more frames is another page: attention's share grows with them.
+    One step of the same model on more frames is another page: attention's share grows with them. So is another processor's.
     """
     if config.what == "kernels":
         return f"cpu-{cpu_kernel()}"
     if config.what == "denoising_step":
-        return f"{config.run.names.model}-{config.run.model.num_frames}-frames"
+        return f"{config.run.names.model}-{config.run.model.num_frames}-frames-{cpu_kernel()}"
     repository = getattr(config.run.model, "repository", "") if config.what == "ptq_cost" else ""
     return repository.rpartition("/")[2].lower() or config.run.names.model
