@@ -38,7 +38,7 @@ _SOURCE = Path(__file__).resolve()
 
 def fast_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 with this CPU's own instructions; without AVX-512 it takes 8 times float32's time."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(frozen=True, kw_only=True)
