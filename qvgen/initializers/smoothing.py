@@ -31,7 +31,8 @@ def chosen_scale(
     Args:
         layers: In the model's own coordinates, or rotated.
         statistics: Of their input, with a sample of it where ``alpha`` is None.
-        alpha: How much of the input's range moves into the weight; None: the value with the least error of the outputs.
+        alpha: How much of the input's range moves into the weight; None: the value with the least error of the outputs,
+            or no smoothing (m = 1).
         static: The search rounds inputs with one scale for all of them, not with one per token.
     """
     weight, profile = torch.cat([layer.original_weight() for layer in layers]), layers[0].profile
@@ -39,7 +40,7 @@ def chosen_scale(
     if alpha is None:
         inputs = require(statistics, "inputs").inputs
         assert inputs is not None
-        alpha, _ = search_alpha(
+        factor, _ = search_alpha(
             inputs.to(weight),
             weight,
             activation_abs_max=largest,
@@ -47,6 +48,7 @@ def chosen_scale(
             activation_grid=static_grid(profile.activation) if static else profile.activation,
             transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
         )
+        return factor
     return smoothing_scale(largest, weight, alpha=alpha)
 
 

@@ -35,8 +35,8 @@ SILENCE = 0.1
 """Share of the median channel's maximum below which a channel counts as that loud: one that was nearly silent in the
 calibration must not be blown up, or it drowns all others when it speaks."""
 
-ALPHAS = tuple(index / 20 for index in range(21))
-"""Candidates of the search: 0, 0.05, ..., 1."""
+ALPHAS = (None, *(index / 20 for index in range(21)))
+"""Candidates of the search: no smoothing, 0, 0.05, ..., 1."""
 
 
 def smoothing_scale(activation_abs_max: Tensor, weight: Tensor, *, alpha: float) -> Tensor:
@@ -118,11 +118,11 @@ def search_alpha(
     weight_grid: Grid,
     activation_grid: Grid,
     transform: Callable[[Tensor], Tensor] | None = None,
-    alphas: Sequence[float] = ALPHAS,
-) -> tuple[float, list[float]]:
-    """The alpha with the least :func:`output_error` on a sample. The first of equal ones is kept.
+    alphas: Sequence[float | None] = ALPHAS,
+) -> tuple[Tensor, list[float]]:
+    """The factors of the alpha with the least :func:`output_error` on a sample. The first of equal ones is kept.
 
-    To know whether smoothing helps at all, compare with ``output_error`` of ``input_scale`` = ones.
+    No value of alpha gives factors of 1, so no smoothing is a candidate of its own: on the sample nothing is made worse.
 
     Args:
         inputs: X [n, K], sample rows; a few hundred tell alphas apart.
@@ -131,10 +131,10 @@ def search_alpha(
         weight_grid: per_channel or per_group.
         activation_grid: Any granularity.
         transform: See :func:`output_error`.
-        alphas: Candidates, each 0 to 1.
+        alphas: Candidates, each 0 to 1, or None for no smoothing.
 
     Returns:
-        The best alpha, and the relative error of every candidate.
+        m float32 [K], and the relative error of every candidate.
 
     Raises:
         ValueError: No candidates, or values that are not finite.
@@ -143,15 +143,21 @@ def search_alpha(
         raise ValueError("alphas is empty; give at least one value in 0..1")
     if not (inputs.isfinite().all() and weight.isfinite().all()):
         raise ValueError("inputs or weight hold values that are not finite; leave those rows out of the sample")
+    factors = [
+        torch.ones_like(activation_abs_max, dtype=torch.float32)
+        if alpha is None
+        else smoothing_scale(activation_abs_max, weight, alpha=alpha)
+        for alpha in alphas
+    ]
     errors = [
         output_error(
             inputs,
             weight,
-            input_scale=smoothing_scale(activation_abs_max, weight, alpha=alpha),
+            input_scale=factor,
             weight_grid=weight_grid,
             activation_grid=activation_grid,
             transform=transform,
         )
-        for alpha in alphas
+        for factor in factors
     ]
-    return alphas[min(range(len(errors)), key=errors.__getitem__)], errors
+    return factors[min(range(len(errors)), key=errors.__getitem__)], errors

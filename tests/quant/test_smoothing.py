@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.hadamard import hadamard_transform
-from qvgen.quant.smoothing import MAX_FACTOR, output_error, search_alpha, smoothing_scale
+from qvgen.quant.smoothing import ALPHAS, MAX_FACTOR, output_error, search_alpha, smoothing_scale
 from tests import oracles_ptq
 
 WEIGHT_GRID = Grid(bits=4, granularity="per_channel")
@@ -101,8 +101,9 @@ def test_the_search_takes_the_least_error(transform):
     largest = inputs.abs().amax(0)
     grids = {"weight_grid": WEIGHT_GRID, "activation_grid": INPUT_GRID, "transform": transform}
     alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
-    alpha, errors = search_alpha(inputs, weight, activation_abs_max=largest, alphas=alphas, **grids)
-    assert errors[alphas.index(alpha)] == min(errors)
+    found, errors = search_alpha(inputs, weight, activation_abs_max=largest, alphas=alphas, **grids)
+    alpha = alphas[errors.index(min(errors))]
+    assert torch.equal(found, smoothing_scale(largest, weight, alpha=alpha))
     for candidate, error in zip(alphas, errors, strict=True):
         factor = smoothing_scale(largest, weight, alpha=candidate)
         sides = []
@@ -123,8 +124,28 @@ def test_equal_errors_keep_the_first_and_zeros_are_no_error():
     inputs, weight = make_layer()
     grids = {"weight_grid": WEIGHT_GRID, "activation_grid": INPUT_GRID}
     zeros = torch.zeros_like(weight)
-    alpha, errors = search_alpha(inputs, zeros, activation_abs_max=inputs.abs().amax(0), alphas=(0.3, 0.7), **grids)
-    assert (alpha, errors) == (0.3, [0.0, 0.0])
+    largest = inputs.abs().amax(0)
+    found, errors = search_alpha(inputs, zeros, activation_abs_max=largest, alphas=(0.3, 0.7), **grids)
+    assert errors == [0.0, 0.0]
+    assert torch.equal(found, smoothing_scale(largest, zeros, alpha=0.3))
+
+
+def test_where_smoothing_only_harms_the_search_leaves_it_out():
+    """One entry of every channel and of every column is loud: maxima say nothing of the rest, and following them is worse."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(rows, 64, generator=generator).clamp(-2, 2) for rows in (256, 96))
+    places = torch.arange(64)
+    inputs[places, places] = torch.linspace(2, 40, 64)
+    weight[places, places.flip(0)] = torch.linspace(2, 40, 64)[torch.randperm(64, generator=generator)]
+    grids = {"weight_grid": WEIGHT_GRID, "activation_grid": INPUT_GRID}
+    largest = inputs.abs().amax(0)
+    found, errors = search_alpha(inputs, weight, activation_abs_max=largest, alphas=(0.0, None, 1.0), **grids)
+    assert errors[1] == output_error(inputs, weight, input_scale=torch.ones(64), **grids)
+    assert errors[1] < 0.8 * min(errors[0], errors[2])
+    assert torch.equal(found, torch.ones(64))
+    _, errors = search_alpha(inputs, weight, activation_abs_max=largest, **grids)
+    assert len(errors) == len(ALPHAS) == 22
+    assert min(errors) <= errors[ALPHAS.index(None)]
 
 
 def test_wrong_arguments():

@@ -12,7 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qvgen.evaluation.bit_table import ALL_WINDOWS
+from qvgen.data.assets import find_asset
+from qvgen.evaluation import i3d, raft
+from qvgen.evaluation.bit_table import ALL_WINDOWS, combined_scores
+from qvgen.evaluation.damage import motion_damage, visual_damage
 from qvgen.evaluation.metrics import relative_error, ssim
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -151,6 +154,43 @@ def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
                 ),
                 rel=2e-2,
             )
+
+
+@pytest.mark.skipif(
+    any(find_asset(asset) is None for asset in (i3d.ASSET, raft.ASSET)),
+    reason=f"not fetched: qvgen assets names=[{i3d.ASSET},{raft.ASSET}]",
+)
+def test_attention_over_space_and_time_is_judged_by_i3d_and_raft(tmp_path):
+    config = configured(
+        tmp_path, "init.metrics.self_attention=[visual,motion]", "init.visual=i3d", "init.motion=raft", "init.windows=1"
+    )
+    made = measurement(config)
+    unit = "self_attention:blocks.0"
+    measured = made.measure(wanted(config, unit, widths=(3, 8), sides=("weight",)))
+    assert measured.metrics == {"self_attention": "i3d + raft"}
+    family = config.model
+    seeds = [config.seed + SEED_OFFSET, config.seed + SEED_OFFSET + 1]
+    exact, videos = (
+        family.generate(
+            model, family.prompts[:2], seeds, num_steps=config.init.steps, guidance_scale=family.guidance_scale
+        )
+        for model in (
+            family.load_teacher(),
+            direct_model(
+                config,
+                made.layers(units_of(config, unit)[0], 3, NoiseBand(BANDS)),
+                side="weight",
+                window=ALL_WINDOWS,
+                windows=measured.window_of_band,
+            ),
+        )
+    )
+    low, high = (measured.rows["self_attention", "blocks.0", "weight", bits, 0] for bits in (3, 8))
+    for name, damage in (("i3d", visual_damage("i3d")), ("raft", motion_damage("raft"))):
+        # a level of a pixel that rounds otherwise moves both networks a little
+        assert low.scores[name] == pytest.approx(damage.measure(videos, exact, config.model.prompts[:2]), rel=0.1)
+        assert low.scores[name] > 2 * high.scores[name] > 0
+    assert combined_scores(measured.rows.values())[low.key] > 1
 
 
 def mean_square(a, b) -> float:
