@@ -147,6 +147,7 @@ def _limits(threads: int) -> dict[str, Any]:
     return {
         "threads": threads,
         "kernel": cpu_kernel(),
+        "vnni": torch.cpu._is_vnni_supported(),
         "tile_gops_of_one_core": rates,
         "copy_gb_s": 2 * source.nbytes / copying / 1e9,
         "huge_pages": pages.read_text().strip() if pages.is_file() else "unknown",

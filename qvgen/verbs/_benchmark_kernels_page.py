@@ -53,6 +53,12 @@ def _peers_text(rows: Sequence[Row]) -> Iterator[str]:
             f"Peers: {there}. Names say what goes in and out: bf16, or float32 where a peer takes nothing else. Scales "
             "of inputs are per token in packed linears; a peer with one scale for all tokens does less work."
         )
+    if not next(row["limits"]["vnni"] for row in rows if "limits" in row):
+        yield (
+            "This processor has no VNNI, so sums of two products of bytes saturate: torch's linear_dynamic has 7-bit inputs "
+            "and ONNX Runtime's dynamic linear 7-bit weights, as they advise; torchao's compiled W8A8 has 8 bits and may be "
+            "wrong. Packed linears are exact."
+        )
     if missing := [name for name, version in peers.items() if version is None]:
         yield f"Not measured, because not installed (`pip install 'qvgen[peers]'`): {' and '.join(missing)}."
 

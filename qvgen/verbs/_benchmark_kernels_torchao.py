@@ -3,7 +3,8 @@
 torchao 0.18 has four ways to a linear with 8-bit activations on a CPU:
 
 - ``Int8DynamicActivationInt8WeightConfig``: symmetric scales for each token and output channel, torch._int_mm. Eager it makes
-  several passes over float32; compiled with freezing, inductor packs the weight and fuses the scales.
+  several passes over float32; compiled with freezing, inductor packs the weight and fuses the scales. Without VNNI that
+  product may saturate: the feed-forward in tests/verbs/test_benchmark_kernels.py has an error of 9 % (1.4 % eager).
 - ``Int8DynamicActivationIntxWeightConfig`` with int4 weights, groups of 32: its wheel has no kernel for them on x86, the
   weights are dequantized for a bfloat16 product.
 - Export, ``X86InductorQuantizer`` (dynamic) and compilation with freezing, which calls oneDNN's fused int8 linear. It has one
