@@ -5,7 +5,7 @@
 - ``DynamicQuantizeLinear`` + ``MatMulInteger`` + scales, which the runtime fuses into ``DynamicQuantizeMatMul``: 8-bit
   weights with a scale for each output channel, 8-bit inputs with one scale for all tokens. Signed weights: unsigned ones take
   twice as long on AVX-512 VNNI. Without VNNI sums of two products saturate, so weights have 7 bits there, as its manual
-  advises (``reduce_range``): with 8 the errors were three times as large (3.1 % for 1.1).
+  advises (``reduce_range``): with 8 the error was twice as large (3.1 % for 1.6, tests/verbs/test_benchmark_kernels.py).
 
 Sessions have the threads of the benchmark, whose workers stop spinning when a call ends, and no arena, so that
 each call's output is fresh memory as all others' are. Inputs and outputs are OrtValues: nothing is copied.
