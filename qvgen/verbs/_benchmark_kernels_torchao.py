@@ -11,8 +11,9 @@ torchao 0.18 has four ways to a linear with 8-bit activations on a CPU:
 - ``Int8DynamicActivationIntxWeightConfig`` with int4 weights, groups of 32: its wheel has no kernel for them on x86, the
   weights are dequantized for a product in floating point.
 - Export, ``X86InductorQuantizer`` (dynamic) and compilation with freezing, which calls oneDNN's fused int8 linear. It has one
-  scale for all tokens, so it is coarser than the packed linear. Without VNNI its product saturates too (an error of 3 %). ``lower_pt2e_quantized_to_x86``, which lowers without
-  compiling, was slower: 1.5 times in float32, 2.9 times in bfloat16 (1024 x 1920 -> 1920, AVX-512 VNNI).
+  scale for all tokens, so it is coarser than the packed linear. Without VNNI its product saturates too (an error of 3 %).
+  ``lower_pt2e_quantized_to_x86``, which lowers without compiling, was slower: 1.5 times in float32, 2.9 times in bfloat16
+  (1024 x 1920 -> 1920, AVX-512 VNNI).
 - ``torchao.prototype``'s ``Int8DynamicActivationInt4WeightConfig`` asserts an operator (da8w4_linear_cpu) that its wheel does
   not have; left out.
 
