@@ -6,8 +6,9 @@ minutes there (1024 x 1920 -> 1920, AVX2).
 torchao 0.18 has four ways to a linear with 8-bit activations on a CPU:
 
 - ``Int8DynamicActivationInt8WeightConfig``: symmetric scales for each token and output channel, torch._int_mm. Eager it makes
-  several passes over float32; compiled with freezing, inductor packs the weight and fuses the scales. Without VNNI that
-  product may saturate: the feed-forward in tests/verbs/test_benchmark_kernels.py has an error of 9 % (1.4 % eager).
+  several passes over float32, and is left out without VNNI, where it took 30 times F.linear's time; compiled with freezing,
+  inductor packs the weight and fuses the scales. Without VNNI that product may saturate: a feed-forward of 160-96-64 had an
+  error of 9 % (1.4 % eager).
 - ``Int8DynamicActivationIntxWeightConfig`` with int4 weights, groups of 32: its wheel has no kernel for them on x86, the
   weights are dequantized for a product in floating point.
 - Export, ``X86InductorQuantizer`` (dynamic) and compilation with freezing, which calls oneDNN's fused int8 linear. It has one
@@ -65,7 +66,8 @@ def torchao_candidates(x: Tensor, weights: Sequence[Tensor], threads: int) -> Ca
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         quantize_(eight, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-        candidates[f"torchao W8A8 per token ({kind}), eager"] = lambda: eight(x)
+        if torch.cpu._is_vnni_supported():
+            candidates[f"torchao W8A8 per token ({kind}), eager"] = lambda: eight(x)
         candidates[f"torchao W8A8 per token ({kind}), compiled"] = _compiled(eight, x)
         candidates[f"torchao W8A8 per tensor ({kind}), X86InductorQuantizer"] = _exported(weights, x)
         if all(weight.shape[1] % GROUP == 0 for weight in weights):
