@@ -50,8 +50,8 @@ def _peers_text(rows: Sequence[Row]) -> Iterator[str]:
     if any(peers.values()):
         there = " and ".join(f"{name} {version}" for name, version in peers.items() if version)
         yield (
-            f"Peers: {there}. Names say what goes in and out: bf16, or float32 where a peer or the processor has nothing else. "
-            "Scales of inputs are per token in packed linears; a peer with one scale for all tokens does less work."
+            f"Peers: {there}. Names say what goes in and out: bf16, or float32 where a peer or the processor has nothing "
+            "else. Scales of inputs are per token in packed linears; a peer with one scale for all tokens does less work."
         )
     if not next(row["limits"]["vnni"] for row in rows if "limits" in row):
         yield (
