@@ -3,7 +3,8 @@
 A verb is a file in qvgen/verbs with a conf/VERB.yaml; it receives the frozen dataclass of qvgen.config.schema that is
 named after it. Every job of a --multirun is composed and checked before the first one starts.
 
-Exit codes: 0 all that was asked is done; 2 bad input or environment (one line on stderr; the traceback too with
+Exit codes: 0 all that was asked is done; 3 a dry run that does not fit; 2 bad input or environment (one line on stderr;
+the traceback too with
 debug=true or HYDRA_FULL_ERROR=1); 1 a bug (traceback); 130 interrupted. Of several jobs the worst counts.
 
 What is the user's to mend is told from a bug by its type: ValueError and OSError are, and so is a RuntimeError that
@@ -26,10 +27,10 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__
-from qvgen.config.errors import UserError, did_you_mean, one_line
+from qvgen.config.errors import DOES_NOT_FIT, UserError, did_you_mean, one_line
 
 DONE, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_SEVERITY = (DONE, BAD_INPUT, BUG, INTERRUPTED)
+_SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED)
 _VERBS_DIRECTORY = Path(__file__).parent / "verbs"
 _REFUSED_FLAGS = {
     "config_name": "the verb names it",
@@ -115,7 +116,7 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     return max(codes, key=_SEVERITY.index)
 
 
-def _run_job(run: Callable[[Any], None], verb: str, plain: dict[str, Any], *, show: bool) -> int:
+def _run_job(run: Callable[[Any], int | None], verb: str, plain: dict[str, Any], *, show: bool) -> int:
     from qvgen.config.build import build
 
     return _guarded(lambda: run(build(verb, plain)), name=verb, show_traceback=show)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+DOES_NOT_FIT = 3
+"""Exit code of a dry run whose plan is complete, and says that the run does not fit on this machine."""
+
 
 class UserError(ValueError):
     """Bad input: the message is one line with the value, the constraint and the fix."""

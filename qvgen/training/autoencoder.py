@@ -34,6 +34,7 @@ from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.run_directory import atomic_write
 from qvgen.training.callbacks import rows_before
+from qvgen.training.progress import progress_bar
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.step_module import StepModule, TrainingDivergedError
 from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
@@ -157,7 +158,7 @@ class AutoencoderMetrics(lightning.Callback):
         writer.writeheader()
         writer.writerows(keep)
         atomic_write(self.path, text.getvalue().encode())
-        self._bar = tqdm(total=self.num_steps, initial=trainer.global_step, desc="train", unit="step")
+        self._bar = progress_bar(desc="train", unit="step", total=self.num_steps, initial=trainer.global_step)
 
     def on_train_batch_end(
         self,

@@ -25,6 +25,7 @@ from qvgen.lowrank.decay import DecaySchedule
 from qvgen.run_directory import atomic_write
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import forget_moments_
+from qvgen.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,12 @@ class StepMetrics(lightning.Callback):
             writer.writeheader()
             writer.writerows(keep)
             atomic_write(self.path, text.getvalue().encode())
-            self._bar = tqdm(
-                total=self.num_steps, initial=trainer.global_step, desc="train", unit="step", dynamic_ncols=True
+            self._bar = progress_bar(
+                desc="train",
+                unit="step",
+                total=self.num_steps,
+                initial=trainer.global_step,
+                rank=trainer.global_rank if trainer.world_size > 1 else None,
             )
 
     def on_train_batch_end(

@@ -36,7 +36,8 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages that operators make while it is active, in this thread and in its backward passes.
 
     Args:
-        known: Tensors whose storages never count: parameters, their gradients, buffers.
+        known: Tensors whose storages never count, wherever they turn up: parameters, their gradients, buffers. So do
+            all that an operator is given and that none returned before.
 
     Attributes:
         live: Bytes of the storages that are alive now.
@@ -57,8 +58,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator, then look at what it returned."""
+        """Run the operator, then look at what it returned; what it was given from outside is no new storage."""
         del types
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf, counts=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

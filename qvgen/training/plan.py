@@ -6,11 +6,8 @@ tensors. docs/planning.md says how each number is got and what it leaves out.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from qvgen.config.schema import TrainConfig
 from qvgen.training.counted_step import StepSettings
@@ -18,7 +15,7 @@ from qvgen.training.fake_model import build_family, build_student
 from qvgen.training.optim import parameter_groups
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.plan_advice import Change, clip_size, find_changes
-from qvgen.training.plan_layers import DiskPart, LayerGroup, cache_files, collapse, run_files
+from qvgen.training.plan_layers import DiskPart, LayerGroup, cache_files, collapse, free_bytes, run_files
 from qvgen.training.plan_memory import (
     Device,
     MemoryCounter,
@@ -32,15 +29,9 @@ from qvgen.training.plan_memory import (
     total_bytes,
     weight_parts,
 )
+from qvgen.training.plan_time import TimeEstimate, estimate_time
 from qvgen.training.session import micro_batch_size, micro_batches
 from qvgen.training.step_counter import StepCount
-
-GPU_EFFICIENCY = 0.3
-"""Share of the measured matrix product's speed that a step reaches on a GPU: assumed, no run was measured."""
-CPU_EFFICIENCY = 0.15
-"""The same on a CPU core: measured with model=tiny, whose small layers are mostly elementwise work."""
-
-_MEASURED_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +69,6 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeEstimate:
-    """Hours of training; an estimate.
-
-    Attributes:
-        seconds: Of the whole run; None where the device is not here to be measured.
-        flops_per_second: Of matrix products as measured, by dtype.
-        efficiency: The assumed share of it.
-    """
-
-    seconds: float | None
-    flops_per_second: dict[str, float]
-    efficiency: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """The whole plan; see docs/planning.md.
 
@@ -110,6 +86,8 @@ class TrainingPlan:
         memory: Parts on each device.
         host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
+        run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
+        disk_available_bytes: What is free where that folder will be.
         count: Operations and bytes of one micro-batch.
         time: The estimate.
         disk: Files.
@@ -131,6 +109,8 @@ class TrainingPlan:
     memory: list[MemoryPart]
     host_bytes: int
     host_available_bytes: int
+    run_bytes: int
+    disk_available_bytes: int
     count: StepCount
     time: TimeEstimate
     disk: list[DiskPart]
@@ -147,6 +127,21 @@ class TrainingPlan:
     def fits(self) -> bool:
         """Whether a device can hold it."""
         return self.memory_bytes <= self.device.usable_bytes
+
+    @property
+    def host_is_short(self) -> bool:
+        """Whether this host has less memory left than the run takes."""
+        return self.host_bytes > self.host_available_bytes
+
+    @property
+    def disk_is_short(self) -> bool:
+        """Whether less is free than the run's folder takes."""
+        return self.run_bytes > self.disk_available_bytes
+
+    @property
+    def can_run(self) -> bool:
+        """Whether all that is known of it fits; host and disk count where the device is this machine's."""
+        return self.fits and not (self.device.is_here and (self.host_is_short or self.disk_is_short))
 
     @property
     def samples(self) -> int:
@@ -184,6 +179,7 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
     count = counter.count(settings)
     shards = shards_of(config)
     memory = weight_parts(config, student, dtype=settings.teacher_dtype, shards=shards) + activation_parts(count)
+    files = run_files(config, student)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(config, settings, counter, usable_bytes=device.usable_bytes)
@@ -210,9 +206,11 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
         memory=memory,
         host_bytes=host_bytes(config, student),
         host_available_bytes=host_memory()[1],
+        run_bytes=sum(part.nbytes for part in files),
+        disk_available_bytes=free_bytes(config.run_dir),
         count=count,
-        time=_time(config, device, count, settings),
-        disk=cache_files(config, family, num_clips=num_clips) + run_files(config, student),
+        time=estimate_time(config, device, count, settings),
+        disk=cache_files(config, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,
         needed_bytes=needed,
@@ -248,35 +246,3 @@ def _schedule(config: TrainConfig) -> Schedule:
         phases=phases,
         recipe=text,
     )
-
-
-def _time(config: TrainConfig, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
-    """Operations over measured speed; the teacher's in its own dtype."""
-    efficiency = GPU_EFFICIENCY if device.on_gpu else CPU_EFFICIENCY
-    if not device.is_here:
-        return TimeEstimate(seconds=None, flops_per_second={}, efficiency=efficiency)
-    student_dtype = torch.bfloat16 if device.on_gpu else torch.float32
-    teacher = settings.teacher_dtype if count.teacher_flops else student_dtype
-    speed = {str(dtype): matmul_speed(dtype, on_gpu=device.on_gpu) for dtype in {student_dtype, teacher}}
-    one = count.teacher_flops / speed[str(teacher)] + (count.flops - count.teacher_flops) / speed[str(student_dtype)]
-    seconds = config.steps * micro_batches(config) * one / efficiency
-    return TimeEstimate(seconds=seconds, flops_per_second=speed, efficiency=efficiency)
-
-
-def matmul_speed(dtype: torch.dtype, *, on_gpu: bool) -> float:
-    """Operations per second of square matrix products on this machine, measured for half a second, threads as set."""
-    size, device = (8192, "cuda") if on_gpu else (512, "cpu")
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    right = torch.ones(size, size, dtype=dtype, device=device)
-
-    def done() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    left @ right  # the first one loads libraries
-    began, products = done(), 0
-    while (now := done()) - began < _MEASURED_SECONDS:
-        left @ right
-        products += 1
-    return 2 * size**3 * products / (now - began)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +148,14 @@ def cache_files(config: TrainConfig, family: Any, *, num_clips: int | None) -> l
         DiskPart(name="latent cache", nbytes=clips * latents, note=f"{of}, {shape} in {family.vae_dtype}"),
         DiskPart(name="caption cache", nbytes=clips * text, note=f"{of}, {tokens} in {family.text_encoder_dtype}"),
     ]
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
 
 
 def _item_bytes(dtype: str) -> int:

@@ -72,14 +72,16 @@ def format_seconds(seconds: float) -> str:
     """A time span.
 
     Example:
-        >>> format_seconds(42), format_seconds(600), format_seconds(86400), format_seconds(1e6)
-        ('42 s', '10 minutes', '24.0 hours', '11.6 days')
+        >>> format_seconds(42), format_seconds(600), format_seconds(86400), format_seconds(1e6), format_seconds(1e9)
+        ('42 s', '10 minutes', '24.0 hours', '11.6 days', 'more than a year')
     """
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours" if seconds < 200_000 else f"{seconds / 86400:.1f} days"
+    if seconds < 200_000:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86400:.1f} days" if seconds < 366 * 86400 else "more than a year"
 
 
 def _layers(title: str, groups: Sequence[LayerGroup]) -> list[str]:
@@ -191,11 +193,16 @@ def _disk(plan: TrainingPlan) -> list[str]:
 def _verdict(plan: TrainingPlan) -> list[str]:
     usable = f"{format_bytes(plan.device.usable_bytes)} ({USABLE_SHARE:.0%} of {format_bytes(plan.device.nbytes)})"
     host = []
-    if plan.host_bytes > plan.host_available_bytes:
+    if plan.host_is_short:
         host = [
             f"HOST MEMORY IS SHORT: {format_bytes(plan.host_bytes)} are needed, "
             f"{format_bytes(plan.host_available_bytes)} are left on this host"
         ]
+    if plan.disk_is_short:
+        host.append(
+            f"DISK IS SHORT: {format_bytes(plan.run_bytes)} are needed for the run's folder, "
+            f"{format_bytes(plan.disk_available_bytes)} are free on this host"
+        )
     if plan.fits:
         return [f"fits: {format_bytes(plan.memory_bytes)} of {usable}", *host]
     largest = max(plan.memory, key=lambda part: part.nbytes)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.training.fake_model import build_family, build_student, build_teacher
 from qvgen.training.live_bytes import tensor_bytes
-from qvgen.training.plan_layers import checkpoint_bytes, collapse, packed_bytes, state_bytes
+from qvgen.training.plan_layers import checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.plan_memory import host_memory, preparation_bytes, teacher_dtype
 from qvgen.training.plan_text import format_bytes, format_count
 from qvgen.training.session import CHECKPOINT_DIRECTORY
 from qvgen.training.step_checkpoint import checkpoints
 
 
-def plan_fold(config: FoldConfig) -> list[str]:
+def plan_fold(config: FoldConfig) -> tuple[list[str], bool]:
     """What folding a run's newest checkpoint reads, needs and writes.
+
+    Returns:
+        Lines of text, and whether this host has the memory and the disk.
 
     Raises:
         ValueError: The run has nothing to fold.
@@ -34,28 +39,41 @@ def plan_fold(config: FoldConfig) -> list[str]:
     state, checkpoint, packed = state_bytes(student), checkpoint_bytes(student), packed_bytes(student)
     peak = max(preparation_bytes(run), state + checkpoint, 2 * state + packed)
     last = found[-1].name if found else "none yet: train first"
-    return [
+    available, free = host_memory()[1], free_bytes(config.out)
+    lines = [
         f"fold of {config.run_dir}: model={run.names.model}, {run.profile.label} ({run.profile.name})",
         f"  checkpoint: {last} ({format_bytes(checkpoint)} with the optimizer's moments)",
         f"  layers: {len(swapped.quantized)} Linears, {format_count(sum(group.weights for group in groups))} weights, to "
         f"codes; {len(swapped.skipped)} Linears stay",
         f"  host memory: {format_bytes(peak)} (student and checkpoint, or student, its copy and the codes); this host has "
-        f"{format_bytes(host_memory()[1])} left",
-        f"  output: {config.out}, {format_bytes(packed)}",
+        f"{format_bytes(available)} left",
+        f"  output: {config.out}, {format_bytes(packed)}; {format_bytes(free)} are free there",
     ]
+    if peak > available:
+        lines.append(
+            f"DOES NOT FIT: {format_bytes(peak)} of host memory are needed, {format_bytes(available)} are left"
+        )
+    if packed > free:
+        lines.append(f"DOES NOT FIT: {format_bytes(packed)} of disk are needed, {format_bytes(free)} are free")
+    return lines, peak <= available and packed <= free
 
 
-def plan_generate(family: Any, *, packed: Sequence[Path]) -> list[str]:
+def plan_generate(family: Any, *, packed: Sequence[Path]) -> tuple[list[str], bool]:
     """Memory that sampling needs: the transformer's, VAE's and text encoder's.
+
+    The text encoder is given back before the transformer is called. Activations are not counted.
 
     Args:
         family: Of the model that is sampled.
         packed: Packed directories; empty for the full-precision transformer.
 
+    Returns:
+        Lines of text, and whether this machine's device has room for what is known.
+
     Raises:
         ValueError: A manifest is missing or damaged.
     """
-    lines = []
+    lines, transformer = [], 0
     for directory in packed:
         manifest = read_manifest(directory)
         file = directory / WEIGHTS_FILE
@@ -67,25 +85,47 @@ def plan_generate(family: Any, *, packed: Sequence[Path]) -> list[str]:
             f"memory of {directory}: {format_bytes(size)} in {len(manifest.layers)} packed layers and the rest, and "
             f"{format_bytes(codes)} or more for the kernel's own order of the codes"
         )
+        transformer += size + codes
     if not packed:
         dtype = teacher_dtype(family)
         teacher = build_teacher(family, dtype=dtype)
-        size = tensor_bytes([*teacher.parameters(), *teacher.buffers()])
-        lines.append(f"memory of the transformer: {format_bytes(size)} in {str(dtype).removeprefix('torch.')}")
-    return [*lines, *_components(family)]
+        transformer = tensor_bytes([*teacher.parameters(), *teacher.buffers()])
+        lines.append(f"memory of the transformer: {format_bytes(transformer)} in {str(dtype).removeprefix('torch.')}")
+    component_lines, sizes = _components(family)
+    needed = max(transformer + sizes.get("vae", 0), sizes.get("text_encoder", 0))
+    available, device = _free_device_memory()
+    if needed > available:
+        component_lines.append(
+            f"DOES NOT FIT: at least {format_bytes(needed)} are needed at once, {format_bytes(available)} are left on "
+            f"{device}"
+        )
+    return [*lines, *component_lines], needed <= available
 
 
-def _components(family: Any) -> list[str]:
-    """Memory of VAE and text encoder, from the files' sizes."""
+def _free_device_memory() -> tuple[int, str]:
+    """Bytes that are free where videos are sampled, and its name."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    return host_memory()[1], "the CPU of this host"
+
+
+def _components(family: Any) -> tuple[list[str], dict[str, int]]:
+    """Memory of VAE and text encoder, from the files' sizes: lines of text, and bytes by name."""
     if not hasattr(family, "vae_dtype"):
-        return ["memory of VAE and text encoder: none"]
+        return ["memory of VAE and text encoder: none"], {}
     path = getattr(family, "path", None)
     if path is None:
-        return ["memory of VAE and text encoder: not known without model.path"]
-    lines = []
+        return ["memory of VAE and text encoder: not known without model.path"], {}
+    lines, sizes = [], {}
     for component in ("vae", "text_encoder"):
         files = sorted((Path(path).expanduser() / component).glob("*.safetensors"))
-        size = sum(file.stat().st_size for file in files)
-        item = getattr(torch, getattr(family, f"{component}_dtype")).itemsize
-        lines.append(f"memory of {component}: {format_bytes(size)} of files, loaded as numbers of {item} bytes")
-    return lines
+        dtype: torch.dtype = getattr(torch, getattr(family, f"{component}_dtype"))
+        sizes[component] = sum(map(_num_values, files)) * dtype.itemsize
+        lines.append(f"memory of {component}: {format_bytes(sizes[component])} in {str(dtype).removeprefix('torch.')}")
+    return lines, sizes
+
+
+def _num_values(file: Path) -> int:
+    """Values of all tensors of a safetensors file, from its header."""
+    with safe_open(file, "pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no mapping)

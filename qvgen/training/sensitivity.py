@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.bit_table import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
@@ -39,6 +38,7 @@ from qvgen.models.base import Encode
 from qvgen.quant.grid import Profile
 from qvgen.training.group_metric import OUTPUT, GroupMetrics
 from qvgen.training.probe import Probe, Side
+from qvgen.training.progress import progress_bar
 from qvgen.training.trajectory import Call, Sampling, record, sampling_of
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class SensitivityMeasurement:
         self, session: Session, missing: Sequence[tuple[LayerUnit, int, Side, int]], band: NoiseBand
     ) -> Iterator[Sensitivity]:
         built, layers = None, {}
-        for unit, bits, side, window in tqdm(missing, desc="sensitivity", unit="measurement", disable=not missing):
+        for unit, bits, side, window in progress_bar(missing, desc="sensitivity", unit="measurement"):
             if built != (unit.name, bits):
                 built, layers = (unit.name, bits), self.layers(unit, bits, band)
             began = time.monotonic()

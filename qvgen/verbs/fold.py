@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import codes_equal
@@ -15,12 +16,17 @@ from qvgen.training.student import fold_student, prepare_student
 log = logging.getLogger(__name__)
 
 
-def run(config: FoldConfig) -> None:
-    """Fold, write, read back and compare; refused while Phi has rank."""
+def run(config: FoldConfig) -> int | None:
+    """Fold, write, read back and compare; refused while Phi has rank.
+
+    Returns:
+        The exit code of a dry run that does not fit; None otherwise.
+    """
     if config.dry_run:
-        for line in plan_fold(config):
+        lines, can_run = plan_fold(config)
+        for line in lines:
             print(line)
-        return
+        return None if can_run else DOES_NOT_FIT
     run_config = config.run
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
@@ -34,3 +40,4 @@ def run(config: FoldConfig) -> None:
             f"{config.out}: the codes that were read back are not those that were trained; do not use it"
         )
     print(f"packed: {config.out} ({count} codes, equal to the trained ones)")
+    return None

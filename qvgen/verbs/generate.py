@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.leaves import load_leaf
 from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.video import write_video
@@ -22,17 +23,22 @@ from qvgen.training.plan_verbs import plan_generate
 log = logging.getLogger(__name__)
 
 
-def run(config: GenerateConfig) -> None:
-    """Write one mp4 per caption and seed: the seed alone decides a video's noise, as it does for the teacher's."""
+def run(config: GenerateConfig) -> int | None:
+    """Write one mp4 per caption and seed: the seed alone decides a video's noise, as it does for the teacher's.
+
+    Returns:
+        The exit code of a dry run that does not fit; None otherwise.
+    """
     family = load_family(config)
     captions = list(config.prompt or family.prompts)
     num_steps = config.num_steps or family.num_inference_steps
     guidance_scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
     if config.dry_run:
         lines = plan(config, captions=captions, num_steps=num_steps, guidance_scale=guidance_scale)
-        for line in [*lines, *plan_generate(family, packed=config.packed or ())]:
+        memory_lines, can_run = plan_generate(family, packed=config.packed or ())
+        for line in [*lines, *memory_lines]:
             print(line)
-        return
+        return None if can_run else DOES_NOT_FIT
     transformer = _transformer(config, family)
     if hasattr(family, "to") and torch.cuda.is_available():
         family.to("cuda")
@@ -59,6 +65,7 @@ def run(config: GenerateConfig) -> None:
     for switch in switches:
         widths, delta = list(switch.config.widths), switch.config.delta
         print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
+    return None
 
 
 def load_family(config: GenerateConfig) -> Any:

@@ -6,6 +6,7 @@ import logging
 
 from torch import nn
 
+from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.report import write_report
@@ -32,26 +33,32 @@ from qvgen.verbs.precompute import fill_missing
 log = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> None:
-    """Do the whole way of one run."""
+def run(config: TrainConfig) -> int | None:
+    """Do the whole way of one run.
+
+    Returns:
+        The exit code of a dry run that does not fit; None otherwise.
+    """
     if config.method.name == "ptq":
         raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
     use_threads(TRAINING_THREADS)
     config.data.check(config.model)
     if config.method.name == "autoencoder":
         train_autoencoder(config)
-        return
+        return None
     if config.method.quantizes:
         check_student(config)
     if config.dry_run:
-        for line in format_plan(plan_training(config, num_clips=num_clips(config))):
+        plan = plan_training(config, num_clips=num_clips(config))
+        for line in format_plan(plan):
             print(line)
-        return
+        return None if plan.can_run else DOES_NOT_FIT
     if config.method.quantizes:
         quantize(config)
-        return
+        return None
     fill_missing(config, captions=list(config.evaluation.prompts or config.model.prompts))
     pretrain(config)
+    return None
 
 
 def quantize(config: TrainConfig) -> None:

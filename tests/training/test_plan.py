@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from qvgen.cli import main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.layers.swap import quantized_layers
+from qvgen.training import plan_verbs
 from qvgen.training.fake_model import build_family, build_student, build_teacher
 from qvgen.training.optim import parameter_groups
 from qvgen.training.plan import TrainingPlan, plan_training
-from qvgen.training.plan_layers import cache_bytes, checkpoint_bytes, collapse, packed_bytes, state_bytes
+from qvgen.training.plan_layers import cache_bytes, checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.plan_memory import USABLE_SHARE, moment_bytes, preparation_bytes, weight_parts
 from qvgen.training.plan_text import format_plan
 from qvgen.training.plan_verbs import plan_fold, plan_generate
@@ -249,7 +252,8 @@ def test_host_memory_holds_student_while_it_is_swapped() -> None:
 
 def test_plan_of_fold_and_generate(short_run: Path) -> None:
     fold = build("fold", compose_plain("fold", [f"run_dir={short_run}"]))
-    lines = plan_fold(fold)
+    lines, can_run = plan_fold(fold)
+    assert can_run
     student, _ = build_student(fold.run, build_family(fold.run))
     assert "step-00000012.ckpt" in lines[1]
     assert "36 Linears" in lines[2]
@@ -261,10 +265,55 @@ def test_plan_of_fold_and_generate(short_run: Path) -> None:
 def test_memory_of_generate(short_run: Path) -> None:
     family = train_config().model
     packed = short_run / "packed"
-    text = "\n".join(plan_generate(family, packed=[packed]))
+    lines, can_run = plan_generate(family, packed=[packed])
+    assert can_run
+    text = "\n".join(lines)
     assert f"{(packed / 'model.safetensors').stat().st_size / 1024:.1f} KiB in 36 packed layers" in text
     assert "VAE and text encoder: none" in text
     teacher = family.load_teacher()
     weights = sum(value.nbytes for value in (*teacher.parameters(), *teacher.buffers()))
-    assert plan_generate(family, packed=[])[0] == f"memory of the transformer: {weights / 1024:.1f} KiB in float32"
-    assert "not known without model.path" in plan_generate(full_size("wan").model, packed=[])[-1]
+    assert plan_generate(family, packed=[])[0][0] == f"memory of the transformer: {weights / 1024:.1f} KiB in float32"
+    assert "not known without model.path" in plan_generate(full_size("wan").model, packed=[])[0][-1]
+
+
+def test_a_dry_run_that_does_not_fit_ends_with_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    keys = ["dry_run=true", f"run_dir={tmp_path / 'run'}", "logger=csv", *SMALL]
+    assert main(["train", *keys]) == 0
+    assert main(["train", *keys, "device_memory_gib=0.001"]) == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_host_and_disk_count_where_the_device_is_here(tiny_plan: TrainingPlan) -> None:
+    assert tiny_plan.can_run
+    assert tiny_plan.run_bytes == sum(
+        part.nbytes for part in tiny_plan.disk
+    )  # no latent cache: digits are made on the fly
+    elsewhere = replace(tiny_plan.device, is_here=False)
+    for field, line in (("disk_available_bytes", "DISK IS SHORT"), ("host_available_bytes", "HOST MEMORY IS SHORT")):
+        short = replace(tiny_plan, **{field: 1000})
+        assert short.fits
+        assert not short.can_run
+        assert any(text.startswith(line) for text in format_plan(short))
+        assert replace(short, device=elsewhere).can_run
+
+
+def test_free_disk_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+
+
+def test_fold_and_generate_say_what_does_not_fit(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_verbs, "host_memory", lambda: (2000, 1000))
+    assert main(["fold", f"run_dir={short_run}", "dry_run=true"]) == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert main(["generate", f"packed={short_run / 'packed'}", "dry_run=true"]) == 3
+    assert "1000 B are left on the CPU of this host" in capsys.readouterr().out
+
+
+def test_a_time_that_nobody_waits_for_is_no_number_of_days(tiny_plan: TrainingPlan) -> None:
+    slow = replace(tiny_plan, time=replace(tiny_plan.time, seconds=536329 * 86400.0))
+    (line,) = [line for line in format_plan(slow) if line.startswith("time")]
+    assert "more than a year" in line
+    assert "days" not in line
