@@ -11,12 +11,12 @@ STAMP := $(VENV)/.installed-$(shell { cat pyproject.toml; pwd; } | cksum | cut -
 ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint venv
+.PHONY: help demo test lint venv shell peers
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1  \t/'
 
-demo: $(STAMP) ## train, fold, pack, run and report on the small model (about 3 minutes; ARGS="bits=4 seed=1")
+demo: $(STAMP) ## train, fold, pack, run and report on the small model (ARGS="bits=4 seed=1")
 	$(PYTHON) train.py $(ARGS)
 
 test: $(STAMP) ## all tests
@@ -29,6 +29,12 @@ lint: $(STAMP) ## style, formatting, types, import directions
 	$(VENV)/bin/lint-imports
 
 venv: $(STAMP) ## only the virtual environment
+
+shell: $(STAMP) ## a shell in which `python train.py ...` and `qvgen ...` work (as after: source .venv/bin/activate)
+	@bash --rcfile <(cat ~/.bashrc 2>/dev/null; echo 'source "$(CURDIR)/$(VENV)/bin/activate"') -i
+
+peers: $(STAMP) ## what `qvgen benchmark kernels` also measures: torchao, ONNX Runtime
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[peers]'
 
 $(STAMP): pyproject.toml
 	@set -e; \

@@ -236,9 +236,30 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
             traceback.print_exc()
         print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if show_traceback or not _is_dependency(error):
+            traceback.print_exc()
+        if not _is_dependency(error):
+            return BUG
+        print(f"qvgen {name}: {_no_module(error)}", file=sys.stderr)
+        return BAD_INPUT
     except Exception:  # the border of the program: a bug is shown whole and told by the exit code
         traceback.print_exc()
         return BUG
+
+
+def _is_dependency(error: ModuleNotFoundError) -> bool:
+    """Whether what is missing is another project's: one of ours that can't be found is a bug."""
+    return error.name is not None and error.name.partition(".")[0] not in ("qvgen", "qvgen_kernels")
+
+
+def _no_module(error: ModuleNotFoundError) -> str:
+    checkout = _VERBS_DIRECTORY.parents[1]
+    if (checkout / "Makefile").is_file():
+        remedy = f"first run: source {checkout / '.venv' / 'bin' / 'activate'} (make venv, in {checkout}, makes it)"
+    else:
+        remedy = "use the Python that qvgen was installed with, or install qvgen into this one with pip"
+    return f"{sys.executable} has no module {error.name}; {remedy}"
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import runs
+
+settings.register_profile("any machine", deadline=None)  # no test may fail because the machine is busy
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,44 @@ def test_links_and_pictures_exist(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_readme_names_both_make_targets() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"    make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for target in re.findall(r"(?:^    |`)make (\w+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
+
+
+def test_commands_have_one_form_which_the_first_page_explains() -> None:
+    """`python` and `qvgen` are those of .venv once it is activated; no page has a form that works only elsewhere."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text.index("source .venv/bin/activate") < text.index("\npython train.py"), page
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in filter(None, block.splitlines()):
+                first = shlex.split(line, comments=True)[:1]
+                assert first in ([], ["python"], ["qvgen"], ["source"], ["make"], ["torchrun"], ["srun"]), (
+                    f"{page}: {line}"
+                )
+        assert "git clone ..." not in page.read_text(encoding="utf-8")
+        assert "pip install 'qvgen" not in page.read_text(encoding="utf-8"), "qvgen is on no package index"
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "qvgen").exists(), reason="make venv has not made .venv here")
+def test_make_shell_is_where_the_commands_work() -> None:
+    typed = "command -v python qvgen; exit\n"
+    shell = subprocess.run(["make", "shell"], cwd=ROOT, input=typed, capture_output=True, text=True, check=False)
+    assert shell.returncode == 0, shell.stderr
+    assert shell.stdout.split()[-2:] == [str(ROOT / ".venv" / "bin" / name) for name in ("python", "qvgen")]
+
+
+def test_a_python_without_the_libraries_says_how_to_activate(tmp_path: Path) -> None:
+    """-S -I: the same interpreter without its site-packages, as where .venv was not activated."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from qvgen.cli import main; sys.exit(main(['train']))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "has no module omegaconf; first run: source" in line
+    assert str(Path(".venv") / "bin" / "activate") in line

@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 PEERS = {"torchao": (torchao, torchao.torchao_candidates), "onnxruntime": (onnx, onnx.onnx_candidates)}
 """By the name of the package: our module for it and the function that builds its candidates."""
+PEERS_HINT = "make peers, in a clone of qvgen, installs it"
 BLOCK_ROWS = 512
 """Rows that a feed-forward takes through both layers before the next ones: what lies between stays in a cache."""
 
@@ -129,7 +130,7 @@ def installed_peers() -> dict[str, str | None]:
         try:
             modules = [import_module(module) for module in ours.MODULES]
         except ImportError as error:
-            log.warning("%s is left out of the table (%s); pip install 'qvgen[peers]' brings it", name, error)
+            log.warning("%s is left out of the table (%s); %s", name, error, PEERS_HINT)
         else:
             found[name] = modules[0].__version__
     return found

@@ -60,7 +60,7 @@ def _peers_text(rows: Sequence[Row]) -> Iterator[str]:
             "wrong. Packed linears are exact."
         )
     if missing := [name for name, version in peers.items() if version is None]:
-        yield f"Not measured, because not installed (`pip install 'qvgen[peers]'`): {' and '.join(missing)}."
+        yield f"Not measured, because not installed (`make peers` in a clone): {' and '.join(missing)}."
 
 
 def _scaling_table(measured: Sequence[Row]) -> list[str]:

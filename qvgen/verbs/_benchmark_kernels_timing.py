@@ -38,6 +38,9 @@ SLOW = 8.0
 REST_S = 0.01
 """Pause before a call where several numbers of threads are measured: GNU OpenMP's workers spin for some milliseconds."""
 
+TASKS = Path("/proc/self/task")
+"""Folder in which Linux lists the threads of this process."""
+
 Candidates = dict[str, Callable[[], Tensor]]
 
 
@@ -57,13 +60,20 @@ Samples = dict[tuple[int, str], list[Sample]]
 """Of each number of threads and candidate, by rounds."""
 
 
-def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples:
+def interleaved(
+    candidates: Mapping[int, Candidates],
+    *,
+    rounds: int,
+    measure: Callable[[Callable[[], object]], Sample] | None = None,
+) -> Samples:
     """Call all candidates in every round, each on every number of threads in turn; one call of each before, unmeasured.
 
     Args:
         candidates: Of each number of threads; all have the same names and a baseline among them.
         rounds: Calls of each; slow ones have two.
+        measure: What measures a call; None: :func:`sample`.
     """
+    measure = measure or sample
     base = next(iter(candidates))
     samples: Samples = {(threads, name): [] for threads in candidates for name in candidates[threads]}
     rest = REST_S if len(candidates) > 1 else 0.0
@@ -86,7 +96,7 @@ def interleaved(candidates: Mapping[int, Candidates], *, rounds: int) -> Samples
                 for threads, calls in candidates.items():
                     torch.set_num_threads(threads)
                     time.sleep(rest)
-                    samples[threads, name].append(sample(calls[name]))
+                    samples[threads, name].append(measure(calls[name]))
     return samples
 
 
@@ -104,8 +114,7 @@ def sample(call: Callable[[], object]) -> Sample:
 def _processor_times() -> dict[int, float]:
     """Seconds of each thread of this process, by its number in the system; nothing where /proc does not list them."""
     times = {}
-    tasks = Path("/proc/self/task")
-    for task in tasks.iterdir() if tasks.is_dir() else ():
+    for task in TASKS.iterdir() if TASKS.is_dir() else ():
         with suppress(OSError):  # it ended meanwhile
             times[int(task.name)] = time.clock_gettime(
                 ~int(task.name) << 3 | 6

@@ -97,7 +97,7 @@ def test_the_parts_of_a_load_are_its_time(packed: Path) -> None:
     parts = (seconds.hash, seconds.build, seconds.map, seconds.prepack, seconds.other)
     assert all(part > 0 for part in parts)
     assert seconds.cpu == pytest.approx(sum(parts))
-    assert 0.5 * cpu < seconds.cpu <= cpu
+    assert 0 < seconds.cpu <= cpu  # the same clock, read outside of what it measures
     assert seconds.wall <= wall
 
 

@@ -41,7 +41,7 @@ class Drawn:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_layer_and_input(data):
     case = draw_case(Drawn(data), seed=data.draw(st.integers(0, 1000)))
     expected = case.expected()

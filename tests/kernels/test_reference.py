@@ -70,7 +70,7 @@ def cases(draw):
     return options, draw(st.integers(1, 6)), draw(st.sampled_from(list(DTYPES))), draw(st.integers(0, 2**20))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(cases())
 def test_any_spec(case):
     options, rows, dtype, seed = case

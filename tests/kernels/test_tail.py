@@ -58,7 +58,7 @@ def test_the_reference_is_the_oracle(dtype, function):
 
 @pytest.mark.parametrize("name", KERNELS)
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_gate_and_residual_round_as_separate_operators(name, data):
     draw = Drawn(data)
     rows, outputs = draw.integers(1, 40), draw.integers(1, 70)

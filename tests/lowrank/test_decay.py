@@ -56,7 +56,7 @@ schedules = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(schedules)
 def test_every_step_of_any_schedule(drawn):
     ranks, extra, tail_share, anneal, drop = drawn

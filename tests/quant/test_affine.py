@@ -92,7 +92,7 @@ def test_a_small_negative_number_becomes_a_positive_zero():
 floats = st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 1e-30])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     x=hnp.arrays(np.float32, (3, 8), elements=floats),
     bits=st.integers(2, 8),

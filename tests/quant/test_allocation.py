@@ -30,7 +30,7 @@ def solve(sensitivity, cost, budget):
     return tuple(allocate(to(sensitivity), to(cost), budget=budget).tolist())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(problems(st.integers(0, 6)), st.integers(0, 30))
 def test_it_is_the_best_of_all_choices_with_many_ties(problem, budget):
     """Small whole numbers: sums are exact and ties are everywhere. The choice itself is the oracle's."""
@@ -44,7 +44,7 @@ def test_it_is_the_best_of_all_choices_with_many_ties(problem, budget):
         assert solve(sensitivity, cost, budget) == expected[2]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problems(st.floats(0, 1e6)), st.floats(0, 1), st.floats(0, 1))
 def test_reals_and_larger_budgets(problem, first, second):
     sensitivity, cost = problem

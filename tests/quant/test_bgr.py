@@ -104,7 +104,7 @@ def test_special_rows_are_finite_and_change_no_other(kind):
                 assert after.errors[-1, 3] == 0
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
                elements=st.floats(-(2.0**50), 2.0**50, width=32)),

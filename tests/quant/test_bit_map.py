@@ -140,7 +140,7 @@ def test_equal_sensitivities_take_the_lower_cost():
     assert constant_widths(given) == [[4], [4]]
 
 
-def test_large_models_take_seconds():
+def test_large_models_have_an_answer():
     """92 units (Wan 1.3B) in 4 windows with 4 widths."""
     groups = tuple(["self_attention", "cross_attention", "ffn"] * 30 + ["other"] * 2)
     given = problem(3, budget=5.3, windows=4, widths=(3, 4, 6, 8), groups=groups)

@@ -138,7 +138,7 @@ def test_dead_channels_are_rounded_to_nearest_and_harm_no_other():
     assert torch.equal(run(weight, torch.zeros(24, 24), make_grid(3)), nearest(weight, make_grid(3)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 6), st.integers(1, 20), st.integers(2, 8), st.sampled_from(KINDS), st.integers(0, 2**31),
     st.sampled_from([1e-30, 1e-3, 1.0, 1e4, 1e15]), st.integers(1, 30),

@@ -145,7 +145,7 @@ def test_profiles_of_conf_come_back_from_their_dict(name):
     assert Profile.from_dict(profile.to_dict()) == profile
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(weight=grids, activation=grids, rotation=st.sampled_from([0, 16, 64, 1920]))
 def test_any_valid_profile_comes_back_from_its_dict(weight, activation, rotation):
     try:

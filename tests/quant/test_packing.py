@@ -49,7 +49,7 @@ def test_all_codes_in_all_positions_round_trip(bits):
     assert torch.equal(unpack_codes(planes, bits=bits, in_features=count + 5), codes)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.integers(2, 8), st.integers(1, 6), st.integers(1, 70), st.integers(0, 2**20))
 def test_round_trip(bits, rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)

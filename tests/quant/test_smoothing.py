@@ -70,7 +70,7 @@ def test_a_dead_channel_has_factor_one_and_harms_no_other(value):
     assert torch.equal(smoothing_scale(torch.zeros(64), weight, alpha=0.5), torch.ones(64))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.floats(0, 2.0**127, width=32), st.floats(0, 2.0**127, width=32)), min_size=1, max_size=20),
        st.floats(0, 1))  # fmt: skip
 def test_factors_are_bounded_whatever_the_statistics(pairs, alpha):

@@ -92,7 +92,7 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
         f"with launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})):\n"
         "    time.sleep(100)"
     )
-    done = subprocess.run(parent, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
@@ -120,7 +120,7 @@ def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
     wait_until(lambda: not is_running(pid))
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def wait_until(condition, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -169,20 +169,18 @@ def test_rank_0_waits_for_the_others_at_the_end(
     student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     videos = five_prompts(tmp_path, teacher=None)
-    videos.wait_seconds = 60.0
+    videos.wait_seconds = 600.0
     videos.write_videos(student, step=2, rank=0, world_size=2)
     videos.publish([], step=2)
 
     def other_process() -> None:
-        time.sleep(1.0)
+        time.sleep(0.3)
         videos.write_videos(student, step=2, rank=1, world_size=2)
 
     thread = threading.Thread(target=other_process)
     thread.start()
-    began = time.monotonic()
-    videos.finish([], world_size=2)
+    videos.finish([], world_size=2)  # had it not waited, the table below would lack the other process's videos
     thread.join()
-    assert 1.0 <= time.monotonic() - began < 50.0
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + PROMPTS
 
@@ -216,7 +214,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
         panel = summary[f"validation/{video.prompt_index:02d}"]
         assert panel["caption"] == f"{video.prompt} (seed {video.seed}, step 2; teacher, student)"
     (record,) = tmp_path.rglob("*.wandb")
-    until = time.monotonic() + 120  # another process writes it, and on a busy machine after run.finish() has returned
+    until = time.monotonic() + 600  # another process writes it, and on a busy machine after run.finish() has returned
     while b"validation/*" not in record.read_bytes() and time.monotonic() < until:
         time.sleep(0.2)
     assert b"validation/*" in record.read_bytes()

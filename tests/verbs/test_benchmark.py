@@ -61,7 +61,6 @@ def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Pat
             total = sum(shape[f"{kind}seconds"] * shape["layers"] for shape in row["shapes"])
             assert row[f"{kind}seconds_extrapolated"] == pytest.approx(total)
             assert total > 0
-    assert rows["rtn"]["cpu_seconds_extrapolated"] < rows["mse"]["cpu_seconds_extrapolated"]
     assert (rows["mse"]["statistics_bytes"], rows["mse"]["passes"]) == (0, 0)
     widths = [shape["in_features"] for shape in rows["gptq"]["shapes"] for _ in range(shape["layers"])]
     assert rows["gptq"]["statistics_bytes"] == sum(4 * width * (width + 50) for width in widths)
