@@ -40,7 +40,8 @@ class KernelBuildHook(BuildHookInterface):
         cpu_build = importlib.util.module_from_spec(found)
         found.loader.exec_module(cpu_build)
         library = cpu_build.library_path()
-        build_data["force_include"][str(library)] = f"qvgen_kernels/prebuilt/{library.name}"
+        for file in (library, cpu_build.checksum_path(library)):
+            build_data["force_include"][str(file)] = f"qvgen_kernels/prebuilt/{file.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
 

@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,10 @@ FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "device_memory_gib", "chec
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes."""
 
 
+_LONGEST_PREFIX = 100
+"""Characters of a file's name that its temporary file's name repeats: a name has 255 bytes at most, 4 a character."""
+
+
 def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all; the previous one stays until the new one is on the disk.
 
@@ -44,7 +49,10 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
     Raises:
         OSError: The file can't be written; ``path`` is as it was, and nothing is left beside it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own, which a process number is not: two containers on one disk may have the same.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         if callable(content):
             content(temporary)
@@ -62,6 +70,15 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             raise OSError(f"cannot write {path}: {error}") from error
         raise
     _force_to_disk(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that another can take its place and nothing is lost; returns its new path."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
 
 
 def _umask() -> int:
@@ -159,14 +176,19 @@ class RunDirectory:
         return self._stages().get(name)
 
     def _stages(self) -> dict[str, dict[str, Any]]:
+        """Results by stage; a damaged file is set aside, and its stages count as not done."""
         file = self.path / PROGRESS_FILE
         if not file.exists():
             return {}
         try:
-            stages: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is no JSON file; delete it to do all stages again") from error
-        return stages
+            stages: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            stages = None
+        if isinstance(stages, dict) and all(isinstance(result, dict) for result in stages.values()):
+            return stages
+        aside = set_aside(file)
+        log.warning("%s is damaged; it is kept as %s, and the stages that it named are done again", file, aside.name)
+        return {}
 
     def release(self) -> None:
         """Give the claim back; a second call does nothing."""

@@ -6,7 +6,14 @@
 The library is looked for beside this file first (``prebuilt/``, made at install time) and then in the cache:
 $QVGEN_KERNEL_CACHE, else $XDG_CACHE_HOME/qvgen/kernels, else ~/.cache/qvgen/kernels. Its name holds a hash of all sources,
 flags and the machine's type, so a changed source is never run stale and a folder can be shared. Processes that build
-at the same time each write a file of their own and move it into place in one step.
+at the same time each write files of their own and move them into place in one step each.
+
+A library is code that is run, so what lies in a cache is not believed by its name:
+
+    NAME.so          loaded only if this user or root owns it and nobody else may write it
+    NAME.so.sha256   the checksum that it was built with; one that differs, or none, and the library is built anew
+
+A library of somebody else's in a shared folder is left alone; this user's goes to ``user-UID`` below it.
 
 Imports nothing but the standard library: it also runs in a build environment that has no torch.
 """
@@ -14,10 +21,12 @@ Imports nothing but the standard library: it also runs in a build environment th
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,7 +34,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["BuildError", "build", "library_path"]
+__all__ = ["BuildError", "build", "checksum_path", "library_path"]
+
+_log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu"
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -58,10 +69,51 @@ def library_path() -> Path:
         BuildError: no compiler was found, it failed, or no folder can be written.
     """
     name = library_name()
-    for folder in (PREBUILT, cache_folder()):
-        if (folder / name).is_file():
-            return folder / name
-    return build(cache_folder())
+    if (PREBUILT / name).is_file():  # whose owner is that of this module beside it
+        if (reason := damage(PREBUILT / name)) is None:
+            return PREBUILT / name
+        _log.warning("%s is not used: %s; install qvgen again", PREBUILT / name, reason)
+    folder = cache_folder()
+    if (folder / name).exists() and (reason := distrust(folder / name)) is not None:
+        own = folder / f"user-{os.getuid()}"
+        _log.warning("%s is not used: %s; using %s in its place", folder / name, reason, own)
+        folder = own
+    path = folder / name
+    if path.exists():
+        reason = distrust(path) or damage(path)
+        if reason is None:
+            return path
+        _log.warning("%s is built anew: %s", path, reason)
+    return build(folder)
+
+
+def distrust(path: Path) -> str | None:
+    """Why a library in a cache may be somebody else's code; None where this user or root alone could have written it.
+
+    Args:
+        path: The library; a link counts with what it points to.
+    """
+    for state in (path.lstat(), path.stat()):
+        if state.st_uid not in (0, os.getuid()):
+            return f"user {state.st_uid} owns it, and this is user {os.getuid()}"
+        if stat.S_ISREG(state.st_mode) and state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"others than its owner may write it (mode {stat.S_IMODE(state.st_mode):o})"
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """Why a library is not the one that was built; None where it is, by the checksum beside it."""
+    try:
+        wanted = checksum_path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return f"{checksum_path(path).name} is missing or can't be read"
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    return None if found == wanted else f"its checksum is {found[:16]}..., and it was built with {wanted[:16]}..."
+
+
+def checksum_path(path: Path) -> Path:
+    """The file that holds a library's checksum."""
+    return path.with_name(f"{path.name}.sha256")
 
 
 def library_name() -> str:
@@ -133,7 +185,13 @@ def build(folder: Path, *, extra_flags: Sequence[str] = (), name: str | None = N
         made = work / "library.so"
         _run([*compiler, *FLAGS, *extra_flags, *map(str, objects), "-o", str(made)])
         target = folder / (name or library_name())
-        os.replace(made, target)  # atomic: another process sees the old file, none, or the whole new one
+        checksum = checksum_path(made)
+        checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n", encoding="ascii")
+        for file, mode in ((made, 0o755), (checksum, 0o644)):
+            file.chmod(mode)  # whatever the umask: nobody else may write what others' processes run
+        # Each step is atomic. A process that meets the new library with the old checksum builds it once more.
+        os.replace(made, target)
+        os.replace(checksum, checksum_path(target))
         return target
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Building the CPU library: cache, concurrent builds, no compiler, a compiler that fails, a library of another source."""
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -32,7 +33,8 @@ def test_is_built_once_and_again_after_a_change(small_source):
     (small_source / "one.cpp").write_text(SMALL + "// changed\n")
     second = cpu_build.library_path()
     assert second != first
-    assert sorted(os.listdir(first.parent)) == sorted([first.name, second.name])  # nothing temporary is left
+    left = [path.name for library in (first, second) for path in (library, cpu_build.checksum_path(library))]
+    assert sorted(os.listdir(first.parent)) == sorted(left)  # nothing temporary is left
 
 
 def test_processes_can_build_at_the_same_time(small_source, tmp_path):
@@ -50,7 +52,9 @@ assert "torch" not in sys.modules
     made = [process.communicate()[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(set(made)) == 1
-    assert os.listdir(tmp_path / "shared") == [Path(made[0]).name]
+    name = Path(made[0]).name
+    assert sorted(os.listdir(tmp_path / "shared")) == [name, f"{name}.sha256"]
+    assert cpu_build.damage(tmp_path / "shared" / name) is None
 
 
 def test_a_library_made_at_install_time_comes_first(small_source, tmp_path, monkeypatch):
@@ -58,6 +62,57 @@ def test_a_library_made_at_install_time_comes_first(small_source, tmp_path, monk
     made = cpu_build.build(tmp_path / "prebuilt")
     assert cpu_build.library_path() == made
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit", "cut", "empty", "no checksum", "another checksum"])
+def test_a_damaged_library_in_the_cache_is_built_anew(small_source, harm, caplog):
+    path = cpu_build.library_path()
+    whole = path.read_bytes()
+    if harm == "a flipped bit":
+        path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 4]) + whole[2001:])
+    elif harm in ("cut", "empty"):
+        path.write_bytes(whole[: len(whole) // 2 if harm == "cut" else 0])
+    elif harm == "no checksum":
+        cpu_build.checksum_path(path).unlink()
+    else:
+        cpu_build.checksum_path(path).write_text("0" * 64)
+    assert cpu_build.library_path() == path
+    assert path.read_bytes() == whole
+    assert f"{path} is built anew: " in caplog.text
+    caplog.clear()
+    assert cpu_build.library_path() == path
+    assert caplog.text == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_library_of_another_user_is_not_loaded(small_source, caplog):
+    path = cpu_build.library_path()
+    os.chown(path, 12345, -1)
+    path.write_bytes(b"somebody else's code")
+    cpu_build.checksum_path(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    own = cpu_build.library_path()
+    assert own == path.parent / f"user-{os.getuid()}" / path.name
+    assert b"somebody" not in own.read_bytes()
+    assert "is not used: user 12345 owns it" in caplog.text
+    assert path.read_bytes() == b"somebody else's code"
+    assert cpu_build.library_path() == own
+
+
+def test_a_library_that_others_may_write_is_not_loaded(small_source, caplog):
+    path = cpu_build.library_path()
+    path.chmod(0o777)
+    assert cpu_build.library_path().parent.name == f"user-{os.getuid()}"
+    assert "others than its owner may write it (mode 777)" in caplog.text
+
+
+def test_what_is_built_is_its_owners_to_write_whatever_the_umask(small_source):
+    before = os.umask(0)
+    try:
+        path = cpu_build.library_path()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert cpu_build.checksum_path(path).stat().st_mode & 0o777 == 0o644
 
 
 def test_a_compiler_that_fails_is_quoted(small_source):
