@@ -27,7 +27,7 @@ from torch import Tensor
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clips import BadClip, report_bad, to_pixels, too_many_bad
-from qvgen.data.latent_cache import LatentCache, write_tensors
+from qvgen.data.latent_cache import LatentCache
 from qvgen.data.probe import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.run_directory import atomic_write
 
@@ -121,6 +121,7 @@ def fill(
     for caption in dict.fromkeys(["", *options.captions]):
         _ensure_text(cache, caption, encode_captions=encode_captions)
     counts = {"encoded": 0, "reused": 0}
+    checked: dict[str, str | None] = {}
     bad: list[tuple[str, str]] = []
     mine = range(options.shard, len(table), options.num_shards)
     last_log = time.monotonic()
@@ -129,7 +130,7 @@ def fill(
             clip = table[row]
             row_key = cache.row_key(clip)
             record = cache.read_record(row_key)
-            if record is None or not _is_settled(cache, record, clip):
+            if record is None or not _is_settled(cache, record, clip, checked=checked):
                 record = _make(cache, clip, reader=reader, encoders=(encode_video, encode_captions), counts=counts)
                 cache.write_record(row_key, record)
             else:
@@ -157,11 +158,23 @@ def remove_stale(folder: Path) -> None:
             continue
 
 
-def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip) -> bool:
-    """Whether a row needs nothing any more: its files are there, or it is bad for a reason that lies in the clip."""
+def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, checked: dict[str, str | None]) -> bool:
+    """Whether a row needs nothing any more: its files are as they were written, or it is bad for a reason in the clip.
+
+    Args:
+        cache: The cache.
+        record: What is known of the row.
+        clip: The row.
+        checked: Seals of files that were read before: clips and captions of several rows are read once.
+    """
     if "bad" in record:
         return not record["again"]
-    return cache.latent_path(record["latents"]).is_file() and cache.text_path(clip.caption).is_file()
+    key, text_key = record["latents"], cache.text_key(clip.caption)
+    if key not in checked:
+        checked[key] = cache.latent_seal(key, verify=True)
+    if text_key not in checked:
+        checked[text_key] = cache.text_seal(clip.caption, verify=True)
+    return checked[key] == record["latents_sha256"] and checked[text_key] == record["text_sha256"]
 
 
 def _make(
@@ -188,24 +201,33 @@ def _make(
         log.warning("%s: %s", clip.name, reason)
         return {"bad": reason, "again": isinstance(error, TimedOut | PermissionError)}
     key = cache.latent_key(clip_sha256, plan)
-    if cache.latent_path(key).is_file():
+    seal = cache.latent_seal(key, verify=True)
+    if seal is not None:
         counts["reused"] += 1
     else:
         latents = encode_video(to_pixels(frames)[None])
         _check(latents, what=f"encode_video, on {clip.name},")
-        write_tensors(cache.latent_path(key), {"latents": latents[0]})
+        seal = cache.write_latents(key, latents[0])
         counts["encoded"] += 1
-    _ensure_text(cache, clip.caption, encode_captions=encode_captions)
-    return {"clip": clip_sha256, "latents": key, "bucket": plan.bucket.label}
+    text_seal = _ensure_text(cache, clip.caption, encode_captions=encode_captions)
+    return {
+        "clip": clip_sha256,
+        "latents": key,
+        "bucket": plan.bucket.label,
+        "latents_sha256": seal,
+        "text_sha256": text_seal,
+    }
 
 
-def _ensure_text(cache: LatentCache, caption: str, *, encode_captions: EncodeCaptions) -> None:
-    path = cache.text_path(caption)
-    if not path.is_file():
-        tensors = encode_captions([caption])
-        for name, tensor in tensors.items():
-            _check(tensor, what=f"encode_captions, on {caption!r}, in {name}")
-        write_tensors(path, {name: tensor[0] for name, tensor in tensors.items()})
+def _ensure_text(cache: LatentCache, caption: str, *, encode_captions: EncodeCaptions) -> str:
+    """Encode a caption unless its embedding is there, as it was written; returns its seal."""
+    seal = cache.text_seal(caption, verify=True)
+    if seal is not None:
+        return seal
+    tensors = encode_captions([caption])
+    for name, tensor in tensors.items():
+        _check(tensor, what=f"encode_captions, on {caption!r}, in {name}")
+    return cache.write_text(caption, {name: tensor[0] for name, tensor in tensors.items()})
 
 
 def _check(tensor: Tensor, *, what: str) -> None:
@@ -217,7 +239,10 @@ def _check(tensor: Tensor, *, what: str) -> None:
 
 
 def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, report: Path, max_bad: float) -> bool:
-    """Write report and index if every row of the table has a record; returns whether that is so."""
+    """Write report and index if every row of the table has a record and its files; returns whether that is so.
+
+    The index has the files' present seals: of two processes that encoded one caption at once, the later one's.
+    """
     rows: list[dict[str, Any]] = []
     bad: list[tuple[str, str]] = []
     for row, clip in enumerate(table):
@@ -227,7 +252,13 @@ def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, repo
         if "bad" in record:
             bad.append((clip.name, record["bad"]))
         else:
-            rows.append({"row": row, "name": clip.name, "caption": clip.caption, **record})
+            seals = {
+                "latents_sha256": cache.latent_seal(record["latents"], verify=False),
+                "text_sha256": cache.text_seal(clip.caption, verify=False),
+            }
+            if None in seals.values():
+                return False
+            rows.append({"row": row, "name": clip.name, "caption": clip.caption, **record, **seals})
     report_bad(bad, total=len(table), max_bad=max_bad, report=report)
     atomic_write(index_path, json.dumps({"rows": rows, "bad": sorted(bad)}, sort_keys=True).encode())
     return True

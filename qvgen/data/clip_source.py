@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qvgen.config.errors import UserError
 from qvgen.data.cache_fill import FillOptions, FillReport, fill
+from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.clips import Bucket, CutSettings
-from qvgen.data.latent_cache import CachedClips, CacheSettings, LatentCache
+from qvgen.data.latent_cache import CacheSettings, LatentCache
 from qvgen.data.source import Family, Split
 
 
@@ -122,7 +123,7 @@ class ClipSource:
     def is_complete(self, family: LatentFamily, *, captions: Sequence[str]) -> bool:
         """Whether the cache holds every clip of the table, and these captions too."""
         cache = self.latent_cache(family)
-        if not all(cache.text_path(caption).is_file() for caption in captions):
+        if not all(cache.text_seal(caption, verify=False) for caption in captions):
             return False
         return CachedClips.open(cache, self.table(), max_bad=self.max_bad) is not None
 

@@ -2,12 +2,18 @@
 
     FOLDER/latents/ab/KEY.safetensors    {"latents": [C, f, h, w]}   KEY: clip's bytes, frames, box, bucket, VAE
     FOLDER/texts/ab/KEY.safetensors      {"encoder_hidden_states": [T, D], ...}   KEY: caption, text encoder
-    FOLDER/records/SETTINGS/ab/ROW.json  what became of one row of a table: its latents' key, or why there are none
+    FOLDER/records/SETTINGS/ab/ROW.json  what became of one row of a table: its files' keys and seals, or why there are none
     FOLDER/indexes/INDEX.json            all rows of one table under one setting, once each has a record
 
 Keys are SHA-256 of everything that decides the content, so another rate, bucket, VAE or text encoder finds nothing of the
-old one, and a moved or copied clip finds its latents. A row's key holds its file's size and date instead of its bytes: a
-table that was done is recognized without reading its videos. Every file is written whole or not at all.
+old one, and a moved or copied clip finds its latents. A row's key holds its file's size and times instead of its bytes: a
+table that was done is recognized without reading its videos. The time of the last change (ctime) is one of them, which no
+program sets: a clip in another's place with the same name, size and date is seen.
+
+Every file is written whole or not at all, and that it is there does not make it right. Tensors carry a seal
+(:mod:`qvgen.data.sealed_tensors`), which the row's record repeats. ``qvgen precompute`` reads all tensors and makes
+anew what is not as it was written; a training run looks at every seal before it starts and at the values as it reads them.
+A record or an index that is damaged counts as missing.
 
 Tensors are stored in the narrowest of bfloat16, float16 and their own type that loses no bit, and are read as float32.
 
@@ -18,25 +24,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.clips import CutPlan, CutSettings, too_many_bad
-from qvgen.data.source import SPLITS
+from qvgen.data.clips import CutPlan, CutSettings
+from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.run_directory import atomic_write
 
 FORMAT = 1
 """Part of every key; one more when the same settings would give other content."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +96,7 @@ class LatentCache:
         return content_key("text", caption, self.settings.text_revision)
 
     def row_key(self, clip: Clip) -> str:
-        """Key of a table's row: its name, its caption, and its file's size and date (or bytes)."""
+        """Key of a table's row: its name, its caption, and its file's size and times (or bytes)."""
         if clip.data is not None:
             return content_key("row", clip.name, clip.caption, hashlib.sha256(clip.data).hexdigest())
         assert clip.path is not None
@@ -94,7 +104,7 @@ class LatentCache:
             state = clip.path.stat()
         except OSError:
             return content_key("row", clip.name, clip.caption, None)
-        return content_key("row", clip.name, clip.caption, state.st_size, state.st_mtime_ns)
+        return content_key("row", clip.name, clip.caption, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
     def index_path(self, table: ClipTable) -> Path:
         """Where the index of a table under this setting is, or will be."""
@@ -115,11 +125,11 @@ class LatentCache:
         return self.folder / "records" / self._settings_key[:32] / row_key[:2] / f"{row_key}.json"
 
     def read_record(self, row_key: str) -> dict[str, Any] | None:
-        """What became of a row, or None where nothing is known."""
-        try:
-            record: dict[str, Any] = json.loads(self.record_path(row_key).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        """What became of a row, or None where nothing is known: there is no record, or it is damaged."""
+        path = self.record_path(row_key)
+        record = read_json(path, expected=is_record)
+        if record is None and path.exists():
+            log.warning("%s is damaged; what it said is found out again", path)
         return record
 
     def write_record(self, row_key: str, record: Mapping[str, Any]) -> None:
@@ -128,36 +138,51 @@ class LatentCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(record, sort_keys=True).encode())
 
-    def read_latents(self, key: str) -> Float[Tensor, "C f h w"]:
+    def write_latents(self, key: str, latents: Float[Tensor, "C f h w"]) -> str:
+        """Keep the latents of a cut; returns their seal."""
+        return write_sealed(self.latent_path(key), {"latents": narrowest(latents)}, key=key)
+
+    def read_latents(self, key: str, *, seal: str | None = None) -> Float[Tensor, "C f h w"]:
         """Latents of a clip, float32.
+
+        Args:
+            key: Of the latents.
+            seal: What the row's record knows of them; None: only that they are as they were written.
 
         Raises:
             UserError: They are not there any more, or the file is damaged.
         """
-        return read_tensors(self.latent_path(key))["latents"]
+        return _read(self.latent_path(key), key=key, seal=seal)["latents"]
+
+    def write_text(self, caption: str, tensors: Mapping[str, Tensor]) -> str:
+        """Keep a caption's embedding, without the batch dimension; returns its seal."""
+        kept = {name: narrowest(tensor) for name, tensor in tensors.items()}
+        return write_sealed(self.text_path(caption), kept, key=self.text_key(caption))
+
+    def latent_seal(self, key: str, *, verify: bool) -> str | None:
+        """Seal of a clip's latents; None where they are missing or damaged, which is said.
+
+        Args:
+            key: Of the latents.
+            verify: Read the values too.
+        """
+        return _seal(self.latent_path(key), key=key, verify=verify)
+
+    def text_seal(self, caption: str, *, verify: bool) -> str | None:
+        """The same for a caption's embedding."""
+        return _seal(self.text_path(caption), key=self.text_key(caption), verify=verify)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The embeddings of captions that are in the cache, as a family's ``encode`` gives them: float32, B rows each.
 
         Raises:
-            UserError: A caption is not in the cache.
+            UserError: A caption is not in the cache, or its file is damaged.
         """
-        rows = [read_tensors(self.text_path(caption)) for caption in captions]
+        rows = [_read(self.text_path(caption), key=self.text_key(caption), seal=None) for caption in captions]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically, each as narrow as it loses no bit.
-
-    Raises:
-        OSError: The file can't be written.
-    """
-    narrow = {name: _narrowest(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_file(narrow, temporary))
-
-
-def _narrowest(tensor: Tensor) -> Tensor:
+def narrowest(tensor: Tensor) -> Tensor:
     """The tensor as bfloat16 or float16 where that is the same bit for bit: what a half-precision encoder gave."""
     for dtype in (torch.bfloat16, torch.float16):
         narrow = tensor.to(dtype)
@@ -166,101 +191,51 @@ def _narrowest(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what :func:`write_tensors` wrote, floats as float32.
-
-    Raises:
-        UserError: It is not there, or it is damaged.
-    """
-    from safetensors import SafetensorError
-
+def _read(path: Path, *, key: str, seal: str | None) -> dict[str, Tensor]:
+    """Tensors of a sealed file, floats as float32; raises UserError with the remedy."""
     try:
-        tensors = load_file(path)
+        tensors = read_sealed(path, key=key, seal=seal)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not in the cache; run qvgen precompute with the same settings again") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run qvgen precompute again") from error
+    except DamagedFileError as error:
+        raise UserError(f"{error}; run qvgen precompute with the same settings, which makes it again") from error
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-class CachedClip(TypedDict):
-    """One sample.
+def _seal(path: Path, *, key: str, verify: bool) -> str | None:
+    try:
+        seal = read_seal(path, key=key)
+        if verify:
+            read_sealed(path, key=key, seal=seal)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        log.warning("%s; it is made again", error)
+        return None
+    return seal
 
-    Attributes:
-        video: float32 [C, f, h, w], latents.
-        caption: What the clip shows; :meth:`LatentCache.encode` has its embedding.
-        sample_id: The clip's row in its table.
-    """
 
-    video: Tensor
-    caption: str
-    sample_id: int
+def is_record(record: Any) -> bool:
+    """Whether a value has the form of a row's record; keys in it become names of files."""
+    if not isinstance(record, dict):
+        return False
+    if record.keys() == {"bad", "again"}:
+        return isinstance(record["bad"], str) and isinstance(record["again"], bool)
+    return (
+        record.keys() == {"clip", "latents", "bucket", "latents_sha256", "text_sha256"}
+        and isinstance(record["bucket"], str)
+        and all(_is_digest(record[name]) for name in ("clip", "latents", "latents_sha256", "text_sha256"))
+    )
 
 
-class CachedClips(Dataset[CachedClip]):
-    """Map-style data set of a table whose latents are all in a cache; opens no video.
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
-    A clip that stands in several rows is in one split alone.
 
-    Args:
-        cache: Holds the latents.
-        rows: Rows of an index: ``row``, ``name``, ``caption``, ``clip``, ``latents``, ``bucket``.
-        split: ``train``, or ``held_out``.
-        held_out: How many clips are held out: the first ones by their bytes' checksum, whatever the table's order.
-
-    Attributes:
-        rows: The split's own.
-        buckets: The bucket of each sample, as 49x480x720.
-
-    Raises:
-        UserError: The split is unknown or empty.
-    """
-
-    def __init__(
-        self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], *, split: str = "train", held_out: int = 0
-    ) -> None:
-        if split not in SPLITS:
-            raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
-        clips = sorted({row["clip"] for row in rows}, key=lambda clip: content_key("held_out", clip))
-        kept_apart = set(clips[:held_out])
-        self.rows = [row for row in rows if (row["clip"] in kept_apart) == (split == "held_out")]
-        if not self.rows:
-            raise UserError(f"no clip is left for split={split}: held_out={held_out} of {len(clips)} different clips")
-        self.cache = cache
-        self.buckets: list[str] = [row["bucket"] for row in self.rows]
-
-    @classmethod
-    def open(
-        cls, cache: LatentCache, table: ClipTable, *, max_bad: float, split: str = "train", held_out: int = 0
-    ) -> CachedClips | None:
-        """The table's samples, or None where the cache does not hold all of them yet.
-
-        Raises:
-            UserError: More of the table's clips are bad than ``max_bad``; or see the class.
-        """
-        try:
-            index = json.loads(cache.index_path(table).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        rows, bad = index["rows"], index["bad"]
-        if too_many_bad(len(bad), total=len(table), max_bad=max_bad):
-            raise UserError(f"{len(bad)} of {len(table)} clips can't be used, more than max_bad={max_bad:g}")
-        keys, captions = {row["latents"] for row in rows}, {row["caption"] for row in rows} | {""}
-        paths = [*map(cache.latent_path, keys), *map(cache.text_path, captions)]
-        if not all(path.is_file() for path in paths):
-            return None
-        return cls(cache, rows, split=split, held_out=held_out)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> CachedClip:
-        """Read sample ``index``.
-
-        Raises:
-            IndexError: There is no such sample.
-            UserError: Its latents are gone.
-        """
-        row = self.rows[index]
-        return CachedClip(video=self.cache.read_latents(row["latents"]), caption=row["caption"], sample_id=row["row"])
+def read_json(path: Path, *, expected: Callable[[Any], bool]) -> Any:
+    """A JSON file's value if it has the form that is expected; None where it has not or there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return value if expected(value) else None

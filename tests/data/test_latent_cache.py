@@ -6,6 +6,7 @@ What is in it is checked against the clips themselves, read and encoded here. Op
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qvgen.data import cache_fill
 from qvgen.data.assets import find_asset
 from qvgen.data.cache_fill import FillOptions, fill
+from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import read_table
 from qvgen.data.clips import Bucket, CutSettings, cut_clip, to_pixels
-from qvgen.data.latent_cache import CachedClips, CacheSettings, LatentCache, read_tensors, write_tensors
+from qvgen.data.latent_cache import CacheSettings, LatentCache, narrowest
+from qvgen.data.sealed_tensors import seal_of
 from tests.data.pooling_encoder import SETTINGS, encode_captions, encode_video, fill_with_pooling
 from tests.data.video_files import write_clip
 
@@ -259,23 +263,147 @@ def test_lost_entries_are_made_again_and_damaged_ones_named(table: Path, tmp_pat
     assert report.encoded == 1
     assert content(tmp_path) == before
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="is damaged .* delete it"):
+    with pytest.raises(ValueError, match="is damaged .* run qvgen precompute"):
         [samples[i] for i in range(6)]
 
 
+def rewrite(path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """What another program makes of a file of tensors: it knows nothing of seals."""
+    save_file({name: change(tensor).contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+def flip_a_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1  # of a value
+    path.write_bytes(whole)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut to 40 bytes": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "empty": lambda path: path.write_bytes(b""),
+    "times 1000": lambda path: rewrite(path, lambda tensor: tensor * 1000),
+    "int64": lambda path: rewrite(path, lambda tensor: tensor.to(torch.int64)),
+    "another shape": lambda path: rewrite(path, lambda tensor: tensor[:1]),
+    "not finite": lambda path: rewrite(path, lambda tensor: tensor * torch.inf),
+    "another's file": lambda path: shutil.copyfile(
+        next(p for p in path.parents[1].rglob("*.safetensors") if p != path), path
+    ),
+    "a flipped bit": flip_a_bit,
+    "no tensors": lambda path: path.write_bytes(b"not a file of tensors" * 10),
+}
+
+
+@pytest.fixture(scope="module")
+def filled(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    fill_with_pooling(table, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["latents", "texts"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_there_but_wrong_is_refused_by_name_and_made_again(
+    harm: str, kind: str, table: Path, filled: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(filled, folder)
+    cache = LatentCache(folder, settings=SETTINGS)
+    opened = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert opened is not None
+    paths = {cache.text_path(caption) for caption in CLIPS.values()} if kind == "texts" else folder.rglob("latents/*/*")
+    path = sorted(path for path in paths if path.suffix == ".safetensors")[0]
+    HARMS[harm](path)
+    if harm != "a flipped bit":  # which only reading the values finds
+        assert CachedClips.open(cache, read_table(table), max_bad=0) is None
+    with pytest.raises(ValueError, match=rf"{path.name}.*run qvgen precompute"):  # noqa: PT012 - either may raise
+        [opened[index] for index in range(len(opened))]
+        cache.encode(["", *CLIPS.values()])
+    assert fill_with_pooling(table, folder).complete
+    assert content(folder) == content(filled)
+
+
+def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(
+    table: Path, filled: Path, tmp_path: Path
+) -> None:
+    """Two processes that encode one clip at once, on devices that round differently: whole, but other bits."""
+    shutil.copytree(filled, tmp_path / "cache")
+    cache = LatentCache(tmp_path / "cache", settings=SETTINGS)
+    opened = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert opened is not None
+    key = opened.rows[0]["latents"]
+    changed = opened[0]["video"] * 2
+    seal = cache.write_latents(key, changed)
+    assert CachedClips.open(cache, read_table(table), max_bad=0) is None
+    with pytest.raises(ValueError, match=f"has the checksum {seal[:16]}.* is known of it; run qvgen precompute"):
+        opened[0]
+    report = fill_with_pooling(table, tmp_path / "cache")
+    assert (report.complete, report.encoded) == (True, 0)
+    again = CachedClips.open(cache, read_table(table), max_bad=0)
+    assert again is not None
+    assert again.rows[0]["latents_sha256"] == seal
+    assert torch.equal(again[0]["video"], changed)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"bad": 1, "again": true}', '{"clip": "../../etc/passwd"}', "[" * 100_000]
+)
+@pytest.mark.parametrize("kind", ["records", "indexes"])
+def test_a_damaged_record_or_index_is_made_again(
+    kind: str, text: str, table: Path, filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(filled, folder)
+    path = sorted((folder / kind).rglob("*.json"))[0]
+    path.write_text(text)
+    if kind == "indexes":
+        assert CachedClips.open(LatentCache(folder, settings=SETTINGS), read_table(table), max_bad=0) is None
+    report = fill_with_pooling(table, folder)
+    assert (report.complete, report.encoded) == (True, 0)
+    assert (f"{path} is damaged" in caplog.text) == (kind == "records")
+    assert content(folder) == content(filled)
+
+
+def test_a_clip_in_the_place_of_another_with_its_size_and_date_is_seen(table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(table, folder)
+    fill_with_pooling(folder, tmp_path / "cache")
+    path = folder / next(iter(CLIPS))
+    state = path.stat()
+    other = bytearray(path.read_bytes())
+    other[-1] ^= 1  # in what follows the frames: the clip can still be read
+    path.write_bytes(other)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    cache = LatentCache(tmp_path / "cache", settings=SETTINGS)
+    assert CachedClips.open(cache, read_table(folder), max_bad=0) is None
+    assert fill_with_pooling(folder, tmp_path / "cache").encoded == 1
+
+
+def test_a_seal_is_of_names_types_shapes_and_bits() -> None:
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    others = [
+        {"a": base["a"], "c": base["b"]}, {**base, "a": base["a"].view(3, 2)}, {**base, "a": base["a"].half()},
+        {**base, "a": -base["a"]}, {"a": base["a"]},
+    ]  # fmt: skip
+    assert len({seal_of(tensors) for tensors in (base, *others)}) == 1 + len(others)
+    assert seal_of(dict(reversed(base.items()))) == seal_of(base)
+    assert seal_of({"x": torch.tensor(1.0)}) != seal_of({"x": torch.tensor([1.0])})
+
+
 def test_tensors_keep_every_bit_in_as_few_bytes_as_they_need(tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path, settings=SETTINGS)
     generator = torch.Generator().manual_seed(0)
     full = torch.randn(50, generator=generator)
     tensors = {"full": full, "bf16": full.bfloat16().float(), "fp16": full.half().float(), "mask": torch.arange(5)}
     tensors["zero"] = torch.tensor([0.0, -0.0])
-    write_tensors(tmp_path / "a.safetensors", tensors)
-    for name, tensor in read_tensors(tmp_path / "a.safetensors").items():
+    cache.write_text("a caption", tensors)
+    for name, rows in cache.encode(["a caption"]).items():
+        tensor = rows[0]
         assert tensor.dtype == tensors[name].dtype
         assert torch.equal(tensor, tensors[name])
         assert torch.equal(torch.signbit(tensor), torch.signbit(tensors[name]))
-    from safetensors.torch import load_file
-
-    stored = {name: tensor.dtype for name, tensor in load_file(tmp_path / "a.safetensors").items()}
+    stored = {name: tensor.dtype for name, tensor in load_file(cache.text_path("a caption")).items()}
+    assert narrowest(tensors["mask"]).dtype == torch.int64
     assert (stored["full"], stored["bf16"], stored["fp16"]) == (torch.float32, torch.bfloat16, torch.float16)
 
 
