@@ -34,7 +34,7 @@ FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "device_memory_gib", "chec
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes."""
 
 
-_LONGEST_PREFIX = 100
+_LONGEST_PREFIX = 50
 """Characters of a file's name that its temporary file's name repeats: a name has 255 bytes at most, 4 a character."""
 
 
@@ -50,7 +50,10 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
         OSError: The file can't be written; ``path`` is as it was, and nothing is left beside it.
     """
     # A name of its own, which a process number is not: two containers on one disk may have the same.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write it, {error.strerror}", str(path)) from error
     os.close(descriptor)
     temporary = Path(name)
     try:

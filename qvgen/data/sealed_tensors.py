@@ -2,9 +2,9 @@
 
     {"__metadata__": {"seal": "KEY SEAL"}, "latents": {"dtype": "BF16", "shape": [16, 13, 60, 90], ...}}
 
-(one entry: the library writes several in an order that changes, and equal contents shall be equal files). KEY says what the tensors were made from and SEAL is the SHA-256 of names, dtypes, shapes and bytes. So a file that was cut,
-overwritten by another program, renamed, or whose bits a disk has changed is told from the right one. Reading the seal
-alone (:func:`read_seal`) costs one small read and finds all but changed values; reading the tensors (:func:`read_sealed`)
+(one entry: the library writes several in an order that changes, and equal contents shall be equal files). KEY says what
+the tensors were made from and SEAL is the SHA-256 of names, dtypes, shapes and bytes. So a file that was cut, overwritten
+by another program, renamed, or whose bits a disk has changed is told from the right one. Reading the seal alone (:func:`read_seal`) costs one small read and finds all but changed values; reading the tensors (:func:`read_sealed`)
 checks those too: 0.6 to 1.5 seconds per GB of processor time, by the processor's SHA instructions.
 """
 

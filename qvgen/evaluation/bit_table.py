@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
 
 DIRECTORY = "mixed_precision"
 ALL_WINDOWS = -1
@@ -76,10 +79,9 @@ class SensitivityStore:
         self.path = path
 
     def read(self) -> dict[Key, Sensitivity]:
-        """The rows by their key; a last line that a killed process left half is left out.
+        """The rows by their key; lines that are damaged are left out with a warning: they are measured again.
 
-        Raises:
-            ValueError: Another line is damaged.
+        The last line, which a killed process may have left half, is nothing to speak of.
         """
         if not self.path.is_file():
             return {}
@@ -88,13 +90,11 @@ class SensitivityStore:
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
-            try:
-                row = Sensitivity(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                if number == len(lines):  # no newline after it
-                    continue
-                raise ValueError(f"{self.path}, line {number} is damaged; delete the line or the file") from error
-            rows[row.key] = row
+            row = _read_sensitivity(line)
+            if row is not None:
+                rows[row.key] = row
+            elif number < len(lines):  # a newline after it
+                log.warning("%s, line %d is damaged; what it said is measured again", self.path, number)
         return rows
 
     def add(self, row: Sensitivity) -> None:
@@ -110,6 +110,17 @@ class SensitivityStore:
             file.write(json.dumps(asdict(row)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read_sensitivity(line: bytes) -> Sensitivity | None:
+    """A line of the store; None where it is damaged."""
+    try:
+        row = Sensitivity(**json.loads(line))
+        numbers = (row.output_error, row.seconds, *row.scores.values())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    whole = all(isinstance(getattr(row, name), kind) for name, kind in _COLUMNS.items() if kind is not float)
+    return row if whole and all(isinstance(value, int | float) for value in numbers) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ Left out: interaction, and any number that is not in metrics.csv.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qvgen.evaluation.canvas import FIRST, SECOND, TEXT, Canvas, Chart, Series, use_log_axis
+from qvgen.evaluation.metric_rows import read_metric_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,29 +29,17 @@ def read_history(path: Path) -> dict[str, Series]:
     the later row counts.
 
     Args:
-        path: metrics.csv with a column "step". A file that does not exist holds no curve.
+        path: metrics.csv with a column "step". A file that does not exist holds no curve; rows that are damaged are
+            left out with a warning (:mod:`qvgen.evaluation.metric_rows`).
 
     Returns:
         column name -> (steps, values), for columns with at least one number, NaN included.
-
-    Raises:
-        ValueError: there is no column "step", or a cell is no number.
     """
-    if not path.is_file():
-        return {}
     points: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or []):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}, none is 'step'; is it a run's metrics.csv?")
-        for row in reader:
-            try:
-                step = int(float(row["step"]))
-                for name, cell in row.items():
-                    if name != "step" and cell:
-                        points.setdefault(name, {})[step] = float(cell)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}; each cell is a number or empty") from error
+    for row in read_metric_rows(path)[0]:
+        for name, cell in row.items():
+            if name != "step" and cell:
+                points.setdefault(name, {})[int(row["step"])] = float(cell)
     return {
         name: (np.array(sorted(series)), np.array([series[step] for step in sorted(series)]))
         for name, series in points.items()

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 DIRECTORY = "validation"
 """The folder in the run's own."""
 TABLE_FILE = "metrics.csv"
+_FIELDS = {"prompt_index": int, "prompt": str, "seed": int, "fps": int | float, "sha256": dict}
+"""What every record says, and its type."""
+_NUMBERS = int | float | str | None
+"""Types of a measured value: JSON has no infinity, which is written as text."""
 TABLE_COLUMNS = ("step", "prompt_index", "seed", "psnr_db", "ssim")
 
 
@@ -172,10 +176,19 @@ def _write_record(content: Mapping[str, Any], first: Path, *others: Path) -> Non
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
+    """A record of the expected form; None where there is none or it is damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    if not isinstance(content, dict) or any(not isinstance(content.get(name), kind) for name, kind in _FIELDS.items()):
+        return None
+    sums = content["sha256"]
+    if any("/" in name or not isinstance(wanted, str) for name, wanted in sums.items()):
+        return None
+    is_student = path.name.endswith("-student.json")
+    if is_student and any(not isinstance(content.get(name, []), _NUMBERS) for name in ("step", "psnr_db", "ssim")):
+        return None  # a list stands for a name that is missing
     return content
 
 

@@ -12,7 +12,6 @@ Left out: several processes; an average of the weights over steps (the learning 
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import time
 from collections.abc import Sequence
@@ -32,8 +31,7 @@ from qvgen.data.noise import sample_generator
 from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
-from qvgen.run_directory import atomic_write
-from qvgen.training.callbacks import rows_before
+from qvgen.training.callbacks import begin_table
 from qvgen.training.progress import progress_bar
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.step_module import StepModule, TrainingDivergedError
@@ -150,14 +148,7 @@ class AutoencoderMetrics(lightning.Callback):
         """Open the table at the step that the run begins with."""
         del pl_module
         self._last_step, self._started = trainer.global_step, time.monotonic()
-        keep = rows_before(self.path, trainer.global_step)
-        if keep:
-            self._started -= float(keep[-1]["train/seconds"])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, AUTOENCODER_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(keep)
-        atomic_write(self.path, text.getvalue().encode())
+        self._started -= begin_table(self.path, AUTOENCODER_COLUMNS, step=trainer.global_step)
         self._bar = progress_bar(desc="train", unit="step", total=self.num_steps, initial=trainer.global_step)
 
     def on_train_batch_end(

@@ -16,18 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
+from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import Encode
-from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +108,11 @@ class CalibratedModel:
         Raises:
             ValueError: It was never called, or its inputs were not finite.
         """
-        path = self._path(name)
-        if not path.is_file():
+        tensors = self._read(name)
+        if tensors is None:
             (names,) = (names for names in self._passes if name in names)
-            self._collect([name for name in names if not self._path(name).is_file()])
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+            self._collect([other for other in names if other == name or self._read(other) is None])
+            tensors = read_sealed(self._path(name), key=self._key_of(name))
         return LayerStatistics(
             abs_max=tensors["abs_max"],
             second_moment=tensors.get("second_moment"),
@@ -123,6 +120,19 @@ class CalibratedModel:
             num_rows=int(tensors["num_rows"]),
             ranges=_read_ranges(tensors),
         )
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        """A layer's tensors in the cache; None where they are missing, or damaged, which is said."""
+        try:
+            return read_sealed(self._path(name), key=self._key_of(name))
+        except FileNotFoundError:
+            return None
+        except DamagedFileError as error:
+            log.warning("%s; it is sampled again", error)
+            return None
+
+    def _key_of(self, name: str) -> str:
+        return f"{self.folder.name}/{name}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -155,7 +165,7 @@ class CalibratedModel:
             if found.ranges is not None:
                 tensors["timesteps"] = torch.tensor(found.ranges.timesteps, dtype=torch.float64)
                 tensors |= {"low": found.ranges.low, "high": found.ranges.high}
-            atomic_write(self._path(name), lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            write_sealed(self._path(name), tensors, key=self._key_of(name))
 
 
 def _read_ranges(tensors: Mapping[str, Tensor]) -> StepRanges | None:

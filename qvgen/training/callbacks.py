@@ -9,9 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qvgen.evaluation.metric_rows import read_metric_rows
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
-from qvgen.run_directory import atomic_write
+from qvgen.run_directory import atomic_write, set_aside
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import forget_moments_
 from qvgen.training.progress import progress_bar
@@ -107,14 +107,7 @@ class StepMetrics(lightning.Callback):
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         if trainer.is_global_zero:
-            keep = rows_before(self.path, trainer.global_step)
-            if keep:
-                self._started -= float(keep[-1]["train/seconds"])
-            text = io.StringIO()
-            writer = csv.DictWriter(text, METRIC_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(keep)
-            atomic_write(self.path, text.getvalue().encode())
+            self._started -= begin_table(self.path, METRIC_COLUMNS, step=trainer.global_step)
             self._bar = progress_bar(
                 desc="train",
                 unit="step",
@@ -191,16 +184,30 @@ class StepMetrics(lightning.Callback):
             self._bar.update()
 
 
-def rows_before(path: Path, step: int) -> list[dict[str, str]]:
-    """Rows of a table that are older than a step; a line that a killed process left half written is dropped."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
-    return [row for row in rows if int(row["step"]) < step]
+def begin_table(path: Path, columns: Sequence[str], *, step: int) -> float:
+    """Write the table of a session that begins at a step: the rows before it, of these columns.
+
+    A table of which rows had to be left out is kept beside it.
+
+    Returns:
+        train/seconds of the last row that was kept; 0 without one.
+    """
+    rows, damaged = read_metric_rows(path)
+    if damaged:
+        log.warning("%s: what can't be read is kept in %s", path, set_aside(path).name)
+    keep = [{name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) < step]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(keep)
+    atomic_write(path, text.getvalue().encode())
+    return _seconds(keep)
 
 
 def total_seconds(path: Path) -> float:
     """Seconds that the steps in a metrics.csv took, over all sessions of the run."""
-    rows = rows_before(path, sys.maxsize)
-    return float(rows[-1]["train/seconds"]) if rows else 0.0
+    return _seconds(read_metric_rows(path)[0])
+
+
+def _seconds(rows: Sequence[Mapping[str, str]]) -> float:
+    return float(rows[-1].get("train/seconds") or 0.0) if rows else 0.0

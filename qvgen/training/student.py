@@ -34,7 +34,7 @@ from qvgen.training.calibration import CalibratedModel
 from qvgen.training.fake_model import add_configured_switch, input_sets, share_inputs_
 from qvgen.training.mixed_precision import allocate_bits_, check_mixed_precision
 from qvgen.training.phi_plan import decay_schedule, phi_ranks
-from qvgen.training.session import load_start, save_start
+from qvgen.training.session import START_FILE, load_start, save_start
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,8 @@ def start_student(
         _say_sharing(config, student)
         return done
     began = time.monotonic()
+    if (run_dir.path / START_FILE).is_file():  # written whole, but what is known of it was lost
+        return _measure_start(config, run_dir, student=student, held_out=held_out, reference=reference)
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     with phi_suspended(student):
         result = {"rtn": held_out.relative_error(student, reference)}
@@ -148,6 +150,28 @@ def start_student(
     run_dir.save_stage("start", result)
     if held_out.num_samples:
         log.info("error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
+    return result
+
+
+def _measure_start(
+    config: TrainConfig,
+    run_dir: RunDirectory,
+    *,
+    student: nn.Module,
+    held_out: MeasuredInputs,
+    reference: Sequence[Tensor],
+) -> Mapping[str, float]:
+    """Read a start whose record is not there, measure its errors again and record them: a PTQ method may take hours."""
+    log.warning("%s is used, its errors are measured again", run_dir.path / START_FILE)
+    began = time.monotonic()
+    with phi_suspended(student):
+        result = {"rtn": held_out.relative_error(student, reference)}
+    load_start(student, run_dir.path)
+    with phi_suspended(student):
+        result["ptq"] = held_out.relative_error(student, reference)
+    _say_sharing(config, student)
+    result["seconds"] = time.monotonic() - began
+    run_dir.save_stage("start", result)
     return result
 
 

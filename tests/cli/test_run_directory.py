@@ -119,3 +119,43 @@ def test_a_full_disk_leaves_the_previous_file_and_no_other(tmp_path: Path) -> No
     assert done.stdout.splitlines() == ["refused True"] * 3, done.stderr
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"start": 1}', b"[" * 100_000, b"null"])
+def test_damaged_progress_is_set_aside_and_its_stages_are_done_again(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RunDirectory.claim(tmp_path, PLAIN, resume=False) as run:
+        run.save_stage("start", {"ptq": 0.5})
+        assert run.load_stage("start") == {"ptq": 0.5}
+        (tmp_path / "progress.json").write_bytes(content)
+        assert run.load_stage("start") is None
+        assert "progress.json.damaged-1" in caplog.text
+        assert (tmp_path / "progress.json.damaged-1").read_bytes() == content
+        run.save_stage("start", {"ptq": 0.25})
+        assert run.load_stage("start") == {"ptq": 0.25}
+
+
+def test_temporary_files_of_processes_of_one_number_do_not_meet(tmp_path: Path) -> None:
+    """Two containers on one disk may have the same process number: here one process writes a file twice at once."""
+    path = tmp_path / "value.txt"
+    seen: list[Path] = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary)
+        if len(seen) == 1:
+            atomic_write(path, write)  # the other container, in the middle of the first one's writing
+            assert path.read_text() == "2"
+        temporary.write_text(str(len(seen)) if len(set(seen)) == len(seen) and temporary == seen[-1] else "first")
+
+    atomic_write(path, write)
+    assert len(set(seen)) == 2
+    assert path.read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["value.txt"]
+
+
+def test_a_file_of_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    name = "\N{CJK UNIFIED IDEOGRAPH-732B}" * 80 + ".mp4"
+    assert len(name.encode()) == 244
+    atomic_write(tmp_path / name, b"whole")
+    assert (tmp_path / name).read_bytes() == b"whole"

@@ -87,10 +87,26 @@ def test_rows_are_kept_as_they_come_and_a_torn_one_is_measured_again(tmp_path):
     changed = replace(rows[0], scores={"ssim": 7.0})
     store.add(changed)  # the later one counts
     assert store.read()[changed.key] == changed
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["damaged", "[]", "7", "null", '{"group": "ffn"}', "[" * 100_000, None],
+    ids=["text", "list", "number", "null", "fields", "deep", "types"],
+)
+def test_a_damaged_row_is_measured_again_and_the_others_are_kept(tmp_path, line, caplog):
+    store = SensitivityStore(tmp_path / "rows.jsonl")
+    rows = [row(index) for index in range(3)]
+    for entry in rows:
+        store.add(entry)
     lines = store.path.read_text().splitlines()
-    store.path.write_text("\n".join([lines[0], "damaged", *lines[1:]]) + "\n")
-    with pytest.raises(ValueError, match="line 2 is damaged"):
-        store.read()
+    if line is None:
+        line = json.dumps({**json.loads(lines[1]), "scores": {"ssim": "none"}})
+    store.path.write_text("\n".join([lines[0], line, lines[2]]) + "\n")
+    assert list(store.read().values()) == [rows[0], rows[2]]
+    assert f"{store.path}, line 2 is damaged; what it said is measured again" in caplog.text
+    store.add(rows[1])
+    assert set(store.read()) == {entry.key for entry in rows}
 
 
 def test_groups_are_drawn_against_their_own_largest_value():

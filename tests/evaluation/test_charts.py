@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qvgen.evaluation.charts import draw_charts, phi_removed_step, read_history, running_mean
+from qvgen.evaluation.metric_rows import read_metric_rows
 from tests.evaluation.example_report import METRICS_CSV
 
 
@@ -28,20 +29,33 @@ def test_history_skips_empty_cells_and_keeps_the_later_row(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "steps", "warning"),
     [
-        ("epoch,loss\n1,2\n", "none is 'step'"),
-        ("", "none is 'step'"),
-        ("step,loss\n1,2\n2,x\n", "line 3.*'x'"),
-        ("step,loss\n,2\n", "line 2"),
-        ("step,loss\n1,2,3\n", "line 2"),
+        (b"epoch,loss\n1,2\n", [], "no column 'step'"),
+        (b"", [], "no column 'step'"),
+        (b"\x00\xff\xfe", [], "no column 'step'"),
+        ("step,loss\n1,2\n".encode("utf-16"), [], "no column 'step'"),
+        (b"step,loss\n1,2\n2,x\n3,4\n", [1, 3], "1 of 3 rows are damaged"),
+        (b"step,loss\n,2\n4,1\n", [4], "1 of 2 rows are damaged"),
+        (b"step,loss\n1,2,3\n", [], "1 of 1 rows are damaged"),
+        (b"step,loss\n1,2\n\xe9\x00,5\n3,4\n", [1, 3], "1 of 3 rows are damaged"),
+        (b'step,loss\n1,2\n2,"' + b"9" * 200_000 + b'"\n', [], "can't be read as a table"),
+        (b"\xef\xbb\xbfstep,loss\r\n1,2\r\n", [1], None),
+        (b"step,loss\n1,2\n2,", [1, 2], None),
+        (b"step,loss\n1,2\n2", [1], None),
     ],
 )
-def test_damaged_metrics_are_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_of_damaged_metrics_the_whole_rows_are_used(
+    tmp_path: Path, content: bytes, steps: list[int], warning: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_history(path)
+    path.write_bytes(content)
+    rows, damaged = read_metric_rows(path)
+    assert [int(row["step"]) for row in rows] == steps
+    assert damaged == (warning is not None)
+    assert warning is None or warning in caplog.text
+    with_numbers = [step for step, row in zip(steps, rows, strict=True) if row["loss"]]
+    assert list(read_history(path).get("loss", ([], []))[0]) == with_numbers
 
 
 def test_running_mean_equals_the_plain_mean() -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -158,3 +159,28 @@ def test_a_damaged_video_is_left_out_and_named(tmp_path: Path, caplog: pytest.Lo
     )
     labels = [(attributes["aria-label"] or "").partition(":")[0] for attributes in page.attributes("video")]
     assert labels == ["Teacher", "Step 0", "Step 3", "Step 4", "Step 6", "Step 0", "Step 2", "Step 4", "Step 6"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: [],
+        lambda content: {},
+        lambda content: {**content, "sha256": {"../../../etc/passwd": ""}},
+        lambda content: {**content, "sha256": {"a.mp4": 7}},
+        lambda content: {name: value for name, value in content.items() if name != "psnr_db"},
+        lambda content: {**content, "prompt": 7},
+        lambda content: {**content, "step": [1]},
+    ],
+    ids=["list", "empty", "outside", "checksum", "no measurement", "prompt", "step"],
+)
+def test_a_record_of_another_form_is_one_that_is_not_there(
+    change: Callable[[dict], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = make(tmp_path)
+    record = files.path(0, step=2, variant="student").with_suffix(".json")
+    record.write_text(json.dumps(change(json.loads(record.read_text()))))
+    assert not files.has_student(0, step=2)
+    found = read_validation(tmp_path, verify=True)
+    assert (2, 0) not in {(video.step, video.prompt_index) for video in found}
+    assert f"{record} or a video that it names is damaged" in caplog.text

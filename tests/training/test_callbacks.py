@@ -11,7 +11,7 @@ from torch import nn
 
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
-from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, rows_before, total_seconds
+from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, begin_table, total_seconds
 from qvgen.training.optim import build_optimizer
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.step_checkpoint import AtomicCheckpointIO, checkpoints
@@ -115,18 +115,36 @@ def write_table(path: Path, lines: list[str]) -> None:
     path.write_text(",".join(METRIC_COLUMNS) + "\n" + "".join(lines), encoding="utf-8")
 
 
+def steps_kept(path: Path, *, step: int) -> list[str]:
+    begin_table(path, METRIC_COLUMNS, step=step)
+    return [line.split(",")[0] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+
+
 def test_rows_from_the_resumed_step_on_and_half_a_row_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     full = [f"{step},0.5,0.1,0.002,{step + 0.25},4,1.0,\n" for step in range(4)]
     write_table(path, full)
-    assert [row["step"] for row in rows_before(path, 2)] == ["0", "1"]
-    assert [row["step"] for row in rows_before(path, 9)] == ["0", "1", "2", "3"]
     assert total_seconds(path) == 3.25
+    assert steps_kept(path, step=9) == ["0", "1", "2", "3"]
+    assert steps_kept(path, step=2) == ["0", "1"]
+    assert begin_table(path, METRIC_COLUMNS, step=2) == 1.25
     for cut in ("4", "4,0.5,0.", ",", "4,0.5,0.1,0.002,7.25,4,1.0"):
         write_table(path, [*full, cut])
-        assert [row["step"] for row in rows_before(path, 9)] == ["0", "1", "2", "3"], cut
-    assert rows_before(tmp_path / "none.csv", 3) == []
+        assert steps_kept(path, step=9) == ["0", "1", "2", "3"], cut
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
+    assert begin_table(tmp_path / "none.csv", METRIC_COLUMNS, step=3) == 0.0
     assert total_seconds(tmp_path / "none.csv") == 0.0
+
+
+def test_a_damaged_table_is_kept_beside_the_one_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for number, content in enumerate((b"step,note\n0,caf\xe9\n", "step\n".encode("utf-16")), start=1):
+        path.write_bytes(content)
+        assert steps_kept(path, step=9) == []
+        assert (tmp_path / f"metrics.csv.damaged-{number}").read_bytes() == content
+    path.write_bytes(b"step,train/loss,something\n0,0.5,7\n")
+    assert steps_kept(path, step=9) == ["0"]
+    assert path.read_text().splitlines()[1] == "0,0.5,,,,,,"
 
 
 def test_a_checkpoint_file_is_whole_or_not_there(tmp_path: Path) -> None:
