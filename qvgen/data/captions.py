@@ -1,38 +1,39 @@
 """The table of clips: which video files there are and what their captions say.
 
-A table is one of
+    data.path --qvgen.data.tables--> Rows --where the files are--> ClipTable of Clip
 
-    a folder      with metadata.csv, metadata.jsonl or metadata.parquet (columns file_name, text) and the videos
-    a file        .csv, .jsonl or .parquet, such as OpenVid's (columns video, caption)
-    a data set    a folder that `datasets` wrote with save_to_disk; its split `train` where it has several
+What forms a table can have is said in :mod:`qvgen.data.tables.recognize`; all of them are read as names and texts, as they
+are written, and no video is opened. Names are relative to ``videos``; or to the table's folder, its subfolder ``videos``
+or the place where the command is started, whichever comes first that has one of the first videos.
 
-and is read by `datasets` with Video(decode=False): names and texts alone, no video is opened. All values are taken as text
-("001" stays "001", "None" stays "None"). Names are relative to the table's folder or to ``videos``.
-
-Left out: metadata files in subfolders, tables on the hub, other audio-visual columns.
+Left out: tables on the hub, other audio-visual columns.
 """
 
 from __future__ import annotations
 
-import csv
+import logging
+import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import overload
 
 from qvgen.config.errors import UserError
+from qvgen.data.tables.columns import Columns
+from qvgen.data.tables.recognize import read_rows
+from qvgen.data.tables.rows import Member, Rows, first_few
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-VIDEO_COLUMNS = ("file_name", "video")
-CAPTION_COLUMNS = ("text", "caption")
+log = logging.getLogger(__name__)
 
 _LOOKED_AT = 100
 """Rows whose files must not all be missing; looking at a million files would take minutes."""
+
+_ANY_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Clip:
     Attributes:
         name: The file's name as the table has it; names the clip in reports.
         path: The file; None where the table holds the bytes themselves.
-        data: The file's bytes, or None.
+        data: The file's bytes, where the table holds them in a column; or None.
+        member: The place of the bytes, where the table is made of archives; or None.
         caption: What the clip shows; empty where the table has no text.
     """
 
@@ -50,16 +52,25 @@ class Clip:
     path: Path | None
     data: bytes | None
     caption: str
+    member: Member | None = None
 
     @contextmanager
     def local_file(self) -> Iterator[Path]:
-        """A path to the clip's bytes, for as long as the context lasts."""
+        """A path to the clip's bytes, for as long as the context lasts.
+
+        Bytes of a table go to a temporary file whose name is ours: only the ending is the clip's.
+
+        Raises:
+            OSError: They can't be written.
+        """
         if self.path is not None:
             yield self.path
             return
-        assert self.data is not None, "a clip has a path or bytes"
-        with tempfile.NamedTemporaryFile(suffix=Path(self.name).suffix) as file:
-            file.write(self.data)
+        data = self.data if self.member is None else self.member.read()
+        assert data is not None, "a clip has a path or bytes"
+        suffix = Path(self.name).suffix
+        with tempfile.NamedTemporaryFile(suffix=suffix if _ANY_SUFFIX.fullmatch(suffix) else "") as file:
+            file.write(data)
             file.flush()
             yield Path(file.name)
 
@@ -68,47 +79,85 @@ class ClipTable(Sequence[Clip]):
     """The rows of a table, in its order.
 
     Args:
-        dataset: With the columns ``video``, Video(decode=False), and ``caption``, text.
+        rows: What its reader found.
         folder: What relative names are relative to.
+
+    Attributes:
+        folder: As given.
+        what: What was recognized, in one phrase.
+        lost: What of it can't be used, or was left out by its reader; one phrase each.
     """
 
-    def __init__(self, dataset: Dataset, *, folder: Path) -> None:
-        self._dataset = dataset
+    def __init__(self, rows: Rows, *, folder: Path) -> None:
+        self._rows = rows
         self.folder = folder
+        self.what = rows.what
+        self.lost = (*rows.notes, *_faults(rows))
 
     def __len__(self) -> int:
         """Number of clips."""
-        return len(self._dataset)
+        return len(self._rows.names)
 
     @overload
     def __getitem__(self, index: int) -> Clip: ...
     @overload
     def __getitem__(self, index: slice) -> list[Clip]: ...
     def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
-        """Row ``index``; no file is touched.
+        """Row ``index``; no video is opened.
 
         Raises:
             IndexError: There is no such row.
+            UserError: The table's own bytes can't be read any more.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self._dataset[index]
-        video: dict[str, Any] = row["video"] or {}
-        name, data = video.get("path") or "", video.get("bytes")
-        if data is None and not name:
-            name = f"(row {index % len(self)} without a name)"
-        path = None if data is not None else self.folder / name
-        return Clip(
-            name=name or f"row-{index % len(self)}", path=path, data=data, caption=(row["caption"] or "").strip()
-        )
+        rows, row = self._rows, range(len(self))[index]
+        name, caption = rows.names[row], rows.captions[row]
+        if rows.members:
+            return Clip(name=name, path=None, data=None, caption=caption, member=rows.members[row])
+        data = None if rows.read_bytes is None else rows.read_bytes(row)
+        if data is not None:
+            return Clip(name=name or f"row-{row}", path=None, data=data, caption=caption)
+        name = name or f"(row {row} without a name)"
+        return Clip(name=name, path=self.folder / name, data=None, caption=caption)
+
+    def missing(self) -> list[str]:
+        """The names of the files that are not there; a folder is listed once, no file is opened.
+
+        Bytes that a table holds itself are there.
+        """
+        if self._rows.members:
+            return []
+        if self._rows.read_bytes is not None:
+            return [clip.name for clip in self if clip.path is not None and not os.path.isfile(clip.path)]
+        there: dict[str, set[str]] = {}
+        missing = []
+        for name in self._rows.names:
+            parent, file = os.path.split(os.path.join(self.folder, name))
+            if parent not in there:
+                there[parent] = _files(parent)
+            # what is not in the listing may be there in another spelling, where the file system allows that
+            if not name or (file not in there[parent] and not os.path.isfile(os.path.join(parent, file))):
+                missing.append(name or "(a row without a name)")
+        return missing
+
+    def summary(self) -> list[str]:
+        """What the table is and what is missing of it, one line each."""
+        missing = self.missing()
+        lines = [f"table: {self.what}, {len(self)} rows"]
+        if self._rows.folder is not None:
+            absent = f"{len(missing)} are missing: {first_few(missing)}" if missing else "all are there"
+            lines.append(f"video files: in {self.folder}; {absent}")
+        return [*lines, *(f"note: {phrase}" for phrase in self.lost)]
 
 
-def read_table(path: Path | str, *, videos: Path | str | None = None) -> ClipTable:
-    """Read a table of clips.
+def read_table(path: Path | str, *, videos: Path | str | None = None, columns: Columns | None = None) -> ClipTable:
+    """Read a table of clips; what was recognized, and what is lost, is logged once.
 
     Args:
-        path: Folder with a metadata file, table file, or data set on disk; see the module's head.
-        videos: Folder that relative names start from; None: the table's own.
+        path: File or folder; see the module's head.
+        videos: Folder that relative names start from; None: found as the module's head says.
+        columns: The columns that the user names; None: whichever is known.
 
     Raises:
         UserError: There is no table, it has other columns or no row, or none of its first 100 videos exists.
@@ -116,107 +165,76 @@ def read_table(path: Path | str, *, videos: Path | str | None = None) -> ClipTab
     path = Path(path)
     if not path.exists():
         raise UserError(f"data.path={path} does not exist; give a folder of videos with metadata.csv, or a table")
-    own_folder = path if path.is_dir() else path.parent
-    with _quiet():
-        dataset = _load(path)
-        _check_columns(dataset.column_names, path)
-        table = ClipTable(_two_columns(dataset), folder=Path(videos) if videos is not None else own_folder)
-    if len(table) == 0:
+    rows = read_rows(path, wished=columns or Columns())
+    if not rows.names:
         raise UserError(f"{path} has no row; give a table with a clip or more")
-    first = table[:_LOOKED_AT]
-    if not any(clip.path is None or clip.path.is_file() for clip in first):
-        raise UserError(
-            f"{first[0].path} and {len(first) - 1} more videos of {path} do not exist; "
-            "write data.videos=FOLDER for the folder that their names start from"
-        )
+    if not any(rows.captions):
+        raise UserError(f"{path} ({rows.what}) has no caption in any of its {len(rows.captions)} rows; write some")
+    if videos is not None:
+        videos = Path(videos).expanduser()
+        if rows.folder is None:
+            raise UserError(f"data.videos={videos}: {path} holds the bytes of its videos itself; leave the key out")
+        if not videos.is_dir():
+            raise UserError(f"data.videos={videos} is no folder; give the one that the names in {path} start from")
+        rows = replace(rows, folder=videos)
+    table = ClipTable(rows, folder=_folder(rows, path=path, given=videos is not None))
+    _say(f"{path}: {table.what}, {len(table)} rows, videos in {'it' if rows.folder is None else table.folder}")
+    for phrase in table.lost:
+        _say(f"{path}: {phrase}", warn=True)
     return table
 
 
-def _load(path: Path) -> Dataset:
-    """The table as it is, every column."""
-    from datasets import Dataset, DatasetDict, load_from_disk
-
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = load_from_disk(str(path))
-            if isinstance(loaded, DatasetDict):
-                if "train" not in loaded:
-                    raise UserError(
-                        f"{path} has no split train (there are: {', '.join(loaded)}); give the split's folder"
-                    )
-                loaded = loaded["train"]
-            return loaded
-        found = [path / name for name in METADATA_FILES if (path / name).is_file()]
-        if len(found) != 1:
-            what = "no" if not found else f"{len(found)} metadata files, not one"
-            raise UserError(
-                f"{path} has {what} {', '.join(METADATA_FILES)}; write one with the columns file_name, text"
-            )
-        path = found[0]
-    readers = {".csv": _read_csv, ".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path} is no table; give a .csv, .jsonl or .parquet file, or a folder with one")
-    try:
-        # The copy that `datasets` makes of a table is not kept: it would be found again by the file's date alone.
-        with tempfile.TemporaryDirectory() as temporary:
-            return reader(str(path), cache_dir=temporary, keep_in_memory=True)
-    except UserError:
-        raise
-    except Exception as error:  # pandas, pyarrow and `datasets` have each their own for a file that they can't read
-        cause = error.__cause__ or error
-        raise UserError(f"{path} can't be read as a table: {' '.join(str(cause).split())[:200]}") from error
-
-
-def _read_csv(path: str, *, cache_dir: str, keep_in_memory: bool) -> Dataset:
-    """A CSV file with every column as text."""
-    from datasets import Dataset, Features, Value
-
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    _check_columns(header, Path(path))
-    features = Features({name: Value("string") for name in header})
-    return Dataset.from_csv(
-        path,
-        features=features,
-        cache_dir=cache_dir,
-        keep_in_memory=keep_in_memory,
-        keep_default_na=False,
-        encoding="utf-8-sig",
+def _folder(rows: Rows, *, path: Path, given: bool) -> Path:
+    """Where the videos are: the first of the known places with one of the first videos."""
+    if rows.folder is None:
+        return path
+    places = [rows.folder] if given else [rows.folder, rows.folder / "videos", Path.cwd()]
+    looked_at = range(min(len(rows.names), _LOOKED_AT))
+    for place in places:
+        if any(rows.names[row] and os.path.isfile(place / rows.names[row]) for row in looked_at):
+            return place
+    if rows.read_bytes is not None and any(rows.read_bytes(row) is not None for row in looked_at):
+        return rows.folder
+    first = next((name for name in rows.names if name), "(no name)")
+    raise UserError(
+        f"{rows.folder / first} and {len(looked_at) - 1} more videos of {path} do not exist; "
+        "write data.videos=FOLDER for the folder that their names start from"
     )
 
 
-def _check_columns(names: Sequence[str], path: Path) -> None:
-    for wanted in (VIDEO_COLUMNS, CAPTION_COLUMNS):
-        if not set(wanted) & set(names):
-            raise UserError(
-                f"{path} has the columns {', '.join(names) or '(none)'}; one must be called {' or '.join(wanted)}"
-            )
+def _faults(rows: Rows) -> list[str]:
+    """What of the rows can't be used or stands there more than once, counted and named."""
+    faults = []
+    empty = [name for name, caption in zip(rows.names, rows.captions, strict=True) if not caption]
+    if empty:
+        faults.append(f"{len(empty)} rows have no caption: {first_few(empty)}")
+    if rows.read_bytes is None and not rows.members:
+        nameless = sum(not name for name in rows.names)
+        if nameless:
+            faults.append(f"{nameless} rows have no file's name")
+    often = [name for name, count in Counter(rows.names).items() if name and count > 1]
+    if often:
+        captions: dict[str, set[str]] = {name: set() for name in often}
+        for name, caption in zip(rows.names, rows.captions, strict=True):
+            if name in captions:
+                captions[name].add(caption)
+        differ = sum(len(found) > 1 for found in captions.values())
+        faults.append(
+            f"{len(often)} files stand in several rows, {differ} of them with different captions; each row is trained on: "
+            f"{first_few(often)}"
+        )
+    return faults
 
 
-def _two_columns(dataset: Dataset) -> Dataset:
-    """Keep the video as Video(decode=False) and the caption as text, under these names."""
-    from datasets import Value, Video
-
-    video = next(name for name in VIDEO_COLUMNS if name in dataset.column_names)
-    caption = next(name for name in CAPTION_COLUMNS if name in dataset.column_names)
-    dataset = dataset.select_columns([video, caption])
-    if video != "video":
-        dataset = dataset.rename_column(video, "video")
-    if caption != "caption":
-        dataset = dataset.rename_column(caption, "caption")
-    return dataset.cast_column("video", Video(decode=False)).cast_column("caption", Value("string"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of `datasets` while a table is read."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    before = is_progress_bar_enabled()
-    disable_progress_bar()
+def _files(folder: str) -> set[str]:
     try:
-        yield
-    finally:
-        if before:
-            enable_progress_bar()
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
+
+
+@cache
+def _say(line: str, *, warn: bool = False) -> None:
+    """Log a line once in a process: a run opens its table several times."""
+    log.log(logging.WARNING if warn else logging.INFO, "%s", line)

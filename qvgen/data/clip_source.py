@@ -22,6 +22,7 @@ from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache
 from qvgen.data.source import Family, Split
+from qvgen.data.tables.columns import Columns
 
 
 class LatentFamily(Family, Protocol):
@@ -52,8 +53,10 @@ class ClipSource:
     """Clips of a table.
 
     Attributes:
-        path: Folder with metadata.csv, .jsonl or .parquet, such a file, or a data set on disk.
-        videos: Folder that the table's names start from; None: the table's own.
+        path: Folder or file of clips and captions; the forms are those of :mod:`qvgen.data.tables.recognize`.
+        videos: Folder that the table's names start from; None: the table's own, its ``videos``, or the working one.
+        video_column: The table's column of videos; None: whichever of the known names it has.
+        caption_column: The table's column of captions; None: whichever of the known names it has.
         cache: Folder of latents and embeddings; any number of runs may share it.
         fps: Frames per second that clips are cut at; None: the model's.
         buckets: Shapes such as 49x480x720 (frames x height x width); None: the model's own alone.
@@ -70,6 +73,8 @@ class ClipSource:
     max_bad: float
     held_out: int
     timeout_s: float
+    video_column: str | None = None
+    caption_column: str | None = None
 
     def __post_init__(self) -> None:
         FillOptions(max_bad=self.max_bad)
@@ -107,7 +112,8 @@ class ClipSource:
             raise UserError(
                 "data.path is missing; write data.path=FOLDER with videos and metadata.csv (file_name,text)"
             )
-        return read_table(Path(self.path).expanduser(), videos=self.videos)
+        columns = Columns(video=self.video_column, caption=self.caption_column)
+        return read_table(Path(self.path).expanduser(), videos=self.videos, columns=columns)
 
     def latent_cache(self, family: LatentFamily) -> LatentCache:
         """The cache under this source's and the family's settings; raises ValueError where the family has no weights."""

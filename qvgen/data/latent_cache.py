@@ -96,9 +96,11 @@ class LatentCache:
         return content_key("text", caption, self.settings.text_revision)
 
     def row_key(self, clip: Clip) -> str:
-        """Key of a table's row: its name, its caption, and its file's size and times (or bytes)."""
+        """Key of a row: its name, its caption, and its file's size and times (or its bytes, or its place in an archive)."""
         if clip.data is not None:
             return content_key("row", clip.name, clip.caption, hashlib.sha256(clip.data).hexdigest())
+        if clip.member is not None:
+            return content_key("row", clip.name, clip.caption, "member", *clip.member.state())
         assert clip.path is not None
         try:
             state = clip.path.stat()

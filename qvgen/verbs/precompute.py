@@ -100,6 +100,7 @@ def plan(config: PrecomputeConfig, source: ClipSource) -> list[str]:
     lines = [
         f"model {config.names.model}, {len(table)} clips in {source.path}, {len(mine)} of them in this share, "
         f"{config.devices} process{'es' if config.devices > 1 else ''}",
+        *table.summary(),
         f"cut at {cut.fps:g} frames per second to {', '.join(bucket.label for bucket in cut.buckets)}",
     ]
     if config.model.path is None:

@@ -9,7 +9,7 @@ from qvgen.training.mixed_precision import plan_measurements
 from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.training.student import check_student
 from qvgen.verbs._inputs import without_clips
-from qvgen.verbs.train import quantize
+from qvgen.verbs.train import quantize, table_summary
 
 
 def run(config: TrainConfig) -> None:
@@ -40,6 +40,7 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
         else "calibration: none, the method is data-free",
         *([plan_measurements(config)] if isinstance(config.init, MixedPrecision) else []),
         f"measured on: {_measured_on(config)}",
+        *table_summary(config),
         f"output: {config.run_dir}",
     ]
 

@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> int | None:
         check_student(config)
     if config.dry_run:
         plan = plan_training(config, num_clips=num_clips(config))
-        for line in format_plan(plan):
+        for line in [*table_summary(config), *format_plan(plan)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     if config.method.quantizes:
@@ -91,6 +91,12 @@ def num_clips(config: TrainConfig) -> int | None:
     """Clips of the table, as far as one was named."""
     source = config.data
     return len(source.table()) if isinstance(source, ClipSource) and source.path is not None else None
+
+
+def table_summary(config: TrainConfig) -> list[str]:
+    """What the table of clips is and what is missing of it, as far as one was named."""
+    source = config.data
+    return source.table().summary() if isinstance(source, ClipSource) and source.path is not None else []
 
 
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value, Video
 
+from qvgen.cli import main
 from qvgen.data.captions import ClipTable, read_table
 
 CAPTIONS = {"a.mp4": "a red square, moving", "deep/001.mp4": 'it says "None"\nand more', "None.mp4": "null"}
@@ -105,16 +107,20 @@ def test_rows_without_name_or_text_are_kept_to_be_reported(folder: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no metadata.csv, metadata.jsonl, metadata.parquet; write one"),
-        ({"metadata.csv": "file_name,text\n", "metadata.jsonl": "{}"}, "has 2 metadata files, not one"),
-        ({"metadata.csv": "file_name,text\n"}, "corresponds to no data"),
+        ({}, r"has 2 videos \(None.mp4, a.mp4\) and no captions that are known; write metadata.csv"),
+        ({"metadata.csv": "file_name,text\n", "metadata.jsonl": "{}"}, "has 2 metadata files .*; write data.path="),
+        ({"metadata.csv": "file_name,text\n"}, "has no row"),
         ({"metadata.csv": ""}, r"columns \(none\); one must be called file_name or video"),
-        ({"metadata.csv": "name,text\na.mp4,x\n"}, "columns name, text; one must be called file_name or video"),
-        ({"metadata.csv": "file_name,words\na.mp4,x\n"}, "one must be called text or caption"),
+        (
+            {"metadata.csv": "name,text\na.mp4,x\n"},
+            "columns name, text; one must be called file_name or video, or write",
+        ),
+        ({"metadata.csv": "file_name,words\na.mp4,x\n"}, "one must be called text or caption, or write data.caption_"),
         ({"metadata.csv": "file_name,text\nb.mp4,x\n"}, r"b\.mp4 and 0 more videos"),
-        ({"metadata.csv": "file_name,text\na.mp4,x,y,z\nb"}, "can't be read as a table|do not exist"),
-        ({"metadata.jsonl": "{ no json"}, "can't be read as a table"),
-        ({"metadata.parquet": "no parquet"}, "can't be read as a table"),
+        ({"metadata.csv": "file_name,text\na.mp4,x,y,z\nb"}, "metadata.csv, line 2: 4 fields for 2 columns"),
+        ({"metadata.csv": "file_name,text\na.mp4,\n"}, "has no caption in any of its 1 rows"),
+        ({"metadata.jsonl": "{ no json"}, "metadata.jsonl, line 1: no JSON"),
+        ({"metadata.parquet": "no parquet"}, "metadata.parquet can't be read as Parquet"),
     ],
 )
 def test_bad_tables_are_refused_with_what_to_do(folder: Path, files: dict[str, str], message: str) -> None:
@@ -132,3 +138,63 @@ def test_what_is_no_table_is_refused(folder: Path, tmp_path: Path) -> None:
     DatasetDict({"test": Dataset.from_dict({"video": ["a"], "caption": ["b"]})}).save_to_disk(str(tmp_path / "disk"))
     with pytest.raises(ValueError, match=r"no split train \(there are: test\)"):
         read_table(tmp_path / "disk")
+
+
+def test_files_that_are_not_there_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (folder / "metadata.csv").write_text(
+        "file_name,text\na.mp4,x\nlost.mp4,y\ndeep/001.mp4,z\ngone/b.mp4,\na.mp4,other\ndeep,w\n"
+    )
+    table = read_table(folder)
+    assert table.missing() == ["lost.mp4", "gone/b.mp4", "deep"]  # a folder is no video
+    assert table.summary() == [
+        "table: CSV, columns file_name, text, 6 rows",
+        f"video files: in {folder}; 3 are missing: lost.mp4, gone/b.mp4, deep",
+        "note: 1 rows have no caption: gone/b.mp4",
+        "note: 1 files stand in several rows, 1 of them with different captions; each row is trained on: a.mp4",
+    ]
+    read_table(folder)  # said once, however often it is opened
+    assert [message for message in caplog.messages if str(folder) in message] == [
+        f"{folder}: CSV, columns file_name, text, 6 rows, videos in {folder}",
+        f"{folder}: 1 rows have no caption: gone/b.mp4",
+        f"{folder}: 1 files stand in several rows, 1 of them with different captions; each row is trained on: a.mp4",
+    ]
+
+
+def test_names_start_from_the_working_folder_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("path,text\nclips/a.mp4,x\n")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table.csv").write_text("path,text\nclips/a.mp4,x\n")
+    monkeypatch.chdir(tmp_path)
+    for table in ("table.csv", "tables/table.csv"):
+        assert read_table(Path(table))[0].path.resolve() == folder / "a.mp4"
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"a\.mp4 and 0 more videos .* do not exist; write data.videos=FOLDER"):
+        read_table(tmp_path / "tables" / "table.csv")
+    with pytest.raises(ValueError, match="data.videos=.*absent is no folder"):
+        read_table(tmp_path / "table.csv", videos=tmp_path / "absent")
+
+
+def test_bytes_of_a_table_are_never_missing(tmp_path: Path) -> None:
+    features = Features({"video": Video(decode=False), "caption": Value("string")})
+    rows = [{"bytes": b"abc", "path": "x.mp4"}, {"bytes": None, "path": "y.mp4"}]
+    dataset = Dataset.from_dict({"video": rows, "caption": ["one", "two"]}, features=features)
+    pq.write_table(dataset.data.table, tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet")
+    assert [(clip.path, clip.data) for clip in table] == [(None, b"abc"), (tmp_path / "y.mp4", None)]
+    assert table.missing() == ["y.mp4"]
+
+
+def test_a_dry_run_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.csv").write_text('clip,words,text\na.mp4,"a boat, at sea",x\nlost.mp4,y,z\n')
+    keys = ["model=cogvideox", f"data.path={folder / 't.csv'}", "dry_run=true"]
+    columns = ["data.video_column=clip", "data.caption_column=words"]
+    assert main(["precompute", *keys]) == 2
+    assert (
+        "has the columns clip, words, text; one must be called file_name or video, or write data.video_column=NAME"
+        in (capsys.readouterr().err)
+    )
+    assert main(["precompute", *keys, *columns]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "table: CSV, columns clip, words, 2 rows" in lines
+    assert f"video files: in {folder}; 1 are missing: lost.mp4" in lines

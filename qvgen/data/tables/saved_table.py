@@ -1,0 +1,66 @@
+"""A folder that `datasets` wrote with save_to_disk: names, or bytes as a column Video holds them; its split ``train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvgen.config.errors import UserError
+from qvgen.data.tables.columns import Columns, choose_columns
+from qvgen.data.tables.parquet_table import check_types
+from qvgen.data.tables.rows import Rows, as_name, as_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MARKS = ("dataset_dict.json", "state.json")
+"""A folder with one of these was written by save_to_disk."""
+
+_ROWS_AT_ONCE = 1000
+
+
+def read(path: Path, *, wished: Columns) -> Rows:
+    """Read a data set; the bytes of its videos stay on the disk until they are asked for.
+
+    Raises:
+        UserError: It is damaged, has no split ``train``, or no columns of videos and captions that hold such.
+    """
+    from datasets import Video
+
+    dataset = _load(path)
+    video, caption = choose_columns(dataset.column_names, wished=wished, where=path)
+    check_types(dataset.features.arrow_schema, video=video, caption=caption, where=path)
+    dataset = dataset.select_columns([video, caption]).cast_column(video, Video(decode=False))
+    names: list[str] = []
+    captions: list[str] = []
+    holds_bytes = False
+    for batch in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
+        where = f"{path}, row"
+        start = len(names) + 1
+        videos = batch.column(video).combine_chunks()
+        paths = videos.field("path").to_pylist()
+        holds_bytes |= videos.field("bytes").null_count < len(videos)
+        names += [as_name(name, where=f"{where} {i}", column=video) for i, name in enumerate(paths, start)]
+        texts = batch.column(caption).to_pylist()
+        captions += [as_text(text, where=f"{where} {i}", column=caption).strip() for i, text in enumerate(texts, start)]
+    return Rows(
+        names=names,
+        captions=captions,
+        what=f"data set of save_to_disk, columns {video}, {caption}{' with the bytes' if holds_bytes else ''}",
+        folder=path,
+        read_bytes=(lambda row: (dataset[row][video] or {}).get("bytes")) if holds_bytes else None,
+    )
+
+
+def _load(path: Path) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # pyarrow, json and `datasets` have each their own for a folder that they can't read
+        raise UserError(f"{path} can't be read as a data set: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if "train" not in loaded:
+        raise UserError(f"{path} has no split train (there are: {', '.join(loaded)}); give the split's folder")
+    return loaded["train"]
