@@ -162,7 +162,8 @@ class ClipSource:
             raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
         held_out = max(1, min(self.held_out, different // 10))
         clips = CachedClips(cache, everything.rows, split=split, held_out=held_out)
-        return Split(samples=clips, buckets=clips.buckets, encode=cache.encode)
+        num_clips = len({row["clip"] for row in clips.rows})
+        return Split(samples=clips, buckets=clips.buckets, encode=cache.encode, num_clips=num_clips)
 
 
 def _parse(buckets: Sequence[str]) -> tuple[Bucket, ...]:

@@ -42,11 +42,13 @@ class Split:
         samples: Map-style; items have ``video`` float32 [C, F, H, W], ``caption`` and ``sample_id``.
         buckets: One per sample; samples of a batch have the same one.
         encode: Turns the samples' captions, the empty one and those of validation into conditions.
+        num_clips: Different clips among the samples, where one may stand in several rows; None: as many as samples.
     """
 
     samples: Dataset[Any]
     buckets: Sequence[Hashable]
     encode: Encode
+    num_clips: int | None = None
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -45,6 +45,7 @@ def lines(*values: object) -> str:
         ("t.jsonl", lines({"file_name": "a.mp4", "text": "one\u2028two"}), [("a.mp4", "one\u2028two")]),
         ("t.json", json.dumps([{"path": "a.mp4", "fps": 30.0, "cap": ["a boat"]}]), ROWS[:1]),
         ("t.jsonl", lines({"video_path": "/x/a.mp4", "caption": "007"}), [("/x/a.mp4", "007")]),
+        ("t.jsonl", lines({**A, "text": "2020-01-01"}), [("a.mp4", "2020-01-01")]),  # no date, as pyarrow takes it for
     ],
 )  # fmt: skip
 def test_values_are_read_as_they_are_written(
