@@ -146,7 +146,7 @@ class ClipTable(Sequence[Clip]):
         missing = self.missing()
         lines = [f"table: {self.what}, {len(self)} rows"]
         if self._rows.folder is not None:
-            absent = f"{len(missing)} are missing: {first_few(missing)}" if missing else "all are there"
+            absent = f"missing: {len(missing)} ({first_few(missing)})" if missing else "all are there"
             lines.append(f"video files: in {self.folder}; {absent}")
         return [*lines, *(f"note: {phrase}" for phrase in self.lost)]
 
@@ -162,8 +162,8 @@ def read_table(path: Path | str, *, videos: Path | str | None = None, columns: C
     Raises:
         UserError: There is no table, it has other columns or no row, or none of its first 100 videos exists.
     """
-    path = Path(path)
-    if not path.exists():
+    path = Path(os.path.expanduser(path))
+    if not os.path.exists(path):
         raise UserError(f"data.path={path} does not exist; give a folder of videos with metadata.csv, or a table")
     rows = read_rows(path, wished=columns or Columns())
     if not rows.names:
@@ -171,10 +171,10 @@ def read_table(path: Path | str, *, videos: Path | str | None = None, columns: C
     if not any(rows.captions):
         raise UserError(f"{path} ({rows.what}) has no caption in any of its {len(rows.captions)} rows; write some")
     if videos is not None:
-        videos = Path(videos).expanduser()
+        videos = Path(os.path.expanduser(videos))
         if rows.folder is None:
             raise UserError(f"data.videos={videos}: {path} holds the bytes of its videos itself; leave the key out")
-        if not videos.is_dir():
+        if not os.path.isdir(videos):
             raise UserError(f"data.videos={videos} is no folder; give the one that the names in {path} start from")
         rows = replace(rows, folder=videos)
     table = ClipTable(rows, folder=_folder(rows, path=path, given=videos is not None))
@@ -196,6 +196,10 @@ def _folder(rows: Rows, *, path: Path, given: bool) -> Path:
     if rows.read_bytes is not None and any(rows.read_bytes(row) is not None for row in looked_at):
         return rows.folder
     first = next((name for name in rows.names if name), "(no name)")
+    if re.match(r"[a-z0-9]+://", first):
+        raise UserError(f"{path} has addresses, such as {first}, and no files; download them and write their names")
+    if "\\" in first:
+        raise UserError(f"{path} has names with backslashes, such as {first}, and no such files; write / for them")
     raise UserError(
         f"{rows.folder / first} and {len(looked_at) - 1} more videos of {path} do not exist; "
         "write data.videos=FOLDER for the folder that their names start from"
@@ -207,21 +211,21 @@ def _faults(rows: Rows) -> list[str]:
     faults = []
     empty = [name for name, caption in zip(rows.names, rows.captions, strict=True) if not caption]
     if empty:
-        faults.append(f"{len(empty)} rows have no caption: {first_few(empty)}")
+        faults.append(f"rows without a caption: {len(empty)} ({first_few(empty)})")
     if rows.read_bytes is None and not rows.members:
         nameless = sum(not name for name in rows.names)
         if nameless:
-            faults.append(f"{nameless} rows have no file's name")
+            faults.append(f"rows without a file's name: {nameless}")
     often = [name for name, count in Counter(rows.names).items() if name and count > 1]
-    if often:
+    if often and rows.read_bytes is None:  # of bytes, names say nothing
         captions: dict[str, set[str]] = {name: set() for name in often}
         for name, caption in zip(rows.names, rows.captions, strict=True):
             if name in captions:
                 captions[name].add(caption)
         differ = sum(len(found) > 1 for found in captions.values())
         faults.append(
-            f"{len(often)} files stand in several rows, {differ} of them with different captions; each row is trained on: "
-            f"{first_few(often)}"
+            f"files in several rows: {len(often)}, with different captions: {differ} ({first_few(often)}); "
+            "each row is trained on"
         )
     return faults
 

@@ -113,7 +113,7 @@ class ClipSource:
                 "data.path is missing; write data.path=FOLDER with videos and metadata.csv (file_name,text)"
             )
         columns = Columns(video=self.video_column, caption=self.caption_column)
-        return read_table(Path(self.path).expanduser(), videos=self.videos, columns=columns)
+        return read_table(self.path, videos=self.videos, columns=columns)
 
     def latent_cache(self, family: LatentFamily) -> LatentCache:
         """The cache under this source's and the family's settings; raises ValueError where the family has no weights."""

@@ -119,6 +119,11 @@ def test_rows_without_name_or_text_are_kept_to_be_reported(folder: Path) -> None
         ({"metadata.csv": "file_name,text\nb.mp4,x\n"}, r"b\.mp4 and 0 more videos"),
         ({"metadata.csv": "file_name,text\na.mp4,x,y,z\nb"}, "metadata.csv, line 2: 4 fields for 2 columns"),
         ({"metadata.csv": "file_name,text\na.mp4,\n"}, "has no caption in any of its 1 rows"),
+        (
+            {"metadata.csv": "file_name,text\nhttps://x.y/a.mp4,x\n"},
+            "has addresses, such as https://x.y/a.mp4, and no files",
+        ),
+        ({"metadata.csv": "file_name,text\nD:\\a.mp4,x\n"}, "has names with backslashes, such as D:.a.mp4"),
         ({"metadata.jsonl": "{ no json"}, "metadata.jsonl, line 1: no JSON"),
         ({"metadata.parquet": "no parquet"}, "metadata.parquet can't be read as Parquet"),
     ],
@@ -133,6 +138,9 @@ def test_bad_tables_are_refused_with_what_to_do(folder: Path, files: dict[str, s
 def test_what_is_no_table_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.path=.*absent does not exist"):
         read_table(tmp_path / "absent")
+    for path in ("~nobody-of-this-name/clips", "x" * 5000):
+        with pytest.raises(ValueError, match="data.path=.* does not exist"):
+            read_table(path)
     with pytest.raises(ValueError, match=r"a\.mp4 is no table"):
         read_table(folder / "a.mp4")
     DatasetDict({"test": Dataset.from_dict({"video": ["a"], "caption": ["b"]})}).save_to_disk(str(tmp_path / "disk"))
@@ -149,15 +157,15 @@ def test_files_that_are_not_there_are_counted(folder: Path, caplog: pytest.LogCa
     assert table.missing() == ["lost.mp4", "gone/b.mp4", "deep"]  # a folder is no video
     assert table.summary() == [
         "table: CSV, columns file_name, text, 6 rows",
-        f"video files: in {folder}; 3 are missing: lost.mp4, gone/b.mp4, deep",
-        "note: 1 rows have no caption: gone/b.mp4",
-        "note: 1 files stand in several rows, 1 of them with different captions; each row is trained on: a.mp4",
+        f"video files: in {folder}; missing: 3 (lost.mp4, gone/b.mp4, deep)",
+        "note: rows without a caption: 1 (gone/b.mp4)",
+        "note: files in several rows: 1, with different captions: 1 (a.mp4); each row is trained on",
     ]
     read_table(folder)  # said once, however often it is opened
     assert [message for message in caplog.messages if str(folder) in message] == [
         f"{folder}: CSV, columns file_name, text, 6 rows, videos in {folder}",
-        f"{folder}: 1 rows have no caption: gone/b.mp4",
-        f"{folder}: 1 files stand in several rows, 1 of them with different captions; each row is trained on: a.mp4",
+        f"{folder}: rows without a caption: 1 (gone/b.mp4)",
+        f"{folder}: files in several rows: 1, with different captions: 1 (a.mp4); each row is trained on",
     ]
 
 
@@ -197,4 +205,4 @@ def test_a_dry_run_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixt
     assert main(["precompute", *keys, *columns]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "table: CSV, columns clip, words, 2 rows" in lines
-    assert f"video files: in {folder}; 1 are missing: lost.mp4" in lines
+    assert f"video files: in {folder}; missing: 1 (lost.mp4)" in lines

@@ -37,6 +37,7 @@ def read(path: Path, *, wished: Columns) -> Rows:
     names: list[str] = []
     captions: list[str] = []
     repeated = 0
+    where = f"{path}, line"
     with open_text(path) as file, _long_fields():
         records = _records(file, path=path, separator=separator, skipped=skipped)
         _, header = next(records, (0, []))
@@ -46,18 +47,17 @@ def read(path: Path, *, wished: Columns) -> Rows:
             if fields == header:
                 repeated += 1
                 continue
-            where = f"{path}, line {line}"
             if len(fields) != len(header):
-                _check_count(fields, header=header, where=where, separator=separator)
-            names.append(as_name(fields[video_index], where=where, column=video))
-            captions.append(as_text(fields[caption_index], where=where, column=caption).strip())
+                _check_count(fields, header=header, where=f"{where} {line}", separator=separator)
+            names.append(as_name(fields[video_index], where=where, column=video, number=line))
+            captions.append(as_text(fields[caption_index], where=where, column=caption, number=line).strip())
     form = "CSV" if separator == "," else f"{'TSV' if separator == chr(9) else 'CSV'} with {_SEPARATORS[separator]}s"
     return Rows(
         names=names,
         captions=captions,
         what=f"{form}, columns {video.strip()}, {caption.strip()}",
         folder=path.parent,
-        notes=(f"{repeated} more lines with the columns' names are left out",) if repeated else (),
+        notes=(f"left out are more lines with the columns' names: {repeated}",) if repeated else (),
     )
 
 

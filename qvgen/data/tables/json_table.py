@@ -115,8 +115,9 @@ def _from_objects(entries: Iterable[tuple[int, Any]], *, form: str, word: str, p
     if not kept:
         raise UserError(f"{path} has no row; give a table with a clip or more")
     video, caption = choose_columns(list(keys), wished=wished, where=path)
-    names = [as_name(row.get(video), where=f"{path}, {word} {number}", column=video) for number, row in kept]
-    captions = [as_text(row.get(caption), where=f"{path}, {word} {number}", column=caption) for number, row in kept]
+    where = f"{path}, {word}"
+    names = [as_name(row.get(video), where=where, column=video, number=number) for number, row in kept]
+    captions = [as_text(row.get(caption), where=where, column=caption, number=number) for number, row in kept]
     return Rows(
         names=names,
         captions=[text.strip() for text in captions],
@@ -132,7 +133,7 @@ def _parse(text: str) -> Any:
         _NoJsonError: It is none, is nested too deeply, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f" at line {error.lineno}" if error.lineno > 1 else f" at character {error.colno}"
         raise _NoJsonError(f"no JSON ({error.msg}{place})") from error
@@ -149,3 +150,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ValueError(f"the key {twice!r} stands in one object twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)

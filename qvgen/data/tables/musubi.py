@@ -13,6 +13,7 @@ is said by ``data.buckets`` and ``data.fps``: those of the file are left out, as
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,10 +85,12 @@ def _read_entry(
     suffix = entry.get("caption_extension", general.get("caption_extension", ".txt"))
     if not isinstance(value, str) or not isinstance(suffix, str):
         raise UserError(f"{where}: {key}={shown(value)} and caption_extension={shown(suffix)} must be text")
-    place = path.parent / Path(value).expanduser()
-    if not place.exists() and Path(value).exists():
+    if not suffix or set("/\0") & set(suffix):
+        raise UserError(f"{where}: caption_extension={shown(suffix)} ends no file's name; write .txt")
+    place = path.parent / os.path.expanduser(value)
+    if not os.path.exists(place) and os.path.exists(value):
         place = Path(value).absolute()  # musubi-tuner takes them from where it is started
-    if not (place.is_dir() if key == "video_directory" else place.is_file()):
+    if not (os.path.isdir(place) if key == "video_directory" else os.path.isfile(place)):
         raise UserError(f"{where}: {key}={value} does not exist; write the place where it is")
     if key == "video_directory":
         return place, text_pairs.read(place, wished=wished, suffix=suffix)
@@ -99,4 +102,4 @@ def _base(rows: Rows, path: Path) -> Path:
     assert rows.folder is not None
     first = next((name for name in rows.names if name), "")
     bases = (rows.folder, path.parent, Path.cwd())
-    return next((base for base in bases if first and (base / first).is_file()), rows.folder)
+    return next((base for base in bases if first and os.path.isfile(base / first)), rows.folder)

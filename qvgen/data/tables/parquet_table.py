@@ -46,9 +46,9 @@ def read(files: Sequence[Path], *, folder: Path, wished: Columns) -> Rows:
         starts.append(len(names))
         texts = _read(file, columns=[caption]).column(caption).to_pylist()
         where = f"{file}, row"
-        captions += [as_text(text, where=f"{where} {i}", column=caption).strip() for i, text in enumerate(texts, 1)]
+        captions += [as_text(text, where=where, column=caption, number=i).strip() for i, text in enumerate(texts, 1)]
         found = [None] * len(texts) if path_field is None else _flat(_read(file, columns=[path_field]))
-        names += [as_name(name, where=f"{where} {i}", column=video) for i, name in enumerate(found, 1)]
+        names += [as_name(name, where=where, column=video, number=i) for i, name in enumerate(found, 1)]
     shards = f"{len(files)} Parquet files" if len(files) > 1 else "Parquet"
     return Rows(
         names=names,
@@ -125,7 +125,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
     check_is_here(path)
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} can't be read as Parquet: {_short(error)}") from error
 

@@ -32,7 +32,7 @@ from qvgen.data.tables.rows import Rows, first_few
 METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-_SHARD_FOLDERS = ("", "data", "train", "data/train")
+_SHARD_FOLDERS = ("", "data", "train", "data/train", "default/train")
 _SPLIT = re.compile(r"^(train|training|validation|valid|val|dev|test|testing|eval)(?=[-_.]|$)", re.IGNORECASE)
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\b")
 

@@ -69,13 +69,14 @@ class Rows:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def as_text(value: Any, *, where: str, column: str) -> str:
+def as_text(value: Any, *, where: str, column: str, number: int | None = None) -> str:
     """A value of a table that must be text: itself, the one text of a list, or "" for none.
 
     Args:
         value: As the file's own format reads it.
-        where: File and line, for the message.
+        where: The file, and what ``number`` counts; for the message.
         column: For the message.
+        number: Line, row or entry; None: ``where`` says all.
 
     Raises:
         UserError: A number, a list, or whatever else is no text; or text that can't be written to a file.
@@ -88,29 +89,45 @@ def as_text(value: Any, *, where: str, column: str) -> str:
         value = value[0]
     if value is None:
         return ""
+    if isinstance(value, str) and "\0" not in value and (value.isascii() or _is_whole(value)):
+        return value
+    where = _place(where, number)
     if not isinstance(value, str):
         kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", bytes: "bytes"}
         kind = f"a list of {len(value)}" if isinstance(value, list) else kinds.get(type(value), type(value).__name__)
         raise UserError(f"{where}: {column} is {kind} ({shown(value)}), not text; write one text in double quotes")
     if "\0" in value:
         raise UserError(f"{where}: {column} holds a NUL byte ({shown(value)}); write the file again without it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(f"{where}: {column} holds half a character ({shown(value)}); write the file again as UTF-8")
-    return value
+    raise UserError(f"{where}: {column} holds half a character ({shown(value)}); write the file again as UTF-8")
 
 
-def as_name(value: Any, *, where: str, column: str) -> str:
+def as_name(value: Any, *, where: str, column: str, number: int | None = None) -> str:
     """As :func:`as_text`, for a file's name.
 
     Raises:
         UserError: It is no text, or no file system has such a name.
     """
-    name = as_text(value, where=where, column=column)
-    if "\n" in name or any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
+    name = as_text(value, where=where, column=column, number=number)
+    long = len(name) * 4 > _LONGEST_NAME and any(len(part.encode()) > _LONGEST_NAME for part in name.split("/"))
+    if long or "\n" in name:
         raise UserError(
-            f"{where}: {column} is no file's name ({shown(name)}); write data.video_column=NAME for the column that is"
+            f"{_place(where, number)}: {column} is no file's name ({shown(name)}); write data.video_column=NAME for the "
+            "column that is"
         )
     return name
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, as JSON's escapes may leave one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _place(where: str, number: int | None) -> str:
+    return where if number is None else f"{where} {number}"
 
 
 def shown(value: Any, *, length: int = 60) -> str:

@@ -25,6 +25,15 @@ def read(path: Path, *, wished: Columns) -> Rows:
     Raises:
         UserError: It is damaged, has no split ``train``, or no columns of videos and captions that hold such.
     """
+    try:
+        return _read(path, wished=wished)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, json and `datasets` have each their own for a folder that they can't read
+        raise UserError(f"{path} can't be read as a data set: {' '.join(str(error).split())[:200]}") from error
+
+
+def _read(path: Path, *, wished: Columns) -> Rows:
     from datasets import Video
 
     dataset = _load(path)
@@ -40,9 +49,11 @@ def read(path: Path, *, wished: Columns) -> Rows:
         videos = batch.column(video).combine_chunks()
         paths = videos.field("path").to_pylist()
         holds_bytes |= videos.field("bytes").null_count < len(videos)
-        names += [as_name(name, where=f"{where} {i}", column=video) for i, name in enumerate(paths, start)]
+        names += [as_name(name, where=where, column=video, number=i) for i, name in enumerate(paths, start)]
         texts = batch.column(caption).to_pylist()
-        captions += [as_text(text, where=f"{where} {i}", column=caption).strip() for i, text in enumerate(texts, start)]
+        captions += [
+            as_text(text, where=where, column=caption, number=i).strip() for i, text in enumerate(texts, start)
+        ]
     return Rows(
         names=names,
         captions=captions,
@@ -55,10 +66,7 @@ def read(path: Path, *, wished: Columns) -> Rows:
 def _load(path: Path) -> Dataset:
     from datasets import DatasetDict, load_from_disk
 
-    try:
-        loaded = load_from_disk(str(path))
-    except Exception as error:  # pyarrow, json and `datasets` have each their own for a folder that they can't read
-        raise UserError(f"{path} can't be read as a data set: {' '.join(str(error).split())[:200]}") from error
+    loaded = load_from_disk(str(path))
     if not isinstance(loaded, DatasetDict):
         return loaded
     if "train" not in loaded:

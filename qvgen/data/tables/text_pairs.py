@@ -43,9 +43,11 @@ def read(folder: Path, *, wished: Columns, suffix: str = ".txt") -> Rows:
         captions.append(_caption(text) if text.is_file() else "")
         used.add(text)
     lonely = [
-        text.relative_to(folder).as_posix() for text in _files(folder) if text.suffix == suffix and text not in used
+        text.relative_to(folder).as_posix()
+        for text in _files(folder)
+        if text.name.endswith(suffix) and text not in used
     ]
-    notes = (f"{len(lonely)} {suffix} files without a video are left out: {first_few(lonely)}",) if lonely else ()
+    notes = (f"left out are {suffix} files without a video: {len(lonely)} ({first_few(lonely)})",) if lonely else ()
     return Rows(
         names=names,
         captions=captions,
@@ -65,13 +67,19 @@ def _pairs(folder: Path, *, suffix: str) -> Iterator[tuple[Path, Path]]:
     """Every video and its text file, which need not be there."""
     for path in _files(folder):
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            text = path.with_suffix(suffix)
+            text = path.with_name(path.stem + suffix)
             label = path.parent.parent / "labels" / text.name
             yield path, label if path.parent.name == "videos" and not text.is_file() and label.is_file() else text
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of those within, by name; hidden ones are left out."""
-    for parent, folders, files in os.walk(folder):
+    """All files of a folder and of those within, linked ones too, by name; hidden ones are left out."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))

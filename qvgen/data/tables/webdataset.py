@@ -51,7 +51,7 @@ def read(archives: Sequence[Path], *, wished: Columns) -> Rows:
             members.append(sample[videos[0]])
     if not names:
         raise UserError(f"{archives[0]} holds no videos; give archives with 0001.mp4 beside 0001.txt or 0001.json")
-    notes = (f"{len(left_out)} samples without a video are left out: {first_few(left_out)}",) if left_out else ()
+    notes = (f"left out are samples without a video: {len(left_out)} ({first_few(left_out)})",) if left_out else ()
     count = f"{len(archives)} WebDataset archives" if len(archives) > 1 else "WebDataset archive"
     return Rows(names=names, captions=captions, what=count, folder=None, members=members, notes=notes)
 

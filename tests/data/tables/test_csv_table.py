@@ -131,4 +131,4 @@ def test_names_of_trainers_are_known(table: Path) -> None:
 
 def test_a_header_that_stands_again_is_counted(table: Path) -> None:
     table.write_text("file_name,text\na.mp4,x\nfile_name,text\nb.mp4,y\n")
-    assert read(table, wished=Columns()).notes == ("1 more lines with the columns' names are left out",)
+    assert read(table, wished=Columns()).notes == ("left out are more lines with the columns' names: 1",)

@@ -15,7 +15,10 @@ from datasets import Dataset, DatasetDict, Features, Value, Video
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import ClipTable, read_table
+from qvgen.data.latent_cache import LatentCache
 from qvgen.data.tables.columns import Columns
+from tests.data.pooling_encoder import SETTINGS, fill_with_pooling
+from tests.data.video_files import write_clip
 
 CLIPS = {"a.mp4": "a red boat, at sea", "b.mp4": "a tree"}
 
@@ -101,11 +104,20 @@ def test_same_named_text_files(folder: Path) -> None:
     table = read_table(folder)
     assert [clip.caption for clip in table] == [*CLIPS.values(), ""]
     assert table.lost == (
-        "1 .txt files without a video are left out: readme.txt",
-        "1 rows have no caption: c.mp4",
+        "left out are .txt files without a video: 1 (readme.txt)",
+        "rows without a caption: 1 (c.mp4)",
     )
     with pytest.raises(UserError, match=r"data.caption_column=text: .* has no columns; leave the key out"):
         read_table(folder, columns=Columns(caption="text"))
+
+
+def test_same_named_text_files_in_linked_folders(folder: Path, tmp_path: Path) -> None:
+    for name, text in CLIPS.items():
+        put((videos(tmp_path / "disk") / name).with_suffix(".txt"), text)
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(folder)
+    assert_are_the_clips(read_table(folder), "videos with .txt files", prefix="linked/")
 
 
 def test_cogvideo_labels(folder: Path) -> None:
@@ -168,6 +180,10 @@ def test_musubi_jsonl_and_configuration(folder: Path) -> None:
         ('[[datasets]]\nimage_directory = "x"\n', "names no videos"),
         ('[[datasets]]\nvideo_directory = "absent"\n', r"\[\[datasets\]\] 1: video_directory=absent does not exist"),
         ("[[datasets]]\nvideo_directory = 3\n", "video_directory=3 .* must be text"),
+        (
+            '[[datasets]]\nvideo_directory = "."\ncaption_extension = "x/y"\n',
+            "caption_extension='x/y' ends no file's name",
+        ),
         ("[[datasets]]\nbatch_size = 1\n", "must have one of video_directory and video_jsonl_file"),
     ],
 )
@@ -268,7 +284,7 @@ def test_names_in_an_archive_lead_nowhere(folder: Path, tmp_path: Path) -> None:
 
 def test_archives_that_are_damaged(folder: Path) -> None:
     whole = write_tar(folder / "x.tar", {"a.mp4": b"x" * 5000, "a.txt": b"one", "c.json": b"{}"}).read_bytes()
-    assert read_table(folder / "x.tar").lost == ("1 samples without a video are left out: x.tar: c",)
+    assert read_table(folder / "x.tar").lost == ("left out are samples without a video: 1 (x.tar: c)",)
     put(folder / "x.tar", whole[:3000])
     with pytest.raises(UserError, match=r"x.tar can't be read as a tar archive"):
         read_table(folder)
@@ -287,9 +303,6 @@ def test_archives_that_are_damaged(folder: Path) -> None:
 
 
 def test_a_place_in_an_archive_is_told_from_another(folder: Path) -> None:
-    from qvgen.data.latent_cache import LatentCache
-    from tests.data.pooling_encoder import SETTINGS
-
     cache = LatentCache(folder / "cache", settings=SETTINGS)
     files = {"a.mp4": b"one", "a.txt": b"same", "b.mp4": b"two", "b.txt": b"same"}
     first = [cache.row_key(clip) for clip in read_table(write_tar(folder / "x.tar", files))]
@@ -297,6 +310,21 @@ def test_a_place_in_an_archive_is_told_from_another(folder: Path) -> None:
     assert [cache.row_key(clip) for clip in read_table(folder / "x.tar")] == first
     changed = read_table(write_tar(folder / "x.tar", files | {"a.mp4": b"one more"}))
     assert not set(first) & {cache.row_key(clip) for clip in changed}
+
+
+def test_a_clip_is_the_same_in_every_form(folder: Path, tmp_path: Path) -> None:
+    """Latents are found again by a clip's bytes, whether it lies in a folder, an archive or a Parquet file."""
+    files = {}
+    for index, (name, text) in enumerate(CLIPS.items()):
+        write_clip(folder / name, 20 + index)
+        put((folder / name).with_suffix(".txt"), text)
+        files |= {name: (folder / name).read_bytes(), f"{name[0]}.txt": text.encode()}
+    write_tar(tmp_path / "x.tar", files)
+    columns = {"mp4": [files[name] for name in CLIPS], "caption": list(CLIPS.values())}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    for table, encoded in ((folder, 2), (tmp_path / "x.tar", 0), (tmp_path / "x.parquet", 0), (tmp_path / "x.tar", 0)):
+        report = fill_with_pooling(table, tmp_path / "cache")
+        assert (report.encoded, report.reused, report.bad, report.complete) == (encoded, 2 - encoded, (), True)
 
 
 def test_more_than_one_form_is_refused_with_what_chooses(folder: Path) -> None:
