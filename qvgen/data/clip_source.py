@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,11 +104,16 @@ class ClipSource:
         return CutSettings(fps=float(family.fps if self.fps is None else self.fps), buckets=buckets)
 
     def table(self) -> ClipTable:
-        """The table of clips.
+        """The table of clips, as it was when it was first asked for.
 
         Raises:
             UserError: ``path`` is not set, or see :func:`qvgen.data.captions.read_table`.
         """
+        return self._table
+
+    @cached_property
+    def _table(self) -> ClipTable:
+        """Read once: a run opens its table several times, and must not see two states of it."""
         if self.path is None:
             raise UserError(
                 "data.path is missing; write data.path=FOLDER with videos and metadata.csv (file_name,text)"

@@ -5,7 +5,7 @@ caption's (or the one that Excel's ``sep=;`` before it says). Every line must ha
 and no quotes would otherwise push its words into other columns. Empty fields beyond them, from a comma at a line's end,
 say nothing and are left out, as are empty lines and a first line that stands there again.
 
-Double quotes are as RFC 4180 has them; blanks before a field are no part of it.
+Double quotes are as RFC 4180 has them; blanks around a field are no part of it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read(path: Path, *, wished: Columns) -> Rows:
                 continue
             if len(fields) != len(header):
                 _check_count(fields, header=header, where=f"{where} {line}", separator=separator)
-            names.append(as_name(fields[video_index], where=where, column=video, number=line))
+            names.append(as_name(fields[video_index].strip(), where=where, column=video, number=line))
             captions.append(as_text(fields[caption_index], where=where, column=caption, number=line).strip())
     form = "CSV" if separator == "," else f"{'TSV' if separator == chr(9) else 'CSV'} with {_SEPARATORS[separator]}s"
     return Rows(

@@ -98,7 +98,7 @@ def as_text(value: Any, *, where: str, column: str, number: int | None = None) -
         raise UserError(f"{where}: {column} is {kind} ({shown(value)}), not text; write one text in double quotes")
     if "\0" in value:
         raise UserError(f"{where}: {column} holds a NUL byte ({shown(value)}); write the file again without it")
-    raise UserError(f"{where}: {column} holds half a character ({shown(value)}); write the file again as UTF-8")
+    raise UserError(f"{where}: {column} holds half a character ({shown(value)}); write it again as UTF-8")
 
 
 def as_name(value: Any, *, where: str, column: str, number: int | None = None) -> str:

@@ -39,7 +39,8 @@ def read(folder: Path, *, wished: Columns, suffix: str = ".txt") -> Rows:
     captions: list[str] = []
     used: set[Path] = set()
     for video, text in _pairs(folder, suffix=suffix):
-        names.append(video.relative_to(folder).as_posix())
+        name = video.relative_to(folder).as_posix()
+        names.append(as_text(name, where=str(folder), column="a file's name"))
         captions.append(_caption(text) if text.is_file() else "")
         used.add(text)
     lonely = [

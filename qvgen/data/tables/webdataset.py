@@ -46,7 +46,7 @@ def read(archives: Sequence[Path], *, wished: Columns) -> Rows:
             if len(videos) > 1:
                 keys = " or ".join(f"data.video_column={extension}" for extension in videos)
                 raise UserError(f"{where} has the videos {', '.join(videos)}; write {keys}")
-            names.append(f"{archive.name}/{key}.{videos[0]}")
+            names.append(as_text(f"{archive.name}/{key}.{videos[0]}", where=str(archive), column="a file's name"))
             captions.append(_caption(sample, wish=wished.caption, where=where))
             members.append(sample[videos[0]])
     if not names:

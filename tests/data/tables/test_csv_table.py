@@ -36,6 +36,7 @@ def table(tmp_path: Path) -> Path:
         ("file_name,text\na.mp4,a boat,\nb.mp4,a tree\n", [("a.mp4", "a boat"), ("b.mp4", "a tree")]),
         ('file_name,text\na.mp4,"she says ""hello"""\n', [("a.mp4", 'she says "hello"')]),
         ('file_name,text\na.mp4,6" of snow\n', [("a.mp4", '6" of snow')]),
+        ("file_name,text\na.mp4 , a boat \n", [("a.mp4", "a boat")]),
         ('file_name,text\na.mp4, "a red boat, at sea"\n', [("a.mp4", "a red boat, at sea")]),
         ('file_name,text\na.mp4,"a boat\nat sea"\nb.mp4,x\n', [("a.mp4", "a boat\nat sea"), ("b.mp4", "x")]),
         ("file_name,text\n001,007\n1e5,1.0\n", [("001", "007"), ("1e5", "1.0")]),

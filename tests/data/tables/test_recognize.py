@@ -111,6 +111,15 @@ def test_same_named_text_files(folder: Path) -> None:
         read_table(folder, columns=Columns(caption="text"))
 
 
+def test_names_that_are_no_text_are_refused(folder: Path) -> None:
+    folder.mkdir()
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
+        with open(bytes(folder) + b"/" + name, "wb") as file:
+            file.write(b"x")
+    with pytest.raises(UserError, match=r"a file's name holds half a character \('caf.udce9.mp4'\)"):
+        read_table(folder)
+
+
 def test_same_named_text_files_in_linked_folders(folder: Path, tmp_path: Path) -> None:
     for name, text in CLIPS.items():
         put((videos(tmp_path / "disk") / name).with_suffix(".txt"), text)
