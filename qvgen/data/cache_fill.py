@@ -187,6 +187,7 @@ def _make(
 ) -> dict[str, Any]:
     """Latents and embedding of a clip, unless they are there; returns its record."""
     encode_video, encode_captions = encoders
+    path = clip.path  # or a temporary one
     try:
         if not clip.caption:
             raise BadClip("it has no caption")
@@ -197,7 +198,7 @@ def _make(
                 clip_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             plan, frames = reader.cut(path, settings=cache.settings.cut)
     except (BadClip, PermissionError) as error:
-        reason = str(error).replace(str(clip.path), "the file") if clip.path else str(error)
+        reason = str(error) if path is None else str(error).replace(str(path), "the file")
         log.warning("%s: %s", clip.name, reason)
         return {"bad": reason, "again": isinstance(error, TimedOut | PermissionError)}
     key = cache.latent_key(clip_sha256, plan)

@@ -128,11 +128,10 @@ class ClipTable(Sequence[Clip]):
         """
         if self._rows.members:
             return []
-        if self._rows.read_bytes is not None:
-            return [clip.name for clip in self if clip.path is not None and not os.path.isfile(clip.path)]
         there: dict[str, set[str]] = {}
         missing = []
-        for name in self._rows.names:
+        held = self._rows.holds_bytes or [False] * len(self)
+        for name in (name for name, holds in zip(self._rows.names, held, strict=True) if not holds):
             parent, file = os.path.split(os.path.join(self.folder, name))
             if parent not in there:
                 there[parent] = _files(parent)
@@ -193,7 +192,7 @@ def _folder(rows: Rows, *, path: Path, given: bool) -> Path:
     for place in places:
         if any(rows.names[row] and os.path.isfile(place / rows.names[row]) for row in looked_at):
             return place
-    if rows.read_bytes is not None and any(rows.read_bytes(row) is not None for row in looked_at):
+    if any(rows.holds_bytes):
         return rows.folder
     first = next((name for name in rows.names if name), "(no name)")
     if re.match(r"[a-z0-9]+://", first):

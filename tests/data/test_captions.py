@@ -187,10 +187,11 @@ def test_bytes_of_a_table_are_never_missing(tmp_path: Path) -> None:
     features = Features({"video": Video(decode=False), "caption": Value("string")})
     rows = [{"bytes": b"abc", "path": "x.mp4"}, {"bytes": None, "path": "y.mp4"}]
     dataset = Dataset.from_dict({"video": rows, "caption": ["one", "two"]}, features=features)
-    pq.write_table(dataset.data.table, tmp_path / "t.parquet")
-    table = read_table(tmp_path / "t.parquet")
-    assert [(clip.path, clip.data) for clip in table] == [(None, b"abc"), (tmp_path / "y.mp4", None)]
-    assert table.missing() == ["y.mp4"]
+    for group in (1, 2):  # row groups that are told by their counts, and one that is not
+        pq.write_table(dataset.data.table, tmp_path / f"{group}.parquet", row_group_size=group)
+        table = read_table(tmp_path / f"{group}.parquet")
+        assert [(clip.path, clip.data) for clip in table] == [(None, b"abc"), (tmp_path / "y.mp4", None)]
+        assert table.missing() == ["y.mp4"]
 
 
 def test_a_dry_run_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

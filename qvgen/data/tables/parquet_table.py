@@ -35,6 +35,7 @@ def read(files: Sequence[Path], *, folder: Path, wished: Columns) -> Rows:
     names: list[str] = []
     captions: list[str] = []
     starts: list[int] = []
+    holds_bytes: list[bool] = []
     video = caption = path_field = bytes_field = None
     for file in files:
         opened = _open(file)
@@ -49,6 +50,8 @@ def read(files: Sequence[Path], *, folder: Path, wished: Columns) -> Rows:
         captions += [as_text(text, where=where, column=caption, number=i).strip() for i, text in enumerate(texts, 1)]
         found = [None] * len(texts) if path_field is None else _flat(_read(file, columns=[path_field]))
         names += [as_name(name, where=where, column=video, number=i) for i, name in enumerate(found, 1)]
+        if bytes_field is not None:
+            holds_bytes += _holds(file, field=bytes_field)
     shards = f"{len(files)} Parquet files" if len(files) > 1 else "Parquet"
     return Rows(
         names=names,
@@ -56,6 +59,7 @@ def read(files: Sequence[Path], *, folder: Path, wished: Columns) -> Rows:
         what=f"{shards}, columns {video}, {caption}{' with the bytes' if bytes_field else ''}",
         folder=folder,
         read_bytes=None if bytes_field is None else _Bytes(files, starts, field=bytes_field),
+        holds_bytes=holds_bytes,
     )
 
 
@@ -92,6 +96,22 @@ def check_types(schema: pa.Schema, *, video: str, caption: str, where: object) -
             "write data.video_column=NAME for one that does"
         )
     return f"{video}.path" if has_path else None, f"{video}.bytes" if has_bytes else None
+
+
+def _holds(path: Path, *, field: str) -> list[bool]:
+    """Whether each row of a file has a value in a field; known from counts where all of a row group have one, or none."""
+    opened = _open(path)
+    found: list[bool] = []
+    for index in range(opened.num_row_groups):
+        group = opened.metadata.row_group(index)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == field)
+        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if nulls in (0, group.num_rows):
+            found += [nulls == 0] * group.num_rows
+        else:
+            found += _column(_read(path, columns=[field], group=index)).is_valid().to_pylist()
+    return found
 
 
 class _Bytes:

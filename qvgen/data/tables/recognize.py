@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qvgen.config.errors import UserError
@@ -146,8 +147,6 @@ def _shards(folder: Path, *, suffix: str) -> list[Path]:
 
 def _read_shards(shards: Sequence[Path], folder: Path, *, wished: Columns) -> Rows:
     """All shards as one table; says which of those that their names count are not there."""
-    from dataclasses import replace
-
     if shards[0].suffix.lower() == ".tar":
         rows = webdataset.read(shards, wished=wished)
     else:

@@ -56,6 +56,7 @@ class Rows:
         what: What was recognized, as ``CSV with the columns video, caption``.
         folder: What relative names start from; None where the table holds all bytes itself.
         read_bytes: Row -> the bytes that the table holds of it, or None; for tables that hold any.
+        holds_bytes: Whether there are any, of each row; empty without ``read_bytes``.
         members: Of each row, where the table is made of archives.
         notes: What was left out, one phrase each.
     """
@@ -65,6 +66,7 @@ class Rows:
     what: str
     folder: Path | None
     read_bytes: Callable[[int], bytes | None] | None = None
+    holds_bytes: Sequence[bool] = ()
     members: Sequence[Member] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 

@@ -42,13 +42,13 @@ def _read(path: Path, *, wished: Columns) -> Rows:
     dataset = dataset.select_columns([video, caption]).cast_column(video, Video(decode=False))
     names: list[str] = []
     captions: list[str] = []
-    holds_bytes = False
+    holds_bytes: list[bool] = []
     for batch in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
         where = f"{path}, row"
         start = len(names) + 1
         videos = batch.column(video).combine_chunks()
         paths = videos.field("path").to_pylist()
-        holds_bytes |= videos.field("bytes").null_count < len(videos)
+        holds_bytes += videos.field("bytes").is_valid().to_pylist()
         names += [as_name(name, where=where, column=video, number=i) for i, name in enumerate(paths, start)]
         texts = batch.column(caption).to_pylist()
         captions += [
@@ -57,9 +57,10 @@ def _read(path: Path, *, wished: Columns) -> Rows:
     return Rows(
         names=names,
         captions=captions,
-        what=f"data set of save_to_disk, columns {video}, {caption}{' with the bytes' if holds_bytes else ''}",
+        what=f"data set of save_to_disk, columns {video}, {caption}{' with the bytes' if any(holds_bytes) else ''}",
         folder=path,
-        read_bytes=(lambda row: (dataset[row][video] or {}).get("bytes")) if holds_bytes else None,
+        read_bytes=(lambda row: (dataset[row][video] or {}).get("bytes")) if any(holds_bytes) else None,
+        holds_bytes=holds_bytes if any(holds_bytes) else (),
     )
 
 

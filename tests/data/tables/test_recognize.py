@@ -311,6 +311,12 @@ def test_archives_that_are_damaged(folder: Path) -> None:
         read_table(folder)
 
 
+def test_reasons_do_not_name_temporary_files(folder: Path) -> None:
+    table = write_tar(folder / "x.tar", {"a.mp4": b"no video" * 99, "a.txt": b"one"})
+    with pytest.raises(UserError, match=r"\(first: x.tar/a.mp4: the file holds no frame"):
+        fill_with_pooling(table, folder / "cache")
+
+
 def test_a_place_in_an_archive_is_told_from_another(folder: Path) -> None:
     cache = LatentCache(folder / "cache", settings=SETTINGS)
     files = {"a.mp4": b"one", "a.txt": b"same", "b.mp4": b"two", "b.txt": b"same"}
