@@ -144,7 +144,7 @@ class ClipTable(Sequence[Clip]):
         """What the table is and what is missing of it, one line each."""
         missing = self.missing()
         lines = [f"table: {self.what}, {len(self)} rows"]
-        if self._rows.folder is not None:
+        if not self._rows.holds_all:
             absent = f"missing: {len(missing)} ({first_few(missing)})" if missing else "all are there"
             lines.append(f"video files: in {self.folder}; {absent}")
         return [*lines, *(f"note: {phrase}" for phrase in self.lost)]
@@ -171,13 +171,14 @@ def read_table(path: Path | str, *, videos: Path | str | None = None, columns: C
         raise UserError(f"{path} ({rows.what}) has no caption in any of its {len(rows.captions)} rows; write some")
     if videos is not None:
         videos = Path(os.path.expanduser(videos))
-        if rows.folder is None:
-            raise UserError(f"data.videos={videos}: {path} holds the bytes of its videos itself; leave the key out")
+        if rows.folder is None or rows.holds_all:
+            what = "holds the bytes of its videos itself" if rows.holds_all else "says itself where its videos are"
+            raise UserError(f"data.videos={videos}: {path} {what}; leave the key out")
         if not os.path.isdir(videos):
             raise UserError(f"data.videos={videos} is no folder; give the one that the names in {path} start from")
         rows = replace(rows, folder=videos)
     table = ClipTable(rows, folder=_folder(rows, path=path, given=videos is not None))
-    _say(f"{path}: {table.what}, {len(table)} rows, videos in {'it' if rows.folder is None else table.folder}")
+    _say(f"{path}: {table.what}, {len(table)} rows{'' if rows.holds_all else f', videos in {table.folder}'}")
     for phrase in table.lost:
         _say(f"{path}: {phrase}", warn=True)
     return table
@@ -185,22 +186,23 @@ def read_table(path: Path | str, *, videos: Path | str | None = None, columns: C
 
 def _folder(rows: Rows, *, path: Path, given: bool) -> Path:
     """Where the videos are: the first of the known places with one of the first videos."""
-    if rows.folder is None:
-        return path
-    places = [rows.folder] if given else [rows.folder, rows.folder / "videos", Path.cwd()]
+    own = path.parent if rows.folder is None else rows.folder
+    if rows.holds_all:
+        return own
+    places = [own] if given or rows.folder is None else [own, own / "videos", Path.cwd()]
     looked_at = range(min(len(rows.names), _LOOKED_AT))
     for place in places:
         if any(rows.names[row] and os.path.isfile(place / rows.names[row]) for row in looked_at):
             return place
     if any(rows.holds_bytes):
-        return rows.folder
+        return own
     first = next((name for name in rows.names if name), "(no name)")
     if re.match(r"[a-z0-9]+://", first):
         raise UserError(f"{path} has addresses, such as {first}, and no files; download them and write their names")
     if "\\" in first:
         raise UserError(f"{path} has names with backslashes, such as {first}, and no such files; write / for them")
     raise UserError(
-        f"{rows.folder / first} and {len(looked_at) - 1} more videos of {path} do not exist; "
+        f"{own / first} and {len(looked_at) - 1} more videos of {path} do not exist; "
         "write data.videos=FOLDER for the folder that their names start from"
     )
 

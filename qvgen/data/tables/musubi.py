@@ -55,13 +55,13 @@ def read(path: Path, *, wished: Columns) -> Rows:
             notes.append(f"num_repeats of [[datasets]] {number} is left out: each clip stands once")
         assert rows.folder is not None
         base = _base(rows, path)
-        names += [str(base / name) if name else "" for name in rows.names]
+        names += [os.path.abspath(base / name) if name else "" for name in rows.names]
         captions += rows.captions
         notes += rows.notes
     if not done:
         raise UserError(f"{path} names no videos; write [[datasets]] with video_directory or video_jsonl_file")
     what = f"musubi-tuner's configuration of {len(done)} data set{'s' * (len(done) > 1)}"
-    return Rows(names=names, captions=captions, what=what, folder=path.parent, notes=notes)
+    return Rows(names=names, captions=captions, what=what, folder=None, notes=notes)
 
 
 def _parse(path: Path) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ class Rows:
         names: Of the video files, as written; empty where a row has none.
         captions: As written, without blanks around them; empty where a row has none.
         what: What was recognized, as ``CSV with the columns video, caption``.
-        folder: What relative names start from; None where the table holds all bytes itself.
+        folder: What relative names start from; None where names are whole paths, or of files within archives.
         read_bytes: Row -> the bytes that the table holds of it, or None; for tables that hold any.
         holds_bytes: Whether there are any, of each row; empty without ``read_bytes``.
         members: Of each row, where the table is made of archives.
@@ -69,6 +69,11 @@ class Rows:
     holds_bytes: Sequence[bool] = ()
     members: Sequence[Member] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the table holds the bytes of every row itself."""
+        return bool(self.members) or (bool(self.holds_bytes) and all(self.holds_bytes))
 
 
 def as_text(value: Any, *, where: str, column: str, number: int | None = None) -> str:

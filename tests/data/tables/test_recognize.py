@@ -147,7 +147,7 @@ def test_fastvideo_json(folder: Path) -> None:
     assert read_table(folder).folder == folder / "videos"
 
 
-def test_musubi_jsonl_and_configuration(folder: Path) -> None:
+def test_musubi_jsonl_and_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"video_path": str(videos(folder) / name), "caption": text}) for name, text in CLIPS.items()]
     put(folder / "videos.jsonl", "\n".join(lines))
     assert_are_the_clips(
@@ -176,6 +176,10 @@ def test_musubi_jsonl_and_configuration(folder: Path) -> None:
         "num_repeats of [[datasets]] 1 is left out: each clip stands once",
         "[[datasets]] 3 holds images and is left out",
     )
+    monkeypatch.chdir(folder.parent)
+    assert_are_the_clips(read_table("clips/dataset.toml"), "musubi-tuner's", prefix=f"{folder}/more/")
+    with pytest.raises(UserError, match="data.videos=.* says itself where its videos are; leave the key out"):
+        read_table(path, videos=folder)
     put(path, f'{configuration}\n[[datasets]]\nvideo_jsonl_file = "{folder}/videos.jsonl"\n')
     assert len(read_table(path)) == 4
 
