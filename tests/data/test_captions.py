@@ -203,7 +203,8 @@ def test_a_dry_run_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixt
         "has the columns clip, words, text; one must be called file_name or video, or write data.video_column=NAME"
         in (capsys.readouterr().err)
     )
-    assert main(["precompute", *keys, *columns]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "table: CSV, columns clip, words, 2 rows" in lines
-    assert f"video files: in {folder}; missing: 1 (lost.mp4)" in lines
+    for command in (["precompute"], ["ptq", "init=rtn"]):
+        assert main([*command, *keys, *columns]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "table: CSV, columns clip, words, 2 rows" in lines
+        assert f"video files: in {folder}; missing: 1 (lost.mp4)" in lines
