@@ -29,6 +29,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from qvgen.config.bits import Bits
 from qvgen.config.errors import UserError, did_you_mean, one_line
 from qvgen.config.leaves import conf_directory
+from qvgen.config.prompt import without_files
 
 _OPEN_SECTIONS = ("model", "profile", "method", "init", "data")
 """Sections whose keys are the arguments of a leaf: `+method.new_key=1` is checked when the leaf is built."""
@@ -111,9 +112,10 @@ def compose_plain(
             _add_directory(extra_directory)
             _check_overrides(verb, [_parse(text) for text in overrides])
             config = compose(verb, list(overrides), return_hydra_config=True)
-            return _to_plain(config, resolve=resolve)
+            plain = _to_plain(config, resolve=resolve)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"cannot compose the configuration: {_cause(error)}") from error
+    return without_files(plain) if resolve else plain
 
 
 def _add_directory(directory: Path | None) -> None:

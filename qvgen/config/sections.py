@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qvgen.config.errors import UserError
+from qvgen.config.prompt import Prompts
 
 
 def require(condition: bool, message: str) -> None:
@@ -167,14 +168,14 @@ class CalibrationConfig:
     """What a PTQ method that needs statistics sees of the full-precision model; data-free methods sample nothing.
 
     Attributes:
-        prompts: Captions of its videos, or one text file that holds them, one to a line; None: the evaluation's.
+        prompts: Of its videos: captions, or a file of them (:mod:`qvgen.config.prompt`); None: the evaluation's.
         videos: Videos that are sampled for it; > 0. They take the prompts in turn.
         steps: Sampling steps of each; > 0.
         memory_gib: Of the statistics of one pass; > 0. What does not fit is collected in further passes.
         cache: Folder of statistics, keyed by content.
     """
 
-    prompts: tuple[str, ...] | None
+    prompts: Prompts | None
     videos: int
     steps: int
     memory_gib: float
@@ -185,11 +186,6 @@ class CalibrationConfig:
             calibration__videos=self.videos,
             calibration__steps=self.steps,
             calibration__memory_gib=self.memory_gib,
-        )
-        require(
-            self.prompts is None or (bool(self.prompts) and all(prompt.strip() for prompt in self.prompts)),
-            f"calibration.prompts={list(self.prompts or ())} holds no or empty captions; write null, captions, "
-            "or a file of them",
         )
 
 
@@ -220,15 +216,15 @@ class EvaluationConfig:
     Attributes:
         samples: Held-out inputs of the relative error; > 0. `qvgen ptq` takes 0: then nothing at all is sampled or measured.
         quality_videos: Videos of each kind for the report's table, with held-out captions; > 0.
-        prompts: Captions of the videos; None: the model's own.
-        videos: Number of videos of each kind; >= 0.
+        prompts: Of the videos: captions, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
+        videos: Number of videos of each kind; >= 0. They take the prompts in turn.
         every_steps: Also measure every so many optimizer steps; None: only at the end.
         video_every_steps: Sample validation videos of the same prompts every so many optimizer steps; None: never.
     """
 
     samples: int
     quality_videos: int
-    prompts: tuple[str, ...] | None
+    prompts: Prompts | None
     videos: int
     every_steps: int | None
     video_every_steps: int | None
@@ -240,7 +236,3 @@ class EvaluationConfig:
         positive(evaluation__quality_videos=self.quality_videos if self.samples else None)
         positive(evaluation__every_steps=self.every_steps, evaluation__video_every_steps=self.video_every_steps)
         require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")
-        require(
-            self.prompts is None or bool(self.prompts),
-            "evaluation.prompts=[] is empty; write null or captions",
-        )

@@ -1,7 +1,7 @@
 """From a plain dict to a frozen dataclass, with the type of every value checked.
 
 Strict: no unknown key, no missing key, no conversion but these: an int where a float is asked for, a scalar where a
-tuple is asked for, a list to a tuple, a string to a Path, and whatever `Bits.parse` reads.
+tuple is asked for, a list to a tuple, a string to a Path, and whatever `Bits.parse` and `Prompts.parse` read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from qvgen.config.bits import Bits
 from qvgen.config.errors import UserError, did_you_mean
+from qvgen.config.prompt import Prompts
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
@@ -74,6 +75,8 @@ def _convert(hint: Any, value: Any, *, key: str) -> Any:
         return _convert_tuple(arguments, value, key=key)
     if hint is Bits:
         return Bits.parse(value)
+    if hint is Prompts:
+        return Prompts.parse(value, key=key)
     if dataclasses.is_dataclass(hint):
         kind = typing.cast(type, hint)
         return value if isinstance(value, kind) else from_plain(kind, value, key=key)

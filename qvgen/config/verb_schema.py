@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvgen.config.bits import Bits
+from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.sections import positive, require
 
@@ -25,8 +26,10 @@ class GenerateConfig:
     Attributes:
         packed: A packed directory, or the two of a model with two experts; None: full precision.
         model: The model's section, plain; None: what the packed directory says.
-        prompt: Captions; None: the model's own.
-        seed: One video is made for each caption and seed.
+        prompt: Captions; None: those of ``prompts``.
+        prompts: A file of captions, seeds and negative prompts (:mod:`qvgen.config.prompt`); None: the model's own captions.
+        negative_prompt: What guidance leads away from, where a line of ``prompts`` says nothing else; None: the model's own.
+        seed: One video is made for each caption and seed, but for lines of ``prompts`` that name their seeds.
         num_steps: Sampling steps, > 0; None: the model's own.
         guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
         delta: Of a packed model's activation switch, >= 0; None: its own.
@@ -41,6 +44,8 @@ class GenerateConfig:
     packed: tuple[Path, ...] | None
     model: dict[str, Any] | None
     prompt: tuple[str, ...] | None
+    prompts: Prompts | None
+    negative_prompt: str | None
     seed: tuple[int, ...]
     num_steps: int | None
     guidance_scale: float | None
@@ -59,6 +64,20 @@ class GenerateConfig:
         )
         require(self.packed is None or 1 <= len(self.packed) <= 2, "packed=[...] takes one directory or two")
         require(self.prompt is None or bool(self.prompt), "prompt=[] is empty; write null or captions")
+        for caption in self.prompt or ():
+            require(bool(caption.strip()), "prompt holds an empty caption; write what the video is to show")
+            require(
+                not caption.lower().endswith((".txt", ".jsonl")),
+                f"prompt={caption} names a file; write prompts={caption}",
+            )
+        require(
+            self.prompt is None or self.prompts is None,
+            "prompt=... and prompts=FILE are given both; write the caption into the file, or leave one out",
+        )
+        require(
+            self.negative_prompt is None or self.guidance_scale is None or self.guidance_scale > 1,
+            f"negative_prompt has no effect with guidance_scale={self.guidance_scale}; leave one of them out",
+        )
         require(bool(self.seed), "seed=[] is empty; write for example seed=42")
         for seed in self.seed:
             require(0 <= seed < 2**32, f"seed={seed} is outside 0..{2**32 - 1}")
@@ -127,7 +146,7 @@ class PrecomputeConfig:
     Attributes:
         model: The model family, one with a VAE.
         data: The clips and their cache.
-        prompts: Further captions to encode; None: the model's own.
+        prompts: Further captions to encode, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
         devices: Processes on this machine; >= 1.
         shard: This machine's share, 0 <= shard < num_shards.
         num_shards: Machines that share the clips; >= 1.
@@ -140,7 +159,7 @@ class PrecomputeConfig:
 
     model: Any
     data: Any
-    prompts: tuple[str, ...] | None
+    prompts: Prompts | None
     devices: int
     shard: int
     num_shards: int

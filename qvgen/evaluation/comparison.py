@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
@@ -66,20 +67,24 @@ def compare_models(
         run_dir: The run's folder.
     """
     models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
-    shown, seeds = shown_prompts(config)
+    shown = shown_videos(config)
+    prompts, seeds = [video.caption for video in shown], [video.seed for video in shown]
+    negatives = [video.negative for video in shown]
     split = held_out.split
     items = held_out_items(split, config.evaluation.quality_videos)
     captions = [item["caption"] for item in items]
     table_seeds = [config.seed + index for index in range(len(items))]
-    shown_videos, table_videos, activation_bits = {}, {}, {}
+    sampled, table_videos, activation_bits = {}, {}, {}
     for name, model in models.items():
-        shown_videos[name] = generate_videos(config.model, model, shown, seeds, encode=split.encode)
+        sampled[name] = generate_videos(
+            config.model, model, prompts, seeds, negative_prompts=negatives, encode=split.encode
+        )
         switch = find_switch(model)
         if switch is not None:
             switch.history.clear()
         table_videos[name] = generate_videos(config.model, model, captions, table_seeds, encode=split.encode)
         activation_bits[name] = None if switch is None else switch.mean_bits()
-    _write_videos(shown_videos, shown, seeds, fps=config.model.fps, directory=run_dir / "videos")
+    _write_videos(sampled, prompts, seeds, fps=config.model.fps, directory=run_dir / "videos")
     return Comparison(
         checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
         videos=tuple(
@@ -87,11 +92,12 @@ def compare_models(
                 prompt=prompt,
                 seed=seed,
                 fps=config.model.fps,
-                teacher=shown_videos["teacher"][index].numpy(),
-                fake_quantized=shown_videos["fake-quantized"][index].numpy(),
-                packed=shown_videos["packed"][index].numpy(),
+                teacher=sampled["teacher"][index].numpy(),
+                fake_quantized=sampled["fake-quantized"][index].numpy(),
+                packed=sampled["packed"][index].numpy(),
+                negative_prompt=negatives[index],
             )
-            for index, (prompt, seed) in enumerate(zip(shown, seeds, strict=True))
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ),
         quality=Quality(
             variants=tuple(
@@ -102,15 +108,19 @@ def compare_models(
             seeds=f"{table_seeds[0]}..{table_seeds[-1]}",
             num_steps=config.model.num_inference_steps,
             guidance_scale=config.model.guidance_scale,
+            negative_prompt=None if config.model.guidance_scale == 1 else config.model.negative_prompt,
         ),
     )
 
 
-def shown_prompts(config: TrainConfig) -> tuple[list[str], list[int]]:
-    """Captions and seeds of the videos that a run shows: the configuration's prompts, again and again if need be."""
-    prompts = list(config.evaluation.prompts or config.model.prompts)
-    places = range(config.evaluation.videos)
-    return [prompts[index % len(prompts)] for index in places], [config.seed + index for index in places]
+def evaluation_prompts(config: TrainConfig) -> Prompts:
+    """What is sampled to be looked at: ``evaluation.prompts``, else the model's own captions."""
+    return config.evaluation.prompts or Prompts.of(config.model.prompts)
+
+
+def shown_videos(config: TrainConfig) -> list[PromptedVideo]:
+    """The videos that a run shows: the evaluation's prompts in turn, again and again if need be."""
+    return evaluation_prompts(config).in_turn(config.evaluation.videos, first_seed=config.seed)
 
 
 def bf16_bytes(model: nn.Module) -> int:
@@ -149,7 +159,13 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
 
 @torch.no_grad()
 def generate_videos(
-    family: VideoDiT, model: nn.Module, captions: Sequence[str], seeds: Sequence[int], *, encode: Encode | None = None
+    family: VideoDiT,
+    model: nn.Module,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompts: Sequence[str | None] | None = None,
+    encode: Encode | None = None,
 ) -> Tensor:
     """One video per caption and seed, as the family usually samples: uint8 [B, F, H, W, 3]."""
     with placed(model):
@@ -160,6 +176,7 @@ def generate_videos(
                 seeds[start : start + BATCH_SIZE],
                 num_steps=family.num_inference_steps,
                 guidance_scale=family.guidance_scale,
+                negative_prompts=None if negative_prompts is None else negative_prompts[start : start + BATCH_SIZE],
                 encode=encode,
             )
             for start in range(0, len(captions), BATCH_SIZE)
@@ -183,7 +200,8 @@ def _write_videos(
 
 def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
     """File name of a video: safe characters of the prompt only."""
-    words = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+    words = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60]
+    words = words.encode()[:180].decode(errors="ignore").strip("-")  # a name has room for 255 bytes in all
     return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
 
 

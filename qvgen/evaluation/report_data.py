@@ -125,6 +125,7 @@ class VideoComparison:
         teacher: uint8 [F, H, W, 3], the full-precision model.
         fake_quantized: the same shape, the trained model with simulated quantization.
         packed: the same shape, the packed model on the integer kernel.
+        negative_prompt: what guidance led away from; None: the model's own negative prompt.
     """
 
     prompt: str
@@ -133,6 +134,7 @@ class VideoComparison:
     teacher: Frames
     fake_quantized: Frames
     packed: Frames
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,7 @@ class Quality:
         seeds: which seeds, in words, e.g. "0..63".
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance.
+        negative_prompt: the model's own, which guidance led away from; None: there was no guidance.
     """
 
     variants: tuple[VariantQuality, ...]
@@ -203,6 +206,7 @@ class Quality:
     seeds: str
     num_steps: int
     guidance_scale: float
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report_data import Quality, ReportData, ValidationVideo
+from qvgen.evaluation.report_data import Quality, ReportData, ValidationVideo, VideoComparison
 
 
 def json_number(value: float | None) -> float | str | None:
@@ -66,7 +66,7 @@ def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -
             for layer in data.layers
         ],
         "skipped": [{"name": layer.name, "reason": layer.reason} for layer in data.skipped],
-        "videos": [{"prompt": video.prompt, "seed": video.seed, "fps": video.fps} for video in data.videos],
+        "videos": [_video(video, data.quality) for video in data.videos],
         "validation": [
             {
                 "step": video.step,
@@ -91,6 +91,12 @@ def _flips(flips: FlipCount | None) -> dict[str, int] | None:
     return None if flips is None else {"flipped": flips.num_flipped, "of": flips.num_values}
 
 
+def _video(video: VideoComparison, quality: Quality) -> dict[str, Any]:
+    own = quality.negative_prompt
+    negative = None if own is None else own if video.negative_prompt is None else video.negative_prompt
+    return {"prompt": video.prompt, "negative_prompt": negative, "seed": video.seed, "fps": video.fps}
+
+
 def _quality(quality: Quality) -> dict[str, Any]:
     return {
         "num_videos": quality.num_videos,
@@ -98,6 +104,7 @@ def _quality(quality: Quality) -> dict[str, Any]:
         "seeds": quality.seeds,
         "num_steps": quality.num_steps,
         "guidance_scale": quality.guidance_scale,
+        "negative_prompt": quality.negative_prompt,
         "variants": {
             variant.name: {
                 "psnr_db": json_number(variant.psnr_db),

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvgen.config.prompt import Prompt
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
+from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.placement import placed
 from qvgen.models.base import Encode
@@ -74,13 +76,13 @@ class SampledInputs(MeasuredInputs):
     """
 
     def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode) -> None:
-        captions = list(config.evaluation.prompts or config.model.prompts)
-        self.split, self.seed = captions_split(captions, encode), config.seed
+        prompts = evaluation_prompts(config)
+        self.split, self.seed = captions_split(prompts.captions, encode), config.seed
         self._dtype = teacher.dtype
         calls: list[Call] = []
         rows = videos = 0
         while rows < config.evaluation.samples:
-            calls += _record(config, teacher, captions[videos % len(captions)], index=videos, encode=encode)
+            calls += _record(config, teacher, prompts.lines[videos % len(prompts)], index=videos, encode=encode)
             videos += 1
             rows = sum(map(_num_rows, calls))
             if not calls:
@@ -136,7 +138,7 @@ class NothingMeasured(MeasuredInputs):
 
 
 @torch.no_grad()
-def _record(config: TrainConfig, teacher: nn.Module, prompt: str, *, index: int, encode: Encode) -> list[Call]:
+def _record(config: TrainConfig, teacher: nn.Module, prompt: Prompt, *, index: int, encode: Encode) -> list[Call]:
     """All calls of the transformer while a video is sampled."""
     calls: list[Call] = []
 
@@ -149,10 +151,11 @@ def _record(config: TrainConfig, teacher: nn.Module, prompt: str, *, index: int,
         with placed(teacher):
             config.model.generate(
                 teacher,
-                [prompt],
+                [prompt.caption],
                 [config.seed + SEED_OFFSET + index],
                 num_steps=config.calibration.steps,
                 guidance_scale=config.model.guidance_scale,
+                negative_prompts=[prompt.negative],
                 encode=encode,
             )
     finally:

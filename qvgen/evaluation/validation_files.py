@@ -32,6 +32,7 @@ from qvgen.deploy.manifest import file_sha256
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.report_json import json_number
+from qvgen.models.guidance import negative_texts
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
@@ -53,15 +54,25 @@ class ValidationFiles:
         directory: ``run_dir/validation``; it is made with the first file.
         prompts: The captions.
         seeds: One per caption.
+        negatives: The negative prompt of each; None: empty ones.
         fps: Frames per second.
 
     Raises:
         ValueError: Another number of seeds than of prompts.
     """
 
-    def __init__(self, directory: Path, *, prompts: Sequence[str], seeds: Sequence[int], fps: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        fps: int,
+        negatives: Sequence[str | None] | None = None,
+    ) -> None:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} validation prompts and {len(seeds)} seeds; give one seed for each")
+        self.negatives = negative_texts("", negatives, count=len(prompts))
         self.directory, self.fps = directory, fps
         self.prompts, self.seeds = list(prompts), list(seeds)
 
@@ -132,7 +143,13 @@ class ValidationFiles:
             atomic_write(path, content)
 
     def _identity(self, index: int) -> dict[str, Any]:
-        return {"prompt_index": index, "prompt": self.prompts[index], "seed": self.seeds[index], "fps": self.fps}
+        return {
+            "prompt_index": index,
+            "prompt": self.prompts[index],
+            "negative_prompt": self.negatives[index],
+            "seed": self.seeds[index],
+            "fps": self.fps,
+        }
 
 
 def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, ...]:

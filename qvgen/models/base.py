@@ -54,6 +54,7 @@ class VideoDiT(Protocol):
         fps: frames per second of its videos.
         num_inference_steps: sampling steps that the model is usually run with.
         guidance_scale: classifier-free guidance that it is usually run with.
+        negative_prompt: what that guidance leads away from; "" is the empty caption.
     """
 
     name: str
@@ -67,6 +68,7 @@ class VideoDiT(Protocol):
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    negative_prompt: str
 
     @property
     def revision(self) -> str:
@@ -114,7 +116,7 @@ class VideoDiT(Protocol):
         """Turn captions into what the transformer is conditioned on.
 
         Args:
-            captions: B texts; the empty one is the unconditional input of guidance and caption dropout.
+            captions: B texts; the empty one is the input of caption dropout.
 
         Returns:
             Tensors with B rows each, at least ``encoder_hidden_states``: float32 [B, T, D].
@@ -150,6 +152,7 @@ class VideoDiT(Protocol):
         *,
         num_steps: int,
         guidance_scale: float,
+        negative_prompts: Sequence[str | None] | None = None,
         encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Sample one video per caption.
@@ -160,6 +163,8 @@ class VideoDiT(Protocol):
             seeds: B seeds; a video's noise depends on its own seed alone, so that models can be compared in pairs.
             num_steps: sampling steps.
             guidance_scale: classifier-free guidance; 1 is none and costs half.
+            negative_prompts: B texts that guidance leads away from, None where it is :attr:`negative_prompt`; None: for all.
+                Without guidance none is encoded.
             encode: stands in place of :meth:`encode`, so that no text encoder has to be loaded.
 
         Returns:

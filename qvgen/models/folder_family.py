@@ -23,6 +23,7 @@ import diffusers
 import torch
 from torch import nn
 
+from qvgen.models.guidance import check_negative_prompt
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora
 
@@ -45,6 +46,7 @@ class FolderFamily(abc.ABC):
         fps: frames per second.
         num_inference_steps: sampling steps.
         guidance_scale: classifier-free guidance.
+        negative_prompt: what guidance leads away from; "" is the empty caption.
         include: fnmatch patterns of the Linears to quantize.
         exclude: patterns of Linears to leave alone.
         prompts: captions that a report samples from.
@@ -78,6 +80,7 @@ class FolderFamily(abc.ABC):
     path: str | Path | None = None
     lora: str | Path | None = None
     lora_scale: float = 1.0
+    negative_prompt: str = ""
 
     pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
     folder_class: ClassVar[type[HubFolder]] = HubFolder
@@ -94,6 +97,7 @@ class FolderFamily(abc.ABC):
         for key in ("dtype", "vae_dtype", "text_encoder_dtype"):
             if getattr(self, key) not in _DTYPES:
                 raise ValueError(f"model.{key}={getattr(self, key)} is not among {', '.join(_DTYPES)}")
+        check_negative_prompt(self.negative_prompt)
         self.folder = (
             None
             if self.path is None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qvgen.models.base import Encode, Objective
 from qvgen.models.folder_family import FolderFamily
+from qvgen.models.guidance import negative_texts
 
 
 @dataclass(kw_only=True, eq=False)
@@ -133,6 +134,7 @@ class PipelineFamily(FolderFamily):
         *,
         num_steps: int,
         guidance_scale: float,
+        negative_prompts: Sequence[str | None] | None = None,
         encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Sample one video per caption by the ordinary pipeline, one after another.
@@ -142,13 +144,18 @@ class PipelineFamily(FolderFamily):
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
         like = {"device": next(transformer.parameters()).device, "dtype": transformer.dtype}
-        embeddings = (encode or self.encode)([*captions, ""])["encoder_hidden_states"].to(**like).split(1)
+        negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
+        texts = list(
+            dict.fromkeys([*captions, *(negatives if guidance_scale > 1 else ())])
+        )  # the pipelines' own condition
+        rows = (encode or self.encode)(texts)["encoder_hidden_states"].to(**like).split(1)
+        embeddings = dict(zip(texts, rows, strict=True))
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
-        for embedding, seed in zip(embeddings, seeds, strict=False):  # the last embedding is the empty caption's
+        for caption, negative, seed in zip(captions, negatives, seeds, strict=True):
             latents = pipeline(
-                prompt_embeds=embedding,
-                negative_prompt_embeds=embeddings[-1],
+                prompt_embeds=embeddings[caption],
+                negative_prompt_embeds=embeddings.get(negative) if guidance_scale > 1 else None,
                 height=self.height,
                 width=self.width,
                 num_frames=self.sampling_frames,

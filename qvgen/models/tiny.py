@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
+from qvgen.models.guidance import check_negative_prompt, negative_texts
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
@@ -61,6 +62,7 @@ class TinyVideoDiT:
         fps: frames per second.
         num_inference_steps: sampling steps.
         guidance_scale: classifier-free guidance.
+        negative_prompt: a caption that guidance leads away from; "" is the empty one.
         weights: the teacher's safetensors file; null: the one that the package ships.
 
     Raises:
@@ -94,6 +96,7 @@ class TinyVideoDiT:
         fps: int,
         num_inference_steps: int,
         guidance_scale: float,
+        negative_prompt: str = "",
         weights: str | None = None,
     ) -> None:
         for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
@@ -102,6 +105,8 @@ class TinyVideoDiT:
         self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
         self.objective = FlowMatching(shift=shift)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        check_negative_prompt(negative_prompt)
+        self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
         self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / TEACHER_FILE
         self.transformer_config: dict[str, Any] = {
@@ -119,7 +124,7 @@ class TinyVideoDiT:
         }
         self._embeddings = embedding_table(text_size)
         self._coordinates = _coordinates(num_frames, image_size)
-        self.encode(self.prompts)
+        self.encode([*self.prompts, negative_prompt])
 
     @property
     def revision(self) -> str:
@@ -222,6 +227,7 @@ class TinyVideoDiT:
         *,
         num_steps: int,
         guidance_scale: float,
+        negative_prompts: Sequence[str | None] | None = None,
         encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F S S 3"]:
         """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`."""
@@ -233,7 +239,8 @@ class TinyVideoDiT:
         noises = [torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         video = torch.stack(noises).to(device)
         guided = guidance_scale != 1.0
-        texts = [*captions, *([""] * len(captions))] if guided else list(captions)
+        negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
+        texts = [*captions, *negatives] if guided else list(captions)
         condition = {key: value.to(device) for key, value in (encode or self.encode)(texts).items()}
         for timestep in scheduler.timesteps:
             batch = torch.cat((video, video)) if guided else video

@@ -11,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.errors import UserError
+from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
+from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
@@ -39,32 +40,9 @@ SEED_OFFSET = 10_000
 """Videos of the calibration have other noise than those that are compared."""
 
 
-def calibration_prompts(config: TrainConfig) -> list[str]:
-    """Captions that calibration samples from: ``calibration.prompts`` or what its file holds, else the evaluation's.
-
-    Raises:
-        UserError: A file that is not there, is no text, or holds no caption.
-    """
-    given = config.calibration.prompts
-    if given is None:
-        return list(config.evaluation.prompts or config.model.prompts)
-    if len(given) > 1 or not _names_a_file(given[0]):
-        return list(given)
-    try:
-        lines = Path(given[0]).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"calibration.prompts={given[0]} can't be read as a text file ({error}); write a file with one caption to a "
-            "line, or a list of captions"
-        ) from error
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"calibration.prompts={given[0]} holds no caption; write one to a line")
-    return prompts
-
-
-def _names_a_file(text: str) -> bool:
-    """A path and not a caption: it is there, or ends as a text file does, or is a single word."""
-    return os.path.exists(Path(text).expanduser()) or text.endswith(".txt") or len(text.split()) == 1
+def calibration_prompts(config: TrainConfig) -> Prompts:
+    """What calibration samples from: ``calibration.prompts``, else what the evaluation does."""
+    return config.calibration.prompts or evaluation_prompts(config)
 
 
 class CalibratedModel:
@@ -93,14 +71,14 @@ class CalibratedModel:
         model = {key: value for key, value in config.plain["model"].items() if key not in _NO_PART_OF_SAMPLING}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
-            FORMAT, family.revision, model, scheduler, self._prompts(), config.seed, self.steps,
-            sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
+            FORMAT, family.revision, model, scheduler, [asdict(video) for video in self._videos()], self.steps,
+            config.seed, sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    def _prompts(self) -> list[str]:
-        prompts = calibration_prompts(self.config)
-        return [prompts[index % len(prompts)] for index in range(self.config.calibration.videos)]
+    def _videos(self) -> list[PromptedVideo]:
+        config = self.config
+        return calibration_prompts(config).in_turn(config.calibration.videos, first_seed=config.seed + SEED_OFFSET)
 
     def __call__(self, name: str) -> LayerStatistics:
         """The statistics of a layer.
@@ -138,20 +116,21 @@ class CalibratedModel:
         return self.folder / f"{name}.safetensors"
 
     def _collect(self, names: list[str]) -> None:
-        config, prompts = self.config, self._prompts()
+        config, videos = self.config, self._videos()
         log.info(
             "calibration: %d videos of %d steps for %d of %d layers",
-            len(prompts), self.steps, len(names), sum(map(len, self._passes)),
+            len(videos), self.steps, len(names), sum(map(len, self._passes)),
         )  # fmt: skip
         watch = Calibration(self.teacher, names=names, needs=self.needs, num_bands=self.num_bands, seed=config.seed)
         with watch, placed(self.teacher), torch.no_grad():
-            for index, prompt in enumerate(prompts):
+            for video in videos:
                 config.model.generate(
                     self.teacher,
-                    [prompt],
-                    [config.seed + SEED_OFFSET + index],
+                    [video.caption],
+                    [video.seed],
                     num_steps=self.steps,
                     guidance_scale=config.model.guidance_scale,
+                    negative_prompts=[video.negative],
                     encode=self.encode,
                 )
         self.folder.mkdir(parents=True, exist_ok=True)

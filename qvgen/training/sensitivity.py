@@ -257,7 +257,7 @@ class SensitivityMeasurement:
         parts = [
             FORMAT, self.statistics_key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
             init.windows, config.model.guidance_scale,
-            metrics.keys,
+            metrics.keys, sampling.negatives,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         return Path(config.calibration.cache).expanduser() / f"sensitivity-{key}.jsonl"

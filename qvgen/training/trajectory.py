@@ -28,6 +28,7 @@ class Sampling:
         family: The model family.
         captions: One video each.
         seeds: Of their noise.
+        negatives: What guidance leads each away from; None: the model's own negative prompt.
         num_steps: Sampling steps.
         encode: Captions to conditions.
     """
@@ -35,6 +36,7 @@ class Sampling:
     family: VideoDiT
     captions: tuple[str, ...]
     seeds: tuple[int, ...]
+    negatives: tuple[str | None, ...]
     num_steps: int
     encode: Encode
 
@@ -47,16 +49,18 @@ class Sampling:
             self.seeds,
             num_steps=self.num_steps,
             guidance_scale=self.family.guidance_scale,
+            negative_prompts=self.negatives,
             encode=self.encode,
         )
 
 
 def sampling_of(config: TrainConfig, *, videos: int, steps: int, seed_offset: int, encode: Encode) -> Sampling:
-    """Videos with the calibration's prompts, again and again if need be, and seeds of their own."""
-    prompts = calibration_prompts(config)
+    """Videos with the calibration's prompts, again and again if need be, and seeds of their own, whatever a file says."""
+    lines = calibration_prompts(config).lines
     return Sampling(
         family=config.model,
-        captions=tuple(prompts[index % len(prompts)] for index in range(videos)),
+        captions=tuple(lines[index % len(lines)].caption for index in range(videos)),
+        negatives=tuple(lines[index % len(lines)].negative for index in range(videos)),
         seeds=tuple(config.seed + seed_offset + index for index in range(videos)),
         num_steps=steps,
         encode=encode,

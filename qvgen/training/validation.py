@@ -32,7 +32,7 @@ from torch import distributed, nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
-from qvgen.evaluation.comparison import generate_videos, shown_prompts
+from qvgen.evaluation.comparison import generate_videos, shown_videos
 from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
@@ -162,11 +162,13 @@ class ValidationVideos(lightning.Callback):
 
     def _sample(self, model: nn.Module, index: int) -> Frames:
         """A prompt's video, uint8 [F, H, W, 3]; alone, so that it does not depend on how the prompts are shared out."""
-        prompt, seed = self.files.prompts[index], self.files.seeds[index]
+        prompt, seed, negative = self.files.prompts[index], self.files.seeds[index], self.files.negatives[index]
         modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
         try:
             with isolate_rng():
-                videos = generate_videos(self.family, model, [prompt], [seed], encode=self.encode)
+                videos = generate_videos(
+                    self.family, model, [prompt], [seed], negative_prompts=[negative], encode=self.encode
+                )
         finally:
             for module, training in modes:
                 module.training = training
@@ -209,9 +211,15 @@ def validation_videos(
     """The callback that a configuration asks for; None where it asks for none."""
     if config.evaluation.video_every_steps is None or config.evaluation.videos == 0:
         return None
-    prompts, seeds = shown_prompts(config)
+    shown, own = shown_videos(config), config.model.negative_prompt
     return ValidationVideos(
-        files=ValidationFiles(run_dir / DIRECTORY, prompts=prompts, seeds=seeds, fps=config.model.fps),
+        files=ValidationFiles(
+            run_dir / DIRECTORY,
+            prompts=[video.caption for video in shown],
+            seeds=[video.seed for video in shown],
+            negatives=[own if video.negative is None else video.negative for video in shown],
+            fps=config.model.fps,
+        ),
         family=config.model,
         teacher=teacher,
         encode=encode,

@@ -10,8 +10,10 @@ from torch import nn
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
+from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
+from qvgen.models.guidance import texts_to_encode
 from qvgen.training.calibration import calibration_prompts
 from qvgen.training.session import micro_batch_size
 from qvgen.verbs.precompute import fill_missing
@@ -28,6 +30,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
     Raises:
         ValueError: Clips, captions or a text encoder are missing.
     """
+    _say_what_is_left_out(config)
     if config.evaluation.samples == 0 or without_clips(config):
         encode = EncodedCaptions(config.model)
         _encode_all(config, encode)
@@ -36,7 +39,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
             return lambda _: NothingMeasured(config, encode=encode)
         log.info("no data.path: errors are measured on inputs of the full-precision model's own sampling")
         return lambda teacher: SampledInputs(config, teacher=teacher, encode=encode)
-    fill_missing(config, captions=_captions(config))
+    fill_missing(config, texts=_texts(config))
     _check_clips(config)
     held_out = open_held_out(config)
     return lambda _: held_out
@@ -59,19 +62,27 @@ def without_clips(config: TrainConfig) -> bool:
     return config.method.name == "ptq" and isinstance(source, ClipSource) and source.path is None
 
 
-def _captions(config: TrainConfig) -> list[str]:
-    """All captions that are sampled from."""
-    shown = list(config.evaluation.prompts or config.model.prompts) if config.evaluation.samples else []
-    return list(dict.fromkeys([*shown, *(calibration_prompts(config) if config.init.needs else [])]))
+def _say_what_is_left_out(config: TrainConfig) -> None:
+    """Name prompts that the numbers of videos leave no place for."""
+    for key, section in (("evaluation", config.evaluation), ("calibration", config.calibration)):
+        if section.prompts is not None and (left := section.prompts.num_videos - section.videos) > 0:
+            log.info("%s.videos=%d: the last %d of %s.prompts are left out", key, section.videos, left, key)
+
+
+def _texts(config: TrainConfig) -> list[str]:
+    """All that a text encoder reads for what is sampled: captions and negative prompts."""
+    prompts = [evaluation_prompts(config)] if config.evaluation.samples else []
+    prompts += [calibration_prompts(config)] if config.init.needs else []
+    return list(dict.fromkeys(text for part in prompts for text in texts_to_encode(config.model, part)))
 
 
 def _encode_all(config: TrainConfig, encode: EncodedCaptions) -> None:
-    """Encode all captions at once, while nothing else needs the memory; none where nothing is sampled."""
-    captions = _captions(config)
-    if not captions:
+    """Encode all texts at once, while nothing else needs the memory; none where nothing is sampled."""
+    texts = _texts(config)
+    if not texts:
         return
     try:
-        encode([*captions, ""])
+        encode(texts)
     except ValueError as error:
         if config.init.needs:
             raise
@@ -89,4 +100,4 @@ def _check_clips(config: TrainConfig) -> None:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the training data of {largest} clips of one shape; use less"
         )
-    split.encode(_captions(config))
+    split.encode(_texts(config))

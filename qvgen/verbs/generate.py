@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.leaves import load_leaf
+from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
@@ -30,19 +31,19 @@ def run(config: GenerateConfig) -> int | None:
         The exit code of a dry run that does not fit; None otherwise.
     """
     family = load_family(config)
-    captions = list(config.prompt or family.prompts)
-    num_steps = config.num_steps or family.num_inference_steps
-    guidance_scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    request = read_request(config, family)
     if config.dry_run:
-        lines = plan(config, captions=captions, num_steps=num_steps, guidance_scale=guidance_scale)
         memory_lines, can_run = plan_generate(family, packed=config.packed or ())
-        for line in [*lines, *memory_lines]:
+        for line in [*plan(config, request), *memory_lines]:
             print(line)
         return None if can_run else DOES_NOT_FIT
+    if config.prompts is not None:
+        log.info("%s", request.seeds_said)
+    log.info("%s", request.negatives_said)
     transformer = _transformer(config, family)
     if hasattr(family, "to") and torch.cuda.is_available():
         family.to("cuda")
-    conditions = {caption: family.encode([caption]) for caption in dict.fromkeys([*captions, ""])}
+    conditions = {text: family.encode([text]) for text in request.texts}
     if hasattr(family, "release"):
         family.release()  # the text encoder: it may be as large as the transformer
     partner = _use_partner(config, family)
@@ -55,17 +56,93 @@ def run(config: GenerateConfig) -> int | None:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     with placed(transformer):
-        for index, (caption, seed) in enumerate((caption, seed) for caption in captions for seed in config.seed):
+        for index, asked in enumerate(request.videos):
             video = family.generate(
-                transformer, [caption], [seed], num_steps=num_steps, guidance_scale=guidance_scale, encode=encode
+                transformer,
+                [asked.caption],
+                [asked.seed],
+                num_steps=request.num_steps,
+                guidance_scale=request.guidance_scale,
+                negative_prompts=[asked.negative],
+                encode=encode,
             )[0]
-            path = config.out / video_name(index, caption, seed=seed, variant=variant)
+            path = config.out / video_name(index, asked.caption, seed=asked.seed, variant=variant)
             write_video(path, video.numpy(), fps=family.fps)
             print(path)
     for switch in switches:
         widths, delta = list(switch.config.widths), switch.config.delta
         print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is sampled, and how.
+
+    Attributes:
+        videos: One file each; their negative prompts are set.
+        num_steps: Sampling steps.
+        guidance_scale: Classifier-free guidance.
+        num_own_seeds: Lines of a prompt file that name their seeds.
+        num_lines: All lines.
+        seeds: The command line's.
+    """
+
+    videos: tuple[PromptedVideo, ...]
+    num_steps: int
+    guidance_scale: float
+    num_own_seeds: int
+    num_lines: int
+    seeds: tuple[int, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """What has to be encoded, each once; without guidance no negative prompt."""
+        negatives = [video.negative or "" for video in self.videos] if self.guidance_scale != 1 else []
+        return list(dict.fromkeys([*(video.caption for video in self.videos), *negatives]))
+
+    @property
+    def seeds_said(self) -> str:
+        """Whose seeds count, in words."""
+        others = self.num_lines - self.num_own_seeds
+        return (
+            f"{self.num_own_seeds} prompts name their own seeds; seed={list(self.seeds)} counts for the other {others}"
+        )
+
+    @property
+    def negatives_said(self) -> str:
+        """Which negative prompts count, in words."""
+        if self.guidance_scale == 1:
+            return "guidance 1: no negative prompt counts"
+        found = dict.fromkeys(video.negative or "" for video in self.videos)
+        shown = " | ".join(repr(negative) if negative else "empty" for negative in list(found)[:3])
+        return f"negative prompt: {shown}{f' and {len(found) - 3} more' if len(found) > 3 else ''}"
+
+
+def read_request(config: GenerateConfig, family: Any) -> Request:
+    """What the command line asks for, with what it leaves open filled in from the model.
+
+    Raises:
+        ValueError: A negative prompt without guidance.
+    """
+    prompts = config.prompts or Prompts.of(config.prompt or family.prompts)
+    own = family.negative_prompt if config.negative_prompt is None else config.negative_prompt
+    guidance_scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    if config.negative_prompt is not None and guidance_scale <= 1:
+        raise ValueError(
+            f"negative_prompt has no effect with guidance_scale={guidance_scale:g}, which is the model's; leave it out"
+        )
+    return Request(
+        videos=tuple(
+            replace(video, negative=own if video.negative is None else video.negative)
+            for video in prompts.videos(config.seed)
+        ),
+        num_steps=config.num_steps or family.num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_own_seeds=sum(bool(line.seeds) for line in prompts.lines),
+        num_lines=len(prompts),
+        seeds=config.seed,
+    )
 
 
 def load_family(config: GenerateConfig) -> Any:
@@ -134,12 +211,15 @@ def _switches(config: GenerateConfig, transformers: list[nn.Module]) -> list[Del
     return [switch for switch in found if switch is not None]
 
 
-def plan(config: GenerateConfig, *, captions: list[str], num_steps: int, guidance_scale: float) -> list[str]:
+def plan(config: GenerateConfig, request: Request) -> list[str]:
     """What the verb would do."""
-    videos = len(captions) * len(config.seed)
-    calls = num_steps * (1 if guidance_scale == 1 else 2)
+    steps, guidance = request.num_steps, request.guidance_scale
+    calls = steps * (1 if guidance == 1 else 2)
+    seeds = len({video.seed for video in request.videos})
     return [
-        f"{videos} videos of {len(captions)} captions and {len(config.seed)} seeds into {config.out}",
-        f"{num_steps} sampling steps with guidance {guidance_scale:g}: {calls} calls of the transformer for each video",
+        f"{len(request.videos)} videos of {request.num_lines} captions and {seeds} seeds into {config.out}",
+        *([request.seeds_said] if config.prompts is not None else []),
+        f"{steps} sampling steps with guidance {guidance:g}: {calls} calls of the transformer for each video",
+        request.negatives_said,
         f"transformer: {', '.join(map(str, config.packed)) if config.packed else f'full precision of {config.names.model}'}",
     ]

@@ -11,6 +11,7 @@ import torch
 
 from qvgen.config.build import build
 from qvgen.config.errors import UserError
+from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.data.cache_fill import FillReport
@@ -40,16 +41,21 @@ def run(config: PrecomputeConfig) -> None:
         print(f"not complete yet: other shares of num_shards={config.num_shards} are missing")
 
 
-def fill_missing(config: TrainConfig, *, captions: Sequence[str]) -> None:
-    """Make the cache that a training run reads, where something of it is missing; nothing for data without one."""
+def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
+    """Make the cache that a training run reads, where something of it is missing; nothing for data without one.
+
+    Args:
+        config: The run's.
+        texts: Captions and negative prompts that it samples with, besides its clips' captions.
+    """
     source = config.data
-    if not isinstance(source, ClipSource) or config.dry_run or source.is_complete(config.model, captions=captions):
+    if not isinstance(source, ClipSource) or config.dry_run or source.is_complete(config.model, captions=texts):
         return
     log.info("encoding %s into %s first", source.path, source.cache)
     sections = {key: config.plain[key] for key in ("model", "data", "debug", "devices")}
     plain = {
         **sections,
-        "prompts": list(captions),
+        "prompts": [{"prompt": text} for text in texts if text] or None,  # the empty one always is encoded
         "shard": 0,
         "num_shards": 1,
         "run_dir": f"{source.cache}/logs",
@@ -82,7 +88,7 @@ def fill_all(config: PrecomputeConfig, source: ClipSource) -> tuple[int, FillRep
         group.join()
     # Every clip of this machine has a record now: going through them once more encodes nothing.
     shares = {"shard": config.shard, "num_shards": config.num_shards}
-    return mine.encoded, source.fill(config.model, captions=_captions(config), **shares)
+    return mine.encoded, source.fill(config.model, captions=_texts(config), **shares)
 
 
 def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: int) -> None:
@@ -128,8 +134,10 @@ def _clips(config: PrecomputeConfig) -> ClipSource:
     return source
 
 
-def _captions(config: PrecomputeConfig) -> list[str]:
-    return list(config.prompts or config.model.prompts)
+def _texts(config: PrecomputeConfig) -> list[str]:
+    """What is encoded besides the clips' captions: the prompts, and all negative prompts, whatever guidance may be later."""
+    prompts = config.prompts or Prompts.of(config.model.prompts)
+    return list(dict.fromkeys([*prompts.texts(), config.model.negative_prompt]))
 
 
 def _fill_share(config: PrecomputeConfig, source: ClipSource, *, rank: int) -> FillReport:
@@ -140,7 +148,7 @@ def _fill_share(config: PrecomputeConfig, source: ClipSource, *, rank: int) -> F
     try:
         return source.fill(
             family,
-            captions=_captions(config),
+            captions=_texts(config),
             shard=config.shard + config.num_shards * rank,
             num_shards=config.num_shards * config.devices,
         )

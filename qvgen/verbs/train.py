@@ -9,8 +9,10 @@ from torch import nn
 from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
+from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.report import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.models.guidance import texts_to_encode
 from qvgen.run_directory import RunDirectory
 from qvgen.training.phi_plan import phi_ranks
 from qvgen.training.plan import plan_training
@@ -56,7 +58,7 @@ def run(config: TrainConfig) -> int | None:
     if config.method.quantizes:
         quantize(config)
         return None
-    fill_missing(config, captions=list(config.evaluation.prompts or config.model.prompts))
+    fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config)))
     pretrain(config)
     return None
 

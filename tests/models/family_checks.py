@@ -110,6 +110,7 @@ def check_generation_equals_the_pipeline(family: Any, teacher: nn.Module, pipeli
             num_frames=family.sampling_frames,
             num_inference_steps=3,
             guidance_scale=4.0,
+            negative_prompt=family.negative_prompt,
             generator=torch.Generator().manual_seed(7 + i),
             output_type="pil",
             **options,
@@ -117,8 +118,37 @@ def check_generation_equals_the_pipeline(family: Any, teacher: nn.Module, pipeli
         plain = np.stack([np.asarray(frame) for frame in frames])
         assert np.array_equal(videos[i].numpy(), plain)
     assert not torch.equal(videos[0], videos[1])
-    unguided = family.generate(teacher, CAPTIONS[:1], [7], num_steps=3, guidance_scale=1.0)
-    assert not torch.equal(unguided[0], videos[0])
+    check_guidance_leads_away_from_the_negative_prompt(family, teacher, videos[:1])
+
+
+def check_guidance_leads_away_from_the_negative_prompt(family: Any, teacher: nn.Module, guided: torch.Tensor) -> None:
+    """Another negative prompt is another video, the same one the same; without guidance none is encoded.
+
+    Args:
+        family: The family.
+        teacher: Its transformer.
+        guided: The video of the first caption and seed 7 with 3 steps and guidance 4, with the family's negative prompt.
+    """
+
+    def video(guidance: float = 4.0, negative: str | None = None, encode: Any = None) -> torch.Tensor:
+        found: torch.Tensor = family.generate(
+            teacher, CAPTIONS[:1], [7], num_steps=3, guidance_scale=guidance, negative_prompts=[negative], encode=encode
+        )
+        return found
+
+    assert torch.equal(video(), guided)
+    assert torch.equal(video(negative=family.negative_prompt), guided)
+    assert not torch.equal(video(negative="two dogs"), guided)
+    read: list[str] = []
+
+    def encode(texts: Any) -> Any:
+        read.extend(texts)
+        return family.encode(texts)
+
+    unguided = video(guidance=1.0, encode=encode)
+    assert read == CAPTIONS[:1]
+    assert torch.equal(unguided, video(guidance=1.0, negative="two dogs"))
+    assert not torch.equal(unguided, guided)
 
 
 def psnr_db(first: torch.Tensor, second: torch.Tensor) -> float:

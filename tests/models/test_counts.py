@@ -99,8 +99,11 @@ def test_plan_without_weights(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_objectives_are_those_of_the_published_schedulers() -> None:
-    shifts = {name: load_leaf("model", name).objective.shift for name in ("wan", "wan-14b", "wan2.2-ti2v")}
-    assert shifts == {"wan": 3.0, "wan-14b": 3.0, "wan2.2-ti2v": 5.0}
+    shifts = {
+        name: load_leaf("model", name, shift=None).objective.shift
+        for name in ("wan", "wan-14b", "wan2.2-a14b", "wan2.2-ti2v")
+    }
+    assert shifts == {"wan": 3.0, "wan-14b": 3.0, "wan2.2-a14b": 3.0, "wan2.2-ti2v": 5.0}
     for name, scale in {"cogvideox": 3.0, "cogvideox-5b": 1.0, "cogvideox1.5": 1.0}.items():
         objective = load_leaf("model", name).objective
         assert (objective.snr_shift_scale, objective.zero_terminal_snr) == (scale, True)

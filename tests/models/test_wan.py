@@ -121,10 +121,12 @@ def test_each_expert_is_trained_on_its_own_noise_and_sampled_beside_the_other(tm
     folder = make_wan_folder(tmp_path / "hub", "a14b")
     pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=12.0)
     teachers, revisions = {}, set()
     for expert, stored in (("high", pipeline.transformer), ("low", pipeline.transformer_2)):
         family = tiny_family("wan2.2-a14b", folder, expert=expert)
         teachers[expert] = family.load_teacher()
+        assert family.objective.shift == family.scheduler().config.flow_shift == 12.0  # the folder says 3
         revisions.add(family.revision)
         saved = stored.state_dict()
         assert all(torch.equal(value, saved[key]) for key, value in teachers[expert].state_dict().items())

@@ -1,0 +1,45 @@
+"""Classifier-free guidance: which texts stand against the captions, and what has to be encoded for it.
+
+    velocity = without + guidance_scale (with_caption - without)
+
+``without`` is of the negative prompt: a model's own (``model.negative_prompt``), or one that a line of a prompt file names.
+Training drops captions by the empty one, whatever the negative prompt is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qvgen.config.prompt import Prompts
+
+
+def check_negative_prompt(value: Any) -> None:
+    """Raise ValueError for a ``model.negative_prompt`` that is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f'model.negative_prompt={value} is no text; write "" for none')
+
+
+def negative_texts(own: str, given: Sequence[str | None] | None, *, count: int) -> list[str]:
+    """The negative prompt of each of ``count`` videos.
+
+    Args:
+        own: The model's.
+        given: One for each video, None where the model's counts; None: the model's for all.
+        count: Videos.
+
+    Raises:
+        ValueError: Another number of negative prompts than of videos.
+    """
+    if given is None:
+        return [own] * count
+    if len(given) != count:
+        raise ValueError(f"{count} captions and {len(given)} negative prompts; give one for each caption")
+    return [own if negative is None else negative for negative in given]
+
+
+def texts_to_encode(family: Any, prompts: Prompts) -> list[str]:
+    """What sampling with these prompts needs of a text encoder: captions and, with guidance, negative prompts; each once."""
+    if family.guidance_scale == 1:
+        return list(dict.fromkeys(prompts.captions))
+    return list(dict.fromkeys([*prompts.texts(), family.negative_prompt]))

@@ -1,0 +1,48 @@
+"""How models are sampled unless something else is asked for, against what their authors publish.
+
+Wan: wan/configs/ of Wan-Video's Wan2.1 and Wan2.2 (shared_config.py, wan_t2v_A14B.py, wan_ti2v_5B.py), generate.py's shift of
+5.0. The negative prompt is compared by its SHA-256, taken from shared_config.py's sample_neg_prompt.
+"""
+
+import hashlib
+
+import pytest
+
+from qvgen.config.leaves import load_leaf
+
+WAN_NEGATIVE_SHA256 = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+
+# name: shift in training and sampling, steps, guidance, frames, frames per second
+WAN = {
+    "wan": (3.0, 50, 5.0, 81, 16),  # the paper's recipe, not the authors' 8 to 12 and 6
+    "wan-14b": (5.0, 50, 5.0, 81, 16),
+    "wan2.2-a14b": (12.0, 40, 4.0, 81, 16),
+    "wan2.2-ti2v": (5.0, 50, 5.0, 121, 24),
+}
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_wan_is_sampled_as_its_authors_do(name: str) -> None:
+    family = load_leaf("model", name)
+    found = family.num_inference_steps, family.guidance_scale, family.sampling_frames, family.fps
+    assert (family.objective.shift, *found) == WAN[name]
+    assert family.scheduler().config.flow_shift == family.objective.shift
+    assert hashlib.sha256(family.negative_prompt.encode()).hexdigest() == WAN_NEGATIVE_SHA256
+    assert load_leaf("model", name, negative_prompt="").negative_prompt == ""
+
+
+def test_the_experts_have_a_guidance_each() -> None:
+    family = load_leaf("model", "wan2.2-a14b")
+    assert (family.guidance_scale, family.guidance_scale_low) == (4.0, 3.0)
+    assert family.component_config("model_index")["boundary_ratio"] == 0.875
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox-5b", "cogvideox1.5", "small", "tiny"])
+def test_the_others_lead_away_from_the_empty_caption(name: str) -> None:
+    assert load_leaf("model", name).negative_prompt == ""
+
+
+@pytest.mark.parametrize("name", ["wan", "tiny"])
+def test_a_negative_prompt_is_text(name: str) -> None:
+    with pytest.raises(ValueError, match=r'model.negative_prompt=\[.a., .b.\] is no text; write "" for none'):
+        load_leaf("model", name, negative_prompt=["a", "b"])
