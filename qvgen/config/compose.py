@@ -10,6 +10,8 @@ that the model's recipe names, ``${micro_batches:64,8,1}`` -> 8, so many of 1 sa
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,6 +32,9 @@ from qvgen.config.bits import Bits
 from qvgen.config.errors import UserError, did_you_mean, one_line
 from qvgen.config.leaves import conf_directory
 from qvgen.config.prompt import without_files
+from qvgen.config.quoting import command_word, is_single_text_key, is_text_key, suggested_word, takes_objects
+
+log = logging.getLogger(__name__)
 
 _OPEN_SECTIONS = ("model", "profile", "method", "init", "data")
 """Sections whose keys are the arguments of a leaf: `+method.new_key=1` is checked when the leaf is built."""
@@ -78,10 +83,19 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
     Raises:
         UserError: Text that is no override, or a sweep although ``multirun`` is False.
     """
-    parsed = [_parse(text) for text in overrides]
+    read = [_parse(text, before=overrides[:index], after=overrides[index:]) for index, text in enumerate(overrides)]
+    parsed = [
+        _parse(_as_written(override)) for override in read
+    ]  # hydra writes them anew: 1e3 would come out as 1000.0
     for override in parsed:
-        if override.is_sweep_override() and not multirun:
-            raise UserError(f"{override.input_line} names several values; add -m to run one job for each")
+        if not override.is_sweep_override():
+            continue
+        line, key, one = str(override.input_line), override.key_or_group, _one_text(override)
+        if not multirun:
+            several = f"{line} names several values; "
+            raise UserError(f"{several}{one and f'for one text write {one}; '}add -m to run one job for each")
+        if one and " " in line:  # without a space it is rather a list of paths
+            log.warning("%s is a sweep, one job for each of its values; for one text write %s", key, one)
     try:
         return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:
@@ -110,9 +124,10 @@ def compose_plain(
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
             _add_directory(extra_directory)
-            _check_overrides(verb, [_parse(text) for text in overrides])
-            config = compose(verb, list(overrides), return_hydra_config=True)
-            plain = _to_plain(config, resolve=resolve)
+            written = [_as_written(_parse(text)) for text in overrides]
+            _check_overrides(verb, [_parse(text) for text in written])
+            config = compose(verb, written, return_hydra_config=True)
+            plain = _to_plain(config, overrides, resolve=resolve)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"cannot compose the configuration: {_cause(error)}") from error
     return without_files(plain) if resolve else plain
@@ -130,7 +145,7 @@ def _add_directory(directory: Path | None) -> None:
     Hydra.create_main_hydra2(task_name="qvgen", config_search_path=search_path)
 
 
-def _to_plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+def _to_plain(config: DictConfig, overrides: Sequence[str], *, resolve: bool) -> dict[str, Any]:
     HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]
@@ -141,18 +156,76 @@ def _to_plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is missing; write {error.full_key}=...") from error
     except InterpolationResolutionError as error:
-        raise UserError(f"cannot work out {error.full_key}: {_cause(error)}") from error
+        hint = _interpolation_hint(str(error.full_key), overrides)
+        raise UserError(f"cannot work out {error.full_key}: {_cause(error)}{hint}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def _parse(text: str) -> Override:
+def _parse(text: str, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Override:
+    """Read one override.
+
+    Args:
+        text: `key=value`.
+        before: The words of the command line in front of it.
+        after: It and the words behind it.
+    """
+    parser = OverridesParser.create()
     try:
-        return OverridesParser.create().parse_override(text)
+        return parser.parse_override(text)
     except HydraException as error:
-        hint = "" if "=" in text else "; write key=value"
-        quoted = "; put quotes around a value with spaces or signs: 'key=\"a value\"'" if "=" in text else ""
-        raise UserError(f"cannot read {text!r}{hint}{quoted}") from error
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {text!r}; write key=value{_split_hint(before, after)}") from error
+        try:
+            parser.parse_override(f"{key}=1")
+        except HydraException:
+            raise UserError(f"cannot read {text!r}: {key!r} is no key; write key=value") from error
+        raise UserError(f"cannot read {text!r}; for this text write {suggested_word(key, value)}") from error
+
+
+def _split_hint(before: Sequence[str], after: Sequence[str]) -> str:
+    """What to write where a shell has cut a text into words."""
+    if not before or "=" not in before[-1]:
+        return ""
+    words = list(itertools.takewhile(lambda word: "=" not in word, after))
+    key, _, value = before[-1].partition("=")
+    return f"; if it belongs to {key}, write {suggested_word(key, ' '.join([value, *words]))}"
+
+
+def _one_text(override: Override) -> str:
+    """The word that gives the whole of a sweep's text to its key, where it may have been meant so; else nothing."""
+    key, _, value = str(override.input_line).partition("=")
+    meant = "],[" not in value and (" " in value or is_text_key(override.key_or_group))
+    return suggested_word(key, value) if meant else ""
+
+
+def _as_written(override: Override) -> str:
+    """An override as it is composed: a key of text gets what was written and not the number that it looks like.
+
+    Raises:
+        UserError: It was read as a list or a section where one text is needed.
+    """
+    line, key = str(override.input_line), override.key_or_group
+    if override.is_delete() or override.is_sweep_override() or not is_text_key(key):
+        return line
+    name, _, written = line.partition("=")
+    value = override.value()
+    if isinstance(value, bool | int | float):
+        return f'{name}="{written.strip()}"'
+    if (isinstance(value, list) and is_single_text_key(key)) or (isinstance(value, dict) and not takes_objects(key)):
+        what = "a list" if isinstance(value, list) else "a section"
+        raise UserError(f"{line} is read as {what}; for this text write {command_word(name, written)}")
+    return line
+
+
+def _interpolation_hint(key: str, overrides: Sequence[str]) -> str:
+    """How to write ${ itself, where a text of the command line has it."""
+    for override in map(_parse, overrides):
+        value = None if override.is_delete() else override.value()
+        if override.key_or_group == key and isinstance(value, str) and "${" in value:
+            return f"; for ${{ itself write {command_word(key, value)}"
+    return ""
 
 
 def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:

@@ -269,7 +269,7 @@ def _entry(entry: Any, *, place: str) -> Prompt:
     """An entry of a list."""
     if isinstance(entry, dict):
         return _from_object(entry, place=place)
-    if isinstance(entry, int | float) and not isinstance(entry, bool):
+    if isinstance(entry, int) and not isinstance(entry, bool):
         entry = str(entry)  # a caption may look like a number
     return Prompt(caption=_caption(entry, place=place))
 

@@ -5,6 +5,8 @@ Wan: wan/configs/ of Wan-Video's Wan2.1 and Wan2.2 (shared_config.py, wan_t2v_A1
 """
 
 import hashlib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,16 @@ def test_wan_is_sampled_as_its_authors_do(name: str) -> None:
     assert family.scheduler().config.flow_shift == family.objective.shift
     assert hashlib.sha256(family.negative_prompt.encode()).hexdigest() == WAN_NEGATIVE_SHA256
     assert load_leaf("model", name, negative_prompt="").negative_prompt == ""
+    page = (
+        (Path(__file__).resolve().parents[2] / "docs" / "models.md")
+        .read_text(encoding="utf-8")
+        .partition("**Sampling**")[2]
+    )
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` ")).split("|")[2:]
+    shift, steps, guidance, clip = (re.findall(r"\d+", cell) for cell in row[:4])
+    documented = float(shift[0]), int(steps[0]), float(guidance[0]), *map(int, clip)
+    assert documented == WAN[name]
+    assert row[4].strip() == "Wan's"
 
 
 def test_the_experts_have_a_guidance_each() -> None:
