@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import Prompt
+from qvgen.config.prompt_line import Prompt
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.evaluation.comparison import evaluation_prompts

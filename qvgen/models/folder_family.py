@@ -23,7 +23,7 @@ import diffusers
 import torch
 from torch import nn
 
-from qvgen.models.guidance import check_negative_prompt
+from qvgen.models.guidance import check_negative_prompt, require_number
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora
 
@@ -98,6 +98,8 @@ class FolderFamily(abc.ABC):
             if getattr(self, key) not in _DTYPES:
                 raise ValueError(f"model.{key}={getattr(self, key)} is not among {', '.join(_DTYPES)}")
         check_negative_prompt(self.negative_prompt)
+        require_number("num_inference_steps", self.num_inference_steps, minimum=1, whole=True)
+        require_number("guidance_scale", self.guidance_scale, minimum=0)
         self.folder = (
             None
             if self.path is None

@@ -8,6 +8,7 @@ Training drops captions by the empty one, whatever the negative prompt is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,14 @@ def check_negative_prompt(value: Any) -> None:
     """Raise ValueError for a ``model.negative_prompt`` that is no text."""
     if not isinstance(value, str):
         raise ValueError(f'model.negative_prompt={value} is no text; write "" for none')
+
+
+def require_number(key: str, value: Any, *, minimum: float, whole: bool = False) -> None:
+    """Raise ValueError for a ``model.KEY`` of sampling that is no finite number of at least ``minimum``."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < math.inf:
+        kind = "whole" if whole else "finite"
+        raise ValueError(f"model.{key}={value} is no {kind} number of at least {minimum:g}")
 
 
 def negative_texts(own: str, given: Sequence[str | None] | None, *, count: int) -> list[str]:

@@ -54,7 +54,7 @@ class FlowMatching:
 
     def __post_init__(self) -> None:
         if not self.shift >= 1.0:
-            raise ValueError(f"shift={self.shift} is below 1 and would favour clean samples; use 1 (uniform) to 10")
+            raise ValueError(f"shift={self.shift} is below 1 and would favour clean samples; use 1 (uniform) or more")
         if not 0.0 <= self.lowest < self.highest <= 1.0:
             raise ValueError(f"lowest={self.lowest} and highest={self.highest} are no range of noise levels in [0, 1]")
 

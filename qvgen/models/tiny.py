@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
-from qvgen.models.guidance import check_negative_prompt, negative_texts
+from qvgen.models.guidance import check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
@@ -106,6 +106,9 @@ class TinyVideoDiT:
         self.objective = FlowMatching(shift=shift)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         check_negative_prompt(negative_prompt)
+        require_number("num_inference_steps", num_inference_steps, minimum=1, whole=True)
+        require_number("guidance_scale", guidance_scale, minimum=0)
+        require_number("shift", shift, minimum=1)
         self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
         self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / TEACHER_FILE

@@ -31,7 +31,7 @@ class Wan(WanFamily):
     """The Wan family.
 
     Attributes:
-        shift: of the noise levels in training and sampling; None: the folder's scheduler's (3 suits 480p, 5 720p).
+        shift: of the noise levels in training and sampling; None: the folder's scheduler's.
 
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
     """

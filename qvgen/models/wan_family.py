@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.guidance import require_number
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
@@ -32,9 +33,12 @@ class WanFamily(PipelineFamily):
     """A family of Wan's classes.
 
     Attributes:
-        shift: of the noise levels in training and sampling; None: the folder's scheduler's.
+        shift: of the noise levels in training and sampling, at least 1; None: the folder's scheduler's.
 
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+
+    Raises:
+        ValueError: another shift.
     """
 
     shift: float | None = None
@@ -49,6 +53,11 @@ class WanFamily(PipelineFamily):
         "ffn": ("blocks.*.ffn.*",),
     }
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift is not None:
+            require_number("shift", self.shift, minimum=1)
 
     def scheduler(self) -> Any:
         """The folder's scheduler with this family's shift, new; see the base class."""

@@ -13,7 +13,8 @@ import pytest
 from qvgen.config.build import check
 from qvgen.config.compose import compose_plain
 from qvgen.config.errors import UserError
-from qvgen.config.prompt import Prompt, PromptedVideo, Prompts, read_prompts
+from qvgen.config.prompt import PromptedVideo, Prompts
+from qvgen.config.prompt_line import Prompt
 from qvgen.config.schema import TrainConfig
 from tests.runs import train_config
 
@@ -56,7 +57,7 @@ def parse(value: Any) -> Prompts:
 def test_a_text_file_has_one_caption_to_a_line(content: str | bytes, captions: list[str], tmp_path: Path) -> None:
     path = write(tmp_path, "prompts.txt", content)
     assert parse(str(path)) == Prompts.of(captions)
-    assert parse([str(path)]) == read_prompts(path.rename(tmp_path / "prompts"), key="prompts") == Prompts.of(captions)
+    assert parse([str(path)]) == parse(str(path.rename(tmp_path / "prompts"))) == Prompts.of(captions)
 
 
 def test_a_jsonl_file_has_seeds_and_negative_prompts(tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ def test_a_list_is_captions_or_objects() -> None:
         ('{"prompt": "a"', "FILE:2 is no JSON (Expecting ',' delimiter at character 15)"),
         ('"a dog"', 'FILE:2 is no object: "a dog"; write lines like {"prompt": "a cat"}'),
         ("[" * 3000, "FILE:2 is no JSON"),
+        ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "FILE:2 is no JSON (Exceeds the limit"),
         ('{"prompt": "\\ud800"}', "FILE:2: '\\ud800' holds half of a character"),
     ],
 )

@@ -1,0 +1,86 @@
+"""One prompt, and the object that a line of a .jsonl file or an entry of a list says it with.
+
+{"prompt": "a cat", "seed": [1, 2], "negative_prompt": "blurred"}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from qvgen.config.errors import UserError, did_you_mean
+
+KEYS = ("prompt", "seed", "negative_prompt")
+"""What a line of a .jsonl file may say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One line.
+
+    Attributes:
+        caption: What a video is to show.
+        seeds: One video for each; empty: the run's seeds count.
+        negative: What guidance leads away from; None: the model's own negative prompt.
+    """
+
+    caption: str
+    seeds: tuple[int, ...] = ()
+    negative: str | None = None
+
+
+def prompt_from_object(found: dict[Any, Any], *, place: str) -> Prompt:
+    """Read an object with the keys :data:`KEYS`.
+
+    Args:
+        found: The object.
+        place: Where it stands, for messages.
+
+    Raises:
+        UserError: It lacks the caption, has another key, or a value of another kind.
+    """
+    for name in found:
+        if name not in KEYS:
+            raise UserError(
+                f"{place}: unknown key {name!r}{did_you_mean(str(name), KEYS)} (there are: {', '.join(KEYS)})"
+            )
+    if "prompt" not in found:
+        raise UserError(f'{place} has no "prompt"; write for example {{"prompt": "a cat"}}')
+    negative = found.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f'{place}: negative_prompt={shortened(negative)} is no text; write "" for none')
+    return Prompt(
+        caption=checked_caption(found["prompt"], place=place),
+        seeds=_seeds(found.get("seed"), place=place),
+        negative=negative,
+    )
+
+
+def checked_caption(value: Any, *, place: str) -> str:
+    """A caption as it was given; raises UserError where it is no text or says nothing."""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {shortened(value)} is no text; write a caption, in quotes")
+    if not value.strip():
+        raise UserError(f"{place} is an empty caption; write what the video is to show, or leave it out")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{place}: {value!a} holds half of a character; write it as UTF-8")
+    return value
+
+
+def _seeds(value: Any, *, place: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    seeds = value if isinstance(value, list) else [value]
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"{place}: seed={shortened(seed)} is no whole number in 0..{2**32 - 1}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{place}: seed={shortened(seeds)} {'names one twice' if seeds else 'is empty'}; leave it out")
+    return tuple(seeds)
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
