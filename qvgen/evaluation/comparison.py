@@ -68,36 +68,32 @@ def compare_models(
     """
     models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
     shown = shown_videos(config)
-    prompts, seeds = [video.caption for video in shown], [video.seed for video in shown]
-    negatives = [video.negative for video in shown]
     split = held_out.split
     items = held_out_items(split, config.evaluation.quality_videos)
     captions = [item["caption"] for item in items]
     table_seeds = [config.seed + index for index in range(len(items))]
     sampled, table_videos, activation_bits = {}, {}, {}
     for name, model in models.items():
-        sampled[name] = generate_videos(
-            config.model, model, prompts, seeds, negative_prompts=negatives, encode=split.encode
-        )
+        sampled[name] = _sample(config.model, model, shown, encode=split.encode)
         switch = find_switch(model)
         if switch is not None:
             switch.history.clear()
         table_videos[name] = generate_videos(config.model, model, captions, table_seeds, encode=split.encode)
         activation_bits[name] = None if switch is None else switch.mean_bits()
-    _write_videos(sampled, prompts, seeds, fps=config.model.fps, directory=run_dir / "videos")
+    _write_videos(sampled, shown, fps=config.model.fps, directory=run_dir / "videos")
     return Comparison(
         checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
         videos=tuple(
             VideoComparison(
-                prompt=prompt,
-                seed=seed,
+                prompt=video.caption,
+                seed=video.seed,
                 fps=config.model.fps,
                 teacher=sampled["teacher"][index].numpy(),
                 fake_quantized=sampled["fake-quantized"][index].numpy(),
                 packed=sampled["packed"][index].numpy(),
-                negative_prompt=negatives[index],
+                negative_prompt=video.negative,
             )
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            for index, video in enumerate(shown)
         ),
         quality=Quality(
             variants=tuple(
@@ -189,13 +185,23 @@ def held_out_items(split: Split, count: int) -> list[Mapping[str, Any]]:
     return [split.samples[index % len(split)] for index in range(count)]
 
 
-def _write_videos(
-    videos: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int], *, fps: int, directory: Path
-) -> None:
+def _sample(family: VideoDiT, model: nn.Module, videos: Sequence[PromptedVideo], *, encode: Encode) -> Tensor:
+    return generate_videos(
+        family,
+        model,
+        [video.caption for video in videos],
+        [video.seed for video in videos],
+        negative_prompts=[video.negative for video in videos],
+        encode=encode,
+    )
+
+
+def _write_videos(sampled: Mapping[str, Tensor], shown: Sequence[PromptedVideo], *, fps: int, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
-    for name, batch in videos.items():
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            write_video(directory / video_name(index, prompt, seed=seed, variant=name), batch[index].numpy(), fps=fps)
+    for name, batch in sampled.items():
+        for index, video in enumerate(shown):
+            path = directory / video_name(index, video.caption, seed=video.seed, variant=name)
+            write_video(path, batch[index].numpy(), fps=fps)
 
 
 def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:

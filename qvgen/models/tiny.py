@@ -102,13 +102,13 @@ class TinyVideoDiT:
         for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
             if value % divisor:
                 raise ValueError(f"{name}={value} is no multiple of {divisor}; use {(value // divisor + 1) * divisor}")
-        self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
-        self.objective = FlowMatching(shift=shift)
-        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         check_negative_prompt(negative_prompt)
         require_number("num_inference_steps", num_inference_steps, minimum=1, whole=True)
         require_number("guidance_scale", guidance_scale, minimum=0)
         require_number("shift", shift, minimum=1)
+        self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
+        self.objective = FlowMatching(shift=shift)
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
         self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / TEACHER_FILE
