@@ -89,10 +89,13 @@ def _unquoted(text: str) -> str:
 
 @cache
 def _text_keys() -> dict[str, bool]:
-    """Dotted keys of the verbs whose values are text -> whether one text alone."""
-    return {
-        key: single for verb in _VERBS for key, single in _texts(verb, "") if not key.startswith(("run.", "names."))
-    }
+    """Dotted keys of the verbs whose values are text -> whether all verbs that have it take one text alone."""
+    found: dict[str, bool] = {}
+    for verb in _VERBS:
+        for key, single in _texts(verb, ""):
+            if not key.startswith(("run.", "names.")):
+                found[key] = found.get(key, True) and single
+    return found
 
 
 def _texts(kind: type, prefix: str) -> Iterator[tuple[str, bool]]:
