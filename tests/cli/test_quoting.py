@@ -136,6 +136,7 @@ def test_which_keys_are_text() -> None:
         "calibration.cache",
     ]
     assert all(map(is_text_key, texts))
+    assert not is_single_text_key("packed")  # one directory to inspect, two to generate
     assert [key for key in texts if not is_single_text_key(key)] == [
         "prompt",
         "evaluation.prompts",
