@@ -17,23 +17,25 @@ def named_file(value: Any) -> Path | None:
     """The file that a configuration's value names; None where it is something else.
 
     Args:
-        value: Plain: text, a list, or anything.
+        value: Plain: text, a list, or anything. A word in a list of its own is a caption, one alone a file.
     """
-    if isinstance(value, list | tuple) and len(value) == 1:
-        (value,) = value
-    return _expanded(value) if isinstance(value, str) and names_a_file(value) else None
+    in_list = isinstance(value, list | tuple) and len(value) == 1
+    text = value[0] if in_list else value
+    return _expanded(text) if isinstance(text, str) and names_a_file(text, alone=not in_list) else None
 
 
-def names_a_file(text: str) -> bool:
+def names_a_file(text: str, *, alone: bool = True) -> bool:
     """A path and not a caption: it is there, or ends as such a file does, or is a single word of ASCII letters.
 
-    One word alone is rather a mistyped name than a caption; a file can hold it.
+    Args:
+        text: A path or a caption.
+        alone: It stands alone: then one word is rather a mistyped name.
     """
     try:
         exists = _expanded(text).exists()
     except (OSError, ValueError):  # too long for a name, or a zero byte
         exists = False
-    single = text.isascii() and len(text.split()) == 1
+    single = alone and text.isascii() and len(text.split()) == 1
     return exists or single or text.lower().endswith((".txt", ".jsonl", *_OTHER_FORMATS))
 
 

@@ -23,6 +23,8 @@ from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
 
 _VERBS = (AssetsConfig, BenchmarkConfig, FoldConfig, GenerateConfig, InspectConfig, PrecomputeConfig, TrainConfig)
+_CHOICES = ("kernel", "methods", "names", "shapes", "typed")
+"""Keys of text that are no free text: several words of them are a sweep or a list."""
 _LEAF_TEXTS = ("cache", "lora", "negative_prompt", "path", "prompts", "videos", "weights")
 """Arguments of models and data whose values are text; their classes are not imported to look at a command line."""
 
@@ -93,7 +95,7 @@ def _text_keys() -> dict[str, bool]:
     found: dict[str, bool] = {}
     for verb in _VERBS:
         for key, single in _texts(verb, ""):
-            if not key.startswith(("run.", "names.")):
+            if key not in _CHOICES and not key.startswith(("run.", "names.")):
                 found[key] = found.get(key, True) and single
     return found
 

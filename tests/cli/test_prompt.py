@@ -72,6 +72,7 @@ def test_a_jsonl_file_has_seeds_and_negative_prompts(tmp_path: Path) -> None:
 def test_a_list_is_captions_or_objects() -> None:
     assert parse(["a dog", 7, "sunset"]) == Prompts.of(["a dog", "7", "sunset"])
     assert parse("a dog") == Prompts.of(["a dog"])
+    assert parse(["sunset"]) == Prompts.of(["sunset"])  # alone it would be a file's name
     assert parse("一只猫") == Prompts.of(["一只猫"])  # no spaces, and no file's name
     assert parse([{"prompt": "a dog", "seed": 1}]) == Prompts((Prompt(caption="a dog", seeds=(1,)),))
 

@@ -144,7 +144,10 @@ def test_which_keys_are_text() -> None:
         "data.path",
     ]
     assert not any(
-        map(is_text_key, ["bits", "seed", "model.shift", "phi.anneal", "optim.name", "steps", "names.model"])
+        map(
+            is_text_key,
+            ["bits", "seed", "model.shift", "phi.anneal", "optim.name", "steps", "names.model", "kernel", "methods"],
+        )
     )
 
 
