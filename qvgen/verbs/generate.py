@@ -37,9 +37,6 @@ def run(config: GenerateConfig) -> int | None:
         for line in [*plan(config, request), *memory_lines]:
             print(line)
         return None if can_run else DOES_NOT_FIT
-    if config.prompts is not None:
-        log.info("%s", request.seeds_said)
-    log.info("%s", request.negatives_said)
     transformer = _transformer(config, family)
     if hasattr(family, "to") and torch.cuda.is_available():
         family.to("cuda")
@@ -48,6 +45,9 @@ def run(config: GenerateConfig) -> int | None:
         family.release()  # the text encoder: it may be as large as the transformer
     partner = _use_partner(config, family)
     switches = _switches(config, [transformer, *partner])
+    if config.prompts is not None:
+        log.info("%s", request.seeds_said)
+    log.info("%s", request.negatives_said)
     config.out.mkdir(parents=True, exist_ok=True)
     variant = "packed" if config.packed else "teacher"
 

@@ -162,7 +162,9 @@ def test_two_processes_share_the_clips_and_train_the_same(tmp_path: Path) -> Non
     logs = tmp_path / "cache" / "logs"
     assert (logs / "rank1.log").is_file()
     first = snapshot(tmp_path / "cache" / "latents") | snapshot(tmp_path / "cache" / "texts")
-    assert len(first) == 8 + 8 + 1 + 1  # latents, captions (the prompts are two of them), the empty one, the negative prompt
+    assert (
+        len(first) == 8 + 8 + 1 + 1
+    )  # latents, captions (the prompts are two of them), the empty one, the negative prompt
     # One process without videos: the same latents, losses and packed weights.
     alone = [key for key in keys if not key.startswith(("run_dir", "data.cache"))]
     assert main(["train", *alone, f"run_dir={tmp_path / 'alone'}", f"data.cache={tmp_path / 'other'}"]) == 0
