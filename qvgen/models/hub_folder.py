@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from qvgen.models.finite_weights import check_finite_weights
+
 _BYTES_PER_TENSOR = 4096
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
@@ -116,7 +118,7 @@ class HubFolder:
             The module in eval mode, without gradients, on the CPU.
 
         Raises:
-            ValueError: weights are missing, damaged, or of another model.
+            ValueError: weights are missing, damaged, of another model, or not finite (in ``dtype`` as in the file).
         """
         config = self.read_json(f"{component}/config.json")
         named = config.get("_class_name") or (config.get("architectures") or [model_class.__name__])[0]
@@ -145,6 +147,7 @@ class HubFolder:
                     f"{sorted(map(str, info[kind]))[0]}; {self.remedy()}"
                 )
         assert isinstance(module, nn.Module)
+        check_finite_weights(module, files=self._weight_files(component), remedy=self.remedy())
         return module.requires_grad_(False).eval()
 
     def load_tokenizer(self) -> Any:

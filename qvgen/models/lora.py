@@ -33,6 +33,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qvgen.quant.finite import check_finite
+
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
@@ -229,16 +231,16 @@ class Lora:
             groups[".".join(name.split(".")[:2]), f"{name}.lora_B.bias" in part.tensors][name] = layer
         for (_, has_bias), group in groups.items():
             tensors = {key: part.tensors[key] for name in group for key in _tensor_names(name) if key in part.tensors}
-            parameters = [parameter for layer in group.values() for parameter in layer.parameters()]
-            dtypes = [parameter.dtype for parameter in parameters]
+            merged = [(f"{name}.{key}", value) for name in group for key, value in group[name].named_parameters()]
+            dtypes = [parameter.dtype for _, parameter in merged]
             for layer in group.values():
                 layer.float()
             fields = part.config and {**part.config, "target_modules": list(group), "lora_bias": has_bias}
             self._load_and_merge_(transformer, tensors, fields=fields, scale=scale)
-            for parameter, dtype in zip(parameters, dtypes, strict=True):
+            for (_, parameter), dtype in zip(merged, dtypes, strict=True):
                 parameter.data = parameter.data.to(dtype)
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                raise self._error(f"it makes {', '.join(group)} not finite at model.lora_scale={scale}; lower that")
+            source = f"model.lora={self.path}: merged with model.lora_scale={scale}"
+            check_finite(merged, source=source, remedy="lower the scale, or get the LoRA again")
         for name in set(vars(transformer)) - attributes:  # peft_config, _hf_peft_config_loaded, lora_scale
             delattr(transformer, name)
         assert list(transformer.state_dict()) == keys, "peft left something in the transformer"

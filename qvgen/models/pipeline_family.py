@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qvgen.models.base import Encode, Objective
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import negative_texts
+from qvgen.models.sampled_video import SampledVideo
 
 
 @dataclass(kw_only=True, eq=False)
@@ -140,6 +141,9 @@ class PipelineFamily(FolderFamily):
         """Sample one video per caption by the ordinary pipeline, one after another.
 
         See :meth:`qvgen.models.base.VideoDiT.generate`.
+
+        Raises:
+            ValueError: a video that is not finite or of one colour; see :mod:`qvgen.models.sampled_video`.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
@@ -153,6 +157,7 @@ class PipelineFamily(FolderFamily):
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for caption, negative, seed in zip(captions, negatives, seeds, strict=True):
+            sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
             latents = pipeline(
                 prompt_embeds=embeddings[caption],
                 negative_prompt_embeds=embeddings.get(negative) if guidance_scale > 1 else None,
@@ -165,9 +170,12 @@ class PipelineFamily(FolderFamily):
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
             ).frames
+            sampled.check_finite(latents, name="latents")
             pixels = self.decode(self._from_pipeline(latents), num_frames=self.sampling_frames)
+            sampled.check_finite(pixels, name="pixels")
             video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
             videos.append(torch.from_numpy((video * 255).round().astype("uint8")))
+            sampled.check_frames(videos[-1])
         return torch.stack(videos)
 
     def scheduler(self) -> Any:

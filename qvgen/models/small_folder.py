@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, BertModel
 
+from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 
 CARD_FILE = "card.json"
@@ -150,6 +152,7 @@ def load_text_encoder(folder: Path, *, width: int) -> tuple[BertModel, Any]:
         raise ValueError(f"{folder} lacks tensors of its text encoder: {sorted(info['missing_keys'])[:1]}")
     if (found := encoder.config.hidden_size) != width:
         raise ValueError(f"{folder} holds a text encoder of {found} channels, the transformer takes {width}")
+    check_finite(chain(encoder.named_parameters(), encoder.named_buffers()), source=str(folder))
     return encoder.eval(), tokenizer
 
 

@@ -27,6 +27,7 @@ from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
 from qvgen.models.guidance import check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
+from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
@@ -233,7 +234,11 @@ class TinyVideoDiT:
         negative_prompts: Sequence[str | None] | None = None,
         encode: Encode | None = None,
     ) -> UInt8[Tensor, "B F S S 3"]:
-        """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`."""
+        """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`.
+
+        Raises:
+            ValueError: a video that is not finite or of one colour; see :mod:`qvgen.models.sampled_video`.
+        """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
         device = next(transformer.parameters()).device
@@ -253,7 +258,12 @@ class TinyVideoDiT:
                 velocity = without + guidance_scale * (with_caption - without)
             video = scheduler.step(velocity, timestep, video, return_dict=False)[0]
         pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 4, 1).cpu()
+        frames = pixels.permute(0, 2, 3, 4, 1).cpu()
+        for caption, seed, latents, shown in zip(captions, seeds, video, frames, strict=True):
+            sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
+            sampled.check_finite(latents, name="latents")
+            sampled.check_frames(shown)
+        return frames
 
 
 def _coordinates(num_frames: int, image_size: int) -> Tensor:

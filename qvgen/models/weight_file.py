@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 
 ASSETS_DIRECTORY = Path(__file__).resolve().parent / "assets"
@@ -58,7 +59,7 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
         name -> float32 tensor on the CPU.
 
     Raises:
-        ValueError: when weights or card are missing, or the file's sha256 is not the card's.
+        ValueError: when weights or card are missing, the file's sha256 is not the card's, or a tensor is not finite.
     """
     path = Path(path)
     expected = read_card(path)["sha256"]
@@ -69,7 +70,9 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(f"weights {path} are corrupted: sha256 is {found}, expected {expected}; {_REMEDY}")
-    return load(content)
+    tensors: dict[str, Tensor] = load(content)
+    check_finite(tensors.items(), source=f"weights {path}", remedy=_REMEDY)
+    return tensors
 
 
 def read_card(path: Path | str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], *, source: str, remedy: 
         >>> bad = torch.tensor([1.0, float("nan"), float("inf")])
         >>> check_finite([("weight", torch.ones(2)), ("bias", bad)], source="model.safetensors")
         Traceback (most recent call last):
-        qvgen.config.errors.UserError: model.safetensors: 'bias' of shape [3] holds 1 NaN and 1 infinity among 3 values
+        qvgen.config.errors.UserError: model.safetensors: 'bias', float32 [3], holds 1 NaN and 1 infinity among 3 values
     """
     for name, tensor in tensors:
         if is_finite(tensor):
@@ -53,8 +53,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], *, source: str, remedy: 
             filter(None, (_counted(counts[0], "NaN", "NaNs"), _counted(counts[1], "infinity", "infinities")))
         )
         raise UserError(
-            f"{source}: {name!r} of shape {list(tensor.shape)} holds {found} among {tensor.numel()} values"
-            + (f"; {remedy}" if remedy else "")
+            f"{source}: {name!r}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, holds {found} among "
+            f"{tensor.numel()} values{f'; {remedy}' if remedy else ''}"
         )
 
 
