@@ -1,7 +1,8 @@
 """The packed checkpoint: model.safetensors (canonical codes, scales, all other weights) and manifest.json.
 
 The directory says everything: loading takes no quantization flag, builds the transformer from the manifest, checks the file's
-sha256 and every tensor's presence, dtype and shape, and never executes anything that the files hold.
+sha256 and every tensor's presence, dtype, shape and values, and never executes anything that the files hold. A manifest says
+how large things are, but a file has to be as large before anything is built (:mod:`qvgen.deploy.packed_model`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from qvgen.deploy.delta_switch import add_switch, check_switch, find_switch
+from qvgen.deploy.delta_switch import check_switch, find_switch
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
     SUPPORTED_TRANSFORMERS,
@@ -30,10 +29,9 @@ from qvgen.deploy.manifest import (
 )
 from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
+from qvgen.deploy.packed_model import build_packed, check_values, put_packed_layers_
 from qvgen.layers.layer_form import LayerForm
-from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear, layer_spec
-from qvgen.layers.packed_weight import PackedWeight
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 from qvgen_kernels import resolve_kernel
@@ -67,12 +65,14 @@ def save_packed(
         The manifest that was written.
 
     Raises:
-        ValueError: The model has layers that are not folded, or none that are, or is of an unsupported class.
+        ValueError: The model has layers that are not folded, or none that are, is of an unsupported class, or has a tensor
+            whose values are not finite or not in its range; nothing is written then.
     """
     packed = _check_folded(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    check_values(model, tensors, source=directory / WEIGHTS_FILE)
     atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
     band, switch = next(iter(packed.values())).noise_band, find_switch(model)
     manifest = Manifest(
@@ -139,22 +139,18 @@ def load_timed(
     manifest = read_manifest(directory)
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     with file_checked(directory, manifest, clock), clock.stage("build"):
-        if model is None:
-            model = _build(manifest, source=directory / MANIFEST_FILE)
-        elif _plain_config(model) != manifest.transformer_config:
+        if model is not None and _plain_config(model) != manifest.transformer_config:
             raise ValueError(
                 f"the model that was given has another configuration than {directory / MANIFEST_FILE} says"
             )
+        built = build_packed(directory, manifest, kernel=kernel, empty=model is not None)
     with clock.stage("map"):
         tensors = map_tensors(directory)
-    band = _noise_band(manifest, source=directory / MANIFEST_FILE)
-    for entry in manifest.layers:
-        _swap(model, entry.name, entry, band=band, kernel=kernel, source=directory / MANIFEST_FILE)
-    watch_timestep(model, band)
-    if manifest.activation_switch is not None:
-        add_switch(model, manifest.activation_switch)
-        check_switch(model)
-    _check_tensors(model, tensors, source=directory / WEIGHTS_FILE)
+    check_values(built, tensors, source=directory / WEIGHTS_FILE)
+    if model is None:
+        model = built
+    else:
+        put_packed_layers_(model, manifest, kernel=kernel, source=directory / MANIFEST_FILE)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.to(device)
     model.requires_grad_(False).eval()
@@ -168,6 +164,31 @@ def load_timed(
         seconds.wall,
     )  # fmt: skip
     return model, seconds
+
+
+def check_packed(directory: Path | str) -> Manifest:
+    """Check a packed checkpoint as loading it does, without a kernel and without keeping anything.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ValueError: Anything that :func:`load_packed` would refuse, or a layer whose bytes are not what the manifest says.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    with file_checked(directory, manifest, StageClock()):
+        built = build_packed(directory, manifest, kernel="auto", empty=True)
+    check_values(built, map_tensors(directory), source=directory / WEIGHTS_FILE)
+    for entry in manifest.layers:
+        layer = built.get_submodule(entry.name)
+        assert isinstance(layer, PackedLinear)
+        if layer.nbytes() != entry.nbytes:
+            raise ValueError(
+                f"{directory / MANIFEST_FILE}: the layer {entry.name!r} has {layer.nbytes()} bytes, not {entry.nbytes}; "
+                "export the checkpoint again"
+            )
+    return manifest
 
 
 def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None:
@@ -197,75 +218,3 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _build(manifest: Manifest, *, source: Path) -> nn.Module:
-    """The transformer with parameters on the meta device and real buffers (positions are not in a state dict)."""
-    transformer = getattr(diffusers, manifest.transformer)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = transformer.from_config(manifest.transformer_config)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: its configuration builds no {manifest.transformer}: {error}") from error
-    return model
-
-
-def _noise_band(manifest: Manifest, *, source: Path) -> NoiseBand:
-    band = NoiseBand(manifest.num_noise_bands)
-    if manifest.timesteps is not None:
-        try:
-            band.use_timesteps_(manifest.timesteps)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        band.strict = manifest.strict_timesteps
-    return band
-
-
-def _swap(model: nn.Module, name: str, entry: Any, *, band: NoiseBand, kernel: str, source: Path) -> None:
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"{source} names the layer {name!r}, which {type(model).__name__} does not have") from error
-    wanted = (entry.out_features, entry.in_features)
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != wanted:
-        raise ValueError(
-            f"{source}: layer {name!r} of shape {list(wanted)} does not fit the model's {_described(linear)}"
-        )
-    try:
-        packed = PackedLinear(
-            entry.in_features,
-            entry.out_features,
-            bias=entry.bias,
-            form=entry.form,
-            noise_band=band,
-            kernel=kernel,
-            device="meta",  # its tensors are those of the file
-        )
-    except ValueError as error:
-        raise ValueError(f"{source}: layer {name!r}: {error}") from error
-    packed.weight_error = entry.weight_error
-    model.set_submodule(name, packed)
-
-
-def _described(module: nn.Module) -> str:
-    shape = f" of shape {[module.out_features, module.in_features]}" if isinstance(module, nn.Linear) else ""
-    return type(module).__name__ + shape
-
-
-def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:
-    """Raise ValueError for the first tensor that is missing, too much, or of the wrong shape or dtype."""
-    expected = model.state_dict()
-    for name, value in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{source} lacks the tensor {name!r}")
-        found = tensors[name]
-        if found.shape != value.shape:
-            raise ValueError(
-                f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}"
-            )
-        if found.is_floating_point() != value.is_floating_point() or (
-            isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight) and found.dtype != value.dtype
-        ):
-            raise ValueError(f"{source}: {name!r} is {found.dtype}, {value.dtype} is needed")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise ValueError(f"{source} holds the tensor {extra[0]!r}, which the manifest does not know")

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from qvgen.config.plain_json import items, number, whole
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
@@ -58,7 +59,8 @@ class DeltaSwitchConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
-        return cls(widths=tuple(data["widths"]), delta=float(data["delta"]))
+        low, high = (whole(width, "a width of activation_switch") for width in items(data["widths"], "widths"))
+        return cls(widths=(low, high), delta=number(data["delta"], "activation_switch.delta"))
 
 
 class DeltaSwitch:

@@ -16,22 +16,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.plain_json import flag, items, mapping, number, parse_json, read_bytes, text, whole
 from qvgen.deploy.delta_switch import DeltaSwitchConfig
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.quant.bit_plan import BitPlan
-from qvgen.quant.grid import Grid, Profile
+from qvgen.quant.grid import MAX_BITS, MIN_BITS, Grid, Profile
 
 FORMAT, VERSION = "qvgen-packed", 1
 MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
 
-SUPPORTED_TRANSFORMERS = ("WanTransformer3DModel", "CogVideoXTransformer3DModel")
-"""Classes of diffusers that a manifest may name."""
+SUPPORTED_TRANSFORMERS = {"WanTransformer3DModel": "blocks", "CogVideoXTransformer3DModel": "transformer_blocks"}
+"""Classes of diffusers that a manifest may name, and where each has its blocks."""
+
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora")
+"""Arguments of a family that are of the machine where it was made; no manifest holds them."""
+
+MAX_FEATURES, MAX_BANDS = 2**20, 2**16
+"""Above the sizes that a layer or a table of clips can have; the widest Linear of the models has 30 720 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,34 +77,48 @@ class LayerEntry:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerEntry:
         """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
-        activation = {key: value for key, value in data["activation"].items() if key not in ("range", "clip_table")}
+        activation = mapping(data["activation"], "activation")
         wanted = "static" if activation["granularity"] == "per_tensor" else "dynamic"
-        if data["activation"]["range"] != wanted:
-            raise ValueError(f"activation range {data['activation']['range']!r} of a {activation['granularity']} grid")
-        weight = {key: data[key] for key in ("bits", "granularity", "zero_point", "group_size", "scale_dtype")}
-        out_features, in_features = (int(size) for size in data["shape"])
-        if out_features < 1 or in_features < 1:
-            raise ValueError(f"shape {data['shape']} is not positive")
+        if activation["range"] != wanted:
+            raise ValueError(f"activation range {activation['range']!r} of a {activation['granularity']} grid")
+        whole(activation["clip_table"], "clip_table", low=1, high=MAX_BANDS)
+        shape = items(data["shape"], "shape")
+        if len(shape) != 2:
+            raise ValueError(f"shape {shape} of a layer has no two sizes")
+        rows, columns = (whole(size, "a size of shape", low=1, high=MAX_FEATURES) for size in shape)
         profile = Profile(
-            name=str(data["profile"]),
-            weight=Grid(**weight),
-            activation=Grid(**activation),
-            rotation=data["rotation"],
+            name=text(data["profile"], "profile"),
+            weight=_grid(data, columns=columns),
+            activation=_grid(activation, columns=columns),
+            rotation=whole(data["rotation"], "rotation", high=columns),
         )
+        error = data["weight_error"]
         return cls(
-            name=str(data["name"]),
-            out_features=out_features,
-            in_features=in_features,
-            bias=bool(data["bias"]),
+            name=text(data["name"], "name"),
+            out_features=rows,
+            in_features=columns,
+            bias=flag(data["bias"], "bias"),
             form=LayerForm(
                 profile=profile,
                 plan=None if data.get("plan") is None else BitPlan.from_dict(data["plan"]),
-                input_scale=bool(data.get("input_scale", False)),  # .get: checkpoints from before there was any
-                branch_rank=int(data.get("branch_rank", 0)),
+                input_scale=flag(data.get("input_scale", False), "input_scale"),  # .get: from before there was any
+                branch_rank=whole(data.get("branch_rank", 0), "branch_rank", high=min(rows, columns)),
             ),
-            nbytes=int(data["bytes"]),
-            weight_error=None if data["weight_error"] is None else float(data["weight_error"]),
+            nbytes=whole(data["bytes"], "bytes"),
+            weight_error=None if error is None else number(error, "weight_error"),
         )
+
+
+def _grid(data: Mapping[str, Any], *, columns: int) -> Grid:
+    """The grid of a side, with every value of its own type."""
+    group = data["group_size"]
+    return Grid(
+        bits=whole(data["bits"], "bits", low=MIN_BITS, high=MAX_BITS),
+        granularity=data["granularity"],
+        zero_point=data["zero_point"],
+        group_size=None if group is None else whole(group, "group_size", low=1, high=columns),
+        scale_dtype=data["scale_dtype"],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +156,10 @@ class Manifest:
     training: dict[str, Any]
     sha256: str
 
+    def __post_init__(self) -> None:
+        if local := sorted(set(self.base_arguments) & set(LOCAL_ARGUMENTS)):
+            raise ValueError(f"base arguments name {local[0]!r}, which is of one machine and for its user to say")
+
     def to_json(self) -> bytes:
         """The file's content."""
         content = {
@@ -155,49 +181,63 @@ class Manifest:
             "training": self.training,
             "sha256": self.sha256,
         }
-        return (json.dumps(content, indent=1) + "\n").encode()
+        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> Manifest:
-        """Parse and check a manifest.
+    def from_json(cls, content: bytes, *, source: str) -> Manifest:
+        """Parse and check a manifest: each value of its own type and within what a model can have.
 
         Raises:
             ValueError: Names the source and what is wrong with it.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(content, source=source)
         except ValueError as error:
-            raise ValueError(f"{source} is no JSON ({error}); export the checkpoint again") from error
+            raise ValueError(f"{error}; export the checkpoint again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{source} is no manifest of format {FORMAT!r}; give the folder that fold wrote")
-        if data.get("version") != VERSION:
-            raise ValueError(f"{source} has version {data.get('version')!r}; this qvgen reads version {VERSION}")
+        if type(version := data.get("version")) is not int or version != VERSION:
+            raise ValueError(f"{source} has version {version!r}; this qvgen reads version {VERSION}")
         try:
-            base, switch = data["base"], data.get("activation_switch")
-            manifest = cls(
-                base_name=str(base["name"]),
-                base_revision=str(base["revision"]),
-                base_arguments=dict(base["arguments"]),
-                transformer=str(base["transformer"]),
-                transformer_config=dict(base["config"]),
-                num_noise_bands=int(data["num_noise_bands"]),
-                timesteps=None if data.get("timesteps") is None else tuple(map(float, data["timesteps"])),
-                strict_timesteps=bool(data.get("strict_timesteps", False)),
-                activation_switch=None if switch is None else DeltaSwitchConfig.from_dict(switch),
-                layers=tuple(LayerEntry.from_dict(layer) for layer in data["layers"]),
-                skipped=tuple(map(str, data["skipped"])),
-                training=dict(data["training"]),
-                sha256=str(data["sha256"]),
-            )
+            manifest = _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{source} {what}; export the checkpoint again") from error
-        if manifest.num_noise_bands < 1:
-            raise ValueError(f"{source}: num_noise_bands={manifest.num_noise_bands} is not positive; export it again")
         if manifest.transformer not in SUPPORTED_TRANSFORMERS:
             known = ", ".join(SUPPORTED_TRANSFORMERS)
             raise ValueError(f"{source} names the transformer {manifest.transformer!r}; this qvgen runs {known}")
         return manifest
+
+
+def _parse(data: Mapping[str, Any]) -> Manifest:
+    """A manifest of parsed JSON; raises KeyError, TypeError or ValueError for anything malformed."""
+    base, switch, timesteps = mapping(data["base"], "base"), data.get("activation_switch"), data.get("timesteps")
+    layers = tuple(LayerEntry.from_dict(mapping(layer, "a layer")) for layer in items(data["layers"], "layers"))
+    if not layers:
+        raise ValueError("it names no packed layer")
+    bands = whole(data["num_noise_bands"], "num_noise_bands", low=1, high=MAX_BANDS)
+    if other := [n for layer in data["layers"] if (n := layer["activation"]["clip_table"]) != bands]:
+        raise ValueError(f"clip_table={other[0]} of a layer is not num_noise_bands={bands}")
+    if any(layer.form.static for layer in layers) and timesteps is None:
+        raise ValueError("its layers have static ranges and it has no timesteps")
+    sha256 = text(data["sha256"], "sha256")
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"sha256={sha256[:80]!r} is no sha256 of 64 hex digits")
+    return Manifest(
+        base_name=text(base["name"], "base.name"),
+        base_revision=text(base["revision"], "base.revision"),
+        base_arguments=mapping(base["arguments"], "base.arguments"),
+        transformer=text(base["transformer"], "base.transformer"),
+        transformer_config=mapping(base["config"], "base.config"),
+        num_noise_bands=bands,
+        timesteps=None if timesteps is None else tuple(number(t, "timesteps") for t in items(timesteps, "timesteps")),
+        strict_timesteps=flag(data.get("strict_timesteps", False), "strict_timesteps"),
+        activation_switch=None if switch is None else DeltaSwitchConfig.from_dict(switch),
+        layers=layers,
+        skipped=tuple(text(name, "skipped") for name in items(data["skipped"], "skipped")),
+        training=mapping(data["training"], "training"),
+        sha256=sha256,
+    )
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -209,7 +249,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a packed directory, for example outputs/.../packed")
-    return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
+    return Manifest.from_json(read_bytes(path), source=str(path))
 
 
 def layer_entry(name: str, layer: PackedLinear) -> LayerEntry:

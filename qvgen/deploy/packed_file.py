@@ -1,7 +1,7 @@
-"""The file of a packed checkpoint: its hash, its tensors as views of mapped pages, and where the time of a load goes.
+"""The file of a packed checkpoint: its header, its hash, its tensors as views of mapped pages, and the time of a load.
 
-A thread hashes the file while the transformer is built, which needs the manifest alone. Nothing of the file is used, and no
-model of a caller is touched, before the hash is known to be the manifest's.
+A thread hashes the file while the transformer is built, which needs the manifest and the names, types and shapes of the
+header. No value of the file is used, and no model of a caller is touched, before the hash is known to be the manifest's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class StageClock:
 
 @contextmanager
 def file_checked(directory: Path, manifest: Manifest, clock: StageClock) -> Iterator[None]:
-    """Hash the weights' file in a thread while the caller's block, which must not need the file, runs.
+    """Hash the weights' file in a thread while the caller's block, which must need no value of it, runs.
 
     Raises:
         ValueError: The file is missing or has another sha256 than the manifest says, whatever the block raised.
@@ -96,6 +96,35 @@ def file_checked(directory: Path, manifest: Manifest, clock: StageClock) -> Iter
             check(found.result())
             raise
         check(found.result())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorForm:
+    """What a file's header says about a tensor.
+
+    Attributes:
+        dtype: as safetensors names it: F32, BF16, U8.
+        shape: its sizes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorForm]:
+    """Names, types and shapes of a file's tensors; their values are not read.
+
+    Raises:
+        ValueError: It is missing, or no safetensors file: cut off, too long, tensors that overlap or leave gaps.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole packed directory")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: TensorForm(dtype=s.get_dtype(), shape=tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
 def map_tensors(directory: Path) -> dict[str, Tensor]:

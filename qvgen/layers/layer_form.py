@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from qvgen.config.plain_json import flag, whole
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.bit_plan import BitPlan, Widths
 from qvgen.quant.grid import Profile
@@ -87,8 +88,10 @@ class LayerForm:
         return None if symmetric else f"clip_low{suffix}", f"clip_high{suffix}"
 
     def declare_(self, layer: FakeQuantLinear) -> None:
-        """Bring a layer in training to this form; its tensors are loaded afterwards."""
+        """Bring a layer in training to this form, its tensors are loaded afterwards; raises ValueError if it does not fit."""
         device, columns, rows = layer.weight.device, layer.in_features, layer.out_features
+        whole(self.branch_rank, "branch_rank", high=min(columns, rows))
+        self.profile.check_fits(columns)
         smoothed = torch.ones(columns, device=device) if self.input_scale else None
         layer.declare_(profile=self.profile, input_scale=smoothed)
         layer.set_plan_(self.plan)
@@ -110,6 +113,6 @@ class LayerForm:
         return cls(
             profile=Profile.from_dict(data["profile"]),
             plan=None if data["plan"] is None else BitPlan.from_dict(data["plan"]),
-            input_scale=bool(data["input_scale"]),
-            branch_rank=int(data["branch_rank"]),
+            input_scale=flag(data["input_scale"], "input_scale"),
+            branch_rank=whole(data["branch_rank"], "branch_rank"),
         )

@@ -20,7 +20,7 @@ from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
 from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.layers.packed_weight import PackedWeight
+from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
 from qvgen.quant.bit_plan import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
@@ -163,6 +163,17 @@ class PackedLinear(PackedWeight):
         other = self.other_weights[str(bits)]
         assert isinstance(other, PackedWeight)
         return other
+
+    def value_ranges(self) -> dict[str, tuple[float, float]]:
+        """See :meth:`PackedWeight.value_ranges`; of a smoothing vector it is the magnitude that counts."""
+        ranges = super().value_ranges()
+        if self.input_scale is not None:
+            ranges["input_scale"] = ABOVE_ZERO
+        for bits in self.form.activation_widths:
+            for name in filter(None, self.form.table_names(bits)):
+                if name != "static_zero_point":
+                    ranges[name] = ABOVE_ZERO if self.form.static else (0.0, 1.0)
+        return ranges
 
     def nbytes(self) -> int:
         """Bytes of all tensors that a checkpoint holds of this layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -11,6 +12,9 @@ from qvgen.quant.affine import dequantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.packing import pack_codes, unpack_codes
 from qvgen.quantizers.weight_lsq import WeightLSQ
+
+ABOVE_ZERO = (1e-45, math.inf)
+"""Range of a scale: from below the smallest float32 above 0."""
 
 
 @cache
@@ -67,6 +71,14 @@ class PackedWeight(nn.Module):
         self.weight_scale.copy_(scale.reshape(self.weight_scale.shape))
         if self.weight_zero_point is not None:
             self.weight_zero_point.copy_(zero_point.reshape(self.weight_scale.shape))
+
+    def value_ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value that buffers may hold to mean anything, by name; scales are above 0."""
+        integer = self.weight_grid.zero_point == "integer"
+        return {
+            "weight_scale": ABOVE_ZERO,
+            **({"weight_zero_point": (0.0, float(self.weight_grid.qmax))} if integer else {}),
+        }
 
     @property
     def planes(self) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,10 @@ from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
 from qvgen.quant.bit_plan import BitPlan
+from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
+
+_FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +198,8 @@ def fold(model: nn.Module, *, kernel: str = "auto") -> int:
         The number of layers that were folded.
 
     Raises:
-        ValueError: Names the first layer whose Phi still has rank; nothing is changed then.
+        ValueError: Names the first layer whose Phi still has rank, or the first tensor of the model, quantized or not, that
+            is not finite; nothing is changed then.
     """
     packed = _pack(model, kernel=kernel)
     for name, module in packed.items():
@@ -217,10 +222,12 @@ def folded_copy(model: nn.Module, *, kernel: str = "auto") -> nn.Module:
 
 
 def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
+    check_finite(chain(model.named_parameters(), model.named_buffers()), source="cannot fold", remedy=_FOLD_REMEDY)
     packed = {}
     for name, layer in quantized_layers(model).items():
         try:
             packed[name] = PackedLinear.from_fake_quant(layer, kernel=kernel)
         except ValueError as error:
             raise ValueError(f"cannot fold {name}: {error}") from error
+        check_finite(packed[name].state_dict().items(), source=f"cannot fold {name}", remedy=_FOLD_REMEDY)
     return packed

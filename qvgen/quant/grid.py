@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from qvgen.config.plain_json import whole
 from qvgen.quant.hadamard import hadamard_order, nearest_sizes
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
@@ -27,6 +28,9 @@ ScaleDtype = Literal["float32", "bfloat16", "float16"]
 MIN_BITS, MAX_BITS = 2, 8
 MIN_SCALE = 1e-8
 """Smallest scale (units of the tensor): a row of zeros gets this one and dequantizes to exact zeros."""
+
+MAX_ROTATION = 2**20
+"""Above the columns of any layer."""
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 _ZERO_POINTS = ("integer", "real", "none")
@@ -147,6 +151,7 @@ class Profile:
             raise ValueError("static activation scales (per_tensor) are float32; write scale_dtype: float32")
         if self.activation.zero_point == "real":
             raise ValueError("activation zero_point 'real' runs on no integer kernel; use integer or none")
+        whole(self.rotation, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION)
         if self.rotation and (self.rotation == 1 or hadamard_order(self.rotation) is None):
             sizes = " or ".join(map(str, [0, *nearest_sizes(self.rotation)]))
             raise ValueError(f"rotation={self.rotation} has no Hadamard matrix here; use {sizes}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.deploy.manifest import LOCAL_ARGUMENTS
 from qvgen.evaluation.bit_section import write_heat_maps
 from qvgen.evaluation.bit_table import Allocation, write_allocation
 from qvgen.evaluation.held_out import MeasuredInputs
@@ -37,9 +38,6 @@ from qvgen.training.phi_plan import decay_schedule, phi_ranks
 from qvgen.training.session import START_FILE, load_start, save_start
 
 log = logging.getLogger(__name__)
-
-LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora")
-"""Keys of conf/model that say nothing about the model, or where something lies on this machine."""
 
 
 def check_student(config: TrainConfig) -> None:

@@ -1,28 +1,34 @@
-"""Show one table of a packed directory's layers: bits, profile, bytes, error."""
+"""Check a packed directory whole and show one table of its layers: bits, profile, bytes, error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from qvgen.config.verb_schema import InspectConfig
+from qvgen.deploy.checkpoint import check_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
 
 HEADER = ("layer", "shape", "bits", "profile", "bytes", "weight error")
 
 
 def run(config: InspectConfig) -> None:
-    """Print the table; the weights themselves are not loaded."""
+    """Print the table of a directory that would load: its hash, names, shapes and values are checked first.
+
+    Raises:
+        ValueError: Whatever :func:`qvgen.deploy.checkpoint.check_packed` refuses.
+    """
     directory = config.packed
     if directory is None:
         assert config.run_dir is not None, "the configuration has one of the two"
         directory = config.run_dir / "packed"
-    manifest = read_manifest(directory)
     weights = directory / WEIGHTS_FILE
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing; copy the whole packed directory")
     if config.dry_run:
-        print(f"would read {directory / MANIFEST_FILE} and the size of {weights}")
+        read_manifest(directory)
+        if not weights.is_file():
+            raise ValueError(f"{weights} is missing; copy the whole packed directory")
+        print(f"would check {directory / MANIFEST_FILE} against {weights}")
         return
+    manifest = check_packed(directory)
     for line in table(manifest, file_bytes=weights.stat().st_size):
         print(line)
 
@@ -42,14 +48,20 @@ def table(manifest: Manifest, *, file_bytes: int) -> list[str]:
         f"{len(manifest.layers)} layers of {manifest.transformer} ({manifest.base_name}), {weights} weights, "
         f"{layers} bytes ({8 * layers / weights:.2f} bits per weight with scales, clips and biases); file {file_bytes} bytes",
         f"weight error: |Q(W) - W|^2 / |W|^2 against the trained master weight; {training}",
+        "whole: sha256, names, shapes and values are right",
     ]
-    return lines
+    return [_printable(line) for line in lines]
 
 
 def _row(layer: LayerEntry) -> tuple[str, ...]:
     error = "-" if layer.weight_error is None else f"{layer.weight_error:.5f}"
     shape = f"{layer.out_features} x {layer.in_features}"
     return (layer.name, shape, layer.form.label, layer.form.profile.name, str(layer.nbytes), error)
+
+
+def _printable(line: str) -> str:
+    """Texts of a manifest may hold anything, but nothing that a terminal obeys."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

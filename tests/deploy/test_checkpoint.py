@@ -164,11 +164,11 @@ def test_a_class_that_no_manifest_may_name_is_refused(packed: Path, tmp_path: Pa
         ),
         (
             lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].half()}),
-            "weight_scale' is torch.float16, torch.float32 is needed",
+            "weight_scale' is F16, F32 is needed",
         ),
         (
             lambda t: t.update({f"{LAYER}.codes": t[f"{LAYER}.codes"].float()}),
-            "codes' is torch.float32, torch.uint8 is needed",
+            "codes' is F32, U8 is needed",
         ),
         (lambda t: t.update(surplus=torch.ones(1)), "holds the tensor 'surplus', which the manifest does not know"),
     ],
