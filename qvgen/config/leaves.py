@@ -1,25 +1,32 @@
 """Leaves: the objects that a `_target_` of conf/ names, and the folder conf/ itself.
 
-Only names inside the package qvgen are followed, and only to what is defined there: a file that came with a model or
-a run can choose among our classes, but never bring code of its own.
+A section of group X is built only by what a file of conf/X names: a configuration that came with a run, or that a user
+wrote, can choose among the leaves of that group and give them other arguments, but names neither another function of this
+package nor code of its own. Arguments are plain values of the types that the leaf asks for.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from dataclasses import replace
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 
-from qvgen.config.errors import UserError, did_you_mean
+from qvgen.config.errors import UserError, did_you_mean, one_line
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
+MAX_FOREIGN_SIZE = 2**16
+"""Of a size or count that comes with a file: pixels, frames, steps, layers."""
 
 
 def conf_directory() -> Path:
@@ -36,15 +43,19 @@ def build_leaf(spec: Mapping[str, Any], *, key: str) -> Any:
         key: The section's name, for messages.
 
     Raises:
-        UserError: No `_target_`, one outside of qvgen, an unknown or missing argument.
+        UserError: No `_target_` or one that is no leaf of this group, also anywhere below; an unknown or missing argument, or
+            one of another type.
         ValueError: Whatever the class itself refuses.
     """
     arguments = dict(spec)
     target = _find(arguments.pop("_target_", None), key=key)
-    known = inspect.signature(target).parameters
-    for name in arguments:
+    known, hints = inspect.signature(target).parameters, _hints(target)
+    for name, value in arguments.items():
         if name not in known:
             raise UserError(f"unknown key '{key}.{name}'{did_you_mean(name, [f'{key}.{other}' for other in known])}")
+        if _names_target(value):
+            raise UserError(f"{key}.{name} holds a _target_; only {key} itself has one")
+        check_type(value, hints.get(name, Any), key=f"{key}.{name}")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f"{key}.{name} is missing; write {key}.{name}=...")
@@ -93,19 +104,84 @@ def _without_recipe(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name != "recipe"}
 
 
+def load_foreign_leaf(group: str, name: str, arguments: Mapping[str, Any], *, source: str) -> Any:
+    """:func:`load_leaf` with arguments out of a file that somebody else may have written.
+
+    Args:
+        group: Folder of conf/.
+        name: File of that folder.
+        arguments: In place of the file's values; whole numbers are sizes and counts, none is above 65 536.
+        source: The file that they come from, for messages.
+
+    Raises:
+        UserError: Names the source: the group has no such file, or its class can't be built with these arguments.
+    """
+    for key, value in arguments.items():
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= MAX_FOREIGN_SIZE:
+            raise UserError(f"{source}: {group}.{key}={value} is not in 0..{MAX_FOREIGN_SIZE}")
+    try:
+        return load_leaf(group, name, **arguments)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{source}: {group}={name} can't be built as it says: {one_line(error)}") from error
+
+
+@cache
+def group_targets(group: str) -> tuple[str, ...]:
+    """The leaves of a group, as the files of ``conf/GROUP`` name them; empty for a group without any."""
+    named = []
+    for path in sorted((conf_directory() / group).glob("*.yaml")):
+        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+        named += [spec["_target_"]] if isinstance(spec, dict) and "_target_" in spec else []
+    return tuple(dict.fromkeys(named))
+
+
+def check_type(value: Any, hint: Any, *, key: str) -> None:
+    """Raise UserError unless a plain value is of an annotated type; an annotation that is of no plain type takes any."""
+    if not _fits(value, hint):
+        raise UserError(
+            f"{key}={'null' if value is None else value!r:.60} is of the wrong type; give {_described(hint)}"
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, kind) for kind in arguments)
+    if origin is typing.Literal:  # which of the values, the leaf itself says best
+        return isinstance(value, tuple(map(type, arguments)))
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value if arguments)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(_fits(entry, arguments[1]) for entry in value.values() if arguments)
+    if origin in (int, float):
+        kinds = int if origin is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and value == value
+    plain = {bool: bool, str: str, Path: str | Path, types.NoneType: types.NoneType}
+    return isinstance(value, plain[origin]) if origin in plain else True
+
+
+def _described(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Types of a leaf's arguments; of a dataclass those of its fields, each from the module that declares it."""
+    return typing.get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__)
+
+
+def _names_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_names_target, value.values()))
+    return isinstance(value, list | tuple) and any(map(_names_target, value))
+
+
 def _find(name: object, *, key: str) -> Any:
     if not isinstance(name, str):
         raise UserError(f"{key} has no _target_; choose one of the files in conf/{key}")
+    leaves = group_targets(key)
+    if name not in leaves:
+        raise UserError(
+            f"{key}._target_={name} is no {key} of qvgen{did_you_mean(name, leaves)} (there are: {', '.join(leaves)})"
+        )
     module_name, _, attribute = name.rpartition(".")
-    if not module_name.startswith("qvgen."):
-        raise UserError(f"{key}._target_={name} is outside of qvgen; only qvgen's own classes can be named")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # a module that this one needs
-        raise UserError(f"{key}._target_={name} does not exist; choose one of the files in conf/{key}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found) or not str(getattr(found, "__module__", "")).startswith("qvgen."):
-        raise UserError(f"{key}._target_={name} is no class or function of qvgen; choose a file in conf/{key}")
-    return found
+    return getattr(importlib.import_module(module_name), attribute)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qvgen.config.errors import DOES_NOT_FIT
-from qvgen.config.leaves import load_leaf
+from qvgen.config.leaves import load_foreign_leaf, load_leaf
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.video import write_video
@@ -167,7 +167,9 @@ def load_family(config: GenerateConfig) -> Any:
             name = key.partition(".")[0]
             assert config.model is not None, "a key of a section that was chosen"
             arguments[name] = config.model[name]
-    return load_leaf("model", named.pop(), **arguments)
+    if not manifests:
+        return load_leaf("model", named.pop(), **arguments)
+    return load_foreign_leaf("model", named.pop(), arguments, source=str(config.packed))
 
 
 def _check_experts(manifests: list[Manifest]) -> None:

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qvgen.cli import main
 from qvgen.config import Bits, FoldConfig, GenerateConfig, TrainConfig, UserError, did_you_mean
 from qvgen.config.build import build, check, load_run
 from qvgen.config.compose import compose_plain, expand_sweep
-from qvgen.config.leaves import build_leaf, conf_directory, load_leaf
+from qvgen.config.leaves import build_leaf, conf_directory, group_targets, load_foreign_leaf, load_leaf
 from qvgen.run_directory import write_plain
 
 
@@ -136,29 +137,91 @@ def test_all_files_of_conf_compose() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("os.system", "is outside of qvgen"),
-        ("qvgen_kernels.contract.LinearSpec", "is outside of qvgen"),
-        ("qvgen.run_directory.os.system", "does not exist"),
-        ("qvgen.run_directory.os", "is no class or function of qvgen"),
-        ("qvgen.run_directory.partial", "is no class or function of qvgen"),
-        ("qvgen.nowhere.Thing", "does not exist"),
+        ("os.system", "is no method of qvgen"),
+        ("qvgen.cli.main", r"is no method of qvgen .there are: qvgen.methods.autoencoder.Autoencoder, "),
+        ("qvgen.run_directory.read_plain", "is no method of qvgen"),
+        ("qvgen.config.bits.Bits", "is no method of qvgen"),
+        ("qvgen.models.tiny.TinyVideoDiT", "is no method of qvgen"),
+        ("qvgen.methods.base.Method", "is no method of qvgen"),
+        ("qvgen.methods.lsq.lsq", "is no method of qvgen; did you mean 'qvgen.methods.lsq.LSQ'"),
+        ("qvgen.methods.lsq.LSQ.__init__", "is no method of qvgen"),
+        ("qvgen_kernels.contract.LinearSpec", "is no method of qvgen"),
+        ("", "is no method of qvgen"),
         (None, "has no _target_"),
+        (["qvgen.methods.lsq.LSQ"], "has no _target_"),
     ],
 )
-def test_leaves_are_ours_alone(target: str | None, message: str) -> None:
+def test_a_section_is_built_by_leaves_of_its_own_group_alone(target: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_leaf({"_target_": target}, key="method")
 
 
+@pytest.mark.parametrize("group", ["model", "profile", "method", "init", "data"])
+def test_every_leaf_is_of_the_group_that_its_file_lies_in(group: str) -> None:
+    targets = group_targets(group)
+    assert targets
+    for other in {"model", "profile", "method", "init", "data"} - {group}:
+        with pytest.raises(UserError, match=f"is no {other} of qvgen"):
+            build_leaf({"_target_": targets[0]}, key=other)
+
+
+def test_a_runs_configuration_names_no_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for section, target in (("method", "qvgen.cli.main"), ("data", "qvgen.run_directory.atomic_write")):
+        plain = compose_plain("train", [f"run_dir={tmp_path}"])
+        plain[section] = {"_target_": target, "arguments": ["--version"]}
+        write_plain(tmp_path / "config.yaml", plain)
+        assert main(["fold", f"run_dir={tmp_path}"]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        (line,) = shown.err.splitlines()
+        assert f"{section}._target_={target} is no {section} of qvgen" in line
+
+
+def test_a_target_below_a_section_is_refused() -> None:
+    spec = train().model
+    for nested in ({"_target_": "qvgen.cli.main"}, [{"a": {"_target_": "qvgen.cli.main"}}]):
+        with pytest.raises(UserError, match=r"model.prompts holds a _target_; only model itself has one"):
+            build_leaf({**spec, "prompts": nested}, key="model")
+
+
+def test_another_leaf_of_the_group_is_the_users_to_choose(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("_target_: qvgen.methods.lsq.LSQ\n")
+    config = build("train", compose_plain("train", ["method=mine"], extra_directory=tmp_path))
+    assert type(config.method).__name__ == "LSQ"
+
+
 def test_arguments_of_leaves_are_checked() -> None:
-    spec = {"_target_": "qvgen.config.bits.Bits", "weight": 4}
-    with pytest.raises(UserError, match="method.activation is missing"):
-        build_leaf(spec, key="method")
-    with pytest.raises(UserError, match="unknown key 'method.wieght'; did you mean 'method.weight'"):
-        build_leaf(spec | {"wieght": 3}, key="method")
-    assert build_leaf({**spec, "activation": 8}, key="method") == Bits(weight=4, activation=8)
+    spec = {key: value for key, value in train().model.items() if key != "recipe"}
+    assert build_leaf(spec, key="model").name == "tiny"
+    with pytest.raises(UserError, match="model.width is missing"):
+        build_leaf({key: value for key, value in spec.items() if key != "width"}, key="model")
+    with pytest.raises(UserError, match="unknown key 'model.widht'; did you mean 'model.width'"):
+        build_leaf(spec | {"widht": 3}, key="model")
+    for key, value, wanted in (
+        ("width", "many", "int"), ("width", None, "int"), ("width", True, "int"), ("width", 64.0, "int"),
+        ("guidance_scale", "x", "float"), ("guidance_scale", float("nan"), "float"),
+        ("prompts", "one", r"\S*Sequence\[str\]"), ("prompts", [["two"]], r"\S*Sequence\[str\]"),
+        ("weights", 3, r"str \| None"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"model.{key}=.* is of the wrong type; give {wanted}"):
+            build_leaf(spec | {key: value}, key="model")
+    assert build_leaf(spec | {"guidance_scale": 2}, key="model").guidance_scale == 2
     with pytest.raises(UserError, match="unknown model=tini; did you mean 'tiny'"):
         load_leaf("model", "tini")
+
+
+def test_arguments_out_of_a_file_are_bounded_and_named() -> None:
+    for arguments, message in (
+        ({"image_size": 2**62}, r"model.image_size=\d+ is not in 0..65536"),
+        ({"fps": -1}, "model.fps=-1 is not in 0..65536"),
+        ({"num_heads": 0}, "model=tiny can't be built as it says: "),
+        ({"prompts": {"a": 1}}, "model=tiny can't be built as it says: model.prompts="),
+        ({"_target_": "qvgen.cli.main"}, "model=tiny can't be built as it says: .*_target_"),
+    ):
+        with pytest.raises(UserError, match=f"^packed/manifest.json: {message}"):
+            load_foreign_leaf("model", "tiny", arguments, source="packed/manifest.json")
+    assert load_foreign_leaf("model", "tiny", {"fps": 5}, source="packed/manifest.json").fps == 5
 
 
 def test_suggestions_find_a_key_by_its_last_part() -> None:
