@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,7 +83,7 @@ def whole(value: object, name: str, *, low: int = 0, high: int = _MAX_WHOLE) -> 
 
 def number(value: object, name: str) -> float:
     """The value as a float if it is a finite number; raises UserError with its name otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise UserError(f"{name}={_shown(value)} is no finite number")
     return float(value)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from qvgen.config.plain_json import flag, items, mapping, number, text
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -132,20 +133,20 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     """Bring a prepared model's layers to stored :func:`forms`; their tensors are loaded afterwards.
 
     Raises:
-        ValueError: They are of other layers, or malformed.
+        ValueError: They are of other layers, or malformed; KeyError where something is missing.
     """
-    layers = quantized_layers(model)
-    if set(layers) != set(stored["layers"]):
-        raise ValueError(f"{len(stored['layers'])} stored layers are not the {len(layers)} of the model")
+    layers, forms_by_name = quantized_layers(model), mapping(stored["layers"], "layers")
+    if set(layers) != set(forms_by_name):
+        raise ValueError(f"{len(forms_by_name)} stored layers are not the {len(layers)} of the model")
     for band in [layer.noise_band for layer in layers.values()][:1]:
         if stored["timesteps"] is not None:
-            band.use_timesteps_(stored["timesteps"])
-        band.strict = stored["strict_timesteps"]
+            band.use_timesteps_([number(t, "timesteps") for t in items(stored["timesteps"], "timesteps")])
+        band.strict = flag(stored["strict_timesteps"], "strict_timesteps")
     unshare_activations_(layers)
     for name, layer in layers.items():
-        LayerForm.from_dict(stored["layers"][name]).declare_(layer)
-    for names in stored.get("shared_activations", ()):  # runs from before there was sharing do not say
-        tie_activations_([layers[name] for name in names])
+        LayerForm.from_dict(mapping(forms_by_name[name], name)).declare_(layer)
+    for names in items(stored.get("shared_activations", []), "shared_activations"):  # runs from before do not say
+        tie_activations_([layers[text(name, "shared_activations")] for name in items(names, "shared_activations")])
 
 
 def add_switch_widths_(model: nn.Module, widths: Sequence[int]) -> None:

@@ -108,6 +108,7 @@ class Small(WanFamily):
         self, folder: Path, *, vae: nn.Module, latents: tuple[Sequence[float], Sequence[float]], text_folder: Path
     ) -> Path:
         """Write a model's folder without the transformer's weights; see :func:`qvgen.models.small_folder.write_skeleton`."""
+        self.scheduler()  # refuses one of another class: a configuration chooses among the family's
         configs = {"transformer": self.transformer_config, "scheduler": self.component_config("scheduler")}
         return write_skeleton(folder, vae=vae, latents=latents, text_folder=text_folder, configs=configs)
 
