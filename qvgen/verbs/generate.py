@@ -169,7 +169,7 @@ def load_family(config: GenerateConfig) -> Any:
             arguments[name] = config.model[name]
     if not manifests:
         return load_leaf("model", named.pop(), **arguments)
-    return load_foreign_leaf("model", named.pop(), arguments, source=str(config.packed))
+    return load_foreign_leaf("model", named.pop(), arguments, source=" and ".join(map(str, config.packed or ())))
 
 
 def _check_experts(manifests: list[Manifest]) -> None:
