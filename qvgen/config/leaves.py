@@ -21,6 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from qvgen.config.errors import UserError, did_you_mean, one_line
+from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 
@@ -73,15 +74,21 @@ def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
     Raises:
         UserError: There is no such file, or the class has no such argument.
     """
+    spec = _read_leaf(group, name)
+    if "_target_" in changes:
+        raise UserError(f"{group}={name}: _target_={changes['_target_']} is not an argument; the name decides")
+    return build_leaf(_without_recipe({**spec, **changes}), key=group)
+
+
+def _read_leaf(group: str, name: str) -> dict[str, Any]:
+    """The section of ``conf/GROUP/NAME.yaml``; raises UserError where there is none."""
     folder = conf_directory() / group
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in names:
         raise UserError(f"unknown {group}={name}{did_you_mean(name, names)} (there are: {', '.join(names)})")
     spec = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
     assert isinstance(spec, dict), f"conf/{group}/{name}.yaml is no mapping"
-    if "_target_" in changes:
-        raise UserError(f"{group}={name}: _target_={changes['_target_']} is not an argument; the name decides")
-    return build_leaf(_without_recipe({**{str(key): value for key, value in spec.items()}, **changes}), key=group)
+    return {str(key): value for key, value in spec.items()}
 
 
 Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig)
@@ -110,16 +117,17 @@ def load_foreign_leaf(group: str, name: str, arguments: Mapping[str, Any], *, so
     Args:
         group: Folder of conf/.
         name: File of that folder.
-        arguments: In place of the file's values; whole numbers are sizes and counts, none is above 65 536.
+        arguments: In place of the file's values; whole numbers are sizes and counts, from 1 to 65 536.
         source: The file that they come from, for messages.
 
     Raises:
         UserError: Names the source: the group has no such file, or its class can't be built with these arguments.
     """
-    for key, value in arguments.items():
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= MAX_FOREIGN_SIZE:
-            raise UserError(f"{source}: {group}.{key}={value} is not in 0..{MAX_FOREIGN_SIZE}")
     try:
+        hints = _hints(_find(_read_leaf(group, name).get("_target_"), key=group))
+        for key, value in arguments.items():
+            if hints.get(key) is int:
+                whole(value, f"{group}.{key}", low=1, high=MAX_FOREIGN_SIZE)
         return load_leaf(group, name, **arguments)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source}: {group}={name} can't be built as it says: {one_line(error)}") from error

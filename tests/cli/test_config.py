@@ -213,9 +213,12 @@ def test_arguments_of_leaves_are_checked() -> None:
 
 def test_arguments_out_of_a_file_are_bounded_and_named() -> None:
     for arguments, message in (
-        ({"image_size": 2**62}, r"model.image_size=\d+ is not in 0..65536"),
-        ({"fps": -1}, "model.fps=-1 is not in 0..65536"),
-        ({"num_heads": 0}, "model=tiny can't be built as it says: "),
+        (
+            {"image_size": 2**62},
+            r"model=tiny can't be built as it says: model.image_size=\d+ is no whole number from 1 to 65536",
+        ),
+        ({"fps": -1}, "model=tiny can't be built as it says: model.fps=-1 is no whole number from 1 to 65536"),
+        ({"num_heads": 7}, "model=tiny can't be built as it says: width=64 is no multiple of 14"),
         ({"prompts": {"a": 1}}, "model=tiny can't be built as it says: model.prompts="),
         ({"_target_": "qvgen.cli.main"}, "model=tiny can't be built as it says: .*_target_"),
     ):
