@@ -125,6 +125,13 @@ class ValidationFiles:
         measured = {"step": step, "psnr_db": json_number(psnr_db), "ssim": json_number(ssim)}
         _write_record({**self._identity(index), **measured}, *written)
 
+    def leave_out(self, index: int, *, step: int, reason: str) -> None:
+        """Say that a prompt has no video after ``step`` steps, and why; nobody waits for it or samples it again."""
+        path = self.path(index, step=step, variant="student")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {**self._identity(index), "step": step, "psnr_db": None, "ssim": None, "left_out": reason}
+        _write_record(content, path)
+
     def missing(self, step: int) -> list[Path]:
         """Videos of a step that are not there (yet); does not look into those that are."""
         paths = [self.path(index, step=step, variant="student") for index in range(len(self))]
@@ -166,6 +173,8 @@ def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, 
         if content is None or not is_whole(path):
             log.warning("%s or a video that it names is damaged; it is left out", path)
             continue
+        if "left_out" in content:
+            continue
         measured = content["psnr_db"] is not None
         name = video_name(content["prompt_index"], content["prompt"], seed=content["seed"], variant="teacher")
         teacher = directory / "teacher" / name
@@ -186,8 +195,8 @@ def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, 
 
 
 def _write_record(content: Mapping[str, Any], first: Path, *others: Path) -> None:
-    """Say beside ``first`` that the files are complete."""
-    sums = {path.name: file_sha256(path) for path in (first, *others)}
+    """Say beside ``first`` that the files are complete; of one that is left out there is none."""
+    sums = {path.name: file_sha256(path) for path in (first, *others) if "left_out" not in content}
     text = json.dumps({**content, "sha256": sums}, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(first.with_suffix(".json"), text.encode())
 

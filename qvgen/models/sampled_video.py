@@ -21,6 +21,10 @@ _REMEDY = {
 }
 
 
+class UnusableVideoError(UserError):
+    """A sampled video is not one that anybody should see."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledVideo:
     """Which video is looked at.
@@ -49,15 +53,20 @@ class SampledVideo:
             name: ``latents`` or ``pixels``.
 
         Raises:
-            UserError: a value is NaN or infinite.
+            UnusableVideoError: a value is NaN or infinite.
         """
-        check_finite([(name, values)], source=str(self), remedy=_REMEDY[name])
+        try:
+            check_finite([(name, values)], source=str(self), remedy=_REMEDY[name])
+        except UserError as error:
+            raise UnusableVideoError(str(error)) from error
 
     def check_frames(self, frames: UInt8[Tensor, "F H W 3"]) -> None:
         """Look at its frames.
 
         Raises:
-            UserError: all pixels of all frames have the same value.
+            UnusableVideoError: all pixels of all frames have the same value.
         """
         if (value := int(frames.amin())) == int(frames.amax()):
-            raise UserError(f"{self}: every pixel of its {len(frames)} frames is {value}; {_REMEDY['latents']}")
+            raise UnusableVideoError(
+                f"{self}: every pixel of its {len(frames)} frames is {value}; {_REMEDY['latents']}"
+            )

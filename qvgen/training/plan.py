@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from qvgen.config.schema import TrainConfig
 from qvgen.training.counted_step import StepSettings
 from qvgen.training.fake_model import build_family, build_student
@@ -187,16 +189,7 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
         title=_title(config),
         quantized=collapse(student, swapped.quantized),
         skipped=collapse(student, swapped.skipped),
-        parameters=[
-            ParameterGroup(
-                name=group["name"],
-                tensors=len(group["params"]),
-                parameters=sum(parameter.numel() for parameter in group["params"]),
-                learning_rate=group["lr"],
-                weight_decay=group["weight_decay"],
-            )
-            for group in parameter_groups(student, config.optim)
-        ],
+        parameters=_parameters(config, student),
         schedule=schedule,
         shards=shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
@@ -215,6 +208,19 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
         changes=changes,
         needed_bytes=needed,
     )
+
+
+def _parameters(config: TrainConfig, student: nn.Module) -> list[ParameterGroup]:
+    return [
+        ParameterGroup(
+            name=group["name"],
+            tensors=len(group["params"]),
+            parameters=sum(parameter.numel() for parameter in group["params"]),
+            learning_rate=group["lr"],
+            weight_decay=group["weight_decay"],
+        )
+        for group in parameter_groups(student, config.optim)
+    ]
 
 
 def _title(config: TrainConfig) -> str:

@@ -37,6 +37,7 @@ from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.module import VideoTraining
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,13 @@ class ValidationVideos(lightning.Callback):
             log.info("step %d: sampling the validation prompts %s", step, ", ".join(map(str, due)))
         for index in due:
             teacher = self._teacher_frames(index, writes=writes)
-            frames = self._sample(student, index)
+            try:
+                frames = self._sample(student, index)
+            except UnusableVideoError as error:  # a finding, and no reason to lose a training for
+                log.warning("step %d: %s; it is left out", step, error)
+                if writes:
+                    self.files.leave_out(index, step=step, reason=str(error))
+                continue
             if not writes:
                 continue
             psnr, similarity = None, None

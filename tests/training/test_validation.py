@@ -75,6 +75,28 @@ def test_processes_share_out_the_prompts(
     assert alone.files.missing(2) == []
 
 
+def test_a_video_of_nan_is_left_out_and_training_goes_on(
+    teacher: nn.Module, student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos = five_prompts(tmp_path, teacher=teacher)
+    bias = student.get_parameter("proj_out.bias")
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = torch.nan
+    try:
+        videos.write_videos(student, step=2, rank=0, world_size=1)
+    finally:
+        with torch.no_grad():
+            bias.copy_(kept)
+    assert caplog.text.count("it is left out") == PROMPTS
+    assert "NaN" in caplog.text
+    assert videos.files.missing(2) == []  # nobody waits for them
+    assert read_validation(tmp_path, verify=True) == ()
+    assert not list(tmp_path.rglob("*-student.mp4"))
+    videos.write_videos(student, step=2, rank=0, world_size=1)
+    assert not list(tmp_path.rglob("*-student.mp4"))  # nor are they sampled again
+
+
 def test_a_file_holds_the_frames_that_the_family_samples(
     teacher: nn.Module, student: nn.Module, tmp_path: Path
 ) -> None:
