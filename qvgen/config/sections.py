@@ -123,10 +123,16 @@ class StrategyConfig:
             shared out over the processes).
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
+        threads: CPU threads of each process, from the PTQ start to the report; > 0. The last bit of a sum depends on how
+            many share it, so the environment (OMP_NUM_THREADS) has no say: a run is the same on every machine.
     """
 
     name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
+    threads: int
+
+    def __post_init__(self) -> None:
+        positive(strategy__threads=self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,7 @@ class PrecomputeConfig:
         devices: Processes on this machine; >= 1.
         shard: This machine's share, 0 <= shard < num_shards.
         num_shards: Machines that share the clips; >= 1.
+        threads: CPU threads of each process, as ``strategy.threads`` of training; > 0.
         run_dir: Where the further processes log.
         dry_run: Count what is missing, encode nothing.
         debug: Show tracebacks.
@@ -163,6 +164,7 @@ class PrecomputeConfig:
     devices: int
     shard: int
     num_shards: int
+    threads: int
     run_dir: Path
     dry_run: bool
     debug: bool
@@ -170,7 +172,7 @@ class PrecomputeConfig:
     plain: dict[str, Any]
 
     def __post_init__(self) -> None:
-        positive(devices=self.devices, num_shards=self.num_shards)
+        positive(devices=self.devices, num_shards=self.num_shards, threads=self.threads)
         require(0 <= self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")
 
 

@@ -7,7 +7,6 @@ bits. A later session of the same run continues from the newest checkpoint.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,11 +41,6 @@ STEP_PARTS = 2
 parts adds the same two numbers as two processes with one part each, so that both train the same bits; a batch in one
 piece would differ in the last bit of its sums, and a code that flips for it changes the loss by a few per cent after
 ten steps."""
-
-
-TRAINING_THREADS = 1
-"""Of each process, until training is over: the last bit of a sum depends on how many threads share it, and a run must not
-depend on the machine's cores or on how many processes there are."""
 
 
 def micro_batches(config: TrainConfig) -> int:
@@ -174,7 +168,7 @@ def train_share(
     port: int = 0,
 ) -> None:
     """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
-    use_threads(TRAINING_THREADS)
+    torch.set_num_threads(config.strategy.threads)
     schedule = decay_schedule(config)
     split: Split = config.data.open(config.model, split="train")
     models = None
@@ -245,9 +239,3 @@ def _callbacks(
     ]
     videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
     return callbacks if videos is None else [*callbacks, videos]
-
-
-def use_threads(count: int) -> None:
-    """Compute on so many cores from now on; OMP_NUM_THREADS, where it is set, decides instead."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(count)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 
+import torch
+
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
-from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.verbs._benchmark_kernels import cpu_kernel, kernel_rows
 from qvgen.verbs._benchmark_kernels_page import kernel_table
 from qvgen.verbs._benchmark_loading import loading_rows, loading_table
@@ -32,7 +33,7 @@ _BENCHMARKS = {
 
 def run(config: BenchmarkConfig) -> None:
     """Run the benchmark that ``what`` names."""
-    use_threads(TRAINING_THREADS)
+    torch.set_num_threads(config.run.strategy.threads)
     if config.run.dry_run and config.what == "kernels":
         print(f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads, into {config.out}")
         return

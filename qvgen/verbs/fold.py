@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
@@ -30,6 +32,7 @@ def run(config: FoldConfig) -> int | None:
     run_config = config.run
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
+    torch.set_num_threads(run_config.strategy.threads)
     student, _ = prepare_student(run_config)
     step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
     fold_student(run_config, student, config.out, steps=step)

@@ -29,6 +29,7 @@ def run(config: PrecomputeConfig) -> None:
         for line in plan(config, source):
             print(line)
         return
+    torch.set_num_threads(config.threads)
     began = time.monotonic()
     encoded, report = fill_all(config, source)
     print(
@@ -58,6 +59,7 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
         "prompts": [{"prompt": text} for text in texts if text] or None,  # the empty one always is encoded
         "shard": 0,
         "num_shards": 1,
+        "threads": config.strategy.threads,
         "run_dir": f"{source.cache}/logs",
         "dry_run": False,
         "names": {"model": config.names.model, "data": config.names.data},
@@ -95,6 +97,7 @@ def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: in
     """Fill another process's share."""
     del port  # they need not speak to each other
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    torch.set_num_threads(config.threads)
     _fill_share(config, _clips(config), rank=rank)
 
 

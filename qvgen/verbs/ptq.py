@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from qvgen.config.schema import TrainConfig
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.training.calibration import calibration_prompts
 from qvgen.training.mixed_precision import plan_measurements
-from qvgen.training.session import TRAINING_THREADS, use_threads
 from qvgen.training.student import check_student
 from qvgen.verbs._inputs import without_clips
 from qvgen.verbs.train import quantize, table_summary
@@ -18,7 +19,7 @@ def run(config: TrainConfig) -> None:
         raise ValueError(
             f"method={config.names.method} steps={config.steps}: qvgen ptq trains nothing; use qvgen train"
         )
-    use_threads(TRAINING_THREADS)
+    torch.set_num_threads(config.strategy.threads)
     config.data.check(config.model)
     check_student(config)
     prompts = calibration_prompts(config) if config.init.needs else []

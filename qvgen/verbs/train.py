@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from qvgen.config.errors import DOES_NOT_FIT
@@ -17,13 +18,7 @@ from qvgen.run_directory import RunDirectory
 from qvgen.training.phi_plan import phi_ranks
 from qvgen.training.plan import plan_training
 from qvgen.training.plan_text import format_plan
-from qvgen.training.session import (
-    TRAINING_THREADS,
-    load_start,
-    train_all,
-    train_share,
-    use_threads,
-)
+from qvgen.training.session import load_start, train_all, train_share
 from qvgen.training.student import check_student, prepare_student, start_student
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
@@ -43,7 +38,7 @@ def run(config: TrainConfig) -> int | None:
     """
     if config.method.name == "ptq":
         raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
-    use_threads(TRAINING_THREADS)
+    torch.set_num_threads(config.strategy.threads)
     config.data.check(config.model)
     if config.method.name == "autoencoder":
         train_autoencoder(config)
@@ -104,6 +99,7 @@ def table_summary(config: TrainConfig) -> list[str]:
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    torch.set_num_threads(config.strategy.threads)
     if config.strategy.name == "fsdp":  # its shares come from rank 0
         held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
         validate = None if held_out is None else held_out.take_part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -11,23 +12,37 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from tests.runs import BOUNDARIES, SHORT, STEPS, copy_until, load_state, packed_bytes, read_metrics, snapshot, train
+from qvgen.config import UserError
+from qvgen.verbs import train as verb
+from tests.runs import (
+    BOUNDARIES,
+    SHORT,
+    STEPS,
+    copy_until,
+    load_state,
+    packed_bytes,
+    read_metrics,
+    snapshot,
+    train,
+    train_config,
+)
 
 ACCUMULATE = "accumulate=2"
 EVERY = "checkpoint.every_steps=4"
 """No multiple of where the runs are killed, nor of Phi's phases."""
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """The same command in a process of its own."""
+def start(run_dir: Path, *overrides: str, threads: int = 1) -> subprocess.Popen[bytes]:
+    """The same command in a process of its own, whose environment asks for so many threads."""
     command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir={run_dir}", *overrides]
     # A suite that runs in the background of a shell ignores Ctrl-C, and its children would inherit that.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with (run_dir.parent / f"{run_dir.name}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log)
+            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     finally:
         signal.signal(signal.SIGINT, ours)
 
@@ -44,11 +59,11 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -
 
 @pytest.fixture(scope="module")
 def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of two runs, killed inside of a phase and in the first step of one."""
+    """Folders of two runs, killed inside of a phase and in the first step of one; that one was told to use two threads."""
     folder = tmp_path_factory.mktemp("killed")
     steps = {"mid-phase": BOUNDARIES[0] + 2, "boundary": BOUNDARIES[1]}
     for name, step in steps.items():
-        with start(folder / name, ACCUMULATE, EVERY) as process:
+        with start(folder / name, ACCUMULATE, EVERY, threads=2 if name == "boundary" else 1) as process:
             wait_for_rows(folder / name, step, process)
             process.kill()
         assert process.returncode == -signal.SIGKILL
@@ -67,6 +82,19 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert packed_bytes(run_dir) == packed_bytes(short_run)
     assert read_metrics(run_dir) == read_metrics(short_run)
     assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_the_configuration_alone_says_how_many_threads_compute() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            with pytest.raises(UserError, match="data=clips needs a model with a VAE"):
+                verb.run(train_config("data=clips", f"strategy.threads={threads}"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(UserError, match=r"strategy\.threads=0 must be greater than 0"):
+        train_config("strategy.threads=0")
 
 
 def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) -> None:
