@@ -124,7 +124,7 @@ def _run_job(run: Callable[[Any], int | None], verb: str, plain: dict[str, Any],
 
 def _check_resume(plain: dict[str, Any], overrides: list[str]) -> None:
     if plain.get("resume") and not any(override.startswith("run_dir=") for override in overrides):
-        raise UserError("resume=true needs run_dir=...: which run shall be continued?")
+        raise UserError(f"resume={str(plain['resume']).lower()} needs run_dir=...: which run shall be continued?")
 
 
 def _parse_flags(arguments: list[str]) -> Namespace:

@@ -30,8 +30,12 @@ CONFIG_FILE = "config.yaml"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = ".lock"
 
-FREE_KEYS = ("run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "logger", "names.experiment")
-"""Keys (with all below them) that may differ when a run is continued: they change no number that it computes."""
+FREE_KEYS = (
+    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "logger", "names.experiment",
+    "model.path", "model.weights", "model.lora", "data.path", "data.videos", "data.cache", "calibration.cache",
+)  # fmt: skip
+"""Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
+places of things whose content is compared (:mod:`qvgen.run_identity`)."""
 
 
 _LONGEST_PREFIX = 50
@@ -133,21 +137,24 @@ class RunDirectory:
     Attributes:
         path: The folder.
         resumed: Whether it held this run already.
+        new_keys: Keys that the version which began the run did not know, or that this one does not know any more.
     """
 
-    def __init__(self, path: Path, *, resumed: bool, lock: int) -> None:
+    def __init__(self, path: Path, *, resumed: bool, new_keys: tuple[str, ...], lock: int) -> None:
         self.path = path
         self.resumed = resumed
+        self.new_keys = new_keys
         self._lock = lock
 
     @classmethod
-    def claim(cls, path: Path, plain: Mapping[str, Any], *, resume: bool) -> Self:
+    def claim(cls, path: Path, plain: Mapping[str, Any], *, resume: bool, force: bool = False) -> Self:
         """Take a folder for a run; it is made if need be, and config.yaml is written to it.
 
         Args:
             path: The folder: new, empty, or with resume the one of the same run.
             plain: The configuration.
             resume: Continue the run that is there; a folder without one starts from the beginning.
+            force: Continue it also where only one of the two configurations has a key, and keep this one from here on.
 
         Raises:
             UserError: Another process works there, it holds another configuration's run or something else, or
@@ -156,8 +163,8 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
         try:
-            resumed = _check_content(path, _plain(plain), resume=resume)
-            if not resumed:
+            resumed, new_keys = _check_content(path, _plain(plain), resume=resume, force=force)
+            if not resumed or new_keys:
                 write_plain(path / CONFIG_FILE, plain)
             for left_by_a_killed_process in path.rglob(".*.tmp"):
                 left_by_a_killed_process.unlink(missing_ok=True)
@@ -166,7 +173,7 @@ class RunDirectory:
             raise
         if resume and not resumed:
             log.warning("%s holds no run yet; starting from the first step", path)
-        return cls(path, resumed=resumed, lock=lock)
+        return cls(path, resumed=resumed, new_keys=new_keys, lock=lock)
 
     def save_stage(self, name: str, result: Mapping[str, Any]) -> None:
         """Record that a stage is done, with its result: what JSON can hold."""
@@ -226,31 +233,51 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _check_content(path: Path, plain: dict[str, Any], *, resume: bool) -> bool:
-    """Whether the folder holds this very run; raises UserError where it may not be used."""
+def _check_content(path: Path, plain: dict[str, Any], *, resume: bool, force: bool) -> tuple[bool, tuple[str, ...]]:
+    """Whether the folder holds this very run, and the keys that only one configuration has; raises UserError."""
     if not (path / CONFIG_FILE).exists():
         others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         if others:
             raise UserError(f"run_dir={path} is not empty ({others[0]}) and holds no run; choose another")
-        return False
-    differences = list(_differences(read_config(path), plain))
-    if differences:
-        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-        raise UserError(f"run_dir={path} holds another configuration's run: {shown}; choose another run_dir")
+        return False, ()
+    found = list(_differences(read_config(path), plain))
+    refused = [text for _, text, is_new in found if not (force and is_new)]
+    if refused:
+        shown = "; ".join(refused[:4]) + (f"; and {len(refused) - 4} more" if len(refused) > 4 else "")
+        remedy = "choose another run_dir"
+        if all(is_new for _, _, is_new in found):
+            remedy += "; if it began with another version of qvgen write resume=force"
+        raise UserError(f"run_dir={path} holds another configuration's run: {shown}; {remedy}")
     if not resume:
         raise UserError(f"run_dir={path} holds this very run; continue it with resume=true or choose another run_dir")
-    return True
+    return True, tuple(key for key, _, _ in found)
 
 
-def _differences(there: Any, asked: Any, key: str = "") -> Iterator[str]:
-    """`key: value there, value asked` for every value that differs, free keys left out."""
+def _differences(there: Any, asked: Any, key: str = "", *, is_new: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Key, `key is VALUE there and VALUE here`, and whether one side lacks it, of every value that differs; no free keys."""
     if key in FREE_KEYS or there == asked:
         return
     if isinstance(there, dict) and isinstance(asked, dict):
         for name in sorted(there.keys() | asked.keys(), key=str):
-            yield from _differences(there.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
+            both = name in there and name in asked
+            yield from _differences(
+                there.get(name), asked.get(name), f"{key}.{name}" if key else str(name), is_new=not both
+            )
     else:
-        yield f"{key} is {_shown(there)} there and {_shown(asked)} here"
+        yield key, f"{key} is {_shown(there)} there and {_shown(asked)} here", is_new
+
+
+def lasting(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that stays for as long as a run lasts: all but :data:`FREE_KEYS`."""
+
+    def kept(value: Any, key: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        names = {name: f"{key}.{name}" if key else name for name in value}
+        return {name: kept(value[name], full) for name, full in names.items() if full not in FREE_KEYS}
+
+    result: dict[str, Any] = kept(_plain(plain), "")
+    return result
 
 
 def _shown(value: object) -> str:

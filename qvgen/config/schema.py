@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvgen.config.bits import Bits
 from qvgen.config.sections import (
@@ -48,7 +48,7 @@ class TrainConfig:
         device_memory_gib: Memory of each device that will train, for the plan alone; > 0; None: this machine's.
         kernel: Backend of the packed model; ``auto`` picks the best one that is there.
         run_dir: The run's folder.
-        resume: Continue the run in run_dir.
+        resume: Continue the run in run_dir; ``force``: also where code, models or data are no longer what it began with.
         dry_run: Build and check everything, train nothing.
         debug: Show tracebacks.
         phi: The low-rank helper.
@@ -77,7 +77,7 @@ class TrainConfig:
     device_memory_gib: float | None
     kernel: str
     run_dir: Path
-    resume: bool
+    resume: Literal[False, True, "force"]
     dry_run: bool
     debug: bool
     phi: PhiConfig
@@ -131,6 +131,7 @@ class FoldConfig:
         run_dir: The run's folder.
         run: The configuration that the run was started with.
         out: Where the packed directory goes.
+        force: Also where code or model are no longer what the run was trained with.
         dry_run: Say what would be done.
         debug: Show tracebacks.
     """
@@ -138,5 +139,6 @@ class FoldConfig:
     run_dir: Path
     run: TrainConfig
     out: Path
+    force: bool
     dry_run: bool
     debug: bool

@@ -65,9 +65,10 @@ def _convert(hint: Any, value: Any, *, key: str) -> Any:
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _convert(inner, value, key=key)
     if origin is Literal:
-        if value not in arguments:
-            choices = ", ".join(map(str, arguments))
-            raise UserError(f"{key}={value} is unknown{did_you_mean(str(value), arguments)} (there are: {choices})")
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):  # 1 == True
+            choices = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in arguments]
+            hint = did_you_mean(str(value), choices)
+            raise UserError(f"{key}={value} is unknown{hint} (there are: {', '.join(choices)})")
         return value
     if origin is dict and isinstance(value, dict):
         return value

@@ -21,7 +21,7 @@ from qvgen.data.cache_fill import FillOptions, FillReport, fill
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.clips import Bucket, CutSettings
-from qvgen.data.latent_cache import CacheSettings, LatentCache
+from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
 from qvgen.data.source import Family, Split
 from qvgen.data.tables.columns import Columns
 
@@ -132,6 +132,16 @@ class ClipSource:
             ),
         )
 
+    def identity(self, family: LatentFamily) -> dict[str, str]:
+        """The usable clips with their captions, and what the cache has for them; see :mod:`qvgen.data.source`."""
+        cache = self.latent_cache(family)
+        rows = self._cached(cache).rows
+        clips = content_key("clips", [[row["clip"], row["caption"]] for row in rows])
+        # All that the cache says of a row but its name: the cut, the VAE, whatever else decides the latents.
+        latents = content_key("latents", [{key: row[key] for key in row if key != "name"} for row in rows])
+        captions = content_key("captions", cache.settings.text_revision)
+        return {"clips": f"{len(rows)} clips, {clips}", "latents": latents, "captions": captions}
+
     def is_complete(self, family: LatentFamily, *, captions: Sequence[str]) -> bool:
         """Whether the cache holds every clip of the table, and these captions too."""
         cache = self.latent_cache(family)
@@ -160,9 +170,7 @@ class ClipSource:
             UserError: The cache lacks some, or the split is empty.
         """
         cache = self.latent_cache(family)
-        everything = CachedClips.open(cache, self.table(), max_bad=self.max_bad)
-        if everything is None:
-            raise UserError(f"data.cache={self.cache} does not hold all of {self.path}; run qvgen precompute first")
+        everything = self._cached(cache)
         different = len({row["clip"] for row in everything.rows})
         if different < 2:
             raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
@@ -170,6 +178,13 @@ class ClipSource:
         clips = CachedClips(cache, everything.rows, split=split, held_out=held_out)
         num_clips = len({row["clip"] for row in clips.rows})
         return Split(samples=clips, buckets=clips.buckets, encode=cache.encode, num_clips=num_clips)
+
+    def _cached(self, cache: LatentCache) -> CachedClips:
+        """All samples of the table; raises UserError where the cache lacks some."""
+        everything = CachedClips.open(cache, self.table(), max_bad=self.max_bad)
+        if everything is None:
+            raise UserError(f"data.cache={self.cache} does not hold all of {self.path}; run qvgen precompute first")
+        return everything
 
 
 def _parse(buckets: Sequence[str]) -> tuple[Bucket, ...]:

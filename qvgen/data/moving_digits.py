@@ -19,6 +19,7 @@ Left out: more than one digit, other starts, finer steps, longer clips: a few mi
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypedDict
@@ -197,6 +198,16 @@ class MovingDigitsSource:
                 f"data=moving_digits has videos of shape {found}, model={family.name} takes {family.sample_shape}; "
                 "choose data that fits: data=clips data.path=FOLDER for a model with a VAE"
             )
+
+    def identity(self, family: Family) -> dict[str, str]:
+        """The handwriting, which comes with scikit-learn; see :meth:`qvgen.data.source.DataSource.identity`."""
+        del family
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            ink, labels = _handwriting(split)
+            digest.update(ink.numpy().tobytes())
+            digest.update(bytes(labels))
+        return {"handwriting": digest.hexdigest()}
 
     def open(self, family: Family, *, split: str) -> Split:
         """The samples of ``train`` or ``held_out``, all of one bucket."""

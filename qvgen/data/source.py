@@ -58,6 +58,13 @@ class Split:
 class DataSource(Protocol):
     """A leaf of conf/data."""
 
+    def identity(self, family: Any) -> dict[str, str]:
+        """What decides the samples: name of a part -> checksum of its content, whatever it is called and wherever it lies.
+
+        Raises:
+            ValueError: They are not ready.
+        """
+
     def check(self, family: Any) -> None:
         """Raise ValueError where the family can't be trained on this data, whatever its files hold."""
 

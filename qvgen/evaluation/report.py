@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -35,6 +35,7 @@ from qvgen.evaluation.report_video import ShownVideo, shown_video
 from qvgen.evaluation.validation_files import DIRECTORY, read_validation
 from qvgen.evaluation.validation_section import build_section
 from qvgen.run_directory import atomic_write
+from qvgen.run_identity import Change, read_changes
 
 TRAJECTORY_PSNR_FLOOR_DB = 50.0
 """Packed and fake-quantized videos agree from this PSNR on; there the RMS difference is 0.8 levels of 255."""
@@ -47,7 +48,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
 
     The curves are read from run_dir/metrics.csv; without that file the page says so. What was sampled while training is
     read from run_dir/validation; without that folder there is no such section. Bits that were allocated to layers are read
-    from run_dir/mixed_precision, likewise.
+    from run_dir/mixed_precision, likewise; and what changed in the run while it was stopped, from run_dir/identity.json.
 
     Args:
         run_dir: the run's folder; it exists.
@@ -63,8 +64,13 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     run_dir = Path(run_dir)
     validation = read_validation(run_dir / DIRECTORY, verify=True)
     allocation = read_allocation(run_dir)
-    page = render_html(data, read_history(run_dir / "metrics.csv"), validation, allocation)
-    content = {**to_json_dict(data, validation), "mixed_precision": section_json(allocation)}
+    changes = read_changes(run_dir)
+    page = render_html(data, read_history(run_dir / "metrics.csv"), validation, allocation, changes)
+    content = {
+        **to_json_dict(data, validation),
+        "mixed_precision": section_json(allocation),
+        "changes": [asdict(change) for change in changes],
+    }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(run_dir / "report.json", text.encode())
     path = run_dir / "report.html"
@@ -77,6 +83,7 @@ def render_html(
     history: Mapping[str, Series],
     validation: Sequence[ValidationVideo] = (),
     allocation: Allocation | None = None,
+    changes: Sequence[Change] = (),
 ) -> str:
     """Return the page as text.
 
@@ -85,6 +92,7 @@ def render_html(
         history: curves by name, as :func:`qvgen.evaluation.charts.read_history` returns them.
         validation: what was sampled while training, in order of step and prompt; its videos are read.
         allocation: which bits every layer got, and of what; None where all have the same.
+        changes: facts that were others when the run went on, as it was told to; the page says so on top.
     """
     script = _template_text("report.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -97,6 +105,7 @@ def render_html(
             charts=draw_charts(history, ptq_error=error.ptq),
             validation=build_section(validation, last_step=data.run.steps),
             mixed=build_bit_section(allocation),
+            changes=changes,
             comparisons=[(video, _shown_videos(video)) for video in data.videos],
             error_rows=[
                 ("RTN, no training", error.rtn),

@@ -74,6 +74,16 @@ class VideoDiT(Protocol):
     def revision(self) -> str:
         """Which weights :meth:`load_teacher` loads."""
 
+    def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
+        """What decides the numbers that the family computes: name of a part -> checksum of all its bytes.
+
+        ``revision`` tells one model from another in milliseconds; this tells one bit, and may read all weights once. A
+        part that is not there is left out.
+
+        Args:
+            transformer_only: only what :meth:`load_teacher` loads, the LoRA as ``lora``.
+        """
+
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of one sample as the transformer's output has it."""

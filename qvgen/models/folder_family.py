@@ -23,6 +23,7 @@ import diffusers
 import torch
 from torch import nn
 
+from qvgen.models.folder_identity import settings_identity, weights_identity
 from qvgen.models.guidance import check_negative_prompt, require_number
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora
@@ -200,6 +201,16 @@ class FolderFamily(abc.ABC):
         if self._lora is None:
             return revision
         return hashlib.sha256(f"{revision} {self._lora.revision} {float(self.lora_scale)!r}".encode()).hexdigest()
+
+    def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
+        """Checksums of all that the folder holds and of the LoRA; see :meth:`qvgen.models.base.VideoDiT.identity`."""
+        if self.folder is None:
+            return {}
+        lora = {} if self._lora is None else {"lora": f"{self._lora.revision} times {float(self.lora_scale)!r}"}
+        if transformer_only:
+            return {**weights_identity(self.folder, [self.transformer_folder]), **lora}
+        weights = weights_identity(self.folder, [*self.transformer_folders, "vae", "text_encoder"])
+        return {**weights, **settings_identity(self.folder), **lora}
 
     def component_revision(self, component: str) -> str:
         """Content key of the folder's weights of transformer, vae or text_encoder; raises ValueError without them."""

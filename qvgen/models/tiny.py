@@ -135,6 +135,11 @@ class TinyVideoDiT:
         """sha256 of the teacher's weights."""
         return str(read_card(self.weights)["sha256"])
 
+    def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
+        """The teacher's weights, whose sha256 is verified when they are loaded; nothing where there are none."""
+        del transformer_only  # there is nothing else
+        return {"transformer": self.revision} if self.weights.is_file() else {}
+
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         """(3, F, S, S)."""

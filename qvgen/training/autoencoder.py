@@ -32,6 +32,7 @@ from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.training.callbacks import begin_table
+from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.progress import progress_bar
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.step_module import StepModule, TrainingDivergedError
@@ -39,7 +40,6 @@ from qvgen.training.trainer import Processes, build_logger, build_trainer, close
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_DIRECTORY = "checkpoints"
 AUTOENCODER_COLUMNS = (
     "step", "train/loss", "train/l1", "train/kl", "train/gradient_norm", "train/learning_rate", "train/seconds",
 )  # fmt: skip
@@ -208,6 +208,7 @@ def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_di
     directory, every = run_dir / CHECKPOINT_DIRECTORY, config.checkpoint.every_steps
     callbacks: list[lightning.Callback] = [
         AutoencoderMetrics(run_dir / "metrics.csv", num_steps=config.steps),
+        RunMark(run_dir),
         StepCheckpoint(directory, every_steps=every, keep=config.checkpoint.keep, num_steps=config.steps),
     ]
     loggers = build_logger(config.logger, run_dir=run_dir)
@@ -220,7 +221,8 @@ def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_di
     )
     data = StepKeyedData(split, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed)
     vae.train()
-    found = checkpoints(directory)
+    if found := checkpoints(directory):
+        check_checkpoint(found[-1], run=run_key(run_dir))
     try:
         fit(trainer, module, data, checkpoint=found[-1] if found else None)
     finally:

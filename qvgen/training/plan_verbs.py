@@ -12,12 +12,12 @@ from safetensors import safe_open
 
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
+from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
 from qvgen.training.fake_model import build_family, build_student, build_teacher
 from qvgen.training.live_bytes import tensor_bytes
 from qvgen.training.plan_layers import checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.plan_memory import host_memory, preparation_bytes, teacher_dtype
 from qvgen.training.plan_text import format_bytes, format_count
-from qvgen.training.session import CHECKPOINT_DIRECTORY
 from qvgen.training.step_checkpoint import checkpoints
 
 

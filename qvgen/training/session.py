@@ -1,40 +1,32 @@
 """One training session: this process's share of a run, and the processes that share it.
 
-The state that training starts from lies in ``start.safetensors``; every process reads it, so that all begin with the same
-bits. A later session of the same run continues from the newest checkpoint.
+All begin with the state that start_file.py wrote; a later session of the same run continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import lightning
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
-from qvgen.layers.swap import forms, restore_forms_
 from qvgen.lowrank.decay import DecaySchedule
-from qvgen.run_directory import atomic_write, write_plain
+from qvgen.run_directory import write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.sharded_models import ShardedModels
+from qvgen.training.start_file import restore_layers_
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
 from qvgen.training.validation import validation_videos
-
-START_FILE = "start.safetensors"
-LAYERS_FILE = "layers.json"
-CHECKPOINT_DIRECTORY = "checkpoints"
 
 STEP_PARTS = 2
 """A step's batch is computed in at least so many parts, whose gradients are added. One process that goes through two
@@ -56,43 +48,6 @@ def micro_batch_size(config: TrainConfig) -> int:
     return config.batch_size // (micro_batches(config) * config.devices)
 
 
-def save_start(student: nn.Module, run_dir: Path) -> None:
-    """Write the state that training starts from: forms of the layers, then all tensors.
-
-    What layers share is written under the name of each: safetensors has no tensor of two names.
-    """
-    atomic_write(run_dir / LAYERS_FILE, json.dumps(forms(student)).encode())
-    tensors: dict[str, torch.Tensor] = {}
-    written: set[int] = set()
-    for name, value in student.state_dict().items():
-        tensors[name] = value.clone() if value.data_ptr() in written else value.detach().contiguous()
-        written.add(value.data_ptr())
-    atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
-
-
-def load_start(student: nn.Module, run_dir: Path) -> None:
-    """Read what :func:`save_start` wrote; raises ValueError where it is damaged."""
-    path = run_dir / START_FILE
-    restore_layers_(student, run_dir)
-    try:
-        student.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} does not hold this run's start ({error}); start another run") from error
-
-
-def restore_layers_(student: nn.Module, run_dir: Path) -> None:
-    """Bring the layers of a prepared student to the coordinates that the run starts in; their tensors stay.
-
-    Raises:
-        ValueError: The file is missing, damaged or of another model.
-    """
-    path = run_dir / LAYERS_FILE
-    try:
-        restore_forms_(student, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold this run's layers ({error}); start another run") from error
-
-
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule | None) -> int:
     """Bring a prepared student to the newest checkpoint of a run, and its Phi to what the schedule says there.
 
@@ -106,15 +61,15 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule |
     if not found:
         raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
     restore_layers_(student, run_dir)
+    state = check_checkpoint(found[-1], run=run_key(run_dir))
     try:
-        state = torch.load(found[-1], map_location="cpu", weights_only=True)
         prefix = "student."
         student.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}, strict=True
         )
-        step = int(state["global_step"])
-    except (RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{found[-1]} is damaged or of another run ({type(error).__name__}); delete it") from error
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{found[-1]} is of another model ({type(error).__name__}); delete it") from error
+    step = int(state["global_step"])
     if schedule is not None:
         PhiDecay(schedule).apply(student, None, step=step)
     return step
@@ -136,7 +91,12 @@ def train_all(
         teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
         run_dir: A claimed run folder.
         validate: Measures the held-out relative error of the student.
+
+    Raises:
+        UserError: The newest checkpoint is damaged, not finite or of another run.
     """
+    if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):  # once, for all processes
+        check_checkpoint(found[-1], run=run_key(run_dir))
     if config.devices == 1:
         train_share(config, student=student, teacher=teacher, run_dir=run_dir, validate=validate)
         return
@@ -230,6 +190,7 @@ def _callbacks(
             every_steps=config.evaluation.every_steps,
             num_steps=steps,
         ),
+        RunMark(run_dir),
         StepCheckpoint(
             run_dir / CHECKPOINT_DIRECTORY,
             every_steps=config.checkpoint.every_steps,

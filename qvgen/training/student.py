@@ -35,7 +35,7 @@ from qvgen.training.calibration import CalibratedModel
 from qvgen.training.fake_model import add_configured_switch, input_sets, share_inputs_
 from qvgen.training.mixed_precision import allocate_bits_, check_mixed_precision
 from qvgen.training.phi_plan import decay_schedule, phi_ranks
-from qvgen.training.session import START_FILE, load_start, save_start
+from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +122,14 @@ def start_student(
 ) -> Mapping[str, float]:
     """Let the PTQ method choose where training starts, or read what it chose before; the errors without training."""
     done = run_dir.load_stage("start")
-    if done is not None:
+    if done is not None and has_start(run_dir.path):
         load_start(student, run_dir.path)
         _say_sharing(config, student)
         return done
     began = time.monotonic()
-    if (run_dir.path / START_FILE).is_file():  # written whole, but what is known of it was lost
+    if (
+        done is None and has_start(run_dir.path) and (run_dir.path / START_FILE).is_file()
+    ):  # written whole, but what is known of it was lost
         return _measure_start(config, run_dir, student=student, held_out=held_out, reference=reference)
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     with phi_suspended(student):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from qvgen.data.assets import find_asset
 from qvgen.data.pixel_clips import PixelClips
 from qvgen.evaluation.environment import collect_environment
 from qvgen.models.small_folder import round_to_stored_, write_card
-from qvgen.run_directory import RunDirectory
+from qvgen.run_identity import read_changes
 from qvgen.training.autoencoder import fit_autoencoder, latent_statistics, reconstruction_psnr_db
 from qvgen.training.callbacks import total_seconds
+from qvgen.training.identity import claim_run
 from qvgen.verbs._deliver import command_line
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def train_autoencoder(config: TrainConfig) -> None:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the largest bucket of {largest} clips; use less"
         )
-    with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
+    with claim_run(config) as run_dir:
         fit_autoencoder(config, vae=vae, split=train, run_dir=run_dir.path)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         round_to_stored_(vae)  # what is measured is what is written
@@ -98,4 +99,5 @@ def _card(config: TrainConfig, run_dir: Path, *, clips: int, psnr: float) -> dic
         "seconds": round(total_seconds(run_dir / "metrics.csv")),
         "text_encoder": TEXT_ENCODER,
         "environment": {"machine": collect_environment().machine.to_json_dict()},
+        "changes": [asdict(change) for change in read_changes(run_dir)],
     }

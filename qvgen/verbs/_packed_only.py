@@ -16,6 +16,7 @@ from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.comparison import bf16_bytes, codes_equal, layer_reports
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
+from qvgen.run_identity import read_changes
 from qvgen.training.student import fold_student
 from qvgen.verbs._deliver import run_info
 
@@ -64,6 +65,7 @@ def deliver_unmeasured(
         "versions": dict(environment.versions),
         "git_sha": environment.git_sha,
         "machine": environment.machine.to_json_dict(),
+        "changes": [asdict(change) for change in read_changes(path)],
     }
     atomic_write(path / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     print(f"report: {path / 'report.json'}")

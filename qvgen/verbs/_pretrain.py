@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from qvgen.models.folder_family import FolderFamily
 from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import save_weights
-from qvgen.run_directory import RunDirectory
+from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.session import load_start, micro_batch_size, save_start, train_all
+from qvgen.training.identity import claim_run
+from qvgen.training.session import micro_batch_size, train_all
+from qvgen.training.start_file import has_start, load_start, save_start
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import command_line
 
@@ -49,8 +52,8 @@ def pretrain(config: TrainConfig) -> None:
         batch_size=micro_batch_size(config),
     )
     log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))
-    with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
-        if run_dir.load_stage("start") is None:
+    with claim_run(config) as run_dir:
+        if run_dir.load_stage("start") is None or not has_start(run_dir.path):
             save_start(student, run_dir.path)
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
@@ -61,6 +64,7 @@ def pretrain(config: TrainConfig) -> None:
             "steps": config.steps,
             "seconds": round(total_seconds(run_dir.path / "metrics.csv")),
             "environment": {"machine": collect_environment().machine.to_json_dict()},
+            "changes": [asdict(change) for change in read_changes(run_dir.path)],
         }
         quality = {"held_out_loss": held_out.loss(student)}
         if isinstance(held_out.split.samples, MovingDigits):

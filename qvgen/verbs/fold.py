@@ -10,6 +10,7 @@ from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import codes_equal
+from qvgen.training.identity import check_fold
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.plan_verbs import plan_fold
 from qvgen.training.session import load_trained
@@ -33,6 +34,7 @@ def run(config: FoldConfig) -> int | None:
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
     torch.set_num_threads(run_config.strategy.threads)
+    check_fold(run_config, config.run_dir, force=config.force)
     student, _ = prepare_student(run_config)
     step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
     fold_student(run_config, student, config.out, steps=step)

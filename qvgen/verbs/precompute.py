@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 def run(config: PrecomputeConfig) -> None:
     """Fill the cache with what is missing of this machine's share."""
+    torch.set_num_threads(config.threads)
     source = _clips(config)
     if config.dry_run:
         for line in plan(config, source):
             print(line)
         return
-    torch.set_num_threads(config.threads)
     began = time.monotonic()
     encoded, report = fill_all(config, source)
     print(

@@ -14,11 +14,12 @@ from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.report import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.models.guidance import texts_to_encode
-from qvgen.run_directory import RunDirectory
+from qvgen.training.identity import check_worker, claim_run
 from qvgen.training.phi_plan import phi_ranks
 from qvgen.training.plan import plan_training
 from qvgen.training.plan_text import format_plan
-from qvgen.training.session import load_start, train_all, train_share
+from qvgen.training.session import train_all, train_share
+from qvgen.training.start_file import load_start
 from qvgen.training.student import check_student, prepare_student, start_student
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
@@ -63,7 +64,7 @@ def quantize(config: TrainConfig) -> None:
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     inputs = open_inputs(config)
     student, swapped = prepare_student(config)
-    with RunDirectory.claim(config.run_dir, config.plain, resume=config.resume) as run_dir:
+    with claim_run(config) as run_dir:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
         held_out = inputs(teacher)
@@ -100,6 +101,7 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     """Take part in a run as another process than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     torch.set_num_threads(config.strategy.threads)
+    check_worker(config)
     if config.strategy.name == "fsdp":  # its shares come from rank 0
         held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
         validate = None if held_out is None else held_out.take_part

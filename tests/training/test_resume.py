@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config import UserError
+from qvgen.config.build import build
+from qvgen.config.compose import compose_plain
+from qvgen.verbs import precompute
 from qvgen.verbs import train as verb
 from tests.runs import (
     BOUNDARIES,
@@ -86,15 +91,20 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
 def test_the_configuration_alone_says_how_many_threads_compute() -> None:
     before = torch.get_num_threads()
+    config = train_config("data=clips")
     try:
         for threads in (2, 1):
             with pytest.raises(UserError, match="data=clips needs a model with a VAE"):
-                verb.run(train_config("data=clips", f"strategy.threads={threads}"))
+                verb.run(replace(config, strategy=replace(config.strategy, threads=threads)))
             assert torch.get_num_threads() == threads
+        plain = compose_plain("precompute", ["model=tiny", "data=moving_digits", "threads=2"])
+        with pytest.raises(UserError, match="has nothing to encode"):
+            precompute.run(build("precompute", plain))
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     with pytest.raises(UserError, match=r"strategy\.threads=0 must be greater than 0"):
-        train_config("strategy.threads=0")
+        replace(config.strategy, threads=0)
 
 
 def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) -> None:
@@ -146,21 +156,32 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
     assert packed_bytes(run_dir) == packed_bytes(short_run)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "cut"])
+def one_bit_of_a_tensor(content: bytes) -> bytes:
+    return content[:2_000_000] + bytes([content[2_000_000] ^ 1]) + content[2_000_001:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[:100_000], one_bit_of_a_tensor],
+    ids=["empty", "cut", "one bit"],
+)
 def test_a_damaged_checkpoint_is_named(
-    content: bytes | None, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[bytes], bytes], short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = copy_until(short_run, tmp_path / "run", step=6)
     newest = run_dir / "checkpoints" / "step-00000006.ckpt"
-    newest.write_bytes(newest.read_bytes()[:100_000] if content is None else content)
+    newest.write_bytes(damage(newest.read_bytes()))
     before = snapshot(run_dir)
     assert train(run_dir, ACCUMULATE, "resume=true") == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{newest} is no checkpoint or damaged; delete it to resume from the one before" in line
     assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{newest} is damaged or of another run" in line
+    assert f"{newest} is no checkpoint or damaged; delete it to resume from the one before" in line
     assert snapshot(run_dir) == before
+    newest.unlink()  # as told
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    assert "Phi still has rank 2" in capsys.readouterr().err  # it was read: the one of step 3
 
 
 def test_ctrl_c_ends_a_run_that_can_be_continued(tmp_path: Path) -> None:

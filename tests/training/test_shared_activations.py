@@ -23,7 +23,8 @@ from qvgen.training.fake_model import build_family, build_student, input_sets
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import parameter_groups
 from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.session import load_start, load_trained
+from qvgen.training.session import load_trained
+from qvgen.training.start_file import load_start
 from qvgen.training.step_module import total_norm
 from qvgen.training.student import prepare_student
 from tests.models.hub_folders import make_cogvideox_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.compose import compose_plain
@@ -45,6 +46,22 @@ def test_folding_while_phi_has_rank_is_refused(
     assert shown.out == ""
     assert not caplog.messages  # they would stand beside the line
     assert snapshot(run_dir) == before
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_folded(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = copy_until(short_run, tmp_path / "run", step=12)
+    newest = run_dir / "checkpoints" / "step-00000012.ckpt"
+    state = torch.load(newest, weights_only=True)
+    state["state_dict"]["student.proj_out.weight"][3, 4] = float("nan")
+    torch.save(state, newest)
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"qvgen fold: {newest}: 'state_dict.student.proj_out.weight'")
+    assert "holds 1 NaN among 3072 values" in line
+    assert line.endswith("; delete it to resume from the one before")
+    assert not (run_dir / "packed").exists()
 
 
 def test_runs_without_anything_to_fold_are_refused(

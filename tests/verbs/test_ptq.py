@@ -15,7 +15,7 @@ from qvgen.config.leaves import conf_directory, load_leaf
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
-from qvgen.training.session import load_start
+from qvgen.training.start_file import load_start
 from qvgen.training.student import fold_student, prepare_student
 from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 

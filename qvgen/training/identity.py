@@ -1,0 +1,207 @@
+"""The facts of a run: everything that its bits depend on besides its configuration; what is done with them: run_identity.py.
+
+    code.qvgen      version, and a checksum of all sources: an edited checkout is another code, another folder is not
+    code.NAME       version of a library that takes part in the arithmetic
+    model.PART      checksums of what the family computes with, LoRAs included
+    data.PART       checksums of the samples, and of what the cache has for them
+    prompts.USE     captions that calibration, or the report's videos, sample from
+    machine.device  the processor or GPU that trains: others add in another order
+    machine.settings    variables of the environment that change the arithmetic of a library
+
+The number of threads is part of the configuration (``strategy.threads``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvgen import __version__
+from qvgen.config.errors import UserError
+from qvgen.config.schema import TrainConfig
+from qvgen.data.clip_source import ClipSource
+from qvgen.data.pixel_clips import PixelClips
+from qvgen.evaluation.comparison import shown_videos
+from qvgen.evaluation.environment import collect_machine, collect_versions, git_revision
+from qvgen.evaluation.validation_files import DIRECTORY as VALIDATION_DIRECTORY
+from qvgen.run_directory import RunDirectory
+from qvgen.run_identity import RunIdentity, continue_run
+from qvgen.training.calibration import calibration_prompts
+from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
+from qvgen.training.start_file import START_FILE
+from qvgen.training.step_checkpoint import checkpoints
+
+_LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
+
+_PACKAGES = ("qvgen", "qvgen_kernels")
+_SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h")
+
+_SETTINGS = (
+    "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
+
+
+def claim_run(config: TrainConfig) -> RunDirectory:
+    """Take the run's folder; record what a run that begins depends on, and compare it in a run that goes on.
+
+    Raises:
+        UserError: See :meth:`qvgen.run_directory.RunDirectory.claim`; or something that the run depends on is no longer the
+            same. Nothing in the folder was changed then.
+    """
+    force = config.resume == "force"
+    run_dir = RunDirectory.claim(config.run_dir, config.plain, resume=bool(config.resume), force=force)
+    try:
+        _identify(config, run_dir, force=force)
+    except BaseException:
+        run_dir.release()
+        raise
+    return run_dir
+
+
+def _identify(config: TrainConfig, run_dir: RunDirectory, *, force: bool) -> None:
+    facts = collect_facts(config)
+    found = checkpoints(run_dir.path / CHECKPOINT_DIRECTORY)
+    started = run_dir.load_stage("start") is not None or (run_dir.path / START_FILE).exists()
+    if not found and not started:  # nothing that was computed stands there yet
+        commit, _ = git_revision(Path(__file__))
+        RunIdentity.begin(config.plain, facts, commit=commit).write(run_dir.path)
+        return
+    step = checkpoint_step(found[-1]) if found else 0
+    changes = continue_run(run_dir.path, facts, force=force, step=step, new_keys=run_dir.new_keys)
+    if any(change.name.startswith("model.") for change in changes):  # its validation videos are another model's
+        shutil.rmtree(run_dir.path / VALIDATION_DIRECTORY / "teacher", ignore_errors=True)
+
+
+def check_fold(config: TrainConfig, run_dir: Path, *, force: bool) -> None:
+    """Raise UserError where a run is to be folded with other code or from another model than it was trained with.
+
+    Nothing else takes part in folding: neither data nor machine, neither VAE nor text encoder.
+    """
+    if force:
+        return
+    known = RunIdentity.read(run_dir)
+    if known is None:
+        raise UserError(
+            f"{run_dir} has no record of the code and model that it was trained with; if they are the same write force=true"
+        )
+    transformer = config.model.identity(transformer_only=True)
+    facts = {**code_facts(), **{f"model.{name}": value for name, value in transformer.items()}}
+    remedy = "bring back what was there, or fold all the same with force=true"
+    known.check(
+        facts,
+        run_dir=run_dir,
+        remedy=remedy,
+        counts=lambda name: name in facts or name.startswith("code.") or name == "model.lora",
+    )
+
+
+def check_worker(config: TrainConfig) -> None:
+    """Raise UserError where a further process of a run sees other code or another model than rank 0 recorded.
+
+    The checksums of large files are remembered, so that this costs milliseconds. Data is the same cache's: each sample is
+    checked as it is read. A machine may have two kinds of GPU.
+    """
+    known = RunIdentity.read(config.run_dir)
+    if known is not None:
+        known.check(
+            {**code_facts(), **_model_facts(config)},
+            run_dir=config.run_dir,
+            remedy="give all processes the same files and start again",
+            counts=lambda name: name.startswith(("code.", "model.")),
+        )
+
+
+def collect_facts(config: TrainConfig) -> dict[str, str]:
+    """All facts of a run, on this machine and now.
+
+    Raises:
+        ValueError: Data that is not ready, a model that is damaged.
+    """
+    return {**code_facts(), **_model_facts(config), **_data_facts(config), **_prompt_facts(config), **_machine_facts()}
+
+
+def code_facts() -> dict[str, str]:
+    """Of the sources and libraries."""
+    versions = collect_versions(_LIBRARIES)
+    libraries = {f"code.{name}": versions[name] for name in _LIBRARIES}
+    return {"code.qvgen": f"{__version__}, source {_own_sources()}", **libraries}
+
+
+def _model_facts(config: TrainConfig) -> dict[str, str]:
+    """Of the model; a transformer that is trained from scratch and a VAE that is are results and no facts."""
+    made = () if config.method.quantizes else ("transformer", "lora")
+    if config.method.name == "autoencoder":
+        return {}
+    return {f"model.{name}": value for name, value in config.model.identity().items() if name not in made}
+
+
+def _data_facts(config: TrainConfig) -> dict[str, str]:
+    source, family = config.data, config.model
+    if config.evaluation.samples == 0 or (isinstance(source, ClipSource) and source.path is None):
+        return {}  # `qvgen ptq`, which then reads none
+    if config.method.name == "autoencoder":
+        family = PixelClips(family)
+    return {f"data.{name}": value for name, value in source.identity(family).items()}
+
+
+def _prompt_facts(config: TrainConfig) -> dict[str, str]:
+    if not config.method.quantizes:
+        return {}
+    facts = {"prompts.shown": _listed(shown_videos(config))}
+    if config.init.needs:
+        facts["prompts.calibration"] = _listed(calibration_prompts(config).lines)
+    return facts
+
+
+def _machine_facts() -> dict[str, str]:
+    if torch.cuda.is_available():
+        versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        device = f"{torch.cuda.get_device_name()}, {versions}"
+    else:
+        device = f"{collect_machine().cpu}, {torch.backends.cpu.get_cpu_capability()}"
+    given = [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
+    return {"machine.device": device, "machine.settings": ", ".join(given) or "none"}
+
+
+def _listed(prompts: Sequence[Any]) -> str:
+    """Prompts with all that they say: captions, negative prompts, seeds."""
+    text = json.dumps([asdict(prompt) for prompt in prompts])
+    return f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@cache
+def _own_sources() -> str:
+    """Checksum of the code that runs: once in a process, which does not load again what is edited meanwhile."""
+    folders = {}
+    for package in _PACKAGES:
+        found = importlib.util.find_spec(package)
+        assert found is not None, f"{package} is not installed"
+        assert found.origin is not None, f"{package} has no file"
+        folders[package] = Path(found.origin).parent
+    return sources_checksum(folders)
+
+
+def sources_checksum(packages: Mapping[str, Path]) -> str:
+    """SHA-256 over all sources of packages, wherever their folders lie; 64 hex digits.
+
+    Args:
+        packages: Name -> folder.
+    """
+    digest = hashlib.sha256()
+    for package, folder in packages.items():
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
+            content = file.read_bytes()
+            digest.update(f"{package}/{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
