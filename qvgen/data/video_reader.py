@@ -1,19 +1,20 @@
-"""Chosen frames of one video file, and what the file is: frames, rate, size.
+"""Chosen frames of one video file, and what the file is: frames, times, size, how its pixels are to be shown.
 
-    path --(PyAV reads the packets' headers)--> VideoInfo --choose--> indices --(decord, else PyAV)--> uint8 [n, H, W, 3]
+    path --(PyAV reads the packets' headers and one frame)--> VideoInfo --choose--> indices --(PyAV)--> uint8 [n, H, W, 3]
 
-Measured on files in 20 containers, decord gives wrong frames in silence in two cases, and is not asked there:
+Everything that container and stream say about pixels and times is honoured, or the file is refused with the reason:
 
-    not mp4/mov or mkv/webm   seeking in mpg, vob, asf, wmv: almost every frame is another one than PyAV's
-    frames not *shown*        an edit list takes them out, decord counts them and repeats the last one shown
-                              (a trimmed file of 149 frames gave 138 copies of frame 148)
+    video_stream     which stream, which of its frames are shown and when, the aspect of a pixel
+    frame_time       whether they are evenly spaced
+    frame_format     matrix, range, primaries, transfer, orientation, alpha, interlacing; the frame as RGB
 
-PyAV reads those, and what decord can't read at all (AV1, GIF); Pillow reads animated WebP. Frames are turned upright where
-the file carries a rotation, as players do.
+Frames are found by their time stamps. In mp4, mov, mkv and webm the decoder starts at the key frame before the first one;
+seeking in mpg, vob, asf, wmv gives other frames, so those are decoded from their beginning. FFmpeg applies cropping (of
+stream and container) and film grain. Pillow reads animated WebP.
 
 A file can still hang a decoder: :mod:`qvgen.data.probe` runs this in a process of its own with a time limit.
 
-Left out: a varying frame rate (its average is used), sound, second video streams.
+Left out: sound.
 """
 
 from __future__ import annotations
@@ -25,11 +26,27 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.format import Flags as FormatFlags
 
+from qvgen.data.frame_format import FrameFormat, Picture, read_format, to_rgb
+from qvgen.data.frame_time import read_timing
 from qvgen.data.video import Frames
+from qvgen.data.video_stream import (
+    PacketTimes,
+    choose_stream,
+    frame_times,
+    is_shown,
+    refuse_stream,
+    stored_aspect,
+    upright_aspect,
+)
+from qvgen.data.webp_animation import is_webp, probe_webp, read_webp
+
+READER = 2
+"""One more when the same file may give other frames, or be refused for another reason: every clip is looked at again."""
 
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers (FFmpeg's names) in which decord finds the frames that it is asked for."""
+"""Containers (FFmpeg's names) in which a decoder can start at a key frame."""
 
 EXACT_COUNT = "mov,mp4,m4a,3gp,3g2,mj2"
 """The container whose header tells exactly how many frames the whole file has."""
@@ -49,6 +66,9 @@ class VideoInfo:
         width: Pixels, upright.
         codec: Its name.
         container: FFmpeg's name for the file's format.
+        pixel_aspect: Width of a pixel, upright, in units of its height.
+        times_s: Seconds at which the frames are shown, from the first one's; None where they are evenly spaced.
+        treatment: How the frames differ from what release 1 of the reader made of them; empty where they do not.
     """
 
     num_frames: int
@@ -57,24 +77,46 @@ class VideoInfo:
     width: int
     codec: str
     container: str
+    pixel_aspect: Fraction = Fraction(1)
+    times_s: tuple[float, ...] | None = None
+    treatment: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What is needed to find a file's frames again.
+
+    Attributes:
+        info: What the file is.
+        number: The stream's, among the video streams.
+        form: What its frames have in common.
+        aspect: Width of a stored pixel by its height.
+        stamps: Time stamp of each shown frame, ascending; None where the file has none: frames are counted.
+    """
+
+    info: VideoInfo
+    number: int
+    form: FrameFormat
+    aspect: Fraction
+    stamps: tuple[int, ...] | None
 
 
 def probe_video(path: Path | str) -> VideoInfo:
-    """What a video file is, from its headers (animated WebP: from its pictures).
+    """What a video file is, from its headers and first frame (animated WebP: from its pictures).
 
     Raises:
         OSError: There is no such file, or it can't be read.
-        ValueError: It is no video, or it is cut off.
+        ValueError: It is no video, it is cut off, or its pixels can't be shown on an ordinary display.
     """
     path = _existing(path)
-    return _webp_info(path) if _is_webp(path) else _probe_container(path)[0]
+    return _webp_info(path) if is_webp(path) else _probe_container(path).info
 
 
 def read_frames(path: Path | str, choose: Choose) -> tuple[VideoInfo, Frames]:
     """Read some frames of a video file.
 
     Args:
-        path: Any file that decord, PyAV or Pillow decodes.
+        path: Any file that PyAV or Pillow decodes.
         choose: Called once with what the file is; returns the indices to read, ascending. What it raises is passed on.
 
     Returns:
@@ -82,18 +124,19 @@ def read_frames(path: Path | str, choose: Choose) -> tuple[VideoInfo, Frames]:
 
     Raises:
         OSError: There is no such file, or it can't be read.
-        ValueError: It is no video, it is cut off, or its frames can't be decoded.
+        ValueError: As :func:`probe_video`, or its frames can't be decoded or used.
     """
     path = _existing(path)
-    if _is_webp(path):
+    if is_webp(path):
         info = _webp_info(path)
-        return info, _read_webp(path, choose(info))
-    info, rotation = _probe_container(path)
-    indices = choose(info)
-    frames = _read_with_decord(path, indices, info=info)
-    if frames is None:
-        frames = _read_with_av(path, indices, quarter_turns=rotation // 90)
-    return info, frames
+        return info, read_webp(path, choose(info))
+    source = _probe_container(path)
+    return source.info, _read(path, choose(source.info), source=source)
+
+
+def read_video(path: Path | str) -> Frames:
+    """All frames of a video file, uint8 [F, H, W, 3]; raises what :func:`read_frames` raises."""
+    return read_frames(path, lambda info: range(info.num_frames))[1]
 
 
 def _existing(path: Path | str) -> Path:
@@ -103,107 +146,95 @@ def _existing(path: Path | str) -> Path:
     return path
 
 
-def _probe_container(path: Path) -> tuple[VideoInfo, int]:
-    """What the container says, and how many degrees its frames must be turned counter-clockwise."""
+def _webp_info(path: Path) -> VideoInfo:
+    count, timing, (height, width) = probe_webp(path)
+    kind = {"codec": "webp", "container": "webp"}
+    return VideoInfo(num_frames=count, fps=timing.fps, height=height, width=width, times_s=timing.times_s, **kind)
+
+
+def _probe_container(path: Path) -> _Source:
+    """Read the packets' headers and the first frame."""
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-            stated, time_base, average = stream.frames, stream.time_base, stream.average_rate
-            codec, form = stream.codec_context.name, container.format.name
+            number = choose_stream(container, path)
+            stream = container.streams.video[number]
+            packets = [PacketTimes.of(packet) for packet in container.demux(stream) if is_shown(packet)]
+            stated, rate, tick = stream.frames, stream.average_rate, stream.time_base or Fraction(1, 1000)
+            form_name, codec = container.format.name, stream.codec_context.name
+            is_timeless = bool(container.format.flags & FormatFlags.no_timestamps.value)
+        if form_name == EXACT_COUNT and len(packets) < stated:
+            raise ValueError(f"{path} is cut off after {len(packets)} of {stated} frames")
         with av.open(str(path)) as container:  # again from the start: not every format can be rewound
-            first = next(container.decode(video=0))
-            turn = round(first.rotation / 90) * 90
-            height, width = (first.width, first.height) if turn % 180 else (first.height, first.width)
-    except (av.FFmpegError, IndexError, StopIteration) as error:
+            stream = container.streams.video[number]
+            first = next(container.decode(stream))
+            form, aspect = read_format(first), stored_aspect(stream)
+            refusal = refuse_stream(stream) or form.refusal
+    except (av.FFmpegError, StopIteration) as error:
         raise ValueError(f"{path} holds no frame that can be decoded; is it a whole video file?") from error
-    if form == EXACT_COUNT and len(packets) < stated:
-        raise ValueError(f"{path} is cut off after {len(packets)} of {stated} frames")
-    shown = [pts for pts, is_discarded in packets if not is_discarded]
-    fps = _rate(shown, time_base=time_base, stated=average)
-    info = VideoInfo(num_frames=len(shown), fps=fps, height=height, width=width, codec=codec, container=form)
-    return info, turn
-
-
-def _rate(shown: Sequence[int | None], *, time_base: Fraction | None, stated: Fraction | None) -> Fraction:
-    """Frames per second: what the file states, unless its time stamps differ from that by 1 % or more."""
-    times = [pts for pts in shown if pts is not None]
-    if time_base and len(times) == len(shown) and len(times) > 1 and max(times) > min(times):
-        measured = (len(times) - 1) / ((max(times) - min(times)) * time_base)
-        if stated and abs(stated / measured - 1) < Fraction(1, 100):
-            return stated
-        return measured
-    return stated or Fraction(1)
-
-
-def _read_with_decord(path: Path, indices: Sequence[int], *, info: VideoInfo) -> Frames | None:
-    """The frames, or None where decord is missing, fails, or could give other frames than those asked for."""
-    if info.container not in SEEKABLE:
-        return None
     try:
-        import decord
-    except ImportError:  # no wheel for this platform
-        return None
-    decord.logging.set_level(decord.logging.QUIET)  # what matters is reported by us, with the file's name
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        if len(reader) != info.num_frames:
-            return None
-        frames = np.asarray(reader.get_batch(list(indices)).asnumpy())
-    except (decord.DECORDError, RuntimeError):  # a codec that it does not have, a frame that it can't decode
-        return None
-    return frames if frames.shape[1:] == (info.height, info.width, 3) else None
+        if refusal:
+            raise ValueError(refusal)
+        shown = [packet for packet in packets if not packet.is_discarded]
+        times, stamps = frame_times(shown, first=first.pts, tick=tick, rate=None if is_timeless else rate)
+        timing = read_timing(times, tick=tick, stated=rate)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    height, width = (form.width, form.height) if form.turn[0] else (form.height, form.width)
+    info = VideoInfo(
+        num_frames=len(times),
+        fps=timing.fps,
+        height=height,
+        width=width,
+        codec=codec,
+        container=form_name,
+        pixel_aspect=upright_aspect(aspect, form),
+        times_s=timing.times_s,
+        treatment=form.treatment,
+    )
+    return _Source(info=info, number=number, form=form, aspect=aspect, stamps=stamps)
 
 
-def _read_with_av(path: Path, indices: Sequence[int], *, quarter_turns: int) -> Frames:
-    wanted, last = set(indices), max(indices)
-    found: dict[int, np.ndarray] = {}
-    index = -1
+def _read(path: Path, indices: Sequence[int], *, source: _Source) -> Frames:
+    """The frames of these indices.
+
+    Raises:
+        ValueError: One can't be decoded or used.
+    """
+    info, stamps = source.info, source.stamps
+    wanted = [stamps[index] for index in indices] if stamps is not None else list(indices)
+    if stamps is not None and any(stamps.count(stamp) > 1 for stamp in wanted):
+        raise ValueError(f"{path} has several frames with one time stamp; encode it anew")
+    can_seek = stamps is not None and info.container in SEEKABLE
+    found = _find(path, set(wanted), source=source, seek=can_seek)
+    if len(found) < len(wanted) and can_seek:
+        found = _find(path, set(wanted), source=source, seek=False)
+    for index, key in zip(indices, wanted, strict=True):
+        if key not in found:
+            raise ValueError(
+                f"{path} can't be decoded at frame {index} of {info.num_frames}; is it a whole video file?"
+            )
+    return np.stack([found[key] for key in wanted])
+
+
+def _find(path: Path, wanted: set[int], *, source: _Source, seek: bool) -> dict[int, Picture]:
+    """Frames by time stamp (or by number, where there are no stamps): those that could be decoded."""
+    found: dict[int, Picture] = {}
     try:
         with av.open(str(path)) as container:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index in wanted:
-                    found[index] = np.rot90(frame.to_ndarray(format="rgb24"), k=quarter_turns)
-                if index >= last:
+            stream = container.streams.video[source.number]
+            if seek:
+                container.seek(min(wanted), stream=stream)
+            for number, frame in enumerate(container.decode(stream)):
+                key = number if source.stamps is None else frame.pts
+                if key not in wanted:
+                    continue
+                if stored_aspect(stream) != source.aspect:
+                    raise ValueError("changes the aspect of its pixels in mid-stream; cut it there")
+                found[key] = to_rgb(frame, source.form)
+                if len(found) == len(wanted):
                     break
     except av.FFmpegError as error:
-        raise ValueError(f"{path} can't be decoded after frame {index}: {error.strerror}") from error
-    if index < last:
-        raise ValueError(f"{path} ends after {index + 1} frames that can be decoded; frame {last} is needed")
-    return np.stack([found[index] for index in indices])
-
-
-def _is_webp(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(12)
-    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
-
-
-def _webp_info(path: Path) -> VideoInfo:
-    """Size, number and mean duration of an animation's pictures; Pillow knows a duration only once it is decoded."""
-    from PIL import Image
-
-    durations_ms = []
-    try:
-        with Image.open(path) as picture:
-            size, count = picture.size, int(getattr(picture, "n_frames", 1))
-            for index in range(count):
-                picture.seek(index)
-                picture.load()
-                durations_ms.append(int(picture.info.get("duration", 0)))
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} can't be decoded after picture {len(durations_ms)}: {error}") from error
-    total_ms = sum(durations_ms)
-    fps = Fraction(1000 * count, total_ms) if total_ms else Fraction(1)
-    return VideoInfo(num_frames=count, fps=fps, height=size[1], width=size[0], codec="webp", container="webp")
-
-
-def _read_webp(path: Path, indices: Sequence[int]) -> Frames:
-    from PIL import Image
-
-    frames = []
-    with Image.open(path) as picture:
-        for index in indices:
-            picture.seek(index)
-            frames.append(np.asarray(picture.convert("RGB")))
-    return np.stack(frames)
+        raise ValueError(f"{path} can't be decoded after {len(found)} of the frames: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return found

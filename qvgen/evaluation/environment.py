@@ -29,7 +29,6 @@ DISTRIBUTIONS: tuple[str, ...] = (
     "numpy",
     "torchmetrics",
     "av",
-    "decord",
 )
 """Distributions whose version can change a result."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qvgen.data.video import read_video
+from qvgen.data.video_reader import read_video
 from qvgen.evaluation.canvas import FIRST, TEXT, Canvas, Chart
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.report_video import ShownVideo, shown_video

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qvgen.data.clip_report import report_bad
 from qvgen.data.clips import (
     MAX_ENLARGEMENT,
     BadClip,
@@ -24,7 +25,6 @@ from qvgen.data.clips import (
     cut_clip,
     frame_indices,
     plan_cut,
-    report_bad,
     resize_frames,
     to_pixels,
 )

@@ -1,6 +1,6 @@
 """A file that hangs or crashes its decoder costs one worker and is named; checked with real hangs and crashes.
 
-Optional: the real file that decord hangs on for ever, from the package `perception`.
+Optional: a real file on which other decoders hang for ever, from the package `perception`.
 """
 
 from __future__ import annotations
@@ -114,15 +114,13 @@ def test_a_time_limit_must_be_positive() -> None:
         ClipReader(timeout_s=0)
 
 
-def test_the_real_file_that_decord_hangs_on() -> None:
+def test_a_real_file_on_which_other_decoders_hang() -> None:
     folder = find_asset("perception")
     if folder is None:
         pytest.skip("the package perception was not fetched; run: qvgen assets names=perception")
     path = next(folder.rglob("v2s.mov"))
-    with ClipReader(timeout_s=3, answer=FAILING) as reader:
-        with pytest.raises(TimedOut, match="not read within 3 s"):
-            reader.ask({"path": f"{path}decord"})
-        info = reader.probe(path)  # whose container shows 79 frames, all of which PyAV reads
+    with ClipReader() as reader:
+        info = reader.probe(path)  # whose container shows 79 frames
         settings = CutSettings(fps=float(info.fps), buckets=(Bucket(frames=79, height=180, width=320),))
         assert info.num_frames == 79
         assert reader.cut(path, settings=settings)[1].shape == (79, 180, 320, 3)

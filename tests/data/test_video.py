@@ -1,6 +1,6 @@
 """Video files: what is written is what is read, within what h264 with halved chroma may lose.
 
-Checked against the frames themselves, the stream's own tags, and PyAV decoding beside decord.
+Checked against the frames themselves and the stream's own tags.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvgen.data import video as video_module
-from qvgen.data.video import encode_video_bytes, read_video, side_by_side, upscale, viewable_scale, write_video
+from qvgen.data.video import encode_video_bytes, side_by_side, upscale, viewable_scale, write_video
+from qvgen.data.video_reader import read_video
 
 COLORS = np.array(
     [
@@ -114,32 +114,6 @@ def test_bytes_depend_on_the_frames_alone() -> None:
     assert len(encode_video_bytes(natural(), fps=8, scale=1, crf=30)) < len(
         encode_video_bytes(natural(), fps=8, scale=1)
     )
-
-
-def test_decord_and_pyav_read_the_same_frames(tmp_path: Path) -> None:
-    pytest.importorskip("decord")
-    path = write_video(tmp_path / "both.mp4", natural(), fps=8, scale=1)
-    decord_frames, av_frames = video_module._read_with_decord(path), video_module._read_with_av(path)
-    assert decord_frames is not None
-    assert av_frames is not None
-    np.testing.assert_array_equal(decord_frames, av_frames)
-
-
-def test_pyav_reads_what_decord_cannot(tmp_path: Path) -> None:
-    frames = moving_square(4, size=32)
-    path = tmp_path / "animation.gif"
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
-    np.testing.assert_array_equal(read_video(path), frames)
-
-
-def test_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent\.mp4"):
-        read_video(tmp_path / "absent.mp4")
-    for content in (b"", b"no video at all " * 100):
-        (tmp_path / "broken.mp4").write_bytes(content)
-        with pytest.raises(ValueError, match=r"broken\.mp4 holds no frame"):
-            read_video(tmp_path / "broken.mp4")
 
 
 @pytest.mark.parametrize(
