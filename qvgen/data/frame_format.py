@@ -30,6 +30,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
 from jaxtyping import UInt8
 
+from qvgen.data.container_header import Crop
 from qvgen.data.display_color import BT709, WIDE, to_bt709
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -213,12 +214,13 @@ def _grey_levels(form: FrameFormat) -> UInt8[np.ndarray, " levels"]:
     return (levels if form.full_range else np.rint(np.clip((levels - 16) * 255 / 219, 0, 255))).astype(np.uint8)
 
 
-def to_rgb(frame: av.VideoFrame, form: FrameFormat) -> Picture:
+def to_rgb(frame: av.VideoFrame, form: FrameFormat, *, crop: Crop) -> Picture:
     """A frame as uint8 RGB [height, width, 3], upright.
 
     Args:
         frame: Decoded.
         form: Of the clip; the frame must have it.
+        crop: By the container, of the stored frame.
 
     Raises:
         ValueError: The frame is interlaced, transparent, damaged or of another format; says so as the end of a sentence.
@@ -248,6 +250,7 @@ def to_rgb(frame: av.VideoFrame, form: FrameFormat) -> Picture:
         picture = frame.to_ndarray(format="rgb24")
     if form.primaries in WIDE:
         picture = to_bt709(picture, primaries=form.primaries, transfer=form.transfer)
+    picture = picture[crop.top : form.height - crop.bottom, crop.left : form.width - crop.right]
     transpose, mirror_x, mirror_y = form.turn
     picture = picture.transpose(1, 0, 2) if transpose else picture
     return picture[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]

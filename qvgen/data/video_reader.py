@@ -7,10 +7,11 @@ Everything that container and stream say about pixels and times is honoured, or 
     video_stream     which stream, which of its frames are shown and when, the aspect of a pixel
     frame_time       whether they are evenly spaced
     frame_format     matrix, range, primaries, transfer, orientation, alpha, interlacing; the frame as RGB
+    container_header cropping by the container, and edits that change the speed
 
 Frames are found by their time stamps. In mp4, mov, mkv and webm the decoder starts at the key frame before the first one;
-seeking in mpg, vob, asf, wmv gives other frames, so those are decoded from their beginning. FFmpeg applies cropping (of
-stream and container) and film grain. Pillow reads animated WebP.
+seeking in mpg, vob, asf, wmv gives other frames, so those are decoded from their beginning. FFmpeg applies the stream's own
+cropping and film grain. Pillow reads animated WebP.
 
 A file can still hang a decoder: :mod:`qvgen.data.probe` runs this in a process of its own with a time limit.
 
@@ -28,6 +29,7 @@ import av
 import numpy as np
 from av.format import Flags as FormatFlags
 
+from qvgen.data.container_header import Crop, VideoHeader, read_video_headers
 from qvgen.data.frame_format import FrameFormat, Picture, read_format, to_rgb
 from qvgen.data.frame_time import read_timing
 from qvgen.data.video import Frames
@@ -91,6 +93,7 @@ class _Source:
         number: The stream's, among the video streams.
         form: What its frames have in common.
         aspect: Width of a stored pixel by its height.
+        crop: Of stored frames, by the container.
         stamps: Time stamp of each shown frame, ascending; None where the file has none: frames are counted.
     """
 
@@ -98,6 +101,7 @@ class _Source:
     number: int
     form: FrameFormat
     aspect: Fraction
+    crop: Crop
     stamps: tuple[int, ...] | None
 
 
@@ -168,7 +172,8 @@ def _probe_container(path: Path) -> _Source:
             stream = container.streams.video[number]
             first = next(container.decode(stream))
             form, aspect = read_format(first), stored_aspect(stream)
-            refusal = refuse_stream(stream) or form.refusal
+            header = dict(enumerate(read_video_headers(path))).get(number, VideoHeader())
+            refusal = refuse_stream(stream) or form.refusal or header.refusal
     except (av.FFmpegError, StopIteration) as error:
         raise ValueError(f"{path} holds no frame that can be decoded; is it a whole video file?") from error
     try:
@@ -179,19 +184,20 @@ def _probe_container(path: Path) -> _Source:
         timing = read_timing(times, tick=tick, stated=rate)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
-    height, width = (form.width, form.height) if form.turn[0] else (form.height, form.width)
+    crop = header.crop(height=form.height, width=form.width)
+    height, width = form.height - crop.top - crop.bottom, form.width - crop.left - crop.right
     info = VideoInfo(
         num_frames=len(times),
         fps=timing.fps,
-        height=height,
-        width=width,
+        height=width if form.turn[0] else height,
+        width=height if form.turn[0] else width,
         codec=codec,
         container=form_name,
         pixel_aspect=upright_aspect(aspect, form),
         times_s=timing.times_s,
-        treatment=form.treatment,
+        treatment=", ".join(filter(None, [form.treatment, f"{crop}" if crop else ""])),
     )
-    return _Source(info=info, number=number, form=form, aspect=aspect, stamps=stamps)
+    return _Source(info=info, number=number, form=form, aspect=aspect, crop=crop, stamps=stamps)
 
 
 def _read(path: Path, indices: Sequence[int], *, source: _Source) -> Frames:
@@ -230,7 +236,7 @@ def _find(path: Path, wanted: set[int], *, source: _Source, seek: bool) -> dict[
                     continue
                 if stored_aspect(stream) != source.aspect:
                     raise ValueError("changes the aspect of its pixels in mid-stream; cut it there")
-                found[key] = to_rgb(frame, source.form)
+                found[key] = to_rgb(frame, source.form, crop=source.crop)
                 if len(found) == len(wanted):
                     break
     except av.FFmpegError as error:

@@ -1,11 +1,9 @@
 """The one stream of a container that is shown, the times of its frames and the shape of its pixels.
 
-    which stream    not a cover picture; the only one, or the only one that is marked as default; else the file is refused
-    which frames    those that are shown: not what an edit list cuts away, nor frames that only others are coded from
-    their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream is refused
-    pixel aspect    the container's, else the codec's; less than one pixel over the whole frame is the rounding of a size
-
-Left out: rates of an edit list other than 1.
+which stream    not a cover picture; the only one, or the only one that is marked as default; else the file is refused
+which frames    those that are shown: not what an edit list cuts away, nor frames that only others are coded from
+their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream is refused
+pixel aspect    the container's, else the codec's; less than one pixel over the whole frame is the rounding of a size
 """
 
 from __future__ import annotations

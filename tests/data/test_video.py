@@ -11,7 +11,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from qvgen.data.video import encode_video_bytes, side_by_side, upscale, viewable_scale, write_video
 from qvgen.data.video_reader import read_video

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from qvgen.data.video_reader import SEEKABLE, VideoInfo, probe_video, read_frames, read_video
-from tests.data.video_files import counting_frames, index_of, trim, turn_clockwise, write_clip, write_stream
+from tests.data.video_files import counting_frames, index_of, set_display_matrix, trim, write_clip, write_stream
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_frames_are_turned_upright(tmp_path: Path) -> None:
     frames = counting_frames(4)
     frames[:, :24, :32] = 255  # the left upper quarter
     path = write_stream(tmp_path / "phone.mp4", frames, codec="libx264")
-    turn_clockwise(path)
+    set_display_matrix(path, 0, 1, -1, 0)
     info, upright = read_frames(path, lambda info: [0, 3])
     assert (info.height, info.width) == (64, 48)
     assert upright.shape == (2, 64, 48, 3)
