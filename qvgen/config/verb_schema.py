@@ -34,6 +34,7 @@ class GenerateConfig:
         guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
         delta: Of a packed model's activation switch, >= 0; None: its own.
         out: Where the mp4 files go.
+        overwrite: Replace files of the same names that are there already; otherwise they are refused.
         kernel: Backend; ``auto`` picks the best one that is there.
         dry_run: Say what would be done.
         debug: Show tracebacks.
@@ -51,6 +52,7 @@ class GenerateConfig:
     guidance_scale: float | None
     delta: float | None
     out: Path
+    overwrite: bool
     kernel: str
     dry_run: bool
     debug: bool

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def write_clip_table(folder: Path, *, assets: Path | None = None) -> int:
         The number of clips.
 
     Raises:
-        UserError: None of the assets was fetched.
+        UserError: None of the assets was fetched, or the table there holds other rows.
     """
     rows = sorted(_rows(assets))
     if not rows:
@@ -61,8 +61,19 @@ def write_clip_table(folder: Path, *, assets: Path | None = None) -> int:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file_name", "text"), *rows])
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "metadata.csv", text.getvalue().encode())
+    path = folder / "metadata.csv"
+    if path.exists() and not _is_subset(path, rows):
+        raise UserError(
+            f"{path} holds other rows than those of the fetched clips; write clips=ANOTHER, or move it away"
+        )
+    atomic_write(path, text.getvalue().encode())
     return len(rows)
+
+
+def _is_subset(path: Path, rows: Sequence[tuple[str, str]]) -> bool:
+    """Whether a table has these rows alone, or some of them: what an earlier call wrote."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return {tuple(row) for row in csv.reader(file)} <= {("file_name", "text"), *rows}
 
 
 def _rows(assets: Path | None) -> Iterator[tuple[str, str]]:

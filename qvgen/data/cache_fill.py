@@ -26,7 +26,15 @@ from torch import Tensor
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.clip_report import report_bad, too_many_bad
+from qvgen.data.clip_report import (
+    CountTokens,
+    describe_left_out,
+    left_out,
+    report_bad,
+    too_many_bad,
+    warn_of_cut_captions,
+    write_left_out,
+)
 from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
 from qvgen.data.probe import TIMEOUT_S, ClipReader, TimedOut
@@ -39,6 +47,8 @@ EncodeVideo = Callable[[Tensor], Tensor]
 
 EncodeCaptions = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> named tensors with a row for each."""
+
+_Encoders = tuple[EncodeVideo, EncodeCaptions, CountTokens]
 
 STALE_S = 3600.0
 """Half-written files older than this were left by a killed process."""
@@ -81,6 +91,8 @@ class FillReport:
         bad: (name, reason) of the bad clips in its share.
         complete: Whether every row of the table is done, by whatever process.
         bad_report: CSV file (file_name, reason) of all bad clips of the table; written when complete or too many are bad.
+        left_out: One line on what of all clips and captions is not used; empty until complete.
+        left_out_report: CSV file of what of each clip and caption is not used; written when complete.
     """
 
     encoded: int
@@ -88,6 +100,13 @@ class FillReport:
     bad: tuple[tuple[str, str], ...]
     complete: bool
     bad_report: Path
+    left_out: str
+    left_out_report: Path
+
+
+def left_out_path(index_path: Path) -> Path:
+    """The CSV file beside an index that says what of each clip is not used."""
+    return index_path.with_suffix(".left_out.csv")
 
 
 def fill(
@@ -96,6 +115,7 @@ def fill(
     *,
     encode_video: EncodeVideo,
     encode_captions: EncodeCaptions,
+    tokens_left_out: CountTokens = lambda _: 0,
     options: FillOptions | None = None,
 ) -> FillReport:
     """Do what is missing of this process's share of a table.
@@ -105,6 +125,7 @@ def fill(
         table: Clips and captions.
         encode_video: float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]; a pure function.
         encode_captions: Captions -> named tensors with one row each; a pure function.
+        tokens_left_out: Caption -> how many of its tokens ``encode_captions`` leaves out.
         options: Share, limits.
 
     Returns:
@@ -119,8 +140,10 @@ def fill(
     remove_stale(cache.folder)
     index_path = cache.index_path(table)
     report_path = index_path.with_suffix(".bad.csv")
+    warn_of_cut_captions(options.captions, tokens_left_out=tokens_left_out)
     for caption in dict.fromkeys(["", *options.captions]):
         _ensure_text(cache, caption, encode_captions=encode_captions)
+    encoders = (encode_video, encode_captions, tokens_left_out)
     counts = {"encoded": 0, "reused": 0}
     checked: dict[str, str | None] = {}
     bad: list[tuple[str, str]] = []
@@ -129,13 +152,7 @@ def fill(
     with ClipReader(timeout_s=options.timeout_s) as reader:
         for done, row in enumerate(mine):
             clip = table[row]
-            row_key = cache.row_key(clip)
-            record = cache.read_record(row_key)
-            if record is None or not _is_settled(cache, record, clip, checked=checked):
-                record = _make(cache, clip, reader=reader, encoders=(encode_video, encode_captions), counts=counts)
-                cache.write_record(row_key, record)
-            else:
-                counts["reused"] += "latents" in record
+            record = _settle(cache, clip, reader=reader, encoders=encoders, counts=counts, checked=checked)
             if "bad" in record:
                 bad.append((clip.name, record["bad"]))
                 if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
@@ -145,8 +162,15 @@ def fill(
                 log.info("%d of %d clips: %d encoded, %d bad", done + 1, len(mine), counts["encoded"], len(bad))
     if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
         report_bad(bad, total=len(table), max_bad=options.max_bad, report=report_path)
-    complete = _write_index(cache, table, index_path=index_path, report=report_path, max_bad=options.max_bad)
-    return FillReport(bad=tuple(bad), complete=complete, bad_report=report_path, **counts)
+    rows = _write_index(cache, table, index_path=index_path, report=report_path, max_bad=options.max_bad)
+    return FillReport(
+        bad=tuple(bad),
+        complete=rows is not None,
+        bad_report=report_path,
+        left_out="" if rows is None else describe_left_out(rows),
+        left_out_report=left_out_path(index_path),
+        **counts,
+    )
 
 
 def remove_stale(folder: Path) -> None:
@@ -178,16 +202,31 @@ def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, ch
     return checked[key] == record["latents_sha256"] and checked[text_key] == record["text_sha256"]
 
 
-def _make(
+def _settle(
     cache: LatentCache,
     clip: Clip,
     *,
     reader: ClipReader,
-    encoders: tuple[EncodeVideo, EncodeCaptions],
+    encoders: _Encoders,
     counts: dict[str, int],
+    checked: dict[str, str | None],
+) -> dict[str, Any]:
+    """Do what is missing of a row; returns its record."""
+    row_key = cache.row_key(clip)
+    record = cache.read_record(row_key)
+    if record is not None and _is_settled(cache, record, clip, checked=checked):
+        counts["reused"] += "latents" in record
+        return record
+    record = _make(cache, clip, reader=reader, encoders=encoders, counts=counts)
+    cache.write_record(row_key, record)
+    return record
+
+
+def _make(
+    cache: LatentCache, clip: Clip, *, reader: ClipReader, encoders: _Encoders, counts: dict[str, int]
 ) -> dict[str, Any]:
     """Latents and embedding of a clip, unless they are there; returns its record."""
-    encode_video, encode_captions = encoders
+    encode_video, encode_captions, tokens_left_out = encoders
     path = clip.path  # or a temporary one
     try:
         if not clip.caption:
@@ -218,6 +257,7 @@ def _make(
         "bucket": plan.bucket.label,
         "latents_sha256": seal,
         "text_sha256": text_seal,
+        "left_out": left_out(plan, tokens=tokens_left_out(clip.caption)),
     }
 
 
@@ -240,8 +280,10 @@ def _check(tensor: Tensor, *, what: str) -> None:
         raise ValueError(f"{what} gave values that are not finite; run it in float32 or bfloat16")
 
 
-def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, report: Path, max_bad: float) -> bool:
-    """Write report and index if every row of the table has a record and its files; returns whether that is so.
+def _write_index(
+    cache: LatentCache, table: ClipTable, *, index_path: Path, report: Path, max_bad: float
+) -> list[dict[str, Any]] | None:
+    """Write reports and index if every row of the table has a record and its files; returns the usable rows, or None.
 
     The index has the files' present seals: of two processes that encoded one caption at once, the later one's.
     """
@@ -250,7 +292,7 @@ def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, repo
     for row, clip in enumerate(table):
         record = cache.read_record(cache.row_key(clip))
         if record is None:
-            return False
+            return None
         if "bad" in record:
             bad.append((clip.name, record["bad"]))
         else:
@@ -259,8 +301,9 @@ def _write_index(cache: LatentCache, table: ClipTable, *, index_path: Path, repo
                 "text_sha256": cache.text_seal(clip.caption, verify=False),
             }
             if None in seals.values():
-                return False
+                return None
             rows.append({"row": row, "name": clip.name, "caption": clip.caption, **record, **seals})
     report_bad(bad, total=len(table), max_bad=max_bad, report=report)
+    write_left_out(rows, path=left_out_path(index_path))
     atomic_write(index_path, json.dumps({"rows": rows, "bad": sorted(bad)}, sort_keys=True).encode())
-    return True
+    return rows

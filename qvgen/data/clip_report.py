@@ -1,17 +1,95 @@
-"""What became of the clips of a table: those that can't be used, and what of the others was left out.
+"""What became of the clips of a table: those that can't be used, and what of the others is not seen by the model.
 
-Left out: captions, which are counted by the text encoder's tokenizer.
+time       the seconds outside the cut
+picture    the share outside the box
+caption    the tokens beyond those that the text encoder takes
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qvgen.config.errors import UserError
+from qvgen.data.clips import CutPlan
 from qvgen.run_directory import atomic_write
+
+log = logging.getLogger(__name__)
+
+CountTokens = Callable[[str], int]
+"""Caption -> how many of its tokens lie beyond those that the text encoder takes."""
+
+_SHOWN_LETTERS = 60
+
+
+def left_out(plan: CutPlan, *, tokens: int) -> dict[str, float]:
+    """What of a clip is not used, as its record keeps it.
+
+    Args:
+        plan: How it is cut.
+        tokens: Of its caption, that the text encoder does not take.
+    """
+    return {"clip_s": plan.clip_s, "used_s": plan.used_s, "used_area": plan.used_area, "tokens": tokens}
+
+
+def is_left_out(value: Any) -> bool:
+    """Whether a value has the form of what :func:`left_out` gives."""
+    names = {"clip_s", "used_s", "used_area", "tokens"}
+    return (
+        isinstance(value, dict)
+        and value.keys() == names
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value.values())
+    )
+
+
+def describe_left_out(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line on what is not used of the clips of an index."""
+    kept = [row["left_out"] for row in rows]
+    longer = sum(row["clip_s"] > row["used_s"] + 1e-6 for row in kept)
+    cropped = [1 - row["used_area"] for row in kept if row["used_area"] < 1 - 1e-6]
+    cut = [row["tokens"] for row in kept if row["tokens"]]
+    parts = [
+        f"{sum(row['used_s'] for row in kept):.1f} of {sum(row['clip_s'] for row in kept):.1f} s of {len(kept)} clips are "
+        f"used ({longer} are longer than their cut)"
+    ]
+    if cropped:
+        parts.append(f"{len(cropped)} lose the edges of their pictures (up to {100 * max(cropped):.0f} %)")
+    if cut:
+        parts.append(
+            f"{len(cut)} captions lose their end, which the text encoder does not take (up to {max(cut)} tokens)"
+        )
+    return "; ".join(parts)
+
+
+def write_left_out(rows: Sequence[Mapping[str, Any]], *, path: Path) -> None:
+    """Name what is not used of each clip of an index, in a CSV file.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file_name", "seconds", "seconds_used", "picture_used", "tokens_left_out"))
+    for row in rows:
+        kept = row["left_out"]
+        seconds = (f"{kept['clip_s']:.3f}", f"{kept['used_s']:.3f}")
+        writer.writerow((row["name"], *seconds, f"{kept['used_area']:.3f}", kept["tokens"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text.getvalue().encode())
+
+
+def warn_of_cut_captions(captions: Iterable[str], *, tokens_left_out: CountTokens) -> None:
+    """Log a warning for each caption whose end the text encoder does not take."""
+    for caption in dict.fromkeys(captions):
+        tokens = tokens_left_out(caption)
+        if tokens:
+            shown = caption if len(caption) <= _SHOWN_LETTERS else f"{caption[:_SHOWN_LETTERS]}..."
+            log.warning("the text encoder does not take the last %d tokens of the caption %r", tokens, shown)
 
 
 def report_bad(bad: Sequence[tuple[str, str]], *, total: int, max_bad: float, report: Path) -> None:

@@ -8,6 +8,7 @@ What belongs to whom: rate, buckets and limits are this source's; VAE, text enco
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qvgen.config.errors import UserError
-from qvgen.data.cache_fill import FillOptions, FillReport, fill
+from qvgen.data.cache_fill import FillOptions, FillReport, fill, left_out_path
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
+from qvgen.data.clip_report import describe_left_out
 from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
 from qvgen.data.source import Family, Split
 from qvgen.data.tables.columns import Columns
+
+log = logging.getLogger(__name__)
 
 
 class LatentFamily(Family, Protocol):
@@ -44,6 +48,9 @@ class LatentFamily(Family, Protocol):
 
     def check_clip(self, *, frames: int, height: int, width: int) -> None:
         """Raise ValueError for a size that VAE and patches do not divide."""
+
+    def tokens_left_out(self, caption: str) -> int:
+        """How many of a caption's tokens ``encode`` leaves out."""
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Clips float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]."""
@@ -160,7 +167,12 @@ class ClipSource:
         )
         cache = self.latent_cache(family)
         return fill(
-            cache, self.table(), encode_video=family.encode_video, encode_captions=family.encode, options=options
+            cache,
+            self.table(),
+            encode_video=family.encode_video,
+            encode_captions=family.encode,
+            tokens_left_out=family.tokens_left_out,
+            options=options,
         )
 
     def open(self, family: LatentFamily, *, split: str) -> Split:
@@ -174,6 +186,8 @@ class ClipSource:
         different = len({row["clip"] for row in everything.rows})
         if different < 2:
             raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
+        if split == "train":
+            log.info("%s; see %s", describe_left_out(everything.rows), left_out_path(cache.index_path(self.table())))
         held_out = max(1, min(self.held_out, different // 10))
         clips = CachedClips(cache, everything.rows, split=split, held_out=held_out)
         num_clips = len({row["clip"] for row in clips.rows})

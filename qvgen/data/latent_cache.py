@@ -37,6 +37,7 @@ from torch import Tensor
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
+from qvgen.data.clip_report import is_left_out
 from qvgen.data.clips import CutPlan, CutSettings
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import READER
@@ -225,7 +226,8 @@ def is_record(record: Any) -> bool:
     if record.keys() == {"bad", "again"}:
         return isinstance(record["bad"], str) and isinstance(record["again"], bool)
     return (
-        record.keys() == {"clip", "latents", "bucket", "latents_sha256", "text_sha256"}
+        record.keys() == {"clip", "latents", "bucket", "latents_sha256", "text_sha256", "left_out"}
+        and is_left_out(record["left_out"])
         and isinstance(record["bucket"], str)
         and all(_is_digest(record[name]) for name in ("clip", "latents", "latents_sha256", "text_sha256"))
     )

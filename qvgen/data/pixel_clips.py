@@ -43,6 +43,11 @@ class PixelClips:
         """Pixels in [-1, 1] as the bytes that they came from, exactly."""
         return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
+    def tokens_left_out(self, caption: str) -> int:
+        """None: nothing is encoded."""
+        del caption
+        return 0
+
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """An empty row for each caption."""
         return {"none": torch.empty(len(captions), 0)}

@@ -23,6 +23,20 @@ from qvgen.evaluation.placement import placed
 from qvgen.layers.swap import not_sampling
 from qvgen.models.base import VideoDiT
 
+FEWEST_HELD_OUT_CLIPS = 8
+"""A mean over fewer clips says more about them than about a model."""
+
+
+def too_few_held_out(count: int) -> str:
+    """A sentence on a held-out set that is too small; empty where it is not."""
+    if count >= FEWEST_HELD_OUT_CLIPS:
+        return ""
+    clips = "1 clip" if count == 1 else f"{count} clips"
+    return (
+        f"The held-out set of {clips} is too small for its errors to be relied on: use {FEWEST_HELD_OUT_CLIPS} or more "
+        "(data.held_out, evaluation.samples, more clips)."
+    )
+
 
 class MeasuredInputs(abc.ABC):
     """Fixed inputs, and a model's outputs for them.
@@ -65,6 +79,11 @@ class HeldOut(MeasuredInputs):
     """
 
     source = "held_out"
+
+    @property
+    def num_clips(self) -> int:
+        """Different clips among the inputs."""
+        return min(self.num_samples, len(self.split))
 
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
         self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples

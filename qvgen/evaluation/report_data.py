@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qvgen.evaluation.environment import Environment
+from qvgen.evaluation.held_out import too_few_held_out
 from qvgen.evaluation.metrics import FlipCount
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -66,6 +67,7 @@ class HeldOutError:
         num_samples: how many (clip, noise, timestep) triples each number is measured on, the same for all four.
         split: name of the split, no clip of which was trained on; or what stands in its place, in words.
         seed: seed of the noise and the timesteps.
+        num_clips: how many different held-out clips that is; None where it is measured on something else.
     """
 
     rtn: float
@@ -75,6 +77,12 @@ class HeldOutError:
     num_samples: int
     split: str
     seed: int
+    num_clips: int | None = None
+
+    @property
+    def caution(self) -> str:
+        """What is to be said where there are too few clips; empty otherwise."""
+        return "" if self.num_clips is None else too_few_held_out(self.num_clips)
 
 
 @dataclass(frozen=True, kw_only=True)

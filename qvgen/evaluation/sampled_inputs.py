@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qvgen.config.prompt_line import Prompt
 from qvgen.config.schema import TrainConfig
+from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.source import Split
 from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import MeasuredInputs
@@ -47,6 +48,8 @@ class EncodedCaptions:
         """A row for each caption."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._rows]
         if missing:
+            if hasattr(self._family, "tokens_left_out"):
+                warn_of_cut_captions(missing, tokens_left_out=self._family.tokens_left_out)
             if torch.cuda.is_available() and hasattr(self._family, "to"):
                 self._family.to(torch.device("cuda", torch.cuda.current_device()))
             for caption in missing:

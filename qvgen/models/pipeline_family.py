@@ -57,6 +57,20 @@ class PipelineFamily(FolderFamily):
         embeddings = [pipeline.encode_prompt(caption, device=self._device, **options)[0] for caption in captions]
         return {"encoder_hidden_states": torch.cat(embeddings).float()}
 
+    def tokens_left_out(self, caption: str) -> int:
+        """How many of a caption's tokens :meth:`encode` leaves out: those beyond ``max_text_tokens``.
+
+        Raises:
+            ValueError: the tokenizer is missing.
+        """
+        tokens = self._tokenizer()(self.clean_caption(caption), verbose=False).input_ids
+        return max(0, len(tokens) - self.max_text_tokens)
+
+    @staticmethod
+    def clean_caption(caption: str) -> str:
+        """A caption as the pipeline hands it to its tokenizer."""
+        return caption
+
     @property
     def latent_revision(self) -> str:
         """Content key of whatever decides :meth:`encode_video`: the VAE's weights and dtype, how latents are padded.

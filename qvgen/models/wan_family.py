@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,6 +59,11 @@ class WanFamily(PipelineFamily):
         super().__post_init__()
         if self.shift is not None:
             require_number("shift", self.shift, minimum=1)
+
+    @staticmethod
+    def clean_caption(caption: str) -> str:
+        """A caption as WanPipeline hands it to its tokenizer."""
+        return str(prompt_clean(caption))
 
     def scheduler(self) -> Any:
         """The folder's scheduler with this family's shift, new; see the base class."""

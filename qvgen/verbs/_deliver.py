@@ -52,6 +52,7 @@ def deliver(
             num_samples=held_out.num_samples,
             split=held_out.source,
             seed=held_out.seed,
+            num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
         ),
         size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
         checks=comparison.checks,
@@ -75,6 +76,8 @@ def show_result(data: ReportData, report: Path) -> None:
         print(f"measured on {error.num_samples} samples, {error.split}")
     print(f"held-out error of PTQ ({data.run.init}): {error.ptq:.4f}   round to nearest: {error.rtn:.4f}")
     print(f"held-out error of QAT, packed: {error.packed:.4f}   ({error.packed / error.rtn:.2f} x round to nearest)")
+    if error.caution:
+        print(error.caution)
     print(f"size: {size.packed / 1024:.0f} KiB packed, {size.bf16 / 1024:.0f} KiB in bfloat16")
 
 

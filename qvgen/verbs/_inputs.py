@@ -11,7 +11,7 @@ from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.comparison import evaluation_prompts
-from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
+from qvgen.evaluation.held_out import HeldOut, MeasuredInputs, too_few_held_out
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
 from qvgen.models.guidance import texts_to_encode
 from qvgen.training.calibration import calibration_prompts
@@ -47,13 +47,17 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
 
 def open_held_out(config: TrainConfig) -> HeldOut:
     """The held-out clips that a run measures errors on."""
-    return HeldOut(
+    held_out = HeldOut(
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
         seed=config.seed,
         batch_size=micro_batch_size(config),
     )
+    caution = too_few_held_out(held_out.num_clips)
+    if caution:
+        log.warning("%s", caution)
+    return held_out
 
 
 def without_clips(config: TrainConfig) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.leaves import load_foreign_leaf, load_leaf
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
+from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
@@ -32,6 +35,7 @@ def run(config: GenerateConfig) -> int | None:
     """
     family = load_family(config)
     request = read_request(config, family)
+    paths = video_paths(config, request.videos)
     if config.dry_run:
         memory_lines, can_run = plan_generate(family, packed=config.packed or ())
         for line in [*plan(config, request), *memory_lines]:
@@ -48,15 +52,16 @@ def run(config: GenerateConfig) -> int | None:
     if config.prompts is not None:
         log.info("%s", request.seeds_said)
     log.info("%s", request.negatives_said)
+    if hasattr(family, "tokens_left_out"):
+        warn_of_cut_captions(request.texts, tokens_left_out=family.tokens_left_out)
     config.out.mkdir(parents=True, exist_ok=True)
-    variant = "packed" if config.packed else "teacher"
 
     def encode(texts: Any) -> dict[str, Any]:
         rows = [conditions[text] for text in texts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     with placed(transformer):
-        for index, asked in enumerate(request.videos):
+        for asked, path in zip(request.videos, paths, strict=True):
             video = family.generate(
                 transformer,
                 [asked.caption],
@@ -66,7 +71,6 @@ def run(config: GenerateConfig) -> int | None:
                 negative_prompts=[asked.negative],
                 encode=encode,
             )[0]
-            path = config.out / video_name(index, asked.caption, seed=asked.seed, variant=variant)
             write_video(path, video.numpy(), fps=family.fps)
             print(path)
     for switch in switches:
@@ -143,6 +147,26 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
         num_lines=len(prompts),
         seeds=config.seed,
     )
+
+
+def video_paths(config: GenerateConfig, videos: Sequence[PromptedVideo]) -> list[Path]:
+    """The file of each video.
+
+    Raises:
+        ValueError: Some are there already, and are not to be replaced.
+    """
+    variant = "packed" if config.packed else "teacher"
+    paths = [
+        config.out / video_name(index, video.caption, seed=video.seed, variant=variant)
+        for index, video in enumerate(videos)
+    ]
+    earlier = [path for path in paths if path.exists()]
+    if earlier and not config.overwrite:
+        raise ValueError(
+            f"out={config.out} holds {len(earlier)} of the {len(paths)} files that would be written, from an earlier call "
+            f"(first: {earlier[0].name}); write out=ANOTHER, or overwrite=true to replace them"
+        )
+    return paths
 
 
 def load_family(config: GenerateConfig) -> Any:

@@ -38,7 +38,9 @@ def run(config: PrecomputeConfig) -> None:
     )
     if report.bad:
         print(f"unusable clips: {report.bad_report}")
-    if not report.complete:
+    if report.complete:
+        print(f"{report.left_out}; see {report.left_out_report}")
+    else:
         print(f"not complete yet: other shares of num_shards={config.num_shards} are missing")
 
 

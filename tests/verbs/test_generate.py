@@ -49,6 +49,25 @@ def test_one_video_for_each_caption_and_seed(packed: Path, tmp_path: Path) -> No
     assert len({video.read_bytes() for video in videos}) == 4
 
 
+def test_earlier_videos_are_not_written_over_in_silence(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", f"packed={packed}", f"prompt={PROMPT}", f"out={tmp_path}"]
+    assert main([*arguments, "num_steps=1", "seed=[1,2]"]) == DONE
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    for dry_run in ("true", "false"):
+        assert main([*arguments, "num_steps=2", "seed=[3,2]", f"dry_run={dry_run}"]) == BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "holds 1 of the 2 files that would be written, from an earlier call (first: 01-a-red-three" in line
+        assert "overwrite=true" in line
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main([*arguments, "num_steps=2", "seed=[3,2]", "overwrite=true"]) == DONE
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed == {f"0{index}-a-red-three-moving-up-left-seed{seed}-packed.mp4" for index, seed in ((0, 3), (1, 2))}
+
+
 def test_the_video_is_the_same_on_every_backend(packed: Path) -> None:
     family = train_config().model
     names = available_kernels(LinearSpec(in_features=8, out_features=8, weight_bits=4, activation_bits=4))

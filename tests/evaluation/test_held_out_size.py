@@ -1,0 +1,38 @@
+"""A held-out set of fewer than 8 clips is called too small, in the log, the report's page and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+
+from qvgen.evaluation.held_out import too_few_held_out
+from qvgen.evaluation.report import render_html
+from qvgen.evaluation.report_json import to_json_dict
+from qvgen.verbs._inputs import open_held_out
+from tests.evaluation.example_report import report_data
+from tests.runs import train_config
+
+SMALL = "The held-out set of {} is too small for its errors to be relied on: use 8 or more"
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 clip"), (7, "7 clips"), (8, None), (64, None)])
+def test_the_report_says_it(count: int, words: str | None) -> None:
+    error = dataclasses.replace(report_data().relative_error, num_clips=count)
+    data = report_data(relative_error=error)
+    sentence = SMALL.format(words) if words else "is too small"
+    assert (sentence in render_html(data, {})) == bool(words)
+    measured = to_json_dict(data)["relative_error_measured_on"]
+    assert measured["num_clips"] == count
+    assert (sentence in measured["caution"]) == bool(words)
+    assert too_few_held_out(count) == measured["caution"]
+
+
+def test_the_log_says_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        open_held_out(train_config("evaluation.samples=7"))
+        assert SMALL.format("7 clips") in caplog.text
+        caplog.clear()
+        open_held_out(train_config("evaluation.samples=8"))
+        assert caplog.text == ""
