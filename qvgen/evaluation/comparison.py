@@ -6,6 +6,7 @@ relative error. Differences between fake-quantized and packed are counted, not o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,9 +206,17 @@ def _write_videos(sampled: Mapping[str, Tensor], shown: Sequence[PromptedVideo],
 
 
 def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
-    """File name of a video: safe characters of the prompt only."""
+    """File name of a video: safe characters of the prompt only; where they do not say all of it, its checksum too.
+
+    >>> video_name(0, "a red boat", seed=1, variant="packed")
+    '00-a-red-boat-seed1-packed.mp4'
+    >>> video_name(0, "A red boat, at sea", seed=1, variant="packed")
+    '00-a-red-boat--at-sea-c14f0adb-seed1-packed.mp4'
+    """
     words = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60]
     words = words.encode()[:180].decode(errors="ignore").strip("-")  # a name has room for 255 bytes in all
+    if words.replace("-", " ") != prompt:  # another prompt could give the same words
+        words = f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
     return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
 
 
