@@ -67,8 +67,8 @@ class FrameFormat:
         width: Pixels as stored.
         pixels: FFmpeg's name of the pixel format.
         bits: Of its deepest component.
-        matrix: H.273 code of the matrix that is used; 0 for RGB and grey.
-        matrix_from: What it was taken from: ``stream``, ``primaries`` or ``size``; empty for RGB and grey.
+        matrix: H.273 code of the matrix that is used; 0 for RGB, palettes and grey.
+        matrix_from: What it was taken from: ``stream``, ``primaries`` or ``size``; empty where there is none.
         full_range: Whether levels fill 0 .. 2^bits - 1.
         primaries: H.273 code of the primaries that are used.
         transfer: H.273 code, as the stream says.
@@ -109,17 +109,16 @@ class FrameFormat:
 
     @property
     def is_grey(self) -> bool:
-        """Whether there is no colour."""
-        return self.pixels.startswith("gray")
+        """Whether there is no colour: luma alone, or with alpha."""
+        return self.pixels.startswith(("gray", "ya"))
 
 
 def read_format(frame: av.VideoFrame) -> FrameFormat:
     """What a frame says about its pixels."""
-    grey = frame.format.name.startswith("gray")
-    stored = int(frame.colorspace)
-    matrix, source = (0, "") if frame.format.is_rgb or grey else _matrix(frame)
-    range_ = int(frame.color_range)
-    full = frame.format.is_rgb or frame.format.name.startswith("yuvj") or range_ == ColorRange.JPEG
+    name, stored, range_ = frame.format.name, int(frame.colorspace), int(frame.color_range)
+    has_matrix = not frame.format.is_rgb and len(frame.format.components) >= 3  # not grey, nor with a palette
+    matrix, source = _matrix(frame) if has_matrix else (0, "")
+    full = name.startswith("yuvj") or range_ == ColorRange.JPEG
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     if primaries in _UNSPECIFIED:
         primaries = _BT2020 if stored == _BT2020 else BT709
@@ -127,11 +126,11 @@ def read_format(frame: av.VideoFrame) -> FrameFormat:
     return FrameFormat(
         height=frame.height,
         width=frame.width,
-        pixels=frame.format.name,
+        pixels=name,
         bits=max(component.bits for component in frame.format.components),
         matrix=matrix,
         matrix_from=source,
-        full_range=full or (grey and range_ != ColorRange.MPEG),
+        full_range=full or frame.format.is_rgb or (not has_matrix and range_ != ColorRange.MPEG),
         primaries=BT709 if primaries in _LIKE_BT709 else primaries,
         transfer=transfer,
         turn=turn or (False, False, False),
@@ -234,7 +233,7 @@ def to_rgb(frame: av.VideoFrame, form: FrameFormat, *, crop: Crop) -> Picture:
         raise ValueError("is interlaced; deinterlace it first (FFmpeg: -vf bwdif)")
     if frame.is_corrupt:
         raise ValueError("is damaged")
-    has_alpha = any(component.is_alpha for component in frame.format.components)
+    has_alpha = form.pixels == "pal8" or any(component.is_alpha for component in frame.format.components)
     if has_alpha and frame.to_ndarray(format="rgba")[..., 3].min() < 255:
         raise ValueError("is transparent in part; put it on a background first")
     if form.is_grey:

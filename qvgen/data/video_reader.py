@@ -36,8 +36,10 @@ from qvgen.data.video import Frames
 from qvgen.data.video_stream import (
     PacketTimes,
     choose_stream,
+    counted_times,
     frame_times,
     is_shown,
+    raw_rate,
     refuse_stream,
     stored_aspect,
     upright_aspect,
@@ -165,7 +167,7 @@ def _probe_container(path: Path) -> _Source:
             packets = [PacketTimes.of(packet) for packet in container.demux(stream) if is_shown(packet)]
             stated, rate, tick = stream.frames, stream.average_rate, stream.time_base or Fraction(1, 1000)
             form_name, codec = container.format.name, stream.codec_context.name
-            is_timeless = bool(container.format.flags & FormatFlags.no_timestamps.value)
+            is_raw, own_rate = bool(container.format.flags & FormatFlags.no_timestamps.value), raw_rate(stream)
         if form_name == EXACT_COUNT and len(packets) < stated:
             raise ValueError(f"{path} is cut off after {len(packets)} of {stated} frames")
         with av.open(str(path)) as container:  # again from the start: not every format can be rewound
@@ -180,7 +182,11 @@ def _probe_container(path: Path) -> _Source:
         if refusal:
             raise ValueError(refusal)
         shown = [packet for packet in packets if not packet.is_discarded]
-        times, stamps = frame_times(shown, first=first.pts, tick=tick, rate=None if is_timeless else rate)
+        times, stamps = (
+            (counted_times(len(shown), rate=own_rate), None)
+            if is_raw
+            else frame_times(shown, first=first.pts, tick=tick, rate=rate)
+        )
         timing = read_timing(times, tick=tick, stated=rate)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error

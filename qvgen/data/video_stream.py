@@ -2,7 +2,8 @@
 
 which stream    not a cover picture; the only one, or the only one that is marked as default; else the file is refused
 which frames    those that are shown: not what an edit list cuts away, nor frames that only others are coded from
-their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream is refused
+their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream of MPEG-1 or -2 has a
+                    rate, any other is refused
 pixel aspect    the container's, else the codec's; less than one pixel over the whole frame is the rounding of a size
 """
 
@@ -23,6 +24,8 @@ from qvgen.data.frame_format import FrameFormat
 _NOT_THE_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _DOLBY_VISION_ALONE = {"dvh1", "dvhe", "dva1", "dvav", "dav1"}
 """Names of streams that only a Dolby Vision display can show; compatible ones carry the codec's usual name."""
+
+_CODECS_WITH_A_RATE = ("mpeg1video", "mpeg2video")
 
 
 class PacketTimes(NamedTuple):
@@ -88,6 +91,12 @@ def frame_times(
 
     Frames before the first that was decoded are not shown: what they are coded from is missing.
 
+    Args:
+        packets: Of the frames that are shown.
+        first: Time stamp of the first frame that was decoded, or None.
+        tick: Seconds of the stream's clock.
+        rate: Frames per second that the file states, or None.
+
     Raises:
         ValueError: There are neither time stamps nor a rate.
     """
@@ -98,9 +107,19 @@ def frame_times(
     decoding = sorted(packet.dts for packet in packets if packet.dts is not None)
     if len(decoding) == len(packets):  # AVI: one tick for each frame, in the order of decoding
         return [stamp * tick for stamp in decoding], None
-    if rate is None and len(packets) > 1:
+    return counted_times(len(packets), rate=rate), None
+
+
+def counted_times(count: int, *, rate: Fraction | None) -> list[Fraction]:
+    """Seconds of evenly spaced frames; raises ValueError where no rate is known."""
+    if rate is None and count > 1:
         raise ValueError("has no time stamps; put it into a container (ffmpeg -framerate RATE -i IN -c copy OUT.mp4)")
-    return [index / (rate or Fraction(1)) for index in range(len(packets))], None
+    return [index / (rate or Fraction(1)) for index in range(count)]
+
+
+def raw_rate(stream: VideoStream) -> Fraction | None:
+    """Frames per second of a raw stream, where its codec states them; FFmpeg's time stamps of such streams are guesses."""
+    return stream.average_rate if stream.codec_context.name in _CODECS_WITH_A_RATE else None
 
 
 def stored_aspect(stream: VideoStream) -> Fraction:

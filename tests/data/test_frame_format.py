@@ -241,6 +241,19 @@ def test_transparent_frames_are_refused_and_opaque_ones_are_not(tmp_path: Path) 
         probe_video(path)
 
 
+def test_pictures_with_a_palette(tmp_path: Path) -> None:
+    """An animated PNG and a GIF, opaque and with a transparent colour."""
+    pictures = [Image.fromarray(frame).quantize(8) for frame in counting_frames(3)]
+    for name in ("a.png", "a.gif"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=100)
+        assert np.abs(read_video(tmp_path / name).astype(int) - counting_frames(3)).max() <= 8
+    clear = Image.fromarray(np.pad(counting_frames(1)[0], ((0, 0), (0, 0), (0, 1)), constant_values=255), "RGBA")
+    clear.putpixel((5, 5), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.gif", save_all=True, append_images=[clear], duration=100, disposal=2)
+    with pytest.raises(ValueError, match=r"clear\.gif is transparent in part"):
+        read_video(tmp_path / "clear.gif")
+
+
 def test_animated_webp_has_the_same_rules(tmp_path: Path) -> None:
     pictures = [Image.fromarray(frame) for frame in counting_frames(4)]
 

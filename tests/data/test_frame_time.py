@@ -72,6 +72,15 @@ def test_a_stated_rate_that_the_times_deny() -> None:
         read_timing(times[:1] * 3, tick=MILLISECOND, stated=Fraction(24))
 
 
+@pytest.mark.parametrize("tick", [Fraction(1, 16), Fraction(1, 12800)])
+@given(count=st.integers(4, 200), data=st.data())
+def test_one_lost_frame_is_seen_on_any_clock(tick: Fraction, count: int, data: st.DataObject) -> None:
+    lost = data.draw(st.integers(1, count - 2))
+    times = [Fraction(index, 16) for index in range(count) if index != lost]
+    timing = read_timing(times, tick=tick, stated=Fraction(16))
+    assert timing.times_s == tuple(float(time) for time in times)
+
+
 def test_uneven_times_are_told() -> None:
     timing = read_timing(milliseconds(500, 600, 800, 900), tick=MILLISECOND, stated=Fraction(10))
     assert timing.times_s == (0.0, 0.1, 0.3, 0.4)
@@ -171,6 +180,9 @@ def test_time_stamps_that_are_no_times_are_refused(tmp_path: Path) -> None:
     assert [index_of(frame) for frame in read_frames(doubled, lambda info: [0, 2, 5])[1]] == [0, 2, 5]
     with pytest.raises(ValueError, match=r"doubled\.mkv has several frames with one time stamp"):
         read_frames(doubled, lambda info: [0, 3])
+    stated = write_stream(tmp_path / "raw.m1v", counting_frames(30), codec="mpeg1video", fps=25)  # by its own header
+    info, frames = read_frames(stated, lambda info: [0, 8, 29])
+    assert (info.fps, info.times_s, [index_of(frame) for frame in frames]) == (25, None, [0, 8, 29])
     raw = write_stream(tmp_path / "raw.h264", counting_frames(10), codec="libx264")
     with pytest.raises(ValueError, match=r"raw\.h264 has no time stamps; put it into a container"):
         probe_video(raw)
