@@ -5,8 +5,8 @@
                 file states where that agrees
     else        chosen by their times, :func:`nearest_frames`
 
-A single frame that is missing bends the line by a third of a frame or more, wherever it is. Times count from the first frame that
-is shown: a start offset, negative time stamps and edit lists change nothing.
+A single frame that is missing bends the line by a third of a frame or more, wherever it is. Times count from the first
+frame that is shown: a start offset, negative time stamps and edit lists change nothing.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 which stream    not a cover picture; the only one, or the only one that is marked as default; else the file is refused
 which frames    those that are shown: not what an edit list cuts away, nor frames that only others are coded from
-their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream of MPEG-1 or -2 has a
-                    rate, any other is refused
+their times     presentation time stamps; else those of decoding (AVI); else the stated rate; a raw stream of MPEG-1
+                    or -2 has a rate, any other is refused
 pixel aspect    the container's, else the codec's; less than one pixel over the whole frame is the rounding of a size
 """
 
