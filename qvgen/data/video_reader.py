@@ -167,6 +167,7 @@ def _probe_container(path: Path) -> _Source:
             packets = [PacketTimes.of(packet) for packet in container.demux(stream) if is_shown(packet)]
             stated, rate, tick = stream.frames, stream.average_rate, stream.time_base or Fraction(1, 1000)
             form_name, codec = container.format.name, stream.codec_context.name
+            several = f"stream {number}" if len(container.streams.video) > 1 else ""
             is_raw, own_rate = bool(container.format.flags & FormatFlags.no_timestamps.value), raw_rate(stream)
         if form_name == EXACT_COUNT and len(packets) < stated:
             raise ValueError(f"{path} is cut off after {len(packets)} of {stated} frames")
@@ -201,7 +202,7 @@ def _probe_container(path: Path) -> _Source:
         container=form_name,
         pixel_aspect=upright_aspect(aspect, form),
         times_s=timing.times_s,
-        treatment=", ".join(filter(None, [form.treatment, f"{crop}" if crop else ""])),
+        treatment=", ".join(filter(None, [form.treatment, f"{crop}" if crop else "", several])),
     )
     return _Source(info=info, number=number, form=form, aspect=aspect, crop=crop, stamps=stamps)
 
