@@ -8,7 +8,6 @@ What belongs to whom: rate, buckets and limits are this source's; VAE, text enco
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +25,6 @@ from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
 from qvgen.data.source import Family, Split
 from qvgen.data.tables.columns import Columns
-
-log = logging.getLogger(__name__)
 
 
 class LatentFamily(Family, Protocol):
@@ -186,12 +183,15 @@ class ClipSource:
         different = len({row["clip"] for row in everything.rows})
         if different < 2:
             raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
-        if split == "train":
-            log.info("%s; see %s", describe_left_out(everything.rows), left_out_path(cache.index_path(self.table())))
         held_out = max(1, min(self.held_out, different // 10))
         clips = CachedClips(cache, everything.rows, split=split, held_out=held_out)
-        num_clips = len({row["clip"] for row in clips.rows})
-        return Split(samples=clips, buckets=clips.buckets, encode=cache.encode, num_clips=num_clips)
+        return Split(
+            samples=clips,
+            buckets=clips.buckets,
+            encode=cache.encode,
+            num_clips=len({row["clip"] for row in clips.rows}),
+            left_out=f"{describe_left_out(clips.rows)}; see {left_out_path(cache.index_path(self.table()))}",
+        )
 
     def _cached(self, cache: LatentCache) -> CachedClips:
         """All samples of the table; raises UserError where the cache lacks some."""

@@ -43,12 +43,14 @@ class Split:
         buckets: One per sample; samples of a batch have the same one.
         encode: Turns the samples' captions, the empty one and those of validation into conditions.
         num_clips: Different clips among the samples, where one may stand in several rows; None: as many as samples.
+        left_out: One line on what of the data behind the samples is not used; empty where nothing is.
     """
 
     samples: Dataset[Any]
     buckets: Sequence[Hashable]
     encode: Encode
     num_clips: int | None = None
+    left_out: str = ""
 
     def __len__(self) -> int:
         """Number of samples."""

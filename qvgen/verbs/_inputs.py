@@ -10,6 +10,7 @@ from torch import nn
 from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
+from qvgen.data.source import Split
 from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs, too_few_held_out
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
@@ -40,24 +41,28 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         log.info("no data.path: errors are measured on inputs of the full-precision model's own sampling")
         return lambda teacher: SampledInputs(config, teacher=teacher, encode=encode)
     fill_missing(config, texts=_texts(config))
-    _check_clips(config)
-    held_out = open_held_out(config)
-    return lambda _: held_out
+    left_out, held_out = _check_clips(config).left_out, open_held_out(config)
+
+    def inputs(_: nn.Module) -> MeasuredInputs:
+        """Say what the numbers rest on, now that nothing is refused any more."""
+        if left_out:
+            log.info("%s", left_out)
+        if too_few_held_out(held_out.num_clips):
+            log.warning("%s", too_few_held_out(held_out.num_clips))
+        return held_out
+
+    return inputs
 
 
 def open_held_out(config: TrainConfig) -> HeldOut:
     """The held-out clips that a run measures errors on."""
-    held_out = HeldOut(
+    return HeldOut(
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
         seed=config.seed,
         batch_size=micro_batch_size(config),
     )
-    caution = too_few_held_out(held_out.num_clips)
-    if caution:
-        log.warning("%s", caution)
-    return held_out
 
 
 def without_clips(config: TrainConfig) -> bool:
@@ -96,8 +101,8 @@ def _encode_all(config: TrainConfig, encode: EncodedCaptions) -> None:
         ) from error
 
 
-def _check_clips(config: TrainConfig) -> None:
-    """Raise ValueError for what would only be noticed after the run's folder was made, or hours later."""
+def _check_clips(config: TrainConfig) -> Split:
+    """The clips to train on; raises ValueError for what would only be noticed after the run's folder was made."""
     split = config.data.open(config.model, split="train")
     largest = max(split.buckets.count(bucket) for bucket in set(split.buckets))
     if config.steps and config.batch_size > largest:
@@ -105,3 +110,4 @@ def _check_clips(config: TrainConfig) -> None:
             f"batch_size={config.batch_size} is larger than the training data of {largest} clips of one shape; use less"
         )
     split.encode(_texts(config))
+    return split

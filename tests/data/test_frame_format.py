@@ -5,7 +5,6 @@ Fast 4:2:0 arithmetic of FFmpeg may be 3 levels off, 4:4:4 half a level. What is
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from qvgen.data.clips import BadClip, Bucket, CutSettings
 from qvgen.data.probe import ClipReader
 from qvgen.data.video_reader import probe_video, read_frames, read_video
 from tests.data.video_files import (
+    box,
     counting_frames,
     insert_box,
     set_display_matrix,
@@ -291,19 +291,17 @@ def test_stereo_panoramas_and_dolby_vision_alone_are_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="holds two views in one picture"):
         probe_video(path)
     path = write_clip(tmp_path / "sphere.mp4", 2)
-    nothing, view = struct.pack(">I", 0), struct.pack(">I", 0) + struct.pack(">4i", 0, 0, 0, 0)
-    boxes = [(b"svhd", nothing + b"\0"), (b"proj", b"")]
-    header = struct.pack(">I4s", 8, b"prhd")[:0] + struct.pack(">I4s4s3i", 24, b"prhd", nothing, 0, 0, 0)
-    equirect = struct.pack(">I4s", 28, b"equi") + view
-    svhd = struct.pack(">I4s", 8 + len(boxes[0][1]), b"svhd") + boxes[0][1]
-    proj = struct.pack(">I4s", 8 + len(header + equirect), b"proj") + header + equirect
-    insert_box(path, svhd + proj, kind=b"sv3d")
+    version = bytes(4)
+    header, view = (
+        box(b"prhd", version + bytes(12)),
+        box(b"equi", version + bytes(16)),
+    )  # looking ahead, all of the sphere
+    insert_box(path, box(b"svhd", version + b"\0") + box(b"proj", header + view), kind=b"sv3d")
     with pytest.raises(ValueError, match="is a panorama on a sphere"):
         probe_video(path)
-    path = write_stream(
-        tmp_path / "dolby.mp4", counting_frames(2), codec="libx265", options={"x265-params": "log-level=0"}
-    )
-    path.write_bytes(path.read_bytes().replace(b"hev1", b"dvhe"))
+    path = write_clip(tmp_path / "dolby.mp4", 2)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"avc1", b"dva1"))
     with pytest.raises(ValueError, match="is Dolby Vision without a compatible picture"):
         probe_video(path)
 

@@ -53,11 +53,9 @@ def restamp(source: Path, target: Path, stamps_ms: Sequence[int]) -> Path:
     count=st.integers(2, 60),
     fps=st.sampled_from([8, 24, 25, 30, 50, 60]),
     offset=st.integers(-9000, 9000),
-    seed=st.integers(0, 99),
 )
-def test_even_times_keep_the_stated_rate(count: int, fps: int, offset: int, seed: int) -> None:
+def test_even_times_keep_the_stated_rate(count: int, fps: int, offset: int) -> None:
     """With the rounding of a clock of milliseconds and a start at any time."""
-    del seed
     times = [MILLISECOND * round(1000 * index / fps + offset) for index in range(count)]
     timing = read_timing(times, tick=MILLISECOND, stated=Fraction(fps))
     assert (timing.fps, timing.times_s) == (fps, None)

@@ -119,18 +119,23 @@ def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
     path.write_bytes(data)
 
 
+def box(kind: bytes, content: bytes) -> bytes:
+    """A box of an mp4 file."""
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
 def insert_box(path: Path, content: bytes, *, kind: bytes) -> None:
     """Add a box to the first h264 sample entry of an mp4 file whose index comes last, and lengthen all boxes around it."""
     data = bytearray(path.read_bytes())
     entry = data.find(b"avc1", data.find(b"stsd")) - 4
-    box = struct.pack(">I4s", 8 + len(content), kind) + content
+    added = box(kind, content)
     around = [
         data.find(name, data.find(b"moov")) - 4 for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
     ]
     end = entry + struct.unpack_from(">I", data, entry)[0]
     for start in (*around, entry):
-        struct.pack_into(">I", data, start, struct.unpack_from(">I", data, start)[0] + len(box))
-    data[end:end] = box
+        struct.pack_into(">I", data, start, struct.unpack_from(">I", data, start)[0] + len(added))
+    data[end:end] = added
     path.write_bytes(data)
 
 

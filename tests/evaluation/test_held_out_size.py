@@ -6,11 +6,12 @@ import dataclasses
 import logging
 
 import pytest
+import torch
 
 from qvgen.evaluation.held_out import too_few_held_out
 from qvgen.evaluation.report import render_html
 from qvgen.evaluation.report_json import to_json_dict
-from qvgen.verbs._inputs import open_held_out
+from qvgen.verbs._inputs import open_inputs
 from tests.evaluation.example_report import report_data
 from tests.runs import train_config
 
@@ -29,10 +30,11 @@ def test_the_report_says_it(count: int, words: str | None) -> None:
     assert too_few_held_out(count) == measured["caution"]
 
 
-def test_the_log_says_it(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        open_held_out(train_config("evaluation.samples=7"))
-        assert SMALL.format("7 clips") in caplog.text
+def test_the_log_says_it_once_nothing_is_refused_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    for samples in (7, 8):
         caplog.clear()
-        open_held_out(train_config("evaluation.samples=8"))
-        assert caplog.text == ""
+        with caplog.at_level(logging.WARNING):
+            inputs = open_inputs(train_config(f"evaluation.samples={samples}"))
+            assert caplog.text == ""
+            inputs(torch.nn.Identity())
+        assert (SMALL.format("7 clips") in caplog.text) == (samples == 7)
