@@ -10,6 +10,7 @@ draws it. Nothing here depends on the batch size.
 from __future__ import annotations
 
 import abc
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,8 @@ from qvgen.evaluation.metrics import RelativeError
 from qvgen.evaluation.placement import placed
 from qvgen.layers.swap import not_sampling
 from qvgen.models.base import VideoDiT
+
+log = logging.getLogger(__name__)
 
 FEWEST_HELD_OUT_CLIPS = 8
 """A mean over fewer clips says more about them than about a model."""
@@ -88,6 +91,12 @@ class HeldOut(MeasuredInputs):
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
         self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples
         self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
+
+    def warn_if_few(self) -> None:
+        """Log it where there are too few clips."""
+        caution = too_few_held_out(self.num_clips)
+        if caution:
+            log.warning("%s", caution)
 
     def _cut(self, batch_size: int) -> list[list[int]]:
         batches: list[list[int]] = []

@@ -12,7 +12,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.data.source import Split
 from qvgen.evaluation.comparison import evaluation_prompts
-from qvgen.evaluation.held_out import HeldOut, MeasuredInputs, too_few_held_out
+from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
 from qvgen.models.guidance import texts_to_encode
 from qvgen.training.calibration import calibration_prompts
@@ -47,8 +47,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         """Say what the numbers rest on, now that nothing is refused any more."""
         if left_out:
             log.info("%s", left_out)
-        if too_few_held_out(held_out.num_clips):
-            log.warning("%s", too_few_held_out(held_out.num_clips))
+        held_out.warn_if_few()
         return held_out
 
     return inputs

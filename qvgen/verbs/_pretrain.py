@@ -53,6 +53,7 @@ def pretrain(config: TrainConfig) -> None:
     )
     log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))
     with claim_run(config) as run_dir:
+        held_out.warn_if_few()
         if run_dir.load_stage("start") is None or not has_start(run_dir.path):
             save_start(student, run_dir.path)
             run_dir.save_stage("start", {})

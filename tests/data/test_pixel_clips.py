@@ -40,6 +40,8 @@ def test_the_cache_holds_the_clips_own_bytes(clips: Path, tmp_path: Path) -> Non
     train, held_out = (data.open(family, split=split) for split in ("train", "held_out"))
     assert (len(train), len(held_out)) == (4, 1)
     assert (train.num_clips, held_out.num_clips) == (4, 1)
+    assert " s of 4 clips are used (4 are longer than their cut)" in train.left_out
+    assert train.left_out.endswith(f"see {report.left_out_report}")
     samples = [split.samples[index] for split in (train, held_out) for index in range(len(split))]
     assert sorted(sample["sample_id"] for sample in samples) == list(range(len(NAMES)))
     for sample in samples:
