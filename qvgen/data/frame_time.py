@@ -1,11 +1,11 @@
 """When the frames of a clip are shown: evenly, or each at its own time.
 
     evenly      every frame within a tenth of a frame of the straight line from the first to the last (and a tick of the
-                clock, to which containers round, of a fifth of a frame at most): chosen by counting, at the rate that the
+                clock, to which containers round, if it is below half a frame): chosen by counting, at the rate that the
                 file states where that agrees
     else        chosen by their times, :func:`nearest_frames`
 
-A single frame that is missing bends the line by a third of a frame or more, wherever it is. Times count from the first
+A single frame that is missing bends the line by up to half a frame, and is seen. Times count from the first
 frame that is shown: a start offset, negative time stamps and edit lists change nothing.
 """
 
@@ -51,7 +51,7 @@ def read_timing(times: Sequence[Fraction], *, tick: Fraction, stated: Fraction |
     if span <= 0:
         raise ValueError(f"has the same time stamp on all of its {len(times)} frames; encode it anew with a frame rate")
     spacing = span / intervals
-    slack = EVEN_TOLERANCE * spacing + min(tick, spacing / 5)
+    slack = EVEN_TOLERANCE * spacing + (tick if 2 * tick < spacing else 0)  # a clock of whole frames rounds nothing
     fps = stated if stated and abs(intervals / stated - span) <= slack else 1 / spacing
     if all(abs(time - times[0] - index * spacing) <= slack for index, time in enumerate(times)):
         return Timing(fps=fps, times_s=None)

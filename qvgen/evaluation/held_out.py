@@ -85,7 +85,7 @@ class HeldOut(MeasuredInputs):
 
     @property
     def num_clips(self) -> int:
-        """Different clips among the inputs."""
+        """Samples of the split among the inputs; a clip that stands in several rows of a table counts as often."""
         return min(self.num_samples, len(self.split))
 
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
