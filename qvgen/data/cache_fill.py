@@ -28,8 +28,10 @@ from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_report import (
     CountTokens,
+    FillReport,
     describe_left_out,
     left_out,
+    left_out_path,
     report_bad,
     too_many_bad,
     warn_of_cut_captions,
@@ -81,34 +83,6 @@ class FillOptions:
             raise UserError(f"data.max_bad={self.max_bad} is outside [0, 1]; write for example data.max_bad=0.05")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FillReport:
-    """What one call of :func:`fill` did.
-
-    Attributes:
-        encoded: Clips whose latents it made.
-        reused: Rows of its share whose latents were there already.
-        bad: (name, reason) of the bad clips in its share.
-        complete: Whether every row of the table is done, by whatever process.
-        bad_report: CSV file (file_name, reason) of all bad clips of the table; written when complete or too many are bad.
-        left_out: One line on what of all clips and captions is not used; empty until complete.
-        left_out_report: CSV file of what of each clip and caption is not used; written when complete.
-    """
-
-    encoded: int
-    reused: int
-    bad: tuple[tuple[str, str], ...]
-    complete: bool
-    bad_report: Path
-    left_out: str
-    left_out_report: Path
-
-
-def left_out_path(index_path: Path) -> Path:
-    """The CSV file beside an index that says what of each clip is not used."""
-    return index_path.with_suffix(".left_out.csv")
-
-
 def fill(
     cache: LatentCache,
     table: ClipTable,
@@ -140,10 +114,8 @@ def fill(
     remove_stale(cache.folder)
     index_path = cache.index_path(table)
     report_path = index_path.with_suffix(".bad.csv")
-    warn_of_cut_captions(options.captions, tokens_left_out=tokens_left_out)
-    for caption in dict.fromkeys(["", *options.captions]):
-        _ensure_text(cache, caption, encode_captions=encode_captions)
     encoders = (encode_video, encode_captions, tokens_left_out)
+    _ensure_prompts(cache, options.captions, encoders=encoders)
     counts = {"encoded": 0, "reused": 0}
     checked: dict[str, str | None] = {}
     bad: list[tuple[str, str]] = []
@@ -259,6 +231,14 @@ def _make(
         "text_sha256": text_seal,
         "left_out": left_out(plan, tokens=tokens_left_out(clip.caption)),
     }
+
+
+def _ensure_prompts(cache: LatentCache, captions: Sequence[str], *, encoders: _Encoders) -> None:
+    """Encode captions that belong to no clip, the empty one too; says which ones are too long."""
+    _, encode_captions, tokens_left_out = encoders
+    warn_of_cut_captions(captions, tokens_left_out=tokens_left_out)
+    for caption in dict.fromkeys(["", *captions]):
+        _ensure_text(cache, caption, encode_captions=encode_captions)
 
 
 def _ensure_text(cache: LatentCache, caption: str, *, encode_captions: EncodeCaptions) -> str:

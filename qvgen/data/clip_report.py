@@ -12,6 +12,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,34 @@ CountTokens = Callable[[str], int]
 """Caption -> how many of its tokens lie beyond those that the text encoder takes."""
 
 _SHOWN_LETTERS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillReport:
+    """What one call of :func:`qvgen.data.cache_fill.fill` did.
+
+    Attributes:
+        encoded: Clips whose latents it made.
+        reused: Rows of its share whose latents were there already.
+        bad: (name, reason) of the bad clips in its share.
+        complete: Whether every row of the table is done, by whatever process.
+        bad_report: CSV file (file_name, reason) of all bad clips of the table; written when complete or too many are bad.
+        left_out: One line on what of all clips and captions is not used; empty until complete.
+        left_out_report: CSV file of what of each clip and caption is not used; written when complete.
+    """
+
+    encoded: int
+    reused: int
+    bad: tuple[tuple[str, str], ...]
+    complete: bool
+    bad_report: Path
+    left_out: str
+    left_out_report: Path
+
+
+def left_out_path(index_path: Path) -> Path:
+    """The CSV file beside an index that says what of each clip is not used."""
+    return index_path.with_suffix(".left_out.csv")
 
 
 def left_out(plan: CutPlan, *, tokens: int) -> dict[str, float]:

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qvgen.config.errors import UserError
-from qvgen.data.cache_fill import FillOptions, FillReport, fill, left_out_path
+from qvgen.data.cache_fill import FillOptions, fill
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
-from qvgen.data.clip_report import describe_left_out
+from qvgen.data.clip_report import FillReport, describe_left_out, left_out_path
 from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
 from qvgen.data.source import Family, Split

@@ -14,7 +14,7 @@ from qvgen.config.errors import UserError
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
-from qvgen.data.cache_fill import FillReport
+from qvgen.data.clip_report import FillReport
 from qvgen.data.clip_source import ClipSource
 from qvgen.run_directory import write_plain
 from qvgen.training.launcher import WorkerGroup, worker_command
