@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
-from qvgen.data.cache_fill import FillOptions, FillReport, fill
+from qvgen.data.cache_fill import FillOptions, fill
 from qvgen.data.captions import read_table
+from qvgen.data.clip_report import FillReport
 from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache
 
