@@ -85,8 +85,8 @@ class HeldOut(MeasuredInputs):
 
     @property
     def num_clips(self) -> int:
-        """Samples of the split among the inputs; a clip that stands in several rows of a table counts as often."""
-        return min(self.num_samples, len(self.split))
+        """Different clips among the inputs, at most."""
+        return min(self.num_samples, self.split.num_clips or len(self.split))
 
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
         self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples
