@@ -32,13 +32,19 @@ class TextSimilarity:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
+
+        from qvgen.models.foreign_code import check_config
+        from qvgen.models.hub_folder import load_tokenizer
 
         folder = Path(folder).expanduser()
         try:
+            check_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), file=folder / "config.json")
             prepared = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            ).eval()
+            self.tokenizer = load_tokenizer(folder, remedy="download it again")
         except (OSError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"{folder} holds no text-image model ({line}); give what `hf download` leaves") from error

@@ -27,6 +27,7 @@ from qvgen.models.folder_identity import settings_identity, weights_identity
 from qvgen.models.guidance import check_negative_prompt, require_number
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora
+from qvgen.models.published import check_is_of, check_text_to_video
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,7 +105,7 @@ class FolderFamily(abc.ABC):
         self.folder = (
             None
             if self.path is None
-            else self.folder_class(path=Path(self.path).expanduser(), repository=self.repository, model=self.name)
+            else self.folder_class.find(self.path, repository=self.repository, model=self.name)
         )
         if not (isinstance(self.lora_scale, int | float) and math.isfinite(self.lora_scale)):
             raise ValueError(f"model.lora_scale={self.lora_scale} is no finite number; write 1.0 for the LoRA as it is")
@@ -118,11 +119,14 @@ class FolderFamily(abc.ABC):
                 trained=self.transformer_folder,
             )
         )
-        found = self.component_config("transformer").get("_class_name", self.transformer_class)
-        if found != self.transformer_class:
-            raise ValueError(
-                f"model.path={self.path} holds a {found}, model={self.name} is a {self.transformer_class}; "
-                "choose the model that the folder is of"
+        if self.folder is not None:
+            check_text_to_video(self.component_config, name=self.name, path=self.path)
+            check_is_of(
+                self.component_config,
+                name=self.name,
+                transformer_class=self.transformer_class,
+                text_encoder=self.text_encoder_class.__name__,
+                path=self.path,
             )
         temporal, spatial = self.compression
         multiple = spatial * self.patch_size

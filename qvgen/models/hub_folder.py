@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
+import logging
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -27,10 +27,18 @@ from transformers import AutoTokenizer
 
 from qvgen.checksum import files_checksum
 from qvgen.models.finite_weights import check_finite_weights
+from qvgen.models.foreign_code import check_config, check_model_index
+from qvgen.models.hub_cache import cache_of, cache_root, cached_snapshot
+from qvgen.models.model_path import find_model_folder
+from qvgen.models.safetensors_header import first_bytes, read_header
+from qvgen.models.weight_set import MissingWeightsError, WeightSet, check_headers, find_weights
+
+log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
-_MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format's own limit."""
+_CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
+_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,12 @@ class HubFolder:
     """One model's folder.
 
     Attributes:
-        path: the folder.
+        path: the folder, which holds model_index.json.
         repository: ORG/NAME on the hub, for messages.
         model: name of the model's configuration, for messages.
 
     Raises:
-        ValueError: there is no such folder, or it has no model_index.json.
+        ValueError: its configurations name code, or one of them can't be read.
     """
 
     path: Path
@@ -51,28 +59,55 @@ class HubFolder:
     model: str
 
     def __post_init__(self) -> None:
-        if not (self.path / "model_index.json").is_file():
-            raise ValueError(f"model.path={self.path} holds no model_index.json; {self.remedy()}")
+        self.read_json("model_index.json")
+        for part in _PARTS:
+            for name in _CONFIG_FILES:
+                if (self.path / part / name).is_file():
+                    self.read_json(f"{part}/{name}")
 
-    def remedy(self) -> str:
-        """What to do when something is not there."""
-        return download_remedy(self.repository, model=self.model, path=str(self.path))
+    @classmethod
+    def find(cls, path: str | Path, *, repository: str, model: str) -> Self:
+        """The folder that ``model.path`` means; see :mod:`qvgen.models.model_path`.
+
+        Raises:
+            ValueError: there is none; the message says what is there instead.
+        """
+        remedy = cls.whole_remedy(path, repository=repository, model=model)
+        folder = find_model_folder(path, repository=repository, download=remedy)
+        return cls(path=folder, repository=repository, model=model)
+
+    @classmethod
+    def whole_remedy(cls, path: str | Path, *, repository: str, model: str) -> str:
+        """What to do when there is no folder at all."""
+        folder = Path(path).expanduser()
+        empty = (folder.is_dir() and not any(folder.iterdir())) or not (folder.exists() or folder.suffix)
+        return download_remedy(repository, model=model, path=str(path) if empty else "FOLDER")
+
+    def remedy(self, part: str) -> str:
+        """What to do when something of a part, such as vae, is not there."""
+        cached = cache_of(self.path)
+        if cached is None:
+            return f"get it with `hf download {self.repository} --include '{part}' --local-dir {self.path}`"
+        repository, root = cached
+        place = "" if root == cache_root() else f" --cache-dir {root}"
+        return f"get it with `hf download {repository} --include '{part}'{place}`"
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a file such as ``transformer/config.json``.
 
         Raises:
-            ValueError: it is missing or holds no mapping.
+            ValueError: it is missing, holds no mapping, or names code (see :mod:`qvgen.models.foreign_code`).
         """
         file = self.path / name
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{file} can't be read ({error.strerror}); {self.remedy()}") from error
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error}); {self.remedy()}") from error
+            raise ValueError(f"{file} can't be read ({error.strerror}); {self.remedy(name)}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is no JSON ({_one_line(error)}); {self.remedy(name)}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{file} holds no mapping; {self.remedy()}")
+            raise ValueError(f"{file} holds no mapping; {self.remedy(name)}")
+        (check_model_index if name == "model_index.json" else check_config)(content, file=file)
         return content
 
     def revision(self, component: str) -> str:
@@ -81,15 +116,14 @@ class HubFolder:
         Raises:
             ValueError: the component has no weights here, or files that are no safetensors.
         """
+        weights = self._weights(component)
         digest = hashlib.sha256((self.path / component / "config.json").read_bytes())
-        for file in self._weight_files(component):
+        for file in weights.files:
             digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                try:
-                    for part in _sampled_bytes(stream):
-                        digest.update(part)
-                except (ValueError, struct.error, KeyError, TypeError) as error:
-                    raise ValueError(f"{file} is no safetensors file ({error}); {self.remedy()}") from error
+            header = read_header(file)
+            digest.update(header[0])
+            for part in first_bytes(file, header, count=_BYTES_PER_TENSOR):
+                digest.update(part)
         return digest.hexdigest()
 
     def checksum(self, component: str) -> str:
@@ -111,12 +145,17 @@ class HubFolder:
         """
         files = sorted(path for path in (self.path / component).glob("*") if path.is_file())
         if not files:
-            raise ValueError(f"{self.path / component} is missing; {self.remedy()}")
+            raise ValueError(f"{self.path / component} is missing; {self.remedy(f'{component}/*')}")
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name} {file.stat().st_size} ".encode())
             digest.update(file.read_bytes())
         return digest.hexdigest()
+
+    def num_values(self, component: str) -> int:
+        """Values of all tensors of a component, from its files' headers; raises ValueError without weights."""
+        headers = (read_header(file)[1] for file in self._weights(component).files)
+        return sum(math.prod(entry["shape"]) for entries in headers for entry in entries.values())
 
     def load(self, component: str, model_class: type[Any], *, dtype: torch.dtype) -> nn.Module:
         """Load a component's weights strictly, from safetensors alone.
@@ -133,12 +172,15 @@ class HubFolder:
             ValueError: weights are missing, damaged, of another model, or not finite (in ``dtype`` as in the file).
         """
         config = self.read_json(f"{component}/config.json")
+        remedy = self.remedy(f"{component}/*")
         named = config.get("_class_name") or (config.get("architectures") or [model_class.__name__])[0]
         if named != model_class.__name__:
-            raise ValueError(
-                f"{self.path / component} holds a {named}, needed is a {model_class.__name__}; {self.remedy()}"
+            raise ValueError(f"{self.path / component} holds a {named}, needed is a {model_class.__name__}; {remedy}")
+        weights = self._weights(component)
+        if weights.variant is not None:
+            log.warning(
+                "%s holds the variant %s alone; its rounded weights are used", self.path / component, weights.variant
             )
-        self._weight_files(component)
         key = "torch_dtype" if "_class_name" in config else "dtype"  # diffusers; transformers
         try:
             module, info = model_class.from_pretrained(
@@ -146,75 +188,92 @@ class HubFolder:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                variant=weights.variant,
                 **{key: dtype},
             )
         except (OSError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.path / component} can't be loaded ({reason}); {self.remedy()}") from error
+            raise ValueError(f"{self.path / component} can't be loaded ({_one_line(error)}); {remedy}") from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 what = kind.replace("_keys", "")
                 raise ValueError(
                     f"{self.path / component}: {len(info[kind])} tensors are {what}, the first is "
-                    f"{sorted(map(str, info[kind]))[0]}; {self.remedy()}"
+                    f"{sorted(map(str, info[kind]))[0]}; {remedy}"
                 )
         assert isinstance(module, nn.Module)
-        check_finite_weights(module, files=self._weight_files(component), remedy=self.remedy())
+        check_finite_weights(module, files=list(weights.files), remedy=remedy)
         return module.requires_grad_(False).eval()
 
     def load_tokenizer(self) -> Any:
         """Load ``tokenizer/``: tokenizer.json, or spiece.model alone (CogVideoX's repositories), which sentencepiece reads.
 
         Raises:
-            ValueError: it is missing or damaged.
+            ValueError: it is missing or damaged, or names code.
             RuntimeError: sentencepiece is needed and not installed.
         """
-        folder = self.path / "tokenizer"
+        folder, remedy = self.path / "tokenizer", self.remedy("tokenizer/*")
+        if not any((folder / name).is_file() for name in _VOCABULARIES):
+            what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"
+            raise ValueError(f"{folder} {what}; {remedy}")
         if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
             raise RuntimeError(
                 f"{folder} needs the package sentencepiece, which is not installed: pip install sentencepiece"
             )
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{folder} can't be loaded ({reason}); {self.remedy()}") from error
+        return load_tokenizer(folder, remedy=remedy)
 
-    def _weight_files(self, component: str) -> list[Path]:
-        """All safetensors files of a component; every shard that an index names must be there."""
+    def _weights(self, component: str) -> WeightSet:
+        """The weights of a component: all there, whole and in full precision as far as headers say."""
         folder = self.path / component
-        files = sorted(folder.glob("*.safetensors"))
-        if not files or not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no config.json with safetensors weights; {self.remedy()}")
-        for index in folder.glob("*.safetensors.index.json"):
-            shards = set(self.read_json(f"{component}/{index.name}").get("weight_map", {}).values())
-            if lacking := sorted(shards - {file.name for file in files}):
-                raise ValueError(f"{folder / lacking[0]} is missing; {self.remedy()}")
-        return files
+        config = {}
+        if (folder / "config.json").is_file():
+            config = self.read_json(f"{component}/config.json")
+        if method := config.get("quantization_config"):
+            raise ValueError(
+                f"{folder} is quantized already (quantization_config: {_one_line(method)}); take the full-precision weights"
+            )
+        try:
+            weights = find_weights(folder)
+        except MissingWeightsError as error:
+            raise ValueError(f"{folder} {error}; {self.remedy(f'{component}/*')}") from error
+        except ValueError as error:
+            raise ValueError(f"{folder} {error}") from error
+        try:
+            check_headers(weights)
+        except MissingWeightsError as error:
+            raise ValueError(f"{error}; {self.remedy(f'{component}/*')}") from error
+        if not config:
+            raise ValueError(f"{folder} lacks config.json; {self.remedy(f'{component}/config.json')}")
+        return weights
+
+
+def load_tokenizer(folder: Path, *, remedy: str) -> Any:
+    """Load a tokenizer of transformers' own classes from a folder; no code of the folder is run, and nobody is asked.
+
+    Raises:
+        ValueError: it is damaged or names code.
+    """
+    for name in ("tokenizer_config.json", "config.json"):
+        if (folder / name).is_file():
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{folder / name} is no JSON ({_one_line(error)}); {remedy}") from error
+            check_config(content, file=folder / name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers of Rust raise Exception itself
+        raise ValueError(f"{folder} can't be loaded ({_one_line(error)}); {remedy}") from error
 
 
 def download_remedy(repository: str, *, model: str, path: str = "FOLDER") -> str:
-    """How to get a model's weights, as the end of an error message."""
+    """How to get a model's weights, as the end of an error message; from the hub's cache if they are there already."""
+    if cached_snapshot(repository) is not None:
+        return f"the hub's cache holds {repository}: write model={model} model.path={repository}"
     return (
         f"download the weights with `hf download {repository} --local-dir {path}` and write "
         f"model={model} model.path={path}"
     )
 
 
-def _sampled_bytes(stream: BinaryIO) -> Iterator[bytes]:
-    """Header, and the beginning of each tensor, of a safetensors file."""
-    (length,) = struct.unpack("<Q", stream.read(8))
-    if not 2 <= length <= _MAX_HEADER_BYTES:
-        raise ValueError(f"header of {length} bytes")
-    header = stream.read(length)
-    yield header
-    for name, entry in sorted(json.loads(header).items()):
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        stream.seek(8 + length + begin)
-        size = min(end - begin, _BYTES_PER_TENSOR)
-        part = stream.read(size)
-        if len(part) != size:
-            raise ValueError(f"the file ends within {name}")
-        yield part
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:300]

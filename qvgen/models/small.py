@@ -46,8 +46,15 @@ noise that the latents are: after 200 steps (clips of 5 x 32 x 32, one seed) the
 class TrainedFolder(HubFolder):
     """A folder that was trained and not downloaded."""
 
-    def remedy(self) -> str:
+    @classmethod
+    def whole_remedy(cls, path: str | Path, *, repository: str, model: str) -> str:
+        """How to make the folder."""
+        del path, repository, model
+        return TRAINING_REMEDY
+
+    def remedy(self, part: str) -> str:
         """How to make what is not there."""
+        del part
         return TRAINING_REMEDY
 
 

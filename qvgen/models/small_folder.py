@@ -22,8 +22,10 @@ import diffusers
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import nn
-from transformers import AutoTokenizer, BertModel
+from transformers import BertModel
 
+from qvgen.models.foreign_code import check_config
+from qvgen.models.hub_folder import load_tokenizer
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 
@@ -142,10 +144,11 @@ def load_text_encoder(folder: Path, *, width: int) -> tuple[BertModel, Any]:
         ValueError: the folder holds no such text encoder.
     """
     try:
+        check_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), file=folder / "config.json")
         encoder, info = BertModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder, remedy="give another folder")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no text encoder ({' '.join(str(error).split())[:200]})") from error
     if info["missing_keys"] or info["mismatched_keys"]:

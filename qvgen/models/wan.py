@@ -39,16 +39,6 @@ class Wan(WanFamily):
     text_encoder_class: ClassVar[Any] = UMT5EncoderModel
     max_text_tokens: ClassVar[int] = 512
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_experts(self.component_config("model_index").get("boundary_ratio"))
-
-    def _check_experts(self, boundary: float | None) -> None:
-        if boundary is not None:
-            raise ValueError(
-                f"model.path={self.path} holds two experts, which model={self.name} has not; use model=wan2.2-a14b"
-            )
-
 
 @dataclass(kw_only=True, eq=False)
 class WanExpert(Wan):
@@ -73,6 +63,12 @@ class WanExpert(Wan):
         if self.expert not in _EXPERT_FOLDERS:
             raise ValueError(f"model.expert={self.expert} is not among {', '.join(_EXPERT_FOLDERS)}")
         super().__post_init__()
+        boundary = self.component_config("model_index").get("boundary_ratio")
+        if not isinstance(boundary, float):
+            raise ValueError(
+                f"model.path={self.path} has boundary_ratio {boundary} in model_index.json; a float is needed"
+            )
+        self._boundary = boundary
 
     @property
     def transformer_folder(self) -> str:
@@ -82,13 +78,6 @@ class WanExpert(Wan):
     def use_partner(self, transformer: nn.Module) -> None:
         """Sample with this transformer as the other expert, until :meth:`release`; it must be on the same device."""
         self._loaded["partner"] = transformer
-
-    def _check_experts(self, boundary: float | None) -> None:
-        if boundary is None:
-            raise ValueError(
-                f"model.path={self.path} says no boundary_ratio: it holds one transformer; use model=wan-14b"
-            )
-        self._boundary = float(boundary)
 
     def _noise_range(self) -> tuple[float, float]:
         return (self._boundary, 1.0) if self.expert == "high" else (0.0, self._boundary)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
@@ -113,19 +111,11 @@ def _components(family: Any) -> tuple[list[str], dict[str, int]]:
     """Memory of VAE and text encoder, from the files' sizes: lines of text, and bytes by name."""
     if not hasattr(family, "vae_dtype"):
         return ["memory of VAE and text encoder: none"], {}
-    path = getattr(family, "path", None)
-    if path is None:
+    if family.folder is None:
         return ["memory of VAE and text encoder: not known without model.path"], {}
     lines, sizes = [], {}
     for component in ("vae", "text_encoder"):
-        files = sorted((Path(path).expanduser() / component).glob("*.safetensors"))
         dtype: torch.dtype = getattr(torch, getattr(family, f"{component}_dtype"))
-        sizes[component] = sum(map(_num_values, files)) * dtype.itemsize
+        sizes[component] = family.folder.num_values(component) * dtype.itemsize
         lines.append(f"memory of {component}: {format_bytes(sizes[component])} in {str(dtype).removeprefix('torch.')}")
     return lines, sizes
-
-
-def _num_values(file: Path) -> int:
-    """Values of all tensors of a safetensors file, from its header."""
-    with safe_open(file, "pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no mapping)

@@ -79,7 +79,7 @@ def pretrain(config: TrainConfig) -> None:
 def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[str, Any]) -> Path:
     """A weights file, or for a family whose models are folders a complete folder."""
     if isinstance(config.model, FolderFamily):
-        source = Path(config.model.path).expanduser()
+        source = config.model.folder.path
         return write_small_folder(path / MODEL_DIRECTORY, source_folder=source, transformer=student, card=card)
     return save_weights(student.state_dict(), path / TEACHER_FILE, card=card)
 

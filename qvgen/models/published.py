@@ -1,0 +1,182 @@
+"""Which of the known models a folder's configurations are of, told before any weights are read.
+
+A model is known by conf/model/NAME.yaml with its ``published`` configurations. Two questions are asked of a folder:
+
+    kind    what weights of any size have in common: class, positions, patches over time, compression of the VAE, experts,
+            text encoder. A folder of another kind is refused.
+    sizes   blocks, heads and feed-forward channels. A folder whose sizes are exactly those of another model of its kind is
+            refused; sizes of no known model are accepted, as a finetune may have them.
+
+Image-to-video and control models have the same classes as text-to-video models and more inputs; they are refused too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+from qvgen.config.leaves import conf_directory
+
+Configs = Callable[[str], Mapping[str, Any]]
+"""Name of a component (transformer, vae, model_index) -> its configuration."""
+
+_SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+_CONDITIONS = (
+    "image_dim",
+    "added_kv_proj_dim",
+    "pos_embed_seq_len",
+    "ofs_embed_dim",
+    "use_learned_positional_embeddings",
+)
+"""Keys of a transformer that is given an image besides the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A model of conf/model.
+
+    Attributes:
+        name: as in ``model=NAME``.
+        repository: ORG/NAME on the hub; empty for one that is trained here.
+        kind: what its weights have in common with finetunes of any size.
+        sizes: what it has of ``_SIZES``.
+    """
+
+    name: str
+    repository: str
+    kind: Mapping[str, Any]
+    sizes: Mapping[str, Any]
+
+
+def check_text_to_video(configs: Configs, *, name: str, path: object) -> None:
+    """Refuse a folder whose model needs more than a caption.
+
+    Args:
+        configs: the folder's configurations.
+        name: of the model that was chosen.
+        path: of the folder, for the message.
+
+    Raises:
+        ValueError: it is an image-to-video or a control model; the message names what shows it and the model to use.
+    """
+    transformer, vae, index = configs("transformer"), configs("vae"), configs("model_index")
+    latent = vae.get("z_dim", vae.get("latent_channels", 16))
+    inputs = transformer.get("in_channels", latent)
+    signs = [f"{key} is {transformer[key]}" for key in _CONDITIONS if transformer.get(key)]
+    if inputs != latent:
+        signs.insert(0, f"its transformer takes {inputs} channels and its VAE makes {latent}")
+    if any((index.get("image_encoder") or [None])[:1]):
+        signs.append("it has an image_encoder")
+    if not signs:
+        return
+    pipeline = index.get("_class_name")
+    kind = _kind(configs, class_name=transformer.get("_class_name"), text_encoder=None)
+    del kind["the text encoder"]
+    model = next(iter(_matches(kind, _sizes(transformer))), None) or _by_name(name)
+    remedy = f"model={name}" if model is None else f"model={model.name} with {model.repository or 'its own folder'}"
+    raise ValueError(
+        f"model.path={path} holds an image-to-video or control model ({'; '.join(signs[:2])}; its pipeline is {pipeline}), "
+        f"and qvgen makes text-to-video models; use {remedy}"
+    )
+
+
+def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_encoder: str, path: object) -> None:
+    """Refuse a folder of another model than the one that was chosen.
+
+    Args:
+        configs: the folder's configurations.
+        name: of the model that was chosen; one that conf/model does not know is not compared with others.
+        transformer_class: of diffusers, of that model.
+        text_encoder: class of transformers, of that model.
+        path: of the folder, for the message.
+
+    Raises:
+        ValueError: it is of another class, kind, or exactly of another model's sizes; the message names the model to use.
+    """
+    found_class = configs("transformer").get("_class_name", transformer_class)
+    index = configs("model_index")
+    encoder = (index.get("text_encoder") or [None, None])[1] or text_encoder
+    kind = _kind(configs, class_name=found_class, text_encoder=encoder)
+    sizes = _sizes(configs("transformer"))
+    if found_class != transformer_class:
+        raise ValueError(
+            f"model.path={path} holds a {found_class}, model={name} is a {transformer_class}; "
+            + _remedy(_matches(kind, sizes), found_class)
+        )
+    own = _by_name(name)
+    if own is None:
+        return
+    differences = [
+        f"{key} is {value} there and {own.kind[key]} in model={name}"
+        for key, value in kind.items()
+        if value != own.kind[key]
+    ]
+    if differences:
+        remedy = _remedy(_matches(kind, sizes), found_class)
+        raise ValueError(f"model.path={path} holds another model: {'; '.join(differences)}; {remedy}")
+    twins = [model for model in _matches(kind, sizes) if model.sizes == sizes]
+    if twins and own.sizes != sizes:
+        shown = ", ".join(f"{key}={sizes[key]}" for key in sizes if sizes[key] != own.sizes.get(key))
+        twin = twins[0]
+        raise ValueError(f"model.path={path} holds {twin.repository or twin.name} ({shown}); use model={twin.name}")
+
+
+def _kind(configs: Configs, *, class_name: str | None, text_encoder: str | None) -> dict[str, Any]:
+    """What tells models of one class apart at any size."""
+    transformer, vae, index = configs("transformer"), configs("vae"), configs("model_index")
+    temporal = transformer.get("patch_size_t")
+    return {
+        "the transformer's class": class_name,
+        "the text encoder": text_encoder,
+        "use_rotary_positional_embeddings": bool(transformer.get("use_rotary_positional_embeddings", False)),
+        "patch_size_t": None if temporal is None else int(temporal),
+        "the number of experts": 1 if index.get("boundary_ratio") is None else 2,
+        "expand_timesteps": bool(index.get("expand_timesteps", False)),
+        "the VAE's spatial compression": int(vae.get("scale_factor_spatial", 8)),
+    }
+
+
+def _sizes(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: transformer[key] for key in _SIZES if key in transformer}
+
+
+def _matches(kind: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[PublishedModel]:
+    """Models of a kind; those of the very sizes alone where there are any."""
+    same = [model for model in known_models() if all(model.kind[key] == kind[key] for key in kind)]
+    return [model for model in same if model.sizes == sizes] or same
+
+
+def _remedy(models: Sequence[PublishedModel], class_name: str) -> str:
+    if not models:
+        return f"no model of qvgen is such a {class_name}; choose a folder of the model"
+    return f"use {' or '.join(f'model={model.name}' for model in models)}"
+
+
+def _by_name(name: str) -> PublishedModel | None:
+    return next((model for model in known_models() if model.name == name), None)
+
+
+@cache
+def known_models() -> tuple[PublishedModel, ...]:
+    """The models of conf/model that are folders."""
+    found = []
+    for file in sorted((conf_directory() / "model").glob("*.yaml"), key=lambda file: file.stem):
+        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if "published" not in spec:
+            continue
+        module, _, class_name = spec["_target_"].rpartition(".")
+        family: Any = getattr(import_module(module), class_name)
+        published = spec["published"]
+        kind = _kind(
+            lambda component, published=published: published.get(component, {}),
+            class_name=family.transformer_class,
+            text_encoder=family.text_encoder_class.__name__,
+        )
+        sizes = _sizes(published["transformer"])
+        found.append(PublishedModel(name=file.stem, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+    return tuple(found)

@@ -1,0 +1,129 @@
+"""Folders of the known models, of their siblings and of image-to-video models: each is told by its configurations alone.
+
+The folders hold configurations and no weights: those of conf/model (``published``), and for models that qvgen does not have
+what their repositories' configurations differ in.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvgen.cli import main
+from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.models.published import known_models
+
+TRANSFORMERS = {
+    "cogvideox": "CogVideoXTransformer3DModel",
+    "wan": "WanTransformer3DModel",
+    "small": "WanTransformer3DModel",
+}
+PIPELINES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline"}
+ENCODERS = {"cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel"}
+NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem != "tiny"]
+
+
+def kin(name: str) -> str:
+    return next(key for key in ("cogvideox", "wan", "small") if name.startswith(key))
+
+
+def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """The configurations of ``conf/model/NAME.yaml`` as the hub lays them out, with changes of the transformer's."""
+    published = load_leaf("model", name).published
+    contents = {
+        "model_index.json": {
+            "_class_name": PIPELINES[kin(name)], "text_encoder": ["transformers", ENCODERS[kin(name)]],
+            **published.get("model_index", {}), **(index or {}),
+        },
+        "transformer/config.json": {"_class_name": TRANSFORMERS[kin(name)], **published["transformer"], **changes},
+        "vae/config.json": published["vae"],
+        "scheduler/scheduler_config.json": published["scheduler"],
+    }  # fmt: skip
+    for file, content in contents.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+def test_the_known_models_are_those_of_conf() -> None:
+    assert [model.name for model in known_models()] == sorted(NAMES)
+    kinds = [(tuple(model.kind.values()), tuple(model.sizes.values())) for model in known_models()]
+    assert len(set(kinds)) == len(NAMES)  # every one can be told from every other
+
+
+@pytest.mark.parametrize("there", NAMES)
+def test_every_other_model_s_folder_is_refused_with_the_right_name(there: str, tmp_path: Path) -> None:
+    folder = write_configs(tmp_path / "hub", there)
+    assert load_leaf("model", there, path=str(folder)).folder.path == folder
+    for asked in NAMES:
+        if asked != there:
+            with pytest.raises(ValueError, match=rf"model.path={folder} holds .*; use model={there}$") as caught:
+                load_leaf("model", asked, path=str(folder))
+            assert "\n" not in str(caught.value)
+
+
+def test_a_finetune_of_other_sizes_is_the_chosen_model_s(tmp_path: Path) -> None:
+    for name in ("wan", "cogvideox-5b", "wan2.2-a14b"):
+        folder = write_configs(tmp_path / name, name, num_layers=7)
+        assert load_leaf("model", name, path=str(folder)).transformer_config["num_layers"] == 7
+    # Weights of text-to-video are the same under a pipeline that edits videos.
+    folder = write_configs(tmp_path / "v2v", "wan", index={"_class_name": "WanVideoToVideoPipeline"})
+    load_leaf("model", "wan", path=str(folder))
+
+
+IMAGE = {
+    # repository: (of which model, changes, of model_index.json, what shows it, the model to use)
+    "Wan2.1-I2V-14B": ("wan-14b", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        {"_class_name": "WanImageToVideoPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
+        "takes 36 channels and its VAE makes 16; image_dim is 1280", "wan-14b"),
+    "Wan2.1-FLF2V-14B": ("wan-14b", {"in_channels": 36, "image_dim": 1280, "pos_embed_seq_len": 514},
+        {"_class_name": "WanImageToVideoPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
+        "takes 36 channels", "wan-14b"),
+    "Wan2.2-I2V-A14B": ("wan2.2-a14b", {"in_channels": 36}, {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9,
+        "image_encoder": [None, None]}, "takes 36 channels and its VAE makes 16", "wan2.2-a14b"),
+    "CogVideoX-5b-I2V": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True},
+        {"_class_name": "CogVideoXImageToVideoPipeline"}, "takes 32 channels", "cogvideox-5b"),
+    "CogVideoX1.5-5B-I2V": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512},
+        {"_class_name": "CogVideoXImageToVideoPipeline"}, "ofs_embed_dim is 512", "cogvideox1.5"),
+    "CogVideoX-Fun-2b": ("cogvideox", {"in_channels": 33}, {"_class_name": "CogVideoXFunControlPipeline"},
+        "takes 33 channels", "cogvideox"),
+    "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("repository", IMAGE)
+def test_image_to_video_models_are_refused_with_their_text_to_video_sibling(repository: str, tmp_path: Path) -> None:
+    of, changes, index, sign, use = IMAGE[repository]
+    folder = write_configs(tmp_path / "hub", of, index=index, **changes)
+    wanted = rf"model.path={folder} holds an image-to-video or control model \(.*{sign}.*use model={use} with \S+/\S+$"
+    for asked in ("wan", "cogvideox", of):
+        with pytest.raises(ValueError, match=wanted):
+            load_leaf("model", asked, path=str(folder))
+
+
+def test_models_that_qvgen_does_not_have_are_named(tmp_path: Path) -> None:
+    folder = write_configs(tmp_path / "hub", "wan", _class_name="WanVACETransformer3DModel")
+    with pytest.raises(
+        ValueError, match="holds a WanVACETransformer3DModel, model=wan is .*; no model of qvgen is such a Wan"
+    ):
+        load_leaf("model", "wan", path=str(folder))
+    folder = write_configs(tmp_path / "few", "wan", index={"_class_name": "WanDMDPipeline"})
+    with pytest.raises(ValueError, match="names a pipeline that diffusers does not have, WanDMDPipeline"):
+        load_leaf("model", "wan", path=str(folder))
+
+
+def test_verbs_refuse_a_sibling_in_one_line_before_anything_is_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_configs(tmp_path / "hub", "wan2.2-ti2v")
+    cache = tmp_path / "cache"
+    for verb in ("train", "precompute", "ptq"):
+        assert main([verb, "model=wan", f"model.path={folder}", f"data.path={tmp_path}", f"data.cache={cache}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("use model=wan2.2-ti2v")
+    assert main(["generate", "model=wan", f"model.path={folder}", "prompt=a dog", f"out={tmp_path / 'out'}"]) == 2
+    assert "use model=wan2.2-ti2v" in capsys.readouterr().err
+    assert not cache.exists()
