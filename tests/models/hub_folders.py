@@ -4,6 +4,7 @@ A folder is what ``hf download`` leaves: model_index.json and transformer/, vae/
 all by ``save_pretrained``. CogVideoX's repositories have a tokenizer without tokenizer.json: :func:`leave_spiece_alone`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
         boundary_ratio=0.875 if variant == "a14b" else None,
         expand_timesteps=variant == "ti2v",
     ).save_pretrained(path)
+    # As Wan's repositories have it; their weights are tied all the same.
+    text_config = path / "text_encoder" / "config.json"
+    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "tie_word_embeddings": False}))
     return path
 
 

@@ -1,6 +1,7 @@
 """Wan over tiny folders of Wan2.1 and Wan2.2-TI2V, against the plain diffusers pipeline and direct calls."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,25 @@ def test_captions_are_encoded_as_the_pipeline_does(variant) -> None:
     encoder = family._module("text_encoder")
     stored = load_file(family.folder.path / "text_encoder" / "model.safetensors")
     assert torch.equal(encoder.encoder.embed_tokens.weight, stored["shared.weight"])  # two names, stored as one
+
+
+def test_umt5_is_whole_where_its_configuration_unties_the_embeddings(tmp_path: Path) -> None:
+    """Wan's repositories say tie_word_embeddings false and store shared.weight alone; transformers before 5.3 left zeros."""
+    folder = make_wan_folder(tmp_path / "hub")
+    assert json.loads((folder / "text_encoder" / "config.json").read_text())["tie_word_embeddings"] is False
+    stored = load_file(folder / "text_encoder" / "model.safetensors")
+    assert "encoder.embed_tokens.weight" not in stored
+    encoder = tiny_family("wan", folder)._module("text_encoder")
+    assert torch.equal(encoder.encoder.embed_tokens.weight, stored["shared.weight"])
+    assert stored["shared.weight"].abs().min() > 0
+    tokens = torch.tensor([[4, 5, 1]])
+    with torch.no_grad():
+        found = encoder(tokens).last_hidden_state
+        wanted = encoder(inputs_embeds=stored["shared.weight"][tokens]).last_hidden_state
+    assert torch.equal(found, wanted)
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    (floor,) = (line for line in project["project"]["dependencies"] if line.startswith("transformers"))
+    assert floor == "transformers>=5.3"
 
 
 def test_latents_are_normalized_and_decoded_as_the_pipeline_does(variant) -> None:
