@@ -35,7 +35,7 @@ MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
 SUPPORTED_TRANSFORMERS = {"WanTransformer3DModel": "blocks", "CogVideoXTransformer3DModel": "transformer_blocks"}
 """Classes of diffusers that a manifest may name, and where each has its blocks."""
 
-LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora")
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high", "lora_low")
 """Arguments of a family that are of the machine where it was made; no manifest holds them."""
 
 MAX_FEATURES, MAX_BANDS = 2**20, 2**16

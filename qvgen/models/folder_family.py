@@ -12,7 +12,6 @@ from __future__ import annotations
 import abc
 import hashlib
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +25,7 @@ from torch import nn
 from qvgen.models.folder_identity import settings_identity, weights_identity
 from qvgen.models.guidance import check_negative_prompt, require_number
 from qvgen.models.hub_folder import HubFolder, download_remedy
-from qvgen.models.lora import Lora
+from qvgen.models.lora import Lora, merge_loras_, read_loras
 from qvgen.models.published import check_is_of, check_text_to_video
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,12 +54,13 @@ class FolderFamily(abc.ABC):
         dtype: of the teacher's weights: float32, bfloat16 or float16.
         vae_dtype: of the VAE.
         text_encoder_dtype: of the text encoder; its output is float32.
-        lora: file or folder of a LoRA that is merged into the transformer as it is loaded; see :mod:`qvgen.models.lora`.
-        lora_scale: factor of that LoRA; means nothing without one.
+        lora: file or folder of a LoRA that is merged into the transformer as it is loaded, a mapping of path and scale, or a
+            list of these; see :mod:`qvgen.models.lora`.
+        lora_scale: factor of each LoRA that says none, or a list with one for each; means nothing without one.
 
     Raises:
-        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model, a
-            LoRA that can't be read.
+        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model or
+            another one, a LoRA that can't be read.
     """
 
     name: str
@@ -80,8 +80,8 @@ class FolderFamily(abc.ABC):
     vae_dtype: str
     text_encoder_dtype: str
     path: str | Path | None = None
-    lora: str | Path | None = None
-    lora_scale: float = 1.0
+    lora: Any = None
+    lora_scale: Any = 1.0
     negative_prompt: str = ""
 
     pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
@@ -107,18 +107,7 @@ class FolderFamily(abc.ABC):
             if self.path is None
             else self.folder_class.find(self.path, repository=self.repository, model=self.name)
         )
-        if not (isinstance(self.lora_scale, int | float) and math.isfinite(self.lora_scale)):
-            raise ValueError(f"model.lora_scale={self.lora_scale} is no finite number; write 1.0 for the LoRA as it is")
-        self._lora = (
-            None
-            if self.lora is None
-            else Lora(
-                path=Path(self.lora).expanduser(),
-                loader=self.pipeline_class,
-                components=self.transformer_folders,
-                trained=self.transformer_folder,
-            )
-        )
+        self._loras = self._chosen_loras()
         if self.folder is not None:
             check_text_to_video(self.component_config, name=self.name, path=self.path)
             check_is_of(
@@ -196,15 +185,15 @@ class FolderFamily(abc.ABC):
 
     @cached_property
     def revision(self) -> str:
-        """Content key of the transformer's weights: the folder's, see :mod:`qvgen.models.hub_folder`, LoRA and its scale.
+        """Content key of the transformer's weights: the folder's, see :mod:`qvgen.models.hub_folder`, LoRAs and their scales.
 
         Raises:
             ValueError: there are none.
         """
         revision = self.component_revision(self.transformer_folder)
-        if self._lora is None:
+        if not self._loras:
             return revision
-        return hashlib.sha256(f"{revision} {self._lora.revision} {float(self.lora_scale)!r}".encode()).hexdigest()
+        return hashlib.sha256(" ".join([revision, *(lora.revision for lora in self._loras)]).encode()).hexdigest()
 
     def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
         """Checksums of all that the folder holds and of the LoRA; see :meth:`qvgen.models.base.VideoDiT.identity`."""
@@ -234,9 +223,34 @@ class FolderFamily(abc.ABC):
     def _load_transformer(self, folder: str, *, dtype: torch.dtype) -> nn.Module:
         """Load one of the model's transformers, with its LoRA if there is one."""
         transformer = self._require_folder().load(folder, getattr(diffusers, self.transformer_class), dtype=dtype)
-        if self._lora is not None:
-            self._lora.merge_(transformer, component=folder, scale=self.lora_scale)
+        merge_loras_(transformer, self._loras, component=folder)
         return transformer
+
+    @property
+    def lora_record(self) -> list[dict[str, Any]]:
+        """What a manifest says of the LoRAs: content and scale of each, and of which transformers it is; no paths."""
+        return [
+            {"sha256": lora.file.revision, "scale": lora.scale, "transformers": sorted(lora.keys)}
+            for lora in self._loras
+        ]
+
+    def check_loras(self, transformer: nn.Module) -> None:
+        """Find out without weights whether the LoRAs are of this model.
+
+        Args:
+            transformer: one that :meth:`build` made, on ``meta`` for example.
+
+        Raises:
+            ValueError: one has keys or shapes that are not of it.
+        """
+        for lora in self._loras:
+            lora.plan(transformer, component=self.transformer_folder)
+
+    def _chosen_loras(self) -> list[Lora]:
+        """The LoRAs of the configuration, their keys read."""
+        return read_loras(
+            self.lora, scale=self.lora_scale, components=self.transformer_folders, trained=self.transformer_folder
+        )
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a transformer with random weights, on the device that is the default one (``meta`` costs nothing).

@@ -15,13 +15,17 @@ Left out: image conditions.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import UMT5EncoderModel
 
+from qvgen.models.lora import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
+
+log = logging.getLogger(__name__)
 
 _EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
@@ -47,6 +51,9 @@ class WanExpert(Wan):
     Attributes:
         expert: high or low: the noise levels of the transformer that is trained.
         guidance_scale_low: classifier-free guidance at the low-noise expert's steps; ``guidance_scale`` is the other's.
+        lora_high: LoRAs of the high-noise expert, written as ``lora`` is; ``lora`` itself is for files whose keys name both
+            experts, and for the expert that is trained.
+        lora_low: LoRAs of the low-noise expert.
 
     The other keys are those of :class:`Wan`.
 
@@ -56,6 +63,8 @@ class WanExpert(Wan):
 
     expert: str
     guidance_scale_low: float
+    lora_high: Any = None
+    lora_low: Any = None
 
     transformer_folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
@@ -70,6 +79,33 @@ class WanExpert(Wan):
             )
         self._boundary = boundary
 
+    def _chosen_loras(self) -> list[Lora]:
+        """LoRAs of both experts; a warning where one of them gets none and the other does."""
+        loras = super()._chosen_loras()
+        for expert, value in (("high", self.lora_high), ("low", self.lora_low)):
+            key = f"model.lora_{expert}"
+            if value is not None and not isinstance(self.lora_scale, int | float):
+                raise ValueError(
+                    f"model.lora_scale={self.lora_scale} is a list for model.lora; give {key} {{path, scale}}"
+                )
+            loras += read_loras(
+                value,
+                scale=self.lora_scale,
+                components=self.transformer_folders,
+                trained=self.transformer_folder,
+                component=_EXPERT_FOLDERS[expert],
+                key=key,
+            )
+        given = {component for lora in loras for component in lora.keys}
+        for expert, folder in _EXPERT_FOLDERS.items():
+            if given and folder not in given:
+                log.warning(
+                    "the %s-noise expert gets no LoRA, and the other one does; write model.lora_%s=FILE for its own",
+                    expert,
+                    expert,
+                )
+        return loras
+
     @property
     def transformer_folder(self) -> str:
         """Folder of the expert that is trained."""
@@ -78,6 +114,17 @@ class WanExpert(Wan):
     def use_partner(self, transformer: nn.Module) -> None:
         """Sample with this transformer as the other expert, until :meth:`release`; it must be on the same device."""
         self._loaded["partner"] = transformer
+
+    def partner_lora_is_missing(self, record: object) -> bool:
+        """Whether the partner was sampled with a LoRA, when a packed model was made, that this family does not give it.
+
+        Args:
+            record: the manifest's ``lora_record``; anything else says nothing.
+        """
+        (partner,) = set(self.transformer_folders) - {self.transformer_folder}
+        own = [entry for entry in self.lora_record if partner in entry["transformers"]]
+        entries = [entry for entry in record if isinstance(entry, dict)] if isinstance(record, list) else []
+        return any(partner in (entry.get("transformers") or ()) and entry not in own for entry in entries)
 
     def _noise_range(self) -> tuple[float, float]:
         return (self._boundary, 1.0) if self.expert == "high" else (0.0, self._boundary)

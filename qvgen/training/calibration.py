@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Part of the key; one more when the same settings would give other statistics."""
 
-_NO_PART_OF_SAMPLING = ("path", "weights", "lora", "recipe", "published", "prompts", "include", "exclude")
+_NO_PART_OF_SAMPLING = (
+    "path", "weights", "lora", "lora_high", "lora_low", "recipe", "published", "prompts", "include", "exclude",
+)  # fmt: skip
 """Keys of conf/model that change no video, or that the weights' revision stands for."""
 
 SEED_OFFSET = 10_000

@@ -54,6 +54,8 @@ def check_student(config: TrainConfig) -> None:
         )
     with torch.device("meta"):
         skeleton = config.model.build(config.model.transformer_config)
+    if hasattr(config.model, "check_loras"):
+        config.model.check_loras(skeleton)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
     if isinstance(config.init, MixedPrecision):
         check_mixed_precision(config, chosen.quantized)
@@ -200,5 +202,6 @@ def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, st
             "bits": config.bits.label,
             "seed": config.seed,
             "steps": steps,
+            **({"loras": record} if (record := getattr(config.model, "lora_record", None)) else {}),
         },
     )

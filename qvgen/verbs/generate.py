@@ -213,6 +213,14 @@ def _transformer(config: GenerateConfig, family: Any) -> nn.Module:
 def _use_partner(config: GenerateConfig, family: Any) -> list[nn.Module]:
     """Make the second of two packed experts known to the family; it, if there is one."""
     partners = [load_packed(path, kernel=config.kernel) for path in (config.packed or ())[1:]]
+    if config.packed and not partners and hasattr(family, "partner_lora_is_missing"):
+        record = read_manifest(config.packed[0]).training.get("loras")
+        if family.partner_lora_is_missing(record):
+            log.warning(
+                "the other expert had a LoRA when %s was made and has none here; write model.lora_high or model.lora_low "
+                "as it was there",
+                config.packed[0],
+            )
     for partner in partners:
         family.use_partner(partner)
     return partners

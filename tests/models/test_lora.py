@@ -16,7 +16,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qvgen.models.lora import Lora
+from qvgen.models.lora import Lora, merge_loras_
+from qvgen.models.lora_file import LoraFile
 from qvgen.training.student import LOCAL_ARGUMENTS
 from tests.models.family_checks import draw
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
@@ -171,8 +172,8 @@ def test_revision_is_of_an_adapters_configuration_too(wan: Model, tmp_path: Path
 def test_random_numbers_are_left_alone(model: Model, tmp_path: Path) -> None:
     saved = save_diffusers(model, tmp_path / "lora")
     teacher, state = plain_teacher(model), torch.get_rng_state()
-    lora = Lora(path=saved.path, loader=model.pipeline, components=("transformer",), trained="transformer")
-    lora.merge_(teacher, component="transformer", scale=1.0)
+    lora = Lora(file=LoraFile(path=saved.path), scale=1.0, components=("transformer",), trained="transformer")
+    merge_loras_(teacher, [lora], component="transformer")
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
@@ -66,7 +67,7 @@ def test_what_is_no_lora_is_refused(wan: Model, tmp_path: Path) -> None:
     refuse(r"holds no LoRA keys \(its first is blocks.0.attn1", weights, wan.folder)
     saved = save_peft(wan, tmp_path / "peft")
     file = saved.path / "adapter_model.safetensors"
-    refuse(r"base_model.model.\S+ is not of transformer; write the path of its folder", file, wan.folder)
+    tiny_family("wan", wan.folder, lora=str(file)).load_teacher()  # with the configuration beside it
     shutil.copy(save_diffusers(wan, tmp_path / "two").path, saved.path / FILE)
     refuse("it holds both", saved.path, wan.folder)
     (saved.path / FILE).unlink()
@@ -93,11 +94,16 @@ def test_a_lora_of_another_model_is_refused(model: Model, tmp_path: Path) -> Non
         ({first: tensors[first] * torch.inf}, 
             r"merged with model.lora_scale=1.0: '\S*attn1.to_q.weight', float32 \[32, 32\], holds .*; lower the scale"),
         ({"transformer_2." + first: tensors[first].clone()}, rf"transformer_2.{first} is not of transformer; use a LoRA of"),
-        ({"text_encoder.lora_A.weight": tensors[first].clone()}, "text_encoder.lora_A.weight is not of transformer"),
+        ({"text_encoder.lora_A.weight": tensors[first].clone()}, "text_encoder.lora_A.weight matches no layer"),
         ({"transformer.norm_out.lora_A.weight": tensors[first].clone()}, "norm_out.lora_A.weight matches no layer"),
-        ({first.replace("lora_A.weight", "alpha"): torch.ones(())}, r"to_q.alpha matches no layer"),
-        ({first.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "vector matches no layer"),
-        ({first.replace("lora_A.weight", "dora_scale"): torch.ones(32)}, r"to_q.dora_scale is no LoRA's"),
+        ({first.replace("lora_A.weight", "alpha"): torch.ones(2)}, r"to_q.alpha \[2\] is no number; use a LoRA of"),
+        ({first.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "vector is no LoRA's .but of DoRA"),
+        ({first.replace("lora_A.weight", "dora_scale"): torch.ones(32)}, r"to_q.dora_scale is no LoRA's .but of DoRA"),
+        ({first.replace("lora_A.weight", "hada_w1_a"): torch.ones(32)}, r"to_q.hada_w1_a is no LoRA's .but of LyCORIS"),
+        ({first.replace("lora_A.weight", "weight"): torch.ones(32)}, r"to_q.weight is no LoRA's .but of no kind"),
+        ({first.replace("lora_A.weight", "lora_A.other.weight"): tensors[first].clone()}, "are both of .*to_q; keep one"),
+        ({first.replace("lora_A.weight", "diff"): torch.ones(3)}, r"to_q.diff \[3\] does not fit .*to_q.weight \[32, 32\]"),
+        ({first.replace("lora_A.weight", "diff_m"): torch.ones(3)}, r"to_q.diff_m matches no layer"),
     ):  # fmt: skip
         save_file(tensors | change, path)
         refuse(match, path, model.folder, model.name)
@@ -105,19 +111,56 @@ def test_a_lora_of_another_model_is_refused(model: Model, tmp_path: Path) -> Non
     refuse(r"attn1.to_q lacks its lora_A.weight", path, model.folder, model.name)
 
 
-def test_what_diffusers_would_drop_is_refused(wan: Model, tmp_path: Path) -> None:
+def test_keys_of_layers_that_the_model_does_not_have_are_refused_by_name(wan: Model, tmp_path: Path) -> None:
+    """Diffusers would drop some of these with a line in its debug log, and fail at others with a traceback."""
     down = {f"diffusion_model.blocks.{block}.self_attn.q.lora_down.weight": torch.ones(2, 32) for block in range(2)}
     tensors = down | {key.replace("down", "up"): torch.ones(32, 2) for key in down}
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path)
     tiny_family("wan", wan.folder, lora=str(path)).load_teacher()
-    for key in ("blocks.0.self_attn.norm_q.diff", "time_projection.1.diff_b", "patch_embedding.diff"):
-        save_file(tensors | {f"diffusion_model.{key}": torch.ones(32)}, path)
-        refuse(f"diffusion_model.{key} is no LoRA's", path, wan.folder)
-    save_file(tensors | {"diffusion_model.blocks.0.unknown.lora_down.weight": torch.ones(2, 32)}, path)
-    refuse("diffusers can't convert it .*unknown.*; use a LoRA of this model", path, wan.folder)
-    save_file({key.replace("diffusion_model.", "lora_unet_"): value for key, value in tensors.items()}, path)
-    refuse("diffusers can't convert it ", path, wan.folder)
+    for key, shape, match in (
+        ("blocks.0.cross_attn.norm_k_img.diff", [32], "matches no layer"),  # image to video
+        ("blocks.0.cross_attn.k_img.lora_down.weight", [2, 32], "matches no layer"),
+        ("blocks.9.self_attn.q.lora_down.weight", [2, 32], "matches no layer"),  # of a bigger model
+        ("blocks.0.unknown.lora_down.weight", [2, 32], "matches no layer"),
+        ("blocks.0.norm3.lora_down.weight", [2, 32], "matches no layer"),  # no Linear
+        ("blocks.0.norm2.diff", [32], ""),  # diffusers' name, accepted
+        ("blocks.0.self_attn.norm_q.diff_b", [32], r"is of blocks.0.attn1.norm_q.bias, which the model does not have"),
+        ("blocks.0.diff_m", [1, 6, 31], r"\[1, 6, 31\] does not fit blocks.0.scale_shift_table \[1, 6, 32\]"),
+        ("patch_embedding.diff", [32, 36, 1, 2, 2], r"does not fit patch_embedding.weight \[32, 4, 1, 2, 2\]"),
+    ):
+        save_file(tensors | {f"diffusion_model.{key}": torch.zeros(shape)}, path)  # zeros are no reason to drop a key
+        if match:
+            refuse(f"diffusion_model.{key} .*{match}", path, wan.folder)
+        else:
+            tiny_family("wan", wan.folder, lora=str(path)).load_teacher()
+    for half in ("down", "up"):
+        save_file({key: value for key, value in tensors.items() if half in key}, path)
+        refuse(f"attn1.to_q lacks its lora_{'B' if half == 'down' else 'A'}.weight", path, wan.folder)
+
+
+def test_a_configuration_and_an_alpha_that_differ(wan: Model, tmp_path: Path) -> None:
+    saved = save_diffusers(wan, tmp_path / "lora")
+    with safe_open(saved.path, framework="pt") as stream:
+        header = stream.metadata()
+    alpha = {"transformer.blocks.0.attn1.to_q.alpha": torch.tensor(1.0)}
+    save_file(load_file(saved.path) | alpha, saved.path, metadata=header)
+    tiny_family("wan", wan.folder, lora=str(saved.path)).load_teacher()  # both say 1 / 3
+    save_file(load_file(saved.path) | {key: value * 2 for key, value in alpha.items()}, saved.path, metadata=header)
+    refuse(r"to_q.alpha makes alpha / rank 0.66\d+, its configuration 0.33\d+; get it again", saved.path, wan.folder)
+
+
+def test_several_files_in_one_folder(wan: Model, tmp_path: Path) -> None:
+    saved = save_diffusers(wan, tmp_path / "lora")
+    only = saved.path.rename(saved.path.with_name("style.safetensors"))
+    wanted = tiny_family("wan", wan.folder, lora=str(only))
+    assert tiny_family("wan", wan.folder, lora=str(only.parent)).revision == wanted.revision
+    shutil.copy(only, only.with_name("other.safetensors"))
+    refuse(
+        "it holds 2 files .other.safetensors, style.safetensors.; write the path of one, or a list",
+        only.parent,
+        wan.folder,
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +184,27 @@ def test_configurations_of_more_than_a_lora_are_refused(
     refuse(match, saved.path, wan.folder)
 
 
-def test_scale_is_a_finite_number(wan: Model) -> None:
-    for scale in (float("nan"), float("inf"), "much"):
-        with pytest.raises(ValueError, match=f"model.lora_scale={scale} is no finite number; write 1.0"):
-            tiny_family("wan", wan.folder, lora_scale=scale)
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "much", True, None])
+def test_scale_is_a_finite_number(wan: Model, scale: Any) -> None:
+    with pytest.raises(ValueError, match=f"model.lora_scale={scale} is no finite number; write 1.0"):
+        tiny_family("wan", wan.folder, lora_scale=scale)
+    with pytest.raises(ValueError, match=f"model.lora_scale={scale} is no finite number; write 1.0"):
+        tiny_family("wan", wan.folder, lora_scale=[scale])
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale", "match"),
+    [
+        (["a", "b"], [1.0], r"model.lora_scale=\[1.0\] has 1 scales for 2 LoRAs; give one for each"),
+        ("a", [1.0, 2.0], r"has 2 scales for 1 LoRAs"),
+        ([{"path": "a", "weight": 1}], 1.0, "has the keys path, weight; write path and scale"),
+        ([{"scale": 1}], 1.0, "has the keys scale; write path and scale"),
+        ([{"path": "a", "scale": "much"}], 1.0, "model.lora.scale=much is no finite number"),
+        ([{"path": "a", "scale": 1}], [1.0], "both give the scale of a; write it once"),
+        ([3], 1.0, r"model.lora=\[3\] is no path, and no list of paths; write model.lora=FILE"),
+        ("", 1.0, "model.lora= is no path"),
+    ],
+)
+def test_what_is_no_choice_of_loras(lora: Any, scale: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tiny_family("wan", None, lora=lora, lora_scale=scale)
