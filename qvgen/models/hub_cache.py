@@ -44,14 +44,16 @@ def snapshot_below(folder: Path, *, repository: str) -> Path | None:
     """The snapshot that a folder of a cache stands for.
 
     Args:
-        folder: a repository's folder models--ORG--NAME, a cache's root, or the folder $HF_HOME that holds hub/.
+        folder: a repository's folder models--ORG--NAME or snapshots/ in it, a cache's root, or the folder $HF_HOME that
+            holds hub/.
         repository: the one that is meant by a root.
 
     Returns:
         The snapshot, or None where the folder is none of these or lacks it.
     """
-    if folder.name.startswith(_PREFIX):
-        return _snapshot(folder)
+    place = folder.parent if folder.name == "snapshots" else folder
+    if place.name.startswith(_PREFIX):
+        return _snapshot(place)
     found = (cached_snapshot(repository, root=root) for root in (folder, folder / "hub"))
     return next((snapshot for snapshot in found if snapshot is not None), None)
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,13 +32,14 @@ from qvgen.models.foreign_code import check_config, check_model_index
 from qvgen.models.hub_cache import cache_of, cache_root, cached_snapshot
 from qvgen.models.model_path import find_model_folder
 from qvgen.models.safetensors_header import first_bytes, read_header
-from qvgen.models.weight_set import MissingWeightsError, WeightSet, check_headers, find_weights
+from qvgen.models.weight_set import PICKLES, MissingWeightsError, WeightSet, check_headers, find_weights
 
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
 _CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
 _PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
+_FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")
 
 
@@ -80,7 +82,8 @@ class HubFolder:
     def whole_remedy(cls, path: str | Path, *, repository: str, model: str) -> str:
         """What to do when there is no folder at all."""
         folder = Path(path).expanduser()
-        empty = (folder.is_dir() and not any(folder.iterdir())) or not (folder.exists() or folder.suffix)
+        is_file = folder.is_file() or folder.suffix in _FILE_SUFFIXES
+        empty = not is_file and not (folder.is_dir() and any(folder.iterdir()))
         return download_remedy(repository, model=model, path=str(path) if empty else "FOLDER")
 
     def remedy(self, part: str) -> str:
@@ -157,6 +160,16 @@ class HubFolder:
         headers = (read_header(file)[1] for file in self._weights(component).files)
         return sum(math.prod(entry["shape"]) for entries in headers for entry in entries.values())
 
+    def check_parts(self, components: Sequence[str]) -> None:
+        """Find out from headers whether components with weights, and the tokenizer, are there and whole.
+
+        Raises:
+            ValueError: one is not; the message says what and how to get it.
+        """
+        for component in components:
+            self._weights(component)
+        self._check_tokenizer()
+
     def load(self, component: str, model_class: type[Any], *, dtype: torch.dtype) -> nn.Module:
         """Load a component's weights strictly, from safetensors alone.
 
@@ -211,15 +224,18 @@ class HubFolder:
             ValueError: it is missing or damaged, or names code.
             RuntimeError: sentencepiece is needed and not installed.
         """
-        folder, remedy = self.path / "tokenizer", self.remedy("tokenizer/*")
+        self._check_tokenizer()
+        return load_tokenizer(self.path / "tokenizer", remedy=self.remedy("tokenizer/*"))
+
+    def _check_tokenizer(self) -> None:
+        folder = self.path / "tokenizer"
         if not any((folder / name).is_file() for name in _VOCABULARIES):
             what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"
-            raise ValueError(f"{folder} {what}; {remedy}")
+            raise ValueError(f"{folder} {what}; {self.remedy('tokenizer/*')}")
         if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
             raise RuntimeError(
                 f"{folder} needs the package sentencepiece, which is not installed: pip install sentencepiece"
             )
-        return load_tokenizer(folder, remedy=remedy)
 
     def _weights(self, component: str) -> WeightSet:
         """The weights of a component: all there, whole and in full precision as far as headers say."""

@@ -53,22 +53,24 @@ def find_model_folder(path: str | Path, *, repository: str, download: str) -> Pa
     if folder.is_file():
         raise ValueError(f"model.path={path} is a file: {_file_answer(folder, download=download)}")
     if not folder.is_dir():
-        return _cached(str(path), download=download)
+        return _cached(str(path), repository=repository, download=download)
     found = folder if (folder / INDEX).is_file() else snapshot_below(folder, repository=repository)
     if found is None or not (found / INDEX).is_file():
         raise ValueError(f"model.path={path} {_folder_answer(found or folder, repository, download=download)}")
     return found
 
 
-def _cached(path: str, *, download: str) -> Path:
+def _cached(path: str, *, repository: str, download: str) -> Path:
     """The snapshot of ORG/NAME; raises ValueError without one."""
     if not is_repository(path):
         raise ValueError(f"model.path={path} is not there; {download}")
     found = cached_snapshot(path)
     if found is None:
+        own = f"download it with `hf download {path}`, or write the folder where it lies"
+        other = f"{download}; if {path} is a repository of the hub, `hf download {path}` puts it there"
         raise ValueError(
-            f"model.path={path} is no folder, and the hub's cache {cache_root()} does not hold it; download it with "
-            f"`hf download {path}`, or write the folder where it lies"
+            f"model.path={path} is no folder, and the hub's cache {cache_root()} holds no such repository; "
+            f"{own if path == repository else other}"
         )
     if not (found / INDEX).is_file():
         raise ValueError(f"model.path={path} in the hub's cache {_folder_answer(found, path, download=download)}")

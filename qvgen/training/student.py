@@ -54,8 +54,8 @@ def check_student(config: TrainConfig) -> None:
         )
     with torch.device("meta"):
         skeleton = config.model.build(config.model.transformer_config)
-    if hasattr(config.model, "check_loras"):
-        config.model.check_loras(skeleton)
+    if hasattr(config.model, "check_parts"):
+        config.model.check_parts(skeleton)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
     if isinstance(config.init, MixedPrecision):
         check_mixed_precision(config, chosen.quantized)

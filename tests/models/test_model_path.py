@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from qvgen.cli import main
 from qvgen.models.hub_cache import cache_of
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.lora_files import make_model, save_diffusers, save_peft, tiny_family
@@ -100,7 +101,7 @@ def test_a_cache_s_root_and_its_folders_are_found(hub: Path, cache: Path, tmp_pa
     other = Path(shutil.copytree(hub, tmp_path / "other"))
     main = fill_cache(cache, hub, REPOSITORY)
     fill_cache(cache, other, REPOSITORY, commit="b" * 40, main=False)
-    for path in (cache, cache.parent, main.parent.parent, main, REPOSITORY):
+    for path in (cache, cache.parent, main.parent.parent, main.parent, main, REPOSITORY):
         assert tiny_family("wan", path).folder.path == main
     assert cache_of(main) == (REPOSITORY, cache)
     # Where a revision was asked for by its hash there is no main; the only snapshot is meant.
@@ -113,11 +114,14 @@ def test_a_cache_s_root_and_its_folders_are_found(hub: Path, cache: Path, tmp_pa
 
 def test_a_repository_that_is_not_in_the_cache_is_to_be_downloaded_there(cache: Path) -> None:
     line = answer("acme/style-wan")
-    assert (
-        f"is no folder, and the hub's cache {cache} does not hold it; download it with `hf download acme/style-wan`"
-        in line
-    )
-    assert "--local-dir" not in line
+    assert f"is no folder, and the hub's cache {cache} holds no such repository; download the weights with" in line
+    assert "--local-dir acme/style-wan` and write model=wan model.path=acme/style-wan" in line  # a folder is likelier
+    assert line.endswith("if acme/style-wan is a repository of the hub, `hf download acme/style-wan` puts it there")
+    own = answer(REPOSITORY)
+    assert own.endswith(f"download it with `hf download {REPOSITORY}`, or write the folder where it lies")
+    assert "--local-dir" not in own
+    for name in ("weights/Wan2.1-1.3B", "weights/wan"):
+        assert f"--local-dir {name}` and write model=wan model.path={name}" in answer(name)
 
 
 def test_what_is_in_the_cache_is_not_to_be_downloaded_again(hub: Path, cache: Path, tmp_path: Path) -> None:
@@ -275,6 +279,29 @@ def test_a_tokenizer_that_is_missing_or_damaged(folder: Path) -> None:
         with pytest.raises(ValueError, match="tokenizer is missing") as caught:
             call()
         assert str(caught.value).endswith(remedy)
+
+
+def test_a_dry_run_looks_at_every_part(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "ptq", "model=wan", f"model.path={folder}", "model.height=32", "model.width=48", "model.num_frames=9",
+        "model.sampling_frames=9", "bits=4", "init=rtn", "evaluation.samples=0", "dry_run=true",
+        f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert main(command) == 0
+    weights = folder / "vae" / WEIGHTS
+    content = weights.read_bytes()
+    for change, message in (
+        (lambda: weights.write_bytes(content[:-1]), f"{weights} is cut off"),
+        (weights.unlink, "vae holds no weights"),
+    ):
+        change()
+        capsys.readouterr()
+        assert main(command) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    weights.write_bytes(content)
+    shutil.rmtree(folder / "tokenizer")
+    assert main(command) == 2
+    assert "tokenizer is missing; get it with `hf download" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Other things in a model's place
