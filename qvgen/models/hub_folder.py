@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -204,7 +205,7 @@ class HubFolder:
                 variant=weights.variant,
                 **{key: dtype},
             )
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{self.path / component} can't be loaded ({_one_line(error)}); {remedy}") from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:

@@ -138,7 +138,7 @@ class LoraFile:
             _, entries = read_header(self.weights)
         except (ValueError, OSError) as error:
             raise self.error(f"{self.weights.name} {one_line(error)}; download it again, or convert it") from error
-        return {key: tuple(map(int, entry["shape"])) for key, entry in entries.items()}
+        return {key: tuple(entry["shape"]) for key, entry in entries.items()}
 
     @cached_property
     def revision(self) -> str:

@@ -147,6 +147,8 @@ class Planner:
             outputs, *inputs = weight
             if [*down[1:], *up] != [*inputs, outputs, *down[:1], *[1] * (len(inputs) - 1)]:
                 yield f"A {down}, B {up} does not fit {name} {weight}"
+            elif down[0] == 0:
+                yield f"A {down} of {name} has rank 0"
         if (alpha := found.get("alpha")) and shapes[alpha] not in ((), (1,)):
             yield f"{alpha} {list(shapes[alpha])} is no number"
         for kind in ("bias", "diff", "diff_b", "diff_m"):

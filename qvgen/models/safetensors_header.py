@@ -51,12 +51,21 @@ def read_header(path: Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
         raise ValueError(f"is cut off: it has {size} bytes, its header alone takes {8 + length}")
     try:
         entries = {str(name): entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+        end = max((_check_entry(entry) for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"is no safetensors file (its header is damaged: {type(error).__name__})") from error
     if size < 8 + length + end:
         raise ValueError(f"is cut off: it has {size} of {8 + length + end} bytes")
     return raw, entries
+
+
+def _check_entry(entry: dict[str, Any]) -> int:
+    """Raise where a header's entry is none; the end of its tensor's bytes."""
+    begin, end = entry["data_offsets"]
+    numbers = [begin, end - begin, *entry["shape"]]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not isinstance(entry["dtype"], str):
+        raise ValueError("an entry with other than sizes")
+    return int(end)
 
 
 def first_bytes(path: Path, header: tuple[bytes, dict[str, dict[str, Any]]], *, count: int) -> Iterator[bytes]:

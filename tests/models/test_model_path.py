@@ -253,6 +253,31 @@ def test_what_lies_in_place_of_weights_is_named(case: str, folder: Path) -> None
         assert ";" in message
 
 
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HEADERS: dict[str, Any] = {
+    "no mapping": [], "a number": 3, "no entries": {"a": 3}, "no offsets": {"a": {}},
+    "no shape": {"a": {**ENTRY, "shape": None}},
+    "three offsets": {"a": {**ENTRY, "data_offsets": [0, 4, 8]}}, "backwards": {"a": {**ENTRY, "data_offsets": [4, 0]}},
+    "before the file": {"a": {**ENTRY, "data_offsets": [-9, 4]}}, "half a byte": {"a": {**ENTRY, "data_offsets": [0, 0.5]}},
+    "a size of text": {"a": {**ENTRY, "shape": ["1"]}}, "a type of numbers": {"a": {**ENTRY, "dtype": 3}},
+    "overlapping": {"a": ENTRY, "b": ENTRY}, "another size": {"a": {**ENTRY, "shape": [2**40]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_damaged_headers_are_one_line(case: str, folder: Path) -> None:
+    raw = json.dumps(HEADERS[case]).encode()
+    for file in (folder / "transformer" / WEIGHTS, folder / "text_encoder" / "model.safetensors"):
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    family = tiny_family("wan", folder)
+    for call in (family.load_teacher, lambda: family._module("text_encoder")):
+        with pytest.raises(ValueError, match=r"is no safetensors file|can't be loaded") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"^model.lora={folder / 'transformer'}: "):
+        tiny_family("wan", None, lora=str(folder / "transformer"))
+
+
 def test_weights_that_a_configuration_calls_quantized(folder: Path) -> None:
     file = folder / "text_encoder" / "config.json"
     file.write_text(
