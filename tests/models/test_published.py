@@ -120,7 +120,7 @@ def test_verbs_refuse_a_sibling_in_one_line_before_anything_is_encoded(
 ) -> None:
     folder = write_configs(tmp_path / "hub", "wan2.2-ti2v")
     cache = tmp_path / "cache"
-    for verb in ("train", "precompute", "ptq"):
+    for verb in ("train", "precompute"):
         assert main([verb, "model=wan", f"model.path={folder}", f"data.path={tmp_path}", f"data.cache={cache}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith("use model=wan2.2-ti2v")
