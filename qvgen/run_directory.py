@@ -32,7 +32,8 @@ LOCK_FILE = ".lock"
 
 FREE_KEYS = (
     "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "logger", "names.experiment",
-    "model.path", "model.weights", "model.lora", "data.path", "data.videos", "data.cache", "calibration.cache",
+    "model.path", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
+    "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""

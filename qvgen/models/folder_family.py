@@ -102,21 +102,14 @@ class FolderFamily(abc.ABC):
         check_negative_prompt(self.negative_prompt)
         require_number("num_inference_steps", self.num_inference_steps, minimum=1, whole=True)
         require_number("guidance_scale", self.guidance_scale, minimum=0)
-        self.folder = (
-            None
-            if self.path is None
-            else self.folder_class.find(self.path, repository=self.repository, model=self.name)
-        )
+        self.folder = None
+        if self.path is not None:
+            self.folder = self.folder_class.find(self.path, repository=self.repository, model=self.name)
         self._loras = self._chosen_loras()
         if self.folder is not None:
             check_text_to_video(self.component_config, name=self.name, path=self.path)
-            check_is_of(
-                self.component_config,
-                name=self.name,
-                transformer_class=self.transformer_class,
-                text_encoder=self.text_encoder_class.__name__,
-                path=self.path,
-            )
+            classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class.__name__}
+            check_is_of(self.component_config, name=self.name, path=self.path, **classes)
         temporal, spatial = self.compression
         multiple = spatial * self.patch_size
         for key in ("height", "width"):
@@ -199,7 +192,8 @@ class FolderFamily(abc.ABC):
         """Checksums of all that the folder holds and of the LoRA; see :meth:`qvgen.models.base.VideoDiT.identity`."""
         if self.folder is None:
             return {}
-        lora = {} if self._lora is None else {"lora": f"{self._lora.revision} times {float(self.lora_scale)!r}"}
+        chosen = ", ".join(lora.revision.replace(" ", " times ", 1) for lora in self._loras)
+        lora = {"lora": chosen} if chosen else {}
         if transformer_only:
             return {**weights_identity(self.folder, [self.transformer_folder]), **lora}
         weights = weights_identity(self.folder, [*self.transformer_folders, "vae", "text_encoder"])

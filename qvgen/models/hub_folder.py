@@ -139,7 +139,7 @@ class HubFolder:
         Raises:
             ValueError: the component has no weights here.
         """
-        return files_checksum([self.path / component / "config.json", *self._weight_files(component)])
+        return files_checksum([self.path / component / "config.json", *self._weights(component).files])
 
     def files_revision(self, component: str) -> str:
         """Content key of all files of a component without weights, such as tokenizer: sha256 over names and bytes.
