@@ -4,8 +4,9 @@ A verb is a file in qvgen/verbs with a conf/VERB.yaml; it receives the frozen da
 named after it. Every job of a --multirun is composed and checked before the first one starts.
 
 Exit codes: 0 all that was asked is done; 3 a dry run that does not fit; 2 bad input or environment (one line on stderr;
-the traceback too with
-debug=true or HYDRA_FULL_ERROR=1); 1 a bug (traceback); 130 interrupted. Of several jobs the worst counts.
+the traceback too with debug=true or HYDRA_FULL_ERROR=1); 1 a bug (traceback); 130 after SIGINT, 143 after SIGTERM or
+SIGUSR1, with what is saved and the command that continues on one line (:mod:`qvgen.stop_request`). Of several jobs the
+worst counts.
 
 What is the user's to mend is told from a bug by its type: ValueError and OSError are, and so is a RuntimeError that
 our own code raises (it names what is wrong with the environment). A RuntimeError from inside torch is a bug.
@@ -22,16 +23,22 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
-from qvgen import __version__
+from qvgen import __version__, stop_request
+from qvgen.config.command_line import begin_job
 from qvgen.config.errors import DOES_NOT_FIT, UserError, did_you_mean, one_line
 
-DONE, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED)
+DONE, BUG, BAD_INPUT = 0, 1, 2
+INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
+_SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _VERBS_DIRECTORY = Path(__file__).parent / "verbs"
+_TRAINING_VERBS = ("train", "ptq", "fold")
+"""Verbs that work on one run's folder: a second task of another launcher would do the same work again."""
+
 _REFUSED_FLAGS = {
     "config_name": "the verb names it",
     "config_path": "--config-dir adds a folder to it",
@@ -52,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     if first == "worker":
         return _guarded(lambda: _worker(arguments[1:]), name="worker", show_traceback=True)
-    return _guarded(lambda: _run_verb(first, arguments[1:], show=show), name=first, show_traceback=show)
+    begin_job(first, arguments[1:])
+    with stop_request.listening():
+        return _guarded(lambda: _run_verb(first, arguments[1:], show=show), name=first, show_traceback=show)
 
 
 def verbs() -> dict[str, str]:
@@ -87,8 +96,8 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     if verb == "benchmark" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         arguments = [f"what={arguments[0]}", *arguments[1:]]  # `qvgen benchmark ptq`
-    _own_the_environment()
-    from qvgen.config.build import check
+    _own_the_environment(verb)
+    from qvgen.config.build import check, group_sweep
     from qvgen.config.compose import compose_plain, expand_sweep
 
     flags = _parse_flags(arguments)
@@ -103,15 +112,21 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         _let_hydra_answer(verb, [*own_flags, *flags.overrides], header=known[verb])
         return DONE
     plains = [compose_plain(verb, job, extra_directory=extra) for job in jobs]
+    if len(jobs) > 1:
+        group_sweep(plains)
     for plain, job in zip(plains, jobs, strict=True):
         check(verb, plain)
         _check_resume(plain, job)
     _log_to_stderr()
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
+    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
     codes = []
-    for plain in plains:
+    for plain, job in zip(plains, jobs, strict=True):
+        begin_job(verb, [*folder, *job])
+        stop_request.note()
+        stop_request.continue_with(None)
         codes.append(_run_job(run, verb, plain, show=show))
-        if codes[-1] == INTERRUPTED:
+        if codes[-1] in (INTERRUPTED, TERMINATED):
             break
     return max(codes, key=_SEVERITY.index)
 
@@ -189,11 +204,12 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[_Stderr()], format="%(message)s")
 
 
-def _own_the_environment() -> None:
+def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
-    from qvgen.training.launcher import forget_ranks, refuse_foreign_launcher
+    from qvgen.training.foreign_launcher import forget_ranks, refuse_foreign_launcher
 
-    refuse_foreign_launcher(os.environ)
+    if verb in _TRAINING_VERBS:  # tasks of others may share out seeds, or precompute's shards
+        refuse_foreign_launcher(os.environ)
     forget_ranks(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar
 
@@ -205,24 +221,27 @@ def _worker(arguments: list[str]) -> None:
     parser = ArgumentParser(prog="qvgen worker")
     parser.add_argument("verb", choices=sorted(verbs()))
     parser.add_argument("config", type=Path)
-    for name in ("rank", "world-size", "port", "parent"):
+    for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(arguments)
-    follow_parent(given.parent)
+    follow_parent(given.parent, beats=given.beats)
     from qvgen.config.build import build
     from qvgen.run_directory import read_plain
 
     _log_to_stderr()
     run_worker = importlib.import_module(f"qvgen.verbs.{given.verb}").run_worker
     config = build(given.verb, read_plain(given.config))
-    run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
+    with suppress(stop_request.Stopped):  # with all others; rank 0 says so
+        run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
 
 
 def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: bool) -> int:
     """Run an action and turn what it raises into an exit code and what a user needs to read."""
     try:
         return action() or DONE
-    except KeyboardInterrupt:
+    except stop_request.Stopped:
+        return stop_request.say_end()
+    except KeyboardInterrupt:  # a program that calls main() in another thread
         print(f"qvgen {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough

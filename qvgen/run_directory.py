@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import yaml
 
+from qvgen import stop_request
 from qvgen.config.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ PROGRESS_FILE = "progress.json"
 LOCK_FILE = ".lock"
 
 FREE_KEYS = (
-    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "logger", "names.experiment",
+    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
+    "names.experiment",
     "model.path", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip
@@ -165,6 +167,8 @@ class RunDirectory:
         lock = _take_lock(path)
         try:
             resumed, new_keys = _check_content(path, _plain(plain), resume=resume, force=force)
+            stop_request.note("in the preparation, nothing is lost")
+            stop_request.continue_with({"run_dir": path, "resume": True})
             if not resumed or new_keys:
                 write_plain(path / CONFIG_FILE, plain)
             for left_by_a_killed_process in path.rglob(".*.tmp"):

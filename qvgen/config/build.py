@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         own = {key: values.pop(key) for key in _BENCHMARK_KEYS}
         values = {**own, "run": check("train", values)}
     return from_plain(_SCHEMAS[verb], values)
+
+
+def group_sweep(plains: Sequence[dict[str, Any]]) -> None:
+    """Give the jobs of a sweep a common group of wandb runs, where they log there and have none; in place."""
+    group = f"sweep {datetime.now():%Y-%m-%d %H:%M:%S}"
+    for plain in plains:
+        if "logger" in plain and plain["logger"]["group"] is None:
+            plain["logger"]["group"] = group
 
 
 def build(verb: str, plain: Mapping[str, Any]) -> Any:

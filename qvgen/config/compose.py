@@ -97,9 +97,17 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
         if one and " " in line:  # without a space it is rather a list of paths
             log.warning("%s is a sweep, one job for each of its values; for one text write %s", key, one)
     try:
-        return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:
         raise UserError(f"cannot read the sweep: {_cause(error)}") from error
+    # What is not swept stays as it was typed; hydra's sweeper writes it in another way.
+    return [
+        [
+            value if override.is_sweep_override() else text
+            for text, override, value in zip(overrides, parsed, job, strict=True)
+        ]
+        for job in jobs
+    ]
 
 
 def compose_plain(

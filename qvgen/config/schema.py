@@ -21,6 +21,7 @@ from qvgen.config.sections import (
     OptimConfig,
     PhiConfig,
     StrategyConfig,
+    TrainingConfig,
     positive,
     require,
 )
@@ -55,6 +56,7 @@ class TrainConfig:
         calibration: What a PTQ method sees of the full-precision model.
         activation_switch: A policy that changes activation bits while sampling.
         checkpoint: How often a run can be resumed from.
+        training: What its processes are watched for.
         evaluation: What is measured and shown.
         names: What was chosen from each group.
         plain: All of the above as a plain dict, as config.yaml holds it and :func:`qvgen.config.build.build` reads it.
@@ -84,6 +86,7 @@ class TrainConfig:
     calibration: CalibrationConfig
     activation_switch: ActivationSwitchConfig
     checkpoint: CheckpointConfig
+    training: TrainingConfig
     evaluation: EvaluationConfig
     names: Names
     plain: dict[str, Any]

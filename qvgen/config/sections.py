@@ -142,10 +142,14 @@ class LoggerConfig:
     Attributes:
         name: ``wandb`` or ``csv`` (nothing besides).
         project: Project name at Weights & Biases.
+        group: Of its runs; None: one for each sweep, none for a single run.
+        tags: Further tags of the run; model, bits, method, init and profile always are.
     """
 
     name: Literal["wandb", "csv"]
     project: str | None
+    group: str | None
+    tags: tuple[str, ...]
 
     @property
     def mode(self) -> str:
@@ -159,14 +163,35 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: Optimizer steps between two checkpoints; > 0.
+        every_minutes: Also after so many minutes without one; > 0; None: by steps alone.
         keep: How many of the newest are kept; > 0.
     """
 
     every_steps: int
+    every_minutes: float | None
     keep: int
 
     def __post_init__(self) -> None:
-        positive(checkpoint__every_steps=self.every_steps, checkpoint__keep=self.keep)
+        positive(
+            checkpoint__every_steps=self.every_steps,
+            checkpoint__every_minutes=self.every_minutes,
+            checkpoint__keep=self.keep,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What the processes of a run are watched for.
+
+    Attributes:
+        hang_minutes: A run of several processes ends after so many minutes in which none of them reported anything; > 0;
+            None: it waits for days.
+    """
+
+    hang_minutes: float | None
+
+    def __post_init__(self) -> None:
+        positive(training__hang_minutes=self.hang_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

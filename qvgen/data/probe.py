@@ -32,6 +32,7 @@ from qvgen.config.errors import one_line
 from qvgen.data.clips import BadClip, Bucket, CutPlan, CutSettings, cut_clip
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, probe_video
+from qvgen.stop_request import held_back
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +121,14 @@ class ClipReader:
             self._connection, theirs = Pipe()
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 # close() closes it
             program = _PROGRAM.format(path=sys.path, fd=theirs.fileno(), answer=self._answer, timeout_s=self.timeout_s)
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,  # what a library prints must not end up in our own output
-                stderr=self._stderr,
-            )
+            with held_back():  # Ctrl-C is ours: it must not look like a decoder that died
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._stderr,  # what a library prints must not end up in our own output
+                    stderr=self._stderr,
+                )
             theirs.close()
             # The imports are no file's fault: the first file's time begins after them.
             if not self._connection.poll(_START_S):
@@ -185,7 +187,6 @@ def serve(descriptor: int, answer_name: str, timeout_s: float) -> None:
     module, _, name = answer_name.partition(":")
     function = getattr(importlib.import_module(module), name)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     connection = Connection(os.dup(descriptor))
     os.close(descriptor)
     connection.send_bytes(b"ready")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from qvgen import stop_request
 from qvgen.config.schema import TrainConfig
 from qvgen.config.sections import OptimConfig
 from qvgen.data.datamodule import StepKeyedData
@@ -36,7 +37,8 @@ from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_
 from qvgen.training.progress import progress_bar
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.step_module import StepModule, TrainingDivergedError
-from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
+from qvgen.training.trainer import Processes, build_trainer, fit
+from qvgen.training.wandb_run import training_log
 
 log = logging.getLogger(__name__)
 
@@ -205,28 +207,26 @@ def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_di
     module = AutoencoderTraining(
         vae=vae, kl_weight=config.method.kl_weight, optim=config.optim, num_steps=config.steps, seed=config.seed
     )
-    directory, every = run_dir / CHECKPOINT_DIRECTORY, config.checkpoint.every_steps
+    directory = run_dir / CHECKPOINT_DIRECTORY
     callbacks: list[lightning.Callback] = [
         AutoencoderMetrics(run_dir / "metrics.csv", num_steps=config.steps),
         RunMark(run_dir),
-        StepCheckpoint(directory, every_steps=every, keep=config.checkpoint.keep, num_steps=config.steps),
+        StepCheckpoint(directory, config=config.checkpoint, num_steps=config.steps),
     ]
-    loggers = build_logger(config.logger, run_dir=run_dir)
-    trainer = build_trainer(
-        steps=config.steps,
-        accumulate=config.accumulate,
-        processes=Processes(),
-        callbacks=callbacks,
-        loggers=loggers,
-    )
     data = StepKeyedData(split, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed)
     vae.train()
     if found := checkpoints(directory):
         check_checkpoint(found[-1], run=run_key(run_dir))
-    try:
+    with training_log(config, run_dir) as loggers:
+        trainer = build_trainer(
+            steps=config.steps,
+            accumulate=config.accumulate,
+            processes=Processes(),
+            callbacks=callbacks,
+            loggers=loggers,
+        )
         fit(trainer, module, data, checkpoint=found[-1] if found else None)
-    finally:
-        close_loggers(loggers)
+        stop_request.check()  # asked for in the last moments
     vae.eval()
 
 

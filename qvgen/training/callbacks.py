@@ -11,6 +11,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from qvgen.evaluation.metric_rows import read_metric_rows
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.run_directory import atomic_write, set_aside
+from qvgen.stop_request import Stopped
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import forget_moments_
 from qvgen.training.progress import progress_bar
+from qvgen.training.stop_point import interruptible
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class StepMetrics(lightning.Callback):
             another process has one where the student's forward pass needs all of them.
         every_steps: How often; also after the last step.
         num_steps: Optimizer steps of the run.
+        sharded: The student's forward pass needs all processes.
     """
 
     def __init__(
@@ -93,13 +97,43 @@ class StepMetrics(lightning.Callback):
         validate: Callable[[nn.Module], float] | None,
         every_steps: int | None,
         num_steps: int,
+        sharded: bool = False,
     ) -> None:
         self.path, self.schedule = path, schedule
         self.validate, self.every_steps = validate, every_steps
-        self.num_steps = num_steps
+        self.num_steps, self.sharded = num_steps, sharded
         self._bar: tqdm[Any] | None = None
         self._last_step = 0
         self._started = 0.0
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learn where the run goes on; the trainer itself is told after on_fit_start."""
+        del trainer, pl_module
+        self._last_step = int(checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measure what a stop cut short; also in a run that has no step left."""
+        assert isinstance(pl_module, VideoTraining)
+        step = self._last_step
+        if self.validate is None or step == 0 or not self._is_validation_step(step):
+            return
+        rows = (
+            [row for row in read_metric_rows(self.path)[0] if int(row["step"]) < step] if trainer.is_global_zero else []
+        )
+        is_missing = bool(rows) and int(rows[-1]["step"]) == step - 1 and not rows[-1].get("val/relative_error")
+        if self.sharded:
+            is_missing = bool(trainer.strategy.broadcast(is_missing))
+        if not is_missing:
+            return
+        with interruptible(pl_module.student, together=self.sharded):
+            error = self.validate(pl_module.student)
+        if trainer.is_global_zero:
+            rows[-1]["val/relative_error"] = str(error)
+            write_table(self.path, METRIC_COLUMNS, rows)
+            for logger in trainer.loggers:  # the row of the step before was sent without it
+                logger.log_metrics({"val/relative_error": error}, step=step)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the table at the step that the run begins with."""
@@ -134,7 +168,9 @@ class StepMetrics(lightning.Callback):
         pl_module.step_losses.clear()
         error = None
         if self._is_validation_step(step + 1) and self.validate is not None:
-            error = self.validate(pl_module.student)
+            # A stop leaves the row without it: the state is saved next, and measured when the run goes on.
+            with suppress(Stopped), interruptible(pl_module.student, together=self.sharded):
+                error = self.validate(pl_module.student)
         if trainer.is_global_zero:
             assert pl_module.gradient_norm is not None
             row: dict[str, float | int] = {
@@ -195,13 +231,18 @@ def begin_table(path: Path, columns: Sequence[str], *, step: int) -> float:
     rows, damaged = read_metric_rows(path)
     if damaged:
         log.warning("%s: what can't be read is kept in %s", path, set_aside(path).name)
-    keep = [{name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) < step]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(keep)
-    atomic_write(path, text.getvalue().encode())
+    keep = [row for row in rows if int(row["step"]) < step]
+    write_table(path, columns, keep)
     return _seconds(keep)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows with these columns, whole or not at all; what a row lacks is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def total_seconds(path: Path) -> float:

@@ -9,7 +9,9 @@ would run the whole sweep again, and a LOCAL_RANK that some other program left w
                             +-- a thread that looks after the children
 
 Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too)
-ends the children. This module needs no torch; what Lightning has to know is in cluster.py.
+ends the children. Whoever hangs is named after a few steps' time and ends the run after ``hang_minutes``. A request to stop
+(:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in a collective. This module needs
+no torch; what Lightning has to know is in cluster.py.
 """
 
 from __future__ import annotations
@@ -24,47 +26,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, NoReturn, Self
+
+from qvgen import stop_request
+from qvgen.training import heartbeat
+from qvgen.training.foreign_launcher import forget_ranks
 
 log = logging.getLogger(__name__)
 
-RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "NODE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""Variables by which torch and Lightning guess ranks; ours are given explicitly."""
+BAD_ENVIRONMENT = 2
+"""Exit code where a process died or hangs."""
 
 POLL_SECONDS = 0.1
+SILENT_STEPS, SILENT_SECONDS = 10, 5.0
+"""After so many times the median step, and at least so many seconds, without a report of any rank it is said who is silent;
+again whenever it has become twice as long. A request to stop waits no longer than that for the end of a step."""
+FIRST_SECONDS, SAVING_SECONDS = 60.0, 900.0
+"""The same before a step was measured, and while a checkpoint is written."""
+START_SECONDS = 1800.0
+"""``hang_minutes`` is at least so long before a step was measured: reading large models and compiling report nothing."""
 GRACE_SECONDS = 10.0
 """How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
 JOIN_SECONDS = 60.0
 """How long the children have to end after rank 0 is done."""
 _PR_SET_PDEATHSIG = 1
-
-
-def refuse_foreign_launcher(environment: Mapping[str, str]) -> None:
-    """Raise RuntimeError where torchrun started this process: it would start every process of ours several times."""
-    if "TORCHELASTIC_RUN_ID" in environment:
-        raise RuntimeError(
-            "this process was started by torchrun (TORCHELASTIC_RUN_ID is set); "
-            "start it with plain python and devices=N strategy=ddp, it starts the other processes itself"
-        )
-
-
-def forget_ranks(environment: MutableMapping[str, str]) -> None:
-    """Remove what another launcher left in an environment, in place."""
-    for name in RANK_VARIABLES:
-        if environment.pop(name, None) is not None:
-            log.info("ignoring %s from the environment", name)
 
 
 def guard_world_size(actual: int, *, expected: int) -> None:
@@ -84,19 +72,29 @@ def free_port() -> int:
         return port
 
 
-def follow_parent(parent: int) -> None:
-    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child."""
+def follow_parent(parent: int, *, beats: int | None = None) -> None:
+    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child.
+
+    Requests to stop are left to the parent.
+
+    Args:
+        parent: Its number.
+        beats: Where this process reports what it does.
+    """
+    heartbeat.report_to(beats)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(POLL_SECONDS * 5)
+            time.sleep(heartbeat.TICK_SECONDS / 2)
+            heartbeat.report(heartbeat.TICK)
         os._exit(1)
 
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked to be told
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()
+    stop_request.ignore_in_worker()
 
 
 def worker_command(verb: str, config_file: Path) -> list[str]:
@@ -110,6 +108,13 @@ class WorkerGroup:
     The block runs in the thread that the group was entered in, which must outlive it (Linux ties the children to that
     thread). Leaving it normally waits for the children; leaving it by an exception ends them.
 
+    Args:
+        command: Of a child; its ranks are added.
+        world_size: All processes, rank 0 included.
+        log_directory: For ``rank1.log`` and so on.
+        hang_minutes: The run is ended after so long without a report of any rank; None: never. It is longer
+            before rank 0 has done some steps, because loading and compiling take their time.
+
     Attributes:
         world_size: All processes, rank 0 included.
         port: TCP port where the processes find each other, at 127.0.0.1.
@@ -118,26 +123,40 @@ class WorkerGroup:
         RuntimeError: On leaving, if a child died or did not end; rank, exit code and the end of its log are named.
     """
 
-    def __init__(self, command: Sequence[str], *, world_size: int, log_directory: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], *, world_size: int, log_directory: Path, hang_minutes: float | None = None
+    ) -> None:
         self.world_size = world_size
         self.port = free_port()
         self._command = list(command)
         self._log_directory = log_directory
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._left = threading.Event()
+        self._hang_minutes = hang_minutes
+        self._pulse = heartbeat.Pulse()
+        self._said_seconds = 0.0
+        self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
 
     def __enter__(self) -> Self:
         self._log_directory.mkdir(parents=True, exist_ok=True)
-        for rank in range(1, self.world_size):
-            with self._log_file(rank).open("wb") as log_file:
-                self._children[rank] = self._start(rank, log_file)
-        threading.Thread(target=self._watch, name="watch_workers", daemon=True).start()
+        ends = self._pulse.open(self.world_size)
+        self._own_end = ends[0]
+        heartbeat.report_to(self._own_end)
+        with stop_request.held_back():
+            for rank in range(1, self.world_size):
+                with self._log_file(rank).open("wb") as log_file:
+                    self._children[rank] = self._start(rank, log_file, beats=ends[rank])
+                os.close(ends[rank])
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left.set()
+        self._watcher.join()
+        heartbeat.report_to(None)
+        os.close(self._own_end)
         try:
             if error is None:
                 self.join(timeout_s=JOIN_SECONDS)
@@ -145,28 +164,66 @@ class WorkerGroup:
                 raise RuntimeError(last_words) from error  # a collective failed because a child is gone
         finally:
             self._end()
+            self._pulse.close()
             _leave_process_group()
 
-    def _start(self, rank: int, log_file: BinaryIO) -> subprocess.Popen[bytes]:
-        ranks = {"rank": rank, "world-size": self.world_size, "port": self.port, "parent": os.getpid()}
+    def _start(self, rank: int, log_file: BinaryIO, *, beats: int) -> subprocess.Popen[bytes]:
+        ranks = {"rank": rank, "world-size": self.world_size, "port": self.port, "beats": beats, "parent": os.getpid()}
         command = self._command + [text for name, value in ranks.items() for text in (f"--{name}", str(value))]
         environment = dict(os.environ)
         forget_ranks(environment)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the child imports what we import
         return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            pass_fds=[beats],
         )
 
     def _watch(self) -> None:
-        """End this process if a child died and the main thread hangs, for example in a collective that waits for it."""
+        """End this process if a child died or hangs and the main thread waits for it, for example in a collective."""
         while not self._left.wait(POLL_SECONDS):
+            self._pulse.read()
             if self._first_failure() is None:
-                continue
-            if not self._left.wait(GRACE_SECONDS):
+                self._watch_silence()
+            elif not self._left.wait(GRACE_SECONDS):
                 sys.stderr.write(f"qvgen: {self._first_failure()}\n")
                 sys.stderr.flush()
                 self._end()
-                os._exit(2)  # the main thread waits in compiled code, where no exception reaches it
+                os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+
+    def _watch_silence(self) -> None:
+        """Say who is silent; end this process where it was asked to stop, or told not to wait longer, and no step ends."""
+        pulse, silent = self._pulse, self._pulse.silent_seconds()
+        median, is_saving = pulse.median_seconds(), any(beat.what == heartbeat.SAVING for beat in pulse.beats)
+        patience = FIRST_SECONDS if median is None else max(SILENT_SECONDS, SILENT_STEPS * median)
+        patience = max(patience, SAVING_SECONDS) if is_saving else patience
+        if stop_request.is_postponed_request() and (silent > patience or pulse.is_left_alone()):
+            self._end_now(why="" if pulse.is_left_alone() else f"{self._silence()}; ")
+        if median is not None and silent > max(patience, 2 * self._said_seconds):
+            self._said_seconds = silent
+            log.warning("%s; a step takes %.1f s", self._silence(), median)
+        elif self._said_seconds and silent < patience:
+            log.warning("all ranks report again, after %.0f s or more", self._said_seconds)
+            self._said_seconds = 0.0
+        limit = (
+            None if self._hang_minutes is None else max(60 * self._hang_minutes, START_SECONDS if median is None else 0)
+        )
+        if limit is not None and silent > limit:
+            why = f"{self._silence()}: ended after training.hang_minutes={self._hang_minutes:g}; "
+            self._end_now(BAD_ENVIRONMENT, why=why)
+
+    def _silence(self) -> str:
+        children = [self._children[rank].pid for rank in range(1, self.world_size)]
+        return self._pulse.describe([os.getpid(), *children])
+
+    def _end_now(self, code: int | None = None, *, why: str) -> NoReturn:
+        """Without waiting for the children: one that the kernel holds may not end before a disk answers."""
+        for child in self._children.values():
+            child.kill()
+        stop_request.end_now(code, why=why)
 
     def _first_failure(self, *, wait_seconds: float = 0.0) -> str | None:
         """What to say about the first child that ended with another code than 0, or None."""

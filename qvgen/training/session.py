@@ -5,13 +5,16 @@ All begin with the state that start_file.py wrote; a later session of the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from qvgen import stop_request
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
@@ -19,13 +22,14 @@ from qvgen.lowrank.decay import DecaySchedule
 from qvgen.run_directory import write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
+from qvgen.training.heartbeat_callback import Heartbeat
 from qvgen.training.launcher import WorkerGroup, worker_command
 from qvgen.training.module import VideoTraining
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.sharded_models import ShardedModels
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
-from qvgen.training.trainer import Processes, build_logger, build_trainer, close_loggers, fit
+from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
 
 STEP_PARTS = 2
@@ -82,6 +86,7 @@ def train_all(
     teacher: nn.Module | None,
     run_dir: Path,
     validate: Callable[[nn.Module], float] | None,
+    loggers: Sequence[Logger] = (),
 ) -> None:
     """Train as rank 0, with as many other processes as the configuration asks for.
 
@@ -91,30 +96,40 @@ def train_all(
         teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
         run_dir: A claimed run folder.
         validate: Measures the held-out relative error of the student.
+        loggers: Where metrics go besides metrics.csv.
 
     Raises:
         UserError: The newest checkpoint is damaged, not finite or of another run.
     """
     if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):  # once, for all processes
         check_checkpoint(found[-1], run=run_key(run_dir))
+    share = partial(
+        train_share,
+        config,
+        student=student,
+        teacher=teacher,
+        run_dir=run_dir,
+        validate=validate,
+        loggers=loggers,
+    )
     if config.devices == 1:
-        train_share(config, student=student, teacher=teacher, run_dir=run_dir, validate=validate)
+        share()
         return
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     write_plain(logs / "worker.yaml", {**config.plain, "run_dir": str(run_dir)})
     with WorkerGroup(
-        worker_command("train", logs / "worker.yaml"), world_size=config.devices, log_directory=logs
+        worker_command("train", logs / "worker.yaml"),
+        world_size=config.devices,
+        log_directory=logs,
+        hang_minutes=config.training.hang_minutes,
     ) as group:
-        train_share(
-            config,
-            student=student,
-            teacher=teacher,
-            run_dir=run_dir,
-            validate=validate,
-            rank=0,
-            port=group.port,
-        )
+        share(processes=processes_of(config, rank=0, port=group.port))
+
+
+def processes_of(config: TrainConfig, *, rank: int, port: int) -> Processes:
+    """A run's processes, as one of them sees them."""
+    return Processes(rank=rank, world_size=config.devices, port=port, sharded=config.strategy.name == "fsdp")
 
 
 def train_share(
@@ -124,16 +139,17 @@ def train_share(
     teacher: nn.Module | None,
     run_dir: Path,
     validate: Callable[[nn.Module], float] | None = None,
-    rank: int = 0,
-    port: int = 0,
+    processes: Processes | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> None:
     """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
     torch.set_num_threads(config.strategy.threads)
+    processes = processes or Processes()
     schedule = decay_schedule(config)
     split: Split = config.data.open(config.model, split="train")
     models = None
     trained, shown = student, teacher
-    if config.strategy.name == "fsdp":
+    if processes.sharded:
         models = ShardedModels(config, whole_student=student, whole_teacher=teacher)
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
@@ -146,23 +162,20 @@ def train_share(
         share_out=None if models is None else models.share_out_,
     )
     callbacks = _callbacks(config, split, teacher=shown, run_dir=run_dir, validate=validate)
-    loggers = build_logger(config.logger, run_dir=run_dir) if rank == 0 else []
     trainer = build_trainer(
         steps=config.steps,
         accumulate=micro_batches(config),
-        processes=Processes(rank=rank, world_size=config.devices, port=port, sharded=models is not None),
+        processes=processes,
         callbacks=callbacks,
-        loggers=loggers,
+        loggers=list(loggers),
     )
     data = StepKeyedData(split, batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed)
     if config.strategy.gradient_checkpointing:
         trained.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
     trained.train()
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
-    try:
-        fit(trainer, module, data, checkpoint=found[-1] if found else None)
-    finally:
-        close_loggers(loggers)
+    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    stop_request.check()  # asked for in the last moments
     if models is not None:
         models.gather_()
     if student is not None:
@@ -179,9 +192,12 @@ def _callbacks(
     run_dir: Path,
     validate: Callable[[nn.Module], float] | None,
 ) -> list[lightning.Callback]:
-    """In their order: Phi before the step; after it the metrics, the checkpoint, and the videos, which take longest."""
+    """In their order: signs of life; Phi before the step; after it metrics, checkpoint, and videos, which take longest."""
     schedule, steps = decay_schedule(config), config.steps
-    callbacks: list[lightning.Callback] = [] if schedule is None else [PhiDecay(schedule)]
+    callbacks: list[lightning.Callback] = [Heartbeat()]
+    if schedule is not None:
+        callbacks.append(PhiDecay(schedule))
+    videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
     callbacks += [
         StepMetrics(
             run_dir / "metrics.csv",
@@ -189,14 +205,14 @@ def _callbacks(
             validate=validate,
             every_steps=config.evaluation.every_steps,
             num_steps=steps,
+            sharded=config.strategy.name == "fsdp",
         ),
         RunMark(run_dir),
         StepCheckpoint(
             run_dir / CHECKPOINT_DIRECTORY,
-            every_steps=config.checkpoint.every_steps,
-            keep=config.checkpoint.keep,
+            config=config.checkpoint,
             num_steps=steps,
+            before=lambda step: videos is not None and config.strategy.name == "ddp" and videos.is_due(step),
         ),
     ]
-    videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
     return callbacks if videos is None else [*callbacks, videos]

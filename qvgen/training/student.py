@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qvgen import stop_request
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
@@ -126,6 +127,7 @@ def start_student(
     done = run_dir.load_stage("start")
     if done is not None and has_start(run_dir.path):
         load_start(student, run_dir.path)
+        stop_request.note("after the PTQ start, saved")
         _say_sharing(config, student)
         return done
     began = time.monotonic()
@@ -150,6 +152,7 @@ def start_student(
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
+    stop_request.note("after the PTQ start, saved")
     if held_out.num_samples:
         log.info("error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
     return result

@@ -14,10 +14,9 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from qvgen.config.sections import LoggerConfig
 from qvgen.training.cluster import OneMachine
 from qvgen.training.launcher import guard_world_size
 from qvgen.training.sharded_strategy import ShardedStrategy
@@ -37,20 +36,6 @@ thread of the process itself, which goes on while the process waits or samples; 
 other, takes this same time; the launcher's JOIN_SECONDS begin when rank 0 is done, so rank 0 is the last to be (it waits
 for the others' files, see validation.py).
 """
-
-
-def build_logger(config: LoggerConfig, *, run_dir: Path) -> list[Logger]:
-    """Loggers besides metrics.csv: wandb, offline where there is no key."""
-    if config.name != "wandb":
-        return []
-    import wandb  # takes seconds, and logger=csv does without
-
-    settings = wandb.Settings(silent=True, console="off")  # one line of our own in place of its banner
-    run = wandb.init(
-        project=config.project, name=run_dir.name, dir=run_dir, mode=config.mode, settings=settings, reinit="create_new"
-    )
-    log.info("wandb (%s): %s", config.mode, run.url if config.mode == "online" else run.dir)
-    return [WandbLogger(experiment=run)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +70,18 @@ def build_trainer(
         accumulate: Micro-batches per optimizer step.
         processes: This one and the others.
         callbacks: See :mod:`qvgen.training.callbacks`.
-        loggers: See :func:`build_logger`; rank 0 only.
+        loggers: See :func:`qvgen.training.wandb_run.training_log`; rank 0 only.
     """
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
         strategy = _strategy(processes, on_gpu=on_gpu)
+        # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
+        alone = [OneMachine(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
         trainer = lightning.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
             devices=processes.world_size,
             strategy=strategy,
-            plugins=[AtomicCheckpointIO(mapped=processes.sharded)],
+            plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
             precision="bf16-mixed" if on_gpu else "32-true",
             max_steps=steps,
             max_epochs=-1,
@@ -108,6 +95,8 @@ def build_trainer(
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
+    # Lightning's handlers would broadcast from inside of a handler, and requeue jobs; ours are in qvgen.stop_request.
+    trainer._signal_connector.register_signal_handlers = lambda: None
     guard_world_size(trainer.world_size, expected=processes.world_size)
     return trainer
 
@@ -172,10 +161,3 @@ def fit(trainer: lightning.Trainer, module: Any, data: Any, *, checkpoint: Path 
                 raise
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
             raise KeyboardInterrupt from end
-
-
-def close_loggers(loggers: list[Logger]) -> None:
-    """End the wandb run: what it still holds is written, and the next run of this process begins its own."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed, nn
 
+from qvgen import stop_request
 from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
 from qvgen.evaluation.comparison import generate_videos, shown_videos
@@ -39,6 +41,8 @@ from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_v
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.module import VideoTraining
+from qvgen.training.stop_point import interruptible
+from qvgen.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +119,13 @@ class ValidationVideos(lightning.Callback):
         if trainer.is_global_zero:
             self.finish(trainer.loggers, world_size=trainer.world_size)
 
+    def is_due(self, step: int) -> bool:
+        """Whether videos are sampled after an optimizer step."""
+        return step % self.every_steps == 0 or step == self.num_steps
+
     def _validate(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         step = self._last_step
-        if step % self.every_steps != 0 and step != self.num_steps:
+        if not self.is_due(step):
             return
         assert isinstance(pl_module, VideoTraining)
         self.write_videos(pl_module.student, step=step, rank=trainer.global_rank, world_size=trainer.world_size)
@@ -172,7 +180,7 @@ class ValidationVideos(lightning.Callback):
         prompt, seed, negative = self.files.prompts[index], self.files.seeds[index], self.files.negatives[index]
         modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
         try:
-            with isolate_rng():
+            with isolate_rng(), interruptible(model, together=self.sharded):
                 videos = generate_videos(
                     self.family, model, [prompt], [seed], negative_prompts=[negative], encode=self.encode
                 )
@@ -189,10 +197,14 @@ class ValidationVideos(lightning.Callback):
         complete = {step for step in self._unlogged if not self.files.missing(step)}
         self._unlogged = [step for step in self._unlogged if step not in complete]
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                for step in sorted(complete):
-                    videos = read_validation(self.files.directory, verify=False)
-                    _log_to_wandb(logger.experiment, self.files, [video for video in videos if video.step == step])
+            if isinstance(logger, WandbRun):
+                # A row of the history holds a panel once: that of its own step, or what came late in a row before.
+                last = step if step in complete else step - 1
+                for number, done in enumerate(sorted(complete), start=1 - len(complete)):
+                    found = read_validation(self.files.directory, verify=False)
+                    videos = [video for video in found if video.step == done]
+                    row = max(0, last + number)
+                    logger.attempt(partial(_log_to_wandb, files=self.files, videos=videos, row=row))
         self.files.write_table()
 
     def finish(self, loggers: list[Logger], *, world_size: int) -> None:
@@ -206,6 +218,7 @@ class ValidationVideos(lightning.Callback):
         deadline = time.monotonic() + self.wait_seconds
         while world_size > 1 and self.files.missing(last) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+            stop_request.check()
         self.publish(loggers, step=last)
         for step in self._unlogged:
             names = ", ".join(str(path) for path in self.files.missing(step))
@@ -242,8 +255,15 @@ def _distance(frames: Frames, teacher: Frames, device: torch.device) -> tuple[fl
     return psnr_db(a, b, max_value=255), ssim(a, b, max_value=255)
 
 
-def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo]) -> None:
-    """One panel per prompt, and the means over the prompts; with a step of their own, because they may come late."""
+def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo], row: int) -> None:
+    """One panel per prompt, and the means over the prompts; with a step of their own, because they may come late.
+
+    Args:
+        run: wandb's.
+        files: Of the videos.
+        videos: All of one step.
+        row: Of the history, which they share with the metrics of an optimizer step; rows that are written are closed.
+    """
     import wandb
 
     step = videos[0].step
@@ -259,4 +279,4 @@ def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo
             content[f"validation/{name}"] = fmean(values)
     run.define_metric("validation/step", hidden=True)
     run.define_metric("validation/*", step_metric="validation/step")
-    run.log(content)
+    run.log(content, step=row)

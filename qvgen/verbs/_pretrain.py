@@ -25,6 +25,7 @@ from qvgen.training.callbacks import total_seconds
 from qvgen.training.identity import claim_run
 from qvgen.training.session import micro_batch_size, train_all
 from qvgen.training.start_file import has_start, load_start, save_start
+from qvgen.training.wandb_run import training_log
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import command_line
 
@@ -58,7 +59,8 @@ def pretrain(config: TrainConfig) -> None:
             save_start(student, run_dir.path)
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
-        train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None)
+        with training_log(config, run_dir.path) as loggers:
+            train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None, loggers=loggers)
         card: dict[str, Any] = {
             "command": command_line(),
             "seed": config.seed,

@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from qvgen import stop_request
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
@@ -72,6 +73,7 @@ def run(config: BenchmarkConfig) -> None:
         log.info("%s", row)
         # After every cell: a benchmark of hours that is killed has lost one.
         atomic_write(config.out / f"{name}.json", json.dumps({**head, "rows": rows}, indent=1).encode())
+        stop_request.note(f"after {len(rows)} rows, which are in {config.out / name}.json")
     atomic_write(config.out / f"{name}.md", ("\n".join(table(head, rows)) + "\n").encode())
     print(config.out / f"{name}.md")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvgen import stop_request
 from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.leaves import load_foreign_leaf, load_leaf
 from qvgen.config.prompt import PromptedVideo, Prompts
@@ -61,7 +62,8 @@ def run(config: GenerateConfig) -> int | None:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     with placed(transformer):
-        for asked, path in zip(request.videos, paths, strict=True):
+        for index, (asked, path) in enumerate(zip(request.videos, paths, strict=True)):
+            stop_request.note(f"after {index} of {len(paths)} videos, which are in {config.out}")
             video = family.generate(
                 transformer,
                 [asked.caption],

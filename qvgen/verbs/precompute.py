@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qvgen import stop_request
 from qvgen.config.build import build
 from qvgen.config.errors import UserError
 from qvgen.config.prompt import Prompts
@@ -80,6 +81,8 @@ def fill_all(config: PrecomputeConfig, source: ClipSource) -> tuple[int, FillRep
         UserError: See :func:`qvgen.data.cache_fill.fill`.
         RuntimeError: A process died.
     """
+    stop_request.note("while encoding, what is encoded is kept")
+    stop_request.continue_with({})
     if config.devices == 1:
         report = _fill_share(config, source, rank=0)
         return report.encoded, report

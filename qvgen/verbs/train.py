@@ -18,9 +18,10 @@ from qvgen.training.identity import check_worker, claim_run
 from qvgen.training.phi_plan import phi_ranks
 from qvgen.training.plan import plan_training
 from qvgen.training.plan_text import format_plan
-from qvgen.training.session import train_all, train_share
+from qvgen.training.session import processes_of, train_all, train_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import check_student, prepare_student, start_student
+from qvgen.training.wandb_run import check_wandb, training_log
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
@@ -40,6 +41,8 @@ def run(config: TrainConfig) -> int | None:
     if config.method.name == "ptq":
         raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
     torch.set_num_threads(config.strategy.threads)
+    if not config.dry_run:
+        check_wandb(config.logger)
     config.data.check(config.model)
     if config.method.name == "autoencoder":
         train_autoencoder(config)
@@ -64,7 +67,7 @@ def quantize(config: TrainConfig) -> None:
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     inputs = open_inputs(config)
     student, swapped = prepare_student(config)
-    with claim_run(config) as run_dir:
+    with claim_run(config) as run_dir, training_log(config, run_dir.path) as loggers:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
         held_out = inputs(teacher)
@@ -77,6 +80,7 @@ def quantize(config: TrainConfig) -> None:
                 teacher=teacher,
                 run_dir=run_dir.path,
                 validate=lambda model: held_out.relative_error(model, reference),
+                loggers=loggers,
             )
         if not held_out.num_samples:
             deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
@@ -102,10 +106,11 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     torch.set_num_threads(config.strategy.threads)
     check_worker(config)
-    if config.strategy.name == "fsdp":  # its shares come from rank 0
+    processes = processes_of(config, rank=rank, port=port)
+    if processes.sharded:  # its shares come from rank 0
         held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
         validate = None if held_out is None else held_out.take_part
-        train_share(config, student=None, teacher=None, run_dir=config.run_dir, validate=validate, rank=rank, port=port)
+        train_share(config, student=None, teacher=None, run_dir=config.run_dir, validate=validate, processes=processes)
         return
     teacher: nn.Module | None = None
     if config.method.quantizes:
@@ -115,7 +120,7 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     else:
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)
-    train_share(config, student=student, teacher=teacher, run_dir=config.run_dir, rank=rank, port=port)
+    train_share(config, student=student, teacher=teacher, run_dir=config.run_dir, processes=processes)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qvgen.training.cluster import OneMachine
-from qvgen.training.launcher import WorkerGroup, follow_parent, forget_ranks
+from qvgen.training.foreign_launcher import forget_ranks
+from qvgen.training.launcher import WorkerGroup, follow_parent
 
 
 class Line(lightning.LightningModule):
@@ -56,11 +57,11 @@ def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("job", nargs="?")
-    for name in ("rank", "world-size", "port", "parent"):
+    for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
     if given.rank is not None:
-        follow_parent(given.parent)
+        follow_parent(given.parent, beats=given.beats)
         train(given.out, given.job, rank=given.rank, world_size=given.world_size, port=given.port)
         return
     forget_ranks(os.environ)

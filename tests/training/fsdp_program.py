@@ -121,7 +121,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("run_dir", type=Path)
-    for name in ("rank", "world-size", "port", "parent"):
+    for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
 
@@ -132,7 +132,7 @@ def main() -> None:
         (given.run_dir / f"rank{rank}.json").write_text(json.dumps(facts))
 
     if given.rank is not None:
-        follow_parent(given.parent)
+        follow_parent(given.parent, beats=given.beats)
         work(rank=given.rank, port=given.port)
         return
     command = [sys.executable, __file__, str(given.run_dir)]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from qvgen.cli import BAD_INPUT, DONE
+from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
 from qvgen.training.session import micro_batches
-from tests.runs import BOUNDARIES, STEPS, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import BOUNDARIES, SHORT, STEPS, copy_until, packed_bytes, read_metrics, train, train_config
 
 RELATIVE = 1e-5
 TWO = ("devices=2", "strategy=ddp")
@@ -51,6 +57,29 @@ def test_two_processes_stop_together(tmp_path: Path, capfd: pytest.CaptureFixtur
     lines = [line for line in capfd.readouterr().err.splitlines() if "qvgen train" in line or "Traceback" in line]
     assert len(lines) == 1
     assert "the loss is nan in optimizer step 1" in lines[0]
+
+
+def test_ctrl_c_in_a_terminal_stops_all_processes_after_the_same_step(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    overrides = (*SHORT, *TWO, "steps=200", "checkpoint.keep=9", f"run_dir={run_dir}")
+    command = [sys.executable, "-m", "qvgen.cli", "train", *overrides]
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) as process,
+    ):
+        metrics = run_dir / "metrics.csv"
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 3):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode == INTERRUPTED, log.read_text()
+    stopped = re.findall(r"^stopped after step (\d+), saved; continue with: (.*)$", log.read_text(), re.MULTILINE)
+    ((step, continued),) = stopped
+    assert log.read_text().endswith(f"{continued}\n")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{int(step):08d}.ckpt"]
+    assert len(read_metrics(run_dir)) == int(step)
+    said = log.read_text() + (run_dir / "logs" / "rank1.log").read_text()
+    assert "Traceback" not in said
+    assert "interrupted" not in said
 
 
 def test_the_second_process_said_nothing_but_its_log(both: tuple[Path, Path]) -> None:

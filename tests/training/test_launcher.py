@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qvgen.training.launcher import (
-    RANK_VARIABLES,
-    WorkerGroup,
-    forget_ranks,
-    guard_world_size,
-    refuse_foreign_launcher,
-    worker_command,
-)
+from qvgen.stop_request import SIGNALS
+from qvgen.training.foreign_launcher import RANK_VARIABLES
+from qvgen.training.launcher import WorkerGroup, guard_world_size, worker_command
 
 LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1", "MASTER_ADDR": "10.255.255.1"}
 
@@ -56,8 +52,21 @@ def test_children_get_ranks_by_argument_and_none_from_the_environment(
     for rank in (1, 2):
         names, arguments = (tmp_path / f"rank{rank}.log").read_text().splitlines()
         assert not set(RANK_VARIABLES) & set(eval(names))
-        expected = ["--rank", rank, "--world-size", 3, "--port", group.port, "--parent", os.getpid()]
-        assert eval(arguments) == [str(entry) for entry in expected]
+        given = eval(arguments)
+        expected = [
+            "--rank",
+            rank,
+            "--world-size",
+            3,
+            "--port",
+            group.port,
+            "--beats",
+            given[7],
+            "--parent",
+            os.getpid(),
+        ]
+        assert given == [str(entry) for entry in expected]
+        assert int(given[7]) > 2
 
 
 def test_a_child_that_died_is_named_with_its_last_words(tmp_path: Path) -> None:
@@ -135,15 +144,6 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # a zombie waits for its new parent to collect it
 
 
-def test_foreign_launchers_are_refused_and_their_leftovers_forgotten() -> None:
-    with pytest.raises(RuntimeError, match="torchrun.*devices=N strategy=ddp"):
-        refuse_foreign_launcher({"TORCHELASTIC_RUN_ID": "7"})
-    environment = LEFTOVER | {"HOME": "/home/me"}
-    refuse_foreign_launcher(environment)
-    forget_ranks(environment)
-    assert environment == {"HOME": "/home/me"}
-
-
 def test_world_size_guard_names_both_numbers() -> None:
     guard_world_size(2, expected=2)
     with pytest.raises(RuntimeError, match="1 processes take part.*devices=2"):
@@ -153,3 +153,90 @@ def test_world_size_guard_names_both_numbers() -> None:
 def test_worker_command_runs_this_package() -> None:
     command = worker_command("train", Path("config.yaml"))
     assert command == [sys.executable, "-m", "qvgen.cli", "worker", "train", "config.yaml"]
+
+
+PARENT = """
+import ctypes
+from pathlib import Path
+from qvgen import stop_request
+from qvgen.training import heartbeat, launcher
+launcher.SILENT_SECONDS = 0.5
+
+def steps(count):
+    for step in range(count):
+        heartbeat.report(heartbeat.COMPUTING, step=step)
+        time.sleep(0.01)
+        heartbeat.report(heartbeat.DONE)
+    heartbeat.report(heartbeat.COMPUTING, step=count)
+
+def wait_like_a_collective():
+    \"""In compiled code that no signal leaves.\"""
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_request.SIGNALS)
+    ctypes.CDLL(None).sleep(100)
+"""
+HANGING = (
+    "import os, sys, time, signal; from qvgen.training import heartbeat; from qvgen.training.launcher import follow_parent; "
+    "follow_parent(int(sys.argv[-1]), beats=int(sys.argv[-3])); heartbeat.report(heartbeat.COMPUTING, step=3); "
+    "time.sleep(0.2); os.kill(os.getpid(), signal.SIGSTOP)"
+)
+
+
+def hang(tmp_path: Path, *, hang_minutes: float | None, then: str) -> subprocess.CompletedProcess[str]:
+    """A parent whose steps end because rank 1 is stopped; ``then`` runs in a thread beside it."""
+    program = child(
+        f"{PARENT}\n"
+        "import threading\n"
+        "stop_request.note('after step 2, saved')\n"
+        "with stop_request.listening():\n"
+        "    stop_request.note('after step 2, saved')\n"
+        "    stop_request.postpone(True)\n"
+        f"    command = [sys.executable, '-c', {HANGING!r}]\n"
+        f"    group = launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r}),\n"
+        f"                                 hang_minutes={hang_minutes})\n"
+        "    with group:\n"
+        "        steps(4)\n"
+        f"        threading.Thread(target=lambda: ({then}), daemon=True).start()\n"
+        "        wait_like_a_collective()\n"
+    )
+    return subprocess.run(program, capture_output=True, text=True, timeout=40, check=False)
+
+
+STOPPED = "stopped after step 2, saved; start again with: qvgen"
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    done = hang(tmp_path, hang_minutes=0.02, then="None")
+    assert done.returncode == 2, done.stderr
+    *warnings, line = [line for line in done.stderr.splitlines() if line]
+    since = r"rank 1 \(process \d+, stopped by a signal\) has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
+    assert re.fullmatch(rf"{since}: ended after training\.hang_minutes=0\.02; {STOPPED}.*", line), line
+    assert re.search("has not reported since .*; a step takes 0.0 s", warnings[0])
+
+
+def test_a_request_to_stop_is_acted_on_while_a_collective_waits(tmp_path: Path) -> None:
+    done = hang(tmp_path, hang_minutes=None, then="os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == 143, done.stderr
+    assert STOPPED in done.stderr.splitlines()[-1]
+    assert "has not reported since" in done.stderr.splitlines()[-1]
+
+
+def test_a_second_signal_ends_at_once_while_a_collective_waits(tmp_path: Path) -> None:
+    twice = "os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05), os.kill(os.getpid(), signal.SIGINT)"
+    done = hang(tmp_path, hang_minutes=None, then=twice)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(STOPPED)
+
+
+def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, signal, time; from qvgen.training.launcher import follow_parent; "
+        "print('started', flush=True); follow_parent(int(sys.argv[-1])); print('follows', flush=True); "
+        "time.sleep(0.2); print('lives', flush=True)"
+    )
+    with WorkerGroup([sys.executable, "-c", program], world_size=2, log_directory=tmp_path) as group:
+        for word in ("started", "follows"):
+            wait_until(lambda word=word: word in (tmp_path / "rank1.log").read_text())
+            for number in SIGNALS:
+                os.kill(group._children[1].pid, number)
+        group.join()
+    assert (tmp_path / "rank1.log").read_text().split() == ["started", "follows", "lives"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvgen.cli import BAD_INPUT, DONE, main
+from qvgen.cli import BAD_INPUT, DONE, TERMINATED, main
 from qvgen.config import UserError
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
@@ -42,7 +44,7 @@ EVERY = "checkpoint.every_steps=4"
 
 def start(run_dir: Path, *overrides: str, threads: int = 1) -> subprocess.Popen[bytes]:
     """The same command in a process of its own, whose environment asks for so many threads."""
-    command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir={run_dir}", *overrides]
+    command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir='{run_dir}'", *overrides]
     # A suite that runs in the background of a shell ignores Ctrl-C, and its children would inherit that.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -184,12 +186,22 @@ def test_a_damaged_checkpoint_is_named(
     assert "Phi still has rank 2" in capsys.readouterr().err  # it was read: the one of step 3
 
 
-def test_ctrl_c_ends_a_run_that_can_be_continued(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with start(run_dir, "steps=200", "checkpoint.every_steps=2") as process:
-        wait_for_rows(run_dir, 3, process)
-        process.send_signal(signal.SIGINT)
-    assert process.returncode == 130
-    assert (tmp_path / "run.log").read_text().splitlines()[-1] == "qvgen train: interrupted"
-    newest = max((run_dir / "checkpoints").iterdir())
-    assert load_state(newest)
+def test_the_printed_command_continues_a_stopped_run_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run"
+    with start(run_dir, ACCUMULATE, "checkpoint.every_steps=50", "checkpoint.keep=1") as process:
+        wait_for_rows(run_dir, BOUNDARIES[0] + 1, process)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == TERMINATED
+    text = (tmp_path / "a run.log").read_text()
+    stopped = re.fullmatch(r"stopped after step (\d+), saved; continue with: (.*)", text.splitlines()[-1])
+    assert stopped is not None, text
+    assert text.count("stopped") == 1
+    assert "Traceback" not in text
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{int(stopped[1]):08d}.ckpt"]
+    assert len(read_metrics(run_dir)) == int(stopped[1]) < STEPS
+    command = shlex.split(stopped[2])
+    assert command[:4] == [sys.executable, "-m", "qvgen.cli", "train"]
+    assert command[-1] == "resume=true"
+    assert main(command[3:]) == DONE
+    assert packed_bytes(run_dir) == packed_bytes(short_run)
+    assert read_metrics(run_dir) == read_metrics(short_run)

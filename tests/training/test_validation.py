@@ -18,13 +18,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from qvgen.config.errors import UserError
-from qvgen.config.sections import LoggerConfig
 from qvgen.data.video import write_video
 from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
 from qvgen.training.student import prepare_student
-from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_logger, build_trainer, close_loggers
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from qvgen.training.validation import ValidationVideos, validation_videos
+from qvgen.training.wandb_run import training_log
 from tests.runs import train_config
 from tests.training.validated import contents, times
 
@@ -212,9 +212,8 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     videos = five_prompts(tmp_path / "validation", teacher=teacher)
-    loggers = build_logger(LoggerConfig(name="wandb", project="test"), run_dir=tmp_path)
-    run = loggers[0].experiment
-    try:
+    with training_log(train_config("logger=wandb"), tmp_path) as loggers:
+        run = loggers[0]._run
         videos.write_videos(student, step=0, rank=0, world_size=2)
         videos.publish(loggers, step=0)
         loggers[0].log_metrics({"train/loss": 1.0}, step=1)
@@ -224,9 +223,9 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
             videos.write_videos(student, step=step, rank=1, world_size=2)
         videos.publish(loggers, step=2)
         videos.finish(loggers, world_size=2)
+        for step in (2, 3):  # a row is complete when the next one begins
+            loggers[0].log_metrics({"train/loss": 2.0}, step=step)
         summary = dict(run.summary)
-    finally:
-        close_loggers(loggers)
     found = [video for video in read_validation(videos.files.directory, verify=True) if video.step == 2]
     assert summary["validation/step"] == 2
     for name in ("psnr_db", "ssim"):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qvgen.cli import DONE
+from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
 from qvgen.training.callbacks import PhiDecay, StepMetrics
@@ -60,7 +61,11 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
     steps = StepMetrics(
         run_dir / "metrics.csv", schedule=schedule, validate=None, every_steps=None, num_steps=NUM_STEPS
     )
-    saves = StepCheckpoint(run_dir / "checkpoints", every_steps=1, keep=9, num_steps=NUM_STEPS)
+    saves = StepCheckpoint(
+        run_dir / "checkpoints",
+        config=CheckpointConfig(every_steps=1, every_minutes=None, keep=9),
+        num_steps=NUM_STEPS,
+    )
     trainer = build_trainer(
         steps=NUM_STEPS,
         accumulate=2,

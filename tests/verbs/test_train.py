@@ -16,7 +16,9 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
 from qvgen.models.weight_file import save_weights
 from qvgen.training.session import train_all
+from qvgen.training.wandb_run import flat_numbers
 from tests.runs import SHORT, read_metrics, train, train_config
+from tests.training.wandb_records import history, read_records, run_record, summary
 
 KEYS = {
     "model", "bits", "profile", "method", "init", "seed", "steps", "layers_quantized", "layers_skipped",
@@ -132,12 +134,23 @@ def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = f"run_dir={tmp_path}/w${{bits}}"
     assert main(["train", "-m", *SHORT, "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
+    groups = set()
     for bits in ("4", "3"):
         run_dir = tmp_path / f"w{bits}"
         check_run(run_dir, exact=True, expected={"bits": bits})
         (offline,) = (run_dir / "wandb").glob("offline-run-*")
         (record,) = offline.glob("*.wandb")
         assert record.stat().st_size > 0
+        records = read_records(offline)
+        assert [row["_step"] for row in history(records)] == list(range(5))
+        groups.add(run_record(records).run_group)
+        numbers = {key: value for key, value in summary(records).items() if key.startswith("report/")}
+        report = read_report(run_dir)
+        assert numbers["report/relative_error/qat"] == report["relative_error"]["qat"]
+        assert numbers["report/packed_codes_equal"] is True
+        assert numbers.keys() == flat_numbers(report).keys()
+    (group,) = groups
+    assert group.startswith("sweep ")
 
 
 def test_held_out_error_while_training_is_the_one_at_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""Signs of life of the processes of a run: what each reports, and what a reader can say about one that does not.
+
+    rank 0   report(COMPUTING, step=7) --pipe--+
+    rank 1   report(...) and a tick a second --+--> Pulse, in rank 0's watching thread
+
+All processes wait for each other in every step, so that a rank that hangs makes all of them silent. Who is to blame is told
+by what came last: the rank whose process gives no tick any more (stopped, swapped out, lost in the kernel), else the one
+that came least far. A process that nobody reads (there is only one, or a test) reports nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING = range(7)
+"""What a process does; DONE is the end of an optimizer step, MEASURING also samples videos."""
+
+_NAMES = ("", "starting", "computing", "in the backward pass", "done", "saving", "measuring or sampling")
+_RECORD = struct.Struct("<bq")
+TICK_SECONDS = 1.0
+LOST_SECONDS = 4.0
+"""A process without a tick for so long does not run."""
+
+PAUSE_SECONDS = 3.0
+"""A reader that was not there for so long was stopped itself."""
+
+KEPT_STEPS = 31
+"""So many step times make the median."""
+
+_descriptor: int | None = None
+_step = 0
+
+
+def report_to(descriptor: int | None) -> None:
+    """From now on this process writes its reports there; None: nowhere."""
+    global _descriptor, _step
+    _descriptor, _step = descriptor, 0
+    if descriptor is not None:
+        os.set_blocking(descriptor, False)
+
+
+def report(what: int, *, step: int | None = None) -> None:
+    """Say what this process does now, in the optimizer step that it said last unless another one is given."""
+    global _step
+    _step = _step if step is None else step
+    if _descriptor is not None:
+        try:
+            os.write(_descriptor, _RECORD.pack(what, _step))
+        except OSError:  # nobody reads at the moment, or any more: whoever waits for the reader sees that
+            return
+
+
+@dataclass
+class Beat:
+    """What is known of a process.
+
+    Attributes:
+        step: The optimizer step that it is in.
+        what: One of the module's words.
+        at: When it reported that, in seconds of the clock of :class:`Pulse`.
+        ticked_at: When it gave any sign.
+        descriptor: What its reports are read from.
+    """
+
+    descriptor: int
+    at: float
+    ticked_at: float
+    step: int = 0
+    what: int = STARTING
+    rest: bytes = b""
+
+
+@dataclass
+class Pulse:
+    """The reports of all processes of a run, read without waiting.
+
+    Attributes:
+        beats: The last one of each rank.
+        step_seconds: The last steps of rank 0.
+    """
+
+    beats: list[Beat] = field(default_factory=list)
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    _step_began: float | None = None
+    _read_at: float | None = None
+
+    def open(self, world_size: int) -> list[int]:
+        """Make a pipe for every rank; returns the ends to write to."""
+        ends = [os.pipe() for _ in range(world_size)]
+        now = time.monotonic()
+        for read_end, _ in ends:
+            os.set_blocking(read_end, False)
+            self.beats.append(Beat(descriptor=read_end, at=now, ticked_at=now))
+        return [write_end for _, write_end in ends]
+
+    def close(self) -> None:
+        """Close what is read from."""
+        for beat in self.beats:
+            os.close(beat.descriptor)
+        self.beats.clear()
+
+    def read(self) -> None:
+        """Take in what was reported since the last call; time in which nobody called does not count.
+
+        A whole job is stopped and continued by Ctrl-Z, or by SLURM's `scontrol suspend`: nobody hangs then.
+        """
+        now = time.monotonic()
+        if self._read_at is not None and (pause := now - self._read_at) > PAUSE_SECONDS:
+            self._step_began = None
+            for beat in self.beats:
+                beat.at, beat.ticked_at = beat.at + pause, beat.ticked_at + pause
+        self._read_at = now
+        for rank, beat in enumerate(self.beats):
+            try:
+                received = os.read(beat.descriptor, 1 << 16)
+            except BlockingIOError:
+                continue
+            if not received:
+                continue  # it has ended, which the launcher sees
+            beat.ticked_at = now
+            data = beat.rest + received
+            whole = len(data) - len(data) % _RECORD.size
+            beat.rest = data[whole:]
+            for what, step in _RECORD.iter_unpack(data[:whole]):
+                if what != TICK:
+                    beat.what, beat.step, beat.at = what, step, now
+                    self._count(rank, what, now)
+
+    def _count(self, rank: int, what: int, now: float) -> None:
+        """Measure rank 0's steps, from the end of one to the end of the next, but for what lies between them."""
+        if rank != 0:
+            return
+        if what == DONE:
+            if self._step_began is not None:
+                self.step_seconds.append(now - self._step_began)
+            self._step_began = now
+        elif what in (SAVING, MEASURING, STARTING):
+            self._step_began = None
+
+    def median_seconds(self) -> float | None:
+        """Of a step; None before there was one to measure."""
+        return statistics.median(self.step_seconds) if self.step_seconds else None
+
+    def silent_seconds(self) -> float:
+        """Since any process reported something: all wait for each other."""
+        return time.monotonic() - max(beat.at for beat in self.beats)
+
+    def is_left_alone(self) -> bool:
+        """Whether rank 0 computes, while another one still samples videos of the step before, and has said so since."""
+        first, *others = self.beats
+        return first.what in (COMPUTING, BACKWARD) and any(b.what == MEASURING and b.at > first.at for b in others)
+
+    def who(self) -> list[int]:
+        """The ranks that the others wait for."""
+        now = time.monotonic()
+        lost = [rank for rank, beat in enumerate(self.beats) if now - beat.ticked_at > LOST_SECONDS and rank != 0]
+        if lost:
+            return lost
+        least = min((beat.step, beat.what) for beat in self.beats)
+        return [rank for rank, beat in enumerate(self.beats) if (beat.step, beat.what) == least]
+
+    def describe(self, pids: Sequence[int]) -> str:
+        """One sentence about the ranks that the others wait for: since when, and where they were.
+
+        Args:
+            pids: Process numbers of all ranks.
+        """
+        wall, now, sentences = time.time(), time.monotonic(), []
+        for rank in self.who():
+            beat = self.beats[rank]
+            clock = time.strftime("%H:%M:%S", time.localtime(wall - (now - beat.at)))
+            sentences.append(
+                f"rank {rank} (process {pids[rank]}{_state(pids[rank])}) has not reported since {clock}, "
+                f"{now - beat.at:.0f} s ago: {_NAMES[beat.what]}, step {beat.step}"
+            )
+        return "; ".join(sentences)
+
+
+def _state(pid: int) -> str:
+    """What Linux says about a process, where that explains something."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            letter = file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+    return {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}.get(
+        letter, ""
+    )
