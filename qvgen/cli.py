@@ -94,12 +94,13 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     known = verbs()
     if verb not in known:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
-    if verb == "benchmark" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        arguments = [f"what={arguments[0]}", *arguments[1:]]  # `qvgen benchmark ptq`
     _own_the_environment(verb)
     from qvgen.config.build import check, group_sweep
     from qvgen.config.compose import compose_plain, expand_sweep
+    from qvgen.config.positional import name_positionals
+    from qvgen.config.sweep import separate_folders
 
+    arguments = name_positionals(verb, arguments)
     flags = _parse_flags(arguments)
     extra = Path(flags.config_dir) if flags.config_dir else None
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
@@ -111,10 +112,12 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         own_flags = [argument for argument in arguments if argument not in flags.overrides]
         _let_hydra_answer(verb, [*own_flags, *flags.overrides], header=known[verb])
         return DONE
-    plains = [compose_plain(verb, job, extra_directory=extra) for job in jobs]
+    plains = separate_folders(verb, [compose_plain(verb, job, extra_directory=extra) for job in jobs], jobs)
     if len(jobs) > 1:
         group_sweep(plains)
     for plain, job in zip(plains, jobs, strict=True):
+        if "typed" in plain and flags.config_dir:
+            plain["typed"] = ["--config-dir", flags.config_dir, *plain["typed"]]
         check(verb, plain)
         _check_resume(plain, job)
     _log_to_stderr()
@@ -128,6 +131,10 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break
+    if len(plains) > 1 and codes[-1] not in (INTERRUPTED, TERMINATED):
+        from qvgen.verbs.compare import after_sweep
+
+        codes.append(_guarded(lambda: after_sweep(verb, plains), name=verb, show_traceback=show))
     return max(codes, key=_SEVERITY.index)
 
 

@@ -33,7 +33,7 @@ LOCK_FILE = ".lock"
 
 FREE_KEYS = (
     "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
-    "names.experiment",
+    "names.experiment", "typed",
     "model.path", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip

@@ -34,7 +34,7 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert report["bytes"]["packed"] < 0.5 * report["bytes"]["bf16"]
     for name in ("config.yaml", "metrics.csv", "report.html", "packed/manifest.json", "packed/model.safetensors"):
         assert (run_dir / name).stat().st_size > 0
-    assert len(list((run_dir / "videos").glob("*.mp4"))) == 3 * 6
+    assert len(list((run_dir / "videos").glob("*.mp4"))) == 4 * 6
     assert list((run_dir / "wandb").iterdir())
     # The last lines say where the report is, and the numbers that matter.
     for pattern in (

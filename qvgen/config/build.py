@@ -12,15 +12,30 @@ from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.typed import from_plain
-from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
+from qvgen.config.verb_schema import (
+    AssetsConfig,
+    BenchmarkConfig,
+    CompareConfig,
+    GenerateConfig,
+    InspectConfig,
+    PrecomputeConfig,
+)
 from qvgen.run_directory import read_config
 
 VerbConfig = (
-    AssetsConfig | BenchmarkConfig | TrainConfig | FoldConfig | GenerateConfig | InspectConfig | PrecomputeConfig
+    AssetsConfig
+    | BenchmarkConfig
+    | CompareConfig
+    | TrainConfig
+    | FoldConfig
+    | GenerateConfig
+    | InspectConfig
+    | PrecomputeConfig
 )
 _SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
+    "compare": CompareConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,

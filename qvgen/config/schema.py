@@ -59,6 +59,7 @@ class TrainConfig:
         training: What its processes are watched for.
         evaluation: What is measured and shown.
         names: What was chosen from each group.
+        typed: What the command line says behind the verb: flags and overrides.
         plain: All of the above as a plain dict, as config.yaml holds it and :func:`qvgen.config.build.build` reads it.
     """
 
@@ -89,6 +90,7 @@ class TrainConfig:
     training: TrainingConfig
     evaluation: EvaluationConfig
     names: Names
+    typed: tuple[str, ...]
     plain: dict[str, Any]
 
     def __post_init__(self) -> None:

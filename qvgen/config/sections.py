@@ -249,6 +249,7 @@ class EvaluationConfig:
         quality_videos: Videos of each kind for the report's table, with held-out captions; > 0.
         prompts: Of the videos: captions, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
         videos: Number of videos of each kind; >= 0. They take the prompts in turn.
+        start_videos: Sample the PTQ start too, beside the trained model: a fourth model where there are three.
         every_steps: Also measure every so many optimizer steps; None: only at the end.
         video_every_steps: Sample validation videos of the same prompts every so many optimizer steps; None: never.
     """
@@ -257,6 +258,7 @@ class EvaluationConfig:
     quality_videos: int
     prompts: Prompts | None
     videos: int
+    start_videos: bool
     every_steps: int | None
     video_every_steps: int | None
 

@@ -1,4 +1,4 @@
-"""The frozen dataclasses of the verbs that train nothing: generate, inspect, assets, precompute, benchmark."""
+"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, precompute, benchmark."""
 
 from __future__ import annotations
 
@@ -109,6 +109,26 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         require((self.packed is None) != (self.run_dir is None), "give one of packed=DIR and run_dir=DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Everything that `qvgen compare` needs.
+
+    Attributes:
+        runs: Run folders, or folders that hold run folders.
+        out: Folder of compare.html and compare.json; None: the runs' common parent.
+        dry_run: Say what would be compared.
+        debug: Show tracebacks.
+    """
+
+    runs: tuple[Path, ...]
+    out: Path | None
+    dry_run: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "runs=[] is empty; write qvgen compare RUN RUN")
 
 
 @dataclass(frozen=True, kw_only=True)

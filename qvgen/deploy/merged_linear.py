@@ -62,6 +62,11 @@ class MergedPackedLinear(nn.Module):
         self._prepacked, self._source = (backend.name, spec, weight, bias), self._identity()
         return backend.name
 
+    @property
+    def kernels(self) -> set[str]:
+        """The backend for which the weights are prepared now."""
+        return set() if self._prepacked is None else {self._prepacked[0]}
+
     def _identity(self) -> tuple[tuple[int, int], ...]:
         """What tells whether the parts' codes are still those that were prepacked."""
         return tuple((part.codes.data_ptr(), part.codes._version) for part in self.parts)

@@ -72,6 +72,12 @@ def prepack_(model: nn.Module) -> set[str]:
     return {module.prepack_() for module in [*merged, *alone]}
 
 
+def kernel_names(model: nn.Module) -> tuple[str, ...]:
+    """Backends that have run a model's packed layers since it lies where it lies; empty where it has none."""
+    packed = (module for module in model.modules() if isinstance(module, MergedPackedLinear | PackedLinear))
+    return tuple(sorted(set().union(*(module.kernels for module in packed))))
+
+
 def _packed(module: nn.Module, *names: str) -> list[PackedLinear] | None:
     parts = [getattr(module, name) for name in names]
     found = [part for part in parts if isinstance(part, PackedLinear)]

@@ -21,8 +21,11 @@ _PLACEHOLDERS: dict[str, str] = {
     "#0a0b02": "var(--series-2)",
     "#0a0b03": "var(--text-soft)",
     "#0a0b04": "var(--line)",
+    **{f"#0a0b{index + 4:02x}": f"var(--series-{index})" for index in range(3, 9)},
 }
-FIRST, SECOND, TEXT, GRID = _PLACEHOLDERS
+FIRST, SECOND, TEXT, GRID, *_MORE = _PLACEHOLDERS
+SERIES: tuple[str, ...] = (FIRST, SECOND, *_MORE)
+"""Colours of curves that are drawn over each other."""
 
 _RC: dict[str, object] = {
     "svg.fonttype": "none",  # real text in the page's font

@@ -1,42 +1,45 @@
-"""Teacher, fake-quantized and packed model side by side: the same captions, the same seeds, the same noise.
+"""Teacher, PTQ start, fake-quantized and packed model side by side: the same captions, the same seeds, the same noise.
 
 The videos that are shown come from the configuration's prompts; the table is measured on as many held-out captions as the
 relative error. Differences between fake-quantized and packed are counted, not only bounded.
+
+The PTQ start's videos are sampled last of all, with the student brought back to where training began: nothing that is
+measured before can depend on them, and no further copy of the weights is held.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
 from qvgen.deploy.delta_switch import find_switch
-from qvgen.deploy.merged_linear import MergedPackedLinear
-from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
+from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
-from qvgen.evaluation.metrics import FlipCount, count_flips, flicker, psnr_db, ssim
+from qvgen.evaluation.packed_checks import check_packed
 from qvgen.evaluation.placement import placed
-from qvgen.evaluation.report_data import Checks, LayerReport, Quality, VariantQuality, VideoComparison
-from qvgen.layers.fake_quant_linear import FakeQuantLinear
-from qvgen.layers.packed_linear import PackedLinear
-from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost
+from qvgen.evaluation.report_data import Checks, VideoComparison
+from qvgen.evaluation.sampling_cost import describe_device, measured, memory_source, weight_bytes, weights_dtype
+from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
+from qvgen.layers.swap import phi_suspended
 from qvgen.models.base import Encode, VideoDiT
 
+log = logging.getLogger(__name__)
+
 VARIANTS = ("teacher", "fake-quantized", "packed")
-STILL = "standing still"
+START = "ptq-start"
 BATCH_SIZE = 32
-WATCHED_TOKENS = 256
-"""All tokens of all layers of a large model would not fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,43 @@ class Comparison:
     checks: Checks
     videos: tuple[VideoComparison, ...]
     quality: Quality
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The PTQ start of a run.
+
+    Attributes:
+        restore: Brings the student to it and returns it; None: there is none to sample.
+        absent: Why there is none; None: there is.
+    """
+
+    restore: Callable[[], nn.Module] | None
+    absent: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The videos that are shown, and the table's, whose items are of the data, with their seeds."""
+
+    shown: Sequence[PromptedVideo]
+    items: Sequence[Mapping[str, Any]]
+    seeds: Sequence[int]
+
+    @property
+    def captions(self) -> list[str]:
+        return [item["caption"] for item in self.items]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampled:
+    """One model's videos, uint8 [B, F, H, W, 3], and what they took."""
+
+    shown: Tensor
+    table: Tensor
+    cost: SamplingCost
+    activation_bits: float | None
 
 
 def compare_models(
@@ -54,58 +94,123 @@ def compare_models(
     teacher: nn.Module,
     fake: nn.Module,
     packed: nn.Module,
+    start: Start,
     held_out: MeasuredInputs,
     run_dir: Path,
 ) -> Comparison:
-    """Generate with all three models, write the shown videos to run_dir/videos, and compare.
+    """Generate with all models, write the shown videos to run_dir/videos, and compare.
 
     Args:
         config: The run's: prompts, seed, number of videos.
         teacher: Full-precision model.
-        fake: Trained model, its Phi gone.
+        fake: Trained model, its Phi gone; where the start is sampled it holds the start afterwards.
         packed: The same, read back from its packed directory.
+        start: The PTQ start, or why it is not sampled.
         held_out: Inputs on which the outputs of fake and packed are compared; captions of the table's videos.
         run_dir: The run's folder.
     """
-    models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
     shown = shown_videos(config)
-    split = held_out.split
-    items = held_out_items(split, config.evaluation.quality_videos)
-    captions = [item["caption"] for item in items]
-    table_seeds = [config.seed + index for index in range(len(items))]
-    sampled, table_videos, activation_bits = {}, {}, {}
-    for name, model in models.items():
-        sampled[name] = _sample(config.model, model, shown, encode=split.encode)
-        switch = find_switch(model)
+    items = held_out_items(held_out.split, config.evaluation.quality_videos)
+    seeds = [config.seed + index for index in range(len(items))]
+    asked = _Asked(shown=shown, items=items, seeds=seeds)
+    encode = held_out.split.encode
+    models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
+    sampled = {name: _sample(config, name, model, asked, encode=encode) for name, model in models.items()}
+    checks = check_packed(fake, packed, held_out=held_out, videos={name: one.table for name, one in sampled.items()})
+    start, found = _sample_start(config, start, asked, encode=encode)
+    if found is not None:
+        sampled = {"teacher": sampled.pop("teacher"), START: found, **sampled}  # as tables and pages show them
+    frames = {name: one.shown for name, one in sampled.items()}
+    _write_videos(frames, shown, fps=config.model.fps, directory=run_dir / "videos")
+    return Comparison(
+        checks=checks,
+        videos=_comparisons(config, frames, asked),
+        quality=_quality(config, sampled, asked, start=start),
+        sampling=_sampling(sampled, asked),
+    )
+
+
+def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: Encode) -> tuple[Start, _Sampled | None]:
+    """The PTQ start's videos; a start that cannot be read any more costs these alone, and never the report of a run."""
+    if start.restore is None:
+        return start, None
+    try:
+        student = start.restore()
+    except (ValueError, OSError) as error:
+        log.warning("the videos of the PTQ start are left out: %s", error)
+        return Start(restore=None, absent=str(error)), None
+    with phi_suspended(student):
+        return start, _sample(config, START, student, asked, encode=encode)
+
+
+def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, encode: Encode) -> _Sampled:
+    """One model's videos; the table's are timed, when the shown ones have warmed the model up."""
+    family, switch = config.model, find_switch(model)
+    with placed(model) as device:
+        shown = _sample_shown(family, model, asked.shown, encode=encode)
         if switch is not None:
             switch.history.clear()
-        table_videos[name] = generate_videos(config.model, model, captions, table_seeds, encode=split.encode)
-        activation_bits[name] = None if switch is None else switch.mean_bits()
-    _write_videos(sampled, shown, fps=config.model.fps, directory=run_dir / "videos")
-    return Comparison(
-        checks=_checks(fake, packed, held_out=held_out, videos=table_videos),
-        videos=tuple(
-            VideoComparison(
-                prompt=video.caption,
-                seed=video.seed,
-                fps=config.model.fps,
-                teacher=sampled["teacher"][index].numpy(),
-                fake_quantized=sampled["fake-quantized"][index].numpy(),
-                packed=sampled["packed"][index].numpy(),
-                negative_prompt=video.negative,
-            )
-            for index, video in enumerate(shown)
-        ),
-        quality=Quality(
-            variants=tuple(
-                replace(_quality(name, table_videos, items), activation_bits=activation_bits[name]) for name in VARIANTS
-            ),
-            num_videos=len(items),
-            num_still_videos=sum(STILL in caption for caption in captions),
-            seeds=f"{table_seeds[0]}..{table_seeds[-1]}",
-            num_steps=config.model.num_inference_steps,
-            guidance_scale=config.model.guidance_scale,
-            negative_prompt=None if config.model.guidance_scale == 1 else config.model.negative_prompt,
+        with measured(device) as spent:
+            table = generate_videos(family, model, asked.captions, asked.seeds, encode=encode)
+        cost = SamplingCost(
+            name=name,
+            dtype=weights_dtype(model),
+            kernels=kernel_names(model),
+            seconds_per_video=spent.seconds / len(table),
+            weight_bytes=weight_bytes(model),
+            working_bytes=spent.working_bytes,
+        )
+    bits = None if switch is None else switch.mean_bits()
+    return _Sampled(shown=shown, table=table, cost=cost, activation_bits=bits)
+
+
+def _comparisons(config: TrainConfig, videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComparison, ...]:
+    start = videos.get(START)
+    return tuple(
+        VideoComparison(
+            prompt=video.caption,
+            seed=video.seed,
+            fps=config.model.fps,
+            teacher=videos["teacher"][index].numpy(),
+            start=None if start is None else start[index].numpy(),
+            fake_quantized=videos["fake-quantized"][index].numpy(),
+            packed=videos["packed"][index].numpy(),
+            negative_prompt=video.negative,
+        )
+        for index, video in enumerate(asked.shown)
+    )
+
+
+def _quality(config: TrainConfig, sampled: Mapping[str, _Sampled], asked: _Asked, *, start: Start) -> Quality:
+    lpips_state = find_lpips()
+    rows = {
+        name: video_quality(
+            name, one.table, teacher=sampled["teacher"].table, items=asked.items, lpips_state=lpips_state
+        )
+        for name, one in sampled.items()
+    }
+    return Quality(
+        variants=tuple(replace(row, activation_bits=sampled[name].activation_bits) for name, row in rows.items()),
+        num_videos=len(asked.items),
+        num_still_videos=sum(STILL in caption for caption in asked.captions),
+        seeds=f"{asked.seeds[0]}..{asked.seeds[-1]}",
+        num_steps=config.model.num_inference_steps,
+        guidance_scale=config.model.guidance_scale,
+        negative_prompt=None if config.model.guidance_scale == 1 else config.model.negative_prompt,
+        lpips_absent=lpips_state.absent,
+        start_absent=start.absent,
+    )
+
+
+def _sampling(sampled: Mapping[str, _Sampled], asked: _Asked) -> Sampling:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    warm = "after the shown ones" if asked.shown else "the first use included"
+    return Sampling(
+        costs=tuple(one.cost for one in sampled.values()),
+        device=describe_device(device),
+        conditions=(
+            f"{len(asked.items)} videos, {warm}; peak memory: all tensors of the model, and {memory_source(device)} "
+            "while it sampled beyond what was there before"
         ),
     )
 
@@ -118,40 +223,6 @@ def evaluation_prompts(config: TrainConfig) -> Prompts:
 def shown_videos(config: TrainConfig) -> list[PromptedVideo]:
     """The videos that a run shows: the evaluation's prompts in turn, again and again if need be."""
     return evaluation_prompts(config).in_turn(config.evaluation.videos, first_seed=config.seed)
-
-
-def bf16_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and saved buffers of a model in bfloat16."""
-    return 2 * sum(value.numel() for value in model.state_dict().values())
-
-
-def layer_reports(packed: nn.Module) -> tuple[LayerReport, ...]:
-    """One row of the report for every packed layer."""
-    return tuple(
-        LayerReport(
-            name=name,
-            shape=(layer.out_features, layer.in_features),
-            weight_bits=layer.profile.weight.bits,
-            activation_bits=layer.profile.activation.bits,
-            num_bytes=layer.nbytes(),
-            weight_error=float("nan") if layer.weight_error is None else layer.weight_error,
-            output_error=None,
-        )
-        for name, layer in packed_layers(packed).items()
-    )
-
-
-def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
-    """Whether every code in the packed layers is the trained one, and how many were compared."""
-    trained, stored = quantized_layers(fake), packed_layers(packed)
-    equal = list(trained) == list(stored)
-    count = 0
-    for name in trained.keys() & stored.keys():
-        for bits, quantizer in trained[name].weight_quantizers().items():
-            codes = quantizer.codes(trained[name].weight).cpu()
-            equal = equal and torch.equal(codes, stored[name].weight_of(bits).integer_codes().cpu())
-            count += codes.numel()
-    return equal, count
 
 
 @torch.no_grad()
@@ -186,7 +257,7 @@ def held_out_items(split: Split, count: int) -> list[Mapping[str, Any]]:
     return [split.samples[index % len(split)] for index in range(count)]
 
 
-def _sample(family: VideoDiT, model: nn.Module, videos: Sequence[PromptedVideo], *, encode: Encode) -> Tensor:
+def _sample_shown(family: VideoDiT, model: nn.Module, videos: Sequence[PromptedVideo], *, encode: Encode) -> Tensor:
     return generate_videos(
         family,
         model,
@@ -218,87 +289,3 @@ def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
     if words.replace("-", " ") != prompt:  # another prompt could give the same words
         words = f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
     return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
-
-
-def _checks(fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, videos: Mapping[str, Tensor]) -> Checks:
-    equal, count = codes_equal(fake, packed)
-    largest = 0.0
-    for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
-        largest = max(largest, float((ours - theirs).abs().max()))
-    ranks = [layer.phi.rank for layer in quantized_layers(fake).values() if layer.phi is not None]
-    return Checks(
-        packed_codes_equal=equal,
-        num_codes=count,
-        packed_vs_fake_max_abs=largest,
-        trajectory_psnr_db=psnr_db(videos["packed"], videos["fake-quantized"], max_value=255),
-        flipped_pixels=count_flips(videos["packed"], videos["fake-quantized"]),
-        flipped_codes=_flipped_activation_codes(fake, packed, held_out=held_out),
-        phi_rank_final=max(ranks, default=0),
-    )
-
-
-@torch.no_grad()
-def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs) -> FlipCount:
-    """How many input codes of all layers differ between the two models on the first held-out batch."""
-    trained = _input_codes(fake, quantized_layers(fake), held_out=held_out)
-    stored = _input_codes(packed, packed_layers(packed), held_out=held_out)
-    counts = [count_flips(trained[name], stored[name]) for name in trained]
-    return FlipCount(
-        num_flipped=sum(count.num_flipped for count in counts), num_values=sum(count.num_values for count in counts)
-    )
-
-
-def _input_codes(
-    model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: MeasuredInputs
-) -> dict[str, Tensor]:
-    """Codes of each layer's input on the first held-out batch, of ``WATCHED_TOKENS`` tokens per sample."""
-    codes: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def watch(module: nn.Module, name: str) -> RemovableHandle:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x, found = inputs[0], codes[name]
-            # A packed feed-forward comes by blocks of tokens.
-            left = WATCHED_TOKENS - sum(part.shape[1] for part in found) if x.ndim > 2 else 1 - len(found)
-            if left > 0:
-                tokens = x[:, :left] if x.ndim > 2 else x
-                found.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
-
-        return module.register_forward_pre_hook(keep)
-
-    handles = [watch(layer, name) for name, layer in layers.items()]
-    places = {id(layer): name for name, layer in layers.items()}
-    for module in model.modules():
-        if isinstance(module, MergedPackedLinear):  # its parts are not called themselves
-            handles += [watch(module, places[id(part)]) for part in module.parts]
-    try:
-        next(held_out.predictions(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts, 1) if parts[0].ndim > 2 else parts[0] for name, parts in codes.items()}
-
-
-def _quality(name: str, videos: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]) -> VariantQuality:
-    # SSIM of a large video takes minutes on a CPU core.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, teacher = videos[name].to(device), videos["teacher"].to(device)
-    still = [index for index, item in enumerate(items) if STILL in item["caption"]]
-    return VariantQuality(
-        name=name,
-        psnr_db=None if name == "teacher" else psnr_db(found, teacher, max_value=255),
-        ssim=None if name == "teacher" else ssim(found, teacher, max_value=255),
-        flicker=flicker(found[still]) if still else None,
-        accuracy=_accuracy(videos[name], items),
-    )
-
-
-def _accuracy(videos: Tensor, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of the videos that show what was asked for; empty for data without labels, or of another size."""
-    if not all(name in items[0] for name in ATTRIBUTES) or tuple(videos.shape[1:]) != VIDEO_SHAPE:
-        return {}
-    return load_classifier().accuracy(videos, attribute_labels(items))
-
-
-def attribute_labels(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What the captions ask for, int64 [B] by attribute."""
-    return {name: torch.tensor([int(item[name]) for item in items]) for name in ATTRIBUTES}

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from qvgen.evaluation.environment import Environment
 from qvgen.evaluation.held_out import too_few_held_out
 from qvgen.evaluation.metrics import FlipCount
+from qvgen.evaluation.quality_data import Quality, Sampling
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 
@@ -38,7 +39,7 @@ class RunInfo:
         init: name of the PTQ method that the training started from.
         seed: the run's seed.
         steps: optimizer steps that were done.
-        command: the exact command line.
+        command: the exact command that runs it again, into a folder of its own.
         config_yaml: the resolved configuration, as config.yaml holds it.
     """
 
@@ -128,9 +129,10 @@ class VideoComparison:
 
     Attributes:
         prompt: the caption.
-        seed: seed of the starting noise, shared by the three.
+        seed: seed of the starting noise, shared by all of them.
         fps: frames per second.
         teacher: uint8 [F, H, W, 3], the full-precision model.
+        start: the same shape, the PTQ start before training; None where it was not sampled.
         fake_quantized: the same shape, the trained model with simulated quantization.
         packed: the same shape, the packed model on the integer kernel.
         negative_prompt: what guidance led away from; None: the model's own negative prompt.
@@ -140,6 +142,7 @@ class VideoComparison:
     seed: int
     fps: float
     teacher: Frames
+    start: Frames | None
     fake_quantized: Frames
     packed: Frames
     negative_prompt: str | None = None
@@ -170,51 +173,6 @@ class ValidationVideo:
     ssim: float | None
     student: Path
     teacher: Path | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariantQuality:
-    """Quality of one variant's generated videos.
-
-    Attributes:
-        name: "teacher", "fake-quantized" or "packed".
-        psnr_db: to the teacher's videos at the same captions and seeds; None for the teacher.
-        ssim: to the teacher's videos; None for the teacher.
-        flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
-        accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
-            attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
-        activation_bits: mean over the calls that made the videos, where a policy switches widths; None: it does not.
-    """
-
-    name: str
-    psnr_db: float | None
-    ssim: float | None
-    flicker: float | None
-    accuracy: Mapping[str, float | None]
-    activation_bits: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """The quality table and what it was measured on.
-
-    Attributes:
-        variants: one row each.
-        num_videos: videos per variant.
-        num_still_videos: those whose caption asks for standing still; flicker is measured on them alone.
-        seeds: which seeds, in words, e.g. "0..63".
-        num_steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-        negative_prompt: the model's own, which guidance led away from; None: there was no guidance.
-    """
-
-    variants: tuple[VariantQuality, ...]
-    num_videos: int
-    num_still_videos: int
-    seeds: str
-    num_steps: int
-    guidance_scale: float
-    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +222,7 @@ class ReportData:
         checks: whether what runs is what was trained.
         videos: compared videos, in the order in which they are shown.
         quality: metrics of the generated videos.
+        sampling: seconds and memory of each variant; None where nothing was sampled.
         layers: the quantized layers, in the model's order.
         skipped: the Linears that were not quantized.
         seconds: wall-clock seconds by stage, in order; holds at least init, train, fold and generate.
@@ -279,6 +238,7 @@ class ReportData:
     checks: Checks
     videos: tuple[VideoComparison, ...]
     quality: Quality
+    sampling: Sampling | None
     layers: tuple[LayerReport, ...]
     skipped: tuple[SkippedLayer, ...]
     seconds: Mapping[str, float]

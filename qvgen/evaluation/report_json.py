@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report_data import Quality, ReportData, ValidationVideo, VideoComparison
+from qvgen.evaluation.quality_data import Quality, Sampling
+from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison
+from qvgen.evaluation.verdict import judge_all, rule
 
 
 def json_number(value: float | None) -> float | str | None:
@@ -59,6 +61,8 @@ def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -
         "bytes": {"bf16": data.size.bf16, "packed": data.size.packed},
         "seconds": {stage: json_number(value) for stage, value in data.seconds.items()},
         "quality": _quality(data.quality),
+        "verdict": verdict_json(data.quality),
+        "sampling": _sampling(data.sampling),
         "layers": [
             {
                 "name": layer.name,
@@ -73,23 +77,24 @@ def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -
         ],
         "skipped": [{"name": layer.name, "reason": layer.reason} for layer in data.skipped],
         "videos": [_video(video, data.quality) for video in data.videos],
-        "validation": [
-            {
-                "step": video.step,
-                "prompt_index": video.prompt_index,
-                "prompt": video.prompt,
-                "seed": video.seed,
-                "psnr_db": json_number(video.psnr_db),
-                "ssim": json_number(video.ssim),
-            }
-            for video in validation
-        ],
+        "validation": [_validation(video) for video in validation],
         "versions": dict(data.environment.versions),
         "git_sha": data.environment.git_sha,
         "git_dirty": data.environment.git_dirty,
         "machine": data.environment.machine.to_json_dict(),
         "command": run.command,
         "config": run.config_yaml,
+    }
+
+
+def _validation(video: ValidationVideo) -> dict[str, Any]:
+    return {
+        "step": video.step,
+        "prompt_index": video.prompt_index,
+        "prompt": video.prompt,
+        "seed": video.seed,
+        "psnr_db": json_number(video.psnr_db),
+        "ssim": json_number(video.ssim),
     }
 
 
@@ -110,15 +115,45 @@ def _quality(quality: Quality) -> dict[str, Any]:
         "seeds": quality.seeds,
         "num_steps": quality.num_steps,
         "guidance_scale": quality.guidance_scale,
+        "lpips_absent": quality.lpips_absent,
+        "start_absent": quality.start_absent,
         "negative_prompt": quality.negative_prompt,
         "variants": {
             variant.name: {
                 "psnr_db": json_number(variant.psnr_db),
                 "ssim": json_number(variant.ssim),
+                "lpips": json_number(variant.lpips),
                 "flicker": json_number(variant.flicker),
                 "activation_bits": json_number(variant.activation_bits),
                 "accuracy": {name: json_number(value) for name, value in variant.accuracy.items()},
             }
             for variant in quality.variants
+        },
+    }
+
+
+def verdict_json(quality: Quality) -> dict[str, Any]:
+    """What is thought of each variant's videos, the packed model's first, and the rule."""
+    found = {
+        name: {"level": verdict.level, "metrics": dict(verdict.metrics)} for name, verdict in judge_all(quality).items()
+    }
+    return {"level": found.get("packed", {"level": None})["level"], "rule": rule(), "variants": found}
+
+
+def _sampling(sampling: Sampling | None) -> dict[str, Any] | None:
+    if sampling is None:
+        return None
+    return {
+        "device": sampling.device,
+        "conditions": sampling.conditions,
+        "variants": {
+            cost.name: {
+                "dtype": cost.dtype,
+                "kernels": list(cost.kernels),
+                "seconds_per_video": json_number(cost.seconds_per_video),
+                "weight_bytes": cost.weight_bytes,
+                "peak_bytes": cost.peak_bytes,
+            }
+            for cost in sampling.costs
         },
     }

@@ -123,6 +123,11 @@ class PackedLinear(PackedWeight):
         """The kernels' description of the layer at the profile's widths."""
         return self._specs[self.form.widths]
 
+    @property
+    def kernels(self) -> set[str]:
+        """Backends for which the weight is prepared now, at any of its widths."""
+        return {name for name, _, _ in self._prepacked.values()}
+
     @classmethod
     @torch.no_grad()
     def from_fake_quant(cls, layer: FakeQuantLinear, *, kernel: str = "auto") -> Self:

@@ -20,7 +20,7 @@ from qvgen.run_identity import read_changes
 from qvgen.training.autoencoder import fit_autoencoder, latent_statistics, reconstruction_psnr_db
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.identity import claim_run
-from qvgen.verbs._deliver import command_line
+from qvgen.verbs._deliver import rerun_command
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _check(config: TrainConfig) -> None:
 
 def _card(config: TrainConfig, run_dir: Path, *, clips: int, psnr: float) -> dict[str, Any]:
     return {
-        "command": command_line(),
+        "command": rerun_command(config),
         "seed": config.seed,
         "steps": config.steps,
         "batch_size": config.batch_size,

@@ -1,9 +1,7 @@
-"""The end of the verb ``train``: fold, pack, read back, generate with all three models, compare, report."""
+"""The end of the verb ``train``: fold, pack, read back, generate with all models, compare, report."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +10,19 @@ from pathlib import Path
 import yaml
 from torch import nn
 
+from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
-from qvgen.evaluation.comparison import bf16_bytes, compare_models, layer_reports
+from qvgen.evaluation.comparison import Start, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
+from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
+from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
+from qvgen.evaluation.verdict import judge_all
 from qvgen.training.callbacks import total_seconds
+from qvgen.training.session import START_FILE, load_start
 from qvgen.training.student import fold_student
 
 
@@ -32,32 +35,43 @@ def deliver(
     student: nn.Module,
     held_out: MeasuredInputs,
 ) -> ReportData:
-    """Fold, pack, read back, generate with all three models and compare: all that the report says."""
+    """Fold, pack, read back, generate with all models and compare: all that the report says.
+
+    Afterwards the student holds the run's start where its videos were sampled.
+    """
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
         fold_student(config, student, path / "packed", steps=config.steps)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
+    reference = list(held_out.predictions(teacher))
+    error = HeldOutError(
+        rtn=start["rtn"],
+        ptq=start["ptq"],
+        qat=held_out.relative_error(student, reference),
+        packed=held_out.relative_error(packed, reference),
+        num_samples=held_out.num_samples,
+        split=held_out.source,
+        seed=held_out.seed,
+        num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
+    )
     with _timed(seconds, "generate"):
         comparison = compare_models(
-            config, teacher=teacher, fake=student, packed=packed, held_out=held_out, run_dir=path
+            config,
+            teacher=teacher,
+            fake=student,
+            packed=packed,
+            start=_start(config, student, path),
+            held_out=held_out,
+            run_dir=path,
         )
-    reference = list(held_out.predictions(teacher))
     return ReportData(
         run=run_info(config),
-        relative_error=HeldOutError(
-            rtn=start["rtn"],
-            ptq=start["ptq"],
-            qat=held_out.relative_error(student, reference),
-            packed=held_out.relative_error(packed, reference),
-            num_samples=held_out.num_samples,
-            split=held_out.source,
-            seed=held_out.seed,
-            num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
-        ),
+        relative_error=error,
         size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
         checks=comparison.checks,
         videos=comparison.videos,
         quality=comparison.quality,
+        sampling=comparison.sampling,
         layers=layer_reports(packed),
         skipped=tuple(
             SkippedLayer(name=name, reason="excluded by the model's patterns")
@@ -78,7 +92,24 @@ def show_result(data: ReportData, report: Path) -> None:
     print(f"held-out error of QAT, packed: {error.packed:.4f}   ({error.packed / error.rtn:.2f} x round to nearest)")
     if error.caution:
         print(error.caution)
+    for line in video_lines(data.quality):
+        print(line)
     print(f"size: {size.packed / 1024:.0f} KiB packed, {size.bf16 / 1024:.0f} KiB in bfloat16")
+
+
+def video_lines(quality: Quality) -> list[str]:
+    """What the videos are worth, in one line each for the packed model and the PTQ start."""
+    lines = []
+    verdicts = judge_all(quality)
+    for variant in reversed(quality.variants):
+        if variant.name in ("packed", "ptq-start"):
+            values = [("PSNR", variant.psnr_db, ".1f"), ("SSIM", variant.ssim, ".3f"), ("LPIPS", variant.lpips, ".3f")]
+            shown = [f"{name} {value:{form}}" for name, value, form in values if value is not None]
+            shown += [] if variant.flicker is None else [f"flicker {variant.flicker:.2f}"]
+            verdict = verdicts[variant.name]
+            name = {"packed": "packed model", "ptq-start": "PTQ start"}[variant.name]
+            lines.append(f"videos of the {name}: {verdict.level or 'not measured'} ({', '.join(shown)})")
+    return lines
 
 
 def run_info(config: TrainConfig) -> RunInfo:
@@ -93,15 +124,31 @@ def run_info(config: TrainConfig) -> RunInfo:
         init=config.names.init,
         seed=config.seed,
         steps=config.steps,
-        command=command_line(),
+        command=rerun_command(config),
         config_yaml=yaml.safe_dump(config.plain, sort_keys=False),
     )
 
 
-def command_line() -> str:
-    """What the user typed; ``qvgen`` for ``python -m qvgen.cli``."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(["qvgen" if name == "cli.py" else name, *sys.argv[1:]])
+def rerun_command(config: TrainConfig) -> str:
+    """The command that does the same again, in a folder of its own: what was typed, but for run_dir and resume."""
+    kept = [text for text in config.typed if text.lstrip("+~").partition("=")[0] not in ("run_dir", "resume")]
+    return command_line("ptq" if config.names.method == "ptq" else "train", kept)
+
+
+def _start(config: TrainConfig, student: nn.Module, path: Path) -> Start:
+    """How the student comes back to where training began, or why it does not."""
+    if not config.steps:
+        return Start(restore=None, absent="nothing was trained: the model is the PTQ start itself")
+    if not config.evaluation.start_videos:
+        return Start(restore=None, absent="evaluation.start_videos=false")
+    if not (path / START_FILE).is_file():
+        return Start(restore=None, absent=f"{START_FILE} is no longer in the run's folder")
+
+    def restore() -> nn.Module:
+        load_start(student, path)
+        return student
+
+    return Start(restore=restore, absent=None)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import nn
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
-from qvgen.evaluation.comparison import bf16_bytes, codes_equal, layer_reports
 from qvgen.evaluation.environment import collect_environment
+from qvgen.evaluation.packed_checks import bf16_bytes, codes_equal, layer_reports
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import read_changes
 from qvgen.training.student import fold_student
@@ -60,6 +60,9 @@ def deliver_unmeasured(
         "num_codes": count,
         "packed_vs_fake_max_abs": None,
         "phi_rank_final": 0,
+        "quality": None,
+        "verdict": None,
+        "sampling": None,
         "bytes": size,
         "seconds": seconds,
         "versions": dict(environment.versions),

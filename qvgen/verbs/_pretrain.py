@@ -27,7 +27,7 @@ from qvgen.training.session import micro_batch_size, train_all
 from qvgen.training.start_file import has_start, load_start, save_start
 from qvgen.training.wandb_run import training_log
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
-from qvgen.verbs._deliver import command_line
+from qvgen.verbs._deliver import rerun_command
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def pretrain(config: TrainConfig) -> None:
         with training_log(config, run_dir.path) as loggers:
             train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None, loggers=loggers)
         card: dict[str, Any] = {
-            "command": command_line(),
+            "command": rerun_command(config),
             "seed": config.seed,
             "steps": config.steps,
             "seconds": round(total_seconds(run_dir.path / "metrics.csv")),

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from qvgen import stop_request
+from qvgen.config.command_line import command_line
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
@@ -18,7 +19,6 @@ from qvgen.verbs._benchmark_ptq import ptq_rows, ptq_table
 from qvgen.verbs._benchmark_ptq_cost import cost_rows, cost_table
 from qvgen.verbs._benchmark_step import step_rows, step_table
 from qvgen.verbs._benchmark_training import training_rows, training_table
-from qvgen.verbs._deliver import command_line
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def run(config: BenchmarkConfig) -> None:
         "videos": config.videos,
         "timed_steps": config.timed_steps,
         "memory_gib": config.run.calibration.memory_gib,
-        "command": command_line(),
+        "command": command_line("benchmark", config.run.typed),
         "machine": environment.machine.to_json_dict(),
         "versions": dict(environment.versions),
         "git_sha": environment.git_sha,

@@ -9,7 +9,7 @@ import torch
 from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
-from qvgen.evaluation.comparison import codes_equal
+from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
 from qvgen.training.phi_plan import decay_schedule
 from qvgen.training.plan_verbs import plan_fold

@@ -10,16 +10,15 @@ import numpy as np
 
 from qvgen.evaluation.environment import Environment, Machine
 from qvgen.evaluation.metrics import FlipCount
+from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost, VariantQuality
 from qvgen.evaluation.report_data import (
     Checks,
     HeldOutError,
     LayerReport,
     ModelSize,
-    Quality,
     ReportData,
     RunInfo,
     SkippedLayer,
-    VariantQuality,
     VideoComparison,
 )
 
@@ -47,7 +46,13 @@ def report_data(**changes: Any) -> ReportData:
     """The example, with some fields replaced."""
     videos = tuple(
         VideoComparison(
-            prompt=prompt, seed=40 + i, fps=8, teacher=frames(0), fake_quantized=frames(1), packed=frames(2)
+            prompt=prompt,
+            seed=40 + i,
+            fps=8,
+            teacher=frames(0),
+            start=frames(3),
+            fake_quantized=frames(1),
+            packed=frames(2),
         )
         for i, prompt in enumerate(["a red three moving up left", INJECTION])
     )
@@ -82,14 +87,39 @@ def report_data(**changes: Any) -> ReportData:
         videos=videos,
         quality=Quality(
             variants=(
-                VariantQuality(name="teacher", psnr_db=None, ssim=None, flicker=0.5, accuracy=accuracy),
-                VariantQuality(name="packed", psnr_db=23.4, ssim=0.91, flicker=1.5, accuracy=accuracy),
+                VariantQuality(name="teacher", psnr_db=None, ssim=None, lpips=None, flicker=0.5, accuracy=accuracy),
+                VariantQuality(name="ptq-start", psnr_db=15.6, ssim=0.31, lpips=0.4, flicker=9.5, accuracy=accuracy),
+                VariantQuality(name="packed", psnr_db=23.4, ssim=0.91, lpips=0.07, flicker=1.45, accuracy=accuracy),
             ),
             num_videos=64,
             num_still_videos=7,
             seeds="0..63",
             num_steps=20,
             guidance_scale=3.0,
+            lpips_absent=None,
+            start_absent=None,
+        ),
+        sampling=Sampling(
+            costs=(
+                SamplingCost(
+                    name="teacher",
+                    dtype="bfloat16",
+                    kernels=(),
+                    seconds_per_video=4.2,
+                    weight_bytes=1_000_000,
+                    working_bytes=7_000_000,
+                ),
+                SamplingCost(
+                    name="packed",
+                    dtype="float32",
+                    kernels=("vnni",),
+                    seconds_per_video=1.4,
+                    weight_bytes=300_000,
+                    working_bytes=5_000_000,
+                ),
+            ),
+            device="2 CPU threads",
+            conditions="64 videos, after the shown ones; peak memory: as it was measured",
         ),
         layers=(
             LayerReport(

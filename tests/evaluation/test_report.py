@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from qvgen.evaluation.charts import read_history
+from qvgen.evaluation.quality_data import VariantQuality
 from qvgen.evaluation.report import render_html, write_report
-from qvgen.evaluation.report_data import VariantQuality
 from qvgen.evaluation.report_json import to_json_dict
 from tests.evaluation.example_report import INJECTION, METRICS_CSV, frames, report_data
 
@@ -101,6 +101,81 @@ def test_json_holds_every_key_of_the_contract(run_dir: Path) -> None:
     assert report["command"].endswith(INJECTION)
 
 
+def test_the_verdict_follows_the_videos_and_is_the_same_in_both_files(page: Page, run_dir: Path) -> None:
+    report = strict_json((run_dir / "report.json").read_text(encoding="utf-8"))
+    verdict = report["verdict"]
+    assert verdict["level"] == "fair"
+    assert verdict["variants"]["packed"] == {
+        "level": "fair",
+        "metrics": {"psnr_db": "fair", "ssim": "good", "lpips": "good", "flicker": "good"},
+    }
+    assert verdict["variants"]["ptq-start"]["level"] == "poor"
+    assert "SSIM from 0.85 good, from 0.6 fair" in verdict["rule"]
+    [shown] = [
+        a["class"]
+        for a in page.attributes("p")
+        if (a.get("class") or "").startswith("value ") and "small" not in str(a)
+    ]
+    assert shown == "value fair"
+    assert "Visibly different from the teacher's videos" in page.text
+    marks = [a["class"] for a in page.attributes("span") if (a.get("class") or "").startswith("mark")]
+    # PTQ start and packed of PSNR, SSIM, LPIPS, flicker; then the verdicts of the table below.
+    assert marks == [
+        f"mark {level}" for level in ["poor", "fair", "poor", "good", "poor", "good", "poor", "good", "poor", "fair"]
+    ]
+
+
+def test_a_small_error_does_not_make_far_videos_green() -> None:
+    variants = tuple(
+        dataclasses.replace(one, ssim=0.389, flicker=8.5) if one.name == "packed" else one
+        for one in report_data().quality.variants
+    )
+    data = report_data(quality=dataclasses.replace(report_data().quality, variants=variants), videos=())
+    page = render_html(data, {})
+    assert "Far from the teacher&#39;s videos" in page
+    assert "8.50 (17\N{MULTIPLICATION SIGN})" in page
+    assert pills(page) == ["pill good", "pill plain", "pill good"]  # size, error, checks
+    assert to_json_dict(data)["verdict"]["level"] == "poor"
+
+
+def test_seconds_and_memory_stand_in_both_files(page: Page, run_dir: Path) -> None:
+    text = re.sub(r"\s+", " ", page.text)
+    for shown in (
+        "3.00\N{MULTIPLICATION SIGN} as fast as full precision",
+        "4.20 s",
+        "1.40 s",
+        "8 MB",
+        "5.3 MB",
+        "kernel vnni",
+    ):
+        assert shown in text, shown
+    assert "torch, bfloat16" in text
+    sampling = strict_json((run_dir / "report.json").read_text(encoding="utf-8"))["sampling"]
+    assert sampling["device"] == "2 CPU threads"
+    assert sampling["variants"]["packed"] == {
+        "dtype": "float32",
+        "kernels": ["vnni"],
+        "seconds_per_video": 1.4,
+        "weight_bytes": 300_000,
+        "peak_bytes": 5_300_000,
+    }
+
+
+def test_what_is_missing_is_said_with_its_reason() -> None:
+    quality = dataclasses.replace(
+        report_data().quality, lpips_absent="its weights were not fetched", start_absent="nothing was trained"
+    )
+    variants = tuple(dataclasses.replace(one, lpips=None) for one in quality.variants if one.name != "ptq-start")
+    videos = tuple(dataclasses.replace(video, start=None) for video in report_data().videos)
+    data = report_data(quality=dataclasses.replace(quality, variants=variants), videos=videos)
+    page = Page(render_html(data, {}))
+    assert "No LPIPS: its weights were not fetched." in page.text
+    assert "No videos of the PTQ start: nothing was trained." in page.text
+    assert len(page.attributes("video")) == 6
+    assert to_json_dict(data)["quality"]["lpips_absent"] == "its weights were not fetched"
+    assert to_json_dict(data)["quality"]["variants"]["packed"]["lpips"] is None
+
+
 def test_json_tells_infinite_from_unknown(run_dir: Path) -> None:
     report = strict_json((run_dir / "report.json").read_text(encoding="utf-8"))
     assert float(report["trajectory_psnr_db"]) == math.inf
@@ -156,8 +231,8 @@ def test_users_text_is_only_text(page: Page) -> None:
 
 def test_page_shows_the_videos_that_it_was_given(page: Page) -> None:
     videos = page.attributes("video")
-    assert len(videos) == 6
-    for attributes, shift in zip(videos, [0, 1, 2] * 2, strict=True):
+    assert len(videos) == 8
+    for attributes, shift in zip(videos, [0, 3, 1, 2] * 2, strict=True):  # the PTQ start's stands in every row
         assert {"autoplay", "loop", "muted", "playsinline"} <= attributes.keys()
         kind, _, content = (attributes["src"] or "").partition(";base64,")
         assert kind == "data:video/mp4"
@@ -165,7 +240,7 @@ def test_page_shows_the_videos_that_it_was_given(page: Page) -> None:
             decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         assert decoded.shape == (4, 256, 256, 3)
         centres = decoded[:, 8::16, 8::16].astype(int)
-        # crf 20 leaves a few levels of noise; another video of the three would be off by 200 in the moved column.
+        # crf 20 leaves a few levels of noise; another video of the row would be off by 200 in the moved column.
         assert np.abs(centres - frames(shift)).max() <= 24
         kind, _, content = (attributes["poster"] or "").partition(";base64,")
         assert kind == "data:image/jpeg"
@@ -178,7 +253,8 @@ def test_page_shows_the_numbers(page: Page) -> None:
         "tiny at W3A4",
         "0.221",  # PTQ
         "0.0502",  # QAT
-        "0.227\N{MULTIPLICATION SIGN} of PTQ",  # 0.0502 / 0.2214
+        "0.221 → 0.0503",
+        "0.227\N{MULTIPLICATION SIGN} of PTQ",  # 0.0503 / 0.2214
         "250 kB from 1 MB in bf16",
         "4.00\N{MULTIPLICATION SIGN} smaller",
         "256 samples",
@@ -193,6 +269,7 @@ def test_page_shows_the_numbers(page: Page) -> None:
     ):
         assert shown in text, shown
     assert text.count("✓") == 3
+    assert "3 of 3 checks hold" in text
     assert "✗" not in text
 
 
@@ -210,29 +287,39 @@ def test_a_failed_check_is_shown_as_failed(change: dict[str, Any]) -> None:
         render_html(report_data(checks=dataclasses.replace(report_data().checks, **change), videos=()), {})
     ).text
     assert (text.count("✓"), text.count("✗")) == (2, 1)
+    assert "2 of 3 checks hold" in text
+
+
+def pills(page: str) -> list[str]:
+    """Classes of the coloured labels: size, training, checks."""
+    return [a["class"] or "" for a in Page(page).attributes("span") if "pill" in (a.get("class") or "")]
 
 
 def test_training_that_made_it_worse_is_not_praised() -> None:
-    def pill(qat: float) -> str:
-        error = dataclasses.replace(report_data().relative_error, qat=qat)
-        page = Page(render_html(report_data(relative_error=error, videos=()), {}))
-        return next(a["class"] or "" for a in page.attributes("span") if "pill" in (a.get("class") or ""))
+    def pill(packed: float) -> str:
+        error = dataclasses.replace(report_data().relative_error, packed=packed)
+        return pills(render_html(report_data(relative_error=error, videos=()), {}))[1]
 
-    assert pill(0.1) == "pill good"
-    assert pill(0.3) == "pill bad"
-    assert pill(math.nan) == "pill bad"
+    assert pill(0.1) == "pill plain"  # a small error of the transformer alone is no praise: the videos are
+    assert pill(0.3) == "pill poor"
+    assert pill(math.nan) == "pill poor"
 
 
 def test_a_bare_run_still_gives_a_page() -> None:
-    variants = (VariantQuality(name="packed", psnr_db=math.nan, ssim=None, flicker=None, accuracy={}),)
+    variants = (VariantQuality(name="packed", psnr_db=math.nan, ssim=None, lpips=None, flicker=None, accuracy={}),)
     quality = dataclasses.replace(report_data().quality, variants=variants)
     environment = dataclasses.replace(report_data().environment, git_sha=None, git_dirty=None)
-    data = report_data(videos=(), skipped=(), quality=quality, environment=environment)
+    data = report_data(videos=(), skipped=(), quality=quality, environment=environment, sampling=None)
     text = " ".join(Page(render_html(data, {})).text.split())
     assert "This run generated no videos." in text
     assert "There is no metrics.csv" in text
     assert "Every Linear of the transformer is quantized." in text
     assert "no commit" in text
+    assert "Not measured" in text
+    assert to_json_dict(data)["sampling"] is None
+    assert (
+        to_json_dict(data)["verdict"]["level"] == "poor"
+    )  # a PSNR that is no number is no measurement to be lenient about
     assert "accuracy" not in text.lower()
 
 
@@ -264,6 +351,6 @@ def test_incomplete_data_is_refused(changes: dict[str, Any], message: str) -> No
 
 def test_variants_must_be_judged_by_the_same_attributes() -> None:
     variants = report_data().quality.variants
-    other = dataclasses.replace(variants[1], accuracy={"digit": 0.5})
+    other = dataclasses.replace(variants[2], accuracy={"digit": 0.5})
     with pytest.raises(ValueError, match="different variants"):
         report_data(quality=dataclasses.replace(report_data().quality, variants=(variants[0], other)))

@@ -87,7 +87,7 @@ def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any]) -> dict[s
     assert all(math.isfinite(float(row["train/loss"])) for row in read_metrics(run_dir))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["names"]["model"] == "tiny"
     names = {path.name.rpartition("-seed")[2].partition("-")[2] for path in (run_dir / "videos").iterdir()}
-    assert names == {"teacher.mp4", "fake-quantized.mp4", "packed.mp4"}
+    assert names == {"teacher.mp4", "ptq-start.mp4", "fake-quantized.mp4", "packed.mp4"}
     assert (run_dir / "report.html").stat().st_size > 100_000  # the videos are inside
     return report
 

@@ -1,0 +1,118 @@
+"""Whether a packed model is the one that was trained, to the code and to the pixel; and what its layers are.
+
+Differences are counted, not only bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qvgen.deploy.merged_linear import MergedPackedLinear
+from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.evaluation.metrics import FlipCount, count_flips, psnr_db
+from qvgen.evaluation.report_data import Checks, LayerReport
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.swap import packed_layers, quantized_layers
+
+WATCHED_TOKENS = 256
+"""All tokens of all layers of a large model would not fit into memory."""
+
+
+def bf16_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers of a model in bfloat16."""
+    return 2 * sum(value.numel() for value in model.state_dict().values())
+
+
+def layer_reports(packed: nn.Module) -> tuple[LayerReport, ...]:
+    """One row of the report for every packed layer."""
+    return tuple(
+        LayerReport(
+            name=name,
+            shape=(layer.out_features, layer.in_features),
+            weight_bits=layer.profile.weight.bits,
+            activation_bits=layer.profile.activation.bits,
+            num_bytes=layer.nbytes(),
+            weight_error=float("nan") if layer.weight_error is None else layer.weight_error,
+            output_error=None,
+        )
+        for name, layer in packed_layers(packed).items()
+    )
+
+
+def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
+    """Whether every code in the packed layers is the trained one, and how many were compared."""
+    trained, stored = quantized_layers(fake), packed_layers(packed)
+    equal = list(trained) == list(stored)
+    count = 0
+    for name in trained.keys() & stored.keys():
+        for bits, quantizer in trained[name].weight_quantizers().items():
+            codes = quantizer.codes(trained[name].weight).cpu()
+            equal = equal and torch.equal(codes, stored[name].weight_of(bits).integer_codes().cpu())
+            count += codes.numel()
+    return equal, count
+
+
+def check_packed(
+    fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, videos: Mapping[str, Tensor]
+) -> Checks:
+    """Whether the packed model is the trained one: codes, outputs on the same inputs, and the table's videos."""
+    equal, count = codes_equal(fake, packed)
+    largest = 0.0
+    for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
+        largest = max(largest, float((ours - theirs).abs().max()))
+    ranks = [layer.phi.rank for layer in quantized_layers(fake).values() if layer.phi is not None]
+    return Checks(
+        packed_codes_equal=equal,
+        num_codes=count,
+        packed_vs_fake_max_abs=largest,
+        trajectory_psnr_db=psnr_db(videos["packed"], videos["fake-quantized"], max_value=255),
+        flipped_pixels=count_flips(videos["packed"], videos["fake-quantized"]),
+        flipped_codes=_flipped_activation_codes(fake, packed, held_out=held_out),
+        phi_rank_final=max(ranks, default=0),
+    )
+
+
+@torch.no_grad()
+def _flipped_activation_codes(fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs) -> FlipCount:
+    """How many input codes of all layers differ between the two models on the first held-out batch."""
+    trained = _input_codes(fake, quantized_layers(fake), held_out=held_out)
+    stored = _input_codes(packed, packed_layers(packed), held_out=held_out)
+    counts = [count_flips(trained[name], stored[name]) for name in trained]
+    return FlipCount(
+        num_flipped=sum(count.num_flipped for count in counts), num_values=sum(count.num_values for count in counts)
+    )
+
+
+def _input_codes(
+    model: nn.Module, layers: Mapping[str, FakeQuantLinear] | Mapping[str, PackedLinear], *, held_out: MeasuredInputs
+) -> dict[str, Tensor]:
+    """Codes of each layer's input on the first held-out batch, of ``WATCHED_TOKENS`` tokens per sample."""
+    codes: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(module: nn.Module, name: str) -> RemovableHandle:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, found = inputs[0], codes[name]
+            # A packed feed-forward comes by blocks of tokens.
+            left = WATCHED_TOKENS - sum(part.shape[1] for part in found) if x.ndim > 2 else 1 - len(found)
+            if left > 0:
+                tokens = x[:, :left] if x.ndim > 2 else x
+                found.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
+
+        return module.register_forward_pre_hook(keep)
+
+    handles = [watch(layer, name) for name, layer in layers.items()]
+    places = {id(layer): name for name, layer in layers.items()}
+    for module in model.modules():
+        if isinstance(module, MergedPackedLinear):  # its parts are not called themselves
+            handles += [watch(module, places[id(part)]) for part in module.parts]
+    try:
+        next(held_out.predictions(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts, 1) if parts[0].ndim > 2 else parts[0] for name, parts in codes.items()}

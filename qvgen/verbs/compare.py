@@ -1,0 +1,51 @@
+"""Compare finished runs: one table, and one page with their curves and videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvgen.config.command_line import command_line
+from qvgen.config.verb_schema import CompareConfig
+from qvgen.evaluation.compare_page import render_comparison
+from qvgen.evaluation.run_comparison import build_table, table_json, table_lines
+from qvgen.evaluation.run_record import common_parent, find_runs, read_runs
+from qvgen.run_directory import atomic_write
+
+PAGE_FILE, JSON_FILE = "compare.html", "compare.json"
+
+
+def run(config: CompareConfig) -> None:
+    """Find the runs, print their table, write page and JSON."""
+    paths = find_runs(config.runs)
+    out = config.out or common_parent(paths)
+    if config.dry_run:
+        print(f"{len(paths)} runs into {out / PAGE_FILE}: {', '.join(map(str, paths))}")
+        return
+    _compare(paths, out)
+
+
+def after_sweep(verb: str, plains: Sequence[Mapping[str, Any]]) -> None:
+    """After a sweep's jobs: its runs, also those that failed or were not begun, with the page beside them.
+
+    Args:
+        verb: Whose jobs they were; those of other verbs than train and ptq are no runs.
+        plains: The jobs' configurations.
+    """
+    if verb in ("train", "ptq") and not any(plain["dry_run"] for plain in plains):
+        paths = [Path(plain["run_dir"]) for plain in plains]
+        _compare(paths, common_parent(paths))
+
+
+def _compare(paths: Sequence[Path], out: Path) -> None:
+    table = build_table(read_runs(paths))
+    for line in table_lines(table):
+        print(line)
+    out.mkdir(parents=True, exist_ok=True)
+    command = command_line("compare", map(str, paths), changes={"out": out})
+    text = json.dumps(table_json(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(out / JSON_FILE, text.encode())
+    atomic_write(out / PAGE_FILE, render_comparison(table, command=command).encode())
+    print(f"comparison: {out / PAGE_FILE}")
