@@ -22,7 +22,7 @@ from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.evaluation.verdict import judge_all
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.session import START_FILE, load_start
+from qvgen.training.start_file import START_FILE, load_start
 from qvgen.training.student import fold_student
 
 
