@@ -100,14 +100,10 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:
         raise UserError(f"cannot read the sweep: {_cause(error)}") from error
-    # What is not swept stays as it was typed; hydra's sweeper writes it in another way.
-    return [
-        [
-            value if override.is_sweep_override() else text
-            for text, override, value in zip(overrides, parsed, job, strict=True)
-        ]
-        for job in jobs
-    ]
+    # What is not swept stays as it was typed; hydra's sweeper writes it in another way, and a key that is given twice once.
+    last = {override.get_key_element(): (override, text) for override, text in zip(parsed, overrides, strict=True)}
+    typed = {key: text for key, (override, text) in last.items() if not override.is_sweep_override()}
+    return [[typed.get(entry.partition("=")[0], entry) for entry in job] for job in jobs]
 
 
 def compose_plain(

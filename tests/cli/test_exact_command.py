@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from qvgen.config.command_line import _program, begin_job, command_line, job_command
-from qvgen.config.compose import compose_plain
+from qvgen.config.compose import compose_plain, expand_sweep
 
 TYPED = [
     "bits=w4a8",
@@ -34,6 +34,16 @@ def words(line: str) -> list[str]:
 
 def test_what_was_typed_comes_back_word_for_word() -> None:
     assert words(command_line("train", TYPED)) == ["qvgen", "train", *TYPED]
+
+
+def test_jobs_keep_what_was_typed_but_for_what_is_swept() -> None:
+    typed = ["prompt='a b'", "seed=1,2", "x=[1, 2]", "++y=false", "~z"]
+    assert expand_sweep(typed, multirun=True) == [[typed[0], f"seed={seed}", *typed[2:]] for seed in (1, 2)]
+    assert expand_sweep(["bits=4", "bits=3,2"], multirun=True)[-1][-1] == "bits=2"
+    assert expand_sweep(["steps=12", "bits=3", "steps=3"], multirun=False) in (
+        [["steps=12", "bits=3", "steps=3"]],
+        [["steps=3", "bits=3"]],  # the last one counts
+    )
 
 
 def test_the_present_job_has_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
