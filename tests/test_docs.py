@@ -84,3 +84,14 @@ def test_a_python_without_the_libraries_says_how_to_activate(tmp_path: Path) -> 
     (line,) = done.stderr.splitlines()
     assert "has no module omegaconf; first run: source" in line
     assert str(Path(".venv") / "bin" / "activate") in line
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith(("|---", "| promise"))]
+    assert rows
+    for row in rows:
+        assert "::" in row.rpartition(" | ")[2], row
+    for path, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), f"{path}::{name}"
