@@ -30,7 +30,7 @@ from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__, stop_request
 from qvgen.config.command_line import begin_job
-from qvgen.config.errors import DOES_NOT_FIT, UserError, did_you_mean, one_line
+from qvgen.config.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
@@ -263,29 +263,16 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
         print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if show_traceback or not _is_dependency(error):
+        remedy = missing_library(error)
+        if show_traceback or remedy is None:
             traceback.print_exc()
-        if not _is_dependency(error):
+        if remedy is None:
             return BUG
-        print(f"qvgen {name}: {_no_module(error)}", file=sys.stderr)
+        print(f"qvgen {name}: {remedy}", file=sys.stderr)
         return BAD_INPUT
     except Exception:  # the border of the program: a bug is shown whole and told by the exit code
         traceback.print_exc()
         return BUG
-
-
-def _is_dependency(error: ModuleNotFoundError) -> bool:
-    """Whether what is missing is another project's: one of ours that can't be found is a bug."""
-    return error.name is not None and error.name.partition(".")[0] not in ("qvgen", "qvgen_kernels")
-
-
-def _no_module(error: ModuleNotFoundError) -> str:
-    checkout = _VERBS_DIRECTORY.parents[1]
-    if (checkout / "Makefile").is_file():
-        remedy = f"first run: source {checkout / '.venv' / 'bin' / 'activate'} (make venv, in {checkout}, makes it)"
-    else:
-        remedy = "use the Python that qvgen was installed with, or install qvgen into this one with pip"
-    return f"{sys.executable} has no module {error.name}; {remedy}"
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:

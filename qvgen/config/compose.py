@@ -84,9 +84,8 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
         UserError: Text that is no override, or a sweep although ``multirun`` is False.
     """
     read = [_parse(text, before=overrides[:index], after=overrides[index:]) for index, text in enumerate(overrides)]
-    parsed = [
-        _parse(_as_written(override)) for override in read
-    ]  # hydra writes them anew: 1e3 would come out as 1000.0
+    written = [_as_written(override) for override in read]  # a text that looks like a number, 1e3, in quotes
+    parsed = [_parse(text) for text in written]
     for override in parsed:
         if not override.is_sweep_override():
             continue
@@ -101,7 +100,7 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
     except HydraException as error:
         raise UserError(f"cannot read the sweep: {_cause(error)}") from error
     # What is not swept stays as it was typed; hydra's sweeper writes it in another way, and a key that is given twice once.
-    last = {override.get_key_element(): (override, text) for override, text in zip(parsed, overrides, strict=True)}
+    last = {override.get_key_element(): (override, text) for override, text in zip(parsed, written, strict=True)}
     typed = {key: text for key, (override, text) in last.items() if not override.is_sweep_override()}
     return [[typed.get(entry.partition("=")[0], entry) for entry in job] for job in jobs]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 DOES_NOT_FIT = 3
 """Exit code of a dry run whose plan is complete, and says that the run does not fit on this machine."""
@@ -47,3 +49,15 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def missing_library(error: ModuleNotFoundError) -> str | None:
+    """What to do about a library that this Python does not have; None where one of our own modules can't be found."""
+    if error.name is None or error.name.partition(".")[0] in ("qvgen", "qvgen_kernels"):
+        return None
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "Makefile").is_file():
+        remedy = f"first run: source {checkout / '.venv' / 'bin' / 'activate'} (make venv, in {checkout}, makes it)"
+    else:
+        remedy = "use the Python that qvgen was installed with, or install qvgen into this one with pip"
+    return f"{sys.executable} has no module {error.name}; {remedy}"
