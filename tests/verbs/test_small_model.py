@@ -51,6 +51,22 @@ def test_both_trainings_and_a_quantized_student(
     report = json.loads((tmp_path / "student" / "report.json").read_text())
     assert report["packed_codes_equal"] is True
     assert len(report["layers_quantized"]) > 20
+    capsys.readouterr()
+
+    # One flipped bit in each kind of file of the cache: training refuses it by name, precompute makes it again.
+    again = [f"run_dir={tmp_path / 'again'}" if word.startswith("run_dir=") else word for word in student]
+    paths = [sorted((tmp_path / "cache" / kind).rglob("*.safetensors"))[0] for kind in ("latents", "texts")]
+    whole = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    assert main(["train", *again]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert any(str(path) in last for path in paths)
+    assert "run qvgen precompute with the same settings, which makes it again" in last
+    model = [word for word in student if word.startswith(("data.", "model"))]
+    assert main(["precompute", *[word for word in model if not word.startswith("model.num_inference")]]) == 0
+    assert [path.read_bytes() for path in paths] == whole
+    assert "6 clips ready" in capsys.readouterr().out
 
 
 def test_without_a_folder_it_names_the_two_trainings(capsys: pytest.CaptureFixture[str]) -> None:
