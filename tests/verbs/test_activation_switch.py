@@ -37,6 +37,7 @@ def test_a_ptq_checkpoint_switches_and_says_how_often(tmp_path: Path, capsys: py
         "prompt=a red three moving left",
         "num_steps=8",
         f"out={tmp_path / 'v'}",
+        "overwrite=true",
     ]
     found = []
     for extra in ((), ("delta=0",), ("delta=1000",)):
