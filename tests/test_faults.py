@@ -86,7 +86,7 @@ def test_what_says_which_run_it_is_is_refused_by_name(
     before = runs.snapshot(run_dir)
     assert runs.train(run_dir, *OVERRIDES, "resume=true") == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert name in last or "config" in last
+    assert str(run_dir / name) in last or f"run_dir={run_dir} holds another configuration's run" in last
     assert runs.snapshot(run_dir) == before
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_report_costs_a_comparison_one_row(
     damaged = tmp_path / "damaged"
     shutil.copytree(short_run, damaged, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     cut(damaged / "report.json")
-    assert main(["compare", str(short_run), str(damaged), f"out={tmp_path / 'out'}"]) in (0, 2)
+    assert main(["compare", str(short_run), str(damaged), f"out={tmp_path / 'out'}"]) == 0
     shown = capsys.readouterr()
     assert "report.json" in shown.out + shown.err
     assert (tmp_path / "out").exists()
