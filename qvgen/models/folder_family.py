@@ -228,17 +228,17 @@ class FolderFamily(abc.ABC):
             for lora in self._loras
         ]
 
-    def check_parts(self, transformer: nn.Module) -> None:
-        """Find out in seconds whether all parts of the folder are there and whole, and the LoRAs of this model.
+    def check_transformer(self, transformer: nn.Module) -> None:
+        """Find out in seconds whether the transformers of the folder are there and whole, and the LoRAs of this model.
 
         Args:
             transformer: one that :meth:`build` made, on ``meta`` for example.
 
         Raises:
-            ValueError: a part is missing, cut off or quantized already, or a LoRA has keys or shapes of another model.
+            ValueError: weights are missing, cut off or quantized already, or a LoRA has keys or shapes of another model.
         """
         if self.folder is not None:
-            self.folder.check_parts((*self.transformer_folders, "vae", "text_encoder"))
+            self.folder.check_parts(self.transformer_folders)
         for lora in self._loras:
             lora.plan(transformer, component=self.transformer_folder)
 

@@ -24,7 +24,8 @@ def weights_identity(folder: HubFolder, components: Iterable[str]) -> dict[str, 
 
 def settings_identity(folder: HubFolder) -> dict[str, str]:
     """The same of the parts without weights."""
-    found = {name: folder.files_revision(name) for name in ("tokenizer", "scheduler") if (folder.path / name).is_dir()}
+    present = [name for name in ("tokenizer", "scheduler") if any((folder.path / name).glob("*"))]
+    found = {name: folder.files_revision(name) for name in present}
     if (folder.path / "model_index.json").is_file():
         index = {key: value for key, value in folder.read_json("model_index.json").items() if not key.startswith("_")}
         found["model_index"] = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()

@@ -162,14 +162,13 @@ class HubFolder:
         return sum(math.prod(entry["shape"]) for entries in headers for entry in entries.values())
 
     def check_parts(self, components: Sequence[str]) -> None:
-        """Find out from headers whether components with weights, and the tokenizer, are there and whole.
+        """Find out from headers whether components with weights are there and whole.
 
         Raises:
             ValueError: one is not; the message says what and how to get it.
         """
         for component in components:
             self._weights(component)
-        self._check_tokenizer()
 
     def load(self, component: str, model_class: type[Any], *, dtype: torch.dtype) -> nn.Module:
         """Load a component's weights strictly, from safetensors alone.
@@ -225,10 +224,10 @@ class HubFolder:
             ValueError: it is missing or damaged, or names code.
             RuntimeError: sentencepiece is needed and not installed.
         """
-        self._check_tokenizer()
+        self.check_tokenizer()
         return load_tokenizer(self.path / "tokenizer", remedy=self.remedy("tokenizer/*"))
 
-    def _check_tokenizer(self) -> None:
+    def check_tokenizer(self) -> None:
         folder = self.path / "tokenizer"
         if not any((folder / name).is_file() for name in _VOCABULARIES):
             what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"

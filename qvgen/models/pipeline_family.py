@@ -42,6 +42,16 @@ class PipelineFamily(FolderFamily):
     def objective(self) -> Objective:
         """The formula that the folder's scheduler undoes."""
 
+    def check_sampling_parts(self) -> None:
+        """Find out in seconds whether what texts and videos need besides the transformers is there and whole.
+
+        Raises:
+            ValueError: the autoencoder, the text encoder or the tokenizer is missing, cut off or quantized already.
+        """
+        if self.folder is not None:
+            self.folder.check_parts(("vae", "text_encoder"))
+            self.folder.check_tokenizer()
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Run the text encoder as the pipeline does, each caption alone: an embedding has no batch mates.

@@ -55,8 +55,8 @@ def check_student(config: TrainConfig) -> None:
         )
     with torch.device("meta"):
         skeleton = config.model.build(config.model.transformer_config)
-    if hasattr(config.model, "check_parts"):
-        config.model.check_parts(skeleton)
+    if hasattr(config.model, "check_transformer"):
+        config.model.check_transformer(skeleton)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
     if isinstance(config.init, MixedPrecision):
         check_mixed_precision(config, chosen.quantized)

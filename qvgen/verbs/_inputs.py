@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -86,13 +87,30 @@ def _texts(config: TrainConfig) -> list[str]:
 
 def _encode_all(config: TrainConfig, encode: EncodedCaptions) -> None:
     """Encode all texts at once, while nothing else needs the memory; none where nothing is sampled."""
-    texts = _texts(config)
-    if not texts:
-        return
+    if texts := _texts(config):
+        with _only_to_measure(config):
+            encode(texts)
+
+
+def check_sampling_parts(config: TrainConfig) -> None:
+    """Find out in seconds whether what encodes texts and videos is there and whole, if the run encodes any.
+
+    Raises:
+        ValueError: a part is missing or damaged.
+    """
+    measured = config.evaluation.samples > 0 or bool(config.init.needs)
+    if measured and hasattr(config.model, "check_sampling_parts"):
+        with _only_to_measure(config):
+            config.model.check_sampling_parts()
+
+
+@contextmanager
+def _only_to_measure(config: TrainConfig) -> Iterator[None]:
+    """Say where what is missing is needed to measure the result alone, and how to do without."""
     try:
-        encode(texts)
+        yield
     except ValueError as error:
-        if config.init.needs:
+        if config.init.needs or config.method.name != "ptq":
             raise
         raise UserError(
             f"{error}; init={config.names.init} itself needs none of it: write evaluation.samples=0 for a packed model that "

@@ -9,7 +9,7 @@ from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.training.calibration import calibration_prompts
 from qvgen.training.mixed_precision import plan_measurements
 from qvgen.training.student import check_student
-from qvgen.verbs._inputs import without_clips
+from qvgen.verbs._inputs import check_sampling_parts, without_clips
 from qvgen.verbs.train import quantize, table_summary
 
 
@@ -22,6 +22,7 @@ def run(config: TrainConfig) -> None:
     torch.set_num_threads(config.strategy.threads)
     config.data.check(config.model)
     check_student(config)
+    check_sampling_parts(config)
     prompts = calibration_prompts(config) if config.init.needs else []
     if config.dry_run:
         for line in plan(config, num_prompts=len(prompts)):

@@ -24,7 +24,7 @@ from qvgen.training.student import check_student, prepare_student, start_student
 from qvgen.training.wandb_run import check_wandb, training_log
 from qvgen.verbs._autoencoder import train_autoencoder
 from qvgen.verbs._deliver import deliver, show_result
-from qvgen.verbs._inputs import open_held_out, open_inputs
+from qvgen.verbs._inputs import check_sampling_parts, open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
 from qvgen.verbs._pretrain import pretrain
 from qvgen.verbs.precompute import fill_missing
@@ -49,6 +49,7 @@ def run(config: TrainConfig) -> int | None:
         return None
     if config.method.quantizes:
         check_student(config)
+        check_sampling_parts(config)
     if config.dry_run:
         plan = plan_training(config, num_clips=num_clips(config))
         for line in [*table_summary(config), *format_plan(plan)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,31 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 _FILE_HEADER, _BLOCK = 7, 32768
 _CHUNK = struct.Struct("<IHB")  # checksum, length, type: 1 whole, 2 first, 3 middle, 4 last
+_WRITE_SECONDS = 60.0
+"""How long the process may take to write them; it goes on after `finish` has returned."""
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of the one session in an offline-run folder."""
+    """All records of the one session in an offline-run folder, once wandb's own process has written the last of them."""
     (path,) = folder.glob("*.wandb")
-    data, at, parts, records = path.read_bytes(), _FILE_HEADER, b"", []
+    deadline = time.monotonic() + _WRITE_SECONDS
+    while not (records := _parse(path.read_bytes())) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"{path} holds {len(records)} records and no end"
+        time.sleep(0.05)
+    return records
+
+
+def _parse(data: bytes) -> list[Record]:
+    """The records that lie whole in a file."""
+    at, parts, records = _FILE_HEADER, b"", []
     while at + _CHUNK.size <= len(data):
         if _BLOCK - at % _BLOCK < _CHUNK.size:
             at += _BLOCK - at % _BLOCK
             continue
         _, length, kind = _CHUNK.unpack_from(data, at)
         at += _CHUNK.size
+        if at + length > len(data):
+            break
         parts = (b"" if kind in (1, 2) else parts) + data[at : at + length]
         at += length
         if kind in (1, 4):

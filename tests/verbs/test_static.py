@@ -43,7 +43,7 @@ def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: p
                     f"packed={packed}",
                     "prompt=a red three standing still",
                     f"num_steps={num_steps}",
-                    f"out={tmp_path / 'v'}",
+                    f"out={tmp_path / f'{packed.parent.name}-{num_steps}'}",
                 ]
             )
 
