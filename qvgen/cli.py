@@ -213,7 +213,7 @@ def _log_to_stderr() -> None:
 
 def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
-    from qvgen.training.foreign_launcher import forget_ranks, refuse_foreign_launcher
+    from qvgen.training.distributed.foreign_launcher import forget_ranks, refuse_foreign_launcher
 
     if verb in _TRAINING_VERBS:  # tasks of others may share out seeds, or precompute's shards
         refuse_foreign_launcher(os.environ)
@@ -222,8 +222,8 @@ def _own_the_environment(verb: str) -> None:
 
 
 def _worker(arguments: list[str]) -> None:
-    """One further process of a verb's run; started by qvgen.training.launcher, never by hand."""
-    from qvgen.training.launcher import follow_parent
+    """One further process of a verb's run; started by qvgen.training.distributed.launcher, never by hand."""
+    from qvgen.training.distributed.launcher import follow_parent
 
     parser = ArgumentParser(prog="qvgen worker")
     parser.add_argument("verb", choices=sorted(verbs()))

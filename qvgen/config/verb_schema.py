@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.prompt import Prompts
@@ -204,7 +204,7 @@ class BenchmarkConfig:
 
     Attributes:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
-        what: The benchmark.
+        what: The benchmark: the name of a file or folder of qvgen/verbs/benchmarks.
         methods: Files of conf/init; ``NAME+rN`` on a profile that rotates by N.
         widths: Bit-widths.
         seeds: Seeds, each >= 0.
@@ -218,7 +218,7 @@ class BenchmarkConfig:
     """
 
     run: TrainConfig
-    what: Literal["ptq", "ptq_cost", "training", "kernels", "denoising_step", "loading"]
+    what: str
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
     seeds: tuple[int, ...]

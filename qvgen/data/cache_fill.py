@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
+from qvgen.data.clip_process import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.data.clip_report import (
     CountTokens,
     FillReport,
@@ -39,7 +40,6 @@ from qvgen.data.clip_report import (
 )
 from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
-from qvgen.data.probe import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
@@ -208,12 +208,12 @@ def _make(
                 raise BadClip("there is no such file")
             with path.open("rb") as file:
                 clip_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            plan, frames = reader.cut(path, settings=cache.settings.cut)
+            cut, frames = reader.cut(path, settings=cache.settings.cut)
     except (BadClip, PermissionError) as error:
         reason = str(error) if path is None else str(error).replace(str(path), "the file")
         log.warning("%s: %s", clip.name, reason)
         return {"bad": reason, "again": isinstance(error, TimedOut | PermissionError)}
-    key = cache.latent_key(clip_sha256, plan)
+    key = cache.latent_key(clip_sha256, cut)
     seal = cache.latent_seal(key, verify=True)
     if seal is not None:
         counts["reused"] += 1
@@ -226,10 +226,10 @@ def _make(
     return {
         "clip": clip_sha256,
         "latents": key,
-        "bucket": plan.bucket.label,
+        "bucket": cut.bucket.label,
         "latents_sha256": seal,
         "text_sha256": text_seal,
-        "left_out": left_out(plan, tokens=tokens_left_out(clip.caption)),
+        "left_out": left_out(cut, tokens=tokens_left_out(clip.caption)),
     }
 
 

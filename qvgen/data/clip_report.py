@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.errors import UserError
-from qvgen.data.clips import CutPlan
+from qvgen.data.clips import ClipCut
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,14 @@ def left_out_path(index_path: Path) -> Path:
     return index_path.with_suffix(".left_out.csv")
 
 
-def left_out(plan: CutPlan, *, tokens: int) -> dict[str, float]:
+def left_out(cut: ClipCut, *, tokens: int) -> dict[str, float]:
     """What of a clip is not used, as its record keeps it.
 
     Args:
-        plan: How it is cut.
+        cut: How it is cut.
         tokens: Of its caption, that the text encoder does not take.
     """
-    return {"clip_s": plan.clip_s, "used_s": plan.used_s, "used_area": plan.used_area, "tokens": tokens}
+    return {"clip_s": cut.clip_s, "used_s": cut.used_s, "used_area": cut.used_area, "tokens": tokens}
 
 
 def is_left_out(value: Any) -> bool:

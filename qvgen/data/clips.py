@@ -7,9 +7,9 @@
     resize    Lanczos, each frame from its box to W x H at once: both directions of what is shown by the same factor
 
     >>> info = VideoInfo(num_frames=100, fps=Fraction(24), height=720, width=1280, codec="h264", container="mp4")
-    >>> cut = CutSettings(fps=8, buckets=(Bucket(frames=17, height=480, width=720),))
-    >>> plan = plan_cut(info, settings=cut)
-    >>> plan.indices[:3], plan.indices[-1], plan.box
+    >>> settings = CutSettings(fps=8, buckets=(Bucket(frames=17, height=480, width=720),))
+    >>> cut = choose_cut(info, settings=settings)
+    >>> cut.indices[:3], cut.indices[-1], cut.box
     ((25, 28, 31), 73, (100.0, 0.0, 1180.0, 720.0))
 
 No frame is ever shown twice: a clip slower than the model's rate is refused, but for ``RATE_TOLERANCE``, within which its
@@ -114,7 +114,7 @@ class CutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutPlan:
+class ClipCut:
     """Which frames and which part of them.
 
     Attributes:
@@ -224,7 +224,7 @@ def choose_bucket(info: VideoInfo, *, settings: CutSettings) -> tuple[Bucket, tu
     return bucket, indices
 
 
-def plan_cut(info: VideoInfo, *, settings: CutSettings) -> CutPlan:
+def choose_cut(info: VideoInfo, *, settings: CutSettings) -> ClipCut:
     """Choose bucket, frames and box for a clip.
 
     Raises:
@@ -236,7 +236,7 @@ def plan_cut(info: VideoInfo, *, settings: CutSettings) -> CutPlan:
     def seconds(index: int) -> float:
         return info.times_s[index] if info.times_s is not None else float(index / info.fps)
 
-    return CutPlan(
+    return ClipCut(
         bucket=bucket,
         indices=indices,
         box=(left, top, right, bottom),
@@ -247,40 +247,40 @@ def plan_cut(info: VideoInfo, *, settings: CutSettings) -> CutPlan:
     )
 
 
-def resize_frames(frames: Frames, *, plan: CutPlan) -> Frames:
-    """Crop to the plan's box and resize: uint8 [F, H, W, 3] -> uint8 [F, bucket height, bucket width, 3]."""
+def resize_frames(frames: Frames, *, cut: ClipCut) -> Frames:
+    """Crop to the box of a cut and resize: uint8 [F, H, W, 3] -> uint8 [F, bucket height, bucket width, 3]."""
     from PIL import Image
 
-    height, width = plan.bucket.height, plan.bucket.width
-    if frames.shape[1:3] == (height, width) and plan.box == (0, 0, width, height):
+    height, width = cut.bucket.height, cut.bucket.width
+    if frames.shape[1:3] == (height, width) and cut.box == (0, 0, width, height):
         return frames
     resized = np.empty((len(frames), height, width, 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
         # Pillow takes a box in fractions of a pixel and widens its filter when it makes smaller (no aliasing).
         picture = Image.fromarray(np.ascontiguousarray(frame))
-        resized[index] = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=plan.box))
+        resized[index] = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=cut.box))
     return resized
 
 
-def cut_clip(path: Path | str, *, settings: CutSettings) -> tuple[CutPlan, Frames]:
-    """Read a video file as its bucket asks for; may hang on a bad file (:mod:`qvgen.data.probe` does not).
+def cut_clip(path: Path | str, *, settings: CutSettings) -> tuple[ClipCut, Frames]:
+    """Read a video file as its bucket asks for; may hang on a bad file (:mod:`qvgen.data.clip_process` does not).
 
     Returns:
-        The plan and uint8 [F, H, W, 3] of the bucket's shape.
+        The cut and uint8 [F, H, W, 3] of the bucket's shape.
 
     Raises:
         BadClip: Too short, too slow or too small.
         ValueError: The file is broken.
         OSError: It can't be read.
     """
-    plans: list[CutPlan] = []
+    cuts: list[ClipCut] = []
 
     def choose(info: VideoInfo) -> Sequence[int]:
-        plans.append(plan_cut(info, settings=settings))
-        return plans[0].indices
+        cuts.append(choose_cut(info, settings=settings))
+        return cuts[0].indices
 
     _, frames = read_frames(path, choose)
-    return plans[0], resize_frames(frames, plan=plans[0])
+    return cuts[0], resize_frames(frames, cut=cuts[0])
 
 
 def to_pixels(frames: Frames) -> Float[Tensor, "3 F H W"]:

@@ -38,7 +38,7 @@ from torch import Tensor
 from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_report import is_left_out
-from qvgen.data.clips import CutPlan, CutSettings
+from qvgen.data.clips import ClipCut, CutSettings
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import READER
 from qvgen.run_directory import atomic_write
@@ -89,9 +89,9 @@ class LatentCache:
         self.settings = settings
         self._settings_key = content_key("settings", asdict(settings), READER)
 
-    def latent_key(self, clip_sha256: str, plan: CutPlan) -> str:
+    def latent_key(self, clip_sha256: str, cut: ClipCut) -> str:
         """Key of the latents of one cut of a clip."""
-        return content_key("latents", clip_sha256, plan.content, self.settings.vae_revision)
+        return content_key("latents", clip_sha256, cut.content, self.settings.vae_revision)
 
     def text_key(self, caption: str) -> str:
         """Key of a caption's embedding."""

@@ -13,7 +13,7 @@ Frames are found by their time stamps. In mp4, mov, mkv and webm the decoder sta
 seeking in mpg, vob, asf, wmv gives other frames, so those are decoded from their beginning. FFmpeg applies the stream's own
 cropping and film grain. Pillow reads animated WebP.
 
-A file can still hang a decoder: :mod:`qvgen.data.probe` runs this in a process of its own with a time limit.
+A file can still hang a decoder: :mod:`qvgen.data.clip_process` runs this in a process of its own with a time limit.
 
 Left out: sound.
 """

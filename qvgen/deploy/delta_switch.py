@@ -162,7 +162,7 @@ def check_switch(model: nn.Module) -> None:
         return
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            have = () if module.form.plan is None else module.form.plan.switch
+            have = () if module.form.width_table is None else module.form.width_table.switch
             if tuple(switch.config.widths) != tuple(have):
                 raise ValueError(
                     f"activation_switch.widths={list(switch.config.widths)} and the layer {name} has {list(have)}"

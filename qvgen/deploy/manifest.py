@@ -8,7 +8,7 @@
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
 granularity, group_size, zero_point, scale_dtype, range "dynamic" or "static", clip_table}, rotation, input_scale,
 branch_rank, plan, profile, bytes, weight_error}; clip_table is the number of noise bands (or static steps) with table
-entries of their own, plan is a BitPlan's, weight_error is |Q(W) - W|^2 / |W|^2 against the trained master weight, null
+entries of their own, plan is a WidthTable's, weight_error is |Q(W) - W|^2 / |W|^2 against the trained master weight, null
 where it is not known.
 """
 
@@ -26,8 +26,8 @@ from qvgen.config.plain_json import flag, items, mapping, number, parse_json, re
 from qvgen.deploy.delta_switch import DeltaSwitchConfig
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.grid import MAX_BITS, MIN_BITS, Grid, Profile
+from qvgen.quant.width_table import WidthTable
 
 FORMAT, VERSION = "qvgen-packed", 1
 MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
@@ -68,7 +68,7 @@ class LayerEntry:
             "rotation": profile.rotation,
             "input_scale": form.input_scale,
             "branch_rank": form.branch_rank,
-            "plan": None if form.plan is None else form.plan.to_dict(),
+            "plan": None if form.width_table is None else form.width_table.to_dict(),
             "profile": profile.name,
             "bytes": self.nbytes,
             "weight_error": self.weight_error,
@@ -100,7 +100,7 @@ class LayerEntry:
             bias=flag(data["bias"], "bias"),
             form=LayerForm(
                 profile=profile,
-                plan=None if data.get("plan") is None else BitPlan.from_dict(data["plan"]),
+                width_table=None if data.get("plan") is None else WidthTable.from_dict(data["plan"]),
                 input_scale=flag(data.get("input_scale", False), "input_scale"),  # .get: from before there was any
                 branch_rank=whole(data.get("branch_rank", 0), "branch_rank", high=min(rows, columns)),
             ),

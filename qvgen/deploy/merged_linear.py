@@ -19,11 +19,11 @@ from qvgen_kernels.weight import CanonicalWeight
 
 
 def can_merge(parts: Sequence[PackedLinear]) -> bool:
-    """Whether layers of one input quantize it alike: same form, smoothing and tables; no plan, no branch."""
+    """Whether layers of one input quantize it alike: same form, smoothing and tables; no table of widths, no branch."""
     first = parts[0]
     if any(part.form != first.form or part.kernel != first.kernel for part in parts):
         return False
-    if first.form.plan is not None or first.form.branch_rank or len({part.bias is None for part in parts}) > 1:
+    if first.form.width_table is not None or first.form.branch_rank or len({part.bias is None for part in parts}) > 1:
         return False
     tables = [name for name in first.form.table_names(first.form.widths[1]) if name is not None]
     names = [*tables, *(["input_scale"] if first.input_scale is not None else [])]

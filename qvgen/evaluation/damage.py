@@ -1,11 +1,11 @@
 """What quantization did to a video: distances between a quantized model's video and the full-precision one's, same noise.
 
-    visual   lpips   mean over frames of LPIPS (:mod:`qvgen.evaluation.lpips`)
+    visual   lpips   mean over frames of LPIPS (:mod:`qvgen.evaluation.networks.lpips`)
              i3d     mean over videos of |f_a - f_b|^2 of I3D's logits, the Frechet video distance of two single videos
-                     (:mod:`qvgen.evaluation.i3d`): what happens in time counts too
+                     (:mod:`qvgen.evaluation.networks.i3d`): what happens in time counts too
              ssim    1 - SSIM, the stated substitute without a network
     motion   raft         mean |flow_a - flow_b| of the optical flow from each frame to the next, as a share of the frame's
-                          diagonal (:mod:`qvgen.evaluation.raft`)
+                          diagonal (:mod:`qvgen.evaluation.networks.raft`)
              differences  mean |(a_{f+1} - a_f) - (b_{f+1} - b_f)| / 255, the stated substitute
     text     clip    mean over frames of |cos(a, caption) - cos(b, caption)| of the user's model
                      (:mod:`qvgen.evaluation.text_similarity`)
@@ -13,7 +13,7 @@
 0 for equal videos, larger is worse; they are not commensurable. ViDiT-Q (2406.02540) scores a group's sensitivity by CLIP
 similarity, flow score and a visual quality predictor; here all are distances to the full-precision video, so that a
 change is seen even where a score happens to rise. Left out: the text substitute, which looks at no video
-(:mod:`qvgen.training.probe`).
+(:mod:`qvgen.training.mixed_precision.layer_probe`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 from qvgen.config.errors import UserError
 from qvgen.data.asset_table import ASSETS
 from qvgen.data.assets import find_asset
-from qvgen.evaluation import i3d, lpips, raft
 from qvgen.evaluation.metrics import ssim
+from qvgen.evaluation.networks import i3d, lpips, raft
 from qvgen.evaluation.text_similarity import TextSimilarity
 
 VisualKind = Literal["lpips", "i3d", "ssim"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvgen.config.errors import UserError, one_line
-from qvgen.evaluation.canvas import Series
-from qvgen.evaluation.charts import read_history
+from qvgen.evaluation.report.canvas import Series
+from qvgen.evaluation.report.charts import read_history
 from qvgen.run_directory import CONFIG_FILE, FREE_KEYS, read_config
 
 REPORT_FILE = "report.json"

@@ -6,8 +6,9 @@
                  less because another one was measured before it. Pages of 4 kB, and whatever else the process does meanwhile.
     elsewhere    not measured
 
-Both see workspaces inside of operators, which counting tensors does not (:mod:`qvgen.training.live_bytes`). Several models
-lie in the process's memory at once, so weights are counted by themselves: every tensor that a module holds, a storage once.
+Both see workspaces inside of operators, which counting tensors does not (:mod:`qvgen.training.planning.live_bytes`).
+Several models lie in the process's memory at once, so weights are counted by themselves: every tensor that a
+module holds, a storage once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """ViDiT-Q's metric-decoupled mixed precision (arXiv 2406.02540): bits by what each layer's loss does to the video.
 
 The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has.
-Which bits those are is decided before, over the whole model: :mod:`qvgen.training.mixed_precision` measures the
-sensitivities as this configuration says, and :mod:`qvgen.quant.bit_map` allocates. Used on a single layer, it is ``vidit_q``.
+Which bits those are is decided before, over the whole model: :mod:`qvgen.training.mixed_precision.allocation` measures the
+sensitivities as this configuration says, and :mod:`qvgen.quant.bit_allocation` allocates. Used on a single layer, it is
+``vidit_q``.
 
 Published is the idea and one released map of bits; the allocator is ours, and so are windows of equal numbers of steps
 and the substitutes for networks that are not there.

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.quant.bit_plan import BitPlan, Widths
 from qvgen.quant.grid import Profile
+from qvgen.quant.width_table import Widths, WidthTable
 
 
 def by_widths(
     x: Tensor,
     run: Callable[[Tensor, Tensor | None, Widths], Tensor],
     *,
-    plan: BitPlan | None,
+    width_table: WidthTable | None,
     profile: Profile,
     noise_band: NoiseBand,
 ) -> Tensor:
@@ -25,7 +25,7 @@ def by_widths(
     Args:
         x: [B * n, ..., K], entries along the first dimension ordered by sample.
         run: Takes some entries of x, their places (None: all of them) and the widths; gives [entries, ..., N].
-        plan: None: the profile's widths for all.
+        width_table: None: the profile's widths for all.
         profile: The layer's.
         noise_band: Where the samples stand.
 
@@ -33,11 +33,13 @@ def by_widths(
         [B * n, ..., N]; bit for bit what each sample alone would give.
     """
     base = (profile.weight.bits, profile.activation.bits)
-    if plan is None:
+    if width_table is None:
         return run(x, None, base)
     bands = noise_band.sample_bands()
     asked = noise_band.policy_bits or (None,) * len(bands)
-    of_sample = [plan.widths(band, profile=profile, policy_bits=bits) for band, bits in zip(bands, asked, strict=True)]
+    of_sample = [
+        width_table.widths(band, profile=profile, policy_bits=bits) for band, bits in zip(bands, asked, strict=True)
+    ]
     kinds = list(dict.fromkeys(of_sample))
     if len(kinds) == 1:
         return run(x, None, kinds[0])

@@ -22,9 +22,9 @@ from qvgen.layers.bit_choice import by_widths, rows_of
 from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, TouchParameters, input_codes, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
-from qvgen.quant.bit_plan import BitPlan, Widths
 from qvgen.quant.grid import Profile, static_grid
 from qvgen.quant.hadamard import hadamard_transform
+from qvgen.quant.width_table import Widths, WidthTable
 from qvgen.quantizers.activation_dynamic import ActivationDynamic
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
 from qvgen.quantizers.weight_lsq import WeightLSQ
@@ -50,8 +50,8 @@ class FakeQuantLinear(nn.Module):
         phi: The helper, or None.
         input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
-        plan: Widths that change over sampling, or None.
-        other_weight_quantizers, other_activation_quantizers: By width, for those of the plan that are not the profile's;
+        width_table: Widths that change over sampling, or None.
+        other_weight_quantizers, other_activation_quantizers: By width, for those of the table that are not the profile's;
             None where there are none.
 
     Raises:
@@ -75,7 +75,7 @@ class FakeQuantLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
         self.weight_quantizer = self._weight_quantizer(profile.weight.bits)
         self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
-        self.plan: BitPlan | None = None
+        self.width_table: WidthTable | None = None
         self.other_weight_quantizers: nn.ModuleDict | None = None
         self.other_activation_quantizers: nn.ModuleDict | None = None
         for name in ("input_scale", "branch_down", "branch_up"):
@@ -155,21 +155,21 @@ class FakeQuantLinear(nn.Module):
         assert isinstance(self.activation_quantizer, ActivationStatic)
         self.activation_quantizer.start_from_(scale, zero_point)
 
-    def set_plan_(self, plan: BitPlan | None) -> None:
+    def set_width_table_(self, width_table: WidthTable | None) -> None:
         """Change widths over sampling from now on.
 
         The scales of weight widths that the layer did not have are for a PTQ method to choose; those that it had stay.
 
         Raises:
-            ValueError: The plan does not fit the layer's profile or noise bands.
+            ValueError: The table does not fit the layer's profile or noise bands.
         """
         weight, activation = self.profile.weight.bits, self.profile.activation.bits
         widths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-        if plan is not None:
-            plan.check_fits(self.profile, num_bands=self.noise_band.num_bands)
-            widths = plan.weight_widths(weight), plan.activation_widths(activation)
+        if width_table is not None:
+            width_table.check_fits(self.profile, num_bands=self.noise_band.num_bands)
+            widths = width_table.weight_widths(weight), width_table.activation_widths(activation)
         had = self.weight_quantizers(), self.activation_quantizers()
-        self.plan = plan
+        self.width_table = width_table
         weights = {str(b): had[0].get(b) or self._weight_quantizer(b) for b in widths[0] if b != weight}
         activations = {str(b): had[1].get(b) or self._activation_quantizer(b) for b in widths[1] if b != activation}
         self.other_weight_quantizers = nn.ModuleDict(weights) if weights else None
@@ -253,8 +253,8 @@ class FakeQuantLinear(nn.Module):
         def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
             return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths)
 
-        y = by_widths(x, run, plan=self.plan, profile=self.profile, noise_band=self.noise_band)
-        if self.plan is None or not y.requires_grad:
+        y = by_widths(x, run, width_table=self.width_table, profile=self.profile, noise_band=self.noise_band)
+        if self.width_table is None or not y.requires_grad:
             return y
         quantizers = [*self.weight_quantizers().values(), *self.activation_quantizers().values()]
         return TouchParameters.apply(y, *(p for quantizer in quantizers for p in quantizer.parameters()))

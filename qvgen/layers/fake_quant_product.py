@@ -201,7 +201,7 @@ def _activation_backward(
 class TouchParameters(torch.autograd.Function):
     """The identity of its first input; the others, which it may not depend on, get gradients of zero.
 
-    Data-parallel training needs a gradient of every parameter on every process: which widths of a plan a process meets
+    Data-parallel training needs a gradient of every parameter on every process: which widths of a table a process meets
     depends on its own samples, and shares of gradients that another process does not have would be mixed up.
     """
 

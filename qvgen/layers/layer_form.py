@@ -10,8 +10,8 @@ import torch
 
 from qvgen.config.plain_json import flag, whole
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
-from qvgen.quant.bit_plan import BitPlan, Widths
 from qvgen.quant.grid import Profile
+from qvgen.quant.width_table import Widths, WidthTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +20,14 @@ class LayerForm:
 
     Attributes:
         profile: The two grids and the rotation.
-        plan: Widths that change over sampling, or None.
+        width_table: Widths that change over sampling, or None.
         input_scale: Whether the input is smoothed.
         branch_rank: Of the low-rank branch; 0 for none.
 
     Example:
         >>> from qvgen.quant.grid import Grid
         >>> grids = {"weight": Grid(bits=4, granularity="per_channel"), "activation": Grid(bits=4, granularity="per_token")}
-        >>> form = LayerForm(profile=Profile(name="paper", **grids), plan=BitPlan(switch=(4, 8)))
+        >>> form = LayerForm(profile=Profile(name="paper", **grids), width_table=WidthTable(switch=(4, 8)))
         >>> form.label, form.activation_widths, form.table_names(8)
         ('w4a4|8', (4, 8), ('clip_low_8', 'clip_high_8'))
         >>> LayerForm.from_dict(form.to_dict()) == form
@@ -35,7 +35,7 @@ class LayerForm:
     """
 
     profile: Profile
-    plan: BitPlan | None = None
+    width_table: WidthTable | None = None
     input_scale: bool = False
     branch_rank: int = 0
 
@@ -44,7 +44,7 @@ class LayerForm:
         """That of a layer in training."""
         return cls(
             profile=layer.profile,
-            plan=layer.plan,
+            width_table=layer.width_table,
             input_scale=layer.input_scale is not None,
             branch_rank=0 if layer.branch_down is None else layer.branch_down.shape[0],
         )
@@ -57,12 +57,12 @@ class LayerForm:
     @property
     def weight_widths(self) -> tuple[int, ...]:
         """Widths of the sets of weight codes, rising."""
-        return (self.widths[0],) if self.plan is None else self.plan.weight_widths(self.widths[0])
+        return (self.widths[0],) if self.width_table is None else self.width_table.weight_widths(self.widths[0])
 
     @property
     def activation_widths(self) -> tuple[int, ...]:
         """Widths of the tables of the activations, rising."""
-        return (self.widths[1],) if self.plan is None else self.plan.activation_widths(self.widths[1])
+        return (self.widths[1],) if self.width_table is None else self.width_table.activation_widths(self.widths[1])
 
     @property
     def static(self) -> bool:
@@ -71,7 +71,7 @@ class LayerForm:
 
     @property
     def label(self) -> str:
-        """Short name: the widths (w4a4, w4|8a4|8 with a plan), static ranges, the branch's rank."""
+        """Short name: the widths (w4a4, w4|8a4|8 with a table of widths), static ranges, the branch's rank."""
         widths = "".join(
             side + "|".join(map(str, found))
             for side, found in (("w", self.weight_widths), ("a", self.activation_widths))
@@ -94,7 +94,7 @@ class LayerForm:
         self.profile.check_fits(columns)
         smoothed = torch.ones(columns, device=device) if self.input_scale else None
         layer.declare_(profile=self.profile, input_scale=smoothed)
-        layer.set_plan_(self.plan)
+        layer.set_width_table_(self.width_table)
         rank = self.branch_rank
         layer.set_branch_(*((torch.zeros(rank, columns), torch.zeros(rows, rank)) if rank else (None, None)))
 
@@ -102,7 +102,7 @@ class LayerForm:
         """Plain values."""
         return {
             "profile": self.profile.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
+            "plan": None if self.width_table is None else self.width_table.to_dict(),
             "input_scale": self.input_scale,
             "branch_rank": self.branch_rank,
         }
@@ -112,7 +112,7 @@ class LayerForm:
         """Inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything malformed."""
         return cls(
             profile=Profile.from_dict(data["profile"]),
-            plan=None if data["plan"] is None else BitPlan.from_dict(data["plan"]),
+            width_table=None if data["plan"] is None else WidthTable.from_dict(data["plan"]),
             input_scale=flag(data["input_scale"], "input_scale"),
             branch_rank=whole(data["branch_rank"], "branch_rank"),
         )

@@ -21,13 +21,13 @@ from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
-from qvgen.quant.bit_plan import Widths
+from qvgen.quant.width_table import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
 
 
 def layer_spec(form: LayerForm, *, in_features: int, out_features: int, widths: Widths | None = None) -> LinearSpec:
-    """The kernels' description of a layer; ``widths`` of its plan, None: the profile's."""
+    """The kernels' description of a layer; ``widths`` of its table, None: the profile's."""
     weight, activation = form.profile.weight, form.profile.activation
     weight_bits, activation_bits = widths or form.widths
     return LinearSpec(
@@ -53,7 +53,7 @@ class PackedLinear(PackedWeight):
         in_features: K.
         out_features: N.
         bias: Whether the layer has one.
-        form: Grids, plan, smoothing and branch.
+        form: Grids, table of widths, smoothing and branch.
         noise_band: Shared with the other layers of the model.
         kernel: Name of a kernel backend, or ``auto``.
         device: Where the empty buffers are made (``meta`` for shapes alone).
@@ -64,8 +64,8 @@ class PackedLinear(PackedWeight):
         clip_high: buffer float32 [num_bands]; None for static ranges.
         static_scale: buffer float32 [num_bands]; None for dynamic ranges.
         static_zero_point: buffer float32 [num_bands], not rounded; None for dynamic ranges and symmetric activations.
-        clip_low_8, ...: The tables of other activation widths of the plan, by width.
-        other_weights: The codes of other weight widths of the plan, by width; None where there are none.
+        clip_low_8, ...: The tables of other activation widths of the table, by width.
+        other_weights: The codes of other weight widths of the table, by width; None where there are none.
         input_scale: buffer float32 [K] or None.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r] or None.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
@@ -95,8 +95,8 @@ class PackedLinear(PackedWeight):
         up = torch.zeros(out_features, rank, dtype=BRANCH_DTYPE, device=device) if rank else None
         self.register_buffer("branch_down", down)
         self.register_buffer("branch_up", up)
-        if form.plan is not None:
-            form.plan.check_fits(form.profile, num_bands=noise_band.num_bands)
+        if form.width_table is not None:
+            form.width_table.check_fits(form.profile, num_bands=noise_band.num_bands)
         self._specs = {
             widths: layer_spec(form, in_features=in_features, out_features=out_features, widths=widths)
             for widths in product(form.weight_widths, form.activation_widths)
@@ -239,7 +239,7 @@ class PackedLinear(PackedWeight):
             tail = [value if value is None or index is None else value[index] for value in (gate, residual)]
             return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths, tail)
 
-        return by_widths(x, run, plan=self.form.plan, profile=self.profile, noise_band=self.noise_band)
+        return by_widths(x, run, width_table=self.form.width_table, profile=self.profile, noise_band=self.noise_band)
 
     def _product(
         self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths, tail: Sequence[Tensor | None]

@@ -48,7 +48,7 @@ def share_activations_(
 ) -> tuple[tuple[str, ...], ...]:
     """Give the layers of each set one activation quantizer, that of its first; the outputs stay as they are, to the bit.
 
-    Only for a set all of whose layers are quantized and alike: the same grids, rotation and plan of widths, and equal values
+    Only for a set all of whose layers are quantized and alike: the same grids, rotation and table of widths, and equal values
     of smoothing and of every width's tables. (On the meta device, where there are no values, the rest decides.) All
     others are taken apart, where they shared before.
 

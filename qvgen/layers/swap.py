@@ -22,9 +22,9 @@ from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
-from qvgen.quant.bit_plan import BitPlan
 from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
+from qvgen.quant.width_table import WidthTable
 
 _FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
 
@@ -160,8 +160,8 @@ def add_switch_widths_(model: nn.Module, widths: Sequence[int]) -> None:
             raise ValueError(
                 f"activation_switch.widths={list(widths)} lack the {layer.profile.activation.bits} activation bits of {name}"
             )
-        bands = () if layer.plan is None else layer.plan.bands
-        layer.set_plan_(BitPlan(bands=bands, switch=tuple(widths)))
+        bands = () if layer.width_table is None else layer.width_table.bands
+        layer.set_width_table_(WidthTable(bands=bands, switch=tuple(widths)))
 
 
 @contextmanager

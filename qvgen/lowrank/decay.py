@@ -70,7 +70,7 @@ def halving_ranks(rank: int, *, decay: float) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class DecaySchedule:
-    """The plan for a whole run.
+    """The ranks of Phi over a whole run.
 
     Attributes:
         ranks: Rank of each phase, strictly falling and positive.

@@ -228,6 +228,7 @@ class HubFolder:
         return load_tokenizer(self.path / "tokenizer", remedy=self.remedy("tokenizer/*"))
 
     def check_tokenizer(self) -> None:
+        """Find out whether the tokenizer is there; raises ValueError or RuntimeError where it can't be used."""
         folder = self.path / "tokenizer"
         if not any((folder / name).is_file() for name in _VOCABULARIES):
             what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"

@@ -34,9 +34,9 @@ from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.training.callbacks import begin_table
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
+from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
+from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 from qvgen.training.progress import progress_bar
-from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
-from qvgen.training.step_module import StepModule, TrainingDivergedError
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.wandb_run import training_log
 
@@ -62,7 +62,7 @@ class LatentVideo(Protocol):
         """And back."""
 
 
-class AutoencoderTraining(StepModule):
+class AutoencoderTraining(OptimizerModule):
     """Trains a VAE of diffusers' kind.
 
     Args:
@@ -211,7 +211,7 @@ def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_di
     callbacks: list[lightning.Callback] = [
         AutoencoderMetrics(run_dir / "metrics.csv", num_steps=config.steps),
         RunMark(run_dir),
-        StepCheckpoint(directory, config=config.checkpoint, num_steps=config.steps),
+        CheckpointWriter(directory, config=config.checkpoint, num_steps=config.steps),
     ]
     data = StepKeyedData(split, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed)
     vae.train()

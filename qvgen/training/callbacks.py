@@ -50,7 +50,7 @@ class PhiDecay(lightning.Callback):
     """Brings every layer's Phi to the schedule's state before each optimizer step.
 
     Args:
-        schedule: The plan of the whole run.
+        schedule: The ranks of Phi over the whole run.
     """
 
     def __init__(self, schedule: DecaySchedule) -> None:
@@ -81,7 +81,7 @@ class StepMetrics(lightning.Callback):
 
     Args:
         path: metrics.csv; rows that are there from before a resume are kept up to the step that is resumed.
-        schedule: The plan of Phi, None without it.
+        schedule: The ranks of Phi over the run, None without it.
         validate: Measures the held-out relative error of the student; None for never. Rank 0 writes what it found;
             another process has one where the student's forward pass needs all of them.
         every_steps: How often; also after the last step.

@@ -38,8 +38,8 @@ from qvgen.run_directory import RunDirectory
 from qvgen.run_identity import RunIdentity, continue_run
 from qvgen.training.calibration import calibration_prompts
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
+from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.start_file import START_FILE
-from qvgen.training.step_checkpoint import checkpoints
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
 

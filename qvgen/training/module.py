@@ -21,11 +21,11 @@ from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
-from qvgen.training.sharding import add_gradients_by_block_
-from qvgen.training.step_module import StepModule, TrainingDivergedError
+from qvgen.training.distributed.sharding import add_gradients_by_block_
+from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 
 
-class VideoTraining(StepModule):
+class VideoTraining(OptimizerModule):
     """Trains a student transformer.
 
     Args:

@@ -22,13 +22,13 @@ from qvgen.lowrank.decay import DecaySchedule
 from qvgen.run_directory import write_plain
 from qvgen.training.callbacks import PhiDecay, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
-from qvgen.training.heartbeat_callback import Heartbeat
-from qvgen.training.launcher import WorkerGroup, worker_command
+from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
+from qvgen.training.distributed.heartbeat_callback import Heartbeat
+from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.sharded_models import ShardedModels
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.start_file import restore_layers_
-from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
 
@@ -208,7 +208,7 @@ def _callbacks(
             sharded=config.strategy.name == "fsdp",
         ),
         RunMark(run_dir),
-        StepCheckpoint(
+        CheckpointWriter(
             run_dir / CHECKPOINT_DIRECTORY,
             config=config.checkpoint,
             num_steps=steps,

@@ -25,7 +25,7 @@ from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import RunIdentity
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
-from qvgen.training.step_checkpoint import checkpoints
+from qvgen.training.checkpoint_writer import checkpoints
 
 START_FILE = "start.safetensors"
 LAYERS_FILE = "layers.json"

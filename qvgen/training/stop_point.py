@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from qvgen import stop_request
-from qvgen.training import heartbeat
+from qvgen.training.distributed import heartbeat
 
 
 def agreed(*answers: bool, together: bool) -> tuple[bool, ...]:

@@ -15,9 +15,9 @@ from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel, save_packed
 from qvgen.deploy.manifest import LOCAL_ARGUMENTS
-from qvgen.evaluation.bit_section import write_heat_maps
-from qvgen.evaluation.bit_table import Allocation, write_allocation
 from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
+from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
@@ -33,9 +33,9 @@ from qvgen.layers.swap import (
 from qvgen.models.base import Encode
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.fake_model import add_configured_switch, input_sets, share_inputs_
-from qvgen.training.mixed_precision import allocate_bits_, check_mixed_precision
-from qvgen.training.phi_plan import decay_schedule, phi_ranks
+from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
+from qvgen.training.mixed_precision.allocation import allocate_bits_, check_mixed_precision
+from qvgen.training.phi_schedule import decay_schedule, phi_ranks
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def check_student(config: TrainConfig) -> None:
     """Find out without weights, in seconds, whether the model can be quantized as asked.
 
     Raises:
-        ValueError: An impossible plan of Phi; patterns, bits, groups or ranks that do not fit the model's layers.
+        ValueError: An impossible schedule of Phi; patterns, bits, groups or ranks that do not fit the model's layers.
         RuntimeError: A kernel that was asked for by name does not run here.
     """
     decay_schedule(config)

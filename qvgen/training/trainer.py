@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from qvgen.training.cluster import OneMachine
-from qvgen.training.launcher import guard_world_size
-from qvgen.training.sharded_strategy import ShardedStrategy
-from qvgen.training.step_checkpoint import AtomicCheckpointIO
+from qvgen.training.checkpoint_writer import AtomicCheckpointIO
+from qvgen.training.distributed.cluster import OneMachine
+from qvgen.training.distributed.launcher import guard_world_size
+from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
 

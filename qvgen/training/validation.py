@@ -36,7 +36,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
 from qvgen.evaluation.comparison import generate_videos, shown_videos
 from qvgen.evaluation.metrics import psnr_db, ssim
-from qvgen.evaluation.report_data import ValidationVideo
+from qvgen.evaluation.report.data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError
@@ -56,7 +56,7 @@ POLL_SECONDS = 0.2
 class ValidationVideos(lightning.Callback):
     """Samples a run's validation prompts before the first step, every so many steps, and after the last.
 
-    Put it behind StepCheckpoint: a process that is killed while it samples continues from the step that it sampled at.
+    Put it behind CheckpointWriter: a process that is killed while it samples continues from the step that it sampled at.
 
     Args:
         files: Prompts, seeds, and where the videos go.

@@ -13,9 +13,9 @@ from torch import nn
 from qvgen.config.schema import TrainConfig
 from qvgen.data.moving_digits import MovingDigits
 from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
+from qvgen.evaluation.digit_quality import NUM_VIDEOS, teacher_quality
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut
-from qvgen.evaluation.teacher import NUM_VIDEOS, teacher_quality
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny import TEACHER_FILE

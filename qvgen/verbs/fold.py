@@ -11,8 +11,8 @@ from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
-from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.plan_verbs import plan_fold
+from qvgen.training.phi_schedule import decay_schedule
+from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
 

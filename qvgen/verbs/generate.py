@@ -23,7 +23,7 @@ from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
 from qvgen.deploy.manifest import Manifest, read_manifest
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
-from qvgen.training.plan_verbs import plan_generate
+from qvgen.training.planning.deployment import plan_generate
 
 log = logging.getLogger(__name__)
 

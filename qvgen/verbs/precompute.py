@@ -18,7 +18,7 @@ from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.data.clip_report import FillReport
 from qvgen.data.clip_source import ClipSource
 from qvgen.run_directory import write_plain
-from qvgen.training.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from qvgen.config.schema import TrainConfig
 from qvgen.initializers.mixed_precision import MixedPrecision
 from qvgen.training.calibration import calibration_prompts
-from qvgen.training.mixed_precision import plan_measurements
+from qvgen.training.mixed_precision.allocation import plan_measurements
 from qvgen.training.student import check_student
 from qvgen.verbs._inputs import check_sampling_parts, without_clips
 from qvgen.verbs.train import quantize, table_summary

@@ -11,13 +11,13 @@ from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.evaluation.comparison import evaluation_prompts
-from qvgen.evaluation.report import write_report
+from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.models.guidance import texts_to_encode
 from qvgen.training.identity import check_worker, claim_run
-from qvgen.training.phi_plan import phi_ranks
-from qvgen.training.plan import plan_training
-from qvgen.training.plan_text import format_plan
+from qvgen.training.phi_schedule import phi_ranks
+from qvgen.training.planning.text import format_plan
+from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.session import processes_of, train_all, train_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import check_student, prepare_student, start_student

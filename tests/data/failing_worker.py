@@ -1,4 +1,4 @@
-"""What a worker of qvgen.data.probe may meet, by name of the "file": tests pass these functions to it."""
+"""What a worker of qvgen.data.clip_process may meet, by name of the "file": tests pass these functions to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import time
 from typing import Any
 
-from qvgen.data.probe import answer as usual_answer
+from qvgen.data.clip_process import answer as usual_answer
 
 
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

@@ -16,7 +16,7 @@ from qvgen.data import latent_cache
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import select
 from qvgen.data.clip_report import describe_left_out, warn_of_cut_captions
-from qvgen.data.clips import Bucket, CutSettings, plan_cut
+from qvgen.data.clips import Bucket, CutSettings, choose_cut
 from qvgen.data.latent_cache import LatentCache, content_key
 from qvgen.data.video_reader import VideoInfo
 from tests.data.pooling_encoder import SETTINGS, encode_video, fill_with_pooling
@@ -73,13 +73,13 @@ def test_clips_that_were_read_right_keep_their_keys() -> None:
     cache = LatentCache("cache", settings=SETTINGS)
     settings = CutSettings(fps=8, buckets=(Bucket(frames=2, height=32, width=48),))
     facts = {"num_frames": 4, "fps": Fraction(16), "height": 64, "width": 96, "codec": "h264", "container": "mp4"}
-    key = cache.latent_key("5ha", plan_cut(VideoInfo(**facts), settings=settings))
+    key = cache.latent_key("5ha", choose_cut(VideoInfo(**facts), settings=settings))
     bucket = {"frames": 2, "height": 32, "width": 48}
     assert key == content_key(
         "latents", "5ha", {"bucket": bucket, "indices": [0, 2], "box": [0.0, 0.0, 96.0, 64.0]}, "pool-4"
     )
     for change in ({"treatment": "matrix 1"}, {"pixel_aspect": Fraction(2)}, {"times_s": (0.0, 0.01, 0.02, 0.2)}):
-        assert cache.latent_key("5ha", plan_cut(VideoInfo(**facts | change), settings=settings)) != key
+        assert cache.latent_key("5ha", choose_cut(VideoInfo(**facts | change), settings=settings)) != key
 
 
 def test_a_new_reader_looks_at_every_clip_again_and_encodes_what_changed_alone(

@@ -21,10 +21,10 @@ from qvgen.data.clips import (
     BadClip,
     Bucket,
     CutSettings,
+    choose_cut,
     crop_box,
     cut_clip,
     frame_indices,
-    plan_cut,
     resize_frames,
     to_pixels,
 )
@@ -110,20 +110,20 @@ def test_the_bucket_is_the_nearest_that_the_clip_can_fill(height: int, width: in
     possible = [bucket for bucket in buckets if fits(bucket)]
     if not possible:
         with pytest.raises(BadClip, match=f"{num_frames} frames|{width} x {height} pixels"):
-            plan_cut(info, settings=settings)
+            choose_cut(info, settings=settings)
         return
-    plan = plan_cut(info, settings=settings)
-    assert plan.bucket in possible
-    assert plan.bucket.frames == len(plan.indices)
-    assert plan.bucket.frames == max(bucket.frames for bucket in possible)
-    same_length = [bucket for bucket in possible if bucket.frames == plan.bucket.frames]
-    assert stretch(plan.bucket) <= min(map(stretch, same_length)) + 1e-9
+    cut = choose_cut(info, settings=settings)
+    assert cut.bucket in possible
+    assert cut.bucket.frames == len(cut.indices)
+    assert cut.bucket.frames == max(bucket.frames for bucket in possible)
+    same_length = [bucket for bucket in possible if bucket.frames == cut.bucket.frames]
+    assert stretch(cut.bucket) <= min(map(stretch, same_length)) + 1e-9
 
 
 def test_buckets_of_one_aspect_ratio_are_chosen_by_sharpness() -> None:
     settings = CutSettings(fps=8, buckets=buckets_of("9x240x360", "9x480x720", "9x960x1440"))
     chosen = {
-        height: plan_cut(info_of(height=height, width=height * 3 // 2), settings=settings).bucket.height
+        height: choose_cut(info_of(height=height, width=height * 3 // 2), settings=settings).bucket.height
         for height in (200, 240, 479, 480, 1000)
     }
     assert chosen == {200: 240, 240: 240, 479: 240, 480: 480, 1000: 960}
@@ -140,7 +140,7 @@ def test_buckets_of_one_aspect_ratio_are_chosen_by_sharpness() -> None:
 )
 def test_clips_that_do_not_fit_say_why(info: VideoInfo, reason: str) -> None:
     with pytest.raises(BadClip, match=reason):
-        plan_cut(info, settings=CutSettings(fps=8, buckets=buckets_of("17x480x720", "17x480x480")))
+        choose_cut(info, settings=CutSettings(fps=8, buckets=buckets_of("17x480x720", "17x480x480")))
 
 
 def test_a_circle_stays_a_circle() -> None:
@@ -149,20 +149,20 @@ def test_a_circle_stays_a_circle() -> None:
     frames = np.broadcast_to(disc[None, :, :, None], (2, 300, 500, 3))
     info = info_of(num_frames=2, height=300, width=500)
     for label in ("2x96x96", "2x90x150", "2x128x64", "2x330x550"):
-        plan = plan_cut(info, settings=CutSettings(fps=24, buckets=buckets_of(label)))
-        resized = resize_frames(frames, plan=plan)
-        assert resized.shape[1:3] == (plan.bucket.height, plan.bucket.width)
+        cut = choose_cut(info, settings=CutSettings(fps=24, buckets=buckets_of(label)))
+        resized = resize_frames(frames, cut=cut)
+        assert resized.shape[1:3] == (cut.bucket.height, cut.bucket.width)
         ink = resized[0, :, :, 0] > 127
         high, wide = int(ink.any(axis=1).sum()), int(ink.any(axis=0).sum())
-        factor = plan.bucket.height / (plan.box[3] - plan.box[1])
-        assert abs(wide - min(199 * factor, plan.bucket.width)) <= 1
+        factor = cut.bucket.height / (cut.box[3] - cut.box[1])
+        assert abs(wide - min(199 * factor, cut.bucket.width)) <= 1
         assert abs(high - 199 * factor) <= 1
 
 
 def test_a_frame_of_the_right_size_is_left_alone() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
-    plan = plan_cut(info_of(3, 8, 48, 64), settings=CutSettings(fps=8, buckets=buckets_of("3x48x64")))
-    assert resize_frames(frames, plan=plan) is frames
+    cut = choose_cut(info_of(3, 8, 48, 64), settings=CutSettings(fps=8, buckets=buckets_of("3x48x64")))
+    assert resize_frames(frames, cut=cut) is frames
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_a_frame_of_the_right_size_is_left_alone() -> None:
 def test_cut_of_real_files(tmp_path: Path, num_frames: int, fps: float, height: int, width: int, label: str) -> None:
     settings = CutSettings(fps=8, buckets=buckets_of("9x32x48", "9x48x32", "5x32x48"))
     path = write_clip(tmp_path / "clip.mp4", num_frames, fps=fps, height=height, width=width)
-    plan, frames = cut_clip(path, settings=settings)
-    assert plan.bucket.label == label
-    assert frames.shape == (plan.bucket.frames, plan.bucket.height, plan.bucket.width, 3)
-    assert tuple(index_of(frame) for frame in frames) == plan.indices
+    cut, frames = cut_clip(path, settings=settings)
+    assert cut.bucket.label == label
+    assert frames.shape == (cut.bucket.frames, cut.bucket.height, cut.bucket.width, 3)
+    assert tuple(index_of(frame) for frame in frames) == cut.indices
     again, same = cut_clip(path, settings=settings)
-    assert again == plan
+    assert again == cut
     np.testing.assert_array_equal(same, frames)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from qvgen.data.clip_process import ClipReader
 from qvgen.data.clips import BadClip, Bucket, CutSettings
-from qvgen.data.probe import ClipReader
 from qvgen.data.video_reader import probe_video, read_frames, read_video
 from tests.data.video_files import (
     box,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvgen.data.clips import BadClip, Bucket, CutSettings, UnevenClip, cut_clip, plan_cut
+from qvgen.data.clips import BadClip, Bucket, CutSettings, UnevenClip, choose_cut, cut_clip
 from qvgen.data.frame_time import nearest_frames, read_timing
 from qvgen.data.video_reader import VideoInfo, probe_video, read_frames, read_video
 from tests.data.video_files import counting_frames, index_of, write_clip, write_planes, write_stream
@@ -112,12 +112,12 @@ def test_a_variable_rate_is_followed(tmp_path: Path) -> None:
     """50 frames per second for a second, then 12.5 for two: the average, 25, would take frames 0.4 s too early."""
     times = [20 * index for index in range(50)] + [1000 + 80 * index for index in range(26)]
     path = write_timed(tmp_path / "a.mkv", times)
-    plan, frames = cut_clip(path, settings=cut(23))
+    chosen, frames = cut_clip(path, settings=cut(23))
     moments = (3.0 - 22 / 8) / 2 + np.arange(23) / 8
     taken = [index_of(frame) for frame in frames]
-    assert taken == list(plan.indices)
+    assert taken == list(chosen.indices)
     assert np.abs(np.array(times)[taken] / 1000 - moments).max() <= 0.041
-    assert (plan.used_s, plan.clip_s) == (pytest.approx(22 / 8, abs=0.04), 3.0)
+    assert (chosen.used_s, chosen.clip_s) == (pytest.approx(22 / 8, abs=0.04), 3.0)
 
 
 def test_a_clip_that_stands_still_is_refused_with_the_place(tmp_path: Path) -> None:
@@ -133,9 +133,9 @@ def test_a_shorter_bucket_may_lie_beside_the_gap() -> None:
     times = (0.0, *(1 + 0.1 * index for index in range(20)))
     info = VideoInfo(num_frames=21, fps=Fraction(20, 3), height=48, width=64, codec="", container="", times_s=times)
     buckets = (Bucket(frames=17, height=48, width=64), Bucket(frames=5, height=48, width=64))
-    assert plan_cut(info, settings=CutSettings(fps=6, buckets=buckets)).bucket.frames == 5
+    assert choose_cut(info, settings=CutSettings(fps=6, buckets=buckets)).bucket.frames == 5
     with pytest.raises(UnevenClip):
-        plan_cut(info, settings=CutSettings(fps=6, buckets=buckets[:1]))
+        choose_cut(info, settings=CutSettings(fps=6, buckets=buckets[:1]))
 
 
 def test_a_start_offset_and_frames_out_of_order_change_nothing(tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_the_cache_holds_what_the_encoders_gave(table: Path, tmp_path: Path) -> 
     assert samples is not None
     assert len(samples) == 6
     for index, (name, caption) in enumerate(CLIPS.items()):
-        plan, frames = cut_clip(table / name, settings=SETTINGS.cut)
+        chosen, frames = cut_clip(table / name, settings=SETTINGS.cut)
         item = samples[index]
         assert torch.equal(item["video"], encode_video(to_pixels(frames)[None])[0])
-        assert (item["caption"], item["sample_id"], samples.buckets[index]) == (caption, index, plan.bucket.label)
+        assert (item["caption"], item["sample_id"], samples.buckets[index]) == (caption, index, chosen.bucket.label)
     found = cache.encode(["", *CLIPS.values()])["encoder_hidden_states"]
     assert torch.equal(found, encode_captions(["", *CLIPS.values()])["encoder_hidden_states"])
     assert {tuple(samples[i]["video"].shape) for i in range(6)} == {(3, 5, 8, 12), (3, 5, 12, 8)}

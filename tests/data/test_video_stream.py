@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from qvgen.data.clips import Bucket, CutSettings, cut_clip, plan_cut
+from qvgen.data.clips import Bucket, CutSettings, choose_cut, cut_clip
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, probe_video, read_frames, read_video
 from tests.data.video_files import counting_frames, index_of, insert_box, set_display_matrix, write_clip, write_stream
@@ -36,10 +36,10 @@ def test_a_disc_stays_round_whatever_the_pixels_aspect(tmp_path: Path, aspect: F
     frames = disc(height=128, width=2 * round(64 / aspect), aspect=aspect)
     path = write_stream(tmp_path / "a.mp4", frames, codec="libx264", sample_aspect_ratio=aspect)
     assert probe_video(path).pixel_aspect == aspect
-    plan, cut = cut_clip(path, settings=CutSettings(fps=16, buckets=(Bucket.parse(label),)))
-    left, top, right, bottom = plan.box
-    assert (right - left) * aspect / (bottom - top) == pytest.approx(plan.bucket.width / plan.bucket.height)
-    if plan.bucket.width == plan.bucket.height:  # else a part of the disc is cut off
+    chosen, cut = cut_clip(path, settings=CutSettings(fps=16, buckets=(Bucket.parse(label),)))
+    left, top, right, bottom = chosen.box
+    assert (right - left) * aspect / (bottom - top) == pytest.approx(chosen.bucket.width / chosen.bucket.height)
+    if chosen.bucket.width == chosen.bucket.height:  # else a part of the disc is cut off
         assert roundness(cut[0]) == pytest.approx(1, abs=0.08)
 
 
@@ -63,10 +63,10 @@ def test_wide_pixels_choose_the_bucket_and_count_for_the_enlargement() -> None:
     info = VideoInfo(
         num_frames=9, fps=Fraction(8), height=64, width=64, codec="", container="", pixel_aspect=Fraction(2)
     )
-    assert plan_cut(info, settings=settings).bucket.width == 128
-    assert plan_cut(info, settings=settings).box == (0.0, 0.0, 64.0, 64.0)
+    assert choose_cut(info, settings=settings).bucket.width == 128
+    assert choose_cut(info, settings=settings).box == (0.0, 0.0, 64.0, 64.0)
     with pytest.raises(ValueError, match="are too small for"):  # 40 x 64 times 3.2 stored pixels, though 128 high
-        plan_cut(
+        choose_cut(
             VideoInfo(
                 num_frames=9, fps=Fraction(8), height=128, width=40, codec="", container="", pixel_aspect=Fraction(4)
             ),

@@ -133,7 +133,7 @@ def test_layers_without_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"activation_switch.widths=\[5, 8\] lack the 4 activation bits of layer"):
         add_switch_widths_(model, (5, 8))
     fold(model)
-    assert model.layer.form.plan.switch == (4, 8)
+    assert model.layer.form.width_table.switch == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def first_layer(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: c.update(timesteps=[5.0, 3.0]), "timesteps of static tables must rise"),
         (lambda c: first_layer(c).update(branch_rank=4), "lacks the tensor '.*branch_down'"),
         (lambda c: first_layer(c).update(branch_rank=1000), "branch_rank=1000 is no whole number from 0 to 64"),
-        (lambda c: first_layer(c).update(plan={"bands": [], "switch": []}), "plans nothing"),
+        (lambda c: first_layer(c).update(plan={"bands": [], "switch": []}), "says nothing"),
         (lambda c: first_layer(c).update(plan={"bands": [[4, 4]], "switch": []}), "1 bands and the model 50"),
         (lambda c: first_layer(c).update(plan={"bands": [], "switch": [4, 8]}), "lacks the tensor '.*clip_low_"),
         (lambda c: first_layer(c)["activation"].pop("bits"), "is malformed|lacks"),

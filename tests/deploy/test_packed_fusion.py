@@ -19,7 +19,7 @@ from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import packed_layers, quantized_layers
-from qvgen.quant.bit_plan import BitPlan
+from qvgen.quant.width_table import WidthTable
 from tests.profiles import make_profile
 
 WAN = {
@@ -107,7 +107,7 @@ def test_what_was_trained_apart_stays_apart() -> None:
     fake = make_fake("wan")
     layers = quantized_layers(fake)
     layers["blocks.0.attn1.to_k"].activation_quantizer.clip_high.add_(0.1)
-    layers["blocks.1.attn1.to_q"].set_plan_(BitPlan(switch=(4, 8)))
+    layers["blocks.1.attn1.to_q"].set_width_table_(WidthTable(switch=(4, 8)))
     layers["blocks.1.attn2.to_v"].set_branch_(torch.ones(1, 64), torch.ones(64, 1))
     packed = make_packed("wan", fake)
     assert fuse_packed_(packed).merged == 2  # k and v of the text in the first block
@@ -125,7 +125,7 @@ def test_gates_are_of_samples_or_tokens_and_layers_of_several_widths(
     monkeypatch.setattr(blocked_feed_forward, "ROWS", rows)
     fake = make_fake("wan")
     for name in ("blocks.0.attn1.to_out.0", "blocks.1.ffn.net.2"):
-        quantized_layers(fake)[name].set_plan_(BitPlan(switch=(4, 8)))
+        quantized_layers(fake)[name].set_width_table_(WidthTable(switch=(4, 8)))
     plain, fused = make_packed("wan", fake).to(dtype), make_packed("wan", fake).to(dtype)
     assert fuse_packed_(fused).gated == 2
     assert torch.equal(call("wan", fused, dtype), call("wan", plain, dtype))  # leaves the samples' timesteps behind

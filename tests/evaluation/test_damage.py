@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from qvgen.config.errors import UserError
 from qvgen.data.assets import find_asset
-from qvgen.evaluation import i3d, lpips, raft
 from qvgen.evaluation.damage import motion_damage, text_damage, visual_damage
-from qvgen.evaluation.lpips import Lpips
-from qvgen.evaluation.raft import Raft
+from qvgen.evaluation.networks import i3d, lpips, raft
+from qvgen.evaluation.networks.lpips import Lpips
+from qvgen.evaluation.networks.raft import Raft
 from qvgen.evaluation.text_similarity import TextSimilarity
 
 needs_lpips = pytest.mark.skipif(

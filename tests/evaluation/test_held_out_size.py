@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qvgen.evaluation.held_out import too_few_held_out
-from qvgen.evaluation.report import render_html
-from qvgen.evaluation.report_json import to_json_dict
+from qvgen.evaluation.report.json_content import to_json_dict
+from qvgen.evaluation.report.writer import render_html
 from qvgen.verbs._inputs import open_inputs
-from tests.evaluation.example_report import report_data
+from tests.evaluation.report.example_report import report_data
 from tests.runs import train_config
 
 SMALL = "The held-out set of {} is too small for its errors to be relied on: use 8 or more"

@@ -15,14 +15,13 @@ import yaml
 
 from qvgen.config.errors import UserError
 from qvgen.data.video import write_video
-from qvgen.evaluation import compare_page
-from qvgen.evaluation.compare_page import render_comparison
 from qvgen.evaluation.comparison import video_name
-from qvgen.evaluation.report import write_report
+from qvgen.evaluation.report.compare_page import render_comparison
+from qvgen.evaluation.report.writer import compare_page, write_report
 from qvgen.evaluation.run_comparison import RunTable, build_table, table_json, table_lines
 from qvgen.evaluation.run_record import find_runs, read_runs
-from tests.evaluation.example_report import INJECTION, METRICS_CSV, frames, report_data
-from tests.evaluation.test_report import Page, strict_json
+from tests.evaluation.report.example_report import INJECTION, METRICS_CSV, frames, report_data
+from tests.evaluation.report.test_report import Page, strict_json
 
 
 def make_run(path: Path, *, seed: int = 17, rate: float = 0.002, **changes: Any) -> Path:

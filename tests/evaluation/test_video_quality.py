@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qvgen.data.assets import select
-from qvgen.evaluation import lpips
+from qvgen.evaluation.networks import lpips
 from qvgen.evaluation.video_quality import find_lpips, video_quality
 
 ITEMS = [{"caption": "a red three standing still"}, {"caption": "a blue five moving down"}]

@@ -11,7 +11,7 @@ import torch
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import forms, quantized_layers, restore_forms_
-from qvgen.quant.bit_plan import BitPlan
+from qvgen.quant.width_table import WidthTable
 from tests.layers.model import Model
 from tests.profiles import make_profile
 
@@ -22,12 +22,12 @@ NASTY: list[Any] = [
 
 
 def stored_forms() -> tuple[Model, dict[str, Any]]:
-    """A model with a plan and a branch in its first layer, and its forms."""
+    """A model with a table of widths and a branch in its first layer, and its forms."""
     model = Model()
     profile = make_profile("paper", weight_bits=4, activation_bits=4)
     prepare(model, PrepareConfig(profile=profile, initializer=RoundToNearest(), num_noise_bands=5))
     first = next(iter(quantized_layers(model).values()))
-    first.set_plan_(BitPlan(switch=(4, 8)))
+    first.set_width_table_(WidthTable(switch=(4, 8)))
     first.set_branch_(torch.zeros(2, first.in_features), torch.zeros(first.out_features, 2))
     return model, forms(model)
 

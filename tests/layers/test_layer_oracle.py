@@ -119,13 +119,13 @@ def test_two_optimizer_steps_reproduce_the_oracle(name, bits):
     groups = [{"params": [p], "lr": RATES[n], "weight_decay": DECAYS[n]} for n, p in params.items()]
     ours = torch.optim.AdamW(groups, **options)
     theirs = oracles.AdamW(learning_rates=RATES, weight_decays=DECAYS, **options)
-    plan = DecaySchedule(ranks=(4, 2), num_steps=8, tail_share=0.0, anneal="linear")
+    schedule = DecaySchedule(ranks=(4, 2), num_steps=8, tail_share=0.0, anneal="linear")
     x, target = make_rows(), torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
     layer.noise_band.set_timestep(TIMESTEPS)
     wobble = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     first_codes = layer.weight_quantizer.codes(layer.weight)
     for step in range(2):
-        layer.phi.advance_(plan.at(step))
+        layer.phi.advance_(schedule.at(step))
         gate = torch.tensor([1.0, 1.0, 1 - step / 3, 1 - step / 3], dtype=torch.float64)
         expected, expected_grad = run_oracle(layer, form, leaves, x, target, gate)
         x.requires_grad_().grad = None

@@ -162,16 +162,18 @@ def test_dead_constant_and_huge_channels_spoil_nothing(name):
 
 def test_a_fold_is_refused_while_phi_has_rank():
     layer = make_layer("paper", phi_rank=4)
-    plan = DecaySchedule(ranks=(4, 2), num_steps=10)
+    schedule = DecaySchedule(ranks=(4, 2), num_steps=10)
     for step in (0, 4, 5, 8):  # open, closed, dropped to 2, closed
-        layer.phi.advance_(plan.at(step))
-        with pytest.raises(ValueError, match=f"Phi still has rank {plan.at(step).rank}; train until its decay is over"):
+        layer.phi.advance_(schedule.at(step))
+        with pytest.raises(
+            ValueError, match=f"Phi still has rank {schedule.at(step).rank}; train until its decay is over"
+        ):
             PackedLinear.from_fake_quant(layer)
     layer.phi.suspended = True  # a measurement without Phi is no end of the decay
     with pytest.raises(ValueError, match="Phi still has rank 2"):
         PackedLinear.from_fake_quant(layer)
     layer.phi.suspended = False
-    layer.phi.advance_(plan.at(9))
+    layer.phi.advance_(schedule.at(9))
     layer.noise_band.set_timestep(TIMESTEPS)
     assert torch.equal(PackedLinear.from_fake_quant(layer)(make_input()), layer(make_input()))
 

@@ -16,7 +16,7 @@ from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.shared_input import activation_sharing, share_activations_, shared_input_sets, unshare_activations_
 from qvgen.layers.swap import add_switch_widths_, forms, quantized_layers, restore_forms_
-from qvgen.quant.bit_plan import BitPlan
+from qvgen.quant.width_table import WidthTable
 from tests.layers.model import BANDS, TIMESTEPS, make_rows
 from tests.profiles import COLUMNS, make_profile
 
@@ -125,7 +125,7 @@ def change(model, how):
             other = quantized_layers(model)[f"blocks.0.{name}"]
             other.move_(profile=other.profile, input_scale=scale)
     elif how == "plan":
-        layer.set_plan_(BitPlan(switch=(4, 8)))
+        layer.set_width_table_(WidthTable(switch=(4, 8)))
     elif how == "width":
         profile = make_profile("paper", weight_bits=4, activation_bits=8)
         layer.move_(profile=profile)
@@ -147,7 +147,7 @@ def test_sharing_again_takes_apart_what_no_longer_fits():
     model = make_model(switch=True)
     share(model)
     layers = quantized_layers(model)
-    layers["blocks.1.to_v"].set_plan_(None)
+    layers["blocks.1.to_v"].set_width_table_(None)
     layers["blocks.1.to_v"].move_(profile=make_profile("paper", weight_bits=8, activation_bits=8))
     assert share(model) == SETS[:1]
     one, other = layers["blocks.1.to_q"], layers["blocks.1.to_k"]

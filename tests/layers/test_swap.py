@@ -291,16 +291,16 @@ def test_resume_through_the_model_state_dict():
     """A model prepared anew takes over weights, grids, clips, and the rank of every Phi."""
     profile = make_profile("paper")
     model = prepared_model(profile, phi_rank=4)
-    plan = DecaySchedule(ranks=(4, 2), num_steps=10)
+    schedule = DecaySchedule(ranks=(4, 2), num_steps=10)
     for layer in quantized_layers(model).values():
-        layer.phi.advance_(plan.at(6))
+        layer.phi.advance_(schedule.at(6))
     other = prepared_model(profile, phi_rank=4, seed=3)
     other.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
     assert {layer.phi.rank for layer in quantized_layers(other).values()} == {2}
     with torch.no_grad():
         assert torch.equal(other(*make_inputs()), model(*make_inputs()))
     for layer in quantized_layers(other).values():
-        layer.phi.advance_(plan.at(9))
+        layer.phi.advance_(schedule.at(9))
     assert fold(other) == len(NAMES)
     assert isinstance(other, Model)
     assert isinstance(other.output, PackedLinear)

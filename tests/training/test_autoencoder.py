@@ -26,7 +26,7 @@ from qvgen.training.autoencoder import (
     latent_statistics,
     reconstruction_psnr_db,
 )
-from qvgen.training.step_module import TrainingDivergedError
+from qvgen.training.optimizer_module import TrainingDivergedError
 from qvgen.verbs._autoencoder import train_autoencoder
 from tests.models.small_folders import make_text_encoder, overrides, small_family
 

@@ -12,9 +12,9 @@ from torch import nn
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, begin_table, total_seconds
+from qvgen.training.checkpoint_writer import AtomicCheckpointIO, checkpoints
 from qvgen.training.optim import build_optimizer
-from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.step_checkpoint import AtomicCheckpointIO, checkpoints
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
 from tests.runs import BOUNDARIES, STEPS, read_metrics, train_config
 

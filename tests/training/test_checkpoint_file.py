@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvgen.config import UserError
 from qvgen.training.checkpoint_file import RUN_KEY, check_checkpoint
-from qvgen.training.step_checkpoint import AtomicCheckpointIO
+from qvgen.training.checkpoint_writer import AtomicCheckpointIO
 
 RUN = "5" * 64
 NAME = "step-00000006.ckpt"

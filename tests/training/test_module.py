@@ -14,11 +14,11 @@ from torch.utils.data import default_collate
 from qvgen.data.bucket_sampler import BucketBatchSampler
 from qvgen.data.moving_digits import MovingDigits, MovingDigitsSource
 from qvgen.data.source import Split
+from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_plan import decay_schedule
+from qvgen.training.optimizer_module import TrainingDivergedError
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained, train_share
-from qvgen.training.step_checkpoint import checkpoints
-from qvgen.training.step_module import TrainingDivergedError
 from qvgen.training.student import prepare_student
 from tests.runs import copy_until, load_state, read_metrics, train_config
 

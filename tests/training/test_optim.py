@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qvgen.layers.swap import quantized_layers
-from qvgen.quant.bit_plan import BitPlan
+from qvgen.quant.width_table import WidthTable
 from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
-from qvgen.training.step_module import total_norm
+from qvgen.training.optimizer_module import total_norm
 from qvgen.training.student import prepare_student
 from tests.runs import train_config
 
@@ -61,7 +61,7 @@ def test_other_widths_of_a_plan_have_the_rates_of_the_first() -> None:
     config = train_config("bits=w4a4", "activation_switch.widths=[4,8]")
     student, _ = prepare_student(config)
     for layer in quantized_layers(student).values():
-        layer.set_plan_(BitPlan(bands=((4, 4), (8, 4)) * 25, switch=(4, 8)))
+        layer.set_width_table_(WidthTable(bands=((4, 4), (8, 4)) * 25, switch=(4, 8)))
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     groups = {
         group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(student, config.optim)

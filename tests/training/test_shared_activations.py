@@ -19,13 +19,14 @@ from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.shared_input import activation_sharing
 from qvgen.layers.swap import quantized_layers
-from qvgen.training.fake_model import build_family, build_student, input_sets
+from qvgen.training.layer_setup import input_sets
+from qvgen.training.meta_model import build_family, build_student
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import parameter_groups
-from qvgen.training.phi_plan import decay_schedule
+from qvgen.training.optimizer_module import total_norm
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained
 from qvgen.training.start_file import load_start
-from qvgen.training.step_module import total_norm
 from qvgen.training.student import prepare_student
 from tests.models.hub_folders import make_cogvideox_folder
 from tests.runs import load_state, packed_bytes, read_metrics, train, train_config

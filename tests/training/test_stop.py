@@ -27,9 +27,9 @@ from qvgen.config import TrainConfig
 from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
@@ -90,7 +90,7 @@ class Session:
         steps = StepMetrics(
             self.run_dir / "metrics.csv", schedule=schedule, validate=self.measure, every_steps=2, num_steps=NUM_STEPS
         )
-        saves = StepCheckpoint(self.run_dir / "checkpoints", config=checkpoint, num_steps=NUM_STEPS)
+        saves = CheckpointWriter(self.run_dir / "checkpoints", config=checkpoint, num_steps=NUM_STEPS)
         callbacks = [*further, PhiDecay(schedule), steps, saves]
         if self.with_videos:
             videos = validation_videos(config, run_dir=self.run_dir, teacher=None, encode=None)

@@ -16,9 +16,9 @@ from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
 from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_plan import decay_schedule
-from qvgen.training.step_checkpoint import StepCheckpoint, checkpoints
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import ValidationVideos, validation_videos
@@ -61,7 +61,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
     steps = StepMetrics(
         run_dir / "metrics.csv", schedule=schedule, validate=None, every_steps=None, num_steps=NUM_STEPS
     )
-    saves = StepCheckpoint(
+    saves = CheckpointWriter(
         run_dir / "checkpoints",
         config=CheckpointConfig(every_steps=1, every_minutes=None, keep=9),
         num_steps=NUM_STEPS,

@@ -20,7 +20,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from qvgen.deploy.checkpoint import load_packed
-from qvgen.training.phi_plan import decay_schedule
+from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained
 from qvgen.training.student import prepare_student
 from tests.models.family_checks import psnr_db

@@ -71,7 +71,7 @@ def test_bits_that_change_over_sampling_go_the_whole_way(tmp_path: Path, cache: 
     assert report["trajectory_psnr_db"] == "inf"
     assert any("/" in unit["weight_bits"] for unit in report["mixed_precision"]["units"])
     assert any(
-        layer.form.plan is not None for layer in packed_layers(load_packed(tmp_path / "run" / "packed")).values()
+        layer.form.width_table is not None for layer in packed_layers(load_packed(tmp_path / "run" / "packed")).values()
     )
 
 

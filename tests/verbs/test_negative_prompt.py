@@ -18,14 +18,14 @@ from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config import TrainConfig
 from qvgen.config.prompt import Prompts
 from qvgen.evaluation.comparison import shown_videos
-from qvgen.evaluation.report import render_html
-from qvgen.evaluation.report_json import to_json_dict
+from qvgen.evaluation.report.json_content import to_json_dict
+from qvgen.evaluation.report.writer import render_html
 from qvgen.evaluation.sampled_inputs import SampledInputs
 from qvgen.models.guidance import texts_to_encode
 from qvgen.training.calibration import SEED_OFFSET, CalibratedModel
-from qvgen.training.trajectory import sampling_of
+from qvgen.training.mixed_precision.trajectory import sampling_of
 from qvgen.training.validation import validation_videos
-from tests.evaluation.example_report import report_data
+from tests.evaluation.report.example_report import report_data
 from tests.models.hub_folders import make_wan_folder
 from tests.runs import train_config
 from tests.verbs.test_hub_models import tiny_keys, write_clips

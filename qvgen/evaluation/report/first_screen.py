@@ -1,0 +1,124 @@
+"""What a reader of the report sees first: are the videos good, how big is the model, how fast is it.
+
+Left out: any number of its own; all of them are ReportData's, coloured by :mod:`qvgen.evaluation.report.verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qvgen.evaluation.report.data import ReportData
+from qvgen.evaluation.report.page_format import format_db, format_number
+from qvgen.evaluation.report.quality_data import SamplingCost, VariantQuality
+from qvgen.evaluation.report.verdict import Level, Verdict, judge_all, rule
+
+TEACHER, START, PACKED = "teacher", "ptq-start", "packed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One number of a table, and how good it is; None: no limit applies to it."""
+
+    text: str
+    level: Level | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """One metric of the videos: of the PTQ start and the packed model; the teacher's own value where it has one."""
+
+    label: str
+    teacher: str | None
+    start: Cell
+    packed: Cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstScreen:
+    """What stands above everything else.
+
+    Attributes:
+        verdict: on the packed model's videos.
+        start_verdict: on the PTQ start's; None where it made none.
+        metrics: one row each.
+        rule: where the colours change.
+        notes: what is missing, and why.
+        full: what sampling took with the teacher; None where nothing was sampled.
+        packed: the same with the packed model.
+        passed: checks that hold, and how many there are.
+    """
+
+    verdict: Verdict
+    start_verdict: Verdict | None
+    metrics: tuple[MetricRow, ...]
+    rule: str
+    notes: tuple[str, ...]
+    full: SamplingCost | None
+    packed: SamplingCost | None
+    passed: tuple[int, int]
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than full precision the packed model samples."""
+        if self.full is None or self.packed is None or not self.packed.seconds_per_video:
+            return None
+        return self.full.seconds_per_video / self.packed.seconds_per_video
+
+
+def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScreen:
+    """Choose what stands there."""
+    quality = data.quality
+    variants = {variant.name: variant for variant in quality.variants}
+    verdicts = judge_all(quality)
+    costs = {} if data.sampling is None else {cost.name: cost for cost in data.sampling.costs}
+    notes = [data.relative_error.caution] if data.relative_error.caution else []
+    if quality.lpips_absent is not None:
+        notes.append(f"No LPIPS: {quality.lpips_absent}.")
+    if quality.start_absent is not None:
+        notes.append(f"No videos of the PTQ start: {quality.start_absent}.")
+    if not quality.num_still_videos:
+        notes.append("No flicker: no caption asks for standing still.")
+    checks = (data.checks.packed_codes_equal, trajectory_agrees, data.checks.phi_rank_final == 0)
+    return FirstScreen(
+        verdict=verdicts.get(PACKED, Verdict(level=None, metrics={})),
+        start_verdict=verdicts.get(START),
+        metrics=tuple(_rows(variants, verdicts)),
+        rule=rule(),
+        notes=tuple(notes),
+        full=costs.get(TEACHER),
+        packed=costs.get(PACKED),
+        passed=(sum(checks), len(checks)),
+    )
+
+
+def _rows(variants: dict[str, VariantQuality], verdicts: dict[str, Verdict]) -> list[MetricRow]:
+    teacher = variants.get(TEACHER)
+
+    def shown(name: str, variant: VariantQuality) -> str:
+        value = getattr(variant, name)
+        if value is None:
+            return format_number(None)
+        if name == "psnr_db":
+            return "equal" if value == math.inf else format_db(value)
+        if name != "flicker" or variant is teacher or teacher is None or not teacher.flicker:
+            return format_number(value)
+        return f"{format_number(value)} ({value / teacher.flicker:.3g}\N{MULTIPLICATION SIGN})"
+
+    def cell(name: str, variant: str) -> Cell:
+        found = variants.get(variant)
+        if found is None:
+            return Cell(text=format_number(None))
+        level = verdicts[variant].metrics.get(name) if variant in verdicts else None
+        return Cell(text=shown(name, found), level=level)
+
+    labels = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "Flicker"}
+    return [
+        MetricRow(
+            label=label,
+            teacher=shown(name, teacher) if teacher is not None and name == "flicker" else None,
+            start=cell(name, START),
+            packed=cell(name, PACKED),
+        )
+        for name, label in labels.items()
+    ]

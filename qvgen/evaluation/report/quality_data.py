@@ -1,0 +1,102 @@
+"""What a report says of the generated videos, as plain values: how good they are, and what sampling them took.
+
+A number that was not measured is None. Left out: how any of it is computed (:mod:`qvgen.evaluation.video_quality`,
+:mod:`qvgen.evaluation.sampling_cost`) and what is thought of it (:mod:`qvgen.evaluation.report.verdict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantQuality:
+    """Quality of one variant's generated videos.
+
+    Attributes:
+        name: "teacher", "ptq-start", "fake-quantized" or "packed".
+        psnr_db: to the teacher's videos at the same captions and seeds; None for the teacher.
+        ssim: to the teacher's videos; None for the teacher.
+        lpips: mean over frames to the teacher's videos; None for the teacher, and where the network is not there.
+        flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
+        accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
+            attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
+        activation_bits: mean over the calls that made the videos, where a policy switches widths; None: it does not.
+    """
+
+    name: str
+    psnr_db: float | None
+    ssim: float | None
+    lpips: float | None
+    flicker: float | None
+    accuracy: Mapping[str, float | None]
+    activation_bits: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The quality table and what it was measured on.
+
+    Attributes:
+        variants: one row each.
+        num_videos: videos per variant.
+        num_still_videos: those whose caption asks for standing still; flicker is measured on them alone.
+        seeds: which seeds, in words, e.g. "0..63".
+        num_steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+        negative_prompt: the model's own, which guidance led away from; None: there was no guidance.
+        lpips_absent: why there is no LPIPS; None where there is.
+        start_absent: why the PTQ start made no videos; None where it did.
+    """
+
+    variants: tuple[VariantQuality, ...]
+    num_videos: int
+    num_still_videos: int
+    seeds: str
+    num_steps: int
+    guidance_scale: float
+    lpips_absent: str | None
+    start_absent: str | None
+    negative_prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingCost:
+    """What it took to sample the table's videos with one variant.
+
+    Attributes:
+        name: as in :class:`VariantQuality`.
+        dtype: of its unquantized weights, e.g. "bfloat16".
+        kernels: backends that ran its packed layers; empty where it has none.
+        seconds_per_video: wall clock over all videos of the table, divided by their number; text encoding is left out.
+        weight_bytes: all tensors that the model holds in memory, a kernel's own copies of the weights among them.
+        working_bytes: largest memory that sampling took besides them; None where it cannot be measured.
+    """
+
+    name: str
+    dtype: str
+    kernels: tuple[str, ...]
+    seconds_per_video: float
+    weight_bytes: int
+    working_bytes: int | None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights and what sampling took besides them."""
+        return None if self.working_bytes is None else self.weight_bytes + self.working_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How fast, and in how much memory, videos were sampled.
+
+    Attributes:
+        costs: one row per variant.
+        device: where, in words.
+        conditions: what was measured and how, in words.
+    """
+
+    costs: tuple[SamplingCost, ...]
+    device: str
+    conditions: str

@@ -1,0 +1,179 @@
+"""Checkpoints of a training run: when they are written, which are kept, and that each is whole and harmless to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from qvgen import stop_request
+from qvgen.config.sections import CheckpointConfig
+from qvgen.run_directory import atomic_write
+from qvgen.training.distributed import heartbeat
+from qvgen.training.optimizer_module import TrainingDivergedError
+from qvgen.training.stop_point import agreed
+
+
+class CheckpointWriter(lightning.Callback):
+    """Saves the whole training state every so many optimizer steps or minutes, keeps the newest few, and stops on request.
+
+    A state is good once the step after it had a finite loss: older ones are removed only then, and a state from which
+    training diverged at once is removed itself.
+
+    After a signal (:mod:`qvgen.stop_request`) all processes save and stop after the same step: each says in a collective
+    behind every step whether it was asked to. Put the callback behind the one that writes the step's row.
+
+    Args:
+        directory: Where ``step-00000050.ckpt`` go.
+        config: How often, and how many are kept.
+        num_steps: Optimizer steps of the run; the last one is saved.
+        before: Also saved after steps for which it is True: something long follows, which one process may have to leave
+            while the others compute the next step.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        config: CheckpointConfig,
+        num_steps: int,
+        before: Callable[[int], bool] = lambda step: False,  # noqa: ARG005
+    ) -> None:
+        self.directory, self.config, self.num_steps, self.before = directory, config, num_steps, before
+        self._last_step = self._saved_step = 0
+        self._saved_at = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The state that was resumed from is saved already; from here on a signal waits for the end of a step."""
+        del pl_module
+        self._last_step = self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self._note()
+        stop_request.postpone(True)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Remove what is no longer needed; save after a step that is due, or the last one before a stop.
+
+        Raises:
+            Stopped: In all processes, after the step that any of them was asked to stop in.
+        """
+        del pl_module, outputs, batch, batch_idx
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        self._remove_old(trainer)
+        is_stop, is_time = agreed(stop_request.is_requested(), self._is_time(trainer), together=trainer.world_size > 1)
+        is_due = step % self.config.every_steps == 0 or step == self.num_steps or self.before(step)
+        if is_stop or is_time or is_due:
+            self._save(trainer)
+        if is_stop:
+            raise stop_request.Stopped
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Nothing comes after the last state that could fail."""
+        del pl_module
+        self._remove_old(trainer)
+        stop_request.postpone(False)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Save a step that is complete, where a stop cut short what followed it; remove what training diverged from.
+
+        The state that training diverged from stays if it is the only one.
+        """
+        del pl_module
+        if isinstance(exception, stop_request.Stopped) and self._last_step > self._saved_step:
+            self._save(trainer)
+        stop_request.postpone(False)
+        if isinstance(exception, TrainingDivergedError) and trainer.is_global_zero:
+            found = checkpoints(self.directory)
+            if len(found) > 1 and found[-1] == self._path(trainer.global_step):
+                found[-1].unlink()
+
+    def _is_time(self, trainer: lightning.Trainer) -> bool:
+        """Whether rank 0's clock asks for a checkpoint; the others follow it."""
+        every = self.config.every_minutes
+        return trainer.is_global_zero and every is not None and time.monotonic() - self._saved_at >= 60 * every
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        heartbeat.report(heartbeat.SAVING)
+        trainer.save_checkpoint(self._path(self._last_step))
+        self._saved_step, self._saved_at = self._last_step, time.monotonic()
+        self._note()
+
+    def _note(self) -> None:
+        step = self._saved_step
+        stop_request.note(f"after step {step}, saved" if step else "before the first step was done")
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.ckpt"
+
+    def _remove_old(self, trainer: lightning.Trainer) -> None:
+        if trainer.is_global_zero:
+            for old in checkpoints(self.directory)[: -self.config.keep]:
+                old.unlink()
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(directory.glob("step-*.ckpt"))
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are whole or not there, and that are read without executing anything they hold.
+
+    Args:
+        mapped: Map a file to memory in place of reading it: many processes read the parts that they need.
+    """
+
+    def __init__(self, *, mapped: bool = False) -> None:
+        self.mapped = mapped
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside, force to the disk, rename."""
+        del storage_options
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(path), lambda temporary: _save(checkpoint, temporary))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain values only."""
+        del weights_only
+        try:
+            state: dict[str, Any] = torch.load(
+                path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped
+            )
+        except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise ValueError(f"{path} is no checkpoint or damaged; delete it to resume from the one before") from error
+        return state
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete one."""
+        Path(path).unlink(missing_ok=True)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """torch.save through a Python file, which says why it can't be written; torch's own says where it noticed."""
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -1,0 +1,279 @@
+"""The processes of a distributed run on one machine: started, watched and ended by us.
+
+Rank 0 is the process that the user started. The others run a command that the caller gives, in an environment that
+we make. Neither Lightning's launcher nor variables of the environment take part: under --multirun Lightning's children
+would run the whole sweep again, and a LOCAL_RANK that some other program left would turn two processes into one.
+
+    user -> rank 0 --- WorkerGroup --- rank 1 `qvgen worker VERB CONFIG --rank 1 --world-size N --port P --parent PID`
+                            |                       log: LOG_DIRECTORY/rank1.log
+                            +-- a thread that looks after the children
+
+Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too)
+ends the children. Whoever hangs is named after a few steps' time and ends the run after ``hang_minutes``. A request to stop
+(:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in a collective. This module needs
+no torch; what Lightning has to know is in cluster.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NoReturn, Self
+
+from qvgen import stop_request
+from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed.foreign_launcher import forget_ranks
+
+log = logging.getLogger(__name__)
+
+BAD_ENVIRONMENT = 2
+"""Exit code where a process died or hangs."""
+
+POLL_SECONDS = 0.1
+SILENT_STEPS, SILENT_SECONDS = 10, 5.0
+"""After so many times the median step, and at least so many seconds, without a report of any rank it is said who is silent;
+again whenever it has become twice as long. A request to stop waits no longer than that for the end of a step."""
+FIRST_SECONDS, SAVING_SECONDS = 60.0, 900.0
+"""The same before a step was measured, and while a checkpoint is written."""
+START_SECONDS = 1800.0
+"""``hang_minutes`` is at least so long before a step was measured: reading large models and compiling report nothing."""
+GRACE_SECONDS = 10.0
+"""How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
+JOIN_SECONDS = 60.0
+"""How long the children have to end after rank 0 is done."""
+_PR_SET_PDEATHSIG = 1
+
+
+def guard_world_size(actual: int, *, expected: int) -> None:
+    """Raise RuntimeError unless as many processes take part as were asked for."""
+    if actual != expected:
+        raise RuntimeError(
+            f"{actual} processes take part in the training, but devices={expected} were asked for; "
+            "nothing was trained: look for another launcher around this one"
+        )
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def follow_parent(parent: int, *, beats: int | None = None) -> None:
+    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child.
+
+    Requests to stop are left to the parent.
+
+    Args:
+        parent: Its number.
+        beats: Where this process reports what it does.
+    """
+    heartbeat.report_to(beats)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(heartbeat.TICK_SECONDS / 2)
+            heartbeat.report(heartbeat.TICK)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+    threading.Thread(target=watch, name="follow_parent", daemon=True).start()
+    stop_request.ignore_in_worker()
+
+
+def worker_command(verb: str, config_file: Path) -> list[str]:
+    """The command of a verb's worker with the configuration in a file; ranks are added by WorkerGroup."""
+    return [sys.executable, "-m", "qvgen.cli", "worker", verb, str(config_file)]
+
+
+class WorkerGroup:
+    """The processes of ranks 1 .. world_size-1 while the block of a ``with`` statement runs rank 0's share.
+
+    The block runs in the thread that the group was entered in, which must outlive it (Linux ties the children to that
+    thread). Leaving it normally waits for the children; leaving it by an exception ends them.
+
+    Args:
+        command: Of a child; its ranks are added.
+        world_size: All processes, rank 0 included.
+        log_directory: For ``rank1.log`` and so on.
+        hang_minutes: The run is ended after so long without a report of any rank; None: never. It is longer
+            before rank 0 has done some steps, because loading and compiling take their time.
+
+    Attributes:
+        world_size: All processes, rank 0 included.
+        port: TCP port where the processes find each other, at 127.0.0.1.
+
+    Raises:
+        RuntimeError: On leaving, if a child died or did not end; rank, exit code and the end of its log are named.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, world_size: int, log_directory: Path, hang_minutes: float | None = None
+    ) -> None:
+        self.world_size = world_size
+        self.port = free_port()
+        self._command = list(command)
+        self._log_directory = log_directory
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._left = threading.Event()
+        self._hang_minutes = hang_minutes
+        self._pulse = heartbeat.Pulse()
+        self._said_seconds = 0.0
+        self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._log_directory.mkdir(parents=True, exist_ok=True)
+        ends = self._pulse.open(self.world_size)
+        self._own_end = ends[0]
+        heartbeat.report_to(self._own_end)
+        with stop_request.held_back():
+            for rank in range(1, self.world_size):
+                with self._log_file(rank).open("wb") as log_file:
+                    self._children[rank] = self._start(rank, log_file, beats=ends[rank])
+                os.close(ends[rank])
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._watcher.join()
+        heartbeat.report_to(None)
+        os.close(self._own_end)
+        try:
+            if error is None:
+                self.join(timeout_s=JOIN_SECONDS)
+            elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
+                raise RuntimeError(last_words) from error  # a collective failed because a child is gone
+        finally:
+            self._end()
+            self._pulse.close()
+            _leave_process_group()
+
+    def _start(self, rank: int, log_file: BinaryIO, *, beats: int) -> subprocess.Popen[bytes]:
+        ranks = {"rank": rank, "world-size": self.world_size, "port": self.port, "beats": beats, "parent": os.getpid()}
+        command = self._command + [text for name, value in ranks.items() for text in (f"--{name}", str(value))]
+        environment = dict(os.environ)
+        forget_ranks(environment)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the child imports what we import
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            pass_fds=[beats],
+        )
+
+    def _watch(self) -> None:
+        """End this process if a child died or hangs and the main thread waits for it, for example in a collective."""
+        while not self._left.wait(POLL_SECONDS):
+            self._pulse.read()
+            if self._first_failure() is None:
+                self._watch_silence()
+            elif not self._left.wait(GRACE_SECONDS):
+                sys.stderr.write(f"qvgen: {self._first_failure()}\n")
+                sys.stderr.flush()
+                self._end()
+                os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+
+    def _watch_silence(self) -> None:
+        """Say who is silent; end this process where it was asked to stop, or told not to wait longer, and no step ends."""
+        pulse, silent = self._pulse, self._pulse.silent_seconds()
+        median, is_saving = pulse.median_seconds(), any(beat.what == heartbeat.SAVING for beat in pulse.beats)
+        patience = FIRST_SECONDS if median is None else max(SILENT_SECONDS, SILENT_STEPS * median)
+        patience = max(patience, SAVING_SECONDS) if is_saving else patience
+        if stop_request.is_postponed_request() and (silent > patience or pulse.is_left_alone()):
+            self._end_now(why="" if pulse.is_left_alone() else f"{self._silence()}; ")
+        if median is not None and silent > max(patience, 2 * self._said_seconds):
+            self._said_seconds = silent
+            log.warning("%s; a step takes %.1f s", self._silence(), median)
+        elif self._said_seconds and silent < patience:
+            log.warning("all ranks report again, after %.0f s or more", self._said_seconds)
+            self._said_seconds = 0.0
+        limit = (
+            None if self._hang_minutes is None else max(60 * self._hang_minutes, START_SECONDS if median is None else 0)
+        )
+        if limit is not None and silent > limit:
+            why = f"{self._silence()}: ended after training.hang_minutes={self._hang_minutes:g}; "
+            self._end_now(BAD_ENVIRONMENT, why=why)
+
+    def _silence(self) -> str:
+        children = [self._children[rank].pid for rank in range(1, self.world_size)]
+        return self._pulse.describe([os.getpid(), *children])
+
+    def _end_now(self, code: int | None = None, *, why: str) -> NoReturn:
+        """Without waiting for the children: one that the kernel holds may not end before a disk answers."""
+        for child in self._children.values():
+            child.kill()
+        stop_request.end_now(code, why=why)
+
+    def _first_failure(self, *, wait_seconds: float = 0.0) -> str | None:
+        """What to say about the first child that ended with another code than 0, or None."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            for rank, child in self._children.items():
+                if child.poll():
+                    return self._last_words(rank, child.returncode)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+
+    def _last_words(self, rank: int, code: int) -> str:
+        how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        file = self._log_file(rank)
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        return f"the process of rank {rank} {how}: {lines[-1].strip() if lines else 'no output'} (see {file})"
+
+    def join(self, *, timeout_s: float | None = None) -> None:
+        """Wait until the children are done: as long as they need, or for ``timeout_s`` seconds.
+
+        Raises:
+            RuntimeError: A child died or did not end in time.
+        """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        for rank, child in self._children.items():
+            try:
+                child.wait(None if timeout_s is None else max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as expired:
+                raise RuntimeError(
+                    f"the process of rank {rank} did not end within {timeout_s:.0f} s of rank 0; "
+                    f"see {self._log_file(rank)}"
+                ) from expired
+        if last_words := self._first_failure():
+            raise RuntimeError(last_words)
+
+    def _end(self) -> None:
+        for child in self._children.values():
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+    def _log_file(self, rank: int) -> Path:
+        return self._log_directory / f"rank{rank}.log"
+
+
+def _leave_process_group() -> None:
+    """Take this process out of torch's process group: the next job of a --multirun makes its own."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning leaves them
+        os.environ.pop(name, None)

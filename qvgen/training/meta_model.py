@@ -1,0 +1,90 @@
+"""The models of a run without their memory: on the meta device, and as fake tensors that a forward pass accepts.
+
+They are built by the family and swapped by the library's own functions, so that their parameters, buffers and names are those
+of the real ones; no weight is read and no PTQ method runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvgen.config.leaves import build_leaf
+from qvgen.config.schema import TrainConfig
+from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
+from qvgen.training.layer_setup import add_configured_switch, share_inputs_
+from qvgen.training.phi_schedule import phi_ranks
+
+
+def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) -> Any:
+    """A new family of the run's configuration: one that holds no cached tensor.
+
+    Args:
+        config: The run's.
+        changes: Arguments in place of the configuration's, for example another ``num_frames``.
+    """
+    spec = {key: value for key, value in config.plain["model"].items() if key != "recipe"}
+    return build_leaf({**spec, **(changes or {})}, key="model")
+
+
+def num_blocks(family: Any) -> int:
+    """Transformer blocks of the whole model."""
+    return int(family.transformer_config["num_layers"])
+
+
+def build_transformer(family: Any, *, blocks: int | None = None) -> nn.Module:
+    """The family's transformer in float32 on the meta device, of so many blocks (None: all)."""
+    changes = {} if blocks is None else {"num_layers": blocks}
+    with torch.device("meta"):
+        transformer: nn.Module = family.build({**family.transformer_config, **changes})
+    return transformer
+
+
+def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None) -> tuple[nn.Module, SwapReport]:
+    """The prepared student on the meta device; unquantized for a method that does not quantize."""
+    student = build_transformer(family, blocks=blocks).train()
+    if not config.method.quantizes:
+        linears = tuple(name for name, module in student.named_modules() if isinstance(module, nn.Linear))
+        return student, SwapReport(quantized=(), skipped=linears)
+    report = select_linears(student, include=family.include, exclude=family.exclude)
+    with torch.device("meta"):
+        swap_fake_quant_(
+            student,
+            names=report.quantized,
+            profile=config.profile,
+            num_noise_bands=PrepareConfig.num_noise_bands,
+            phi_rank=max(phi_ranks(config), default=0),
+        )
+    add_configured_switch(student, config)
+    share_inputs_(student, config)
+    return student, report
+
+
+def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
+    """The teacher on the meta device as diffusers loads it: in a dtype, but for what its class keeps in float32."""
+    return narrow_(build_transformer(family, blocks=blocks).requires_grad_(False).eval(), dtype=dtype)
+
+
+def narrow_(transformer: nn.Module, *, dtype: torch.dtype) -> nn.Module:
+    """Bring parameters to a dtype as loading in it does: what the class keeps in float32 stays."""
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in transformer.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return transformer
+
+
+def fill_(model: nn.Module) -> None:
+    """Give all tensors of a model on the meta device storage on the CPU: fake storage under FakeTensorMode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,274 @@
+"""How much every unit of layers suffers from every bit-width: one measurement for each, kept as they come.
+
+One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps and
+once in all of them, all else in full precision. Measured is
+
+    output_error   mean squared change of the videos that are sampled so, pixels in [0, 1]
+    scores         the group's own metrics of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
+                   cross-attention the change of its output on the calls that the full-precision model made
+
+The error of single predictions was tried in place of the videos' and allocates worse (docs/log.md).
+
+Cost of a measurement: one sampling with decoding, and the calls of one window for that substitute. Their number is units x
+widths x sides x (windows and all), said before it starts. Rows are keyed by content; a killed run continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
+from qvgen.evaluation.placement import placed
+from qvgen.initializers.base import LayerStatistics
+from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.layer_group import LayerUnit
+from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.noise_window import band_windows
+from qvgen.models.base import Encode
+from qvgen.quant.grid import Profile
+from qvgen.training.mixed_precision.group_metric import OUTPUT, GroupMetrics
+from qvgen.training.mixed_precision.layer_probe import LayerProbe, Side
+from qvgen.training.mixed_precision.trajectory import Call, Sampling, record, sampling_of
+from qvgen.training.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Part of the key; one more when the same settings would give other numbers."""
+
+SEED_OFFSET = 20_000
+"""Videos of the measurements have other noise than those of the calibration and those that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be measured.
+
+    Attributes:
+        units: All of the model.
+        widths: side -> candidate bit-widths; none where the budget leaves no choice.
+    """
+
+    units: tuple[LayerUnit, ...]
+    widths: Mapping[Side, tuple[int, ...]]
+
+    def keys(self, windows: int) -> Iterator[tuple[LayerUnit, int, Side, int]]:
+        """(unit, bits, side, window) of every measurement, in the order in which they are made."""
+        places = [*range(windows), ALL_WINDOWS] if windows > 1 else [0]
+        for unit in self.units:
+            for bits in sorted({bits for widths in self.widths.values() for bits in widths}):
+                for side in self.widths:
+                    if bits in self.widths[side]:
+                        yield from ((unit, bits, side, window) for window in places)
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A full-precision model that is measured: what it did while sampling, and hooks to quantize parts of it.
+
+    Attributes:
+        model: Full precision, where it computes.
+        probe: Hooks on it.
+        sampling: What was sampled.
+        calls: The transformer's calls.
+        call_windows: Window of each.
+        videos: uint8 [B, F, H, W, 3].
+        metrics: Of the groups.
+    """
+
+    model: nn.Module
+    probe: LayerProbe
+    sampling: Sampling
+    calls: Sequence[Call]
+    call_windows: Sequence[int]
+    videos: Tensor
+    metrics: GroupMetrics
+
+    def __post_init__(self) -> None:
+        damages = {
+            damage.key: damage
+            for metrics in self.metrics.of.values()
+            for damage in metrics.values()
+            if damage is not None
+        }
+        self._judges = {key: damage.against(self.videos, self.sampling.captions) for key, damage in damages.items()}
+
+    def measure(
+        self, unit: LayerUnit, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int
+    ) -> tuple[float, dict[str, float]]:
+        """Output error and scores of one quantization."""
+        with self.probe.quantizing(layers, side=side, window=window):
+            videos = self.sampling.videos(self.model)
+            error = float((videos.double() - self.videos.double()).square().mean()) / 255**2
+            scores = {}
+            for name, damage in self.metrics.of[unit.group].items():
+                if damage is not None:
+                    scores[name] = self._judges[damage.key](videos)
+                else:
+                    scores[name] = error if name == OUTPUT else self._attention_change(unit, window)
+        return error, scores
+
+    def _attention_change(self, unit: LayerUnit, window: int) -> float:
+        """Relative change of the attention's output on the full-precision model's own calls."""
+        with self.probe.output_change(unit.module) as change:
+            for call, place in zip(self.calls, self.call_windows, strict=True):
+                if window in (place, ALL_WINDOWS):
+                    call.again(self.model)
+        return change.compute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Sensitivities and the trajectory's facts that the allocation needs.
+
+    Attributes:
+        rows: By (group, block, side, bits, window).
+        window_of_band: Window of every noise band.
+        window_calls: Calls of the transformer in each window.
+        values: Linear -> values in its input over all calls.
+        metrics: group -> names of its metrics.
+    """
+
+    rows: Mapping[Key, Sensitivity]
+    window_of_band: tuple[int, ...]
+    window_calls: tuple[int, ...]
+    values: Mapping[str, int]
+    metrics: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityMeasurement:
+    """Measures a full-precision model.
+
+    Attributes:
+        config: The run's; its ``init`` is a :class:`MixedPrecision`.
+        teacher: Full-precision model; it is as it was afterwards.
+        encode: Captions to conditions.
+        statistics: Layer's name -> what calibration saw.
+        statistics_key: Content key of those statistics: of model, prompts, seed.
+        num_bands: Noise bands.
+    """
+
+    config: TrainConfig
+    teacher: nn.Module
+    encode: Encode
+    statistics: Callable[[str], LayerStatistics]
+    statistics_key: str
+    num_bands: int
+
+    def measure(self, wanted: Wanted) -> Measured:
+        """Measure what is not stored yet.
+
+        Raises:
+            UserError: A metric's network is not there.
+            ValueError: Too few sampling steps for the windows.
+        """
+        init: MixedPrecision = self.config.init
+        metrics = GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
+        sampling = sampling_of(
+            self.config, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET, encode=self.encode
+        )
+        store = SensitivityStore(self._path(metrics, sampling))
+        rows = store.read()
+        keys = list(wanted.keys(init.windows))
+        missing = [key for key in keys if _row_key(*key) not in rows]
+        log.info(
+            "sensitivity: %d measurements (%d units x bits x sides x (%d windows and all)), %d of them stored; each samples "
+            "%d videos of %d steps; metrics: %s",
+            len(keys), len(wanted.units), init.windows, len(keys) - len(missing), init.videos, init.steps,
+            ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
+        )  # fmt: skip
+        names = [name for unit in wanted.units for name in unit.layers]
+        band = NoiseBand(self.num_bands)
+        handle = watch_timestep(self.teacher, band)
+        try:
+            with placed(self.teacher):
+                calls, videos = record(self.teacher, band, sampling, names=names)
+                windows = band_windows(
+                    [call.band for call in calls], num_windows=init.windows, num_bands=self.num_bands
+                )
+                session = Session(
+                    model=self.teacher,
+                    probe=LayerProbe(self.teacher, band, windows=windows),
+                    sampling=sampling,
+                    calls=calls,
+                    call_windows=[windows[call.band] for call in calls],
+                    videos=videos,
+                    metrics=metrics,
+                )
+                for row in self._rows(session, missing, band):
+                    store.add(row)
+                    rows[row.key] = row
+        finally:
+            handle.remove()
+        return Measured(
+            rows={_row_key(*key): rows[_row_key(*key)] for key in keys},
+            window_of_band=windows,
+            window_calls=tuple(session.call_windows.count(window) for window in range(init.windows)),
+            values={name: sum(call.values.get(name, 0) for call in calls) for name in names},
+            metrics=metrics.names,
+        )
+
+    def _rows(
+        self, session: Session, missing: Sequence[tuple[LayerUnit, int, Side, int]], band: NoiseBand
+    ) -> Iterator[Sensitivity]:
+        built, layers = None, {}
+        for unit, bits, side, window in progress_bar(missing, desc="sensitivity", unit="measurement"):
+            if built != (unit.name, bits):
+                built, layers = (unit.name, bits), self.layers(unit, bits, band)
+            began = time.monotonic()
+            error, scores = session.measure(unit, layers, side=side, window=window)
+            yield Sensitivity(
+                group=unit.group,
+                block=unit.block,
+                side=side,
+                bits=bits,
+                window=window,
+                output_error=error,
+                scores=scores,
+                seconds=round(time.monotonic() - began, 4),
+            )
+
+    def layers(self, unit: LayerUnit, bits: int, band: NoiseBand) -> dict[str, FakeQuantLinear]:
+        """The unit's layers, set up by the method with both sides at so many bits."""
+        made = {}
+        for name in unit.layers:
+            linear = self.teacher.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            profile = with_bits(self.config.profile, (bits, bits))
+            made[name] = FakeQuantLinear(linear, profile=profile, noise_band=band)
+            self.config.init.initialize_(made[name], statistics=self.statistics(name))
+        return made
+
+    def _path(self, metrics: GroupMetrics, sampling: Sampling) -> Path:
+        """A file of rows for all that decides their values."""
+        config, init = self.config, self.config.init
+        profile = with_bits(config.profile, (8, 8)).to_dict()
+        parts = [
+            FORMAT, self.statistics_key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
+            init.windows, config.model.guidance_scale,
+            metrics.keys, sampling.negatives,
+        ]  # fmt: skip
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return Path(config.calibration.cache).expanduser() / f"sensitivity-{key}.jsonl"
+
+
+def with_bits(profile: Profile, bits: tuple[int, int]) -> Profile:
+    """A profile with other bits of weight and activation."""
+    return replace(
+        profile, weight=replace(profile.weight, bits=bits[0]), activation=replace(profile.activation, bits=bits[1])
+    )
+
+
+def _row_key(unit: LayerUnit, bits: int, side: Side, window: int) -> Key:
+    return (unit.group, unit.block, side, bits, window)

@@ -1,0 +1,1 @@
+"""What a run will do, need and cost, found out before anything is loaded."""

@@ -1,0 +1,164 @@
+"""What to change where a run does not fit: each change is counted again, and only those that fit are named.
+
+First every change alone, each as small as fits (sharding over as few devices as fit); if none does, the ones that cost no
+quality together; then smaller clips too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qvgen.config.schema import TrainConfig
+from qvgen.training.planning.counted_step import StepSettings
+from qvgen.training.planning.memory import USABLE_SHARE, MemoryCounter, shards_of
+
+_SHARES = (0.75, 0.5, 0.25)
+"""Of the clip's frames, or of its height and width."""
+
+SHARDED_DEVICES = (2, 4, 8)
+"""Devices of one machine that strategy=fsdp is tried with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Overrides that make the run fit, and the bytes that it has then."""
+
+    overrides: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """Settings that were tried, and the overrides that lead there."""
+
+    overrides: tuple[str, ...]
+    settings: StepSettings
+    shards: int
+
+
+def find_changes(
+    config: TrainConfig, base: StepSettings, counter: MemoryCounter, *, usable_bytes: int
+) -> tuple[list[Change], int]:
+    """Changes that fit, and the device memory that the run needs at its own size of clips, in bytes.
+
+    Args:
+        config: The run's.
+        base: Settings that do not fit.
+        counter: Counts them.
+        usable_bytes: What tensors may fill.
+    """
+
+    def first_fit(steps: Sequence[_Step]) -> list[Change]:
+        """The first of ever smaller settings that fits."""
+        index = bisect_left(steps, True, key=lambda step: total(step) <= usable_bytes)
+        return [
+            Change(overrides=" ".join(step.overrides), total_bytes=total(step)) for step in steps[index : index + 1]
+        ]
+
+    def total(step: _Step) -> int:
+        return counter.total(step.settings, shards=step.shards)
+
+    start = _Step(overrides=(), settings=base, shards=shards_of(config))
+    axes = [_checkpointed(start), _accumulated(config, start), _teacher(config, start), _sharded(config, start)]
+    smallest = start
+    for axis in (_checkpointed, lambda step: _accumulated(config, step), lambda step: _teacher(config, step)):
+        smallest = (axis(smallest) or [smallest])[-1]
+    needed = int(total(smallest) / USABLE_SHARE)
+    if counter.weight_bytes(smallest.settings, shards=smallest.shards) > usable_bytes:
+        return first_fit(_sharded(config, start)) or first_fit(_sharded(config, smallest)), needed
+    changes = [change for axis in axes for change in first_fit(axis)]
+    if not changes:
+        without_teacher = (_accumulated(config, (_checkpointed(start) or [start])[-1]) or [])[-1:]
+        changes = first_fit(without_teacher) or first_fit([smallest] if smallest.overrides else [])
+        changes += first_fit(_sharded(config, smallest))
+    cut_from = start if changes else smallest
+    changes += [change for axis in clip_steps(config, cut_from) for change in first_fit(axis)]
+    return changes, needed
+
+
+def _checkpointed(step: _Step) -> list[_Step]:
+    if step.settings.gradient_checkpointing:
+        return []
+    settings = replace(step.settings, gradient_checkpointing=True)
+    return [replace(step, overrides=(*step.overrides, "strategy.gradient_checkpointing=true"), settings=settings)]
+
+
+def _accumulated(config: TrainConfig, step: _Step) -> list[_Step]:
+    share = config.batch_size // config.devices
+    sizes = [size for size in range(step.settings.micro_batch - 1, 0, -1) if share % size == 0]
+    return [
+        replace(
+            step,
+            overrides=(*step.overrides, f"accumulate={share // size}"),
+            settings=replace(step.settings, micro_batch=size),
+        )
+        for size in sizes
+    ]
+
+
+def _teacher(config: TrainConfig, step: _Step) -> list[_Step]:
+    has_choice = "dtype" in config.plain["model"] and config.method.target == "teacher"
+    if not has_choice or step.settings.teacher_dtype != torch.float32:
+        return []
+    settings = replace(step.settings, teacher_dtype=torch.bfloat16)
+    return [replace(step, overrides=(*step.overrides, "model.dtype=bfloat16"), settings=settings)]
+
+
+def _sharded(config: TrainConfig, step: _Step) -> list[_Step]:
+    """FSDP2 over ever more GPUs, with the same micro-batches; the CPU's processes share one memory anyway."""
+    if not step.settings.autocast:
+        return []
+    fewest = step.shards + 1 if step.shards > 1 else max(2, config.devices)
+    others = [override for override in step.overrides if not override.startswith("accumulate=")]
+    micro_batch = step.settings.micro_batch
+    return [
+        replace(
+            step,
+            overrides=(
+                *others, f"devices={count}", "strategy=fsdp", f"accumulate={config.batch_size // (count * micro_batch)}",
+            ),
+            shards=count,
+        )
+        for count in SHARDED_DEVICES
+        if count >= fewest and config.batch_size % (count * micro_batch) == 0
+    ]  # fmt: skip
+
+
+def clip_steps(config: TrainConfig, step: _Step) -> list[list[_Step]]:
+    """Clips of ever fewer frames, and ever smaller ones."""
+    size = {**clip_size(config), **dict(step.settings.model_changes)}
+    temporal, spatial = getattr(config.model, "compression", (1, 1))
+    multiple = spatial * getattr(config.model, "patch_size", 4)
+    sides = [key for key in size if key != "num_frames"]
+    fewer, smaller = [], []
+    for share in _SHARES:
+        frames = round(share * (size["num_frames"] - 1) / temporal) * temporal + 1
+        fewer.append({**size, "num_frames": frames})
+        smaller.append({**size, **{side: max(1, round(share * size[side] / multiple)) * multiple for side in sides}})
+    return [[_resized(config, step, changed) for changed in axis if changed != size] for axis in (fewer, smaller)]
+
+
+def clip_size(config: TrainConfig) -> dict[str, int]:
+    """Frames and sides of the largest clips that are trained on, as arguments of the family."""
+    keys = ("num_frames", "height", "width", "image_size")
+    size = {key: int(getattr(config.model, key)) for key in keys if hasattr(config.model, key)}
+    if hasattr(config.data, "cut_settings") and "height" in size:
+        buckets = config.data.cut_settings(config.model).buckets
+        largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
+        size = {"num_frames": largest.frames, "height": largest.height, "width": largest.width}
+    return size
+
+
+def _resized(config: TrainConfig, step: _Step, size: dict[str, Any]) -> _Step:
+    before = clip_size(config)
+    if getattr(config.data, "buckets", None):
+        changes = [f"'data.buckets=[{size['num_frames']}x{size['height']}x{size['width']}]'"]
+    else:
+        changes = [f"model.{key}={value}" for key, value in size.items() if value != before[key]]
+    settings = replace(step.settings, model_changes=tuple(size.items()))
+    return replace(step, overrides=(*step.overrides, *changes), settings=settings)

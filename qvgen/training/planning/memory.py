@@ -1,0 +1,220 @@
+"""The memory that a run needs, by part, and the memory that is there.
+
+    masters 4 + gradients 4 + AdamW's moments 8 bytes per trained parameter, the teacher in its dtype, buffers: from the
+    models on the meta device; with strategy=fsdp a share of each, and what is gathered. What the forward and backward pass
+    keep alive: from :mod:`qvgen.training.planning.counted_step`.
+
+Left out: the CUDA context, workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host,
+Python itself, the decomposition that starts Phi (one layer in float64 at a time) and the data loader.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.training.distributed.sharding import blocks_of, rows_of
+from qvgen.training.meta_model import build_family, build_student, build_teacher
+from qvgen.training.planning.counted_step import StepSettings, count_step
+from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.planning.operation_counter import StepCount
+
+USABLE_SHARE = 0.92
+"""Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPart:
+    """One line of the table."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What trains.
+
+    Attributes:
+        name: For people.
+        nbytes: Memory of one device; for processes that share a host, each one's share.
+        on_gpu: Whether training has a GPU's precision.
+        is_here: Whether it is this machine's, and can be measured.
+    """
+
+    name: str
+    nbytes: int
+    on_gpu: bool
+    is_here: bool
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may fill."""
+        return int(USABLE_SHARE * self.nbytes)
+
+
+def find_device(config: TrainConfig) -> Device:
+    """The device that ``device_memory_gib`` describes, or this machine's."""
+    if config.device_memory_gib is not None:
+        name = f"a GPU of {config.device_memory_gib:g} GiB (device_memory_gib)"
+        return Device(name=name, nbytes=int(config.device_memory_gib * GIB), on_gpu=True, is_here=False)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(name=properties.name, nbytes=properties.total_memory, on_gpu=True, is_here=True)
+    share = host_memory()[0] // config.devices
+    name = "the CPU of this host" + (f", shared by {config.devices} processes" if config.devices > 1 else "")
+    return Device(name=name, nbytes=share, on_gpu=False, is_here=True)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of this host's memory (or of its container's), all and available."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024  # what caches hold can be had too
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        total = min(total, int(limit)) if limit != "max" else total
+    except (OSError, KeyError):  # not Linux, or no such group
+        pass
+    return total, min(available, total)
+
+
+def teacher_dtype(family: Any) -> torch.dtype:
+    """Of the weights that the family loads as the teacher; float32 for one that has no choice."""
+    dtype: torch.dtype = getattr(torch, getattr(family, "dtype", "float32"))
+    return dtype
+
+
+def shards_of(config: TrainConfig) -> int:
+    """Over how many devices parameters are shared out; 1: every device holds all of them."""
+    return config.devices if config.strategy.name == "fsdp" else 1
+
+
+def share_bytes(tensors: Iterable[Tensor], *, shards: int) -> int:
+    """Bytes of the largest share of tensors that are cut along their rows."""
+    if shards == 1:
+        return tensor_bytes(tensors)
+    return sum(t[rows_of(t.shape[0], rank=0, world_size=shards)].numel() * t.element_size() for t in tensors)
+
+
+def moment_bytes(student: nn.Module, *, shards: int = 1) -> int:
+    """AdamW's two moments and the step count of each trained tensor, all float32."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return 2 * share_bytes(trained, shards=shards) + 4 * len(trained)
+
+
+def gathered_bytes(student: nn.Module) -> int:
+    """Most bytes of whole parameters and gradients on a device at once, besides its shares; an estimate.
+
+    From what torch 2.13's fully_shard does, not measured. In the backward pass of a block: its parameters, its gradients, the
+    buffer that they are shared out from, and the buffer into which the next block is gathered. What is in no block (the root
+    unit) is whole from the beginning of a pass to its end, parameters and gradients.
+    """
+    blocks = [tensor_bytes(block.parameters()) for block in blocks_of(student)]
+    root = tensor_bytes(student.parameters()) - sum(blocks)
+    return 4 * max(blocks) + 2 * root
+
+
+def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype, shards: int = 1) -> list[MemoryPart]:
+    """What lies on every device from the first step to the last.
+
+    Args:
+        config: The run's.
+        student: On the meta device.
+        dtype: Of the teacher.
+        shards: Over how many devices all but the buffers is shared out.
+    """
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    share = "" if shards == 1 else f", 1/{shards}"
+    weights = share_bytes(student.parameters(), shards=shards)
+    parts = [
+        MemoryPart(name=f"student: float32 masters{share}", nbytes=weights),
+        MemoryPart(name=f"student: gradients, float32{share}", nbytes=share_bytes(trained, shards=shards)),
+        MemoryPart(name=f"optimizer: two moments, float32{share}", nbytes=moment_bytes(student, shards=shards)),
+        MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
+    ]
+    if config.method.target == "teacher":
+        teacher = build_teacher(build_family(config), dtype=dtype)
+        name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
+        nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())
+        parts.insert(3, MemoryPart(name=name, nbytes=nbytes))
+    if shards > 1:
+        parts.append(MemoryPart(name="gathered: a block, its gradients, buffers", nbytes=gathered_bytes(student)))
+    return parts
+
+
+def activation_parts(count: StepCount) -> list[MemoryPart]:
+    """What a micro-batch adds, at the moment when it is most."""
+    return [
+        MemoryPart(name="activations: kept for the backward pass", nbytes=count.kept_bytes),
+        MemoryPart(name="activations: more at the peak", nbytes=count.peak_bytes - count.kept_bytes),
+    ]
+
+
+def total_bytes(parts: list[MemoryPart]) -> int:
+    """Their sum."""
+    return sum(part.nbytes for part in parts)
+
+
+class MemoryCounter:
+    """The sum of all parts for any settings, each counted once; the first count is checked."""
+
+    def __init__(self, config: TrainConfig, student: nn.Module) -> None:
+        self.config, self.student = config, student
+        self._counts: dict[StepSettings, StepCount] = {}
+
+    def count(self, settings: StepSettings) -> StepCount:
+        """The micro-batch."""
+        if settings not in self._counts:
+            self._counts[settings] = count_step(self.config, settings, is_checked=not self._counts)
+        return self._counts[settings]
+
+    def weight_bytes(self, settings: StepSettings, *, shards: int) -> int:
+        """All but activations, shared out over so many devices."""
+        return total_bytes(weight_parts(self.config, self.student, dtype=settings.teacher_dtype, shards=shards))
+
+    def total(self, settings: StepSettings, *, shards: int) -> int:
+        """Bytes of everything."""
+        return self.weight_bytes(settings, shards=shards) + self.count(settings).peak_bytes
+
+
+def preparation_bytes(config: TrainConfig) -> int:
+    """Most bytes of tensors on the host at once before training starts, of a process that holds whole models.
+
+    The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
+    their weights before the old ones go), then the teacher is loaded in its dtype.
+    """
+    family = build_family(config)
+    with LiveBytes() as live:
+        student, _ = build_student(config, family)
+        peak, kept = live.peak, live.live
+    if config.method.quantizes:
+        teacher = build_teacher(family, dtype=teacher_dtype(family))
+        peak = max(peak, kept + tensor_bytes([*teacher.parameters(), *teacher.buffers()]))
+    del student
+    return peak
+
+
+def host_bytes(config: TrainConfig, student: nn.Module) -> int:
+    """Most bytes of tensors on the host at once, over all processes.
+
+    With strategy=fsdp only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
+    """
+    preparation = preparation_bytes(config)
+    if shards_of(config) == 1:
+        return config.devices * preparation
+    family = build_family(config)
+    teacher = build_teacher(family, dtype=teacher_dtype(family)) if config.method.quantizes else None
+    kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
+    return max(preparation, kept + tensor_bytes([*student.parameters(), *student.buffers()]) + moment_bytes(student))

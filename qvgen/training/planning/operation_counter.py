@@ -1,0 +1,157 @@
+"""Counts operations and live bytes of a training step while it runs, on real or on fake tensors.
+
+Operations are those of products: 2 M N K for a matrix product, by torch's own table (torch.utils.flop_counter), and
+attention's, two products forward and five backward, which compute the scores again. Elementwise work, which is most of
+what quantizing costs, is in no such table.
+
+FlopCounterMode itself is not used: its hooks on modules keep the recomputed tensors of checkpointed blocks alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from qvgen.training.planning.live_bytes import LiveBytes
+
+_ATEN = torch.ops.aten
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # torch's table lacks the CPU's attention; the formulas are those of CUDA's, of the leading arguments
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(*_shapes(args[:3])),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **_: sdpa_backward_flop_count(
+        *_shapes(args[:4])
+    ),
+}
+_CUDA_FLOAT32 = frozenset(
+    ("layer_norm", "group_norm", "rms_norm", "pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "softplus", "norm")
+)
+"""Operators of diffusers' transformers and our layers that CUDA's autocast runs in float32 and the CPU's does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCount:
+    """One micro-batch. Bytes are besides weights, buffers, gradients and moments.
+
+    Attributes:
+        kept_bytes: Alive between forward and backward pass: what was saved for the backward pass.
+        peak_bytes: The largest sum that is alive at once, anywhere.
+        teacher_flops: Operations of the teacher's forward pass.
+        student_flops: Of the student's.
+        recompute_flops: Of what gradient checkpointing runs again.
+        backward_flops: Of the rest of the backward pass.
+        attention_flops: Of attention's products in all of them.
+        forward_attention_flops: Of attention's products in the student's forward pass.
+    """
+
+    kept_bytes: int
+    peak_bytes: int
+    teacher_flops: int
+    student_flops: int
+    recompute_flops: int
+    backward_flops: int
+    attention_flops: int
+    forward_attention_flops: int
+
+    @property
+    def flops(self) -> int:
+        """All of them."""
+        return self.teacher_flops + self.student_flops + self.recompute_flops + self.backward_flops
+
+
+class OperationCounter(TorchDispatchMode):
+    """Operations by phase, and the bytes beside them; active while ``with counter, counter.live``.
+
+    Args:
+        known: Tensors that are no activations: weights, gradients, buffers, the batch.
+        autocast: The forward pass runs under bfloat16 autocast.
+
+    Attributes:
+        live: The bytes.
+        phase: teacher, student, recompute or backward.
+        flops: Operations of each phase.
+        attention_flops: Of attention's products in each.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = (), *, autocast: bool = False) -> None:
+        super().__init__()
+        self.live, self.autocast = LiveBytes(known), autocast
+        self.phase = "student"
+        self.flops = dict.fromkeys(("teacher", "student", "recompute", "backward"), 0)
+        self.attention_flops = dict(self.flops)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then add its operations if it is a product."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if (formula := _FLOPS.get(packet)) is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=result)
+            self.flops[self.phase] += flops
+            self.attention_flops[self.phase] += flops if "scaled_dot_product" in str(packet) else 0
+        return result
+
+    def enter(self, phase: str) -> None:
+        """Name what follows."""
+        self.phase = phase
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As diffusers calls torch's checkpoint; tells the second run of a block from the first."""
+
+        def run(*inputs: Any) -> Any:
+            phase = self.phase
+            self.enter("recompute" if phase == "backward" else phase)
+            try:
+                with self.casts():  # torch leaves function modes out of backward()
+                    return function(*inputs)
+            finally:  # torch ends a recomputation by an exception when it has all it needs
+                self.enter(phase)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def casts(self) -> AbstractContextManager[Any]:
+        """What makes fake CPU tensors be cast as on a GPU, beside CPU autocast."""
+        return _CudaAutocast() if self.autocast else nullcontext()
+
+    def result(self, *, kept_bytes: int) -> StepCount:
+        """What was counted."""
+        return StepCount(
+            kept_bytes=kept_bytes,
+            peak_bytes=self.live.peak,
+            attention_flops=sum(self.attention_flops.values()),
+            forward_attention_flops=self.attention_flops["student"],
+            **{f"{phase}_flops": flops for phase, flops in self.flops.items()},
+        )
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Makes CPU autocast cast to float32 where CUDA's does (ATen/autocast_mode.h)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Cast the arguments of listed operators."""
+        del types
+        if getattr(func, "__name__", "") in _CUDA_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = tuple(_float32(argument) for argument in args)
+            kwargs = {key: _float32(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]

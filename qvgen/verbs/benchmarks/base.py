@@ -1,0 +1,73 @@
+"""What a benchmark is: rows of measured values, the page that is made of them, and the name of its files.
+
+The file or folder NAME of this room holds the benchmark ``NAME`` as ``BENCHMARK``; it is found by that name and imported when
+it is asked for, so that a benchmark whose libraries are missing keeps no other one from running.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from qvgen.config.errors import UserError
+from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.verbs import benchmarks
+from qvgen_kernels import LinearSpec, resolve_kernel
+
+Row = Mapping[str, Any]
+
+
+def cells(config: BenchmarkConfig) -> str:
+    """What a benchmark of methods, bit-widths and seeds would measure, for a dry run."""
+    count = len(config.methods) * len(config.widths) * len(config.seeds)
+    return f"{config.what} on {config.run.names.model}: {count} cells ({', '.join(config.methods)})"
+
+
+def name_of_model(config: BenchmarkConfig) -> str:
+    """The model's name, for the names of files."""
+    return config.run.names.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        rows: Measures; every row is a mapping that JSON can hold, given as soon as it is there.
+        table: The head of the result's JSON and its rows -> the lines of the page.
+        describe: What it would measure, in one line, for a dry run.
+        subject: What the result is of, as the end of its files' names.
+        real_weights: Whether the model's own weights are read, so that their revision belongs to the result.
+    """
+
+    rows: Callable[[BenchmarkConfig], Iterator[dict[str, Any]]]
+    table: Callable[[Row, Sequence[Row]], list[str]]
+    describe: Callable[[BenchmarkConfig], str] = cells
+    subject: Callable[[BenchmarkConfig], str] = name_of_model
+    real_weights: bool = False
+
+
+def cpu_kernel() -> str:
+    """The kernel that ``auto`` chooses on this processor, for the names of files that hold times."""
+    return resolve_kernel("auto", LinearSpec(in_features=64, out_features=32, weight_bits=4, activation_bits=4)).name
+
+
+def benchmark_names() -> list[str]:
+    """Names of all benchmarks."""
+    own = __name__.rpartition(".")[2]
+    return sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name != own)
+
+
+def load_benchmark(name: str) -> Benchmark:
+    """Import a benchmark.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in (names := benchmark_names()):
+        raise UserError(f"what={name} is unknown (there are: {', '.join(names)})")
+    found: Benchmark = import_module(f"{benchmarks.__name__}.{name}").BENCHMARK
+    return found

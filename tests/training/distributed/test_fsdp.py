@@ -1,0 +1,184 @@
+"""Two processes with shares of one model: bit for bit what one process with the whole model trains.
+
+The sums of a step are the same two numbers, added in the same order (test_ddp.py says the same of DDP), the norm of the
+gradients is summed in float64, and AdamW works number by number: no tolerance is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvgen.cli import BAD_INPUT, DONE, main
+from qvgen.training.distributed.sharded_strategy import ShardedStrategy
+from qvgen.training.distributed.sharding import blocks_of
+from qvgen.training.planning.memory import share_bytes
+from qvgen.training.student import prepare_student
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
+from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.runs import STEPS, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.training.validated import contents
+from tests.verbs.test_hub_models import tiny_keys
+
+TWO = ("devices=2", "strategy=fsdp")
+OPTIONS = (
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=9",
+    "evaluation.every_steps=5",
+    "evaluation.videos=2",
+    "evaluation.video_every_steps=6",
+)
+AGAIN = "strategy.gradient_checkpointing=true"
+CASES = ("tiny", "wan", "cogvideox")
+"""Models that fsdp_program.py shards: the tiny family, and tiny sizes of two diffusers classes."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run on one process, and sharded over two that compute their blocks again."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    assert train(folder / "one", *OPTIONS) == DONE
+    assert train(folder / "two", *OPTIONS, *TWO, AGAIN) == DONE
+    return folder / "one", folder / "two"
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What fsdp_program.py says of each case: one dict for each rank."""
+    run_dir = tmp_path_factory.mktemp("program")
+    wan, cogvideox = make_wan_folder(run_dir / "wan"), make_cogvideox_folder(run_dir / "cogvideox", "2b")
+    clips = [f"data.path={run_dir}", "phi.rank=4"]
+    cases = {
+        "tiny": [],
+        # a teacher of two dtypes; the other cases share the quantizers of layers that read one input
+        "wan": [*tiny_keys("wan", wan), *clips, "model.dtype=bfloat16", "method.share_activations=false"],
+        "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true"],
+    }
+    assert set(cases) == set(CASES)
+    (run_dir / "cases.json").write_text(json.dumps(cases))
+    program = Path(__file__).with_name("fsdp_program.py")
+    done = subprocess.run([sys.executable, str(program), str(run_dir)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((run_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {case: [rank[case] for rank in ranks] for case in CASES}
+
+
+def test_losses_norms_and_errors_are_those_of_one_process(both: tuple[Path, Path]) -> None:
+    one, two = (read_metrics(run_dir) for run_dir in both)
+    assert len(two) == STEPS
+    assert two == one
+    assert [row["step"] for row in two if row["val/relative_error"]] == ["4", "9", "11"]
+    report = json.loads((both[1] / "report.json").read_text())
+    assert report["relative_error"]["qat"] == float(two[-1]["val/relative_error"])
+    assert report["packed_codes_equal"]
+
+
+def test_weights_and_moments_are_those_of_one_process(both: tuple[Path, Path]) -> None:
+    for step in (4, 8, STEPS):  # after the first boundary, the second, and the last
+        one, two = (
+            torch.load(run_dir / "checkpoints" / f"step-{step:08d}.ckpt", weights_only=True) for run_dir in both
+        )
+        assert one.keys() == two.keys()
+        assert list(one["state_dict"]) == list(two["state_dict"])
+        assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+        (mine,), (other,) = one["optimizer_states"], two["optimizer_states"]
+        assert mine["param_groups"] == other["param_groups"]
+        assert mine["state"].keys() == other["state"].keys()
+        for index, entry in mine["state"].items():
+            assert all(torch.equal(value, other["state"][index][name]) for name, value in entry.items())
+
+
+def test_the_packed_file_and_the_videos_are_those_of_one_process(both: tuple[Path, Path]) -> None:
+    assert packed_bytes(both[0]) == packed_bytes(both[1])
+    one, two = (contents(run_dir / "validation") for run_dir in both)
+    assert len([name for name in two if name.endswith("student.mp4")]) == 2 * len((0, 6, 12))
+    assert one == two
+    log = (both[1] / "logs" / "rank1.log").read_text()
+    assert "step 6: sampling the validation prompts 0, 1" in log  # the forward pass needs both
+    assert "Traceback" not in log
+    assert "Warning" not in log.replace("Warning: Detected no triton", "")  # torchao says so, where diffusers finds it
+
+
+def test_a_run_continues_over_a_rank_boundary_to_the_same_bytes(both: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir = copy_until(both[1], tmp_path / "run", step=8)
+    (run_dir / "checkpoints" / "step-00000004.ckpt").unlink()
+    assert train(run_dir, *OPTIONS, *TWO, AGAIN, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(both[1])
+    assert read_metrics(run_dir) == read_metrics(both[1])
+    assert contents(run_dir / "validation") == contents(both[1] / "validation")
+
+
+def test_a_checkpoint_of_shares_is_folded_by_one_process(both: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    assert main(["fold", f"run_dir={both[1]}", f"out={out}"]) == DONE
+    assert (out / "model.safetensors").read_bytes() == packed_bytes(both[1])
+
+
+def test_other_processes_are_refused_when_it_is_continued(
+    both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*OPTIONS, AGAIN, "resume=true")
+    assert train(both[1], *options, "devices=4", "strategy=fsdp") == BAD_INPUT
+    assert "devices is 2 there and 4 here" in capsys.readouterr().err
+    assert train(both[1], *options, "devices=2", "strategy=ddp") == BAD_INPUT
+    assert "strategy.name is fsdp there and ddp here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_process_holds_its_share_alone(facts: dict[str, list[dict[str, Any]]], case: str) -> None:
+    ranks = facts[case]
+    for name in ("student", "teacher"):
+        assert sum(rank[f"{name}_numel"] for rank in ranks) == ranks[0][f"{name}_all"]
+        for rank in ranks:
+            assert rank[f"{name}_sharded"]
+            assert rank[f"{name}_units"] == rank[f"{name}_blocks"] + 1
+            assert rank[f"{name}_blocks"] > 1
+            assert rank[f"{name}_bytes"] < 0.55 * rank[f"{name}_whole_bytes"]  # what was gathered is given back
+            assert rank[f"{name}_same"]
+            assert rank[f"{name}_buffers_same"]
+    for rank in ranks:
+        assert rank["meta_before"]
+        assert rank["memory_given_back"]
+        assert rank["shares_of_files"]
+        assert not rank["teacher_in_state"]
+        assert not rank["teacher_is_submodule"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shares_train_and_halve_like_a_whole_model(facts: dict[str, list[dict[str, Any]]], case: str) -> None:
+    for rank in facts[case]:
+        for name in ("losses", "norms", "trained", "halved", "videos", "gathered"):
+            assert rank[f"{name}_same"], name
+        assert rank["shares_outside"]
+        assert rank["parameters_kept"]
+        assert rank["ranks"] == [1]
+        assert rank["gathered_rank"] == 1
+        assert rank["phi_moments"] == 0.0
+        assert rank["weight_moments"]
+
+
+def test_the_plan_counts_the_larger_share(facts: dict[str, list[dict[str, Any]]]) -> None:
+    student, _ = prepare_student(train_config())
+    assert share_bytes(student.parameters(), shards=2) == 4 * facts["tiny"][0]["student_numel"]
+    assert facts["tiny"][0]["student_numel"] > facts["tiny"][1]["student_numel"]  # a tensor of one row lies on rank 0
+
+
+def test_blocks_are_the_lists_of_the_transformer() -> None:
+    student, _ = prepare_student(train_config())
+    assert blocks_of(student) == list(student.blocks)
+    assert blocks_of(torch.nn.Linear(2, 2)) == []
+
+
+def test_sharded_processes_wait_for_a_slow_one() -> None:
+    processes = Processes(rank=0, world_size=2, port=1, sharded=True)
+    strategy = build_trainer(steps=1, accumulate=1, processes=processes, callbacks=[], loggers=[]).strategy
+    assert isinstance(strategy, ShardedStrategy)
+    assert strategy._timeout == COLLECTIVE_TIMEOUT
+    assert strategy._data_parallel_size == 2
+    assert strategy._tensor_parallel_size == 1

@@ -1,0 +1,244 @@
+"""The processes of a distributed run: checked against real processes that train, die and are killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qvgen.stop_request import SIGNALS
+from qvgen.training.distributed.foreign_launcher import RANK_VARIABLES
+from qvgen.training.distributed.launcher import WorkerGroup, guard_world_size, worker_command
+
+LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1", "MASTER_ADDR": "10.255.255.1"}
+
+
+def child(program: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, signal, sys, time\n{program}"]
+
+
+def test_two_processes_train_twice_in_one_program_whatever_ranks_the_environment_holds(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("ddp_program.py")
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)],
+        env=os.environ | LEFTOVER | paths,
+        timeout=600,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for job in ("first", "second"):
+        for rank in (0, 1):
+            # two SGD steps of rate 1 with the mean gradient (1 + 2) / 2
+            expected = {"rank": rank, "world_size": 2, "weight": -3.0}
+            assert json.loads((tmp_path / f"{job}-rank{rank}.json").read_text()) == expected
+
+
+def test_children_get_ranks_by_argument_and_none_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in LEFTOVER.items():
+        monkeypatch.setenv(name, value)
+    program = "print(sorted(os.environ)); print(sys.argv[1:])"
+    with WorkerGroup(child(program), world_size=3, log_directory=tmp_path) as group:
+        pass
+    for rank in (1, 2):
+        names, arguments = (tmp_path / f"rank{rank}.log").read_text().splitlines()
+        assert not set(RANK_VARIABLES) & set(eval(names))
+        given = eval(arguments)
+        expected = [
+            "--rank",
+            rank,
+            "--world-size",
+            3,
+            "--port",
+            group.port,
+            "--beats",
+            given[7],
+            "--parent",
+            os.getpid(),
+        ]
+        assert given == [str(entry) for entry in expected]
+        assert int(given[7]) > 2
+
+
+def test_a_child_that_died_is_named_with_its_last_words(tmp_path: Path) -> None:
+    killed = child("print('weights are gone', flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    with (
+        pytest.raises(RuntimeError, match=r"rank 1 was killed by signal SIGKILL: weights are gone .*rank1\.log"),
+        WorkerGroup(killed, world_size=2, log_directory=tmp_path),
+    ):
+        raise RuntimeError("connection closed by peer")  # what a collective of rank 0 makes of it
+    with (
+        pytest.raises(RuntimeError, match="rank 1 ended with exit code 3: no output"),
+        WorkerGroup(child("sys.exit(3)"), world_size=2, log_directory=tmp_path),
+    ):
+        pass  # rank 0 was done before
+
+
+def test_an_error_of_rank_0_passes_and_ends_the_children(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="loss is nan"),
+        WorkerGroup(child("time.sleep(100)"), world_size=2, log_directory=tmp_path) as group,
+    ):
+        raise ValueError("loss is nan")
+    assert group._children[1].poll() == -signal.SIGKILL
+
+
+def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> None:
+    parent = child(
+        "from pathlib import Path\n"
+        "from qvgen.training.distributed import launcher\n"
+        "launcher.GRACE_SECONDS = 0.2\n"
+        "command = [sys.executable, '-c', 'raise SystemExit(\"no memory\")']\n"
+        f"with launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})):\n"
+        "    time.sleep(100)"
+    )
+    done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
+    ]
+
+
+def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    worker = (
+        "import os, sys, time; from qvgen.training.distributed.launcher import follow_parent; "
+        "follow_parent(int(sys.argv[-1])); "
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    )
+    parent = child(
+        "from pathlib import Path\n"
+        "from qvgen.training.distributed.launcher import WorkerGroup\n"
+        f"command = [sys.executable, '-c', {worker!r}]\n"
+        f"with WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})):\n"
+        "    time.sleep(100)"
+    )
+    with subprocess.Popen(parent) as process:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+        process.kill()
+    pid = int(pid_file.read_text())
+    wait_until(lambda: not is_running(pid))
+
+
+def wait_until(condition, seconds: float = 600.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # a zombie waits for its new parent to collect it
+
+
+def test_world_size_guard_names_both_numbers() -> None:
+    guard_world_size(2, expected=2)
+    with pytest.raises(RuntimeError, match="1 processes take part.*devices=2"):
+        guard_world_size(1, expected=2)
+
+
+def test_worker_command_runs_this_package() -> None:
+    command = worker_command("train", Path("config.yaml"))
+    assert command == [sys.executable, "-m", "qvgen.cli", "worker", "train", "config.yaml"]
+
+
+PARENT = """
+import ctypes
+from pathlib import Path
+from qvgen import stop_request
+from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed import launcher
+launcher.SILENT_SECONDS = 0.5
+
+def steps(count):
+    for step in range(count):
+        heartbeat.report(heartbeat.COMPUTING, step=step)
+        time.sleep(0.01)
+        heartbeat.report(heartbeat.DONE)
+    heartbeat.report(heartbeat.COMPUTING, step=count)
+
+def wait_like_a_collective():
+    \"""In compiled code that no signal leaves.\"""
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_request.SIGNALS)
+    ctypes.CDLL(None).sleep(100)
+"""
+HANGING = (
+    "import os, sys, time, signal; from qvgen.training.distributed import heartbeat; "
+    "from qvgen.training.distributed.launcher import follow_parent; "
+    "follow_parent(int(sys.argv[-1]), beats=int(sys.argv[-3])); heartbeat.report(heartbeat.COMPUTING, step=3); "
+    "time.sleep(0.2); os.kill(os.getpid(), signal.SIGSTOP)"
+)
+
+
+def hang(tmp_path: Path, *, hang_minutes: float | None, then: str) -> subprocess.CompletedProcess[str]:
+    """A parent whose steps end because rank 1 is stopped; ``then`` runs in a thread beside it."""
+    program = child(
+        f"{PARENT}\n"
+        "import threading\n"
+        "stop_request.note('after step 2, saved')\n"
+        "with stop_request.listening():\n"
+        "    stop_request.note('after step 2, saved')\n"
+        "    stop_request.postpone(True)\n"
+        f"    command = [sys.executable, '-c', {HANGING!r}]\n"
+        f"    group = launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r}),\n"
+        f"                                 hang_minutes={hang_minutes})\n"
+        "    with group:\n"
+        "        steps(4)\n"
+        f"        threading.Thread(target=lambda: ({then}), daemon=True).start()\n"
+        "        wait_like_a_collective()\n"
+    )
+    return subprocess.run(program, capture_output=True, text=True, timeout=40, check=False)
+
+
+STOPPED = "stopped after step 2, saved; start again with: qvgen"
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    done = hang(tmp_path, hang_minutes=0.02, then="None")
+    assert done.returncode == 2, done.stderr
+    *warnings, line = [line for line in done.stderr.splitlines() if line]
+    since = r"rank 1 \(process \d+, stopped by a signal\) has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
+    assert re.fullmatch(rf"{since}: ended after training\.hang_minutes=0\.02; {STOPPED}.*", line), line
+    assert re.search("has not reported since .*; a step takes 0.0 s", warnings[0])
+
+
+def test_a_request_to_stop_is_acted_on_while_a_collective_waits(tmp_path: Path) -> None:
+    done = hang(tmp_path, hang_minutes=None, then="os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == 143, done.stderr
+    assert STOPPED in done.stderr.splitlines()[-1]
+    assert "has not reported since" in done.stderr.splitlines()[-1]
+
+
+def test_a_second_signal_ends_at_once_while_a_collective_waits(tmp_path: Path) -> None:
+    twice = "os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05), os.kill(os.getpid(), signal.SIGINT)"
+    done = hang(tmp_path, hang_minutes=None, then=twice)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(STOPPED)
+
+
+def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, signal, time; from qvgen.training.distributed.launcher import follow_parent; "
+        "print('started', flush=True); follow_parent(int(sys.argv[-1])); print('follows', flush=True); "
+        "time.sleep(0.2); print('lives', flush=True)"
+    )
+    with WorkerGroup([sys.executable, "-c", program], world_size=2, log_directory=tmp_path) as group:
+        for word in ("started", "follows"):
+            wait_until(lambda word=word: word in (tmp_path / "rank1.log").read_text())
+            for number in SIGNALS:
+                os.kill(group._children[1].pid, number)
+        group.join()
+    assert (tmp_path / "rank1.log").read_text().split() == ["started", "follows", "lives"]

@@ -1,0 +1,147 @@
+"""Live bytes against sums made by hand, and a counted training step on fake tensors against the same step on real ones."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qvgen.training.meta_model import build_family, build_student, build_teacher, fill_
+from qvgen.training.planning import counted_step
+from qvgen.training.planning.counted_step import StepSettings, count_blocks, count_step, run_step
+from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.planning.operation_counter import OperationCounter
+from tests.runs import train_config
+
+SETTINGS = StepSettings(micro_batch=2, gradient_checkpointing=False, autocast=False, teacher_dtype=torch.float32)
+
+
+def test_a_tensor_counts_as_long_as_it_lives() -> None:
+    with LiveBytes() as live:
+        kept = torch.ones(100)
+        assert live.live == 400
+        del kept
+        assert live.live == 0
+    assert live.peak == 400
+
+
+def test_a_view_and_an_in_place_result_are_no_new_bytes() -> None:
+    with LiveBytes() as live:
+        first = torch.ones(100, dtype=torch.bfloat16)
+        view = first.view(10, 10)[2:5].mT
+        first.add_(1.0).mul_(2.0)
+        assert live.live == live.peak == 200
+        del first
+        assert live.live == 200  # the view holds all of it
+        del view
+        assert live.live == 0
+
+
+def test_a_temporary_counts_at_the_peak_alone() -> None:
+    with LiveBytes() as live:
+        start = torch.ones(100)
+        total = (start + 1.0).double().sum()  # 400 + 400, then + 800, then 8 more
+    assert live.peak == 400 + 400 + 800  # the first temporary is gone when the sum is made
+    assert live.live == 400 + total.nbytes
+
+
+def test_known_tensors_never_count() -> None:
+    weight = nn.Parameter(torch.ones(100))
+    weight.grad = torch.zeros(100)
+    with LiveBytes([weight, weight.grad]) as live:
+        (weight.detach().view(10, 10) * 1.0).sum()
+        weight.grad.add_(1.0)
+    assert live.peak == 400 + 4
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_peak_of_a_backward_pass(fake: bool) -> None:
+    mode = FakeTensorMode()
+    with mode if fake else torch.enable_grad():
+        x = torch.ones(100, requires_grad=True)
+        x.grad = torch.zeros(100)
+        with LiveBytes([x, x.grad]) as live:
+            loss = x.exp().exp().sum()
+            assert live.live == 400 + 400 + 4  # both exponentials are saved
+            live.phase = "backward"
+            loss.backward()
+            # Loss and its gradient; inside: two saved and one gradient, then one saved and two gradients.
+            assert live.phase_peaks["backward"] == 4 + 4 + 3 * 400
+            assert live.live == 4
+    assert live.peak == 4 + 4 + 3 * 400
+
+
+def test_bytes_of_tensors_count_each_storage_once() -> None:
+    x = torch.ones(10, 10)
+    assert tensor_bytes([x, x[2], x.view(-1), torch.ones(3)]) == 400 + 12
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_fake_step_counts_what_a_real_one_does(gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = train_config("model.num_layers=2")
+    settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing)
+    monkeypatch.setattr(counted_step, "REAL_NUMBERS", 0)
+    fake = count_blocks(config, settings, blocks=2)
+    monkeypatch.undo()
+    assert count_blocks(config, settings, blocks=2) == fake  # so small a model is counted on real tensors
+    family = build_family(config)
+    models = [build_student(config, family)[0], build_teacher(family, dtype=torch.float32)]
+    for model in models:
+        fill_(model)
+    gc.collect()
+    real = run_step(config, family, settings, models=models)
+    assert real == fake
+
+
+def test_activations_grow_linearly_with_the_batch_and_checkpointing_lowers_them() -> None:
+    config = train_config("method=lsq")
+    # From 2 on: with a single sample some transposed tensors are contiguous as they are, and no copy is made.
+    two, three, four = (count_blocks(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3, 4))
+    assert four.kept_bytes - three.kept_bytes == three.kept_bytes - two.kept_bytes > 0
+    assert four.peak_bytes - three.peak_bytes == three.peak_bytes - two.peak_bytes > 0
+    assert 2 * two.attention_flops == four.attention_flops
+    two = count_blocks(config, SETTINGS, blocks=2)
+    checkpointed = count_blocks(config, replace(SETTINGS, gradient_checkpointing=True), blocks=2)
+    assert checkpointed.kept_bytes < 0.5 * two.kept_bytes
+    assert checkpointed.peak_bytes < two.peak_bytes
+    # What is computed again is the blocks' forward pass, up to the last tensor that the backward pass asks for.
+    assert 0.8 * two.student_flops < checkpointed.recompute_flops < two.student_flops
+    assert checkpointed.backward_flops == two.backward_flops
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_three_short_models_tell_the_whole_one(gradient_checkpointing: bool) -> None:
+    config = train_config("model.num_layers=5", "method=lsq")
+    settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing, autocast=True)
+    whole = count_blocks(config, settings, blocks=5)
+    assert count_step(config, settings) == whole
+    assert count_step(config, settings, is_checked=False) == whole
+
+
+def test_operations_of_linears_are_2mnk() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False))
+    x = torch.ones(5, 8, requires_grad=True)
+    with OperationCounter() as counter:
+        loss = model(x).sum()
+        counter.enter("backward")
+        loss.backward()
+    forward = 2 * 5 * 8 * 16 + 2 * 5 * 16 * 4
+    assert counter.flops == {"teacher": 0, "student": forward, "recompute": 0, "backward": 2 * forward}
+
+
+def test_operations_of_a_quantized_layer_and_of_attention() -> None:
+    """By hand for tiny with one block and no Phi: self-attention and feed-forward of 128 tokens, 3 words."""
+    config = train_config("model.num_layers=1", "method=lsq", "method.distill=false")
+    count = count_blocks(config, replace(SETTINGS, micro_batch=1), blocks=1)
+    tokens, width, text = 8 * 4 * 4, 64, 3
+    linears = 2 * tokens * width * width * 6 + 2 * text * width * width * 2 + 2 * tokens * width * 128 * 2
+    ends = 2 * (width * width * 2 + width * 6 * width) + 2 * text * width * width * 2  # timestep, caption
+    ends += 2 * tokens * width * (4 * 4 * 3) + 2 * tokens * width * (4 * 4 * 9)  # output, patches
+    attention = 4 * tokens * width * (tokens + text)
+    assert count.forward_attention_flops == attention
+    assert count.student_flops == linears + ends + attention
+    assert count.teacher_flops == 0

@@ -1,0 +1,326 @@
+"""The plan: against the real prepared model, the published counts (docs/models.md), files that a run wrote, and itself.
+
+What a plan proposes is planned again: it has to fit, with the bytes that were promised.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qvgen.cli import main
+from qvgen.config.build import build
+from qvgen.config.compose import compose_plain
+from qvgen.config.errors import UserError
+from qvgen.config.schema import TrainConfig
+from qvgen.layers.swap import quantized_layers
+from qvgen.training.meta_model import build_family, build_student, build_teacher
+from qvgen.training.optim import parameter_groups
+from qvgen.training.planning import deployment as plan_verbs
+from qvgen.training.planning.deployment import plan_fold, plan_generate
+from qvgen.training.planning.layer_table import (
+    cache_bytes,
+    checkpoint_bytes,
+    collapse,
+    free_bytes,
+    packed_bytes,
+    state_bytes,
+)
+from qvgen.training.planning.memory import USABLE_SHARE, moment_bytes, preparation_bytes, weight_parts
+from qvgen.training.planning.text import format_plan
+from qvgen.training.planning.training_plan import TrainingPlan, plan_training
+from qvgen.training.student import prepare_student
+from tests.models.test_counts import SIZES
+from tests.runs import train_config
+
+SMALL = ("model.num_layers=1", "method=lsq", "batch_size=8")
+
+
+def full_size(model: str, *overrides: str) -> TrainConfig:
+    """Configuration of a run with a model of published size."""
+    config = build("train", compose_plain("train", [f"model={model}", "logger=csv", *overrides]))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+@pytest.fixture(scope="module")
+def tiny_plan() -> TrainingPlan:
+    return plan_training(train_config())
+
+
+@pytest.fixture(scope="module")
+def cogvideox_plan() -> TrainingPlan:
+    return plan_training(full_size("cogvideox", "device_memory_gib=80"), num_clips=16_000)
+
+
+def test_parameters_are_those_of_the_prepared_student(tiny_plan: TrainingPlan) -> None:
+    config = train_config()
+    student, swapped = prepare_student(config)
+    wanted = {
+        group["name"]: (len(group["params"]), sum(parameter.numel() for parameter in group["params"]))
+        for group in parameter_groups(student, config.optim)
+    }
+    assert {group.name: (group.tensors, group.parameters) for group in tiny_plan.parameters} == wanted
+    assert {"weights", "phi", "scales", "clips", "biases_and_norms"} == set(wanted)
+    assert tiny_plan.quantized == collapse(student, swapped.quantized)
+    assert sum(group.weights for group in tiny_plan.quantized) == sum(
+        layer.weight.numel() for layer in quantized_layers(student).values()
+    )
+    parts = {part.name: part.nbytes for part in tiny_plan.memory}
+    assert parts["student: float32 masters"] == sum(parameter.nbytes for parameter in student.parameters())
+    assert parts["student: buffers"] == sum(buffer.nbytes for buffer in student.buffers())
+    planned, _ = build_student(config, build_family(config))
+    shapes = {name: (value.shape, value.dtype) for name, value in student.state_dict().items()}
+    assert {name: (value.shape, value.dtype) for name, value in planned.state_dict().items()} == shapes
+
+
+def test_the_sum_is_that_of_the_parts(tiny_plan: TrainingPlan) -> None:
+    assert tiny_plan.memory_bytes == sum(part.nbytes for part in tiny_plan.memory)
+    trained = sum(group.parameters for group in tiny_plan.parameters)
+    assert tiny_plan.memory[1].nbytes == 4 * trained
+    assert 8 * trained < tiny_plan.memory[2].nbytes < 8.1 * trained
+    assert tiny_plan.fits
+    assert tiny_plan.needed_bytes is None
+    assert tiny_plan.schedule.micro_batch * tiny_plan.schedule.micro_batches == tiny_plan.schedule.batch_size
+    assert json.loads(json.dumps(tiny_plan.to_json_dict()))["fits"] is True
+
+
+def test_phases_are_those_of_the_schedule(tiny_plan: TrainingPlan) -> None:
+    assert tiny_plan.schedule.phases == ((4, 0), (2, 3), (1, 6), (0, 10))
+    assert "not the model's recipe of 220 steps of 32" in tiny_plan.schedule.recipe
+    assert "  rank of Phi: 4 from step 0, 2 from step 3, 1 from step 6, 0 from step 10" in format_plan(tiny_plan)
+
+
+def test_bytes_of_files_are_those_of_a_run(short_run: Path) -> None:
+    config = train_config("accumulate=2")
+    student, _ = build_student(config, build_family(config))
+    with safe_open(short_run / "packed" / "model.safetensors", "pt") as file:
+        assert packed_bytes(student) == sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    with safe_open(short_run / "start.safetensors", "pt") as file:
+        assert state_bytes(student) == sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    newest = sorted((short_run / "checkpoints").iterdir())[-1]
+    state = torch.load(newest, map_location="cpu", weights_only=True)
+    moments = [value for entry in state["optimizer_states"][0]["state"].values() for value in entry.values()]
+    assert moment_bytes(student) == sum(value.nbytes for value in moments)
+    assert checkpoint_bytes(student) < newest.stat().st_size < 1.5 * checkpoint_bytes(student)  # names, small tensors
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_layers_of_the_published_models(name: str) -> None:
+    parameters, linears, blocks, *_ = SIZES[name]
+    config = full_size(name)
+    student, swapped = build_student(config, config.model)
+    groups = collapse(student, swapped.quantized)
+    assert sum(group.count for group in groups) == linears
+    in_blocks = [group for group in groups if "*" in group.pattern and "norm" not in group.pattern]
+    assert sum(group.count for group in in_blocks) == blocks
+    assert len(groups) < 25
+    # weight_parts: 4 + 4 + 8 bytes per trained parameter, the teacher's in its dtype
+    parts = {part.name.partition(":")[0]: part.nbytes for part in weight_parts(config, student, dtype=torch.bfloat16)}
+    assert parts["optimizer"] / 8e9 == pytest.approx(parameters, rel=0.05)  # and Phi, scales
+    positions = sum(buffer.nbytes for buffer in student.buffers() if buffer.ndim > 1)  # CogVideoX-2b has 0.27 GB
+    assert (parts["teacher"] - positions) / 2e9 == pytest.approx(parameters, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "latents", "text"),
+    [
+        ("cogvideox", (226, 4096), 4 * 16 * 13 * 60 * 90, 2 * 226 * 4096),
+        ("wan-14b", (512, 4096), 4 * 16 * 13 * 60 * 104, 2 * 512 * 4096),
+    ],
+)
+def test_bytes_of_the_cache(name: str, shape: tuple[int, int], latents: int, text: int) -> None:
+    config = full_size(name)
+    assert config.model.condition_shape == shape
+    assert cache_bytes(config, config.model) == (latents, text)
+    half = full_size(name, "model.vae_dtype=bfloat16")
+    assert cache_bytes(half, half.model) == (latents // 2, text)
+    assert cache_bytes(train_config(), train_config().model) is None
+
+
+def test_condition_of_the_tiny_model_is_what_encode_returns() -> None:
+    family = train_config().model
+    assert family.encode([""])["encoder_hidden_states"].shape[1:] == family.condition_shape
+
+
+def test_a_full_size_plan(cogvideox_plan: TrainingPlan) -> None:
+    """Against the numbers that were estimated by hand before: 41 GB, 0.60 PFLOP, attention 61 % (docs/planning.md)."""
+    plan = cogvideox_plan
+    count = plan.count
+    assert sum(group.count for group in plan.quantized) == 245
+    assert plan.precision.startswith("bfloat16")
+    assert plan.gradient_checkpointing
+    assert plan.schedule.micro_batch == 1
+    assert plan.schedule.recipe == "the model's recipe"
+    assert 5 * count.student_flops / 1e15 == pytest.approx(0.60, abs=0.005)
+    assert count.forward_attention_flops / count.student_flops == pytest.approx(0.61, abs=0.01)
+    assert count.teacher_flops == pytest.approx(count.student_flops, rel=0.01)
+    assert count.recompute_flops == pytest.approx(count.student_flops, rel=0.01)
+    # Attention goes backward with five products for two: the scores are computed again.
+    assert count.backward_flops == pytest.approx(2 * count.student_flops + count.forward_attention_flops / 2, rel=0.01)
+    assert plan.memory_bytes / 1e9 == pytest.approx(41, abs=2)
+    assert plan.fits
+    text = "\n".join(format_plan(plan))
+    assert "quantized: 245 Linears" in text
+    assert "transformer_blocks.*.attn1.to_q      x30  1920x1920" in text
+    assert "8.0 epochs of 16000 clips" in text
+    assert "that device is not here to be measured" in text
+
+
+def test_methods_without_teacher_or_quantization() -> None:
+    plain = plan_training(train_config("method=lsq", "model.num_layers=1"))
+    assert plain.count.teacher_flops == 0
+    assert not any("teacher" in part.name for part in plain.memory)
+    assert not any(group.name == "phi" for group in plain.parameters)
+    assert plain.schedule.phases == ()
+    pretrain = plan_training(train_config("method=pretrain", "model.num_layers=1"))
+    assert pretrain.quantized == []
+    assert "quantized: no Linear" in format_plan(pretrain)
+
+
+def test_every_proposal_fits_when_it_is_planned() -> None:
+    config = train_config(*SMALL, "device_memory_gib=0.0075")
+    plan = plan_training(config)
+    assert not plan.fits
+    text = "\n".join(format_plan(plan))
+    assert "DOES NOT FIT" in text
+    assert "the largest part is activations: kept for the backward pass" in text
+    kinds = {change.overrides.partition("=")[0] for change in plan.changes}
+    assert {"accumulate", "model.num_frames", "model.image_size"} <= kinds
+    for change in plan.changes:
+        assert change.total_bytes <= plan.device.usable_bytes < plan.memory_bytes
+        assert f"would fit: {change.overrides}" in text
+        again = plan_training(train_config(*SMALL, "device_memory_gib=0.0075", *shlex.split(change.overrides)))
+        assert again.fits, change
+        assert again.memory_bytes == change.total_bytes
+
+
+def test_a_model_of_14b_is_shared_out_over_eight_gpus() -> None:
+    """Against 18 bytes for each of 14.289e9 parameters (docs/models.md) over 8, and what is said in docs/planning.md."""
+    plan = plan_training(full_size("wan-14b", "device_memory_gib=80"))
+    assert not plan.fits
+    (change,) = plan.changes
+    assert change.overrides == "devices=8 strategy=fsdp accumulate=6"
+    shared = plan_training(full_size("wan-14b", "device_memory_gib=80", *change.overrides.split()))
+    assert shared.fits
+    assert shared.memory_bytes == change.total_bytes
+    assert shared.count == plan.count
+    parts = {part.name: part.nbytes for part in shared.memory}
+    shares = sum(nbytes for name, nbytes in parts.items() if "1/8" in name)
+    assert shares == pytest.approx(18 * 14.289e9 / 8, rel=0.02)  # and Phi, scales
+    block = 8 * 5120**2 + 2 * 5120 * 13824  # two attentions of four Linears, two of the feed-forward layers
+    root = 14.289e9 - 40 * block
+    assert parts["gathered: a block, its gradients, buffers"] == pytest.approx(4 * (4 * block + 2 * root), rel=0.1)
+    # Rank 0 alone holds whole models on the host; a checkpoint is 12 bytes for each parameter, beside a bfloat16 teacher.
+    assert shared.host_bytes == pytest.approx(14 * 14.449e9, rel=0.01)
+    assert plan.host_bytes == pytest.approx(6 * 14.4e9, rel=0.02)
+    text = "\n".join(format_plan(shared))
+    assert "the other processes hold no weights" in text
+    assert "student: float32 masters, 1/8" in text
+
+
+def test_processes_of_a_cpu_share_its_memory_anyway() -> None:
+    plan = plan_training(train_config("model.num_layers=1", "devices=2", "strategy=fsdp"))
+    assert plan.shards == 2
+    assert not any("fsdp" in change.overrides for change in plan.changes)
+
+
+def test_where_nothing_fits_it_says_how_much_is_needed() -> None:
+    plan = plan_training(train_config(*SMALL, "device_memory_gib=0.001"))
+    assert plan.changes == []
+    text = format_plan(plan)[-1]
+    assert "each device needs 1 GiB" in text
+    assert "sharing the model out over 8 GPUs (strategy=fsdp) is not enough either" in text
+    best = ("strategy.gradient_checkpointing=true", "accumulate=8", "device_memory_gib=1")
+    assert plan.needed_bytes == int(plan_training(train_config(*SMALL, *best)).memory_bytes / USABLE_SHARE)
+
+
+def test_device_memory_must_be_positive() -> None:
+    with pytest.raises(UserError, match="device_memory_gib=0.0 must be greater than 0"):
+        train_config("device_memory_gib=0")
+
+
+def test_host_memory_holds_student_while_it_is_swapped() -> None:
+    config = train_config()
+    student, _ = build_student(config, build_family(config))
+    teacher = build_teacher(build_family(config), dtype=torch.float32)
+    weights = sum(value.nbytes for value in teacher.parameters())
+    found = preparation_bytes(config)
+    assert found >= state_bytes(student) + weights
+    assert found < 1.2 * (state_bytes(student) + weights)
+
+
+def test_plan_of_fold_and_generate(short_run: Path) -> None:
+    fold = build("fold", compose_plain("fold", [f"run_dir={short_run}"]))
+    lines, can_run = plan_fold(fold)
+    assert can_run
+    student, _ = build_student(fold.run, build_family(fold.run))
+    assert "step-00000012.ckpt" in lines[1]
+    assert "36 Linears" in lines[2]
+    assert f"{packed_bytes(student) / 1024:.1f} KiB" in lines[4]
+    with pytest.raises(ValueError, match="nothing to fold"):
+        plan_fold(replace(fold, run=train_config("method=pretrain")))
+
+
+def test_memory_of_generate(short_run: Path) -> None:
+    family = train_config().model
+    packed = short_run / "packed"
+    lines, can_run = plan_generate(family, packed=[packed])
+    assert can_run
+    text = "\n".join(lines)
+    assert f"{(packed / 'model.safetensors').stat().st_size / 1024:.1f} KiB in 36 packed layers" in text
+    assert "VAE and text encoder: none" in text
+    teacher = family.load_teacher()
+    weights = sum(value.nbytes for value in (*teacher.parameters(), *teacher.buffers()))
+    assert plan_generate(family, packed=[])[0][0] == f"memory of the transformer: {weights / 1024:.1f} KiB in float32"
+    assert "not known without model.path" in plan_generate(full_size("wan").model, packed=[])[0][-1]
+
+
+def test_a_dry_run_that_does_not_fit_ends_with_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    keys = ["dry_run=true", f"run_dir={tmp_path / 'run'}", "logger=csv", *SMALL]
+    assert main(["train", *keys]) == 0
+    assert main(["train", *keys, "device_memory_gib=0.001"]) == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_host_and_disk_count_where_the_device_is_here(tiny_plan: TrainingPlan) -> None:
+    assert tiny_plan.can_run
+    assert tiny_plan.run_bytes == sum(
+        part.nbytes for part in tiny_plan.disk
+    )  # no latent cache: digits are made on the fly
+    elsewhere = replace(tiny_plan.device, is_here=False)
+    for field, line in (("disk_available_bytes", "DISK IS SHORT"), ("host_available_bytes", "HOST MEMORY IS SHORT")):
+        short = replace(tiny_plan, **{field: 1000})
+        assert short.fits
+        assert not short.can_run
+        assert any(text.startswith(line) for text in format_plan(short))
+        assert replace(short, device=elsewhere).can_run
+
+
+def test_free_disk_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+
+
+def test_fold_and_generate_say_what_does_not_fit(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_verbs, "host_memory", lambda: (2000, 1000))
+    assert main(["fold", f"run_dir={short_run}", "dry_run=true"]) == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert main(["generate", f"packed={short_run / 'packed'}", "dry_run=true"]) == 3
+    assert "1000 B are left on the CPU of this host" in capsys.readouterr().out
+
+
+def test_a_time_that_nobody_waits_for_is_no_number_of_days(tiny_plan: TrainingPlan) -> None:
+    slow = replace(tiny_plan, time=replace(tiny_plan.time, seconds=536329 * 86400.0))
+    (line,) = [line for line in format_plan(slow) if line.startswith("time")]
+    assert "more than a year" in line
+    assert "days" not in line

@@ -1,0 +1,161 @@
+"""`qvgen benchmark ptq` on the real tiny model: rows with every value, a table with mean and spread, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvgen.cli import main
+from qvgen.evaluation.environment import fast_bfloat16
+
+SHORT = (
+    "seeds=[1,2]", "widths=[8,w4a4]", "methods=[rtn,gptq+r16]", "videos=2", "evaluation.samples=8",
+    "model.num_inference_steps=2", "calibration.videos=1", "calibration.steps=2", "logger=csv",
+)  # fmt: skip
+
+
+def test_every_cell_is_a_row_and_the_table_has_mean_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    keys = [*SHORT, f"out={out}", f"calibration.cache={tmp_path / 'cache'}"]
+    assert main(["benchmark", "ptq", *keys, "dry_run=true"]) == 0
+    assert "8 cells" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(["benchmark", "ptq", *keys]) == 0
+    content = json.loads((out / "ptq-tiny.json").read_text())
+    rows = content["rows"]
+    assert [(row["seed"], row["bits"], row["method"]) for row in rows] == [
+        (seed, bits, method) for seed in (1, 2) for bits in ("8", "4") for method in ("rtn", "gptq+r16")
+    ]
+    assert content["machine"]["cpu"]
+    for row in rows:
+        assert 0 < row["relative_error"] < 1
+        assert row["psnr_db"] > 5
+        assert row["bytes"] > 100_000
+    error = {(row["method"], row["bits"], row["seed"]): row["relative_error"] for row in rows}
+    assert error["rtn", "8", 1] < 0.1 * error["rtn", "4", 1]
+    assert error["gptq+r16", "4", 1] < error["rtn", "4", 1]
+    assert error["rtn", "4", 1] != error["rtn", "4", 2]
+    values = [error["rtn", "4", seed] for seed in (1, 2)]
+    page = (out / "ptq-tiny.md").read_text()
+    assert f"{sum(values) / 2:.5f} +- {abs(values[0] - values[1]) / 2:.5f}" in page
+    assert "| method | W8A8 | W4A4 |" in page
+
+
+def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Path) -> None:
+    methods = "methods=[rtn,mse,gptq]"
+    keys = ["model=tiny", "widths=[4]", methods, "timed_steps=1", f"out={tmp_path}", "calibration.memory_gib=0.0005"]
+    assert main(["benchmark", "ptq_cost", *keys]) == 0
+    content = json.loads((tmp_path / "ptq-cost-tiny.json").read_text())
+    assert content["revision"] is None  # random weights
+    rows = {row["method"]: row for row in content["rows"]}
+    for row in rows.values():
+        assert sum(shape["layers"] for shape in row["shapes"]) == row["layers"] == 36
+        assert (
+            len({(shape["in_features"], shape["out_features"]) for shape in row["shapes"]}) == len(row["shapes"]) == 5
+        )
+        for kind in ("", "cpu_"):
+            total = sum(shape[f"{kind}seconds"] * shape["layers"] for shape in row["shapes"])
+            assert row[f"{kind}seconds_extrapolated"] == pytest.approx(total)
+            assert total > 0
+    assert (rows["mse"]["statistics_bytes"], rows["mse"]["passes"]) == (0, 0)
+    widths = [shape["in_features"] for shape in rows["gptq"]["shapes"] for _ in range(shape["layers"])]
+    assert rows["gptq"]["statistics_bytes"] == sum(4 * width * (width + 50) for width in widths)
+    assert rows["gptq"]["passes"] > 1
+    assert rows["gptq"]["largest_pass_bytes"] <= 0.0005 * 2**30
+    page = (tmp_path / "ptq-cost-tiny.md").read_text()
+    assert "Extrapolated: one layer of every distinct shape is timed (median of 1)" in page
+    assert "| gptq | second_moment | 0.00 |" in page
+    assert main(["benchmark", "ptq_cost", *keys, "calibration.memory_gib=0.00001"]) == 2
+
+
+def test_a_full_size_model_needs_no_weights(tmp_path: Path) -> None:
+    keys = ["model=cogvideox", "widths=[4]", "methods=[rtn]", "timed_steps=1", f"out={tmp_path}"]
+    assert main(["benchmark", "ptq_cost", *keys]) == 0
+    (row,) = json.loads((tmp_path / "ptq-cost-cogvideox-2b.json").read_text())["rows"]
+    assert (row["layers"], len(row["shapes"])) == (245, 9)
+
+
+def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
+    keys = ["widths=[4]", "timed_steps=2", "batch_size=8", "strategy.gradient_checkpointing=true", f"out={tmp_path}"]
+    assert main(["benchmark", "training", *keys]) == 0
+    (row,) = json.loads((tmp_path / "training-tiny.json").read_text())["rows"]
+    parts = sum(row[f"{part}_s"] for part in ("teacher", "student_forward", "backward"))
+    assert row["micro_batch_s"] == pytest.approx(parts, rel=0.5)  # medians of two steps each, on a shared machine
+    assert row["optimizer_s"] > 0
+    assert row["micro_batch"] == 4  # a step of 8 has two parts at least
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert row["shares"]["attention"] > 0
+    assert row["planned_bytes"] > 4 * 16 * 200_000  # masters, gradients, two moments
+    assert "| micro-batch s | teacher |" in (tmp_path / "training-tiny.md").read_text()
+
+
+def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["what=denoising_step", "widths=[4,w3a8]", "timed_steps=2", "blocks=2", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    assert "denoising_step of tiny, 2 blocks: unquantized, 4, w3a8" in capsys.readouterr().out
+    assert main(["benchmark", *keys]) == 0
+    (page,) = tmp_path.glob("denoising-step-tiny-8-frames-*.md")  # at its end the kernel
+    rows = {row["variant"]: row for row in json.loads(page.with_suffix(".json").read_text())["rows"]}
+    full = "bfloat16" if fast_bfloat16() else "float32"
+    assert set(rows) == {"4", "w3a8", full}
+    for name, row in rows.items():
+        assert (row["tokens"], row["blocks_run"], row["blocks"]) == (128, 2, 3)
+        assert row["step_s"] == pytest.approx(row["measured_s"] + row["measured_blocks_s"] / 2, rel=0.5)
+        assert row["measured_blocks_s"] < row["measured_s"]
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in row["shares"].values())
+        assert row["activation_peak_bytes"] > 128 * 64 * 2
+        assert (row["quantize_s"] > 0) == (name != full)
+    assert rows["4"]["bytes"] < 0.6 * rows[full]["bytes"]
+    assert rows["4"]["load_s"] > 0
+    assert rows["4"]["load_cpu_s"]["prepack"] > 0
+    assert "| 4 | 1 |" in page.read_text()
+    assert f"times {full}" in page.read_text()
+
+
+def test_loading_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["loading", "widths=[3,w8a4]", "timed_steps=2", "threads=[1,2]", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    assert "loading of tiny, 3 blocks: 3, w8a4" in capsys.readouterr().out
+    assert main(["benchmark", *keys, "blocks=1"]) == 2
+    assert "blocks=1 is no second size" in capsys.readouterr().err
+    assert main(["benchmark", *keys]) == 0
+    rows = json.loads((tmp_path / "loading-tiny.json").read_text())["rows"]
+    assert [(row["threads"], row["variant"]) for row in rows] == [(1, "3"), (1, "w8a4"), (2, "3"), (2, "w8a4")]
+    for row in rows:
+        assert row["bytes"]["large"] > 1.3 * row["bytes"]["small"] > 20_000
+        for size, own in row["loads"].items():
+            assert len(own) == 2
+            for load in own:
+                parts = [load[part] for part in ("hash", "build", "map", "prepack", "other")]
+                assert all(part > 0 for part in parts)
+                assert load["cpu"] == pytest.approx(sum(parts))
+                assert load["peak_above_final_bytes"] < 50_000_000
+            assert row["median_s"][size]["cpu"] == pytest.approx((own[0]["cpu"] + own[1]["cpu"]) / 2)
+        whole = row["fixed_s"]["cpu"] + row["s_per_gb"]["cpu"] * row["bytes"]["large"] / 1e9
+        assert whole == pytest.approx(row["median_s"]["large"]["cpu"])
+    assert rows[1]["bytes"]["large"] > 1.2 * rows[0]["bytes"]["large"]
+    assert "| 3 | 1 |" in (tmp_path / "loading-tiny.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("methods=[rtm]", "unknown init=rtm; did you mean 'rtn'"),
+        ("methods=[gptq+rx]", "methods holds 'gptq+rx'"),
+        ("widths=[9]", "bits=9 is outside 2..8"),
+        ("threads=[0]", "threads=0"),
+        ("seeds=[]", "seeds=[] is empty"),
+        ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
+        ("what=speed", "what=speed is unknown (there are: denoising_step, kernels, loading, ptq, ptq_cost, training)"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(
+    key: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", *SHORT, f"out={tmp_path / 'out'}", key]) == 2
+    assert message in capsys.readouterr().err
