@@ -30,7 +30,7 @@ from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__, stop_request
 from qvgen.config.command_line import begin_job
-from qvgen.config.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
+from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
@@ -233,7 +233,7 @@ def _worker(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     follow_parent(given.parent, beats=given.beats)
     from qvgen.config.build import build
-    from qvgen.run_directory import read_plain
+    from qvgen.config.run_config import read_plain
 
     _log_to_stderr()
     run_worker = importlib.import_module(f"qvgen.verbs.{given.verb}").run_worker

@@ -23,11 +23,11 @@ from typing import Any, Self
 import yaml
 
 from qvgen import stop_request
-from qvgen.config.errors import UserError
+from qvgen.config.run_config import CONFIG_FILE, read_config
+from qvgen.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = ".lock"
 
@@ -110,28 +110,6 @@ def _force_to_disk(path: Path) -> None:
 def write_plain(path: Path, plain: Mapping[str, Any]) -> None:
     """Write a plain dict as YAML, atomically; floats come back exactly."""
     atomic_write(path, yaml.safe_dump(_plain(plain), sort_keys=False).encode())
-
-
-def read_plain(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_plain` wrote.
-
-    Raises:
-        UserError: The file is missing or no YAML mapping.
-    """
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; is {path.parent} the folder of a run?") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file; restore it or start another run") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{path} holds no mapping; restore it or start another run")
-    return plain
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The plain configuration of the run in a folder; raises UserError where there is none."""
-    return read_plain(run_dir / CONFIG_FILE)
 
 
 class RunDirectory:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write, lasting
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ Verbs and everything below them see the frozen dataclasses alone; hydra stays in
 """
 
 from qvgen.config.bits import Bits
-from qvgen.config.errors import UserError, did_you_mean
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.sections import (
     CheckpointConfig,
@@ -20,6 +19,7 @@ from qvgen.config.sections import (
     StrategyConfig,
 )
 from qvgen.config.verb_schema import GenerateConfig, InspectConfig
+from qvgen.errors import UserError, did_you_mean
 
 __all__ = [
     "Bits",

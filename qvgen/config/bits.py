@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
 _FORM = re.compile(r"w(\d+)a(\d+)")

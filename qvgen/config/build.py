@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.config.leaves import build_leaves
+from qvgen.config.run_config import read_config
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.typed import from_plain
 from qvgen.config.verb_schema import (
@@ -20,7 +20,7 @@ from qvgen.config.verb_schema import (
     InspectConfig,
     PrecomputeConfig,
 )
-from qvgen.run_directory import read_config
+from qvgen.errors import UserError
 
 VerbConfig = (
     AssetsConfig

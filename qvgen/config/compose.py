@@ -29,10 +29,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from qvgen.config.bits import Bits
-from qvgen.config.errors import UserError, did_you_mean, one_line
 from qvgen.config.leaves import conf_directory
 from qvgen.config.prompt import without_files
 from qvgen.config.quoting import command_word, is_single_text_key, is_text_key, suggested_word, takes_objects
+from qvgen.errors import UserError, did_you_mean, one_line
 
 log = logging.getLogger(__name__)
 

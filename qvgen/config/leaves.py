@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from qvgen.config.errors import UserError, did_you_mean, one_line
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
+from qvgen.errors import UserError, did_you_mean, one_line
 
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 MAX_FOREIGN_SIZE = 2**16

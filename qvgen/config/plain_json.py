@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 
 MAX_BYTES = 16 * 2**20
 """Of a file; the manifest of a model of 14 billion parameters has half of one million."""
@@ -55,7 +55,7 @@ def parse_json(content: bytes, *, source: str) -> Any:
     Example:
         >>> parse_json(b'{"bits": 4, "rotation": 1e999}', source="manifest.json")
         Traceback (most recent call last):
-        qvgen.config.errors.UserError: manifest.json is no JSON (the number 1e999 is not finite)
+        qvgen.errors.UserError: manifest.json is no JSON (the number 1e999 is not finite)
     """
     try:
         value = json.loads(

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.config.prompt_file import named_file, names_a_file, read_prompt_file
 from qvgen.config.prompt_line import Prompt, checked_caption, prompt_from_object
+from qvgen.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

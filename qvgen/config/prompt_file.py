@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.config.prompt_line import KEYS, Prompt, prompt_from_object, shortened
+from qvgen.errors import UserError
 
 _OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xlsx", ".toml")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}

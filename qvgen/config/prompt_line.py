@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from qvgen.config.errors import UserError, did_you_mean
+from qvgen.errors import UserError, did_you_mean
 
 KEYS = ("prompt", "seed", "negative_prompt")
 """What a line of a .jsonl file may say."""

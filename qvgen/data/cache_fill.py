@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_process import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.data.clip_report import (
@@ -40,6 +39,7 @@ from qvgen.data.clip_report import (
 )
 from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
+from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)

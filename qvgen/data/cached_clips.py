@@ -8,11 +8,11 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvgen.config.errors import UserError
 from qvgen.data.captions import ClipTable
 from qvgen.data.clip_report import too_many_bad
 from qvgen.data.latent_cache import LatentCache, content_key, is_record, read_json
 from qvgen.data.source import SPLITS
+from qvgen.errors import UserError
 
 
 class CachedClip(TypedDict):

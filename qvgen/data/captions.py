@@ -23,10 +23,10 @@ from functools import cache
 from pathlib import Path
 from typing import overload
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns
 from qvgen.data.tables.recognize import read_rows
 from qvgen.data.tables.rows import Member, Rows, first_few
+from qvgen.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from qvgen.config.errors import one_line
 from qvgen.data.clips import BadClip, Bucket, ClipCut, CutSettings, cut_clip
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, probe_video
+from qvgen.errors import one_line
 from qvgen.stop_request import held_back
 
 log = logging.getLogger(__name__)

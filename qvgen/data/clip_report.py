@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.data.clips import ClipCut
+from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)

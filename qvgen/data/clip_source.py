@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qvgen.config.errors import UserError
 from qvgen.data.cache_fill import FillOptions, fill
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
@@ -25,6 +24,7 @@ from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
 from qvgen.data.source import Family, Split
 from qvgen.data.tables.columns import Columns
+from qvgen.errors import UserError
 
 
 class LatentFamily(Family, Protocol):

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from qvgen.config.errors import UserError
 from qvgen.data.frame_time import nearest_frames
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, read_frames
+from qvgen.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

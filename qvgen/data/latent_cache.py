@@ -35,12 +35,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qvgen.config.errors import UserError
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_report import is_left_out
 from qvgen.data.clips import ClipCut, CutSettings
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import READER
+from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 FORMAT = 1

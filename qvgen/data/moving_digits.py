@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvgen.config.errors import UserError
 from qvgen.data.source import SPLITS, Family, Split
+from qvgen.errors import UserError
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.0, 0.0),

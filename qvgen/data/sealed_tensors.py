@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 

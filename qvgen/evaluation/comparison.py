@@ -28,8 +28,8 @@ from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.packed_checks import check_packed
 from qvgen.evaluation.placement import placed
-from qvgen.evaluation.report.data import Checks, VideoComparison
-from qvgen.evaluation.report.quality_data import Quality, Sampling, SamplingCost
+from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost
+from qvgen.evaluation.report_data import Checks, VideoComparison
 from qvgen.evaluation.sampling_cost import describe_device, measured, memory_source, weight_bytes, weights_dtype
 from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
 from qvgen.layers.swap import phi_suspended

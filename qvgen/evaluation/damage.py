@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qvgen.config.errors import UserError
 from qvgen.data.asset_table import ASSETS
 from qvgen.data.assets import find_asset
+from qvgen.errors import UserError
 from qvgen.evaluation.metrics import ssim
 from qvgen.evaluation.networks import i3d, lpips, raft
 from qvgen.evaluation.text_similarity import TextSimilarity

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.metrics import FlipCount, count_flips, psnr_db
-from qvgen.evaluation.report.data import Checks, LayerReport
+from qvgen.evaluation.report_data import Checks, LayerReport
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, quantized_layers

@@ -30,8 +30,8 @@ import numpy as np
 from qvgen.data.video import Frames, side_by_side, write_video
 from qvgen.deploy.manifest import file_sha256
 from qvgen.evaluation.comparison import video_name
-from qvgen.evaluation.report.data import ValidationVideo
-from qvgen.evaluation.report.json_content import json_number
+from qvgen.evaluation.json_number import json_number
+from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.models.guidance import negative_texts
 from qvgen.run_directory import atomic_write
 

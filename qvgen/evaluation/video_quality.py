@@ -17,7 +17,7 @@ from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.damage import Damage, visual_damage
 from qvgen.evaluation.metrics import flicker, psnr_db, ssim
 from qvgen.evaluation.networks import lpips
-from qvgen.evaluation.report.quality_data import VariantQuality
+from qvgen.evaluation.quality_data import VariantQuality
 
 STILL = "standing still"
 

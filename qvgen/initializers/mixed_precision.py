@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.initializers.balanced_rotation import BalancedRotation
 from qvgen.layers.layer_group import GROUPS
 from qvgen.quant.grid import MAX_BITS, MIN_BITS

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.quant.finite import check_finite
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 
 _CHUNK = 1 << 20
 """Values that are looked at in one go: what a tensor that does not lie in one piece is copied by."""
@@ -43,7 +43,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], *, source: str, remedy: 
         >>> bad = torch.tensor([1.0, float("nan"), float("inf")])
         >>> check_finite([("weight", torch.ones(2)), ("bias", bad)], source="model.safetensors")
         Traceback (most recent call last):
-        qvgen.config.errors.UserError: model.safetensors: 'bias', float32 [3], holds 1 NaN and 1 infinity among 3 values
+        qvgen.errors.UserError: model.safetensors: 'bias', float32 [3], holds 1 NaN and 1 infinity among 3 values
     """
     for name, tensor in tensors:
         if is_finite(tensor):

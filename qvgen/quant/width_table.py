@@ -44,7 +44,9 @@ class WidthTable:
             raise ValueError("a table of widths without bands and without a switch says nothing; leave it out")
         for width in (*(width for pair in self.bands for width in pair), *self.switch):
             if not isinstance(width, int) or not MIN_BITS <= width <= MAX_BITS:
-                raise ValueError(f"a table of widths has a width of {width!r} bits; use whole numbers in {MIN_BITS}..{MAX_BITS}")
+                raise ValueError(
+                    f"a table of widths has a width of {width!r} bits; use whole numbers in {MIN_BITS}..{MAX_BITS}"
+                )
         if any(len(pair) != 2 for pair in self.bands):
             raise ValueError("each band of a table of widths needs two widths: of the weight and of the activation")
         if len(self.switch) == 1 or list(self.switch) != sorted(set(self.switch)):

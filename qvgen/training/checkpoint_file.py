@@ -27,7 +27,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.quant.finite import check_finite
 from qvgen.run_identity import RunIdentity
 

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from qvgen import __version__
-from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.data.pixel_clips import PixelClips
+from qvgen.errors import UserError
 from qvgen.evaluation.comparison import shown_videos
 from qvgen.evaluation.environment import collect_machine, collect_versions, git_revision
 from qvgen.evaluation.validation_files import DIRECTORY as VALIDATION_DIRECTORY

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvgen.checksum import file_checksum
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.layers.swap import forms, restore_forms_
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write

@@ -36,7 +36,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
 from qvgen.evaluation.comparison import generate_videos, shown_videos
 from qvgen.evaluation.metrics import psnr_db, ssim
-from qvgen.evaluation.report.data import ValidationVideo
+from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError

@@ -259,7 +259,7 @@ def flat_numbers(content: Any, prefix: str = "report") -> dict[str, float | bool
         items = list(zip(keys, content, strict=True))
     elif isinstance(content, bool | int | float):
         return {prefix: content}
-    elif content in ("inf", "-inf", "nan"):  # what JSON has no number for, see qvgen.evaluation.report.json_content
+    elif content in ("inf", "-inf", "nan"):  # what JSON has no number for, see qvgen.evaluation.json_number
         return {prefix: float(content) if content != "nan" else math.nan}
     else:
         return {}

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.assets import find_asset
 from qvgen.data.pixel_clips import PixelClips
+from qvgen.errors import UserError
 from qvgen.evaluation.environment import collect_environment
 from qvgen.models.small_folder import round_to_stored_, write_card
 from qvgen.run_identity import read_changes

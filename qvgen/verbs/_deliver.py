@@ -18,9 +18,9 @@ from qvgen.evaluation.comparison import Start, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
-from qvgen.evaluation.report.data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
-from qvgen.evaluation.report.quality_data import Quality
+from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
+from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.start_file import START_FILE, load_start
 from qvgen.training.student import fold_student

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.data.source import Split
+from qvgen.errors import UserError
 from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs

@@ -10,8 +10,8 @@ from typing import Any
 from qvgen.config.command_line import command_line
 from qvgen.config.verb_schema import CompareConfig
 from qvgen.evaluation.report.compare_page import render_comparison
-from qvgen.evaluation.run_comparison import build_table, table_json, table_lines
-from qvgen.evaluation.run_record import common_parent, find_runs, read_runs
+from qvgen.evaluation.report.run_comparison import build_table, table_json, table_lines
+from qvgen.evaluation.report.run_record import common_parent, find_runs, read_runs
 from qvgen.run_directory import atomic_write
 
 PAGE_FILE, JSON_FILE = "compare.html", "compare.json"

@@ -6,9 +6,9 @@ import logging
 
 import torch
 
-from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
 from qvgen.training.phi_schedule import decay_schedule

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.leaves import load_foreign_leaf, load_leaf
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
@@ -21,6 +20,7 @@ from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
 from qvgen.deploy.manifest import Manifest, read_manifest
+from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
 from qvgen.training.planning.deployment import plan_generate

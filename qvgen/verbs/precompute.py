@@ -11,12 +11,12 @@ import torch
 
 from qvgen import stop_request
 from qvgen.config.build import build
-from qvgen.config.errors import UserError
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.data.clip_report import FillReport
 from qvgen.data.clip_source import ClipSource
+from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 

@@ -7,9 +7,9 @@ import logging
 import torch
 from torch import nn
 
-from qvgen.config.errors import DOES_NOT_FIT
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
+from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers

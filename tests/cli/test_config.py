@@ -139,7 +139,7 @@ def test_all_files_of_conf_compose() -> None:
     [
         ("os.system", "is no method of qvgen"),
         ("qvgen.cli.main", r"is no method of qvgen .there are: qvgen.methods.autoencoder.Autoencoder, "),
-        ("qvgen.run_directory.read_plain", "is no method of qvgen"),
+        ("qvgen.config.run_config.read_plain", "is no method of qvgen"),
         ("qvgen.config.bits.Bits", "is no method of qvgen"),
         ("qvgen.models.tiny.TinyVideoDiT", "is no method of qvgen"),
         ("qvgen.methods.base.Method", "is no method of qvgen"),

@@ -12,10 +12,10 @@ import pytest
 
 from qvgen.config.build import check
 from qvgen.config.compose import compose_plain
-from qvgen.config.errors import UserError
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.prompt_line import Prompt
 from qvgen.config.schema import TrainConfig
+from qvgen.errors import UserError
 from tests.runs import train_config
 
 LINES = (

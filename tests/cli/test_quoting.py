@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.compose import compose_plain, expand_sweep
-from qvgen.config.errors import UserError
 from qvgen.config.quoting import command_word, is_single_text_key, is_text_key, suggested_word
+from qvgen.errors import UserError
 
 TEXTS = [
     "a red three, moving left", "a cat's hat, red", 'say "hi", then go', "both \"kinds\" of a dog's marks", "一只猫",

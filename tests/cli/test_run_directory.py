@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qvgen.config import UserError
-from qvgen.run_directory import RunDirectory, atomic_write, read_config, read_plain, write_plain
+from qvgen.config.run_config import read_config, read_plain
+from qvgen.run_directory import RunDirectory, atomic_write, write_plain
 
 PLAIN = {"bits": 3, "phi": {"rank": 32, "ranks": None}, "eps": 1e-8, "resume": False, "run_dir": "a", "debug": False}
 

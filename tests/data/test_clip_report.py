@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from qvgen.config.errors import UserError
 from qvgen.data import latent_cache
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import select
@@ -19,6 +18,7 @@ from qvgen.data.clip_report import describe_left_out, warn_of_cut_captions
 from qvgen.data.clips import Bucket, CutSettings, choose_cut
 from qvgen.data.latent_cache import LatentCache, content_key
 from qvgen.data.video_reader import VideoInfo
+from qvgen.errors import UserError
 from tests.data.pooling_encoder import SETTINGS, encode_video, fill_with_pooling
 from tests.data.video_files import write_clip
 

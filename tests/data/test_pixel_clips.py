@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvgen.config.errors import UserError
 from qvgen.data.clip_source import ClipSource
 from qvgen.data.clips import Bucket, CutSettings, cut_clip, to_pixels
 from qvgen.data.pixel_clips import PixelClips, pixels_from_bytes
+from qvgen.errors import UserError
 from tests.data.video_files import write_clip
 from tests.models.small_folders import make_text_encoder, small_family
 

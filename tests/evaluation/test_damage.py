@@ -14,8 +14,8 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch.nn import functional
 
-from qvgen.config.errors import UserError
 from qvgen.data.assets import find_asset
+from qvgen.errors import UserError
 from qvgen.evaluation.damage import motion_damage, text_damage, visual_damage
 from qvgen.evaluation.networks import i3d, lpips, raft
 from qvgen.evaluation.networks.lpips import Lpips

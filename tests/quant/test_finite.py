@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 from qvgen.quant import finite
 from qvgen.quant.finite import check_finite, is_finite
 

@@ -17,11 +17,12 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config import TrainConfig, UserError
+from qvgen.config.run_config import read_config
 from qvgen.data.cache_fill import fill
 from qvgen.data.clip_source import ClipSource
 from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
-from qvgen.run_directory import read_config, write_plain
+from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity
 from qvgen.training.checkpoint_file import RUN_KEY
 from qvgen.training.identity import check_worker, claim_run, collect_facts, sources_checksum

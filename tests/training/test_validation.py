@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from qvgen.config.errors import UserError
 from qvgen.data.video import write_video
+from qvgen.errors import UserError
 from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
 from qvgen.training.student import prepare_student

@@ -137,7 +137,7 @@ def test_a_directory_of_unknown_origin_is_refused(
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     content["base"]["name"] = "tiny"
-    content["base"]["arguments"] = {"_target_": "qvgen.run_directory.read_plain"}
+    content["base"]["arguments"] = {"_target_": "qvgen.config.run_config.read_plain"}
     (copy / "manifest.json").write_text(json.dumps(content))
     assert main(["generate", f"packed={copy}", f"out={tmp_path / 'out'}"]) == BAD_INPUT
     assert "_target_" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvgen.config.errors import UserError, did_you_mean
+from qvgen.errors import UserError, did_you_mean
 
 VIDEO_COLUMNS = (
     ("file_name", "video"),  # Hugging Face, DiffSynth; OpenVid, DiffSynth

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns, choose_columns, have_columns
 from qvgen.data.tables.rows import Rows, as_name, as_text, shown
 from qvgen.data.tables.text_file import open_text
+from qvgen.errors import UserError
 
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns, choose_columns
 from qvgen.data.tables.rows import Rows, as_name, as_text, shown
 from qvgen.data.tables.text_file import open_text
+from qvgen.errors import UserError
 
 
 class _NoJsonError(ValueError):

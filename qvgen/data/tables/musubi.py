@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError, one_line
 from qvgen.data.tables import json_table, text_pairs
 from qvgen.data.tables.columns import Columns
 from qvgen.data.tables.rows import Rows, shown
 from qvgen.data.tables.text_file import open_text
+from qvgen.errors import UserError, one_line
 
 _LEFT_OUT = ("image_directory", "image_jsonl_file")
 

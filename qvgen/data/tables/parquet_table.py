@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns, choose_columns
 from qvgen.data.tables.rows import Rows, as_name, as_text
 from qvgen.data.tables.text_file import check_is_here
+from qvgen.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables import (
     csv_table,
     json_table,
@@ -29,6 +28,7 @@ from qvgen.data.tables import (
 )
 from qvgen.data.tables.columns import Columns, have_columns
 from qvgen.data.tables.rows import Rows, first_few
+from qvgen.errors import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
+from qvgen.errors import UserError
 
 _LONGEST_NAME = 255
 """Bytes that file systems allow between two slashes."""

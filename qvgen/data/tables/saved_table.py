@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns, choose_columns
 from qvgen.data.tables.parquet_table import check_types
 from qvgen.data.tables.rows import Rows, as_name, as_text
+from qvgen.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from qvgen.config.errors import UserError, one_line
+from qvgen.errors import UserError, one_line
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

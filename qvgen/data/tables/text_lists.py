@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns
 from qvgen.data.tables.rows import Rows, as_name, as_text
 from qvgen.data.tables.text_file import read_lines
+from qvgen.errors import UserError
 
 NAME_FILES = ("videos.txt", "video.txt")
 CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import CAPTION_COLUMNS, Columns, choose_caption
 from qvgen.data.tables.rows import Member, Rows, as_text, first_few
 from qvgen.data.tables.text_file import check_is_here
 from qvgen.data.tables.text_pairs import VIDEO_SUFFIXES
+from qvgen.errors import UserError
 
 _LARGEST_TEXT = 2**24
 """Bytes of a caption's file."""

@@ -16,9 +16,9 @@ from qvgen.evaluation.report.canvas import SERIES, Canvas, Chart, Series, use_lo
 from qvgen.evaluation.report.charts import running_mean
 from qvgen.evaluation.report.embedded_video import ShownVideo, stored_video
 from qvgen.evaluation.report.page import render_page
+from qvgen.evaluation.report.run_comparison import RunTable
+from qvgen.evaluation.report.run_record import RunRecord
 from qvgen.evaluation.report.verdict import rule
-from qvgen.evaluation.run_comparison import RunTable
-from qvgen.evaluation.run_record import RunRecord
 
 MOST_BYTES = 64_000_000
 """Of all mp4 files in a page."""

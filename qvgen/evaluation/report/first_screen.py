@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qvgen.evaluation.report.data import ReportData
+from qvgen.evaluation.quality_data import SamplingCost, VariantQuality
 from qvgen.evaluation.report.page_format import format_db, format_number
-from qvgen.evaluation.report.quality_data import SamplingCost, VariantQuality
 from qvgen.evaluation.report.verdict import Level, Verdict, judge_all, rule
+from qvgen.evaluation.report_data import ReportData
 
 TEACHER, START, PACKED = "teacher", "ptq-start", "packed"
 

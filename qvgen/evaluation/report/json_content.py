@@ -7,25 +7,14 @@ case.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from qvgen.evaluation.json_number import json_number
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report.data import ReportData, ValidationVideo, VideoComparison
-from qvgen.evaluation.report.quality_data import Quality, Sampling
+from qvgen.evaluation.quality_data import Quality, Sampling
 from qvgen.evaluation.report.verdict import judge_all, rule
-
-
-def json_number(value: float | None) -> float | str | None:
-    """Make a number fit for JSON: a non-finite one becomes "inf", "-inf" or "nan".
-
-    >>> json_number(1.5), json_number(float("inf")), json_number(None)
-    (1.5, 'inf', None)
-    """
-    if value is None or math.isfinite(value):
-        return value
-    return str(float(value))
+from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison
 
 
 def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -> dict[str, Any]:

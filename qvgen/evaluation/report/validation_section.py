@@ -12,8 +12,8 @@ import numpy as np
 
 from qvgen.data.video_reader import read_video
 from qvgen.evaluation.report.canvas import FIRST, TEXT, Canvas, Chart
-from qvgen.evaluation.report.data import ValidationVideo
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
+from qvgen.evaluation.report_data import ValidationVideo
 
 MOST_STEPS = 5
 """Videos of the student per prompt: a page holds all of them."""

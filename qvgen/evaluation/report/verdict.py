@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qvgen.evaluation.report.quality_data import Quality, VariantQuality
+from qvgen.evaluation.quality_data import Quality, VariantQuality
 
 Level = Literal["good", "fair", "poor"]
 LEVELS: tuple[Level, ...] = ("good", "fair", "poor")

@@ -21,7 +21,6 @@ from qvgen.evaluation.metrics import psnr_db
 from qvgen.evaluation.mixed_precision_files import Allocation, read_allocation
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import draw_charts, read_history
-from qvgen.evaluation.report.data import ReportData, ValidationVideo, VideoComparison
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
 from qvgen.evaluation.report.first_screen import build_first_screen
 from qvgen.evaluation.report.json_content import to_json_dict
@@ -29,6 +28,7 @@ from qvgen.evaluation.report.mixed_precision_section import build_bit_section, s
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.validation_section import build_section
 from qvgen.evaluation.report.verdict import judge_all
+from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison
 from qvgen.evaluation.validation_files import DIRECTORY, read_validation
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import Change, read_changes

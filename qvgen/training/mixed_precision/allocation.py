@@ -18,8 +18,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
+from qvgen.errors import UserError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Allocation, Key, combined_scores
 from qvgen.initializers.base import LayerStatistics
 from qvgen.initializers.mixed_precision import MixedPrecision

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from qvgen.config.errors import UserError
 from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.errors import UserError
 from qvgen.verbs import benchmarks
 from qvgen_kernels import LinearSpec, resolve_kernel
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns
 from qvgen.data.tables.csv_table import read
+from qvgen.errors import UserError
 
 
 def rows_of(path: Path, content: str | bytes, **wished: str) -> list[tuple[str, str]]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qvgen.config.errors import UserError
 from qvgen.data.captions import read_table
+from qvgen.errors import UserError
 
 ROWS = [("a.mp4", "a boat, at sea"), ("a.mp4", 'she says "hello"'), ("a.mp4", "日本の船"), ("a.mp4", "007")]
 ROUNDS = 60

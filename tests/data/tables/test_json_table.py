@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qvgen.config.errors import UserError
 from qvgen.data.tables.columns import Columns
 from qvgen.data.tables.json_table import read
+from qvgen.errors import UserError
 
 A, B = {"file_name": "a.mp4", "text": "a boat"}, {"file_name": "b.mp4", "text": 'a "tree"'}
 ROWS = [("a.mp4", "a boat"), ("b.mp4", 'a "tree"')]

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value, Video
 
-from qvgen.config.errors import UserError
 from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.latent_cache import LatentCache
 from qvgen.data.tables.columns import Columns
+from qvgen.errors import UserError
 from tests.data.pooling_encoder import SETTINGS, fill_with_pooling
 from tests.data.video_files import write_clip
 

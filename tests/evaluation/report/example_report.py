@@ -10,7 +10,8 @@ import numpy as np
 
 from qvgen.evaluation.environment import Environment, Machine
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report.data import (
+from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost, VariantQuality
+from qvgen.evaluation.report_data import (
     Checks,
     HeldOutError,
     LayerReport,
@@ -20,7 +21,6 @@ from qvgen.evaluation.report.data import (
     SkippedLayer,
     VideoComparison,
 )
-from qvgen.evaluation.report.quality_data import Quality, Sampling, SamplingCost, VariantQuality
 
 INJECTION = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>"
 

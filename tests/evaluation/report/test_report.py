@@ -21,9 +21,9 @@ import av
 import numpy as np
 import pytest
 
+from qvgen.evaluation.quality_data import VariantQuality
 from qvgen.evaluation.report.charts import read_history
 from qvgen.evaluation.report.json_content import to_json_dict
-from qvgen.evaluation.report.quality_data import VariantQuality
 from qvgen.evaluation.report.writer import render_html, write_report
 from tests.evaluation.report.example_report import INJECTION, METRICS_CSV, frames, report_data
 

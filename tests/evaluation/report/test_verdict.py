@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from qvgen.evaluation.report.quality_data import VariantQuality
+from qvgen.evaluation.quality_data import VariantQuality
 from qvgen.evaluation.report.verdict import judge, rule
 
 TEACHER = VariantQuality(name="teacher", psnr_db=None, ssim=None, lpips=None, flicker=2.0, accuracy={})

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvgen.config.errors import UserError
 from qvgen.data.assets import find_asset
+from qvgen.errors import UserError
 from qvgen.evaluation.networks import lpips
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from qvgen.cli import main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.config.errors import UserError
 from qvgen.config.schema import TrainConfig
+from qvgen.errors import UserError
 from qvgen.layers.swap import quantized_layers
 from qvgen.training.meta_model import build_family, build_student, build_teacher
 from qvgen.training.optim import parameter_groups

@@ -55,7 +55,7 @@ def missing_library(error: ModuleNotFoundError) -> str | None:
     """What to do about a library that this Python does not have; None where one of our own modules can't be found."""
     if error.name is None or error.name.partition(".")[0] in ("qvgen", "qvgen_kernels"):
         return None
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[1]
     if (checkout / "Makefile").is_file():
         remedy = f"first run: source {checkout / '.venv' / 'bin' / 'activate'} (make venv, in {checkout}, makes it)"
     else:

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from qvgen.evaluation.environment import Environment
 from qvgen.evaluation.held_out import too_few_held_out
 from qvgen.evaluation.metrics import FlipCount
-from qvgen.evaluation.report.quality_data import Quality, Sampling
+from qvgen.evaluation.quality_data import Quality, Sampling
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 

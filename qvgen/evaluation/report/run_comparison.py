@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qvgen.evaluation.report.json_content import json_number
+from qvgen.evaluation.json_number import json_number
 from qvgen.evaluation.report.page_format import format_bytes, format_db, format_number, format_seconds
+from qvgen.evaluation.report.run_record import RunRecord, differing_settings
 from qvgen.evaluation.report.verdict import LEVELS, Level
-from qvgen.evaluation.run_record import RunRecord, differing_settings
 
 
 @dataclass(frozen=True, kw_only=True)
