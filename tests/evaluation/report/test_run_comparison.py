@@ -16,10 +16,11 @@ import yaml
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import video_name
+from qvgen.evaluation.report import compare_page
 from qvgen.evaluation.report.compare_page import render_comparison
 from qvgen.evaluation.report.run_comparison import RunTable, build_table, table_json, table_lines
 from qvgen.evaluation.report.run_record import find_runs, read_runs
-from qvgen.evaluation.report.writer import compare_page, write_report
+from qvgen.evaluation.report.writer import write_report
 from tests.evaluation.report.example_report import INJECTION, METRICS_CSV, frames, report_data
 from tests.evaluation.report.test_report import Page, strict_json
 
