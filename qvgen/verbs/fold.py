@@ -11,7 +11,6 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
@@ -36,7 +35,10 @@ def run(config: FoldConfig) -> int | None:
     torch.set_num_threads(run_config.strategy.threads)
     check_fold(run_config, config.run_dir, force=config.force)
     student, _ = prepare_student(run_config)
-    step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
+    method = run_config.method
+    schedule = method.schedule(run_config.phi, num_steps=run_config.steps)
+    step = load_trained(student, config.run_dir, schedule=schedule)
+    method.finish_(student)
     fold_student(run_config, student, config.out, steps=step)
     log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
     equal, count = codes_equal(student, load_packed(config.out, kernel="reference"))
