@@ -2,8 +2,8 @@
 
     Y = s_x * ((q_x - z_x) What^T) * s_w + branch + bias        What = (q_w - z_w) + (L gamma) R / s_w
 
-It saves the input and recomputes codes and ranges in the backward pass; the straight-through formulas are those of
-qvgen.quant.ste. Under autocast the products run in its dtype, all quantizer arithmetic in float32.
+It saves the input and the extremes of its rows, and recomputes codes in the backward pass; the straight-through formulas are
+those of qvgen.quant.ste. Under autocast the products run in its dtype, all quantizer arithmetic in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvgen.lowrank.phi import Phi
-from qvgen.quant.affine import choose_qparams, qparams_to_rows, quantize, round_to_grid, to_rows
+from qvgen.quant.affine import Rounded, choose_qparams, quantize, round_rows, row_extremes, to_rows
 from qvgen.quant.grid import Grid
 from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quant.ste import dynamic_fake_quantize_backward, fake_quantize_backward
@@ -62,11 +62,13 @@ def row_grid(grid: Grid) -> Grid:
     return replace(grid, granularity="per_token") if grid.granularity == "per_tensor" else grid
 
 
-def row_qparams(rows: Tensor, params: tuple[Tensor, Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+def row_qparams(
+    rows: Tensor, params: tuple[Tensor, Tensor], grid: Grid, *, extremes: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of rows [M, K]: from their extremes and clips, or (static) as they were given."""
     if grid.granularity == "per_tensor":
         return params
-    return choose_qparams(rows, grid=grid, clip_low=params[0], clip_high=params[1])
+    return choose_qparams(rows, grid=grid, clip_low=params[0], clip_high=params[1], extremes=extremes)
 
 
 def input_codes(rows: Tensor, params: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
@@ -81,44 +83,53 @@ def input_codes(rows: Tensor, params: tuple[Tensor, Tensor], grid: Grid) -> Tens
     return quantize(rows, scale=scale, zero_point=zero_point, grid=row_grid(grid))
 
 
-def _centered(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Q - z as float32 [..., K]."""
-    rows = to_rows(x, grid)
-    row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
-    codes = round_to_grid(rows, row_scale, row_zero, grid).clamp_(grid.qmin, grid.qmax)
-    return codes.sub_(row_zero).reshape(x.shape)
-
-
-def _operand(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, factored: bool
-) -> tuple[Tensor, Tensor | None]:
+def _operand(x: Tensor, rounded: Rounded, *, factored: bool) -> tuple[Tensor, Tensor | None]:
     """One side of the product and its scale outside: (q - z, s [rows]), or (s (q - z), None)."""
-    centered = _centered(x, scale, zero_point, grid)
     if factored:
-        return centered, scale.reshape(-1)
-    return (qparams_to_rows(scale, grid) * to_rows(centered, grid)).reshape(x.shape), None
+        return rounded.centered.reshape(x.shape), rounded.scale.reshape(-1)
+    return (rounded.scale * rounded.centered).reshape(x.shape), None
 
 
 class _Operands:
-    """Both sides of the product as the forward pass uses them; built again by the backward pass."""
+    """Both sides of the product as the forward pass uses them; built again by the backward pass (``is_backward``).
 
-    def __init__(self, config: ProductConfig, x: Tensor, params: tuple[Tensor, Tensor], weight: Tensor) -> None:
+    ``extremes`` are :func:`qvgen.quant.affine.row_extremes` of the input's rows, which the backward pass has from the forward
+    pass; None where ranges are static.
+    """
+
+    def __init__(
+        self,
+        config: ProductConfig,
+        x: Tensor,
+        params: tuple[Tensor, Tensor],
+        weight: Tensor,
+        *,
+        is_backward: bool = False,
+        extremes: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         factored, grid = config.factored, row_grid(config.activation)
         self.x = to_grid_input(x, config.input_scale, rotation=config.rotation)
-        self.x_qparams = row_qparams(self.x, params, config.activation)
-        self.left, self.left_scale = _operand(self.x, *self.x_qparams, grid, factored=factored)
-        w_qparams, w_grid = config.weight_quantizer.qparams(), config.weight_quantizer.grid
-        self.right, self.right_scale = _operand(weight.detach().float(), *w_qparams, w_grid, factored=factored)
+        is_dynamic = config.activation.granularity != "per_tensor"
+        self.extremes = row_extremes(to_rows(self.x, grid), grid) if is_dynamic and extremes is None else extremes
+        self.x_qparams = row_qparams(self.x, params, config.activation, extremes=self.extremes)
+        scale, zero_point = self.x_qparams
+        self.x_rounded = round_rows(self.x, scale=scale, zero_point=zero_point, grid=grid, with_unclamped=is_backward)
+        self.left, self.left_scale = _operand(self.x, self.x_rounded, factored=factored)
+        (scale, zero_point), w_grid = config.weight_quantizer.qparams(), config.weight_quantizer.grid
+        self.w_rounded = round_rows(
+            weight.detach().float(), scale=scale, zero_point=zero_point, grid=w_grid, with_unclamped=is_backward
+        )
+        self.right, self.right_scale = _operand(weight, self.w_rounded, factored=factored)
         # A real zero point is no whole number: the product takes raw codes, and z * (row sum of X) is subtracted after it,
         # as the kernels do. ``right`` is What all the same, for the backward pass.
         self.right_zero = None
         raw = self.right
         if factored and w_grid.zero_point == "real":
-            self.right_zero = w_qparams[1].reshape(-1)
-            raw = (self.right + w_qparams[1]).round()
+            self.right_zero = zero_point.reshape(-1)
+            raw = (self.right + zero_point).round()
         if config.phi is not None:
             helper = config.phi.weight().detach()
-            helper = helper / w_qparams[0] if factored else helper
+            helper = helper / scale if factored else helper
             self.right, raw = self.right + helper, raw + helper
         self.right_raw = raw
 
@@ -136,30 +147,33 @@ class FakeQuantProduct(torch.autograd.Function):
         weight, scale, zero_point, phi_left, phi_right, bias, config = rest
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.save_for_backward(x, first, second, weight, scale, zero_point, phi_left, phi_right)
         ctx.config, ctx.dtype, ctx.has_bias = config, dtype, bias is not None
         with torch.autocast(device, enabled=False):
             ops = _Operands(config, x, (first, second), weight)
+            low, high = (None, None) if ops.extremes is None else ops.extremes
+            ctx.save_for_backward(x, first, second, low, high, weight, scale, zero_point, phi_left, phi_right)
+            # What follows is in place: the product is nobody else's, and a pass over fresh memory takes twice the time.
             y = functional.linear(ops.left.to(dtype), ops.right_raw.to(dtype)).float()
             if ops.right_zero is not None:
-                y = y - ops.left.sum(-1, keepdim=True) * ops.right_zero
+                y.sub_(ops.left.sum(-1, keepdim=True) * ops.right_zero)
             if ops.left_scale is not None and ops.right_scale is not None:
-                y = (y * ops.left_scale.unsqueeze(-1)) * ops.right_scale
+                y.mul_(ops.left_scale.unsqueeze(-1)).mul_(ops.right_scale)
             if config.branch is not None:
                 down, up = (factor.to(dtype) for factor in config.branch)
-                y = y + functional.linear(functional.linear(x.to(dtype), down), up).float()
+                y.add_(functional.linear(functional.linear(x.to(dtype), down), up).float())
             if bias is not None:
-                y = y + bias.float()
+                y.add_(bias.float())
             return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of all inputs."""
-        x, first, second, weight, _, _, phi_left, phi_right = ctx.saved_tensors
+        x, first, second, low, high, weight, _, _, phi_left, phi_right = ctx.saved_tensors
         config, dtype = ctx.config, ctx.dtype
         with torch.autocast(x.device.type, enabled=False):
             grad_y = grads[0].float()
-            ops = _Operands(config, x, (first, second), weight)
+            extremes = None if low is None else (low, high)
+            ops = _Operands(config, x, (first, second), weight, is_backward=True, extremes=extremes)
             by_row = grad_y if ops.right_scale is None else grad_y * ops.right_scale
             grad_x_hat = (by_row.to(dtype) @ ops.right.to(dtype)).float()
             by_column = grad_y if ops.left_scale is None else grad_y * ops.left_scale.unsqueeze(-1)
@@ -168,7 +182,9 @@ class FakeQuantProduct(torch.autograd.Function):
             if config.branch is not None:
                 down, up = (factor.to(dtype) for factor in config.branch)
                 grad_x = grad_x + ((grad_y.to(dtype) @ up) @ down).float()
-            grad_weight, grad_scale, grad_zero = config.weight_quantizer.gradients(grad_w_eff, weight)
+            grad_weight, grad_scale, grad_zero = config.weight_quantizer.gradients(
+                grad_w_eff, weight, rounded=ops.w_rounded
+            )
             grad_left = grad_right = None
             if config.phi is not None:
                 gate = config.phi.rank_gate
@@ -188,10 +204,18 @@ def _activation_backward(
     if config.activation.granularity == "per_tensor":
         scale, zero_point = ops.x_qparams
         grid = row_grid(config.activation)
-        grad_x, first, second = fake_quantize_backward(grad, ops.x, scale=scale, zero_point=zero_point, grid=grid)
+        grad_x, first, second = fake_quantize_backward(
+            grad, ops.x, scale=scale, zero_point=zero_point, grid=grid, rounded=ops.x_rounded
+        )
     else:
         grad_x, first, second = dynamic_fake_quantize_backward(
-            grad, ops.x, clip_low=params[0], clip_high=params[1], grid=config.activation
+            grad,
+            ops.x,
+            clip_low=params[0],
+            clip_high=params[1],
+            grid=config.activation,
+            extremes=ops.extremes,
+            rounded=ops.x_rounded,
         )
     if config.rotation:
         grad_x = hadamard_transform(grad_x, block_size=config.rotation)

@@ -23,10 +23,32 @@ Shapes: for x [..., K] the scale and zero point are [..., 1] (per_token, per_cha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qvgen.quant.grid import MIN_SCALE, Grid
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded:
+    """Rows that were rounded to a grid, all in the layout of :func:`to_rows`: what a backward pass needs of them.
+
+    Attributes:
+        rows: float32 [..., columns], what was rounded.
+        scale: float32 [..., 1].
+        zero_point: float32 [..., 1].
+        unclamped: float32 [..., columns], whole numbers: the codes before the clamp to [qmin, qmax]; None where the memory
+            was saved.
+        centered: float32 [..., columns], clamped codes minus the zero point.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    unclamped: Tensor | None
+    centered: Tensor
 
 
 def to_rows(x: Tensor, grid: Grid) -> Tensor:
@@ -48,12 +70,26 @@ def qparams_to_rows(value: Tensor, grid: Grid) -> Tensor:
     return value.unsqueeze(-1) if grid.granularity in ("per_group", "per_tensor") else value
 
 
-def _from_rows(qparam: Tensor, grid: Grid) -> Tensor:
+def from_rows(qparam: Tensor, grid: Grid) -> Tensor:
+    """Inverse of :func:`qparams_to_rows`."""
     return qparam.squeeze(-1) if grid.granularity in ("per_group", "per_tensor") else qparam
 
 
+def row_extremes(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each row, or (symmetric) -max|x| and max|x|; float32 [..., 1] each."""
+    if grid.symmetric:
+        top = rows.abs().amax(-1, keepdim=True)
+        return -top, top
+    return rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+
+
 def clipped_range(
-    rows: Tensor, *, grid: Grid, clip_low: Tensor | None = None, clip_high: Tensor | None = None
+    rows: Tensor,
+    *,
+    grid: Grid,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lower and upper end of each row's range, 0 included, times the clip factors.
 
@@ -62,16 +98,16 @@ def clipped_range(
         grid: A symmetric grid uses (-max|x|, max|x|) and ``clip_high`` alone.
         clip_low: Factor in (0, 1] on the minimum, broadcastable to [..., 1].
         clip_high: Factor in (0, 1] on the maximum.
+        extremes: Of :func:`row_extremes`, where they are known; None: they are taken from the rows.
 
     Returns:
         lo <= 0 and hi >= 0, float32 [..., 1].
     """
+    bottom, top = row_extremes(rows, grid) if extremes is None else extremes
     if grid.symmetric:
-        high = rows.abs().amax(-1, keepdim=True)
-        high = high if clip_high is None else high * clip_high
+        high = top if clip_high is None else top * clip_high
         return -high, high
-    low = rows.amin(-1, keepdim=True).clamp(max=0.0)
-    high = rows.amax(-1, keepdim=True).clamp(min=0.0)
+    low, high = bottom.clamp(max=0.0), top.clamp(min=0.0)
     return low if clip_low is None else low * clip_low, high if clip_high is None else high * clip_high
 
 
@@ -87,7 +123,7 @@ def qparams_from_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, T
     scale = round_scale(scale, grid)
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
-    zero_point = -low * (1.0 / scale)
+    zero_point = -low * scale.reciprocal()
     if grid.zero_point == "integer":
         zero_point = zero_point.round()
     return scale, zero_point.clamp(0, grid.qmax)
@@ -111,7 +147,12 @@ def scale_bounds(grid: Grid) -> tuple[float, float]:
 
 
 def choose_qparams(
-    x: Tensor, *, grid: Grid, clip_low: Tensor | None = None, clip_high: Tensor | None = None
+    x: Tensor,
+    *,
+    grid: Grid,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the (clipped) minimum and maximum of x.
 
@@ -120,23 +161,35 @@ def choose_qparams(
         grid: Where the codes lie.
         clip_low: Factor on the minimum, broadcastable to the scale's shape ([..., 1] for groups).
         clip_high: Factor on the maximum.
+        extremes: See :func:`clipped_range`.
 
     Returns:
         scale float32 > 0 and zero_point float32 (whole numbers for an integer grid), see the module's shapes.
     """
     rows = to_rows(x.float(), grid)
     clips = [None if clip is None else qparams_to_rows(clip.float(), grid) for clip in (clip_low, clip_high)]
-    low, high = clipped_range(rows, grid=grid, clip_low=clips[0], clip_high=clips[1])
+    low, high = clipped_range(rows, grid=grid, clip_low=clips[0], clip_high=clips[1], extremes=extremes)
     scale, zero_point = qparams_from_range(low, high, grid)
-    return _from_rows(scale, grid), _from_rows(zero_point, grid)
+    return from_rows(scale, grid), from_rows(zero_point, grid)
 
 
 def round_to_grid(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Codes as whole float32 numbers, before the clamp to [qmin, qmax]. All arguments in row layout."""
-    scaled = rows * (1.0 / scale)
+    scaled = rows * scale.reciprocal()
+    # In place from here on: nobody else has this tensor, and a pass over fresh memory takes twice the time.
     if grid.zero_point == "real":
-        return (scaled + zero_point).round() + 0.0  # makes -0.0 a plain zero: an integer code has no sign of zero
-    return scaled.round() + zero_point
+        return scaled.add_(zero_point).round_().add_(0.0)  # makes -0.0 a plain zero: integer codes have no sign of zero
+    return scaled.round_().add_(zero_point)
+
+
+def round_rows(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid, with_unclamped: bool = True) -> Rounded:
+    """Round x float32 [..., K] with a scale and zero point of the public shape, and keep what a backward pass needs."""
+    rows, scale, zero_point = to_rows(x, grid), qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
+    unclamped = round_to_grid(rows, scale, zero_point, grid)
+    clamp = torch.clamp if with_unclamped else torch.clamp_
+    centered = clamp(unclamped, grid.qmin, grid.qmax).sub_(zero_point)
+    kept = unclamped if with_unclamped else None
+    return Rounded(rows=rows, scale=scale, zero_point=zero_point, unclamped=kept, centered=centered)
 
 
 def quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -153,7 +206,7 @@ def quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -> Ten
     """
     rows = to_rows(x.float(), grid)
     codes = round_to_grid(rows, qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid), grid)
-    codes = codes.clamp(grid.qmin, grid.qmax)
+    codes = codes.clamp_(grid.qmin, grid.qmax)
     return codes.to(torch.int8 if grid.symmetric else torch.uint8).reshape(x.shape)
 
 
@@ -172,5 +225,5 @@ def fake_quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -
     """
     rows = to_rows(x.float(), grid)
     row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
-    codes = round_to_grid(rows, row_scale, row_zero, grid).clamp(grid.qmin, grid.qmax)
-    return (row_scale * (codes - row_zero)).reshape(x.shape)
+    codes = round_to_grid(rows, row_scale, row_zero, grid).clamp_(grid.qmin, grid.qmax)
+    return codes.sub_(row_zero).mul_(row_scale).reshape(x.shape)

@@ -20,40 +20,55 @@ ceiling, ds ends there; a minimum that is 0 only because ranges include 0 has no
 
 What is left out: the clamp of the zero point to [0, qmax]. It can bite only by rounding at the two ends, since a
 range that includes 0 has -lo/s in [0, qmax] already.
+
+Selections are not written with ``torch.where``: on a CPU it takes three to ten times as long as a vectorized pass, and so
+does a comparison that makes bools. ``hardtanh_backward(v, x, a, b)`` is v where a < x < b and 0 elsewhere in one such pass,
+bit for bit (x is never NaN here), and ``eq`` into floats is 1 and 0.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from qvgen.quant.affine import (
+    Rounded,
     clipped_range,
+    from_rows,
     qparams_from_range,
     qparams_to_rows,
-    round_to_grid,
+    round_rows,
+    row_extremes,
     scale_bounds,
     to_rows,
 )
 from qvgen.quant.grid import Grid
 
 
-def _row_gradients(
-    grad: Tensor, rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 1 to 3 in row layout; ds and dz keep the last dimension as 1."""
-    unclamped = round_to_grid(rows, scale, zero_point, grid)
-    codes = unclamped.clamp(grid.qmin, grid.qmax)
-    in_range = unclamped == codes
-    grad_x = torch.where(in_range, grad, 0.0)
-    grad_scale = (grad * (codes - zero_point)).sum(-1, keepdim=True)
-    grad_scale -= (grad_x * rows).sum(-1, keepdim=True) / scale
-    grad_zero = (grad_x - grad).sum(-1, keepdim=True) * scale
+def _select_between(value: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """The value where low < x < high, and 0 elsewhere."""
+    selected: Tensor = torch.ops.aten.hardtanh_backward(value, x, low, high)
+    return selected
+
+
+def _row_gradients(grad: Tensor, rounded: Rounded, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 1 to 3 in row layout; ds and dz keep the last dimension as 1. dz of a symmetric grid is 0."""
+    assert rounded.unclamped is not None, "a backward pass needs the codes before the clamp"
+    # Unclamped codes are whole numbers: in [qmin, qmax] is between the halves beside it.
+    grad_x = _select_between(grad, rounded.unclamped, grid.qmin - 0.5, grid.qmax + 0.5)
+    products = grad * rounded.centered
+    grad_scale = products.sum(-1, keepdim=True)
+    grad_scale -= torch.mul(grad_x, rounded.rows, out=products).sum(-1, keepdim=True) / rounded.scale
+    if grid.symmetric:
+        return grad_x, grad_scale, torch.zeros_like(grad_scale)
+    grad_zero = torch.sub(grad_x, grad, out=products).sum(-1, keepdim=True) * rounded.scale
     return grad_x, grad_scale, grad_zero
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid
+    grad: Tensor, x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid, rounded: Rounded | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`qvgen.quant.affine.fake_quantize` with a given (learned) scale and zero point.
 
@@ -63,21 +78,27 @@ def fake_quantize_backward(
         scale: float32, public shape of :mod:`qvgen.quant.affine`.
         zero_point: float32, public shape: the value that the forward pass used (rounded for an integer grid).
         grid: The grid of the forward pass.
+        rounded: :func:`qvgen.quant.affine.round_rows` of x with these, where it is known; None: it is computed.
 
     Returns:
         dLoss/dx float32 [..., K], dLoss/dscale and dLoss/dzero_point in the shape of ``scale``. The zero
         point of a symmetric grid has the gradient 0.
     """
-    rows, grad_rows = to_rows(x.float(), grid), to_rows(grad.float(), grid)
-    row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
-    grad_x, grad_scale, grad_zero = _row_gradients(grad_rows, rows, row_scale, row_zero, grid)
-    if grid.symmetric:
-        grad_zero = torch.zeros_like(grad_zero)
+    if rounded is None:
+        rounded = round_rows(x.float(), scale=scale, zero_point=zero_point, grid=grid)
+    grad_x, grad_scale, grad_zero = _row_gradients(to_rows(grad.float(), grid), rounded, grid)
     return grad_x.reshape(x.shape), grad_scale.reshape(scale.shape), grad_zero.reshape(scale.shape)
 
 
 def dynamic_fake_quantize_backward(
-    grad: Tensor, x: Tensor, *, clip_low: Tensor, clip_high: Tensor, grid: Grid
+    grad: Tensor,
+    x: Tensor,
+    *,
+    clip_low: Tensor,
+    clip_high: Tensor,
+    grid: Grid,
+    extremes: tuple[Tensor, Tensor] | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``fake_quantize(x, *choose_qparams(x, clip_low, clip_high))``.
 
@@ -87,29 +108,34 @@ def dynamic_fake_quantize_backward(
         clip_low: float32 [..., 1], the factors that the forward pass used, one per row (token).
         clip_high: float32 [..., 1].
         grid: per_token or per_group.
+        extremes: :func:`qvgen.quant.affine.row_extremes` of x in row layout, where they are known; None: they are computed.
+        rounded: :func:`qvgen.quant.affine.round_rows` of x with what those and the clips give, where it is known.
 
     Returns:
         dLoss/dx float32 [..., K], dLoss/dclip_low and dLoss/dclip_high float32 [..., 1] (summed over groups;
         ``clip_low`` of a symmetric grid has the gradient 0).
     """
     rows, grad_rows = to_rows(x.float(), grid), to_rows(grad.float(), grid)
+    bottom, top = row_extremes(rows, grid) if extremes is None else extremes
     c_low, c_high = qparams_to_rows(clip_low, grid), qparams_to_rows(clip_high, grid)
-    low, high = clipped_range(rows, grid=grid, clip_low=c_low, clip_high=c_high)
-    scale, zero_point = qparams_from_range(low, high, grid)
-    grad_x, grad_scale, grad_zero = _row_gradients(grad_rows, rows, scale, zero_point, grid)
+    low, high = clipped_range(rows, grid=grid, clip_low=c_low, clip_high=c_high, extremes=(bottom, top))
+    if rounded is None:
+        scale, zero_point = (from_rows(value, grid) for value in qparams_from_range(low, high, grid))
+        rounded = round_rows(x.float(), scale=scale, zero_point=zero_point, grid=grid)
+    scale = rounded.scale
+    grad_x, grad_scale, grad_zero = _row_gradients(grad_rows, rounded, grid)
     if grid.symmetric:
         grad_low = torch.zeros_like(grad_scale)
         grad_high = _where_free(high, grad_scale / grid.qmax, grid)
-        top = rows.abs().amax(-1, keepdim=True)
-        grad_x = grad_x + _share(rows.abs() == top, grad_high * c_high) * rows.sign()
+        grad_x.add_(_share(rows.abs(), top, grad_high * c_high).mul_(rows.sign()))
         grad_c_low, grad_c_high = grad_low, grad_high * top
     else:
         grad_scale = grad_scale + grad_zero * low / (scale * scale)
         grad_high = _where_free(high - low, grad_scale / grid.qmax, grid)
         grad_low = -grad_zero / scale - grad_high
-        bottom, top = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-        grad_x = grad_x + _share((rows == bottom) & (bottom < 0), grad_low * c_low)
-        grad_x = grad_x + _share((rows == top) & (top > 0), grad_high * c_high)
+        # A minimum that is 0 or above has no share, nor has a maximum that is 0 or below.
+        grad_x.add_(_share(rows, bottom, _select_between(grad_low * c_low, bottom, -math.inf, 0.0)))
+        grad_x.add_(_share(rows, top, _select_between(grad_high * c_high, top, 0.0, math.inf)))
         grad_c_low, grad_c_high = grad_low * bottom.clamp(max=0.0), grad_high * top.clamp(min=0.0)
     return grad_x.reshape(x.shape), _sum_groups(grad_c_low, grid), _sum_groups(grad_c_high, grid)
 
@@ -118,13 +144,14 @@ def _where_free(span: Tensor, grad: Tensor, grid: Grid) -> Tensor:
     """Zero where the scale sits on its floor or ceiling: there it no longer depends on the range."""
     floor, ceiling = scale_bounds(grid)
     scale = span / grid.qmax
-    return torch.where((scale > floor) & (scale < ceiling), grad, 0.0)
+    return _select_between(grad, scale, floor, ceiling)
 
 
-def _share(mask: Tensor, value: Tensor) -> Tensor:
-    """Spread value [..., 1] evenly over the true elements of mask [..., columns]."""
-    count = mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, value / count, 0.0)
+def _share(rows: Tensor, extreme: Tensor, value: Tensor) -> Tensor:
+    """Spread value [..., 1] evenly over those elements of rows [..., columns] that equal the extreme [..., 1]."""
+    hit = torch.eq(rows, extreme, out=torch.empty_like(rows))
+    count = hit.sum(-1, keepdim=True).clamp(min=1)  # exact: fewer than 2^24 columns
+    return _select_between(value / count, hit, 0.5, 2.0)
 
 
 def _sum_groups(grad: Tensor, grid: Grid) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qvgen.quant.affine import fake_quantize, quantize, round_scale
+from qvgen.quant.affine import Rounded, fake_quantize, quantize, round_scale
 from qvgen.quant.grid import MIN_SCALE, Grid
 from qvgen.quant.ste import fake_quantize_backward
 
@@ -80,19 +80,22 @@ class WeightLSQ(nn.Module):
         return fake_quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
 
     @torch.no_grad()
-    def gradients(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gradients(
+        self, grad: Tensor, weight: Tensor, *, rounded: Rounded | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Straight-through gradients, with the LSQ factor on scale and zero point.
 
         Args:
             grad: float32 [N, K], gradient of the fake-quantized weight.
             weight: [N, K].
+            rounded: The weight rounded to this grid, where it is known; None: it is computed.
 
         Returns:
             Gradients of the weight, the scale and the zero point (None for symmetric grids).
         """
         scale, zero_point = self.qparams()
         grad_weight, grad_scale, grad_zero = fake_quantize_backward(
-            grad, weight, scale=scale, zero_point=zero_point, grid=self.grid
+            grad, weight, scale=scale, zero_point=zero_point, grid=self.grid, rounded=rounded
         )
         grad_scale = grad_scale * self.gradient_scale
         return grad_weight, grad_scale, None if self.zero_point is None else grad_zero * self.gradient_scale

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvgen.quant.affine import choose_qparams
+from qvgen.quant.affine import choose_qparams, qparams_to_rows, round_rows, row_extremes, to_rows
 from qvgen.quant.grid import Grid
 from qvgen.quant.ste import dynamic_fake_quantize_backward, fake_quantize_backward
 from tests import oracles
@@ -302,3 +302,97 @@ def test_leading_dimensions_and_per_tensor():
     assert [value.shape for value in got] == [x.shape, (1,), (1,)]
     for one, other in zip(got, row, strict=True):
         assert torch.equal(one.reshape(-1), other.reshape(-1))
+
+
+# --------------------------------------------------------------------------- the same bits as the plain formulas
+
+
+def plain_gradients(grad, rows, scale, zero_point, grid):
+    """Equations 1 to 3 as they are written, in row layout."""
+    scaled = rows * (1.0 / scale)
+    unclamped = (scaled + zero_point).round() + 0.0 if grid.zero_point == "real" else scaled.round() + zero_point
+    codes = unclamped.clamp(grid.qmin, grid.qmax)
+    grad_x = torch.where(unclamped == codes, grad, 0.0)
+    grad_scale = (grad * (codes - zero_point)).sum(-1, keepdim=True)
+    grad_scale = grad_scale - (grad_x * rows).sum(-1, keepdim=True) / scale
+    return grad_x, grad_scale, (grad_x - grad).sum(-1, keepdim=True) * scale
+
+
+def plain_share(mask, value):
+    return torch.where(mask, value / mask.sum(-1, keepdim=True).clamp(min=1), 0.0)
+
+
+def same_bits(got, expected):
+    return torch.equal(got.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))
+
+
+def rows_of_every_kind(seed):
+    """Ordinary rows; outliers; ties of both extremes; one-sided, constant, zero, tiny and huge rows; zeros of both signs."""
+    x = draw(12, seed=seed)
+    x[0, 3], x[0, 17] = 40.0, -30.0
+    x[1] = x[1].round()
+    x[2], x[3] = x[2].abs(), -x[3].abs()
+    x[4], x[5], x[6] = 2.5, -2.5, 0.0
+    x[7, ::2], x[7, 1::4] = -0.0, 0.0
+    x[8], x[9] = x[8] * 1e-12, x[9] * 1e30
+    x[10, 1::2] = x[10, ::2]
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["per_token", "per_group"])
+def test_fast_selections_have_the_bits_of_the_plain_formulas(kind, granularity):
+    for bits, scale_dtype in itertools.product((2, 3, 8), ("float32", "float16")):
+        grid = make_grid(bits, kind, granularity, scale_dtype)
+        x, grad = rows_of_every_kind(bits), draw(12, seed=bits + 50)
+        grad[:, ::5] = -0.0
+        low, high = (torch.full((12, 1), value) for value in (0.8, 0.7))
+        scale, zero = choose_qparams(x, grid=grid, clip_low=low, clip_high=high)
+        rows, grads = to_rows(x, grid), to_rows(grad, grid)
+        s, z, c_low, c_high = (qparams_to_rows(value, grid) for value in (scale, zero, low, high))
+        grad_x, grad_s, grad_z = plain_gradients(grads, rows, s, z, grid)
+        got = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
+        assert same_bits(got[0], grad_x.reshape(x.shape))
+        assert same_bits(got[1], grad_s.reshape(scale.shape))
+        if kind != "none":
+            assert same_bits(got[2], grad_z.reshape(scale.shape))
+        bottom, top = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+        floor = 1e-8 if scale_dtype == "float32" else float(torch.finfo(torch.float16).smallest_normal)
+        ceiling = torch.finfo(grid.torch_scale_dtype).max
+        if kind == "none":
+            top = rows.abs().amax(-1, keepdim=True)
+            span = top * c_high / grid.qmax
+            grad_high = torch.where((span > floor) & (span < ceiling), grad_s / grid.qmax, 0.0)
+            grad_x = grad_x + plain_share(rows.abs() == top, grad_high * c_high) * rows.sign()
+        else:
+            lo, hi = bottom.clamp(max=0.0) * c_low, top.clamp(min=0.0) * c_high
+            ds = grad_s + grad_z * lo / (s * s)
+            span = (hi - lo) / grid.qmax
+            grad_high = torch.where((span > floor) & (span < ceiling), ds / grid.qmax, 0.0)
+            grad_low = -grad_z / s - grad_high
+            grad_x = grad_x + plain_share((rows == bottom) & (bottom < 0), grad_low * c_low)
+            grad_x = grad_x + plain_share((rows == top) & (top > 0), grad_high * c_high)
+        dynamic = dynamic_fake_quantize_backward(grad, x, clip_low=low, clip_high=high, grid=grid)
+        assert same_bits(dynamic[0], grad_x.reshape(x.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["per_token", "per_group"])
+def test_what_the_forward_pass_knows_need_not_be_computed_again(kind, granularity):
+    grid = make_grid(3, kind, granularity)
+    x, grad = rows_of_every_kind(5), draw(12, seed=6)
+    clips = {"clip_low": torch.full((12, 1), 0.9), "clip_high": torch.full((12, 1), 0.6)}
+    extremes = row_extremes(to_rows(x, grid), grid)
+    scale, zero = choose_qparams(x, grid=grid, extremes=extremes, **clips)
+    for given, alone in zip((scale, zero), choose_qparams(x, grid=grid, **clips), strict=True):
+        assert same_bits(given, alone)
+    rounded = round_rows(x, scale=scale, zero_point=zero, grid=grid)
+    known = dynamic_fake_quantize_backward(grad, x, grid=grid, extremes=extremes, rounded=rounded, **clips)
+    alone = dynamic_fake_quantize_backward(grad, x, grid=grid, **clips)
+    learned = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid, rounded=rounded)
+    learned_alone = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
+    for got, expected in zip((*known, *learned), (*alone, *learned_alone), strict=True):
+        assert same_bits(got, expected)
+    short = round_rows(x, scale=scale, zero_point=zero, grid=grid, with_unclamped=False)
+    assert short.unclamped is None
+    assert same_bits(short.centered, rounded.centered)
