@@ -66,6 +66,24 @@ def test_commands_have_one_form_which_the_first_page_explains() -> None:
         assert "pip install 'qvgen" not in page.read_text(encoding="utf-8"), "qvgen is on no package index"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("CORES=2",), "train.py devices=2 strategy=ddp"),
+        (("CORES=16", "ARGS=bits=4 seed=1"), "train.py devices=2 strategy=ddp bits=4 seed=1"),
+        (("CORES=1", "ARGS=bits=4"), "train.py bits=4"),
+        (("CORES=2", "ARGS=devices=1"), "train.py devices=1"),
+        (("CORES=2", "ARGS=seed=1 strategy=single"), "train.py seed=1 strategy=single"),
+        (("CORES=2", "ARGS=batch_size=1"), "train.py batch_size=1"),
+    ],
+)
+def test_make_demo_takes_two_processes_where_there_are_two_cores(given: tuple[str, ...], expected: str) -> None:
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "demo", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1].split() == [".venv/bin/python", *expected.split()]
+
+
 @pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "qvgen").exists(), reason="make venv has not made .venv here")
 def test_make_shell_is_where_the_commands_work() -> None:
     typed = "command -v python qvgen; exit\n"
