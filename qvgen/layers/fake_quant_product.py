@@ -178,6 +178,7 @@ class FakeQuantProduct(torch.autograd.Function):
             grad_x_hat = (by_row.to(dtype) @ ops.right.to(dtype)).float()
             by_column = grad_y if ops.left_scale is None else grad_y * ops.left_scale.unsqueeze(-1)
             grad_w_eff = (by_column.to(dtype).mT @ ops.left.to(dtype)).float()
+            del by_row, by_column  # as large as the output; what follows needs the most memory
             grad_x, grad_first, grad_second = _activation_backward(config, ops, grad_x_hat, (first, second))
             if config.branch is not None:
                 down, up = (factor.to(dtype) for factor in config.branch)

@@ -49,7 +49,7 @@ from qvgen.quant.grid import Grid
 
 def _select_between(value: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """The value where low < x < high, and 0 elsewhere."""
-    selected: Tensor = torch.ops.aten.hardtanh_backward(value, x, low, high)
+    selected: Tensor = torch.ops.aten.hardtanh_backward.default(value, x, low, high)
     return selected
 
 
