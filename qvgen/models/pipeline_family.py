@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers.video_processor import VideoProcessor
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ class PipelineFamily(FolderFamily):
     Its keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
     """
 
-    pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
+    pipeline_class: ClassVar[str]
     scheduler_classes: ClassVar[tuple[str, ...]]
     max_text_tokens: ClassVar[int]
 
@@ -178,6 +177,8 @@ class PipelineFamily(FolderFamily):
         )  # the pipelines' own condition
         rows = (encode or self.encode)(texts)["encoder_hidden_states"].to(**like).split(1)
         embeddings = dict(zip(texts, rows, strict=True))
+        from diffusers.video_processor import VideoProcessor
+
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for caption, negative, seed in zip(captions, negatives, seeds, strict=True):
@@ -230,7 +231,8 @@ class PipelineFamily(FolderFamily):
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
         none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
-        pipeline = self.pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        pipeline = pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
