@@ -292,13 +292,14 @@ class FolderFamily(abc.ABC):
     def _module(self, component: str, *, device: torch.device | None = None) -> Any:
         """Text encoder or VAE, loaded once, on ``device`` or where :meth:`to` says."""
         if component not in self._loaded:
-            import transformers  # here, as it takes seconds and a plan does without
-
-            model_class = (
-                getattr(diffusers, self.vae_class)
-                if component == "vae"
-                else getattr(transformers, self.text_encoder_class)
-            )
             dtype = _DTYPES[getattr(self, f"{component}_dtype")]
-            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
+            self._loaded[component] = self._require_folder().load(component, self._part_class(component), dtype=dtype)
         return self._loaded[component].to(device or self._device)
+
+    def _part_class(self, component: str) -> Any:
+        """The class of text encoder or VAE."""
+        if component == "vae":
+            return getattr(diffusers, self.vae_class)
+        import transformers  # here, as it takes seconds and a plan does without
+
+        return getattr(transformers, self.text_encoder_class)

@@ -7,7 +7,8 @@ import torch
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import check_kernel
 from qvgen.initializers.bit_budget import BitBudget
-from qvgen.layers.swap import add_switch_widths_, select_linears
+from qvgen.layers.shared_input import unshare_activations_
+from qvgen.layers.swap import add_switch_widths_, quantized_layers, select_linears
 from qvgen.training.meta_model import Prepared, build_transformer, prepare_
 
 
@@ -37,6 +38,7 @@ def check_student(config: TrainConfig) -> Prepared | None:
         check_mixed_precision(config, chosen.quantized)
     prepare_(skeleton.train(), config, names=chosen.quantized)
     if config.activation_switch.widths is not None:
+        unshare_activations_(quantized_layers(skeleton))
         add_switch_widths_(skeleton, config.activation_switch.widths)
     check_kernel(skeleton, kernel=config.kernel, device=torch.device("cpu"))
     return None if config.activation_switch.widths is not None else (skeleton, chosen)

@@ -177,5 +177,5 @@ def run_step(
 
 def _batch(family: Any, size: int) -> tuple[NoisyBatch, dict[str, Tensor]]:
     shape = (size, *family.sample_shape)
-    draw = NoisyBatch(noisy=torch.empty(shape), target=torch.empty(shape), timestep=torch.empty(size), captions=[])
+    draw = NoisyBatch(noisy=torch.empty(shape), target=torch.empty(shape), timestep=torch.zeros(size), captions=[])
     return draw, {"encoder_hidden_states": torch.empty(size, *family.condition_shape)}
