@@ -4,8 +4,7 @@ Where no folder is given, the configurations that were published (conf/model/NAM
 folder's, so that a run can be planned before anything is downloaded; whatever needs weights raises then. Once there is a
 folder its own configurations count.
 
-A family names the classes of its parts, which are imported when a part is loaded. What is done with text encoder and VAE is
-:mod:`qvgen.models.pipeline_family`'s.
+Classes of parts are named, and imported with the part. What is done with them is :mod:`qvgen.models.pipeline_family`'s.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -292,14 +292,9 @@ class FolderFamily(abc.ABC):
     def _module(self, component: str, *, device: torch.device | None = None) -> Any:
         """Text encoder or VAE, loaded once, on ``device`` or where :meth:`to` says."""
         if component not in self._loaded:
+            of_vae = ("diffusers", self.vae_class)
+            library, name = of_vae if component == "vae" else ("transformers", self.text_encoder_class)
+            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
             dtype = _DTYPES[getattr(self, f"{component}_dtype")]
-            self._loaded[component] = self._require_folder().load(component, self._part_class(component), dtype=dtype)
+            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
         return self._loaded[component].to(device or self._device)
-
-    def _part_class(self, component: str) -> Any:
-        """The class of text encoder or VAE."""
-        if component == "vae":
-            return getattr(diffusers, self.vae_class)
-        import transformers  # here, as it takes seconds and a plan does without
-
-        return getattr(transformers, self.text_encoder_class)
