@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+from diffusers.video_processor import VideoProcessor
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -177,8 +178,6 @@ class PipelineFamily(FolderFamily):
         )  # the pipelines' own condition
         rows = (encode or self.encode)(texts)["encoder_hidden_states"].to(**like).split(1)
         embeddings = dict(zip(texts, rows, strict=True))
-        from diffusers.video_processor import VideoProcessor
-
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for caption, negative, seed in zip(captions, negatives, seeds, strict=True):

@@ -15,11 +15,11 @@ TRAINING = {"lightning", "pytorch_lightning", "wandb", "torchmetrics", "matplotl
 """What trains, measures and reads tables."""
 
 PARTS = {
-    "diffusers.pipelines.pipeline_utils", "diffusers.pipelines.wan.pipeline_wan", "diffusers.video_processor",
-    "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5", "transformers.models.t5",
-    "transformers.models.bert", "transformers.models.auto.tokenization_auto",
+    "diffusers.pipelines.pipeline_utils", "diffusers.pipelines.wan.pipeline_wan",
+    "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5.modeling_umt5",
+    "transformers.models.t5.modeling_t5", "transformers.models.bert.modeling_bert",
 }  # fmt: skip
-"""Parts of a model that a plan does not load: pipelines, autoencoders, text encoders, tokenizers."""
+"""Parts of a model that a plan does not load: pipelines, autoencoders, text encoders."""
 
 SMALL = ["model.num_layers=1", "batch_size=2", "steps=12", "phi.rank=2"]
 
