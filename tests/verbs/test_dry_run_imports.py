@@ -55,6 +55,7 @@ def test_a_dry_run_imports_nothing_that_trains_or_samples(arguments: list[str], 
 def test_precompute_plans_without_the_parts_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "metadata.csv").write_text("file_name,text\na.mp4,a red boat\n", encoding="utf-8")
+    (tmp_path / "clips" / "a.mp4").touch()
     keys = ["model=cogvideox", "data.path=clips", "dry_run=true"]
     found = imported("precompute", *keys, code=0, folder=tmp_path)
     assert "qvgen.data.clip_source" in found

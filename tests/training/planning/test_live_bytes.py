@@ -137,11 +137,11 @@ class _Operators(LiveBytes):
 
 def test_operators_without_results_return_the_shapes_strides_and_aliases_of_real_ones() -> None:
     def results() -> list[Tensor]:
-        image, weight, kernel = torch.empty(2, 6, 8, 5), torch.empty(7, 6), torch.empty(4, 6, 3, 3)
+        image, weight, kernel = torch.empty(2, 6, 8, 5), torch.empty(8, 6), torch.empty(4, 6, 3, 3)
         rows = image.permute(0, 2, 3, 1)
         linear = functional.linear(rows, weight)
         low, high = linear.chunk(2, dim=-1)
-        norm, mean, deviation = torch.native_layer_norm(linear, (7,), None, None, 1e-5)
+        norm, mean, deviation = torch.native_layer_norm(linear, (8,), None, None, 1e-5)
         attended = functional.scaled_dot_product_attention(*[rows.transpose(1, 2)] * 3)
         torch.add(low, high, out=high)
         where = torch.where(low > 0, low, 0.0)
