@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import PromptedVideo, Prompts
+from qvgen.config.prompt import PromptedVideo
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
@@ -28,6 +28,7 @@ from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.packed_checks import check_packed
 from qvgen.evaluation.placement import placed
+from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost
 from qvgen.evaluation.report_data import Checks, VideoComparison
 from qvgen.evaluation.sampling_cost import describe_device, measured, memory_source, weight_bytes, weights_dtype
@@ -213,11 +214,6 @@ def _sampling(sampled: Mapping[str, _Sampled], asked: _Asked) -> Sampling:
             "while it sampled beyond what was there before"
         ),
     )
-
-
-def evaluation_prompts(config: TrainConfig) -> Prompts:
-    """What is sampled to be looked at: ``evaluation.prompts``, else the model's own captions."""
-    return config.evaluation.prompts or Prompts.of(config.model.prompts)
 
 
 def shown_videos(config: TrainConfig) -> list[PromptedVideo]:

@@ -21,9 +21,9 @@ from qvgen.config.prompt_line import Prompt
 from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.source import Split
-from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.placement import placed
+from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.base import Encode
 
 SEED_OFFSET = 20_000

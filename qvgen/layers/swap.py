@@ -97,11 +97,15 @@ def swap_fake_quant_(
         ValueError: Names the layer that the profile or the rank does not fit.
     """
     band = NoiseBand(num_noise_bands)
-    linears = {}
+    linears, fitting = {}, set()
     for name in names:
         linear = linears[name] = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        alike = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        if sizes in fitting:
+            continue
+        fitting.add(sizes)
+        alike = nn.Linear(sizes[0], sizes[1], bias=sizes[2], device="meta")
         try:
             FakeQuantLinear(alike, profile=profile, noise_band=band, phi_rank=phi_rank)
         except ValueError as error:

@@ -16,13 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.cogvideox_fold import COGVIDEOX_SHARED_INPUTS, cogvideox_folds
@@ -35,9 +33,9 @@ class CogVideoX(PipelineFamily):
     """The CogVideoX family; its keys are those of :class:`qvgen.models.folder_family.FolderFamily`."""
 
     transformer_class: ClassVar[str] = "CogVideoXTransformer3DModel"
-    pipeline_class: ClassVar[Any] = CogVideoXPipeline
-    vae_class: ClassVar[Any] = AutoencoderKLCogVideoX
-    text_encoder_class: ClassVar[Any] = T5EncoderModel
+    pipeline_class: ClassVar[str] = "CogVideoXPipeline"
+    vae_class: ClassVar[str] = "AutoencoderKLCogVideoX"
+    text_encoder_class: ClassVar[str] = "T5EncoderModel"
     scheduler_classes: ClassVar[tuple[str, ...]] = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
     max_text_tokens: ClassVar[int] = 226
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {

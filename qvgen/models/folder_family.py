@@ -4,7 +4,7 @@ Where no folder is given, the configurations that were published (conf/model/NAM
 folder's, so that a run can be planned before anything is downloaded; whatever needs weights raises then. Once there is a
 folder its own configurations count.
 
-What is done with text encoder and VAE is :mod:`qvgen.models.pipeline_family`'s.
+Classes of parts are named, and imported with the part. What is done with them is :mod:`qvgen.models.pipeline_family`'s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -84,13 +85,13 @@ class FolderFamily(abc.ABC):
     lora_scale: Any = 1.0
     negative_prompt: str = ""
 
-    pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
+    pipeline_class: ClassVar[str]
     folder_class: ClassVar[type[HubFolder]] = HubFolder
     transformer_class: ClassVar[str]
     transformer_folder: ClassVar[str] = "transformer"
     transformer_folders: ClassVar[tuple[str, ...]] = ("transformer",)
-    vae_class: ClassVar[type[nn.Module]]
-    text_encoder_class: ClassVar[type[nn.Module]]
+    vae_class: ClassVar[str]
+    text_encoder_class: ClassVar[str]
 
     _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False)
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -108,7 +109,7 @@ class FolderFamily(abc.ABC):
         self._loras = self._chosen_loras()
         if self.folder is not None:
             check_text_to_video(self.component_config, name=self.name, path=self.path)
-            classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class.__name__}
+            classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
             check_is_of(self.component_config, name=self.name, path=self.path, **classes)
         temporal, spatial = self.compression
         multiple = spatial * self.patch_size
@@ -291,7 +292,9 @@ class FolderFamily(abc.ABC):
     def _module(self, component: str, *, device: torch.device | None = None) -> Any:
         """Text encoder or VAE, loaded once, on ``device`` or where :meth:`to` says."""
         if component not in self._loaded:
-            model_class = self.vae_class if component == "vae" else self.text_encoder_class
+            of_vae = ("diffusers", self.vae_class)
+            library, name = of_vae if component == "vae" else ("transformers", self.text_encoder_class)
+            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
             dtype = _DTYPES[getattr(self, f"{component}_dtype")]
             self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
         return self._loaded[component].to(device or self._device)

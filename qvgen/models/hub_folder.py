@@ -25,7 +25,6 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer
 
 from qvgen.checksum import files_checksum
 from qvgen.models.finite_weights import check_finite_weights
@@ -276,6 +275,8 @@ def load_tokenizer(folder: Path, *, remedy: str) -> Any:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / name} is no JSON ({_one_line(error)}); {remedy}") from error
             check_config(content, file=folder / name)
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers of Rust raise Exception itself

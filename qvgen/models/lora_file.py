@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from qvgen.models.safetensors_header import read_header
@@ -72,6 +71,8 @@ class LoraConfig:
             raise ValueError(f"its configuration is not of its tensors ({one_line(error)}); get it again") from error
 
     def _value(self, plain: str, patterns: str, name: str) -> Any:
+        from peft.utils.other import get_pattern_key
+
         given = self.fields.get(patterns) or {}
         return given.get(get_pattern_key(given.keys(), name), self.fields[plain])
 

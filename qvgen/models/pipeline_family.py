@@ -33,7 +33,7 @@ class PipelineFamily(FolderFamily):
     Its keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
     """
 
-    pipeline_class: ClassVar[type[diffusers.DiffusionPipeline]]
+    pipeline_class: ClassVar[str]
     scheduler_classes: ClassVar[tuple[str, ...]]
     max_text_tokens: ClassVar[int]
 
@@ -230,7 +230,8 @@ class PipelineFamily(FolderFamily):
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
         none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
-        pipeline = self.pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        pipeline = pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

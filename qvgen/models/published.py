@@ -175,7 +175,7 @@ def known_models() -> tuple[PublishedModel, ...]:
         kind = _kind(
             lambda component, published=published: published.get(component, {}),
             class_name=family.transformer_class,
-            text_encoder=family.text_encoder_class.__name__,
+            text_encoder=family.text_encoder_class,
         )
         sizes = _sizes(published["transformer"])
         found.append(PublishedModel(name=file.stem, repository=spec.get("repository", ""), kind=kind, sizes=sizes))

@@ -21,12 +21,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import BertModel
 
 from qvgen.models.hub_folder import HubFolder
-from qvgen.models.small_folder import write_skeleton
 from qvgen.models.wan_family import WanFamily
 
 TRAINING_REMEDY = (
@@ -69,7 +66,7 @@ class Small(WanFamily):
     repository: str = ""
 
     folder_class: ClassVar[type[HubFolder]] = TrainedFolder
-    text_encoder_class: ClassVar[Any] = BertModel
+    text_encoder_class: ClassVar[str] = "BertModel"
     max_text_tokens: ClassVar[int] = 128
     """Tokens that the text encoder was trained on at once; longer captions are cut."""
 
@@ -99,6 +96,8 @@ class Small(WanFamily):
         Raises:
             ValueError: the configuration has a key that the VAE does not have.
         """
+        from diffusers import AutoencoderKLWan
+
         config = {key: value for key, value in self._vae_config.items() if not key.startswith("_")}
         known = inspect.signature(AutoencoderKLWan.__init__).parameters
         for key in config:
@@ -115,6 +114,8 @@ class Small(WanFamily):
         self, folder: Path, *, vae: nn.Module, latents: tuple[Sequence[float], Sequence[float]], text_folder: Path
     ) -> Path:
         """Write a model's folder without the transformer's weights; see :func:`qvgen.models.small_folder.write_skeleton`."""
+        from qvgen.models.small_folder import write_skeleton
+
         self.scheduler()  # refuses one of another class: a configuration chooses among the family's
         configs = {"transformer": self.transformer_config, "scheduler": self.component_config("scheduler")}
         return write_skeleton(folder, vae=vae, latents=latents, text_folder=text_folder, configs=configs)

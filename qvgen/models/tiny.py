@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -246,6 +246,8 @@ class TinyVideoDiT:
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         device = next(transformer.parameters()).device
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.shift)
         scheduler.set_timesteps(num_steps, device=device)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import UMT5EncoderModel
 
 from qvgen.models.lora import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
@@ -40,7 +39,7 @@ class Wan(WanFamily):
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
     """
 
-    text_encoder_class: ClassVar[Any] = UMT5EncoderModel
+    text_encoder_class: ClassVar[str] = "UMT5EncoderModel"
     max_text_tokens: ClassVar[int] = 512
 
 

@@ -15,8 +15,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,8 +43,8 @@ class WanFamily(PipelineFamily):
     shift: float | None = None
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
-    pipeline_class: ClassVar[Any] = WanPipeline
-    vae_class: ClassVar[Any] = AutoencoderKLWan
+    pipeline_class: ClassVar[str] = "WanPipeline"
+    vae_class: ClassVar[str] = "AutoencoderKLWan"
     scheduler_classes: ClassVar[tuple[str, ...]] = tuple(_SHIFT_KEYS)
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "self_attention": ("blocks.*.attn1.*",),  # over space and time at once
@@ -63,6 +61,8 @@ class WanFamily(PipelineFamily):
     @staticmethod
     def clean_caption(caption: str) -> str:
         """A caption as WanPipeline hands it to its tokenizer."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
         return str(prompt_clean(caption))
 
     def scheduler(self) -> Any:

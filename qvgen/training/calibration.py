@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import PromptedVideo, Prompts
+from qvgen.config.prompt import PromptedVideo
 from qvgen.config.schema import TrainConfig
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
-from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.placement import placed
+from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
@@ -40,11 +40,6 @@ _NO_PART_OF_SAMPLING = (
 
 SEED_OFFSET = 10_000
 """Videos of the calibration have other noise than those that are compared."""
-
-
-def calibration_prompts(config: TrainConfig) -> Prompts:
-    """What calibration samples from: ``calibration.prompts``, else what the evaluation does."""
-    return config.calibration.prompts or evaluation_prompts(config)
 
 
 class CalibratedModel:

@@ -32,10 +32,10 @@ from qvgen.data.pixel_clips import PixelClips
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import shown_videos
 from qvgen.evaluation.environment import collect_machine, collect_versions, git_revision
+from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.evaluation.validation_files import DIRECTORY as VALIDATION_DIRECTORY
 from qvgen.run_directory import RunDirectory
 from qvgen.run_identity import RunIdentity, continue_run
-from qvgen.training.calibration import calibration_prompts
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.start_file import START_FILE

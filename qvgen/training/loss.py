@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the models are asked, and the training method compares their answers."""
+"""The loss of a micro-batch: the models are asked, the method compares their answers and says what is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
@@ -41,3 +42,16 @@ def prediction_loss(
         with torch.no_grad(), torch.autocast(draw.noisy.device.type, enabled=False):
             reference = family.predict(teacher, draw.noisy, draw.timestep, condition)
     return method.loss(prediction, teacher=reference, target=draw.target, timestep=draw.timestep)
+
+
+def freeze_the_rest_(student: nn.Module, *, method: Method, optim: OptimConfig) -> None:
+    """Let no gradient be computed for what no group trains: it would pile up, and count in the gradients' norm.
+
+    Raises:
+        ValueError: The method trains nothing.
+    """
+    trained = {id(parameter) for group in method.parameter_groups(student, optim) for parameter in group["params"]}
+    if not trained:
+        raise ValueError(f"{type(method).__name__}.parameter_groups gives no parameter; name what is trained")
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)

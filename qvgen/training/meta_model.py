@@ -6,7 +6,7 @@ of the real ones; no weight is read and no PTQ method runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from qvgen.config.schema import TrainConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
 from qvgen.training.layer_setup import add_configured_switch, share_inputs_
+
+Prepared = tuple[nn.Module, SwapReport]
+"""A student on the meta device, and what is quantized of it."""
 
 
 def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) -> Any:
@@ -43,26 +46,35 @@ def build_transformer(family: Any, *, blocks: int | None = None) -> nn.Module:
     return transformer
 
 
-def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None) -> tuple[nn.Module, SwapReport]:
+def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None) -> Prepared:
     """The prepared student on the meta device; unquantized for a method that does not quantize."""
     student = build_transformer(family, blocks=blocks).train()
     if not config.method.quantizes:
         linears = tuple(name for name, module in student.named_modules() if isinstance(module, nn.Linear))
         return student, SwapReport(quantized=(), skipped=linears)
     report = select_linears(student, include=family.include, exclude=family.exclude)
+    prepare_(student, config, names=report.quantized)
+    return student, report
+
+
+def prepare_(transformer: nn.Module, config: TrainConfig, *, names: Sequence[str]) -> None:
+    """Quantize the named Linears of a transformer on the meta device as a run does.
+
+    Raises:
+        ValueError: Names the layer that the profile, Phi's rank or the configured widths do not fit.
+    """
     with torch.device("meta"):
         swap_fake_quant_(
-            student,
-            names=report.quantized,
+            transformer,
+            names=names,
             profile=config.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
             phi_rank=max(config.method.phi_ranks(config.phi), default=0),
         )
-    add_configured_switch(student, config)
-    share_inputs_(student, config)
+    add_configured_switch(transformer, config)
+    share_inputs_(transformer, config)
     with torch.device("meta"):
-        config.method.prepare_(student)
-    return student, report
+        config.method.prepare_(transformer)
 
 
 def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
@@ -80,12 +92,12 @@ def narrow_(transformer: nn.Module, *, dtype: torch.dtype) -> nn.Module:
 
 
 def fill_(model: nn.Module) -> None:
-    """Give all tensors of a model on the meta device storage on the CPU: fake storage under FakeTensorMode."""
+    """Give all tensors of a model on the meta device storage on the CPU, not written to: fake under FakeTensorMode."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -20,7 +20,7 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.distributed.sharding import add_gradients_by_block_
-from qvgen.training.loss import prediction_loss
+from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 
 
@@ -58,7 +58,7 @@ class VideoTraining(OptimizerModule):
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.encode, self.method, self.seed = family, encode, method, config.seed
         self._share_out = share_out
-        self._freeze_the_rest()
+        freeze_the_rest_(student, method=method, optim=config.optim)
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -103,14 +103,6 @@ class VideoTraining(OptimizerModule):
         condition = {key: value.to(self.device) for key, value in self.encode(draw.captions).items()}
         teacher = self._teacher[0] if self._teacher else None
         return prediction_loss(self.family, self.student, draw, condition, method=self.method, teacher=teacher)
-
-    def _freeze_the_rest(self) -> None:
-        """Let no gradient be computed for what no group trains: it would pile up, and count in the gradients' norm."""
-        trained = {id(parameter) for group in self.parameter_groups() for parameter in group["params"]}
-        if not trained:
-            raise ValueError(f"{type(self.method).__name__}.parameter_groups gives no parameter; name what is trained")
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The method's groups."""

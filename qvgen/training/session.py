@@ -26,29 +26,11 @@ from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels
+from qvgen.training.micro_batch import micro_batches
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
-
-STEP_PARTS = 2
-"""A step's batch is computed in at least so many parts, whose gradients are added. One process that goes through two
-parts adds the same two numbers as two processes with one part each, so that both train the same bits; a batch in one
-piece would differ in the last bit of its sums, and a code that flips for it changes the loss by a few per cent after
-ten steps."""
-
-
-def micro_batches(config: TrainConfig) -> int:
-    """Micro-batches per optimizer step of each process: ``accumulate``, or more where ``STEP_PARTS`` asks for it."""
-    parts = config.accumulate * config.devices
-    if parts < STEP_PARTS and config.batch_size % STEP_PARTS == 0:
-        return STEP_PARTS
-    return config.accumulate
-
-
-def micro_batch_size(config: TrainConfig) -> int:
-    """Samples that a process works on at once."""
-    return config.batch_size // (micro_batches(config) * config.devices)
 
 
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qvgen import stop_request
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
-from qvgen.deploy.checkpoint import check_kernel, save_packed
+from qvgen.deploy.checkpoint import save_packed
 from qvgen.deploy.manifest import LOCAL_ARGUMENTS
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
@@ -27,48 +27,15 @@ from qvgen.layers.swap import (
     folded_copy,
     phi_suspended,
     quantized_layers,
-    select_linears,
-    swap_fake_quant_,
 )
 from qvgen.models.base import Encode
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
-from qvgen.training.mixed_precision.allocation import allocate_bits_, check_mixed_precision
+from qvgen.training.mixed_precision.allocation import allocate_bits_
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 
 log = logging.getLogger(__name__)
-
-
-def check_student(config: TrainConfig) -> None:
-    """Find out without weights, in seconds, whether the model can be quantized as asked.
-
-    Raises:
-        ValueError: An impossible schedule of Phi; patterns, bits, groups or ranks that do not fit the model's layers.
-        RuntimeError: A kernel that was asked for by name does not run here.
-    """
-    config.method.schedule(config.phi, num_steps=config.steps)
-    if config.activation_switch.widths is not None and "ranges" in config.init.needs:
-        raise ValueError(
-            f"init={config.names.init} has one table of scales; activation_switch.widths can't change its bits"
-        )
-    with torch.device("meta"):
-        skeleton = config.model.build(config.model.transformer_config)
-    if hasattr(config.model, "check_transformer"):
-        config.model.check_transformer(skeleton)
-    chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
-    if isinstance(config.init, BitBudget):
-        check_mixed_precision(config, chosen.quantized)
-    swap_fake_quant_(
-        skeleton,
-        names=chosen.quantized,
-        profile=config.profile,
-        num_noise_bands=1,
-        phi_rank=max(config.method.phi_ranks(config.phi), default=0),
-    )
-    if config.activation_switch.widths is not None:
-        add_switch_widths_(skeleton, config.activation_switch.widths)
-    check_kernel(skeleton, kernel=config.kernel, device=torch.device("cpu"))
 
 
 def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:

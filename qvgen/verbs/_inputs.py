@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.errors import UserError
-from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
+from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
 from qvgen.models.guidance import texts_to_encode
-from qvgen.training.calibration import calibration_prompts
-from qvgen.training.session import micro_batch_size
+from qvgen.training.micro_batch import micro_batch_size
+from qvgen.verbs._checks import only_to_measure, without_clips
 from qvgen.verbs.precompute import fill_missing
 
 log = logging.getLogger(__name__)
@@ -64,11 +63,6 @@ def open_held_out(config: TrainConfig) -> HeldOut:
     )
 
 
-def without_clips(config: TrainConfig) -> bool:
-    """Whether the run trains nothing and no clips were named."""
-    return config.method.trains == "nothing" and not config.data.is_given
-
-
 def _say_what_is_left_out(config: TrainConfig) -> None:
     """Name prompts that the numbers of videos leave no place for."""
     for key, section in (("evaluation", config.evaluation), ("calibration", config.calibration)):
@@ -86,34 +80,8 @@ def _texts(config: TrainConfig) -> list[str]:
 def _encode_all(config: TrainConfig, encode: EncodedCaptions) -> None:
     """Encode all texts at once, while nothing else needs the memory; none where nothing is sampled."""
     if texts := _texts(config):
-        with _only_to_measure(config):
+        with only_to_measure(config):
             encode(texts)
-
-
-def check_sampling_parts(config: TrainConfig) -> None:
-    """Find out in seconds whether what encodes texts and videos is there and whole, if the run encodes any.
-
-    Raises:
-        ValueError: a part is missing or damaged.
-    """
-    measured = config.evaluation.samples > 0 or bool(config.init.needs)
-    if measured and hasattr(config.model, "check_sampling_parts"):
-        with _only_to_measure(config):
-            config.model.check_sampling_parts()
-
-
-@contextmanager
-def _only_to_measure(config: TrainConfig) -> Iterator[None]:
-    """Say where what is missing is needed to measure the result alone, and how to do without."""
-    try:
-        yield
-    except ValueError as error:
-        if config.init.needs or config.method.trains != "nothing":
-            raise
-        raise UserError(
-            f"{error}; init={config.names.init} itself needs none of it: write evaluation.samples=0 for a packed model that "
-            "is not measured"
-        ) from error
 
 
 def _check_clips(config: TrainConfig) -> Split:

@@ -16,18 +16,22 @@ from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train
 from qvgen.evaluation.digit_quality import NUM_VIDEOS, teacher_quality
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.folder_family import FolderFamily
+from qvgen.models.guidance import texts_to_encode
 from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.identity import claim_run
-from qvgen.training.session import micro_batch_size, train_all
+from qvgen.training.micro_batch import micro_batch_size
+from qvgen.training.session import train_all
 from qvgen.training.start_file import has_start, load_start, save_start
 from qvgen.training.wandb_run import training_log
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import rerun_command
+from qvgen.verbs.precompute import fill_missing
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ def pretrain(config: TrainConfig) -> None:
     """
     if not hasattr(config.model, "initial_transformer"):
         raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny and model=small can")
+    fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config)))
     student = config.model.initial_transformer(config.seed)
     held_out = HeldOut(
         config.model,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
-from qvgen.training.calibration import calibration_prompts
-from qvgen.training.mixed_precision.allocation import plan_measurements
-from qvgen.training.student import check_student
-from qvgen.verbs._inputs import check_sampling_parts, without_clips
-from qvgen.verbs.train import quantize
+from qvgen.training.student_check import check_student
+from qvgen.verbs._checks import check_sampling_parts, without_clips
 
 
 def run(config: TrainConfig) -> None:
@@ -28,6 +26,8 @@ def run(config: TrainConfig) -> None:
         for line in plan(config, num_prompts=len(prompts)):
             print(line)
         return
+    from qvgen.verbs._quantize import quantize  # with all that trains
+
     quantize(config)
 
 
@@ -40,11 +40,19 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
         f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
         if needs
         else "calibration: none, the method is data-free",
-        *([plan_measurements(config)] if isinstance(config.init, BitBudget) else []),
+        *_measurements(config),
         f"measured on: {_measured_on(config)}",
         *config.data.summary(),
         f"output: {config.run_dir}",
     ]
+
+
+def _measurements(config: TrainConfig) -> list[str]:
+    if not isinstance(config.init, BitBudget):
+        return []
+    from qvgen.training.mixed_precision.allocation import plan_measurements  # with its metrics
+
+    return [plan_measurements(config)]
 
 
 def _measured_on(config: TrainConfig) -> str:

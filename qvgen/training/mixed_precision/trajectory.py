@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.models.base import Encode, VideoDiT
-from qvgen.training.calibration import calibration_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

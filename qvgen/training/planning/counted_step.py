@@ -1,23 +1,23 @@
-"""One micro-batch of training on fake tensors: its operations and the bytes that it keeps alive, counted, not guessed.
+"""One micro-batch of training on tensors without values: its operations and the bytes that it keeps alive, counted.
 
-The real loss of :class:`qvgen.training.module.VideoTraining` and the real backward pass run under FakeTensorMode: every
-operator is called with its real shapes and dtypes, and none computes or allocates. A model that is small enough runs on real
-tensors of zeros instead: the counts are the same, and an operator of a few kilobytes costs a tenth of its fake one.
+The real loss (:mod:`qvgen.training.loss`) and the real backward pass run, with real shapes and dtypes, while operators
+compute nothing (:mod:`qvgen.training.planning.shape_operators`); where that does not suffice, on torch's fake tensors, which
+count the same.
 
 Gradients exist beforehand, as they do from a step's second micro-batch on, so that a new one is a temporary that is added.
 
 Blocks are identical: three short models (1, 2 and 3 blocks) are counted and continued to the whole one if what the
 third adds is what the second added; the whole model is counted otherwise.
 
-GPU precision is counted on fake CPU tensors, under CPU autocast with CUDA's list of operators that stay in float32: torch
-2.13 runs no backward pass of fake CUDA tensors where there is no GPU.
+GPU precision is counted on CPU tensors, under CPU autocast with CUDA's list of operators that stay in float32: torch 2.13
+runs no backward pass of fake CUDA tensors where there is no GPU.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch
+from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.meta_model import build_family, build_student, build_teacher, fill_, num_blocks
-from qvgen.training.module import VideoTraining
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
+from qvgen.training.planning.shape_operators import ShapeOperators
+
+log = logging.getLogger(__name__)
 
 COUNTED_BLOCKS = (1, 2, 3)
-
-REAL_NUMBERS = 2**20
-"""A model of at most so many parameters, on a micro-batch of at most so many latent values, is counted on real tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,35 +69,79 @@ def count_step(config: TrainConfig, settings: StepSettings, *, is_checked: bool 
         return count_blocks(config, settings, blocks=blocks)
     numbers = COUNTED_BLOCKS if is_checked else COUNTED_BLOCKS[:2]
     counts = [astuple(count_blocks(config, settings, blocks=number)) for number in numbers]
-    first, second, last = counts[0], counts[1], counts[-1]
-    if is_checked and any(c - b != b - a for a, b, c in zip(first, second, last, strict=True)):
+    whole = continued(counts, blocks=blocks)
+    if whole is None:
         return count_blocks(config, settings, blocks=blocks)
-    whole = [c + (blocks - numbers[-1]) * (b - a) for a, b, c in zip(first, second, last, strict=True)]
     return StepCount(**{field.name: value for field, value in zip(fields(StepCount), whole, strict=True)})
 
 
-def count_blocks(config: TrainConfig, settings: StepSettings, *, blocks: int) -> StepCount:
-    """Count one micro-batch of a model of so many blocks, operator by operator."""
-    family = build_family(config, dict(settings.model_changes))  # its own: it may cache fake tensors
+def continued(counts: Sequence[Sequence[int]], *, blocks: int) -> list[int] | None:
+    """Counts of a model of so many blocks, from those of models of 1, 2 (and 3) blocks.
+
+    Args:
+        counts: Of each short model the same numbers; a third one is compared with what the first two say.
+        blocks: Of the whole model.
+
+    Returns:
+        The numbers; None where the third model adds something else than the second.
+
+    Example:
+        >>> continued([(5, 1), (7, 1), (9, 1)], blocks=10), continued([(5, 1), (7, 1), (9, 2)], blocks=10)
+        ([23, 1], None)
+    """
+    first, second, last = counts[0], counts[1], counts[-1]
+    if len(counts) == 3 and any(c - b != b - a for a, b, c in zip(first, second, last, strict=True)):
+        return None
+    return [c + (blocks - len(counts)) * (b - a) for a, b, c in zip(first, second, last, strict=True)]
+
+
+def count_blocks(config: TrainConfig, settings: StepSettings, *, blocks: int, is_fake: bool = False) -> StepCount:
+    """Count one micro-batch of a model of so many blocks, operator by operator.
+
+    Args:
+        config: The run's.
+        settings: What is counted.
+        blocks: Of the model.
+        is_fake: Count on torch's fake tensors, as is done where operators without results do not suffice.
+    """
+    family = build_family(config, dict(settings.model_changes))  # its own: it may cache tensors without values
     student, _ = build_student(config, family, blocks=blocks)
     models = [student]
     if config.method.needs_teacher:
         models.append(build_teacher(family, dtype=settings.teacher_dtype, blocks=blocks))
-    values = settings.micro_batch * math.prod(family.sample_shape)
-    if max(values, sum(parameter.numel() for parameter in student.parameters())) <= REAL_NUMBERS:
-        for model in models:
-            fill_(model)
-        draw, condition = _batch(family, settings.micro_batch)
-        with torch.no_grad():  # fills what a family computes once, such as tables of positions
-            family.predict(student, draw.noisy, draw.timestep, condition)
-        return run_step(config, family, settings, models=models)
+    fills_memory = torch.are_deterministic_algorithms_enabled()
+    if not is_fake and not fills_memory:
+        try:
+            return _count_models(config, family, settings, models=models, operators=ShapeOperators())
+        except RuntimeError as error:  # among others UnknownResultError; what is wrong with the model is met again
+            log.debug("counted on fake tensors: %s", error)
+            return count_blocks(config, settings, blocks=blocks, is_fake=True)
     with FakeTensorMode(allow_non_fake_inputs=True):  # positions that a family computed beforehand are real
-        for model in models:
-            fill_(model)
-        return run_step(config, family, settings, models=models)
+        return _count_models(config, family, settings, models=models)
 
 
-def run_step(config: TrainConfig, family: Any, settings: StepSettings, *, models: Sequence[nn.Module]) -> StepCount:
+def _count_models(
+    config: TrainConfig,
+    family: Any,
+    settings: StepSettings,
+    *,
+    models: Sequence[nn.Module],
+    operators: ShapeOperators | None = None,
+) -> StepCount:
+    """Count with models on the meta device, which are given storage first."""
+    for model in models:
+        fill_(model)
+    return run_step(config, family, settings, models=models, operators=operators)
+
+
+def run_step(
+    config: TrainConfig,
+    family: Any,
+    settings: StepSettings,
+    *,
+    models: Sequence[nn.Module],
+    operators: ShapeOperators | None = None,
+) -> StepCount:
     """Forward and backward pass of the run's loss, counted.
 
     Args:
@@ -105,25 +149,27 @@ def run_step(config: TrainConfig, family: Any, settings: StepSettings, *, models
         family: Of the models.
         settings: What is counted.
         models: The student, and the teacher if the method has one; real or fake.
+        operators: What runs in place of operators; None: they compute.
     """
     draw, condition = _batch(family, settings.micro_batch)
     student, teacher = models[0], models[1] if len(models) == 2 else None
-    module = VideoTraining(replace(config, model=family), student=student, teacher=teacher, encode=lambda _: condition)
     known = [draw.noisy, draw.target, draw.timestep, *condition.values()]
     known += [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    freeze_the_rest_(student, method=config.method, optim=config.optim)
     for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.empty_like(parameter)
         known.append(parameter.grad)
-    counter = OperationCounter(known, autocast=settings.autocast)
+    counter = OperationCounter(known, autocast=settings.autocast, operators=operators)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing(counter.checkpoint)  # type: ignore[operator]
     if teacher is not None:
+        teacher.requires_grad_(False).eval()
         teacher.register_forward_pre_hook(lambda *_: counter.enter("teacher"))
         teacher.register_forward_hook(lambda *_: counter.enter("student"))
-    with counter, counter.live:
+    with counter:
         with counter.casts(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
-            loss = module.loss(draw)
-        kept = counter.live.live
+            loss = prediction_loss(family, student, draw, condition, method=config.method, teacher=teacher)
+        kept = counter.live
         counter.enter("backward")
         loss.backward()
     return counter.result(kept_bytes=kept)
@@ -131,7 +177,5 @@ def run_step(config: TrainConfig, family: Any, settings: StepSettings, *, models
 
 def _batch(family: Any, size: int) -> tuple[NoisyBatch, dict[str, Tensor]]:
     shape = (size, *family.sample_shape)
-    draw = NoisyBatch(
-        noisy=torch.zeros(shape), target=torch.zeros(shape), timestep=torch.zeros(size), captions=[""] * size
-    )
-    return draw, {"encoder_hidden_states": torch.zeros(size, *family.condition_shape)}
+    draw = NoisyBatch(noisy=torch.empty(shape), target=torch.empty(shape), timestep=torch.zeros(size), captions=[])
+    return draw, {"encoder_hidden_states": torch.empty(size, *family.condition_shape)}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from qvgen.config.schema import TrainConfig
+from qvgen.training.micro_batch import micro_batches
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.memory import Device
 from qvgen.training.planning.operation_counter import StepCount
-from qvgen.training.session import micro_batches
 
 GPU_EFFICIENCY = 0.3
 """Share of the measured matrix product's speed that a step reaches on a GPU: assumed, no run was measured."""

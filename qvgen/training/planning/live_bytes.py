@@ -23,13 +23,12 @@ Example:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -51,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         self.phase = ""
         self.phase_peaks: dict[str, int] = {}
         self._sizes: dict[int, int] = {}
-        self._finalizers: dict[int, weakref.finalize[..., Any]] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in known:
             self._follow(tensor, counts=False)
 
@@ -60,21 +59,22 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run the operator, then look at what it returned; what it was given from outside is no new storage."""
         del types
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf, counts=False)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf)
+        kwargs = kwargs or {}
+        for tensor in tensors_of((args, tuple(kwargs.values()))):
+            self._follow(tensor, counts=False)
+        result = self.run(func, args, kwargs)
+        for tensor in tensors_of((result,)):
+            self._follow(tensor)
         return result
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
 
     def __exit__(self, *details: Any) -> None:
         """Stop following; what is still alive is forgotten."""
         super().__exit__(*details)
-        for finalizer in self._finalizers.values():
-            finalizer.detach()
-        self._finalizers.clear()
+        self._references.clear()
 
     def __enter__(self) -> Self:
         """Start following."""
@@ -88,15 +88,23 @@ class LiveBytes(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes() if counts else 0
-        self._finalizers[key] = weakref.finalize(storage, self._forget, key)
-        self._finalizers[key].atexit = False
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
         self.phase_peaks[self.phase] = max(self.phase_peaks.get(self.phase, 0), self.live)
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
-        self._finalizers.pop(key, None)
+        del self._references[key]
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, which are no deeper than lists of lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of(value)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

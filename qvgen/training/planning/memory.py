@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.training.distributed.sharding import blocks_of, rows_of
-from qvgen.training.meta_model import build_family, build_student, build_teacher
-from qvgen.training.planning.counted_step import StepSettings, count_step
+from qvgen.training.meta_model import build_family, build_student, build_teacher, num_blocks
+from qvgen.training.planning.counted_step import COUNTED_BLOCKS, StepSettings, continued, count_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 
@@ -126,7 +126,14 @@ def gathered_bytes(student: nn.Module) -> int:
     return 4 * max(blocks) + 2 * root
 
 
-def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype, shards: int = 1) -> list[MemoryPart]:
+def weight_parts(
+    config: TrainConfig,
+    student: nn.Module,
+    *,
+    dtype: torch.dtype,
+    shards: int = 1,
+    teacher: nn.Module | None = None,
+) -> list[MemoryPart]:
     """What lies on every device from the first step to the last.
 
     Args:
@@ -134,6 +141,7 @@ def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype,
         student: On the meta device.
         dtype: Of the teacher.
         shards: Over how many devices all but the buffers is shared out.
+        teacher: In that dtype, on the meta device; None: it is built, if the method has one.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     share = "" if shards == 1 else f", 1/{shards}"
@@ -145,7 +153,7 @@ def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype,
         MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
     ]
     if config.method.needs_teacher:
-        teacher = build_teacher(build_family(config), dtype=dtype)
+        teacher = teacher or build_teacher(build_family(config), dtype=dtype)
         name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
         nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())
         parts.insert(3, MemoryPart(name=name, nbytes=nbytes))
@@ -173,6 +181,7 @@ class MemoryCounter:
     def __init__(self, config: TrainConfig, student: nn.Module) -> None:
         self.config, self.student = config, student
         self._counts: dict[StepSettings, StepCount] = {}
+        self._teachers: dict[torch.dtype, nn.Module] = {}
 
     def count(self, settings: StepSettings) -> StepCount:
         """The micro-batch."""
@@ -182,7 +191,15 @@ class MemoryCounter:
 
     def weight_bytes(self, settings: StepSettings, *, shards: int) -> int:
         """All but activations, shared out over so many devices."""
-        return total_bytes(weight_parts(self.config, self.student, dtype=settings.teacher_dtype, shards=shards))
+        return total_bytes(self.weight_parts(settings, shards=shards))
+
+    def weight_parts(self, settings: StepSettings, *, shards: int) -> list[MemoryPart]:
+        """All but activations, by part."""
+        dtype = settings.teacher_dtype
+        if self.config.method.needs_teacher and dtype not in self._teachers:
+            self._teachers[dtype] = build_teacher(build_family(self.config), dtype=dtype)
+        teacher = self._teachers.get(dtype)
+        return weight_parts(self.config, self.student, dtype=dtype, shards=shards, teacher=teacher)
 
     def total(self, settings: StepSettings, *, shards: int) -> int:
         """Bytes of everything."""
@@ -195,15 +212,25 @@ def preparation_bytes(config: TrainConfig) -> int:
     The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
     their weights before the old ones go), then the teacher is loaded in its dtype.
     """
+    blocks = num_blocks(build_family(config))
+    if blocks > COUNTED_BLOCKS[-1]:
+        short = [_preparation(config, blocks=number) for number in COUNTED_BLOCKS]
+        if (whole := continued(short, blocks=blocks)) is not None:
+            return max(whole)
+    return max(_preparation(config, blocks=blocks))
+
+
+def _preparation(config: TrainConfig, *, blocks: int) -> tuple[int, int]:
+    """Most bytes while a student of so many blocks is prepared, and bytes of student and teacher."""
     family = build_family(config)
     with LiveBytes() as live:
-        student, _ = build_student(config, family)
+        student, _ = build_student(config, family, blocks=blocks)
         peak, kept = live.peak, live.live
     if config.method.quantizes:
-        teacher = build_teacher(family, dtype=teacher_dtype(family))
-        peak = max(peak, kept + tensor_bytes([*teacher.parameters(), *teacher.buffers()]))
+        teacher = build_teacher(family, dtype=teacher_dtype(family), blocks=blocks)
+        kept += tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     del student
-    return peak
+    return peak, kept
 
 
 def host_bytes(config: TrainConfig, student: nn.Module) -> int:

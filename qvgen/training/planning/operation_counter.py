@@ -1,4 +1,4 @@
-"""Counts operations and live bytes of a training step while it runs, on real or on fake tensors.
+"""Counts operations and live bytes of a training step while it runs, on tensors with values or without.
 
 Operations are those of products: 2 M N K for a matrix product, by torch's own table (torch.utils.flop_counter), and
 attention's, two products forward and five backward, which compute the scores again. Elementwise work, which is most of
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from qvgen.training.planning.live_bytes import LiveBytes
+from qvgen.training.planning.shape_operators import ShapeOperators
 
 _ATEN = torch.ops.aten
 _FLOPS: dict[Any, Callable[..., int]] = {
@@ -68,36 +68,35 @@ class StepCount:
         return self.teacher_flops + self.student_flops + self.recompute_flops + self.backward_flops
 
 
-class OperationCounter(TorchDispatchMode):
-    """Operations by phase, and the bytes beside them; active while ``with counter, counter.live``.
+class OperationCounter(LiveBytes):
+    """Operations by phase, and the bytes beside them; active while ``with counter``.
 
     Args:
         known: Tensors that are no activations: weights, gradients, buffers, the batch.
         autocast: The forward pass runs under bfloat16 autocast.
+        operators: What runs operators in place of themselves; None: they compute.
 
     Attributes:
-        live: The bytes.
         phase: teacher, student, recompute or backward.
         flops: Operations of each phase.
         attention_flops: Of attention's products in each.
     """
 
-    def __init__(self, known: Sequence[Tensor] = (), *, autocast: bool = False) -> None:
-        super().__init__()
-        self.live, self.autocast = LiveBytes(known), autocast
+    def __init__(
+        self, known: Sequence[Tensor] = (), *, autocast: bool = False, operators: ShapeOperators | None = None
+    ) -> None:
+        super().__init__(known)
+        self.autocast, self._operators = autocast, operators
         self.phase = "student"
         self.flops = dict.fromkeys(("teacher", "student", "recompute", "backward"), 0)
         self.attention_flops = dict(self.flops)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator, then add its operations if it is a product."""
-        del types
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if self._operators is None else self._operators(func, args, kwargs)
         packet = func._overloadpacket
         if (formula := _FLOPS.get(packet)) is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
             self.flops[self.phase] += flops
             self.attention_flops[self.phase] += flops if "scaled_dot_product" in str(packet) else 0
         return result
@@ -121,14 +120,14 @@ class OperationCounter(TorchDispatchMode):
         return checkpoint(run, *args, use_reentrant=False)
 
     def casts(self) -> AbstractContextManager[Any]:
-        """What makes fake CPU tensors be cast as on a GPU, beside CPU autocast."""
+        """What makes CPU tensors be cast as on a GPU, beside CPU autocast."""
         return _CudaAutocast() if self.autocast else nullcontext()
 
     def result(self, *, kept_bytes: int) -> StepCount:
         """What was counted."""
         return StepCount(
             kept_bytes=kept_bytes,
-            peak_bytes=self.live.peak,
+            peak_bytes=self.peak,
             attention_flops=sum(self.attention_flops.values()),
             forward_attention_flops=self.attention_flops["student"],
             **{f"{phase}_flops": flops for phase, flops in self.flops.items()},

@@ -1,7 +1,7 @@
 """What a training run will do, need and cost, before anything is loaded: what ``dry_run=true`` prints.
 
-It needs no weights: the models are built on the meta device from the family's configuration, and a micro-batch runs on fake
-tensors. docs/planning.md says how each number is got and what it leaves out.
+It needs no weights: the models are built on the meta device from the family's configuration, and a micro-batch runs on
+tensors that nobody computes. docs/planning.md says how each number is got and what it leaves out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
-from qvgen.training.meta_model import build_family, build_student
+from qvgen.training.meta_model import Prepared, build_family, build_student
+from qvgen.training.micro_batch import micro_batch_size, micro_batches
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
@@ -28,10 +29,8 @@ from qvgen.training.planning.memory import (
     shards_of,
     teacher_dtype,
     total_bytes,
-    weight_parts,
 )
 from qvgen.training.planning.operation_counter import StepCount
-from qvgen.training.session import micro_batch_size, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +152,15 @@ class TrainingPlan:
         return {**asdict(self), "memory_bytes": self.memory_bytes, "fits": self.fits, "samples": self.samples}
 
 
-def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> TrainingPlan:
+def plan_training(
+    config: TrainConfig, *, num_clips: int | None = None, student: Prepared | None = None
+) -> TrainingPlan:
     """Plan a run; reads no weights and writes nothing.
 
     Args:
         config: The run's, its leaves built.
         num_clips: Clips of the training data; None: not known.
+        student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
 
     Raises:
         ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
@@ -166,7 +168,7 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
     schedule, device = _schedule(config), find_device(config)
     size = clip_size(config)
     family = build_family(config, size)
-    student, swapped = build_student(config, family)
+    prepared, swapped = student or build_student(config, family)
     own = {key: value for key, value in size.items() if value != getattr(config.model, key)}
     settings = StepSettings(
         micro_batch=schedule.micro_batch,
@@ -175,19 +177,19 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
         teacher_dtype=teacher_dtype(family),
         model_changes=tuple(own.items()),
     )
-    counter = MemoryCounter(config, student)
+    counter = MemoryCounter(config, prepared)
     count = counter.count(settings)
     shards = shards_of(config)
-    memory = weight_parts(config, student, dtype=settings.teacher_dtype, shards=shards) + activation_parts(count)
-    files = run_files(config, student)
+    memory = counter.weight_parts(settings, shards=shards) + activation_parts(count)
+    files = run_files(config, prepared)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(config, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
         title=_title(config),
-        quantized=collapse(student, swapped.quantized),
-        skipped=collapse(student, swapped.skipped),
-        parameters=_parameters(config, student),
+        quantized=collapse(prepared, swapped.quantized),
+        skipped=collapse(prepared, swapped.skipped),
+        parameters=_parameters(config, prepared),
         schedule=schedule,
         shards=shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
@@ -195,7 +197,7 @@ def plan_training(config: TrainConfig, *, num_clips: int | None = None) -> Train
         clip=family.sample_shape,
         device=device,
         memory=memory,
-        host_bytes=host_bytes(config, student),
+        host_bytes=host_bytes(config, prepared),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
         disk_available_bytes=free_bytes(config.run_dir),

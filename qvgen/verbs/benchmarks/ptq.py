@@ -20,7 +20,7 @@ from qvgen.evaluation.metrics import psnr_db
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
-from qvgen.training.session import micro_batch_size
+from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.student import calibrate_, prepare_student
 from qvgen.verbs.benchmarks.base import Benchmark
 

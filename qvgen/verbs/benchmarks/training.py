@@ -24,10 +24,10 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.training.meta_model import narrow_
+from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.training.session import micro_batch_size
 from qvgen.verbs.benchmarks.base import Benchmark
 
 PLANNED_STEPS = 100

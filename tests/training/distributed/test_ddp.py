@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
-from qvgen.training.session import micro_batches
+from qvgen.training.micro_batch import micro_batches
 from tests.runs import BOUNDARIES, SHORT, STEPS, copy_until, packed_bytes, read_metrics, train, train_config
 
 RELATIVE = 1e-5

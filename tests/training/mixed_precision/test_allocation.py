@@ -14,7 +14,8 @@ from qvgen.evaluation.networks import lpips
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers
 from qvgen.training.mixed_precision.allocation import check_mixed_precision, plan_measurements, wanted_measurements
-from qvgen.training.student import calibrate_, check_student, prepare_student
+from qvgen.training.student import calibrate_, prepare_student
+from qvgen.training.student_check import check_student
 from tests.runs import train_config
 
 FAST = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=4", "init.windows=2", "method=lsq")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
+from qvgen.config.build import build
+from qvgen.config.compose import compose_plain
 from qvgen.training.meta_model import build_family, build_student, build_teacher, fill_
-from qvgen.training.planning import counted_step
 from qvgen.training.planning.counted_step import StepSettings, count_blocks, count_step, run_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import OperationCounter
+from qvgen.training.planning.shape_operators import ShapeOperators, UnknownResultError
 from tests.runs import train_config
 
 SETTINGS = StepSettings(micro_batch=2, gradient_checkpointing=False, autocast=False, teacher_dtype=torch.float32)
@@ -81,20 +86,104 @@ def test_bytes_of_tensors_count_each_storage_once() -> None:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_fake_step_counts_what_a_real_one_does(gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_values_counts_what_a_real_one_does(gradient_checkpointing: bool) -> None:
     config = train_config("model.num_layers=2")
     settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing)
-    monkeypatch.setattr(counted_step, "REAL_NUMBERS", 0)
-    fake = count_blocks(config, settings, blocks=2)
-    monkeypatch.undo()
-    assert count_blocks(config, settings, blocks=2) == fake  # so small a model is counted on real tensors
     family = build_family(config)
     models = [build_student(config, family)[0], build_teacher(family, dtype=torch.float32)]
     for model in models:
         fill_(model)
+        for value in (*model.parameters(), *model.buffers()):
+            value.data.zero_()
     gc.collect()
     real = run_step(config, family, settings, models=models)
-    assert real == fake
+    assert count_blocks(config, settings, blocks=2) == real
+    assert count_blocks(config, settings, blocks=2, is_fake=True) == real
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "gradient_checkpointing", "autocast"),
+    [
+        ("wan", ["bits=4"], True, True),
+        ("cogvideox", ["bits=w4a8", "method=lsq"], False, False),
+    ],
+)
+def test_operators_without_results_count_what_fake_tensors_do(
+    model: str, overrides: list[str], gradient_checkpointing: bool, autocast: bool
+) -> None:
+    """At published sizes, where nothing could be computed."""
+    config = build("train", compose_plain("train", [f"model={model}", "logger=csv", *overrides]))
+    settings = StepSettings(
+        micro_batch=1,
+        gradient_checkpointing=gradient_checkpointing,
+        autocast=autocast,
+        teacher_dtype=torch.bfloat16,
+    )
+    fake = count_blocks(config, settings, blocks=1, is_fake=True)
+    assert fake.peak_bytes > 1e9
+    assert count_blocks(config, settings, blocks=1) == fake
+
+
+class _Operators(LiveBytes):
+    """Operators that compute nothing, alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = ShapeOperators()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.operators(func, args, kwargs)
+
+
+def test_operators_without_results_return_the_shapes_strides_and_aliases_of_real_ones() -> None:
+    def results() -> list[Tensor]:
+        image, weight, kernel = torch.empty(2, 6, 8, 5), torch.empty(8, 6), torch.empty(4, 6, 3, 3)
+        rows = image.permute(0, 2, 3, 1)
+        linear = functional.linear(rows, weight)
+        low, high = linear.chunk(2, dim=-1)
+        norm, mean, deviation = torch.native_layer_norm(linear, (8,), None, None, 1e-5)
+        attended = functional.scaled_dot_product_attention(*[rows.transpose(1, 2)] * 3)
+        torch.add(low, high, out=high)
+        where = torch.where(low > 0, low, 0.0)
+        return [
+            rows, linear, low, high, norm, mean, deviation, attended, where, functional.conv2d(image, kernel, padding=1),
+            linear.to(torch.bfloat16), linear.amax(-1, keepdim=True), rows.reshape(-1, 6), linear.add_(1.0), low.mT @ low,
+            torch.arange(5, dtype=torch.float32), image.new_zeros(3, 2), torch.cat((low, low), dim=1), image.sum().double(),
+        ]  # fmt: skip
+
+    def described(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+        storages = [id(tensor.untyped_storage()) for tensor in tensors]
+        return [
+            (t.shape, t.stride(), t.dtype, t.device, storages.index(s)) for t, s in zip(tensors, storages, strict=True)
+        ]
+
+    with _Operators():
+        found = results()
+    assert described(found) == described(results())
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda x: x.sum().item(), "aten._local_scalar_dense.default returns"),
+        (lambda x: torch.equal(x, x), "aten.equal.default returns"),
+        (lambda x: x.nonzero(), "aten.nonzero.default"),
+        (lambda x: torch.empty(2**60, dtype=torch.int8), "aten.empty"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_refused(operation: Callable[[Tensor], object], message: str) -> None:
+    x = torch.zeros(4)
+    with _Operators(), pytest.raises(UnknownResultError, match=message):
+        operation(x)
+
+
+def test_what_is_refused_is_counted_on_fake_tensors() -> None:
+    """A batch whose largest tensors no host promises: 10^7 samples of 25 kB."""
+    config = train_config("model.num_layers=1", "method=lsq")
+    huge = count_blocks(config, replace(SETTINGS, micro_batch=10**7), blocks=1)
+    two, three = (count_blocks(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3))
+    assert huge.student_flops == two.student_flops + (10**7 - 2) * (three.student_flops - two.student_flops)
+    assert huge.kept_bytes == two.kept_bytes + (10**7 - 2) * (three.kept_bytes - two.kept_bytes)
 
 
 def test_activations_grow_linearly_with_the_batch_and_checkpointing_lowers_them() -> None:

@@ -1,0 +1,88 @@
+"""The way of a run that quantizes, from the PTQ start to the report: what `train` and `ptq` do when it is no dry run."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.report.writer import write_report
+from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.training.identity import check_worker, claim_run
+from qvgen.training.session import processes_of, train_all, train_share
+from qvgen.training.start_file import load_start
+from qvgen.training.student import prepare_student, start_student
+from qvgen.training.wandb_run import training_log
+from qvgen.verbs._deliver import deliver, show_result
+from qvgen.verbs._inputs import open_held_out, open_inputs
+from qvgen.verbs._packed_only import deliver_unmeasured
+
+log = logging.getLogger(__name__)
+
+
+def quantize(config: TrainConfig) -> None:
+    """From the PTQ start over training, if the method has any, to a packed checkpoint and a report."""
+    log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
+    inputs = open_inputs(config)
+    student, swapped = prepare_student(config)
+    with claim_run(config) as run_dir, training_log(config, run_dir.path) as loggers:
+        _show_plan(config, student, swapped)
+        teacher = config.model.load_teacher()
+        held_out = inputs(teacher)
+        reference = list(held_out.predictions(teacher))
+        start = start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
+        if config.steps:
+            train_all(
+                config,
+                student=student,
+                teacher=teacher,
+                run_dir=run_dir.path,
+                validate=lambda model: held_out.relative_error(model, reference),
+                loggers=loggers,
+            )
+        if not held_out.num_samples:
+            deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
+            return
+        data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
+        show_result(data, write_report(run_dir.path, data))
+
+
+def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
+    """Train as another process of a run than the one that the user started."""
+    assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    torch.set_num_threads(config.strategy.threads)
+    check_worker(config)
+    processes = processes_of(config, rank=rank, port=port)
+    if processes.sharded:  # its shares come from rank 0
+        held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
+        validate = None if held_out is None else held_out.take_part
+        train_share(config, student=None, teacher=None, run_dir=config.run_dir, validate=validate, processes=processes)
+        return
+    teacher: nn.Module | None = None
+    if config.method.quantizes:
+        student, _ = prepare_student(config)
+        if config.method.needs_teacher or config.evaluation.video_every_steps is not None:
+            teacher = config.model.load_teacher()
+    else:
+        student = config.model.initial_transformer(config.seed)
+    load_start(student, config.run_dir)
+    train_share(config, student=student, teacher=teacher, run_dir=config.run_dir, processes=processes)
+
+
+def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:
+    layers = quantized_layers(student)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    log.info(
+        "%s: %d Linears quantized to %s (%s), %d weights; skipped: %s",
+        config.names.model, len(swapped.quantized), config.profile.label, config.profile.name, weights,
+        ", ".join(swapped.skipped) or "none",
+    )  # fmt: skip
+    for name in swapped.quantized:
+        log.debug("quantized: %s", name)
+    ranks = list(config.method.phi_ranks(config.phi))
+    log.info(
+        "%s from %s: %d steps of %d samples, Phi of ranks %s",
+        config.names.method, config.names.init, config.steps, config.batch_size, ranks or "none",
+    )  # fmt: skip
