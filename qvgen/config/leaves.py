@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
+from qvgen.config.bits import Bits
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
@@ -80,13 +81,19 @@ def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
     return build_leaf(_without_recipe({**spec, **changes}), key=group)
 
 
-def _read_leaf(group: str, name: str) -> dict[str, Any]:
+def load_profile(name: str, bits: Bits) -> Any:
+    """Build the grids of ``conf/profile/NAME.yaml`` with these bits; raises UserError where there is no such file."""
+    spec = _read_leaf("profile", name, resolve=False)  # its bits are the run's, which there is none of here
+    return build_leaf({**spec, "weight_bits": bits.weight, "activation_bits": bits.activation}, key="profile")
+
+
+def _read_leaf(group: str, name: str, *, resolve: bool = True) -> dict[str, Any]:
     """The section of ``conf/GROUP/NAME.yaml``; raises UserError where there is none."""
     folder = conf_directory() / group
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in names:
         raise UserError(f"unknown {group}={name}{did_you_mean(name, names)} (there are: {', '.join(names)})")
-    spec = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=True)
+    spec = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=resolve)
     assert isinstance(spec, dict), f"conf/{group}/{name}.yaml is no mapping"
     return {str(key): value for key, value in spec.items()}
 

@@ -20,7 +20,6 @@ from torch import nn
 from qvgen.deploy.delta_switch import check_switch, find_switch
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
-    SUPPORTED_TRANSFORMERS,
     WEIGHTS_FILE,
     Manifest,
     file_sha256,
@@ -30,6 +29,7 @@ from qvgen.deploy.manifest import (
 from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.deploy.packed_model import build_packed, check_values, put_packed_layers_
+from qvgen.deploy.transformer_class import check_can_save
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear, layer_spec
 from qvgen.layers.swap import packed_layers, quantized_layers
@@ -104,8 +104,7 @@ def _check_folded(model: nn.Module) -> dict[str, PackedLinear]:
     name = type(model).__name__
     if not packed:
         raise ValueError(f"{name} has no packed layer; prepare, train and fold it first")
-    if name not in SUPPORTED_TRANSFORMERS:
-        raise ValueError(f"transformer class {name} is not among {', '.join(SUPPORTED_TRANSFORMERS)}")
+    check_can_save(model)
     check_switch(model)
     return packed
 

@@ -1,7 +1,7 @@
 """manifest.json: everything about a packed checkpoint that is not a tensor. Plain data; it never names code to run.
 
     {"format": "qvgen-packed", "version": 1,
-     "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: one of SUPPORTED_TRANSFORMERS
+     "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: a class of diffusers
      "num_noise_bands", "timesteps", "strict_timesteps", "activation_switch", "layers": [...], "skipped": [...],
      "training": {...}, "sha256": of model.safetensors}
 
@@ -24,6 +24,7 @@ from typing import Any
 
 from qvgen.config.plain_json import flag, items, mapping, number, parse_json, read_bytes, text, whole
 from qvgen.deploy.delta_switch import DeltaSwitchConfig
+from qvgen.deploy.transformer_class import transformer_class
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.quant.grid import MAX_BITS, MIN_BITS, Grid, Profile
@@ -31,9 +32,6 @@ from qvgen.quant.width_table import WidthTable
 
 FORMAT, VERSION = "qvgen-packed", 1
 MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
-
-SUPPORTED_TRANSFORMERS = {"WanTransformer3DModel": "blocks", "CogVideoXTransformer3DModel": "transformer_blocks"}
-"""Classes of diffusers that a manifest may name, and where each has its blocks."""
 
 LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high", "lora_low")
 """Arguments of a family that are of the machine where it was made; no manifest holds them."""
@@ -130,7 +128,7 @@ class Manifest:
         base_arguments: What the run gave to the family in place of its configuration's values: sizes, sampling; plain
             values, no paths.
         base_revision: What identifies the full-precision weights, for example their sha256.
-        transformer: Class of diffusers, one of ``SUPPORTED_TRANSFORMERS``.
+        transformer: Class of diffusers; see :mod:`qvgen.deploy.transformer_class`.
         transformer_config: Arguments of that class.
         num_noise_bands: Bands of the clip tables.
         timesteps: What the entries of static tables were calibrated for, rising; None where there are none.
@@ -203,9 +201,10 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{source} {what}; export the checkpoint again") from error
-        if manifest.transformer not in SUPPORTED_TRANSFORMERS:
-            known = ", ".join(SUPPORTED_TRANSFORMERS)
-            raise ValueError(f"{source} names the transformer {manifest.transformer!r}; this qvgen runs {known}")
+        try:
+            transformer_class(manifest.transformer)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}; install the diffusers that it was made with") from error
         return manifest
 
 

@@ -1,0 +1,133 @@
+"""The Python interface: quantize any transformer of diffusers, train it in a loop of one's own, fold it and save it.
+
+    >>> import torch
+    >>> from diffusers import LTXVideoTransformer3DModel
+    >>> import qvgen
+    >>> model = LTXVideoTransformer3DModel(
+    ...     in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+    ...     num_layers=1, caption_channels=16,
+    ... )
+    >>> report = qvgen.prepare(model, bits="w4a8", init="rtn")
+    >>> len(report.quantized), report.skipped[:2]
+    (10, ('proj_in', 'time_embed.emb.timestep_embedder.linear_1'))
+
+``model`` is trained like any other module now: its quantized layers round weights and inputs in the forward pass and let
+gradients through. :func:`qvgen.layers.swap.fold` and :func:`qvgen.deploy.checkpoint.save_packed` end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from qvgen.config.bits import Bits
+from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.deploy.transformer_class import check_can_save
+from qvgen.initializers.base import Initializer
+from qvgen.initializers.bit_budget import BitBudget
+from qvgen.initializers.calibration import Calibration
+from qvgen.initializers.prepare import PrepareConfig
+from qvgen.initializers.prepare import prepare as prepare_layers
+from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears
+from qvgen.quant.grid import Profile
+
+
+def prepare(
+    model: nn.Module,
+    config: PrepareConfig | None = None,
+    *,
+    bits: int | str | None = None,
+    profile: str | Profile = "paper",
+    init: str | Initializer = "mse",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    phi_rank: int = 0,
+    num_noise_bands: int = 50,
+    seed: int = 0,
+    calibrate: Callable[[nn.Module], object] | None = None,
+) -> SwapReport:
+    """Quantize a model's Linears for training, in place.
+
+    Args:
+        model: A transformer of diffusers whose forward takes a ``timestep`` in [0, 1000]; its weights are where training
+            starts.
+        config: All of what follows in one object, for callers who have it; nothing else is given then.
+        bits: 2..8, or "wXaY" for weights and activations apart. Not given with a :class:`~qvgen.quant.grid.Profile`.
+        profile: A file of conf/profile, or grids of one's own.
+        init: A file of conf/init, or a PTQ method of one's own.
+        include: Name patterns (fnmatch) of the Linears to quantize; None: those in the model's repeated blocks.
+        exclude: Name patterns of those to leave alone.
+        phi_rank: Rank of the low-rank helper Phi; 0 for none. It has to be gone before folding: see
+            :class:`qvgen.methods.phi_decay.PhiDecay`.
+        num_noise_bands: Equal bands of the timestep with clip factors of their own.
+        seed: Of the sample of inputs, and of the decomposition that starts Phi.
+        calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet; only for methods
+            that need statistics, which would not start without it.
+
+    Returns:
+        Names of the Linears that are quantized and of those that are not.
+
+    Raises:
+        ValueError: What can't be quantized, or could not be saved once it is trained; the model is unchanged then.
+    """
+    check_can_save(model)
+    if config is not None:
+        return prepare_layers(model, config)
+    if quantized_layers(model) or packed_layers(model):
+        raise ValueError("the model is quantized already; prepare a full-precision one")
+    initializer = load_leaf("init", init) if isinstance(init, str) else init
+    if isinstance(initializer, BitBudget):
+        raise ValueError(
+            f"init={init} chooses the bits of each layer in a whole run; use qvgen ptq or qvgen train for it"
+        )
+    grids = _profile(profile, bits)
+    patterns = block_patterns(model) if include is None else tuple(include)
+    statistics = None
+    if initializer.needs:
+        if calibrate is None:
+            raise ValueError(
+                f"init={init} needs calibration ({', '.join(sorted(initializer.needs))}); pass calibrate=FUNCTION, which "
+                "runs the model that it gets on typical inputs, or use init='mse'"
+            )
+        names = select_linears(model, include=patterns, exclude=exclude).quantized
+        collected = Calibration(model, names=names, needs=initializer.needs, num_bands=num_noise_bands, seed=seed)
+        with collected, torch.no_grad():
+            calibrate(model)
+        statistics = collected.statistics
+    return prepare_layers(
+        model,
+        PrepareConfig(
+            profile=grids,
+            initializer=initializer,
+            include=patterns,
+            exclude=exclude,
+            num_noise_bands=num_noise_bands,
+            phi_rank=phi_rank,
+            seed=seed,
+            statistics=statistics,
+        ),
+    )
+
+
+def block_patterns(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the Linears in a model's repeated blocks; of all Linears where it has none.
+
+    Embeddings of timesteps and captions and the projections at both ends are few, small and sensitive: they stay as they are.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    held = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
+    return tuple(f"{name}.*" for name in held) or ("*",)
+
+
+def _profile(profile: str | Profile, bits: int | str | None) -> Profile:
+    if isinstance(profile, Profile):
+        if bits is not None:
+            raise ValueError(f"bits={bits} beside a Profile, which has its own; leave bits out")
+        return profile
+    if bits is None:
+        raise ValueError(f"profile={profile!r} needs bits; write for example bits=4 or bits='w4a8'")
+    return load_profile(profile, Bits.parse(bits))

@@ -1,0 +1,56 @@
+"""Which classes a packed checkpoint may be of: every transformer of diffusers that is called with a timestep.
+
+    a name is looked up in diffusers alone, must be that of a ModelMixin there, and the class must have one argument for each
+    entry of its own configuration: its arguments are what a manifest stores
+
+There is no list of classes: a transformer that a later diffusers brings is one as soon as it is installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import diffusers
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+_COUNT = re.compile(r"(^|_)(num_|n_)?\w*(layers|blocks)$")
+"""Names of the arguments that say how often a block is repeated: num_layers, num_single_layers, n_refiner_layers, ..."""
+
+
+def transformer_class(name: str) -> type[nn.Module]:
+    """The class of diffusers that a manifest names.
+
+    Raises:
+        ValueError: diffusers has no model of that name, or one that takes no timestep.
+    """
+    found = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not inspect.isclass(found) or not issubclass(found, ModelMixin) or not issubclass(found, ConfigMixin):
+        raise ValueError(f"transformer class {name!r} is no model of diffusers {diffusers.__version__}")
+    if "timestep" not in inspect.signature(found.forward).parameters:
+        raise ValueError(f"{name}.forward takes no timestep: it is no diffusion transformer")
+    model_class: type[nn.Module] = found
+    return model_class
+
+
+def check_can_save(model: nn.Module) -> None:
+    """Find out before a model is trained whether it can be saved when it is folded.
+
+    Raises:
+        ValueError: It is no transformer of diffusers itself: a class that derives from one would be loaded as another class.
+    """
+    name = type(model).__name__
+    if transformer_class(name) is not type(model):
+        raise ValueError(
+            f"{type(model).__module__}.{name} only has the name of diffusers.{name}; a packed checkpoint can be loaded into "
+            "classes of diffusers alone"
+        )
+
+
+def block_counts(model_class: type[nn.Module], config: dict[str, Any]) -> dict[str, int]:
+    """The arguments that say how often blocks are repeated, with their values: the configuration's, or the class's own."""
+    known = inspect.signature(model_class.__init__).parameters
+    values = {name: config.get(name, known[name].default) for name in known if _COUNT.search(name)}
+    return {name: value for name, value in values.items() if type(value) is int}
