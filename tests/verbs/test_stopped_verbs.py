@@ -5,13 +5,20 @@ The signals are real ones that this process sends to itself where a file is open
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, main
+from qvgen.config.build import build
+from qvgen.config.compose import compose_plain
+from qvgen.verbs.benchmarks.loading import loading_rows
+from qvgen.verbs.benchmarks.training import training_rows
 from tests.runs import snapshot
 from tests.stops import run_stopped
 
@@ -20,7 +27,7 @@ PROMPT = "a red three moving up left"
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     shown = capsys.readouterr().err
-    assert "Traceback" not in shown
+    assert "Stopped" not in shown  # what a traceback would name
     return shown.splitlines()[-1]
 
 
@@ -84,3 +91,82 @@ def test_a_stopped_generate_goes_on_behind_the_videos_that_are_there(
     assert snapshot(out) == snapshot(whole)
     assert main(command) == BAD_INPUT  # it is done
     assert "holds 3 of the 3 files" in last_line(capsys)
+
+
+def numbers(path: Path) -> list[dict[str, object]]:
+    """Rows without what a clock measured."""
+    rows = json.loads(path.read_text())["rows"]
+    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
+
+
+def test_a_stopped_benchmark_keeps_its_rows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [
+        "benchmark", "ptq", "seeds=[1]", "widths=[8]", "methods=[rtn,mse]", "videos=1", "evaluation.samples=4",
+        "model.num_inference_steps=1", "logger=csv", f"out={out}",
+    ]  # fmt: skip
+    assert run_stopped(command, signal.SIGTERM, "os.rename", "ptq-tiny.json") == TERMINATED
+    line = last_line(capsys)
+    assert line.startswith(f"stopped after 1 rows, which are in {out / 'ptq-tiny.json'}; continue with: ")
+    assert printed_command(line) == ["benchmark", "what=ptq", *command[2:]]
+    assert len(numbers(out / "ptq-tiny.json")) == 1
+    assert main([*command, "videos=2"]) == BAD_INPUT  # other rows
+    assert "holds 1 of the 2 files that would be written, from an earlier call (first: ptq-tiny.json)" in last_line(
+        capsys
+    )
+    # Stopped again, this time before the page is written: nothing is measured any more.
+    assert run_stopped(command, signal.SIGINT, "os.rename", "ptq-tiny.md") == INTERRUPTED
+    assert last_line(capsys).startswith("stopped after 2 rows")
+    before = numbers(out / "ptq-tiny.json")
+    assert main(command) == DONE
+    assert numbers(out / "ptq-tiny.json") == before
+    assert [row["method"] for row in before] == ["rtn", "mse"]
+    assert "unfinished" not in (out / "ptq-tiny.json").read_text()
+    assert (out / "ptq-tiny.md").read_text().startswith("# PTQ methods on tiny")
+    assert main([*command, "dry_run=true"]) == BAD_INPUT  # it is done
+    assert "holds 2 of the 2 files" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "groups", "count"),
+    [
+        (["ptq_cost", "widths=[4,3]", "methods=[rtn]"], "ptq-cost-tiny", ("bits",), 2),
+        (["denoising_step", "widths=[4]", "threads=[1,2]", "blocks=1"], "denoising-step-tiny-8", ("threads", "variant"), 4),
+        (["kernels", "widths=[4]", "shapes=[33x96-64,9x96-64]"], "kernels-cpu", ("shape",), 4),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_each_benchmark_goes_on_with_whole_groups(
+    keys: list[str], name: str, groups: tuple[str, ...], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for peer in ("torchao", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, peer, None)
+    command = ["benchmark", *keys, "timed_steps=1", f"out={tmp_path}", "logger=csv"]
+    assert run_stopped(command, signal.SIGINT, "os.rename", f"{name}") == INTERRUPTED
+    assert "; continue with: " in last_line(capsys)
+    (path,) = tmp_path.glob(f"{name}*.json")
+    before = json.loads(path.read_text())["rows"]
+    assert main(command) == DONE
+    rows = json.loads(path.read_text())["rows"]
+    assert len(before) < len(rows)
+    cells = [tuple(row.get(key) for key in (*groups, "candidate")) for row in rows]
+    assert len(cells) >= count
+    if keys[0] == "kernels":
+        assert next(row for row in rows if "shape" not in row) == {"peers": {"torchao": None, "onnxruntime": None}}
+        cells = [cell for cell in cells if cell[0] is not None]
+    assert len(set(cells)) == len(cells)  # none is there twice
+    if keys[0] == "ptq_cost":
+        assert rows[0] == before[0]  # kept as it was measured
+    assert path.with_suffix(".md").is_file()
+
+
+def test_training_and_loading_measure_what_is_not_done() -> None:
+    plain = compose_plain("benchmark", ["widths=[4,3]", "threads=[1]", "what=training"])
+    config = build("benchmark", plain)
+    assert list(training_rows(config, done={("4",), ("3",)})) == []
+    assert list(loading_rows(replace(config, blocks=2), done={(1,)})) == []
+    (row,) = loading_rows(
+        replace(config, blocks=2, widths=config.widths[:1], timed_steps=1, threads=(2, 1)), done={(2,)}
+    )
+    assert (row["threads"], row["variant"]) == (1, "4")
