@@ -11,6 +11,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_source import ClipSource
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import evaluation_prompts
+from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.models.guidance import texts_to_encode
@@ -88,6 +89,7 @@ def quantize(config: TrainConfig) -> None:
             return
         data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
         show_result(data, write_report(run_dir.path, data))
+        forget_samples(run_dir.path)
 
 
 def num_clips(config: TrainConfig) -> int | None:

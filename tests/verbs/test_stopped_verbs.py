@@ -6,6 +6,8 @@ The signals are real ones that this process sends to itself where a file is open
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 import signal
 import sys
@@ -14,13 +16,20 @@ from pathlib import Path
 
 import pytest
 
+from qvgen import stop_request
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.verbs.benchmarks.loading import loading_rows
-from qvgen.verbs.benchmarks.training import training_rows
+from qvgen.data.asset_table import ASSETS
+from qvgen.verbs import benchmark
+from qvgen.verbs._benchmark_loading import loading_rows
+from qvgen.verbs._benchmark_ptq_cost import cost_rows
+from qvgen.verbs._benchmark_step import step_rows
+from qvgen.verbs._benchmark_training import training_rows
+from tests.models.hub_folders import make_wan_folder
 from tests.runs import snapshot
 from tests.stops import run_stopped
+from tests.verbs.test_hub_models import tiny_keys, write_clips
 
 PROMPT = "a red three moving up left"
 
@@ -127,46 +136,139 @@ def test_a_stopped_benchmark_keeps_its_rows_and_goes_on(tmp_path: Path, capsys: 
     assert "holds 2 of the 2 files" in last_line(capsys)
 
 
-@pytest.mark.parametrize(
-    ("keys", "name", "groups", "count"),
-    [
-        (["ptq_cost", "widths=[4,3]", "methods=[rtn]"], "ptq-cost-tiny", ("bits",), 2),
-        (["denoising_step", "widths=[4]", "threads=[1,2]", "blocks=1"], "denoising-step-tiny-8", ("threads", "variant"), 4),
-        (["kernels", "widths=[4]", "shapes=[33x96-64,9x96-64]"], "kernels-cpu", ("shape",), 4),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
-def test_each_benchmark_goes_on_with_whole_groups(
-    keys: list[str], name: str, groups: tuple[str, ...], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_stopped_benchmark_of_kernels_goes_on_with_whole_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for peer in ("torchao", "onnxruntime"):
         monkeypatch.setitem(sys.modules, peer, None)
-    command = ["benchmark", *keys, "timed_steps=1", f"out={tmp_path}", "logger=csv"]
-    assert run_stopped(command, signal.SIGINT, "os.rename", f"{name}") == INTERRUPTED
+    shapes = ["33x96-64", "9x96-64"]
+    command = ["benchmark", "kernels", "widths=[4]", f"shapes=[{','.join(shapes)}]", "timed_steps=1", f"out={tmp_path}"]
+    stops = iter(range(99))
+
+    def stop_in_the_second_shape(record: logging.LogRecord) -> bool:
+        if shapes[1] in record.getMessage() and next(stops) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    logger = logging.getLogger(benchmark.__name__)
+    logger.addFilter(stop_in_the_second_shape)
+    try:
+        with stop_request.listening():
+            assert main(command) == INTERRUPTED
+    finally:
+        logger.removeFilter(stop_in_the_second_shape)
     assert "; continue with: " in last_line(capsys)
-    (path,) = tmp_path.glob(f"{name}*.json")
-    before = json.loads(path.read_text())["rows"]
+    (path,) = tmp_path.glob("kernels-cpu-*.json")
+    kept = [row for row in json.loads(path.read_text())["rows"] if row.get("shape") != shapes[1]]
+    assert [row["shape"] for row in kept if "shape" in row] == [shapes[0]] * 4
     assert main(command) == DONE
     rows = json.loads(path.read_text())["rows"]
-    assert len(before) < len(rows)
-    cells = [tuple(row.get(key) for key in (*groups, "candidate")) for row in rows]
-    assert len(cells) >= count
-    if keys[0] == "kernels":
-        assert next(row for row in rows if "shape" not in row) == {"peers": {"torchao": None, "onnxruntime": None}}
-        cells = [cell for cell in cells if cell[0] is not None]
-    assert len(set(cells)) == len(cells)  # none is there twice
-    if keys[0] == "ptq_cost":
-        assert rows[0] == before[0]  # kept as it was measured
+    assert rows[: len(kept)] == kept  # as they were measured
+    cells = [(row["shape"], row["candidate"]) for row in rows if "shape" in row]
+    assert len(set(cells)) == len(cells) == 8
     assert path.with_suffix(".md").is_file()
+    assert path.with_suffix(".svg").is_file()
 
 
-def test_training_and_loading_measure_what_is_not_done() -> None:
-    plain = compose_plain("benchmark", ["widths=[4,3]", "threads=[1]", "what=training"])
-    config = build("benchmark", plain)
+def test_no_benchmark_measures_what_is_done() -> None:
+    plain = compose_plain("benchmark", ["widths=[4,3]", "methods=[rtn,mse]", "threads=[1]", "what=training"])
+    config = replace(build("benchmark", plain), blocks=2, timed_steps=1)
     assert list(training_rows(config, done={("4",), ("3",)})) == []
-    assert list(loading_rows(replace(config, blocks=2), done={(1,)})) == []
-    (row,) = loading_rows(
-        replace(config, blocks=2, widths=config.widths[:1], timed_steps=1, threads=(2, 1)), done={(2,)}
-    )
+    assert list(loading_rows(config, done={(1,)})) == []
+    assert list(step_rows(config, done={(1,)})) == []
+    (row,) = cost_rows(config, done={("4", "rtn"), ("4", "mse"), ("3", "mse")})
+    assert (row["bits"], row["method"]) == ("3", "rtn")
+    (row,) = loading_rows(replace(config, widths=config.widths[:1], threads=(2, 1)), done={(2,)})
     assert (row["threads"], row["variant"]) == (1, "4")
+
+
+def test_ptq_goes_on_from_each_phase(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    command = [
+        "ptq", "init=smoothquant", "logger=csv", "evaluation.samples=4", "evaluation.videos=1", "model.num_inference_steps=1",
+        "evaluation.quality_videos=1", "calibration.videos=1", "calibration.steps=1", f"calibration.cache={cache}",
+        f"run_dir={run_dir}",
+    ]  # fmt: skip
+    kept = "in the PTQ start, whose statistics and measurements are kept as they come"
+    after = "after the PTQ start, saved"
+    phases = [
+        ("os.rename", "blocks.1.", kept),  # the calibration
+        ("os.rename", "packed/model.safetensors", after),
+        ("os.rename", "sampled/fake-quantized.safetensors", after),
+        ("os.rename", "report.json", after),
+    ]
+    for event, part, saved in phases:
+        resume = ["resume=true"] if run_dir.exists() else []
+        caplog.clear()
+        assert run_stopped([*command, *resume], signal.SIGTERM, event, part) == TERMINATED, part
+        line = last_line(capsys)
+        assert line.startswith(f"stopped {saved}; continue with: "), line
+        assert printed_command(line) == [*command, "resume=true"]
+        assert half_files(tmp_path) == []
+    assert "videos of teacher: kept from before the run was stopped" in caplog.messages
+    damaged = run_dir / "sampled" / "packed.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    caplog.clear()
+    packed = snapshot(run_dir / "packed")
+    start = (run_dir / "start.safetensors").stat().st_mtime_ns
+    assert main([*command, "resume=true"]) == DONE
+    assert (run_dir / "start.safetensors").stat().st_mtime_ns == start
+    said = [text for text in caplog.messages if "videos" in text]
+    assert [text.partition(":")[0] for text in said if "kept from" in text] == [
+        "videos of teacher",
+        "videos of fake-quantized",
+    ]
+    assert any(text.startswith(f"{damaged} is damaged") and text.endswith("sampled again") for text in said)
+    assert not (run_dir / "sampled").exists()
+    assert snapshot(run_dir / "packed") == packed
+    assert json.loads((run_dir / "report.json").read_text())["packed_codes_equal"] is True
+
+
+def test_a_stopped_compare_leaves_whole_files(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(short_run), f"out={tmp_path}"]
+    assert run_stopped(command, signal.SIGUSR1, "os.rename", "compare.html") == TERMINATED
+    line = last_line(capsys)
+    assert line.startswith("stopped before it was done; start again with: qvgen compare ")
+    assert half_files(tmp_path) == []
+    assert main(printed_command(line)) == DONE
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "compare.json"]
+
+
+def test_a_stopped_download_leaves_nothing_and_ends_its_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    npm = programs / "npm"
+    npm.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -INT $PPID\nexec sleep 60\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    (asset, *_) = [asset for asset in ASSETS if asset.kind == "npm"]
+    out = tmp_path / "assets"
+    command = ["assets", f"names=['{asset.name}']", f"out={out}"]
+    with stop_request.listening():
+        assert main(command) == INTERRUPTED
+    line = last_line(capsys)
+    assert line.startswith(f"stopped after 0 of 1 assets, which are in {out}; continue with: qvgen assets ")
+    assert printed_command(line) == command
+    assert list(out.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_stopped_precompute_keeps_what_it_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, clips = make_wan_folder(tmp_path / "model"), write_clips(tmp_path / "clips", fps=16)
+    command = ["precompute", *tiny_keys("wan", folder), f"data.path={clips}", f"data.cache={tmp_path / 'cache'}"]
+    assert run_stopped(command, signal.SIGINT, "os.rename", "latents") == INTERRUPTED
+    line = last_line(capsys)
+    assert line.startswith("stopped while encoding, what is encoded is kept; continue with: ")
+    assert printed_command(line) == command
+    latents = snapshot(tmp_path / "cache")
+    assert half_files(tmp_path) == []
+    assert main(command) == DONE
+    assert latents.items() <= snapshot(tmp_path / "cache").items()
