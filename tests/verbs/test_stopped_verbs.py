@@ -137,8 +137,12 @@ def test_a_stopped_benchmark_keeps_its_rows_and_goes_on(tmp_path: Path, capsys: 
 
 
 def test_a_stopped_benchmark_of_kernels_goes_on_with_whole_shapes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level("INFO")  # each row is a message
     for peer in ("torchao", "onnxruntime"):
         monkeypatch.setitem(sys.modules, peer, None)
     shapes = ["33x96-64", "9x96-64"]
