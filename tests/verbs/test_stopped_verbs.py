@@ -164,12 +164,14 @@ def test_a_stopped_benchmark_of_kernels_goes_on_with_whole_shapes(
     assert "; continue with: " in last_line(capsys)
     (path,) = tmp_path.glob("kernels-cpu-*.json")
     kept = [row for row in json.loads(path.read_text())["rows"] if row.get("shape") != shapes[1]]
-    assert [row["shape"] for row in kept if "shape" in row] == [shapes[0]] * 4
+    assert {row["shape"] for row in kept if "shape" in row} == {shapes[0]}
     assert main(command) == DONE
     rows = json.loads(path.read_text())["rows"]
     assert rows[: len(kept)] == kept  # as they were measured
     cells = [(row["shape"], row["candidate"]) for row in rows if "shape" in row]
-    assert len(set(cells)) == len(cells) == 8
+    assert len(set(cells)) == len(cells)
+    first, second = ({candidate for shape, candidate in cells if shape == other} for other in shapes)
+    assert first == second >= {"F.linear float32", "packed 4"}
     assert path.with_suffix(".md").is_file()
     assert path.with_suffix(".svg").is_file()
 
