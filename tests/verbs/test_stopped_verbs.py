@@ -22,10 +22,10 @@ from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
 from qvgen.data.asset_table import ASSETS
 from qvgen.verbs import benchmark
-from qvgen.verbs._benchmark_loading import loading_rows
-from qvgen.verbs._benchmark_ptq_cost import cost_rows
-from qvgen.verbs._benchmark_step import step_rows
-from qvgen.verbs._benchmark_training import training_rows
+from qvgen.verbs.benchmarks.denoising_step import step_rows
+from qvgen.verbs.benchmarks.loading import loading_rows
+from qvgen.verbs.benchmarks.ptq_cost import cost_rows
+from qvgen.verbs.benchmarks.training import training_rows
 from tests.models.hub_folders import make_wan_folder
 from tests.runs import snapshot
 from tests.stops import run_stopped

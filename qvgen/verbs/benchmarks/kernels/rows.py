@@ -32,6 +32,7 @@ from qvgen.config.bits import Bits
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.quant.packing import pack_codes
+from qvgen.verbs.benchmarks.base import cpu_kernel
 from qvgen.verbs.benchmarks.kernels import onnx_peers as onnx
 from qvgen.verbs.benchmarks.kernels import torchao_peers as torchao
 from qvgen.verbs.benchmarks.kernels.timing import (
