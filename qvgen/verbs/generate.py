@@ -48,8 +48,7 @@ def run(config: GenerateConfig) -> int | None:
         for line in [*plan(config, request, num_made=num_videos - len(missing)), *memory_lines]:
             print(line)
         return None if can_run else DOES_NOT_FIT
-    if len(missing) < num_videos:
-        log.info("%d of %d videos are there, from a call that was stopped", num_videos - len(missing), num_videos)
+    _say_what_is_there(config, num_videos - len(missing), num_videos)
     transformer = _transformer(config, family)
     if hasattr(family, "to") and torch.cuda.is_available():
         family.to("cuda")
@@ -69,11 +68,8 @@ def run(config: GenerateConfig) -> int | None:
         rows = [conditions[text] for text in texts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    if len(missing) < num_videos:
-        stop_request.continue_with({})
     with placed(transformer):
-        for done, (path, asked) in enumerate(missing.items(), start=num_videos - len(missing)):
-            stop_request.note(f"after {done} of {num_videos} videos, which are in {config.out}")
+        for done, (path, asked) in enumerate(missing.items(), start=num_videos - len(missing) + 1):
             video = family.generate(
                 transformer,
                 [asked.caption],
@@ -87,13 +83,23 @@ def run(config: GenerateConfig) -> int | None:
                 write_video(path, video.numpy(), fps=family.fps)
                 unfinished.add(path, asked)
                 print(path)
-                stop_request.note(f"after {done + 1} of {num_videos} videos, which are in {config.out}")
-                stop_request.continue_with({})
+                _say_what_is_kept(config, done, num_videos)
     unfinished.finish()
     for switch in switches:
         widths, delta = list(switch.config.widths), switch.config.delta
         print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
     return None
+
+
+def _say_what_is_there(config: GenerateConfig, done: int, num_videos: int) -> None:
+    if done:
+        log.info("%d of %d videos are there, from a call that was stopped", done, num_videos)
+    _say_what_is_kept(config, done, num_videos)
+
+
+def _say_what_is_kept(config: GenerateConfig, done: int, num_videos: int) -> None:
+    stop_request.note(f"after {done} of {num_videos} videos, which are in {config.out}")
+    stop_request.continue_with({})
 
 
 @dataclass(frozen=True, kw_only=True)
