@@ -6,6 +6,7 @@ import csv
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,11 @@ def train_config(*overrides: str) -> TrainConfig:
     config = build("train", compose_plain("train", [*SHORT, *overrides]))
     assert isinstance(config, TrainConfig)
     return config
+
+
+def method_schedule(config: TrainConfig) -> Any:
+    """What the run's training method changes between its steps."""
+    return config.method.schedule(config.phi, num_steps=config.steps)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, str]]:

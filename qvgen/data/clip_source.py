@@ -8,6 +8,7 @@ What belongs to whom: rate, buckets and limits are this source's; VAE, text enco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.clip_report import FillReport, describe_left_out, left_out_path
 from qvgen.data.clips import Bucket, CutSettings
 from qvgen.data.latent_cache import CacheSettings, LatentCache, content_key
-from qvgen.data.source import Family, Split
+from qvgen.data.source import EncodedSource, Family, Split
 from qvgen.data.tables.columns import Columns
 from qvgen.errors import UserError
 
@@ -54,7 +55,7 @@ class LatentFamily(Family, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSource:
+class ClipSource(EncodedSource):
     """Clips of a table.
 
     Attributes:
@@ -88,6 +89,24 @@ class ClipSource:
                 raise UserError(f"data.{name}={value} must be greater than 0")
         if self.buckets is not None:
             _parse(self.buckets)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether ``path`` is set."""
+        return self.path is not None
+
+    @property
+    def origin(self) -> str:
+        """The table's path."""
+        return str(self.path)
+
+    def num_clips(self) -> int | None:
+        """Rows of the table."""
+        return len(self.table()) if self.is_given else None
+
+    def summary(self) -> list[str]:
+        """What the table is, and what is missing of it."""
+        return self.table().summary() if self.is_given else []
 
     def check(self, family: Any) -> None:
         """Raise ValueError where the family has no latents, or a bucket does not fit its VAE and patches."""
@@ -172,6 +191,30 @@ class ClipSource:
             options=options,
         )
 
+    def describe_share(self, family: Any, *, shard: int, num_shards: int) -> list[str]:
+        """Clips of a share, how they are cut, what is missing, disk."""
+        table, cut = self.table(), self.cut_settings(family)
+        mine = range(shard, len(table), num_shards)
+        lines = [
+            f"{len(table)} clips in {self.path}, {len(mine)} of them in this share",
+            *table.summary(),
+            f"cut at {cut.fps:g} frames per second to {', '.join(bucket.label for bucket in cut.buckets)}",
+        ]
+        if family.path is None:
+            lines.append("nothing is known about the cache: model.path is missing")
+        else:
+            cache = self.latent_cache(family)
+            done = sum(cache.read_record(cache.row_key(table[row])) is not None for row in mine)
+            lines.append(f"{done} clips are done, {len(mine) - done} are missing in {self.cache}")
+        tokens, channels = family.condition_shape
+        latents = math.prod(family.sample_shape) * _bytes_per_value(family.vae_dtype)
+        embedding = tokens * channels * _bytes_per_value(family.text_encoder_dtype)
+        lines.append(
+            f"disk: {len(table) * (latents + embedding) / 1e9:.2f} GB at most ({latents / 1e6:.2f} MB of latents per clip "
+            f"of the model's size, {embedding / 1e6:.2f} MB per caption)"
+        )
+        return lines
+
     def open(self, family: LatentFamily, *, split: str) -> Split:
         """The samples of a split.
 
@@ -199,6 +242,11 @@ class ClipSource:
         if everything is None:
             raise UserError(f"data.cache={self.cache} does not hold all of {self.path}; run qvgen precompute first")
         return everything
+
+
+def _bytes_per_value(dtype: str) -> int:
+    """Bytes of a number in the cache, which narrows where no bit is lost."""
+    return 4 if dtype == "float32" else 2
 
 
 def _parse(buckets: Sequence[str]) -> tuple[Bucket, ...]:

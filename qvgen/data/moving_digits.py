@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvgen.data.source import SPLITS, Family, Split
+from qvgen.data.source import SPLITS, DataSource, Family, Split
 from qvgen.errors import UserError
 
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -182,7 +182,7 @@ class MovingDigits(Dataset[MovingDigit]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovingDigitsSource:
+class MovingDigitsSource(DataSource):
     """``data=moving_digits``: the two splits under one setting; arguments as :class:`MovingDigits`."""
 
     length: int

@@ -8,12 +8,15 @@ A source is built from ``conf/data/NAME.yaml`` and owns no model: what it needs 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from qvgen.data.clip_report import FillReport
 
 SPLITS = ("train", "held_out")
 
@@ -57,9 +60,21 @@ class Split:
         return len(self.buckets)
 
 
-class DataSource(Protocol):
-    """A leaf of conf/data."""
+class DataSource(abc.ABC):
+    """Base of the leaves of conf/data; the defaults are those of a source that makes its samples as they are asked for.
 
+    Attributes:
+        encodes: Whether samples are encoded once, into a cache: such a source is an :class:`EncodedSource`.
+    """
+
+    encodes: ClassVar[bool] = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it is known where the samples are; `qvgen ptq` can do without any, nothing else can."""
+        return True
+
+    @abc.abstractmethod
     def identity(self, family: Any) -> dict[str, str]:
         """What decides the samples: name of a part -> checksum of its content, whatever it is called and wherever it lies.
 
@@ -67,12 +82,60 @@ class DataSource(Protocol):
             ValueError: They are not ready.
         """
 
+    @abc.abstractmethod
     def check(self, family: Any) -> None:
         """Raise ValueError where the family can't be trained on this data, whatever its files hold."""
 
+    @abc.abstractmethod
     def open(self, family: Any, *, split: str) -> Split:
         """The samples of ``train`` or ``held_out``.
 
         Raises:
             ValueError: There are none, or they are not ready.
         """
+
+    def num_clips(self) -> int | None:
+        """Clips that the source has, usable or not; None where they are not counted or not given."""
+        return None
+
+    def summary(self) -> list[str]:
+        """What a plan says of the samples, in lines; nothing is encoded for it."""
+        return []
+
+
+class EncodedSource(DataSource):
+    """A source whose samples and captions are encoded once, by the model's own VAE and text encoder, into a cache.
+
+    Attributes:
+        cache: Folder of what is encoded; any number of runs may share it.
+    """
+
+    encodes = True
+    cache: str
+
+    @property
+    @abc.abstractmethod
+    def origin(self) -> str:
+        """What is encoded, for messages."""
+
+    @abc.abstractmethod
+    def is_complete(self, family: Any, *, captions: Sequence[str]) -> bool:
+        """Whether the cache holds every clip, and these captions too."""
+
+    @abc.abstractmethod
+    def fill(self, family: Any, *, captions: Sequence[str], shard: int = 0, num_shards: int = 1) -> FillReport:
+        """Encode what is missing of a share of the cache: clips shard, shard + num_shards, ...
+
+        Args:
+            family: What encodes.
+            captions: Texts to encode besides the clips' captions.
+            shard: The share, 0 <= shard < num_shards.
+            num_shards: Shares.
+
+        Raises:
+            UserError: Too many clips are unusable.
+        """
+
+    @abc.abstractmethod
+    def describe_share(self, family: Any, *, shard: int, num_shards: int) -> list[str]:
+        """What :meth:`fill` would do, in lines; nothing is encoded and no weights are read."""

@@ -1,9 +1,7 @@
 """ViDiT-Q's metric-decoupled mixed precision (arXiv 2406.02540): bits by what each layer's loss does to the video.
 
-The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has.
-Which bits those are is decided before, over the whole model: :mod:`qvgen.training.mixed_precision.allocation` measures the
-sensitivities as this configuration says, and :mod:`qvgen.quant.bit_allocation` allocates. Used on a single layer, it is
-``vidit_q``.
+The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has; how
+they are chosen says :mod:`qvgen.initializers.bit_budget`. Used on a single layer, it is ``vidit_q``.
 
 Published is the idea and one released map of bits; the allocator is ours, and so are windows of equal numbers of steps
 and the substitutes for networks that are not there.
@@ -11,105 +9,21 @@ and the substitutes for networks that are not there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from qvgen.errors import UserError
 from qvgen.initializers.balanced_rotation import BalancedRotation
-from qvgen.layers.layer_group import GROUPS
-from qvgen.quant.grid import MAX_BITS, MIN_BITS
-
-Metric = Literal["text", "motion", "visual", "output"]
+from qvgen.initializers.bit_budget import BitBudget
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedPrecision(BalancedRotation):
-    """What is measured, and under which budget bits are allocated.
+class MixedPrecision(BitBudget, BalancedRotation):
+    """``init=vidit_q_mp``.
 
     Attributes:
-        alpha, seed, fold_smoothing: See :class:`BalancedRotation`.
-        candidates: Bit-widths of both sides; see :meth:`widths`.
-        mean_weight_bits: Budget, mean over the weights of the quantized layers; None: the run's ``bits``.
-        mean_activation_bits: Budget, mean over the values that are quantized in a sampling step; None: the run's ``bits``.
-        weights_mib: Budget of the packed weight codes in MiB, in place of ``mean_weight_bits``; None: that one.
-        metrics: Group -> its metric or several, which count alike; ``other`` is scored by output error.
-        visual: ``lpips``, ``i3d`` (fetched networks) or ``ssim``.
-        motion: ``raft`` (a fetched network) or ``differences``.
-        text: Folder of the user's own text-image model; None: the change of the cross-attention's output stands in.
-        windows: Windows of timesteps; > 0.
-        videos: Videos of a measurement; > 0.
-        steps: Their sampling steps; at least ``windows``.
-        activation_windows: Whether activation bits may differ between windows.
-        weight_windows: Bits of all weights by window, None where a layer has its own: ``[8, null, null, null]`` is the
-            paper's released map; None: per layer alone. Both sets of codes are stored.
+        alpha, seed, fold_smoothing: See :class:`~qvgen.initializers.balanced_rotation.BalancedRotation`.
+        candidates, ...: See :class:`~qvgen.initializers.bit_budget.BitBudget`.
     """
 
-    candidates: Sequence[int]
-    mean_weight_bits: float | None
-    mean_activation_bits: float | None
-    weights_mib: float | None
-    metrics: Mapping[str, Metric | Sequence[Metric]]
-    visual: Literal["lpips", "i3d", "ssim"]
-    motion: Literal["raft", "differences"]
-    text: str | None
-    windows: int
-    videos: int
-    steps: int
-    activation_windows: bool
-    weight_windows: Sequence[int | None] | None
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        widths = [*self.candidates, *(width for width in self.weight_windows or () if width is not None)]
-        for width in widths:
-            if not isinstance(width, int) or not MIN_BITS <= width <= MAX_BITS:
-                raise UserError(f"init.candidates or weight_windows holds {width}; use {MIN_BITS}..{MAX_BITS} bits")
-        if not self.candidates:
-            raise UserError("init.candidates=[] is empty; write for example [4,6,8]")
-        for group, metric in self.metrics.items():
-            kinds = self.metrics_of(group)
-            if group not in GROUPS[:-1] or not kinds or not set(kinds) <= set(get_args(Metric)):
-                raise UserError(
-                    f"init.metrics.{group}={metric} is unknown; groups: {', '.join(GROUPS[:-1])}, "
-                    f"metrics: {', '.join(get_args(Metric))}, or several as [visual,motion]"
-                )
-            if len(set(kinds)) < len(kinds):
-                raise UserError(f"init.metrics.{group}={metric} names a metric twice; write each once")
-        for key, value, allowed in (
-            ("visual", self.visual, ("lpips", "i3d", "ssim")),
-            ("motion", self.motion, ("raft", "differences")),
-        ):
-            if value not in allowed:
-                raise UserError(f"init.{key}={value} is unknown; write {' or '.join(allowed)}")
-        for key in ("windows", "videos", "steps", "mean_weight_bits", "mean_activation_bits", "weights_mib"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"init.{key}={value} must be greater than 0")
-        if self.steps < self.windows:
-            raise UserError(
-                f"init.steps={self.steps} is less than init.windows={self.windows}; use {self.windows} or more"
-            )
-        if self.weights_mib is not None and self.mean_weight_bits is not None:
-            raise UserError("init.weights_mib and init.mean_weight_bits are two budgets of one side; write one of them")
-        if self.weight_windows is not None and len(self.weight_windows) != self.windows:
-            raise UserError(
-                f"init.weight_windows has {len(self.weight_windows)} entries for init.windows={self.windows}"
-            )
-
-    def widths(self, mean: float) -> tuple[int, ...]:
-        """Bit-widths of a side whose budget is ``mean`` bits: the candidates and the uniform choice ``floor(mean)``.
-
-        Where that is no more than the smallest candidate, one bit less is a candidate too: else there would be nothing to
-        give up, and so nothing to gain.
-        """
-        uniform = min(max(int(mean), MIN_BITS), MAX_BITS)
-        widths = {*self.candidates, uniform}
-        if uniform <= min(self.candidates):
-            widths.add(max(uniform - 1, MIN_BITS))
-        return tuple(sorted(widths))
-
-    def metrics_of(self, group: str) -> tuple[Metric, ...]:
-        """The metrics of a group, in the order in which they were written."""
-        found = self.metrics.get(group, "output")
-        return (found,) if isinstance(found, str) else tuple(found)
+        BalancedRotation.__post_init__(self)
+        BitBudget.__post_init__(self)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from qvgen.methods.base import Target
+from qvgen.methods.base import Method, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoencoder:
+class Autoencoder(Method):
     """No transformer, no captions, nothing quantized.
 
     Attributes:
@@ -23,11 +23,8 @@ class Autoencoder:
             their scale is divided out afterwards.
     """
 
+    trains: ClassVar[Trains] = "autoencoder"
     kl_weight: float
-    name: Literal["autoencoder"] = field(default="autoencoder", init=False)
-    quantizes: Literal[False] = field(default=False, init=False)
-    uses_phi: Literal[False] = field(default=False, init=False)
-    target: Target = field(default="data", init=False)
     caption_dropout: float = field(default=0.0, init=False)
     share_activations: Literal[False] = field(default=False, init=False)
 

@@ -1,52 +1,142 @@
-"""What a training method is to the rest of the library."""
+"""What a training method is to the rest of the library: everything that tells one from another is asked of it.
+
+    trains           the student, a full-precision transformer, an autoencoder, or nothing
+    phi_ranks        the ranks of the low-rank helper beside each layer's weight, () for a method without it
+    prepare_         what else the method adds to a prepared student, and finish_ what takes it away again before folding
+    loss             of the student's prediction, from the teacher's or the data's target
+    parameter_groups what the optimizer trains, at which rates
+    schedule         what changes between optimizer steps
+
+A leaf is a frozen dataclass that derives from :class:`Method` and overrides what is different; its configuration is a file of
+``conf/method``. Nothing else has to know it.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
-Target = Literal["teacher", "data"]
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qvgen.config.sections import OptimConfig, PhiConfig
+from qvgen.methods.parameter_group import parameter_groups
+
+Trains = Literal["student", "transformer", "autoencoder", "nothing"]
+"""``student``: a transformer with fake-quantized Linears, which is folded and packed; ``nothing``: the same without training
+(``qvgen ptq``); ``transformer``: one in full precision, from scratch; ``autoencoder``: a model's VAE."""
 
 
-class Method(Protocol):
-    """Protocol of the leaves of this package; built from ``conf/method/*.yaml`` by ``_target_``.
+class Schedule(Protocol):
+    """What a method changes between optimizer steps.
 
     Attributes:
-        name: As in reports.
-        quantizes: Whether the student's Linears are fake-quantized.
-        uses_phi: Whether they carry the low-rank helper.
-        target: What the student's prediction is compared with: the frozen full-precision teacher's prediction,
-            or the data's own target (the flow velocity).
-        caption_dropout: Probability in [0, 1] that a training sample loses its caption.
-        share_activations: Whether layers that read the same input learn one range of it together
-            (:mod:`qvgen.layers.shared_input`).
+        columns: Names of the numbers that :meth:`metrics` gives, ``group/name``; columns of metrics.csv.
+        phases: (rank of Phi, first optimizer step with it), for the plan of a run; empty without Phi.
     """
 
+    columns: tuple[str, ...]
+
     @property
-    def name(self) -> str:
-        """Short name."""
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """Phases of Phi."""
+
+    def apply_(self, student: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:
+        """Bring a student to its state of an optimizer step, in place; the first step is 0, the last plus 1 is the end.
+
+        It has to be a pure function of the step: a resumed run calls it with the step that it goes on with, and any step may
+        be applied twice. Parameters are never replaced, since DDP and FSDP hold them.
+
+        Args:
+            student: The model that is trained, sharded or whole.
+            optimizer: Where moments of what was rewritten are to be forgotten; None outside of training.
+            step: Optimizer step.
+        """
+
+    def metrics(self, step: int) -> Mapping[str, float | int]:
+        """Numbers of an optimizer step, by column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of the leaves of this package; built from ``conf/method/*.yaml`` by ``_target_``.
+
+    Attributes:
+        trains: See :data:`Trains`.
+        caption_dropout: Probability in [0, 1] that a training sample loses its caption.
+        share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed model
+            quantizes it once (:mod:`qvgen.layers.shared_input`); False: each layer learns its own.
+    """
+
+    trains: ClassVar[Trains] = "student"
+    caption_dropout: float = 0.0
+    share_activations: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(
+                f"method.caption_dropout={self.caption_dropout} is outside [0, 1]; the papers use 0.05 to 0.1"
+            )
 
     @property
     def quantizes(self) -> bool:
-        """Quantization-aware?"""
+        """Whether the Linears are fake-quantized, and the result is folded and packed."""
+        return self.trains in ("student", "nothing")
 
     @property
-    def uses_phi(self) -> bool:
-        """With Phi?"""
+    def needs_teacher(self) -> bool:
+        """Whether the loss needs the prediction of the frozen full-precision model."""
+        return False
 
-    @property
-    def target(self) -> Target:
-        """Target of the loss."""
+    def phi_ranks(self, phi: PhiConfig) -> tuple[int, ...]:
+        """Rank of the helper Phi in each phase, falling; () for a method without it."""
+        del phi
+        return ()
 
-    @property
-    def caption_dropout(self) -> float:
-        """Share of samples without caption."""
+    def prepare_(self, student: nn.Module) -> None:
+        """Add to a prepared student, in place, what the method trains besides the layers' own parameters.
 
-    @property
-    def share_activations(self) -> bool:
-        """One activation quantizer for q, k and v?"""
+        It is called wherever a student is built, also on the ``meta`` device and before a checkpoint is loaded, and must
+        give the same parameters each time.
+        """
 
+    def finish_(self, student: nn.Module) -> None:
+        """Bring a trained student, in place, to layers that can be folded: merge or remove what :meth:`prepare_` added."""
 
-def check_dropout(value: float) -> None:
-    """Raise ValueError unless a caption dropout is a probability."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"method.caption_dropout={value} is outside [0, 1]; the papers use 0.05 to 0.1")
+    def loss(
+        self,
+        prediction: Float[Tensor, ...],
+        *,
+        teacher: Float[Tensor, ...] | None,
+        target: Float[Tensor, ...],
+        timestep: Float[Tensor, " B"],
+    ) -> Float[Tensor, ""]:
+        """Loss of a micro-batch, the mean over its samples: here mean |prediction - wanted|^2.
+
+        Args:
+            prediction: The student's, float32 [B, ...]; the other tensors are of its shape.
+            teacher: The full-precision model's for the same input, without gradient; None unless ``needs_teacher``.
+            target: The data's own target, for example the flow velocity.
+            timestep: Of each sample, in [0, 1000).
+
+        Returns:
+            float32 [].
+        """
+        del timestep
+        wanted = target if teacher is None else teacher
+        return (prediction.float() - wanted.float()).square().mean()
+
+    def parameter_groups(self, model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Groups for the optimizer; see :func:`qvgen.methods.parameter_group.parameter_groups`."""
+        return parameter_groups(model, optim)
+
+    def schedule(self, phi: PhiConfig, *, num_steps: int) -> Schedule | None:
+        """What changes between optimizer steps; None for a method that changes nothing.
+
+        Raises:
+            ValueError: It does not fit into so many steps.
+        """
+        del phi, num_steps
+        return None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from qvgen.methods.base import Method, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostTraining:
+class PostTraining(Method):
     """See :class:`qvgen.methods.base.Method`."""
 
-    name: Literal["ptq"] = field(default="ptq", init=False)
-    target: Literal["data"] = field(default="data", init=False)
-    quantizes: Literal[True] = field(default=True, init=False)
-    uses_phi: Literal[False] = field(default=False, init=False)
+    trains: ClassVar[Trains] = "nothing"
     caption_dropout: float = field(default=0.0, init=False)
     share_activations: Literal[False] = field(default=False, init=False)

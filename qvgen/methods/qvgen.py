@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from qvgen.methods.base import Target, check_dropout
+from qvgen.config.sections import PhiConfig
+from qvgen.methods.base import Method
+from qvgen.methods.phi_decay import PhiDecay, decay_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class QVGen:
-    """Loss mean |v_student - v_teacher|^2 on the final prediction; everything in the student is trained.
+class QVGen(Method):
+    """Loss mean |v_student - v_teacher|^2 on the final prediction (Eq. 4); everything in the student is trained.
 
     Attributes:
         phi: False is the paper's ablation without the helper: plain distillation on learned scales.
-        caption_dropout: Probability that a sample loses its caption.
-        share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed
-            model quantizes it once; False: each layer learns its own.
+        caption_dropout, share_activations: See :class:`qvgen.methods.base.Method`.
     """
 
     phi: bool = True
     caption_dropout: float = 0.05
     share_activations: bool = True
-    name: Literal["qvgen"] = field(default="qvgen", init=False)
-    quantizes: Literal[True] = field(default=True, init=False)
-    target: Target = field(default="teacher", init=False)
-
-    def __post_init__(self) -> None:
-        check_dropout(self.caption_dropout)
 
     @property
-    def uses_phi(self) -> bool:
-        """Whether layers carry Phi."""
-        return self.phi
+    def needs_teacher(self) -> bool:
+        """The target is the teacher's prediction."""
+        return True
+
+    def phi_ranks(self, phi: PhiConfig) -> tuple[int, ...]:
+        """The configured ranks; none in the ablation."""
+        return decay_ranks(phi) if self.phi else ()
+
+    def schedule(self, phi: PhiConfig, *, num_steps: int) -> PhiDecay | None:
+        """The decay of Phi; None in the ablation."""
+        return PhiDecay.configured(phi, num_steps=num_steps) if self.phi else None

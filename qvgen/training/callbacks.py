@@ -1,4 +1,4 @@
-"""Callbacks of a run: the decay of Phi, the metrics of each step, the progress bar.
+"""Callbacks of a run: the method's schedule, the metrics of each step, the progress bar.
 
 Both act between optimizer steps, once per step however many micro-batches it has, and depend on the step's number
 alone, so that a resumed run does what the uninterrupted one did.
@@ -21,12 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from qvgen.evaluation.metric_rows import read_metric_rows
-from qvgen.layers.swap import quantized_layers
-from qvgen.lowrank.decay import DecaySchedule
+from qvgen.methods.base import Schedule
 from qvgen.run_directory import atomic_write, set_aside
 from qvgen.stop_request import Stopped
 from qvgen.training.module import VideoTraining
-from qvgen.training.optim import forget_moments_
 from qvgen.training.progress import progress_bar
 from qvgen.training.stop_point import interruptible
 
@@ -46,24 +44,16 @@ METRIC_COLUMNS = (
 counts from the run's first step over all its sessions, val/* is held out."""
 
 
-class PhiDecay(lightning.Callback):
-    """Brings every layer's Phi to the schedule's state before each optimizer step.
+class MethodSchedule(lightning.Callback):
+    """Brings the student to the state of each optimizer step before the step.
 
     Args:
-        schedule: The ranks of Phi over the whole run.
+        schedule: The training method's, of the whole run.
     """
 
-    def __init__(self, schedule: DecaySchedule) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._applied_step = -1
-
-    def apply(self, student: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:
-        """Advance all layers to optimizer step ``step``; where L and R were rewritten, forget their moments."""
-        state = self.schedule.at(step)
-        for layer in quantized_layers(student).values():
-            if layer.phi is not None and layer.phi.advance_(state) and optimizer is not None:
-                forget_moments_(optimizer, layer.phi.left)
-                forget_moments_(optimizer, layer.phi.right)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -73,7 +63,7 @@ class PhiDecay(lightning.Callback):
         assert isinstance(pl_module, VideoTraining)
         if trainer.global_step != self._applied_step:
             self._applied_step = trainer.global_step
-            self.apply(pl_module.student, trainer.optimizers[0], step=trainer.global_step)
+            self.schedule.apply_(pl_module.student, trainer.optimizers[0], step=trainer.global_step)
 
 
 class StepMetrics(lightning.Callback):
@@ -81,7 +71,7 @@ class StepMetrics(lightning.Callback):
 
     Args:
         path: metrics.csv; rows that are there from before a resume are kept up to the step that is resumed.
-        schedule: The ranks of Phi over the run, None without it.
+        schedule: The training method's, whose numbers are columns too; None without one.
         validate: Measures the held-out relative error of the student; None for never. Rank 0 writes what it found;
             another process has one where the student's forward pass needs all of them.
         every_steps: How often; also after the last step.
@@ -93,13 +83,15 @@ class StepMetrics(lightning.Callback):
         self,
         path: Path,
         *,
-        schedule: DecaySchedule | None,
+        schedule: Schedule | None,
         validate: Callable[[nn.Module], float] | None,
         every_steps: int | None,
         num_steps: int,
         sharded: bool = False,
     ) -> None:
         self.path, self.schedule = path, schedule
+        further = () if schedule is None else schedule.columns
+        self.columns = (*METRIC_COLUMNS, *(name for name in further if name not in METRIC_COLUMNS))
         self.validate, self.every_steps = validate, every_steps
         self.num_steps, self.sharded = num_steps, sharded
         self._bar: tqdm[Any] | None = None
@@ -131,7 +123,7 @@ class StepMetrics(lightning.Callback):
             error = self.validate(pl_module.student)
         if trainer.is_global_zero:
             rows[-1]["val/relative_error"] = str(error)
-            write_table(self.path, METRIC_COLUMNS, rows)
+            write_table(self.path, self.columns, rows)
             for logger in trainer.loggers:  # the row of the step before was sent without it
                 logger.log_metrics({"val/relative_error": error}, step=step)
 
@@ -141,7 +133,7 @@ class StepMetrics(lightning.Callback):
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         if trainer.is_global_zero:
-            self._started -= begin_table(self.path, METRIC_COLUMNS, step=trainer.global_step)
+            self._started -= begin_table(self.path, self.columns, step=trainer.global_step)
             self._bar = progress_bar(
                 desc="train",
                 unit="step",
@@ -180,8 +172,7 @@ class StepMetrics(lightning.Callback):
                 "train/seconds": time.monotonic() - self._started,
             }
             if self.schedule is not None:
-                state = self.schedule.at(step)
-                row |= {"phi/rank": state.rank, "phi/gamma_min": min(state.gate, default=0.0)}
+                row.update(self.schedule.metrics(step))
             if error is not None:
                 row["val/relative_error"] = error
             self._write(row, step=step, loggers=trainer.loggers)
@@ -209,13 +200,13 @@ class StepMetrics(lightning.Callback):
 
     def _write(self, row: Mapping[str, float | int], *, step: int, loggers: list[Any]) -> None:
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, METRIC_COLUMNS, lineterminator="\n").writerow({"step": step, **row})
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow({"step": step, **row})
         for logger in loggers:
             logger.log_metrics(dict(row), step=step)
         if self._bar is not None:
             shown = {"loss": f"{row['train/loss']:.4f}"}
             if self.schedule is not None:
-                shown |= {"rank": str(row["phi/rank"]), "gamma": f"{row['phi/gamma_min']:.2f}"}
+                shown |= {name.rpartition("/")[2]: f"{row[name]:.3g}" for name in self.schedule.columns}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 

@@ -28,7 +28,6 @@ import torch
 
 from qvgen import __version__
 from qvgen.config.schema import TrainConfig
-from qvgen.data.clip_source import ClipSource
 from qvgen.data.pixel_clips import PixelClips
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import shown_videos
@@ -141,16 +140,16 @@ def code_facts() -> dict[str, str]:
 def _model_facts(config: TrainConfig) -> dict[str, str]:
     """Of the model; a transformer that is trained from scratch and a VAE that is are results and no facts."""
     made = () if config.method.quantizes else ("transformer", "lora")
-    if config.method.name == "autoencoder":
+    if config.method.trains == "autoencoder":
         return {}
     return {f"model.{name}": value for name, value in config.model.identity().items() if name not in made}
 
 
 def _data_facts(config: TrainConfig) -> dict[str, str]:
     source, family = config.data, config.model
-    if config.evaluation.samples == 0 or (isinstance(source, ClipSource) and source.path is None):
+    if config.evaluation.samples == 0 or not source.is_given:
         return {}  # `qvgen ptq`, which then reads none
-    if config.method.name == "autoencoder":
+    if config.method.trains == "autoencoder":
         family = PixelClips(family)
     return {f"data.{name}": value for name, value in source.identity(family).items()}
 

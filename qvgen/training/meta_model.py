@@ -17,7 +17,6 @@ from qvgen.config.schema import TrainConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
 from qvgen.training.layer_setup import add_configured_switch, share_inputs_
-from qvgen.training.phi_schedule import phi_ranks
 
 
 def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) -> Any:
@@ -57,10 +56,12 @@ def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None
             names=report.quantized,
             profile=config.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
-            phi_rank=max(phi_ranks(config), default=0),
+            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
         )
     add_configured_switch(student, config)
     share_inputs_(student, config)
+    with torch.device("meta"):
+        config.method.prepare_(student)
     return student, report
 
 

@@ -1,6 +1,4 @@
-"""The LightningModule: one loss for distillation, plain quantization-aware training and pretraining.
-
-    loss = mean |v_student(x_t, t, c) - target|^2        target = v_teacher(x_t, t, c), or the data's own (QVGen, Eq. 4)
+"""The LightningModule of every method that trains a transformer; the loss is the method's (:mod:`qvgen.training.loss`).
 
 The student's parameters are float32 masters; the teacher is frozen, in no checkpoint, and not a submodule. All
 randomness of a step comes from (seed, step, sample id): see :mod:`qvgen.data.noise`.
@@ -22,6 +20,7 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.distributed.sharding import add_gradients_by_block_
+from qvgen.training.loss import prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 
 
@@ -50,12 +49,16 @@ class VideoTraining(OptimizerModule):
         method: Method = config.method
         family: VideoDiT = config.model
         self.student = student
-        if (method.target == "teacher") != (teacher is not None):
-            raise ValueError(f"method={method.name} with target={method.target} and teacher={teacher is not None}")
+        if method.needs_teacher != (teacher is not None):
+            raise ValueError(
+                f"{type(method).__name__}.needs_teacher={method.needs_teacher} and a teacher is "
+                f"{'there' if teacher is not None else 'missing'}; pass one exactly where the method needs it"
+            )
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.encode, self.method, self.seed = family, encode, method, config.seed
         self._share_out = share_out
+        self._freeze_the_rest()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -96,15 +99,22 @@ class VideoTraining(OptimizerModule):
         )
 
     def loss(self, draw: NoisyBatch) -> Tensor:
-        """Mean squared difference of the student's prediction and its target, float32 []."""
+        """The method's loss of a micro-batch, float32 []."""
         condition = {key: value.to(self.device) for key, value in self.encode(draw.captions).items()}
-        student = self.family.predict(self.student, draw.noisy, draw.timestep, condition)
-        target = draw.target
-        for teacher in self._teacher:
-            # In its own dtype: autocast would cast every weight of it again in each step.
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                target = self.family.predict(teacher, draw.noisy, draw.timestep, condition)
-        return (student.float() - target.float()).square().mean()
+        teacher = self._teacher[0] if self._teacher else None
+        return prediction_loss(self.family, self.student, draw, condition, method=self.method, teacher=teacher)
+
+    def _freeze_the_rest(self) -> None:
+        """Let no gradient be computed for what no group trains: it would pile up, and count in the gradients' norm."""
+        trained = {id(parameter) for group in self.parameter_groups() for parameter in group["params"]}
+        if not trained:
+            raise ValueError(f"{type(self.method).__name__}.parameter_groups gives no parameter; name what is trained")
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The method's groups."""
+        return self.method.parameter_groups(self.student, self.optim)
 
     def _draw_widths(self, batch: dict[str, Any], *, step: int) -> None:
         """Where a policy will switch activation widths: one of them for each sample, from (seed, step, sample id)."""

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from qvgen.config.sections import OptimConfig
+from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.optim import build_optimizer
 
 
@@ -43,6 +44,10 @@ class OptimizerModule(lightning.LightningModule):
         """The network, a submodule of this one."""
         raise NotImplementedError
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains, at which peak rates; see :mod:`qvgen.methods.parameter_group`."""
+        return parameter_groups(self.trained, self.optim)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -65,7 +70,7 @@ class OptimizerModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, stepped with its schedule once per optimizer step."""
-        optimizer, schedule = build_optimizer(self.trained, self.optim, num_steps=self.num_steps)
+        optimizer, schedule = build_optimizer(self.parameter_groups(), self.optim, num_steps=self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

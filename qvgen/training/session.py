@@ -18,16 +18,15 @@ from qvgen import stop_request
 from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
-from qvgen.lowrank.decay import DecaySchedule
+from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
-from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
@@ -52,8 +51,8 @@ def micro_batch_size(config: TrainConfig) -> int:
     return config.batch_size // (micro_batches(config) * config.devices)
 
 
-def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule | None) -> int:
-    """Bring a prepared student to the newest checkpoint of a run, and its Phi to what the schedule says there.
+def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None) -> int:
+    """Bring a prepared student to the newest checkpoint of a run, and to what the method's schedule says there.
 
     Returns:
         The optimizer step of that checkpoint.
@@ -75,7 +74,7 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: DecaySchedule |
         raise ValueError(f"{found[-1]} is of another model ({type(error).__name__}); delete it") from error
     step = int(state["global_step"])
     if schedule is not None:
-        PhiDecay(schedule).apply(student, None, step=step)
+        schedule.apply_(student, None, step=step)
     return step
 
 
@@ -145,7 +144,7 @@ def train_share(
     """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
     torch.set_num_threads(config.strategy.threads)
     processes = processes or Processes()
-    schedule = decay_schedule(config)
+    schedule = config.method.schedule(config.phi, num_steps=config.steps)
     split: Split = config.data.open(config.model, split="train")
     models = None
     trained, shown = student, teacher
@@ -157,7 +156,7 @@ def train_share(
     module = VideoTraining(
         config,
         student=trained,
-        teacher=shown if config.method.target == "teacher" else None,
+        teacher=shown if config.method.needs_teacher else None,
         encode=split.encode,
         share_out=None if models is None else models.share_out_,
     )
@@ -180,7 +179,8 @@ def train_share(
         models.gather_()
     if student is not None:
         if schedule is not None:  # what the last step annealed to 0, where there is no tail
-            PhiDecay(schedule).apply(student, None, step=config.steps)
+            schedule.apply_(student, None, step=config.steps)
+        config.method.finish_(student)
         student.eval()
 
 
@@ -192,11 +192,11 @@ def _callbacks(
     run_dir: Path,
     validate: Callable[[nn.Module], float] | None,
 ) -> list[lightning.Callback]:
-    """In their order: signs of life; Phi before the step; after it metrics, checkpoint, and videos, which take longest."""
-    schedule, steps = decay_schedule(config), config.steps
+    """In their order: signs of life; the method's schedule, before the step; metrics, checkpoint and videos, after it."""
+    schedule, steps = config.method.schedule(config.phi, num_steps=config.steps), config.steps
     callbacks: list[lightning.Callback] = [Heartbeat()]
     if schedule is not None:
-        callbacks.append(PhiDecay(schedule))
+        callbacks.append(MethodSchedule(schedule))
     videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
     callbacks += [
         StepMetrics(

@@ -18,7 +18,7 @@ from qvgen.deploy.manifest import LOCAL_ARGUMENTS
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
-from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
 from qvgen.layers.swap import (
@@ -35,7 +35,6 @@ from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
 from qvgen.training.mixed_precision.allocation import allocate_bits_, check_mixed_precision
-from qvgen.training.phi_schedule import decay_schedule, phi_ranks
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def check_student(config: TrainConfig) -> None:
         ValueError: An impossible schedule of Phi; patterns, bits, groups or ranks that do not fit the model's layers.
         RuntimeError: A kernel that was asked for by name does not run here.
     """
-    decay_schedule(config)
+    config.method.schedule(config.phi, num_steps=config.steps)
     if config.activation_switch.widths is not None and "ranges" in config.init.needs:
         raise ValueError(
             f"init={config.names.init} has one table of scales; activation_switch.widths can't change its bits"
@@ -58,14 +57,14 @@ def check_student(config: TrainConfig) -> None:
     if hasattr(config.model, "check_transformer"):
         config.model.check_transformer(skeleton)
     chosen = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude)
-    if isinstance(config.init, MixedPrecision):
+    if isinstance(config.init, BitBudget):
         check_mixed_precision(config, chosen.quantized)
     swap_fake_quant_(
         skeleton,
         names=chosen.quantized,
         profile=config.profile,
         num_noise_bands=1,
-        phi_rank=max(phi_ranks(config), default=0),
+        phi_rank=max(config.method.phi_ranks(config.phi), default=0),
     )
     if config.activation_switch.widths is not None:
         add_switch_widths_(skeleton, config.activation_switch.widths)
@@ -85,12 +84,13 @@ def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
             initializer=load_leaf("init", "rtn"),
             include=config.model.include,
             exclude=config.model.exclude,
-            phi_rank=max(phi_ranks(config), default=0),
+            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
             seed=config.seed,
         ),
     )
     add_configured_switch(student, config)
     share_inputs_(student, config)
+    config.method.prepare_(student)
     return student, swapped
 
 
@@ -106,7 +106,7 @@ def calibrate_(
         return None, None
     bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
     statistics = CalibratedModel(config, teacher=teacher, encode=encode, num_bands=bands)
-    if not isinstance(config.init, MixedPrecision):
+    if not isinstance(config.init, BitBudget):
         return statistics, None
     allocation = allocate_bits_(
         config, student, teacher=teacher, encode=encode, statistics=statistics, statistics_key=statistics.folder.name

@@ -132,7 +132,7 @@ def run_info(config: TrainConfig) -> RunInfo:
 def rerun_command(config: TrainConfig) -> str:
     """The command that does the same again, in a folder of its own: what was typed, but for run_dir and resume."""
     kept = [text for text in config.typed if text.lstrip("+~").partition("=")[0] not in ("run_dir", "resume")]
-    return command_line("ptq" if config.names.method == "ptq" else "train", kept)
+    return command_line("ptq" if config.method.trains == "nothing" else "train", kept)
 
 
 def _start(config: TrainConfig, student: nn.Module, path: Path) -> Start:
@@ -145,7 +145,9 @@ def _start(config: TrainConfig, student: nn.Module, path: Path) -> Start:
         return Start(restore=None, absent=f"{START_FILE} is no longer in the run's folder")
 
     def restore() -> nn.Module:
+        config.method.prepare_(student)  # what it adds belongs to the start
         load_start(student, path)
+        config.method.finish_(student)
         return student
 
     return Start(restore=restore, absent=None)

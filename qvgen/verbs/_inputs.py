@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
-from qvgen.data.clip_source import ClipSource
 from qvgen.data.source import Split
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import evaluation_prompts
@@ -67,8 +66,7 @@ def open_held_out(config: TrainConfig) -> HeldOut:
 
 def without_clips(config: TrainConfig) -> bool:
     """Whether the run trains nothing and no clips were named."""
-    source = config.data
-    return config.method.name == "ptq" and isinstance(source, ClipSource) and source.path is None
+    return config.method.trains == "nothing" and not config.data.is_given
 
 
 def _say_what_is_left_out(config: TrainConfig) -> None:
@@ -110,7 +108,7 @@ def _only_to_measure(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if config.init.needs or config.method.name != "ptq":
+        if config.init.needs or config.method.trains != "nothing":
             raise
         raise UserError(
             f"{error}; init={config.names.init} itself needs none of it: write evaluation.samples=0 for a packed model that "

@@ -14,7 +14,6 @@ from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
@@ -42,7 +41,10 @@ def run(config: FoldConfig) -> int | None:
     _say_what_a_stop_leaves(config.out)
     check_fold(run_config, config.run_dir, force=config.force)
     student, _ = prepare_student(run_config)
-    step = load_trained(student, config.run_dir, schedule=decay_schedule(run_config))
+    method = run_config.method
+    schedule = method.schedule(run_config.phi, num_steps=run_config.steps)
+    step = load_trained(student, config.run_dir, schedule=schedule)
+    method.finish_(student)
     try:
         fold_student(run_config, student, config.out, steps=step)
     finally:  # a stop that came between the two files is acted on when both are there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.data.clip_report import FillReport
-from qvgen.data.clip_source import ClipSource
+from qvgen.data.source import DataSource, EncodedSource
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
@@ -28,7 +27,9 @@ def run(config: PrecomputeConfig) -> None:
     torch.set_num_threads(config.threads)
     source = _clips(config)
     if config.dry_run:
-        for line in plan(config, source):
+        processes = f"{config.devices} process{'es' if config.devices > 1 else ''}"
+        print(f"model {config.names.model}, {processes}")
+        for line in source.describe_share(config.model, shard=config.shard, num_shards=config.num_shards):
             print(line)
         return
     began = time.monotonic()
@@ -53,9 +54,9 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
         texts: Captions and negative prompts that it samples with, besides its clips' captions.
     """
     source = config.data
-    if not isinstance(source, ClipSource) or config.dry_run or source.is_complete(config.model, captions=texts):
+    if not source.encodes or config.dry_run or source.is_complete(config.model, captions=texts):
         return
-    log.info("encoding %s into %s first", source.path, source.cache)
+    log.info("encoding %s into %s first", source.origin, source.cache)
     sections = {key: config.plain[key] for key in ("model", "data", "debug", "devices")}
     plain = {
         **sections,
@@ -72,7 +73,7 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
     stop_request.note("after encoding, which is kept")
 
 
-def fill_all(config: PrecomputeConfig, source: ClipSource) -> tuple[int, FillReport]:
+def fill_all(config: PrecomputeConfig, source: EncodedSource) -> tuple[int, FillReport]:
     """Fill a machine's share with all its processes.
 
     Returns:
@@ -107,38 +108,11 @@ def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: in
     _fill_share(config, _clips(config), rank=rank)
 
 
-def plan(config: PrecomputeConfig, source: ClipSource) -> list[str]:
-    """What the verb would do: clips, what is missing, disk."""
-    table = source.table()
-    cut = source.cut_settings(config.model)
-    mine = range(config.shard, len(table), config.num_shards)
-    lines = [
-        f"model {config.names.model}, {len(table)} clips in {source.path}, {len(mine)} of them in this share, "
-        f"{config.devices} process{'es' if config.devices > 1 else ''}",
-        *table.summary(),
-        f"cut at {cut.fps:g} frames per second to {', '.join(bucket.label for bucket in cut.buckets)}",
-    ]
-    if config.model.path is None:
-        lines.append("nothing is known about the cache: model.path is missing")
-    else:
-        cache = source.latent_cache(config.model)
-        done = sum(cache.read_record(cache.row_key(table[row])) is not None for row in mine)
-        lines.append(f"{done} clips are done, {len(mine) - done} are missing in {source.cache}")
-    tokens, channels = config.model.condition_shape
-    latents = math.prod(config.model.sample_shape) * _bytes_per_value(config.model.vae_dtype)
-    embedding = tokens * channels * _bytes_per_value(config.model.text_encoder_dtype)
-    lines.append(
-        f"disk: {len(table) * (latents + embedding) / 1e9:.2f} GB at most ({latents / 1e6:.2f} MB of latents per clip "
-        f"of the model's size, {embedding / 1e6:.2f} MB per caption)"
-    )
-    return lines
-
-
-def _clips(config: PrecomputeConfig) -> ClipSource:
+def _clips(config: PrecomputeConfig) -> EncodedSource:
     """The run's source; raises ValueError where it has no cache or does not fit the model."""
-    source = config.data
+    source: DataSource = config.data
     source.check(config.model)
-    if not isinstance(source, ClipSource):
+    if not isinstance(source, EncodedSource):
         raise UserError(f"data={config.names.data} has nothing to encode; use data=clips data.path=FOLDER")
     return source
 
@@ -149,7 +123,7 @@ def _texts(config: PrecomputeConfig) -> list[str]:
     return list(dict.fromkeys([*prompts.texts(), config.model.negative_prompt]))
 
 
-def _fill_share(config: PrecomputeConfig, source: ClipSource, *, rank: int) -> FillReport:
+def _fill_share(config: PrecomputeConfig, source: EncodedSource, *, rank: int) -> FillReport:
     """One process's share: clips shard, shard + num_shards, ..., of which every devices-th."""
     family = config.model
     if torch.cuda.is_available():
@@ -163,8 +137,3 @@ def _fill_share(config: PrecomputeConfig, source: ClipSource, *, rank: int) -> F
         )
     finally:
         family.release()
-
-
-def _bytes_per_value(dtype: str) -> int:
-    """Of what the cache stores: it narrows where no bit is lost."""
-    return 4 if dtype == "float32" else 2

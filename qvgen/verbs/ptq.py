@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from qvgen.config.schema import TrainConfig
-from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.initializers.bit_budget import BitBudget
 from qvgen.training.calibration import calibration_prompts
 from qvgen.training.mixed_precision.allocation import plan_measurements
 from qvgen.training.student import check_student
 from qvgen.verbs._inputs import check_sampling_parts, without_clips
-from qvgen.verbs.train import quantize, table_summary
+from qvgen.verbs.train import quantize
 
 
 def run(config: TrainConfig) -> None:
     """Do what `qvgen train` does, without its training."""
-    if config.method.name != "ptq" or config.steps:
+    if config.method.trains != "nothing" or config.steps:
         raise ValueError(
             f"method={config.names.method} steps={config.steps}: qvgen ptq trains nothing; use qvgen train"
         )
@@ -40,9 +40,9 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
         f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
         if needs
         else "calibration: none, the method is data-free",
-        *([plan_measurements(config)] if isinstance(config.init, MixedPrecision) else []),
+        *([plan_measurements(config)] if isinstance(config.init, BitBudget) else []),
         f"measured on: {_measured_on(config)}",
-        *table_summary(config),
+        *config.data.summary(),
         f"output: {config.run_dir}",
     ]
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
-from qvgen.data.clip_source import ClipSource
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import evaluation_prompts
 from qvgen.evaluation.kept_samples import forget_samples
@@ -16,7 +15,6 @@ from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.models.guidance import texts_to_encode
 from qvgen.training.identity import check_worker, claim_run
-from qvgen.training.phi_schedule import phi_ranks
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.session import processes_of, train_all, train_share
@@ -39,21 +37,21 @@ def run(config: TrainConfig) -> int | None:
     Returns:
         The exit code of a dry run that does not fit; None otherwise.
     """
-    if config.method.name == "ptq":
-        raise ValueError("method=ptq trains nothing; use qvgen ptq with the same keys")
+    if config.method.trains == "nothing":
+        raise ValueError(f"method={config.names.method} trains nothing; use qvgen ptq with the same keys")
     torch.set_num_threads(config.strategy.threads)
     if not config.dry_run:
         check_wandb(config.logger)
     config.data.check(config.model)
-    if config.method.name == "autoencoder":
+    if config.method.trains == "autoencoder":
         train_autoencoder(config)
         return None
     if config.method.quantizes:
         check_student(config)
         check_sampling_parts(config)
     if config.dry_run:
-        plan = plan_training(config, num_clips=num_clips(config))
-        for line in [*table_summary(config), *format_plan(plan)]:
+        plan = plan_training(config, num_clips=config.data.num_clips())
+        for line in [*config.data.summary(), *format_plan(plan)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     if config.method.quantizes:
@@ -92,18 +90,6 @@ def quantize(config: TrainConfig) -> None:
         forget_samples(run_dir.path)
 
 
-def num_clips(config: TrainConfig) -> int | None:
-    """Clips of the table, as far as one was named."""
-    source = config.data
-    return len(source.table()) if isinstance(source, ClipSource) and source.path is not None else None
-
-
-def table_summary(config: TrainConfig) -> list[str]:
-    """What the table of clips is and what is missing of it, as far as one was named."""
-    source = config.data
-    return source.table().summary() if isinstance(source, ClipSource) and source.path is not None else []
-
-
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
@@ -118,7 +104,7 @@ def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) ->
     teacher: nn.Module | None = None
     if config.method.quantizes:
         student, _ = prepare_student(config)
-        if config.method.target == "teacher" or config.evaluation.video_every_steps is not None:
+        if config.method.needs_teacher or config.evaluation.video_every_steps is not None:
             teacher = config.model.load_teacher()
     else:
         student = config.model.initial_transformer(config.seed)
@@ -136,7 +122,8 @@ def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> 
     )  # fmt: skip
     for name in swapped.quantized:
         log.debug("quantized: %s", name)
+    ranks = list(config.method.phi_ranks(config.phi))
     log.info(
         "%s from %s: %d steps of %d samples, Phi of ranks %s",
-        config.names.method, config.names.init, config.steps, config.batch_size, list(phi_ranks(config)) or "none",
+        config.names.method, config.names.init, config.steps, config.batch_size, ranks or "none",
     )  # fmt: skip

@@ -10,28 +10,28 @@ import torch
 from torch import nn
 
 from qvgen.layers.swap import quantized_layers
-from qvgen.lowrank.decay import DecaySchedule
-from qvgen.training.callbacks import METRIC_COLUMNS, PhiDecay, begin_table, total_seconds
+from qvgen.methods.parameter_group import parameter_groups
+from qvgen.methods.phi_decay import PhiDecay
+from qvgen.training.callbacks import METRIC_COLUMNS, begin_table, total_seconds
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO, checkpoints
 from qvgen.training.optim import build_optimizer
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
-from tests.runs import BOUNDARIES, STEPS, read_metrics, train_config
+from tests.runs import BOUNDARIES, STEPS, method_schedule, read_metrics, train_config
 
 RANKS = (4, 2, 1)
 
 
 @pytest.fixture
-def trained() -> tuple[nn.Module, torch.optim.Optimizer, DecaySchedule]:
+def trained() -> tuple[nn.Module, torch.optim.Optimizer, PhiDecay]:
     """A student with moments everywhere, as it is after the last step before the first boundary."""
     config = train_config()
-    schedule = decay_schedule(config)
+    schedule = method_schedule(config)
     assert schedule is not None
     student, _ = prepare_student(config)
-    optimizer, _ = build_optimizer(student, config.optim, num_steps=STEPS)
+    optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)
     generator = torch.Generator().manual_seed(0)
     for step in range(BOUNDARIES[0]):
-        PhiDecay(schedule).apply(student, optimizer, step=step)
+        schedule.apply_(student, optimizer, step=step)
         for parameter in student.parameters():
             parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
         optimizer.step()
@@ -43,24 +43,24 @@ def state(student: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_plan_of_a_short_run_has_the_boundaries_that_the_tests_use() -> None:
-    schedule = decay_schedule(train_config())
+    schedule = method_schedule(train_config())
     assert schedule is not None
-    assert (tuple(schedule.ranks), schedule.boundaries[1:]) == (RANKS, BOUNDARIES)
+    assert (tuple(schedule.decay.ranks), schedule.decay.boundaries[1:]) == (RANKS, BOUNDARIES)
 
 
 def test_applying_a_step_again_changes_nothing(
-    trained: tuple[nn.Module, torch.optim.Optimizer, DecaySchedule],
+    trained: tuple[nn.Module, torch.optim.Optimizer, PhiDecay],
 ) -> None:
     student, optimizer, schedule = trained
     for step in (BOUNDARIES[0] - 1, BOUNDARIES[0], BOUNDARIES[1], BOUNDARIES[2]):
-        PhiDecay(schedule).apply(student, optimizer, step=step)
+        schedule.apply_(student, optimizer, step=step)
         once = state(student)
-        PhiDecay(schedule).apply(student, optimizer, step=step)
+        schedule.apply_(student, optimizer, step=step)
         assert all(torch.equal(value, once[name]) for name, value in student.state_dict().items())
 
 
 def test_a_boundary_drops_moments_of_phi_alone_and_keeps_the_weight(
-    trained: tuple[nn.Module, torch.optim.Optimizer, DecaySchedule],
+    trained: tuple[nn.Module, torch.optim.Optimizer, PhiDecay],
 ) -> None:
     student, optimizer, schedule = trained
     layers = quantized_layers(student)
@@ -70,7 +70,7 @@ def test_a_boundary_drops_moments_of_phi_alone_and_keeps_the_weight(
     for layer in layers.values():
         assert layer.phi is not None
         assert not layer.phi.rank_gate[RANKS[1] :].any()  # exactly 0 before the columns go
-    PhiDecay(schedule).apply(student, optimizer, step=BOUNDARIES[0])
+    schedule.apply_(student, optimizer, step=BOUNDARIES[0])
     for name, layer in layers.items():
         change = (layer.effective_weight() - before[name]).norm() / before[name].norm()
         assert change <= 1e-6
@@ -86,20 +86,20 @@ def test_a_boundary_drops_moments_of_phi_alone_and_keeps_the_weight(
 
 
 def test_no_moments_are_dropped_inside_of_a_phase(
-    trained: tuple[nn.Module, torch.optim.Optimizer, DecaySchedule],
+    trained: tuple[nn.Module, torch.optim.Optimizer, PhiDecay],
 ) -> None:
     student, optimizer, schedule = trained
-    PhiDecay(schedule).apply(student, optimizer, step=BOUNDARIES[0] - 1)
+    schedule.apply_(student, optimizer, step=BOUNDARIES[0] - 1)
     assert all(state["exp_avg"].any() for state in optimizer.state.values())
 
 
 def test_a_run_writes_one_row_per_step_with_the_plan_of_phi(short_run: Path) -> None:
     rows = read_metrics(short_run)
-    schedule = decay_schedule(train_config())
+    schedule = method_schedule(train_config())
     assert schedule is not None
     assert [int(row["step"]) for row in rows] == list(range(STEPS))
     for step, row in enumerate(rows):
-        planned = schedule.at(step)
+        planned = schedule.decay.at(step)
         assert int(row["phi/rank"]) == planned.rank
         assert float(row["phi/gamma_min"]) == min(planned.gate, default=0.0)
         assert float(row["train/loss"]) > 0

@@ -17,10 +17,9 @@ from qvgen.data.source import Split
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.module import VideoTraining
 from qvgen.training.optimizer_module import TrainingDivergedError
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained, train_share
 from qvgen.training.student import prepare_student
-from tests.runs import copy_until, load_state, read_metrics, train_config
+from tests.runs import copy_until, load_state, method_schedule, read_metrics, train_config
 
 
 def make_module(*overrides: str) -> VideoTraining:
@@ -31,7 +30,7 @@ def make_module(*overrides: str) -> VideoTraining:
     return VideoTraining(
         config,
         student=student.train(),
-        teacher=teacher if config.method.target == "teacher" else None,
+        teacher=teacher if config.method.needs_teacher else None,
         encode=config.model.encode,
     )
 
@@ -172,7 +171,7 @@ def test_the_loss_of_a_run_is_that_of_its_step(short_run: Path, tmp_path: Path) 
     step = 6
     module = make_module("accumulate=2")
     loaded = load_trained(
-        module.student, copy_until(short_run, tmp_path / "run", step=step), schedule=decay_schedule(train_config())
+        module.student, copy_until(short_run, tmp_path / "run", step=step), schedule=method_schedule(train_config())
     )
     assert loaded == step
     sampler = BucketBatchSampler(
@@ -237,5 +236,5 @@ def test_gradients_that_are_not_finite_stop_the_run() -> None:
 
 def test_method_and_teacher_have_to_agree() -> None:
     module = make_module()
-    with pytest.raises(ValueError, match="method=qvgen with target=teacher and teacher=False"):
+    with pytest.raises(ValueError, match="needs_teacher=True and a teacher is missing"):
         VideoTraining(train_config(), student=module.student, teacher=None, encode=module.encode)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qvgen.layers.swap import quantized_layers
+from qvgen.methods.parameter_group import parameter_groups
+from qvgen.methods.phi_decay import forget_moments_
 from qvgen.quant.width_table import WidthTable
-from qvgen.training.optim import build_optimizer, forget_moments_, learning_rate_factor, parameter_groups
+from qvgen.training.optim import build_optimizer, learning_rate_factor
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.student import prepare_student
 from tests.runs import train_config
@@ -99,7 +101,7 @@ def test_the_rate_warms_up_and_falls(num_steps: int, share: float) -> None:
 def test_the_rate_is_that_of_the_step() -> None:
     config = train_config("optim.warmup_share=0.25")
     model = nn.Linear(2, 2)
-    optimizer, schedule = build_optimizer(model, config.optim, num_steps=8)
+    optimizer, schedule = build_optimizer(parameter_groups(model, config.optim), config.optim, num_steps=8)
     rates = []
     for _ in range(8):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -119,7 +121,7 @@ def test_forgotten_moments_start_like_new_ones() -> None:
 
     optim = train_config().optim
     old, other, new = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer, _ = build_optimizer(nn.ParameterList([old, other]), optim, num_steps=1000)
+    optimizer, _ = build_optimizer(parameter_groups(nn.ParameterList([old, other]), optim), optim, num_steps=1000)
     step(optimizer, old)
     step(optimizer, other)
     kept = {name: value.clone() for name, value in optimizer.state[other].items()}
@@ -130,7 +132,7 @@ def test_forgotten_moments_start_like_new_ones() -> None:
     with torch.no_grad():
         old.fill_(1.0)
     other.grad = None
-    fresh, _ = build_optimizer(nn.ParameterList([new]), optim, num_steps=1000)
+    fresh, _ = build_optimizer(parameter_groups(nn.ParameterList([new]), optim), optim, num_steps=1000)
     assert torch.equal(step(optimizer, old), step(fresh, new))
     forget_moments_(fresh, other)  # not known to it: nothing to forget
 
@@ -152,7 +154,9 @@ def test_adamw_trains_the_same_bits_however_parameters_are_cut() -> None:
     found = []
     for size in (50, 25, 7):
         pieces = nn.ParameterList(nn.Parameter(piece.clone()) for piece in start.split(size))
-        optimizer, schedule = build_optimizer(pieces, train_config().optim, num_steps=8)
+        optimizer, schedule = build_optimizer(
+            parameter_groups(pieces, train_config().optim), train_config().optim, num_steps=8
+        )
         for gradient in gradients:
             for piece, part in zip(pieces, gradient.split(size), strict=True):
                 piece.grad = part.clone()

@@ -19,17 +19,16 @@ from qvgen.deploy.merged_linear import MergedPackedLinear
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.shared_input import activation_sharing
 from qvgen.layers.swap import quantized_layers
+from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.layer_setup import input_sets
 from qvgen.training.meta_model import build_family, build_student
 from qvgen.training.module import VideoTraining
-from qvgen.training.optim import parameter_groups
 from qvgen.training.optimizer_module import total_norm
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained
 from qvgen.training.start_file import load_start
 from qvgen.training.student import prepare_student
 from tests.models.hub_folders import make_cogvideox_folder
-from tests.runs import load_state, packed_bytes, read_metrics, train, train_config
+from tests.runs import load_state, method_schedule, packed_bytes, read_metrics, train, train_config
 from tests.training.test_module import make_batch
 from tests.verbs.test_hub_models import train_keys, write_clips
 
@@ -60,7 +59,7 @@ def test_a_trained_model_quantizes_a_shared_input_once(short_run: Path) -> None:
     assert merged_layers(packed) == 3 * (3 + 2)
     config = train_config("accumulate=2")
     fake, _ = prepare_student(config)
-    load_trained(fake, short_run, schedule=decay_schedule(config))
+    load_trained(fake, short_run, schedule=method_schedule(config))
     assert len(activation_sharing(quantized_layers(fake))) == SETS
     held_out = HeldOut(
         config.model, config.data.open(config.model, split="held_out"), num_samples=4, seed=7, batch_size=2

@@ -26,14 +26,13 @@ from qvgen.cli import INTERRUPTED, TERMINATED, main
 from qvgen.config import TrainConfig
 from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
-from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import validation_videos
-from tests.runs import SHORT, load_state, read_metrics, train_config
+from tests.runs import SHORT, load_state, method_schedule, read_metrics, train_config
 from tests.training.validated import contents
 
 NUM_STEPS = 6
@@ -78,7 +77,7 @@ class Session:
     def run(self, *further: lightning.Callback, checkpoint: CheckpointConfig = RARELY) -> dict[str, torch.Tensor]:
         """Train from the newest checkpoint; the student's tensors."""
         config, student = self.config, self.student
-        schedule = decay_schedule(config)
+        schedule = method_schedule(config)
         assert schedule is not None
         split = config.data.open(config.model, split="train")
         module = VideoTraining(
@@ -91,7 +90,7 @@ class Session:
             self.run_dir / "metrics.csv", schedule=schedule, validate=self.measure, every_steps=2, num_steps=NUM_STEPS
         )
         saves = CheckpointWriter(self.run_dir / "checkpoints", config=checkpoint, num_steps=NUM_STEPS)
-        callbacks = [*further, PhiDecay(schedule), steps, saves]
+        callbacks = [*further, MethodSchedule(schedule), steps, saves]
         if self.with_videos:
             videos = validation_videos(config, run_dir=self.run_dir, teacher=None, encode=None)
             assert videos is not None

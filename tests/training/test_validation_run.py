@@ -15,15 +15,14 @@ from qvgen.cli import DONE
 from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
-from qvgen.training.callbacks import PhiDecay, StepMetrics
+from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import ValidationVideos, validation_videos
 from tests import runs
-from tests.runs import load_state, read_metrics, train_config
+from tests.runs import load_state, method_schedule, read_metrics, train_config
 from tests.training.validated import contents, times
 
 NUM_STEPS = 5
@@ -48,7 +47,7 @@ def make_videos(run_dir: Path, *, teacher: nn.Module | None) -> ValidationVideos
 def train(run_dir: Path, videos: ValidationVideos | None) -> None:
     """A training session with real parts on one process: two micro-batches per step, a checkpoint after each."""
     config = train_config(*OPTIONS)
-    schedule = decay_schedule(config)
+    schedule = method_schedule(config)
     assert schedule is not None
     student, _ = prepare_student(config)
     split = config.data.open(config.model, split="train")
@@ -70,7 +69,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
         steps=NUM_STEPS,
         accumulate=2,
         processes=Processes(),
-        callbacks=[PhiDecay(schedule), steps, saves, *([videos] if videos else [])],
+        callbacks=[MethodSchedule(schedule), steps, saves, *([videos] if videos else [])],
         loggers=[],
     )
     run_dir.mkdir(parents=True, exist_ok=True)

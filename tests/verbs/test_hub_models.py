@@ -20,12 +20,11 @@ from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from qvgen.deploy.checkpoint import load_packed
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.session import load_trained
 from qvgen.training.student import prepare_student
 from tests.models.family_checks import psnr_db
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
-from tests.runs import packed_bytes, read_metrics, snapshot
+from tests.runs import method_schedule, packed_bytes, read_metrics, snapshot
 
 MODELS: dict[str, tuple[Any, str]] = {
     "cogvideox": (make_cogvideox_folder, "2b"),
@@ -102,7 +101,7 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     # The packed pipeline's video is the fake-quantized one's; the manifest and model.path are all that is needed.
     config = load_run(run_dir)
     fake, _ = prepare_student(config)
-    load_trained(fake, run_dir, schedule=decay_schedule(config))
+    load_trained(fake, run_dir, schedule=method_schedule(config))
     arguments = {"num_steps": 2, "guidance_scale": 3.0}
     packed = load_packed(run_dir / "packed")
     videos = [config.model.generate(model.eval(), ["a dog"], [3], **arguments) for model in (fake, packed)]

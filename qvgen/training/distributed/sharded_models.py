@@ -21,7 +21,7 @@ from qvgen.training.meta_model import build_student, build_teacher
 def uses_teacher(config: TrainConfig) -> bool:
     """Whether the teacher takes part in training: as the target, or beside the student in validation videos."""
     videos = config.evaluation.video_every_steps is not None
-    return bool(config.method.quantizes and (config.method.target == "teacher" or videos))
+    return bool(config.method.quantizes and (config.method.needs_teacher or videos))
 
 
 class ShardedModels:

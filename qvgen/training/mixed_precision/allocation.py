@@ -22,7 +22,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Allocation, Key, combined_scores
 from qvgen.initializers.base import LayerStatistics
-from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.initializers.bit_budget import BitBudget
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import quantized_layers, select_linears
@@ -50,7 +50,7 @@ def allocate_bits_(
     """Measure, allocate, and give a prepared student's layers their bits, before the method sets them up.
 
     Args:
-        config: The run's; its ``init`` is a :class:`MixedPrecision`.
+        config: The run's; its ``init`` is a :class:`BitBudget`.
         student: Prepared; its weights are the full-precision ones.
         teacher: Full-precision model.
         encode: Captions to conditions.
@@ -97,8 +97,8 @@ def check_mixed_precision(config: TrainConfig, names: Sequence[str]) -> None:
         UserError: A metric's network that is not there, or Phi beside weights of two widths.
         ValueError: Patterns of the model's groups that contradict each other.
     """
-    init: MixedPrecision = config.init
-    if init.weight_windows is not None and config.method.uses_phi:
+    init: BitBudget = config.init
+    if init.weight_windows is not None and config.method.phi_ranks(config.phi):
         raise UserError(
             f"init.weight_windows={list(init.weight_windows)} gives layers two sets of weights, and Phi makes up for the "
             "loss of one; use method=lsq or qvgen ptq"
@@ -109,7 +109,7 @@ def check_mixed_precision(config: TrainConfig, names: Sequence[str]) -> None:
 
 def wanted_measurements(config: TrainConfig, names: Sequence[str]) -> Wanted:
     """What the budgets make necessary to measure; nothing of a side whose budget leaves no choice."""
-    init: MixedPrecision = config.init
+    init: BitBudget = config.init
     means: dict[Side, float] = {
         "weight": init.mean_weight_bits or config.profile.weight.bits,
         "activation": init.mean_activation_bits or config.profile.activation.bits,
@@ -155,7 +155,7 @@ def allocate_budget(
     Raises:
         UserError: A budget that no choice meets.
     """
-    init: MixedPrecision = config.init
+    init: BitBudget = config.init
     weights = {name: prod(shape) for name, shape in shapes.items()}
     sizes: dict[Side, Mapping[str, int]] = {"weight": weights, "activation": measured.values}
     means: dict[Side, float] = {
@@ -200,7 +200,7 @@ def allocate_budget(
     )
 
 
-def _side_widths(init: MixedPrecision, problem: SideProblem, *, side: Side, calls: Sequence[int]) -> list[list[int]]:
+def _side_widths(init: BitBudget, problem: SideProblem, *, side: Side, calls: Sequence[int]) -> list[list[int]]:
     """Bits of each unit in each window."""
     if side == "activation" and init.activation_windows:
         return windowed_widths(problem, steps=calls)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Self
 
 from qvgen.evaluation.damage import Damage, motion_damage, text_damage, visual_damage
-from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.initializers.bit_budget import BitBudget
 
 ATTENTION = "attention output"
 """The substitute for text similarity: relative change of the cross-attention's output on the full-precision model's calls."""
@@ -40,7 +40,7 @@ class GroupMetrics:
         }
 
     @classmethod
-    def load(cls, init: MixedPrecision, groups: Sequence[str]) -> Self:
+    def load(cls, init: BitBudget, groups: Sequence[str]) -> Self:
         """Load the networks that the groups need.
 
         Raises:

@@ -29,7 +29,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
 from qvgen.initializers.base import LayerStatistics
-from qvgen.initializers.mixed_precision import MixedPrecision
+from qvgen.initializers.bit_budget import BitBudget
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import LayerUnit
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -151,7 +151,7 @@ class SensitivityMeasurement:
     """Measures a full-precision model.
 
     Attributes:
-        config: The run's; its ``init`` is a :class:`MixedPrecision`.
+        config: The run's; its ``init`` is a :class:`BitBudget`.
         teacher: Full-precision model; it is as it was afterwards.
         encode: Captions to conditions.
         statistics: Layer's name -> what calibration saw.
@@ -173,7 +173,7 @@ class SensitivityMeasurement:
             UserError: A metric's network is not there.
             ValueError: Too few sampling steps for the windows.
         """
-        init: MixedPrecision = self.config.init
+        init: BitBudget = self.config.init
         metrics = GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
         sampling = sampling_of(
             self.config, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET, encode=self.encode

@@ -102,7 +102,7 @@ def _accumulated(config: TrainConfig, step: _Step) -> list[_Step]:
 
 
 def _teacher(config: TrainConfig, step: _Step) -> list[_Step]:
-    has_choice = "dtype" in config.plain["model"] and config.method.target == "teacher"
+    has_choice = "dtype" in config.plain["model"] and config.method.needs_teacher
     if not has_choice or step.settings.teacher_dtype != torch.float32:
         return []
     settings = replace(step.settings, teacher_dtype=torch.bfloat16)

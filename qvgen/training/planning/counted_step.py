@@ -81,7 +81,7 @@ def count_blocks(config: TrainConfig, settings: StepSettings, *, blocks: int) ->
     family = build_family(config, dict(settings.model_changes))  # its own: it may cache fake tensors
     student, _ = build_student(config, family, blocks=blocks)
     models = [student]
-    if config.method.target == "teacher":
+    if config.method.needs_teacher:
         models.append(build_teacher(family, dtype=settings.teacher_dtype, blocks=blocks))
     values = settings.micro_batch * math.prod(family.sample_shape)
     if max(values, sum(parameter.numel() for parameter in student.parameters())) <= REAL_NUMBERS:

@@ -144,7 +144,7 @@ def weight_parts(config: TrainConfig, student: nn.Module, *, dtype: torch.dtype,
         MemoryPart(name=f"optimizer: two moments, float32{share}", nbytes=moment_bytes(student, shards=shards)),
         MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
     ]
-    if config.method.target == "teacher":
+    if config.method.needs_teacher:
         teacher = build_teacher(build_family(config), dtype=dtype)
         name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
         nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())

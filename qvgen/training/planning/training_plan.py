@@ -13,8 +13,6 @@ from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.training.meta_model import build_family, build_student
-from qvgen.training.optim import parameter_groups
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
@@ -219,7 +217,7 @@ def _parameters(config: TrainConfig, student: nn.Module) -> list[ParameterGroup]
             learning_rate=group["lr"],
             weight_decay=group["weight_decay"],
         )
-        for group in parameter_groups(student, config.optim)
+        for group in config.method.parameter_groups(student, config.optim)
     ]
 
 
@@ -232,10 +230,7 @@ def _title(config: TrainConfig) -> str:
 
 
 def _schedule(config: TrainConfig) -> Schedule:
-    decay = decay_schedule(config)
-    phases = () if decay is None else tuple(zip((*decay.ranks, 0), decay.boundaries, strict=True))
-    if phases and phases[-1][1] >= config.steps:  # no tail
-        phases = phases[:-1]
+    changing = config.method.schedule(config.phi, num_steps=config.steps)
     recipe = config.plain["model"].get("recipe") or {}
     steps, batch_size = recipe.get("steps", config.steps), recipe.get("batch_size", config.batch_size)
     if (config.steps, config.batch_size) == (steps, batch_size):
@@ -249,6 +244,6 @@ def _schedule(config: TrainConfig) -> Schedule:
         devices=config.devices,
         micro_batches=micro_batches(config),
         micro_batch=micro_batch_size(config),
-        phases=phases,
+        phases=() if changing is None else changing.phases,
         recipe=text,
     )

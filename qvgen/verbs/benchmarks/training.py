@@ -23,10 +23,8 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
-from qvgen.training.callbacks import PhiDecay
 from qvgen.training.meta_model import narrow_
 from qvgen.training.module import VideoTraining
-from qvgen.training.phi_schedule import decay_schedule, phi_ranks
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.session import micro_batch_size
@@ -96,9 +94,8 @@ class _Measured:
         if config.strategy.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.optimizer = self.module.configure_optimizers()["optimizer"]
-        schedule = decay_schedule(config)
-        if schedule is not None:
-            PhiDecay(schedule).apply(student, None, step=0)
+        if (schedule := config.method.schedule(config.phi, num_steps=config.steps)) is not None:
+            schedule.apply_(student, None, step=0)
         self.clock = {"teacher": 0.0}
         began: list[float] = []
         teacher.register_forward_pre_hook(lambda *_: began.append(self._now()))
@@ -113,10 +110,11 @@ class _Measured:
             names=chosen.quantized,
             profile=config.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
-            phi_rank=max(phi_ranks(config), default=0),
+            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
         )
         for layer in quantized_layers(student).values():
             RoundToNearest().initialize_(layer, statistics=None)
+        config.method.prepare_(student)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

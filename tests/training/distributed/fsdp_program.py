@@ -20,16 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.sharded import whole
-from qvgen.training.callbacks import PhiDecay
+from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.distributed.launcher import WorkerGroup, follow_parent
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
 from qvgen.training.optimizer_module import total_norm
-from qvgen.training.phi_schedule import decay_schedule
 from qvgen.training.student import prepare_student
-from tests.runs import BOUNDARIES, STEPS, train_config
+from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -88,19 +87,19 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         module = VideoTraining(config, student=student.train(), teacher=frozen, encode=config.model.encode)
         facts["teacher_in_state"] = any("teacher" in name for name in module.state_dict())
         facts["teacher_is_submodule"] = frozen in list(module.modules())
-        optimizer, _ = build_optimizer(student, config.optim, num_steps=STEPS)
+        optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)
         pairs.append((student, optimizer, [one_step(module, optimizer) for _ in range(2)]))
     (sharded, mine, found), (_, other, wanted) = pairs
     facts["losses_same"] = [float(a[0]) for a in found] == [float(a[0]) for a in wanted]
     facts["norms_same"] = [float(a[1]) for a in found] == [float(a[1]) for a in wanted]
     facts["trained_same"] = same(sharded, plain)
     facts["shares_outside"] = all(isinstance(p, DTensor) for p in sharded.parameters())
-    schedule = decay_schedule(config)
+    schedule = method_schedule(config)
     assert schedule is not None
     kept = {name: (id(p), local(p).data_ptr()) for name, p in sharded.named_parameters()}
     for model, optimizer in ((sharded, mine), (plain, other)):
         for step in range(BOUNDARIES[1] + 1):
-            PhiDecay(schedule).apply(model, optimizer, step=step)
+            schedule.apply_(model, optimizer, step=step)
     facts["ranks"] = sorted({layer.phi.rank for layer in quantized_layers(sharded).values() if layer.phi})
     facts["halved_same"] = same(sharded, plain)
     facts["parameters_kept"] = kept == {name: (id(p), local(p).data_ptr()) for name, p in sharded.named_parameters()}

@@ -21,8 +21,8 @@ from qvgen.config.compose import compose_plain
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.layers.swap import quantized_layers
+from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.meta_model import build_family, build_student, build_teacher
-from qvgen.training.optim import parameter_groups
 from qvgen.training.planning import deployment as plan_verbs
 from qvgen.training.planning.deployment import plan_fold, plan_generate
 from qvgen.training.planning.layer_table import (
