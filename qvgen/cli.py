@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__, stop_request
-from qvgen.config.command_line import begin_job
+from qvgen.config.command_line import begin_job, command_line
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
@@ -98,7 +98,7 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     from qvgen.config.build import check, group_sweep
     from qvgen.config.compose import compose_plain, expand_sweep
     from qvgen.config.positional import name_positionals
-    from qvgen.config.sweep import separate_folders
+    from qvgen.config.sweep import folder_of_job, separate_folders
 
     arguments = name_positionals(verb, arguments)
     flags = _parse_flags(arguments)
@@ -124,10 +124,15 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
     folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
     codes = []
-    for plain, job in zip(plains, jobs, strict=True):
+    commands = [
+        command_line(verb, [*folder, *job], changes=folder_of_job(verb, plain))
+        for plain, job in zip(plains, jobs, strict=True)
+    ]
+    for index, (plain, job) in enumerate(zip(plains, jobs, strict=True)):
         begin_job(verb, [*folder, *job])
         stop_request.note()
-        stop_request.continue_with(None)
+        stop_request.continue_with(folder_of_job(verb, plain) if len(jobs) > 1 else None, how="start again")
+        stop_request.not_begun(commands[index + 1 :])
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break

@@ -25,6 +25,7 @@ import yaml
 from qvgen import stop_request
 from qvgen.config.run_config import CONFIG_FILE, read_config
 from qvgen.errors import UserError
+from qvgen.unfinished import unfinished
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +65,14 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
-        _force_to_disk(temporary)
-        temporary.replace(path)
+        with unfinished(temporary):
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
+            _force_to_disk(temporary)
+            temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):

@@ -6,10 +6,11 @@
     second signal    the process ends at once, also from inside of a collective
 
 Signals reach Python's handlers only between bytecodes, so a thread reads them from the wakeup descriptor as well. Ending a
-process anywhere is safe: every file is written beside its place and renamed.
+process anywhere is safe: every file is written beside its place and renamed, and what was half-written is deleted
+(:mod:`qvgen.unfinished`). Files that belong together are put in place in one piece (:func:`undivided`).
 
 The last line that a stopped command prints says what is saved and how to go on. Whoever saves something says so by
-:func:`note`.
+:func:`note`. Jobs of a sweep that were not begun stand below it, each with its command.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from qvgen.config.command_line import Value, job_command
+from qvgen.unfinished import delete_unfinished
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what SLURM is usually asked to send before a time limit (``--signal=USR1@300``)."""
@@ -59,6 +61,8 @@ class _Listener:
         number: The first signal that came; None so far.
         saved: What a stop leaves behind: "before it was done", "after step 9, saved".
         changes: Overrides of the command that continues; None: it begins again.
+        how: What the command is said to do; None: to continue, or to start again where there are no changes.
+        not_begun: Commands of the sweep's further jobs.
         is_postponed: Whether the first signal only sets a flag.
     """
 
@@ -68,6 +72,8 @@ class _Listener:
         self._since = 0.0
         self.saved = _NOTHING
         self.changes: dict[str, Value] | None = None
+        self.how: str | None = None
+        self.not_begun: tuple[str, ...] = ()
         self._is_said = threading.Lock()
 
     def start(self) -> None:
@@ -98,16 +104,19 @@ class _Listener:
         self.is_postponed, self._since = is_postponed, time.monotonic()
 
     def last_line(self) -> str:
-        """What is said at the end; nothing when it has been said."""
+        """What is said at the end, and a line for each job that was not begun; nothing when it has been said."""
         if not self._is_said.acquire(blocking=False):
             return ""
-        how = "start again" if self.changes is None else "continue"
-        return f"stopped {self.saved}; {how} with: {job_command(changes=self.changes)}\n"
+        how = self.how or ("start again" if self.changes is None else "continue")
+        lines = [f"stopped {self.saved}; {how} with: {job_command(changes=self.changes)}"]
+        lines += [f"not begun: {command}" for command in self.not_begun]
+        return "".join(f"{line}\n" for line in lines)
 
     def end(self, code: int, why: str = "") -> NoReturn:
         """End the process from any thread, with the last line; Linux ends its workers along with it."""
         # Past Python's buffers, whose locks the main thread may hold; a progress bar leaves its line open.
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{why}{self.last_line()}".encode())
+        delete_unfinished()
         os._exit(code)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -217,6 +226,20 @@ def check() -> None:
         raise Stopped
 
 
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Put files that belong together in place in here: a first signal stops behind the block. For moments only."""
+    if _listener is None or _listener.is_postponed:  # who postpones looks by itself
+        yield
+        return
+    _listener.postpone(True)
+    try:
+        yield
+    finally:
+        _listener.postpone(False)
+    check()
+
+
 def postpone(is_postponed: bool) -> None:
     """True: from now on the first signal only sets the flag of :func:`is_requested`; False: it raises Stopped again."""
     if _listener is not None:
@@ -229,14 +252,25 @@ def note(saved: str = _NOTHING) -> None:
         _listener.saved = saved
 
 
-def continue_with(changes: Mapping[str, Value] | None) -> None:
-    """Say by which changes of its command the present job is continued; None: it would begin again."""
+def continue_with(changes: Mapping[str, Value] | None, *, how: str | None = None) -> None:
+    """Say by which changes of its command the present job is continued; None: it would begin again.
+
+    Args:
+        changes: Overrides.
+        how: What the command does, where it is not to continue: ``start again``.
+    """
     if _listener is not None:
-        _listener.changes = None if changes is None else dict(changes)
+        _listener.changes, _listener.how = None if changes is None else dict(changes), how
+
+
+def not_begun(commands: Sequence[str]) -> None:
+    """Say by which commands the jobs of a sweep are done that come after the present one."""
+    if _listener is not None:
+        _listener.not_begun = tuple(commands)
 
 
 def say_end() -> int:
-    """Print the last line of a stopped command; returns its exit code."""
+    """Print the last line of a stopped command, and those of jobs that were not begun; returns its exit code."""
     if _listener is None:
         return INTERRUPTED
     sys.stderr.write(_listener.last_line())

@@ -44,7 +44,10 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "ptq": TrainConfig,
 }
 
-_BENCHMARK_KEYS = ("what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out")
+_BENCHMARK_KEYS = (
+    "what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
+    "overwrite",
+)  # fmt: skip
 """Keys of conf/benchmark.yaml that are no keys of a training run."""
 
 

@@ -136,6 +136,7 @@ class FoldConfig:
         run_dir: The run's folder.
         run: The configuration that the run was started with.
         out: Where the packed directory goes.
+        overwrite: Replace a packed directory that is there already; otherwise it is refused.
         force: Also where code or model are no longer what the run was trained with.
         dry_run: Say what would be done.
         debug: Show tracebacks.
@@ -144,6 +145,7 @@ class FoldConfig:
     run_dir: Path
     run: TrainConfig
     out: Path
+    overwrite: bool
     force: bool
     dry_run: bool
     debug: bool

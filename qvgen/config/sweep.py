@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 FOLDER_KEYS: Mapping[str, str] = {"train": "run_dir", "ptq": "run_dir", "generate": "out", "fold": "out"}
@@ -49,6 +50,12 @@ def separate_folders(
     else:
         return list(plains)
     return [{**plain, key: folder} for plain, folder in zip(plains, found, strict=True)]
+
+
+def folder_of_job(verb: str, plain: Mapping[str, Any]) -> dict[str, Path]:
+    """What to add to the overrides of one job, so that alone it works in the folder that it has in the sweep."""
+    key = FOLDER_KEYS.get(verb)
+    return {} if key is None else {key: Path(str(plain[key]))}
 
 
 def _named(bases: Sequence[str], jobs: Sequence[Sequence[str]], *, without: str) -> list[str]:

@@ -215,6 +215,7 @@ class BenchmarkConfig:
         threads: Numbers of threads of ``kernels``, ``denoising_step`` and ``loading``, each > 0.
         blocks: Transformer blocks that ``denoising_step`` runs, or of the larger file of ``loading``; > 0.
         out: Folder of the results.
+        overwrite: Replace results of another command that are there already; otherwise they are refused.
     """
 
     run: TrainConfig
@@ -228,6 +229,7 @@ class BenchmarkConfig:
     threads: tuple[int, ...]
     blocks: int
     out: Path
+    overwrite: bool
 
     def __post_init__(self) -> None:
         positive(

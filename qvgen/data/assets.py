@@ -28,6 +28,7 @@ from typing import IO
 from qvgen.data.asset import LICENCE_MEMBERS, Asset
 from qvgen.data.asset_table import ASSETS
 from qvgen.errors import UserError, did_you_mean
+from qvgen.unfinished import unfinished
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def fetch(asset: Asset, *, folder: Path) -> Path:
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, unfinished(Path(temporary)):
         archive = _download(asset, Path(temporary))
         check_archive(asset, archive)
         unpacked = Path(temporary) / "unpacked"

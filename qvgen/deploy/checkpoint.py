@@ -8,15 +8,18 @@ how large things are, but a file has to be as large before anything is built (:m
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from qvgen import stop_request
 from qvgen.deploy.delta_switch import check_switch, find_switch
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
@@ -50,8 +53,8 @@ def save_packed(
 ) -> Manifest:
     """Write a folded transformer.
 
-    The weights are written first and the manifest, which holds their sha256, last: a directory whose manifest fits is
-    whole.
+    The manifest, which holds the weights' sha256, comes last: a directory whose manifest fits is whole. A request to stop
+    finds the earlier pair of files in the directory, or the new one.
 
     Args:
         model: A folded transformer of diffusers.
@@ -73,9 +76,9 @@ def save_packed(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     check_values(model, tensors, source=directory / WEIGHTS_FILE)
-    atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
     band, switch = next(iter(packed.values())).noise_band, find_switch(model)
-    manifest = Manifest(
+    record = partial(
+        Manifest,
         base_name=base_name,
         base_revision=base_revision,
         base_arguments=dict(base_arguments or {}),
@@ -88,10 +91,23 @@ def save_packed(
         layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
         skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
         training=dict(training or {}),
-        sha256=file_sha256(directory / WEIGHTS_FILE),
     )
-    atomic_write(directory / MANIFEST_FILE, manifest.to_json())
-    return manifest
+    return _write_pair(directory, tensors, record)
+
+
+def _write_pair(directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest]) -> Manifest:
+    """Write weights and manifest; ``record`` makes it from their sha256. The weights' bytes take long, and can be stopped."""
+    found: list[Manifest] = []
+    with ExitStack() as pair:
+
+        def write(temporary: Path) -> None:
+            save_file(tensors, temporary)
+            found.append(record(sha256=file_sha256(temporary)))
+            pair.enter_context(stop_request.undivided())
+
+        atomic_write(directory / WEIGHTS_FILE, write)
+        atomic_write(directory / MANIFEST_FILE, found[0].to_json())
+    return found[0]
 
 
 def _check_folded(model: nn.Module) -> dict[str, PackedLinear]:

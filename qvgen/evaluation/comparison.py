@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qvgen.data.video import write_video
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.evaluation.kept_samples import KeptSamples, Sampled
 from qvgen.evaluation.packed_checks import check_packed
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import evaluation_prompts
@@ -79,16 +81,6 @@ class _Asked:
         return [item["caption"] for item in self.items]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sampled:
-    """One model's videos, uint8 [B, F, H, W, 3], and what they took."""
-
-    shown: Tensor
-    table: Tensor
-    cost: SamplingCost
-    activation_bits: float | None
-
-
 def compare_models(
     config: TrainConfig,
     *,
@@ -100,6 +92,8 @@ def compare_models(
     run_dir: Path,
 ) -> Comparison:
     """Generate with all models, write the shown videos to run_dir/videos, and compare.
+
+    What is sampled is kept in the run's folder until the report is written (:mod:`qvgen.evaluation.kept_samples`).
 
     Args:
         config: The run's: prompts, seed, number of videos.
@@ -116,10 +110,17 @@ def compare_models(
     asked = _Asked(shown=shown, items=items, seeds=seeds)
     encode = held_out.split.encode
     models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
-    sampled = {name: _sample(config, name, model, asked, encode=encode) for name, model in models.items()}
+    kept = KeptSamples(config, run_dir)
+    sampled = {
+        name: kept.get(name, partial(_sample, config, name, model, asked, encode=encode))
+        for name, model in models.items()
+    }
     checks = check_packed(fake, packed, held_out=held_out, videos={name: one.table for name, one in sampled.items()})
-    start, found = _sample_start(config, start, asked, encode=encode)
+    found = None if start.restore is None else kept.read(START)
+    if found is None:
+        start, found = _sample_start(config, start, asked, encode=encode)
     if found is not None:
+        kept.write(START, found)
         sampled = {"teacher": sampled.pop("teacher"), START: found, **sampled}  # as tables and pages show them
     frames = {name: one.shown for name, one in sampled.items()}
     _write_videos(frames, shown, fps=config.model.fps, directory=run_dir / "videos")
@@ -131,7 +132,7 @@ def compare_models(
     )
 
 
-def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: Encode) -> tuple[Start, _Sampled | None]:
+def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: Encode) -> tuple[Start, Sampled | None]:
     """The PTQ start's videos; a start that cannot be read any more costs these alone, and never the report of a run."""
     if start.restore is None:
         return start, None
@@ -144,7 +145,7 @@ def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: E
         return start, _sample(config, START, student, asked, encode=encode)
 
 
-def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, encode: Encode) -> _Sampled:
+def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, encode: Encode) -> Sampled:
     """One model's videos; the table's are timed, when the shown ones have warmed the model up."""
     family, switch = config.model, find_switch(model)
     with placed(model) as device:
@@ -162,7 +163,7 @@ def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, 
             working_bytes=spent.working_bytes,
         )
     bits = None if switch is None else switch.mean_bits()
-    return _Sampled(shown=shown, table=table, cost=cost, activation_bits=bits)
+    return Sampled(shown=shown, table=table, cost=cost, activation_bits=bits)
 
 
 def _comparisons(config: TrainConfig, videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComparison, ...]:
@@ -182,7 +183,7 @@ def _comparisons(config: TrainConfig, videos: Mapping[str, Tensor], asked: _Aske
     )
 
 
-def _quality(config: TrainConfig, sampled: Mapping[str, _Sampled], asked: _Asked, *, start: Start) -> Quality:
+def _quality(config: TrainConfig, sampled: Mapping[str, Sampled], asked: _Asked, *, start: Start) -> Quality:
     lpips_state = find_lpips()
     rows = {
         name: video_quality(
@@ -203,7 +204,7 @@ def _quality(config: TrainConfig, sampled: Mapping[str, _Sampled], asked: _Asked
     )
 
 
-def _sampling(sampled: Mapping[str, _Sampled], asked: _Asked) -> Sampling:
+def _sampling(sampled: Mapping[str, Sampled], asked: _Asked) -> Sampling:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     warm = "after the shown ones" if asked.shown else "the first use included"
     return Sampling(

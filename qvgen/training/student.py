@@ -102,6 +102,8 @@ def start_student(
         done is None and has_start(run_dir.path) and (run_dir.path / START_FILE).is_file()
     ):  # written whole, but what is known of it was lost
         return _measure_start(config, run_dir, student=student, held_out=held_out, reference=reference)
+    kept = ", whose statistics and measurements are kept as they come" if config.init.needs else ""
+    stop_request.note(f"in the PTQ start{kept}")
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     with phi_suspended(student):
         result = {"rtn": held_out.relative_error(student, reference)}

@@ -5,6 +5,7 @@
 
 Where there is a key, the server is asked for it before the work begins. A server that can't be reached or refuses the key
 makes the run an offline one, with a warning; whatever wandb raises later ends its logging, with a warning, and nothing else.
+A disk that is full it does not mention: whether its folder can be written is tried from time to time.
 
 A row of the history has the number of its optimizer step. After a kill, steps that are computed again have the same values;
 wandb keeps the ones that it has. Offline sessions lie in folders of their own with one id and steps that go on.
@@ -20,7 +21,9 @@ import os
 import secrets
 import ssl
 import string
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +47,9 @@ PROBE_SECONDS = 8.0
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0
 """How long wandb may take to begin, and to send what is left at the end; the rest stays on the disk."""
 
+DISK_SECONDS, DISK_BYTES = 60.0, 2**16
+"""How often it is tried whether wandb's folder can be written, and how much is written and deleted for it."""
+
 _REFUSED = (401, 403)
 _VIEWER = json.dumps({"query": "query { viewer { id } }"}).encode()
 _ID_LETTERS = string.ascii_lowercase + string.digits
@@ -60,6 +66,7 @@ class WandbRun(Logger):
         super().__init__()
         self._run: Any | None = run
         self._id = str(run.id)
+        self._disk_checked, self._is_full = time.monotonic(), False
 
     @property
     def name(self) -> str:
@@ -89,6 +96,8 @@ class WandbRun(Logger):
         """One row of the history, at an optimizer step."""
         row = dict(metrics) if step is None else {**metrics, "trainer/global_step": step}
         self.attempt(lambda run: run.log(row, step=step))
+        if time.monotonic() - self._disk_checked > DISK_SECONDS:
+            self.attempt(self._check_disk)
 
     def summarize(self, report: Path) -> None:
         """Put every number of a report.json into the summary, under ``report/``."""
@@ -96,8 +105,24 @@ class WandbRun(Logger):
 
     def finish(self) -> None:
         """End this session's part of the run; a second call does nothing."""
+        self.attempt(self._check_disk)
         self.attempt(lambda run: run.finish())
         self._run = None
+
+    def _check_disk(self, run: Any) -> None:
+        """Warn once where wandb's folder can't be written: its process drops rows then, and says nothing."""
+        self._disk_checked = time.monotonic()
+        if self._is_full or (folder := getattr(run, "dir", None)) is None:
+            return
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(DISK_BYTES))
+        except OSError as error:
+            self._is_full = True
+            log.warning(
+                "wandb can't write to %s (%s): rows are missing there; training goes on, and metrics.csv has all of them",
+                folder, error.strerror,
+            )  # fmt: skip
 
 
 def _leave_service() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.identity import check_worker, claim_run
@@ -47,6 +48,7 @@ def quantize(config: TrainConfig) -> None:
             return
         data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
         show_result(data, write_report(run_dir.path, data))
+        forget_samples(run_dir.path)
 
 
 def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from qvgen import stop_request
 from qvgen.config.verb_schema import AssetsConfig
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import Asset, assets_directory, fetch, select
@@ -20,7 +21,9 @@ def run(config: AssetsConfig) -> None:
             print(line)
         return
     missed: list[str] = []
-    for asset in chosen:
+    stop_request.continue_with({})
+    for done, asset in enumerate(chosen):
+        stop_request.note(f"after {done} of {len(chosen)} assets, which are in {folder}")
         try:
             print(f"{asset.name} {asset.version}: {fetch(asset, folder=folder)}")
         except RuntimeError as error:

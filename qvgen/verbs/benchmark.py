@@ -12,15 +12,27 @@ from qvgen.config.command_line import command_line
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
+from qvgen.verbs._earlier_result import refuse_earlier
+from qvgen.verbs._unfinished_rows import UnfinishedRows, command_key
 from qvgen.verbs.benchmarks.base import load_benchmark
 
 log = logging.getLogger(__name__)
 
 
 def run(config: BenchmarkConfig) -> None:
-    """Run the benchmark that ``what`` names."""
+    """Run the benchmark that ``what`` names; the same command goes on with one that was stopped.
+
+    Raises:
+        ValueError: Its files are there from another call.
+    """
     benchmark = load_benchmark(config.what)
     torch.set_num_threads(config.run.strategy.threads)
+    name = f"{config.what.replace('_', '-')}-{benchmark.subject(config)}"
+    results, page, picture = (config.out / f"{name}.{suffix}" for suffix in ("json", "md", "svg"))
+    earlier = UnfinishedRows.read(results, config, benchmark)
+    if not earlier.found:
+        names = [results.name, page.name, *([] if benchmark.plot is None else [picture.name])]
+        refuse_earlier(config.out, names, overwrite=config.overwrite)
     if config.run.dry_run:
         print(f"{benchmark.describe(config)}, into {config.out}")
         return
@@ -40,13 +52,23 @@ def run(config: BenchmarkConfig) -> None:
         "versions": dict(environment.versions),
         "git_sha": environment.git_sha,
     }
-    name = f"{config.what.replace('_', '-')}-{benchmark.subject(config)}"
-    rows = []
-    for row in benchmark.rows(config):
+    rows, of = list(earlier.rows), command_key(config, benchmark)
+
+    def write(**state: str) -> None:
+        with stop_request.undivided():
+            atomic_write(results, json.dumps({**head, **state, "rows": rows}, indent=1).encode())
+            stop_request.note(f"after {len(rows)} rows, which are in {results}")
+            stop_request.continue_with({})
+
+    if earlier.found:
+        log.info("%s: %d rows are kept of a call that was stopped", results, len(rows))
+        write(unfinished=of)
+    for row in benchmark.rows(config, done=earlier.groups):
         rows.append(row)
         log.info("%s", row)
-        # After every cell: a benchmark of hours that is killed has lost one.
-        atomic_write(config.out / f"{name}.json", json.dumps({**head, "rows": rows}, indent=1).encode())
-        stop_request.note(f"after {len(rows)} rows, which are in {config.out / name}.json")
-    atomic_write(config.out / f"{name}.md", ("\n".join(benchmark.table(head, rows)) + "\n").encode())
-    print(config.out / f"{name}.md")
+        write(unfinished=of)  # after every row: a benchmark of hours that is killed has lost one
+    if benchmark.plot is not None:
+        benchmark.plot(rows, picture)
+    atomic_write(page, ("\n".join(benchmark.table(head, rows)) + "\n").encode())
+    write()  # at last: until here the same command goes on
+    print(page)

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
+from qvgen import stop_request
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
 from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
+from qvgen.verbs._earlier_result import refuse_earlier
 
 log = logging.getLogger(__name__)
 
 
 def run(config: FoldConfig) -> int | None:
-    """Fold, write, read back and compare; refused while Phi has rank.
+    """Fold, write, read back and compare; refused while Phi has rank, and where an earlier result would be replaced.
 
     Returns:
         The exit code of a dry run that does not fit; None otherwise.
     """
+    refuse_earlier(config.out, (WEIGHTS_FILE, MANIFEST_FILE), overwrite=config.overwrite)
     if config.dry_run:
         lines, can_run = plan_fold(config)
         for line in lines:
@@ -33,13 +38,17 @@ def run(config: FoldConfig) -> int | None:
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
     torch.set_num_threads(run_config.strategy.threads)
+    _say_what_a_stop_leaves(config.out)
     check_fold(run_config, config.run_dir, force=config.force)
     student, _ = prepare_student(run_config)
     method = run_config.method
     schedule = method.schedule(run_config.phi, num_steps=run_config.steps)
     step = load_trained(student, config.run_dir, schedule=schedule)
     method.finish_(student)
-    fold_student(run_config, student, config.out, steps=step)
+    try:
+        fold_student(run_config, student, config.out, steps=step)
+    finally:  # a stop that came between the two files is acted on when both are there
+        _say_what_a_stop_leaves(config.out)
     log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
     equal, count = codes_equal(student, load_packed(config.out, kernel="reference"))
     if not equal:
@@ -48,3 +57,11 @@ def run(config: FoldConfig) -> int | None:
         )
     print(f"packed: {config.out} ({count} codes, equal to the trained ones)")
     return None
+
+
+def _say_what_a_stop_leaves(out: Path) -> None:
+    if (out / MANIFEST_FILE).exists():
+        stop_request.note(f"before the packed model was checked; {out} holds a whole one, an earlier one or this one")
+        stop_request.continue_with({"overwrite": True}, how="start again")
+    else:
+        stop_request.note("while folding, nothing was written")

@@ -19,11 +19,14 @@ from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
-from qvgen.deploy.manifest import Manifest, read_manifest
+from qvgen.deploy.manifest import LOCAL_ARGUMENTS, Manifest, read_manifest
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
+from qvgen.training.identity import code_facts
 from qvgen.training.planning.deployment import plan_generate
+from qvgen.verbs._earlier_result import refuse_earlier
+from qvgen.verbs._unfinished_videos import UnfinishedVideos
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +34,21 @@ log = logging.getLogger(__name__)
 def run(config: GenerateConfig) -> int | None:
     """Write one mp4 per caption and seed: the seed alone decides a video's noise, as it does for the teacher's.
 
+    A call that was stopped is continued by the same command: videos that it wrote stay.
+
     Returns:
         The exit code of a dry run that does not fit; None otherwise.
     """
     family = load_family(config)
     request = read_request(config, family)
-    paths = video_paths(config, request.videos)
+    unfinished = UnfinishedVideos(config.out, lambda: _parts(config, family, request))
+    missing, num_videos = missing_videos(config, request.videos, unfinished), len(request.videos)
     if config.dry_run:
         memory_lines, can_run = plan_generate(family, packed=config.packed or ())
-        for line in [*plan(config, request), *memory_lines]:
+        for line in [*plan(config, request, num_made=num_videos - len(missing)), *memory_lines]:
             print(line)
         return None if can_run else DOES_NOT_FIT
+    _say_what_is_there(config, num_videos - len(missing), num_videos)
     transformer = _transformer(config, family)
     if hasattr(family, "to") and torch.cuda.is_available():
         family.to("cuda")
@@ -62,8 +69,7 @@ def run(config: GenerateConfig) -> int | None:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     with placed(transformer):
-        for index, (asked, path) in enumerate(zip(request.videos, paths, strict=True)):
-            stop_request.note(f"after {index} of {len(paths)} videos, which are in {config.out}")
+        for done, (path, asked) in enumerate(missing.items(), start=num_videos - len(missing) + 1):
             video = family.generate(
                 transformer,
                 [asked.caption],
@@ -73,12 +79,27 @@ def run(config: GenerateConfig) -> int | None:
                 negative_prompts=[asked.negative],
                 encode=encode,
             )[0]
-            write_video(path, video.numpy(), fps=family.fps)
-            print(path)
+            with stop_request.undivided():
+                write_video(path, video.numpy(), fps=family.fps)
+                unfinished.add(path, asked)
+                print(path)
+                _say_what_is_kept(config, done, num_videos)
+    unfinished.finish()
     for switch in switches:
         widths, delta = list(switch.config.widths), switch.config.delta
         print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
     return None
+
+
+def _say_what_is_there(config: GenerateConfig, done: int, num_videos: int) -> None:
+    if done:
+        log.info("%d of %d videos are there, from a call that was stopped", done, num_videos)
+    _say_what_is_kept(config, done, num_videos)
+
+
+def _say_what_is_kept(config: GenerateConfig, done: int, num_videos: int) -> None:
+    stop_request.note(f"after {done} of {num_videos} videos, which are in {config.out}")
+    stop_request.continue_with({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,24 +172,35 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
     )
 
 
-def video_paths(config: GenerateConfig, videos: Sequence[PromptedVideo]) -> list[Path]:
-    """The file of each video.
+def missing_videos(
+    config: GenerateConfig, videos: Sequence[PromptedVideo], unfinished: UnfinishedVideos
+) -> dict[Path, PromptedVideo]:
+    """The file of each video that is not there from a stopped call of the same command.
 
     Raises:
-        ValueError: Some are there already, and are not to be replaced.
+        ValueError: Some are there of another call, and are not to be replaced.
     """
     variant = "packed" if config.packed else "teacher"
-    paths = [
-        config.out / video_name(index, video.caption, seed=video.seed, variant=variant)
+    paths = {
+        config.out / video_name(index, video.caption, seed=video.seed, variant=variant): video
         for index, video in enumerate(videos)
-    ]
-    earlier = [path for path in paths if path.exists()]
-    if earlier and not config.overwrite:
-        raise ValueError(
-            f"out={config.out} holds {len(earlier)} of the {len(paths)} files that would be written, from an earlier call "
-            f"(first: {earlier[0].name}); write out=ANOTHER, or overwrite=true to replace them"
-        )
-    return paths
+    }
+    missing = {path: video for path, video in paths.items() if not unfinished.holds(path, video)}
+    refuse_earlier(config.out, [path.name for path in missing], overwrite=config.overwrite)
+    return missing
+
+
+def _parts(config: GenerateConfig, family: Any, request: Request) -> list[Any]:
+    """All that a video is made from besides its caption, seed and negative prompt."""
+    revisions = [read_manifest(path).to_json().decode() for path in config.packed or ()]
+    if config.packed is None:
+        revisions.append(family.revision)
+    if getattr(family, "folder", None) is not None:
+        transformers = [] if config.packed else [family.component_revision(name) for name in family.transformer_folders]
+        revisions += [*transformers, family.latent_revision, family.text_revision]
+    model = config.model and {key: value for key, value in config.model.items() if key not in LOCAL_ARGUMENTS}
+    settings = [request.num_steps, request.guidance_scale, config.delta, config.kernel]
+    return [code_facts(), config.names.model, model, revisions, settings]
 
 
 def load_family(config: GenerateConfig) -> Any:
@@ -247,13 +279,14 @@ def _switches(config: GenerateConfig, transformers: list[nn.Module]) -> list[Del
     return [switch for switch in found if switch is not None]
 
 
-def plan(config: GenerateConfig, request: Request) -> list[str]:
-    """What the verb would do."""
+def plan(config: GenerateConfig, request: Request, *, num_made: int) -> list[str]:
+    """What the verb would do; ``num_made`` videos are there, from a stopped call."""
     steps, guidance = request.num_steps, request.guidance_scale
     calls = steps * (1 if guidance == 1 else 2)
     seeds = len({video.seed for video in request.videos})
     return [
         f"{len(request.videos)} videos of {request.num_lines} captions and {seeds} seeds into {config.out}",
+        *([f"a stopped call made {num_made} of them"] if num_made else []),
         *([request.seeds_said] if config.prompts is not None else []),
         f"{steps} sampling steps with guidance {guidance:g}: {calls} calls of the transformer for each video",
         request.negatives_said,

@@ -70,6 +70,7 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
     }
     precompute = build("precompute", plain)
     fill_all(precompute, _clips(precompute))
+    stop_request.note("after encoding, which is kept")
 
 
 def fill_all(config: PrecomputeConfig, source: EncodedSource) -> tuple[int, FillReport]:

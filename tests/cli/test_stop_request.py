@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,45 @@ with stop_request.listening():
     compiled_code()
 """)
     assert (done.returncode, done.stderr) == (143, f"\nstopped in the middle; {AGAIN}\n")
+
+
+def test_what_is_half_written_is_deleted_where_the_process_is_ended(tmp_path: Path) -> None:
+    done = run(f"""
+from pathlib import Path
+from qvgen.run_directory import atomic_write
+from qvgen.unfinished import unfinished
+folder = Path({str(tmp_path)!r})
+
+def content(temporary):
+    temporary.write_text("half of it")
+    later({int(signal.SIGTERM)})
+    compiled_code()
+
+with stop_request.listening(), unfinished(folder / "download"):
+    (folder / "download").mkdir()
+    (folder / "download" / "part").touch()
+    atomic_write(folder / "file", content)
+""")
+    assert done.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_belongs_together_is_done_before_a_stop() -> None:
+    done = run(f"""
+with stop_request.listening():
+    try:
+        with stop_request.undivided():
+            os.kill(os.getpid(), {int(signal.SIGINT)})
+            time.sleep(0.5)  # longer than GRACE_SECONDS
+            stop_request.note("after both")
+            stop_request.continue_with({{}})
+            stop_request.not_begun(["qvgen train bits=4"])
+        assert False, "it goes on"
+    except stop_request.Stopped:
+        sys.exit(stop_request.say_end())
+""")
+    lines = ["stopped after both; continue with: qvgen train bits=3", "not begun: qvgen train bits=4"]
+    assert (done.returncode, done.stderr.splitlines()) == (130, lines)
 
 
 def test_a_second_signal_ends_at_once_and_the_first_ones_code_counts() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qvgen.config.sections import OptimConfig, PhiConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.methods.base import Method
-from qvgen.verbs.train import quantize
+from qvgen.verbs._quantize import quantize
 from tests.runs import copy_until, packed_bytes, read_metrics, train_config
 
 RATE = 0.01

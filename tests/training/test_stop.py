@@ -245,9 +245,9 @@ def test_what_generate_made_is_counted(short_run: Path, tmp_path: Path, capsys: 
     assert stop_when(lambda: len(list(out.glob("*.mp4"))) >= 2, signal.SIGINT, command) == INTERRUPTED
     shown = capsys.readouterr()
     last = shown.err.splitlines()[-1]
-    found = re.fullmatch(r"stopped after (\d+) of 40 videos, which are in (.*); start again with: (.*)", last)
+    found = re.fullmatch(r"stopped after (\d+) of 40 videos, which are in (.*); continue with: (.*)", last)
     assert found is not None, last
-    assert int(found[1]) in (len(shown.out.splitlines()), len(shown.out.splitlines()) - 1)
+    assert int(found[1]) == len(shown.out.splitlines()) == len(list(out.glob("*.mp4")))
     assert shlex.split(found[3]) == ["qvgen", *command]
     assert not list(out.glob("*.tmp"))
 
@@ -255,6 +255,11 @@ def test_what_generate_made_is_counted(short_run: Path, tmp_path: Path, capsys: 
 def test_no_further_job_of_a_sweep_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "-m", *SHORT, "seed=1,2,3", f"run_dir={tmp_path}/s${{seed}}"]
     assert stop_when((tmp_path / "s1" / "config.yaml").exists, signal.SIGINT, command) == INTERRUPTED
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert shlex.split(last.partition("with: ")[2])[2:] == [*SHORT, "seed=1", f"run_dir={tmp_path}/s1", "resume=true"]
+    stopped, *others = capsys.readouterr().err.splitlines()[-3:]
+    assert shlex.split(stopped.partition("; continue with: ")[2])[2:] == [
+        *SHORT, "seed=1", f"run_dir={tmp_path}/s1", "resume=true",
+    ]  # fmt: skip
+    for seed, line in zip((2, 3), others, strict=True):
+        assert line.startswith("not begun: qvgen train ")
+        assert shlex.split(line.partition(": ")[2])[2:] == [*SHORT, f"seed={seed}", f"run_dir={tmp_path}/s{seed}"]
     assert not (tmp_path / "s2").exists()

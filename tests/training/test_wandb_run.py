@@ -218,11 +218,14 @@ def test_a_folder_that_cannot_be_written_leaves_metrics_alone(
     assert "does not begin" in caplog.text
 
 
-def test_a_killed_wandb_process_costs_nothing_but_a_warning(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("wandb_killed.py")
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a program that lost its disk and then its wandb process, and what it said of wandb."""
+    folder = tmp_path_factory.mktemp("faults")
+    program = Path(__file__).with_name("wandb_faults.py")
     paths = {"PYTHONPATH": ":".join(filter(None, sys.path)), "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
+        [sys.executable, str(program), str(folder)],
         env=os.environ | paths,
         capture_output=True,
         text=True,
@@ -230,7 +233,25 @@ def test_a_killed_wandb_process_costs_nothing_but_a_warning(tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "done").exists()
-    (line,) = [line for line in done.stderr.splitlines() if "wandb" in line]
-    assert line.startswith("wandb failed, training goes on without it (")
     assert "Traceback" not in done.stderr
+    return folder, [line for line in done.stderr.splitlines() if "wandb" in line]
+
+
+def test_a_disk_that_fills_up_costs_nothing_but_a_warning(faults: tuple[Path, list[str]]) -> None:
+    folder, said = faults
+    full = folder / "full"
+    (line,) = [line for line in said if str(full) in line]
+    assert line.startswith(f"wandb can't write to {full}/wandb/offline-run-")
+    assert line.endswith(
+        "/files (File too large): rows are missing there; training goes on, and metrics.csv has all of them"
+    )
+    (record,) = (full / "wandb").glob("offline-run-*/*.wandb")
+    assert record.stat().st_size <= 20_000  # 500 rows take more
+    assert (full / "whole").exists()
+
+
+def test_a_killed_wandb_process_costs_nothing_but_a_warning(faults: tuple[Path, list[str]]) -> None:
+    folder, said = faults
+    assert (folder / "killed" / "done").exists()
+    (line,) = [line for line in said if str(folder / "full") not in line]
+    assert line.startswith("wandb failed, training goes on without it (")

@@ -17,10 +17,23 @@ def test_folding_a_finished_run_gives_its_packed_directory(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(short_run)
-    for out in (tmp_path / "first", tmp_path / "first", tmp_path / "second"):  # twice into the same: idempotent
-        assert main(["fold", f"run_dir={short_run}", f"out={out}"]) == DONE
+    first = f"out={tmp_path / 'first'}"
+    for out, overrides in ((first, []), (first, ["overwrite=true"])):  # twice into the same: idempotent
+        assert main(["fold", f"run_dir={short_run}", out, *overrides]) == DONE
         assert "191488 codes, equal to the trained ones" in capsys.readouterr().out
-        assert snapshot(out) == snapshot(short_run / "packed")
+        assert snapshot(tmp_path / "first") == snapshot(short_run / "packed")
+    assert snapshot(short_run) == before
+
+
+def test_a_packed_directory_is_not_written_over_in_silence(short_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(short_run)
+    for dry_run in ("true", "false"):  # into RUN/packed, which the run itself wrote
+        assert main(["fold", f"run_dir={short_run}", f"dry_run={dry_run}"]) == BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"qvgen fold: out={short_run / 'packed'} holds 2 of the 2 files that would be written, from an earlier call "
+            "(first: model.safetensors); write out=ANOTHER, or overwrite=true to replace them"
+        )
     assert snapshot(short_run) == before
 
 

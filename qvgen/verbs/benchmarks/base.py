@@ -7,10 +7,11 @@ it is asked for, so that a benchmark whose libraries are missing keeps no other 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError
@@ -18,6 +19,15 @@ from qvgen.verbs import benchmarks
 from qvgen_kernels import LinearSpec, resolve_kernel
 
 Row = Mapping[str, Any]
+Group = tuple[Any, ...]
+
+
+class MeasureRows(Protocol):
+    """What measures."""
+
+    def __call__(self, config: BenchmarkConfig, *, done: Container[Group]) -> Iterator[dict[str, Any]]:
+        """Rows of all groups but those in ``done``."""
+        ...
 
 
 def cells(config: BenchmarkConfig) -> str:
@@ -36,17 +46,24 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        rows: Measures; every row is a mapping that JSON can hold, given as soon as it is there.
+        rows: Measures; every row is a mapping that JSON can hold, given as soon as it is there. Groups in ``done`` are left
+            out: an earlier call, which was stopped, measured them.
         table: The head of the result's JSON and its rows -> the lines of the page.
         describe: What it would measure, in one line, for a dry run.
         subject: What the result is of, as the end of its files' names.
+        group: Columns that name what is measured at once; a row without one of them has None there.
+        several_rows: Whether a group has several rows, so that the last one of a call that was stopped may lack some.
+        plot: Rows and path -> a picture beside the page; None: there is none.
         real_weights: Whether the model's own weights are read, so that their revision belongs to the result.
     """
 
-    rows: Callable[[BenchmarkConfig], Iterator[dict[str, Any]]]
+    rows: MeasureRows
     table: Callable[[Row, Sequence[Row]], list[str]]
     describe: Callable[[BenchmarkConfig], str] = cells
     subject: Callable[[BenchmarkConfig], str] = name_of_model
+    group: tuple[str, ...]
+    several_rows: bool = False
+    plot: Callable[[Sequence[Row], Path], None] | None = None
     real_weights: bool = False
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -55,8 +55,8 @@ _PARTS = {
 _QUANTIZER_OUTPUTS = 32
 
 
-def step_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """One row per number of threads and variant."""
+def step_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per number of threads and variant; ``done`` holds ``(threads,)`` of those that are left out."""
     run = config.run
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(run.seed)
@@ -70,7 +70,7 @@ def step_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
         variants[_name(dtype)] = source.to(dtype), {"bytes": size}
         before = torch.get_num_threads()
         try:
-            for threads in config.threads:
+            for threads in (number for number in config.threads if (number,) not in done):
                 torch.set_num_threads(threads)
                 yield from _measure(variants, call, config=config, threads=threads)
         finally:
@@ -291,4 +291,6 @@ def _subject(config: BenchmarkConfig) -> str:
     return f"{config.run.names.model}-{config.run.model.num_frames}-frames-{cpu_kernel()}"
 
 
-BENCHMARK = Benchmark(rows=step_rows, table=step_table, describe=_describe, subject=_subject)
+BENCHMARK = Benchmark(
+    rows=step_rows, table=step_table, describe=_describe, subject=_subject, group=("threads",), several_rows=True
+)

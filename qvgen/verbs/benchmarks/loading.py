@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,8 +39,8 @@ PARTS = ("hash", "build", "map", "prepack", "other")
 _SMALL = 1
 
 
-def loading_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """One row per number of threads and width."""
+def loading_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per number of threads and width; ``done`` holds ``(threads,)`` of those that are left out."""
     before = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         cells = {
@@ -49,7 +49,7 @@ def loading_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
             for blocks in (_SMALL, config.blocks)
         }
         try:
-            for threads in config.threads:
+            for threads in (number for number in config.threads if (number,) not in done):
                 torch.set_num_threads(threads)
                 yield from _measure(cells, config=config, threads=threads)
         finally:
@@ -198,4 +198,4 @@ def _describe(config: BenchmarkConfig) -> str:
     return f"loading of {config.run.names.model}, {config.blocks} blocks: {widths}"
 
 
-BENCHMARK = Benchmark(rows=loading_rows, table=loading_table, describe=_describe)
+BENCHMARK = Benchmark(rows=loading_rows, table=loading_table, describe=_describe, group=("threads",), several_rows=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
@@ -25,9 +25,13 @@ from qvgen.training.student import calibrate_, prepare_student
 from qvgen.verbs.benchmarks.base import Benchmark
 
 
-def ptq_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """One row per seed, bit-width and method, in this order."""
+def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per seed, bit-width and method, in this order; ``done`` holds those triples that are left out."""
     for seed in config.seeds:
+        cells = [(width, name) for width in config.widths for name in config.methods]
+        missing = [(width, name) for width, name in cells if (seed, width.label, name) not in done]
+        if not missing:
+            continue
         base = replace(config.run, seed=seed)
         teacher = base.model.load_teacher()
         split = base.data.open(base.model, split="held_out")
@@ -53,11 +57,10 @@ def ptq_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
                 "psnr_db": psnr_db(found, shown[2], max_value=255),
             }
 
-        for width in config.widths:
-            for method in config.methods:
-                row = {"method": method, "bits": width.label, "seed": seed}
-                student, facts = _quantized(cell(base, method, width), teacher=teacher, held_out=held_out)
-                yield {**row, **facts, **measure(student), "bytes": _bytes(student)}
+        for width, method in missing:
+            row = {"method": method, "bits": width.label, "seed": seed}
+            student, facts = _quantized(cell(base, method, width), teacher=teacher, held_out=held_out)
+            yield {**row, **facts, **measure(student), "bytes": _bytes(student)}
 
 
 def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
@@ -143,4 +146,4 @@ def ptq_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-BENCHMARK = Benchmark(rows=ptq_rows, table=ptq_table, real_weights=True)
+BENCHMARK = Benchmark(rows=ptq_rows, table=ptq_table, group=("seed", "bits", "method"), real_weights=True)

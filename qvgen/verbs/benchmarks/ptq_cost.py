@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -50,12 +50,17 @@ def layer_sizes(config: TrainConfig) -> dict[str, tuple[int, int]]:
     return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
-def cost_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """One row per bit-width and method: seconds by shape, extrapolated to the model, and the calibration's memory."""
+def cost_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per bit-width and method: seconds by shape, extrapolated to the model, and the calibration's memory.
+
+    Args:
+        config: The benchmark's.
+        done: ``(bits, method)`` of rows that are left out.
+    """
     sizes = layer_sizes(config.run)
     counts = Counter(sizes.values())
     for width in config.widths:
-        for method in config.methods:
+        for method in (method for method in config.methods if (width.label, method) not in done):
             run = cell(replace(config.run, seed=config.seeds[0]), method, width)
             seconds = {shape: _seconds(run, *shape, repeats=config.timed_steps) for shape in counts}
             yield {
@@ -189,4 +194,4 @@ def _subject(config: BenchmarkConfig) -> str:
     return getattr(config.run.model, "repository", "").rpartition("/")[2].lower() or config.run.names.model
 
 
-BENCHMARK = Benchmark(rows=cost_rows, table=cost_table, subject=_subject)
+BENCHMARK = Benchmark(rows=cost_rows, table=cost_table, subject=_subject, group=("bits", "method"))

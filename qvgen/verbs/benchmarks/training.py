@@ -8,7 +8,7 @@ checkpointing asks for) and optimizer; a further step under torch's profiler say
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -40,10 +40,10 @@ _KERNELS = {
 """Part -> words in the names of its kernels; everything else is elementwise work: quantizers, norms, optimizer."""
 
 
-def training_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """One row per bit-width."""
+def training_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per bit-width; ``done`` holds ``(bits,)`` of those that are left out."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    for width in config.widths:
+    for width in (width for width in config.widths if (width.label,) not in done):
         grids = {"weight": width.weight, "activation": width.activation}
         profile_of_width = replace(
             config.run.profile,
@@ -209,4 +209,4 @@ def training_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     ]
 
 
-BENCHMARK = Benchmark(rows=training_rows, table=training_table)
+BENCHMARK = Benchmark(rows=training_rows, table=training_table, group=("bits",))

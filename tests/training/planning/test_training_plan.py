@@ -310,10 +310,10 @@ def test_free_disk_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_fold_and_generate_say_what_does_not_fit(
-    short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_verbs, "host_memory", lambda: (2000, 1000))
-    assert main(["fold", f"run_dir={short_run}", "dry_run=true"]) == 3
+    assert main(["fold", f"run_dir={short_run}", f"out={tmp_path}", "dry_run=true"]) == 3
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["generate", f"packed={short_run / 'packed'}", "dry_run=true"]) == 3
     assert "1000 B are left on the CPU of this host" in capsys.readouterr().out

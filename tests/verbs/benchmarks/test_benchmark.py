@@ -69,7 +69,8 @@ def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Pat
     page = (tmp_path / "ptq-cost-tiny.md").read_text()
     assert "Extrapolated: one layer of every distinct shape is timed (median of 1)" in page
     assert "| gptq | second_moment | 0.00 |" in page
-    assert main(["benchmark", "ptq_cost", *keys, "calibration.memory_gib=0.00001"]) == 2
+    other = [f"out={tmp_path / 'other'}", "calibration.memory_gib=0.00001"]
+    assert main(["benchmark", "ptq_cost", *keys[:-2], *other]) == 2
 
 
 def test_a_full_size_model_needs_no_weights(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel
-from qvgen.verbs.benchmarks.kernels.page import kernel_table
+from qvgen.verbs.benchmarks.kernels.page import kernel_table, plot
 from qvgen.verbs.benchmarks.kernels.rows import kernel_rows
 
 __all__ = ["BENCHMARK"]
@@ -18,4 +18,12 @@ def _subject(_: BenchmarkConfig) -> str:
     return f"cpu-{cpu_kernel()}"
 
 
-BENCHMARK = Benchmark(rows=kernel_rows, table=kernel_table, describe=_describe, subject=_subject)
+BENCHMARK = Benchmark(
+    rows=kernel_rows,
+    table=kernel_table,
+    describe=_describe,
+    subject=_subject,
+    group=("shape",),
+    several_rows=True,
+    plot=plot,
+)

@@ -17,7 +17,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +35,6 @@ from qvgen.quant.packing import pack_codes
 from qvgen.verbs.benchmarks.base import cpu_kernel
 from qvgen.verbs.benchmarks.kernels import onnx_peers as onnx
 from qvgen.verbs.benchmarks.kernels import torchao_peers as torchao
-from qvgen.verbs.benchmarks.kernels.page import PLOT, plot
 from qvgen.verbs.benchmarks.kernels.timing import (
     BASELINES,
     BF16,
@@ -95,27 +94,31 @@ class Shape:
         return 2.0 * self.rows * (self.widths[0] + self.widths[-1]) + sum(first * second for first, second in pairs)
 
 
-def kernel_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
-    """What the machine and the peers are, then one row per shape, number of threads and candidate; a plot beside them."""
+def kernel_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """What the machine and the peers are, then one row per shape, number of threads and candidate.
+
+    Args:
+        config: The benchmark's.
+        done: Shapes that are not measured again, ``(text,)`` each; ``(None,)`` for the machine and the peers.
+    """
     shapes = [Shape.parse(text) for text in config.shapes]
-    rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
-        for row in _all_rows(shapes, config):
-            rows.append(row)
-            yield row
+        yield from _all_rows(shapes, config, done)
     finally:
         torch.set_num_threads(before)
-    plot(rows, config.out / PLOT.format(cpu_kernel()))
 
 
-def _all_rows(shapes: Sequence[Shape], config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+def _all_rows(
+    shapes: Sequence[Shape], config: BenchmarkConfig, done: Container[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
     peers = installed_peers()
-    yield {"peers": peers}
-    for threads in config.threads:
-        torch.set_num_threads(threads)
-        yield {"limits": _limits(threads)}
-    for shape in shapes:
+    if (None,) not in done:
+        yield {"peers": peers}
+        for threads in config.threads:
+            torch.set_num_threads(threads)
+            yield {"limits": _limits(threads)}
+    for shape in (shape for shape in shapes if (shape.text,) not in done):
         yield from _shape_rows(shape, peers=[name for name in PEERS if peers[name]], config=config)
 
 

@@ -1,7 +1,11 @@
-"""A program whose wandb process is killed while it logs; run by test_wandb_run.py as `wandb_killed.py RUN_DIR`."""
+"""A program whose files can't grow while wandb logs, as on a full disk, and whose wandb process is killed then.
+
+Run by test_wandb_run.py as `wandb_faults.py FOLDER`; the two trainings lie in FOLDER/full and FOLDER/killed.
+"""
 
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -9,6 +13,9 @@ from pathlib import Path
 
 from qvgen.training.wandb_run import training_log
 from tests.runs import train_config
+
+LARGEST_FILE_BYTES = 20_000
+STEPS = 500
 
 
 def children() -> list[int]:
@@ -25,9 +32,14 @@ def children() -> list[int]:
     return found
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    run_dir = Path(sys.argv[1])
+def full(run_dir: Path) -> None:
+    with training_log(train_config("logger=wandb"), run_dir) as loggers:
+        for step in range(STEPS):
+            loggers[0].log_metrics({"train/loss": float(step)}, step=step)
+        (run_dir / ("whole" if loggers[0]._run is not None else "ended")).touch()
+
+
+def killed(run_dir: Path) -> None:
     with training_log(train_config("logger=wandb"), run_dir) as loggers:
         loggers[0].log_metrics({"train/loss": 1.0}, step=0)
         (service,) = children()
@@ -40,6 +52,16 @@ def main() -> None:
             time.sleep(0.01)
         (run_dir / "report.json").write_text('{"a": 1}')
     (run_dir / "done").touch()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    folder = Path(sys.argv[1])
+    for name in ("full", "killed"):
+        (folder / name).mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE_BYTES, LARGEST_FILE_BYTES))  # wandb's process inherits it
+    full(folder / "full")
+    killed(folder / "killed")
 
 
 if __name__ == "__main__":
