@@ -130,4 +130,5 @@ def _profile(profile: str | Profile, bits: int | str | None) -> Profile:
         return profile
     if bits is None:
         raise ValueError(f"profile={profile!r} needs bits; write for example bits=4 or bits='w4a8'")
-    return load_profile(profile, Bits.parse(bits))
+    grids: Profile = load_profile(profile, Bits.parse(bits))
+    return grids

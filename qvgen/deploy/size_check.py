@@ -15,7 +15,7 @@ import inspect
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def check_sizes(manifest: Manifest, header: Mapping[str, TensorForm], *, source:
     # they are compared when all are built. What stands outside of them is compared now.
     packed, blocks = {entry.name for entry in manifest.layers}, _block_names(one)
     for entry in manifest.layers:
-        if not entry.name.startswith(blocks):
+        if not _in_some_block(one, entry.name, blocks, last=max(counts.values(), default=0)):
             find_linear(one, entry, name=entry.name, source=source)
     expected = one.state_dict()
     for name, value in expected.items():
@@ -136,6 +136,16 @@ def _block_names(one: nn.Module) -> tuple[str, ...]:
     """What the names in the lists of blocks begin with, of a transformer that has one block of each kind."""
     lists = [name for name, module in one.named_modules() if isinstance(module, nn.ModuleList) and len(module) == 1]
     return tuple(f"{name}." for name in lists)
+
+
+def _in_some_block(one: nn.Module, name: str, blocks: Sequence[str], *, last: int) -> bool:
+    """Whether a name is in a block that the configuration has, where nothing else than a Linear is known to have it."""
+    for prefix in blocks:
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdecimal() and int(number) < last:
+            found = dict(one.named_modules()).get(f"{prefix}0.{rest}")  # rest of a name that the first block may lack
+            return found is None or isinstance(found, nn.Linear)
+    return False
 
 
 def _check_tables(model: nn.Module, stored: Mapping[str, Tensor], *, allowed: int, source: Path) -> None:

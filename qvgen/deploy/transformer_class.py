@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, cast
 
 import diffusers
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 _COUNT = re.compile(r"(^|_)(num_|n_)?\w*(layers|blocks)$")
@@ -31,8 +32,7 @@ def transformer_class(name: str) -> type[nn.Module]:
         raise ValueError(f"transformer class {name!r} is no model of diffusers {diffusers.__version__}")
     if "timestep" not in inspect.signature(found.forward).parameters:
         raise ValueError(f"{name}.forward takes no timestep: it is no diffusion transformer")
-    model_class: type[nn.Module] = found
-    return model_class
+    return cast(type[nn.Module], found)
 
 
 def check_can_save(model: nn.Module) -> None:

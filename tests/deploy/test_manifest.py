@@ -85,10 +85,10 @@ def first_layer(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: c.pop("layers"), "lacks 'layers'"),
         (lambda c: c.pop("sha256"), "lacks 'sha256'"),
         (lambda c: c.update(base=None), "is malformed"),
-        (lambda c: c["base"].update(transformer="os.system"), "names the transformer 'os.system'; this qvgen runs Wan"),
+        (lambda c: c["base"].update(transformer="os.system"), "transformer class 'os.system' is no model of diffusers"),
         (
             lambda c: c["base"].update(transformer="FluxTransformer2DModel"),
-            "names the transformer 'FluxTransformer2DModel'",
+            "base.config.patch_size",
         ),
         (lambda c: c["base"]["config"].update(num_layers="many"), "base.config.num_layers='many' is no whole number"),
         (

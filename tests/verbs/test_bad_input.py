@@ -118,7 +118,7 @@ def test_weights_that_are_missing_damaged_or_of_another_model(
     ("change", "message"),
     [
         (lambda c: c.update(version=7), "has version 7; this qvgen reads version 1"),
-        (lambda c: c["base"].update(transformer="os.system"), "names the transformer 'os.system'"),
+        (lambda c: c["base"].update(transformer="os.system"), "transformer class 'os.system' is no model"),
         (lambda c: c.pop("layers"), "lacks 'layers'"),
         (None, "is no JSON"),
     ],
