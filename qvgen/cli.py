@@ -15,7 +15,6 @@ our own code raises (it names what is wrong with the environment). A RuntimeErro
 from __future__ import annotations
 
 import ast
-import dis
 import importlib
 import logging
 import os
@@ -25,7 +24,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__, stop_request
@@ -260,7 +258,7 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _raised_by_us(error.__traceback__):
+        if isinstance(error, RuntimeError) and not _is_ours(error):
             traceback.print_exc()
             return BUG
         if show_traceback:
@@ -280,15 +278,9 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
         return BUG
 
 
-def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame is ours and stands at a `raise`, and not at a call into compiled code."""
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
-    opcode = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    return module.partition(".")[0] in ("qvgen", "qvgen_kernels") and dis.opname[opcode] == "RAISE_VARARGS"
+def _is_ours(error: RuntimeError) -> bool:
+    """Whether an error has a class of our own, whose message is for users; any other one is a bug."""
+    return type(error).__module__.partition(".")[0] in ("qvgen", "qvgen_kernels")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,13 @@ DOES_NOT_FIT = 3
 """Exit code of a dry run whose plan is complete, and says that the run does not fit on this machine."""
 
 
+class UnfitEnvironmentError(RuntimeError):
+    """Something outside of the program keeps it from going on: another process, a machine, a network, a file system.
+
+    The message names what was found; like a :class:`UserError` it ends a command with one line.
+    """
+
+
 class UserError(ValueError):
     """Bad input: the message is one line with the value, the constraint and the fix."""
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.cpu_library import BACKENDS, CLinear, library, supported
 from qvgen_kernels.cpu_prepack import arrange, padded_sizes
+from qvgen_kernels.errors import KernelUnavailableError
 from qvgen_kernels.hadamard import paley_factor, paley_signs
 from qvgen_kernels.registry import register_backend
 from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight
@@ -59,7 +60,7 @@ class CpuBackend(CanonicalPrepack):
         for name in self.variants:
             if supported(name) is None:
                 return name
-        raise RuntimeError(f"kernel={self.name!r}: {supported(self.variants[-1])}; use kernel=auto")
+        raise KernelUnavailableError(f"kernel={self.name!r}: {supported(self.variants[-1])}; use kernel=auto")
 
     def _arrange(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
         """Unpack the codes, subtract what fits the operand, and bring them into the order of the products."""

@@ -12,6 +12,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
 from qvgen_kernels.cpu_build import BuildError, library_path
+from qvgen_kernels.errors import KernelUnavailableError
 
 __all__ = ["BACKENDS", "CLinear", "library", "missing_reason", "open_library", "supported"]
 
@@ -98,7 +99,7 @@ def library() -> ctypes.CDLL:
     """
     loaded, reason = _load()
     if loaded is None:
-        raise RuntimeError(reason)
+        raise KernelUnavailableError(reason)
     return loaded
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
+from qvgen_kernels.errors import KernelUnavailableError
 from qvgen_kernels.weight import CanonicalWeight
 
 __all__ = ["AUTO", "Backend", "available_kernels", "get_backend", "register_backend", "resolve_kernel"]
@@ -104,5 +105,7 @@ def resolve_kernel(name: str, spec: LinearSpec, *, device: torch.device | str = 
     reason = backend.refusal(spec, device=device)
     if reason is not None:
         usable = ", ".join(available_kernels(spec, device=device))
-        raise RuntimeError(f"kernel={name!r} can't run this layer on {device}: {reason}; use kernel=auto or {usable}")
+        raise KernelUnavailableError(
+            f"kernel={name!r} can't run this layer on {device}: {reason}; use kernel=auto or {usable}"
+        )
     return backend

@@ -27,7 +27,7 @@ from typing import IO
 
 from qvgen.data.asset import LICENCE_MEMBERS, Asset
 from qvgen.data.asset_table import ASSETS
-from qvgen.errors import UserError, did_you_mean
+from qvgen.errors import UnfitEnvironmentError, UserError, did_you_mean
 from qvgen.unfinished import unfinished
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     if asset.kind == "npm":
         program = shutil.which("npm")
         if program is None:
-            raise RuntimeError(f"{asset.name} needs npm, which is not installed")
+            raise UnfitEnvironmentError(f"{asset.name} needs npm, which is not installed")
         archives = folder / "npm"
         archives.mkdir()
         command = [
@@ -127,11 +127,13 @@ def _download(asset: Asset, folder: Path) -> Path:
             command, capture_output=True, text=True, errors="replace", timeout=FETCH_TIMEOUT_S, check=False, cwd=folder
         )
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{asset.name} {asset.version} did not come within {FETCH_TIMEOUT_S:g} s") from error
+        raise UnfitEnvironmentError(
+            f"{asset.name} {asset.version} did not come within {FETCH_TIMEOUT_S:g} s"
+        ) from error
     found = [path for path in archives.glob("*") if path.is_file()] if archives.is_dir() else []
     if done.returncode != 0 or len(found) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if "err" in line.lower()]
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             f"{asset.name} {asset.version} can't be fetched: {lines[-1] if lines else 'no archive came'}"
         )
     return found[0]
@@ -146,7 +148,7 @@ def check_archive(asset: Asset, archive: Path) -> None:
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != asset.sha256:
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             f"{asset.name} {asset.version}: {archive.name} has sha256 {found[:16]}..., not {asset.sha256[:16]}...; "
             "it is not the file that was pinned, and nothing of it was used"
         )
@@ -178,7 +180,7 @@ def unpack(archive: Path, folder: Path, *, members: Sequence[str]) -> list[Path]
                     _copy(source, files[-1])
                     wanted += _matches(entry.name, members)
     if wanted == 0:
-        raise RuntimeError(f"{archive.name} has no member that matches {', '.join(members)}")
+        raise UnfitEnvironmentError(f"{archive.name} has no member that matches {', '.join(members)}")
     return files
 
 
@@ -189,7 +191,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name).parts
     if PurePosixPath(name).is_absolute() or ".." in parts:
-        raise RuntimeError(f"member {name!r} of the archive lies outside of its folder; nothing of it was used")
+        raise UnfitEnvironmentError(
+            f"member {name!r} of the archive lies outside of its folder; nothing of it was used"
+        )
     return folder.joinpath(*parts)
 
 

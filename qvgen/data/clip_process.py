@@ -31,7 +31,7 @@ import numpy as np
 from qvgen.data.clips import BadClip, Bucket, ClipCut, CutSettings, cut_clip
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, probe_video
-from qvgen.errors import one_line
+from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.stop_request import held_back
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class ClipReader:
             # The imports are no file's fault: the first file's time begins after them.
             if not self._connection.poll(_START_S):
                 self.close()
-                raise RuntimeError(f"the process that reads video files did not start within {_START_S:g} s")
+                raise UnfitEnvironmentError(f"the process that reads video files did not start within {_START_S:g} s")
             self._connection.recv_bytes()
         return self._connection
 

@@ -27,7 +27,6 @@ DISTRIBUTIONS: tuple[str, ...] = (
     "hydra-core",
     "safetensors",
     "numpy",
-    "torchmetrics",
     "av",
 )
 """Distributions whose version can change a result."""

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qvgen.checksum import files_checksum
+from qvgen.errors import UnfitEnvironmentError
 from qvgen.models.finite_weights import check_finite_weights
 from qvgen.models.foreign_code import check_config, check_model_index
 from qvgen.models.hub_cache import cache_of, cache_root, cached_snapshot
@@ -233,7 +234,7 @@ class HubFolder:
             what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"
             raise ValueError(f"{folder} {what}; {self.remedy('tokenizer/*')}")
         if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
-            raise RuntimeError(
+            raise UnfitEnvironmentError(
                 f"{folder} needs the package sentencepiece, which is not installed: pip install sentencepiece"
             )
 

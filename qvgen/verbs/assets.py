@@ -8,6 +8,7 @@ from qvgen import stop_request
 from qvgen.config.verb_schema import AssetsConfig
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import Asset, assets_directory, fetch, select
+from qvgen.errors import UnfitEnvironmentError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def run(config: AssetsConfig) -> None:
         count = write_clip_table(config.clips, assets=config.out)
         print(f"{count} clips with captions: data.path={config.clips}")
     if missed:
-        raise RuntimeError(f"{len(missed)} of {len(chosen)} assets could not be fetched: {', '.join(missed)}")
+        raise UnfitEnvironmentError(f"{len(missed)} of {len(chosen)} assets could not be fetched: {', '.join(missed)}")
 
 
 def table(assets: list[Asset], *, present: set[str]) -> list[str]:

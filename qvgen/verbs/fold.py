@@ -11,7 +11,7 @@ from qvgen import stop_request
 from qvgen.config.schema import FoldConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from qvgen.errors import DOES_NOT_FIT
+from qvgen.errors import DOES_NOT_FIT, UnfitEnvironmentError
 from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
 from qvgen.training.planning.deployment import plan_fold
@@ -52,7 +52,7 @@ def run(config: FoldConfig) -> int | None:
     log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)
     equal, count = codes_equal(student, load_packed(config.out, kernel="reference"))
     if not equal:
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             f"{config.out}: the codes that were read back are not those that were trained; do not use it"
         )
     print(f"packed: {config.out} ({count} codes, equal to the trained ones)")

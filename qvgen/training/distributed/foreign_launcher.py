@@ -62,7 +62,7 @@ def refuse_foreign_launcher(environment: Mapping[str, str]) -> None:
         RuntimeError: torchrun started this process, or another launcher started several; task and variables are named.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             "this process was started by torchrun (TORCHELASTIC_RUN_ID is set); "
             "start it with plain python and devices=N strategy=ddp, it starts the other processes itself"
         )
@@ -90,7 +90,7 @@ def _refuse_slurm(environment: Mapping[str, str]) -> None:
 
 def _refuse(name: str, found: Mapping[str, int | None], *, fix: str) -> None:
     shown = ", ".join(f"{variable}={value}" for variable, value in found.items() if variable and value is not None)
-    raise RuntimeError(
+    raise UnfitEnvironmentError(
         f"this is one of several tasks that {name} started ({shown}), and each would train the whole run alone: {fix}, "
         "with devices=N strategy=ddp for the N devices of one machine; several machines do not work yet"
     )

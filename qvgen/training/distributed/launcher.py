@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import BinaryIO, NoReturn, Self
 
 from qvgen import stop_request
+from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.foreign_launcher import forget_ranks
 
@@ -58,7 +59,7 @@ _PR_SET_PDEATHSIG = 1
 def guard_world_size(actual: int, *, expected: int) -> None:
     """Raise RuntimeError unless as many processes take part as were asked for."""
     if actual != expected:
-        raise RuntimeError(
+        raise UnfitEnvironmentError(
             f"{actual} processes take part in the training, but devices={expected} were asked for; "
             "nothing was trained: look for another launcher around this one"
         )
@@ -161,7 +162,7 @@ class WorkerGroup:
             if error is None:
                 self.join(timeout_s=JOIN_SECONDS)
             elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
-                raise RuntimeError(last_words) from error  # a collective failed because a child is gone
+                raise UnfitEnvironmentError(last_words) from error  # a collective failed because a child is gone
         finally:
             self._end()
             self._pulse.close()
@@ -253,12 +254,12 @@ class WorkerGroup:
             try:
                 child.wait(None if timeout_s is None else max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired as expired:
-                raise RuntimeError(
+                raise UnfitEnvironmentError(
                     f"the process of rank {rank} did not end within {timeout_s:.0f} s of rank 0; "
                     f"see {self._log_file(rank)}"
                 ) from expired
         if last_words := self._first_failure():
-            raise RuntimeError(last_words)
+            raise UnfitEnvironmentError(last_words)
 
     def _end(self) -> None:
         for child in self._children.values():

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from qvgen.errors import UnfitEnvironmentError
 from qvgen.lowrank.sharded import whole, write_whole_
 
 
@@ -71,7 +72,9 @@ def _take_dtypes_(model: nn.Module, source: nn.Module | None) -> None:
     wanted = {name: (shape, dtype) for name, shape, dtype in _from_rank_zero(found)}
     here = dict(model.named_parameters())
     if {name: p.shape for name, p in here.items()} != {name: shape for name, (shape, _) in wanted.items()}:
-        raise RuntimeError(f"rank 0 has another {type(model).__name__} than this process; start all from one version")
+        raise UnfitEnvironmentError(
+            f"rank 0 has another {type(model).__name__} than this process; start all from one version"
+        )
     for name, parameter in here.items():
         parameter.data = parameter.data.to(wanted[name][1])
 
