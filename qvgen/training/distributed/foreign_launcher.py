@@ -10,6 +10,8 @@ import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from qvgen.errors import UnfitEnvironmentError
+
 log = logging.getLogger(__name__)
 
 RANK_VARIABLES = (
