@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.leaves import build_leaves
+from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.typed import from_plain
@@ -65,6 +66,9 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     elif verb == "benchmark":
         own = {key: values.pop(key) for key in _BENCHMARK_KEYS}
         values = {**own, "run": check("train", values)}
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("recipe"), dict):
+        check_recipe(model["recipe"])
     return from_plain(_SCHEMAS[verb], values)
 
 

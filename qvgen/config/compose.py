@@ -136,6 +136,13 @@ def compose_plain(
     return without_files(plain) if resolve else plain
 
 
+def group_options(verb: str, *, extra_directory: Path | None = None) -> dict[str, list[str]]:
+    """Group -> its options, for the groups of a verb; see :func:`compose_plain`."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
+        _add_directory(extra_directory)
+        return _options(compose(verb, [], return_hydra_config=True))
+
+
 def _add_directory(directory: Path | None) -> None:
     """What hydra's --config-dir does: search a further folder first."""
     if directory is None:
