@@ -48,9 +48,9 @@ Every key of every command and every group: its default, the values that it take
 from the schema and conf/ by `make reference`; `qvgen VERB --help` shows the same for the options that are chosen.
 
 A key is written as `KEY=VALUE` behind the command, a section's as `SECTION.KEY=VALUE`, a choice as `GROUP=NAME`.
-`${...}` is the value of another key, `???` must be given. A list is written `[a,b]`, nothing is `null`. Ranges: `(0, 1]`
-holds 1 and not 0; `2..8` holds both ends. Where a table shows several defaults, each is followed by the options that
-have it.
+`${...}` is the value of another key, `???` must be given. A list is written `[a,b]`, nothing is `null`. Ranges: `(0,
+1]` holds 1 and not 0; `2..8` holds both ends. Where a table shows several defaults, each is followed by the options
+that have it.
 """
 
 
