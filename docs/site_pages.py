@@ -12,7 +12,18 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation, Section
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("quant", "quantizers", "lowrank", "layers", "initializers", "methods", "models", "data", "deploy", "evaluation")
+ROOMS = (
+    "quant",
+    "quantizers",
+    "lowrank",
+    "layers",
+    "initializers",
+    "methods",
+    "models",
+    "data",
+    "deploy",
+    "evaluation",
+)
 """Rooms that can be used or replaced from outside; verbs, training and config are the program's own."""
 
 

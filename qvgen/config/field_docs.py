@@ -64,7 +64,7 @@ def _of_definition(module: str, node: Definition) -> dict[str, FieldDoc]:
     if isinstance(node, ast.Assign):
         return {}
     fields: dict[str, FieldDoc] = {}
-    for base in node.bases if isinstance(node, ast.ClassDef) else ():
+    for base in reversed(node.bases) if isinstance(node, ast.ClassDef) else ():
         place = _resolve(module, base.id) if isinstance(base, ast.Name) else None
         if place is not None:
             fields.update(_of_definition(*place))
