@@ -1,4 +1,4 @@
-"""What a user may set: the typed, checked configuration that every verb receives.
+"""The configuration, all that a user may set: the typed, checked configuration that every verb receives.
 
     conf/*.yaml + overrides --(compose.py: hydra)--> plain dict
     plain dict --(typed.py)--> frozen dataclasses (schema.py, sections.py)

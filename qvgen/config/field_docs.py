@@ -1,4 +1,4 @@
-"""What a configuration class says of its fields: type, range and meaning, read from its source text.
+"""Type, range and meaning of the fields of a configuration class, read from its source text.
 
 Nothing is imported but the packages that a module lies in, so that ``--help`` answers at once: a model family would pull in
 torch and diffusers. What is read is what the code runs by: the annotation, the ``Range`` inside of it
@@ -30,7 +30,7 @@ _LISTS = ("tuple", "list", "Sequence")
 
 @dataclass(frozen=True, kw_only=True)
 class FieldDoc:
-    """What is known of a field without constructing anything.
+    """The description of a field, known without constructing anything.
 
     Attributes:
         kind: Its type in words, for example ``whole number or null``; empty where any value is taken.

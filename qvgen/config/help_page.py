@@ -51,7 +51,7 @@ def help_page(verb: str, overrides: Sequence[str], *, extra_directory: Path | No
 
 
 def _first_sentence(meaning: str) -> str:
-    """What fits one line: the text up to its first full stop or semicolon."""
+    """The part of a meaning that fits one line: up to its first full stop or semicolon."""
     return re.split(r"\. |; |\.$", meaning, maxsplit=1)[0]
 
 

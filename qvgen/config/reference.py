@@ -220,7 +220,7 @@ def _values(file: Path) -> dict[str, Any]:
 
 
 def _comment(file: Path) -> str:
-    """What a file of conf/ says of itself in its first lines."""
+    """The comment in the first lines of a file of conf/, which says what the file is."""
     lines = []
     for line in _text(file).splitlines():
         if not line.startswith("#"):

@@ -55,13 +55,13 @@ class TrainConfig:
         dry_run: True builds and checks everything, says what the run will take, and trains nothing.
         debug: True shows the traceback of an error.
         phi: The low-rank helper that is trained away.
-        calibration: What a PTQ method that needs statistics sees of the full-precision model.
+        calibration: How a PTQ method that needs statistics sees the full-precision model.
         activation_switch: A policy that changes activation bits while a video is sampled.
         checkpoint: How often the run's state is saved.
-        training: What the processes of a run are watched for.
-        evaluation: What is measured and shown.
-        names: What was chosen from each group.
-        typed: What the command line says behind the verb: flags and overrides.
+        training: How the processes of a run are watched.
+        evaluation: Measurements and videos of the run.
+        names: The option that was chosen from each group.
+        typed: The words of the command line behind the verb: flags and overrides.
         plain: All of the above as a plain dict, as config.yaml holds it and :func:`qvgen.config.build.build` reads it.
     """
 

@@ -30,7 +30,7 @@ PhiTailShare = Annotated[float, Range("[0, 1)", write="0.1")]
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What was chosen from each group of conf/: names for paths, tables and reports."""
+    """The option that was chosen from each group of conf/: names for paths, tables and reports."""
 
     model: str
     profile: str
@@ -81,7 +81,7 @@ class OptimConfig:
         learning_rate: Peak learning rate of weights, scales, zero points, L and R.
         clip_learning_rate: Peak learning rate of the activations' learned clip factors.
         betas: Decay rates of the two moments of AdamW.
-        eps: What is added to the root of the second moment.
+        eps: Number that is added to the root of the second moment, so that nothing is divided by 0.
         weight_decay: Decoupled weight decay of weights, L and R; scales, zero points and clip factors have none.
         warmup_share: Share of the steps in which the learning rate rises linearly; afterwards it falls by a cosine.
         gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it.
@@ -164,7 +164,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What the processes of a run are watched for.
+    """How the processes of a run are watched.
 
     Attributes:
         hang_minutes: A run of several processes ends after so many minutes in which none of them reported anything; None:
@@ -179,7 +179,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """What a PTQ method that needs statistics sees of the full-precision model; data-free methods sample nothing.
+    """The videos and statistics by which a PTQ method sees the full-precision model; data-free methods sample nothing.
 
     Attributes:
         prompts: Captions of the videos that are sampled for calibration: a list, or a file with one to a line, or .jsonl with
@@ -224,7 +224,7 @@ class ActivationSwitchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and shown at the end.
+    """Measurements and videos of a run, at its end and on the way.
 
     Attributes:
         samples: Held-out inputs of the relative error. `qvgen ptq` alone takes 0: then nothing is sampled or measured.

@@ -18,7 +18,7 @@ from qvgen.config.value_range import Range, check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class ModelName:
-    """The model of `qvgen generate`; None: what the packed directory says."""
+    """The model of `qvgen generate`; None: the one that the packed directory names."""
 
     model: str | None
 
@@ -47,7 +47,7 @@ class GenerateConfig:
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
-        names: What was chosen.
+        names: The option that was chosen from each group.
         typed: The command line's overrides.
     """
 
@@ -158,7 +158,7 @@ class AssetsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataNames:
-    """What was chosen from the groups of `qvgen precompute`."""
+    """The option that was chosen from each group of `qvgen precompute`."""
 
     model: str
     data: str
@@ -181,7 +181,7 @@ class PrecomputeConfig:
         run_dir: Folder of the logs of the further processes.
         dry_run: True counts what is missing and what it takes, and encodes nothing.
         debug: True shows the traceback of an error.
-        names: What was chosen from each group.
+        names: The option that was chosen from each group.
         plain: All of the above as a plain dict.
     """
 

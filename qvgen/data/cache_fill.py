@@ -162,7 +162,7 @@ def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, ch
 
     Args:
         cache: The cache.
-        record: What is known of the row.
+        record: The row's record: all that is known of it.
         clip: The row.
         checked: Seals of files that were read before: clips and captions of several rows are read once.
     """

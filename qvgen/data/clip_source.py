@@ -30,7 +30,7 @@ from qvgen.errors import UserError
 
 
 class LatentFamily(Family, Protocol):
-    """What is needed of a family whose samples are latents: :class:`qvgen.models.base.LatentVideoDiT`."""
+    """The part of a family with latents that this source needs; :class:`qvgen.models.base.LatentVideoDiT` has it all."""
 
     height: int
     width: int
@@ -104,7 +104,7 @@ class ClipSource(EncodedSource):
         return len(self.table()) if self.is_given else None
 
     def summary(self) -> list[str]:
-        """What the table is, and what is missing of it."""
+        """The table's form, and what is missing of it."""
         return self.table().summary() if self.is_given else []
 
     def check(self, family: Any) -> None:

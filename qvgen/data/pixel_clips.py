@@ -19,7 +19,7 @@ from qvgen.data.clip_source import LatentFamily
 
 
 class PixelClips:
-    """What ``data=clips`` sees in place of a model family; its samples' ``video`` is uint8 [3, F, H, W].
+    """The stand-in that ``data=clips`` sees in place of a model family; its samples' ``video`` is uint8 [3, F, H, W].
 
     Args:
         family: The family whose VAE is trained: size, rate, and which sizes fit.

@@ -22,7 +22,7 @@ Metric = Literal["text", "motion", "visual", "output"]
 
 @dataclass(frozen=True, kw_only=True)
 class BitBudget:
-    """What is measured, and under which budget bits are allocated.
+    """The sensitivities that are measured, and the budget under which bits are allocated.
 
     Attributes:
         candidates: Bit-widths in 2..8 that a layer may have on either side; the run's own are one too, and one bit less

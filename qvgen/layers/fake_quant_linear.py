@@ -30,7 +30,7 @@ from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_poin
 from qvgen.quantizers.weight_lsq import WeightLSQ
 
 BRANCH_DTYPE = torch.bfloat16
-"""What the branch is stored and computed from; its rounding is part of what the quantized weight makes up for."""
+"""Type in which the branch is stored and computed; the quantized weight makes up for its rounding too."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -142,7 +142,7 @@ class FakeQuantLinear(nn.Module):
         """Quantize inputs with one scale for all tokens of a sampling step from now on, and nothing taken at run time.
 
         Args:
-            timesteps: Of the sampler's steps, in [0, 1000], rising; all layers of a model have the same.
+            timesteps: Timesteps of the sampler's steps, in [0, 1000], rising; all layers of a model have the same.
             scale: float32 [num_steps], > 0.
             zero_point: float32 [num_steps], in units of codes; not used by symmetric grids.
 

@@ -30,7 +30,7 @@ class PackedWeight(nn.Module):
     Args:
         in_features: K.
         out_features: N.
-        grid: Of the weight.
+        grid: Grid of the weight.
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
     Attributes:

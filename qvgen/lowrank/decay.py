@@ -39,7 +39,7 @@ Drop = Literal["smallest", "largest"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecayState:
-    """What holds during one optimizer step.
+    """The state of Phi during one optimizer step.
 
     Attributes:
         rank: Columns in use.

@@ -127,7 +127,7 @@ class FolderFamily(abc.ABC):
                     f"use {max(0, round((value - 1) / temporal)) * temporal + 1}"
                 )
 
-    # What a folder, or the published configuration, says
+    # The answers of a folder, or of the published configuration
 
     def component_config(self, component: str) -> dict[str, Any]:
         """A component's configuration, the folder's if there is one.
@@ -145,7 +145,7 @@ class FolderFamily(abc.ABC):
 
     @cached_property
     def transformer_config(self) -> dict[str, Any]:
-        """What :meth:`build` takes to build the model's transformer."""
+        """The configuration that :meth:`build` takes to build the model's transformer."""
         config = self.component_config("transformer")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -209,7 +209,7 @@ class FolderFamily(abc.ABC):
         """Load the trained transformer, with its LoRA, in eval mode, without gradients, on the CPU.
 
         Args:
-            dtype: of its weights; None: the configuration's.
+            dtype: Type of its weights; None: the configuration's.
 
         Raises:
             ValueError: the weights or the LoRA are missing, damaged or of another model.
@@ -224,7 +224,7 @@ class FolderFamily(abc.ABC):
 
     @property
     def lora_record(self) -> list[dict[str, Any]]:
-        """What a manifest says of the LoRAs: content and scale of each, and of which transformers it is; no paths."""
+        """The LoRAs as a manifest has them: content and scale of each, and its transformers; no paths."""
         return [
             {"sha256": lora.file.revision, "scale": lora.scale, "transformers": sorted(lora.keys)}
             for lora in self._loras

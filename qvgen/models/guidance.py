@@ -52,7 +52,7 @@ def negative_texts(own: str, given: Sequence[str | None] | None, *, count: int) 
 
 
 def texts_to_encode(family: Any, prompts: Prompts) -> list[str]:
-    """What sampling with these prompts needs of a text encoder: captions and, with guidance, negative prompts; each once."""
+    """The texts that sampling with these prompts needs encoded: captions and, with guidance, negative prompts; each once."""
     if family.guidance_scale == 1:
         return list(dict.fromkeys(prompts.captions))
     return list(dict.fromkeys([*prompts.texts(), family.negative_prompt]))

@@ -171,7 +171,7 @@ class TinyVideoDiT:
         Wan's modulation starts near 0, which all but closes the residual branches; their gates start at 1 here.
 
         Args:
-            seed: of the random weights.
+            seed: Seed of the random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -196,7 +196,7 @@ class TinyVideoDiT:
         return transformer.requires_grad_(False).eval()
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
-        """Those of Wan's class."""
+        """The places where smoothing vectors can be folded, which are those of Wan's class."""
         return wan_folds(transformer)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What every family over diffusers' Wan classes shares: flow matching, calls of the transformer, latents' statistics.
+"""The part that families over diffusers' Wan classes share: flow matching, calls of the transformer, latents' statistics.
 
     transformer   WanTransformer3DModel; latents as [B, C, F, H, W], text by cross-attention
     objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)

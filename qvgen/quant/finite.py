@@ -48,12 +48,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], *, source: str, remedy: 
     for name, tensor in tensors:
         if is_finite(tensor):
             continue
-        counts = [sum(int(found(part).sum()) for part in _wide_chunks(tensor)) for found in (torch.isnan, torch.isinf)]
-        found = " and ".join(
+        counts = [sum(int(test(part).sum()) for part in _wide_chunks(tensor)) for test in (torch.isnan, torch.isinf)]
+        counted = " and ".join(
             filter(None, (_counted(counts[0], "NaN", "NaNs"), _counted(counts[1], "infinity", "infinities")))
         )
         raise UserError(
-            f"{source}: {name!r}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, holds {found} among "
+            f"{source}: {name!r}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, holds {counted} among "
             f"{tensor.numel()} values{f'; {remedy}' if remedy else ''}"
         )
 

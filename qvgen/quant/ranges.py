@@ -47,9 +47,9 @@ def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
     rows = to_rows(weight.float(), grid)
     columns = rows.shape[-1]
     pieces = rows.reshape(-1, columns).split(max(1, CACHED_ELEMENTS // columns))
-    found = [_search_rows(piece, grid) for piece in pieces]
+    pairs = [_search_rows(piece, grid) for piece in pieces]
     shape = (*weight.shape[:-1], grid.num_groups(weight.shape[-1]))
-    scale, zero_point = (torch.cat([pair[side] for pair in found]).reshape(shape) for side in (0, 1))
+    scale, zero_point = (torch.cat([pair[side] for pair in pairs]).reshape(shape) for side in (0, 1))
     return scale, zero_point
 
 

@@ -30,7 +30,7 @@ class Lpips(nn.Module):
     """The distance.
 
     Args:
-        trunk: Of each convolution ``weight``, ``bias``, ``stride``, ``padding``.
+        trunk: For each convolution its ``weight``, ``bias``, ``stride``, ``padding``.
         pool_before: Whether a max pool of 3, stride 2, stands before it.
         heads: w_l, float32 [1, C_l, 1, 1].
     """
