@@ -120,7 +120,7 @@ class ClipSource(EncodedSource):
                 raise UserError(f"data.buckets: {error}") from error
 
     def cut_settings(self, family: LatentFamily) -> CutSettings:
-        """Rate and shapes."""
+        """The rate and the shapes to which clips are cut."""
         own = Bucket(frames=family.num_frames, height=family.height, width=family.width)
         buckets = (own,) if self.buckets is None else _parse(self.buckets)
         return CutSettings(fps=float(family.fps if self.fps is None else self.fps), buckets=buckets)
@@ -191,7 +191,7 @@ class ClipSource(EncodedSource):
         )
 
     def describe_share(self, family: Any, *, shard: int, num_shards: int) -> list[str]:
-        """Clips of a share, how they are cut, what is missing, disk."""
+        """Lines of a plan: the clips of a share, how they are cut, what is missing, and the space on the disk."""
         table, cut = self.table(), self.cut_settings(family)
         mine = range(shard, len(table), num_shards)
         lines = [

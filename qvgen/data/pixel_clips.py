@@ -44,7 +44,7 @@ class PixelClips:
         return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
     def tokens_left_out(self, caption: str) -> int:
-        """None: nothing is encoded."""
+        """No token: captions are not encoded, so nothing of them is left out."""
         del caption
         return 0
 

@@ -47,7 +47,8 @@ from qvgen.data.video_stream import (
 from qvgen.data.webp_animation import is_webp, probe_webp, read_webp
 
 READER = 2
-"""One more when the same file may give other frames, or be refused for another reason: every clip is looked at again."""
+"""Version of the reader, raised whenever the same file may give other frames or be refused for another reason: every clip is
+looked at again then."""
 
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 """Containers (FFmpeg's names) in which a decoder can start at a key frame."""

@@ -173,7 +173,7 @@ def _frames(videos: Tensor) -> Tensor:
 
 
 def _pixels(frames: Tensor) -> Tensor:
-    """In [-1, 1], float32, where networks run."""
+    """Videos as float32 in [-1, 1], on the device where networks run."""
     return frames.to(_device()).float() / 127.5 - 1
 
 

@@ -93,7 +93,7 @@ class HeldOut(MeasuredInputs):
         self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
 
     def warn_if_few(self) -> None:
-        """Log it where there are too few clips."""
+        """Log a warning where there are too few clips."""
         caution = too_few_held_out(self.num_clips)
         if caution:
             log.warning("%s", caution)

@@ -125,7 +125,7 @@ def _read_sensitivity(line: bytes) -> Sensitivity | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Which bits every layer got, and of what.
+    """The bits that every layer got, with the measurements and budgets that they follow from.
 
     Attributes:
         sensitivities: Every row that was measured; empty where both budgets left no choice.

@@ -224,7 +224,10 @@ class FakeQuantLinear(nn.Module):
         return quantized if self.phi is None or not self.phi.active else quantized + self.phi.weight()
 
     def row_params(self, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-        """Two of float32 [M, 1] for the rows of an input [B * n, ..., K]: clip factors, or static scale and zero point."""
+        """The two numbers of each row of an input [B * n, ..., K] that its quantization needs, float32 [M, 1] each.
+
+        They are the clip factors of the minimum and the maximum, or the static scale and zero point.
+        """
         quantizer = self.activation_quantizers()[bits]
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
         first, second = (self.noise_band.row_values(table, x) for table in quantizer.tables())

@@ -41,7 +41,7 @@ class LayerForm:
 
     @classmethod
     def of(cls, layer: FakeQuantLinear) -> Self:
-        """That of a layer in training."""
+        """The form of a layer in training."""
         return cls(
             profile=layer.profile,
             width_table=layer.width_table,

@@ -19,7 +19,7 @@ ABOVE_ZERO = (1e-45, math.inf)
 
 @cache
 def _plane_widths(in_features: int, bits: int) -> tuple[int, ...]:
-    """Bytes of a row of each plane; packing one row tells it."""
+    """Bytes of a row in each plane, read off from one packed row."""
     codes = torch.zeros(1, in_features, dtype=torch.uint8, device="cpu")
     return tuple(plane.shape[1] for plane in pack_codes(codes, bits=bits))
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: which texts stand against the captions, and what has to be encoded for it.
+"""Classifier-free guidance: which texts stand against the captions, and which texts have to be encoded for it.
 
     velocity = without + guidance_scale (with_caption - without)
 

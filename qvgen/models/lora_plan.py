@@ -36,7 +36,7 @@ class Addend:
     factor: float
 
     def value(self, stream: Any, *, shape: torch.Size) -> Tensor:
-        """Read it: float32 of the parameter's shape, without the factor."""
+        """Read the addition: float32 of the parameter's shape, without the factor."""
         first, *second = (stream.get_tensor(key).float() for key in self.keys)
         return (first.flatten(1) @ second[0].flatten(1) if second else first).reshape(shape)
 

@@ -163,7 +163,7 @@ def _header_reason(files: list[Path]) -> str | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A mapping, or nothing."""
+    """The mapping that a JSON file holds; an empty one where it holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

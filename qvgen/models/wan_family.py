@@ -116,7 +116,7 @@ class WanFamily(PipelineFamily):
         return (self.max_text_tokens, int(self.transformer_config.get("text_dim", 4096)))  # the class's default
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
-        """Behind values and the norm of cross-attention; see :mod:`qvgen.models.wan_fold`."""
+        """The places behind values and the norm of cross-attention; see :mod:`qvgen.models.wan_fold`."""
         return wan_folds(transformer)
 
     def predict(

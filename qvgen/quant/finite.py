@@ -20,7 +20,7 @@ from torch import Tensor
 from qvgen.errors import UserError
 
 _CHUNK = 1 << 20
-"""Values that are looked at in one go: what a tensor that does not lie in one piece is copied by."""
+"""Values that are looked at in one go; a tensor that is not contiguous is copied in pieces of so many values."""
 
 _FLOAT8_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """Lowest byte without its sign that is no number, for dtypes of 8 bits that have no minimum on a processor."""

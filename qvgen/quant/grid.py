@@ -30,7 +30,7 @@ MIN_SCALE = 1e-8
 """Smallest scale (units of the tensor): a row of zeros gets this one and dequantizes to exact zeros."""
 
 MAX_ROTATION = 2**20
-"""Above the columns of any layer."""
+"""Largest rotation that is accepted: more than the columns of any layer."""
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 _ZERO_POINTS = ("integer", "real", "none")

@@ -22,13 +22,13 @@ NUM_CANDIDATES = 80
 EXPONENT = 2.4
 
 LARGEST_SHARE = 8
-"""One of so many values of a row is looked at first."""
+"""Stride of the values of a row that are looked at first, to discard hopeless ranges before all values are."""
 
 CERTAIN = 0.999
 """Sums of float32 err by less than a thousandth, whatever their order: a bound counts by this much."""
 
 CACHED_ELEMENTS = 1 << 18
-"""Values of a piece: 1 MiB and its scratch."""
+"""Values that are searched at once: 1 MiB of float32, which stays in the cache with its scratch memory."""
 
 
 def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """The bytes.
+        """Read the bytes of the member.
 
         Raises:
             UserError: The archive is shorter than it was.
@@ -41,7 +41,7 @@ class Member:
         return data
 
     def state(self) -> tuple[int, ...]:
-        """Offset, size, and the archive's size and times: what tells whether it is still the same file."""
+        """Offset, size, and the archive's size and times, which tell whether it is still the same file."""
         state = self.archive.stat()
         return self.offset, self.size, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

@@ -27,7 +27,7 @@ _EPS = 1e-10
 
 
 class Lpips(nn.Module):
-    """The distance.
+    """The distance of images, with its trained weights.
 
     Args:
         trunk: For each convolution its ``weight``, ``bias``, ``stride``, ``padding``.
