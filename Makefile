@@ -40,7 +40,7 @@ shell: $(STAMP) ## a shell in which `python train.py ...` and `qvgen ...` work (
 
 docs: $(STAMP) ## the site of docs/ with the API reference, in build/site; a broken link or reference is an error
 	$(PYTHON) -m mkdocs --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	$(PYTHON) -m mkdocs build --strict --quiet
+	$(PYTHON) -m mkdocs build --strict
 
 reference: $(STAMP) ## docs/configuration.md from the schema and conf/
 	$(PYTHON) -m qvgen.config.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md

@@ -5,11 +5,11 @@ docs/api.md has the public API; these pages have every module behind it, read fr
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.nav import Navigation, Section
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
@@ -28,22 +28,18 @@ ROOMS = (
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the rooms, and the kernels' contract, which lies beside the kernels."""
+    """Add the pages of the rooms, which mkdocs.yml lists."""
+    described = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     for room in ROOMS:
         modules = [path for path in sorted((ROOT / "qvgen" / room).rglob("*.py")) if not path.stem.startswith("_")]
         names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
-        text = "\n".join([f"# qvgen.{room}\n", *(f"::: {name}\n" for name in names)])
+        text = "\n".join([f"# qvgen.{room}\n", *(_directive(name, described) for name in names)])
         files.append(File.generated(config, f"reference/{room}.md", content=text))
     return files
 
 
-def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
-    """Put the rooms' pages behind the rest: they are no files of docs/, so mkdocs.yml can't list them."""
-    del config
-    pages = [files.get_file_from_path(f"reference/{room}.md") for room in ROOMS]
-    children = [file.page for file in pages if file is not None and file.page is not None]
-    section = Section("Modules", children)
-    for child in children:
-        child.parent = section
-    nav.items.append(section)
-    return nav
+def _directive(module: str, described: list[str]) -> str:
+    """All of a module but what docs/api.md describes: each object has one place that links lead to."""
+    elsewhere = [name.removeprefix(f"{module}.") for name in described if name.rpartition(".")[0] == module]
+    filters = ", ".join(f"'{pattern}'" for pattern in ("!^_", *(f"!^{name}$" for name in elsewhere)))
+    return f"::: {module}\n    options: {{filters: [{filters}]}}\n"

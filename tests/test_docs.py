@@ -147,7 +147,10 @@ def test_what_counts_as_a_long_line() -> None:
 def test_the_site_has_every_page() -> None:
     """`make docs` builds it; a page that its configuration lacks would be an error there."""
     listed = re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+    made = [page for page in listed if page.startswith("reference/")]
+    assert {f"reference/{room.name}.md" for room in (ROOT / "qvgen").iterdir()} >= set(made)
+    written = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert set(listed) - set(made) == written
 
 
 def test_the_site_fetches_nothing() -> None:

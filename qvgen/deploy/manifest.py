@@ -37,7 +37,7 @@ LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high",
 """Arguments of a family that are of the machine where it was made; no manifest holds them."""
 
 MAX_FEATURES, MAX_BANDS = 2**20, 2**16
-"""Most columns or rows of a layer, and most noise bands, that a manifest may give; the models' widest Linear has 30 720 rows."""
+"""Most columns or rows of a layer, and most noise bands, that a manifest may give; the widest Linear has 30 720 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

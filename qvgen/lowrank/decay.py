@@ -11,7 +11,7 @@ takes all that is left, and the tail trains without Phi.
 A phase of one step has u = 0. Deviation from the released code, which leaves 2-3 steps after Phi is gone: the tail is a
 share of the steps (docs/method.md).
 
-Example:
+Examples:
     >>> schedule = DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.2, anneal="linear")
     >>> [(schedule.at(step).rank, round(schedule.at(step).annealed, 2)) for step in range(10)]
     [(4, 1.0), (4, 0.67), (4, 0.33), (4, 0.0), (2, 1.0), (2, 0.67), (2, 0.33), (2, 0.0), (0, 0.0), (0, 0.0)]
