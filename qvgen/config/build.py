@@ -33,7 +33,7 @@ VerbConfig = (
     | InspectConfig
     | PrecomputeConfig
 )
-_SCHEMAS: dict[str, type[VerbConfig]] = {
+SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
@@ -44,6 +44,7 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "precompute": PrecomputeConfig,
     "ptq": TrainConfig,
 }
+"""Verb -> what its ``run`` receives."""
 
 _BENCHMARK_KEYS = (
     "what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
@@ -69,7 +70,7 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("recipe"), dict):
         check_recipe(model["recipe"])
-    return from_plain(_SCHEMAS[verb], values)
+    return from_plain(SCHEMAS[verb], values)
 
 
 def group_sweep(plains: Sequence[dict[str, Any]]) -> None:

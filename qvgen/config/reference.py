@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from qvgen.config import build
 from qvgen.config.field_docs import FieldDoc, field_docs
 from qvgen.config.leaves import conf_directory
 
-SCHEMAS = {
-    "train": "qvgen.config.schema.TrainConfig",
-    "ptq": "qvgen.config.schema.TrainConfig",
-    "fold": "qvgen.config.schema.FoldConfig",
-    "precompute": "qvgen.config.verb_schema.PrecomputeConfig",
-    "generate": "qvgen.config.verb_schema.GenerateConfig",
-    "inspect": "qvgen.config.verb_schema.InspectConfig",
-    "compare": "qvgen.config.verb_schema.CompareConfig",
-    "benchmark": "qvgen.config.verb_schema.BenchmarkConfig",
-    "assets": "qvgen.config.verb_schema.AssetsConfig",
-}
-GROUPS = ("model", "data", "method", "init", "profile", "optim", "strategy", "logger")
+SCHEMAS = {verb: f"{kind.__module__}.{kind.__qualname__}" for verb, kind in build.SCHEMAS.items()}
+FIRST_VERBS = ("train", "ptq", "fold", "precompute", "generate", "inspect", "compare", "benchmark", "assets")
+FIRST_GROUPS = ("model", "data", "method", "init", "profile", "optim", "strategy", "logger")
+"""Order of the page; what is not named here follows by name."""
 INTERNAL = ("names", "typed", "defaults")
 """Keys of conf/ that hydra or qvgen fills in."""
 _OWN_NAMES = {SCHEMAS["assets"]: ("names",)}
@@ -127,25 +120,37 @@ def reference() -> str:
         ValueError: A key of conf/ without a meaning.
     """
     parts = [_HEADER]
-    for verb, target in SCHEMAS.items():
+    for verb in _ordered(SCHEMAS, FIRST_VERBS):
+        target = SCHEMAS[verb]
         parts += [f"## qvgen {verb}\n", _wrapped(f"{_comment(_conf(f'{verb}.yaml'))}\n"), _verb_table(verb, target)]
-    for group in GROUPS:
+    for group in groups():
         parts += [f"## {group}\n", *_group(group)]
     files = sorted((conf_directory() / "experiment").glob("*.yaml"))
     parts += ["## experiment\n", "Values of several keys under one name: `experiment=NAME`.\n", _list(files)]
     return "\n".join(parts)
 
 
+def groups() -> list[str]:
+    """The groups of conf/ whose files hold one section each, in the page's order."""
+    folders = {path.parent.name for path in conf_directory().glob("*/*.yaml")}
+    return _ordered(folders - {"experiment"}, FIRST_GROUPS)
+
+
+def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
+
+
 def _verb_table(verb: str, target: str) -> str:
+    known = groups()
     own = {
-        key: value for key, value in _values(_conf(f"{verb}.yaml")).items() if key not in GROUPS or verb == "generate"
+        key: value for key, value in _values(_conf(f"{verb}.yaml")).items() if key not in known or verb == "generate"
     }
     rows = list(section_rows(own, target))
     chosen = [
         entry for entry in yaml.safe_load(_text(_conf(f"{verb}.yaml"))).get("defaults", []) if isinstance(entry, dict)
     ]
-    groups = [f"`{group}={name}`" for entry in chosen for group, name in entry.items() if group in GROUPS and name]
-    before = _wrapped(f"Chosen from the groups unless you choose: {', '.join(groups)}.\n\n") if groups else ""
+    options = [f"`{group}={name}`" for entry in chosen for group, name in entry.items() if group in known and name]
+    before = _wrapped(f"Chosen from the groups unless you choose: {', '.join(options)}.\n\n") if options else ""
     return before + _table("default", [(row, _code(row.default)) for row in rows])
 
 
@@ -178,7 +183,7 @@ def _defaults(of: Mapping[str, str], files: Iterable[Path]) -> str:
 
 def _group_schema(group: str) -> str:
     """Class of a group whose files name none: the section of the schema."""
-    return field_docs(SCHEMAS["train"])[group].section or ""
+    return field_docs(SCHEMAS["train"]).get(group, _UNKNOWN).section or ""
 
 
 def _table(default: str, rows: Iterable[tuple[Row, str]]) -> str:
