@@ -3,6 +3,7 @@
     conf/*.yaml + overrides --(compose.py: hydra)--> plain dict
     plain dict --(typed.py)--> frozen dataclasses (schema.py, sections.py)
     sections with a `_target_` --(leaves.py)--> the objects that they name
+    conf/*.yaml + docstrings and types --(field_docs.py, reference.py, help_page.py)--> docs/configuration.md, --help
 
 Verbs and everything below them see the frozen dataclasses alone; hydra stays in compose.py and in the entry points.
 """
