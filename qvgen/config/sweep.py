@@ -53,7 +53,7 @@ def separate_folders(
 
 
 def folder_of_job(verb: str, plain: Mapping[str, Any]) -> dict[str, Path]:
-    """What to add to the overrides of one job, so that alone it works in the folder that it has in the sweep."""
+    """Override that one job needs besides its own, so that alone it works in the folder that it has in the sweep."""
     key = FOLDER_KEYS.get(verb)
     return {} if key is None else {key: Path(str(plain[key]))}
 

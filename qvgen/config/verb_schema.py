@@ -224,7 +224,8 @@ class BenchmarkConfig:
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
             ``loading``.
         out: Folder of the results: NAME.json with every measured value, NAME.md with the table.
-        overwrite: True replaces results of another command that are there already; False refuses to.
+        overwrite: True replaces results of another command that are there already; False refuses to. The same command
+            goes on with a benchmark that was stopped.
     """
 
     run: TrainConfig
