@@ -52,17 +52,15 @@ class FolderFamily(abc.ABC):
         include: Name patterns (fnmatch) of the Linears that are quantized.
         exclude: Name patterns (fnmatch) of Linears that stay as they are.
         prompts: Captions that a report samples videos of.
-        dtype: Precision of the teacher's weights in training: float32, bfloat16 or float16; the student's masters are
-            float32.
+        dtype: Precision of the teacher in training: float32, bfloat16 or float16; the student's masters are float32.
         vae_dtype: Precision of the VAE: float32, bfloat16 or float16.
         text_encoder_dtype: Precision of the text encoder: float32, bfloat16 or float16; its output is float32.
-        lora: File or folder of a LoRA that is merged into the transformer before anything is quantized, a mapping of
-            path and scale, or a list of these; see :mod:`qvgen.models.lora`. None: none.
+        lora: File or folder of a LoRA that is merged before anything is quantized, a mapping of path and scale, or a list of
+            these (:mod:`qvgen.models.lora`). None: none.
         lora_scale: Factor of each LoRA that says none, or a list with one for each.
 
     Raises:
-        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model
-            or another one, a LoRA that can't be read.
+        ValueError: Sizes that VAE and patches do not divide, an unknown dtype, no such model in the folder, a bad LoRA.
     """
 
     name: str
