@@ -16,7 +16,7 @@ CHOSEN := $(strip $(foreach key,devices= strategy= batch_size= accumulate=,$(fin
 TWO_PROCESSES = $(if $(CHOSEN)$(filter 1,$(CORES)),,devices=2 strategy=ddp)
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint venv shell peers
+.PHONY: help demo test lint venv shell docs reference peers
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1  \t/'
@@ -37,6 +37,13 @@ venv: $(STAMP) ## only the virtual environment
 
 shell: $(STAMP) ## a shell in which `python train.py ...` and `qvgen ...` work (as after: source .venv/bin/activate)
 	@bash --rcfile <(cat ~/.bashrc 2>/dev/null; echo 'source "$(CURDIR)/$(VENV)/bin/activate"') -i
+
+docs: $(STAMP) ## the site of docs/ with the API reference, in build/site; a broken link or reference is an error
+	$(PYTHON) -m mkdocs --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(PYTHON) -m mkdocs build --strict
+
+reference: $(STAMP) ## docs/configuration.md from the schema and conf/
+	$(PYTHON) -m qvgen.config.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 
 peers: $(STAMP) ## what `qvgen benchmark kernels` also measures: torchao, ONNX Runtime
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[peers]'

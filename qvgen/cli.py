@@ -107,8 +107,13 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         if not flags.shell_completion:
             for job in jobs:
                 compose_plain(verb, job, extra_directory=extra, resolve=False)
+        if flags.help:
+            from qvgen.config.help_page import help_page
+
+            print(help_page(verb, jobs[0], extra_directory=extra, header=known[verb]))
+            return DONE
         own_flags = [argument for argument in arguments if argument not in flags.overrides]
-        _let_hydra_answer(verb, [*own_flags, *flags.overrides], header=known[verb])
+        _let_hydra_answer(verb, [*own_flags, *flags.overrides])
         return DONE
     plains = separate_folders(verb, [compose_plain(verb, job, extra_directory=extra) for job in jobs], jobs)
     if len(jobs) > 1:
@@ -176,20 +181,15 @@ def _parse_flags(arguments: list[str]) -> Namespace:
     return flags
 
 
-def _let_hydra_answer(verb: str, arguments: list[str], *, header: str) -> None:
-    """--help, --cfg, --info and the like: hydra's own answers about the configuration of a verb."""
+def _let_hydra_answer(verb: str, arguments: list[str]) -> None:
+    """--cfg, --info and the like: hydra's own answers about the configuration of a verb."""
     import hydra
 
     from qvgen.config.leaves import conf_directory
 
-    line = header.rstrip(".").replace("'", "\\'")  # hydra's grammar reads it, between single quotes
-    help_texts = [
-        f"hydra.help.app_name='qvgen {verb}'",
-        f"hydra.help.header='qvgen {verb}: {line}'",
-    ]
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments, *help_texts]
+    before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=verb)(lambda _: None)()
     except SystemExit as end:  # hydra ends the process after some answers

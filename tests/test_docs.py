@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import qvgen
 from qvgen.cli import main
+from qvgen.config.leaves import conf_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "kernels" / "README.md"]
+ALL_PAGES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+GENERATED = ROOT / "docs" / "benchmarks"
+LONGEST_LINE = 120
 
 
 def _commands() -> list[list[str]]:
@@ -36,14 +42,14 @@ def test_command_of_the_docs_is_one_that_exists(arguments: list[str], capsys: py
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_pictures_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_make_target_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^    |`)make (\w+)", page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -113,3 +119,76 @@ def test_every_promise_names_a_test_that_exists() -> None:
         assert "::" in row.rpartition(" | ")[2], row
     for path, name in named:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), f"{path}::{name}"
+
+
+def _long_lines(text: str) -> list[str]:
+    """Lines of running text that are too long; tables, pictures, code and what has no place to break stay as they are."""
+    text = re.sub(r"```.*?```|(?m:^    .*$)", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if len(line) > LONGEST_LINE]
+    unbroken = re.compile(r"`[^`]+`")
+    return [
+        line
+        for line in lines
+        if not line.lstrip().startswith(("|", "![")) and " " in unbroken.sub("", line).strip("-; ")
+    ]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_wrap(page: Path) -> None:
+    assert page.is_relative_to(GENERATED) or not _long_lines(page.read_text(encoding="utf-8"))
+
+
+def test_what_counts_as_a_long_line() -> None:
+    words = "word " * 30
+    assert _long_lines(words) == [words]
+    assert _long_lines(f"| {words} |\n\n```\n{words}\n```\n    {words}\n![{words}](x.png)\n`{words}`;") == []
+
+
+def test_the_site_has_every_page() -> None:
+    """`make docs` builds it; a page that its configuration lacks would be an error there."""
+    listed = re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    made = [page for page in listed if page.startswith("reference/")]
+    assert {f"reference/{room.name}.md" for room in (ROOT / "qvgen").iterdir()} >= set(made)
+    written = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert set(listed) - set(made) == written
+
+
+def test_the_site_fetches_nothing() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert site["strict"] is True
+    assert site["theme"]["highlightjs"] is False
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in shown}
+    assert {name for name in qvgen.__all__ if not name.startswith("__")} <= names
+
+
+def test_the_changelog_knows_the_version() -> None:
+    assert f"\n## {qvgen.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_papers_of_all_methods_are_cited() -> None:
+    """The citation file names the leaf of conf/ that each paper is implemented by."""
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    papers = yaml.safe_load(text)["references"]
+    assert all(
+        re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", paper["url"]) and paper["authors"] for paper in papers
+    )
+    leaves = re.findall(r"(init|method)=(\w+)", text)
+    assert leaves
+    assert all((conf_directory() / group / f"{name}.yaml").is_file() for group, name in leaves)
+    own = {"autoencoder", "pretrain", "ptq", "rtn", "mse"}
+    files = [path for group in ("init", "method") for path in (conf_directory() / group).glob("*.yaml")]
+    assert {path.stem for path in files} - own == {name for _, name in leaves}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_the_forge_reads_its_files(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.parent.name == "workflows":
+        steps = [step.get("run") for job in content["jobs"].values() for step in job["steps"]]
+        assert ".ci/run" in steps
+    else:
+        assert {"name", "description", "body"} <= set(content) or content == {"blank_issues_enabled": True}

@@ -1,8 +1,9 @@
-"""What a user may set: the typed, checked configuration that every verb receives.
+"""The configuration, all that a user may set: the typed, checked configuration that every verb receives.
 
     conf/*.yaml + overrides --(compose.py: hydra)--> plain dict
     plain dict --(typed.py)--> frozen dataclasses (schema.py, sections.py)
     sections with a `_target_` --(leaves.py)--> the objects that they name
+    conf/*.yaml + docstrings and types --(field_docs.py, reference.py, help_page.py)--> docs/configuration.md, --help
 
 Verbs and everything below them see the frozen dataclasses alone; hydra stays in compose.py and in the entry points.
 """

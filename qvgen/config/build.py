@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.leaves import build_leaves
+from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.typed import from_plain
@@ -32,7 +33,7 @@ VerbConfig = (
     | InspectConfig
     | PrecomputeConfig
 )
-_SCHEMAS: dict[str, type[VerbConfig]] = {
+SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
@@ -43,6 +44,7 @@ _SCHEMAS: dict[str, type[VerbConfig]] = {
     "precompute": PrecomputeConfig,
     "ptq": TrainConfig,
 }
+"""Verb -> what its ``run`` receives."""
 
 _BENCHMARK_KEYS = (
     "what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
@@ -65,7 +67,10 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     elif verb == "benchmark":
         own = {key: values.pop(key) for key in _BENCHMARK_KEYS}
         values = {**own, "run": check("train", values)}
-    return from_plain(_SCHEMAS[verb], values)
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("recipe"), dict):
+        check_recipe(model["recipe"])
+    return from_plain(SCHEMAS[verb], values)
 
 
 def group_sweep(plains: Sequence[dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ def command_line(verb: str, overrides: Iterable[str], *, changes: Mapping[str, V
 
     Args:
         verb: For example ``train``.
-        overrides: What was typed behind the verb, as the program received it: ``key=value`` texts, and flags.
+        overrides: The words behind the verb, as the program received them: ``key=value`` texts, and flags.
         changes: Keys with values that stand in place of what was typed for them, or behind everything else. A string or
             path is read back as that very text, whatever it looks like.
 
@@ -81,7 +81,7 @@ def _hydra_value(value: Value) -> str:
         if not number:
             return text
     # Inside of quotes a backslash is one, unless it stands before a quote; `${` asks for another key's value.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return "'" + escaped.replace("${", "\\${") + "'"
 
 

@@ -99,7 +99,7 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:
         raise UserError(f"cannot read the sweep: {_cause(error)}") from error
-    # What is not swept stays as it was typed; hydra's sweeper writes it in another way, and a key that is given twice once.
+    # A key that is not swept stays as it was typed: hydra's sweeper writes values in another way, and a repeated key once.
     last = {override.get_key_element(): (override, text) for override, text in zip(parsed, written, strict=True)}
     typed = {key: text for key, (override, text) in last.items() if not override.is_sweep_override()}
     return [[typed.get(entry.partition("=")[0], entry) for entry in job] for job in jobs]
@@ -136,8 +136,15 @@ def compose_plain(
     return without_files(plain) if resolve else plain
 
 
+def group_options(verb: str, *, extra_directory: Path | None = None) -> dict[str, list[str]]:
+    """Group -> its options, for the groups of a verb; see :func:`compose_plain`."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
+        _add_directory(extra_directory)
+        return _options(compose(verb, [], return_hydra_config=True))
+
+
 def _add_directory(directory: Path | None) -> None:
-    """What hydra's --config-dir does: search a further folder first."""
+    """Search a further folder before conf/, as hydra's --config-dir does."""
     if directory is None:
         return
     if not directory.is_dir():
@@ -188,7 +195,7 @@ def _parse(text: str, *, before: Sequence[str] = (), after: Sequence[str] = ()) 
 
 
 def _split_hint(before: Sequence[str], after: Sequence[str]) -> str:
-    """What to write where a shell has cut a text into words."""
+    """A hint at what to write where a shell has cut a text into words."""
     if not before or "=" not in before[-1]:
         return ""
     words = list(itertools.takewhile(lambda word: "=" not in word, after))

@@ -28,7 +28,7 @@ from qvgen.errors import UserError, did_you_mean, one_line
 
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 MAX_FOREIGN_SIZE = 2**16
-"""Of a size or count that comes with a file: pixels, frames, steps, layers."""
+"""Largest size or count that is taken from a file: pixels, frames, steps, layers."""
 
 
 def conf_directory() -> Path:

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from qvgen.errors import UserError
 
 MAX_BYTES = 16 * 2**20
-"""Of a file; the manifest of a model of 14 billion parameters has half of one million."""
+"""Largest size of a file in bytes; the manifest of a model of 14 billion parameters has half of one million."""
 MAX_DEPTH = 32
-"""Of lists and mappings within each other."""
+"""Largest depth of lists and mappings within each other."""
 _MAX_WHOLE = 2**63
 
 
@@ -140,12 +140,12 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {_shown(twice)} is there twice")
-    return found
+    return entries
 
 
 def _depth(value: Any) -> int:

@@ -43,5 +43,5 @@ def _is_folder(word: str) -> bool:
 
 def quoted(text: str) -> str:
     """Text between single quotes, as hydra's grammar reads it: a backslash is one unless it stands before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return "'" + escaped.replace("${", "\\${") + "'"

@@ -22,11 +22,11 @@ from qvgen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedVideo:
-    """What one video is sampled from.
+    """Caption, seed and negative prompt of one video.
 
     Attributes:
-        caption: What it is to show.
-        seed: Of its noise.
+        caption: Text of what the video is to show.
+        seed: Seed of the video's noise.
         negative: What guidance leads away from; None: the model's own negative prompt.
     """
 
@@ -52,7 +52,7 @@ class Prompts:
 
     @classmethod
     def parse(cls, value: Any, *, key: str) -> Prompts:
-        """What a configuration holds: captions, objects, or the name of one file.
+        """The prompts of a configuration: captions, objects, or the name of one file.
 
         Args:
             value: Plain: text, or a list of texts, numbers and dicts.
@@ -85,7 +85,7 @@ class Prompts:
         )
 
     def plain(self) -> list[str | dict[str, Any]]:
-        """What :meth:`parse` makes the same prompts of again, without a file."""
+        """Plain values of which :meth:`parse` makes the same prompts again, without a file."""
         return [_plain(line) for line in self.lines]
 
     def videos(self, seeds: Sequence[int]) -> list[PromptedVideo]:
@@ -126,14 +126,14 @@ def without_files(plain: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: See :meth:`Prompts.parse`.
     """
-    found = dict(plain)
-    if (path := named_file(found.get("prompts"))) is not None:
-        found["prompts"] = Prompts(read_prompt_file(path, key="prompts")).plain()
+    resolved = dict(plain)
+    if (path := named_file(resolved.get("prompts"))) is not None:
+        resolved["prompts"] = Prompts(read_prompt_file(path, key="prompts")).plain()
     for section in ("evaluation", "calibration"):
-        values = found.get(section)
+        values = resolved.get(section)
         if isinstance(values, Mapping) and (path := named_file(values.get("prompts"))) is not None:
-            found[section] = {**values, "prompts": Prompts(read_prompt_file(path, key=f"{section}.prompts")).plain()}
-    return found
+            resolved[section] = {**values, "prompts": Prompts(read_prompt_file(path, key=f"{section}.prompts")).plain()}
+    return resolved
 
 
 def _plain(line: Prompt) -> str | dict[str, Any]:

@@ -56,10 +56,10 @@ def read_prompt_file(path: Path, *, key: str) -> tuple[Prompt, ...]:
         )
     lines = [line.strip() for line in _text(path, key=key).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     read_line = _json_line if path.suffix.lower() == ".jsonl" else _text_line
-    found = tuple(read_line(line, place=f"{path}:{number}") for number, line in enumerate(lines, 1) if line)
-    if not found:
+    prompts = tuple(read_line(line, place=f"{path}:{number}") for number, line in enumerate(lines, 1) if line)
+    if not prompts:
         raise UserError(f"{key}={path} holds no caption; write one to a line")
-    return found
+    return prompts
 
 
 def _expanded(text: str) -> Path:
@@ -108,7 +108,7 @@ def _json_line(line: str, *, place: str) -> Prompt:
         return dict(pairs)
 
     try:
-        found = json.loads(line, object_pairs_hook=unique)
+        entry = json.loads(line, object_pairs_hook=unique)
     except UserError:
         raise
     except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
@@ -118,6 +118,6 @@ def _json_line(line: str, *, place: str) -> Prompt:
         raise UserError(
             f"{place} is no JSON object with the keys {', '.join(KEYS)}: it is nested too deeply"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(entry, dict):
         raise UserError(f'{place} is no object: {shortened(line)}; write lines like {{"prompt": "a cat"}}')
-    return prompt_from_object(found, place=place)
+    return prompt_from_object(entry, place=place)

@@ -12,7 +12,7 @@ from typing import Any
 from qvgen.errors import UserError, did_you_mean
 
 KEYS = ("prompt", "seed", "negative_prompt")
-"""What a line of a .jsonl file may say."""
+"""Keys that a line of a .jsonl file may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Prompt:
     """One line.
 
     Attributes:
-        caption: What a video is to show.
+        caption: Text of what a video is to show.
         seeds: One video for each; empty: the run's seeds count.
         negative: What guidance leads away from; None: the model's own negative prompt.
     """
@@ -30,29 +30,29 @@ class Prompt:
     negative: str | None = None
 
 
-def prompt_from_object(found: dict[Any, Any], *, place: str) -> Prompt:
+def prompt_from_object(entry: dict[Any, Any], *, place: str) -> Prompt:
     """Read an object with the keys :data:`KEYS`.
 
     Args:
-        found: The object.
+        entry: The object.
         place: Where it stands, for messages.
 
     Raises:
         UserError: It lacks the caption, has another key, or a value of another kind.
     """
-    for name in found:
+    for name in entry:
         if name not in KEYS:
             raise UserError(
                 f"{place}: unknown key {name!r}{did_you_mean(str(name), KEYS)} (there are: {', '.join(KEYS)})"
             )
-    if "prompt" not in found:
+    if "prompt" not in entry:
         raise UserError(f'{place} has no "prompt"; write for example {{"prompt": "a cat"}}')
-    negative = found.get("negative_prompt")
+    negative = entry.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f'{place}: negative_prompt={shortened(negative)} is no text; write "" for none')
     return Prompt(
-        caption=checked_caption(found["prompt"], place=place),
-        seeds=_seeds(found.get("seed"), place=place),
+        caption=checked_caption(entry["prompt"], place=place),
+        seeds=_seeds(entry.get("seed"), place=place),
         negative=negative,
     )
 

@@ -77,8 +77,8 @@ def _is_leaf_text(key: str) -> bool:
 
 def _quoted(text: str) -> str:
     """Between the grammar's quotation marks; nothing in it is an interpolation."""
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-    text = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+    text = re.sub(r'(\\*)"', lambda match: match[1] * 2 + '\\"', text)
     ending = re.search(r"\\*$", text)
     return f'"{text}{ending[0] if ending else ""}"'
 
@@ -92,12 +92,12 @@ def _unquoted(text: str) -> str:
 @cache
 def _text_keys() -> dict[str, bool]:
     """Dotted keys of the verbs whose values are text -> whether all verbs that have it take one text alone."""
-    found: dict[str, bool] = {}
+    keys: dict[str, bool] = {}
     for verb in _VERBS:
         for key, single in _texts(verb, ""):
             if key not in _CHOICES and not key.startswith(("run.", "names.")):
-                found[key] = found.get(key, True) and single
-    return found
+                keys[key] = keys.get(key, True) and single
+    return keys
 
 
 def _texts(kind: type, prefix: str) -> Iterator[tuple[str, bool]]:

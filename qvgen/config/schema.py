@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from qvgen.config.bits import Bits
 from qvgen.config.sections import (
@@ -22,9 +22,9 @@ from qvgen.config.sections import (
     PhiConfig,
     StrategyConfig,
     TrainingConfig,
-    positive,
     require,
 )
+from qvgen.config.value_range import Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,34 +32,36 @@ class TrainConfig:
     """Everything that `qvgen train` needs.
 
     Attributes:
-        model: The model family's VideoDiT object.
-        bits: Bit-widths of weights and activations.
-        profile: :class:`qvgen.quant.grid.Profile`, the two grids and the rotation.
-        method: What is trained and how.
-        init: Where the scales and zero points start.
-        data: Factory of data sets: ``data(split=..., seed=...)``.
+        model: The model family (a :class:`qvgen.models.base.VideoDiT`).
+        bits: Bit-widths of weights and activations: one number for both, or wXaY, for example w4a8.
+        profile: The two grids and the rotation (a :class:`qvgen.quant.grid.Profile`).
+        method: The training method: what is trained, and towards what.
+        init: The PTQ method that chooses the first scales and zero points.
+        data: The data set that is trained and measured on.
         optim: The optimizer and its schedule.
         strategy: One process or several.
-        logger: Where metrics go.
-        seed: Seed of everything random; >= 0.
-        steps: Optimizer steps; 0 only where nothing is trained.
-        batch_size: Samples per optimizer step over all devices and micro-batches.
-        accumulate: Micro-batches per optimizer step; >= 1.
-        devices: Processes; >= 1.
-        device_memory_gib: Memory of each device that will train, for the plan alone; > 0; None: this machine's.
-        kernel: Backend of the packed model; ``auto`` picks the best one that is there.
+        logger: Where metrics go besides metrics.csv.
+        seed: Seed of everything random.
+        steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
+        batch_size: Samples per optimizer step, over all devices and micro-batches.
+        accumulate: Micro-batches of each device per optimizer step; more of them take less memory.
+        devices: Number of processes, one for each GPU.
+        device_memory_gib: Memory in GiB of each device that will train, which the plan of dry_run=true counts with;
+            None: this machine's.
+        kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         run_dir: The run's folder.
-        resume: Continue the run in run_dir; ``force``: also where code, models or data are no longer what it began with.
-        dry_run: Build and check everything, train nothing.
-        debug: Show tracebacks.
-        phi: The low-rank helper.
-        calibration: What a PTQ method sees of the full-precision model.
-        activation_switch: A policy that changes activation bits while sampling.
-        checkpoint: How often a run can be resumed from.
-        training: What its processes are watched for.
-        evaluation: What is measured and shown.
-        names: What was chosen from each group.
-        typed: What the command line says behind the verb: flags and overrides.
+        resume: True continues the run in run_dir; ``force`` also where code, models or data are no longer what it began
+            with.
+        dry_run: True builds and checks everything, says what the run will take, and trains nothing.
+        debug: True shows the traceback of an error.
+        phi: The low-rank helper that is trained away.
+        calibration: How a PTQ method that needs statistics sees the full-precision model.
+        activation_switch: A policy that changes activation bits while a video is sampled.
+        checkpoint: How often the run's state is saved.
+        training: How the processes of a run are watched.
+        evaluation: Measurements and videos of the run.
+        names: The option that was chosen from each group.
+        typed: The words of the command line behind the verb: flags and overrides.
         plain: All of the above as a plain dict, as config.yaml holds it and :func:`qvgen.config.build.build` reads it.
     """
 
@@ -72,12 +74,12 @@ class TrainConfig:
     optim: OptimConfig
     strategy: StrategyConfig
     logger: LoggerConfig
-    seed: int
-    steps: int
-    batch_size: int
-    accumulate: int
-    devices: int
-    device_memory_gib: float | None
+    seed: Annotated[int, Range("0..4294967295")]
+    steps: Annotated[int, Range(">= 0")]
+    batch_size: Annotated[int, Range("> 0")]
+    accumulate: Annotated[int, Range("> 0")]
+    devices: Annotated[int, Range("> 0")]
+    device_memory_gib: Annotated[float | None, Range("> 0")]
     kernel: str
     run_dir: Path
     resume: Literal[False, True, "force"]
@@ -94,7 +96,7 @@ class TrainConfig:
     plain: dict[str, Any]
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, f"seed={self.seed} is outside 0..{2**32 - 1}")
+        check_ranges(self)
         require(
             self.steps > 0 or (self.steps == 0 and self.names.method == "ptq"),
             f"steps={self.steps} must be greater than 0; method=ptq alone trains nothing (qvgen ptq)",
@@ -103,8 +105,6 @@ class TrainConfig:
             self.evaluation.samples > 0 or self.names.method == "ptq",
             "evaluation.samples=0 must be greater than 0; only qvgen ptq can leave measuring out",
         )
-        positive(batch_size=self.batch_size, accumulate=self.accumulate, devices=self.devices)
-        positive(device_memory_gib=self.device_memory_gib)
         require(
             self.devices == 1 or self.strategy.name != "single",
             f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
@@ -133,13 +133,13 @@ class FoldConfig:
     """Everything that `qvgen fold` needs.
 
     Attributes:
-        run_dir: The run's folder.
+        run_dir: Folder of the run whose trained model is folded.
         run: The configuration that the run was started with.
         out: Where the packed directory goes.
-        overwrite: Replace a packed directory that is there already; otherwise it is refused.
-        force: Also where code or model are no longer what the run was trained with.
-        dry_run: Say what would be done.
-        debug: Show tracebacks.
+        overwrite: True replaces a packed directory that is there already; False refuses to.
+        force: True folds also where code or model are no longer what the run was trained with.
+        dry_run: True says what would be done.
+        debug: True shows the traceback of an error.
     """
 
     run_dir: Path

@@ -1,16 +1,19 @@
 """The sections of a configuration (`phi.*`, `optim.*`, ...), with the meaning, unit and range of every knob.
 
-A range is checked where the field stands, on construction, so no object with a bad value exists. What only a model
-can know (is this rank too large for that layer?) is checked where the model is.
+This is the one home of a knob's meaning (its line in the class's docstring) and of its range (beside its type); its default
+stands in conf/. ``--help`` and docs/configuration.md are made from all three (:mod:`qvgen.config.reference`). A range is
+checked on construction, so no object with a bad value exists. What only a model can know (is this rank too large for that
+layer?) is checked where the model is.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from qvgen.config.prompt import Prompts
+from qvgen.config.value_range import Range, check_ranges
 from qvgen.errors import UserError
 
 
@@ -20,15 +23,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def positive(**values: int | float | None) -> None:
-    """Raise UserError for the first value that is not above 0; a keyword ``a__b`` stands for the key ``a.b``."""
-    for key, value in values.items():
-        require(value is None or value > 0, f"{key.replace('__', '.')}={value} must be greater than 0")
+PHI_DECAY = Range("(0, 1]", write="0.5")
+PhiTailShare = Annotated[float, Range("[0, 1)", write="0.1")]
+"""Also the ranges of the schedule (:mod:`qvgen.lowrank.decay`), which can be built without a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What was chosen from each group of conf/: names for paths, tables and reports."""
+    """The option that was chosen from each group of conf/: names for paths, tables and reports."""
 
     model: str
     profile: str
@@ -43,28 +45,24 @@ class PhiConfig:
     """The low-rank helper and its way out.
 
     Attributes:
-        rank: Columns of L at the start; > 0.
-        ranks: Rank of each phase, strictly decreasing and positive; stands in place of rank and decay.
-        decay: Share of the components that one phase takes away, in (0, 1].
-        anneal: How the gate of those components falls from 1 to 0.
-        tail_share: Share of the steps that is left for training without Phi, in [0, 1).
-        drop: Which components go first.
+        rank: Number of components of Phi (columns of L) at the start.
+        ranks: Rank of each phase, positive and strictly decreasing, for example [32,8,2]; it stands in place of rank and
+            decay. None: rank, rank * decay, ... down to 1.
+        decay: Share of the components that one phase takes away.
+        anneal: How the gate of the components that a phase takes away falls from 1 to 0.
+        tail_share: Share of the steps that train without Phi at the end, after all of its components are gone.
+        drop: Which components a phase takes away, by singular value.
     """
 
-    rank: int
+    rank: Annotated[int, Range("> 0", write="32")]
     ranks: tuple[int, ...] | None
-    decay: float
+    decay: Annotated[float, PHI_DECAY]
     anneal: Literal["cosine", "linear"]
-    tail_share: float
+    tail_share: PhiTailShare
     drop: Literal["smallest", "largest"]
 
     def __post_init__(self) -> None:
-        require(self.rank > 0, f"phi.rank={self.rank} must be positive; write for example phi.rank=32")
-        require(0 < self.decay <= 1, f"phi.decay={self.decay} is outside (0, 1]; write for example phi.decay=0.5")
-        require(
-            0 <= self.tail_share < 1,
-            f"phi.tail_share={self.tail_share} is outside [0, 1); write for example phi.tail_share=0.1",
-        )
+        check_ranges(self, section="phi")
         if self.ranks is not None:
             shown = ",".join(map(str, self.ranks))
             falling = all(a > b for a, b in zip(self.ranks, self.ranks[1:], strict=False))
@@ -79,39 +77,27 @@ class OptimConfig:
     """The optimizer and its schedule.
 
     Attributes:
-        name: The optimizer; adamw.
-        learning_rate: Peak rate of weights, scales, zero points, L and R; > 0.
-        clip_learning_rate: Peak rate of the activations' learned clips; > 0.
-        betas: Decay of the two moments, each in [0, 1).
-        eps: Added to the root of the second moment; > 0.
-        weight_decay: On weights, L and R only; >= 0.
-        warmup_share: Share of the steps with linear warm-up, in [0, 1]; the rest decays by cosine.
-        gradient_clip: Largest norm of all gradients; > 0.
+        name: The optimizer.
+        learning_rate: Peak learning rate of weights, scales, zero points, L and R.
+        clip_learning_rate: Peak learning rate of the activations' learned clip factors.
+        betas: Decay rates of the two moments of AdamW.
+        eps: Number that is added to the root of the second moment, so that nothing is divided by 0.
+        weight_decay: Decoupled weight decay of weights, L and R; scales, zero points and clip factors have none.
+        warmup_share: Share of the steps in which the learning rate rises linearly; afterwards it falls by a cosine.
+        gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it.
     """
 
     name: Literal["adamw"]
-    learning_rate: float
-    clip_learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    warmup_share: float
-    gradient_clip: float
+    learning_rate: Annotated[float, Range("> 0")]
+    clip_learning_rate: Annotated[float, Range("> 0")]
+    betas: Annotated[tuple[float, float], Range("[0, 1)", write="[0.9,0.95]")]
+    eps: Annotated[float, Range("> 0")]
+    weight_decay: Annotated[float, Range(">= 0", write="0")]
+    warmup_share: Annotated[float, Range("[0, 1]")]
+    gradient_clip: Annotated[float, Range("> 0")]
 
     def __post_init__(self) -> None:
-        positive(
-            optim__learning_rate=self.learning_rate,
-            optim__clip_learning_rate=self.clip_learning_rate,
-            optim__eps=self.eps,
-            optim__gradient_clip=self.gradient_clip,
-        )
-        for beta in self.betas:
-            require(
-                0 <= beta < 1,
-                f"optim.betas={list(self.betas)} must lie in [0, 1); write for example [0.9,0.95]",
-            )
-        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; write 0 for none")
-        require(0 <= self.warmup_share <= 1, f"optim.warmup_share={self.warmup_share} is outside [0, 1]")
+        check_ranges(self, section="optim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +109,17 @@ class StrategyConfig:
             shared out over the processes).
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
-        threads: CPU threads of each process, from the PTQ start to the report; > 0. The last bit of a sum depends on how
-            many share it, so the environment (OMP_NUM_THREADS) has no say: a run is the same on every machine.
+        threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
+            threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
+            of threads trains other bits.
     """
 
     name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
-    threads: int
+    threads: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:
-        positive(strategy__threads=self.threads)
+        check_ranges(self, section="strategy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +127,10 @@ class LoggerConfig:
     """Where metrics go besides metrics.csv, which is always written.
 
     Attributes:
-        name: ``wandb`` or ``csv`` (nothing besides).
+        name: ``wandb`` (Weights & Biases, in run_dir/wandb too) or ``csv`` (nothing besides metrics.csv).
         project: Project name at Weights & Biases.
-        group: Of its runs; None: one for each sweep, none for a single run.
-        tags: Further tags of the run; model, bits, method, init and profile always are.
+        group: Group of the runs at Weights & Biases; None: one group for each sweep (-m), none for a single run.
+        tags: Tags of the run besides its model, bits, method, init and profile, which it always has.
     """
 
     name: Literal["wandb", "csv"]
@@ -162,62 +149,55 @@ class CheckpointConfig:
     """How often a run can be resumed from.
 
     Attributes:
-        every_steps: Optimizer steps between two checkpoints; > 0.
-        every_minutes: Also after so many minutes without one; > 0; None: by steps alone.
-        keep: How many of the newest are kept; > 0.
+        every_steps: Optimizer steps between two checkpoints.
+        every_minutes: A checkpoint is also written after so many minutes without one; None: by steps alone.
+        keep: How many of the newest checkpoints are kept.
     """
 
-    every_steps: int
-    every_minutes: float | None
-    keep: int
+    every_steps: Annotated[int, Range("> 0")]
+    every_minutes: Annotated[float | None, Range("> 0")]
+    keep: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:
-        positive(
-            checkpoint__every_steps=self.every_steps,
-            checkpoint__every_minutes=self.every_minutes,
-            checkpoint__keep=self.keep,
-        )
+        check_ranges(self, section="checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What the processes of a run are watched for.
+    """How the processes of a run are watched.
 
     Attributes:
-        hang_minutes: A run of several processes ends after so many minutes in which none of them reported anything; > 0;
-            None: it waits for days.
+        hang_minutes: A run of several processes ends after so many minutes in which none of them reported anything; None:
+            it waits for days.
     """
 
-    hang_minutes: float | None
+    hang_minutes: Annotated[float | None, Range("> 0")]
 
     def __post_init__(self) -> None:
-        positive(training__hang_minutes=self.hang_minutes)
+        check_ranges(self, section="training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """What a PTQ method that needs statistics sees of the full-precision model; data-free methods sample nothing.
+    """The videos and statistics by which a PTQ method sees the full-precision model; data-free methods sample nothing.
 
     Attributes:
-        prompts: Of its videos: captions, or a file of them (:mod:`qvgen.config.prompt`); None: the evaluation's.
-        videos: Videos that are sampled for it; > 0. They take the prompts in turn.
-        steps: Sampling steps of each; > 0.
-        memory_gib: Of the statistics of one pass; > 0. What does not fit is collected in further passes.
-        cache: Folder of statistics, keyed by content.
+        prompts: Captions of the videos that are sampled for calibration: a list, or a file with one to a line, or .jsonl with
+            seeds and negative prompts (:mod:`qvgen.config.prompt`); None: those of ``evaluation.prompts``.
+        videos: Number of videos that the full-precision model samples; they take the prompts in turn.
+        steps: Sampling steps of each video.
+        memory_gib: Memory of the statistics of one pass in GiB; layers that do not fit are seen in further passes.
+        cache: Folder of statistics, keyed by content; runs may share it.
     """
 
     prompts: Prompts | None
-    videos: int
-    steps: int
-    memory_gib: float
+    videos: Annotated[int, Range("> 0")]
+    steps: Annotated[int, Range("> 0")]
+    memory_gib: Annotated[float, Range("> 0")]
     cache: str
 
     def __post_init__(self) -> None:
-        positive(
-            calibration__videos=self.videos,
-            calibration__steps=self.steps,
-            calibration__memory_gib=self.memory_gib,
-        )
+        check_ranges(self, section="calibration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +205,17 @@ class ActivationSwitchConfig:
     """A policy that changes activation bits while a video is sampled (delta-GBS, :mod:`qvgen.deploy.delta_switch`).
 
     Attributes:
-        widths: The two widths, one of them that of ``bits``; None: no policy. Training draws one of them for each sample.
-        delta: Sum of the outputs' relative changes from which a step runs at the larger width; >= 0.
+        widths: The two widths in bits, rising, in 2..8, one of them that of ``bits``, for example [4,8] with bits=w4a4; None:
+            one width. Training draws one of them for each sample.
+        delta: Sum of the outputs' relative changes from which a step runs at the larger width; a larger number runs fewer
+            steps at it.
     """
 
     widths: tuple[int, ...] | None
-    delta: float
+    delta: Annotated[float, Range(">= 0", write="0.12")]
 
     def __post_init__(self) -> None:
-        require(self.delta >= 0, f"activation_switch.delta={self.delta} is negative; write for example 0.12")
+        check_ranges(self, section="activation_switch")
         require(
             self.widths is None or (len(self.widths) == 2 and 2 <= self.widths[0] < self.widths[1] <= 8),
             f"activation_switch.widths={list(self.widths or ())} must be two rising widths in 2..8; write [4,8]",
@@ -242,30 +224,30 @@ class ActivationSwitchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and shown at the end.
+    """Measurements and videos of a run, at its end and on the way.
 
     Attributes:
-        samples: Held-out inputs of the relative error; > 0. `qvgen ptq` takes 0: then nothing at all is sampled or measured.
-        quality_videos: Videos of each kind for the report's table, with held-out captions; > 0.
-        prompts: Of the videos: captions, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
-        videos: Number of videos of each kind; >= 0. They take the prompts in turn.
-        start_videos: Sample the PTQ start too, beside the trained model: a fourth model where there are three.
-        every_steps: Also measure every so many optimizer steps; None: only at the end.
+        samples: Held-out inputs of the relative error. `qvgen ptq` alone takes 0: then nothing is sampled or measured.
+        quality_videos: Videos of each model for the report's table of quality, with held-out captions; greater than 0 where
+            anything is measured.
+        prompts: Captions of the videos: a list, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
+        videos: Number of videos of each model in the report; they take the prompts in turn. 0: none.
+        start_videos: True also samples the PTQ start, before training: a fourth model where there are three.
+        every_steps: Measure every so many optimizer steps too; None: only at the end.
         video_every_steps: Sample validation videos of the same prompts every so many optimizer steps; None: never.
     """
 
-    samples: int
-    quality_videos: int
+    samples: Annotated[int, Range(">= 0", write="64")]
+    quality_videos: Annotated[int, Range(">= 0")]
     prompts: Prompts | None
-    videos: int
+    videos: Annotated[int, Range(">= 0", write="0")]
     start_videos: bool
-    every_steps: int | None
-    video_every_steps: int | None
+    every_steps: Annotated[int | None, Range("> 0")]
+    video_every_steps: Annotated[int | None, Range("> 0")]
 
     def __post_init__(self) -> None:
+        check_ranges(self, section="evaluation")
         require(
-            self.samples >= 0, f"evaluation.samples={self.samples} is negative; write 0 to measure nothing (qvgen ptq)"
+            self.quality_videos > 0 or not self.samples,
+            f"evaluation.quality_videos={self.quality_videos} must be greater than 0",
         )
-        positive(evaluation__quality_videos=self.quality_videos if self.samples else None)
-        positive(evaluation__every_steps=self.every_steps, evaluation__video_every_steps=self.video_every_steps)
-        require(self.videos >= 0, f"evaluation.videos={self.videos} is negative; write 0 for none")

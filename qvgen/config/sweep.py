@@ -21,7 +21,7 @@ FOLDER_KEYS: Mapping[str, str] = {"train": "run_dir", "ptq": "run_dir", "generat
 """Verb -> the key of the folder that a job writes to and shares with no other."""
 
 MOST_CHARACTERS = 100
-"""Of a name; file systems take 255 bytes, and longer ones than this are no longer read."""
+"""Longest name of a folder in characters; file systems take 255 bytes, and people do not read longer ones."""
 
 _HASH_CHARACTERS = 8
 
@@ -44,16 +44,16 @@ def separate_folders(
         return list(plains)
     folders = [os.path.normpath(str(plain[key])) for plain in plains]
     if _repeated(folders):
-        found = _named(folders, jobs, without=key)
+        separated = _named(folders, jobs, without=key)
     elif key == "run_dir" and not any(_key(override) == key for override in jobs[0]):
-        found = _named([_common(folders)] * len(folders), jobs, without=key)
+        separated = _named([_common(folders)] * len(folders), jobs, without=key)
     else:
         return list(plains)
-    return [{**plain, key: folder} for plain, folder in zip(plains, found, strict=True)]
+    return [{**plain, key: folder} for plain, folder in zip(plains, separated, strict=True)]
 
 
 def folder_of_job(verb: str, plain: Mapping[str, Any]) -> dict[str, Path]:
-    """What to add to the overrides of one job, so that alone it works in the folder that it has in the sweep."""
+    """Override that one job needs besides its own, so that alone it works in the folder that it has in the sweep."""
     key = FOLDER_KEYS.get(verb)
     return {} if key is None else {key: Path(str(plain[key]))}
 

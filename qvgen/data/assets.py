@@ -71,7 +71,7 @@ def fetch(asset: Asset, *, folder: Path) -> Path:
     """Fetch and unpack one asset, unless it is there.
 
     Args:
-        asset: What to fetch.
+        asset: The asset to fetch.
         folder: Where assets are kept.
 
     Returns:

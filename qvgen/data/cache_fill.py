@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import Range, check_ranges
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_process import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.data.clip_report import (
@@ -39,7 +40,6 @@ from qvgen.data.clip_report import (
 )
 from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
-from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ STALE_S = 3600.0
 _LOG_EVERY_S = 10.0
 
 
+MAX_BAD = Range("[0, 1]", write="0.05")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FillOptions:
     """How a cache is filled.
@@ -65,22 +68,21 @@ class FillOptions:
     Attributes:
         shard: Which process this is, 0 <= shard < num_shards.
         num_shards: All processes.
-        max_bad: Share of the table's clips that may be bad, in [0, 1].
+        max_bad: Share of the table's clips that may be bad.
         timeout_s: Seconds that one file may take to be read.
         captions: Further captions to encode, for example of validation videos; the empty one always is.
     """
 
     shard: int = 0
     num_shards: int = 1
-    max_bad: float = 0.05
+    max_bad: Annotated[float, MAX_BAD] = 0.05
     timeout_s: float = TIMEOUT_S
     captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.shard < self.num_shards:
             raise ValueError(f"shard={self.shard} is not in 0..{self.num_shards - 1}")
-        if not 0 <= self.max_bad <= 1:
-            raise UserError(f"data.max_bad={self.max_bad} is outside [0, 1]; write for example data.max_bad=0.05")
+        check_ranges(self, section="data")
 
 
 def fill(
@@ -160,7 +162,7 @@ def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, ch
 
     Args:
         cache: The cache.
-        record: What is known of the row.
+        record: The row's record: all that is known of it.
         clip: The row.
         checked: Seals of files that were read before: clips and captions of several rows are read once.
     """

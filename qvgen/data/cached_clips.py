@@ -20,7 +20,7 @@ class CachedClip(TypedDict):
 
     Attributes:
         video: float32 [C, f, h, w], latents.
-        caption: What the clip shows; :meth:`LatentCache.encode` has its embedding.
+        caption: Text of the clip; :meth:`LatentCache.encode` has its embedding.
         sample_id: The clip's row in its table.
     """
 

@@ -45,7 +45,7 @@ class Clip:
         path: The file; None where the table holds the bytes themselves.
         data: The file's bytes, where the table holds them in a column; or None.
         member: The place of the bytes, where the table is made of archives; or None.
-        caption: What the clip shows; empty where the table has no text.
+        caption: Text of the clip; empty where the table has no text.
     """
 
     name: str
@@ -79,13 +79,13 @@ class ClipTable(Sequence[Clip]):
     """The rows of a table, in its order.
 
     Args:
-        rows: What its reader found.
-        folder: What relative names are relative to.
+        rows: The rows that its reader gave.
+        folder: Folder that relative names start from.
 
     Attributes:
-        folder: As given.
-        what: What was recognized, in one phrase.
-        lost: What of it can't be used, or was left out by its reader; one phrase each.
+        folder: The same folder, as it was given.
+        what: The form that was recognized, in one phrase.
+        lost: Rows that can't be used or were left out by the reader, one phrase for each kind.
     """
 
     def __init__(self, rows: Rows, *, folder: Path) -> None:
@@ -135,13 +135,13 @@ class ClipTable(Sequence[Clip]):
             parent, file = os.path.split(os.path.join(self.folder, name))
             if parent not in there:
                 there[parent] = _files(parent)
-            # what is not in the listing may be there in another spelling, where the file system allows that
+            # a name that the listing lacks may be there in another spelling, where the file system allows that
             if not name or (file not in there[parent] and not os.path.isfile(os.path.join(parent, file))):
                 missing.append(name or "(a row without a name)")
         return missing
 
     def summary(self) -> list[str]:
-        """What the table is and what is missing of it, one line each."""
+        """The table's form, and what is missing of it, one line each."""
         missing = self.missing()
         lines = [f"table: {self.what}, {len(self)} rows"]
         if not self._rows.holds_all:
@@ -208,7 +208,7 @@ def _folder(rows: Rows, *, path: Path, given: bool) -> Path:
 
 
 def _faults(rows: Rows) -> list[str]:
-    """What of the rows can't be used or stands there more than once, counted and named."""
+    """Rows that can't be used or stand there more than once, counted and named."""
     faults = []
     empty = [name for name, caption in zip(rows.names, rows.captions, strict=True) if not caption]
     if empty:
@@ -218,7 +218,7 @@ def _faults(rows: Rows) -> list[str]:
         if nameless:
             faults.append(f"rows without a file's name: {nameless}")
     often = [name for name, count in Counter(rows.names).items() if name and count > 1]
-    if often and rows.read_bytes is None:  # of bytes, names say nothing
+    if often and rows.read_bytes is None:  # names of clips that the table holds as bytes say nothing
         captions: dict[str, set[str]] = {name: set() for name in often}
         for name, caption in zip(rows.names, rows.captions, strict=True):
             if name in captions:

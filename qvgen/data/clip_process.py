@@ -69,19 +69,19 @@ class ClipReader:
         self._stderr: IO[bytes] | None = None
 
     def probe(self, path: Path | str) -> VideoInfo:
-        """What a video file is.
+        """Look at a video file.
 
         Raises:
             BadClip: It is none, is broken, or took the worker down.
             RuntimeError: The worker failed for another reason.
         """
-        found, _ = self.ask({"path": str(path)})
-        times = found["times_s"]
-        exact = {"fps": Fraction(found["fps"]), "pixel_aspect": Fraction(found["pixel_aspect"])}
-        return VideoInfo(**found | exact | {"times_s": None if times is None else tuple(times)})
+        reply, _ = self.ask({"path": str(path)})
+        times = reply["times_s"]
+        exact = {"fps": Fraction(reply["fps"]), "pixel_aspect": Fraction(reply["pixel_aspect"])}
+        return VideoInfo(**reply | exact | {"times_s": None if times is None else tuple(times)})
 
     def cut(self, path: Path | str, *, settings: CutSettings) -> tuple[ClipCut, Frames]:
-        """As :func:`qvgen.data.clips.cut_clip`, which the worker calls.
+        """Cut a clip in the worker, by :func:`qvgen.data.clips.cut_clip`.
 
         Returns:
             The cut and uint8 [F, H, W, 3].
@@ -90,11 +90,11 @@ class ClipReader:
             BadClip: The clip doesn't fit the settings, is broken, or took the worker down.
             RuntimeError: The worker failed for another reason.
         """
-        found, data = self.ask({"path": str(path), "settings": asdict(settings)})
-        bucket = Bucket(**found["bucket"])
+        reply, data = self.ask({"path": str(path), "settings": asdict(settings)})
+        bucket = Bucket(**reply["bucket"])
         frames = np.frombuffer(data, dtype=np.uint8).reshape(bucket.frames, bucket.height, bucket.width, 3)
-        lists = {"indices": tuple(found["indices"]), "box": tuple(found["box"])}
-        return ClipCut(**found | lists | {"bucket": bucket}), frames
+        lists = {"indices": tuple(reply["indices"]), "box": tuple(reply["box"])}
+        return ClipCut(**reply | lists | {"bucket": bucket}), frames
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """One request and its answer.
@@ -110,10 +110,10 @@ class ClipReader:
             if not connection.poll(self.timeout_s + _GRACE_S):
                 self.close()
                 raise TimedOut(f"not read within {self.timeout_s:g} s")
-            found = json.loads(connection.recv_bytes())
-            if "refused" in found:
-                raise BadClip(found["refused"])
-            return found, connection.recv_bytes()
+            reply = json.loads(connection.recv_bytes())
+            if "refused" in reply:
+                raise BadClip(reply["refused"])
+            return reply, connection.recv_bytes()
         except (EOFError, ConnectionError):
             raise self._lost() from None
 
@@ -127,7 +127,7 @@ class ClipReader:
                     [sys.executable, "-c", program],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    stdout=self._stderr,  # what a library prints must not end up in our own output
+                    stdout=self._stderr,  # a library's prints must not end up in our own output
                     stderr=self._stderr,
                 )
             theirs.close()
@@ -173,7 +173,7 @@ class ClipReader:
 
 
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """What the worker does with a file: cut it where the request has settings, else only look at it."""
+    """Do the worker's part with a file: cut it where the request has settings, else only look at it."""
     settings = request.get("settings")
     if settings is None:
         info = probe_video(request["path"])
@@ -198,12 +198,12 @@ def serve(descriptor: int, answer_name: str, timeout_s: float) -> None:
             return
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         try:
-            found, data = function(request)
+            reply, data = function(request)
         except (ValueError, OSError) as error:
-            found, data = {"refused": one_line(error)}, None
+            reply, data = {"refused": one_line(error)}, None
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            connection.send_bytes(json.dumps(found).encode())
+            connection.send_bytes(json.dumps(reply).encode())
             if data is not None:
                 connection.send_bytes(data)
         except ConnectionError:

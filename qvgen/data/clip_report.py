@@ -1,4 +1,4 @@
-"""What became of the clips of a table: those that can't be used, and what of the others is not seen by the model.
+"""The fate of a table's clips: which can't be used, and which parts of the others the model does not see.
 
 time       the seconds outside the cut
 picture    the share outside the box
@@ -30,7 +30,7 @@ _SHOWN_LETTERS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class FillReport:
-    """What one call of :func:`qvgen.data.cache_fill.fill` did.
+    """The work of one call of :func:`qvgen.data.cache_fill.fill`.
 
     Attributes:
         encoded: Clips whose latents it made.
@@ -57,11 +57,11 @@ def left_out_path(index_path: Path) -> Path:
 
 
 def left_out(cut: ClipCut, *, tokens: int) -> dict[str, float]:
-    """What of a clip is not used, as its record keeps it.
+    """The parts of a clip that are not used, as its record keeps them.
 
     Args:
         cut: How it is cut.
-        tokens: Of its caption, that the text encoder does not take.
+        tokens: Number of tokens of its caption that the text encoder does not take.
     """
     return {"clip_s": cut.clip_s, "used_s": cut.used_s, "used_area": cut.used_area, "tokens": tokens}
 

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 
-from qvgen.data.cache_fill import FillOptions, fill
+from qvgen.config.value_range import Range, check_ranges
+from qvgen.data.cache_fill import MAX_BAD, FillOptions, fill
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table
 from qvgen.data.clip_report import FillReport, describe_left_out, left_out_path
@@ -29,7 +30,7 @@ from qvgen.errors import UserError
 
 
 class LatentFamily(Family, Protocol):
-    """What is needed of a family whose samples are latents: :class:`qvgen.models.base.LatentVideoDiT`."""
+    """The part of a family with latents that this source needs; :class:`qvgen.models.base.LatentVideoDiT` has it all."""
 
     height: int
     width: int
@@ -59,16 +60,17 @@ class ClipSource(EncodedSource):
     """Clips of a table.
 
     Attributes:
-        path: Folder or file of clips and captions; the forms are those of :mod:`qvgen.data.tables.recognize`.
+        path: Folder of videos with metadata.csv (file_name,text), or another of the forms of docs/data.md.
         videos: Folder that the table's names start from; None: the table's own, its ``videos``, or the working one.
         video_column: The table's column of videos; None: whichever of the known names it has.
         caption_column: The table's column of captions; None: whichever of the known names it has.
-        cache: Folder of latents and embeddings; any number of runs may share it.
+        cache: Folder of latents and embeddings, keyed by content; any number of runs and models may share it.
         fps: Frames per second that clips are cut at; None: the model's.
-        buckets: Shapes such as 49x480x720 (frames x height x width); None: the model's own alone.
-        max_bad: Share of the clips that may be broken, too short or too small, in [0, 1].
+        buckets: Shapes of the clips, frames x height x width, for example [49x480x720,49x720x480]; all clips of a batch
+            have the same one. None: the model's own size alone.
+        max_bad: Share of the clips that may be broken, too short or too small; they are listed in a file.
         held_out: Clips that are kept from training to measure on; at most a tenth of all, at least one.
-        timeout_s: Seconds that one file may take to be read.
+        timeout_s: Seconds that reading one file may take.
     """
 
     path: str | None
@@ -76,17 +78,14 @@ class ClipSource(EncodedSource):
     cache: str
     fps: float | None
     buckets: Sequence[str] | None
-    max_bad: float
-    held_out: int
-    timeout_s: float
+    max_bad: Annotated[float, MAX_BAD]
+    held_out: Annotated[int, Range("> 0")]
+    timeout_s: Annotated[float, Range("> 0")]
     video_column: str | None = None
     caption_column: str | None = None
 
     def __post_init__(self) -> None:
-        FillOptions(max_bad=self.max_bad)
-        for name, value in (("held_out", self.held_out), ("timeout_s", self.timeout_s)):
-            if not value > 0:
-                raise UserError(f"data.{name}={value} must be greater than 0")
+        check_ranges(self, section="data")
         if self.buckets is not None:
             _parse(self.buckets)
 
@@ -105,7 +104,7 @@ class ClipSource(EncodedSource):
         return len(self.table()) if self.is_given else None
 
     def summary(self) -> list[str]:
-        """What the table is, and what is missing of it."""
+        """The table's form, and what is missing of it."""
         return self.table().summary() if self.is_given else []
 
     def check(self, family: Any) -> None:
@@ -121,7 +120,7 @@ class ClipSource(EncodedSource):
                 raise UserError(f"data.buckets: {error}") from error
 
     def cut_settings(self, family: LatentFamily) -> CutSettings:
-        """Rate and shapes."""
+        """The rate and the shapes to which clips are cut."""
         own = Bucket(frames=family.num_frames, height=family.height, width=family.width)
         buckets = (own,) if self.buckets is None else _parse(self.buckets)
         return CutSettings(fps=float(family.fps if self.fps is None else self.fps), buckets=buckets)
@@ -192,7 +191,7 @@ class ClipSource(EncodedSource):
         )
 
     def describe_share(self, family: Any, *, shard: int, num_shards: int) -> list[str]:
-        """Clips of a share, how they are cut, what is missing, disk."""
+        """Lines of a plan: the clips of a share, how they are cut, what is missing, and the space on the disk."""
         table, cut = self.table(), self.cut_settings(family)
         mine = range(shard, len(table), num_shards)
         lines = [

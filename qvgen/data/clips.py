@@ -137,7 +137,7 @@ class ClipCut:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What decides the frames: part of the content key of their latents."""
+        """The values that decide the frames: part of the content key of their latents."""
         key: dict[str, Any] = {"bucket": asdict(self.bucket), "indices": self.indices, "box": self.box}
         return key | ({"treatment": self.treatment} if self.treatment else {})
 
@@ -205,7 +205,7 @@ def choose_bucket(info: VideoInfo, *, settings: CutSettings) -> tuple[Bucket, tu
         needed = f"{min(by_frames)} at {settings.fps:g}"
         raise BadClip(f"{info.num_frames} frames at {float(info.fps):.4g} per second are too short for {needed}")
 
-    def enlargement(bucket: Bucket) -> Fraction:  # of stored pixels, in the direction in which they are larger
+    def enlargement(bucket: Bucket) -> Fraction:  # enlargement of stored pixels, in the direction in which it is larger
         return max(bucket.width / _shown_width(info), Fraction(bucket.height, info.height)) * max(1, info.pixel_aspect)
 
     def rank(bucket: Bucket) -> tuple[float, ...]:

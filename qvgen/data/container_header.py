@@ -1,4 +1,4 @@
-"""What mp4 and Matroska headers say of the picture and FFmpeg's libraries do not hand on: cropping, and rates of edits.
+"""The parts of mp4 and Matroska headers that FFmpeg's libraries do not hand on: cropping, and rates of edits.
 
     mp4, mov     moov/trak(vide)/mdia/minf/stbl/stsd/ENTRY/clap   width, height, offsets of the centre, as fractions
                  moov/trak(vide)/edts/elst                         per edit: duration, media time, rate (16.16)
@@ -40,7 +40,7 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoHeader:
-    """What the header says of one video track.
+    """One video track, as the header describes it.
 
     Attributes:
         aperture: Fractions width, height, and how far the centre is moved right and down; None: the whole frame.
@@ -67,7 +67,7 @@ class VideoHeader:
         shown_width, shown_height, right, down = self.aperture
         left, top = (width - shown_width) / 2 + right, (height - shown_height) / 2 + down
         if left < 0 or top < 0 or left + shown_width > width or top + shown_height > height:
-            return Crop()  # of another size than the frame: nothing that could be shown
+            return Crop()  # a crop of another size than the frame: nothing could be shown
         return Crop(
             left=math.ceil(left),
             top=math.ceil(top),
@@ -156,10 +156,10 @@ def _matroska_tracks(file: BinaryIO, size: int) -> Iterator[VideoHeader]:
                 for name, *video in _elements(file, entry_range[0], entry_range[1]) if entry == _MATROSKA_ENTRY else ():
                     if name == _MATROSKA_VIDEO:
                         fields = _elements(file, video[0], video[1])
-                        found = {
+                        crop = {
                             _MATROSKA_CROP[key]: (begin, end) for key, begin, end in fields if key in _MATROSKA_CROP
                         }
-                        sides = {side: int.from_bytes(_read(file, where)) for side, where in found.items()}
+                        sides = {side: int.from_bytes(_read(file, where)) for side, where in crop.items()}
                         yield VideoHeader(sides=Crop(**sides))
             return
 

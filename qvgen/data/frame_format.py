@@ -1,4 +1,4 @@
-"""What a decoded frame says about its pixels, and the frame as an ordinary display (BT.709, sRGB) shows it.
+"""The format that a decoded frame gives for its pixels, and the frame as an ordinary display (BT.709, sRGB) shows it.
 
     YCbCr --matrix, range--> R'G'B' --transfer--> linear --primaries to BT.709--> linear --transfer--> R'G'B' uint8, upright
 
@@ -60,15 +60,15 @@ _LARGE_LONG_SIDE, _SMALL_SHORT_SIDE = 1280, 576
 
 @dataclass(frozen=True, kw_only=True)
 class FrameFormat:
-    """What all used frames of a clip must have in common.
+    """The format that all used frames of a clip must have in common.
 
     Attributes:
         height: Pixels as stored, before turning.
         width: Pixels as stored.
         pixels: FFmpeg's name of the pixel format.
-        bits: Of its deepest component.
+        bits: Bits of its deepest component.
         matrix: H.273 code of the matrix that is used; 0 for RGB, palettes and grey.
-        matrix_from: What it was taken from: ``stream``, ``primaries`` or ``size``; empty where there is none.
+        matrix_from: Where the matrix was taken from: ``stream``, ``primaries`` or ``size``; empty where there is none.
         full_range: Whether levels fill 0 .. 2^bits - 1.
         primaries: H.273 code of the primaries that are used.
         transfer: H.273 code, as the stream says.
@@ -114,7 +114,7 @@ class FrameFormat:
 
 
 def read_format(frame: av.VideoFrame) -> FrameFormat:
-    """What a frame says about its pixels."""
+    """The format that a frame gives for its pixels."""
     name, stored, range_ = frame.format.name, int(frame.colorspace), int(frame.color_range)
     has_matrix = not frame.format.is_rgb and len(frame.format.components) >= 3  # not grey, nor with a palette
     matrix, source = _matrix(frame) if has_matrix else (0, "")
@@ -208,7 +208,7 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool] | None:
 
 
 def _grey_levels(form: FrameFormat) -> UInt8[np.ndarray, " levels"]:
-    """What each level of a grey frame is in full range: FFmpeg takes all of them for full."""
+    """Each level of a grey frame in full range: FFmpeg takes all of them for full."""
     levels = np.arange(256)
     return (levels if form.full_range else np.rint(np.clip((levels - 16) * 255 / 219, 0, 255))).astype(np.uint8)
 
@@ -218,7 +218,7 @@ def to_rgb(frame: av.VideoFrame, form: FrameFormat, *, crop: Crop) -> Picture:
 
     Args:
         frame: Decoded.
-        form: Of the clip; the frame must have it.
+        form: Format of the clip; the frame must have it.
         crop: By the container, of the stored frame.
 
     Raises:

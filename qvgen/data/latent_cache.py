@@ -44,7 +44,8 @@ from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 
 FORMAT = 1
-"""Part of every key; one more when the same settings would give other content."""
+"""Number of the cache's format, part of every key: it is raised whenever equal settings come to mean other content, so that
+entries of older versions are never taken for new ones."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -53,11 +54,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """What the content of a cache depends on, besides clips and captions.
+    """The settings that a cache's content depends on, besides clips and captions.
 
     Attributes:
         cut: Rate and buckets.
-        vae_revision: Which VAE, in which arithmetic: whatever changes its latents.
+        vae_revision: Identifier of the VAE and its arithmetic: of all that changes its latents.
         text_revision: Which text encoder, how many tokens, in which arithmetic.
     """
 
@@ -81,7 +82,7 @@ class LatentCache:
 
     Args:
         folder: Made when something is written.
-        settings: What the content depends on.
+        settings: The settings that its content depends on.
     """
 
     def __init__(self, folder: Path | str, *, settings: CacheSettings) -> None:
@@ -129,7 +130,7 @@ class LatentCache:
         return self.folder / "records" / self._settings_key[:32] / row_key[:2] / f"{row_key}.json"
 
     def read_record(self, row_key: str) -> dict[str, Any] | None:
-        """What became of a row, or None where nothing is known: there is no record, or it is damaged."""
+        """The record of a row; None where nothing is known: there is no record, or it is damaged."""
         path = self.record_path(row_key)
         record = read_json(path, expected=is_record)
         if record is None and path.exists():
@@ -150,8 +151,8 @@ class LatentCache:
         """Latents of a clip, float32.
 
         Args:
-            key: Of the latents.
-            seal: What the row's record knows of them; None: only that they are as they were written.
+            key: Key of the latents.
+            seal: Seal of the latents that the row's record holds; None checks only that they are as they were written.
 
         Raises:
             UserError: They are not there any more, or the file is damaged.
@@ -167,7 +168,7 @@ class LatentCache:
         """Seal of a clip's latents; None where they are missing or damaged, which is said.
 
         Args:
-            key: Of the latents.
+            key: Key of the latents.
             verify: Read the values too.
         """
         return _seal(self.latent_path(key), key=key, verify=verify)

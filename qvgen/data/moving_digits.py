@@ -183,7 +183,14 @@ class MovingDigits(Dataset[MovingDigit]):
 
 @dataclass(frozen=True, kw_only=True)
 class MovingDigitsSource(DataSource):
-    """``data=moving_digits``: the two splits under one setting; arguments as :class:`MovingDigits`."""
+    """``data=moving_digits``: the two splits under one setting.
+
+    Attributes:
+        length: Number of clips of each split, at least 1.
+        image_size: Side of the square frame in pixels, at least 8; the model's.
+        num_frames: Frames of a clip, at least 1; the model's.
+        step_pixels: Pixels by which a moving digit moves from frame to frame, along each axis that it moves on.
+    """
 
     length: int
     image_size: int
@@ -192,10 +199,10 @@ class MovingDigitsSource(DataSource):
 
     def check(self, family: Family) -> None:
         """Raise ValueError where the family does not take videos of this shape."""
-        found = (3, self.num_frames, self.image_size, self.image_size)
-        if found != family.sample_shape:
+        shape = (3, self.num_frames, self.image_size, self.image_size)
+        if shape != family.sample_shape:
             raise UserError(
-                f"data=moving_digits has videos of shape {found}, model={family.name} takes {family.sample_shape}; "
+                f"data=moving_digits has videos of shape {shape}, model={family.name} takes {family.sample_shape}; "
                 "choose data that fits: data=clips data.path=FOLDER for a model with a VAE"
             )
 

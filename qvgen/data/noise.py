@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Objective(Protocol):
-    """What is needed of an objective of :mod:`qvgen.models.objectives`."""
+    """The part of an objective (:mod:`qvgen.models.objectives`) that noising needs."""
 
     def sample_sigma(self, *, generator: torch.Generator) -> Tensor:
         """One noise level, float32 []."""
@@ -26,7 +26,7 @@ class Objective(Protocol):
         """Noisy latents [B, C, F, H, W]."""
 
     def target(self, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
-        """What a perfect model predicts, [B, C, F, H, W]."""
+        """The prediction of a perfect model, [B, C, F, H, W]."""
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps in [0, 1000) of noise levels [B]."""

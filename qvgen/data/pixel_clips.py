@@ -19,7 +19,7 @@ from qvgen.data.clip_source import LatentFamily
 
 
 class PixelClips:
-    """What ``data=clips`` sees in place of a model family; its samples' ``video`` is uint8 [3, F, H, W].
+    """The stand-in that ``data=clips`` sees in place of a model family; its samples' ``video`` is uint8 [3, F, H, W].
 
     Args:
         family: The family whose VAE is trained: size, rate, and which sizes fit.
@@ -44,7 +44,7 @@ class PixelClips:
         return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
     def tokens_left_out(self, caption: str) -> int:
-        """None: nothing is encoded."""
+        """No token: captions are not encoded, so nothing of them is left out."""
         del caption
         return 0
 

@@ -93,7 +93,7 @@ def read_sealed(path: Path, *, key: str, seal: str | None = None) -> dict[str, T
 
     Args:
         path: The file.
-        key: What the tensors were made from.
+        key: Content key of what the tensors were made from.
         seal: The seal that is known of them; None: only the file's own.
 
     Raises:

@@ -25,7 +25,7 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 class Family(Protocol):
-    """What every source needs of a model family."""
+    """The part of a model family that every source needs."""
 
     name: str
 
@@ -76,7 +76,7 @@ class DataSource(abc.ABC):
 
     @abc.abstractmethod
     def identity(self, family: Any) -> dict[str, str]:
-        """What decides the samples: name of a part -> checksum of its content, whatever it is called and wherever it lies.
+        """The identity of the samples: name of a part -> checksum of its content, whatever it is called and wherever it lies.
 
         Raises:
             ValueError: They are not ready.
@@ -99,7 +99,7 @@ class DataSource(abc.ABC):
         return None
 
     def summary(self) -> list[str]:
-        """What a plan says of the samples, in lines; nothing is encoded for it."""
+        """A plan's lines about the samples; nothing is encoded for them."""
         return []
 
 
@@ -116,7 +116,7 @@ class EncodedSource(DataSource):
     @property
     @abc.abstractmethod
     def origin(self) -> str:
-        """What is encoded, for messages."""
+        """The thing that is encoded, in a word for messages."""
 
     @abc.abstractmethod
     def is_complete(self, family: Any, *, captions: Sequence[str]) -> bool:
@@ -127,7 +127,7 @@ class EncodedSource(DataSource):
         """Encode what is missing of a share of the cache: clips shard, shard + num_shards, ...
 
         Args:
-            family: What encodes.
+            family: The family that encodes.
             captions: Texts to encode besides the clips' captions.
             shard: The share, 0 <= shard < num_shards.
             num_shards: Shares.
@@ -138,4 +138,4 @@ class EncodedSource(DataSource):
 
     @abc.abstractmethod
     def describe_share(self, family: Any, *, shard: int, num_shards: int) -> list[str]:
-        """What :meth:`fill` would do, in lines; nothing is encoded and no weights are read."""
+        """Lines that say what :meth:`fill` would do; nothing is encoded and no weights are read."""

@@ -47,7 +47,8 @@ from qvgen.data.video_stream import (
 from qvgen.data.webp_animation import is_webp, probe_webp, read_webp
 
 READER = 2
-"""One more when the same file may give other frames, or be refused for another reason: every clip is looked at again."""
+"""Version of the reader, raised whenever the same file may give other frames or be refused for another reason: every clip is
+looked at again then."""
 
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 """Containers (FFmpeg's names) in which a decoder can start at a key frame."""
@@ -61,7 +62,7 @@ Choose = Callable[["VideoInfo"], Sequence[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video file is.
+    """The properties of a video file.
 
     Attributes:
         num_frames: Frames that a player shows.
@@ -88,14 +89,14 @@ class VideoInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What is needed to find a file's frames again.
+    """The values by which a file's frames are decoded again.
 
     Attributes:
-        info: What the file is.
+        info: Properties of the file.
         number: The stream's, among the video streams.
-        form: What its frames have in common.
+        form: Format that its frames have in common.
         aspect: Width of a stored pixel by its height.
-        crop: Of stored frames, by the container.
+        crop: Crop of stored frames that the container asks for.
         stamps: Time stamp of each shown frame, ascending; None where the file has none: frames are counted.
     """
 
@@ -108,7 +109,7 @@ class _Source:
 
 
 def probe_video(path: Path | str) -> VideoInfo:
-    """What a video file is, from its headers and first frame (animated WebP: from its pictures).
+    """The properties of a video file, from its headers and first frame (animated WebP: from its pictures).
 
     Raises:
         OSError: There is no such file, or it can't be read.
@@ -130,7 +131,7 @@ def read_frames(path: Path | str, choose: Choose) -> tuple[VideoInfo, Frames]:
 
     Raises:
         OSError: There is no such file, or it can't be read.
-        ValueError: As :func:`probe_video`, or its frames can't be decoded or used.
+        ValueError: See :func:`probe_video`; or its frames can't be decoded or used.
     """
     path = _existing(path)
     if is_webp(path):
@@ -231,7 +232,7 @@ def _read(path: Path, indices: Sequence[int], *, source: _Source) -> Frames:
 
 def _find(path: Path, wanted: set[int], *, source: _Source, seek: bool) -> dict[int, Picture]:
     """Frames by time stamp (or by number, where there are no stamps): those that could be decoded."""
-    found: dict[int, Picture] = {}
+    pictures: dict[int, Picture] = {}
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[source.number]
@@ -243,11 +244,11 @@ def _find(path: Path, wanted: set[int], *, source: _Source, seek: bool) -> dict[
                     continue
                 if stored_aspect(stream) != source.aspect:
                     raise ValueError("changes the aspect of its pixels in mid-stream; cut it there")
-                found[key] = to_rgb(frame, source.form, crop=source.crop)
-                if len(found) == len(wanted):
+                pictures[key] = to_rgb(frame, source.form, crop=source.crop)
+                if len(pictures) == len(wanted):
                     break
     except av.FFmpegError as error:
-        raise ValueError(f"{path} can't be decoded after {len(found)} of the frames: {error.strerror}") from error
+        raise ValueError(f"{path} can't be decoded after {len(pictures)} of the frames: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
-    return found
+    return pictures

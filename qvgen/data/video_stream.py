@@ -29,7 +29,7 @@ _CODECS_WITH_A_RATE = ("mpeg1video", "mpeg2video")
 
 
 class PacketTimes(NamedTuple):
-    """What counts of a packet; its bytes are not kept.
+    """The part of a packet that counts; its bytes are not kept.
 
     Attributes:
         pts: When it is shown, in the stream's ticks, or None.
@@ -92,7 +92,7 @@ def frame_times(
     Frames before the first that was decoded are not shown: what they are coded from is missing.
 
     Args:
-        packets: Of the frames that are shown.
+        packets: Packets of the frames that are shown.
         first: Time stamp of the first frame that was decoded, or None.
         tick: Seconds of the stream's clock.
         rate: Frames per second that the file states, or None.

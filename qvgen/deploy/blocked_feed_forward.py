@@ -18,7 +18,7 @@ class BlockedFeedForward(nn.Module):
     """A feed-forward of packed layers by blocks of rows; on other devices than a CPU whole.
 
     Args:
-        feed_forward: Of diffusers; its ``net`` becomes this module's, so that names in a state dict stay.
+        feed_forward: A FeedForward of diffusers; its ``net`` becomes this module's, so that names in a state dict stay.
     """
 
     def __init__(self, feed_forward: FeedForward) -> None:
@@ -31,7 +31,7 @@ class BlockedFeedForward(nn.Module):
         ``gate`` and ``residual`` are those of the last layer, which is a PackedLinear then, for x [B, n, K].
         """
         entries = x.shape[0]
-        rows = x.numel() // max(1, entries * x.shape[-1])  # of each entry along the first dimension
+        rows = x.numel() // max(1, entries * x.shape[-1])  # rows of each entry along the first dimension
         if x.device.type != "cpu" or x.ndim != 3 or rows <= ROWS:
             return self._whole(x, gate, residual)
         # Blocks along the tokens of all samples: a layer finds each row's sample by the first dimension.

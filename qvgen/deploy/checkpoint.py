@@ -60,7 +60,7 @@ def save_packed(
         model: A folded transformer of diffusers.
         directory: Made if need be; a checkpoint that is there is replaced.
         base_name: Name of the model family's configuration; needed by ``qvgen generate``.
-        base_revision: What identifies the full-precision weights.
+        base_revision: Revision or checksum that identifies the full-precision weights.
         base_arguments: Arguments of the family that ``qvgen generate`` needs again: sizes, sampling; no paths.
         training: How the model was made, for the record.
 
@@ -129,7 +129,7 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
     """Read a packed checkpoint into a transformer that runs in its ordinary diffusers pipeline.
 
     Args:
-        directory: What :func:`save_packed` wrote.
+        directory: A folder that :func:`save_packed` wrote.
         model: A full-precision transformer of the same configuration to load into, in place; None builds one
             without ever allocating its full-precision weights.
         kernel: Backend that runs the packed layers; a name never falls back to another one.

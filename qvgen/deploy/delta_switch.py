@@ -29,7 +29,7 @@ from qvgen.quant.grid import MAX_BITS, MIN_BITS
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaSwitchConfig:
-    """When activations are coarse.
+    """The rule that decides in which sampling steps activations are coarse.
 
     Attributes:
         widths: Low and high activation bits.

@@ -61,7 +61,10 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
         self.train(block.training)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-        """As diffusers': hidden_states [B, n, N], text [B, t, N], temb [B, 6, N] or, of every token, [B, n, 6, N]."""
+        """Apply the block as diffusers does.
+
+        hidden_states are [B, n, N], the text [B, t, N], temb [B, 6, N] or, with a timestep for every token, [B, n, 6, N].
+        """
         of_tokens = temb.ndim == 4
         table = (self.scale_shift_table.unsqueeze(0) if of_tokens else self.scale_shift_table) + temb.float()
         parts = [part.squeeze(2) if of_tokens else part for part in table.chunk(6, dim=temb.ndim - 2)]

@@ -37,7 +37,7 @@ LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high",
 """Arguments of a family that are of the machine where it was made; no manifest holds them."""
 
 MAX_FEATURES, MAX_BANDS = 2**20, 2**16
-"""Above the sizes that a layer or a table of clips can have; the widest Linear of the models has 30 720 rows."""
+"""Most columns or rows of a layer, and most noise bands, that a manifest may give; the widest Linear has 30 720 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class LayerEntry:
     weight_error: float | None
 
     def to_dict(self, *, num_noise_bands: int) -> dict[str, Any]:
-        """As the manifest stores it."""
+        """The layer as the manifest stores it, in plain values."""
         form, profile = self.form, self.form.profile
         weight, activation = asdict(profile.weight), asdict(profile.activation)
         kind = "static" if form.static else "dynamic"
@@ -125,19 +125,19 @@ class Manifest:
 
     Attributes:
         base_name: Name of the model family's configuration (conf/model), for example ``tiny``.
-        base_arguments: What the run gave to the family in place of its configuration's values: sizes, sampling; plain
+        base_arguments: Values that the run gave to the family in place of its configuration's: sizes, sampling; plain
             values, no paths.
-        base_revision: What identifies the full-precision weights, for example their sha256.
+        base_revision: Identifier of the full-precision weights, for example their sha256.
         transformer: Class of diffusers; see :mod:`qvgen.deploy.transformer_class`.
         transformer_config: Arguments of that class.
         num_noise_bands: Bands of the clip tables.
-        timesteps: What the entries of static tables were calibrated for, rising; None where there are none.
+        timesteps: Timesteps that the entries of static tables were calibrated for, rising; None where there are no tables.
         strict_timesteps: Whether other timesteps are refused, in place of interpolating.
         activation_switch: The policy that chooses activation widths while sampling; None: there is none.
         layers: Packed layers, in the model's order.
         skipped: Names of the Linears that stayed in full precision.
         training: How it was made: method, init, seed, steps; free-form, for people.
-        sha256: Of the file model.safetensors.
+        sha256: Checksum of the file model.safetensors.
     """
 
     base_name: str
@@ -252,7 +252,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def layer_entry(name: str, layer: PackedLinear) -> LayerEntry:
-    """What a manifest says about a packed layer."""
+    """The entry of a packed layer in the manifest."""
     return LayerEntry(
         name=name,
         out_features=layer.out_features,

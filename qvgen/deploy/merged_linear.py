@@ -68,7 +68,7 @@ class MergedPackedLinear(nn.Module):
         return set() if self._prepacked is None else {self._prepacked[0]}
 
     def _identity(self) -> tuple[tuple[int, int], ...]:
-        """What tells whether the parts' codes are still those that were prepacked."""
+        """Place and version of the parts' codes, which tell whether they are still those that were prepacked."""
         return tuple((part.codes.data_ptr(), part.codes._version) for part in self.parts)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ class LoadSeconds:
 
     Attributes:
         hash: CPU seconds of hashing the file.
-        build: of building the transformer without weights; the same for a file of any size.
-        map: of mapping the file and finding its tensors; pages are read when they are used.
-        prepack: of the backends' copies of the weights, on all threads, with what it takes to find memory.
-        other: the rest: packed layers, checks of names and shapes.
-        wall: seconds from begin to end by the clock; hash and build go on at the same time.
+        build: CPU seconds of building the transformer without weights; the same for a file of any size.
+        map: CPU seconds of mapping the file and finding its tensors; pages are read when they are used.
+        prepack: CPU seconds of making the backends' copies of the weights, on all threads, finding memory included.
+        other: CPU seconds of the rest: packed layers, checks of names and shapes.
+        wall: Seconds from begin to end by the clock; hash and build go on at the same time.
     """
 
     hash: float
@@ -64,7 +64,7 @@ class StageClock:
             self._stages[name] += clock() - began
 
     def seconds(self) -> LoadSeconds:
-        """What was measured until now."""
+        """The times that were measured until now."""
         cpu, wall = time.process_time() - self._began[0], time.perf_counter() - self._began[1]
         return LoadSeconds(**self._stages, other=cpu - sum(self._stages.values()), wall=wall)
 
@@ -84,27 +84,27 @@ def file_checked(directory: Path, manifest: Manifest, clock: StageClock) -> Iter
         with clock.stage("hash"):
             return file_sha256(path)
 
-    def check(found: str) -> None:
-        if found != manifest.sha256:
-            raise ValueError(f"{path} has sha256 {found}, the manifest says {manifest.sha256}; the copy is damaged")
+    def check(sha256: str) -> None:
+        if sha256 != manifest.sha256:
+            raise ValueError(f"{path} has sha256 {sha256}, the manifest says {manifest.sha256}; the copy is damaged")
 
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(digest)
+        hashing = pool.submit(digest)
         try:
             yield
         except Exception:
-            check(found.result())
+            check(hashing.result())
             raise
-        check(found.result())
+        check(hashing.result())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorForm:
-    """What a file's header says about a tensor.
+    """Type and shape of a tensor, as a file's header gives them.
 
     Attributes:
-        dtype: as safetensors names it: F32, BF16, U8.
-        shape: its sizes.
+        dtype: Name of the type in safetensors: F32, BF16, U8.
+        shape: Sizes of the tensor.
     """
 
     dtype: str

@@ -26,7 +26,7 @@ from qvgen.layers.packed_linear import PackedLinear
 
 @dataclass(frozen=True, kw_only=True)
 class FusionCount:
-    """What was fused.
+    """How much of a transformer was fused.
 
     Attributes:
         merged: Packed layers that are part of a merged one.
@@ -80,13 +80,13 @@ def kernel_names(model: nn.Module) -> tuple[str, ...]:
 
 def _packed(module: nn.Module, *names: str) -> list[PackedLinear] | None:
     parts = [getattr(module, name) for name in names]
-    found = [part for part in parts if isinstance(part, PackedLinear)]
-    return found if len(found) == len(parts) and can_merge(found) else None
+    packed = [part for part in parts if isinstance(part, PackedLinear)]
+    return packed if len(packed) == len(parts) and can_merge(packed) else None
 
 
 def _merge_wan_(attention: WanAttention) -> int:
     """Give a WanAttention one layer for q, k and v, or for k and v where it attends to the text."""
-    if attention.add_k_proj is not None:  # of an image; the switch would ask for a merged layer of these too
+    if attention.add_k_proj is not None:  # an image condition, whose k and v would have to be merged too
         return 0
     crossed = attention.is_cross_attention
     parts = _packed(attention, *(("to_k", "to_v") if crossed else ("to_q", "to_k", "to_v")))

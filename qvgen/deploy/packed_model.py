@@ -123,14 +123,14 @@ def _check_tensors(model: nn.Module, header: Mapping[str, TensorForm], *, source
     for name, value in expected.items():
         if name not in header:
             raise ValueError(f"{source} lacks the tensor {name!r}")
-        found = header[name]
-        if found.shape != value.shape:
+        stored = header[name]
+        if stored.shape != value.shape:
             raise ValueError(
-                f"{source}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}"
+                f"{source}: {name!r} has shape {list(stored.shape)}, the manifest asks for {list(value.shape)}"
             )
         exact = isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
         wanted = _FLOATS if value.is_floating_point() and not exact else (_NAMES.get(value.dtype, str(value.dtype)),)
-        if found.dtype not in wanted:
-            raise ValueError(f"{source}: {name!r} is {found.dtype}, {' or '.join(wanted)} is needed")
+        if stored.dtype not in wanted:
+            raise ValueError(f"{source}: {name!r} is {stored.dtype}, {' or '.join(wanted)} is needed")
     if extra := sorted(set(header) - set(expected)):
         raise ValueError(f"{source} holds the tensor {extra[0]!r}, which the manifest does not know")

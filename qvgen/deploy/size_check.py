@@ -29,7 +29,7 @@ from qvgen.deploy.packed_file import TensorForm
 from qvgen.deploy.transformer_class import block_counts, transformer_class
 
 TABLE_BYTES = 320 * 2**20
-"""Of tables that are in no file, beyond the file's size; the positions of CogVideoX-2b take 260 MiB beside 900 of weights."""
+"""Bytes that tables which are in no file may take beyond the file's size; CogVideoX-2b's positions take 260 MiB."""
 
 DAMAGED = "fold the run's checkpoint again, or copy the whole packed directory again"
 
@@ -133,7 +133,7 @@ def _check_count(
 
 
 def _block_names(one: nn.Module) -> tuple[str, ...]:
-    """What the names in the lists of blocks begin with, of a transformer that has one block of each kind."""
+    """Beginnings of the names in the lists of blocks of a transformer that has one block of each kind."""
     lists = [name for name, module in one.named_modules() if isinstance(module, nn.ModuleList) and len(module) == 1]
     return tuple(f"{name}." for name in lists)
 

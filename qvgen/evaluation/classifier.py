@@ -70,7 +70,7 @@ def train_classifier(dataset: MovingDigits, *, steps: int, seed: int) -> MovingD
     Args:
         dataset: Training split.
         steps: Optimizer steps of 64 clips.
-        seed: Of weights, order and noise.
+        seed: Seed of weights, order and noise.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

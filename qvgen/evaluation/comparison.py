@@ -47,7 +47,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What :func:`compare_models` measured."""
+    """The results of :func:`compare_models`."""
 
     checks: Checks
     videos: tuple[VideoComparison, ...]

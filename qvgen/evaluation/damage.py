@@ -1,4 +1,4 @@
-"""What quantization did to a video: distances between a quantized model's video and the full-precision one's, same noise.
+"""The damage of quantization to a video: its distance from the full-precision model's video of the same noise.
 
     visual   lpips   mean over frames of LPIPS (:mod:`qvgen.evaluation.networks.lpips`)
              i3d     mean over videos of |f_a - f_b|^2 of I3D's logits, the Frechet video distance of two single videos
@@ -58,7 +58,7 @@ class Damage:
     against: Callable[[Tensor, Sequence[str]], Judge]
 
     def measure(self, videos: Tensor, reference: Tensor, captions: Sequence[str]) -> float:
-        """Its value; videos uint8 [B, F, H, W, 3]."""
+        """The metric's value; videos uint8 [B, F, H, W, 3]."""
         return self.against(reference, captions)(videos)
 
 
@@ -173,7 +173,7 @@ def _frames(videos: Tensor) -> Tensor:
 
 
 def _pixels(frames: Tensor) -> Tensor:
-    """In [-1, 1], float32, where networks run."""
+    """Videos as float32 in [-1, 1], on the device where networks run."""
     return frames.to(_device()).float() / 127.5 - 1
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured with: versions, the source's git revision, the machine.
+"""The environment that a result was measured in: versions, the source's git revision, the machine.
 
 Versions come from the installed distributions' metadata, so nothing is imported to ask for them.
 

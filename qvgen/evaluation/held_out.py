@@ -1,4 +1,4 @@
-"""What models are compared on: the same inputs for every one, and a model's outputs for them.
+"""The held-out inputs that models are compared on: the same for every one, and a model's outputs for them.
 
 :class:`HeldOut` takes noisy clips of the data; where there are no clips, :mod:`qvgen.evaluation.sampled_inputs` takes
 inputs of the full-precision model's own sampling.
@@ -47,8 +47,8 @@ class MeasuredInputs(abc.ABC):
     Attributes:
         split: Captions of the videos that are compared, and what turns captions into conditions.
         num_samples: Inputs.
-        seed: Of what is random in them.
-        source: What they are, in words, for the report.
+        seed: Seed of the noise and noise levels in them.
+        source: The inputs in words, for the report.
     """
 
     split: Split
@@ -63,8 +63,8 @@ class MeasuredInputs(abc.ABC):
     def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:
         """|y - y_ref|^2 / |y_ref|^2 over all samples, against stored predictions of another model."""
         error = RelativeError()
-        for found, wanted in zip(self.predictions(model), reference, strict=True):
-            error.update(found, wanted)
+        for predicted, wanted in zip(self.predictions(model), reference, strict=True):
+            error.update(predicted, wanted)
         return error.compute()
 
 
@@ -93,7 +93,7 @@ class HeldOut(MeasuredInputs):
         self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
 
     def warn_if_few(self) -> None:
-        """Log it where there are too few clips."""
+        """Log a warning where there are too few clips."""
         caution = too_few_held_out(self.num_clips)
         if caution:
             log.warning("%s", caution)
@@ -140,7 +140,7 @@ class HeldOut(MeasuredInputs):
     def loss(self, model: nn.Module) -> float:
         """Mean |v - target|^2 against the data's own target, over all samples."""
         total, count = 0.0, 0
-        for found, batch in zip(self.predictions(model), self._batches, strict=True):
-            total += float((found - batch.target).double().square().sum())
-            count += found.numel()
+        for predicted, batch in zip(self.predictions(model), self._batches, strict=True):
+            total += float((predicted - batch.target).double().square().sum())
+            count += predicted.numel()
         return total / count

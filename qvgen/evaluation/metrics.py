@@ -234,7 +234,7 @@ def flicker(video: Num[Tensor, "*batch frames height width channels"]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class FlipCount:
-    """How many values differ.
+    """The number of values that differ.
 
     Attributes:
         num_flipped: values that differ, in [0, num_values].

@@ -35,14 +35,14 @@ TABLE_FILE, ALLOCATION_FILE = "sensitivity.csv", "allocation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What one quantization did: one side of one unit, in one window of timesteps, all else in full precision.
+    """The effect of one quantization: of one side of one unit, in one window of timesteps, all else in full precision.
 
     Attributes:
-        group: What the unit's layers do.
+        group: Group of the unit's layers, for example self_attention.
         block: Where they are.
         side: "weight" or "activation".
-        bits: Of that side.
-        window: Of timesteps; 0 is where sampling begins, -1 all of them at once.
+        bits: Bits of that side.
+        window: Window of timesteps; 0 is where sampling begins, -1 all of them at once.
         output_error: mean squared difference of the sampled videos to the full-precision model's, pixels in [0, 1].
         scores: Name of each of the group's own metrics -> its value; larger is worse.
         seconds: Wall-clock time of the measurement.
@@ -59,7 +59,7 @@ class Sensitivity:
 
     @property
     def key(self) -> Key:
-        """What was measured."""
+        """The measurements."""
         return (self.group, self.block, self.side, self.bits, self.window)
 
 
@@ -104,7 +104,7 @@ class SensitivityStore:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
-                if torn:  # what a killed process left of its line
+                if torn:  # a process that was killed left a part of its line
                     whole = self.path.read_bytes()
                     file.truncate(whole.rfind(b"\n") + 1)
             file.write(json.dumps(asdict(row)).encode() + b"\n")
@@ -125,7 +125,7 @@ def _read_sensitivity(line: bytes) -> Sensitivity | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Which bits every layer got, and of what.
+    """The bits that every layer got, with the measurements and budgets that they follow from.
 
     Attributes:
         sensitivities: Every row that was measured; empty where both budgets left no choice.
@@ -134,7 +134,7 @@ class Allocation:
         window_of_band: Window of every noise band, cleanest first.
         budget: side -> what was asked for, in words.
         mean_bits: side -> mean over weights or quantized values, and over the calls of the sampled videos.
-        weight_bytes: Of the packed weight codes, all sets of them.
+        weight_bytes: Bytes of the packed weight codes, all sets of them.
         metrics: group -> names of the metrics that its units were compared by, with " + " between them.
     """
 

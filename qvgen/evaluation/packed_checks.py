@@ -96,12 +96,12 @@ def _input_codes(
 
     def watch(module: nn.Module, name: str) -> RemovableHandle:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x, found = inputs[0], codes[name]
+            x, kept = inputs[0], codes[name]
             # A packed feed-forward comes by blocks of tokens.
-            left = WATCHED_TOKENS - sum(part.shape[1] for part in found) if x.ndim > 2 else 1 - len(found)
+            left = WATCHED_TOKENS - sum(part.shape[1] for part in kept) if x.ndim > 2 else 1 - len(kept)
             if left > 0:
                 tokens = x[:, :left] if x.ndim > 2 else x
-                found.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
+                kept.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
 
         return module.register_forward_pre_hook(keep)
 

@@ -1,4 +1,4 @@
-"""What a report says of the generated videos, as plain values: how good they are, and what sampling them took.
+"""The quality of generated videos as plain values of a report: how good they are, and what sampling them took.
 
 A number that was not measured is None. Left out: how any of it is computed (:mod:`qvgen.evaluation.video_quality`,
 :mod:`qvgen.evaluation.sampling_cost`) and what is thought of it (:mod:`qvgen.evaluation.report.verdict`).
@@ -63,11 +63,11 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """What it took to sample the table's videos with one variant.
+    """The cost of sampling the table's videos with one variant.
 
     Attributes:
-        name: as in :class:`VariantQuality`.
-        dtype: of its unquantized weights, e.g. "bfloat16".
+        name: Name of the variant, as in :class:`VariantQuality`.
+        dtype: Type of its unquantized weights, for example "bfloat16".
         kernels: backends that ran its packed layers; empty where it has none.
         seconds_per_video: wall clock over all videos of the table, divided by their number; text encoding is left out.
         weight_bytes: all tensors that the model holds in memory, a kernel's own copies of the weights among them.

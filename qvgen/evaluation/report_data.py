@@ -27,11 +27,11 @@ STAGES: tuple[str, ...] = ("init", "train", "fold", "generate")
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What was asked for.
+    """The request: how the run was configured.
 
     Attributes:
         model: name of the model family's config, e.g. "tiny".
-        bits: as the user wrote it, e.g. "3" or "w4a8".
+        bits: The bit-widths as the user wrote them, for example "3" or "w4a8".
         weight_bits: bits of a weight code, 2..8.
         activation_bits: bits of an activation code, 2..8.
         profile: name of the deployment profile.
@@ -82,7 +82,7 @@ class HeldOutError:
 
     @property
     def caution(self) -> str:
-        """What is to be said where there are too few clips; empty otherwise."""
+        """A warning where there are too few clips; empty otherwise."""
         return "" if self.num_clips is None else too_few_held_out(self.num_clips)
 
 

@@ -111,8 +111,8 @@ class SampledInputs(MeasuredInputs):
                 def to_model(value: Tensor, *, device: torch.device = device) -> Tensor:
                     return value.to(device, model.dtype if value.dtype == self._dtype else value.dtype)
 
-                found = model(*_mapped(arguments, to_model), **_mapped(named, to_model))
-                yield found[0].float().cpu()
+                outputs = model(*_mapped(arguments, to_model), **_mapped(named, to_model))
+                yield outputs[0].float().cpu()
 
 
 class NothingMeasured(MeasuredInputs):
@@ -130,7 +130,7 @@ class NothingMeasured(MeasuredInputs):
         self.split, self.seed = captions_split([], encode), config.seed
 
     def predictions(self, model: nn.Module) -> Iterator[Tensor]:
-        """Of no inputs."""
+        """The predictions for no inputs."""
         del model
         return iter(())
 

@@ -1,4 +1,4 @@
-"""What sampling with one model takes: seconds, and memory besides its weights.
+"""The cost of sampling with one model: seconds, and memory besides its weights.
 
     GPU          the allocator's peak of what torch holds there, less what lay there before; one model is there at a time
     Linux        the peak of the process's resident memory (VmHWM, which /proc/self/clear_refs sets back), less what was
@@ -29,7 +29,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(kw_only=True)
 class Spent:
-    """What was spent inside of :func:`measured`; known when it ends.
+    """The cost of what runs inside of :func:`measured`; known when that ends.
 
     Attributes:
         seconds: Wall clock.

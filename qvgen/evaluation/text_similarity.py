@@ -25,7 +25,7 @@ class TextSimilarity:
     """Cosines of frames and captions.
 
     Args:
-        folder: Of the model, its tokenizer and preprocessor_config.json.
+        folder: Folder of the model, its tokenizer and preprocessor_config.json.
 
     Raises:
         ValueError: It holds no text-image model, or lacks a file.

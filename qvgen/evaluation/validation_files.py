@@ -41,7 +41,7 @@ DIRECTORY = "validation"
 """The folder in the run's own."""
 TABLE_FILE = "metrics.csv"
 _FIELDS = {"prompt_index": int, "prompt": str, "seed": int, "fps": int | float, "sha256": dict}
-"""What every record says, and its type."""
+"""The keys of every record, and their types."""
 _NUMBERS = int | float | str | None
 """Types of a measured value: JSON has no infinity, which is written as text."""
 TABLE_COLUMNS = ("step", "prompt_index", "seed", "psnr_db", "ssim")

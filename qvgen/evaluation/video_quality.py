@@ -48,27 +48,27 @@ def find_lpips() -> LpipsState:
 def video_quality(
     name: str, videos: Tensor, *, teacher: Tensor, items: Sequence[Mapping[str, Any]], lpips_state: LpipsState
 ) -> VariantQuality:
-    """One variant's row.
+    """Measure the row of one variant.
 
     Args:
-        name: Of the variant.
+        name: Name of the variant.
         videos: uint8 [B, F, H, W, 3], one for each item.
         teacher: The full-precision model's, the same shape.
-        items: What was asked for: captions, and attributes where the data has them.
+        items: The request of each video: its caption, and attributes where the data has them.
         lpips_state: LPIPS or why there is none.
     """
     # SSIM of a large video takes minutes on a CPU core.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, exact = videos.to(device), teacher.to(device)
+    sampled, exact = videos.to(device), teacher.to(device)
     still = [index for index, item in enumerate(items) if STILL in item["caption"]]
     compared, distance = name != "teacher", lpips_state.distance
     captions = [item["caption"] for item in items]
     return VariantQuality(
         name=name,
-        psnr_db=psnr_db(found, exact, max_value=255) if compared else None,
-        ssim=ssim(found, exact, max_value=255) if compared else None,
+        psnr_db=psnr_db(sampled, exact, max_value=255) if compared else None,
+        ssim=ssim(sampled, exact, max_value=255) if compared else None,
         lpips=distance.measure(videos, teacher, captions) if compared and distance is not None else None,
-        flicker=flicker(found[still]) if still and found.shape[1] > 1 else None,
+        flicker=flicker(sampled[still]) if still and sampled.shape[1] > 1 else None,
         accuracy=_accuracy(videos, items),
     )
 
@@ -81,5 +81,5 @@ def _accuracy(videos: Tensor, items: Sequence[Mapping[str, Any]]) -> dict[str, f
 
 
 def attribute_labels(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What the captions ask for, int64 [B] by attribute."""
+    """The classes that the captions ask for, int64 [B] by attribute."""
     return {name: torch.tensor([int(item[name]) for item in items]) for name in ATTRIBUTES}

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.hadamard import largest_block, random_signs
 from qvgen.quant.ranges import search_qparams
-from qvgen.quant.smoothing import smoothing_scale
+from qvgen.quant.smoothing import ALPHA, smoothing_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +30,20 @@ class BalancedRotation:
     """Balancing, rotation and range search, with the bits that a layer has.
 
     Attributes:
-        alpha: The paper's exponent of the weight, 0 to 1: 0.56 for W4A8, 0.75 for W8A8.
-        seed: Of the random signs.
-        fold_smoothing: fold m and the signs into what stands before the layer where the model allows it; False: multiply
-            everywhere.
+        alpha: Exponent of the weight's maxima in the balancing (the paper's); it uses 0.56 for W4A8 and 0.75 for W8A8.
+        seed: Seed of the rotation's random signs.
+        fold_smoothing: True folds the smoothing vector and the signs into what stands before a layer (norms,
+            modulations, values) where the model allows it; False multiplies by them everywhere.
     """
 
-    alpha: float
+    alpha: Annotated[float, ALPHA]
     seed: int
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; the paper uses 0.56 for W4A8, 0.75 for W8A8")
+        check_ranges(self, section="init")
 
     def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
         """See :class:`qvgen.initializers.base.Smoothing`."""

@@ -1,4 +1,4 @@
-"""What every PTQ method is to the rest: something that sets a fake-quantized layer up, from statistics if it needs any."""
+"""A PTQ method as the rest of the library sees it: it sets a fake-quantized layer up, from statistics if it needs any."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StepRanges:
     """Smallest and largest input of each channel at each step of the sampler, conditional and unconditional calls together.
 
     Attributes:
-        timesteps: of the sampler's steps, rising.
+        timesteps: Timesteps of the sampler's steps, rising.
         low: float32 [num_steps, K].
         high: float32 [num_steps, K].
     """
@@ -38,14 +38,14 @@ class StepRanges:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerStatistics:
-    """What calibration saw of one layer's inputs x [.., K], in the model's own coordinates.
+    """Statistics of one layer's inputs x [.., K] that calibration collected, in the model's own coordinates.
 
     Attributes:
         abs_max: float32 [num_bands, K], largest |x| of each channel by noise band; 0 in bands that were not seen.
         second_moment: float32 [K, K], mean of x^T x over rows; None if it was not asked for.
         inputs: float32 [n, K], some of the rows; None if they were not asked for.
         num_rows: rows that ``second_moment`` is a mean of.
-        ranges: of each channel at each sampling step; None if they were not asked for.
+        ranges: Ranges of each channel at each sampling step; None if they were not asked for.
         smoothed: a smoothing vector was folded into what stands before the layer: it needs none of its own.
     """
 
@@ -83,7 +83,7 @@ class Initializer(Protocol):
 
         Args:
             layer: Its master weight [N, K] is the full-precision one (rotated if the profile rotates).
-            statistics: Of the layer, with what ``needs`` says; None for a data-free method.
+            statistics: Statistics of the layer's inputs, those that ``needs`` names; None for a data-free method.
 
         Returns:
             float32 [N, K], the full-precision weight in the layer's coordinates as they are now: what Q(W) + Phi shall be.
@@ -105,7 +105,7 @@ class Smoothing(Initializer, Protocol):
 
         Args:
             layers: In the model's own coordinates, or rotated.
-            statistics: Of their common input.
+            statistics: Statistics of their common input.
         """
 
 

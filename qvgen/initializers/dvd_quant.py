@@ -36,9 +36,10 @@ class DvdQuant:
     """Rotation and refined grids.
 
     Attributes:
-        rotate: False leaves the profile's own rotation, for the method's ablation.
-        signs: D; False: a fixed Hadamard matrix.
-        seed: Of the signs, which are the same for all layers of a width.
+        rotate: True rotates the whole row; False leaves the profile's own rotation (the method's ablation), and needs
+            ``signs`` to be False too.
+        signs: True multiplies by random signs before the rotation; False uses a fixed Hadamard matrix.
+        seed: Seed of the signs, which are the same for all layers of a width.
     """
 
     rotate: bool

@@ -9,11 +9,12 @@ to the full-precision weight. On a rotated profile weight and second moment are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import Range, check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import to_grid_input
@@ -27,18 +28,17 @@ class Gptq:
     """Second-order rounding.
 
     Attributes:
-        damping: Share of the second moment's mean diagonal that is added to it; > 0.
-        order: activation (largest inputs first) or natural.
+        damping: Share of the second moment's mean diagonal that is added to its diagonal before it is inverted.
+        order: Order in which columns are rounded: those with the largest inputs first (``activation``), or as they stand.
     """
 
-    damping: float
+    damping: Annotated[float, Range("> 0", write="0.01")]
     order: Literal["activation", "natural"]
 
     needs: frozenset[Need] = frozenset({"second_moment"})
 
     def __post_init__(self) -> None:
-        if self.damping <= 0:
-            raise ValueError(f"init.damping={self.damping} must be greater than 0; the paper uses 0.01")
+        check_ranges(self, section="init")
         if self.order not in ("activation", "natural"):
             raise ValueError(f"init.order={self.order} is unknown; use activation or natural")
 

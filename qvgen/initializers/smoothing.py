@@ -30,7 +30,7 @@ def chosen_scale(
 
     Args:
         layers: In the model's own coordinates, or rotated.
-        statistics: Of their input, with a sample of it where ``alpha`` is None.
+        statistics: Statistics of their input, with a sample of it where ``alpha`` is None.
         alpha: How much of the input's range moves into the weight; None: the value with the least error of the outputs,
             or no smoothing (m = 1).
         static: The search rounds inputs with one scale for all of them, not with one per token.

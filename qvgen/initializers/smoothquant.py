@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
+from qvgen.config.value_range import check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.affine import choose_qparams
+from qvgen.quant.smoothing import ALPHA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,17 @@ class SmoothQuant:
     """Smoothing, then round to nearest.
 
     Attributes:
-        alpha: 0 to 1, how much of the input's range moves into the weight; None searches the value with the least error of
-            the layer's output on a sample of its inputs.
-        fold_smoothing: fold m into what stands before the layer where the model allows it; False: multiply everywhere.
+        alpha: Share of the input's range that moves into the weight; None: for every layer the value with the least
+            error of its output on a sample of its inputs is searched, no smoothing among the candidates.
+        fold_smoothing: True folds the smoothing vector m into what stands before a layer (norms, modulations, values)
+            where the model allows it; False multiplies by it everywhere.
     """
 
-    alpha: float | None
+    alpha: Annotated[float | None, ALPHA]
     fold_smoothing: bool
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; write null to search it, or 0.5")
+        check_ranges(self, section="init")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import choose_qparams, fake_quantize, qparams_from_range
 from qvgen.quant.grid import Grid, static_grid
+from qvgen.quant.smoothing import ALPHA
 
 SHARES = tuple(1.0 - index / 20 for index in range(17))
 """Candidates of p: 1, 0.95, ..., 0.2."""
@@ -37,21 +39,23 @@ class StaticRanges:
     """Smoothing and one scale per sampling step.
 
     Attributes:
-        alpha: 0 to 1, how much of the input's range moves into the weight; None searches it.
-        other_steps: What a sampler with other timesteps gets: refuse raises an error, interpolate a mean of the two nearest
-            steps' scales. Training and held-out errors draw any timestep and interpolate always.
-        fold_smoothing: fold m into what stands before the layer where the model allows it; False: multiply everywhere.
+        alpha: Share of the input's range that moves into the weight; None: for every layer the value with the least
+            error of its output on a sample of its inputs is searched, no smoothing among the candidates.
+        other_steps: What happens at a timestep that was not calibrated: ``refuse`` raises an error, ``interpolate``
+            takes a mean of the two nearest steps' scales. Training and held-out errors draw any timestep and always
+            interpolate.
+        fold_smoothing: True folds the smoothing vector m into what stands before a layer (norms, modulations, values)
+            where the model allows it; False multiplies by it everywhere.
     """
 
-    alpha: float | None
+    alpha: Annotated[float | None, ALPHA]
     other_steps: Literal["refuse", "interpolate"]
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max", "inputs", "ranges"})
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; write null to search it, or 0.5")
+        check_ranges(self, section="init")
         if self.other_steps not in ("refuse", "interpolate"):
             raise ValueError(f"init.other_steps={self.other_steps} is unknown; use refuse or interpolate")
 

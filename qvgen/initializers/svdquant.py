@@ -16,16 +16,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import Range, check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
 from qvgen.lowrank.svd import truncated_svd
 from qvgen.quant.bgr import refine_grid
 from qvgen.quant.hadamard import hadamard_transform
+from qvgen.quant.smoothing import ALPHA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +36,22 @@ class SvdQuant:
     """Smoothing, a low-rank branch, and refined grids for what is left.
 
     Attributes:
-        alpha: 0 to 1, how much of the input's range moves into the weight; None searches it as SmoothQuant does.
-        rank: Of the branch, > 0; a weight with fewer rows or columns has a branch of its own rank. The runtimes want
-            multiples of 16.
-        seed: Of the randomized decomposition.
-        fold_smoothing: fold m into what stands before the layer where the model allows it; False: multiply everywhere.
+        alpha: Share of the input's range that moves into the weight; None: for every layer the value with the least
+            error of its output on a sample of its inputs is searched, no smoothing among the candidates.
+        rank: Rank of the 16-bit branch; a weight with fewer rows or columns has a branch of its own rank. The runtimes
+            want multiples of 16.
+        seed: Seed of the randomized decomposition.
+        fold_smoothing: True folds the smoothing vector m into what stands before a layer (norms, modulations, values)
+            where the model allows it; False multiplies by it everywhere.
     """
 
-    alpha: float | None
-    rank: int
+    alpha: Annotated[float | None, ALPHA]
+    rank: Annotated[int, Range("> 0", write="32")]
     seed: int
     fold_smoothing: bool
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"init.alpha={self.alpha} is outside 0..1; write null to search it, or 0.5")
-        if self.rank < 1:
-            raise ValueError(f"init.rank={self.rank} is not positive; the paper uses 32")
+        check_ranges(self, section="init")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -24,10 +24,11 @@ def by_widths(
 
     Args:
         x: [B * n, ..., K], entries along the first dimension ordered by sample.
-        run: Takes some entries of x, their places (None: all of them) and the widths; gives [entries, ..., N].
-        width_table: None: the profile's widths for all.
-        profile: The layer's.
-        noise_band: Where the samples stand.
+        run: Computes the layer for some entries of x at one pair of widths: it takes these entries, their places in x (None:
+            all of them) and the widths, and gives [entries, ..., N].
+        width_table: The layer's widths by noise band; None: the profile's widths for all samples.
+        profile: The layer's profile.
+        noise_band: Knows the noise band of each sample.
 
     Returns:
         [B * n, ..., N]; bit for bit what each sample alone would give.
@@ -55,7 +56,13 @@ def by_widths(
 
 
 def rows_of(values: tuple[Tensor, Tensor], x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of two columns [M, 1] for the rows of x, those of some entries along x's first dimension (None: all)."""
+    """Pick the values that belong to some entries of x.
+
+    Args:
+        values: Two columns [M, 1] with a value for each of the M rows of x.
+        x: [B * n, ..., K].
+        index: Entries along the first dimension of x; None: all of them.
+    """
     if index is None:
         return values
     first, second = (value.reshape(x.shape[0], -1)[index].reshape(-1, 1) for value in values)

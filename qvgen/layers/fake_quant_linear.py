@@ -30,7 +30,7 @@ from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_poin
 from qvgen.quantizers.weight_lsq import WeightLSQ
 
 BRANCH_DTYPE = torch.bfloat16
-"""What the branch is stored and computed from; its rounding is part of what the quantized weight makes up for."""
+"""Type in which the branch is stored and computed; the quantized weight makes up for its rounding too."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -142,7 +142,7 @@ class FakeQuantLinear(nn.Module):
         """Quantize inputs with one scale for all tokens of a sampling step from now on, and nothing taken at run time.
 
         Args:
-            timesteps: Of the sampler's steps, in [0, 1000], rising; all layers of a model have the same.
+            timesteps: Timesteps of the sampler's steps, in [0, 1000], rising; all layers of a model have the same.
             scale: float32 [num_steps], > 0.
             zero_point: float32 [num_steps], in units of codes; not used by symmetric grids.
 
@@ -224,7 +224,10 @@ class FakeQuantLinear(nn.Module):
         return quantized if self.phi is None or not self.phi.active else quantized + self.phi.weight()
 
     def row_params(self, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-        """Two of float32 [M, 1] for the rows of an input [B * n, ..., K]: clip factors, or static scale and zero point."""
+        """The two numbers of each row of an input [B * n, ..., K] that its quantization needs, float32 [M, 1] each.
+
+        They are the clip factors of the minimum and the maximum, or the static scale and zero point.
+        """
         quantizer = self.activation_quantizers()[bits]
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
         first, second = (self.noise_band.row_values(table, x) for table in quantizer.tables())

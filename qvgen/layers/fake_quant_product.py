@@ -25,10 +25,10 @@ from qvgen.quantizers.weight_lsq import WeightLSQ
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProductConfig:
-    """What the product reads besides the tensors that it differentiates.
+    """All that the product reads besides the tensors that it differentiates.
 
     Attributes:
-        weight_quantizer: Of the weight, with its grid.
+        weight_quantizer: Quantizer of the weight, with its grid.
         activation: Grid of the input; per_tensor: static, a scale and zero point come with each row.
         rotation: Block of the input's Hadamard transform; 0 for none.
         input_scale: float32 [K], before the rotation, or None.
@@ -51,7 +51,7 @@ class ProductConfig:
 
 
 def to_grid_input(x: Tensor, input_scale: Tensor | None, *, rotation: int) -> Tensor:
-    """What is quantized of an input [..., K]: float32 H (x m)."""
+    """Bring an input [..., K] to the coordinates in which it is quantized: float32 H (x m), smoothed and rotated."""
     x = x.float()
     x = x if input_scale is None else x * input_scale
     return hadamard_transform(x, block_size=rotation) if rotation else x

@@ -1,4 +1,4 @@
-"""What a quantized layer is besides the values of its tensors: plain data for checkpoints, resumed runs and kernels."""
+"""The form of a quantized layer, all but the values of its tensors: plain data for checkpoints, resumed runs and kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerForm:
         profile: The two grids and the rotation.
         width_table: Widths that change over sampling, or None.
         input_scale: Whether the input is smoothed.
-        branch_rank: Of the low-rank branch; 0 for none.
+        branch_rank: Rank of the low-rank branch; 0 for none.
 
     Example:
         >>> from qvgen.quant.grid import Grid
@@ -41,7 +41,7 @@ class LayerForm:
 
     @classmethod
     def of(cls, layer: FakeQuantLinear) -> Self:
-        """That of a layer in training."""
+        """The form of a layer in training."""
         return cls(
             profile=layer.profile,
             width_table=layer.width_table,

@@ -30,7 +30,7 @@ class LayerUnit:
 
     @property
     def name(self) -> str:
-        """Its name in tables."""
+        """Name of the unit in tables."""
         return f"{self.group}:{self.block}"
 
     @property

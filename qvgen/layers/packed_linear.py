@@ -209,10 +209,13 @@ class PackedLinear(PackedWeight):
 
     @torch.no_grad()
     def row_params(self, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-        """Two of float32 [M, 1] for the rows of an input [B * n, ..., K]: clip factors, or static scale and zero point."""
+        """The two numbers of each row of an input [B * n, ..., K] that its quantization needs, float32 [M, 1] each.
+
+        They are the clip factors of the minimum and the maximum, or the static scale and zero point.
+        """
         names, repeat = self.form.table_names(bits), math.prod(x.shape[1:-1])
-        found = [None if name is None else self.noise_band.row_values(getattr(self, name), x) for name in names]
-        first, second = found
+        values = [None if name is None else self.noise_band.row_values(getattr(self, name), x) for name in names]
+        first, second = values
         if self.form.static:
             assert first is not None
             second = torch.zeros_like(first) if second is None else second
@@ -252,7 +255,7 @@ class PackedLinear(PackedWeight):
         return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
 
     def call_tensors(self, params: tuple[Tensor, Tensor], *, bias: Tensor | None) -> LinearTensors:
-        """What a call of the operator gets, of the :meth:`row_params` of its rows."""
+        """The tensors of one call of the operator, made from the :meth:`row_params` of its rows."""
         first, second = (value.squeeze(-1) for value in params)
         static = self.form.static
         return LinearTensors(

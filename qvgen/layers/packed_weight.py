@@ -19,7 +19,7 @@ ABOVE_ZERO = (1e-45, math.inf)
 
 @cache
 def _plane_widths(in_features: int, bits: int) -> tuple[int, ...]:
-    """Bytes of a row of each plane; packing one row tells it."""
+    """Bytes of a row in each plane, read off from one packed row."""
     codes = torch.zeros(1, in_features, dtype=torch.uint8, device="cpu")
     return tuple(plane.shape[1] for plane in pack_codes(codes, bits=bits))
 
@@ -30,7 +30,7 @@ class PackedWeight(nn.Module):
     Args:
         in_features: K.
         out_features: N.
-        grid: Of the weight.
+        grid: Grid of the weight.
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
     Attributes:

@@ -25,7 +25,7 @@ def shared_input_sets(names: Iterable[str], declared: Iterable[Sequence[str]]) -
     """The sets of layers that read the same input.
 
     Args:
-        names: Of a model's Linears, quantized or not, in its order.
+        names: Names of a model's Linears, quantized or not, in the model's order.
         declared: Ends of names that read the same input wherever they stand side by side; what a variant of a model does
             not have matches nothing.
 
@@ -48,13 +48,13 @@ def share_activations_(
 ) -> tuple[tuple[str, ...], ...]:
     """Give the layers of each set one activation quantizer, that of its first; the outputs stay as they are, to the bit.
 
-    Only for a set all of whose layers are quantized and alike: the same grids, rotation and table of widths, and equal values
-    of smoothing and of every width's tables. (On the meta device, where there are no values, the rest decides.) All
-    others are taken apart, where they shared before.
+    This happens only in a set all of whose layers are quantized and alike: with the same grids, rotation and table of widths,
+    and equal values of smoothing and of every width's tables. (On the meta device, where there are no values, the rest
+    decides.) Layers of all other sets get quantizers of their own back, where they shared one before.
 
     Args:
         layers: All quantized layers of a model by name.
-        sets: Of :func:`shared_input_sets`.
+        sets: The sets that :func:`shared_input_sets` gives.
 
     Returns:
         The sets that share one now.
@@ -103,7 +103,7 @@ def _are_alike(layers: Sequence[FakeQuantLinear]) -> bool:
 
 
 def _values(layer: FakeQuantLinear) -> list[Tensor]:
-    """What decides an input's codes besides the layer's form."""
+    """The tensors that decide an input's codes besides the layer's form."""
     tables = [p for _, quantizer in sorted(layer.activation_quantizers().items()) for p in quantizer.parameters()]
     return tables if layer.input_scale is None else [*tables, layer.input_scale]
 

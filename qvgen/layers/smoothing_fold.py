@@ -39,7 +39,7 @@ class SmoothingFold:
 
     Attributes:
         consumers: Names of all Linears that read x; they share one m.
-        producers: What makes x, all of it linear in their outputs together.
+        producers: The modules that make x; x is linear in their outputs together.
     """
 
     consumers: tuple[str, ...]

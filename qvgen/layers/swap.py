@@ -31,7 +31,7 @@ _FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a low
 
 @dataclass(frozen=True, kw_only=True)
 class SwapReport:
-    """What was quantized and what was not, by module name, in the model's order."""
+    """Names of the Linears that were quantized and of those that were not, in the model's order."""
 
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -118,10 +118,10 @@ def swap_fake_quant_(
 
 
 def forms(model: nn.Module) -> dict[str, Any]:
-    """What the fake-quantized layers are besides their tensors, plain values; ``timesteps`` of static tables, or None.
+    """Describe a model's fake-quantized layers, but for their tensors, in plain values that a checkpoint can hold.
 
-    ``shared_activations`` are sets of layers with one activation quantizer (:mod:`qvgen.layers.shared_input`). A model
-    without such layers, which is pretrained, has no noise bands and an empty dict of layers.
+    ``timesteps`` are those of static tables, or None; ``shared_activations`` are sets of layers with one activation quantizer
+    (:mod:`qvgen.layers.shared_input`). A model without fake-quantized layers has no noise bands and an empty dict of layers.
     """
     layers = quantized_layers(model)
     bands = [layer.noise_band for layer in layers.values()][:1]

@@ -8,10 +8,10 @@ takes all that is left, and the tail trains without Phi.
     cosine   u = (1 + cos(pi j / (n - 1))) / 2        step j of n in the phase
     linear   u = 1 - j / (n - 1)
 
-A phase of one step has u = 0. Deviation from the released code, which leaves 2-3 steps after Phi is gone: a tail of 10 %
-of the steps (docs/method.md).
+A phase of one step has u = 0. Deviation from the released code, which leaves 2-3 steps after Phi is gone: the tail is a
+share of the steps (docs/method.md).
 
-Example:
+Examples:
     >>> schedule = DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.2, anneal="linear")
     >>> [(schedule.at(step).rank, round(schedule.at(step).annealed, 2)) for step in range(10)]
     [(4, 1.0), (4, 0.67), (4, 0.33), (4, 0.0), (2, 1.0), (2, 0.67), (2, 0.33), (2, 0.0), (0, 0.0), (0, 0.0)]
@@ -30,13 +30,16 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+from qvgen.config.sections import PHI_DECAY, PhiTailShare
+from qvgen.config.value_range import check_ranges
+
 Anneal = Literal["cosine", "linear"]
 Drop = Literal["smallest", "largest"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecayState:
-    """What holds during one optimizer step.
+    """The state of Phi during one optimizer step.
 
     Attributes:
         rank: Columns in use.
@@ -58,8 +61,7 @@ def halving_ranks(rank: int, *, decay: float) -> tuple[int, ...]:
     """
     if rank < 1:
         raise ValueError(f"phi.rank={rank} is not positive; use 1 or more")
-    if not 0.0 < decay <= 1.0:
-        raise ValueError(f"phi.decay={decay} is outside (0, 1]; use for example 0.5")
+    PHI_DECAY.check(decay, key="phi.decay")
     ranks = [rank]
     # In decimal fractions: 1 - 0.8 is a little less than 0.2 in floating point, and 10 would lose 9.
     share = Fraction(str(decay))
@@ -75,7 +77,7 @@ class DecaySchedule:
     Attributes:
         ranks: Rank of each phase, strictly falling and positive.
         num_steps: Optimizer steps of the run.
-        tail_share: Share of the steps, in [0, 1), that trains without Phi at the end.
+        tail_share: Share of the steps that trains without Phi at the end.
         anneal: Shape of u over a phase.
         drop: Which columns a phase takes away, by singular value (``largest`` is the paper's ablation).
 
@@ -85,7 +87,7 @@ class DecaySchedule:
 
     ranks: Sequence[int]
     num_steps: int
-    tail_share: float = 0.1
+    tail_share: PhiTailShare
     anneal: Anneal = "cosine"
     drop: Drop = "smallest"
 
@@ -95,8 +97,7 @@ class DecaySchedule:
             raise ValueError(f"phi.ranks={ranks} must be positive; for example [32,16,8,4,2,1]")
         if any(later >= earlier for earlier, later in pairwise(ranks)):
             raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
-        if not 0.0 <= self.tail_share < 1.0:
-            raise ValueError(f"phi.tail_share={self.tail_share} is outside [0, 1); use for example 0.1")
+        check_ranges(self, section="phi")
         if self.anneal not in ("cosine", "linear"):
             raise ValueError(f"phi.anneal={self.anneal!r} is unknown; use cosine or linear")
         if self.drop not in ("smallest", "largest"):

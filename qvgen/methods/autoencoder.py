@@ -19,8 +19,8 @@ class Autoencoder(Method):
     """No transformer, no captions, nothing quantized.
 
     Attributes:
-        kl_weight: Of the KL divergence per latent number, in nats; >= 0. It only keeps latents from growing without bound:
-            their scale is divided out afterwards.
+        kl_weight: Weight, at least 0, of the KL divergence per latent number in nats. It only keeps latents from growing
+            without bound: their scale is divided out afterwards.
     """
 
     trains: ClassVar[Trains] = "autoencoder"

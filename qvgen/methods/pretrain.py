@@ -13,7 +13,7 @@ class Pretrain(Method):
     """No quantization, no teacher: mean |v - target|^2.
 
     Attributes:
-        caption_dropout: Probability that a sample loses its caption, for classifier-free guidance.
+        caption_dropout: Probability that a sample loses its caption, in [0, 1], for classifier-free guidance.
     """
 
     trains: ClassVar[Trains] = "transformer"

@@ -1,4 +1,4 @@
-"""What the rest of the library knows of a model family: the protocol that every file of this folder implements.
+"""The side of a model family that the rest of the library knows: the protocol that every file of this folder implements.
 
 A family is one object, built from ``conf/model/NAME.yaml``. It owns no weights: transformers are made by it and passed
 to it, so that a teacher, a fake-quantized student and a packed model go through the same calls. All randomness comes in as
@@ -41,8 +41,8 @@ class VideoDiT(Protocol):
     """A family of video diffusion transformers.
 
     Attributes:
-        name: as in ``model=NAME`` and in a packed model's manifest.
-        revision: of the teacher's weights, for the manifest.
+        name: Name as in ``model=NAME`` and in a packed model's manifest.
+        revision: Identifier of the teacher's weights, for the manifest.
         objective: what the transformer predicts.
         transformer_class: name of the diffusers class.
         include: fnmatch patterns on the names of the transformer's Linears that are quantized.
@@ -75,7 +75,7 @@ class VideoDiT(Protocol):
         """Which weights :meth:`load_teacher` loads."""
 
     def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
-        """What decides the numbers that the family computes: name of a part -> checksum of all its bytes.
+        """Everything that decides the numbers that the family computes: name of a part -> checksum of all its bytes.
 
         ``revision`` tells one model from another in milliseconds; this tells one bit, and may read all weights once. A
         part that is not there is left out.
@@ -96,7 +96,7 @@ class VideoDiT(Protocol):
         """Load the trained transformer, in eval mode, without gradients, on the CPU.
 
         Args:
-            dtype: of its weights; None: the one that a teacher has in this family's configuration.
+            dtype: Type of its weights; None: the one that a teacher has in this family's configuration.
 
         Raises:
             ValueError: when the weights are missing or are not the ones that were published.
@@ -116,7 +116,7 @@ class VideoDiT(Protocol):
         """Where a smoothing vector of a Linear's inputs can go into what stands before it, without another result.
 
         Args:
-            transformer: of this family, quantized or not.
+            transformer: A transformer of this family, quantized or not.
 
         Returns:
             In an order in which a fold that scales a Linear comes before the one in which that Linear is scaled down.
@@ -186,8 +186,8 @@ class LatentVideoDiT(VideoDiT, Protocol):
     """A family whose samples are latents of a VAE, and whose text encoder is a network: both are run once, before training.
 
     Attributes:
-        height: of a frame in pixels.
-        width: of a frame in pixels.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
         num_frames: frames of a clip.
     """
 

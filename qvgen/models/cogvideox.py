@@ -94,7 +94,7 @@ class CogVideoX(PipelineFamily):
         return -frames % (self.transformer_config.get("patch_size_t") or 1)
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
-        """Behind norms and values; see :mod:`qvgen.models.cogvideox_fold`."""
+        """The places behind norms and values; see :mod:`qvgen.models.cogvideox_fold`."""
         return cogvideox_folds(transformer)
 
     def predict(

@@ -46,7 +46,7 @@ def cogvideox_folds(transformer: nn.Module) -> list[SmoothingFold]:
 
 
 def _behind_norm(norm: Any, name: str, *, consumers: tuple[str, ...], shifts: tuple[int, ...]) -> list[SmoothingFold]:
-    """What reads a modulated norm; ``shifts`` are the places of shifts among the chunks of its Linear's output."""
+    """The layers that read a modulated norm; ``shifts`` are the places of shifts among the chunks of its Linear's output."""
     if norm.norm.weight is None:
         return []
     width = norm.norm.weight.numel()

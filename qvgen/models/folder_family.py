@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import diffusers
 import torch
 from torch import nn
 
 from qvgen.models.folder_identity import settings_identity, weights_identity
-from qvgen.models.guidance import check_negative_prompt, require_number
+from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, require_number
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora, merge_loras_, read_loras
 from qvgen.models.published import check_is_of, check_text_to_video
@@ -37,31 +37,30 @@ class FolderFamily(abc.ABC):
     """The part of a family that loads.
 
     Attributes:
-        name: as in ``model=NAME``.
-        repository: ORG/NAME on the hub.
-        path: the model's folder; None plans without weights.
-        published: component -> its configuration as published, used while there is no folder.
-        height: of a frame in pixels, in training and sampling.
-        width: of a frame in pixels.
-        num_frames: frames of a clip in training.
-        sampling_frames: frames of a video that is sampled.
-        fps: frames per second.
-        num_inference_steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-        negative_prompt: what guidance leads away from; "" is the empty caption.
-        include: fnmatch patterns of the Linears to quantize.
-        exclude: patterns of Linears to leave alone.
-        prompts: captions that a report samples from.
-        dtype: of the teacher's weights: float32, bfloat16 or float16.
-        vae_dtype: of the VAE.
-        text_encoder_dtype: of the text encoder; its output is float32.
-        lora: file or folder of a LoRA that is merged into the transformer as it is loaded, a mapping of path and scale, or a
-            list of these; see :mod:`qvgen.models.lora`.
-        lora_scale: factor of each LoRA that says none, or a list with one for each; means nothing without one.
+        name: Name of the model, as in ``model=NAME``.
+        repository: Where the model is published: ORG/NAME on the hub.
+        path: Folder that the model was downloaded to, or ORG/NAME in the hub's cache; None plans a run without weights.
+        published: Configuration of each component as published, by which a run is planned while there is no folder.
+        height: Height of a frame in pixels, in training and sampling.
+        width: Width of a frame in pixels, in training and sampling.
+        num_frames: Frames of a clip in training.
+        sampling_frames: Frames of a video that is sampled.
+        fps: Frames per second.
+        num_inference_steps: Sampling steps of a video.
+        guidance_scale: Factor of classifier-free guidance; 1 is none.
+        negative_prompt: The caption that guidance leads away from; "" is the empty one.
+        include: Name patterns (fnmatch) of the Linears that are quantized.
+        exclude: Name patterns (fnmatch) of Linears that stay as they are.
+        prompts: Captions that a report samples videos of.
+        dtype: Precision of the teacher in training: float32, bfloat16 or float16; the student's masters are float32.
+        vae_dtype: Precision of the VAE: float32, bfloat16 or float16.
+        text_encoder_dtype: Precision of the text encoder: float32, bfloat16 or float16; its output is float32.
+        lora: File or folder of a LoRA that is merged before anything is quantized, a mapping of path and scale, or a list of
+            these (:mod:`qvgen.models.lora`). None: none.
+        lora_scale: Factor of each LoRA that says none, or a list with one for each.
 
     Raises:
-        ValueError: sizes or frames that VAE and patches do not divide, an unknown dtype, a folder that holds no model or
-            another one, a LoRA that can't be read.
+        ValueError: Sizes that VAE and patches do not divide, an unknown dtype, no such model in the folder, a bad LoRA.
     """
 
     name: str
@@ -72,8 +71,8 @@ class FolderFamily(abc.ABC):
     num_frames: int
     sampling_frames: int
     fps: int
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: Annotated[int, NUM_STEPS]
+    guidance_scale: Annotated[float, GUIDANCE]
     include: list[str]
     exclude: list[str]
     prompts: list[str]
@@ -101,8 +100,8 @@ class FolderFamily(abc.ABC):
             if getattr(self, key) not in _DTYPES:
                 raise ValueError(f"model.{key}={getattr(self, key)} is not among {', '.join(_DTYPES)}")
         check_negative_prompt(self.negative_prompt)
-        require_number("num_inference_steps", self.num_inference_steps, minimum=1, whole=True)
-        require_number("guidance_scale", self.guidance_scale, minimum=0)
+        require_number("num_inference_steps", self.num_inference_steps, NUM_STEPS, whole=True)
+        require_number("guidance_scale", self.guidance_scale, GUIDANCE)
         self.folder = None
         if self.path is not None:
             self.folder = self.folder_class.find(self.path, repository=self.repository, model=self.name)
@@ -126,7 +125,7 @@ class FolderFamily(abc.ABC):
                     f"use {max(0, round((value - 1) / temporal)) * temporal + 1}"
                 )
 
-    # What a folder, or the published configuration, says
+    # The answers of a folder, or of the published configuration
 
     def component_config(self, component: str) -> dict[str, Any]:
         """A component's configuration, the folder's if there is one.
@@ -144,7 +143,7 @@ class FolderFamily(abc.ABC):
 
     @cached_property
     def transformer_config(self) -> dict[str, Any]:
-        """What :meth:`build` takes to build the model's transformer."""
+        """The configuration that :meth:`build` takes to build the model's transformer."""
         config = self.component_config("transformer")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -208,7 +207,7 @@ class FolderFamily(abc.ABC):
         """Load the trained transformer, with its LoRA, in eval mode, without gradients, on the CPU.
 
         Args:
-            dtype: of its weights; None: the configuration's.
+            dtype: Type of its weights; None: the configuration's.
 
         Raises:
             ValueError: the weights or the LoRA are missing, damaged or of another model.
@@ -223,7 +222,7 @@ class FolderFamily(abc.ABC):
 
     @property
     def lora_record(self) -> list[dict[str, Any]]:
-        """What a manifest says of the LoRAs: content and scale of each, and of which transformers it is; no paths."""
+        """The LoRAs as a manifest has them: content and scale of each, and its transformers; no paths."""
         return [
             {"sha256": lora.file.revision, "scale": lora.scale, "transformers": sorted(lora.keys)}
             for lora in self._loras
@@ -236,7 +235,8 @@ class FolderFamily(abc.ABC):
             transformer: one that :meth:`build` made, on ``meta`` for example.
 
         Raises:
-            ValueError: weights are missing, cut off or quantized already, or a LoRA has keys or shapes of another model.
+            ValueError: weights are missing, cut off or quantized already, or a LoRA has keys or shapes of another
+                model.
         """
         if self.folder is not None:
             self.folder.check_parts(self.transformer_folders)

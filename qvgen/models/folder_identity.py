@@ -1,4 +1,4 @@
-"""What a model's folder computes with: a checksum of all bytes of each part, whatever the folder is called.
+"""The identity of a model's folder: a checksum of all bytes of each part, whatever the folder is called.
 
     transformer, vae, text_encoder    config.json and weights; see :meth:`qvgen.models.hub_folder.HubFolder.checksum`
     tokenizer, scheduler              all files
@@ -25,8 +25,8 @@ def weights_identity(folder: HubFolder, components: Iterable[str]) -> dict[str, 
 def settings_identity(folder: HubFolder) -> dict[str, str]:
     """The same of the parts without weights."""
     present = [name for name in ("tokenizer", "scheduler") if any((folder.path / name).glob("*"))]
-    found = {name: folder.files_revision(name) for name in present}
+    checksums = {name: folder.files_revision(name) for name in present}
     if (folder.path / "model_index.json").is_file():
         index = {key: value for key, value in folder.read_json("model_index.json").items() if not key.startswith("_")}
-        found["model_index"] = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-    return found
+        checksums["model_index"] = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    return checksums

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: which texts stand against the captions, and what has to be encoded for it.
+"""Classifier-free guidance: which texts stand against the captions, and which texts have to be encoded for it.
 
     velocity = without + guidance_scale (with_caption - without)
 
@@ -8,11 +8,11 @@ Training drops captions by the empty one, whatever the negative prompt is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from qvgen.config.prompt import Prompts
+from qvgen.config.value_range import Range
 
 
 def check_negative_prompt(value: Any) -> None:
@@ -21,12 +21,16 @@ def check_negative_prompt(value: Any) -> None:
         raise ValueError(f'model.negative_prompt={value} is no text; write "" for none')
 
 
-def require_number(key: str, value: Any, *, minimum: float, whole: bool = False) -> None:
-    """Raise ValueError for a ``model.KEY`` of sampling that is no finite number of at least ``minimum``."""
+NUM_STEPS, GUIDANCE, SHIFT = Range(">= 1"), Range(">= 0"), Range(">= 1")
+"""Ranges of ``num_inference_steps``, ``guidance_scale`` and ``shift`` in every family; the first is a whole number."""
+
+
+def require_number(key: str, value: Any, limits: Range, *, whole: bool = False) -> None:
+    """Raise ValueError for a ``model.KEY`` of sampling that is no finite number within its range ``>= ...``."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, kinds) or value not in limits:
         kind = "whole" if whole else "finite"
-        raise ValueError(f"model.{key}={value} is no {kind} number of at least {minimum:g}")
+        raise ValueError(f"model.{key}={value} is no {kind} number of at least {limits.text.removeprefix('>= ')}")
 
 
 def negative_texts(own: str, given: Sequence[str | None] | None, *, count: int) -> list[str]:
@@ -48,7 +52,7 @@ def negative_texts(own: str, given: Sequence[str | None] | None, *, count: int) 
 
 
 def texts_to_encode(family: Any, prompts: Prompts) -> list[str]:
-    """What sampling with these prompts needs of a text encoder: captions and, with guidance, negative prompts; each once."""
+    """The texts that sampling with these prompts needs encoded: captions and, with guidance, negative prompts; each once."""
     if family.guidance_scale == 1:
         return list(dict.fromkeys(prompts.captions))
     return list(dict.fromkeys([*prompts.texts(), family.negative_prompt]))

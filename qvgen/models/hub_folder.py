@@ -81,14 +81,14 @@ class HubFolder:
 
     @classmethod
     def whole_remedy(cls, path: str | Path, *, repository: str, model: str) -> str:
-        """What to do when there is no folder at all."""
+        """The remedy when there is no folder at all, for messages."""
         folder = Path(path).expanduser()
         is_file = folder.is_file() or folder.suffix in _FILE_SUFFIXES
         empty = not is_file and not (folder.is_dir() and any(folder.iterdir()))
         return download_remedy(repository, model=model, path=str(path) if empty else "FOLDER")
 
     def remedy(self, part: str) -> str:
-        """What to do when something of a part, such as vae, is not there."""
+        """The remedy when something of a part, such as vae, is not there, for messages."""
         cached = cache_of(self.path)
         if cached is None:
             return f"get it with `hf download {self.repository} --include '{part}' --local-dir {self.path}`"
@@ -176,7 +176,7 @@ class HubFolder:
         Args:
             component: name of its folder.
             model_class: class of diffusers or transformers; config.json must name no other.
-            dtype: of the parameters; what the class keeps in float32 stays so.
+            dtype: Type of the parameters; those that the class keeps in float32 stay so.
 
         Returns:
             The module in eval mode, without gradients, on the CPU.

@@ -98,14 +98,14 @@ class Lora:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a manifest says of it: content, scale, of which transformers it is; no path."""
+        """The LoRA as a manifest has it: content, scale and transformers; no path."""
         return {"sha256": self.file.revision, "scale": self.scale, "transformers": sorted(self.keys)}
 
     def plan(self, transformer: nn.Module, *, component: str) -> MergePlan | None:
         """Find out what goes where, checking all keys and shapes of the file.
 
         Args:
-            transformer: of diffusers, ``meta`` too; both experts have the same layers.
+            transformer: A transformer of diffusers, on the meta device too; both experts have the same layers.
             component: which of the model's transformers it is.
 
         Returns:

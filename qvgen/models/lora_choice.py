@@ -46,7 +46,7 @@ def read_choice(value: Any, *, scale: Any, key: str = "model.lora") -> list[tupl
         raise ValueError(
             f"model.lora_scale={scales} has {len(scales)} scales for {len(entries)} LoRAs; give one for each"
         )
-    found = []
+    choices = []
     for index, entry in enumerate(entries):
         path, own = entry, None
         if isinstance(entry, Mapping):
@@ -58,10 +58,10 @@ def read_choice(value: Any, *, scale: Any, key: str = "model.lora") -> list[tupl
         if own is not None and scales is not None:
             raise ValueError(f"{key} and model.lora_scale={scales} both give the scale of {path}; write it once")
         chosen = own if own is not None else scale if scales is None else scales[index]
-        found.append(
+        choices.append(
             (Path(path).expanduser(), _number(chosen, key="model.lora_scale" if own is None else f"{key}.scale"))
         )
-    return found
+    return choices
 
 
 def _number(value: Any, *, key: str) -> float:

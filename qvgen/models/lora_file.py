@@ -43,10 +43,10 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What a configuration says of a layer's factor.
+    """The factor of a layer, as a configuration gives it.
 
     Attributes:
-        fields: of peft's LoraConfig: r and lora_alpha at least.
+        fields: Fields of peft's LoraConfig: r and lora_alpha at least.
     """
 
     fields: Mapping[str, Any]
@@ -55,8 +55,8 @@ class LoraConfig:
         """Factor of a layer: alpha / rank, or for rsLoRA alpha / sqrt(rank).
 
         Args:
-            name: of the layer in the transformer.
-            rank: of its tensors.
+            name: Name of the layer in the transformer.
+            rank: Rank of its tensors.
 
         Raises:
             ValueError: the configuration has another rank, or no numbers.
@@ -160,7 +160,7 @@ class LoraFile:
             ) from error
 
     def config(self, component: str) -> LoraConfig | None:
-        """What peft's file, or the header that diffusers writes, says about a transformer; None where nothing does.
+        """The entry of peft's file, or of the header that diffusers writes, for a transformer; None where there is none.
 
         Raises:
             ValueError: it is no JSON, or makes the file more than a LoRA.

@@ -62,8 +62,8 @@ class LoraKey:
     """A key taken apart.
 
     Attributes:
-        key: as it stands in the file.
-        name: of the layer, without prefixes; not yet one of the transformer's.
+        key: The key as it stands in the file.
+        name: Name of the layer, without prefixes; not yet one of the transformer's.
         kind: what the tensor is.
         second: whether a prefix says that it is of the low-noise transformer; None: no prefix says which.
     """
@@ -81,27 +81,27 @@ def read_key(key: str) -> LoraKey | None:
         if prefix in ("transformer.", "pipe.dit.", *_SECOND):
             second = bool(second) or prefix in _SECOND
         rest = rest.removeprefix(prefix)
-    found = _KIND.match(rest)
-    if not found:
+    match = _KIND.match(rest)
+    if not match:
         return None
-    half, what = found["half"] or found["old"], found["what"]
+    half, what = match["half"] or match["old"], match["what"]
     kind: Kind
     if half is None:
-        kind = found["other"]  # type: ignore[assignment] # the expression allows the four
+        kind = match["other"]  # type: ignore[assignment] # the expression allows the four
     elif what == "bias":
         if half in ("A", "down"):
             return None
         kind = "bias"
     else:
         kind = "down" if half in ("A", "down") else "up"
-    return LoraKey(key=key, name=found["name"], kind=kind, second=second)
+    return LoraKey(key=key, name=match["name"], kind=kind, second=second)
 
 
 class LayerNames:
-    """What a transformer's layers and parameters are called in LoRA files.
+    """The names that a transformer's layers and parameters have in LoRA files.
 
     Args:
-        transformer: of diffusers, on any device, ``meta`` too.
+        transformer: A transformer of diffusers, on any device, ``meta`` too.
     """
 
     def __init__(self, transformer: nn.Module) -> None:

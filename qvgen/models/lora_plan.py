@@ -25,10 +25,10 @@ _ENDS = {"diff": "weight", "bias": "bias", "diff_b": "bias"}
 
 @dataclass(frozen=True, kw_only=True)
 class Addend:
-    """What is added to a parameter, but for the LoRA's scale.
+    """The addition to one parameter, but for the LoRA's scale.
 
     Attributes:
-        keys: of B and A, whose product it is, or of one tensor.
+        keys: Keys of B and A, whose product is added, or of one tensor.
         factor: alpha / rank, or 1 for a difference.
     """
 
@@ -36,7 +36,7 @@ class Addend:
     factor: float
 
     def value(self, stream: Any, *, shape: torch.Size) -> Tensor:
-        """Read it: float32 of the parameter's shape, without the factor."""
+        """Read the addition: float32 of the parameter's shape, without the factor."""
         first, *second = (stream.get_tensor(key).float() for key in self.keys)
         return (first.flatten(1) @ second[0].flatten(1) if second else first).reshape(shape)
 
@@ -66,7 +66,7 @@ class Planner:
     """Matches a file's keys with a transformer.
 
     Attributes:
-        transformer: of diffusers, on any device, ``meta`` too.
+        transformer: A transformer of diffusers, on any device, ``meta`` too.
         file: the LoRA's file.
     """
 
@@ -99,10 +99,10 @@ class Planner:
             if parts.kind in groups[name]:
                 raise error(f"{parts.key} and {groups[name][parts.kind]} are both of {name}; keep one")
             groups[name][parts.kind] = parts.key
-        for name, found in groups.items():
-            if set(found) & _PRODUCT and not {"down", "up"} <= set(found):
-                raise error(f"{name} lacks its lora_{'B' if 'down' in found else 'A'}.weight; download it again")
-            for reason in self._misfits(name, found):
+        for name, tensors in groups.items():
+            if set(tensors) & _PRODUCT and not {"down", "up"} <= set(tensors):
+                raise error(f"{name} lacks its lora_{'B' if 'down' in tensors else 'A'}.weight; download it again")
+            for reason in self._misfits(name, tensors):
                 raise error(f"{reason}; use a LoRA of this model")
         return dict(groups)
 
@@ -138,21 +138,21 @@ class Planner:
         """The parameter that a kind of tensor is added to: a layer's weight or bias, or a parameter of that very name."""
         return name if name in self._parameters else f"{name}.{_ENDS[kind]}"
 
-    def _misfits(self, name: str, found: Mapping[str, str]) -> Iterator[str]:
-        """What of a layer's tensors does not fit it."""
+    def _misfits(self, name: str, tensors: Mapping[str, str]) -> Iterator[str]:
+        """The reasons why a layer's tensors do not fit it."""
         shapes = self.file.entries
-        if "down" in found:
+        if "down" in tensors:
             weight = list(self._parameters[f"{name}.weight"].shape)
-            down, up = (list(shapes[found[kind]]) for kind in ("down", "up"))
+            down, up = (list(shapes[tensors[kind]]) for kind in ("down", "up"))
             outputs, *inputs = weight
             if [*down[1:], *up] != [*inputs, outputs, *down[:1], *[1] * (len(inputs) - 1)]:
                 yield f"A {down}, B {up} does not fit {name} {weight}"
             elif down[0] == 0:
                 yield f"A {down} of {name} has rank 0"
-        if (alpha := found.get("alpha")) and shapes[alpha] not in ((), (1,)):
+        if (alpha := tensors.get("alpha")) and shapes[alpha] not in ((), (1,)):
             yield f"{alpha} {list(shapes[alpha])} is no number"
         for kind in ("bias", "diff", "diff_b", "diff_m"):
-            if key := found.get(kind):
+            if key := tensors.get(kind):
                 target = self._parameter(name, kind)
                 parameter = self._parameters.get(target)
                 if parameter is None:

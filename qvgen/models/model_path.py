@@ -39,7 +39,7 @@ def find_model_folder(path: str | Path, *, repository: str, download: str) -> Pa
     """Find the model's folder.
 
     Args:
-        path: as in ``model.path``.
+        path: The value of ``model.path``.
         repository: ORG/NAME of the model on the hub; which one a cache's root stands for.
         download: how to get a folder from the hub; the end of a message where nothing else helps.
 
@@ -78,7 +78,7 @@ def _cached(path: str, *, repository: str, download: str) -> Path:
 
 
 def _file_answer(file: Path, *, download: str) -> str:
-    """What a file is that was given for a folder."""
+    """A phrase that says what kind of file was given for a folder."""
     name = file.name
     if name.endswith(".gguf"):
         return f"GGUF, whose weights are quantized already; {download}"
@@ -98,7 +98,7 @@ def _file_answer(file: Path, *, download: str) -> str:
 
 
 def _weights_answer(file: Path, entries: dict[str, dict[str, Any]], *, download: str) -> str:
-    """What the weights of one file are."""
+    """A phrase that says what kind of weights one file holds."""
     if any("lora" in name for name in entries):
         return f"a LoRA; write model.lora={file} beside the model's own folder"
     if reason := quantized_already(entries):
@@ -112,7 +112,7 @@ def _weights_answer(file: Path, entries: dict[str, dict[str, Any]], *, download:
 
 
 def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
-    """What a folder is that holds no model_index.json; a clause that follows on its name."""
+    """A clause, to follow on its name, that says what kind of folder it is that holds no model_index.json."""
     names = {entry.name for entry in folder.iterdir()}
     config, manifest = _json(folder / "config.json"), _json(folder / "manifest.json")
     named = str(config.get("_class_name"))
@@ -163,9 +163,9 @@ def _header_reason(files: list[Path]) -> str | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A mapping, or nothing."""
+    """The mapping that a JSON file holds; an empty one where it holds none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

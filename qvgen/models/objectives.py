@@ -1,4 +1,4 @@
-"""What a diffusion transformer is trained to predict: pure formulas, no state but their constants.
+"""The targets that a diffusion transformer is trained to predict: pure formulas, no state but their constants.
 
 Flow matching (rectified flow; Lipman et al. 2210.02747, Liu et al. 2209.03003; Wan 2503.20314):
 

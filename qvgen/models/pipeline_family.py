@@ -1,4 +1,4 @@
-"""What CogVideoX and Wan share: text encoder, VAE and the ordinary diffusers pipeline around a transformer.
+"""The part that CogVideoX and Wan share: text encoder, VAE and the ordinary diffusers pipeline around a transformer.
 
     captions --text encoder--> embeddings          pixels --VAE--> latents --transformer--> prediction in latents
 

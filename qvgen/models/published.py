@@ -41,7 +41,7 @@ class PublishedModel:
     """A model of conf/model.
 
     Attributes:
-        name: as in ``model=NAME``.
+        name: Name as in ``model=NAME``.
         repository: ORG/NAME on the hub; empty for one that is trained here.
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
@@ -58,8 +58,8 @@ def check_text_to_video(configs: Configs, *, name: str, path: object) -> None:
 
     Args:
         configs: the folder's configurations.
-        name: of the model that was chosen.
-        path: of the folder, for the message.
+        name: Name of the model that was chosen.
+        path: Path of the folder, for the message.
 
     Raises:
         ValueError: it is an image-to-video or a control model; the message names what shows it and the model to use.
@@ -90,10 +90,10 @@ def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_enc
 
     Args:
         configs: the folder's configurations.
-        name: of the model that was chosen; one that conf/model does not know is not compared with others.
-        transformer_class: of diffusers, of that model.
+        name: Name of the model that was chosen; one that conf/model does not know is not compared with others.
+        transformer_class: Class of diffusers that the model's transformer has.
         text_encoder: class of transformers, of that model.
-        path: of the folder, for the message.
+        path: Path of the folder, for the message.
 
     Raises:
         ValueError: it is of another class, kind, or exactly of another model's sizes; the message names the model to use.
@@ -127,7 +127,7 @@ def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_enc
 
 
 def _kind(configs: Configs, *, class_name: str | None, text_encoder: str | None) -> dict[str, Any]:
-    """What tells models of one class apart at any size."""
+    """The values that tell models of one class apart at any size."""
     transformer, vae, index = configs("transformer"), configs("vae"), configs("model_index")
     temporal = transformer.get("patch_size_t")
     return {
@@ -164,7 +164,7 @@ def _by_name(name: str) -> PublishedModel | None:
 @cache
 def known_models() -> tuple[PublishedModel, ...]:
     """The models of conf/model that are folders."""
-    found = []
+    models = []
     for file in sorted((conf_directory() / "model").glob("*.yaml"), key=lambda file: file.stem):
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
         if "published" not in spec:
@@ -178,5 +178,5 @@ def known_models() -> tuple[PublishedModel, ...]:
             text_encoder=family.text_encoder_class,
         )
         sizes = _sizes(published["transformer"])
-        found.append(PublishedModel(name=file.stem, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
-    return tuple(found)
+        models.append(PublishedModel(name=file.stem, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+    return tuple(models)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Largest header in bytes: the format's own limit."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 

@@ -1,4 +1,4 @@
-"""What must be true of a sampled video before anybody sees it: finite latents and pixels, and more than one colour.
+"""The checks that a sampled video passes before anybody sees it: finite latents and pixels, and more than one colour.
 
 A NaN anywhere in a model becomes a black video, which a player shows without complaint. It is refused where it is sampled,
 by caption, seed and kind of model, so that no file is written.
@@ -31,8 +31,8 @@ class SampledVideo:
 
     Attributes:
         transformer: what sampled it; only its kind is named.
-        caption: of the video.
-        seed: of its noise.
+        caption: Caption of the video.
+        seed: Seed of its noise.
     """
 
     transformer: nn.Module

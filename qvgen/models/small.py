@@ -36,12 +36,13 @@ _GATE_ROWS = [2, 5]
 """Rows of a Wan block's modulation that gate its self-attention and its feed-forward layers."""
 
 _START_LOG_VARIANCE = -6.0
-"""Of the untrained VAE's posterior: a deviation of 0.05. At 1, where it would start, the decoder first learns to ignore the
-noise that the latents are: after 200 steps (clips of 5 x 32 x 32, one seed) the L1 error was .290 instead of .235."""
+"""Logarithm of the variance of the untrained VAE's posterior: a deviation of 0.05. At a deviation of 1, where it
+would start otherwise, latents are mostly noise and the decoder first learns to ignore them: after 200 steps (clips of
+5 x 32 x 32, one seed) the L1 error was .290 instead of .235."""
 
 
 class TrainedFolder(HubFolder):
-    """A folder that was trained and not downloaded."""
+    """A model's folder that a training of this library wrote, in place of one that was downloaded."""
 
     @classmethod
     def whole_remedy(cls, path: str | Path, *, repository: str, model: str) -> str:
@@ -77,7 +78,7 @@ class Small(WanFamily):
         :meth:`qvgen.models.tiny.TinyVideoDiT.initial_transformer`.
 
         Args:
-            seed: of the random weights.
+            seed: Seed of the random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -91,7 +92,7 @@ class Small(WanFamily):
         """Build an untrained VAE, float32, the start of its training; its posterior is narrow.
 
         Args:
-            seed: of the random weights.
+            seed: Seed of the random weights.
 
         Raises:
             ValueError: the configuration has a key that the VAE does not have.

@@ -153,8 +153,8 @@ def load_text_encoder(folder: Path, *, width: int) -> tuple[BertModel, Any]:
         raise ValueError(f"{folder} holds no text encoder ({' '.join(str(error).split())[:200]})") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(f"{folder} lacks tensors of its text encoder: {sorted(info['missing_keys'])[:1]}")
-    if (found := encoder.config.hidden_size) != width:
-        raise ValueError(f"{folder} holds a text encoder of {found} channels, the transformer takes {width}")
+    if (size := encoder.config.hidden_size) != width:
+        raise ValueError(f"{folder} holds a text encoder of {size} channels, the transformer takes {width}")
     check_finite(chain(encoder.named_parameters(), encoder.named_buffers()), source=str(folder))
     return encoder.eval(), tokenizer
 

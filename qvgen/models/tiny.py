@@ -16,7 +16,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
-from qvgen.models.guidance import check_negative_prompt, negative_texts, require_number
+from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
@@ -48,23 +48,23 @@ class TinyVideoDiT:
     """The tiny family. It implements :class:`qvgen.models.base.VideoDiT`.
 
     Args:
-        image_size: S, side of a frame in pixels, a multiple of 4.
-        num_frames: F, frames per video.
-        width: channels of a token; a multiple of num_heads.
-        num_layers: transformer blocks.
-        num_heads: attention heads.
-        feed_forward_size: hidden channels of a block's feed-forward layers.
-        text_size: channels of a caption token.
-        frequency_size: channels of the timestep's sinusoidal embedding.
-        shift: of the noise levels, in training and in sampling.
-        include: fnmatch patterns of the Linears to quantize.
-        exclude: patterns of Linears to leave alone.
-        prompts: captions that a report samples from.
-        fps: frames per second.
-        num_inference_steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-        negative_prompt: a caption that guidance leads away from; "" is the empty one.
-        weights: the teacher's safetensors file; null: the one that the package ships.
+        image_size: Side S of a frame in pixels, a multiple of 4.
+        num_frames: Frames F of a video.
+        width: Channels of a token; a multiple of 2 num_heads.
+        num_layers: Number of transformer blocks.
+        num_heads: Attention heads of a block.
+        feed_forward_size: Hidden channels of a block's feed-forward layers.
+        text_size: Channels of a caption token.
+        frequency_size: Channels of the timestep's sinusoidal embedding.
+        shift: Shift of the noise levels towards noise, in training and sampling; 1 is none.
+        include: Name patterns (fnmatch) of the Linears that are quantized.
+        exclude: Name patterns (fnmatch) of Linears that stay as they are.
+        prompts: Captions that a report samples videos of.
+        fps: Frames per second.
+        num_inference_steps: Sampling steps of a video.
+        guidance_scale: Factor of classifier-free guidance; 1 is none.
+        negative_prompt: The caption that guidance leads away from; "" is the empty one.
+        weights: The teacher's safetensors file; None: the one that comes with the package.
 
     Raises:
         ValueError: for sizes that don't divide, and prompts that the model does not understand.
@@ -90,13 +90,13 @@ class TinyVideoDiT:
         feed_forward_size: int,
         text_size: int,
         frequency_size: int,
-        shift: float,
+        shift: Annotated[float, SHIFT],
         include: Sequence[str],
         exclude: Sequence[str],
         prompts: Sequence[str],
         fps: int,
-        num_inference_steps: int,
-        guidance_scale: float,
+        num_inference_steps: Annotated[int, NUM_STEPS],
+        guidance_scale: Annotated[float, GUIDANCE],
         negative_prompt: str = "",
         weights: str | None = None,
     ) -> None:
@@ -104,9 +104,9 @@ class TinyVideoDiT:
             if value % divisor:
                 raise ValueError(f"{name}={value} is no multiple of {divisor}; use {(value // divisor + 1) * divisor}")
         check_negative_prompt(negative_prompt)
-        require_number("num_inference_steps", num_inference_steps, minimum=1, whole=True)
-        require_number("guidance_scale", guidance_scale, minimum=0)
-        require_number("shift", shift, minimum=1)
+        require_number("num_inference_steps", num_inference_steps, NUM_STEPS, whole=True)
+        require_number("guidance_scale", guidance_scale, GUIDANCE)
+        require_number("shift", shift, SHIFT)
         self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
         self.objective = FlowMatching(shift=shift)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
@@ -171,7 +171,7 @@ class TinyVideoDiT:
         Wan's modulation starts near 0, which all but closes the residual branches; their gates start at 1 here.
 
         Args:
-            seed: of the random weights.
+            seed: Seed of the random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -196,7 +196,7 @@ class TinyVideoDiT:
         return transformer.requires_grad_(False).eval()
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
-        """Those of Wan's class."""
+        """The places where smoothing vectors can be folded, which are those of Wan's class."""
         return wan_folds(transformer)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -31,13 +31,7 @@ _EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 @dataclass(kw_only=True, eq=False)
 class Wan(WanFamily):
-    """The Wan family.
-
-    Attributes:
-        shift: of the noise levels in training and sampling; None: the folder's scheduler's.
-
-    The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
-    """
+    """The Wan family; its keys are those of :class:`qvgen.models.wan_family.WanFamily`."""
 
     text_encoder_class: ClassVar[str] = "UMT5EncoderModel"
     max_text_tokens: ClassVar[int] = 512
@@ -48,11 +42,12 @@ class WanExpert(Wan):
     """One of the two experts.
 
     Attributes:
-        expert: high or low: the noise levels of the transformer that is trained.
-        guidance_scale_low: classifier-free guidance at the low-noise expert's steps; ``guidance_scale`` is the other's.
-        lora_high: LoRAs of the high-noise expert, written as ``lora`` is; ``lora`` itself is for files whose keys name both
-            experts, and for the expert that is trained.
-        lora_low: LoRAs of the low-noise expert.
+        expert: The expert that is trained: ``high`` or ``low``, by its noise levels.
+        guidance_scale_low: Factor of classifier-free guidance at the low-noise expert's steps; ``guidance_scale`` is
+            the other expert's.
+        lora_high: LoRAs of the high-noise expert, written as ``lora`` is; ``lora`` itself is for files whose keys name
+            both experts, and for the expert that is trained.
+        lora_low: LoRAs of the low-noise expert, written as ``lora`` is.
 
     The other keys are those of :class:`Wan`.
 

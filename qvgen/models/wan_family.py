@@ -1,4 +1,4 @@
-"""What every family over diffusers' Wan classes shares: flow matching, calls of the transformer, latents' statistics.
+"""The part that families over diffusers' Wan classes share: flow matching, calls of the transformer, latents' statistics.
 
     transformer   WanTransformer3DModel; latents as [B, C, F, H, W], text by cross-attention
     objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
-from qvgen.models.guidance import require_number
+from qvgen.models.guidance import SHIFT, require_number
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
@@ -32,7 +32,8 @@ class WanFamily(PipelineFamily):
     """A family of Wan's classes.
 
     Attributes:
-        shift: of the noise levels in training and sampling, at least 1; None: the folder's scheduler's.
+        shift: Shift of the noise levels towards noise, in training and sampling; 1 is none. None: the one of the folder's
+            scheduler.
 
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
 
@@ -40,7 +41,7 @@ class WanFamily(PipelineFamily):
         ValueError: another shift.
     """
 
-    shift: float | None = None
+    shift: Annotated[float | None, SHIFT] = None
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     pipeline_class: ClassVar[str] = "WanPipeline"
@@ -56,7 +57,7 @@ class WanFamily(PipelineFamily):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift is not None:
-            require_number("shift", self.shift, minimum=1)
+            require_number("shift", self.shift, SHIFT)
 
     @staticmethod
     def clean_caption(caption: str) -> str:
@@ -115,7 +116,7 @@ class WanFamily(PipelineFamily):
         return (self.max_text_tokens, int(self.transformer_config.get("text_dim", 4096)))  # the class's default
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
-        """Behind values and the norm of cross-attention; see :mod:`qvgen.models.wan_fold`."""
+        """The places behind values and the norm of cross-attention; see :mod:`qvgen.models.wan_fold`."""
         return wan_folds(transformer)
 
     def predict(

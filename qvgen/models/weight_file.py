@@ -67,9 +67,9 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"weights {path} can't be read ({error.strerror}); {_REMEDY}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ValueError(f"weights {path} are corrupted: sha256 is {found}, expected {expected}; {_REMEDY}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
+        raise ValueError(f"weights {path} are corrupted: sha256 is {digest}, expected {expected}; {_REMEDY}")
     tensors: dict[str, Tensor] = load(content)
     check_finite(tensors.items(), source=f"weights {path}", remedy=_REMEDY)
     return tensors

@@ -144,7 +144,7 @@ def _why_missing(folder: Path, name: str) -> str:
 
 
 def _why_none(folder: Path, names: set[str]) -> ValueError:
-    """What lies there instead of weights."""
+    """A phrase that says what lies there instead of weights."""
     if not folder.is_dir():
         return MissingWeightsError("is missing")
     for name in sorted(names):

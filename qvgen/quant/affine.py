@@ -98,7 +98,7 @@ def clipped_range(
         grid: A symmetric grid uses (-max|x|, max|x|) and ``clip_high`` alone.
         clip_low: Factor in (0, 1] on the minimum, broadcastable to [..., 1].
         clip_high: Factor in (0, 1] on the maximum.
-        extremes: Of :func:`row_extremes`, where they are known; None: they are taken from the rows.
+        extremes: The rows' :func:`row_extremes`, where they are known; None: they are taken from the rows.
 
     Returns:
         lo <= 0 and hi >= 0, float32 [..., 1].

@@ -46,7 +46,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedGrid:
-    """What the refinement found. G = 1 for per_channel.
+    """The grid and the codes of a weight after refinement; G is the number of groups of a row, 1 for per_channel.
 
     Attributes:
         scale: float32 [N, G], > 0.
@@ -63,7 +63,7 @@ class RefinedGrid:
 
 @dataclass
 class _State:
-    """Row layout: scale, zero_point, error [R, 1]; codes float32 [R, columns]."""
+    """The present grid of R rows: scale, zero_point and error [R, 1], codes float32 [R, columns]."""
 
     scale: Tensor
     zero_point: Tensor
@@ -71,7 +71,7 @@ class _State:
     error: Tensor
 
     def keep_better_(self, other: _State) -> Tensor:
-        """Take the rows over in which the other has the smaller error. Returns which [R, 1]."""
+        """Replace, in place, the rows whose error is smaller in the other state; returns a mask [R, 1] of these rows."""
         better = other.error < self.error
         for name in ("scale", "zero_point", "codes", "error"):
             setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))

@@ -73,7 +73,7 @@ def constant_widths(
         steps: [W], sampling steps of each window: the budget is of what runs in a step; None: of what is stored.
 
     Returns:
-        Bits by unit and window, [U][W].
+        Bits [U, W], by unit and window.
 
     Raises:
         ValueError: A fixed width that is no candidate, or a budget below the cheapest choice.
@@ -114,7 +114,7 @@ def windowed_widths(problem: SideProblem, *, steps: Sequence[int]) -> list[list[
         steps: [W], sampling steps of each window: what its costs count.
 
     Returns:
-        Bits by unit and window, [U][W].
+        Bits [U, W], by unit and window.
 
     Raises:
         ValueError: A budget below the cheapest choice, or not one number of steps per window.

@@ -20,7 +20,7 @@ from torch import Tensor
 from qvgen.errors import UserError
 
 _CHUNK = 1 << 20
-"""Values that are looked at in one go: what a tensor that does not lie in one piece is copied by."""
+"""Values that are looked at in one go; a tensor that is not contiguous is copied in pieces of so many values."""
 
 _FLOAT8_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """Lowest byte without its sign that is no number, for dtypes of 8 bits that have no minimum on a processor."""
@@ -48,12 +48,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], *, source: str, remedy: 
     for name, tensor in tensors:
         if is_finite(tensor):
             continue
-        counts = [sum(int(found(part).sum()) for part in _wide_chunks(tensor)) for found in (torch.isnan, torch.isinf)]
-        found = " and ".join(
+        counts = [sum(int(test(part).sum()) for part in _wide_chunks(tensor)) for test in (torch.isnan, torch.isinf)]
+        counted = " and ".join(
             filter(None, (_counted(counts[0], "NaN", "NaNs"), _counted(counts[1], "infinity", "infinities")))
         )
         raise UserError(
-            f"{source}: {name!r}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, holds {found} among "
+            f"{source}: {name!r}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, holds {counted} among "
             f"{tensor.numel()} values{f'; {remedy}' if remedy else ''}"
         )
 

@@ -30,7 +30,7 @@ MIN_SCALE = 1e-8
 """Smallest scale (units of the tensor): a row of zeros gets this one and dequantizes to exact zeros."""
 
 MAX_ROTATION = 2**20
-"""Above the columns of any layer."""
+"""Largest rotation that is accepted: more than the columns of any layer."""
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 _ZERO_POINTS = ("integer", "real", "none")
@@ -47,7 +47,7 @@ class Grid:
             an activation ``[..., K]``) are the same arithmetic over the last dimension; ``per_group`` cuts that
             dimension into groups of ``group_size``.
         zero_point: ``integer`` (a code), ``real`` (fractional, as in the QVGen release) or ``none`` (symmetric).
-        group_size: Columns per group; required for ``per_group`` and refused elsewhere.
+        group_size: Columns per group, greater than 0; required for ``per_group`` and refused elsewhere.
         scale_dtype: The precision that scales are rounded to right after they are computed. The arithmetic
             itself is float32 always.
 
@@ -204,6 +204,18 @@ def profile_from_bits(
     rotation: int = 0,
 ) -> Profile:
     """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
+
+    Args:
+        name: Name of the profile, as reports and manifests have it.
+        weight_bits: Bits of a weight code, 2 to 8.
+        activation_bits: Bits of an activation code, 2 to 8.
+        weight: The weight's grid; keys of :class:`Grid` but for ``bits``.
+        activation: The activation's grid; keys of :class:`Grid` but for ``bits``.
+        rotation: Block size of the Hadamard rotation that inputs pass before they are quantized; 0 for none. It must divide
+            every in_features (64 divides 1920), or be the whole row.
+
+    Raises:
+        ValueError: See :class:`Grid` and :class:`Profile`.
 
     Example:
         >>> profile = profile_from_bits(

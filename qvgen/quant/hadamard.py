@@ -44,7 +44,7 @@ from torch import Tensor
 _CPU_ELEMENTS = 2**18
 """Elements transformed at a time: 1 MiB and its scratch stay in a core's cache (4 times faster for B = 8960)."""
 _DEVICE_ELEMENTS = 2**26
-"""The same elsewhere, where it only bounds the scratch memory (256 MiB a buffer) and each launch costs."""
+"""The number on other devices, where it only bounds the scratch memory (256 MiB a buffer) and each launch costs."""
 
 
 def hadamard_transform(x: Tensor, *, block_size: int) -> Tensor:

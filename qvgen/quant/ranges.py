@@ -22,13 +22,13 @@ NUM_CANDIDATES = 80
 EXPONENT = 2.4
 
 LARGEST_SHARE = 8
-"""One of so many values of a row is looked at first."""
+"""Stride of the values of a row that are looked at first, to discard hopeless ranges before all values are."""
 
 CERTAIN = 0.999
 """Sums of float32 err by less than a thousandth, whatever their order: a bound counts by this much."""
 
 CACHED_ELEMENTS = 1 << 18
-"""Values of a piece: 1 MiB and its scratch."""
+"""Values that are searched at once: 1 MiB of float32, which stays in the cache with its scratch memory."""
 
 
 def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,9 @@ def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
     rows = to_rows(weight.float(), grid)
     columns = rows.shape[-1]
     pieces = rows.reshape(-1, columns).split(max(1, CACHED_ELEMENTS // columns))
-    found = [_search_rows(piece, grid) for piece in pieces]
+    pairs = [_search_rows(piece, grid) for piece in pieces]
     shape = (*weight.shape[:-1], grid.num_groups(weight.shape[-1]))
-    scale, zero_point = (torch.cat([pair[side] for pair in found]).reshape(shape) for side in (0, 1))
+    scale, zero_point = (torch.cat([pair[side] for pair in pairs]).reshape(shape) for side in (0, 1))
     return scale, zero_point
 
 

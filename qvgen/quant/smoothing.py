@@ -25,8 +25,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qvgen.config.value_range import Range
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.grid import Grid
+
+ALPHA = Range("[0, 1]", write="0.5")
+"""Range of alpha, which shares the outliers out between input and weight."""
 
 MAX_FACTOR = 1e4
 """Largest factor, and the inverse of the smallest, after the division by the median."""
@@ -54,8 +58,7 @@ def smoothing_scale(activation_abs_max: Tensor, weight: Tensor, *, alpha: float)
     Raises:
         ValueError: ``alpha`` outside [0, 1], or shapes that don't fit.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha={alpha} is outside 0..1; SmoothQuant's default is 0.5")
+    ALPHA.check(alpha, key="alpha")
     if activation_abs_max.dim() != 1 or weight.dim() not in (1, 2) or weight.shape[-1] != activation_abs_max.shape[0]:
         raise ValueError(
             f"activation_abs_max {list(activation_abs_max.shape)} and weight {list(weight.shape)} don't fit; "

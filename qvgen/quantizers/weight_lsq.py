@@ -69,13 +69,13 @@ class WeightLSQ(nn.Module):
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
-        """Codes [N, K] of a weight [N, K]: what fold stores."""
+        """Codes [N, K] of a weight [N, K], which fold stores."""
         scale, zero_point = self.qparams()
         return quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
 
     @torch.no_grad()
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        """Grid values float32 [N, K] of a weight [N, K]; no gradient (see :meth:`backward`)."""
+        """Grid values float32 [N, K] of a weight [N, K]; no gradient (:meth:`gradients` has it)."""
         scale, zero_point = self.qparams()
         return fake_quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
 

@@ -53,17 +53,17 @@ SMALLEST_DEVIATION = 1e-3
 
 
 class LatentVideo(Protocol):
-    """What is needed of a family to measure its VAE."""
+    """The part of a model family that measuring its VAE needs."""
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] -> normalized latents."""
 
     def decode(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
-        """And back."""
+        """Latents [B, C, f, h, w] -> pixels [B, 3, F, H, W]."""
 
 
 class AutoencoderTraining(OptimizerModule):
-    """Trains a VAE of diffusers' kind.
+    """Trains a video VAE that has the interface of diffusers' autoencoders.
 
     Args:
         vae: Has ``encode``, ``decode`` and a module ``decoder`` that gives the frames part by part.

@@ -50,7 +50,7 @@ class CheckpointWriter(lightning.Callback):
         self._saved_at = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The state that was resumed from is saved already; from here on a signal waits for the end of a step."""
+        """Count the present state as saved, since the run came from a checkpoint of it; signals now wait for a step's end."""
         del pl_module
         self._last_step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()

@@ -66,7 +66,7 @@ def run(config: BenchmarkConfig) -> None:
     for row in benchmark.rows(config, done=earlier.groups):
         rows.append(row)
         log.info("%s", row)
-        write(unfinished=of)  # after every row: a benchmark of hours that is killed has lost one
+        write(unfinished=of)  # after every row: a benchmark that is killed loses only the row that it was measuring
     if benchmark.plot is not None:
         benchmark.plot(rows, picture)
     atomic_write(page, ("\n".join(benchmark.table(head, rows)) + "\n").encode())

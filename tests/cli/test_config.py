@@ -73,7 +73,7 @@ def test_jobs_started_together_get_different_folders() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("phi.rank=0", "phi.rank=0 must be positive"),
+        ("phi.rank=0", "phi.rank=0 must be greater than 0"),
         ("phi.ranks=[8,8]", r"phi.ranks=\[8,8\] must be positive and strictly decreasing"),
         ("phi.ranks=[8,0]", r"phi.ranks=\[8,0\] must be positive"),
         ("phi.ranks=[]", r"phi.ranks=\[\] must be positive"),

@@ -116,7 +116,7 @@ def test_a_small_weight_has_a_branch_of_its_own_rank() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rank": 0}, "init.rank=0 is not positive"), ({"alpha": 1.5}, r"init.alpha=1.5 is outside 0\.\.1")],
+    [({"rank": 0}, "init.rank=0 must be greater than 0"), ({"alpha": 1.5}, r"init.alpha=1.5 is outside \[0, 1\]")],
 )
 def test_bad_options_are_named(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -117,10 +117,10 @@ def test_phi_without_rank_is_no_phi(name):
     assert torch.equal(layer(x), plain(x))
     assert torch.equal(layer.effective_weight(), plain.effective_weight())
     layer.phi.suspended = False
-    layer.phi.advance_(DecaySchedule(ranks=(4,), num_steps=4).at(2))  # u = 0, still allocated
+    layer.phi.advance_(DecaySchedule(ranks=(4,), num_steps=4, tail_share=0.1).at(2))  # u = 0, still allocated
     # What + 0 / s_w is What: adding a zero changes no value.
     assert torch.equal(layer(x), plain(x))
-    layer.phi.advance_(DecaySchedule(ranks=(4,), num_steps=4).at(3))
+    layer.phi.advance_(DecaySchedule(ranks=(4,), num_steps=4, tail_share=0.1).at(3))
     assert layer.phi.rank == 0
     y = layer(x)
     assert torch.equal(y, plain(x))
@@ -249,7 +249,7 @@ def test_the_source_linear_is_copied():
 @pytest.mark.parametrize("name", PROFILES)
 def test_state_comes_back_bitwise(name):
     layer, x = make_layer(name, phi_rank=4, seed=11), make_rows()
-    layer.phi.advance_(DecaySchedule(ranks=(4, 2), num_steps=10).at(6))
+    layer.phi.advance_(DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.1).at(6))
     other = make_layer(name, phi_rank=4, seed=12)
     other.load_state_dict(layer.state_dict(), strict=True)
     for module in (layer, other):

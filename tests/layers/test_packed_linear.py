@@ -162,7 +162,7 @@ def test_dead_constant_and_huge_channels_spoil_nothing(name):
 
 def test_a_fold_is_refused_while_phi_has_rank():
     layer = make_layer("paper", phi_rank=4)
-    schedule = DecaySchedule(ranks=(4, 2), num_steps=10)
+    schedule = DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.1)
     for step in (0, 4, 5, 8):  # open, closed, dropped to 2, closed
         layer.phi.advance_(schedule.at(step))
         with pytest.raises(

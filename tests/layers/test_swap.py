@@ -291,7 +291,7 @@ def test_resume_through_the_model_state_dict():
     """A model prepared anew takes over weights, grids, clips, and the rank of every Phi."""
     profile = make_profile("paper")
     model = prepared_model(profile, phi_rank=4)
-    schedule = DecaySchedule(ranks=(4, 2), num_steps=10)
+    schedule = DecaySchedule(ranks=(4, 2), num_steps=10, tail_share=0.1)
     for layer in quantized_layers(model).values():
         layer.phi.advance_(schedule.at(6))
     other = prepared_model(profile, phi_rank=4, seed=3)

@@ -118,9 +118,9 @@ def test_golden_schedule():
 )
 def test_bad_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        DecaySchedule(**({"ranks": (4, 2), "num_steps": 20} | options))
+        DecaySchedule(**({"ranks": (4, 2), "num_steps": 20, "tail_share": 0.1} | options))
 
 
 def test_steps_before_the_first_are_refused():
     with pytest.raises(ValueError, match="step=-1 is negative"):
-        DecaySchedule(ranks=(4, 2), num_steps=20).at(-1)
+        DecaySchedule(ranks=(4, 2), num_steps=20, tail_share=0.1).at(-1)

@@ -47,7 +47,7 @@ def test_it_starts_as_the_best_approximation():
 @pytest.mark.parametrize("anneal", ["cosine", "linear"])
 def test_dropping_closed_columns_keeps_the_weight(drop, anneal):
     """Through every boundary: the gate is exactly 0 first, W_phi moves by at most 1e-6, storage stays the same."""
-    plan = DecaySchedule(ranks=(8, 4, 2, 1), num_steps=40, anneal=anneal, drop=drop)
+    plan = DecaySchedule(ranks=(8, 4, 2, 1), num_steps=40, tail_share=0.1, anneal=anneal, drop=drop)
     phi = make_phi()
     parameters = {name: (id(value), value.data_ptr(), value.shape) for name, value in phi.named_parameters()}
     boundaries = 0
@@ -98,7 +98,7 @@ def test_the_gate_scales_columns_and_their_gradients():
 
 def test_rank_comes_back_from_a_state_dict():
     """Resume: rank, gate and factors, and every later step, bitwise."""
-    plan = DecaySchedule(ranks=(8, 4, 2), num_steps=30)
+    plan = DecaySchedule(ranks=(8, 4, 2), num_steps=30, tail_share=0.1)
     for stop in (0, 8, 9, 10, 17, 18, 29):  # before, at and after boundaries, and the tail
         phi = make_phi()
         for step in range(stop + 1):
@@ -125,7 +125,7 @@ def test_a_suspended_phi_is_left_out_and_not_saved():
 
 def test_starting_again_opens_everything():
     phi = make_phi()
-    phi.advance_(DecaySchedule(ranks=(8,), num_steps=10).at(9))
+    phi.advance_(DecaySchedule(ranks=(8,), num_steps=10, tail_share=0.1).at(9))
     assert phi.rank == 0
     phi.start_from_(draw(ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
     fresh = make_phi()

@@ -124,7 +124,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     for keys, message in (
         (("steps=10",), "qvgen ptq trains nothing"),
         (("method=lsq",), "method=ptq alone trains nothing"),
-        (("init=smoothquant", "init.alpha=2"), "init.alpha=2 is outside 0..1"),
+        (("init=smoothquant", "init.alpha=2"), "init.alpha=2 is outside [0, 1]"),
         (("init=gptq", "init.damping=0"), "init.damping=0 must be greater than 0"),
         (("calibration.videos=0",), "calibration.videos=0 must be greater than 0"),
     ):

@@ -59,7 +59,7 @@ def choose_columns(names: Sequence[str], *, wished: Columns, where: object) -> t
 
     Args:
         names: All columns, in the table's order.
-        wished: What the user names.
+        wished: The columns that the user names.
         where: The table, for messages.
 
     Raises:

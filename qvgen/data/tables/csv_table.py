@@ -24,7 +24,7 @@ from qvgen.errors import UserError
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 
 _LONGEST_FIELD = 2**24
-"""Characters; a longer field is a closing quotation mark that is missing."""
+"""Longest field in characters; a longer one means that a closing quotation mark is missing."""
 
 
 def read(path: Path, *, wished: Columns) -> Rows:

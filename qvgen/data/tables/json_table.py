@@ -41,10 +41,10 @@ def read_keys(path: Path) -> list[str]:
     """The keys of the first object; empty where there is none."""
     try:
         with open_text(path) as file:
-            found = _parse(file.read()) if _is_one_value(file, path) else _parse(file.readline() or "{}")
+            content = _parse(file.read()) if _is_one_value(file, path) else _parse(file.readline() or "{}")
     except ValueError:
         return []
-    first = found[0] if isinstance(found, list) and found else found
+    first = content[0] if isinstance(content, list) and content else content
     return list(first) if isinstance(first, dict) else []
 
 
@@ -145,11 +145,11 @@ def _parse(text: str) -> Any:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; JSON's own rule, that the last of equal keys is kept, would lose a caption in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ValueError(f"the key {twice!r} stands in one object twice")
-    return found
+    return entries
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)

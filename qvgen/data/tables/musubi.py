@@ -98,7 +98,7 @@ def _read_entry(
 
 
 def _base(rows: Rows, path: Path) -> Path:
-    """What a data set's names start from: its own folder, or where the command is started if its first file is there."""
+    """The folder that a data set's names start from: its own, or the working folder if its first file is there."""
     assert rows.folder is not None
     first = next((name for name in rows.names if name), "")
     bases = (rows.folder, path.parent, Path.cwd())

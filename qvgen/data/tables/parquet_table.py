@@ -26,7 +26,7 @@ def read(files: Sequence[Path], *, folder: Path, wished: Columns) -> Rows:
 
     Args:
         files: In the order of their rows.
-        folder: What relative names start from.
+        folder: Folder that relative names start from.
         wished: The columns that the user names.
 
     Raises:

@@ -90,7 +90,7 @@ def _read_folder(folder: Path, *, wished: Columns) -> Rows:
 
 
 def _forms(folder: Path, *, wished: Columns) -> dict[str, Callable[[], Rows]]:
-    """What a folder without metadata may be: name of the form -> its reader."""
+    """The forms that a folder without metadata may have: name of the form -> its reader."""
     forms: dict[str, Callable[[], Rows]] = {}
     wished_files = [folder / name for name in (wished.video, wished.caption) if name and name.endswith(".txt")]
     if text_lists.are_in(folder) or (wished_files and all(path.is_file() for path in wished_files)):

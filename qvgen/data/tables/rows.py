@@ -1,4 +1,4 @@
-"""What every reader of a table gives: names and captions, as written, and where the bytes are that a table holds itself."""
+"""The rows that every reader of a table gives: names and captions, as written, and where a table's own bytes lie."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """The bytes.
+        """Read the bytes of the member.
 
         Raises:
             UserError: The archive is shorter than it was.
@@ -41,7 +41,7 @@ class Member:
         return data
 
     def state(self) -> tuple[int, ...]:
-        """Offset, size, and the archive's size and times: what tells whether it is still the same file."""
+        """Offset, size, and the archive's size and times, which tell whether it is still the same file."""
         state = self.archive.stat()
         return self.offset, self.size, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
@@ -51,14 +51,14 @@ class Rows:
     """The rows of a table, in its order.
 
     Attributes:
-        names: Of the video files, as written; empty where a row has none.
-        captions: As written, without blanks around them; empty where a row has none.
-        what: What was recognized, as ``CSV with the columns video, caption``.
-        folder: What relative names start from; None where names are whole paths, or of files within archives.
+        names: Names of the video files, as written; empty where a row has none.
+        captions: Captions as written, without blanks around them; empty where a row has none.
+        what: The form that was recognized, such as ``CSV with the columns video, caption``.
+        folder: Folder that relative names start from; None where names are whole paths, or those of files within archives.
         read_bytes: Row -> the bytes that the table holds of it, or None; for tables that hold any.
         holds_bytes: Whether there are any, of each row; empty without ``read_bytes``.
-        members: Of each row, where the table is made of archives.
-        notes: What was left out, one phrase each.
+        members: Place of each row's bytes, where the table is made of archives.
+        notes: Rows and columns that were left out, one phrase each.
     """
 
     names: Sequence[str]
@@ -80,7 +80,7 @@ def as_text(value: Any, *, where: str, column: str, number: int | None = None) -
     """A value of a table that must be text: itself, the one text of a list, or "" for none.
 
     Args:
-        value: As the file's own format reads it.
+        value: The value as the file's own format reads it.
         where: The file, and what ``number`` counts; for the message.
         column: For the message.
         number: Line, row or entry; None: ``where`` says all.
@@ -109,7 +109,7 @@ def as_text(value: Any, *, where: str, column: str, number: int | None = None) -
 
 
 def as_name(value: Any, *, where: str, column: str, number: int | None = None) -> str:
-    """As :func:`as_text`, for a file's name.
+    """Read a file's name as :func:`as_text` reads a text.
 
     Raises:
         UserError: It is no text, or no file system has such a name.

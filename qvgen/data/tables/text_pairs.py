@@ -29,7 +29,7 @@ def read(folder: Path, *, wished: Columns, suffix: str = ".txt") -> Rows:
     Args:
         folder: Has the videos.
         wished: Must name no column.
-        suffix: Of the text files.
+        suffix: Suffix of the text files.
 
     Raises:
         UserError: A text file is not UTF-8.

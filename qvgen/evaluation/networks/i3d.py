@@ -60,7 +60,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Makes numpy arrays and plain containers."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may call; refuses all but arrays."""
+        """An unpickler that builds arrays alone: it refuses everything else that a pickle may call."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

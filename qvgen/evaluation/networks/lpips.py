@@ -27,10 +27,10 @@ _EPS = 1e-10
 
 
 class Lpips(nn.Module):
-    """The distance.
+    """The distance of images, with its trained weights.
 
     Args:
-        trunk: Of each convolution ``weight``, ``bias``, ``stride``, ``padding``.
+        trunk: For each convolution its ``weight``, ``bias``, ``stride``, ``padding``.
         pool_before: Whether a max pool of 3, stride 2, stands before it.
         heads: w_l, float32 [1, C_l, 1, 1].
     """

@@ -211,13 +211,13 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
     near = torch.arange(-RADIUS, RADIUS + 1, device=places.device, dtype=places.dtype)
     # The trained weights expect the window's first index to run along x.
     around = torch.stack(torch.meshgrid(near, near, indexing="ij"), -1)
-    found = []
+    levels = []
     for level, table in enumerate(pyramid):
         centre = places.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2) / 2**level + around
         sizes = centre.new_tensor([table.shape[-1] - 1, table.shape[-2] - 1]).clamp(min=1)
         values = functional.grid_sample(table, 2 * centre / sizes - 1, align_corners=True)
-        found.append(values.reshape(batch, height, width, -1))
-    return torch.cat(found, -1).permute(0, 3, 1, 2)
+        levels.append(values.reshape(batch, height, width, -1))
+    return torch.cat(levels, -1).permute(0, 3, 1, 2)
 
 
 def _upsample(flow: Tensor, weights: Tensor) -> Tensor:

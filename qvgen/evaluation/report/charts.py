@@ -64,7 +64,7 @@ def draw_charts(history: Mapping[str, Series], *, ptq_error: float | None) -> tu
     """Draw what was logged; a curve that was not logged is left out.
 
     Args:
-        history: as :func:`read_history` returns it.
+        history: The history that :func:`read_history` returns.
         ptq_error: held-out error before training, drawn as the line to beat; None for none.
 
     Returns:

@@ -21,10 +21,10 @@ from qvgen.evaluation.report.run_record import RunRecord
 from qvgen.evaluation.report.verdict import rule
 
 MOST_BYTES = 64_000_000
-"""Of all mp4 files in a page."""
+"""Bytes of all mp4 files in a page."""
 
 FEW_TILES = 4
-"""Of a row; two such rows stand side by side."""
+"""Videos of a row; two such rows stand side by side."""
 
 _CURVES = {
     "train/loss": "Training loss, mean |v - v_teacher|²",
@@ -46,7 +46,7 @@ def render_comparison(table: RunTable, *, command: str) -> str:
     """Return the page as text.
 
     Args:
-        table: of the runs.
+        table: Table of the runs.
         command: makes the page again.
     """
     records = [row.record for row in table.rows]
@@ -148,7 +148,7 @@ def _tiles(records: Sequence[RunRecord], index: int, prompt: str, notes: list[st
 
 
 def _shown(record: RunRecord) -> dict[tuple[int, str], Mapping[str, Any]]:
-    """What the run's report says of its videos: by place and prompt; what is malformed is left out."""
+    """The videos of a run's report by place and prompt; malformed entries are left out."""
     videos = record.value("videos")
     return {
         (index, video["prompt"]): video

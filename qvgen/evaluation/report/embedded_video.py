@@ -34,7 +34,7 @@ class ShownVideo:
 
     @property
     def level(self) -> Level | None:
-        """What the PSNR is worth."""
+        """The verdict on the PSNR."""
         return None if self.psnr_db is None else LIMITS["psnr_db"].level(self.psnr_db)
 
 

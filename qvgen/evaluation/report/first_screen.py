@@ -1,4 +1,4 @@
-"""What a reader of the report sees first: are the videos good, how big is the model, how fast is it.
+"""The first screen of the report: are the videos good, how big is the model, how fast is it.
 
 Left out: any number of its own; all of them are ReportData's, coloured by :mod:`qvgen.evaluation.report.verdict`.
 """
@@ -36,7 +36,7 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstScreen:
-    """What stands above everything else.
+    """The content of the first screen, above everything else.
 
     Attributes:
         verdict: on the packed model's videos.
@@ -106,11 +106,11 @@ def _rows(variants: dict[str, VariantQuality], verdicts: dict[str, Verdict]) -> 
         return f"{format_number(value)} ({value / teacher.flicker:.3g}\N{MULTIPLICATION SIGN})"
 
     def cell(name: str, variant: str) -> Cell:
-        found = variants.get(variant)
-        if found is None:
+        quality = variants.get(variant)
+        if quality is None:
             return Cell(text=format_number(None))
         level = verdicts[variant].metrics.get(name) if variant in verdicts else None
-        return Cell(text=shown(name, found), level=level)
+        return Cell(text=shown(name, quality), level=level)
 
     labels = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "Flicker"}
     return [

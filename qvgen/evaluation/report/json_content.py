@@ -122,11 +122,11 @@ def _quality(quality: Quality) -> dict[str, Any]:
 
 
 def verdict_json(quality: Quality) -> dict[str, Any]:
-    """What is thought of each variant's videos, the packed model's first, and the rule."""
-    found = {
+    """The verdict on each variant's videos, the packed model's first, and the rule that it follows."""
+    verdicts = {
         name: {"level": verdict.level, "metrics": dict(verdict.metrics)} for name, verdict in judge_all(quality).items()
     }
-    return {"level": found.get("packed", {"level": None})["level"], "rule": rule(), "variants": found}
+    return {"level": verdicts.get("packed", {"level": None})["level"], "rule": rule(), "variants": verdicts}
 
 
 def _sampling(sampling: Sampling | None) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ class UnitBits:
     """One unit's row of the table.
 
     Attributes:
-        group: What its layers do.
+        group: Group of its layers, for example self_attention.
         block: Where they are.
         num_layers: How many they are.
         weight: Their weight bits; one number, or one for each window of timesteps with slashes.
@@ -43,7 +43,7 @@ class UnitBits:
 
 @dataclass(frozen=True, kw_only=True)
 class BitSection:
-    """What the section shows.
+    """The content of the section.
 
     Attributes:
         charts: A heat map of each side that was measured.
@@ -137,7 +137,7 @@ def write_heat_maps(run_dir: Path, allocation: Allocation) -> None:
 
 
 def section_json(allocation: Allocation | None) -> dict[str, Any] | None:
-    """What report.json says of the allocation; None where there is none."""
+    """The allocation as report.json holds it; None where there is none."""
     if allocation is None:
         return None
     return {

@@ -151,10 +151,10 @@ def _notes(records: Sequence[RunRecord]) -> list[str]:
     )
     finished = [record for record in records if record.state == "finished"]
     for sentence, section, paths in asked:
-        found = {
+        conditions = {
             tuple(str(record.value(section, *path)) for path in paths) for record in finished if record.value(section)
         }
-        if len(found) > 1:
+        if len(conditions) > 1:
             notes.append(f"{sentence}: compare with care")
     return notes
 

@@ -32,7 +32,7 @@ class RunRecord:
         path: Its folder.
         name: Short, and no other run's among those that are compared.
         state: Whether there is a whole report.
-        why: What is missing or damaged; empty where nothing is.
+        why: The part that is missing or damaged; empty where nothing is.
         settings: Its configuration, by dotted key; without what changes no number.
         report: The content of report.json; empty without one.
         history: Its curves; empty without metrics.csv.
@@ -47,26 +47,26 @@ class RunRecord:
     history: Mapping[str, Series]
 
     def value(self, *keys: str) -> Any:
-        """What the report holds under nested keys; None where there is nothing."""
-        found: Any = self.report
+        """The report's entry under nested keys; None where there is nothing."""
+        entry: Any = self.report
         for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+            entry = entry.get(key) if isinstance(entry, Mapping) else None
+        return entry
 
     def number(self, *keys: str) -> float | None:
         """The same as a number, "inf" and "nan" too; None for anything else."""
-        found = self.value(*keys)
-        if isinstance(found, bool) or not isinstance(found, int | float | str):
+        entry = self.value(*keys)
+        if isinstance(entry, bool) or not isinstance(entry, int | float | str):
             return None
         try:
-            return float(found)
+            return float(entry)
         except ValueError:
             return None
 
     def text(self, *keys: str) -> str | None:
         """The same as text; None for anything else."""
-        found = self.value(*keys)
-        return found if isinstance(found, str) else None
+        entry = self.value(*keys)
+        return entry if isinstance(entry, str) else None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

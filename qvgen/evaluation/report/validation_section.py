@@ -30,7 +30,7 @@ class ShownPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSection:
-    """What the section shows.
+    """The content of the section.
 
     Attributes:
         prompts: one row each.

@@ -75,7 +75,7 @@ LIMITS: Mapping[str, Limit] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is thought of one variant's videos.
+    """The verdict on one variant's videos.
 
     Attributes:
         level: the worst of ``metrics``; None where nothing was measured.

@@ -245,7 +245,7 @@ def _byte_costs(wanted: Wanted, shapes: Mapping[str, tuple[int, int]]) -> Tensor
 
 
 def _code_bytes(shape: tuple[int, int], widths: set[int]) -> int:
-    """Of the planes of a layer's codes, one set for each width."""
+    """Bytes of the planes of a layer's packed codes, one set of planes for each width."""
     planes = [plane_shapes(bits=bits, out_features=shape[0], in_features=shape[1]) for bits in widths]
     return sum(prod(plane) for of_width in planes for plane in of_width)
 
@@ -253,7 +253,10 @@ def _code_bytes(shape: tuple[int, int], widths: set[int]) -> int:
 def _mean_bits(
     bits: Mapping[str, Mapping[int, tuple[int, int]]], sizes: Mapping[str, int], side: Side, calls: Sequence[int]
 ) -> float:
-    """Mean over weights or quantized values, and over the calls of the sampled videos: what runs."""
+    """Mean bits of one side, over its weights or quantized values and over all calls of the model while videos are sampled.
+
+    It says what runs, in contrast to what is stored: a set of codes that is used in one window counts in that window alone.
+    """
     place = ("weight", "activation").index(side)
     total = sum(sizes[name] * calls[window] * pair[place] for name, of in bits.items() for window, pair in of.items())
     return total / (sum(sizes[name] for name in bits) * sum(calls))

@@ -43,12 +43,12 @@ class LayerProbe:
 
     @contextmanager
     def quantizing(self, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int) -> Iterator[None]:
-        """Quantize so as long as the context lasts.
+        """Replace the outputs of some Linears by those of quantized ones as long as the context lasts.
 
         Args:
-            layers: A Linear's name -> it, set up by a PTQ method.
-            side: Which side; the other one stays exact.
-            window: In which window; ``ALL_WINDOWS``: always.
+            layers: Name of a Linear -> the fake-quantized layer that a PTQ method made of it.
+            side: The side that is quantized, weights or activations; the other one stays exact.
+            window: Window of timesteps in which it is quantized; ``ALL_WINDOWS``: in all of them.
         """
         handles = [
             self._model.get_submodule(name).register_forward_hook(self._hook(_product(layer, side), window))

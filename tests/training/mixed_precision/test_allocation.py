@@ -231,7 +231,7 @@ def test_candidates_and_plans(cache):
         ("init.steps=1", "init.steps=1 is less than init.windows=2"),
         ("init.videos=0", "init.videos=0 must be greater than 0"),
         ("init.weight_windows=[8]", "init.weight_windows has 1 entries for init.windows=2"),
-        ("init.alpha=2", "init.alpha=2 is outside 0..1"),
+        ("init.alpha=2", r"init.alpha=2 is outside \[0, 1\]"),
         ("init.mean_weight_bits=-1", "must be greater than 0"),
     ],
 )
