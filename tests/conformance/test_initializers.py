@@ -56,7 +56,7 @@ def test_there_are_leaves_to_test():
 
 @pairs
 def test_scales_and_zero_points_are_of_the_grid(name, profile_name):
-    for bits in range(2, 9):
+    for bits in (2, 3, 4, 8):
         layer = initialized(name, make_profile(profile_name, weight_bits=bits, activation_bits=8), make_weight())
         scale, zero = layer.weight_quantizer.qparams()
         assert scale.isfinite().all()

@@ -74,7 +74,7 @@ def test_on_outliers_it_is_no_worse_than_round_to_nearest(name, profile_name):
     assert error <= QUALITY[name].outlier_error * plain
 
 
-@stated
+@pytest.mark.parametrize(("name", "profile_name"), [pair for pair in STATED if pair[1] in ("paper", "convrot")])
 def test_a_whole_model_is_better_with_more_bits_and_with_phi(name, profile_name):
     inputs = make_inputs()
     with torch.no_grad():
