@@ -43,7 +43,7 @@ def train(run_dir: Path, *overrides: str) -> int:
 
 @cache
 def composed(*overrides: str) -> dict[str, Any]:
-    """The configuration's values, which hydra takes half a second to put together; read them, or change a copy."""
+    """The configuration's values, those in files included, read once: hydra takes half a second. Change only a copy."""
     return compose_plain("train", [*SHORT, *overrides])
 
 
