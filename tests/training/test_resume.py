@@ -125,7 +125,7 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_whole(
+def test_a_full_disk_leaves_the_checkpoint_before_whole(
     short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = copy_until(short_run, tmp_path / "run", step=6)
