@@ -48,10 +48,10 @@ def test_what_cannot_be_is_refused(pair, message):
 
 
 def test_there_are_leaves_to_test():
-    assert {"rtn", "mse"} <= {name for name, _ in PAIRS}
-    assert {"smoothquant", "static"} <= {name for name, _ in CALIBRATED}
-    assert {"smoothquant", "static"} <= set(BALANCING) < set(INITIALIZERS)
-    assert {"rtn", "mse"} <= set(IN_PLACE) < set(INITIALIZERS)
+    assert "rtn" in IN_PLACE
+    assert set(INITIALIZERS) == {name for name, _ in PAIRS}
+    for some in ({name for name, _ in CALIBRATED}, set(BALANCING), set(IN_PLACE)):
+        assert set() < some < set(INITIALIZERS)
 
 
 @pairs

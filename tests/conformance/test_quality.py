@@ -24,7 +24,8 @@ stated = pytest.mark.parametrize(("name", "profile_name"), STATED)
 
 
 def test_there_are_entries():
-    assert {"rtn", "mse", "smoothquant"} <= set(QUALITY)
+    assert "rtn" in QUALITY
+    assert len(STATED) > len(QUALITY) > 1
 
 
 @pytest.mark.parametrize(
