@@ -1,6 +1,7 @@
 """The house rules that a linter does not know: leaves and their files in conf/, and the sizes of modules and functions."""
 
 import ast
+import functools
 import importlib
 import inspect
 from pathlib import Path
@@ -27,13 +28,19 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def target_of(path):
     return yaml.safe_load(path.read_text())["_target_"]
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def imports_of(path):
     """Full names of the modules that a module imports."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(tree_of(path)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
 
@@ -73,11 +80,10 @@ def test_there_are_files_to_look_at():
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_modules_and_functions_fit(path):
-    text = path.read_text()
     leaf = f"qvgen.{path.parent.name}.{path.stem}" in {target_of(file).rpartition(".")[0] for file in LEAF_FILES}
-    lines = len(text.splitlines())
+    lines = len(path.read_text().splitlines())
     assert lines <= MAX_MODULE_LINES, f"{relative(path)} has {lines} lines; split it by what it does"
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -94,5 +100,5 @@ def test_modules_and_functions_fit(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_modules_say_what_they_are(path):
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     assert ast.get_docstring(tree) or not tree.body

@@ -1,8 +1,8 @@
-"""Every PTQ method against round-to-nearest on the small trained model, type of layer by type of layer.
+"""PTQ methods of quality.py against round-to-nearest on the small trained model, type of layer by type of layer.
 
 A layer gets the input that it has in the full-precision model, for held-out clips and noise levels; its error is
 |y - y_exact|^2 / |y_exact|^2 over all layers of its type (``blocks.*.attn1.to_q``). The claim is that no method is worse than
-round-to-nearest on any type. :data:`WORSE` are the exceptions, each with its reason and the ratio that it may have.
+round-to-nearest on any type but for those that quality.py names, with the ratio that each may have.
 """
 
 from __future__ import annotations
@@ -16,42 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.leaves import conf_directory
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import not_sampling, quantized_layers
 from qvgen.training.student import calibrate_, prepare_student
+from tests.conformance.quality import QUALITY
 from tests.runs import train_config
 
-SEARCHED = "smoothquant init.alpha=null"
-METHODS = sorted(
-    ({path.stem for path in (conf_directory() / "init").glob("*.yaml")} | {SEARCHED})
-    # Its layers have different widths, which a comparison at one width can't judge; at one width it is vidit_q.
-    - {"rtn", "vidit_q_mp"}
-)
+METHODS = [name for name, quality in QUALITY.items() if quality.layer_types is not None]
 BITS = ("w4a8", "3")
 TYPES = 16
-
-TIME, TEXT = "condition_embedder.time_embedder", "condition_embedder.text_embedder"
-WORSE: dict[str, dict[str, float]] = {
-    # The least error of the weight is not the least of the output: columns weigh differently.
-    "mse": {"*": 1.15},
-    # alpha = 0.5 for all: what an attention or a GELU puts out has few outliers, and scaling takes more than it gives.
-    "smoothquant": {"blocks.*.attn1.to_out.0": 1.35, f"{TEXT}.linear_2": 1.4},
-    # The sample that alpha is searched on is not the held-out inputs.
-    SEARCHED: {"blocks.*.attn1.to_out.0": 1.15},
-    "vidit_q": {"blocks.*.attn1.to_out.0": 1.2, f"{TEXT}.linear_1": 1.15},
-    # What is low-frequency over the columns, as weights on a sinusoidal embedding are, a Hadamard matrix turns into a spike.
-    "dvd_quant": {
-        f"{TIME}.linear_1": 4.0, f"{TEXT}.linear_1": 1.25, "blocks.*.attn2.to_k": 1.2, "blocks.*.ffn.net.2": 1.25,
-        "proj_out": 1.15,
-    },
-    # One scale for all tokens of a step, where round-to-nearest has one of its own for each.
-    "static": {
-        "blocks.*.attn1.to_q": 1.6, "blocks.*.attn1.to_k": 1.3, "blocks.*.attn1.to_out.0": 2.4,
-        "blocks.*.attn2.to_out.0": 2.4, f"{TEXT}.linear_1": 1.3, f"{TEXT}.linear_2": 1.5,
-    },
-}  # fmt: skip
 
 Errors = dict[str, dict[str, float]]
 Measure = Callable[[str, str], Errors]
@@ -123,7 +97,7 @@ def test_no_type_of_layer_is_worse_than_round_to_nearest(name: str, bits: str, m
     assert plain.keys() == found.keys()
     assert len(plain) == TYPES
     ratios = {kind: found[kind] / plain[kind] for kind in plain}
-    allowed = WORSE.get(name, {})
+    allowed = QUALITY[name].layer_types
     worse = {kind: ratio for kind, ratio in ratios.items() if ratio > allowed.get(kind, allowed.get("*", 1.0))}
     assert not worse
     # And better on most of them.
@@ -139,5 +113,4 @@ def test_a_searched_range_has_the_smaller_weight_error(bits: str, measure: Measu
 
 def test_the_exceptions_name_types_of_layers(measure: Measure) -> None:
     types = measure("rtn", BITS[0])["output"]
-    assert WORSE.keys() <= set(METHODS)
-    assert {kind for kinds in WORSE.values() for kind in kinds} <= {"*", *types}
+    assert {kind for name in METHODS for kind in QUALITY[name].layer_types} <= {"*", *types}

@@ -82,7 +82,7 @@ def variants(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         name = ".".join(map(str, path))
         for value in NASTY[index % 6 :: 12 if is_free(path) else 6]:  # each of them in every sixth place
             yield f"{name}={value!r:.60}", json.dumps(changed(manifest, path, value))
-        for text in TEXTS:
+        for text in TEXTS[index % 4 :: 4]:  # refused before anyone asks for the place
             yield f"{name}={text:.20}", json.dumps(changed(manifest, path, marker)).replace(f'"{marker}"', text)
         yield f"without {name}", json.dumps(without(manifest, path))
 
@@ -144,7 +144,7 @@ def test_every_value_of_a_manifest_may_be_anything(packed: Path) -> None:
     *wrong, last = done.stdout.splitlines() or [""]
     assert done.returncode == 0, done.stderr[-3000:]
     assert wrong == []
-    assert int(last.removeprefix("tried ")) > 700
+    assert int(last.removeprefix("tried ")) > 400
 
 
 def test_deep_large_and_doubled_manifests_are_refused(packed: Path) -> None:

@@ -209,8 +209,9 @@ def test_folding_checks_code_and_model_and_no_more(
 
 
 def test_one_bit_of_the_start_is_noticed_and_nothing_is_lost(
-    run_dir: Path, short_run: Path, capsys: pytest.CaptureFixture[str]
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run_dir = copy_until(short_run, tmp_path / "run", step=9)
     flip(run_dir / START_FILE, -1000)
     before = snapshot(run_dir)
     assert train(run_dir, *OPTIONS, "resume=true") == BAD_INPUT

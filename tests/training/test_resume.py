@@ -28,6 +28,7 @@ from tests.runs import (
     BOUNDARIES,
     SHORT,
     STEPS,
+    UNSEEN,
     copy_until,
     load_state,
     packed_bytes,
@@ -64,26 +65,15 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -
         time.sleep(0.002)
 
 
-@pytest.fixture(scope="module")
-def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of two runs, killed inside of a phase and in the first step of one; that one was told to use two threads."""
-    folder = tmp_path_factory.mktemp("killed")
-    steps = {"mid-phase": BOUNDARIES[0] + 2, "boundary": BOUNDARIES[1]}
-    for name, step in steps.items():
-        with start(folder / name, ACCUMULATE, EVERY, threads=2 if name == "boundary" else 1) as process:
-            wait_for_rows(folder / name, step, process)
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        assert step <= len(read_metrics(folder / name)) < STEPS
-        assert not (folder / name / "packed").exists()
-    return {name: folder / name for name in steps}
-
-
-@pytest.mark.parametrize("where", ["mid-phase", "boundary"])
-def test_a_killed_run_continues_to_the_same_bytes(
-    where: str, killed_runs: dict[str, Path], short_run: Path, tmp_path: Path
-) -> None:
-    run_dir = shutil.copytree(killed_runs[where], tmp_path / "run")
+def test_a_killed_run_continues_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
+    """Killed in the first step of a phase, and told to use two threads."""
+    run_dir = tmp_path / "run"
+    with start(run_dir, ACCUMULATE, EVERY, threads=2) as process:
+        wait_for_rows(run_dir, BOUNDARIES[1], process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert BOUNDARIES[1] <= len(read_metrics(run_dir)) < STEPS
+    assert not (run_dir / "packed").exists()
     (run_dir / ".manifest.json.1.tmp").write_bytes(b"half")
     assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
     assert packed_bytes(run_dir) == packed_bytes(short_run)
@@ -123,7 +113,7 @@ def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) 
 
 def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
     # Without a tail the last columns are dropped after the last step, which is not trained again.
-    options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0")
+    options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0", *UNSEEN)
     assert train(tmp_path / "run", *options) == DONE
     folded = packed_bytes(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "packed")
@@ -136,26 +126,27 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    killed_runs: dict[str, Path], short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = shutil.copytree(killed_runs["mid-phase"], tmp_path / "run")
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    before = checkpoint.read_bytes()
+    run_dir = copy_until(short_run, tmp_path / "run", step=6)
+    kept = {path: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()}
+    smallest = min(map(len, kept.values()))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))
     try:
         assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == BAD_INPUT
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     lines = capfd.readouterr().err.splitlines()
-    failed = checkpoint.with_name("step-00000008.ckpt")
+    failed = run_dir / "checkpoints" / "step-00000008.ckpt"
     assert lines[-1] == f"qvgen train: {failed}: cannot write it, File too large"
     assert [line for line in lines if "qvgen train" in line or "Traceback" in line] == lines[-1:]
-    assert list((run_dir / "checkpoints").iterdir()) == [checkpoint]
-    assert checkpoint.read_bytes() == before
-    assert load_state(checkpoint)
+    assert {path: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == kept
+    assert all(load_state(path) for path in kept)
     assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
     assert packed_bytes(run_dir) == packed_bytes(short_run)
+    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert not list(run_dir.rglob("*.tmp"))
 
 
 def one_bit_of_a_tensor(content: bytes) -> bytes:

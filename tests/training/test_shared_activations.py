@@ -28,7 +28,7 @@ from qvgen.training.session import load_trained
 from qvgen.training.start_file import load_start
 from qvgen.training.student import prepare_student
 from tests.models.hub_folders import make_cogvideox_folder
-from tests.runs import load_state, method_schedule, packed_bytes, read_metrics, train, train_config
+from tests.runs import UNSEEN, load_state, method_schedule, packed_bytes, read_metrics, train, train_config
 from tests.training.test_module import make_batch
 from tests.verbs.test_hub_models import train_keys, write_clips
 
@@ -49,7 +49,7 @@ def shared_of(run_dir: Path) -> int:
 def apart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the fixture ``short_run``, but for the option."""
     run_dir = tmp_path_factory.mktemp("apart") / "run"
-    assert train(run_dir, "accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9", APART) == DONE
+    assert train(run_dir, "accumulate=2", *UNSEEN, APART) == DONE
     return run_dir
 
 
@@ -151,7 +151,7 @@ def test_smoothing_that_goes_into_a_norm_leaves_layers_alike(tmp_path: Path, cap
     calibration = ("calibration.videos=1", "calibration.steps=2", f"calibration.cache={tmp_path / 'calibration'}")
     keys = [*train_keys("cogvideox", folder, clips, tmp_path), "init=vidit_q", *calibration, "evaluation.videos=0"]
     assert main(["train", *keys]) == DONE
-    assert "2 of 2 sets of layers that read the same input share their activation ranges" in caplog.messages
+    assert any(message.startswith("2 of 2 sets of layers") for message in caplog.messages)
     assert shared_of(tmp_path / "run") == 2
     packed = load_packed(tmp_path / "run" / "packed")
     assert merged_layers(packed) == 2 * 3

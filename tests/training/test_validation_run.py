@@ -1,4 +1,4 @@
-"""Runs with validation videos: the bits of runs without them, resumed anywhere, on one process and on two."""
+"""Runs with validation videos: the bits of runs without them, resumed anywhere; for two processes see test_ddp.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from qvgen.cli import DONE
 from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
@@ -21,7 +20,6 @@ from qvgen.training.module import VideoTraining
 from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import ValidationVideos, validation_videos
-from tests import runs
 from tests.runs import load_state, method_schedule, read_metrics, train_config
 from tests.training.validated import contents, times
 
@@ -144,14 +142,3 @@ def test_a_run_killed_while_it_sampled_after_its_last_step_is_finished(run_dir: 
     shutil.rmtree(copy / "validation" / f"step-{NUM_STEPS:06d}")
     train(copy, make_videos(copy, teacher=Unused()))
     assert contents(copy / "validation") == contents(run_dir / "validation")
-
-
-def test_two_processes_make_the_videos_of_one(tmp_path: Path) -> None:
-    options = ("steps=3", "phi.ranks=[2]", "evaluation.videos=3", "evaluation.video_every_steps=2")
-    assert runs.train(tmp_path / "one", *options) == DONE
-    assert runs.train(tmp_path / "two", *options, "devices=2", "strategy=ddp") == DONE
-    one, two = (contents(tmp_path / name / "validation") for name in ("one", "two"))
-    assert len([name for name in one if name.endswith("student.mp4")]) == 3 * len((0, 2, 3))
-    assert one == two
-    assert runs.packed_bytes(tmp_path / "one") == runs.packed_bytes(tmp_path / "two")
-    assert "validation prompts 1" in (tmp_path / "two" / "logs" / "rank1.log").read_text()

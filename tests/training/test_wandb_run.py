@@ -206,7 +206,8 @@ def test_what_wandb_raises_is_a_warning_and_the_end_of_wandb_alone(caplog: pytes
         run.log_metrics({"train/loss": 1.0}, step=step)
     run.finish()
     (line,) = warnings_of(caplog)
-    assert line == "wandb failed, training goes on without it (OSError: [Errno 28] No space left on device)"
+    assert line.startswith("wandb failed")
+    assert "OSError: [Errno 28] No space left on device" in line
 
 
 def test_a_folder_that_cannot_be_written_leaves_metrics_alone(

@@ -27,6 +27,7 @@ from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
 from qvgen.training.optimizer_module import total_norm
+from qvgen.training.planning.memory import share_bytes
 from qvgen.training.student import prepare_student
 from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
@@ -78,6 +79,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         facts[f"{name}_same"] = same(model, reference)
         buffers = dict(model.named_buffers())
         facts[f"{name}_buffers_same"] = all(torch.equal(buffers[key], b) for key, b in reference.named_buffers())
+    facts["student_share_bytes"] = share_bytes(plain.parameters(), shards=2)
     facts["shares_of_files"] = all(
         torch.equal(share_of(whole(p), like=p).to_local(), p.to_local()) for p in models.student.parameters()
     )

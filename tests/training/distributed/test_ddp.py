@@ -14,25 +14,40 @@ import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
 from qvgen.training.micro_batch import micro_batches
-from tests.runs import BOUNDARIES, SHORT, STEPS, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import SHORT, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.training.validated import contents
 
 RELATIVE = 1e-5
 TWO = ("devices=2", "strategy=ddp")
+STEPS = 7
+OPTIONS = (
+    f"steps={STEPS}",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep=9",
+    "evaluation.quality_videos=1",
+    "evaluation.start_videos=false",
+    "evaluation.videos=3",
+    "evaluation.video_every_steps=4",
+)
+LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1", "MASTER_ADDR": "10.255.255.1"}
+"""Of a launcher that is gone."""
+BOUNDARIES = (2, 4, 6)
+"""First steps of rank 2, rank 1 and the tail."""
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same command on one process and on two."""
+    """The same command on one process and on two, with validation videos."""
     folder = tmp_path_factory.mktemp("ddp")
-    assert train(folder / "one") == DONE
-    assert train(folder / "two", *TWO, "checkpoint.every_steps=4", "checkpoint.keep=9") == DONE
+    assert train(folder / "one", *OPTIONS) == DONE
+    assert train(folder / "two", *OPTIONS, *TWO) == DONE
     return folder / "one", folder / "two"
 
 
 def test_two_processes_have_the_losses_of_one(both: tuple[Path, Path]) -> None:
     one, two = (read_metrics(run_dir) for run_dir in both)
     assert len(one) == len(two) == STEPS
-    assert sum(boundary < STEPS for boundary in BOUNDARIES) >= 2
+    assert [int(two[step]["phi/rank"]) for step in BOUNDARIES] == [2, 1, 0]
     for left, right in zip(one, two, strict=True):
         for name in ("train/loss", "train/gradient_norm"):
             assert float(right[name]) == pytest.approx(float(left[name]), rel=RELATIVE)
@@ -44,9 +59,20 @@ def test_two_processes_pack_the_same_bytes(both: tuple[Path, Path]) -> None:
     assert packed_bytes(both[0]) == packed_bytes(both[1])
 
 
-def test_two_processes_continue_where_they_were(both: tuple[Path, Path], tmp_path: Path) -> None:
-    run_dir = copy_until(both[1], tmp_path / "run", step=4)
-    assert train(run_dir, *TWO, "resume=true") == DONE
+def test_two_processes_make_the_validation_videos_of_one(both: tuple[Path, Path]) -> None:
+    one, two = (contents(run_dir / "validation") for run_dir in both)
+    assert len([name for name in one if name.endswith("student.mp4")]) == 3 * len((0, 4, STEPS))
+    assert one == two
+    assert "validation prompts 1" in (both[1] / "logs" / "rank1.log").read_text()
+
+
+def test_two_processes_continue_where_they_were_whatever_ranks_the_environment_holds(
+    both: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in LEFTOVER.items():
+        monkeypatch.setenv(name, value)
+    run_dir = copy_until(both[1], tmp_path / "run", step=3)
+    assert train(run_dir, *OPTIONS, *TWO, "resume=true") == DONE
     assert packed_bytes(run_dir) == packed_bytes(both[1])
     assert read_metrics(run_dir) == read_metrics(both[1])
 

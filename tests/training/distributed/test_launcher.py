@@ -1,6 +1,5 @@
 """The processes of a distributed run: checked against real processes that train, die and are killed."""
 
-import json
 import os
 import re
 import signal
@@ -20,25 +19,6 @@ LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1
 
 def child(program: str) -> list[str]:
     return [sys.executable, "-c", f"import os, signal, sys, time\n{program}"]
-
-
-def test_two_processes_train_twice_in_one_program_whatever_ranks_the_environment_holds(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("ddp_program.py")
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        env=os.environ | LEFTOVER | paths,
-        timeout=600,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for job in ("first", "second"):
-        for rank in (0, 1):
-            # two SGD steps of rate 1 with the mean gradient (1 + 2) / 2
-            expected = {"rank": rank, "world_size": 2, "weight": -3.0}
-            assert json.loads((tmp_path / f"{job}-rank{rank}.json").read_text()) == expected
 
 
 def test_children_get_ranks_by_argument_and_none_from_the_environment(

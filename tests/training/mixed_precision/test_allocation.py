@@ -5,9 +5,15 @@ The allocation itself is tested in tests/quant/test_bit_allocation.py, sensitivi
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
+
 import pytest
 import torch
+import yaml
 
+from qvgen.config.build import build
 from qvgen.data.assets import find_asset
 from qvgen.errors import UserError
 from qvgen.evaluation.networks import lpips
@@ -16,9 +22,9 @@ from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers
 from qvgen.training.mixed_precision.allocation import check_mixed_precision, plan_measurements, wanted_measurements
 from qvgen.training.student import calibrate_, prepare_student
 from qvgen.training.student_check import check_student
-from tests.runs import train_config
+from tests.runs import composed, train_config
 
-FAST = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=4", "init.windows=2", "method=lsq")
+FAST = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=2", "method=lsq")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,7 @@ def test_a_budget_without_a_choice_is_vidit_q_and_measures_nothing(cache, caplog
         assert torch.equal(value, student.state_dict()[name])
 
 
-@pytest.mark.parametrize("bits", ["6", "w5a7", "w4a6"])
+@pytest.mark.parametrize("bits", ["w5a7", "w4a6"])
 def test_mean_bits_are_kept_and_layers_have_what_was_allocated(cache, bits):
     config = configured(cache, f"bits={bits}")
     student, allocation = started(config)
@@ -99,7 +105,7 @@ def test_a_larger_budget_has_no_larger_error_between_groups(cache):
     """Sums of the measured output errors, every unit in a group of its own metric `output`."""
     metrics = [f"init.metrics.{group}=output" for group in ("self_attention", "cross_attention", "ffn")]
     sums = []
-    for mean in (4.0, 4.7, 5.5, 7.9):
+    for mean in (4.0, 5.5, 7.9):
         config = configured(cache, "bits=4", f"init.mean_weight_bits={mean}", *metrics)
         _, allocation = started(config)
         rows = {row.key: row.output_error for row in allocation.sensitivities}
@@ -210,9 +216,7 @@ def test_candidates_and_plans(cache):
     names = list(quantized_layers(prepare_student(config)[0]))
     assert wanted_measurements(config, names).widths == {"weight": (4, 6, 8), "activation": ()}
     # 11 units, 3 widths of one side, 2 windows and both at once
-    assert plan_measurements(config).startswith(
-        "sensitivity: 99 measurements (3 of cross_attention, 3 of self_attention, 3 of"
-    )
+    assert plan_measurements(config).startswith("sensitivity: 99 measurements (3 of cross_attention, ")
     assert plan_measurements(configured(cache, "bits=8")) == "sensitivity: none, the budgets leave no choice"
 
 
@@ -235,9 +239,13 @@ def test_candidates_and_plans(cache):
         ("init.mean_weight_bits=-1", "must be greater than 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(cache, key, message):
+def test_settings_that_make_no_sense_are_refused(key, message):
+    plain = deepcopy(composed(*FAST))
+    name, _, value = key.partition("=")
+    *sections, last = name.removeprefix("+").split(".")
+    reduce(getitem, sections, plain)[last] = yaml.safe_load(value)
     with pytest.raises(UserError if "alpha" not in key else ValueError, match=message):
-        configured(cache, key)
+        build("train", plain)
 
 
 def test_two_budgets_of_one_side_are_refused(cache):

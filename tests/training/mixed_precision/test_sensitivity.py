@@ -38,6 +38,10 @@ FAST = (
 )
 
 
+FEWEST = ("init.videos=1", "init.steps=2")
+"""For what does not depend on how much is sampled."""
+
+
 def configured(tmp_path, *overrides: str):
     keys = (*FAST, f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2", *overrides)
     return train_config(*keys)
@@ -232,7 +236,7 @@ def test_the_model_is_as_it_was_and_the_numbers_are_the_same_again(tmp_path):
 
 def test_what_was_measured_survives_a_kill_and_is_not_measured_again(tmp_path):
     """The sampling of the fourth video measurement is interrupted as Ctrl-C does it."""
-    config = configured(tmp_path)
+    config = configured(tmp_path, *FEWEST)
     asked = wanted(config, "ffn:blocks.0", widths=(4, 8))
     count = {"calls": 0, "limit": 5}
 
@@ -257,7 +261,7 @@ def test_what_was_measured_survives_a_kill_and_is_not_measured_again(tmp_path):
     again = measurement(config, encode=encode).measure(asked)
     assert count["calls"] == 1  # only what was sampled to compare with
     assert again == resumed
-    whole = measurement(configured(tmp_path / "elsewhere")).measure(asked)
+    whole = measurement(configured(tmp_path / "elsewhere", *FEWEST)).measure(asked)
     for key, row in whole.rows.items():
         assert replace(row, seconds=0) == replace(resumed.rows[key], seconds=0)
 
@@ -266,17 +270,18 @@ def test_another_setting_is_another_file(tmp_path):
     asked = wanted(configured(tmp_path), "ffn:blocks.0", sides=("weight",))
     for keys in (
         (),
-        ("init.steps=6",),
+        ("init.steps=3",),
         ("init.alpha=0.75",),
         ("seed=1",),
         ("profile=int8",),
         ("init.metrics.ffn=motion",),
     ):
-        measurement(configured(tmp_path, *keys)).measure(asked)
+        measurement(configured(tmp_path, *FEWEST, *keys)).measure(asked)
     files = sorted((tmp_path / "cache").glob("sensitivity-*.jsonl"))
     assert len(files) == 6
     assert sorted(line.count('"differences"') for line in (file.read_text() for file in files)) == [0, 0, 0, 0, 0, 3]
-    measurement(configured(tmp_path, "bits=w4a4", "init.mean_weight_bits=5")).measure(asked)  # changes no number
+    other = configured(tmp_path, *FEWEST, "bits=w4a4", "init.mean_weight_bits=5")  # changes no number
+    measurement(other).measure(asked)
     assert sorted((tmp_path / "cache").glob("sensitivity-*.jsonl")) == files
 
 
