@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.bits import Bits
 from qvgen.config.leaves import build_leaves
 from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
@@ -88,10 +89,23 @@ def build(verb: str, plain: Mapping[str, Any]) -> Any:
         ValueError: Any bad value, also one that only the leaf knows to be bad.
     """
     config = check(verb, plain)
-    if isinstance(config, TrainConfig | PrecomputeConfig):
+    if isinstance(config, PrecomputeConfig):
         return build_leaves(config)
+    if isinstance(config, TrainConfig):
+        return _with_one_bits(build_leaves(config))
     if isinstance(config, FoldConfig | BenchmarkConfig):
-        return replace(config, run=build_leaves(config.run))
+        return replace(config, run=_with_one_bits(build_leaves(config.run)))
+    return config
+
+
+def _with_one_bits(config: TrainConfig) -> TrainConfig:
+    """The configuration; raises UserError where the grids have other widths than ``bits``, which every label is made from."""
+    grids = Bits(weight=config.profile.weight.bits, activation=config.profile.activation.bits)
+    if grids != config.bits:
+        raise UserError(
+            f"the grids of profile={config.names.profile} have {grids.weight} bits for weights and {grids.activation} for "
+            f"activations, and bits={config.bits.label}; widths are chosen by bits alone: write bits={grids.label}"
+        )
     return config
 
 

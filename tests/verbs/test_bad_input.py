@@ -54,6 +54,11 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ("data.num_frames=4", "data=moving_digits has videos of shape (3, 4, 16, 16), model=tiny takes (3, 8, 16, 16)"),
         ("model.width=63", "width=63 is no multiple of 8"),
         ("method.caption_dropout=2", "caption_dropout=2 is outside [0, 1]"),
+        (
+            "bits=3 profile.weight_bits=8",
+            "have 8 bits for weights and 3 for activations, and bits=3; widths are chosen by bits",
+        ),
+        ("bits=w4a8 profile.activation_bits=4", "write bits=4"),
     ],
 )
 def test_a_bad_value_makes_no_folder(
