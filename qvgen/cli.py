@@ -28,6 +28,7 @@ from typing import Any, NoReturn, TextIO
 
 from qvgen import __version__, stop_request
 from qvgen.config.command_line import begin_job, command_line
+from qvgen.config.conf_folder import conf_directory, using_directory
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
@@ -88,34 +89,39 @@ def _overview() -> str:
 
 
 def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
-    """Check all jobs of a verb's command line, then run them one after another; return the worst exit code."""
-    known = verbs()
-    if verb not in known:
+    """Run a verb's command line; return the worst exit code of its jobs."""
+    if verb not in (known := verbs()):
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     _own_the_environment(verb)
-    from qvgen.config.build import check, group_sweep
-    from qvgen.config.compose import compose_plain, expand_sweep
     from qvgen.config.positional import name_positionals
-    from qvgen.config.sweep import folder_of_job, separate_folders
 
     arguments = name_positionals(verb, arguments)
     flags = _parse_flags(arguments)
-    extra = Path(flags.config_dir) if flags.config_dir else None
+    with using_directory(Path(flags.config_dir) if flags.config_dir else None):
+        return _run_jobs(verb, arguments, flags, show=show)
+
+
+def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) -> int:
+    """Check all jobs, then run them one after another; return the worst exit code."""
+    from qvgen.config.build import check, group_sweep
+    from qvgen.config.compose import compose_plain, expand_sweep
+    from qvgen.config.sweep import folder_of_job, separate_folders
+
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     jobs = expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))
     if about:
         if not flags.shell_completion:
             for job in jobs:
-                compose_plain(verb, job, extra_directory=extra, resolve=False)
+                compose_plain(verb, job, resolve=False)
         if flags.help:
             from qvgen.config.help_page import help_page
 
-            print(help_page(verb, jobs[0], extra_directory=extra, header=known[verb]))
+            print(help_page(verb, jobs[0], header=verbs()[verb]))
             return DONE
         own_flags = [argument for argument in arguments if argument not in flags.overrides]
         _let_hydra_answer(verb, [*own_flags, *flags.overrides])
         return DONE
-    plains = separate_folders(verb, [compose_plain(verb, job, extra_directory=extra) for job in jobs], jobs)
+    plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
     if len(jobs) > 1:
         group_sweep(plains)
     for plain, job in zip(plains, jobs, strict=True):
@@ -125,8 +131,7 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
         _check_resume(plain, job)
     _log_to_stderr()
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
-    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
-    codes = []
+    folder, codes = ["--config-dir", flags.config_dir] if flags.config_dir else [], []
     commands = [
         command_line(verb, [*folder, *job], changes=folder_of_job(verb, plain))
         for plain, job in zip(plains, jobs, strict=True)
@@ -185,8 +190,6 @@ def _let_hydra_answer(verb: str, arguments: list[str]) -> None:
     """--cfg, --info and the like: hydra's own answers about the configuration of a verb."""
     import hydra
 
-    from qvgen.config.leaves import conf_directory
-
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments]
@@ -230,7 +233,9 @@ def _worker(arguments: list[str]) -> None:
 
     parser = ArgumentParser(prog="qvgen worker")
     parser.add_argument("verb", choices=sorted(verbs()))
-    parser.add_argument("config", type=Path)
+    for name in ("config", "--config-dir"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--trust", action="append", default=[])
     for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(arguments)
@@ -240,8 +245,8 @@ def _worker(arguments: list[str]) -> None:
 
     _log_to_stderr()
     run_worker = importlib.import_module(f"qvgen.verbs.{given.verb}").run_worker
-    config = build(given.verb, read_plain(given.config))
-    with suppress(stop_request.Stopped):  # with all others; rank 0 says so
+    with using_directory(given.config_dir), suppress(stop_request.Stopped):  # stopped with all others; rank 0 says so
+        config = build(given.verb, read_plain(given.config), trusted=given.trust)
         run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
 
 

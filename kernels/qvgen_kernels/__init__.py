@@ -6,8 +6,8 @@ The contract is kernels/README.md. This package depends on torch alone and can b
     weight = prepack(planes, scale=scale, zero_point=zero_point, spec=spec, kernel=kernel)
     y = packed_linear(x, weight=weight, tensors=LinearTensors(bias=bias), spec=spec, kernel=kernel)
 
-Every module of the package is imported here, and a backend's module registers its backend: a new one is one
-file.
+Every module of the package is imported here, and a backend's module registers its backend: a new one is one file.
+Another package brings one by an entry point (registry.py).
 """
 
 from importlib import import_module
@@ -15,7 +15,14 @@ from pkgutil import iter_modules
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.op import packed_linear, prepack
-from qvgen_kernels.registry import Backend, available_kernels, get_backend, register_backend, resolve_kernel
+from qvgen_kernels.registry import (
+    Backend,
+    available_kernels,
+    get_backend,
+    kernel_names,
+    register_backend,
+    resolve_kernel,
+)
 
 __all__ = [
     "Backend",
@@ -23,6 +30,7 @@ __all__ = [
     "LinearTensors",
     "available_kernels",
     "get_backend",
+    "kernel_names",
     "packed_linear",
     "prepack",
     "register_backend",

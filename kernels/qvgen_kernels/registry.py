@@ -1,5 +1,13 @@
 """Backends of the packed linear, by name. A backend registers itself when its module is imported.
 
+Other packages bring backends by the entry point group ``qvgen_kernels.backends``; they are looked for at the first question:
+
+    [project.entry-points."qvgen_kernels.backends"]
+    fast = "qvgen_fast.backend"         the module registers the backend ``fast`` when it is imported
+
+A backend that lies in no package is named by its class, ``kernel=mine.fast.FastBackend``, which is made without arguments.
+Whoever passes such a name on has to know that a user wrote it: the class's code runs.
+
 ``auto`` takes the backend of the highest priority that accepts the layer on that device. An explicit name
 never falls back to another one: it runs or says why it can't. A layer's weight is prepacked BY a backend, in
 that backend's own order of bytes, so "auto" is resolved once, before prepacking, and the resolved name is
@@ -8,8 +16,13 @@ kept with the weight.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import sys
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 import torch
@@ -19,12 +32,23 @@ from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.errors import KernelUnavailableError
 from qvgen_kernels.weight import CanonicalWeight
 
-__all__ = ["AUTO", "Backend", "available_kernels", "get_backend", "register_backend", "resolve_kernel"]
+__all__ = [
+    "AUTO",
+    "Backend",
+    "available_kernels",
+    "get_backend",
+    "kernel_names",
+    "register_backend",
+    "resolve_kernel",
+]
 
 AUTO = "auto"
+ENTRY_POINTS = "qvgen_kernels.backends"
 
 _log = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {}
+_made: dict[str, Backend] = {}
+"""Backends of classes that were named in full, by that name; they are among ``_backends`` by their own."""
 
 
 class Backend(Protocol):
@@ -67,6 +91,7 @@ def register_backend(backend: Backend) -> None:
 def available_kernels(spec: LinearSpec, *, device: torch.device | str = "cpu") -> list[str]:
     """Names of the backends that run this spec on this device, best first."""
     device = torch.device(device)
+    _load_installed()
     usable = [backend for backend in _backends.values() if backend.refusal(spec, device=device) is None]
     return [backend.name for backend in sorted(usable, key=lambda backend: -backend.priority)]
 
@@ -79,9 +104,75 @@ def get_backend(name: str) -> Backend:
     """
     if name == AUTO:
         raise ValueError("kernel='auto' is resolved once, before prepacking; use resolve_kernel('auto', spec).name")
+    if "." in name:
+        return _made.get(name) or _load_class(name)
+    if name not in _backends and name in (failures := _load_installed()):
+        raise ValueError(f"kernel={name!r} can't be used: {failures[name]}")
     if name not in _backends:
         raise ValueError(f"kernel={name!r} is unknown; use {AUTO} or one of {', '.join(_backends)}")
     return _backends[name]
+
+
+def kernel_names() -> list[str]:
+    """Names of all backends, ours and those of installed packages, whether they run here or not."""
+    _load_installed()
+    return list(_backends)
+
+
+@cache
+def _load_installed() -> dict[str, str]:
+    """Import the backends that installed packages bring, once in a process.
+
+    Returns:
+        Name of each one that can't be used -> why, and what to do; it was warned of.
+    """
+    failures: dict[str, str] = {}
+    found = {(point.name, point.value): point for point in entry_points(group=ENTRY_POINTS)}
+    for (name, _), point in sorted(found.items()):
+        package = point.dist.name if point.dist is not None else point.value
+        try:
+            _load(point)
+        except Exception as error:  # the code of whoever wrote the package, which may raise anything
+            text = " ".join(str(error).split())
+            failures[name] = f"package {package}: {type(error).__name__}: {text}; repair or uninstall it"
+            _log.warning("kernel %s of %s", name, failures[name])
+    return failures
+
+
+def _load(point: EntryPoint) -> None:
+    before = dict(_backends)
+    try:
+        importlib.import_module(point.module)
+        if point.name in before or point.name not in _backends:
+            raise ValueError(f"{point.module} registers no backend named {point.name!r} of its own")
+    except BaseException:
+        _backends.clear()
+        _backends.update(before)
+        raise
+
+
+def _load_class(name: str) -> Backend:
+    """Make and register the backend of a class that a user wrote; the present folder is searched last."""
+    module, _, class_name = name.rpartition(".")
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {here, ""} & set(sys.path):
+        sys.path.append(here)
+    try:
+        backend: Backend = getattr(importlib.import_module(module), class_name)()
+    except Exception as error:  # the code of whoever wrote the class, which may raise anything
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"kernel={name!r} can't be made: {type(error).__name__}: {text}; name a class that takes no arguments, in a "
+            "module that Python finds from the present folder"
+        ) from error
+    members = ("name", "priority", "refusal", "prepack", "prepack_parts", "linear")
+    if missing := [member for member in members if not hasattr(backend, member)]:
+        raise ValueError(
+            f"kernel={name!r} is no backend: it lacks {', '.join(missing)}; see qvgen_kernels.registry.Backend"
+        )
+    register_backend(backend)
+    _made[name] = backend
+    return backend
 
 
 def resolve_kernel(name: str, spec: LinearSpec, *, device: torch.device | str = "cpu") -> Backend:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from qvgen.config.bits import Bits
+from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaves
+from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
 from qvgen.config.schema import FoldConfig, TrainConfig
@@ -82,19 +84,30 @@ def group_sweep(plains: Sequence[dict[str, Any]]) -> None:
             plain["logger"]["group"] = group
 
 
-def build(verb: str, plain: Mapping[str, Any]) -> Any:
+def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | None = None) -> Any:
     """The typed configuration with its leaves built: what a verb's ``run`` receives.
+
+    Args:
+        verb: A verb.
+        plain: Its configuration.
+        trusted: Classes outside of qvgen that its sections may name; None: all that it does name, because this command has
+            composed it. What fold reads from a run's folder was composed by another one: there the classes count that the
+            command names by ``trust`` or in its ``--config-dir``.
 
     Raises:
         ValueError: Any bad value, also one that only the leaf knows to be bad.
     """
     config = check(verb, plain)
+    trusted = targets_below(plain) if trusted is None else trusted
+    _check_kernel(plain, trusted=trusted)
     if isinstance(config, PrecomputeConfig):
-        return build_leaves(config)
+        return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
-        return _with_one_bits(build_leaves(config))
-    if isinstance(config, FoldConfig | BenchmarkConfig):
-        return replace(config, run=_with_one_bits(build_leaves(config.run)))
+        return _with_one_bits(build_leaves(config, trusted=trusted))
+    if isinstance(config, BenchmarkConfig):
+        return replace(config, run=_with_one_bits(build_leaves(config.run, trusted=trusted)))
+    if isinstance(config, FoldConfig):
+        return replace(config, run=_with_one_bits(_build_run(config)))
     return config
 
 
@@ -109,6 +122,28 @@ def _with_one_bits(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _check_kernel(plain: Mapping[str, Any], *, trusted: Collection[str]) -> None:
+    """Raise UserError for a kernel that is a class which the command did not name."""
+    kernel = str(plain.get("kernel", ""))
+    if "." in kernel and kernel not in trusted:
+        raise UserError(f"kernel={kernel} is a class of your own, and followed only where this command names it itself")
+
+
+def _build_run(config: FoldConfig) -> TrainConfig:
+    """The run that is folded; names the classes that nobody has vouched for, and how to."""
+    trusted = {*config.trust, *targets_of_folder()}
+    try:
+        _check_kernel(config.run.plain, trusted=trusted)
+        return build_leaves(config.run, trusted=trusted)
+    except UserError as error:
+        foreign = sorted(foreign_targets(config.run.plain) - trusted)
+        if not foreign:
+            raise
+        raise UserError(
+            f"{config.run_dir}/config.yaml: {error}; if it is yours write {command_word('trust', foreign)}"
+        ) from error
+
+
 def load_run(run_dir: Path) -> TrainConfig:
     """The configuration of a run that was started before, with its leaves built.
 
@@ -116,7 +151,7 @@ def load_run(run_dir: Path) -> TrainConfig:
         UserError: ``run_dir`` holds no run, or one with keys that this version does not know.
     """
     try:
-        config = build("train", read_config(run_dir))
+        config = build("train", read_config(run_dir), trusted=())
     except UserError as error:
         raise UserError(f"{run_dir}: {error}") from error
     assert isinstance(config, TrainConfig)

@@ -2,24 +2,18 @@
 
 Every way in which an override can be wrong is found here, before hydra prints its own account of it: text that is no
 override, an unknown key or option, a sweep without --multirun, an interpolation that fails.
-
-Resolvers for conf/: ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
-``${start_time:}`` -> 20260131-235959-123456, different for every job of a process, ``${model_data:wan}`` -> clips, the data
-that the model's recipe names, ``${micro_batches:64,8,1}`` -> 8, so many of 1 sample on each of 8 devices make a batch of 64.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,52 +23,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from qvgen.config.bits import Bits
-from qvgen.config.leaves import conf_directory
+from qvgen.config.conf_folder import conf_directory, using_directory
+from qvgen.config.leaf_file import check_choice
+from qvgen.config.leaves import LEAF_GROUPS
 from qvgen.config.prompt import without_files
 from qvgen.config.quoting import command_word, is_single_text_key, is_text_key, suggested_word, takes_objects
+from qvgen.config.resolvers import register_resolvers
+from qvgen.config.search_path import register_folders
 from qvgen.errors import UserError, did_you_mean, one_line
 
 log = logging.getLogger(__name__)
 
-_OPEN_SECTIONS = ("model", "profile", "method", "init", "data")
+_OPEN_SECTIONS = tuple(LEAF_GROUPS)
 """Sections whose keys are the arguments of a leaf: `+method.new_key=1` is checked when the leaf is built."""
-
-_last_start = datetime.min
-
-
-def _start_time() -> str:
-    """The present, to the microsecond, and never the same twice in a process."""
-    global _last_start
-    _last_start = max(datetime.now(), _last_start + timedelta(microseconds=1))
-    return _last_start.strftime("%Y%m%d-%H%M%S-%f")
-
-
-def _model_data(model: str) -> str:
-    """The file of conf/data that a model is trained on unless another one is chosen."""
-    path = conf_directory() / "model" / f"{model}.yaml"
-    spec = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    return str(OmegaConf.select(spec, "recipe.data", default="clips"))
-
-
-def _micro_batches(batch_size: Any, devices: Any, size: Any) -> int:
-    """Micro-batches of a device per optimizer step; 1 where nothing says how large they may be, or they don't divide."""
-    return max(1, int(batch_size) // (int(devices) * int(size))) if size is not None else 1
-
-
-_RESOLVERS: dict[str, Callable[..., Any]] = {
-    "bits_label": lambda bits: Bits.parse(bits).label,
-    "weight_bits": lambda bits: Bits.parse(bits).weight,
-    "activation_bits": lambda bits: Bits.parse(bits).activation,
-    "start_time": _start_time,
-    "model_data": _model_data,
-    "micro_batches": _micro_batches,
-}
-
-
-def register_resolvers() -> None:
-    """Make the resolvers of conf/ known."""
-    for name, resolver in _RESOLVERS.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
 def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]:
@@ -113,7 +74,7 @@ def compose_plain(
     Args:
         verb: Name of a file in conf/, without ``.yaml``.
         overrides: `key=value` texts without sweeps.
-        extra_directory: A folder of the user's whose files count as if they lay in conf/.
+        extra_directory: A folder of the user's whose files count as if they lay in conf/; None: the command's, if any.
         resolve: False only checks the overrides, leaves interpolations alone and lets values be missing.
 
     Returns:
@@ -123,10 +84,11 @@ def compose_plain(
         UserError: Anything wrong with an override.
     """
     register_resolvers()
+    register_folders()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
-            _add_directory(extra_directory)
+        folder = str(conf_directory())
+        with using_directory(extra_directory), initialize_config_dir(version_base="1.3", config_dir=folder):
             written = [_as_written(_parse(text)) for text in overrides]
             _check_overrides(verb, [_parse(text) for text in written])
             config = compose(verb, written, return_hydra_config=True)
@@ -136,23 +98,11 @@ def compose_plain(
     return without_files(plain) if resolve else plain
 
 
-def group_options(verb: str, *, extra_directory: Path | None = None) -> dict[str, list[str]]:
+def group_options(verb: str) -> dict[str, list[str]]:
     """Group -> its options, for the groups of a verb; see :func:`compose_plain`."""
+    register_folders()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
-        _add_directory(extra_directory)
         return _options(compose(verb, [], return_hydra_config=True))
-
-
-def _add_directory(directory: Path | None) -> None:
-    """Search a further folder before conf/, as hydra's --config-dir does."""
-    if directory is None:
-        return
-    if not directory.is_dir():
-        raise UserError(f"--config-dir {directory} is no folder; give one with files such as experiment/mine.yaml")
-    search_path = GlobalHydra.instance().config_loader().get_search_path()
-    search_path.prepend(provider="command-line", path=f"file://{directory.resolve()}", anchor="schema")
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2(task_name="qvgen", config_search_path=search_path)
 
 
 def _to_plain(config: DictConfig, overrides: Sequence[str], *, resolve: bool) -> dict[str, Any]:
@@ -279,6 +229,7 @@ def _check_option(override: Override, options: list[str]) -> None:
                 f"unknown {group}={'null' if option is None else option}"
                 f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"
             )
+        check_choice(group, str(option))
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,21 +19,20 @@ _WIDTH = 46
 _SHOWN_VALUE = 30
 
 
-def help_page(verb: str, overrides: Sequence[str], *, extra_directory: Path | None, header: str) -> str:
+def help_page(verb: str, overrides: Sequence[str], *, header: str) -> str:
     """The page as one text.
 
     Args:
         verb: The verb.
         overrides: `key=value` texts without sweeps.
-        extra_directory: A folder of the user's whose files count as if they lay in conf/.
         header: What the verb does, one line.
 
     Raises:
         UserError: Anything wrong with an override.
     """
-    config = compose_plain(verb, overrides, extra_directory=extra_directory, resolve=False)
+    config = compose_plain(verb, overrides, resolve=False)
     config = _worked_out(config, OmegaConf.create(config))
-    options = group_options(verb, extra_directory=extra_directory)
+    options = group_options(verb)
     lines = [f"qvgen {verb}: {header}", ""]
     if options:
         lines += ["Choose from each group (GROUP=NAME):", ""]

@@ -1,71 +1,92 @@
-"""Leaves: the objects that a `_target_` of conf/ names, and the folder conf/ itself.
+"""Leaves: the objects that a `_target_` names, and whose `_target_` is followed.
 
-A section of group X is built only by what a file of conf/X names: a configuration that came with a run, or that a user
-wrote, can choose among the leaves of that group and give them other arguments, but names neither another function of this
-package nor code of its own. Arguments are plain values of the types that the leaf asks for.
+A class of ours or of an installed plug-in is followed where a file of its group names it: a configuration that came
+with a run can choose among the leaves of that group and give them other arguments, but names neither another function of
+this package nor code of its own. Any other class is the user's, and followed where they named it in this very command: on the
+command line, or in a file of their ``--config-dir``. Arguments are plain values of the types that the leaf asks for.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from omegaconf import OmegaConf
-
 from qvgen.config.bits import Bits
+from qvgen.config.conf_folder import conf_directory
+from qvgen.config.leaf_class import check_made, find_class
+from qvgen.config.leaf_file import OWN_PACKAGES, group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.errors import UserError, did_you_mean, one_line
 
-_PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
+__all__ = [
+    "LEAF_GROUPS",
+    "build_leaf",
+    "build_leaves",
+    "check_type",
+    "conf_directory",
+    "group_targets",
+    "leaf_names",
+    "load_foreign_leaf",
+    "load_leaf",
+    "load_profile",
+]
+
+LEAF_GROUPS: Mapping[str, str] = {
+    "model": "qvgen.models.base.VideoDiT",
+    "profile": "qvgen.quant.grid.Profile",
+    "method": "qvgen.methods.base.Method",
+    "init": "qvgen.initializers.base.Initializer",
+    "data": "qvgen.data.source.DataSource",
+}
+"""Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
+
 MAX_FOREIGN_SIZE = 2**16
 """Largest size or count that is taken from a file: pixels, frames, steps, layers."""
 
 
-def conf_directory() -> Path:
-    """The configuration tree: inside the package where it was installed from a wheel, beside it in a checkout."""
-    inside = _PACKAGE_DIRECTORY / "conf"
-    return inside if inside.is_dir() else _PACKAGE_DIRECTORY.parent / "conf"
-
-
-def build_leaf(spec: Mapping[str, Any], *, key: str) -> Any:
+def build_leaf(spec: Mapping[str, Any], *, key: str, trusted: Collection[str] = ()) -> Any:
     """Build the object that a section with a `_target_` describes.
 
     Args:
         spec: ``{"_target_": "qvgen.methods.lsq.LSQ", argument: value, ...}``; plain values only.
         key: The section's name, for messages.
+        trusted: Classes of the user's own that they named themselves, beside the leaves of the group.
 
     Raises:
-        UserError: No `_target_` or one that is no leaf of this group, also anywhere below; an unknown or missing argument, or
-            one of another type.
+        UserError: No `_target_` or one that is neither a leaf of this group nor trusted, also anywhere below; an unknown or
+            missing argument, or one of another type; a class that makes something else than the group's leaves are.
         ValueError: Whatever the class itself refuses.
     """
     arguments = dict(spec)
-    target = _find(arguments.pop("_target_", None), key=key)
-    known, hints = inspect.signature(target).parameters, _hints(target)
-    for name, value in arguments.items():
-        if name not in known:
-            raise UserError(f"unknown key '{key}.{name}'{did_you_mean(name, [f'{key}.{other}' for other in known])}")
+    name = arguments.pop("_target_", None)
+    target = _find(name, key=key, trusted=trusted)
+    known, open_ended = _parameters(target, key=key)
+    hints = _hints(target)
+    for argument, value in arguments.items():
+        if argument not in known and not open_ended:
+            hint = did_you_mean(argument, [f"{key}.{other}" for other in known])
+            raise UserError(f"unknown key '{key}.{argument}'{hint}")
         if _names_target(value):
-            raise UserError(f"{key}.{name} holds a _target_; only {key} itself has one")
-        check_type(value, hints.get(name, Any), key=f"{key}.{name}")
-    for name, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and name not in arguments:
-            raise UserError(f"{key}.{name} is missing; write {key}.{name}=...")
-    return target(**arguments)
+            raise UserError(f"{key}.{argument} holds a _target_; only {key} itself has one")
+        check_type(value, hints.get(argument, Any), key=f"{key}.{argument}")
+    for argument, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and argument not in arguments:
+            raise UserError(f"{key}.{argument} is missing; write {key}.{argument}=...")
+    made = target(**arguments)
+    if key in LEAF_GROUPS and str(name).partition(".")[0] not in OWN_PACKAGES:
+        check_made(made, kind=LEAF_GROUPS[key], key=key, target=str(name))
+    return made
 
 
 def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
-    """Build the object of ``conf/GROUP/NAME.yaml``, for example ``("model", "tiny")``.
+    """Build the object of a file ``GROUP/NAME.yaml``, for example ``("model", "tiny")``; see :mod:`qvgen.config.leaf_file`.
 
     Args:
         group: Folder of conf/.
@@ -75,42 +96,35 @@ def load_leaf(group: str, name: str, /, **changes: Any) -> Any:
     Raises:
         UserError: There is no such file, or the class has no such argument.
     """
-    spec = _read_leaf(group, name)
+    spec = read_leaf(group, name)
     if "_target_" in changes:
         raise UserError(f"{group}={name}: _target_={changes['_target_']} is not an argument; the name decides")
-    return build_leaf(_without_recipe({**spec, **changes}), key=group)
+    return build_leaf(_without_recipe({**spec, **changes}), key=group, trusted=users_targets(group, name))
 
 
 def load_profile(name: str, bits: Bits) -> Any:
     """Build the grids of ``conf/profile/NAME.yaml`` with these bits; raises UserError where there is no such file."""
-    spec = _read_leaf("profile", name, resolve=False)  # its bits are the run's, which there is none of here
-    return build_leaf({**spec, "weight_bits": bits.weight, "activation_bits": bits.activation}, key="profile")
-
-
-def _read_leaf(group: str, name: str, *, resolve: bool = True) -> dict[str, Any]:
-    """The section of ``conf/GROUP/NAME.yaml``; raises UserError where there is none."""
-    folder = conf_directory() / group
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in names:
-        raise UserError(f"unknown {group}={name}{did_you_mean(name, names)} (there are: {', '.join(names)})")
-    spec = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"), resolve=resolve)
-    assert isinstance(spec, dict), f"conf/{group}/{name}.yaml is no mapping"
-    return {str(key): value for key, value in spec.items()}
+    spec = read_leaf("profile", name, resolve=False)  # its bits are the run's, which there is none of here
+    changed = {**spec, "weight_bits": bits.weight, "activation_bits": bits.activation}
+    return build_leaf(changed, key="profile", trusted=users_targets("profile", name))
 
 
 Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig)
 
 
-def build_leaves(config: Config) -> Config:
+def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:
     """Replace the plain leaf sections of a configuration by the objects that they describe.
+
+    Args:
+        config: With plain sections.
+        trusted: See :func:`build_leaf`.
 
     Raises:
         ValueError: See :func:`build_leaf`.
     """
-    groups = [group for group in ("model", "profile", "method", "init", "data") if hasattr(config, group)]
-    return replace(
-        config, **{group: build_leaf(_without_recipe(getattr(config, group)), key=group) for group in groups}
-    )
+    groups = [group for group in LEAF_GROUPS if hasattr(config, group)]
+    built = {group: build_leaf(_without_recipe(getattr(config, group)), key=group, trusted=trusted) for group in groups}
+    return replace(config, **built)
 
 
 def _without_recipe(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,23 +145,14 @@ def load_foreign_leaf(group: str, name: str, arguments: Mapping[str, Any], *, so
         UserError: Names the source: the group has no such file, or its class can't be built with these arguments.
     """
     try:
-        hints = _hints(_find(_read_leaf(group, name).get("_target_"), key=group))
+        target = leaf_target(group, name)
+        hints = _hints(_find(target, key=group, trusted=users_targets(group, name)))
         for key, value in arguments.items():
             if hints.get(key) is int:
                 whole(value, f"{group}.{key}", low=1, high=MAX_FOREIGN_SIZE)
         return load_leaf(group, name, **arguments)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source}: {group}={name} can't be built as it says: {one_line(error)}") from error
-
-
-@cache
-def group_targets(group: str) -> tuple[str, ...]:
-    """The leaves of a group, as the files of ``conf/GROUP`` name them; empty for a group without any."""
-    named = []
-    for path in sorted((conf_directory() / group).glob("*.yaml")):
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-        named += [spec["_target_"]] if isinstance(spec, dict) and "_target_" in spec else []
-    return tuple(dict.fromkeys(named))
 
 
 def check_type(value: Any, hint: Any, *, key: str) -> None:
@@ -179,9 +184,28 @@ def _described(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
+def _parameters(target: Any, *, key: str) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments that a leaf takes by name, and whether it takes any others too."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{key}: the arguments of {target!r} can't be read; name a class or function of Python"
+        ) from error
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variable}
+    return known, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 def _hints(target: Any) -> dict[str, Any]:
     """Types of a leaf's arguments; of a dataclass those of its fields, each from the module that declares it."""
-    return typing.get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__)
+    kind = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
+    try:
+        return typing.get_type_hints(kind)
+    except (NameError, AttributeError, TypeError):
+        if target.__module__.partition(".")[0] in OWN_PACKAGES:
+            raise
+        return {}  # of a user's class: names that only a type checker imports
 
 
 def _names_target(value: Any) -> bool:
@@ -190,13 +214,18 @@ def _names_target(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_names_target, value))
 
 
-def _find(name: object, *, key: str) -> Any:
+def _find(name: object, *, key: str, trusted: Collection[str] = ()) -> Any:
     if not isinstance(name, str):
         raise UserError(f"{key} has no _target_; choose one of the files in conf/{key}")
     leaves = group_targets(key)
-    if name not in leaves:
+    is_ours = name.partition(".")[0] in (*OWN_PACKAGES, "")
+    if name in leaves or (name in trusted and not is_ours):
+        return find_class(name, key=key, is_users=name not in leaves)
+    if is_ours:
         raise UserError(
             f"{key}._target_={name} is no {key} of qvgen{did_you_mean(name, leaves)} (there are: {', '.join(leaves)})"
         )
-    module_name, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module_name), attribute)
+    raise UserError(
+        f"{key}._target_={name} is no {key} of qvgen or of a plug-in{did_you_mean(name, leaves)}; a class of your own is "
+        "followed where this command names it: on the command line, or in a file of its --config-dir (docs/extending.md)"
+    )

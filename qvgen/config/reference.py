@@ -21,8 +21,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from qvgen.config import build
+from qvgen.config.conf_folder import conf_directory
 from qvgen.config.field_docs import FieldDoc, field_docs
-from qvgen.config.leaves import conf_directory
 
 SCHEMAS = {verb: f"{kind.__module__}.{kind.__qualname__}" for verb, kind in build.SCHEMAS.items()}
 FIRST_VERBS = ("train", "ptq", "fold", "precompute", "generate", "inspect", "compare", "benchmark", "assets")

@@ -137,6 +137,8 @@ class FoldConfig:
         run: The configuration that the run was started with.
         out: Where the packed directory goes.
         overwrite: True replaces a packed directory that is there already; False refuses to.
+        trust: Classes outside of qvgen that the run's config.yaml may name, for example ``mine.percentile.Percentile``; their
+            code runs.
         force: True folds also where code or model are no longer what the run was trained with.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
@@ -146,6 +148,7 @@ class FoldConfig:
     run: TrainConfig
     out: Path
     overwrite: bool
+    trust: tuple[str, ...]
     force: bool
     dry_run: bool
     debug: bool

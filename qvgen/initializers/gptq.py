@@ -9,7 +9,7 @@ to the full-precision weight. On a rotated profile weight and second moment are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +30,14 @@ class Gptq:
     Attributes:
         damping: Share of the second moment's mean diagonal that is added to its diagonal before it is inverted.
         order: Order in which columns are rounded: those with the largest inputs first (``activation``), or as they stand.
+        compared_rotations: `qvgen benchmark` also measures it with layers that are rotated by so many columns.
     """
 
     damping: Annotated[float, Range("> 0", write="0.01")]
     order: Literal["activation", "natural"]
 
     needs: frozenset[Need] = frozenset({"second_moment"})
+    compared_rotations: ClassVar[tuple[int, ...]] = (16,)
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

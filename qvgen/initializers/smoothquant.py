@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -32,10 +32,13 @@ class SmoothQuant:
             error of its output on a sample of its inputs is searched, no smoothing among the candidates.
         fold_smoothing: True folds the smoothing vector m into what stands before a layer (norms, modulations, values)
             where the model allows it; False multiplies by it everywhere.
+        compared_rotations: `qvgen benchmark` also measures it with layers that are rotated by so many columns.
     """
 
     alpha: Annotated[float | None, ALPHA]
     fold_smoothing: bool
+
+    compared_rotations: ClassVar[tuple[int, ...]] = (16,)
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,12 +43,15 @@ class SvdQuant:
         seed: Seed of the randomized decomposition.
         fold_smoothing: True folds the smoothing vector m into what stands before a layer (norms, modulations, values)
             where the model allows it; False multiplies by it everywhere.
+        compared_rotations: `qvgen benchmark` also measures it with layers that are rotated by so many columns.
     """
 
     alpha: Annotated[float | None, ALPHA]
     rank: Annotated[int, Range("> 0", write="32")]
     seed: int
     fold_smoothing: bool
+
+    compared_rotations: ClassVar[tuple[int, ...]] = (16,)
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from qvgen.config.leaves import conf_directory
+from qvgen.config.leaf_file import installed_names, leaf_path
 
 Configs = Callable[[str], Mapping[str, Any]]
 """Name of a component (transformer, vae, model_index) -> its configuration."""
@@ -163,14 +163,19 @@ def _by_name(name: str) -> PublishedModel | None:
 
 @cache
 def known_models() -> tuple[PublishedModel, ...]:
-    """The models of conf/model that are folders."""
+    """The models of conf/model and of plug-ins that are folders; a family whose code can't be imported is none."""
     models = []
-    for file in sorted((conf_directory() / "model").glob("*.yaml"), key=lambda file: file.stem):
-        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for name in installed_names("model"):
+        spec = yaml.safe_load(leaf_path("model", name).read_text(encoding="utf-8"))
         if "published" not in spec:
             continue
         module, _, class_name = spec["_target_"].rpartition(".")
-        family: Any = getattr(import_module(module), class_name)
+        try:
+            family: Any = getattr(import_module(module), class_name)
+        except Exception:  # a plug-in's code, which may raise anything and is not asked for here
+            if module.startswith("qvgen."):
+                raise
+            continue
         published = spec["published"]
         kind = _kind(
             lambda component, published=published: published.get(component, {}),
@@ -178,5 +183,5 @@ def known_models() -> tuple[PublishedModel, ...]:
             text_encoder=family.text_encoder_class,
         )
         sizes = _sizes(published["transformer"])
-        models.append(PublishedModel(name=file.stem, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+        models.append(PublishedModel(name=name, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
     return tuple(models)

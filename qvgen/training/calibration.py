@@ -27,6 +27,7 @@ from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import Encode
+from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class CalibratedModel:
             FORMAT, family.revision, model, scheduler, [asdict(video) for video in self._videos()], self.steps,
             config.seed, sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
+        if foreign := foreign_sources({"model": config.plain["model"]}):  # its code may change while its revision stays
+            parts.append(foreign)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _videos(self) -> list[PromptedVideo]:

@@ -1,7 +1,8 @@
 """The facts of a run: everything that its bits depend on besides its configuration; what is done with them: run_identity.py.
 
     code.qvgen      version, and a checksum of all sources: an edited checkout is another code, another folder is not
-    code.NAME       version of a library that takes part in the arithmetic
+    code.NAME       version of a library that takes part in the arithmetic; a checksum of the sources of a package or file of
+                    somebody else's that a leaf comes from
     model.PART      checksums of what the family computes with, LoRAs included
     data.PART       checksums of the samples, and of what the cache has for them
     prompts.USE     captions that calibration, or the report's videos, sample from
@@ -38,12 +39,12 @@ from qvgen.run_directory import RunDirectory
 from qvgen.run_identity import RunIdentity, continue_run
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
 from qvgen.training.checkpoint_writer import checkpoints
+from qvgen.training.source_checksum import foreign_sources, sources_checksum
 from qvgen.training.start_file import START_FILE
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
 
 _PACKAGES = ("qvgen", "qvgen_kernels")
-_SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h")
 
 _SETTINGS = (
     "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
@@ -95,7 +96,7 @@ def check_fold(config: TrainConfig, run_dir: Path, *, force: bool) -> None:
             f"{run_dir} has no record of the code and model that it was trained with; if they are the same write force=true"
         )
     transformer = config.model.identity(transformer_only=True)
-    facts = {**code_facts(), **{f"model.{name}": value for name, value in transformer.items()}}
+    facts = {**code_facts(config.plain), **{f"model.{name}": value for name, value in transformer.items()}}
     remedy = "bring back what was there, or fold all the same with force=true"
     known.check(
         facts,
@@ -114,7 +115,7 @@ def check_worker(config: TrainConfig) -> None:
     known = RunIdentity.read(config.run_dir)
     if known is not None:
         known.check(
-            {**code_facts(), **_model_facts(config)},
+            {**code_facts(config.plain), **_model_facts(config)},
             run_dir=config.run_dir,
             remedy="give all processes the same files and start again",
             counts=lambda name: name.startswith(("code.", "model.")),
@@ -127,14 +128,21 @@ def collect_facts(config: TrainConfig) -> dict[str, str]:
     Raises:
         ValueError: Data that is not ready, a model that is damaged.
     """
-    return {**code_facts(), **_model_facts(config), **_data_facts(config), **_prompt_facts(config), **_machine_facts()}
+    return {
+        **code_facts(config.plain),
+        **_model_facts(config),
+        **_data_facts(config),
+        **_prompt_facts(config),
+        **_machine_facts(),
+    }
 
 
-def code_facts() -> dict[str, str]:
-    """Of the sources and libraries."""
+def code_facts(plain: Mapping[str, Any]) -> dict[str, str]:
+    """Of the sources and libraries, and of the packages of others whose classes the sections of a configuration name."""
     versions = collect_versions(_LIBRARIES)
     libraries = {f"code.{name}": versions[name] for name in _LIBRARIES}
-    return {"code.qvgen": f"{__version__}, source {_own_sources()}", **libraries}
+    foreign = {f"code.{name}": f"source {checksum}" for name, checksum in foreign_sources(plain).items()}
+    return {"code.qvgen": f"{__version__}, source {_own_sources()}", **libraries, **foreign}
 
 
 def _model_facts(config: TrainConfig) -> dict[str, str]:
@@ -189,18 +197,3 @@ def _own_sources() -> str:
         assert found.origin is not None, f"{package} has no file"
         folders[package] = Path(found.origin).parent
     return sources_checksum(folders)
-
-
-def sources_checksum(packages: Mapping[str, Path]) -> str:
-    """SHA-256 over all sources of packages, wherever their folders lie; 64 hex digits.
-
-    Args:
-        packages: Name -> folder.
-    """
-    digest = hashlib.sha256()
-    for package, folder in packages.items():
-        for file in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
-            content = file.read_bytes()
-            digest.update(f"{package}/{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
-            digest.update(content)
-    return digest.hexdigest()

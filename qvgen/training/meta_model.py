@@ -30,7 +30,8 @@ def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) 
         changes: Arguments in place of the configuration's, for example another ``num_frames``.
     """
     spec = {key: value for key, value in config.plain["model"].items() if key != "recipe"}
-    return build_leaf({**spec, **(changes or {})}, key="model")
+    trusted = [str(spec["_target_"])]  # the command's: config.model was built of it
+    return build_leaf({**spec, **(changes or {})}, key="model", trusted=trusted)
 
 
 def num_blocks(family: Any) -> int:

@@ -100,7 +100,7 @@ def train_all(
     logs.mkdir(exist_ok=True)
     write_plain(logs / "worker.yaml", {**config.plain, "run_dir": str(run_dir)})
     with WorkerGroup(
-        worker_command("train", logs / "worker.yaml"),
+        worker_command("train", logs / "worker.yaml", config.plain),
         world_size=config.devices,
         log_directory=logs,
         hang_minutes=config.training.hang_minutes,

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.leaves import load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_machine
 from qvgen.run_directory import lasting
 from qvgen.training.identity import code_facts
-from qvgen.verbs.benchmarks.base import Benchmark
+from qvgen.training.source_checksum import sources_of
+from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 
 Row = dict[str, Any]
 Group = tuple[Any, ...]
@@ -63,10 +65,12 @@ class UnfinishedRows:
 
 def command_key(config: BenchmarkConfig, benchmark: Benchmark) -> str:
     """What rows are made from: a command's settings, the code, the processor; weights where they count."""
+    methods = methods_of(config)
     own = [
-        config.what, config.methods, [width.label for width in config.widths], config.seeds, config.videos,
+        config.what, methods, [width.label for width in config.widths], config.seeds, config.videos,
         config.timed_steps, config.shapes, config.threads, config.blocks,
     ]  # fmt: skip
     weights = config.run.model.revision if benchmark.real_weights else None
-    parts = [code_facts(), collect_machine().cpu, weights, lasting(config.run.plain), own]
+    code = [code_facts(config.run.plain), *(sources_of(load_leaf("init", name.partition("+")[0])) for name in methods)]
+    parts = [code, collect_machine().cpu, weights, lasting(config.run.plain), own]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.config.leaves import load_foreign_leaf, load_leaf
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
-from qvgen.deploy.manifest import LOCAL_ARGUMENTS, Manifest, read_manifest
+from qvgen.deploy.manifest import LOCAL_ARGUMENTS, read_manifest
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
 from qvgen.training.identity import code_facts
 from qvgen.training.planning.deployment import plan_generate
+from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._earlier_result import refuse_earlier
+from qvgen.verbs._packed_family import load_family
 from qvgen.verbs._unfinished_videos import UnfinishedVideos
 
 log = logging.getLogger(__name__)
@@ -200,41 +201,7 @@ def _parts(config: GenerateConfig, family: Any, request: Request) -> list[Any]:
         revisions += [*transformers, family.latent_revision, family.text_revision]
     model = config.model and {key: value for key, value in config.model.items() if key not in LOCAL_ARGUMENTS}
     settings = [request.num_steps, request.guidance_scale, config.delta, config.kernel]
-    return [code_facts(), config.names.model, model, revisions, settings]
-
-
-def load_family(config: GenerateConfig) -> Any:
-    """The model family: what the packed directory says of it, but for what the command line says.
-
-    Raises:
-        ValueError: Neither names a model, or they name different ones.
-    """
-    manifests = [read_manifest(path) for path in config.packed or ()]
-    named = {manifest.base_name for manifest in manifests} | ({config.names.model} - {None})
-    if "" in named:
-        raise ValueError(f"{config.packed} does not say which model it was made from; load it with qvgen.load_packed")
-    if len(named) != 1:
-        raise ValueError(
-            f"packed and model name {', '.join(sorted(named)) or 'no model'}; give packed=DIR, or model=NAME and model.path"
-        )
-    _check_experts(manifests)
-    arguments = dict(manifests[0].base_arguments) if manifests else {}
-    for override in config.typed:
-        section, _, key = override.lstrip("+").partition("=")[0].partition(".")
-        if section == "model" and key:
-            name = key.partition(".")[0]
-            assert config.model is not None, "a key of a section that was chosen"
-            arguments[name] = config.model[name]
-    if not manifests:
-        return load_leaf("model", named.pop(), **arguments)
-    return load_foreign_leaf("model", named.pop(), arguments, source=" and ".join(map(str, config.packed or ())))
-
-
-def _check_experts(manifests: list[Manifest]) -> None:
-    if len(manifests) > 1:
-        experts = [manifest.base_arguments.get("expert") for manifest in manifests]
-        if sorted(map(str, experts)) != ["high", "low"]:
-            raise ValueError(f"packed=[...] holds the experts {experts}; give one high and one low, or one directory")
+    return [code_facts({}), sources_of(family), config.names.model, model, revisions, settings]
 
 
 def _transformer(config: GenerateConfig, family: Any) -> nn.Module:

@@ -91,7 +91,7 @@ def fill_all(config: PrecomputeConfig, source: EncodedSource) -> tuple[int, Fill
     logs = config.run_dir
     logs.mkdir(parents=True, exist_ok=True)
     write_plain(logs / "worker.yaml", config.plain)
-    command = worker_command("precompute", logs / "worker.yaml")
+    command = worker_command("precompute", logs / "worker.yaml", config.plain)
     with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
         mine = _fill_share(config, source, rank=0)
         group.join()

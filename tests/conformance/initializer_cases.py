@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.initializers.base import LayerStatistics, StepRanges
 from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.prepare import PrepareConfig, prepare
@@ -16,7 +16,7 @@ from qvgen.layers.noise_band import NoiseBand
 from tests.layers.model import make_inputs, make_model
 from tests.profiles import COLUMNS, PROFILES, make_profile
 
-INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
+INITIALIZERS = leaf_names("init")
 ROWS = 12
 REFUSED = {("static", "convrot"): "init=static has no rotation"}
 """Pairs of a method and a profile that can't be, and what is said about them."""

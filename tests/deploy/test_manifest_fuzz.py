@@ -23,7 +23,7 @@ from qvgen.config.compose import compose_plain
 from qvgen.config.plain_json import MAX_BYTES, MAX_DEPTH, parse_json
 from qvgen.deploy.checkpoint import check_packed
 from qvgen.deploy.manifest import read_manifest
-from qvgen.verbs.generate import load_family
+from qvgen.verbs._packed_family import load_family
 
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 7, 64, 65, 2**16, 2**31, 2**62, -(2**63), 0.0, -0.5, 1.5, 1e300, 1e-300, "", "3", "x" * 300,

@@ -25,7 +25,8 @@ from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weight
 from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity
 from qvgen.training.checkpoint_file import RUN_KEY
-from qvgen.training.identity import check_worker, claim_run, collect_facts, sources_checksum
+from qvgen.training.identity import check_worker, claim_run, collect_facts
+from qvgen.training.source_checksum import sources_checksum
 from qvgen.training.start_file import LAYERS_FILE, START_FILE, load_start
 from qvgen.training.student import prepare_student
 from tests.data.pooling_encoder import encode_captions, encode_video

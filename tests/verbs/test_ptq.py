@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qvgen.cli import main
-from qvgen.config.leaves import conf_directory, load_leaf
+from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
@@ -19,7 +19,7 @@ from qvgen.training.start_file import load_start
 from qvgen.training.student import fold_student, prepare_student
 from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 
-INITIALIZERS = sorted(path.stem for path in (conf_directory() / "init").glob("*.yaml"))
+INITIALIZERS = leaf_names("init")
 
 
 QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=4", "init.windows=2")}

@@ -26,12 +26,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 from qvgen import stop_request
+from qvgen.config.conf_folder import user_directory
+from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.foreign_launcher import forget_ranks
@@ -98,9 +100,18 @@ def follow_parent(parent: int, *, beats: int | None = None) -> None:
     stop_request.ignore_in_worker()
 
 
-def worker_command(verb: str, config_file: Path) -> list[str]:
-    """The command of a verb's worker with the configuration in a file; ranks are added by WorkerGroup."""
-    return [sys.executable, "-m", "qvgen.cli", "worker", verb, str(config_file)]
+def worker_command(verb: str, config_file: Path, plain: Mapping[str, Any]) -> list[str]:
+    """The command of a verb's worker; ranks are added by WorkerGroup.
+
+    Args:
+        verb: The verb.
+        config_file: Holds the configuration.
+        plain: The configuration, which this process composed: the classes that it names may be followed by the worker.
+    """
+    folder = user_directory()
+    further = [] if folder is None else ["--config-dir", str(folder)]
+    further += [word for target in sorted(foreign_targets(plain)) for word in ("--trust", target)]
+    return [sys.executable, "-m", "qvgen.cli", "worker", verb, str(config_file), *further]
 
 
 class WorkerGroup:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError
 from qvgen.verbs import benchmarks
@@ -30,10 +31,25 @@ class MeasureRows(Protocol):
         ...
 
 
+def methods_of(config: BenchmarkConfig) -> list[str]:
+    """The methods that are compared: those that were asked for, or all that there are.
+
+    A method may say by ``compared_rotations`` that it is to be measured with rotated layers too.
+    """
+    if config.methods is not None:
+        return list(config.methods)
+    found = []
+    for name in leaf_names("init"):
+        rotations = getattr(load_leaf("init", name), "compared_rotations", ())
+        found += [name, *(f"{name}+r{rotation}" for rotation in rotations)]
+    return found
+
+
 def cells(config: BenchmarkConfig) -> str:
     """What a benchmark of methods, bit-widths and seeds would measure, for a dry run."""
-    count = len(config.methods) * len(config.widths) * len(config.seeds)
-    return f"{config.what} on {config.run.names.model}: {count} cells ({', '.join(config.methods)})"
+    methods = methods_of(config)
+    count = len(methods) * len(config.widths) * len(config.seeds)
+    return f"{config.what} on {config.run.names.model}: {count} cells ({', '.join(methods)})"
 
 
 def name_of_model(config: BenchmarkConfig) -> str:

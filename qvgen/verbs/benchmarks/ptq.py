@@ -22,13 +22,13 @@ from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
 from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.student import calibrate_, prepare_student
-from qvgen.verbs.benchmarks.base import Benchmark
+from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 
 
 def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per seed, bit-width and method, in this order; ``done`` holds those triples that are left out."""
     for seed in config.seeds:
-        cells = [(width, name) for width in config.widths for name in config.methods]
+        cells = [(width, name) for width in config.widths for name in methods_of(config)]
         missing = [(width, name) for width, name in cells if (seed, width.label, name) not in done]
         if not missing:
             continue

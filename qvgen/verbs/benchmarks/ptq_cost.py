@@ -31,7 +31,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.swap import select_linears
-from qvgen.verbs.benchmarks.base import Benchmark
+from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 from qvgen.verbs.benchmarks.ptq import cell
 
 GIB = 2**30
@@ -60,7 +60,7 @@ def cost_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> I
     sizes = layer_sizes(config.run)
     counts = Counter(sizes.values())
     for width in config.widths:
-        for method in (method for method in config.methods if (width.label, method) not in done):
+        for method in (method for method in methods_of(config) if (width.label, method) not in done):
             run = cell(replace(config.run, seed=config.seeds[0]), method, width)
             seconds = {shape: _seconds(run, *shape, repeats=config.timed_steps) for shape in counts}
             yield {

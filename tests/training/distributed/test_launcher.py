@@ -131,7 +131,7 @@ def test_world_size_guard_names_both_numbers() -> None:
 
 
 def test_worker_command_runs_this_package() -> None:
-    command = worker_command("train", Path("config.yaml"))
+    command = worker_command("train", Path("config.yaml"), {})
     assert command == [sys.executable, "-m", "qvgen.cli", "worker", "train", "config.yaml"]
 
 

@@ -1,0 +1,57 @@
+"""Checksums of the sources that run: a changed file is other code, wherever its folder lies."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qvgen.config.leaf_file import OWN_PACKAGES, foreign_targets
+from qvgen.config.leaves import LEAF_GROUPS
+
+_SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h")
+
+
+def foreign_sources(plain: Mapping[str, Any]) -> dict[str, str]:
+    """The packages or files outside of qvgen that the leaves of a configuration come from -> the checksum of their sources.
+
+    Args:
+        plain: A configuration whose leaves were built, so that their modules are imported; or some of its sections.
+    """
+    sections = {group: plain[group] for group in LEAF_GROUPS if group in plain}
+    return {
+        name: _checksum(name) for name in sorted({target.partition(".")[0] for target in foreign_targets(sections)})
+    }
+
+
+def sources_of(leaf: object) -> dict[str, str]:
+    """The same of one leaf that was built; empty for a leaf of ours."""
+    name = type(leaf).__module__.partition(".")[0]
+    return {} if name in OWN_PACKAGES else {name: _checksum(name)}
+
+
+@cache
+def _checksum(name: str) -> str:
+    """Of a top-level package or module: once in a process, which does not load again what is edited meanwhile."""
+    module = sys.modules[name]
+    if not hasattr(module, "__path__"):
+        return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    return sources_checksum({f"{name}/{index}": Path(folder) for index, folder in enumerate(module.__path__)})
+
+
+def sources_checksum(packages: Mapping[str, Path]) -> str:
+    """SHA-256 over all sources of packages, wherever their folders lie; 64 hex digits.
+
+    Args:
+        packages: Name -> folder.
+    """
+    digest = hashlib.sha256()
+    for package, folder in packages.items():
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
+            content = file.read_bytes()
+            digest.update(f"{package}/{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The model family of a packed directory, for the verb ``generate``: what its manifest and the command line say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qvgen.config.leaves import build_leaf, load_foreign_leaf, load_leaf
+from qvgen.config.verb_schema import GenerateConfig
+from qvgen.deploy.manifest import Manifest, read_manifest
+
+
+def _with_named_class(config: GenerateConfig, arguments: Mapping[str, Any]) -> Any:
+    """The family of a class that the command line names in place of a file's, as the run's did; None where it names none."""
+    if config.model is None or not any(text.lstrip("+").startswith("model._target_=") for text in config.typed):
+        return None
+    spec = {key: value for key, value in config.model.items() if key != "recipe"}
+    return build_leaf({**spec, **arguments}, key="model", trusted=[str(spec["_target_"])])
+
+
+def load_family(config: GenerateConfig) -> Any:
+    """The model family: what the packed directory says of it, but for what the command line says.
+
+    Raises:
+        ValueError: Neither names a model, or they name different ones.
+    """
+    manifests = [read_manifest(path) for path in config.packed or ()]
+    named = {manifest.base_name for manifest in manifests} | ({config.names.model} - {None})
+    if "" in named:
+        raise ValueError(f"{config.packed} does not say which model it was made from; load it with qvgen.load_packed")
+    if len(named) != 1:
+        raise ValueError(
+            f"packed and model name {', '.join(sorted(named)) or 'no model'}; give packed=DIR, or model=NAME and model.path"
+        )
+    _check_experts(manifests)
+    arguments = dict(manifests[0].base_arguments) if manifests else {}
+    for override in config.typed:
+        section, _, key = override.lstrip("+").partition("=")[0].partition(".")
+        if section == "model" and key and key != "_target_":
+            name = key.partition(".")[0]
+            assert config.model is not None, "a key of a section that was chosen"
+            arguments[name] = config.model[name]
+    if (family := _with_named_class(config, arguments)) is not None:
+        return family
+    if not manifests:
+        return load_leaf("model", named.pop(), **arguments)
+    return load_foreign_leaf("model", named.pop(), arguments, source=" and ".join(map(str, config.packed or ())))
+
+
+def _check_experts(manifests: list[Manifest]) -> None:
+    if len(manifests) > 1:
+        experts = [manifest.base_arguments.get("expert") for manifest in manifests]
+        if sorted(map(str, experts)) != ["high", "low"]:
+            raise ValueError(f"packed=[...] holds the experts {experts}; give one high and one low, or one directory")

@@ -1,0 +1,128 @@
+"""Delete a leaf of each kind in turn from a copy of the sources, and look whether anything misses it. A program.
+
+    python delete_leaves.py COPY        COPY has qvgen, kernels, conf and tests; it is changed
+
+The libraries are imported once; a leaf is deleted and looked at in a process of its own that is forked from here, and put
+back. What has to hold without it: every module imports, every verb composes, the help offers what is left and the leaf no
+more, and pytest collects the conformance suite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+LEAVES: dict[str, tuple[str, list[str]]] = {
+    "init=svdquant": (
+        "a PTQ method",
+        ["qvgen/initializers/svdquant.py", "conf/init/svdquant.yaml", "tests/initializers/test_svdquant.py"],
+    ),
+    "method=lsq": ("a training method", ["qvgen/methods/lsq.py", "conf/method/lsq.yaml"]),
+    "model=cogvideox": (
+        "a model family",
+        ["qvgen/models/cogvideox*.py", "conf/model/cogvideox*.yaml", "tests/models/test_cogvideox.py"],
+    ),
+    "kernel=vnni": (
+        "a kernel backend, with its benchmark",
+        ["kernels/qvgen_kernels/cpu*.py", "qvgen/verbs/benchmarks/kernels/*.py", "tests/kernels/test_cpu*.py"],
+    ),
+}
+"""What chooses a leaf -> what it is, and its files."""
+
+GROUPS = ("init", "method", "model")
+
+
+def import_all() -> None:
+    """Import every module of both packages."""
+    for package in ("qvgen", "qvgen_kernels"):
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
+
+
+def look(choice: str, root: Path) -> None:
+    """Raise unless everything works without the leaf."""
+    import_all()
+    from qvgen.cli import main, verbs
+    from qvgen.config.compose import compose_plain
+    from qvgen.config.leaves import group_targets, leaf_names
+    from qvgen_kernels import kernel_names
+
+    group, _, name = choice.partition("=")
+    assert name not in (kernel_names() if group == "kernel" else leaf_names(group))
+    assert all(map(group_targets, GROUPS))
+    for verb in verbs():
+        compose_plain(verb, [], resolve=False)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert main(["train", "--help"]) == 0
+    options = [line for line in shown.getvalue().splitlines() if line.startswith(f"  {group}: ") and ", " in line]
+    assert len(options) == (group != "kernel")
+    assert not any(name in line.partition(": ")[2].split(", ") for line in options)
+    import pytest
+
+    words = ["--collect-only", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        status = pytest.main([*words, "--rootdir", str(root), "-c", str(root / "pyproject.toml"), "tests/conformance"])
+    assert status == 0, shown.getvalue()[-2000:]
+    assert "test_initializers.py" in shown.getvalue()
+    assert not any(line.endswith((f"[{name}]", f"[{name}-paper]")) for line in shown.getvalue().splitlines())
+
+
+def without(choice: str, root: Path) -> int:
+    """Delete a leaf, look in a process of its own, and put it back; the exit status of that process."""
+    files = [path for pattern in LEAVES[choice][1] for path in root.glob(pattern)]
+    assert len(files) >= len(LEAVES[choice][1]), f"{choice}: {LEAVES[choice][1]} are not all there"
+    contents = {path: path.read_bytes() for path in files}
+    child = os.fork()
+    if child == 0:
+        for path in files:
+            path.unlink()
+        status = 1
+        try:
+            look(choice, root)
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    for path, content in contents.items():
+        path.write_bytes(content)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run(root: Path) -> int:
+    """Look at all leaves; 0 if nothing missed any of them."""
+    os.chdir(root)
+    sys.path[:0] = [str(root), str(root / "kernels")]
+    sys.dont_write_bytecode = True
+    for library in (
+        "diffusers",
+        "lightning",
+        "transformers",
+        "hydra",
+        "matplotlib",
+        "pytest",
+        "wandb",
+        "datasets",
+        "peft",
+    ):
+        importlib.import_module(library)
+    failed = []
+    for choice, (kind, _) in LEAVES.items():
+        if without(choice, root):
+            failed.append(choice)
+        sys.stderr.write(f"{kind}, {choice}: {'something misses it' if choice in failed else 'nothing misses it'}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1]).resolve()))
