@@ -12,19 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from qvgen.cli import main
-from qvgen.config.build import load_run
 from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
-from qvgen.deploy.checkpoint import load_packed
-from qvgen.training.session import load_trained
-from qvgen.training.student import prepare_student
-from tests.models.family_checks import psnr_db
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
-from tests.runs import method_schedule, packed_bytes, read_metrics, snapshot
+from tests.runs import packed_bytes, read_metrics, snapshot
 
 MODELS: dict[str, tuple[Any, str]] = {
     "cogvideox": (make_cogvideox_folder, "2b"),
@@ -99,22 +93,16 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     for file in ("model.safetensors", "manifest.json"):
         assert (run_dir / "packed" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
 
-    # The packed pipeline's video is the fake-quantized one's; the manifest and model.path are all that is needed.
-    config = load_run(run_dir)
-    fake, _ = prepare_student(config)
-    load_trained(fake, run_dir, schedule=method_schedule(config))
-    arguments = {"num_steps": 2, "guidance_scale": 3.0}
-    packed = load_packed(run_dir / "packed")
-    videos = [config.model.generate(model.eval(), ["a dog"], [3], **arguments) for model in (fake, packed)]
-    assert psnr_db(*videos) >= 50
-    teacher = config.model.generate(config.model.load_teacher(), ["a dog"], [3], **arguments)
-    assert not torch.equal(videos[0], teacher)
-
+    # The packed pipeline's video is the fake-quantized one's (tests/models compare them directly), and not the teacher's.
+    assert float(report["trajectory_psnr_db"]) >= 50
+    assert report["quality"]["variants"]["packed"]["psnr_db"] < 99
+    # The manifest and model.path are all that is needed to sample the run's own video.
     capsys.readouterr()
-    command = ["generate", f"packed={run_dir / 'packed'}", f"model={name}", f"model.path={folder}", "prompt=a dog"]
-    assert main([*command, "seed=3", "guidance_scale=3", f"out={tmp_path / 'out'}"]) == 0
+    command = ["generate", f"packed={run_dir / 'packed'}", f"model={name}", f"model.path={folder}", "prompt=a red boat"]
+    assert main([*command, f"out={tmp_path / 'out'}"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert Path(line).stat().st_size > 0
+    (of_the_run,) = (run_dir / "videos").glob("*-packed.mp4")
+    assert Path(line).read_bytes() == of_the_run.read_bytes()
 
 
 def test_two_packed_experts_sample_in_one_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,8 +191,8 @@ def test_clips_of_two_shapes_and_bad_ones(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("train", "precompute"):
-        for name in MODELS:
+    for verb, names in (("precompute", MODELS), ("train", ("cogvideox", "wan2.2-a14b"))):
+        for name in names:
             assert main([verb, f"model={name}", "data.path=clips"]) == 2
             (line,) = capsys.readouterr().err.splitlines()
             repository = load_leaf("model", name).repository
