@@ -106,7 +106,8 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     if about:
         if not flags.shell_completion:
             for job in jobs:
-                compose_plain(verb, job, extra_directory=extra, resolve=False)
+                if job or extra:  # nothing can be wrong where nothing was written
+                    compose_plain(verb, job, extra_directory=extra, resolve=False)
         if flags.help:
             from qvgen.config.help_page import help_page
 
