@@ -102,7 +102,7 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path) -> None:
     common = ("init=vidit_q", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2")
-    common += ("steps=5", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false")
+    common += ("steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false")
     runs = {"one": (), "two": ("devices=2", "strategy=ddp")}
     for name, keys in runs.items():
         assert train(tmp_path / name, *common, *keys) == 0
