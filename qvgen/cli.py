@@ -112,7 +112,8 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     if about:
         if not flags.shell_completion:
             for job in jobs:
-                compose_plain(verb, job, resolve=False)
+                if job or flags.config_dir:  # nothing can be wrong where nothing was written
+                    compose_plain(verb, job, resolve=False)
         if flags.help:
             from qvgen.config.help_page import help_page
 

@@ -28,6 +28,7 @@ SHORT = (
     "phi.rank=4",
     "evaluation.samples=4",
     "evaluation.videos=1",
+    "evaluation.quality_videos=1",
     "model.num_inference_steps=2",
 )
 """A run of seconds: two optimizer steps or more in each phase of Phi."""

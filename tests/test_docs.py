@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 import qvgen
-from qvgen.cli import main
+from qvgen.cli import _parse_flags, main, verbs
+from qvgen.config.compose import compose_plain, expand_sweep
 from qvgen.config.leaves import conf_directory
+from qvgen.config.positional import name_positionals
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "kernels" / "README.md"]
@@ -35,11 +37,16 @@ def _commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", _commands(), ids=" ".join)
 def test_command_of_the_docs_is_one_that_exists(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    extra = [] if "--help" in arguments else ["--cfg", "job"]
-    several = "-m" in arguments
-    one_job = [re.sub(r"=([^,\[]+),.*", r"=\1", word) if several else word for word in arguments if word != "-m"]
-    assert main([*one_job, *extra]) == 0
-    assert capsys.readouterr().out
+    verb, *words = arguments
+    assert verb in verbs()
+    if "--help" in words:
+        assert main(arguments) == 0
+        assert f"qvgen {verb}" in capsys.readouterr().out
+        return
+    flags = _parse_flags(name_positionals(verb, words))
+    first = expand_sweep(flags.overrides, multirun=bool(flags.multirun))[0]
+    folder = Path(flags.config_dir) if flags.config_dir else None
+    assert "debug" in compose_plain(verb, first, extra_directory=folder, resolve=False)
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -6,7 +6,6 @@ override, an unknown key or option, a sweep without --multirun, an interpolation
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -26,8 +24,9 @@ from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory, using_directory
 from qvgen.config.leaf_file import check_choice
 from qvgen.config.leaves import LEAF_GROUPS
+from qvgen.config.override import as_one_text, as_written, parse_override
 from qvgen.config.prompt import without_files
-from qvgen.config.quoting import command_word, is_single_text_key, is_text_key, suggested_word, takes_objects
+from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
 from qvgen.config.search_path import register_folders
 from qvgen.errors import UserError, did_you_mean, one_line
@@ -44,13 +43,15 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
     Raises:
         UserError: Text that is no override, or a sweep although ``multirun`` is False.
     """
-    read = [_parse(text, before=overrides[:index], after=overrides[index:]) for index, text in enumerate(overrides)]
-    written = [_as_written(override) for override in read]  # a text that looks like a number, 1e3, in quotes
-    parsed = [_parse(text) for text in written]
+    read = [
+        parse_override(text, before=overrides[:index], after=overrides[index:]) for index, text in enumerate(overrides)
+    ]
+    written = [as_written(override) for override in read]  # a text that looks like a number, 1e3, in quotes
+    parsed = [parse_override(text) for text in written]
     for override in parsed:
         if not override.is_sweep_override():
             continue
-        line, key, one = str(override.input_line), override.key_or_group, _one_text(override)
+        line, key, one = str(override.input_line), override.key_or_group, as_one_text(override)
         if not multirun:
             several = f"{line} names several values; "
             raise UserError(f"{several}{one and f'for one text write {one}; '}add -m to run one job for each")
@@ -89,9 +90,8 @@ def compose_plain(
     try:
         folder = str(conf_directory())
         with using_directory(extra_directory), initialize_config_dir(version_base="1.3", config_dir=folder):
-            written = [_as_written(_parse(text)) for text in overrides]
-            _check_overrides(verb, [_parse(text) for text in written])
-            config = compose(verb, written, return_hydra_config=True)
+            written = [as_written(parse_override(text)) for text in overrides]
+            config = _compose_checked(verb, written)
             plain = _to_plain(config, overrides, resolve=resolve)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"cannot compose the configuration: {_cause(error)}") from error
@@ -122,70 +122,46 @@ def _to_plain(config: DictConfig, overrides: Sequence[str], *, resolve: bool) ->
     return {str(key): value for key, value in plain.items()}
 
 
-def _parse(text: str, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Override:
-    """Read one override.
-
-    Args:
-        text: `key=value`.
-        before: The words of the command line in front of it.
-        after: It and the words behind it.
-    """
-    parser = OverridesParser.create()
-    try:
-        return parser.parse_override(text)
-    except HydraException as error:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"cannot read {text!r}; write key=value{_split_hint(before, after)}") from error
-        try:
-            parser.parse_override(f"{key}=1")
-        except HydraException:
-            raise UserError(f"cannot read {text!r}: {key!r} is no key; write key=value") from error
-        raise UserError(f"cannot read {text!r}; for this text write {suggested_word(key, value)}") from error
-
-
-def _split_hint(before: Sequence[str], after: Sequence[str]) -> str:
-    """A hint at what to write where a shell has cut a text into words."""
-    if not before or "=" not in before[-1]:
-        return ""
-    words = list(itertools.takewhile(lambda word: "=" not in word, after))
-    key, _, value = before[-1].partition("=")
-    return f"; if it belongs to {key}, write {suggested_word(key, ' '.join([value, *words]))}"
-
-
-def _one_text(override: Override) -> str:
-    """The word that gives the whole of a sweep's text to its key, where it may have been meant so; else nothing."""
-    key, _, value = str(override.input_line).partition("=")
-    meant = "],[" not in value and (" " in value or is_text_key(override.key_or_group))
-    return suggested_word(key, value) if meant else ""
-
-
-def _as_written(override: Override) -> str:
-    """An override as it is composed: a key of text gets what was written and not the number that it looks like.
-
-    Raises:
-        UserError: It was read as a list or a section where one text is needed.
-    """
-    line, key = str(override.input_line), override.key_or_group
-    if override.is_delete() or override.is_sweep_override() or not is_text_key(key):
-        return line
-    name, _, written = line.partition("=")
-    value = override.value()
-    if isinstance(value, bool | int | float):
-        return f'{name}="{written.strip()}"'
-    if (isinstance(value, list) and is_single_text_key(key)) or (isinstance(value, dict) and not takes_objects(key)):
-        what = "a list" if isinstance(value, list) else "a section"
-        raise UserError(f"{line} is read as {what}; for this text write {command_word(name, written)}")
-    return line
-
-
 def _interpolation_hint(key: str, overrides: Sequence[str]) -> str:
     """How to write ${ itself, where a text of the command line has it."""
-    for override in map(_parse, overrides):
+    for override in map(parse_override, overrides):
         value = None if override.is_delete() else override.value()
         if override.key_or_group == key and isinstance(value, str) and "${" in value:
             return f"; for ${{ itself write {command_word(key, value)}"
     return ""
+
+
+def _compose_checked(verb: str, written: Sequence[str]) -> DictConfig:
+    """Compose the configuration; an unknown key or option is named by us instead of by hydra.
+
+    To compose takes most of the time of a short command, and the check composes twice more. It is left out where hydra has
+    found everything by itself.
+    """
+    overrides = [parse_override(text) for text in written]
+    if not all(map(_is_known_to_hydra, overrides)):
+        _check_overrides(verb, overrides)
+        return compose(verb, list(written), return_hydra_config=True)
+    for override in overrides:
+        if "." not in (group := override.key_or_group) and GlobalHydra.instance().config_loader().get_group_options(
+            group
+        ):
+            check_choice(group, str(override.value()))
+    try:
+        return compose(verb, list(written), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        _check_overrides(verb, overrides)
+        raise
+
+
+def _is_known_to_hydra(override: Override) -> bool:
+    """Whether hydra composes an override only if its key or option exists; it lets more pass that is added or taken away."""
+    key, value = override.key_or_group, override.value()
+    if override.type is not OverrideType.CHANGE or override.package is not None:
+        return False
+    if key.partition(".")[0] == "hydra" or not all(part.isidentifier() for part in key.split(".")):
+        return False
+    options = [] if "." in key else GlobalHydra.instance().config_loader().get_group_options(key)
+    return not options or (isinstance(value, str) and value in options)
 
 
 def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:

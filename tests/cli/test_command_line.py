@@ -29,6 +29,10 @@ def in_a_clean_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train method=qvgn", "unknown method=qvgn; did you mean 'qvgen'?"),
         ("train profile=4", "unknown profile=4"),
         ("train model=null", "unknown model=null"),
+        ("train method=lsq.yaml", "unknown method=lsq.yaml (there are: autoencoder, lsq, "),  # hydra would take it
+        ("train evaluation.prompts.0=a", "unknown key 'evaluation.prompts.0'"),
+        ("train seed.low=3", "unknown key 'seed.low'"),
+        ("train ++speed=8", "unknown key 'speed'"),
         ("train ~method", "takes method away"),
         ("fold method=lsq", "unknown key 'method'"),
         ("train bits=9", "bits=9 is outside 2..8"),

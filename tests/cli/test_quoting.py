@@ -100,9 +100,8 @@ def test_a_sweep_over_text_says_that_it_is_one(caplog: pytest.LogCaptureFixture)
     jobs = expand_sweep(["prompt=a red three, moving left", "seed=1,2", "out=a,b"], multirun=True)
     assert len(jobs) == 8
     (warning,) = caplog.messages
-    assert warning == (
-        "prompt is a sweep, one job for each of its values; for one text write 'prompt=\"a red three, moving left\"'"
-    )
+    assert warning.startswith("prompt is a sweep")
+    assert warning.endswith("write 'prompt=\"a red three, moving left\"'")
 
 
 @pytest.mark.parametrize("written", ["1e3", "007", "true", "1_000", "-5", "1.50", "Nan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -155,18 +156,18 @@ def test_files_that_are_not_there_are_counted(folder: Path, caplog: pytest.LogCa
     )
     table = read_table(folder)
     assert table.missing() == ["lost.mp4", "gone/b.mp4", "deep"]  # a folder is no video
-    assert table.summary() == [
-        "table: CSV, columns file_name, text, 6 rows",
-        f"video files: in {folder}; missing: 3 (lost.mp4, gone/b.mp4, deep)",
-        "note: rows without a caption: 1 (gone/b.mp4)",
-        "note: files in several rows: 1, with different captions: 1 (a.mp4); each row is trained on",
-    ]
+    facts = [
+        r"CSV, columns file_name, text, 6 rows", r"without a caption: 1 \(gone/b\.mp4\)",
+        r"several rows: 1, with different captions: 1 \(a\.mp4\)",
+    ]  # fmt: skip
+    summary = table.summary()
+    (missing,) = (line for line in summary if "missing" in line)
+    assert f"{folder}; missing: 3 (lost.mp4, gone/b.mp4, deep)" in missing
     read_table(folder)  # said once, however often it is opened
-    assert [message for message in caplog.messages if str(folder) in message] == [
-        f"{folder}: CSV, columns file_name, text, 6 rows, videos in {folder}",
-        f"{folder}: rows without a caption: 1 (gone/b.mp4)",
-        f"{folder}: files in several rows: 1, with different captions: 1 (a.mp4); each row is trained on",
-    ]
+    logged = [message for message in caplog.messages if str(folder) in message]
+    for lines in ([line for line in summary if line != missing], logged):
+        assert len(lines) == len(facts)
+        assert all(re.search(fact, line) for fact, line in zip(facts, lines, strict=True))
 
 
 def test_names_start_from_the_working_folder_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,10 +200,9 @@ def test_a_dry_run_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixt
     keys = ["model=cogvideox", f"data.path={folder / 't.csv'}", "dry_run=true"]
     columns = ["data.video_column=clip", "data.caption_column=words"]
     assert main(["precompute", *keys]) == 2
-    assert (
-        "has the columns clip, words, text; one must be called file_name or video, or write data.video_column=NAME"
-        in (capsys.readouterr().err)
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "clip, words, text" in line
+    assert "data.video_column=NAME" in line
     for command in (["precompute"], ["ptq", "init=rtn"]):
         assert main([*command, *keys, *columns]) == 0
         lines = capsys.readouterr().out.splitlines()

@@ -45,6 +45,20 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def filled(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the table; read it, or change a copy."""
+    folder = tmp_path_factory.mktemp("filled")
+    fill_with_pooling(table, folder)
+    return folder
+
+
+@pytest.fixture
+def own(filled: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
 def write_metadata(folder: Path, captions: dict[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     lines = [f"{name},{text}" for name, text in captions.items()]
@@ -77,19 +91,17 @@ def test_the_cache_holds_what_the_encoders_gave(table: Path, tmp_path: Path) -> 
     assert {tuple(samples[i]["video"].shape) for i in range(6)} == {(3, 5, 8, 12), (3, 5, 12, 8)}
 
 
-def test_a_second_fill_makes_nothing_and_changes_nothing(table: Path, tmp_path: Path) -> None:
-    fill_with_pooling(table, tmp_path)
-    before = content(tmp_path)
+def test_a_second_fill_makes_nothing_and_changes_nothing(table: Path, own: Path) -> None:
+    before = content(own)
     encode, calls = counting()
-    report = fill_with_pooling(table, tmp_path, encode_video=encode)
+    report = fill_with_pooling(table, own, encode_video=encode)
     assert (report.encoded, report.reused, report.complete, calls) == (0, 6, True, [])
-    assert content(tmp_path) == before
+    assert content(own) == before
 
 
-def test_two_fills_are_the_same_bit_for_bit(table: Path, tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        fill_with_pooling(table, tmp_path / name)
-    assert content(tmp_path / "first") == content(tmp_path / "second")
+def test_two_fills_are_the_same_bit_for_bit(table: Path, filled: Path, tmp_path: Path) -> None:
+    fill_with_pooling(table, tmp_path)
+    assert content(tmp_path) == content(filled)
 
 
 def start(
@@ -101,13 +113,12 @@ def start(
     return subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_two_processes_fill_the_same_cache_as_one(table: Path, tmp_path: Path) -> None:
-    fill_with_pooling(table, tmp_path / "one")
+def test_two_processes_fill_the_same_cache_as_one(table: Path, filled: Path, tmp_path: Path) -> None:
     processes = [start(table, tmp_path / "two", shard=shard, num_shards=2) for shard in range(2)]
     made = [process.communicate()[0].count("clip") for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert made == [3, 3]
-    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert content(tmp_path / "two") == content(filled)
 
 
 def test_a_share_alone_is_not_complete(table: Path, tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_a_share_alone_is_not_complete(table: Path, tmp_path: Path) -> None:
     assert CachedClips.open(cache, read_table(table), max_bad=0) is not None
 
 
-def test_a_killed_fill_loses_one_clip_at_most(table: Path, tmp_path: Path) -> None:
+def test_a_killed_fill_loses_one_clip_at_most(table: Path, filled: Path, tmp_path: Path) -> None:
     with start(table, tmp_path / "killed", delay_s=0.2) as process:
         assert process.stdout is not None
         for _ in range(4):  # three clips are done, the fourth is at work
@@ -132,9 +143,8 @@ def test_a_killed_fill_loses_one_clip_at_most(table: Path, tmp_path: Path) -> No
     report = fill_with_pooling(table, tmp_path / "killed", encode_video=encode)
     assert (report.complete, report.encoded + report.reused) == (True, 6)
     assert len(calls) <= 6 - 3
-    fill_with_pooling(table, tmp_path / "whole")
     kept = {name: data for name, data in content(tmp_path / "killed").items() if not name.endswith(".tmp")}
-    assert kept == content(tmp_path / "whole")
+    assert kept == content(filled)
 
 
 def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
@@ -159,11 +169,10 @@ def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path) ->
     ],
 )
 def test_a_changed_setting_makes_what_depends_on_it_anew(
-    table: Path, tmp_path: Path, changes: dict[str, object], encoded: int
+    table: Path, own: Path, changes: dict[str, object], encoded: int
 ) -> None:
-    fill_with_pooling(table, tmp_path / "cache")
     settings = replace(SETTINGS, **changes)
-    cache = LatentCache(tmp_path / "cache", settings=settings)
+    cache = LatentCache(own, settings=settings)
     assert CachedClips.open(cache, read_table(table), max_bad=0) is None
     video, calls = counting()
     texts: list[str] = []
@@ -247,21 +256,20 @@ def test_a_mended_clip_is_looked_at_again(tmp_path: Path) -> None:
     assert fill_with_pooling(folder, tmp_path / "cache", options=options).bad == ()
 
 
-def test_lost_entries_are_made_again_and_damaged_ones_named(table: Path, tmp_path: Path) -> None:
-    fill_with_pooling(table, tmp_path)
-    cache = LatentCache(tmp_path, settings=SETTINGS)
-    before = content(tmp_path)
+def test_lost_entries_are_made_again_and_damaged_ones_named(table: Path, own: Path) -> None:
+    cache = LatentCache(own, settings=SETTINGS)
+    before = content(own)
     samples = CachedClips.open(cache, read_table(table), max_bad=0)
     assert samples is not None
-    path = sorted((tmp_path / "latents").rglob("*.safetensors"))[0]
+    path = sorted((own / "latents").rglob("*.safetensors"))[0]
     path.unlink()
     cache.text_path("clip number 3").unlink()
     assert CachedClips.open(cache, read_table(table), max_bad=0) is None
     with pytest.raises(ValueError, match="is not in the cache; run qvgen precompute"):
         cache.encode(["clip number 3"])
-    report = fill_with_pooling(table, tmp_path)
+    report = fill_with_pooling(table, own)
     assert report.encoded == 1
-    assert content(tmp_path) == before
+    assert content(own) == before
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is damaged .* run qvgen precompute"):
         [samples[i] for i in range(6)]
@@ -293,20 +301,12 @@ HARMS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def filled(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("filled")
-    fill_with_pooling(table, folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["latents", "texts"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_what_is_there_but_wrong_is_refused_by_name_and_made_again(
-    harm: str, kind: str, table: Path, filled: Path, tmp_path: Path
+    harm: str, kind: str, table: Path, filled: Path, own: Path
 ) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(filled, folder)
+    folder = own
     cache = LatentCache(folder, settings=SETTINGS)
     opened = CachedClips.open(cache, read_table(table), max_bad=0)
     assert opened is not None
@@ -322,12 +322,9 @@ def test_what_is_there_but_wrong_is_refused_by_name_and_made_again(
     assert content(folder) == content(filled)
 
 
-def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(
-    table: Path, filled: Path, tmp_path: Path
-) -> None:
+def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(table: Path, own: Path) -> None:
     """Two processes that encode one clip at once, on devices that round differently: whole, but other bits."""
-    shutil.copytree(filled, tmp_path / "cache")
-    cache = LatentCache(tmp_path / "cache", settings=SETTINGS)
+    cache = LatentCache(own, settings=SETTINGS)
     opened = CachedClips.open(cache, read_table(table), max_bad=0)
     assert opened is not None
     key = opened.rows[0]["latents"]
@@ -336,7 +333,7 @@ def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(
     assert CachedClips.open(cache, read_table(table), max_bad=0) is None
     with pytest.raises(ValueError, match=f"has the checksum {seal[:16]}.* is known of it; run qvgen precompute"):
         opened[0]
-    report = fill_with_pooling(table, tmp_path / "cache")
+    report = fill_with_pooling(table, own)
     assert (report.complete, report.encoded) == (True, 0)
     again = CachedClips.open(cache, read_table(table), max_bad=0)
     assert again is not None
@@ -349,10 +346,9 @@ def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(
 )
 @pytest.mark.parametrize("kind", ["records", "indexes"])
 def test_a_damaged_record_or_index_is_made_again(
-    kind: str, text: str, table: Path, filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, text: str, table: Path, filled: Path, own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(filled, folder)
+    folder = own
     path = sorted((folder / kind).rglob("*.json"))[0]
     path.write_text(text)
     if kind == "indexes":
@@ -407,9 +403,8 @@ def test_tensors_keep_every_bit_in_as_few_bytes_as_they_need(tmp_path: Path) -> 
     assert (stored["full"], stored["bf16"], stored["fp16"]) == (torch.float32, torch.bfloat16, torch.float16)
 
 
-def test_held_out_clips_are_in_one_split_alone(table: Path, tmp_path: Path) -> None:
-    fill_with_pooling(table, tmp_path)
-    cache, clips = LatentCache(tmp_path, settings=SETTINGS), read_table(table)
+def test_held_out_clips_are_in_one_split_alone(table: Path, own: Path) -> None:
+    cache, clips = LatentCache(own, settings=SETTINGS), read_table(table)
     ids = {}
     for split in ("train", "held_out"):
         samples = CachedClips.open(cache, clips, max_bad=0, split=split, held_out=2)
@@ -425,9 +420,8 @@ def test_held_out_clips_are_in_one_split_alone(table: Path, tmp_path: Path) -> N
         CachedClips.open(cache, clips, max_bad=0, split="test")
 
 
-def test_a_loader_reads_it(table: Path, tmp_path: Path) -> None:
-    fill_with_pooling(table, tmp_path)
-    samples = CachedClips.open(LatentCache(tmp_path, settings=SETTINGS), read_table(table), max_bad=0)
+def test_a_loader_reads_it(table: Path, own: Path) -> None:
+    samples = CachedClips.open(LatentCache(own, settings=SETTINGS), read_table(table), max_bad=0)
     assert samples is not None
     batch = next(iter(DataLoader(samples, batch_sampler=[[0, 2, 4]])))
     assert batch["video"].shape == (3, 3, 5, 8, 12)

@@ -4,7 +4,12 @@ A folder is what ``hf download`` leaves: model_index.json and transformer/, vae/
 all by ``save_pretrained``. CogVideoX's repositories have a tokenizer without tokenizer.json: :func:`leave_spiece_alone`.
 """
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +46,33 @@ COGVIDEOX_VARIANTS: dict[str, dict[str, Any]] = {
 
 def make_cogvideox_folder(path: Path, variant: str = "2b", *, seed: int = 0) -> Path:
     """CogVideoX: 2 blocks of width 32, a VAE of 4 latent channels with the real compression of 4 x 8 x 8."""
+    return _copy(_save_cogvideox, path, variant, seed)
+
+
+def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
+    """Wan: 2 blocks of width 32.
+
+    Compression of 4 x 8 x 8 (2.1), or 4 x 16 x 16 and a timestep per token (ti2v), or two transformers (a14b).
+    """
+    return _copy(_save_wan, path, variant, seed)
+
+
+def _copy(save: Callable[[Path, str], None], path: Path, variant: str, seed: int) -> Path:
     torch.manual_seed(seed)
+    shutil.copytree(_made_once(save, variant, seed), path, dirs_exist_ok=True)
+    return path
+
+
+@functools.cache
+def _made_once(save: Callable[[Path, str], None], variant: str, seed: int) -> Path:
+    """A folder that is made once in a process and then copied; it is deleted as the process ends."""
+    root = Path(tempfile.mkdtemp(prefix="qvgen-tests-model-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    save(root, variant)
+    return root
+
+
+def _save_cogvideox(path: Path, variant: str) -> None:
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
         text_embed_dim=TEXT_SIZE, num_layers=2, **COGVIDEOX_VARIANTS[variant],
@@ -61,15 +92,9 @@ def make_cogvideox_folder(path: Path, variant: str = "2b", *, seed: int = 0) -> 
         transformer=transformer,
         scheduler=scheduler,
     ).save_pretrained(path)
-    return path
 
 
-def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
-    """Wan: 2 blocks of width 32.
-
-    Compression of 4 x 8 x 8 (2.1), or 4 x 16 x 16 and a timestep per token (ti2v), or two transformers (a14b).
-    """
-    torch.manual_seed(seed)
+def _save_wan(path: Path, variant: str) -> None:
     channels = 8 if variant == "ti2v" else 4
     transformer, second = (
         WanTransformer3DModel(
@@ -101,7 +126,6 @@ def make_wan_folder(path: Path, variant: str = "2.1", *, seed: int = 0) -> Path:
     # As Wan's repositories have it; their weights are tied all the same.
     text_config = path / "text_encoder" / "config.json"
     text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "tie_word_embeddings": False}))
-    return path
 
 
 def leave_spiece_alone(folder: Path) -> None:

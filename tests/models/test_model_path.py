@@ -309,7 +309,7 @@ def test_a_tokenizer_that_is_missing_or_damaged(folder: Path) -> None:
 def test_a_dry_run_looks_at_every_part(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "ptq", "model=wan", f"model.path={folder}", "model.height=32", "model.width=48", "model.num_frames=9",
-        "model.sampling_frames=9", "bits=4", "init=rtn", "evaluation.samples=0", "dry_run=true",
+        "model.sampling_frames=9", "bits=4", "init=rtn", "evaluation.samples=2", "dry_run=true",
         f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert main(command) == 0

@@ -52,7 +52,14 @@ def test_a_ptq_checkpoint_switches_and_says_how_often(tmp_path: Path, capsys: py
 
 
 def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    keys = (*SWITCH, "phi.ranks=[2]", "steps=6", "checkpoint.every_steps=2", "evaluation.videos=0")
+    keys = (
+        *SWITCH,
+        "phi.ranks=[2]",
+        "steps=6",
+        "checkpoint.every_steps=2",
+        "evaluation.videos=0",
+        "evaluation.start_videos=false",
+    )
     assert train(tmp_path / "first", *keys) == 0
     copy_until(tmp_path / "first", tmp_path / "again", step=2)
     assert train(tmp_path / "again", *keys, "resume=true") == 0
@@ -62,7 +69,10 @@ def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> No
         assert len(set(table.tolist())) > 1
 
 
-QUICK = ("phi.ranks=[2]", "steps=6", "evaluation.videos=0", "calibration.videos=1", "model.num_inference_steps=4")
+QUICK = (
+    "phi.ranks=[2]", "steps=4", "evaluation.samples=2", "evaluation.videos=0", "evaluation.start_videos=false",
+    "calibration.videos=1", "model.num_inference_steps=4",
+)  # fmt: skip
 STARTS = {
     "switch": SWITCH,
     "static": ("bits=8", "init=static", "init.alpha=0.5"),

@@ -11,19 +11,27 @@ import torch
 from safetensors.torch import load_file
 
 from qvgen.cli import main
+from qvgen.config import TrainConfig
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
+from qvgen.run_directory import RunDirectory
 from qvgen.training.start_file import load_start
-from qvgen.training.student import fold_student, prepare_student
+from qvgen.training.student import fold_student, prepare_student, start_student
+from qvgen.verbs._inputs import open_inputs
 from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 
 INITIALIZERS = leaf_names("init")
 
 
-QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=4", "init.windows=2")}
+QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=1", "init.candidates=[4,8]")}
 """Settings of a method that would take minutes, or needs a network."""
+
+WHOLE_WAY = "dvd_quant"
+"""The method whose start is trained and delivered here too. Others: tests/verbs/test_static.py (static),
+test_activation_switch.py (svdquant), test_mixed_precision.py (vidit_q_mp), below (vidit_q, smoothquant), test_train.py
+(mse, rtn)."""
 
 
 def ptq(run_dir: Path, *overrides: str) -> int:
@@ -51,9 +59,13 @@ def test_a_method_alone_and_as_the_start_of_training(
 
     caplog.clear()
     calibration = ("calibration.videos=2", "calibration.steps=3")
-    assert train(tmp_path / "run", *common, *calibration, "steps=4", "phi.ranks=[2]", "evaluation.videos=0") == 0
+    keys = (*common, *calibration, "steps=4", "phi.ranks=[2]", "evaluation.videos=0", f"run_dir={tmp_path / 'run'}")
+    config = train_config(*keys)
+    if name == WHOLE_WAY:
+        assert train(tmp_path / "run", *keys) == 0
+    else:
+        write_start(config)
     assert not any(message.startswith("calibration:") for message in caplog.messages)  # it is in the cache
-    config = train_config(*common, *calibration, "phi.ranks=[2]")
     student, _ = prepare_student(config)
     load_start(student, tmp_path / "run")
     packed = load_packed(tmp_path / "ptq" / "packed")
@@ -74,15 +86,26 @@ def test_a_method_alone_and_as_the_start_of_training(
     assert (tmp_path / "folded" / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "ptq")
 
 
+def write_start(config: TrainConfig) -> None:
+    """What the verb does before it trains."""
+    student, _ = prepare_student(config)
+    teacher = config.model.load_teacher()
+    held_out = open_inputs(config)(teacher)
+    reference = list(held_out.predictions(teacher))
+    with RunDirectory.claim(config.run_dir, config.plain, resume=False) as run_dir:
+        start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
+
+
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True)))
 
 
 def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path) -> None:
     common = ("init=vidit_q", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2")
+    common += ("steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false")
     runs = {"one": (), "two": ("devices=2", "strategy=ddp")}
     for name, keys in runs.items():
-        assert train(tmp_path / name, *common, *keys, "steps=5", "phi.ranks=[2]", "evaluation.videos=0") == 0
+        assert train(tmp_path / name, *common, *keys) == 0
     assert packed_bytes(tmp_path / "one") == packed_bytes(tmp_path / "two")
     layers = packed_layers(load_packed(tmp_path / "one" / "packed"))
     assert all(layer.profile.rotation for layer in layers.values())
@@ -98,7 +121,8 @@ def test_a_smoothed_start_trains_and_resumes_with_its_folds_and_without(tmp_path
     """The scaled norms and values are in checkpoints and in the packed file; only the option decides whether they are."""
     common = (
         "init=smoothquant", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2",
-        "bits=4", "evaluation.videos=0", "checkpoint.every_steps=2", "phi.ranks=[2]", "steps=6",
+        "bits=4", "evaluation.videos=0", "evaluation.start_videos=false", "checkpoint.every_steps=2", "phi.ranks=[2]",
+        "steps=6",
     )  # fmt: skip
     norm, value = "blocks.0.norm2.weight", "blocks.1.attn1.to_v.bias"
     teacher = train_config().model.load_teacher().state_dict()

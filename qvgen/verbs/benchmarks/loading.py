@@ -48,11 +48,14 @@ def loading_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -
             for width in config.widths
             for blocks in (_SMALL, config.blocks)
         }
+        gc.collect()
+        gc.freeze()  # what was imported: to look through it before every load would take longer than a small load
         try:
             for threads in (number for number in config.threads if (number,) not in done):
                 torch.set_num_threads(threads)
                 yield from _measure(cells, config=config, threads=threads)
         finally:
+            gc.unfreeze()
             torch.set_num_threads(before)
 
 

@@ -11,7 +11,7 @@ from qvgen.cli import main
 from qvgen.evaluation.environment import fast_bfloat16
 
 SHORT = (
-    "seeds=[1,2]", "widths=[8,w4a4]", "methods=[rtn,gptq+r16]", "videos=2", "evaluation.samples=8",
+    "seeds=[1,2]", "widths=[8,w4a4]", "methods=[rtn,gptq+r16]", "videos=1", "evaluation.samples=4",
     "model.num_inference_steps=2", "calibration.videos=1", "calibration.steps=2", "logger=csv",
 )  # fmt: skip
 
