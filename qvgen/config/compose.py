@@ -141,10 +141,10 @@ def _compose_checked(verb: str, written: Sequence[str]) -> DictConfig:
     if not all(map(_is_known_to_hydra, overrides)):
         _check_overrides(verb, overrides)
         return compose(verb, list(written), return_hydra_config=True)
+    loader = GlobalHydra.instance().config_loader()
     for override in overrides:
-        if "." not in (group := override.key_or_group) and GlobalHydra.instance().config_loader().get_group_options(
-            group
-        ):
+        group = override.key_or_group
+        if "." not in group and loader.get_group_options(group):
             check_choice(group, str(override.value()))
     try:
         return compose(verb, list(written), return_hydra_config=True)
