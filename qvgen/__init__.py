@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvgen.api import PrepareOptions as PrepareOptions
     from qvgen.api import prepare as prepare
     from qvgen.deploy.checkpoint import load_packed as load_packed
     from qvgen.deploy.checkpoint import save_packed as save_packed
@@ -35,6 +36,7 @@ _HOMES: dict[str, str] = {
     "fold": "qvgen.layers.swap",
     "save_packed": "qvgen.deploy.checkpoint",
     "load_packed": "qvgen.deploy.checkpoint",
+    "PrepareOptions": "qvgen.api",
     "PrepareConfig": "qvgen.initializers.prepare",
     "SwapReport": "qvgen.layers.swap",
     "Manifest": "qvgen.deploy.manifest",

@@ -18,6 +18,7 @@ gradients through. :func:`qvgen.layers.swap.fold` and :func:`qvgen.deploy.checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,13 +26,33 @@ from torch import nn
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.deploy.transformer_class import check_can_save
-from qvgen.initializers.base import Initializer
+from qvgen.initializers.base import Initializer, LayerStatistics
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.prepare import prepare as prepare_layers
 from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears
 from qvgen.quant.grid import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What :func:`prepare` does besides choosing grids and their start.
+
+    Attributes:
+        include: Name patterns (fnmatch) of the Linears to quantize; None: those in the model's repeated blocks.
+        exclude: Name patterns of those to leave alone.
+        phi_rank: Rank of the low-rank helper Phi; 0 for none. It has to be gone before folding: see
+            :class:`qvgen.methods.phi_decay.PhiDecay`.
+        num_noise_bands: Equal bands of the timestep with clip factors of their own.
+        seed: Of the sample of inputs, and of the decomposition that starts Phi.
+    """
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    phi_rank: int = 0
+    num_noise_bands: int = 50
+    seed: int = 0
 
 
 def prepare(
@@ -41,30 +62,20 @@ def prepare(
     bits: int | str | None = None,
     profile: str | Profile = "paper",
     init: str | Initializer = "mse",
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    phi_rank: int = 0,
-    num_noise_bands: int = 50,
-    seed: int = 0,
     calibrate: Callable[[nn.Module], object] | None = None,
+    options: PrepareOptions | None = None,
 ) -> SwapReport:
     """Quantize a model's Linears for training, in place.
 
     Args:
-        model: A transformer of diffusers whose forward takes a ``timestep`` in [0, 1000]; its weights are where training
-            starts.
+        model: A transformer of diffusers whose forward takes a ``timestep`` in [0, 1000]; its weights are the start.
         config: All of what follows in one object, for callers who have it; nothing else is given then.
         bits: 2..8, or "wXaY" for weights and activations apart. Not given with a :class:`~qvgen.quant.grid.Profile`.
         profile: A file of conf/profile, or grids of one's own.
         init: A file of conf/init, or a PTQ method of one's own.
-        include: Name patterns (fnmatch) of the Linears to quantize; None: those in the model's repeated blocks.
-        exclude: Name patterns of those to leave alone.
-        phi_rank: Rank of the low-rank helper Phi; 0 for none. It has to be gone before folding: see
-            :class:`qvgen.methods.phi_decay.PhiDecay`.
-        num_noise_bands: Equal bands of the timestep with clip factors of their own.
-        seed: Of the sample of inputs, and of the decomposition that starts Phi.
         calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet; only for methods
             that need statistics, which would not start without it.
+        options: Which Linears, Phi, noise bands, seed; None: the defaults of :class:`PrepareOptions`.
 
     Returns:
         Names of the Linears that are quantized and of those that are not.
@@ -77,38 +88,16 @@ def prepare(
         return prepare_layers(model, config)
     if quantized_layers(model) or packed_layers(model):
         raise ValueError("the model is quantized already; prepare a full-precision one")
-    initializer = load_leaf("init", init) if isinstance(init, str) else init
-    if isinstance(initializer, BitBudget):
-        raise ValueError(
-            f"init={init} chooses the bits of each layer in a whole run; use qvgen ptq or qvgen train for it"
-        )
-    grids = _profile(profile, bits)
-    patterns = block_patterns(model) if include is None else tuple(include)
-    statistics = None
+    options = options or PrepareOptions()
+    initializer, grids = _initializer(init), _profile(profile, bits)
+    patterns = block_patterns(model) if options.include is None else tuple(options.include)
+    chosen = PrepareConfig(
+        profile=grids, initializer=initializer, include=patterns, exclude=options.exclude, seed=options.seed,
+        num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank,
+    )  # fmt: skip
     if initializer.needs:
-        if calibrate is None:
-            raise ValueError(
-                f"init={init} needs calibration ({', '.join(sorted(initializer.needs))}); pass calibrate=FUNCTION, which "
-                "runs the model that it gets on typical inputs, or use init='mse'"
-            )
-        names = select_linears(model, include=patterns, exclude=exclude).quantized
-        collected = Calibration(model, names=names, needs=initializer.needs, num_bands=num_noise_bands, seed=seed)
-        with collected, torch.no_grad():
-            calibrate(model)
-        statistics = collected.statistics
-    return prepare_layers(
-        model,
-        PrepareConfig(
-            profile=grids,
-            initializer=initializer,
-            include=patterns,
-            exclude=exclude,
-            num_noise_bands=num_noise_bands,
-            phi_rank=phi_rank,
-            seed=seed,
-            statistics=statistics,
-        ),
-    )
+        chosen = replace(chosen, statistics=_collect(model, chosen, calibrate, init=init))
+    return prepare_layers(model, chosen)
 
 
 def block_patterns(model: nn.Module) -> tuple[str, ...]:
@@ -121,6 +110,36 @@ def block_patterns(model: nn.Module) -> tuple[str, ...]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     held = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
     return tuple(f"{name}.*" for name in held) or ("*",)
+
+
+def _initializer(init: str | Initializer) -> Initializer:
+    initializer: Initializer = load_leaf("init", init) if isinstance(init, str) else init
+    if isinstance(initializer, BitBudget):
+        raise ValueError(
+            f"init={init} chooses the bits of each layer in a whole run; use qvgen ptq or qvgen train for it"
+        )
+    return initializer
+
+
+def _collect(
+    model: nn.Module,
+    config: PrepareConfig,
+    calibrate: Callable[[nn.Module], object] | None,
+    *,
+    init: str | Initializer,
+) -> Callable[[str], LayerStatistics]:
+    """What a method needs to know of the inputs, from the caller's function."""
+    needs = config.initializer.needs
+    if calibrate is None:
+        raise ValueError(
+            f"init={init} needs calibration ({', '.join(sorted(needs))}); pass calibrate=FUNCTION, which runs the model "
+            "that it gets on typical inputs, or use init='mse'"
+        )
+    names = select_linears(model, include=config.include, exclude=config.exclude).quantized
+    collected = Calibration(model, names=names, needs=needs, num_bands=config.num_noise_bands, seed=config.seed)
+    with collected, torch.no_grad():
+        calibrate(model)
+    return collected.statistics
 
 
 def _profile(profile: str | Profile, bits: int | str | None) -> Profile:

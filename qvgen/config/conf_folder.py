@@ -15,7 +15,7 @@ from qvgen.errors import UserError
 _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 _user_directory: Path | None = None
-"""Of the present command: a process works on one at a time."""
+"""The folder that the present command names; a process works on one command at a time."""
 
 
 def conf_directory() -> Path:

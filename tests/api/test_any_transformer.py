@@ -180,7 +180,7 @@ def test_prepare_train_fold_save_and_load(name: str, tmp_path: Path) -> None:
 def test_lightnings_own_trainer_can_be_put_around_it(tmp_path: Path) -> None:
     model, inputs = make("ltx")
     teacher, _ = make("ltx")
-    qvgen.prepare(model, bits=4, init="rtn", phi_rank=4)
+    qvgen.prepare(model, bits=4, init="rtn", options=qvgen.PrepareOptions(phi_rank=4))
     steps = 6
     decay = qvgen.PhiDecay(qvgen.DecaySchedule(ranks=(4, 2), num_steps=steps))
 
@@ -281,7 +281,7 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         ({"bits": 4, "profile": "papre"}, "unknown profile=papre; did you mean 'paper'"),
         ({"bits": 4, "init": "mean"}, "unknown init=mean"),
         ({"bits": 4, "init": "vidit_q_mp"}, "chooses the bits of each layer in a whole run"),
-        ({"bits": 4, "include": ["*.none"]}, "matches none of the"),
+        ({"bits": 4, "options": qvgen.PrepareOptions(include=["*.none"])}, "matches none of the"),
     ):
         with pytest.raises(ValueError, match=message):
             qvgen.prepare(model, **options)
