@@ -37,7 +37,7 @@ class Plugin:
     """A package that brings leaves.
 
     Attributes:
-        name: Of the distribution that is installed, as ``pip uninstall`` takes it.
+        name: Name of the distribution that is installed, as ``pip uninstall`` takes it.
         package: The top-level package whose classes its files may name.
         directory: Its conf/.
         targets: ``(group, name)`` of each file that can be used -> the class that it names; None where it names none.
@@ -54,7 +54,7 @@ class Plugins:
     """All installed plug-ins.
 
     Attributes:
-        usable: Those whose conf/ was found, by name.
+        usable: Plug-ins whose conf/ was found, by name.
         refused: ``(group, name)`` of each file that can't be used -> why, and what to do.
         problems: All that is wrong with plug-ins, one line each.
     """

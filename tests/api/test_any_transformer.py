@@ -182,7 +182,7 @@ def test_lightnings_own_trainer_can_be_put_around_it(tmp_path: Path) -> None:
     teacher, _ = make("ltx")
     qvgen.prepare(model, bits=4, init="rtn", options=qvgen.PrepareOptions(phi_rank=4))
     steps = 6
-    decay = qvgen.PhiDecay(qvgen.DecaySchedule(ranks=(4, 2), num_steps=steps))
+    decay = qvgen.PhiDecay(qvgen.DecaySchedule(ranks=(4, 2), num_steps=steps, tail_share=0.1))
 
     class Distillation(lightning.LightningModule):
         def __init__(self) -> None:
