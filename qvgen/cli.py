@@ -191,6 +191,11 @@ def _let_hydra_answer(verb: str, arguments: list[str]) -> None:
     """--cfg, --info and the like: hydra's own answers about the configuration of a verb."""
     import hydra
 
+    from qvgen.config.resolvers import register_resolvers
+    from qvgen.config.search_path import register_folders
+
+    register_resolvers()
+    register_folders()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments]

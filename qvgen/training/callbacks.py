@@ -206,7 +206,9 @@ class StepMetrics(lightning.Callback):
         if self._bar is not None:
             shown = {"loss": f"{row['train/loss']:.4f}"}
             if self.schedule is not None:
-                shown |= {name.rpartition("/")[2]: f"{row[name]:.3g}" for name in self.schedule.columns}
+                shown |= {
+                    name.rpartition("/")[2].removesuffix("_min"): f"{row[name]:.3g}" for name in self.schedule.columns
+                }
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 

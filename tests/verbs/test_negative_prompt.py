@@ -92,14 +92,14 @@ def test_validation_samples_with_it_and_with_a_lines_own(tmp_path: Path) -> None
 
 def test_calibration_samples_with_it(tmp_path: Path) -> None:
     """Statistics have a key of their own for each negative prompt and seed, and are those of the videos of that prompt."""
-    file = tmp_path / "prompts.jsonl"
     found = {}
     for name, line in {
         "own": {"prompt": CAPTION, "negative_prompt": NEGATIVE},
-        "model's": {"prompt": CAPTION},
+        "models": {"prompt": CAPTION},
         "other": {"prompt": CAPTION, "negative_prompt": OTHER},
         "seed": {"prompt": CAPTION, "seed": 7},
     }.items():
+        file = tmp_path / f"{name}.jsonl"
         file.write_text(lines(line))
         config = config_of(tmp_path, f"calibration.prompts={file}")
         teacher = config.model.load_teacher()
@@ -107,9 +107,9 @@ def test_calibration_samples_with_it(tmp_path: Path) -> None:
         found[name] = (calibrated.folder, calibrated("proj_out").abs_max)
     assert len({folder for folder, _ in found.values()}) == 4
     maxima = {name: abs_max for name, (_, abs_max) in found.items()}
-    assert torch.equal(maxima["own"], maxima["model's"])
+    assert torch.equal(maxima["own"], maxima["models"])
     assert not torch.equal(maxima["own"], maxima["other"])
-    assert not torch.equal(maxima["seed"], maxima["model's"])
+    assert not torch.equal(maxima["seed"], maxima["models"])
     sampling = sampling_of(config, videos=2, steps=2, seed_offset=1, encode=config.model.encode)
     assert (sampling.negatives, sampling.seeds) == ((None, None), (43, 44))
     assert SEED_OFFSET == 10_000

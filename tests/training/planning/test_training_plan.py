@@ -186,7 +186,7 @@ def test_methods_without_teacher_or_quantization() -> None:
 
 
 def test_every_proposal_fits_when_it_is_planned() -> None:
-    config = train_config(*SMALL, "device_memory_gib=0.0075")
+    config = train_config(*SMALL, "device_memory_gib=0.0065")
     plan = plan_training(config)
     assert not plan.fits
     text = "\n".join(format_plan(plan))
@@ -197,7 +197,7 @@ def test_every_proposal_fits_when_it_is_planned() -> None:
     for change in plan.changes:
         assert change.total_bytes <= plan.device.usable_bytes < plan.memory_bytes
         assert f"would fit: {change.overrides}" in text
-        again = plan_training(train_config(*SMALL, "device_memory_gib=0.0075", *shlex.split(change.overrides)))
+        again = plan_training(train_config(*SMALL, "device_memory_gib=0.0065", *shlex.split(change.overrides)))
         assert again.fits, change
         assert again.memory_bytes == change.total_bytes
 
