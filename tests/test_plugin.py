@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from qvgen.cli import main
 from qvgen.config.leaf_file import group_targets
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.plugins import find_plugins
+from qvgen.deploy.packed_fusion import fuse_packed_
+from qvgen.layers import block_fusion
 from qvgen.models.published import known_models
 from qvgen_kernels import kernel_names, registry
 from tests.runs import packed_bytes, train
@@ -50,7 +53,7 @@ def installed() -> Iterator[None]:
 def run_dir(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of all that the package brings."""
     folder = tmp_path_factory.mktemp("plugin") / "run"
-    assert train(folder, *BROUGHT, "steps=2", "evaluation.videos=0") == 0
+    assert train(folder, *BROUGHT, "steps=2", "evaluation.videos=0", "model.notes=/somewhere/else") == 0
     return folder
 
 
@@ -61,6 +64,14 @@ def test_leaves_are_found_beside_ours() -> None:
     assert "qvgen_example.shrunk.Shrunk" in group_targets("init")
     assert load_leaf("init", "shrunk", share=0.5).share == 0.5
     assert "in_blocks" in kernel_names()
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_its_blocks_share_is_known_to_a_packed_model_that_names_no_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_fusion, "_loaders", {})
+    forget()  # no command has imported the family's file yet
+    fuse_packed_(nn.Linear(1, 1))
+    assert "still_digits" in block_fusion._loaders
 
 
 @pytest.mark.usefixtures("installed")
@@ -85,6 +96,10 @@ def test_a_run_is_trained_folded_and_packed_with_them(run_dir: Path, tmp_path: P
     assert report["packed_codes_equal"] is True
     facts = json.loads((run_dir / "identity.json").read_text())["facts"]
     assert facts["code.qvgen_example"].startswith("source ")
+    manifest = (run_dir / "packed" / "manifest.json").read_text()
+    assert "notes" not in json.loads(manifest)["base"]["arguments"]  # the family says that it is of one machine
+    assert "somewhere" in (run_dir / "config.yaml").read_text()
+    assert "somewhere" not in manifest
     # The package is installed, which the user did: a run's config.yaml may name its leaves again.
     assert main(["fold", f"run_dir={run_dir}", f"out={tmp_path / 'packed'}"]) == 0
     assert (tmp_path / "packed" / "model.safetensors").read_bytes() == packed_bytes(run_dir)

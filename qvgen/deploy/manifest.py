@@ -27,14 +27,12 @@ from qvgen.deploy.delta_switch import DeltaSwitchConfig
 from qvgen.deploy.transformer_class import transformer_class
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
+from qvgen.models.base import LOCAL_ARGUMENTS
 from qvgen.quant.grid import MAX_BITS, MIN_BITS, Grid, Profile
 from qvgen.quant.width_table import WidthTable
 
 FORMAT, VERSION = "qvgen-packed", 1
 MANIFEST_FILE, WEIGHTS_FILE = "manifest.json", "model.safetensors"
-
-LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high", "lora_low")
-"""Arguments of a family that are of the machine where it was made; no manifest holds them."""
 
 MAX_FEATURES, MAX_BANDS = 2**20, 2**16
 """Most columns or rows of a layer, and most noise bands, that a manifest may give; the widest Linear has 30 720 rows."""

@@ -3,25 +3,32 @@
     attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
                    attention has for fused projections; where their tables or smoothing differ, as after a method that smooths
                    each layer by itself, or training with method.share_activations=false, they stay three
-    feed-forward   by blocks of rows (:mod:`qvgen.deploy.blocked_feed_forward`)
-    Wan's block    gates and residuals are part of the layers before them (:mod:`qvgen.deploy.gated_wan_block`)
+    feed-forward   by blocks of rows (:mod:`qvgen.layers.blocked_feed_forward`)
+    gates          and residuals are part of the layers before them
 
-No tensor is added to a checkpoint: the layers that a state dict names are still there.
+Which attentions and which blocks, the model families say (:mod:`qvgen.layers.block_fusion`): the installed ones, whose files
+are imported here, and those that a command brought. No tensor is added to a checkpoint: the layers that a state dict names
+are still there.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
-from qvgen.deploy.blocked_feed_forward import BlockedFeedForward
-from qvgen.deploy.gated_wan_block import GatedWanBlock, can_gate
+from qvgen.config.leaf_file import OWN_PACKAGES, group_targets
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
+from qvgen.errors import one_line
+from qvgen.layers.block_fusion import ProjectionMerge, registered_fusions
+from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.packed_linear import PackedLinear
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +48,13 @@ class FusionCount:
 
 def fuse_packed_(model: nn.Module) -> FusionCount:
     """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit."""
+    _import_families()
+    fusions = registered_fusions()
     merged = 0
     for module in list(model.modules()):
-        if isinstance(module, WanAttention):
-            merged += _merge_wan_(module)
-        elif isinstance(module, Attention) and isinstance(module.processor, CogVideoXAttnProcessor2_0):
-            merged += _merge_cogvideox_(module)
+        merge = next((merge for fusion in fusions if (merge := fusion.merge(module)) is not None), None)
+        if merge is not None:
+            merged += _merge_(module, merge)
     feed_forwards = [
         (name, module)
         for name, module in model.named_modules()
@@ -55,13 +63,26 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
     for name, module in feed_forwards:
         model.set_submodule(name, BlockedFeedForward(module))
     gated = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, WanTransformerBlock) and can_gate(module)
+        (name, block)
+        for name, module in list(model.named_modules())
+        for fusion in fusions
+        if (block := fusion.gate(module)) is not None
     ]
-    for name, module in gated:
-        model.set_submodule(name, GatedWanBlock(module))
+    for name, block in gated:
+        model.set_submodule(name, block)
     return FusionCount(merged=merged, feed_forwards=len(feed_forwards), gated=len(gated))
+
+
+def _import_families() -> None:
+    """Import the files of all installed families, which register what their blocks share."""
+    for target in group_targets("model"):
+        module = target.rpartition(".")[0]
+        try:
+            import_module(module)
+        except Exception as error:  # a plug-in's code may raise anything, and this model may not need it
+            if module.partition(".")[0] in OWN_PACKAGES:
+                raise
+            log.warning("%s can't be imported, so its blocks share nothing: %s", module, one_line(error))
 
 
 def prepack_(model: nn.Module) -> set[str]:
@@ -78,31 +99,14 @@ def kernel_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(set().union(*(module.kernels for module in packed))))
 
 
-def _packed(module: nn.Module, *names: str) -> list[PackedLinear] | None:
-    parts = [getattr(module, name) for name in names]
+def _merge_(attention: Any, merge: ProjectionMerge) -> int:
+    """Give an attention one layer for several projections; how many they are, 0 where they have to stay apart."""
+    parts = [getattr(attention, name) for name in merge.parts]
     packed = [part for part in parts if isinstance(part, PackedLinear)]
-    return packed if len(packed) == len(parts) and can_merge(packed) else None
-
-
-def _merge_wan_(attention: WanAttention) -> int:
-    """Give a WanAttention one layer for q, k and v, or for k and v where it attends to the text."""
-    if attention.add_k_proj is not None:  # an image condition, whose k and v would have to be merged too
+    if len(packed) != len(parts) or not can_merge(packed) or len({part.out_features for part in packed}) > 1:
         return 0
-    crossed = attention.is_cross_attention
-    parts = _packed(attention, *(("to_k", "to_v") if crossed else ("to_q", "to_k", "to_v")))
-    if parts is None or len({part.out_features for part in parts}) > 1:
-        return 0
-    setattr(attention, "to_kv" if crossed else "to_qkv", MergedPackedLinear(parts))
+    setattr(attention, merge.into, MergedPackedLinear(packed))
     attention.fused_projections = True
-    return len(parts)
-
-
-def _merge_cogvideox_(attention: Attention) -> int:
-    """Give CogVideoX's attention one layer for q, k and v."""
-    parts = _packed(attention, "to_q", "to_k", "to_v")
-    if parts is None or len({part.out_features for part in parts}) > 1:
-        return 0
-    attention.to_qkv = MergedPackedLinear(parts)
-    attention.fused_projections = True
-    attention.set_processor(FusedCogVideoXAttnProcessor2_0())
-    return len(parts)
+    if merge.processor is not None:
+        attention.set_processor(merge.processor)
+    return len(packed)

@@ -20,6 +20,18 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 
 
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high", "lora_low")
+"""Arguments of families that are of the machine where a run is made; no manifest holds them."""
+
+
+def local_arguments(family: object) -> frozenset[str]:
+    """Names of a family's arguments that only hold on this machine, such as paths: no packed model says them.
+
+    They are :data:`LOCAL_ARGUMENTS` and what a family's class names besides in an attribute ``local_arguments``.
+    """
+    return frozenset((*LOCAL_ARGUMENTS, *getattr(family, "local_arguments", ())))
+
+
 class Objective(Protocol):
     """A formula of :mod:`qvgen.models.objectives`."""
 
@@ -39,6 +51,8 @@ class Objective(Protocol):
 @runtime_checkable
 class VideoDiT(Protocol):
     """A family of video diffusion transformers.
+
+    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`.
 
     Attributes:
         name: Name as in ``model=NAME`` and in a packed model's manifest.

@@ -19,11 +19,23 @@ from typing import Any
 
 from torch import nn
 
+from qvgen.layers.block_fusion import BlockFusion, register_fusion
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 
 _QUERIES = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 COGVIDEOX_SHARED_INPUTS = (_QUERIES,)
 """See :attr:`qvgen.models.base.VideoDiT.shared_inputs`."""
+
+
+def _fusion() -> BlockFusion:
+    from qvgen.models.cogvideox_fusion import (
+        COGVIDEOX_FUSION,
+    )  # imports the transformer's classes, which most verbs do without
+
+    return COGVIDEOX_FUSION
+
+
+register_fusion("cogvideox", _fusion)
 
 
 def cogvideox_folds(transformer: nn.Module) -> list[SmoothingFold]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from qvgen.layers.block_fusion import BlockFusion, register_fusion
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 
 WAN_SHARED_INPUTS = (
@@ -27,6 +28,15 @@ WAN_SHARED_INPUTS = (
     ("attn2.add_k_proj", "attn2.add_v_proj"),  # an image, where the model has one
 )
 """See :attr:`qvgen.models.base.VideoDiT.shared_inputs`."""
+
+
+def _fusion() -> BlockFusion:
+    from qvgen.models.wan_fusion import WAN_FUSION  # imports the transformer's classes, which most verbs do without
+
+    return WAN_FUSION
+
+
+register_fusion("wan", _fusion)
 
 
 def wan_folds(transformer: nn.Module) -> list[SmoothingFold]:

@@ -26,7 +26,7 @@ from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
-from qvgen.models.base import Encode
+from qvgen.models.base import Encode, local_arguments
 from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Part of the key; one more when the same settings would give other statistics."""
 
-_NO_PART_OF_SAMPLING = (
-    "path", "weights", "lora", "lora_high", "lora_low", "recipe", "published", "prompts", "include", "exclude",
-)  # fmt: skip
-"""Keys of conf/model that change no video, or that the weights' revision stands for."""
+_NO_PART_OF_SAMPLING = ("published", "prompts", "include", "exclude")
+"""Keys of conf/model that change no video; neither do a family's local arguments, for which its revision stands."""
 
 SEED_OFFSET = 10_000
 """Videos of the calibration have other noise than those that are compared."""
@@ -66,7 +64,8 @@ class CalibratedModel:
 
     def _key(self) -> str:
         config, family = self.config, self.config.model
-        model = {key: value for key, value in config.plain["model"].items() if key not in _NO_PART_OF_SAMPLING}
+        left_out = local_arguments(family) - {"_target_"} | {*_NO_PART_OF_SAMPLING}
+        model = {key: value for key, value in config.plain["model"].items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
             FORMAT, family.revision, model, scheduler, [asdict(video) for video in self._videos()], self.steps,

@@ -14,7 +14,6 @@ from qvgen import stop_request
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import save_packed
-from qvgen.deploy.manifest import LOCAL_ARGUMENTS
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
@@ -28,7 +27,7 @@ from qvgen.layers.swap import (
     phi_suspended,
     quantized_layers,
 )
-from qvgen.models.base import Encode
+from qvgen.models.base import Encode, local_arguments
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
@@ -162,12 +161,13 @@ def _say_sharing(config: TrainConfig, student: nn.Module) -> None:
 
 def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, steps: int) -> None:
     """Fold a trained student into a packed checkpoint, itself left as it is; raises ValueError while Phi has rank."""
+    local = local_arguments(config.model)
     save_packed(
         folded_copy(student, kernel=config.kernel),
         directory,
         base_name=config.names.model,
         base_revision=config.model.revision,
-        base_arguments={key: value for key, value in config.plain["model"].items() if key not in LOCAL_ARGUMENTS},
+        base_arguments={key: value for key, value in config.plain["model"].items() if key not in local},
         training={
             "method": config.names.method,
             "init": config.names.init,

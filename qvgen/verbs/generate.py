@@ -18,10 +18,11 @@ from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
-from qvgen.deploy.manifest import LOCAL_ARGUMENTS, read_manifest
+from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.placement import placed
+from qvgen.models.base import local_arguments
 from qvgen.training.identity import code_facts
 from qvgen.training.planning.deployment import plan_generate
 from qvgen.training.source_checksum import sources_of
@@ -199,7 +200,8 @@ def _parts(config: GenerateConfig, family: Any, request: Request) -> list[Any]:
     if getattr(family, "folder", None) is not None:
         transformers = [] if config.packed else [family.component_revision(name) for name in family.transformer_folders]
         revisions += [*transformers, family.latent_revision, family.text_revision]
-    model = config.model and {key: value for key, value in config.model.items() if key not in LOCAL_ARGUMENTS}
+    local = local_arguments(family)
+    model = config.model and {key: value for key, value in config.model.items() if key not in local}
     settings = [request.num_steps, request.guidance_scale, config.delta, config.kernel]
     return [code_facts({}), sources_of(family), config.names.model, model, revisions, settings]
 

@@ -6,19 +6,21 @@ import copy
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import ChronoEditTransformer3DModel, CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers.models.transformers.transformer_chronoedit import WanAttention as ChronoEditAttention
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 import qvgen
 from qvgen.config.leaves import load_leaf
-from qvgen.deploy import blocked_feed_forward
-from qvgen.deploy.blocked_feed_forward import BlockedFeedForward
-from qvgen.deploy.gated_wan_block import GatedWanBlock
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers import block_fusion, blocked_feed_forward
+from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, register_fusion
+from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
 from tests.profiles import make_profile
 
@@ -149,6 +151,35 @@ def test_blocks_with_other_layers_or_processors_keep_their_gates() -> None:
     plain = copy.deepcopy(packed)
     assert fuse_packed_(packed).gated == 0
     assert torch.equal(call("wan", packed), call("wan", plain))
+
+
+def test_blocks_of_any_family_share_what_it_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # ChronoEdit's attention is a copy of Wan's, with the same switch; no family here is of it
+    monkeypatch.setattr(block_fusion, "_loaders", dict(block_fusion._loaders))
+    model = ChronoEditTransformer3DModel(**{**WAN, "image_dim": None, "rope_temporal_skip_len": 8})
+    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    qvgen.prepare(model, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    plain = make_packed("", model.eval().requires_grad_(False))
+    fused = copy.deepcopy(plain)
+    count = fuse_packed_(fused)
+    assert (count.merged, count.feed_forwards, count.gated) == (0, 2, 0)
+
+    def merge(module: nn.Module) -> ProjectionMerge | None:
+        is_own = isinstance(module, ChronoEditAttention) and not module.is_cross_attention
+        return ProjectionMerge(parts=("to_q", "to_k", "to_v"), into="to_qkv") if is_own else None
+
+    def gate(module: nn.Module) -> nn.Module | None:
+        replaced.append(type(module))
+        return None
+
+    replaced: list[type] = []
+    register_fusion("chronoedit", lambda: BlockFusion(merge=merge, gate=gate))
+    count = fuse_packed_(fused)
+    assert (count.merged, count.gated) == (2 * 3, 0)
+    assert type(model) in replaced
+    assert BlockedFeedForward in replaced  # gates are asked for once feed-forwards run by blocks
+    assert torch.equal(call("wan", fused), call("wan", plain))
+    assert fused.blocks[0].attn1.to_qkv._prepacked is not None  # it ran
 
 
 def test_attention_to_images_stays_in_parts() -> None:

@@ -16,9 +16,9 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qvgen.models.base import LOCAL_ARGUMENTS
 from qvgen.models.lora import Lora, merge_loras_
 from qvgen.models.lora_file import LoraFile
-from qvgen.training.student import LOCAL_ARGUMENTS
 from tests.models.family_checks import draw
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.lora_files import (

@@ -23,8 +23,8 @@ from qvgen.cli import main
 from qvgen.config.build import build, check
 from qvgen.config.compose import compose_plain
 from qvgen.config.run_config import read_config
+from qvgen.models.base import LOCAL_ARGUMENTS
 from qvgen.run_directory import RunDirectory
-from qvgen.training.student import LOCAL_ARGUMENTS
 from tests.models.hub_folders import make_wan_folder
 from tests.models.lora_files import Model, make_model, plain_teacher, tiny_family
 

@@ -7,7 +7,6 @@ stays in a cache. Every row is by itself, so the blocks' results are the whole's
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 ROWS = 512
@@ -18,12 +17,15 @@ class BlockedFeedForward(nn.Module):
     """A feed-forward of packed layers by blocks of rows; on other devices than a CPU whole.
 
     Args:
-        feed_forward: A FeedForward of diffusers; its ``net`` becomes this module's, so that names in a state dict stay.
+        feed_forward: A FeedForward of diffusers, which calls the layers of its list ``net`` one after the other. The list
+            becomes this module's, so that names in a state dict stay.
     """
 
-    def __init__(self, feed_forward: FeedForward) -> None:
+    def __init__(self, feed_forward: nn.Module) -> None:
         super().__init__()
-        self.net = feed_forward.net
+        net = feed_forward.net
+        assert isinstance(net, nn.ModuleList)
+        self.net = net
 
     def forward(self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Apply it to x [B * n, ..., K]; [B * n, ..., K'].

@@ -1,9 +1,9 @@
-"""Wan's transformer block whose gates and residuals are part of the packed layers before them.
+"""The packed blocks of Wan: q, k and v are one call, and gates and residuals are part of the layers before them.
 
 diffusers computes ``(hidden.float() + out * gate).type_as(hidden)`` after the self-attention and after the feed-forward, in
 three float32 tensors of the size of hidden. Here the layer that makes ``out`` does it while its sums are in registers, with
 the same roundings (kernels/README.md, "Tail"), so outputs are equal to the bit. Without packed layers there is nothing to
-gain, and CogVideoX's gates, which are in bfloat16, cost torch as little as the kernel (docs/log.md).
+gain.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from qvgen.deploy.blocked_feed_forward import BlockedFeedForward
+from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge
+from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.packed_linear import PackedLinear
 
 
@@ -81,9 +82,31 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
         return gated
 
 
+def merge_projections(module: nn.Module) -> ProjectionMerge | None:
+    """The merge of a WanAttention: q, k and v, or k and v where it attends to the text; None of any other module.
+
+    Where it attends to an image too, diffusers' switch asks for a merged layer of the image's k and v besides, so nothing
+    is merged there.
+    """
+    if not isinstance(module, WanAttention) or module.add_k_proj is not None:
+        return None
+    if module.is_cross_attention:
+        return ProjectionMerge(parts=("to_k", "to_v"), into="to_kv")
+    return ProjectionMerge(parts=("to_q", "to_k", "to_v"), into="to_qkv")
+
+
+def gate_block(module: nn.Module) -> nn.Module | None:
+    """The block that takes the place of a WanTransformerBlock for which :func:`can_gate`; None of any other module."""
+    return GatedWanBlock(module) if isinstance(module, WanTransformerBlock) and can_gate(module) else None
+
+
 def can_gate(block: WanTransformerBlock) -> bool:
     """Whether the layers before both gates are packed, and nothing stands between."""
     attention = block.attn1
     plain = type(attention.processor) is WanAttnProcessor and (attention.to_out[1].p == 0 or not attention.training)
     ends = (attention.to_out[0], block.ffn.net[-1])
     return plain and isinstance(block.ffn, BlockedFeedForward) and all(isinstance(end, PackedLinear) for end in ends)
+
+
+WAN_FUSION = BlockFusion(merge=merge_projections, gate=gate_block)
+"""See :mod:`qvgen.layers.block_fusion`."""
