@@ -55,7 +55,7 @@ class LinearSpec:
         activation_range: "dynamic" (every row's own minimum and maximum) or "static" (a scale and a zero point come
             with every row; no activation groups then).
         branch_rank: rank of the low-rank branch on the input in floating point; 0 = none.
-        function: of every output, after the bias: "none", "gelu_tanh" (GELU by tanh) or "silu".
+        function: Function of every output, after the bias: "none", "gelu_tanh" (GELU by tanh) or "silu".
 
     Raises:
         ValueError: a field outside its range, a group or rotation that does not divide in_features, two
@@ -103,7 +103,7 @@ class LinearSpec:
         self._check_sizes()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         if self.function == "none":
-            del values["function"]  # the text is that of before there were functions
+            del values["function"]  # so the text of a layer without a function is what it was before functions came
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     def _check_sizes(self) -> None:
@@ -188,7 +188,7 @@ class LinearSpec:
 
 
 class LinearTensors(NamedTuple):
-    """What a call gets besides x and the packed weight; M rows of x, None where there is none.
+    """The tensors that a call gets besides x and the packed weight; x has M rows, an entry that is not there is None.
 
     Gate and residual are what a transformer block does with the outputs, ``residual + gate * f(y)``, with the roundings of
     the separate operators.

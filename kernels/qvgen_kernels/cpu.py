@@ -88,7 +88,7 @@ def _paley_terms(b: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
-    """All of a call that the spec decides, and the table that it points into."""
+    """The part of a call's structure that the spec decides, and the table that it points into."""
     padded_group, padded_out = padded_sizes(spec, k_unit)
     paley = paley_factor(spec.rotation) if spec.rotation else 1
     terms = _paley_terms(paley) if paley > 1 else None
@@ -180,7 +180,7 @@ def _run(call: CLinear) -> None:
 def probe(
     x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec, variant: str, k_unit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a call computes on its way, for holding a backend to the reference with ``torch.equal``.
+    """Compute what a call computes on its way, for holding a backend to the reference with ``torch.equal``.
 
     Args:
         x: float32, bfloat16 or float16 [M, K].

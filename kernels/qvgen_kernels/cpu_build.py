@@ -107,8 +107,8 @@ def damage(path: Path) -> str | None:
         wanted = checksum_path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return f"{checksum_path(path).name} is missing or can't be read"
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    return None if found == wanted else f"its checksum is {found[:16]}..., and it was built with {wanted[:16]}..."
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    return None if checksum == wanted else f"its checksum is {checksum[:16]}..., and it was built with {wanted[:16]}..."
 
 
 def checksum_path(path: Path) -> Path:

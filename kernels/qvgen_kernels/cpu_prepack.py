@@ -68,7 +68,7 @@ def arrange(parts: Sequence[CanonicalWeight], *, spec: LinearSpec, k_unit: int, 
 
     Args:
         parts: Checked tensors on the CPU.
-        spec: Of the whole.
+        spec: The spec of the whole.
         k_unit: A group of columns is padded to a multiple of this.
         backend: Number of a backend of the library that runs here.
 
@@ -117,7 +117,7 @@ def arrange(parts: Sequence[CanonicalWeight], *, spec: LinearSpec, k_unit: int, 
 
 
 def _vectors(parts: Sequence[CanonicalWeight], *, spec: LinearSpec, padded_out: int) -> list[Tensor]:
-    """Scales, and of zero points what is not in the operands."""
+    """The scales, and the part of the zero points that is not in the operands."""
     scales = [part.scale for part in parts]
     zeros = [part.zero_point for part in parts if part.zero_point is not None]
     vectors = [_by_output(scales, spec, padded_out)]
@@ -131,7 +131,7 @@ def _vectors(parts: Sequence[CanonicalWeight], *, spec: LinearSpec, padded_out: 
 
 
 def _base(spec: LinearSpec) -> int:
-    """What is subtracted from every code where it is one number for the whole layer."""
+    """The number that is subtracted from every code where it is one number for the whole layer."""
     if spec.weight_zero_point == "none":
         return int(2 ** (spec.weight_bits - 1))
     return 128 if spec.weight_bits == 8 else 0

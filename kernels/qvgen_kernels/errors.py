@@ -1,4 +1,4 @@
-"""What callers of the kernels may want to catch."""
+"""Errors of the kernels that a caller may want to catch."""
 
 from __future__ import annotations
 

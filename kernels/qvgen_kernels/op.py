@@ -65,8 +65,8 @@ def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
         allowed = dtypes.get(name, (torch.float32,))
         if tensor.shape != shapes[name] or tensor.dtype not in allowed:
             wanted = "floating point" if allowed is _INPUT_DTYPES else " or ".join(map(str, dict.fromkeys(allowed)))
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name} is {found}; it must be {wanted} {list(shapes[name])}")
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {given}; it must be {wanted} {list(shapes[name])}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
     for name in _needed(spec):

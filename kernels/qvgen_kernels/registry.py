@@ -52,10 +52,10 @@ _made: dict[str, Backend] = {}
 
 
 class Backend(Protocol):
-    """What a backend module must provide: one object of this shape, handed to :func:`register_backend`.
+    """The object that a backend's module makes and hands to :func:`register_backend`.
 
     Attributes:
-        name: what a user writes as ``kernel=name``.
+        name: The name that a user writes as ``kernel=NAME``.
         priority: "auto" prefers the larger; the reference has 0.
     """
 
@@ -127,8 +127,8 @@ def _load_installed() -> dict[str, str]:
         Name of each one that can't be used -> why, and what to do; it was warned of.
     """
     failures: dict[str, str] = {}
-    found = {(point.name, point.value): point for point in entry_points(group=ENTRY_POINTS)}
-    for (name, _), point in sorted(found.items()):
+    points = {(point.name, point.value): point for point in entry_points(group=ENTRY_POINTS)}
+    for (name, _), point in sorted(points.items()):
         package = point.dist.name if point.dist is not None else point.value
         try:
             _load(point)

@@ -34,7 +34,7 @@ class CanonicalWeight(NamedTuple):
 
 
 class CanonicalPrepack(ABC):
-    """What the prepacks of all backends share: checks of every part, and one layer as the case of one part."""
+    """The part that the prepacks of all backends share: checks of every part, and one layer as the case of one part."""
 
     def prepack(
         self, planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec
@@ -51,7 +51,7 @@ class CanonicalPrepack(ABC):
 
         Args:
             parts: At least one; all on one device.
-            spec: Of the whole: out_features is the sum of the parts'.
+            spec: The spec of the whole: its out_features is the sum of the parts'.
 
         Raises:
             ValueError: parts whose rows do not add up to out_features; else as :func:`check_weight`.
@@ -108,8 +108,8 @@ def check_weight(planes: Sequence[Tensor], *, scale: Tensor, zero_point: Tensor 
     """
     shapes = plane_shapes(spec)
     if [tuple(plane.shape) for plane in planes] != shapes or any(plane.dtype != torch.uint8 for plane in planes):
-        found = [(plane.dtype, list(plane.shape)) for plane in planes]
-        raise ValueError(f"planes are {found}; {spec.weight_bits}-bit weights need torch.uint8 of shapes {shapes}")
+        given = [(plane.dtype, list(plane.shape)) for plane in planes]
+        raise ValueError(f"planes are {given}; {spec.weight_bits}-bit weights need torch.uint8 of shapes {shapes}")
     if 4 < spec.weight_bits < 8 and int(planes[0].max()) >= 2**spec.weight_bits:
         raise ValueError(f"weight code {int(planes[0].max())} does not fit into {spec.weight_bits} bits")
     groups = spec.num_weight_groups

@@ -130,13 +130,13 @@ def _download(asset: Asset, folder: Path) -> Path:
         raise UnfitEnvironmentError(
             f"{asset.name} {asset.version} did not come within {FETCH_TIMEOUT_S:g} s"
         ) from error
-    found = [path for path in archives.glob("*") if path.is_file()] if archives.is_dir() else []
-    if done.returncode != 0 or len(found) != 1:
+    downloaded = [path for path in archives.glob("*") if path.is_file()] if archives.is_dir() else []
+    if done.returncode != 0 or len(downloaded) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if "err" in line.lower()]
         raise UnfitEnvironmentError(
             f"{asset.name} {asset.version} can't be fetched: {lines[-1] if lines else 'no archive came'}"
         )
-    return found[0]
+    return downloaded[0]
 
 
 def check_archive(asset: Asset, archive: Path) -> None:
@@ -146,10 +146,10 @@ def check_archive(asset: Asset, archive: Path) -> None:
         RuntimeError: It is another one.
     """
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != asset.sha256:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    if checksum != asset.sha256:
         raise UnfitEnvironmentError(
-            f"{asset.name} {asset.version}: {archive.name} has sha256 {found[:16]}..., not {asset.sha256[:16]}...; "
+            f"{asset.name} {asset.version}: {archive.name} has sha256 {checksum[:16]}..., not {asset.sha256[:16]}...; "
             "it is not the file that was pinned, and nothing of it was used"
         )
 

@@ -100,13 +100,13 @@ def read_sealed(path: Path, *, key: str, seal: str | None = None) -> dict[str, T
         FileNotFoundError: It is not there.
         DamagedFileError: See :func:`read_seal`; or the values are not those that were written.
     """
-    found = read_seal(path, key=key)
-    if seal is not None and found != seal:
-        raise DamagedFileError(f"{path} has the checksum {found[:16]}..., and {seal[:16]}... is known of it")
+    written = read_seal(path, key=key)
+    if seal is not None and written != seal:
+        raise DamagedFileError(f"{path} has the checksum {written[:16]}..., and {seal[:16]}... is known of it")
     try:
         tensors = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged ({error})") from error
-    if (now := seal_of(tensors)) != found:
-        raise DamagedFileError(f"{path} is damaged: its values have the checksum {now[:16]}..., not {found[:16]}...")
+    if (now := seal_of(tensors)) != written:
+        raise DamagedFileError(f"{path} is damaged: its values have the checksum {now[:16]}..., not {written[:16]}...")
     return tensors

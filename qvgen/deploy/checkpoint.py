@@ -96,18 +96,18 @@ def save_packed(
 
 
 def _write_pair(directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest]) -> Manifest:
-    """Write weights and manifest; ``record`` makes it from their sha256. The weights' bytes take long, and can be stopped."""
-    found: list[Manifest] = []
+    """Write weights and the manifest that ``record`` makes of their sha256; a request to stop ends the writing of weights."""
+    manifests: list[Manifest] = []
     with ExitStack() as pair:
 
         def write(temporary: Path) -> None:
             save_file(tensors, temporary)
-            found.append(record(sha256=file_sha256(temporary)))
+            manifests.append(record(sha256=file_sha256(temporary)))
             pair.enter_context(stop_request.undivided())
 
         atomic_write(directory / WEIGHTS_FILE, write)
-        atomic_write(directory / MANIFEST_FILE, found[0].to_json())
-    return found[0]
+        atomic_write(directory / MANIFEST_FILE, manifests[0].to_json())
+    return manifests[0]
 
 
 def _check_folded(model: nn.Module) -> dict[str, PackedLinear]:
@@ -148,7 +148,7 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
 def load_timed(
     directory: Path | str, model: nn.Module | None = None, kernel: str = "auto"
 ) -> tuple[nn.Module, LoadSeconds]:
-    """:func:`load_packed`, and where its time went."""
+    """Do what :func:`load_packed` does, and say where its time went."""
     clock = StageClock()
     directory = Path(directory)
     manifest = read_manifest(directory)

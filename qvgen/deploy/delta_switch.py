@@ -67,7 +67,7 @@ class DeltaSwitch:
     """The policy of one model: two hooks on it, around each call.
 
     Attributes:
-        config: When activations are coarse; may be changed between videos.
+        config: The rule that says when activations are coarse; it may be changed between videos.
         history: Width of every sample in every call so far, of all videos.
     """
 

@@ -97,7 +97,8 @@ class LayerEntry:
             form=LayerForm(
                 profile=profile,
                 width_table=None if data.get("plan") is None else WidthTable.from_dict(data["plan"]),
-                input_scale=flag(data.get("input_scale", False), "input_scale"),  # .get: from before there was any
+                # The first manifests lack input_scale: there was none.
+                input_scale=flag(data.get("input_scale", False), "input_scale"),
                 branch_rank=whole(data.get("branch_rank", 0), "branch_rank", high=min(rows, columns)),
             ),
             nbytes=whole(data["bytes"], "bytes"),

@@ -37,7 +37,7 @@ class MergedPackedLinear(nn.Module):
         parts: Layers for which :func:`can_merge`; they are no submodules of this one.
 
     Attributes:
-        parts: The same.
+        parts: The layers that it stands for.
     """
 
     def __init__(self, parts: Sequence[PackedLinear]) -> None:

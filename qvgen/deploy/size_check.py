@@ -102,14 +102,14 @@ def check_sizes(manifest: Manifest, header: Mapping[str, TensorForm], *, source:
             find_linear(one, entry, name=entry.name, source=source)
     expected = one.state_dict()
     for name, value in expected.items():
-        found = header.get(name)
+        form = header.get(name)
         if name.startswith(blocks):
             continue
-        if found is None and name.rpartition(".")[0] not in packed:
+        if form is None and name.rpartition(".")[0] not in packed:
             raise ValueError(f"{weights} lacks the tensor {name!r}")
-        if found is not None and found.shape != value.shape:
+        if form is not None and form.shape != value.shape:
             raise ValueError(
-                f"{weights}: {name!r} has shape {list(found.shape)}, the manifest asks for {list(value.shape)}"
+                f"{weights}: {name!r} has shape {list(form.shape)}, the manifest asks for {list(value.shape)}"
             )
     _check_tables(one, expected, allowed=TABLE_BYTES + weights.stat().st_size, source=source)
 
@@ -143,8 +143,8 @@ def _in_some_block(one: nn.Module, name: str, blocks: Sequence[str], *, last: in
     for prefix in blocks:
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal() and int(number) < last:
-            found = dict(one.named_modules()).get(f"{prefix}0.{rest}")  # rest of a name that the first block may lack
-            return found is None or isinstance(found, nn.Linear)
+            first = dict(one.named_modules()).get(f"{prefix}0.{rest}")  # None where the first block lacks such a module
+            return first is None or isinstance(first, nn.Linear)
     return False
 
 

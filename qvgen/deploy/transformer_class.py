@@ -27,12 +27,12 @@ def transformer_class(name: str) -> type[nn.Module]:
     Raises:
         ValueError: diffusers has no model of that name, or one that takes no timestep.
     """
-    found = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
-    if not inspect.isclass(found) or not issubclass(found, ModelMixin) or not issubclass(found, ConfigMixin):
+    model = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not inspect.isclass(model) or not issubclass(model, ModelMixin) or not issubclass(model, ConfigMixin):
         raise ValueError(f"transformer class {name!r} is no model of diffusers {diffusers.__version__}")
-    if "timestep" not in inspect.signature(found.forward).parameters:
+    if "timestep" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name}.forward takes no timestep: it is no diffusion transformer")
-    return cast(type[nn.Module], found)
+    return cast(type[nn.Module], model)
 
 
 def check_can_save(model: nn.Module) -> None:

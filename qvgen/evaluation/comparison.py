@@ -116,12 +116,12 @@ def compare_models(
         for name, model in models.items()
     }
     checks = check_packed(fake, packed, held_out=held_out, videos={name: one.table for name, one in sampled.items()})
-    found = None if start.restore is None else kept.read(START)
-    if found is None:
-        start, found = _sample_start(config, start, asked, encode=encode)
-    if found is not None:
-        kept.write(START, found)
-        sampled = {"teacher": sampled.pop("teacher"), START: found, **sampled}  # as tables and pages show them
+    start_videos = None if start.restore is None else kept.read(START)
+    if start_videos is None:
+        start, start_videos = _sample_start(config, start, asked, encode=encode)
+    if start_videos is not None:
+        kept.write(START, start_videos)
+        sampled = {"teacher": sampled.pop("teacher"), START: start_videos, **sampled}  # as tables and pages show them
     frames = {name: one.shown for name, one in sampled.items()}
     _write_videos(frames, shown, fps=config.model.fps, directory=run_dir / "videos")
     return Comparison(

@@ -61,11 +61,11 @@ class KeptSamples:
 
     def get(self, name: str, sample: Callable[[], Sampled]) -> Sampled:
         """A model's videos: those that are kept, else ``sample``'s, which are kept from then on."""
-        found = self.read(name)
-        if found is None:
-            found = sample()
-            self.write(name, found)
-        return found
+        sampled = self.read(name)
+        if sampled is None:
+            sampled = sample()
+            self.write(name, sampled)
+        return sampled
 
     def read(self, name: str) -> Sampled | None:
         """The videos that are kept of a model."""
@@ -86,12 +86,12 @@ class KeptSamples:
             activation_bits=facts["activation_bits"],
         )
 
-    def write(self, name: str, found: Sampled) -> None:
+    def write(self, name: str, sampled: Sampled) -> None:
         """Keep a model's videos."""
-        facts = json.dumps({"cost": asdict(found.cost), "activation_bits": found.activation_bits}).encode()
+        facts = json.dumps({"cost": asdict(sampled.cost), "activation_bits": sampled.activation_bits}).encode()
         tensors = {
-            "shown": found.shown,
-            "table": found.table,
+            "shown": sampled.shown,
+            "table": sampled.table,
             "facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8),
         }
         write_sealed(self.folder / f"{name}.safetensors", tensors, key=self._key)

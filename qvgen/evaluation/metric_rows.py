@@ -1,4 +1,4 @@
-"""Rows of a metrics.csv, whatever became of the file: what can be read is kept, what can't is counted."""
+"""Rows of a metrics.csv that may be damaged: rows that can be read are kept, all others are counted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def read_metric_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
     """Rows whose step is a whole number and whose other cells are numbers or empty, in the file's order.
 
     A table beside checkpoints that are whole must not keep a run from going on, so what a program saved in another encoding
-    or a disk damaged is left out, with a warning that counts it. Half a row at the end, which a killed process leaves, is
-    nothing to speak of.
+    or a disk damaged is left out, with a warning that counts it. Half a row at the end is
+    what a killed process leaves; it is left out without a warning.
 
     Args:
         path: A table with the column "step"; one that is not there, or whose first line is damaged, has no rows.

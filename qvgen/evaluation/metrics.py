@@ -28,10 +28,10 @@ from torch.nn import functional
 
 SSIM_SIGMA_PIXELS = 1.5
 SSIM_WINDOW_PIXELS = 11
-"""The window is cut at 3.5 sigma, rounded: 5 pixels to each side."""
+"""Width of the window of SSIM: cut at 3.5 sigma, rounded, it reaches 5 pixels to each side."""
 
 SSIM_FRAMES_AT_ONCE = 4
-"""Bounds the float64 scratch of SSIM: it holds some fifteen planes of 8 bytes per value of these frames."""
+"""Frames that SSIM works on at once: its float64 scratch is some fifteen planes of 8 bytes per value of a frame."""
 
 
 def _check_pair(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:

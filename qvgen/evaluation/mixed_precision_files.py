@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "mixed_precision"
 ALL_WINDOWS = -1
-"""Stands for all windows of timesteps at once."""
+"""The number of a window that stands for all windows of timesteps at once."""
 
 Key = tuple[str, str, str, int, int]
 """(group, block, side, bits, window) of a measurement."""
@@ -39,7 +39,7 @@ class Sensitivity:
 
     Attributes:
         group: Group of the unit's layers, for example self_attention.
-        block: Where they are.
+        block: Name of the block that the layers are in.
         side: "weight" or "activation".
         bits: Bits of that side.
         window: Window of timesteps; 0 is where sampling begins, -1 all of them at once.
@@ -59,7 +59,7 @@ class Sensitivity:
 
     @property
     def key(self) -> Key:
-        """The measurements."""
+        """The measurement, without its result."""
         return (self.group, self.block, self.side, self.bits, self.window)
 
 
@@ -81,7 +81,7 @@ class SensitivityStore:
     def read(self) -> dict[Key, Sensitivity]:
         """The rows by their key; lines that are damaged are left out with a warning: they are measured again.
 
-        The last line, which a killed process may have left half, is nothing to speak of.
+        The last line may be half a row of a killed process; it is left out without a warning.
         """
         if not self.path.is_file():
             return {}
@@ -93,7 +93,7 @@ class SensitivityStore:
             row = _read_sensitivity(line)
             if row is not None:
                 rows[row.key] = row
-            elif number < len(lines):  # a newline after it
+            elif number < len(lines):  # it ends with a newline, so it was written whole
                 log.warning("%s, line %d is damaged; what it said is measured again", self.path, number)
         return rows
 
@@ -236,6 +236,8 @@ def combined_scores(rows: Iterable[Sensitivity]) -> dict[Key, float]:
         if len(divisors) > 1:
             whole = [row for row in table if row.window == ALL_WINDOWS] or table
             means = {name: sum(row.scores[name] for row in whole) / len(whole) for name in divisors}
-            divisors = {name: mean or 1.0 for name, mean in means.items()}  # 0: no width changes anything by it
+            divisors = {
+                name: mean or 1.0 for name, mean in means.items()
+            }  # a mean of 0: by this metric no width changes anything
         combined.update({row.key: sum(row.scores[name] / by for name, by in divisors.items()) for row in table})
     return combined

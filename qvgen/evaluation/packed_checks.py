@@ -20,7 +20,7 @@ from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, quantized_layers
 
 WATCHED_TOKENS = 256
-"""All tokens of all layers of a large model would not fit into memory."""
+"""Tokens of a sample whose codes are compared: all tokens of all layers of a large model would not fit into memory."""
 
 
 def bf16_bytes(model: nn.Module) -> int:
@@ -97,7 +97,7 @@ def _input_codes(
     def watch(module: nn.Module, name: str) -> RemovableHandle:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x, kept = inputs[0], codes[name]
-            # A packed feed-forward comes by blocks of tokens.
+            # A packed feed-forward is called once for each block of tokens.
             left = WATCHED_TOKENS - sum(part.shape[1] for part in kept) if x.ndim > 2 else 1 - len(kept)
             if left > 0:
                 tokens = x[:, :left] if x.ndim > 2 else x
@@ -108,7 +108,7 @@ def _input_codes(
     handles = [watch(layer, name) for name, layer in layers.items()]
     places = {id(layer): name for name, layer in layers.items()}
     for module in model.modules():
-        if isinstance(module, MergedPackedLinear):  # its parts are not called themselves
+        if isinstance(module, MergedPackedLinear):  # it is called in place of its parts
             handles += [watch(module, places[id(part)]) for part in module.parts]
     try:
         next(held_out.predictions(model))

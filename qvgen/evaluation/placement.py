@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def placed(model: nn.Module) -> Iterator[torch.device]:
-    """A model in eval mode on the device that computes, as long as the context lasts.
+    """Put a model in eval mode on the device that computes, and back when the context ends.
 
     A model with float32 parameters runs under bfloat16 autocast on a GPU, as it was trained; one in another dtype as it is.
 

@@ -16,9 +16,9 @@ class VariantQuality:
 
     Attributes:
         name: "teacher", "ptq-start", "fake-quantized" or "packed".
-        psnr_db: to the teacher's videos at the same captions and seeds; None for the teacher.
-        ssim: to the teacher's videos; None for the teacher.
-        lpips: mean over frames to the teacher's videos; None for the teacher, and where the network is not there.
+        psnr_db: PSNR to the teacher's videos at the same captions and seeds; None for the teacher.
+        ssim: SSIM to the teacher's videos; None for the teacher.
+        lpips: LPIPS to the teacher's videos, mean over frames; None for the teacher, and where the network is not there.
         flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
         accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
             attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
@@ -41,11 +41,11 @@ class Quality:
     Attributes:
         variants: one row each.
         num_videos: videos per variant.
-        num_still_videos: those whose caption asks for standing still; flicker is measured on them alone.
+        num_still_videos: videos whose caption asks for standing still; flicker is measured on these alone.
         seeds: which seeds, in words, e.g. "0..63".
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance.
-        negative_prompt: the model's own, which guidance led away from; None: there was no guidance.
+        negative_prompt: the model's own negative prompt, which guidance led away from; None: there was no guidance.
         lpips_absent: why there is no LPIPS; None where there is.
         start_absent: why the PTQ start made no videos; None where it did.
     """
@@ -71,7 +71,7 @@ class SamplingCost:
         kernels: backends that ran its packed layers; empty where it has none.
         seconds_per_video: wall clock over all videos of the table, divided by their number; text encoding is left out.
         weight_bytes: all tensors that the model holds in memory, a kernel's own copies of the weights among them.
-        working_bytes: largest memory that sampling took besides them; None where it cannot be measured.
+        working_bytes: largest memory that sampling took besides the weights; None where it cannot be measured.
     """
 
     name: str

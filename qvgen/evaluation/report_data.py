@@ -68,7 +68,7 @@ class HeldOutError:
         num_samples: how many (clip, noise, timestep) triples each number is measured on, the same for all four.
         split: name of the split, no clip of which was trained on; or what stands in its place, in words.
         seed: seed of the noise and the timesteps.
-        num_clips: how many different held-out clips that is; None where it is measured on something else.
+        num_clips: how many different held-out clips the samples are of; None where they are of something else.
     """
 
     rtn: float
@@ -150,7 +150,7 @@ class VideoComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationVideo:
-    """One prompt's video that the student made while it was trained; the only ones that are read from the run's folder.
+    """One prompt's video that the student made while it was trained, read from the run's folder.
 
     Attributes:
         step: optimizer steps that the student had behind it.
@@ -158,9 +158,9 @@ class ValidationVideo:
         prompt: the caption.
         seed: seed of the starting noise.
         fps: frames per second.
-        psnr_db: to the teacher's video from the same seed; None if there was no teacher.
-        ssim: to the same.
-        student: its mp4.
+        psnr_db: PSNR to the teacher's video from the same seed; None if there was no teacher.
+        ssim: SSIM to the same video.
+        student: the student's mp4.
         teacher: the teacher's mp4, None if there is none.
     """
 

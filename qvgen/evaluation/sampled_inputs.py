@@ -1,4 +1,4 @@
-"""Inputs to measure on where there are no clips: those that the full-precision model meets while it samples videos.
+"""Inputs to measure on where there are no clips: inputs that the full-precision model meets while it samples videos.
 
 Every call of the transformer in ``calibration.steps`` steps for one prompt after the other is recorded, as the pipeline makes
 it (conditional and unconditional), until there are enough; evenly spaced ones of them are kept. Another model is called with
@@ -27,7 +27,7 @@ from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.base import Encode
 
 SEED_OFFSET = 20_000
-"""Between the seeds of the shown videos and these; the calibration's lie between."""
+"""Added to a shown video's seed, it gives a seed of these inputs; the calibration's seeds lie between the two."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a transformer, tensors on the CPU."""
@@ -61,7 +61,7 @@ class EncodedCaptions:
 
 
 def captions_split(captions: Sequence[str], encode: Encode) -> Split:
-    """Captions without clips, in the place of a data set's."""
+    """A split that has captions and no clips, in the place of a data set's."""
     items: Any = [{"caption": caption} for caption in captions]
     return Split(samples=items, buckets=[""] * len(items), encode=encode)
 
@@ -116,7 +116,7 @@ class SampledInputs(MeasuredInputs):
 
 
 class NothingMeasured(MeasuredInputs):
-    """In the place of inputs where ``evaluation.samples`` is 0: there are none, and no error.
+    """Stands in the place of inputs where ``evaluation.samples`` is 0: it has no inputs and measures no error.
 
     Args:
         config: The run's.
@@ -135,7 +135,7 @@ class NothingMeasured(MeasuredInputs):
         return iter(())
 
     def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:
-        """NaN: not measured."""
+        """NaN, which says that nothing was measured."""
         del model, reference
         return math.nan
 

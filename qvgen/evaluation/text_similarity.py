@@ -97,6 +97,6 @@ def _side(size: int | Mapping[str, Any]) -> int:
 
 
 def _features(output: Any) -> Tensor:
-    """Unit vectors float32 [B, D]; newer transformers wrap them."""
-    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return functional.normalize(found.float(), dim=-1)
+    """A tower's features as unit vectors float32 [B, D]; newer versions of transformers wrap the tensor in an object."""
+    pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return functional.normalize(pooled.float(), dim=-1)

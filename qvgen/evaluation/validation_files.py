@@ -195,7 +195,7 @@ def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, 
 
 
 def _write_record(content: Mapping[str, Any], first: Path, *others: Path) -> None:
-    """Say beside ``first`` that the files are complete; of one that is left out there is none."""
+    """Write the record beside ``first``, which says that the files are complete; a prompt that is left out has no files."""
     sums = {path.name: file_sha256(path) for path in (first, *others) if "left_out" not in content}
     text = json.dumps({**content, "sha256": sums}, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(first.with_suffix(".json"), text.encode())

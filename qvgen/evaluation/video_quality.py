@@ -24,11 +24,11 @@ STILL = "standing still"
 
 @dataclass(frozen=True, kw_only=True)
 class LpipsState:
-    """LPIPS, or why there is none.
+    """The metric LPIPS, or the reason why there is none.
 
     Attributes:
         distance: The metric; None: it is not there.
-        absent: Why; None: it is there.
+        absent: Why it is not there; None: it is there.
     """
 
     distance: Damage | None
@@ -53,7 +53,7 @@ def video_quality(
     Args:
         name: Name of the variant.
         videos: uint8 [B, F, H, W, 3], one for each item.
-        teacher: The full-precision model's, the same shape.
+        teacher: Videos of the full-precision model, of the same shape.
         items: The request of each video: its caption, and attributes where the data has them.
         lpips_state: LPIPS or why there is none.
     """

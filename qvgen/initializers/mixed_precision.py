@@ -1,10 +1,10 @@
-"""ViDiT-Q's metric-decoupled mixed precision (arXiv 2406.02540): bits by what each layer's loss does to the video.
+"""ViDiT-Q's metric-decoupled mixed precision (arXiv 2406.02540): each layer gets bits by what its rounding does to the video.
 
-The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer has; how
-they are chosen says :mod:`qvgen.initializers.bit_budget`. Used on a single layer, it is ``vidit_q``.
+The numerics of a layer are ViDiT-Q's (:mod:`qvgen.initializers.balanced_rotation`), with the bits that the layer
+got; :mod:`qvgen.initializers.bit_budget` says how they are chosen. Used on a single layer, the method is ``vidit_q``.
 
-Published is the idea and one released map of bits; the allocator is ours, and so are windows of equal numbers of steps
-and the substitutes for networks that are not there.
+The paper publishes the idea and one map of bits. The allocator is ours, and so are windows of equal numbers of steps and
+the substitutes for networks that are not there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qvgen.initializers.bit_budget import BitBudget
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(BitBudget, BalancedRotation):
-    """``init=vidit_q_mp``.
+    """ViDiT-Q with bits of its own for every layer: ``init=vidit_q_mp``.
 
     Attributes:
         alpha, seed, fold_smoothing: See :class:`~qvgen.initializers.balanced_rotation.BalancedRotation`.

@@ -27,7 +27,7 @@ class PrepareConfig:
         profile: Grids and rotation (methods: docs/method.md).
         initializer: An object of :mod:`qvgen.initializers`, which sets each layer's scales and zero points.
         include: Name patterns of the Linears to quantize (fnmatch).
-        exclude: Name patterns of those to leave alone.
+        exclude: Name patterns of the Linears to leave alone.
         num_noise_bands: Bands of the timestep with clip factors of their own.
         phi_rank: Rank of the low-rank helper; 0 for none.
         seed: Seed of the randomized decomposition that starts Phi.

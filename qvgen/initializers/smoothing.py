@@ -63,24 +63,24 @@ def fold_smoothing_(
 
     Args:
         model: Its master weights are those of the full-precision model, its layers have no input_scale.
-        initializer: Chooses m.
-        folds: In an order in which what makes an input comes after what reads its own output: the m of to_out scales to_v's
-            rows, which the m of to_q, to_k and to_v then sees.
+        initializer: The PTQ method, which chooses m.
+        folds: Places, in an order in which a layer's rows are scaled before its own input is smoothed: the m of to_out
+            scales the rows of to_v, and the m of to_q, to_k and to_v is chosen from the rows that result.
         statistics: A layer's name -> what calibration saw of it.
 
     Returns:
         m of every quantized layer whose input comes smoothed now, by name.
     """
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for fold in folds:
-        assert not any(producer.module in found for producer in fold.producers), f"{fold} comes too late"
+        assert not any(producer.module in factors for producer in fold.producers), f"{fold} comes too late"
         layers = {name: model.get_submodule(name) for name in fold.consumers}
         quantized = {name: layer for name, layer in layers.items() if isinstance(layer, FakeQuantLinear)}
         if not quantized:
             continue
-        seen = statistics(next(iter(quantized)))  # they all read the same input
+        seen = statistics(next(iter(quantized)))  # all of these layers read the same input
         factor = initializer.input_scale(list(quantized.values()), statistics=seen)
         fold_input_scale_(model, fold, factor)
-        found |= dict.fromkeys(quantized, factor)
-    log.info("smoothing of %d layers is folded into what stands before them", len(found))
-    return found
+        factors |= dict.fromkeys(quantized, factor)
+    log.info("smoothing of %d layers is folded into what stands before them", len(factors))
+    return factors

@@ -45,7 +45,7 @@ class SmoothQuant:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Maxima of the channels; a sample of inputs for the search."""
+        """The maxima of the channels, and a sample of inputs where ``alpha`` is searched."""
         return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
 
     def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:

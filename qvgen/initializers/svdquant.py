@@ -58,7 +58,7 @@ class SvdQuant:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Maxima of the channels; a sample of inputs for the search."""
+        """The maxima of the channels, and a sample of inputs where ``alpha`` is searched."""
         return frozenset({"abs_max"}) if self.alpha is not None else frozenset({"abs_max", "inputs"})
 
     def input_scale(self, layers: Sequence[FakeQuantLinear], *, statistics: LayerStatistics) -> Tensor:
@@ -91,7 +91,7 @@ class SvdQuant:
 
 
 def _generator(layer: FakeQuantLinear, *, seed: int) -> torch.Generator:
-    """The same for all layers of a shape: each draws its own test matrix of that shape anyway."""
+    """A generator that starts alike for all layers of one shape: each draws one test matrix, which may be the same."""
     key = f"svdquant/{seed}/{layer.out_features}/{layer.in_features}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

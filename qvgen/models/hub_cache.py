@@ -46,7 +46,7 @@ def snapshot_below(folder: Path, *, repository: str) -> Path | None:
     Args:
         folder: a repository's folder models--ORG--NAME or snapshots/ in it, a cache's root, or the folder $HF_HOME that
             holds hub/.
-        repository: the one that is meant by a root.
+        repository: ORG/NAME of the repository that a root stands for.
 
     Returns:
         The snapshot, or None where the folder is none of these or lacks it.
@@ -54,8 +54,8 @@ def snapshot_below(folder: Path, *, repository: str) -> Path | None:
     place = folder.parent if folder.name == "snapshots" else folder
     if place.name.startswith(_PREFIX):
         return _snapshot(place)
-    found = (cached_snapshot(repository, root=root) for root in (folder, folder / "hub"))
-    return next((snapshot for snapshot in found if snapshot is not None), None)
+    snapshots = (cached_snapshot(repository, root=root) for root in (folder, folder / "hub"))
+    return next((snapshot for snapshot in snapshots if snapshot is not None), None)
 
 
 def cached_repositories(folder: Path) -> list[str]:
@@ -65,7 +65,7 @@ def cached_repositories(folder: Path) -> list[str]:
 
 
 def cache_of(snapshot: Path) -> tuple[str, Path] | None:
-    """Repository and cache root of a snapshot; None for a folder that is none."""
+    """Repository and cache root of a snapshot; None for a folder that is no snapshot."""
     place = snapshot.parent.parent
     if snapshot.parent.name != "snapshots" or not place.name.startswith(_PREFIX):
         return None

@@ -194,7 +194,7 @@ class HubFolder:
             log.warning(
                 "%s holds the variant %s alone; its rounded weights are used", self.path / component, weights.variant
             )
-        key = "torch_dtype" if "_class_name" in config else "dtype"  # diffusers; transformers
+        key = "torch_dtype" if "_class_name" in config else "dtype"  # diffusers' name, and that of transformers
         try:
             module, info = model_class.from_pretrained(
                 self.path / component,

@@ -34,7 +34,7 @@ _OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LyCORIS", "lokr_": "LyCORIS", "oft_": "OFT",
     "lora_mid": "LyCORIS", "modules_to_save": "a layer that was trained whole",
 }  # fmt: skip
-"""Marks of keys that are of something else."""
+"""Parts of keys that no plain LoRA has -> what the file holds in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Lora:
         file: its weights.
         scale: factor of the whole LoRA; 0 leaves the weights as they are.
         components: the model's transformers, as its folder names them.
-        trained: the one that is trained. A file whose keys name no expert is about one transformer: this one.
-        component: the one that the file was given for by name; None: its keys say.
+        trained: the transformer that is trained. A file whose keys name no expert is about one transformer: this one.
+        component: the transformer that the file was given for by name; None: its keys say.
 
     Raises:
         ValueError: the file holds no LoRA, or not one of the transformer that it was given for.
@@ -66,29 +66,29 @@ class Lora:
     @cached_property
     def keys(self) -> Mapping[str, Sequence[LoraKey]]:
         """The file's keys by transformer."""
-        error, found = self.file.error, []
+        error, understood = self.file.error, []
         for key in sorted(self.file.entries):
             if (parts := read_key(key)) is not None:
-                found.append(parts)
+                understood.append(parts)
             elif any("lora" in other or ".diff" in other for other in self.file.entries):
                 kind = next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), "no kind that is known")
                 raise error(f"{key} is no LoRA's (but of {kind}); use an ordinary LoRA")
-        if not found:
+        if not understood:
             first = min(self.file.entries, default="none")
             raise error(f"it holds no LoRA keys (its first is {first}); write a LoRA's path")
-        second = [parts for parts in found if parts.second]
+        second = [parts for parts in understood if parts.second]
         if not second:
-            return {self.component or self.trained: found}
+            return {self.component or self.trained: understood}
         if len(self.components) == 1:
             raise error(f"{second[0].key} is not of {self.components[0]}; use a LoRA of this model")
         first_name, second_name = self.components
-        if len(second) < len(found) and self.component is None:
-            return {first_name: [parts for parts in found if not parts.second], second_name: second}
-        if len(second) < len(found):
+        if len(second) < len(understood) and self.component is None:
+            return {first_name: [parts for parts in understood if not parts.second], second_name: second}
+        if len(second) < len(understood):
             raise error("it has keys of both transformers; write it as model.lora, which gives each its own")
         if (self.component or second_name) != second_name:
             raise error(f"it is of {second_name} alone; write model.lora_low={self.file.path}")
-        return {second_name: found}
+        return {second_name: understood}
 
     @property
     def revision(self) -> str:

@@ -25,7 +25,7 @@ def read_choice(value: Any, *, scale: Any, key: str = "model.lora") -> list[tupl
 
     Args:
         value: what the key holds: nothing, a path, a mapping of path and scale, or a list of these.
-        scale: ``model.lora_scale``: a finite number, or a list with one for each LoRA; of no meaning without any.
+        scale: ``model.lora_scale``: a finite number, or a list with one for each LoRA; unused without any LoRA.
         key: the key, for messages.
 
     Returns:

@@ -107,13 +107,13 @@ class LoraFile:
         if self.path.is_file() and self.path.suffix == ".safetensors":
             return self.path
         names = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else [self.path.name]
-        found = [name for name in (DIFFUSERS_WEIGHTS, _PEFT_WEIGHTS) if self.path.is_dir() and name in names]
-        if found == [_PEFT_WEIGHTS] and _PEFT_CONFIG not in names:
+        present = [name for name in (DIFFUSERS_WEIGHTS, _PEFT_WEIGHTS) if self.path.is_dir() and name in names]
+        if present == [_PEFT_WEIGHTS] and _PEFT_CONFIG not in names:
             raise self.error(f"it has no {_PEFT_CONFIG}, which says rank and alpha; download that too")
-        if len(found) == 1:
-            return self.path / found[0]
-        if found:
-            raise self.error(f"it holds both {' and '.join(found)}; write the path of the first, or part them")
+        if len(present) == 1:
+            return self.path / present[0]
+        if present:
+            raise self.error(f"it holds both {' and '.join(present)}; write the path of the first, or part them")
         if pickles := [name for name in names if name.endswith(PICKLES)]:
             raise self.error(f"{pickles[0]} is a pickle, which runs code when it is read; convert it to safetensors")
         if self.path.is_file():
@@ -183,8 +183,8 @@ class LoraFile:
     def _plain(self, config: Mapping[str, Any]) -> LoraConfig:
         """The fields that count; raises ValueError for one that makes it no ordinary LoRA."""
         if config.get("peft_type", "LORA") != "LORA" or not {"r", "lora_alpha"} <= set(config):
-            found = ", ".join(f"{key}={config.get(key)}" for key in ("peft_type", "r", "lora_alpha"))
-            raise self.error(f"its configuration has {found}; use a LoRA with its rank and alpha")
+            shown = ", ".join(f"{key}={config.get(key)}" for key in ("peft_type", "r", "lora_alpha"))
+            raise self.error(f"its configuration has {shown}; use a LoRA with its rank and alpha")
         for key, value in config.items():
             extra = value and key not in (*_USED_FIELDS, *_IGNORED_FIELDS)
             if extra or (key == "init_lora_weights" and value not in _PLAIN_INITS):

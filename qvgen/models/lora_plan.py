@@ -48,7 +48,7 @@ class MergePlan:
     Attributes:
         addends: name of a parameter -> what is added to it.
         layers: Linears and convolutions with a product.
-        assumed: those of them whose alpha nothing says, and is taken to be the rank.
+        assumed: layers among these whose alpha is said nowhere and taken to be the rank.
     """
 
     addends: Mapping[str, Sequence[Addend]]

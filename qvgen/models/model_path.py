@@ -54,27 +54,27 @@ def find_model_folder(path: str | Path, *, repository: str, download: str) -> Pa
         raise ValueError(f"model.path={path} is a file: {_file_answer(folder, download=download)}")
     if not folder.is_dir():
         return _cached(str(path), repository=repository, download=download)
-    found = folder if (folder / INDEX).is_file() else snapshot_below(folder, repository=repository)
-    if found is None or not (found / INDEX).is_file():
-        raise ValueError(f"model.path={path} {_folder_answer(found or folder, repository, download=download)}")
-    return found
+    model_folder = folder if (folder / INDEX).is_file() else snapshot_below(folder, repository=repository)
+    if model_folder is None or not (model_folder / INDEX).is_file():
+        raise ValueError(f"model.path={path} {_folder_answer(model_folder or folder, repository, download=download)}")
+    return model_folder
 
 
 def _cached(path: str, *, repository: str, download: str) -> Path:
     """The snapshot of ORG/NAME; raises ValueError without one."""
     if not is_repository(path):
         raise ValueError(f"model.path={path} is not there; {download}")
-    found = cached_snapshot(path)
-    if found is None:
+    snapshot = cached_snapshot(path)
+    if snapshot is None:
         own = f"download it with `hf download {path}`, or write the folder where it lies"
         other = f"{download}; if {path} is a repository of the hub, `hf download {path}` puts it there"
         raise ValueError(
             f"model.path={path} is no folder, and the hub's cache {cache_root()} holds no such repository; "
             f"{own if path == repository else other}"
         )
-    if not (found / INDEX).is_file():
-        raise ValueError(f"model.path={path} in the hub's cache {_folder_answer(found, path, download=download)}")
-    return found
+    if not (snapshot / INDEX).is_file():
+        raise ValueError(f"model.path={path} in the hub's cache {_folder_answer(snapshot, path, download=download)}")
+    return snapshot
 
 
 def _file_answer(file: Path, *, download: str) -> str:

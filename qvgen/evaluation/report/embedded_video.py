@@ -16,14 +16,14 @@ from qvgen.evaluation.report.verdict import LIMITS, Level
 
 @dataclass(frozen=True, kw_only=True)
 class ShownVideo:
-    """One tile.
+    """One tile of a page: a video and the words under it.
 
     Attributes:
         label: what stands under it.
         mp4_base64: the video.
         poster_base64: its first frame as JPEG: a browser without h264, or a printed page, shows at least this.
-        psnr_db: to the teacher's video; None for the teacher itself, or without one.
-        note: what stands there in place of it.
+        psnr_db: PSNR to the teacher's video; None for the teacher itself, or without one.
+        note: words that stand in place of the PSNR.
     """
 
     label: str

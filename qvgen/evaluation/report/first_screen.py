@@ -39,12 +39,12 @@ class FirstScreen:
     """The content of the first screen, above everything else.
 
     Attributes:
-        verdict: on the packed model's videos.
-        start_verdict: on the PTQ start's; None where it made none.
+        verdict: the verdict on the packed model's videos.
+        start_verdict: the verdict on the PTQ start's videos; None where it made none.
         metrics: one row each.
         rule: where the colours change.
         notes: what is missing, and why.
-        full: what sampling took with the teacher; None where nothing was sampled.
+        full: time and memory that sampling with the teacher took; None where nothing was sampled.
         packed: the same with the packed model.
         passed: checks that hold, and how many there are.
     """
@@ -67,7 +67,7 @@ class FirstScreen:
 
 
 def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScreen:
-    """Choose what stands there."""
+    """Choose what the first screen shows of a run."""
     quality = data.quality
     variants = {variant.name: variant for variant in quality.variants}
     verdicts = judge_all(quality)

@@ -28,8 +28,8 @@ class UnitBits:
 
     Attributes:
         group: Group of its layers, for example self_attention.
-        block: Where they are.
-        num_layers: How many they are.
+        block: Name of the block that the layers are in.
+        num_layers: Number of the layers.
         weight: Their weight bits; one number, or one for each window of timesteps with slashes.
         activation: Their activation bits, likewise.
     """
@@ -57,7 +57,7 @@ class BitSection:
 
 
 def build_bit_section(allocation: Allocation | None) -> BitSection | None:
-    """Draw and count; None where no bits were allocated."""
+    """Make the section of an allocation; None where no bits were allocated."""
     if allocation is None:
         return None
     charts = (draw_sensitivity(allocation, side=side) for side in ("weight", "activation"))

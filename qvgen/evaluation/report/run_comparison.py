@@ -18,10 +18,10 @@ class Column:
     """One measured column.
 
     Attributes:
-        key: in compare.json.
-        label: above the column.
+        key: name of the column in compare.json.
+        label: words above the column.
         path: where report.json holds the number.
-        shown: the number as text.
+        shown: turns the number into text.
         better: which end is the better one; None: neither.
         metric: whose level of ``verdict`` colours it; empty: none.
     """
@@ -87,7 +87,7 @@ class RunTable:
 
     Attributes:
         settings: keys that are not the same in all runs.
-        columns: measured columns; those that no run has are left out.
+        columns: measured columns; a column that no run has is left out.
         rows: one per run, in the order in which they were named.
         notes: what makes numbers that should not be compared.
     """

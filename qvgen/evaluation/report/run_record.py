@@ -30,10 +30,10 @@ class RunRecord:
 
     Attributes:
         path: Its folder.
-        name: Short, and no other run's among those that are compared.
+        name: A short name that no other of the compared runs has.
         state: Whether there is a whole report.
         why: The part that is missing or damaged; empty where nothing is.
-        settings: Its configuration, by dotted key; without what changes no number.
+        settings: Its configuration by dotted key, without keys that change no number.
         report: The content of report.json; empty without one.
         history: Its curves; empty without metrics.csv.
     """
@@ -75,7 +75,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A folder is not there, or holds no run.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder; name run folders, for example outputs/tiny-3-qvgen/*")
@@ -83,8 +83,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if not runs:
             raise UserError(f"{path} holds no run ({CONFIG_FILE}); name run folders, or a folder that holds some")
         for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())
 
 
 def _runs_below(path: Path) -> Iterable[Path]:
@@ -101,7 +101,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Paths below what is common to them; of one run its folder's name."""
+    """Names of runs: their paths below the folder that holds them all; a single run has its folder's name."""
     whole = [path.resolve() for path in paths]
     if len(whole) == 1:
         return [whole[0].name]
@@ -171,7 +171,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, without those that change no number."""
+    """Nested mappings as dotted keys, without keys that change no number."""
     flat: dict[str, Any] = {}
     for name, entry in value.items():
         key = f"{prefix}{name}"
@@ -193,7 +193,7 @@ def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[str]]:
     readable = [record for record in records if record.settings]
     keys = list(dict.fromkeys(key for record in readable for key in record.settings))
     values = {key: [_shown(record.settings.get(key, ...)) for record in readable] for key in keys}
-    differing = {key for key, found in values.items() if len(set(found)) > 1}
+    differing = {key for key, shown in values.items() if len(set(shown)) > 1}
     chosen = {key.removeprefix("names.") for key in differing if key.startswith("names.")}
 
     def follows(key: str) -> bool:

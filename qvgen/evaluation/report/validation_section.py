@@ -16,7 +16,7 @@ from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
 from qvgen.evaluation.report_data import ValidationVideo
 
 MOST_STEPS = 5
-"""Videos of the student per prompt: a page holds all of them."""
+"""Most videos of the student that a prompt's row shows: all of them are inside of the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ValidationSection:
     Attributes:
         prompts: one row each.
         num_steps: at how many steps videos were made.
-        shown_steps: those whose videos are shown.
+        shown_steps: the steps whose videos are shown.
         chart: PSNR over the steps; None where there is nothing to draw.
     """
 
@@ -46,7 +46,7 @@ class ValidationSection:
 
 
 def build_section(videos: Sequence[ValidationVideo], *, last_step: int) -> ValidationSection | None:
-    """Choose, read and draw; None where there are no videos.
+    """Make the section of a run's validation videos; None where there are none.
 
     Args:
         videos: all of the run, in order of step and prompt.

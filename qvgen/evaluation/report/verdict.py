@@ -4,7 +4,7 @@
     PSNR                       >= 25 dB    >= 20 dB    below      the teacher's video of the same caption and noise
     SSIM                       >= 0.85     >= 0.6      below      the same
     LPIPS                      <= 0.1      <= 0.25     above      the same
-    flicker                    <= 1.25 x   <= 2 x      above      the teacher's flicker, where caption ask for standing still
+    flicker                    <= 1.25 x   <= 2 x      above      the teacher's flicker, where captions ask for standing still
 
 A verdict is the worst of its metrics that were measured. A metric that is no number is poor: a video of NaN is. Flicker that
 is less than ``UNSEEN_FLICKER`` levels of 255 above the teacher's is good, whatever the ratio: nobody sees it.
@@ -27,7 +27,7 @@ Level = Literal["good", "fair", "poor"]
 LEVELS: tuple[Level, ...] = ("good", "fair", "poor")
 
 UNSEEN_FLICKER = 1.0
-"""Levels of 255."""
+"""Levels of 255 by which flicker may exceed the teacher's before anybody sees it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class Limit:
     """Where one metric turns from good to fair and from fair to poor.
 
     Attributes:
-        label: for tables.
+        label: name of the metric in tables.
         good: the last value that is good.
         fair: the last value that is fair.
         rising: larger values are better.
-        unit: behind a limit.
+        unit: unit that is written behind a limit.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Verdict:
 
     Attributes:
         level: the worst of ``metrics``; None where nothing was measured.
-        metrics: level by metric, of those that were measured, in the order of ``LIMITS``.
+        metrics: level of each metric that was measured, in the order of ``LIMITS``.
     """
 
     level: Level | None

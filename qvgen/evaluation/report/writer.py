@@ -2,7 +2,7 @@
 
 Videos are mp4 inside the page, curves are SVG, style and script are inline (:mod:`qvgen.evaluation.report.page`).
 
-Left out: what is measured. The numbers come in as ReportData; only the PSNR under each video is computed here, from
+Left out: measuring. The numbers come in as ReportData; only the PSNR under each video is computed here, from
 the very frames that are shown.
 """
 
