@@ -16,16 +16,18 @@ from typing import Any
 
 import pytest
 
-from qvgen.cli import main
+from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.build import build, load_run
 from qvgen.config.compose import compose_plain
 from qvgen.config.conf_folder import using_directory
 from qvgen.config.leaves import LEAF_GROUPS, build_leaf, load_leaf
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
+from qvgen.training import source_checksum
 from qvgen.training.distributed.launcher import worker_command
 from qvgen.training.source_checksum import foreign_sources
 from qvgen_kernels import get_backend, registry
+from tests.runs import UNSEEN, copy_until, packed_bytes, snapshot, train
 
 SOURCE = """
 from pathlib import Path
@@ -211,6 +213,41 @@ def test_the_present_folder_is_searched_last_also_by_an_installed_command(mine: 
     command = [sys.executable, str(script), str(mine)]
     done = subprocess.run(command, cwd=mine, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["<class 'mine.light.Init'>", "True"], done.stderr
+
+
+def test_a_run_of_the_users_own_classes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One process and two give the same bytes; videos need the class's name again; changed source is another run."""
+    own = [f"{group}._target_=mine.leaves.{LEAVES[group]}" for group in ("model", "data", "init")]
+    keys = (*own, *UNSEEN, "method=lsq", "steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9")
+    assert train(mine / "one", *keys) == DONE
+    assert train(mine / "two", *keys, "devices=2", "strategy=ddp") == DONE
+    assert packed_bytes(mine / "two") == packed_bytes(mine / "one")
+    assert "Traceback" not in (mine / "two" / "logs" / "rank1.log").read_text()
+
+    capsys.readouterr()
+    generate = ["generate", "packed=one/packed", "out=videos", "num_steps=1", "prompt=a red three standing still"]
+    assert main(generate) == BAD_INPUT
+    assert "unknown model=Model" in capsys.readouterr().err
+    assert main([*generate, "model=tiny", "model._target_=mine.leaves.Model"]) == DONE
+    assert [path.suffix for path in (mine / "videos").iterdir()] == [".mp4"]
+
+    again = copy_until(mine / "one", mine / "again", step=1)
+    there = json.loads((again / "identity.json").read_text())["facts"]["code.mine"]
+    with (mine / "mine" / "leaves.py").open("a") as file:
+        file.write("# another line\n")
+    source_checksum._checksum.cache_clear()  # as in another process
+    here = f"source {source_checksum._checksum('mine')[:12]}"
+    before = snapshot(again)
+    capsys.readouterr()
+    assert train(again, *keys, "resume=true") == BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"code.mine was {there[:19]} and is {here}" in line
+    assert here != there[:19]
+    assert "resume=force" in line
+    assert snapshot(again) == before
+    assert train(again, *keys, "resume=force") == DONE
+    (change,) = json.loads((again / "report.json").read_text())["changes"]
+    assert (change["step"], change["name"], change["before"][:19]) == (1, "code.mine", there[:19])
 
 
 def test_a_packed_folder_names_no_class(short_run: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

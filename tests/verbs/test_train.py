@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bits=2 phi.rank=8": {"bits": "2"},
     "method=lsq": {"method": "lsq"},
     "method=lsq method.distill=true": {"method": "lsq"},
-    "method.phi=false": {"method": "qvgen"},
+    "method.phi=false init=gptq calibration.videos=2 calibration.steps=2": {"method": "qvgen", "init": "gptq"},
     "init=rtn seed=1": {"init": "rtn", "seed": 1},
     "phi.ranks=[6,2] phi.anneal=linear phi.drop=largest": {},
     "profile=convrot": {"profile": "convrot"},
