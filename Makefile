@@ -16,7 +16,7 @@ CHOSEN := $(strip $(foreach key,devices= strategy= batch_size= accumulate=,$(fin
 TWO_PROCESSES = $(if $(CHOSEN)$(filter 1,$(CORES)),,devices=2 strategy=ddp)
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint venv shell docs reference peers
+.PHONY: help demo test lint venv shell docs reference peers mutants
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1  \t/'
@@ -26,6 +26,11 @@ demo: $(STAMP) ## train, fold, pack, run and report on the small model (ARGS="bi
 
 test: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
+
+N ?= 25
+SEED ?= 0
+mutants: $(STAMP) ## change N lines at random, one at a time, and see a test fail for each (N=25 SEED=0); an hour
+	OMP_NUM_THREADS=1 $(PYTHON) tests/mutants/mutate_lines.py $(N) $(SEED)
 
 lint: $(STAMP) ## style, formatting, types, import directions
 	$(VENV)/bin/ruff check .
