@@ -7,11 +7,11 @@ Left out: perceptual and adversarial losses, which sharpen what the L1 norm leav
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from qvgen.methods.base import Method, Trains
+from qvgen.config.value_range import Range, check_ranges
+from qvgen.methods.base import CaptionDropout, Method, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +19,14 @@ class Autoencoder(Method):
     """No transformer, no captions, nothing quantized.
 
     Attributes:
-        kl_weight: Weight, at least 0, of the KL divergence per latent number in nats. It only keeps latents from growing
+        kl_weight: Weight of the KL divergence per latent number in nats. It only keeps latents from growing
             without bound: their scale is divided out afterwards.
     """
 
     trains: ClassVar[Trains] = "autoencoder"
-    kl_weight: float
-    caption_dropout: float = field(default=0.0, init=False)
+    kl_weight: Annotated[float, Range(">= 0", write="1e-4")]
+    caption_dropout: CaptionDropout = field(default=0.0, init=False)
     share_activations: Literal[False] = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"method.kl_weight={self.kl_weight} is negative or not finite; write for example 1e-4")
+        check_ranges(self, section="method")

@@ -15,18 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.config.sections import OptimConfig, PhiConfig
+from qvgen.config.value_range import Range
 from qvgen.methods.parameter_group import parameter_groups
 
 Trains = Literal["student", "transformer", "autoencoder", "nothing"]
 """``student``: a transformer with fake-quantized Linears, which is folded and packed; ``nothing``: the same without training
 (``qvgen ptq``); ``transformer``: one in full precision, from scratch; ``autoencoder``: a model's VAE."""
+
+
+CAPTION_DROPOUT = Range("[0, 1]", write="0.05")
+CaptionDropout = Annotated[float, CAPTION_DROPOUT]
+"""A probability; the papers use 0.05 to 0.1."""
 
 
 class Schedule(Protocol):
@@ -65,20 +71,17 @@ class Method:
 
     Attributes:
         trains: See :data:`Trains`.
-        caption_dropout: Probability in [0, 1] that a training sample loses its caption.
+        caption_dropout: Probability that a training sample loses its caption.
         share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed model
             quantizes it once (:mod:`qvgen.layers.shared_input`); False: each layer learns its own.
     """
 
     trains: ClassVar[Trains] = "student"
-    caption_dropout: float = 0.0
+    caption_dropout: CaptionDropout = 0.0
     share_activations: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(
-                f"method.caption_dropout={self.caption_dropout} is outside [0, 1]; the papers use 0.05 to 0.1"
-            )
+        CAPTION_DROPOUT.check(self.caption_dropout, key="method.caption_dropout")
 
     @property
     def quantizes(self) -> bool:

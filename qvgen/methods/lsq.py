@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qvgen.methods.base import Method
+from qvgen.methods.base import CaptionDropout, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class LSQ(Method):
     """
 
     distill: bool = False
-    caption_dropout: float = 0.05
+    caption_dropout: CaptionDropout = 0.05
     share_activations: bool = True
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from qvgen.methods.base import Method, Trains
+from qvgen.methods.base import CaptionDropout, Method, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +13,9 @@ class Pretrain(Method):
     """No quantization, no teacher: mean |v - target|^2.
 
     Attributes:
-        caption_dropout: Probability that a sample loses its caption, in [0, 1], for classifier-free guidance.
+        caption_dropout: Probability that a sample loses its caption, for classifier-free guidance.
     """
 
     trains: ClassVar[Trains] = "transformer"
-    caption_dropout: float = 0.1
+    caption_dropout: CaptionDropout = 0.1
     share_activations: Literal[False] = field(default=False, init=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from qvgen.methods.base import Method, Trains
+from qvgen.methods.base import CaptionDropout, Method, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,5 +13,5 @@ class PostTraining(Method):
     """See :class:`qvgen.methods.base.Method`."""
 
     trains: ClassVar[Trains] = "nothing"
-    caption_dropout: float = field(default=0.0, init=False)
+    caption_dropout: CaptionDropout = field(default=0.0, init=False)
     share_activations: Literal[False] = field(default=False, init=False)

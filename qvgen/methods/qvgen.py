@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qvgen.config.sections import PhiConfig
-from qvgen.methods.base import Method
+from qvgen.methods.base import CaptionDropout, Method
 from qvgen.methods.phi_decay import PhiDecay, decay_ranks
 
 
@@ -19,7 +19,7 @@ class QVGen(Method):
     """
 
     phi: bool = True
-    caption_dropout: float = 0.05
+    caption_dropout: CaptionDropout = 0.05
     share_activations: bool = True
 
     @property

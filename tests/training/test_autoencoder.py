@@ -145,8 +145,12 @@ def test_every_parameter_has_a_gradient_and_kl_weight_its_part() -> None:
         gradients[weight] = training.vae.encoder.conv_in.weight.grad
         assert losses[0] == losses[1] + weight * losses[2]
     assert not torch.allclose(gradients[0.0], gradients[10.0], rtol=0.1)
-    with pytest.raises(ValueError, match="method.kl_weight=-1"):
-        Autoencoder(kl_weight=-1)
+    for weight, message in (
+        (-1, "is negative; write for example method.kl_weight=1e-4"),
+        (float("inf"), "outside >= 0"),
+    ):
+        with pytest.raises(ValueError, match=f"method.kl_weight={weight} .*{message}"):
+            Autoencoder(kl_weight=weight)
 
 
 def test_the_loss_falls_and_everything_is_logged(run: Path) -> None:
