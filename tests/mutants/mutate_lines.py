@@ -7,9 +7,10 @@ condition turned round, None for a returned value, a dropped statement. The room
 place that can be changed is drawn with the same chance. Left out is what no test should notice: docstrings, type
 annotations, log messages and the words of an error.
 
-Each mutant meets the test files that are most likely to notice first: its mirror tests/ROOM/test_FILE.py and the files
-that import its module, then the rest of the room's tests, then END_TO_END. A test that fails counts only if it passes on
-the unchanged copy, so a test that is broken anyway kills nothing. The table on stdout has a row for each mutant; the exit
+Each mutant meets the test files that are most likely to notice first: its mirror tests/ROOM/test_FILE.py and the room's
+files that import its module, then the rest of the room's tests, then files elsewhere that import it, then END_TO_END. A
+test that fails, or takes longer than it may, counts only if it passes on the unchanged copy: a test that is broken or too
+slow anyway kills nothing. The table on stdout has a row for each mutant; the exit
 status is 1 if one survived. The sources themselves are never touched.
 """
 
@@ -34,6 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("quant", "layers", "lowrank", "training", "deploy")
 END_TO_END = ("tests/verbs/test_train.py", "tests/verbs/test_fold.py")
 """What runs last for every mutant: training, folding, packing, and the run's report."""
+
+FILES_AT_ONCE = 6
+"""Test files of one run of pytest: starting one takes seconds, and a mutant that loops forever costs its whole time."""
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
@@ -133,7 +137,7 @@ def drawn(root: Path, rooms: tuple[str, ...], count: int, seed: int) -> list[Mut
 
 
 def stages(root: Path, mutant: Mutant) -> list[list[str]]:
-    """Test files that meet a mutant, in three stages; a file is in one of them only."""
+    """Test files that meet a mutant, the likeliest first, each in one run of pytest of at most FILES_AT_ONCE."""
     source = Path(mutant.file).relative_to("qvgen")
     module = ".".join(("qvgen", *source.with_suffix("").parts))
     mirror = root / "tests" / source.parent / f"test_{source.name}"
@@ -142,17 +146,14 @@ def stages(root: Path, mutant: Mutant) -> list[list[str]]:
     tests = sorted((root / "tests").rglob("test_*.py"))
     near = [test for test in tests if imports.search(test.read_text(encoding="utf-8"))]
     room = [test for test in tests if source.parts[0] in test.relative_to(root / "tests").parts]
-    seen: set[Path] = set()
-    result = []
-    for stage in ([mirror, *near], room, [root / test for test in END_TO_END]):
-        fresh = [test for test in dict.fromkeys(stage) if test.is_file() and test not in seen]
-        seen.update(fresh)
-        result.append([str(test.relative_to(root)) for test in fresh])
-    return [stage for stage in result if stage]
+    room.sort(key=lambda test: test.parent != mirror.parent)  # its own inner room first
+    order = [mirror, *(test for test in near if test in room), *room, *near, *(root / test for test in END_TO_END)]
+    files = [str(test.relative_to(root)) for test in dict.fromkeys(order) if test.is_file()]
+    return [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
 
 
 def first_failure(root: Path, tests: list[str], seconds: float, broken: set[str]) -> str | None:
-    """The test that fails first, None if all but the broken ones pass; too long a run is a failure of its first file."""
+    """The test that fails first, all files' names if they take too long, None if all but the broken ones pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
     command += [f"--deselect={name}" for name in sorted(broken)]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -165,11 +166,11 @@ def first_failure(root: Path, tests: list[str], seconds: float, broken: set[str]
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, 9)  # the processes that a test started too
         child.wait()
-        return f"{tests[0]} (over {seconds:.0f} s)"
+        return " ".join(tests)
     if child.returncode in (0, 5):
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return failed[1] if failed else f"{tests[0]} (pytest exits with {child.returncode})"
+    return failed[1] if failed else " ".join(tests)
 
 
 def killer(root: Path, mutant: Mutant, seconds: float, broken: set[str]) -> str | None:
@@ -187,10 +188,9 @@ def killer(root: Path, mutant: Mutant, seconds: float, broken: set[str]) -> str 
                 path.write_bytes(original)
             if failed is None:
                 break
-            test = failed.split(" ")[0]
-            if first_failure(root, [test], seconds, broken) is None:
+            if first_failure(root, failed.split(" "), seconds, broken) is None:
                 return failed
-            broken.add(test)
+            broken.update(failed.split(" "))
     return None
 
 
