@@ -58,9 +58,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+OWN_PACKAGES = ("qvgen", "qvgen_kernels")
+"""The packages of this repository; every other one is somebody else's."""
+
+
 def missing_library(error: ModuleNotFoundError) -> str | None:
     """What to do about a library that this Python does not have; None where one of our own modules can't be found."""
-    if error.name is None or error.name.partition(".")[0] in ("qvgen", "qvgen_kernels"):
+    if error.name is None or error.name.partition(".")[0] in OWN_PACKAGES:
         return None
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "Makefile").is_file():

@@ -8,8 +8,7 @@ import os
 import sys
 from typing import Any
 
-from qvgen.config.leaf_file import OWN_PACKAGES
-from qvgen.errors import UserError, did_you_mean, one_line
+from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
 
 def find_class(name: str, *, key: str, is_users: bool) -> Any:

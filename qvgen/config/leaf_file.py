@@ -15,9 +15,7 @@ from omegaconf import OmegaConf
 
 from qvgen.config.conf_folder import conf_directory, user_directory
 from qvgen.config.plugins import find_plugins, plugin_targets
-from qvgen.errors import UserError, did_you_mean, one_line
-
-OWN_PACKAGES = ("qvgen", "qvgen_kernels")
+from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
 
 def leaf_names(group: str) -> list[str]:

@@ -21,9 +21,9 @@ from typing import Any
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from qvgen.config.leaf_file import OWN_PACKAGES, group_targets
+from qvgen.config.leaf_file import group_targets
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
-from qvgen.errors import one_line
+from qvgen.errors import OWN_PACKAGES, one_line
 from qvgen.layers.block_fusion import ProjectionMerge, registered_fusions
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.packed_linear import PackedLinear

@@ -30,7 +30,7 @@ import torch
 from qvgen import __version__
 from qvgen.config.schema import TrainConfig
 from qvgen.data.pixel_clips import PixelClips
-from qvgen.errors import UserError
+from qvgen.errors import OWN_PACKAGES, UserError
 from qvgen.evaluation.comparison import shown_videos
 from qvgen.evaluation.environment import collect_machine, collect_versions, git_revision
 from qvgen.evaluation.prompts import calibration_prompts
@@ -44,7 +44,6 @@ from qvgen.training.start_file import START_FILE
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
 
-_PACKAGES = ("qvgen", "qvgen_kernels")
 
 _SETTINGS = (
     "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
@@ -191,7 +190,7 @@ def _listed(prompts: Sequence[Any]) -> str:
 def _own_sources() -> str:
     """Checksum of the code that runs: once in a process, which does not load again what is edited meanwhile."""
     folders = {}
-    for package in _PACKAGES:
+    for package in OWN_PACKAGES:
         found = importlib.util.find_spec(package)
         assert found is not None, f"{package} is not installed"
         assert found.origin is not None, f"{package} has no file"

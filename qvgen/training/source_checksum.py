@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.leaf_file import OWN_PACKAGES, foreign_targets
+from qvgen.config.leaf_file import foreign_targets
 from qvgen.config.leaves import LEAF_GROUPS
+from qvgen.errors import OWN_PACKAGES
 
 _SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h")
 
