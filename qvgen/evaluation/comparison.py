@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.config.prompt import PromptedVideo
-from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.data.video import write_video
 from qvgen.deploy.delta_switch import find_switch
@@ -30,7 +29,6 @@ from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.kept_samples import KeptSamples, Sampled
 from qvgen.evaluation.packed_checks import check_packed
 from qvgen.evaluation.placement import placed
-from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost
 from qvgen.evaluation.report_data import Checks, VideoComparison
 from qvgen.evaluation.sampling_cost import describe_device, measured, memory_source, weight_bytes, weights_dtype
@@ -68,10 +66,29 @@ class Start:
     absent: str | None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ComparedModels:
+    """The models that stand side by side.
+
+    Attributes:
+        teacher: The full-precision model.
+        fake: The trained model, its Phi gone; where the start is sampled it holds the start afterwards.
+        packed: The same, read back from its packed directory.
+        start: The PTQ start, or why it is not sampled.
+    """
+
+    teacher: nn.Module
+    fake: nn.Module
+    packed: nn.Module
+    start: Start
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     """The videos that are shown, and the table's, whose items are of the data, with their seeds."""
 
+    family: VideoDiT
+    encode: Encode
     shown: Sequence[PromptedVideo]
     items: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
@@ -82,57 +99,51 @@ class _Asked:
 
 
 def compare_models(
-    config: TrainConfig,
+    family: VideoDiT,
+    models: ComparedModels,
     *,
-    teacher: nn.Module,
-    fake: nn.Module,
-    packed: nn.Module,
-    start: Start,
     held_out: MeasuredInputs,
-    run_dir: Path,
+    shown: Sequence[PromptedVideo],
+    quality_videos: int,
+    kept: KeptSamples,
 ) -> Comparison:
     """Generate with all models, write the shown videos to run_dir/videos, and compare.
 
     What is sampled is kept in the run's folder until the report is written (:mod:`qvgen.evaluation.kept_samples`).
 
     Args:
-        config: The run's: prompts, seed, number of videos.
-        teacher: Full-precision model.
-        fake: Trained model, its Phi gone; where the start is sampled it holds the start afterwards.
-        packed: The same, read back from its packed directory.
-        start: The PTQ start, or why it is not sampled.
+        family: The model family.
+        models: What is compared.
         held_out: Inputs on which the outputs of fake and packed are compared; captions of the table's videos.
-        run_dir: The run's folder.
+        shown: The videos that the report shows.
+        quality_videos: Number of the table's videos; their seeds begin with that of the held-out inputs.
+        kept: The samples in the run's folder.
     """
-    shown = shown_videos(config)
-    items = held_out_items(held_out.split, config.evaluation.quality_videos)
-    seeds = [config.seed + index for index in range(len(items))]
-    asked = _Asked(shown=shown, items=items, seeds=seeds)
-    encode = held_out.split.encode
-    models = dict(zip(VARIANTS, (teacher, fake, packed), strict=True))
-    kept = KeptSamples(config, run_dir)
-    sampled = {
-        name: kept.get(name, partial(_sample, config, name, model, asked, encode=encode))
-        for name, model in models.items()
-    }
-    checks = check_packed(fake, packed, held_out=held_out, videos={name: one.table for name, one in sampled.items()})
+    items = held_out_items(held_out.split, quality_videos)
+    seeds = [held_out.seed + index for index in range(len(items))]
+    asked = _Asked(family=family, encode=held_out.split.encode, shown=shown, items=items, seeds=seeds)
+    sampled_models = dict(zip(VARIANTS, (models.teacher, models.fake, models.packed), strict=True))
+    sampled = {name: kept.get(name, partial(_sample, name, model, asked)) for name, model in sampled_models.items()}
+    tables = {name: one.table for name, one in sampled.items()}
+    checks = check_packed(models.fake, models.packed, held_out=held_out, videos=tables)
+    start = models.start
     start_videos = None if start.restore is None else kept.read(START)
     if start_videos is None:
-        start, start_videos = _sample_start(config, start, asked, encode=encode)
+        start, start_videos = _sample_start(start, asked)
     if start_videos is not None:
         kept.write(START, start_videos)
         sampled = {"teacher": sampled.pop("teacher"), START: start_videos, **sampled}  # as tables and pages show them
     frames = {name: one.shown for name, one in sampled.items()}
-    _write_videos(frames, shown, fps=config.model.fps, directory=run_dir / "videos")
+    _write_videos(frames, shown, fps=family.fps, directory=kept.run_dir / "videos")
     return Comparison(
         checks=checks,
-        videos=_comparisons(config, frames, asked),
-        quality=_quality(config, sampled, asked, start=start),
+        videos=_comparisons(frames, asked),
+        quality=_quality(sampled, asked, start=start),
         sampling=_sampling(sampled, asked),
     )
 
 
-def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: Encode) -> tuple[Start, Sampled | None]:
+def _sample_start(start: Start, asked: _Asked) -> tuple[Start, Sampled | None]:
     """The PTQ start's videos; a start that cannot be read any more costs these alone, and never the report of a run."""
     if start.restore is None:
         return start, None
@@ -142,12 +153,12 @@ def _sample_start(config: TrainConfig, start: Start, asked: _Asked, *, encode: E
         log.warning("the videos of the PTQ start are left out: %s", error)
         return Start(restore=None, absent=str(error)), None
     with phi_suspended(student):
-        return start, _sample(config, START, student, asked, encode=encode)
+        return start, _sample(START, student, asked)
 
 
-def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, encode: Encode) -> Sampled:
+def _sample(name: str, model: nn.Module, asked: _Asked) -> Sampled:
     """One model's videos; the table's are timed, when the shown ones have warmed the model up."""
-    family, switch = config.model, find_switch(model)
+    family, encode, switch = asked.family, asked.encode, find_switch(model)
     with placed(model) as device:
         shown = _sample_shown(family, model, asked.shown, encode=encode)
         if switch is not None:
@@ -166,13 +177,13 @@ def _sample(config: TrainConfig, name: str, model: nn.Module, asked: _Asked, *, 
     return Sampled(shown=shown, table=table, cost=cost, activation_bits=bits)
 
 
-def _comparisons(config: TrainConfig, videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComparison, ...]:
+def _comparisons(videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComparison, ...]:
     start = videos.get(START)
     return tuple(
         VideoComparison(
             prompt=video.caption,
             seed=video.seed,
-            fps=config.model.fps,
+            fps=asked.family.fps,
             teacher=videos["teacher"][index].numpy(),
             start=None if start is None else start[index].numpy(),
             fake_quantized=videos["fake-quantized"][index].numpy(),
@@ -183,8 +194,8 @@ def _comparisons(config: TrainConfig, videos: Mapping[str, Tensor], asked: _Aske
     )
 
 
-def _quality(config: TrainConfig, sampled: Mapping[str, Sampled], asked: _Asked, *, start: Start) -> Quality:
-    lpips_state = find_lpips()
+def _quality(sampled: Mapping[str, Sampled], asked: _Asked, *, start: Start) -> Quality:
+    family, lpips_state = asked.family, find_lpips()
     rows = {
         name: video_quality(
             name, one.table, teacher=sampled["teacher"].table, items=asked.items, lpips_state=lpips_state
@@ -196,9 +207,9 @@ def _quality(config: TrainConfig, sampled: Mapping[str, Sampled], asked: _Asked,
         num_videos=len(asked.items),
         num_still_videos=sum(STILL in caption for caption in asked.captions),
         seeds=f"{asked.seeds[0]}..{asked.seeds[-1]}",
-        num_steps=config.model.num_inference_steps,
-        guidance_scale=config.model.guidance_scale,
-        negative_prompt=None if config.model.guidance_scale == 1 else config.model.negative_prompt,
+        num_steps=family.num_inference_steps,
+        guidance_scale=family.guidance_scale,
+        negative_prompt=None if family.guidance_scale == 1 else family.negative_prompt,
         lpips_absent=lpips_state.absent,
         start_absent=start.absent,
     )
@@ -215,11 +226,6 @@ def _sampling(sampled: Mapping[str, Sampled], asked: _Asked) -> Sampling:
             "while it sampled beyond what was there before"
         ),
     )
-
-
-def shown_videos(config: TrainConfig) -> list[PromptedVideo]:
-    """The videos that a run shows: the evaluation's prompts in turn, again and again if need be."""
-    return evaluation_prompts(config).in_turn(config.evaluation.videos, first_seed=config.seed)
 
 
 @torch.no_grad()

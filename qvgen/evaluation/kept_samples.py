@@ -12,14 +12,14 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qvgen.config.schema import TrainConfig
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.deploy.manifest import read_manifest
 from qvgen.evaluation.quality_data import SamplingCost
@@ -45,18 +45,23 @@ class KeptSamples:
     """The videos of a run whose packed directory is written.
 
     Args:
-        config: The run's.
-        run_dir: Its folder.
+        run_dir: The run's folder.
+        settings: The run's configuration as plain values, all of it: what decides the videos and what does not is told apart
+            here.
+        revision: Revision of the full-precision model.
+
+    Attributes:
+        run_dir: The run's folder.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, settings: Mapping[str, Any], revision: str) -> None:
         parts = [
-            lasting(config.plain),
+            lasting(settings),
             read_manifest(run_dir / "packed").sha256,
-            config.model.revision,
+            revision,
             [asdict(change) for change in read_changes(run_dir)],
         ]
-        self.folder = run_dir / DIRECTORY
+        self.run_dir, self.folder = run_dir, run_dir / DIRECTORY
         self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def get(self, name: str, sample: Callable[[], Sampled]) -> Sampled:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvgen.config.prompt import Prompts
 from qvgen.config.prompt_line import Prompt
-from qvgen.config.schema import TrainConfig
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.source import Split
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.placement import placed
-from qvgen.evaluation.prompts import evaluation_prompts
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.models.base import Encode
 
 SEED_OFFSET = 20_000
@@ -70,36 +70,35 @@ class SampledInputs(MeasuredInputs):
     """Recorded inputs of the full-precision model.
 
     Args:
-        config: The run's: model, prompts, seed, steps, number of inputs; whole calls are kept, so there may be a few more.
-        teacher: Full-precision model.
-        encode: Turns captions into conditions.
+        teacher: The full-precision model.
+        prompts: Captions of the videos that it samples, in turn.
+        num_samples: Inputs; whole calls are kept, so there may be a few more.
+        num_steps: Sampling steps of each video.
 
     Raises:
         ValueError: The model was not called while sampling (an expert of other noise levels than the few steps').
     """
 
-    def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode) -> None:
-        prompts = evaluation_prompts(config)
-        self.split, self.seed = captions_split(prompts.captions, encode), config.seed
-        self._dtype = teacher.dtype
+    def __init__(self, teacher: SampledTeacher, *, prompts: Prompts, num_samples: int, num_steps: int) -> None:
+        self.split, self.seed = captions_split(prompts.captions, teacher.encode), teacher.seed
+        self._dtype = teacher.transformer.dtype
         calls: list[Call] = []
         rows = videos = 0
-        while rows < config.evaluation.samples:
-            calls += _record(config, teacher, prompts.lines[videos % len(prompts)], index=videos, encode=encode)
+        while rows < num_samples:
+            calls += _record(teacher, prompts.lines[videos % len(prompts)], index=videos, num_steps=num_steps)
             videos += 1
             rows = sum(map(_num_rows, calls))
             if not calls:
                 raise ValueError(
-                    f"calibration.steps={config.calibration.steps}: model={config.names.model} was not called in any of "
-                    "them; use more"
+                    f"calibration.steps={num_steps}: model={teacher.model.name} was not called in any of them; use more"
                 )
-        count = min(len(calls), math.ceil(config.evaluation.samples * len(calls) / rows))
+        count = min(len(calls), math.ceil(num_samples * len(calls) / rows))
         kept = torch.linspace(0, len(calls) - 1, count).round().long().tolist()
         self._calls = [calls[index] for index in kept]
         self.num_samples = sum(map(_num_rows, self._calls))
         self.source = (
             f"no clips: inputs of the full-precision model in {videos} "
-            f"sampled video{'s' if videos > 1 else ''} of {config.calibration.steps} steps"
+            f"sampled video{'s' if videos > 1 else ''} of {num_steps} steps"
         )
 
     @torch.no_grad()
@@ -119,15 +118,15 @@ class NothingMeasured(MeasuredInputs):
     """Stands in the place of inputs where ``evaluation.samples`` is 0: it has no inputs and measures no error.
 
     Args:
-        config: The run's.
         encode: Turns captions into conditions, for a calibration.
+        seed: The run's seed.
     """
 
     source = "nothing: evaluation.samples=0"
     num_samples = 0
 
-    def __init__(self, config: TrainConfig, *, encode: Encode) -> None:
-        self.split, self.seed = captions_split([], encode), config.seed
+    def __init__(self, *, encode: Encode, seed: int) -> None:
+        self.split, self.seed = captions_split([], encode), seed
 
     def predictions(self, model: nn.Module) -> Iterator[Tensor]:
         """The predictions for no inputs."""
@@ -141,7 +140,7 @@ class NothingMeasured(MeasuredInputs):
 
 
 @torch.no_grad()
-def _record(config: TrainConfig, teacher: nn.Module, prompt: Prompt, *, index: int, encode: Encode) -> list[Call]:
+def _record(teacher: SampledTeacher, prompt: Prompt, *, index: int, num_steps: int) -> list[Call]:
     """All calls of the transformer while a video is sampled."""
     calls: list[Call] = []
 
@@ -149,17 +148,17 @@ def _record(config: TrainConfig, teacher: nn.Module, prompt: Prompt, *, index: i
         del module
         calls.append((_mapped(arguments, _stored), _mapped(named, _stored)))
 
-    handle = teacher.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = teacher.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with placed(teacher):
-            config.model.generate(
-                teacher,
+        with placed(teacher.transformer):
+            teacher.family.generate(
+                teacher.transformer,
                 [prompt.caption],
-                [config.seed + SEED_OFFSET + index],
-                num_steps=config.calibration.steps,
-                guidance_scale=config.model.guidance_scale,
+                [teacher.seed + SEED_OFFSET + index],
+                num_steps=num_steps,
+                guidance_scale=teacher.family.guidance_scale,
                 negative_prompts=[prompt.negative],
-                encode=encode,
+                encode=teacher.encode,
             )
     finally:
         handle.remove()

@@ -25,7 +25,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from qvgen import stop_request
-from qvgen.config.schema import TrainConfig
 from qvgen.config.sections import OptimConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.noise import sample_generator
@@ -38,7 +37,8 @@ from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 from qvgen.training.progress import progress_bar
 from qvgen.training.trainer import Processes, build_trainer, fit
-from qvgen.training.wandb_run import training_log
+from qvgen.training.training_run import TrainingOutput
+from qvgen.training.training_steps import TrainingSteps
 
 log = logging.getLogger(__name__)
 
@@ -195,38 +195,39 @@ class AutoencoderMetrics(lightning.Callback):
             self._bar = None
 
 
-def fit_autoencoder(config: TrainConfig, *, vae: nn.Module, split: Split, run_dir: Path) -> None:
-    """Train a VAE, from the newest checkpoint of the run where there is one.
+def fit_autoencoder(
+    vae: nn.Module, split: Split, *, kl_weight: float, steps: TrainingSteps, output: TrainingOutput
+) -> None:
+    """Train a VAE by one process, from the newest checkpoint of the run where there is one.
 
     Args:
-        config: The run's; ``method`` is :class:`qvgen.methods.autoencoder.Autoencoder`.
         vae: Holds the start; holds the trained weights afterwards, in eval mode.
         split: Clips as bytes.
-        run_dir: A claimed run folder.
+        kl_weight: Of the KL divergence per latent number.
+        steps: The optimizer steps.
+        output: The run's folder, its checkpoints and loggers.
     """
-    module = AutoencoderTraining(
-        vae=vae, kl_weight=config.method.kl_weight, optim=config.optim, num_steps=config.steps, seed=config.seed
-    )
+    num_steps, batch, run_dir = steps.num_steps, steps.batch, output.run_dir
+    module = AutoencoderTraining(vae=vae, kl_weight=kl_weight, optim=steps.optim, num_steps=num_steps, seed=steps.seed)
     directory = run_dir / CHECKPOINT_DIRECTORY
     callbacks: list[lightning.Callback] = [
-        AutoencoderMetrics(run_dir / "metrics.csv", num_steps=config.steps),
+        AutoencoderMetrics(run_dir / "metrics.csv", num_steps=num_steps),
         RunMark(run_dir),
-        CheckpointWriter(directory, config=config.checkpoint, num_steps=config.steps),
+        CheckpointWriter(directory, config=output.checkpoint, num_steps=num_steps),
     ]
-    data = StepKeyedData(split, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed)
+    data = StepKeyedData(split, batch_size=batch.size, accumulate=batch.accumulate, seed=steps.seed)
     vae.train()
     if found := checkpoints(directory):
         check_checkpoint(found[-1], run=run_key(run_dir))
-    with training_log(config, run_dir) as loggers:
-        trainer = build_trainer(
-            steps=config.steps,
-            accumulate=config.accumulate,
-            processes=Processes(),
-            callbacks=callbacks,
-            loggers=loggers,
-        )
-        fit(trainer, module, data, checkpoint=found[-1] if found else None)
-        stop_request.check()  # asked for in the last moments
+    trainer = build_trainer(
+        steps=num_steps,
+        accumulate=batch.accumulate,
+        processes=Processes(),
+        callbacks=callbacks,
+        loggers=list(output.loggers),
+    )
+    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    stop_request.check()  # asked for in the last moments
     vae.eval()
 
 

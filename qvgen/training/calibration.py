@@ -11,22 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvgen.config.prompt import PromptedVideo
-from qvgen.config.schema import TrainConfig
+from qvgen.config.sections import CalibrationConfig
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
-from qvgen.models.base import Encode, local_arguments
+from qvgen.models.base import local_arguments
 from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
@@ -45,39 +46,48 @@ class CalibratedModel:
     """A layer's name -> its statistics, sampled when they are first asked for and not in the cache.
 
     Args:
-        config: The run's: model, prompts, seed, what the method needs.
-        teacher: Full-precision model.
-        encode: Turns captions into conditions.
+        teacher: The full-precision model.
+        calibration: What it samples, and where statistics are kept; without prompts the model's own captions.
+        needs: Kinds of statistics, a method's ``needs``.
         num_bands: Noise bands.
     """
 
-    def __init__(self, config: TrainConfig, *, teacher: nn.Module, encode: Encode, num_bands: int) -> None:
-        self.config, self.teacher, self.encode, self.num_bands = config, teacher, encode, num_bands
-        self.needs: frozenset[Need] = frozenset(config.init.needs)
+    def __init__(
+        self, teacher: SampledTeacher, calibration: CalibrationConfig, *, needs: Collection[Need], num_bands: int
+    ) -> None:
+        self.teacher, self.calibration, self.num_bands = teacher, calibration, num_bands
+        self.needs: frozenset[Need] = frozenset(needs)
+        family = teacher.family
         # Static tables have an entry for every step that the model will be sampled with: those and no fewer are watched.
-        self.steps = config.model.num_inference_steps if "ranges" in self.needs else config.calibration.steps
-        chosen = select_linears(teacher, include=config.model.include, exclude=config.model.exclude).quantized
-        sizes = [(name, teacher.get_submodule(name).in_features) for name in chosen]
-        budget = int(config.calibration.memory_gib * 2**30)
+        self.steps = family.num_inference_steps if "ranges" in self.needs else calibration.steps
+        chosen = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
+        sizes = [(name, teacher.transformer.get_submodule(name).in_features) for name in chosen]
+        budget = int(calibration.memory_gib * 2**30)
         self._passes = passes(sizes, needs=self.needs, num_bands=num_bands, budget_bytes=budget)  # type: ignore[arg-type]
-        self.folder = Path(config.calibration.cache).expanduser() / self._key()
+        self.folder = Path(calibration.cache).expanduser() / self._content_key()
 
-    def _key(self) -> str:
-        config, family = self.config, self.config.model
+    @property
+    def key(self) -> str:
+        """Key of all that decides the statistics' values, 32 hex digits."""
+        return self.folder.name
+
+    def _content_key(self) -> str:
+        teacher, family = self.teacher, self.teacher.family
+        section = teacher.model.section
         left_out = local_arguments(family) - {"_target_"} | {*_NO_PART_OF_SAMPLING}
-        model = {key: value for key, value in config.plain["model"].items() if key not in left_out}
+        model = {key: value for key, value in section.items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
             FORMAT, family.revision, model, scheduler, [asdict(video) for video in self._videos()], self.steps,
-            config.seed, sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
+            teacher.seed, sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
-        if foreign := foreign_sources({"model": config.plain["model"]}):  # its code may change while its revision stays
+        if foreign := foreign_sources({"model": section}):  # its code may change while its revision stays
             parts.append(foreign)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _videos(self) -> list[PromptedVideo]:
-        config = self.config
-        return calibration_prompts(config).in_turn(config.calibration.videos, first_seed=config.seed + SEED_OFFSET)
+        prompts = calibration_prompts(self.calibration, self.teacher.family)
+        return prompts.in_turn(self.calibration.videos, first_seed=self.teacher.seed + SEED_OFFSET)
 
     def __call__(self, name: str) -> LayerStatistics:
         """The statistics of a layer.
@@ -109,28 +119,29 @@ class CalibratedModel:
             return None
 
     def _key_of(self, name: str) -> str:
-        return f"{self.folder.name}/{name}"
+        return f"{self.key}/{name}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
     def _collect(self, names: list[str]) -> None:
-        config, videos = self.config, self._videos()
+        teacher, family, videos = self.teacher, self.teacher.family, self._videos()
         log.info(
             "calibration: %d videos of %d steps for %d of %d layers",
             len(videos), self.steps, len(names), sum(map(len, self._passes)),
         )  # fmt: skip
-        watch = Calibration(self.teacher, names=names, needs=self.needs, num_bands=self.num_bands, seed=config.seed)
-        with watch, placed(self.teacher), torch.no_grad():
+        model = teacher.transformer
+        watch = Calibration(model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed)
+        with watch, placed(model), torch.no_grad():
             for video in videos:
-                config.model.generate(
-                    self.teacher,
+                family.generate(
+                    model,
                     [video.caption],
                     [video.seed],
                     num_steps=self.steps,
-                    guidance_scale=config.model.guidance_scale,
+                    guidance_scale=family.guidance_scale,
                     negative_prompts=[video.negative],
-                    encode=self.encode,
+                    encode=teacher.encode,
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:

@@ -19,7 +19,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from qvgen import __version__
-from qvgen.config.schema import TrainConfig
 from qvgen.data.pixel_clips import PixelClips
+from qvgen.data.source import DataSource
 from qvgen.errors import OWN_PACKAGES, UserError
-from qvgen.evaluation.comparison import shown_videos
 from qvgen.evaluation.environment import collect_machine, collect_versions, git_revision
-from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.evaluation.validation_files import DIRECTORY as VALIDATION_DIRECTORY
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT
 from qvgen.run_directory import RunDirectory
 from qvgen.run_identity import RunIdentity, continue_run
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
@@ -51,30 +51,37 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def claim_run(config: TrainConfig) -> RunDirectory:
+def claim_run(
+    path: Path, settings: Mapping[str, Any], *, facts: Callable[[], Mapping[str, str]], resume: bool | str
+) -> RunDirectory:
     """Take the run's folder; record what a run that begins depends on, and compare it in a run that goes on.
+
+    Args:
+        path: The folder.
+        settings: The run's configuration as plain values, all of it.
+        facts: Collects the facts (:func:`collect_facts`); called when the folder is taken.
+        resume: True continues the run that is there, ``force`` also where facts are no longer the same.
 
     Raises:
         UserError: See :meth:`qvgen.run_directory.RunDirectory.claim`; or something that the run depends on is no longer the
             same. Nothing in the folder was changed then.
     """
-    force = config.resume == "force"
-    run_dir = RunDirectory.claim(config.run_dir, config.plain, resume=bool(config.resume), force=force)
+    force = resume == "force"
+    run_dir = RunDirectory.claim(path, settings, resume=bool(resume), force=force)
     try:
-        _identify(config, run_dir, force=force)
+        _identify(run_dir, settings, facts(), force=force)
     except BaseException:
         run_dir.release()
         raise
     return run_dir
 
 
-def _identify(config: TrainConfig, run_dir: RunDirectory, *, force: bool) -> None:
-    facts = collect_facts(config)
+def _identify(run_dir: RunDirectory, settings: Mapping[str, Any], facts: Mapping[str, str], *, force: bool) -> None:
     found = checkpoints(run_dir.path / CHECKPOINT_DIRECTORY)
     started = run_dir.load_stage("start") is not None or (run_dir.path / START_FILE).exists()
     if not found and not started:  # nothing that was computed stands there yet
         commit, _ = git_revision(Path(__file__))
-        RunIdentity.begin(config.plain, facts, commit=commit).write(run_dir.path)
+        RunIdentity.begin(settings, facts, commit=commit).write(run_dir.path)
         return
     step = checkpoint_step(found[-1]) if found else 0
     changes = continue_run(run_dir.path, facts, force=force, step=step, new_keys=run_dir.new_keys)
@@ -82,10 +89,16 @@ def _identify(config: TrainConfig, run_dir: RunDirectory, *, force: bool) -> Non
         shutil.rmtree(run_dir.path / VALIDATION_DIRECTORY / "teacher", ignore_errors=True)
 
 
-def check_fold(config: TrainConfig, run_dir: Path, *, force: bool) -> None:
+def check_fold(run_dir: Path, settings: Mapping[str, Any], *, family: VideoDiT, force: bool) -> None:
     """Raise UserError where a run is to be folded with other code or from another model than it was trained with.
 
     Nothing else takes part in folding: neither data nor machine, neither VAE nor text encoder.
+
+    Args:
+        run_dir: The run's folder.
+        settings: The run's configuration as plain values.
+        family: The model family.
+        force: True checks nothing.
     """
     if force:
         return
@@ -94,8 +107,8 @@ def check_fold(config: TrainConfig, run_dir: Path, *, force: bool) -> None:
         raise UserError(
             f"{run_dir} has no record of the code and model that it was trained with; if they are the same write force=true"
         )
-    transformer = config.model.identity(transformer_only=True)
-    facts = {**code_facts(config.plain), **{f"model.{name}": value for name, value in transformer.items()}}
+    transformer = family.identity(transformer_only=True)
+    facts = {**code_facts(settings), **{f"model.{name}": value for name, value in transformer.items()}}
     remedy = "bring back what was there, or fold all the same with force=true"
     known.check(
         facts,
@@ -105,33 +118,47 @@ def check_fold(config: TrainConfig, run_dir: Path, *, force: bool) -> None:
     )
 
 
-def check_worker(config: TrainConfig) -> None:
+def check_worker(run_dir: Path, settings: Mapping[str, Any], *, family: VideoDiT, method: Method) -> None:
     """Raise UserError where a further process of a run sees other code or another model than rank 0 recorded.
 
     The checksums of large files are remembered, so that this costs milliseconds. Data is the same cache's: each sample is
     checked as it is read. A machine may have two kinds of GPU.
     """
-    known = RunIdentity.read(config.run_dir)
+    known = RunIdentity.read(run_dir)
     if known is not None:
         known.check(
-            {**code_facts(config.plain), **_model_facts(config)},
-            run_dir=config.run_dir,
+            {**code_facts(settings), **_model_facts(family, method)},
+            run_dir=run_dir,
             remedy="give all processes the same files and start again",
             counts=lambda name: name.startswith(("code.", "model.")),
         )
 
 
-def collect_facts(config: TrainConfig) -> dict[str, str]:
+def collect_facts(
+    settings: Mapping[str, Any],
+    *,
+    family: VideoDiT,
+    method: Method,
+    data: DataSource | None,
+    prompts: Mapping[str, Sequence[Any]],
+) -> dict[str, str]:
     """All facts of a run, on this machine and now.
+
+    Args:
+        settings: The run's configuration as plain values.
+        family: The model family.
+        method: The training method.
+        data: The data; None for a run that reads none.
+        prompts: Use, for example ``calibration`` -> what is sampled for it: dataclasses of plain values.
 
     Raises:
         ValueError: Data that is not ready, a model that is damaged.
     """
     return {
-        **code_facts(config.plain),
-        **_model_facts(config),
-        **_data_facts(config),
-        **_prompt_facts(config),
+        **code_facts(settings),
+        **_model_facts(family, method),
+        **({} if data is None else _data_facts(data, family, method)),
+        **{f"prompts.{use}": _listed(listed) for use, listed in prompts.items()},
         **_machine_facts(),
     }
 
@@ -144,30 +171,17 @@ def code_facts(plain: Mapping[str, Any]) -> dict[str, str]:
     return {"code.qvgen": f"{__version__}, source {_own_sources()}", **libraries, **foreign}
 
 
-def _model_facts(config: TrainConfig) -> dict[str, str]:
+def _model_facts(family: VideoDiT, method: Method) -> dict[str, str]:
     """Of the model; a transformer that is trained from scratch and a VAE that is are results and no facts."""
-    made = () if config.method.quantizes else ("transformer", "lora")
-    if config.method.trains == "autoencoder":
+    made = () if method.quantizes else ("transformer", "lora")
+    if method.trains == "autoencoder":
         return {}
-    return {f"model.{name}": value for name, value in config.model.identity().items() if name not in made}
+    return {f"model.{name}": value for name, value in family.identity().items() if name not in made}
 
 
-def _data_facts(config: TrainConfig) -> dict[str, str]:
-    source, family = config.data, config.model
-    if config.evaluation.samples == 0 or not source.is_given:
-        return {}  # `qvgen ptq`, which then reads none
-    if config.method.trains == "autoencoder":
-        family = PixelClips(family)
-    return {f"data.{name}": value for name, value in source.identity(family).items()}
-
-
-def _prompt_facts(config: TrainConfig) -> dict[str, str]:
-    if not config.method.quantizes:
-        return {}
-    facts = {"prompts.shown": _listed(shown_videos(config))}
-    if config.init.needs:
-        facts["prompts.calibration"] = _listed(calibration_prompts(config).lines)
-    return facts
+def _data_facts(source: DataSource, family: Any, method: Method) -> dict[str, str]:
+    seen = PixelClips(family) if method.trains == "autoencoder" else family
+    return {f"data.{name}": value for name, value in source.identity(seen).items()}
 
 
 def _machine_facts() -> dict[str, str]:

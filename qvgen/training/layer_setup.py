@@ -4,37 +4,39 @@ from __future__ import annotations
 
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.sections import ActivationSwitchConfig
 from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.shared_input import share_activations_, shared_input_sets
 from qvgen.layers.swap import quantized_layers
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT
 
 
-def share_inputs_(student: nn.Module, config: TrainConfig) -> tuple[tuple[str, ...], ...]:
+def share_inputs_(student: nn.Module, *, family: VideoDiT, method: Method) -> tuple[tuple[str, ...], ...]:
     """Let layers that read the same input share an activation quantizer, if the method says so.
 
     Args:
         student: Quantized, with its activation widths as they stay.
-        config: The run's.
+        family: Says which Linears read the same input.
+        method: The training method.
 
     Returns:
         Their names, in sets.
     """
-    if not config.method.share_activations:
+    if not method.share_activations:
         return ()
-    return share_activations_(quantized_layers(student), input_sets(student, config))
+    return share_activations_(quantized_layers(student), input_sets(student, family))
 
 
-def input_sets(student: nn.Module, config: TrainConfig) -> tuple[tuple[str, ...], ...]:
+def input_sets(student: nn.Module, family: VideoDiT) -> tuple[tuple[str, ...], ...]:
     """Names of a student's Linears that read the same input, quantized or not, in sets."""
     linears = (name for name, module in student.named_modules() if isinstance(module, nn.Linear | FakeQuantLinear))
-    return shared_input_sets(linears, config.model.shared_inputs)
+    return shared_input_sets(linears, family.shared_inputs)
 
 
-def add_configured_switch(student: nn.Module, config: TrainConfig) -> None:
-    """Let the configured policy choose a prepared student's activation widths, if there is one."""
-    switch = config.activation_switch
-    if switch.widths is not None:
+def add_configured_switch(student: nn.Module, switch: ActivationSwitchConfig | None) -> None:
+    """Let a policy choose a prepared student's activation widths, if there is one."""
+    if switch is not None and switch.widths is not None:
         low, high = switch.widths
         add_switch(student, DeltaSwitchConfig(widths=(low, high), delta=switch.delta))

@@ -6,32 +6,20 @@ of the real ones; no weight is read and no PTQ method runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from qvgen.config.leaves import build_leaf
-from qvgen.config.schema import TrainConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
+from qvgen.models.base import VideoDiT
 from qvgen.training.layer_setup import add_configured_switch, share_inputs_
+from qvgen.training.student_design import StudentDesign
 
 Prepared = tuple[nn.Module, SwapReport]
 """A student on the meta device, and what is quantized of it."""
-
-
-def build_family(config: TrainConfig, changes: Mapping[str, Any] | None = None) -> Any:
-    """A new family of the run's configuration: one that holds no cached tensor.
-
-    Args:
-        config: The run's.
-        changes: Arguments in place of the configuration's, for example another ``num_frames``.
-    """
-    spec = {key: value for key, value in config.plain["model"].items() if key != "recipe"}
-    trusted = [str(spec["_target_"])]  # the command's: config.model was built of it
-    return build_leaf({**spec, **(changes or {})}, key="model", trusted=trusted)
 
 
 def num_blocks(family: Any) -> int:
@@ -47,18 +35,27 @@ def build_transformer(family: Any, *, blocks: int | None = None) -> nn.Module:
     return transformer
 
 
-def build_student(config: TrainConfig, family: Any, *, blocks: int | None = None) -> Prepared:
-    """The prepared student on the meta device; unquantized for a method that does not quantize."""
+def build_student(family: VideoDiT, design: StudentDesign, *, blocks: int | None = None) -> Prepared:
+    """The prepared student on the meta device; unquantized for a method that does not quantize.
+
+    Args:
+        family: The model family.
+        design: Its layers.
+        blocks: Transformer blocks; None: all.
+
+    Raises:
+        ValueError: Patterns, a profile or a rank that do not fit the model's layers.
+    """
     student = build_transformer(family, blocks=blocks).train()
-    if not config.method.quantizes:
+    if not design.method.quantizes:
         linears = tuple(name for name, module in student.named_modules() if isinstance(module, nn.Linear))
         return student, SwapReport(quantized=(), skipped=linears)
     report = select_linears(student, include=family.include, exclude=family.exclude)
-    prepare_(student, config, names=report.quantized)
+    prepare_(student, family, design, names=report.quantized)
     return student, report
 
 
-def prepare_(transformer: nn.Module, config: TrainConfig, *, names: Sequence[str]) -> None:
+def prepare_(transformer: nn.Module, family: VideoDiT, design: StudentDesign, *, names: Sequence[str]) -> None:
     """Quantize the named Linears of a transformer on the meta device as a run does.
 
     Raises:
@@ -68,14 +65,14 @@ def prepare_(transformer: nn.Module, config: TrainConfig, *, names: Sequence[str
         swap_fake_quant_(
             transformer,
             names=names,
-            profile=config.profile,
+            profile=design.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
-            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
+            phi_rank=design.phi_rank,
         )
-    add_configured_switch(transformer, config)
-    share_inputs_(transformer, config)
+    add_configured_switch(transformer, design.activation_switch)
+    share_inputs_(transformer, family=family, method=design.method)
     with torch.device("meta"):
-        config.method.prepare_(transformer)
+        design.method.prepare_(transformer)
 
 
 def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:

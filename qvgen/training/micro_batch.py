@@ -1,8 +1,8 @@
-"""How a step's batch is cut into micro-batches."""
+"""How a step's batch is shared out over processes and cut into micro-batches."""
 
 from __future__ import annotations
 
-from qvgen.config.schema import TrainConfig
+from dataclasses import dataclass
 
 STEP_PARTS = 2
 """A step's batch is computed in at least so many parts, whose gradients are added. One process that goes through two
@@ -11,14 +11,39 @@ piece would differ in the last bit of its sums, and a code that flips for it cha
 ten steps."""
 
 
-def micro_batches(config: TrainConfig) -> int:
-    """Micro-batches per optimizer step of each process: ``accumulate``, or more where ``STEP_PARTS`` asks for it."""
-    parts = config.accumulate * config.devices
-    if parts < STEP_PARTS and config.batch_size % STEP_PARTS == 0:
-        return STEP_PARTS
-    return config.accumulate
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The samples of an optimizer step.
 
+    Attributes:
+        size: Samples per step, over all devices and micro-batches; a multiple of ``devices`` x ``accumulate``.
+        accumulate: Micro-batches of each device per step that were asked for.
+        devices: Processes.
 
-def micro_batch_size(config: TrainConfig) -> int:
-    """Samples that a process works on at once."""
-    return config.batch_size // (micro_batches(config) * config.devices)
+    Example:
+        >>> StepBatch(size=8).num_micro_batches, StepBatch(size=8, devices=4).micro_batch_size
+        (2, 2)
+    """
+
+    size: int
+    accumulate: int = 1
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.accumulate, self.devices) < 1 or self.size % (self.accumulate * self.devices):
+            raise ValueError(
+                f"a batch of {self.size} can't be divided by {self.devices} devices x {self.accumulate} micro-batches; use a "
+                "multiple of their product"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step of each process: ``accumulate``, or more where :data:`STEP_PARTS` asks for it."""
+        if self.accumulate * self.devices < STEP_PARTS and self.size % STEP_PARTS == 0:
+            return STEP_PARTS
+        return self.accumulate
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that a process works on at once."""
+        return self.size // (self.num_micro_batches * self.devices)

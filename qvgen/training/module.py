@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from qvgen.config.schema import TrainConfig
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
@@ -22,13 +21,16 @@ from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
+from qvgen.training.training_steps import TrainingSteps
 
 
 class VideoTraining(OptimizerModule):
     """Trains a student transformer.
 
     Args:
-        config: The run's: family, method, optimizer, steps, seed of noise levels, noises and dropout.
+        family: The model family.
+        method: The training method.
+        steps: The optimizer steps.
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
@@ -38,16 +40,16 @@ class VideoTraining(OptimizerModule):
 
     def __init__(
         self,
-        config: TrainConfig,
+        family: VideoDiT,
+        method: Method,
+        steps: TrainingSteps,
         *,
         student: nn.Module,
         teacher: nn.Module | None,
         encode: Encode,
         share_out: Callable[[DeviceMesh, torch.device], None] | None = None,
     ) -> None:
-        super().__init__(optim=config.optim, num_steps=config.steps)
-        method: Method = config.method
-        family: VideoDiT = config.model
+        super().__init__(optim=steps.optim, num_steps=steps.num_steps)
         self.student = student
         if method.needs_teacher != (teacher is not None):
             raise ValueError(
@@ -56,9 +58,9 @@ class VideoTraining(OptimizerModule):
             )
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.encode, self.method, self.seed = family, encode, method, config.seed
+        self.family, self.encode, self.method, self.seed = family, encode, method, steps.seed
         self._share_out = share_out
-        freeze_the_rest_(student, method=method, optim=config.optim)
+        freeze_the_rest_(student, method=method, optim=steps.optim)
         self._handles: list[RemovableHandle] = []
 
     @property

@@ -5,17 +5,16 @@ All begin with the state that start_file.py wrote; a later session of the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.config.schema import TrainConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
@@ -25,11 +24,11 @@ from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
-from qvgen.training.distributed.sharded_models import ShardedModels
-from qvgen.training.micro_batch import micro_batches
+from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import Processes, build_trainer, fit
+from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.validation import validation_videos
 
 
@@ -61,97 +60,95 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
 
 
 def train_all(
-    config: TrainConfig,
+    run: TrainingRun,
+    output: TrainingOutput,
     *,
     student: nn.Module,
     teacher: nn.Module | None,
-    run_dir: Path,
-    validate: Callable[[nn.Module], float] | None,
-    loggers: Sequence[Logger] = (),
+    settings: Mapping[str, Any],
+    hang_minutes: float | None = None,
 ) -> None:
-    """Train as rank 0, with as many other processes as the configuration asks for.
+    """Train as rank 0, with as many other processes as the run has.
 
     Args:
-        config: The run's.
+        run: What is trained.
+        output: What it leaves behind.
         student: Holds the state that training starts from; holds the trained state afterwards.
         teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
-        run_dir: A claimed run folder.
-        validate: Measures the held-out relative error of the student.
-        loggers: Where metrics go besides metrics.csv.
+        settings: The run's configuration as plain values, all of it: what the other processes read.
+        hang_minutes: The run ends after so long in which no process reported anything; None: never.
 
     Raises:
         UserError: The newest checkpoint is damaged, not finite or of another run.
     """
+    run_dir = output.run_dir
     if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):  # once, for all processes
         check_checkpoint(found[-1], run=run_key(run_dir))
-    share = partial(
-        train_share,
-        config,
-        student=student,
-        teacher=teacher,
-        run_dir=run_dir,
-        validate=validate,
-        loggers=loggers,
-    )
-    if config.devices == 1:
+    share = partial(train_share, run, output, student=student, teacher=teacher)
+    if run.devices == 1:
         share()
         return
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
-    write_plain(logs / "worker.yaml", {**config.plain, "run_dir": str(run_dir)})
+    write_plain(logs / "worker.yaml", {**settings, "run_dir": str(run_dir)})
     with WorkerGroup(
-        worker_command("train", logs / "worker.yaml", config.plain),
-        world_size=config.devices,
+        worker_command("train", logs / "worker.yaml", settings),
+        world_size=run.devices,
         log_directory=logs,
-        hang_minutes=config.training.hang_minutes,
+        hang_minutes=hang_minutes,
     ) as group:
-        share(processes=processes_of(config, rank=0, port=group.port))
+        share(processes=processes_of(run, rank=0, port=group.port))
 
 
-def processes_of(config: TrainConfig, *, rank: int, port: int) -> Processes:
+def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
     """A run's processes, as one of them sees them."""
-    return Processes(rank=rank, world_size=config.devices, port=port, sharded=config.strategy.name == "fsdp")
+    return Processes(rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded)
 
 
 def train_share(
-    config: TrainConfig,
+    run: TrainingRun,
+    output: TrainingOutput,
     *,
     student: nn.Module | None,
     teacher: nn.Module | None,
-    run_dir: Path,
-    validate: Callable[[nn.Module], float] | None = None,
     processes: Processes | None = None,
-    loggers: Sequence[Logger] = (),
 ) -> None:
     """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
-    torch.set_num_threads(config.strategy.threads)
+    torch.set_num_threads(run.strategy.threads)
     processes = processes or Processes()
-    schedule = config.method.schedule(config.phi, num_steps=config.steps)
-    split: Split = config.data.open(config.model, split="train")
+    family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
+    schedule = run.design.schedule(steps.num_steps)
+    assert run.data is not None, "a training needs data"
+    split: Split = run.data.open(family, split="train")
     models = None
     trained, shown = student, teacher
     if processes.sharded:
-        models = ShardedModels(config, whole_student=student, whole_teacher=teacher)
+        has_teacher = uses_teacher(method, shows_videos=output.evaluation.video_every_steps is not None)
+        models = ShardedModels(
+            family, run.design, has_teacher=has_teacher, whole_student=student, whole_teacher=teacher
+        )
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
     module = VideoTraining(
-        config,
+        family,
+        method,
+        steps,
         student=trained,
-        teacher=shown if config.method.needs_teacher else None,
+        teacher=shown if method.needs_teacher else None,
         encode=split.encode,
         share_out=None if models is None else models.share_out_,
     )
-    callbacks = _callbacks(config, split, teacher=shown, run_dir=run_dir, validate=validate)
+    accumulate = steps.batch.num_micro_batches
     trainer = build_trainer(
-        steps=config.steps,
-        accumulate=micro_batches(config),
+        steps=steps.num_steps,
+        accumulate=accumulate,
         processes=processes,
-        callbacks=callbacks,
-        loggers=list(loggers),
+        callbacks=_callbacks(run, output, split, teacher=shown),
+        loggers=list(output.loggers),
     )
-    data = StepKeyedData(split, batch_size=config.batch_size, accumulate=micro_batches(config), seed=config.seed)
-    if config.strategy.gradient_checkpointing:
+    data = StepKeyedData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
+    if run.strategy.gradient_checkpointing:
         trained.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
     trained.train()
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
@@ -161,40 +158,36 @@ def train_share(
         models.gather_()
     if student is not None:
         if schedule is not None:  # what the last step annealed to 0, where there is no tail
-            schedule.apply_(student, None, step=config.steps)
-        config.method.finish_(student)
+            schedule.apply_(student, None, step=steps.num_steps)
+        method.finish_(student)
         student.eval()
 
 
 def _callbacks(
-    config: TrainConfig,
-    split: Split,
-    *,
-    teacher: nn.Module | None,
-    run_dir: Path,
-    validate: Callable[[nn.Module], float] | None,
+    run: TrainingRun, output: TrainingOutput, split: Split, *, teacher: nn.Module | None
 ) -> list[lightning.Callback]:
     """In their order: signs of life; the method's schedule, before the step; metrics, checkpoint and videos, after it."""
-    schedule, steps = config.method.schedule(config.phi, num_steps=config.steps), config.steps
+    num_steps, run_dir = run.steps.num_steps, output.run_dir
+    schedule = run.design.schedule(num_steps)
     callbacks: list[lightning.Callback] = [Heartbeat()]
     if schedule is not None:
         callbacks.append(MethodSchedule(schedule))
-    videos = validation_videos(config, run_dir=run_dir, teacher=teacher, encode=split.encode)
+    videos = validation_videos(run, output, teacher=teacher, encode=split.encode)
     callbacks += [
         StepMetrics(
             run_dir / "metrics.csv",
             schedule=schedule,
-            validate=validate,
-            every_steps=config.evaluation.every_steps,
-            num_steps=steps,
-            sharded=config.strategy.name == "fsdp",
+            validate=output.validate,
+            every_steps=output.evaluation.every_steps,
+            num_steps=num_steps,
+            sharded=run.is_sharded,
         ),
         RunMark(run_dir),
         CheckpointWriter(
             run_dir / CHECKPOINT_DIRECTORY,
-            config=config.checkpoint,
-            num_steps=steps,
-            before=lambda step: videos is not None and config.strategy.name == "ddp" and videos.is_due(step),
+            config=output.checkpoint,
+            num_steps=num_steps,
+            before=lambda step: videos is not None and run.strategy.name == "ddp" and videos.is_due(step),
         ),
     ]
     return callbacks if videos is None else [*callbacks, videos]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvgen import stop_request
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import save_packed
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
@@ -27,130 +29,197 @@ from qvgen.layers.swap import (
     phi_suspended,
     quantized_layers,
 )
-from qvgen.models.base import Encode, local_arguments
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT, local_arguments
+from qvgen.models.named_family import NamedFamily
+from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
 from qvgen.training.mixed_precision.allocation import allocate_bits_
+from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
+from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 
 
-def prepare_student(config: TrainConfig) -> tuple[nn.Module, SwapReport]:
+def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tuple[nn.Module, SwapReport]:
     """The teacher's weights in float32 with quantized layers, their scales by round-to-nearest.
 
     Layers that read the same input share their activation quantizers, if the method says so.
+
+    Args:
+        family: The model family; its trained weights are loaded.
+        design: The student's layers.
+        seed: Seed of the decomposition that starts Phi.
+
+    Returns:
+        The student, and the names of its Linears that are quantized and of those that are not.
+
+    Raises:
+        ValueError: There are no weights; patterns, a profile or a rank that do not fit the model's layers.
     """
-    student = config.model.load_teacher(dtype=torch.float32).requires_grad_(True)
+    student = family.load_teacher(dtype=torch.float32).requires_grad_(True)
     swapped = prepare(
         student,
         PrepareConfig(
-            profile=config.profile,
+            profile=design.profile,
             initializer=load_leaf("init", "rtn"),
-            include=config.model.include,
-            exclude=config.model.exclude,
-            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
-            seed=config.seed,
+            include=family.include,
+            exclude=family.exclude,
+            phi_rank=design.phi_rank,
+            seed=seed,
         ),
     )
-    add_configured_switch(student, config)
-    share_inputs_(student, config)
-    config.method.prepare_(student)
+    add_configured_switch(student, design.activation_switch)
+    share_inputs_(student, family=family, method=design.method)
+    design.method.prepare_(student)
     return student, swapped
 
 
 def calibrate_(
-    config: TrainConfig, student: nn.Module, *, teacher: nn.Module, encode: Encode
+    student: nn.Module, ptq: PTQMethod, *, profile: Profile, teacher: SampledTeacher
 ) -> tuple[CalibratedModel | None, Allocation | None]:
     """What the PTQ method has to know before it sets layers up; a mixed-precision method's layers get their bits here.
 
+    Args:
+        student: Prepared; its weights are the full-precision ones.
+        ptq: The PTQ method, and what is sampled for it.
+        profile: The student's grids.
+        teacher: The full-precision model.
+
     Returns:
         Statistics of the layers, None for a data-free method; the allocation of bits, None where all have the same.
+
+    Raises:
+        UserError: A budget of bits that no choice meets, or a network of its metrics that is not there.
     """
-    if not config.init.needs:
+    if not ptq.init.needs:
         return None, None
     bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
-    statistics = CalibratedModel(config, teacher=teacher, encode=encode, num_bands=bands)
-    if not isinstance(config.init, BitBudget):
+    statistics = CalibratedModel(teacher, ptq.calibration, needs=ptq.init.needs, num_bands=bands)
+    if not isinstance(ptq.init, BitBudget):
         return statistics, None
-    allocation = allocate_bits_(
-        config, student, teacher=teacher, encode=encode, statistics=statistics, statistics_key=statistics.folder.name
-    )
-    return statistics, allocation
+    return statistics, allocate_bits_(student, ptq.init, profile=profile, teacher=teacher, statistics=statistics)
+
+
+def set_up_student_(
+    student: nn.Module, *, design: StudentDesign, ptq: PTQMethod, teacher: SampledTeacher
+) -> Allocation | None:
+    """Let a PTQ method choose where a prepared student's training starts, with the calibration that it needs.
+
+    Args:
+        student: As :func:`prepare_student` gives it.
+        design: Its layers.
+        ptq: The PTQ method.
+        teacher: The full-precision model; its seed also starts Phi.
+
+    Returns:
+        The allocation of bits; None where all layers have the same.
+
+    Raises:
+        UserError: See :func:`calibrate_`.
+    """
+    unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
+    statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher)
+    folds = teacher.family.smoothing_folds(student)
+    initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds)
+    if design.switch_widths is not None:
+        add_switch_widths_(student, design.switch_widths)
+    share_inputs_(student, family=teacher.family, method=design.method)
+    return allocation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """The inputs that a student is measured on, and the full-precision model's outputs for them.
+
+    Attributes:
+        inputs: The inputs.
+        reference: The full-precision model's outputs, float32, batch by batch.
+    """
+
+    inputs: MeasuredInputs
+    reference: Sequence[Tensor]
+
+    def error(self, model: nn.Module) -> float:
+        """Relative error |y - y_ref|^2 / |y_ref|^2 of a model's outputs."""
+        return self.inputs.relative_error(model, self.reference)
 
 
 def start_student(
-    config: TrainConfig,
     run_dir: RunDirectory,
-    *,
     student: nn.Module,
-    teacher: nn.Module,
-    held_out: MeasuredInputs,
-    reference: Sequence[Tensor],
+    *,
+    design: StudentDesign,
+    ptq: PTQMethod,
+    teacher: SampledTeacher,
+    measured: Measured,
 ) -> Mapping[str, float]:
-    """Let the PTQ method choose where training starts, or read what it chose before; the errors without training."""
+    """Let the PTQ method choose where training starts, or read what it chose before.
+
+    Args:
+        run_dir: The run's claimed folder, which keeps the start.
+        student: As :func:`prepare_student` gives it; holds the start afterwards.
+        design: The student's layers.
+        ptq: The PTQ method.
+        teacher: The full-precision model.
+        measured: What the start is measured on.
+
+    Returns:
+        The errors without training: of round-to-nearest ``rtn`` and of the method ``ptq``; and ``seconds``.
+    """
+    family, method = teacher.family, design.method
     done = run_dir.load_stage("start")
     if done is not None and has_start(run_dir.path):
         load_start(student, run_dir.path)
         stop_request.note("after the PTQ start, saved")
-        _say_sharing(config, student)
+        _say_sharing(student, family=family, method=method)
         return done
     began = time.monotonic()
     if (
         done is None and has_start(run_dir.path) and (run_dir.path / START_FILE).is_file()
     ):  # written whole, but what is known of it was lost
-        return _measure_start(config, run_dir, student=student, held_out=held_out, reference=reference)
-    kept = ", whose statistics and measurements are kept as they come" if config.init.needs else ""
+        result = _measure_start(run_dir, student, measured=measured)
+        _say_sharing(student, family=family, method=method)
+        result["seconds"] = time.monotonic() - began
+        run_dir.save_stage("start", result)
+        return result
+    kept = ", whose statistics and measurements are kept as they come" if ptq.init.needs else ""
     stop_request.note(f"in the PTQ start{kept}")
-    unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
+    unshare_activations_(quantized_layers(student))  # as the method will find it
     with phi_suspended(student):
-        result = {"rtn": held_out.relative_error(student, reference)}
-        statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
+        result = {"rtn": measured.error(student)}
+        allocation = set_up_student_(student, design=design, ptq=ptq, teacher=teacher)
         if allocation is not None:
             write_allocation(run_dir.path, allocation)
             write_heat_maps(run_dir.path, allocation)
-        folds = config.model.smoothing_folds(student)
-        initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
-        if config.activation_switch.widths is not None:
-            add_switch_widths_(student, config.activation_switch.widths)
-        share_inputs_(student, config)
-        result["ptq"] = held_out.relative_error(student, reference)
-    _say_sharing(config, student)
+        result["ptq"] = measured.error(student)
+    _say_sharing(student, family=family, method=method)
     save_start(student, run_dir.path)
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
     stop_request.note("after the PTQ start, saved")
-    if held_out.num_samples:
-        log.info("error of %s: %.4g (round to nearest: %.4g)", config.names.init, result["ptq"], result["rtn"])
+    if measured.inputs.num_samples:
+        log.info("error of %s: %.4g (round to nearest: %.4g)", ptq.name, result["ptq"], result["rtn"])
     return result
 
 
-def _measure_start(
-    config: TrainConfig,
-    run_dir: RunDirectory,
-    *,
-    student: nn.Module,
-    held_out: MeasuredInputs,
-    reference: Sequence[Tensor],
-) -> Mapping[str, float]:
-    """Read a start whose record is not there, measure its errors again and record them: a PTQ method may take hours."""
+def _measure_start(run_dir: RunDirectory, student: nn.Module, *, measured: Measured) -> dict[str, float]:
+    """Read a start whose record is not there and measure its errors again: a PTQ method may take hours."""
     log.warning("%s is used, its errors are measured again", run_dir.path / START_FILE)
-    began = time.monotonic()
     with phi_suspended(student):
-        result = {"rtn": held_out.relative_error(student, reference)}
+        result = {"rtn": measured.error(student)}
     load_start(student, run_dir.path)
     with phi_suspended(student):
-        result["ptq"] = held_out.relative_error(student, reference)
-    _say_sharing(config, student)
-    result["seconds"] = time.monotonic() - began
-    run_dir.save_stage("start", result)
+        result["ptq"] = measured.error(student)
     return result
 
 
-def _say_sharing(config: TrainConfig, student: nn.Module) -> None:
-    if config.method.share_activations:
-        shared, sets = activation_sharing(quantized_layers(student)), input_sets(student, config)
+def _say_sharing(student: nn.Module, *, family: VideoDiT, method: Method) -> None:
+    if method.share_activations:
+        shared, sets = activation_sharing(quantized_layers(student)), input_sets(student, family)
         log.info(
             "%d of %d sets of layers that read the same input share their activation ranges%s",
             len(shared),
@@ -159,21 +228,28 @@ def _say_sharing(config: TrainConfig, student: nn.Module) -> None:
         )
 
 
-def fold_student(config: TrainConfig, student: nn.Module, directory: Path, *, steps: int) -> None:
-    """Fold a trained student into a packed checkpoint, itself left as it is; raises ValueError while Phi has rank."""
-    local = local_arguments(config.model)
+def fold_student(
+    student: nn.Module, directory: Path, *, model: NamedFamily, training: Mapping[str, Any], kernel: str = "auto"
+) -> None:
+    """Fold a trained student into a packed checkpoint, itself left as it is.
+
+    Args:
+        student: Trained; its Phi is gone.
+        directory: Where the packed checkpoint goes.
+        model: The model that it was made from.
+        training: What the manifest says of how it was made; plain values.
+        kernel: Backend of the packed layers while they are written.
+
+    Raises:
+        ValueError: Phi has rank.
+    """
+    local = local_arguments(model.family)
+    loras = getattr(model.family, "lora_record", None)
     save_packed(
-        folded_copy(student, kernel=config.kernel),
+        folded_copy(student, kernel=kernel),
         directory,
-        base_name=config.names.model,
-        base_revision=config.model.revision,
-        base_arguments={key: value for key, value in config.plain["model"].items() if key not in local},
-        training={
-            "method": config.names.method,
-            "init": config.names.init,
-            "bits": config.bits.label,
-            "seed": config.seed,
-            "steps": steps,
-            **({"loras": record} if (record := getattr(config.model, "lora_record", None)) else {}),
-        },
+        base_name=model.name,
+        base_revision=model.family.revision,
+        base_arguments={key: value for key, value in model.section.items() if key not in local},
+        training={**training, **({"loras": loras} if loras else {})},
     )

@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import time
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -32,16 +31,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed, nn
 
 from qvgen import stop_request
-from qvgen.config.schema import TrainConfig
 from qvgen.data.video import Frames
-from qvgen.evaluation.comparison import generate_videos, shown_videos
+from qvgen.evaluation.comparison import generate_videos
 from qvgen.evaluation.metrics import psnr_db, ssim
+from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.module import VideoTraining
 from qvgen.training.stop_point import interruptible
+from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -226,26 +226,27 @@ class ValidationVideos(lightning.Callback):
 
 
 def validation_videos(
-    config: TrainConfig, *, run_dir: Path, teacher: nn.Module | None, encode: Encode | None
+    run: TrainingRun, output: TrainingOutput, *, teacher: nn.Module | None, encode: Encode | None
 ) -> ValidationVideos | None:
-    """The callback that a configuration asks for; None where it asks for none."""
-    if config.evaluation.video_every_steps is None or config.evaluation.videos == 0:
+    """The callback that a training asks for; None where it asks for none."""
+    family, evaluation = run.model.family, output.evaluation
+    if evaluation.video_every_steps is None or evaluation.videos == 0:
         return None
-    shown, own = shown_videos(config), config.model.negative_prompt
+    shown, own = shown_videos(evaluation, family, seed=run.steps.seed), family.negative_prompt
     return ValidationVideos(
         files=ValidationFiles(
-            run_dir / DIRECTORY,
+            output.run_dir / DIRECTORY,
             prompts=[video.caption for video in shown],
             seeds=[video.seed for video in shown],
             negatives=[own if video.negative is None else video.negative for video in shown],
-            fps=config.model.fps,
+            fps=family.fps,
         ),
-        family=config.model,
+        family=family,
         teacher=teacher,
         encode=encode,
-        every_steps=config.evaluation.video_every_steps,
-        num_steps=config.steps,
-        sharded=config.strategy.name == "fsdp",
+        every_steps=evaluation.video_every_steps,
+        num_steps=run.steps.num_steps,
+        sharded=run.is_sharded,
     )
 
 

@@ -34,9 +34,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from qvgen.config.schema import TrainConfig
 from qvgen.config.sections import LoggerConfig
 from qvgen.run_directory import atomic_write
+from qvgen.training.run_label import RunLabel
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +139,9 @@ def _leave_service() -> None:
 
 
 @contextmanager
-def training_log(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
+def training_log(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> Iterator[list[Logger]]:
     """The loggers of a training besides metrics.csv, while a block trains, packs and reports; report.json is summarized."""
-    run = _open(config, run_dir) if config.logger.name == "wandb" and config.steps else None
+    run = _open(logger, run_dir, label) if logger.name == "wandb" else None
     if run is None:
         yield []
         return
@@ -199,15 +199,15 @@ def _ask_server() -> str | None:
     return None
 
 
-def _open(config: TrainConfig, run_dir: Path) -> WandbRun | None:
+def _open(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> WandbRun | None:
     """Begin or continue the training's run; offline where it can't be online, None where it can't be at all."""
-    mode = config.logger.mode
+    mode = logger.mode
     if mode == "online" and wandb_problem() is not None:
         mode = "offline"
     modes = [mode, "offline"] if mode == "online" else [mode]
     for mode in modes:
         try:
-            run = WandbRun(_begin(config, run_dir, mode=mode))
+            run = WandbRun(_begin(logger, run_dir, label, mode=mode))
         except Exception as error:  # see WandbRun.attempt
             log.warning("wandb (%s) does not begin: %s", mode, _first_line(error))
         else:
@@ -218,37 +218,35 @@ def _open(config: TrainConfig, run_dir: Path) -> WandbRun | None:
     return None
 
 
-def _begin(config: TrainConfig, run_dir: Path, *, mode: str) -> Any:
+def _begin(logger: LoggerConfig, run_dir: Path, label: RunLabel, *, mode: str) -> Any:
     import wandb  # takes seconds, and logger=csv does without
 
-    names = config.names
-    record = _record(config, run_dir)
+    record = _record(logger, run_dir, label)
     settings = wandb.Settings(
         silent=True,  # one line of our own in place of its banner
         console="off",
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
     )
-    tags = [names.model, f"bits={config.bits.label}", names.method, names.init, names.profile, *config.logger.tags]
     run = wandb.init(
-        project=config.logger.project,
+        project=logger.project,
         id=record["id"],
         name=record["name"],
         group=record["group"],
-        tags=list(dict.fromkeys(tags)),
+        tags=list(dict.fromkeys([*label.tags, *logger.tags])),
         dir=run_dir,
         mode=mode,  # type: ignore[arg-type] # WANDB_MODE's values
         resume="allow",
         settings=settings,
         reinit="create_new",
     )
-    run.config.update(config.plain, allow_val_change=True)
+    run.config.update(dict(label.settings), allow_val_change=True)
     run.define_metric("trainer/global_step", hidden=True)
     run.define_metric("train/*", step_metric="trainer/global_step")
     return run
 
 
-def _record(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+def _record(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> dict[str, Any]:
     """The training's id, name and group: those of its first session."""
     path = run_dir / RECORD_FILE
     try:
@@ -260,11 +258,10 @@ def _record(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
         pass
     except (OSError, ValueError, KeyError, TypeError):
         log.warning("%s is damaged; wandb gets a new run", path)
-    names = config.names
     record = {
         "id": "".join(secrets.choice(_ID_LETTERS) for _ in range(8)),
-        "name": f"{names.model}-{config.bits.label}-{names.method} {names.init} seed {config.seed} {run_dir.name}",
-        "group": config.logger.group,
+        "name": f"{label.name} {run_dir.name}",
+        "group": logger.group,
     }
     atomic_write(path, json.dumps(record).encode())
     return record

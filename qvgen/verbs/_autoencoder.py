@@ -19,8 +19,8 @@ from qvgen.models.small_folder import round_to_stored_, write_card
 from qvgen.run_identity import read_changes
 from qvgen.training.autoencoder import fit_autoencoder, latent_statistics, reconstruction_psnr_db
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.identity import claim_run
 from qvgen.verbs._deliver import rerun_command
+from qvgen.verbs._parts import claim, open_log, training_output, training_steps
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,11 @@ def train_autoencoder(config: TrainConfig) -> None:
         raise UserError(
             f"batch_size={config.batch_size} is larger than the largest bucket of {largest} clips; use less"
         )
-    with claim_run(config) as run_dir:
-        fit_autoencoder(config, vae=vae, split=train, run_dir=run_dir.path)
+    with claim(config) as run_dir:
+        with open_log(config, run_dir.path) as loggers:
+            output = training_output(config, run_dir.path, loggers=loggers)
+            steps = training_steps(config)
+            fit_autoencoder(vae, train, kl_weight=config.method.kl_weight, steps=steps, output=output)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         round_to_stored_(vae)  # what is measured is what is written
         latents = latent_statistics(vae.to(device), train.samples)

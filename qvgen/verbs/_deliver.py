@@ -14,16 +14,19 @@ from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
-from qvgen.evaluation.comparison import Start, compare_models
+from qvgen.evaluation.comparison import ComparedModels, Start, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
+from qvgen.evaluation.kept_samples import KeptSamples
 from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
+from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.start_file import START_FILE, load_start
 from qvgen.training.student import fold_student
+from qvgen.verbs._parts import named_family, packed_record
 
 
 def deliver(
@@ -41,7 +44,8 @@ def deliver(
     """
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
-        fold_student(config, student, path / "packed", steps=config.steps)
+        record = packed_record(config, steps=config.steps)
+        fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
     reference = list(held_out.predictions(teacher))
     error = HeldOutError(
@@ -56,13 +60,12 @@ def deliver(
     )
     with _timed(seconds, "generate"):
         comparison = compare_models(
-            config,
-            teacher=teacher,
-            fake=student,
-            packed=packed,
-            start=_start(config, student, path),
+            config.model,
+            ComparedModels(teacher=teacher, fake=student, packed=packed, start=_start(config, student, path)),
             held_out=held_out,
-            run_dir=path,
+            shown=shown_videos(config.evaluation, config.model, seed=config.seed),
+            quality_videos=config.evaluation.quality_videos,
+            kept=KeptSamples(path, settings=config.plain, revision=config.model.revision),
         )
     return ReportData(
         run=run_info(config),

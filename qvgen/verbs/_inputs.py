@@ -14,8 +14,8 @@ from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
 from qvgen.models.guidance import texts_to_encode
-from qvgen.training.micro_batch import micro_batch_size
 from qvgen.verbs._checks import only_to_measure, without_clips
+from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch
 from qvgen.verbs.precompute import fill_missing
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,14 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         _encode_all(config, encode)
         if config.evaluation.samples == 0:
             log.info("evaluation.samples=0: no errors are measured and no videos are sampled")
-            return lambda _: NothingMeasured(config, encode=encode)
+            return lambda _: NothingMeasured(encode=encode, seed=config.seed)
         log.info("no data.path: errors are measured on inputs of the full-precision model's own sampling")
-        return lambda teacher: SampledInputs(config, teacher=teacher, encode=encode)
+        return lambda teacher: SampledInputs(
+            sampled_teacher(config, teacher, encode=encode),
+            prompts=evaluation_prompts(config.evaluation, config.model),
+            num_samples=config.evaluation.samples,
+            num_steps=config.calibration.steps,
+        )
     fill_missing(config, texts=_texts(config))
     left_out, held_out = _check_clips(config).left_out, open_held_out(config)
 
@@ -59,7 +64,7 @@ def open_held_out(config: TrainConfig) -> HeldOut:
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
         seed=config.seed,
-        batch_size=micro_batch_size(config),
+        batch_size=step_batch(config).micro_batch_size,
     )
 
 
@@ -72,8 +77,8 @@ def _say_what_is_left_out(config: TrainConfig) -> None:
 
 def _texts(config: TrainConfig) -> list[str]:
     """All that a text encoder reads for what is sampled: captions and negative prompts."""
-    prompts = [evaluation_prompts(config)] if config.evaluation.samples else []
-    prompts += [calibration_prompts(config)] if config.init.needs else []
+    prompts = [evaluation_prompts(config.evaluation, config.model)] if config.evaluation.samples else []
+    prompts += [calibration_prompts(ptq_method(config).calibration, config.model)] if config.init.needs else []
     return list(dict.fromkeys(text for part in prompts for text in texts_to_encode(config.model, part)))
 
 

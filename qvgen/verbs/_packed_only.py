@@ -19,6 +19,7 @@ from qvgen.run_directory import atomic_write
 from qvgen.run_identity import read_changes
 from qvgen.training.student import fold_student
 from qvgen.verbs._deliver import run_info
+from qvgen.verbs._parts import named_family, packed_record
 
 
 def deliver_unmeasured(
@@ -41,7 +42,8 @@ def deliver_unmeasured(
         why: Nothing was measured, in words.
     """
     began = time.monotonic()
-    fold_student(config, student, path / "packed", steps=config.steps)
+    record = packed_record(config, steps=config.steps)
+    fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
     packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
     seconds = {"init": start["seconds"], "train": 0.0, "fold": time.monotonic() - began, "generate": 0.0}
     equal, count = codes_equal(student, packed)

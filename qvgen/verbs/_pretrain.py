@@ -24,13 +24,11 @@ from qvgen.models.tiny import TEACHER_FILE
 from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.identity import claim_run
-from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.session import train_all
 from qvgen.training.start_file import has_start, load_start, save_start
-from qvgen.training.wandb_run import training_log
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import rerun_command
+from qvgen.verbs._parts import claim, open_log, step_batch, training_output, training_run
 from qvgen.verbs.precompute import fill_missing
 
 log = logging.getLogger(__name__)
@@ -48,24 +46,31 @@ def pretrain(config: TrainConfig) -> None:
     """
     if not hasattr(config.model, "initial_transformer"):
         raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny and model=small can")
-    fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config)))
+    fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config.evaluation, config.model)))
     student = config.model.initial_transformer(config.seed)
     held_out = HeldOut(
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
         seed=config.seed,
-        batch_size=micro_batch_size(config),
+        batch_size=step_batch(config).micro_batch_size,
     )
     log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))
-    with claim_run(config) as run_dir:
+    with claim(config) as run_dir:
         held_out.warn_if_few()
         if run_dir.load_stage("start") is None or not has_start(run_dir.path):
             save_start(student, run_dir.path)
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
-        with training_log(config, run_dir.path) as loggers:
-            train_all(config, student=student, teacher=None, run_dir=run_dir.path, validate=None, loggers=loggers)
+        with open_log(config, run_dir.path) as loggers:
+            train_all(
+                training_run(config),
+                training_output(config, run_dir.path, loggers=loggers),
+                student=student,
+                teacher=None,
+                settings=config.plain,
+                hang_minutes=config.training.hang_minutes,
+            )
         card: dict[str, Any] = {
             "command": rerun_command(config),
             "seed": config.seed,

@@ -11,14 +11,22 @@ from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
-from qvgen.training.identity import check_worker, claim_run
+from qvgen.training.identity import check_worker
 from qvgen.training.session import processes_of, train_all, train_share
 from qvgen.training.start_file import load_start
-from qvgen.training.student import prepare_student, start_student
-from qvgen.training.wandb_run import training_log
+from qvgen.training.student import Measured, prepare_student, start_student
 from qvgen.verbs._deliver import deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
+from qvgen.verbs._parts import (
+    claim,
+    open_log,
+    ptq_method,
+    sampled_teacher,
+    student_design,
+    training_output,
+    training_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +34,29 @@ log = logging.getLogger(__name__)
 def quantize(config: TrainConfig) -> None:
     """From the PTQ start over training, if the method has any, to a packed checkpoint and a report."""
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
-    inputs = open_inputs(config)
-    student, swapped = prepare_student(config)
-    with claim_run(config) as run_dir, training_log(config, run_dir.path) as loggers:
+    inputs, design = open_inputs(config), student_design(config)
+    student, swapped = prepare_student(config.model, design, seed=config.seed)
+    with claim(config) as run_dir, open_log(config, run_dir.path) as loggers:
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
         held_out = inputs(teacher)
-        reference = list(held_out.predictions(teacher))
-        start = start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
+        measured = Measured(inputs=held_out, reference=list(held_out.predictions(teacher)))
+        start = start_student(
+            run_dir,
+            student,
+            design=design,
+            ptq=ptq_method(config),
+            teacher=sampled_teacher(config, teacher, encode=held_out.split.encode),
+            measured=measured,
+        )
         if config.steps:
             train_all(
-                config,
+                training_run(config),
+                training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
                 student=student,
                 teacher=teacher,
-                run_dir=run_dir.path,
-                validate=lambda model: held_out.relative_error(model, reference),
-                loggers=loggers,
+                settings=config.plain,
+                hang_minutes=config.training.hang_minutes,
             )
         if not held_out.num_samples:
             deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
@@ -55,22 +70,25 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     """Train as another process of a run than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     torch.set_num_threads(config.strategy.threads)
-    check_worker(config)
-    processes = processes_of(config, rank=rank, port=port)
+    check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
+    run = training_run(config)
+    processes = processes_of(run, rank=rank, port=port)
     if processes.sharded:  # its shares come from rank 0
         held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
         validate = None if held_out is None else held_out.take_part
-        train_share(config, student=None, teacher=None, run_dir=config.run_dir, validate=validate, processes=processes)
+        output = training_output(config, config.run_dir, validate=validate)
+        train_share(run, output, student=None, teacher=None, processes=processes)
         return
     teacher: nn.Module | None = None
     if config.method.quantizes:
-        student, _ = prepare_student(config)
+        student, _ = prepare_student(config.model, run.design, seed=config.seed)
         if config.method.needs_teacher or config.evaluation.video_every_steps is not None:
             teacher = config.model.load_teacher()
     else:
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)
-    train_share(config, student=student, teacher=teacher, run_dir=config.run_dir, processes=processes)
+    output = training_output(config, config.run_dir)
+    train_share(run, output, student=student, teacher=teacher, processes=processes)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -18,6 +18,7 @@ from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
 from qvgen.training.student import fold_student, prepare_student
 from qvgen.verbs._earlier_result import refuse_earlier
+from qvgen.verbs._parts import named_family, packed_record, student_design
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +30,24 @@ def run(config: FoldConfig) -> int | None:
         The exit code of a dry run that does not fit; None otherwise.
     """
     refuse_earlier(config.out, (WEIGHTS_FILE, MANIFEST_FILE), overwrite=config.overwrite)
-    if config.dry_run:
-        lines, can_run = plan_fold(config)
-        for line in lines:
-            print(line)
-        return None if can_run else DOES_NOT_FIT
     run_config = config.run
     if not run_config.method.quantizes:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
+    model, design = named_family(run_config), student_design(run_config)
+    if config.dry_run:
+        lines, can_run = plan_fold(config.run_dir, config.out, model=model, design=design)
+        for line in lines:
+            print(line)
+        return None if can_run else DOES_NOT_FIT
     torch.set_num_threads(run_config.strategy.threads)
     _say_what_a_stop_leaves(config.out)
-    check_fold(run_config, config.run_dir, force=config.force)
-    student, _ = prepare_student(run_config)
-    method = run_config.method
-    schedule = method.schedule(run_config.phi, num_steps=run_config.steps)
-    step = load_trained(student, config.run_dir, schedule=schedule)
-    method.finish_(student)
+    check_fold(config.run_dir, run_config.plain, family=run_config.model, force=config.force)
+    student, _ = prepare_student(run_config.model, design, seed=run_config.seed)
+    step = load_trained(student, config.run_dir, schedule=design.schedule(run_config.steps))
+    design.method.finish_(student)
     try:
-        fold_student(run_config, student, config.out, steps=step)
+        record = packed_record(run_config, steps=step)
+        fold_student(student, config.out, model=model, training=record, kernel=run_config.kernel)
     finally:  # a stop that came between the two files is acted on when both are there
         _say_what_a_stop_leaves(config.out)
     log.info("%s: checkpoint of optimizer step %d of %d", config.run_dir, step, run_config.steps)

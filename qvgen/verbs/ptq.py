@@ -9,6 +9,7 @@ from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts, without_clips
+from qvgen.verbs._parts import ptq_method, student_design
 
 
 def run(config: TrainConfig) -> None:
@@ -19,9 +20,10 @@ def run(config: TrainConfig) -> None:
         )
     torch.set_num_threads(config.strategy.threads)
     config.data.check(config.model)
-    check_student(config)
+    ptq = ptq_method(config)
+    check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)
     check_sampling_parts(config)
-    prompts = calibration_prompts(config) if config.init.needs else []
+    prompts = calibration_prompts(ptq.calibration, config.model) if config.init.needs else []
     if config.dry_run:
         for line in plan(config, num_prompts=len(prompts)):
             print(line)
@@ -52,7 +54,7 @@ def _measurements(config: TrainConfig) -> list[str]:
         return []
     from qvgen.training.mixed_precision.allocation import plan_measurements  # with its metrics
 
-    return [plan_measurements(config)]
+    return [plan_measurements(config.init, profile=config.profile, family=config.model)]
 
 
 def _measured_on(config: TrainConfig) -> str:

@@ -10,6 +10,7 @@ from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts
+from qvgen.verbs._parts import ptq_method, student_design, title, training_run
 
 
 def run(config: TrainConfig) -> int | None:
@@ -33,11 +34,20 @@ def run(config: TrainConfig) -> int | None:
         return None
     student = None
     if config.method.quantizes:
-        student = check_student(config)
+        student = check_student(
+            config.model, student_design(config), ptq_method(config), num_steps=config.steps, kernel=config.kernel
+        )
         check_sampling_parts(config)
     if config.dry_run:
-        plan = plan_training(config, num_clips=config.data.num_clips(), student=student)
-        for line in [*config.data.summary(), *format_plan(plan)]:
+        plan = plan_training(
+            training_run(config),
+            device_memory_gib=config.device_memory_gib,
+            run_dir=config.run_dir,
+            checkpoints_kept=config.checkpoint.keep,
+            num_clips=config.data.num_clips(),
+            student=student,
+        )
+        for line in [*config.data.summary(), *format_plan(plan, title=title(config))]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     del student

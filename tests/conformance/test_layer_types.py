@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import not_sampling, quantized_layers
-from qvgen.training.student import calibrate_, prepare_student
 from tests.conformance.quality import QUALITY
+from tests.parts import calibrated, prepared
 from tests.runs import train_config
 
 METHODS = [name for name, quality in QUALITY.items() if quality.layer_types is not None]
@@ -55,8 +55,8 @@ def errors(name: str, bits: str, cache: Path) -> Errors:
     )  # fmt: skip
     teacher = config.model.load_teacher()
     split = config.data.open(config.model, split="held_out")
-    student, _ = prepare_student(config)
-    statistics, _ = calibrate_(config, student, teacher=teacher, encode=split.encode)
+    student, _ = prepared(config)
+    statistics, _ = calibrated(config, student, teacher=teacher, encode=split.encode)
     initialize_(student, config.init, seed=config.seed, statistics=statistics)
     layers = quantized_layers(student)
     sums: defaultdict[tuple[str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))

@@ -19,7 +19,7 @@ from qvgen.deploy.checkpoint import load_packed, save_packed
 from qvgen.deploy.manifest import file_sha256, read_manifest
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers
-from qvgen.training.student import prepare_student
+from tests.parts import prepared
 from tests.runs import train_config
 
 LAYER = "blocks.1.ffn.net.2"
@@ -136,7 +136,7 @@ def test_models_that_are_not_folded_are_refused(tmp_path: Path) -> None:
     teacher = config.model.load_teacher()
     with pytest.raises(ValueError, match="has no packed layer; prepare, train and fold it first"):
         save_packed(teacher, tmp_path / "out")
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     with pytest.raises(ValueError, match=r"condition_embedder.*linear_1 and 35 other layers are not folded"):
         save_packed(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()

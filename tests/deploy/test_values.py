@@ -17,7 +17,7 @@ from qvgen.cli import BAD_INPUT, main
 from qvgen.deploy.checkpoint import check_packed, load_packed, save_packed
 from qvgen.deploy.manifest import file_sha256
 from qvgen.layers.swap import fold, folded_copy, packed_layers, quantized_layers
-from qvgen.training.student import prepare_student
+from tests.parts import prepared
 from tests.runs import train_config
 
 LAYER = "blocks.1.ffn.net.2"
@@ -122,7 +122,7 @@ def test_inspect_counts_the_bytes(packed: Path) -> None:
 
 
 def test_a_fold_names_the_tensor_and_changes_nothing() -> None:
-    student, _ = prepare_student(train_config("method=lsq"))
+    student, _ = prepared(train_config("method=lsq"))
     layers = quantized_layers(student)
     layer = layers[LAYER]
     cases = {

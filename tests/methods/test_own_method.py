@@ -19,6 +19,7 @@ from qvgen.config.sections import OptimConfig, PhiConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.methods.base import Method
 from qvgen.verbs._quantize import quantize
+from tests.parts import training_module
 from tests.runs import copy_until, packed_bytes, read_metrics, train_config
 
 RATE = 0.01
@@ -127,12 +128,11 @@ def test_it_goes_on_after_a_kill_to_the_same_bytes(run_dir: Path, tmp_path: Path
 
 
 def test_a_teacher_is_passed_exactly_where_it_is_needed() -> None:
-    from qvgen.training.module import VideoTraining
 
     config = configured(Path("unused"))
     student = config.model.load_teacher()
     with pytest.raises(ValueError, match="OffsetTraining.needs_teacher=True and a teacher is missing"):
-        VideoTraining(config, student=student, teacher=None, encode=config.model.encode)
+        training_module(config, student=student, teacher=None, encode=config.model.encode)
 
 
 def test_caption_dropout_is_a_probability() -> None:

@@ -15,7 +15,7 @@ from qvgen.methods.phi_decay import PhiDecay
 from qvgen.training.callbacks import METRIC_COLUMNS, begin_table, total_seconds
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO, checkpoints
 from qvgen.training.optim import build_optimizer
-from qvgen.training.student import prepare_student
+from tests.parts import prepared
 from tests.runs import BOUNDARIES, STEPS, method_schedule, read_metrics, train_config
 
 RANKS = (4, 2, 1)
@@ -27,7 +27,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer, PhiDecay]:
     config = train_config()
     schedule = method_schedule(config)
     assert schedule is not None
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)
     generator = torch.Generator().manual_seed(0)
     for step in range(BOUNDARIES[0]):

@@ -25,12 +25,13 @@ from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weight
 from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity
 from qvgen.training.checkpoint_file import RUN_KEY
-from qvgen.training.identity import check_worker, claim_run, collect_facts
+from qvgen.training.identity import check_worker
 from qvgen.training.source_checksum import sources_checksum
 from qvgen.training.start_file import LAYERS_FILE, START_FILE, load_start
-from qvgen.training.student import prepare_student
+from qvgen.verbs._parts import claim, run_facts
 from tests.data.pooling_encoder import encode_captions, encode_video
 from tests.data.video_files import write_clip
+from tests.parts import prepared
 from tests.runs import copy_until, packed_bytes, snapshot, train, train_config
 
 OPTIONS = ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
@@ -95,7 +96,7 @@ def configured(*keys: str) -> TrainConfig:
 
 def go_on(run_dir: Path, *keys: str, resume: Any = True) -> None:
     """What the verb does between the claim and the first thing that it writes."""
-    claim_run(replace(configured(*keys), run_dir=run_dir, resume=resume)).release()
+    claim(replace(configured(*keys), run_dir=run_dir, resume=resume)).release()
 
 
 def record(run_dir: Path, name: str, value: str) -> None:
@@ -184,11 +185,11 @@ def test_validation_videos_of_another_teacher_are_made_again(run_dir: Path) -> N
 def test_a_process_that_sees_something_else_than_rank_0_ends(run_dir: Path) -> None:
     config = replace(configured(), run_dir=run_dir)
     record(run_dir, "machine.device", "the first of two different GPUs")
-    check_worker(config)
+    check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     for name in ("model.transformer", "code.qvgen"):
         record(run_dir, name, "another one")
         with pytest.raises(UserError, match=rf"{name} was another one and is .*; give all processes the same files"):
-            check_worker(config)
+            check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
 
 
 def test_folding_checks_code_and_model_and_no_more(
@@ -234,7 +235,7 @@ def test_one_bit_of_the_start_is_noticed_and_nothing_is_lost(
 
 def test_a_run_with_a_checkpoint_goes_on_without_the_starts_tensors(run_dir: Path) -> None:
     (run_dir / START_FILE).unlink()
-    student, _ = prepare_student(configured())
+    student, _ = prepared(configured())
     load_start(student, run_dir)
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ValueError, match=f"{START_FILE} does not hold this run's start"):
@@ -320,10 +321,10 @@ def test_clips_count_by_their_content_and_captions(tmp_path: Path) -> None:
 
 
 def test_a_fact_is_content_and_no_place() -> None:
-    facts = collect_facts(configured())
-    assert facts == collect_facts(configured())
+    facts = run_facts(configured())
+    assert facts == run_facts(configured())
     assert {name.partition(".")[0] for name in facts} == {"code", "model", "data", "prompts", "machine"}
     assert not any("/" in value for value in facts.values())
-    calibrated = collect_facts(configured("init=gptq"))
+    calibrated = run_facts(configured("init=gptq"))
     assert calibrated.keys() - facts.keys() == {"prompts.calibration"}
     assert all(calibrated[name] == facts[name] for name in facts)

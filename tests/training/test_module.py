@@ -18,7 +18,8 @@ from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.module import VideoTraining
 from qvgen.training.optimizer_module import TrainingDivergedError
 from qvgen.training.session import load_trained, train_share
-from qvgen.training.student import prepare_student
+from qvgen.verbs._parts import training_output, training_run
+from tests.parts import prepared, training_module
 from tests.runs import copy_until, load_state, method_schedule, read_metrics, train_config
 
 
@@ -26,8 +27,8 @@ def make_module(*overrides: str) -> VideoTraining:
     """A module as a run makes it."""
     config = train_config(*overrides)
     teacher = config.model.load_teacher()
-    student = prepare_student(config)[0] if config.method.quantizes else config.model.initial_transformer(0)
-    return VideoTraining(
+    student = prepared(config)[0] if config.method.quantizes else config.model.initial_transformer(0)
+    return training_module(
         config,
         student=student.train(),
         teacher=teacher if config.method.needs_teacher else None,
@@ -215,9 +216,9 @@ def test_a_bad_clip_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     )
     (bad, _) = sampler.step_indices(5)
     config = replace(config, data=BrokenSource(bad=bad, **vars(config.data)))
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     with pytest.raises(TrainingDivergedError, match="the loss is nan in optimizer step 5"):
-        train_share(config, student=student, teacher=None, run_dir=tmp_path)
+        train_share(training_run(config), training_output(config, tmp_path), student=student, teacher=None)
     # Step 5 has not changed anything, and whether its state was good nobody knows: the one before is proven.
     (kept,) = checkpoints(tmp_path / "checkpoints")
     assert kept.name == "step-00000004.ckpt"
@@ -237,4 +238,4 @@ def test_gradients_that_are_not_finite_stop_the_run() -> None:
 def test_method_and_teacher_have_to_agree() -> None:
     module = make_module()
     with pytest.raises(ValueError, match="needs_teacher=True and a teacher is missing"):
-        VideoTraining(train_config(), student=module.student, teacher=None, encode=module.encode)
+        training_module(train_config(), student=module.student, teacher=None, encode=module.encode)

@@ -16,14 +16,14 @@ from qvgen.methods.phi_decay import forget_moments_
 from qvgen.quant.width_table import WidthTable
 from qvgen.training.optim import build_optimizer, learning_rate_factor
 from qvgen.training.optimizer_module import total_norm
-from qvgen.training.student import prepare_student
+from tests.parts import prepared
 from tests.runs import train_config
 
 
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
     config = train_config()
-    return prepare_student(config)[0]
+    return prepared(config)[0]
 
 
 def test_every_trainable_parameter_is_in_one_group(student: nn.Module) -> None:
@@ -61,7 +61,7 @@ def test_groups_have_the_rates_and_decays_of_the_recipe(student: nn.Module) -> N
 def test_other_widths_of_a_plan_have_the_rates_of_the_first() -> None:
     """A decayed scale would shrink the grid; clips are logits, whatever their width."""
     config = train_config("bits=w4a4", "activation_switch.widths=[4,8]")
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     for layer in quantized_layers(student).values():
         layer.set_width_table_(WidthTable(bands=((4, 4), (8, 4)) * 25, switch=(4, 8)))
     names = {id(parameter): name for name, parameter in student.named_parameters()}

@@ -21,13 +21,11 @@ from qvgen.layers.shared_input import activation_sharing
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.layer_setup import input_sets
-from qvgen.training.meta_model import build_family, build_student
-from qvgen.training.module import VideoTraining
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.session import load_trained
 from qvgen.training.start_file import load_start
-from qvgen.training.student import prepare_student
 from tests.models.hub_folders import make_cogvideox_folder
+from tests.parts import planned_student, prepared, training_module
 from tests.runs import UNSEEN, load_state, method_schedule, packed_bytes, read_metrics, train, train_config
 from tests.training.test_module import make_batch
 from tests.verbs.test_hub_models import train_keys, write_clips
@@ -58,7 +56,7 @@ def test_a_trained_model_quantizes_a_shared_input_once(short_run: Path) -> None:
     packed = load_packed(short_run / "packed")
     assert merged_layers(packed) == 3 * (3 + 2)
     config = train_config("accumulate=2")
-    fake, _ = prepare_student(config)
+    fake, _ = prepared(config)
     load_trained(fake, short_run, schedule=method_schedule(config))
     assert len(activation_sharing(quantized_layers(fake))) == SETS
     held_out = HeldOut(
@@ -95,7 +93,7 @@ def test_checkpoints_name_every_layer(short_run: Path, apart_run: Path) -> None:
 @pytest.mark.parametrize(("keys", "tensors"), [((), 2 * (36 - 9)), ((APART,), 2 * 36)])
 def test_the_optimizer_and_the_plan_have_each_parameter_once(keys: tuple[str, ...], tensors: int) -> None:
     config = train_config(*keys)
-    for student, _ in (prepare_student(config), build_student(config, build_family(config))):
+    for student, _ in (prepared(config), planned_student(config)):
         groups = {group["name"]: group["params"] for group in parameter_groups(student, config.optim)}
         assert len(groups["clips"]) == tensors
         assert sum(p.numel() for group in groups.values() for p in group) == sum(
@@ -108,9 +106,9 @@ def test_the_norm_counts_a_shared_gradient_once() -> None:
     gradients = []
     for keys in ((), (APART,)):
         config = train_config(*keys)
-        module = VideoTraining(
+        module = training_module(
             config,
-            student=prepare_student(config)[0].train(),
+            student=prepared(config)[0].train(),
             teacher=config.model.load_teacher(),
             encode=config.model.encode,
         )
@@ -119,7 +117,7 @@ def test_the_norm_counts_a_shared_gradient_once() -> None:
     shared, apart = gradients
     squares = {name: gradient.double().square().sum() for name, gradient in apart.items()}
     config = train_config()
-    for names in input_sets(prepare_student(config)[0], config):
+    for names in input_sets(prepared(config)[0], config.model):
         for table in ("clip_low", "clip_high"):
             parts = [f"{name}.activation_quantizer.{table}" for name in names]
             assert [name in shared for name in parts] == [True] + [False] * (len(parts) - 1)
@@ -137,7 +135,7 @@ def test_the_norm_counts_a_shared_gradient_once() -> None:
 def test_the_start_is_read_as_it_was_written(short_run: Path, apart_run: Path) -> None:
     """Whatever a student was prepared as: who shares is in the run's folder."""
     for keys in ((), (APART,)):
-        student, _ = prepare_student(train_config(*keys))
+        student, _ = prepared(train_config(*keys))
         for run_dir, sets in ((short_run, SETS), (apart_run, 0)):
             load_start(student, run_dir)
             assert len(activation_sharing(quantized_layers(student))) == sets

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvgen.training.calibration import CalibratedModel
 from tests import runs
+from tests.parts import calibrated_model
 
 
 def test_a_run_goes_on_with_damaged_side_files(
@@ -36,7 +36,7 @@ def test_damaged_statistics_of_one_layer_are_sampled_again(tmp_path: Path, caplo
     config = runs.train_config(
         "init=smoothquant", "calibration.videos=1", "calibration.steps=1", f"calibration.cache={tmp_path}"
     )
-    statistics = CalibratedModel(config, teacher=config.model.load_teacher(), encode=config.model.encode, num_bands=1)
+    statistics = calibrated_model(config, teacher=config.model.load_teacher(), encode=config.model.encode, num_bands=1)
     wanted = statistics("blocks.0.attn1.to_q").abs_max
     path = statistics.folder / "blocks.0.attn1.to_q.safetensors"
     whole, others = path.read_bytes(), {p: p.stat().st_mtime_ns for p in statistics.folder.iterdir() if p != path}

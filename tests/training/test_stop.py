@@ -28,10 +28,8 @@ from qvgen.config.sections import CheckpointConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
-from qvgen.training.module import VideoTraining
-from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
-from qvgen.training.validation import validation_videos
+from tests.parts import prepared, training_module, video_callback
 from tests.runs import SHORT, load_state, method_schedule, read_metrics, train_config
 from tests.training.validated import contents
 
@@ -71,7 +69,7 @@ class Session:
     def __init__(self, run_dir: Path, *, measured: Callable[[], None] = lambda: None, videos: bool = False) -> None:
         self.config = _config()
         self.run_dir, self.measured, self.with_videos = run_dir, measured, videos
-        self.student, _ = prepare_student(self.config)
+        self.student, _ = prepared(self.config)
         run_dir.mkdir(exist_ok=True)
 
     def run(self, *further: lightning.Callback, checkpoint: CheckpointConfig = RARELY) -> dict[str, torch.Tensor]:
@@ -80,7 +78,7 @@ class Session:
         schedule = method_schedule(config)
         assert schedule is not None
         split = config.data.open(config.model, split="train")
-        module = VideoTraining(
+        module = training_module(
             replace(config, steps=NUM_STEPS),
             student=student.train(),
             teacher=config.model.load_teacher(),
@@ -92,7 +90,7 @@ class Session:
         saves = CheckpointWriter(self.run_dir / "checkpoints", config=checkpoint, num_steps=NUM_STEPS)
         callbacks = [*further, MethodSchedule(schedule), steps, saves]
         if self.with_videos:
-            videos = validation_videos(config, run_dir=self.run_dir, teacher=None, encode=None)
+            videos = video_callback(config, run_dir=self.run_dir, teacher=None, encode=None)
             assert videos is not None
             callbacks.append(videos)
         trainer = build_trainer(steps=NUM_STEPS, accumulate=2, processes=Processes(), callbacks=callbacks, loggers=[])

@@ -21,10 +21,10 @@ from qvgen.data.video import write_video
 from qvgen.errors import UserError
 from qvgen.evaluation.metrics import psnr_db, ssim
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
-from qvgen.training.student import prepare_student
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
-from qvgen.training.validation import ValidationVideos, validation_videos
-from qvgen.training.wandb_run import training_log
+from qvgen.training.validation import ValidationVideos
+from qvgen.verbs._parts import open_log
+from tests.parts import prepared, video_callback
 from tests.runs import train_config
 from tests.training.validated import contents, times
 
@@ -38,7 +38,7 @@ def teacher() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
-    return prepare_student(train_config("phi.rank=2"))[0].train()
+    return prepared(train_config("phi.rank=2"))[0].train()
 
 
 def five_prompts(directory: Path, *, encode: Any = None, teacher: nn.Module | None) -> ValidationVideos:
@@ -212,7 +212,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     videos = five_prompts(tmp_path / "validation", teacher=teacher)
-    with training_log(train_config("logger=wandb"), tmp_path) as loggers:
+    with open_log(train_config("logger=wandb"), tmp_path) as loggers:
         run = loggers[0]._run
         videos.write_videos(student, step=0, rank=0, world_size=2)
         videos.publish(loggers, step=0)
@@ -257,9 +257,9 @@ def test_the_configuration_says_how_often() -> None:
     for name in ("cogvideox", "cogvideox-5b", "cogvideox1.5", "wan", "wan-14b", "wan2.2-a14b", "wan2.2-ti2v"):
         assert train_config(f"model={name}").evaluation.video_every_steps == 250
     for overrides in ((), ("evaluation.video_every_steps=3", "evaluation.videos=0")):
-        assert validation_videos(train_config(*overrides), run_dir=Path(), teacher=None, encode=None) is None
+        assert video_callback(train_config(*overrides), run_dir=Path(), teacher=None, encode=None) is None
     config = train_config("evaluation.video_every_steps=3", "evaluation.videos=3", "seed=7")
-    videos = validation_videos(config, run_dir=Path("run"), teacher=None, encode=None)
+    videos = video_callback(config, run_dir=Path("run"), teacher=None, encode=None)
     assert videos is not None
     assert (videos.every_steps, videos.num_steps) == (3, config.steps)
     assert (videos.files.prompts, videos.files.seeds) == (config.model.prompts[:3], [7, 8, 9])

@@ -16,10 +16,9 @@ from qvgen.data.datamodule import StepKeyedData
 from qvgen.evaluation.validation_files import read_validation
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
-from qvgen.training.module import VideoTraining
-from qvgen.training.student import prepare_student
 from qvgen.training.trainer import Processes, build_trainer, fit
-from qvgen.training.validation import ValidationVideos, validation_videos
+from qvgen.training.validation import ValidationVideos
+from tests.parts import prepared, training_module, video_callback
 from tests.runs import load_state, method_schedule, read_metrics, train_config
 from tests.training.validated import contents, times
 
@@ -37,7 +36,7 @@ DUE = (0, 2, 4, 5)
 
 def make_videos(run_dir: Path, *, teacher: nn.Module | None) -> ValidationVideos:
     """The callback that the options ask for."""
-    videos = validation_videos(train_config(*OPTIONS), run_dir=run_dir, teacher=teacher, encode=None)
+    videos = video_callback(train_config(*OPTIONS), run_dir=run_dir, teacher=teacher, encode=None)
     assert videos is not None
     return videos
 
@@ -47,9 +46,9 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
     config = train_config(*OPTIONS)
     schedule = method_schedule(config)
     assert schedule is not None
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     split = config.data.open(config.model, split="train")
-    module = VideoTraining(
+    module = training_module(
         replace(config, steps=NUM_STEPS),
         student=student.train(),
         teacher=config.model.load_teacher(),

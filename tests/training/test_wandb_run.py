@@ -20,7 +20,8 @@ import pytest
 from qvgen.config import TrainConfig
 from qvgen.config.sections import LoggerConfig
 from qvgen.training import wandb_run
-from qvgen.training.wandb_run import WandbRun, check_wandb, flat_numbers, training_log, wandb_problem
+from qvgen.training.wandb_run import WandbRun, check_wandb, flat_numbers, wandb_problem
+from qvgen.verbs._parts import open_log
 from tests.runs import train_config
 from tests.training.wandb_records import configuration, history, read_records, run_record, summary
 
@@ -130,7 +131,7 @@ def test_no_network_makes_an_offline_run_with_one_warning(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("WANDB_API_KEY", "invalid")
     check_wandb(config.logger)
-    with training_log(config, tmp_path) as loggers:
+    with open_log(config, tmp_path) as loggers:
         loggers[0].log_metrics({"train/loss": 1.0}, step=0)
     (line,) = warnings_of(caplog)
     assert line.startswith(f"wandb: http://127.0.0.1:{port} can't be reached (")
@@ -153,7 +154,7 @@ def test_all_sessions_of_a_training_are_one_run(config: TrainConfig, tmp_path: P
     steps = [range(4), range(2, 6)]  # the first session was killed after a checkpoint of step 2
     for number, session in enumerate(steps):
         # a sweep's job that is continued alone stays in its group
-        with training_log(config if number else of_sweep, tmp_path) as loggers:
+        with open_log(config if number else of_sweep, tmp_path) as loggers:
             for step in session:
                 loggers[0].log_metrics({"train/loss": float(step)}, step=step)
             if number:
@@ -214,7 +215,7 @@ def test_a_folder_that_cannot_be_written_leaves_metrics_alone(
     config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wandb_run.json").mkdir()
-    with training_log(config, tmp_path) as loggers:
+    with open_log(config, tmp_path) as loggers:
         assert loggers == []
     assert "does not begin" in caplog.text
 

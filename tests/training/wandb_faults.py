@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from qvgen.training.wandb_run import training_log
+from qvgen.verbs._parts import open_log
 from tests.runs import train_config
 
 LARGEST_FILE_BYTES = 20_000
@@ -33,14 +33,14 @@ def children() -> list[int]:
 
 
 def full(run_dir: Path) -> None:
-    with training_log(train_config("logger=wandb"), run_dir) as loggers:
+    with open_log(train_config("logger=wandb"), run_dir) as loggers:
         for step in range(STEPS):
             loggers[0].log_metrics({"train/loss": float(step)}, step=step)
         (run_dir / ("whole" if loggers[0]._run is not None else "ended")).touch()
 
 
 def killed(run_dir: Path) -> None:
-    with training_log(train_config("logger=wandb"), run_dir) as loggers:
+    with open_log(train_config("logger=wandb"), run_dir) as loggers:
         loggers[0].log_metrics({"train/loss": 1.0}, step=0)
         (service,) = children()
         os.kill(service, signal.SIGKILL)

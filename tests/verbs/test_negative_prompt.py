@@ -17,16 +17,17 @@ import torch
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config import TrainConfig
 from qvgen.config.prompt import Prompts
-from qvgen.evaluation.comparison import shown_videos
+from qvgen.evaluation.prompts import evaluation_prompts, shown_videos
 from qvgen.evaluation.report.json_content import to_json_dict
 from qvgen.evaluation.report.writer import render_html
 from qvgen.evaluation.sampled_inputs import SampledInputs
 from qvgen.models.guidance import texts_to_encode
-from qvgen.training.calibration import SEED_OFFSET, CalibratedModel
+from qvgen.training.calibration import SEED_OFFSET
 from qvgen.training.mixed_precision.trajectory import sampling_of
-from qvgen.training.validation import validation_videos
+from qvgen.verbs._parts import sampled_teacher
 from tests.evaluation.report.example_report import report_data
 from tests.models.hub_folders import make_wan_folder
+from tests.parts import calibrated_model, video_callback
 from tests.runs import train_config
 from tests.verbs.test_hub_models import tiny_keys, write_clips
 
@@ -79,7 +80,7 @@ def test_validation_samples_with_it_and_with_a_lines_own(tmp_path: Path) -> None
     file.write_text(lines({"prompt": CAPTION, "seed": 7}, {"prompt": CAPTION, "seed": 7, "negative_prompt": OTHER}))
     config = config_of(tmp_path, f"evaluation.prompts={file}", "evaluation.videos=2", "evaluation.video_every_steps=1")
     teacher = config.model.load_teacher()
-    videos = validation_videos(config, run_dir=tmp_path, teacher=teacher, encode=None)
+    videos = video_callback(config, run_dir=tmp_path, teacher=teacher, encode=None)
     assert videos is not None
     assert (videos.files.seeds, videos.files.negatives) == ([7, 7], [NEGATIVE, OTHER])
     for index, negative in enumerate((NEGATIVE, OTHER)):
@@ -103,21 +104,27 @@ def test_calibration_samples_with_it(tmp_path: Path) -> None:
         file.write_text(lines(line))
         config = config_of(tmp_path, f"calibration.prompts={file}")
         teacher = config.model.load_teacher()
-        calibrated = CalibratedModel(config, teacher=teacher, encode=config.model.encode, num_bands=50)
+        calibrated = calibrated_model(config, teacher=teacher, encode=config.model.encode, num_bands=50)
         found[name] = (calibrated.folder, calibrated("proj_out").abs_max)
     assert len({folder for folder, _ in found.values()}) == 4
     maxima = {name: abs_max for name, (_, abs_max) in found.items()}
     assert torch.equal(maxima["own"], maxima["models"])
     assert not torch.equal(maxima["own"], maxima["other"])
     assert not torch.equal(maxima["seed"], maxima["models"])
-    sampling = sampling_of(config, videos=2, steps=2, seed_offset=1, encode=config.model.encode)
+    prompts = Prompts.of(config.model.prompts)
+    sampling = sampling_of(calibrated.teacher, prompts, videos=2, steps=2, seed_offset=1)
     assert (sampling.negatives, sampling.seeds) == ((None, None), (43, 44))
     assert SEED_OFFSET == 10_000
 
 
 def test_recorded_inputs_have_it(tmp_path: Path) -> None:
     config = config_of(tmp_path, "evaluation.samples=2")
-    inputs = SampledInputs(config, teacher=config.model.load_teacher(), encode=config.model.encode)
+    inputs = SampledInputs(
+        sampled_teacher(config, config.model.load_teacher(), encode=config.model.encode),
+        prompts=evaluation_prompts(config.evaluation, config.model),
+        num_samples=2,
+        num_steps=config.calibration.steps,
+    )
     _, named = inputs._calls[0]
     first = config.model.prompts[0]
     assert torch.equal(named["encoder_hidden_states"], config.model.encode([first, NEGATIVE])["encoder_hidden_states"])
@@ -143,7 +150,8 @@ def test_the_report_says_which(short_run: Path) -> None:
 def test_shown_videos_take_the_files_seeds(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(lines({"prompt": CAPTION, "seed": [7, 8]}))
-    shown = shown_videos(config_of(tmp_path, f"evaluation.prompts={file}", "evaluation.videos=3"))
+    config = config_of(tmp_path, f"evaluation.prompts={file}", "evaluation.videos=3")
+    shown = shown_videos(config.evaluation, config.model, seed=config.seed)
     assert [video.seed for video in shown] == [7, 8, 44]
 
 

@@ -18,8 +18,10 @@ from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
 from qvgen.run_directory import RunDirectory
 from qvgen.training.start_file import load_start
-from qvgen.training.student import fold_student, prepare_student, start_student
+from qvgen.training.student import Measured, fold_student, start_student
 from qvgen.verbs._inputs import open_inputs
+from qvgen.verbs._parts import named_family, packed_record, ptq_method, sampled_teacher, student_design
+from tests.parts import prepared
 from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
 
 INITIALIZERS = leaf_names("init")
@@ -66,7 +68,7 @@ def test_a_method_alone_and_as_the_start_of_training(
     else:
         write_start(config)
     assert not any(message.startswith("calibration:") for message in caplog.messages)  # it is in the cache
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     load_start(student, tmp_path / "run")
     packed = load_packed(tmp_path / "ptq" / "packed")
     split = config.data.open(config.model, split="held_out")
@@ -82,18 +84,25 @@ def test_a_method_alone_and_as_the_start_of_training(
     for layer in quantized_layers(student).values():
         layer.phi = None
     # What training starts from is the checkpoint without training.
-    fold_student(config, student, tmp_path / "folded", steps=0)
+    fold_student(student, tmp_path / "folded", model=named_family(config), training=packed_record(config, steps=0))
     assert (tmp_path / "folded" / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "ptq")
 
 
 def write_start(config: TrainConfig) -> None:
     """What the verb does before it trains."""
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     teacher = config.model.load_teacher()
     held_out = open_inputs(config)(teacher)
-    reference = list(held_out.predictions(teacher))
+    measured = Measured(inputs=held_out, reference=list(held_out.predictions(teacher)))
     with RunDirectory.claim(config.run_dir, config.plain, resume=False) as run_dir:
-        start_student(config, run_dir, student=student, teacher=teacher, held_out=held_out, reference=reference)
+        start_student(
+            run_dir,
+            student,
+            design=student_design(config),
+            ptq=ptq_method(config),
+            teacher=sampled_teacher(config, teacher, encode=held_out.split.encode),
+            measured=measured,
+        )
 
 
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

@@ -13,10 +13,11 @@ import pytest
 from qvgen.cli import DONE
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_video
-from qvgen.evaluation.comparison import START, Start, _Asked, _sample_start, generate_videos, shown_videos
+from qvgen.evaluation.comparison import START, Start, _Asked, _sample_start, generate_videos
+from qvgen.evaluation.prompts import shown_videos
 from qvgen.layers.swap import phi_suspended
 from qvgen.training.start_file import load_start
-from qvgen.training.student import prepare_student
+from tests.parts import prepared
 from tests.runs import STEPS, copy_until, packed_bytes, train, train_config
 
 SAME = ("relative_error", "packed_codes_equal", "trajectory_psnr_db", "flipped_pixels", "flipped_codes", "bytes")
@@ -29,9 +30,9 @@ def report_of(run_dir: Path) -> dict[str, Any]:
 
 def test_they_are_what_the_stored_start_samples(short_run: Path, tmp_path: Path) -> None:
     config = train_config()
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     load_start(student, short_run)
-    [shown] = shown_videos(config)
+    [shown] = shown_videos(config.evaluation, config.model, seed=config.seed)
     with phi_suspended(student):
         video = generate_videos(config.model, student, [shown.caption], [shown.seed])[0].numpy()
     [found] = (short_run / "videos").glob(f"*-{START}.mp4")
@@ -66,14 +67,14 @@ def test_a_start_that_cannot_be_read_costs_its_videos_alone(
     run_dir = Path(shutil.copytree(short_run, tmp_path / "run", ignore=shutil.ignore_patterns("videos", "packed")))
     (run_dir / "start.safetensors").write_bytes(b"")
     config = train_config()
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
 
     def restore():
         load_start(student, run_dir)
         return student
 
-    asked = _Asked(shown=[], items=[], seeds=[])
-    start, found = _sample_start(config, Start(restore=restore, absent=None), asked, encode=config.model.encode)
+    asked = _Asked(family=config.model, encode=config.model.encode, shown=[], items=[], seeds=[])
+    start, found = _sample_start(Start(restore=restore, absent=None), asked)
     assert found is None
     assert "start.safetensors" in str(start.absent)
     assert "start.safetensors" in caplog.text

@@ -16,10 +16,12 @@ import torch
 from qvgen.cli import main
 from qvgen.config.build import load_run
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, SampledInputs
 from qvgen.layers.swap import packed_layers
-from qvgen.training.calibration import CalibratedModel
+from qvgen.verbs._parts import sampled_teacher
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.parts import calibrated_model
 from tests.runs import packed_bytes
 from tests.verbs.test_hub_models import tiny_keys, write_clips
 
@@ -65,7 +67,12 @@ def test_prompts_are_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     # The reported error is that of the recorded calls, counted here by hand.
     config = load_run(run_dir)
     teacher, packed = config.model.load_teacher(), load_packed(run_dir / "packed")
-    inputs = SampledInputs(config, teacher=teacher, encode=EncodedCaptions(config.model))
+    inputs = SampledInputs(
+        sampled_teacher(config, teacher, encode=EncodedCaptions(config.model)),
+        prompts=evaluation_prompts(config.evaluation, config.model),
+        num_samples=config.evaluation.samples,
+        num_steps=config.calibration.steps,
+    )
     wrong = size = 0.0
     with torch.no_grad():
         for arguments, named in inputs._calls:
@@ -101,7 +108,7 @@ def test_prompts_of_a_file_are_those_of_a_list_and_clips_change_no_weight(tmp_pa
     # Training starts from the same statistics.
     config = load_run(tmp_path / "file")
     teacher = config.model.load_teacher()
-    found = CalibratedModel(config, teacher=teacher, encode=lambda captions: {}, num_bands=50)
+    found = calibrated_model(config, teacher=teacher, encode=lambda captions: {}, num_bands=50)
     assert found.folder.is_dir()
 
 

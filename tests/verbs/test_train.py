@@ -17,6 +17,7 @@ from qvgen.layers.swap import packed_layers
 from qvgen.models.weight_file import save_weights
 from qvgen.training.session import train_all
 from qvgen.training.wandb_run import flat_numbers
+from qvgen.verbs._parts import training_output, training_run
 from tests.runs import SHORT, read_metrics, train, train_config
 from tests.training.wandb_records import history, read_records, run_record, summary
 
@@ -169,7 +170,8 @@ def test_a_model_that_was_pretrained_can_be_quantized(tmp_path: Path) -> None:
     config = train_config("experiment=tiny_teacher", "devices=1", "strategy=single", "steps=2", "batch_size=4")
     student = config.model.initial_transformer(config.seed)
     before = student.proj_out.weight.detach().clone()
-    train_all(config, student=student, teacher=None, run_dir=tmp_path, validate=None)
+    run, output = training_run(config), training_output(config, tmp_path)
+    train_all(run, output, student=student, teacher=None, settings=config.plain)
     assert not torch.equal(student.proj_out.weight, before)
     assert all(float(row["train/loss"]) > 0 and row["phi/rank"] == "" for row in read_metrics(tmp_path))
     weights = save_weights(student.state_dict(), tmp_path / "mine.safetensors", card={"seed": config.seed})

@@ -13,24 +13,27 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qvgen.config.schema import TrainConfig
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
+from qvgen.training.student_design import StudentDesign
 
 
-def uses_teacher(config: TrainConfig) -> bool:
+def uses_teacher(method: Method, *, shows_videos: bool) -> bool:
     """Whether the teacher takes part in training: as the target, or beside the student in validation videos."""
-    videos = config.evaluation.video_every_steps is not None
-    return bool(config.method.quantizes and (config.method.needs_teacher or videos))
+    return method.quantizes and (method.needs_teacher or shows_videos)
 
 
 class ShardedModels:
     """What a process contributes to a sharded run, and its shares.
 
     Args:
-        config: The run's.
+        family: The model family.
+        design: The student's layers.
+        has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
         whole_student: On rank 0, prepared, with the weights that training starts from; None elsewhere.
-        whole_teacher: On rank 0, where :func:`uses_teacher`; stays as it is. None elsewhere.
+        whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -38,11 +41,17 @@ class ShardedModels:
     """
 
     def __init__(
-        self, config: TrainConfig, *, whole_student: nn.Module | None, whole_teacher: nn.Module | None
+        self,
+        family: VideoDiT,
+        design: StudentDesign,
+        *,
+        has_teacher: bool,
+        whole_student: nn.Module | None,
+        whole_teacher: nn.Module | None,
     ) -> None:
         self._whole_student, self._whole_teacher = whole_student, whole_teacher
-        self.student, _ = build_student(config, config.model)
-        self.teacher = build_teacher(config.model, dtype=torch.float32) if uses_teacher(config) else None
+        self.student, _ = build_student(family, design)
+        self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Give every process its shares, on its device; a collective."""

@@ -12,26 +12,29 @@ metric of their own, and the split between groups, go by the output error: mean 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Allocation, Key, combined_scores
-from qvgen.initializers.base import LayerStatistics
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import quantized_layers, select_linears
-from qvgen.models.base import Encode
+from qvgen.models.base import VideoDiT
 from qvgen.quant.bit_allocation import SideProblem, constant_widths, windowed_widths
+from qvgen.quant.grid import Profile
 from qvgen.quant.packing import plane_shapes
 from qvgen.quant.width_table import WidthTable
+from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import GroupMetrics
 from qvgen.training.mixed_precision.sensitivity import Measured, SensitivityMeasurement, Side, Wanted, with_bits
+from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 
@@ -39,40 +42,26 @@ _MIB = 2**20
 
 
 def allocate_bits_(
-    config: TrainConfig,
-    student: nn.Module,
-    *,
-    teacher: nn.Module,
-    encode: Encode,
-    statistics: Callable[[str], LayerStatistics],
-    statistics_key: str,
+    student: nn.Module, init: BitBudget, *, profile: Profile, teacher: SampledTeacher, statistics: CalibratedModel
 ) -> Allocation:
     """Measure, allocate, and give a prepared student's layers their bits, before the method sets them up.
 
     Args:
-        config: The run's; its ``init`` is a :class:`BitBudget`.
         student: Prepared; its weights are the full-precision ones.
-        teacher: Full-precision model.
-        encode: Captions to conditions.
-        statistics: Layer's name -> what calibration saw.
-        statistics_key: Content key of those statistics.
+        init: The PTQ method.
+        profile: The student's grids; where a budget says nothing else, their bits are the budget.
+        teacher: The full-precision model.
+        statistics: What calibration saw of each layer.
 
     Raises:
         UserError: A budget that no choice meets, or a network that is not there.
         ValueError: Too few sampling steps for the windows of timesteps.
     """
     layers = quantized_layers(student)
-    wanted = wanted_measurements(config, list(layers))
-    measurement = SensitivityMeasurement(
-        config=config,
-        teacher=teacher,
-        encode=encode,
-        statistics=statistics,
-        statistics_key=statistics_key,
-        num_bands=next(iter(layers.values())).noise_band.num_bands,
-    )
+    wanted = wanted_measurements(init, list(layers), profile=profile, family=teacher.family)
+    measurement = SensitivityMeasurement(teacher=teacher, init=init, profile=profile, statistics=statistics)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    allocation = allocate_budget(config, wanted, measurement.measure(wanted), shapes=shapes)
+    allocation = allocate_budget(init, wanted, measurement.measure(wanted), profile=profile, shapes=shapes)
     for name, bits in allocation.bits.items():
         give_bits_(layers[name], bits, window_of_band=allocation.window_of_band)
     for side, mean in allocation.mean_bits.items():
@@ -90,30 +79,38 @@ def give_bits_(layer: FakeQuantLinear, bits: Mapping[int, tuple[int, int]], *, w
         layer.set_width_table_(WidthTable(bands=tuple(bits[window] for window in window_of_band)))
 
 
-def check_mixed_precision(config: TrainConfig, names: Sequence[str]) -> None:
+def check_mixed_precision(init: BitBudget, names: Sequence[str], *, design: StudentDesign, family: VideoDiT) -> None:
     """Find out in seconds what would fail after hours.
+
+    Args:
+        init: The PTQ method.
+        names: Linears that are quantized.
+        design: The student's.
+        family: The model family.
 
     Raises:
         UserError: A metric's network that is not there, or Phi beside weights of two widths.
         ValueError: Patterns of the model's groups that contradict each other.
     """
-    init: BitBudget = config.init
-    if init.weight_windows is not None and config.method.phi_ranks(config.phi):
+    if init.weight_windows is not None and design.phi_rank:
         raise UserError(
             f"init.weight_windows={list(init.weight_windows)} gives layers two sets of weights, and Phi makes up for the "
             "loss of one; use method=lsq or qvgen ptq"
         )
-    wanted = wanted_measurements(config, names)
+    wanted = wanted_measurements(init, names, profile=design.profile, family=family)
     GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
 
 
-def wanted_measurements(config: TrainConfig, names: Sequence[str]) -> Wanted:
-    """What the budgets make necessary to measure; nothing of a side whose budget leaves no choice."""
-    init: BitBudget = config.init
-    means: dict[Side, float] = {
-        "weight": init.mean_weight_bits or config.profile.weight.bits,
-        "activation": init.mean_activation_bits or config.profile.activation.bits,
-    }
+def wanted_measurements(init: BitBudget, names: Sequence[str], *, profile: Profile, family: VideoDiT) -> Wanted:
+    """What the budgets make necessary to measure; nothing of a side whose budget leaves no choice.
+
+    Args:
+        init: The budgets.
+        names: Linears that are quantized.
+        profile: Their grids.
+        family: Says which layers belong together.
+    """
+    means = _mean_budgets(init, profile)
     widths: dict[Side, tuple[int, ...]] = {}
     for side, mean in means.items():
         found = set(init.widths(mean))
@@ -122,15 +119,23 @@ def wanted_measurements(config: TrainConfig, names: Sequence[str]) -> Wanted:
             found.update(width for width in init.weight_windows or () if width is not None)
             free = free or init.weights_mib is not None or init.weight_windows is not None
         widths[side] = tuple(sorted(found)) if free else ()
-    return Wanted(units=layer_units(names, config.model.layer_groups), widths=widths)
+    return Wanted(units=layer_units(names, family.layer_groups), widths=widths)
 
 
-def plan_measurements(config: TrainConfig) -> str:
+def _mean_budgets(init: BitBudget, profile: Profile) -> dict[Side, float]:
+    """The budget of each side in mean bits."""
+    return {
+        "weight": init.mean_weight_bits or profile.weight.bits,
+        "activation": init.mean_activation_bits or profile.activation.bits,
+    }
+
+
+def plan_measurements(init: BitBudget, *, profile: Profile, family: Any) -> str:
     """How much there is to measure, without weights."""
     with torch.device("meta"):
-        skeleton = config.model.build(config.model.transformer_config)
-    names = select_linears(skeleton, include=config.model.include, exclude=config.model.exclude).quantized
-    wanted, init = wanted_measurements(config, names), config.init
+        skeleton = family.build(family.transformer_config)
+    names = select_linears(skeleton, include=family.include, exclude=family.exclude).quantized
+    wanted = wanted_measurements(init, names, profile=profile, family=family)
     groups = {unit.group: sum(other.group == unit.group for other in wanted.units) for unit in wanted.units}
     count = sum(1 for _ in wanted.keys(init.windows))
     return (
@@ -142,26 +147,23 @@ def plan_measurements(config: TrainConfig) -> str:
 
 
 def allocate_budget(
-    config: TrainConfig, wanted: Wanted, measured: Measured, *, shapes: Mapping[str, tuple[int, int]]
+    init: BitBudget, wanted: Wanted, measured: Measured, *, profile: Profile, shapes: Mapping[str, tuple[int, int]]
 ) -> Allocation:
     """The allocation of measured sensitivities.
 
     Args:
-        config: The run's: budgets.
+        init: The budgets.
         wanted: What was measured.
         measured: The sensitivities.
+        profile: The student's grids.
         shapes: Layer -> (out_features, in_features).
 
     Raises:
         UserError: A budget that no choice meets.
     """
-    init: BitBudget = config.init
     weights = {name: prod(shape) for name, shape in shapes.items()}
     sizes: dict[Side, Mapping[str, int]] = {"weight": weights, "activation": measured.values}
-    means: dict[Side, float] = {
-        "weight": init.mean_weight_bits or config.profile.weight.bits,
-        "activation": init.mean_activation_bits or config.profile.activation.bits,
-    }
+    means = _mean_budgets(init, profile)
     chosen: dict[Side, list[list[int]]] = {}
     for side, mean in means.items():
         if not wanted.widths[side]:

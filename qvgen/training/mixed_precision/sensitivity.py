@@ -19,23 +19,23 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from qvgen.config.schema import TrainConfig
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
-from qvgen.initializers.base import LayerStatistics
-from qvgen.initializers.bit_budget import BitBudget
+from qvgen.evaluation.prompts import calibration_prompts
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import LayerUnit
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.noise_window import band_windows
-from qvgen.models.base import Encode
 from qvgen.quant.grid import Profile
+from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import OUTPUT, GroupMetrics
 from qvgen.training.mixed_precision.layer_probe import LayerProbe, Side
 from qvgen.training.mixed_precision.trajectory import Call, Sampling, record, sampling_of
@@ -151,20 +151,16 @@ class SensitivityMeasurement:
     """Measures a full-precision model.
 
     Attributes:
-        config: The run's; its ``init`` is a :class:`BitBudget`.
-        teacher: Full-precision model; it is as it was afterwards.
-        encode: Captions to conditions.
-        statistics: Layer's name -> what calibration saw.
-        statistics_key: Content key of those statistics: of model, prompts, seed.
-        num_bands: Noise bands.
+        teacher: The full-precision model.
+        init: A PTQ method that is a :class:`~qvgen.initializers.bit_budget.BitBudget` too.
+        profile: Grids and rotation; each measurement has bits of its own.
+        statistics: What calibration saw of each layer; it says which prompts are sampled, and in whose cache rows are kept.
     """
 
-    config: TrainConfig
-    teacher: nn.Module
-    encode: Encode
-    statistics: Callable[[str], LayerStatistics]
-    statistics_key: str
-    num_bands: int
+    teacher: SampledTeacher
+    init: Any
+    profile: Profile
+    statistics: CalibratedModel
 
     def measure(self, wanted: Wanted) -> Measured:
         """Measure what is not stored yet.
@@ -173,11 +169,10 @@ class SensitivityMeasurement:
             UserError: A metric's network is not there.
             ValueError: Too few sampling steps for the windows.
         """
-        init: BitBudget = self.config.init
+        init, num_bands, transformer = self.init, self.statistics.num_bands, self.teacher.transformer
         metrics = GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
-        sampling = sampling_of(
-            self.config, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET, encode=self.encode
-        )
+        prompts = calibration_prompts(self.statistics.calibration, self.teacher.family)
+        sampling = sampling_of(self.teacher, prompts, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET)
         store = SensitivityStore(self._path(metrics, sampling))
         rows = store.read()
         keys = list(wanted.keys(init.windows))
@@ -189,17 +184,15 @@ class SensitivityMeasurement:
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
         )  # fmt: skip
         names = [name for unit in wanted.units for name in unit.layers]
-        band = NoiseBand(self.num_bands)
-        handle = watch_timestep(self.teacher, band)
+        band = NoiseBand(num_bands)
+        handle = watch_timestep(transformer, band)
         try:
-            with placed(self.teacher):
-                calls, videos = record(self.teacher, band, sampling, names=names)
-                windows = band_windows(
-                    [call.band for call in calls], num_windows=init.windows, num_bands=self.num_bands
-                )
+            with placed(transformer):
+                calls, videos = record(transformer, band, sampling, names=names)
+                windows = band_windows([call.band for call in calls], num_windows=init.windows, num_bands=num_bands)
                 session = Session(
-                    model=self.teacher,
-                    probe=LayerProbe(self.teacher, band, windows=windows),
+                    model=transformer,
+                    probe=LayerProbe(transformer, band, windows=windows),
                     sampling=sampling,
                     calls=calls,
                     call_windows=[windows[call.band] for call in calls],
@@ -243,24 +236,23 @@ class SensitivityMeasurement:
         """The unit's layers, set up by the method with both sides at so many bits."""
         made = {}
         for name in unit.layers:
-            linear = self.teacher.get_submodule(name)
+            linear = self.teacher.transformer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            profile = with_bits(self.config.profile, (bits, bits))
+            profile = with_bits(self.profile, (bits, bits))
             made[name] = FakeQuantLinear(linear, profile=profile, noise_band=band)
-            self.config.init.initialize_(made[name], statistics=self.statistics(name))
+            self.init.initialize_(made[name], statistics=self.statistics(name))
         return made
 
     def _path(self, metrics: GroupMetrics, sampling: Sampling) -> Path:
         """A file of rows for all that decides their values."""
-        config, init = self.config, self.config.init
-        profile = with_bits(config.profile, (8, 8)).to_dict()
+        init, profile = self.init, with_bits(self.profile, (8, 8)).to_dict()
         parts = [
-            FORMAT, self.statistics_key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
-            init.windows, config.model.guidance_scale,
+            FORMAT, self.statistics.key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
+            init.windows, self.teacher.family.guidance_scale,
             metrics.keys, sampling.negatives,
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        return Path(config.calibration.cache).expanduser() / f"sensitivity-{key}.jsonl"
+        return self.statistics.folder.parent / f"sensitivity-{key}.jsonl"
 
 
 def with_bits(profile: Profile, bits: tuple[int, int]) -> Profile:

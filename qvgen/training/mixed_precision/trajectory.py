@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.schema import TrainConfig
-from qvgen.evaluation.prompts import calibration_prompts
+from qvgen.config.prompt import Prompts
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.models.base import Encode, VideoDiT
 
@@ -54,16 +54,16 @@ class Sampling:
         )
 
 
-def sampling_of(config: TrainConfig, *, videos: int, steps: int, seed_offset: int, encode: Encode) -> Sampling:
-    """Videos with the calibration's prompts, again and again if need be, and seeds of their own, whatever a file says."""
-    lines = calibration_prompts(config).lines
+def sampling_of(teacher: SampledTeacher, prompts: Prompts, *, videos: int, steps: int, seed_offset: int) -> Sampling:
+    """Videos with these prompts, again and again if need be, and seeds of their own, whatever a file says."""
+    lines = prompts.lines
     return Sampling(
-        family=config.model,
+        family=teacher.family,
         captions=tuple(lines[index % len(lines)].caption for index in range(videos)),
         negatives=tuple(lines[index % len(lines)].negative for index in range(videos)),
-        seeds=tuple(config.seed + seed_offset + index for index in range(videos)),
+        seeds=tuple(teacher.seed + seed_offset + index for index in range(videos)),
         num_steps=steps,
-        encode=encode,
+        encode=teacher.encode,
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qvgen.config.schema import TrainConfig
 from qvgen.training.planning.counted_step import StepSettings
-from qvgen.training.planning.memory import USABLE_SHARE, MemoryCounter, shards_of
+from qvgen.training.planning.memory import USABLE_SHARE, MemoryCounter
+from qvgen.training.training_run import TrainingRun
 
 _SHARES = (0.75, 0.5, 0.25)
 """Of the clip's frames, or of its height and width."""
@@ -42,12 +42,12 @@ class _Step:
 
 
 def find_changes(
-    config: TrainConfig, base: StepSettings, counter: MemoryCounter, *, usable_bytes: int
+    run: TrainingRun, base: StepSettings, counter: MemoryCounter, *, usable_bytes: int
 ) -> tuple[list[Change], int]:
     """Changes that fit, and the device memory that the run needs at its own size of clips, in bytes.
 
     Args:
-        config: The run's.
+        run: What is planned.
         base: Settings that do not fit.
         counter: Counts them.
         usable_bytes: What tensors may fill.
@@ -63,21 +63,21 @@ def find_changes(
     def total(step: _Step) -> int:
         return counter.total(step.settings, shards=step.shards)
 
-    start = _Step(overrides=(), settings=base, shards=shards_of(config))
-    axes = [_checkpointed(start), _accumulated(config, start), _teacher(config, start), _sharded(config, start)]
+    start = _Step(overrides=(), settings=base, shards=run.shards)
+    axes = [_checkpointed(start), _accumulated(run, start), _teacher(run, start), _sharded(run, start)]
     smallest = start
-    for axis in (_checkpointed, lambda step: _accumulated(config, step), lambda step: _teacher(config, step)):
+    for axis in (_checkpointed, lambda step: _accumulated(run, step), lambda step: _teacher(run, step)):
         smallest = (axis(smallest) or [smallest])[-1]
     needed = int(total(smallest) / USABLE_SHARE)
     if counter.weight_bytes(smallest.settings, shards=smallest.shards) > usable_bytes:
-        return first_fit(_sharded(config, start)) or first_fit(_sharded(config, smallest)), needed
+        return first_fit(_sharded(run, start)) or first_fit(_sharded(run, smallest)), needed
     changes = [change for axis in axes for change in first_fit(axis)]
     if not changes:
-        without_teacher = (_accumulated(config, (_checkpointed(start) or [start])[-1]) or [])[-1:]
+        without_teacher = (_accumulated(run, (_checkpointed(start) or [start])[-1]) or [])[-1:]
         changes = first_fit(without_teacher) or first_fit([smallest] if smallest.overrides else [])
-        changes += first_fit(_sharded(config, smallest))
+        changes += first_fit(_sharded(run, smallest))
     cut_from = start if changes else smallest
-    changes += [change for axis in clip_steps(config, cut_from) for change in first_fit(axis)]
+    changes += [change for axis in clip_steps(run, cut_from) for change in first_fit(axis)]
     return changes, needed
 
 
@@ -88,8 +88,8 @@ def _checkpointed(step: _Step) -> list[_Step]:
     return [replace(step, overrides=(*step.overrides, "strategy.gradient_checkpointing=true"), settings=settings)]
 
 
-def _accumulated(config: TrainConfig, step: _Step) -> list[_Step]:
-    share = config.batch_size // config.devices
+def _accumulated(run: TrainingRun, step: _Step) -> list[_Step]:
+    share = run.steps.batch.size // run.devices
     sizes = [size for size in range(step.settings.micro_batch - 1, 0, -1) if share % size == 0]
     return [
         replace(
@@ -101,62 +101,61 @@ def _accumulated(config: TrainConfig, step: _Step) -> list[_Step]:
     ]
 
 
-def _teacher(config: TrainConfig, step: _Step) -> list[_Step]:
-    has_choice = "dtype" in config.plain["model"] and config.method.needs_teacher
+def _teacher(run: TrainingRun, step: _Step) -> list[_Step]:
+    has_choice = "dtype" in run.model.section and run.design.method.needs_teacher
     if not has_choice or step.settings.teacher_dtype != torch.float32:
         return []
     settings = replace(step.settings, teacher_dtype=torch.bfloat16)
     return [replace(step, overrides=(*step.overrides, "model.dtype=bfloat16"), settings=settings)]
 
 
-def _sharded(config: TrainConfig, step: _Step) -> list[_Step]:
+def _sharded(run: TrainingRun, step: _Step) -> list[_Step]:
     """FSDP2 over ever more GPUs, with the same micro-batches; the CPU's processes share one memory anyway."""
     if not step.settings.autocast:
         return []
-    fewest = step.shards + 1 if step.shards > 1 else max(2, config.devices)
+    fewest = step.shards + 1 if step.shards > 1 else max(2, run.devices)
     others = [override for override in step.overrides if not override.startswith("accumulate=")]
-    micro_batch = step.settings.micro_batch
+    micro_batch, size = step.settings.micro_batch, run.steps.batch.size
     return [
         replace(
             step,
-            overrides=(
-                *others, f"devices={count}", "strategy=fsdp", f"accumulate={config.batch_size // (count * micro_batch)}",
-            ),
+            overrides=(*others, f"devices={count}", "strategy=fsdp", f"accumulate={size // (count * micro_batch)}"),
             shards=count,
         )
         for count in SHARDED_DEVICES
-        if count >= fewest and config.batch_size % (count * micro_batch) == 0
-    ]  # fmt: skip
+        if count >= fewest and size % (count * micro_batch) == 0
+    ]
 
 
-def clip_steps(config: TrainConfig, step: _Step) -> list[list[_Step]]:
+def clip_steps(run: TrainingRun, step: _Step) -> list[list[_Step]]:
     """Clips of ever fewer frames, and ever smaller ones."""
-    size = {**clip_size(config), **dict(step.settings.model_changes)}
-    temporal, spatial = getattr(config.model, "compression", (1, 1))
-    multiple = spatial * getattr(config.model, "patch_size", 4)
+    size = {**clip_size(run), **dict(step.settings.model_changes)}
+    temporal, spatial = getattr(run.model.family, "compression", (1, 1))
+    multiple = spatial * getattr(run.model.family, "patch_size", 4)
     sides = [key for key in size if key != "num_frames"]
     fewer, smaller = [], []
     for share in _SHARES:
         frames = round(share * (size["num_frames"] - 1) / temporal) * temporal + 1
         fewer.append({**size, "num_frames": frames})
         smaller.append({**size, **{side: max(1, round(share * size[side] / multiple)) * multiple for side in sides}})
-    return [[_resized(config, step, changed) for changed in axis if changed != size] for axis in (fewer, smaller)]
+    return [[_resized(run, step, changed) for changed in axis if changed != size] for axis in (fewer, smaller)]
 
 
-def clip_size(config: TrainConfig) -> dict[str, int]:
+def clip_size(run: TrainingRun) -> dict[str, int]:
     """Frames and sides of the largest clips that are trained on, as arguments of the family."""
     keys = ("num_frames", "height", "width", "image_size")
-    size = {key: int(getattr(config.model, key)) for key in keys if hasattr(config.model, key)}
-    if hasattr(config.data, "cut_settings") and "height" in size:
-        buckets = config.data.cut_settings(config.model).buckets
+    family = run.model.family
+    size = {key: int(getattr(family, key)) for key in keys if hasattr(family, key)}
+    if run.data is not None and hasattr(run.data, "cut_settings") and "height" in size:
+        buckets = run.data.cut_settings(family).buckets
         largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
         size = {"num_frames": largest.frames, "height": largest.height, "width": largest.width}
     return size
 
 
-def _resized(config: TrainConfig, step: _Step, size: dict[str, Any]) -> _Step:
-    before = clip_size(config)
-    if getattr(config.data, "buckets", None):
+def _resized(run: TrainingRun, step: _Step, size: dict[str, Any]) -> _Step:
+    before = clip_size(run)
+    if getattr(run.data, "buckets", None):
         changes = [f"'data.buckets=[{size['num_frames']}x{size['height']}x{size['width']}]'"]
     else:
         changes = [f"model.{key}={value}" for key, value in size.items() if value != before[key]]

@@ -18,18 +18,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
+from qvgen.methods.base import Method
+from qvgen.models.base import VideoDiT
+from qvgen.models.named_family import NamedFamily
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
-from qvgen.training.meta_model import build_family, build_student, build_teacher, fill_, num_blocks
+from qvgen.training.meta_model import build_student, build_teacher, fill_, num_blocks
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
 from qvgen.training.planning.shape_operators import ShapeOperators
+from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +43,14 @@ COUNTED_BLOCKS = (1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a count depends on, besides the run's configuration.
+    """What a count depends on, besides model and design.
 
     Attributes:
         micro_batch: Samples at once.
         gradient_checkpointing: Keep only the blocks' inputs.
         autocast: bfloat16 autocast over the student's float32 masters, as on a GPU; float32 otherwise.
         teacher_dtype: Of the teacher's weights.
-        model_changes: Arguments of the family in place of the configuration's: sizes of clips.
+        model_changes: Arguments of the family in place of its own: sizes of clips.
     """
 
     micro_batch: int
@@ -55,23 +60,28 @@ class StepSettings:
     model_changes: tuple[tuple[str, Any], ...] = ()
 
 
-def count_step(config: TrainConfig, settings: StepSettings, *, is_checked: bool = True) -> StepCount:
+def count_step(
+    model: NamedFamily, design: StudentDesign, settings: StepSettings, *, optim: OptimConfig, is_checked: bool = True
+) -> StepCount:
     """Count one micro-batch of the whole model, from short ones where it has more blocks.
 
     Args:
-        config: The run's.
+        model: The model.
+        design: The student's layers.
         settings: What is counted.
+        optim: The optimizer, which decides with the method what is trained.
         is_checked: Count a third short model to see that blocks add equal amounts; False where the same model was
             checked before with other settings, for half the time.
     """
-    blocks = num_blocks(build_family(config))
+    count = partial(count_blocks, model, design, settings, optim=optim)
+    blocks = num_blocks(model.family)
     if blocks <= COUNTED_BLOCKS[-1]:
-        return count_blocks(config, settings, blocks=blocks)
+        return count(blocks=blocks)
     numbers = COUNTED_BLOCKS if is_checked else COUNTED_BLOCKS[:2]
-    counts = [astuple(count_blocks(config, settings, blocks=number)) for number in numbers]
+    counts = [astuple(count(blocks=number)) for number in numbers]
     whole = continued(counts, blocks=blocks)
     if whole is None:
-        return count_blocks(config, settings, blocks=blocks)
+        return count(blocks=blocks)
     return StepCount(**{field.name: value for field, value in zip(fields(StepCount), whole, strict=True)})
 
 
@@ -95,67 +105,82 @@ def continued(counts: Sequence[Sequence[int]], *, blocks: int) -> list[int] | No
     return [c + (blocks - len(counts)) * (b - a) for a, b, c in zip(first, second, last, strict=True)]
 
 
-def count_blocks(config: TrainConfig, settings: StepSettings, *, blocks: int, is_fake: bool = False) -> StepCount:
+def count_blocks(
+    model: NamedFamily,
+    design: StudentDesign,
+    settings: StepSettings,
+    *,
+    optim: OptimConfig,
+    blocks: int,
+    is_fake: bool = False,
+) -> StepCount:
     """Count one micro-batch of a model of so many blocks, operator by operator.
 
     Args:
-        config: The run's.
+        model: The model.
+        design: The student's layers.
         settings: What is counted.
-        blocks: Of the model.
+        optim: The optimizer, which decides with the method what is trained.
+        blocks: Transformer blocks.
         is_fake: Count on torch's fake tensors, as is done where operators without results do not suffice.
     """
-    family = build_family(config, dict(settings.model_changes))  # its own: it may cache tensors without values
-    student, _ = build_student(config, family, blocks=blocks)
+    family = model.rebuild(dict(settings.model_changes))  # its own: it may cache tensors without values
+    student, _ = build_student(family, design, blocks=blocks)
     models = [student]
-    if config.method.needs_teacher:
+    if design.method.needs_teacher:
         models.append(build_teacher(family, dtype=settings.teacher_dtype, blocks=blocks))
     fills_memory = torch.are_deterministic_algorithms_enabled()
     if not is_fake and not fills_memory:
         try:
-            return _count_models(config, family, settings, models=models, operators=ShapeOperators())
+            return _count_models(
+                family, settings, models=models, method=design.method, optim=optim, operators=ShapeOperators()
+            )
         except RuntimeError as error:  # among others UnknownResultError; what is wrong with the model is met again
             log.debug("counted on fake tensors: %s", error)
-            return count_blocks(config, settings, blocks=blocks, is_fake=True)
+            return count_blocks(model, design, settings, optim=optim, blocks=blocks, is_fake=True)
     with FakeTensorMode(allow_non_fake_inputs=True):  # positions that a family computed beforehand are real
-        return _count_models(config, family, settings, models=models)
+        return _count_models(family, settings, models=models, method=design.method, optim=optim)
 
 
 def _count_models(
-    config: TrainConfig,
-    family: Any,
+    family: VideoDiT,
     settings: StepSettings,
     *,
     models: Sequence[nn.Module],
+    method: Method,
+    optim: OptimConfig,
     operators: ShapeOperators | None = None,
 ) -> StepCount:
     """Count with models on the meta device, which are given storage first."""
     for model in models:
         fill_(model)
-    return run_step(config, family, settings, models=models, operators=operators)
+    return run_step(family, settings, models=models, method=method, optim=optim, operators=operators)
 
 
 def run_step(
-    config: TrainConfig,
-    family: Any,
+    family: VideoDiT,
     settings: StepSettings,
     *,
     models: Sequence[nn.Module],
+    method: Method,
+    optim: OptimConfig,
     operators: ShapeOperators | None = None,
 ) -> StepCount:
     """Forward and backward pass of the run's loss, counted.
 
     Args:
-        config: The run's.
         family: Of the models.
         settings: What is counted.
         models: The student, and the teacher if the method has one; real or fake.
+        method: The training method.
+        optim: The optimizer, which decides with the method what is trained.
         operators: What runs in place of operators; None: they compute.
     """
     draw, condition = _batch(family, settings.micro_batch)
     student, teacher = models[0], models[1] if len(models) == 2 else None
     known = [draw.noisy, draw.target, draw.timestep, *condition.values()]
     known += [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    freeze_the_rest_(student, method=config.method, optim=config.optim)
+    freeze_the_rest_(student, method=method, optim=optim)
     for parameter in student.parameters():
         parameter.grad = torch.empty_like(parameter)
         known.append(parameter.grad)
@@ -168,7 +193,7 @@ def run_step(
         teacher.register_forward_hook(lambda *_: counter.enter("student"))
     with counter:
         with counter.casts(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
-            loss = prediction_loss(family, student, draw, condition, method=config.method, teacher=teacher)
+            loss = prediction_loss(family, student, draw, condition, method=method, teacher=teacher)
         kept = counter.live
         counter.enter("backward")
         loss.backward()

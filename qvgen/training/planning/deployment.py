@@ -8,44 +8,45 @@ from typing import Any
 
 import torch
 
-from qvgen.config.schema import FoldConfig
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
+from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
 from qvgen.training.checkpoint_writer import checkpoints
-from qvgen.training.meta_model import build_family, build_student, build_teacher
+from qvgen.training.meta_model import build_student, build_teacher
 from qvgen.training.planning.layer_table import checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.memory import host_memory, preparation_bytes, teacher_dtype
 from qvgen.training.planning.text import format_bytes, format_count
+from qvgen.training.student_design import StudentDesign
 
 
-def plan_fold(config: FoldConfig) -> tuple[list[str], bool]:
+def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDesign) -> tuple[list[str], bool]:
     """What folding a run's newest checkpoint reads, needs and writes.
+
+    Args:
+        run_dir: The run's folder.
+        out: The packed directory.
+        model: The model that was trained.
+        design: The student's layers.
 
     Returns:
         Lines of text, and whether this host has the memory and the disk.
-
-    Raises:
-        ValueError: The run has nothing to fold.
     """
-    run = config.run
-    if not run.method.quantizes:
-        raise ValueError(f"{config.run_dir} is a run of method={run.names.method}: there is nothing to fold")
-    student, swapped = build_student(run, build_family(run))
+    student, swapped = build_student(model.rebuild(), design)
     groups = collapse(student, swapped.quantized)
-    found = checkpoints(config.run_dir / CHECKPOINT_DIRECTORY)
+    found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
     state, checkpoint, packed = state_bytes(student), checkpoint_bytes(student), packed_bytes(student)
-    peak = max(preparation_bytes(run), state + checkpoint, 2 * state + packed)
+    peak = max(preparation_bytes(model, design), state + checkpoint, 2 * state + packed)
     last = found[-1].name if found else "none yet: train first"
-    available, free = host_memory()[1], free_bytes(config.out)
+    available, free = host_memory()[1], free_bytes(out)
     lines = [
-        f"fold of {config.run_dir}: model={run.names.model}, {run.profile.label} ({run.profile.name})",
+        f"fold of {run_dir}: model={model.name}, {design.profile.label} ({design.profile.name})",
         f"  checkpoint: {last} ({format_bytes(checkpoint)} with the optimizer's moments)",
         f"  layers: {len(swapped.quantized)} Linears, {format_count(sum(group.weights for group in groups))} weights, to "
         f"codes; {len(swapped.skipped)} Linears stay",
         f"  host memory: {format_bytes(peak)} (student and checkpoint, or student, its copy and the codes); this host has "
         f"{format_bytes(available)} left",
-        f"  output: {config.out}, {format_bytes(packed)}; {format_bytes(free)} are free there",
+        f"  output: {out}, {format_bytes(packed)}; {format_bytes(free)} are free there",
     ]
     if peak > available:
         lines.append(

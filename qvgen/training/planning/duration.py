@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qvgen.config.schema import TrainConfig
-from qvgen.training.micro_batch import micro_batches
-from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.memory import Device
 from qvgen.training.planning.operation_counter import StepCount
 
@@ -36,16 +33,25 @@ class TimeEstimate:
     efficiency: float
 
 
-def estimate_time(config: TrainConfig, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
-    """Operations over measured speed; the teacher's in its own dtype."""
+def estimate_time(
+    device: Device, count: StepCount, *, num_micro_batches: int, teacher_dtype: torch.dtype
+) -> TimeEstimate:
+    """Operations over measured speed; the teacher's in its own dtype.
+
+    Args:
+        device: What trains.
+        count: Operations of one micro-batch.
+        num_micro_batches: Micro-batches that each process goes through in the whole run.
+        teacher_dtype: Of the teacher's weights.
+    """
     efficiency = GPU_EFFICIENCY if device.on_gpu else CPU_EFFICIENCY
     if not device.is_here:
         return TimeEstimate(seconds=None, flops_per_second={}, efficiency=efficiency)
     student_dtype = torch.bfloat16 if device.on_gpu else torch.float32
-    teacher = settings.teacher_dtype if count.teacher_flops else student_dtype
+    teacher = teacher_dtype if count.teacher_flops else student_dtype
     speed = {str(dtype): matmul_speed(dtype, on_gpu=device.on_gpu) for dtype in {student_dtype, teacher}}
     one = count.teacher_flops / speed[str(teacher)] + (count.flops - count.teacher_flops) / speed[str(student_dtype)]
-    seconds = config.steps * micro_batches(config) * one / efficiency
+    seconds = num_micro_batches * one / efficiency
     return TimeEstimate(seconds=seconds, flops_per_second=speed, efficiency=efficiency)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.data.source import DataSource
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
@@ -106,37 +106,43 @@ def checkpoint_bytes(student: nn.Module) -> int:
     return state_bytes(student) + moment_bytes(student)
 
 
-def run_files(config: TrainConfig, student: nn.Module) -> list[DiskPart]:
-    """What a run writes to its folder, besides videos, logs and the report."""
+def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool) -> list[DiskPart]:
+    """What a run writes to its folder, besides videos, logs and the report.
+
+    Args:
+        student: On the meta device.
+        checkpoints_kept: How many of the newest checkpoints are kept.
+        is_packed: Whether the result is folded and packed.
+    """
     checkpoint = checkpoint_bytes(student)
-    files = config.checkpoint.keep + 1
+    files = checkpoints_kept + 1
     parts = [
         DiskPart(
             name="checkpoints",
             nbytes=files * checkpoint,
-            note=f"{config.checkpoint.keep} kept and the one that is written: masters, moments",
+            note=f"{checkpoints_kept} kept and the one that is written: masters, moments",
         ),
         DiskPart(name="start.safetensors", nbytes=state_bytes(student), note="what training starts from"),
     ]
-    if config.method.quantizes:
+    if is_packed:
         parts.append(DiskPart(name="packed", nbytes=packed_bytes(student), note="codes, scales, all other weights"))
     return parts
 
 
-def cache_bytes(config: TrainConfig, family: Any) -> tuple[int, int] | None:
-    """Bytes of a clip's latents and of a caption's embedding in the cache; None for a family without a VAE.
+def cache_bytes(data: DataSource | None, family: Any) -> tuple[int, int] | None:
+    """Bytes of a clip's latents and of a caption's embedding in the cache; None for data or a family without one.
 
     An encoder in half precision leaves its output in half precision, which the cache stores as such.
     """
-    if not hasattr(family, "vae_dtype") or not hasattr(config.data, "cut_settings"):
+    if not hasattr(family, "vae_dtype") or not hasattr(data, "cut_settings"):
         return None
     latents = math.prod(family.sample_shape) * _item_bytes(family.vae_dtype)
     return latents, math.prod(family.condition_shape) * _item_bytes(family.text_encoder_dtype)
 
 
-def cache_files(config: TrainConfig, family: Any, *, num_clips: int | None) -> list[DiskPart]:
+def cache_files(data: DataSource | None, family: Any, *, num_clips: int | None) -> list[DiskPart]:
     """The cache of latents and embeddings: of all clips, each with a caption of its own, or of one."""
-    per_clip = cache_bytes(config, family)
+    per_clip = cache_bytes(data, family)
     if per_clip is None:
         return []
     latents, text = per_clip

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.models.base import VideoDiT
+from qvgen.models.named_family import NamedFamily
 from qvgen.training.distributed.sharding import blocks_of, rows_of
-from qvgen.training.meta_model import build_family, build_student, build_teacher, num_blocks
+from qvgen.training.meta_model import build_student, build_teacher, num_blocks
 from qvgen.training.planning.counted_step import COUNTED_BLOCKS, StepSettings, continued, count_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
+from qvgen.training.student_design import StudentDesign
+from qvgen.training.training_run import TrainingRun
 
 USABLE_SHARE = 0.92
 """Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
@@ -62,16 +65,16 @@ class Device:
         return int(USABLE_SHARE * self.nbytes)
 
 
-def find_device(config: TrainConfig) -> Device:
-    """The device that ``device_memory_gib`` describes, or this machine's."""
-    if config.device_memory_gib is not None:
-        name = f"a GPU of {config.device_memory_gib:g} GiB (device_memory_gib)"
-        return Device(name=name, nbytes=int(config.device_memory_gib * GIB), on_gpu=True, is_here=False)
+def find_device(device_memory_gib: float | None, *, devices: int) -> Device:
+    """The device that ``device_memory_gib`` describes, or this machine's, whose memory ``devices`` processes share."""
+    if device_memory_gib is not None:
+        name = f"a GPU of {device_memory_gib:g} GiB (device_memory_gib)"
+        return Device(name=name, nbytes=int(device_memory_gib * GIB), on_gpu=True, is_here=False)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(name=properties.name, nbytes=properties.total_memory, on_gpu=True, is_here=True)
-    share = host_memory()[0] // config.devices
-    name = "the CPU of this host" + (f", shared by {config.devices} processes" if config.devices > 1 else "")
+    share = host_memory()[0] // devices
+    name = "the CPU of this host" + (f", shared by {devices} processes" if devices > 1 else "")
     return Device(name=name, nbytes=share, on_gpu=False, is_here=True)
 
 
@@ -94,11 +97,6 @@ def teacher_dtype(family: Any) -> torch.dtype:
     """Of the weights that the family loads as the teacher; float32 for one that has no choice."""
     dtype: torch.dtype = getattr(torch, getattr(family, "dtype", "float32"))
     return dtype
-
-
-def shards_of(config: TrainConfig) -> int:
-    """Over how many devices parameters are shared out; 1: every device holds all of them."""
-    return config.devices if config.strategy.name == "fsdp" else 1
 
 
 def share_bytes(tensors: Iterable[Tensor], *, shards: int) -> int:
@@ -127,21 +125,15 @@ def gathered_bytes(student: nn.Module) -> int:
 
 
 def weight_parts(
-    config: TrainConfig,
-    student: nn.Module,
-    *,
-    dtype: torch.dtype,
-    shards: int = 1,
-    teacher: nn.Module | None = None,
+    student: nn.Module, *, teacher: nn.Module | None, dtype: torch.dtype, shards: int = 1
 ) -> list[MemoryPart]:
     """What lies on every device from the first step to the last.
 
     Args:
-        config: The run's.
         student: On the meta device.
-        dtype: Of the teacher.
+        teacher: On the meta device; None for a method without one.
+        dtype: Of the teacher's weights.
         shards: Over how many devices all but the buffers is shared out.
-        teacher: In that dtype, on the meta device; None: it is built, if the method has one.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     share = "" if shards == 1 else f", 1/{shards}"
@@ -152,8 +144,7 @@ def weight_parts(
         MemoryPart(name=f"optimizer: two moments, float32{share}", nbytes=moment_bytes(student, shards=shards)),
         MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
     ]
-    if config.method.needs_teacher:
-        teacher = teacher or build_teacher(build_family(config), dtype=dtype)
+    if teacher is not None:
         name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
         nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())
         parts.insert(3, MemoryPart(name=name, nbytes=nbytes))
@@ -176,17 +167,25 @@ def total_bytes(parts: list[MemoryPart]) -> int:
 
 
 class MemoryCounter:
-    """The sum of all parts for any settings, each counted once; the first count is checked."""
+    """The sum of all parts for any settings, each counted once; the first count is checked.
 
-    def __init__(self, config: TrainConfig, student: nn.Module) -> None:
-        self.config, self.student = config, student
+    Args:
+        run: What is planned.
+        student: Its student on the meta device.
+    """
+
+    def __init__(self, run: TrainingRun, student: nn.Module) -> None:
+        self.run, self.student = run, student
         self._counts: dict[StepSettings, StepCount] = {}
         self._teachers: dict[torch.dtype, nn.Module] = {}
 
     def count(self, settings: StepSettings) -> StepCount:
         """The micro-batch."""
         if settings not in self._counts:
-            self._counts[settings] = count_step(self.config, settings, is_checked=not self._counts)
+            run = self.run
+            self._counts[settings] = count_step(
+                run.model, run.design, settings, optim=run.steps.optim, is_checked=not self._counts
+            )
         return self._counts[settings]
 
     def weight_bytes(self, settings: StepSettings, *, shards: int) -> int:
@@ -196,52 +195,50 @@ class MemoryCounter:
     def weight_parts(self, settings: StepSettings, *, shards: int) -> list[MemoryPart]:
         """All but activations, by part."""
         dtype = settings.teacher_dtype
-        if self.config.method.needs_teacher and dtype not in self._teachers:
-            self._teachers[dtype] = build_teacher(build_family(self.config), dtype=dtype)
-        teacher = self._teachers.get(dtype)
-        return weight_parts(self.config, self.student, dtype=dtype, shards=shards, teacher=teacher)
+        if self.run.design.method.needs_teacher and dtype not in self._teachers:
+            self._teachers[dtype] = build_teacher(self.run.model.rebuild(), dtype=dtype)
+        return weight_parts(self.student, teacher=self._teachers.get(dtype), dtype=dtype, shards=shards)
 
     def total(self, settings: StepSettings, *, shards: int) -> int:
         """Bytes of everything."""
         return self.weight_bytes(settings, shards=shards) + self.count(settings).peak_bytes
 
 
-def preparation_bytes(config: TrainConfig) -> int:
+def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
     """Most bytes of tensors on the host at once before training starts, of a process that holds whole models.
 
     The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
     their weights before the old ones go), then the teacher is loaded in its dtype.
     """
-    blocks = num_blocks(build_family(config))
+    blocks = num_blocks(model.family)
     if blocks > COUNTED_BLOCKS[-1]:
-        short = [_preparation(config, blocks=number) for number in COUNTED_BLOCKS]
+        short = [_preparation(model.rebuild(), design, blocks=number) for number in COUNTED_BLOCKS]
         if (whole := continued(short, blocks=blocks)) is not None:
             return max(whole)
-    return max(_preparation(config, blocks=blocks))
+    return max(_preparation(model.rebuild(), design, blocks=blocks))
 
 
-def _preparation(config: TrainConfig, *, blocks: int) -> tuple[int, int]:
+def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tuple[int, int]:
     """Most bytes while a student of so many blocks is prepared, and bytes of student and teacher."""
-    family = build_family(config)
     with LiveBytes() as live:
-        student, _ = build_student(config, family, blocks=blocks)
+        student, _ = build_student(family, design, blocks=blocks)
         peak, kept = live.peak, live.live
-    if config.method.quantizes:
+    if design.method.quantizes:
         teacher = build_teacher(family, dtype=teacher_dtype(family), blocks=blocks)
         kept += tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     del student
     return peak, kept
 
 
-def host_bytes(config: TrainConfig, student: nn.Module) -> int:
+def host_bytes(run: TrainingRun, student: nn.Module) -> int:
     """Most bytes of tensors on the host at once, over all processes.
 
     With strategy=fsdp only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
     """
-    preparation = preparation_bytes(config)
-    if shards_of(config) == 1:
-        return config.devices * preparation
-    family = build_family(config)
-    teacher = build_teacher(family, dtype=teacher_dtype(family)) if config.method.quantizes else None
+    preparation = preparation_bytes(run.model, run.design)
+    if run.shards == 1:
+        return run.devices * preparation
+    family = run.model.rebuild()
+    teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     return max(preparation, kept + tensor_bytes([*student.parameters(), *student.buffers()]) + moment_bytes(student))

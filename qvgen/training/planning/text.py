@@ -14,10 +14,15 @@ _REFERENCE_SPEED = 1e14
 """Operations per second that a time is named for where nothing can be measured."""
 
 
-def format_plan(plan: TrainingPlan) -> list[str]:
-    """All lines."""
+def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
+    """All lines.
+
+    Args:
+        plan: The plan.
+        title: What is planned, for people.
+    """
     return [
-        f"plan of {plan.title}",
+        f"plan of {title}",
         *_layers("quantized", plan.quantized),
         *_layers("skipped", plan.skipped),
         *_parameters(plan),

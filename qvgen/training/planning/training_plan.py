@@ -7,13 +7,12 @@ tensors that nobody computes. docs/planning.md says how each number is got and w
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
-from qvgen.training.meta_model import Prepared, build_family, build_student
-from qvgen.training.micro_batch import micro_batch_size, micro_batches
+from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
@@ -26,11 +25,11 @@ from qvgen.training.planning.memory import (
     find_device,
     host_bytes,
     host_memory,
-    shards_of,
     teacher_dtype,
     total_bytes,
 )
 from qvgen.training.planning.operation_counter import StepCount
+from qvgen.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,6 @@ class TrainingPlan:
     """The whole plan; see docs/planning.md.
 
     Attributes:
-        title: What is run.
         quantized: Linears that are quantized.
         skipped: Linears that are not.
         parameters: Of the student, in groups of the optimizer.
@@ -95,7 +93,6 @@ class TrainingPlan:
         needed_bytes: Memory that a device must have with everything that costs no quality; None if it fits.
     """
 
-    title: str
     quantized: list[LayerGroup]
     skipped: list[LayerGroup]
     parameters: list[ParameterGroup]
@@ -153,64 +150,76 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: TrainConfig, *, num_clips: int | None = None, student: Prepared | None = None
+    run: TrainingRun,
+    *,
+    device_memory_gib: float | None = None,
+    run_dir: Path = Path(),
+    checkpoints_kept: int = 2,
+    num_clips: int | None = None,
+    student: Prepared | None = None,
 ) -> TrainingPlan:
     """Plan a run; reads no weights and writes nothing.
 
     Args:
-        config: The run's, its leaves built.
+        run: What is planned.
+        device_memory_gib: Memory in GiB of each device that will train; None: this machine's.
+        run_dir: The folder that the run will write to, which need not be there; its disk is looked at.
+        checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
 
     Raises:
         ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
     """
-    schedule, device = _schedule(config), find_device(config)
-    size = clip_size(config)
-    family = build_family(config, size)
-    prepared, swapped = student or build_student(config, family)
-    own = {key: value for key, value in size.items() if value != getattr(config.model, key)}
+    schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.devices)
+    size = clip_size(run)
+    family: Any = run.model.rebuild(size)
+    prepared, swapped = student or build_student(family, run.design)
+    own = {key: value for key, value in size.items() if value != getattr(run.model.family, key)}
     settings = StepSettings(
         micro_batch=schedule.micro_batch,
-        gradient_checkpointing=config.strategy.gradient_checkpointing,
+        gradient_checkpointing=run.strategy.gradient_checkpointing,
         autocast=device.on_gpu,
         teacher_dtype=teacher_dtype(family),
         model_changes=tuple(own.items()),
     )
-    counter = MemoryCounter(config, prepared)
+    counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
-    shards = shards_of(config)
-    memory = counter.weight_parts(settings, shards=shards) + activation_parts(count)
-    files = run_files(config, prepared)
+    memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
+    files = run_files(prepared, checkpoints_kept=checkpoints_kept, is_packed=run.design.method.quantizes)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
-        changes, needed = find_changes(config, settings, counter, usable_bytes=device.usable_bytes)
+        changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
-        title=_title(config),
         quantized=collapse(prepared, swapped.quantized),
         skipped=collapse(prepared, swapped.skipped),
-        parameters=_parameters(config, prepared),
+        parameters=_parameters(run, prepared),
         schedule=schedule,
-        shards=shards,
+        shards=run.shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
         gradient_checkpointing=settings.gradient_checkpointing,
         clip=family.sample_shape,
         device=device,
         memory=memory,
-        host_bytes=host_bytes(config, prepared),
+        host_bytes=host_bytes(run, prepared),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
-        disk_available_bytes=free_bytes(config.run_dir),
+        disk_available_bytes=free_bytes(run_dir),
         count=count,
-        time=estimate_time(config, device, count, settings),
-        disk=cache_files(config, family, num_clips=num_clips) + files,
+        time=_time(schedule, device, count, settings),
+        disk=cache_files(run.data, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,
         needed_bytes=needed,
     )
 
 
-def _parameters(config: TrainConfig, student: nn.Module) -> list[ParameterGroup]:
+def _time(schedule: Schedule, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
+    micro_batches = schedule.steps * schedule.micro_batches
+    return estimate_time(device, count, num_micro_batches=micro_batches, teacher_dtype=settings.teacher_dtype)
+
+
+def _parameters(run: TrainingRun, student: nn.Module) -> list[ParameterGroup]:
     return [
         ParameterGroup(
             name=group["name"],
@@ -219,33 +228,25 @@ def _parameters(config: TrainConfig, student: nn.Module) -> list[ParameterGroup]
             learning_rate=group["lr"],
             weight_decay=group["weight_decay"],
         )
-        for group in config.method.parameter_groups(student, config.optim)
+        for group in run.design.method.parameter_groups(student, run.steps.optim)
     ]
 
 
-def _title(config: TrainConfig) -> str:
-    names = config.names
-    return (
-        f"model={names.model} bits={config.bits.label} profile={names.profile} method={names.method} init={names.init} "
-        f"data={names.data} strategy={config.strategy.name}"
-    )
-
-
-def _schedule(config: TrainConfig) -> Schedule:
-    changing = config.method.schedule(config.phi, num_steps=config.steps)
-    recipe = config.plain["model"].get("recipe") or {}
-    steps, batch_size = recipe.get("steps", config.steps), recipe.get("batch_size", config.batch_size)
-    if (config.steps, config.batch_size) == (steps, batch_size):
+def _schedule(run: TrainingRun) -> Schedule:
+    num_steps, batch, recipe = run.steps.num_steps, run.steps.batch, run.model.recipe
+    changing = run.design.schedule(num_steps)
+    steps, size = recipe.get("steps", num_steps), recipe.get("batch_size", batch.size)
+    if (num_steps, batch.size) == (steps, size):
         text = "the model's recipe"
     else:
-        share = config.steps * config.batch_size / (steps * batch_size)
-        text = f"not the model's recipe of {steps} steps of {batch_size}: {share:.2g} of its samples"
+        share = num_steps * batch.size / (steps * size)
+        text = f"not the model's recipe of {steps} steps of {size}: {share:.2g} of its samples"
     return Schedule(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        devices=config.devices,
-        micro_batches=micro_batches(config),
-        micro_batch=micro_batch_size(config),
+        steps=num_steps,
+        batch_size=batch.size,
+        devices=batch.devices,
+        micro_batches=batch.num_micro_batches,
+        micro_batch=batch.micro_batch_size,
         phases=() if changing is None else changing.phases,
         recipe=text,
     )

@@ -32,7 +32,8 @@ from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, select_linears
 from qvgen.quant.grid import Profile
-from qvgen.training.meta_model import build_family, build_transformer
+from qvgen.training.meta_model import build_transformer
+from qvgen.verbs._parts import named_family
 from qvgen.verbs.benchmarks.base import Benchmark
 
 PARTS = ("hash", "build", "map", "prepack", "other")
@@ -75,7 +76,7 @@ def _write(config: TrainConfig, width: Bits, blocks: int, folder: Path) -> Path:
 @torch.no_grad()
 def random_packed(config: TrainConfig, width: Bits, *, blocks: int) -> nn.Module:
     """A packed transformer of random codes that never had full-precision weights in its packed layers."""
-    family = build_family(config)
+    family = named_family(config).rebuild()
     model = build_transformer(family, blocks=blocks).requires_grad_(False)
     band = NoiseBand(PrepareConfig.num_noise_bands)
     form = LayerForm(profile=profile_of(config.profile, width))

@@ -20,8 +20,8 @@ from qvgen.evaluation.metrics import psnr_db
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
-from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.student import calibrate_, prepare_student
+from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
 from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 
 
@@ -35,9 +35,8 @@ def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> It
         base = replace(config.run, seed=seed)
         teacher = base.model.load_teacher()
         split = base.data.open(base.model, split="held_out")
-        held_out = HeldOut(
-            base.model, split, num_samples=base.evaluation.samples, seed=seed, batch_size=micro_batch_size(base)
-        )
+        batch_size = step_batch(base).micro_batch_size
+        held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, seed=seed, batch_size=batch_size)
         reference = list(held_out.predictions(teacher))
         captions = [item["caption"] for item in held_out_items(split, config.videos)]
         seeds = [seed + index for index in range(config.videos)]
@@ -79,10 +78,11 @@ def cell(base: TrainConfig, method: str, width: Bits) -> TrainConfig:
 
 def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) -> tuple[nn.Module, dict[str, float]]:
     """A student that the cell's method has set up; the seconds that calibration and method took, and its mean bits."""
-    student, _ = prepare_student(config)
+    student, _ = prepare_student(config.model, student_design(config), seed=config.seed)
     unshare_activations_(quantized_layers(student))  # as before every PTQ method
     began = time.monotonic()
-    statistics, allocation = calibrate_(config, student, teacher=teacher, encode=held_out.split.encode)
+    sampled = sampled_teacher(config, teacher, encode=held_out.split.encode)
+    statistics, allocation = calibrate_(student, ptq_method(config), profile=config.profile, teacher=sampled)
     if statistics is not None:
         statistics(next(iter(quantized_layers(student))))  # all layers of a pass are collected by the first one
     calibrated = time.monotonic()

@@ -24,10 +24,10 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.training.meta_model import narrow_
-from qvgen.training.micro_batch import micro_batch_size
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training
+from qvgen.verbs._parts import step_batch, student_design, training_run, training_steps
 from qvgen.verbs.benchmarks.base import Benchmark
 
 PLANNED_STEPS = 100
@@ -56,14 +56,16 @@ def training_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) 
             method=load_leaf("method", "qvgen"),
             steps=PLANNED_STEPS,
         )
-        plan = plan_training(run)
+        plan = plan_training(
+            training_run(run), device_memory_gib=run.device_memory_gib, checkpoints_kept=run.checkpoint.keep
+        )
         measured = _Measured(run, device=device)
         row = measured.steps(config.timed_steps)
         yield {
             "bits": width.label,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "clip": list(run.model.sample_shape),
-            "micro_batch": micro_batch_size(run),
+            "micro_batch": step_batch(run).micro_batch_size,
             "gradient_checkpointing": run.strategy.gradient_checkpointing,
             **row,
             "tflops_per_s": plan.count.flops / row["micro_batch_s"] / 1e12,
@@ -82,19 +84,22 @@ class _Measured:
             student = family.build(family.transformer_config).float()
             self._prepare(student)
         tokens, channels = family.condition_shape
-        count = micro_batch_size(config)
+        count = step_batch(config).micro_batch_size
         self.batch = {
             "video": torch.randn(count, *family.sample_shape, device=device),
             "caption": [""] * count,
             "sample_id": torch.arange(count),
         }
         condition = {"encoder_hidden_states": torch.randn(count, tokens, channels, device=device)}
-        self.module = VideoTraining(config, student=student, teacher=teacher, encode=lambda _: condition).to(device)
+        steps = training_steps(config)
+        self.module = VideoTraining(
+            family, config.method, steps, student=student, teacher=teacher, encode=lambda _: condition
+        ).to(device)
         self.module.setup("fit")
         if config.strategy.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.optimizer = self.module.configure_optimizers()["optimizer"]
-        if (schedule := config.method.schedule(config.phi, num_steps=config.steps)) is not None:
+        if (schedule := student_design(config).schedule(config.steps)) is not None:
             schedule.apply_(student, None, step=0)
         self.clock = {"teacher": 0.0}
         began: list[float] = []
@@ -110,7 +115,7 @@ class _Measured:
             names=chosen.quantized,
             profile=config.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
-            phi_rank=max(config.method.phi_ranks(config.phi), default=0),
+            phi_rank=student_design(config).phi_rank,
         )
         for layer in quantized_layers(student).values():
             RoundToNearest().initialize_(layer, statistics=None)

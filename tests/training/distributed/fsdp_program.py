@@ -28,7 +28,8 @@ from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.planning.memory import share_bytes
-from qvgen.training.student import prepare_student
+from qvgen.verbs._parts import student_design
+from tests.parts import prepared, training_module
 from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
 
@@ -56,10 +57,16 @@ def same(sharded: nn.Module, plain: nn.Module) -> bool:
 def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
     """Everything that is to be said about two processes with shares of one model."""
     config = train_config("devices=2", "strategy=fsdp", *overrides)
-    plain, _ = prepare_student(config)
+    plain, _ = prepared(config)
     teacher = config.model.load_teacher()
-    given, _ = prepare_student(config) if rank == 0 else (None, None)
-    models = ShardedModels(config, whole_student=given, whole_teacher=teacher if rank == 0 else None)
+    given, _ = prepared(config) if rank == 0 else (None, None)
+    models = ShardedModels(
+        config.model,
+        student_design(config),
+        has_teacher=True,
+        whole_student=given,
+        whole_teacher=teacher if rank == 0 else None,
+    )
     facts: dict[str, Any] = {"meta_before": all(p.is_meta for p in models.student.parameters())}
     if config.strategy.gradient_checkpointing:
         models.student.enable_gradient_checkpointing()
@@ -86,7 +93,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
     pairs = []
     add_gradients_by_block_(plain)
     for student, frozen in ((models.student, models.teacher), (plain, teacher)):
-        module = VideoTraining(config, student=student.train(), teacher=frozen, encode=config.model.encode)
+        module = training_module(config, student=student.train(), teacher=frozen, encode=config.model.encode)
         facts["teacher_in_state"] = any("teacher" in name for name in module.state_dict())
         facts["teacher_is_submodule"] = frozen in list(module.modules())
         optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
-from qvgen.training.micro_batch import micro_batches
+from qvgen.verbs._parts import step_batch
 from tests.runs import SHORT, copy_until, packed_bytes, read_metrics, train, train_config
 from tests.training.validated import contents
 
@@ -124,4 +124,4 @@ def test_the_second_process_said_nothing_but_its_log(both: tuple[Path, Path]) ->
     ],
 )
 def test_a_step_has_two_parts_or_more(overrides: tuple[str, ...], expected: int) -> None:
-    assert micro_batches(train_config(*overrides)) == expected
+    assert step_batch(train_config(*overrides)).num_micro_batches == expected

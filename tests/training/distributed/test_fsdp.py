@@ -18,9 +18,9 @@ import torch
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import blocks_of
-from qvgen.training.student import prepare_student
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.parts import prepared
 from tests.runs import copy_until, packed_bytes, read_metrics, train, train_config
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
@@ -174,7 +174,7 @@ def test_the_plan_counts_the_larger_share(facts: dict[str, list[dict[str, Any]]]
 
 
 def test_blocks_are_the_lists_of_the_transformer() -> None:
-    student, _ = prepare_student(train_config())
+    student, _ = prepared(train_config())
     assert blocks_of(student) == list(student.blocks)
     assert blocks_of(torch.nn.Linear(2, 2)) == []
 

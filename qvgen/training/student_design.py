@@ -1,0 +1,54 @@
+"""The design of a student: everything that decides its layers, parameters and buffers, whatever numbers are in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qvgen.config.defaults import load_section
+from qvgen.config.sections import ActivationSwitchConfig, PhiConfig
+from qvgen.methods.base import Method, Schedule
+from qvgen.quant.grid import Profile
+
+
+def _default_phi() -> PhiConfig:
+    phi: PhiConfig = load_section("phi")
+    return phi
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentDesign:
+    """The layers of a student.
+
+    A student of the same family and design has the same parameters and buffers on every device and in every process, so that
+    checkpoints and shares of one fit another.
+
+    Attributes:
+        profile: Grids and rotation of the quantized layers; without effect for a method that does not quantize.
+        method: The training method, which may add to the layers.
+        phi: The low-rank helper and its phases, for a method that has one; by default that of conf/train.yaml.
+        activation_switch: A policy that changes activation widths while a video is sampled; None, or one without widths: the
+            profile's width counts for all steps.
+    """
+
+    profile: Profile
+    method: Method
+    phi: PhiConfig = field(default_factory=_default_phi)
+    activation_switch: ActivationSwitchConfig | None = None
+
+    @property
+    def phi_rank(self) -> int:
+        """Rank of Phi at the start; 0 for a method without it."""
+        return max(self.method.phi_ranks(self.phi), default=0)
+
+    @property
+    def switch_widths(self) -> tuple[int, ...] | None:
+        """The two activation widths that a policy chooses from; None where there is none."""
+        return None if self.activation_switch is None else self.activation_switch.widths
+
+    def schedule(self, num_steps: int) -> Schedule | None:
+        """What the method changes between ``num_steps`` optimizer steps; None for one that changes nothing.
+
+        Raises:
+            ValueError: It does not fit into so many steps.
+        """
+        return self.method.schedule(self.phi, num_steps=num_steps)

@@ -1,0 +1,72 @@
+"""A training: what is trained, on which data, in how many steps, by how many processes; and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qvgen.config.sections import CheckpointConfig, EvaluationConfig, StrategyConfig
+from qvgen.data.source import DataSource
+from qvgen.models.named_family import NamedFamily
+from qvgen.training.student_design import StudentDesign
+from qvgen.training.training_steps import TrainingSteps
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A training; the same in each of its processes.
+
+    Attributes:
+        model: The model. A plan rebuilds it for every size of clips that it tries.
+        design: The student's layers, and the method that trains them.
+        steps: The optimizer steps.
+        strategy: How processes share the work.
+        data: The data. None, for a plan alone: clips of the model's own size, without a cache.
+    """
+
+    model: NamedFamily
+    design: StudentDesign
+    steps: TrainingSteps
+    strategy: StrategyConfig
+    data: DataSource | None = None
+
+    @property
+    def devices(self) -> int:
+        """Processes."""
+        return self.steps.batch.devices
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are shared out over the devices; else every device holds all of them."""
+        return self.strategy.name == "fsdp"
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices parameters are shared out; 1: every device holds all of them."""
+        return self.devices if self.is_sharded else 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingOutput:
+    """What a training saves, measures and shows while it goes on.
+
+    Attributes:
+        run_dir: The run's claimed folder.
+        checkpoint: How often the run's state is saved.
+        evaluation: How often it is measured, and the validation videos.
+        validate: Measures the held-out relative error of the student; None: it is not measured.
+        loggers: Where metrics go besides metrics.csv.
+    """
+
+    run_dir: Path
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    validate: Callable[[nn.Module], float] | None = None
+    loggers: Sequence[Logger] = ()
