@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qvgen.config.build import SCHEMAS
 from qvgen.config.leaves import conf_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"init": "initializers", "method": "methods", "model": "models"}
 """Group of conf/ -> package of its leaves."""
-NOT_LEAVES = {"__init__", "base", "calibration", "objectives", "prepare"}
+NOT_LEAVES = {"__init__", "base", "calibration", "named_family", "objectives", "prepare"}
 """Modules of those packages that are no leaves by their purpose; nor is any that a sibling imports, as its part."""
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 60, 7
+
+WHOLE_CONFIGURATIONS = {kind.__name__ for kind in SCHEMAS.values()} | {"VerbConfig", "load_run"}
+"""Classes that one verb's `run` receives, and what else of qvgen.config gives such an object."""
 
 SOURCES = sorted([*(ROOT / "qvgen").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "train.py"])
 LEAF_FILES = [
@@ -102,3 +106,51 @@ def test_modules_and_functions_fit(path):
 def test_modules_say_what_they_are(path):
     tree = tree_of(path)
     assert ast.get_docstring(tree) or not tree.body
+
+
+def whole_configurations(tree):
+    """Names in a module that stand for a verb's whole configuration: imported, also for types alone, or looked up."""
+    nodes = list(ast.walk(tree))
+    named = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    named |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {
+        node.value for node in nodes if isinstance(node, ast.Constant) if isinstance(node.value, str)
+    }  # "TrainConfig"
+    return named & WHOLE_CONFIGURATIONS
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "qvgen") and path.parts[len(ROOT.parts) + 1] not in ("cli.py", "verbs", "config")
+    ],
+    ids=relative,
+)
+def test_configurations_stop_at_the_verbs(path):
+    """Below the verbs, and in the Python interface, a function takes the parts that it needs, under their own types."""
+    tree = tree_of(path)
+    found = whole_configurations(tree)
+    assert not found, f"{relative(path)} takes {', '.join(sorted(found))}; take the section or the values that it needs"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.arg in ("config", "cfg"):
+            kind = ast.unparse(node.annotation) if node.annotation is not None else ""
+            assert kind not in ("", "Any", "object"), (
+                f"{relative(path)}:{node.lineno} {node.arg} may be a configuration"
+            )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from qvgen.config.schema import TrainConfig",
+        "from qvgen.config import FoldConfig as Config",
+        "if TYPE_CHECKING:\n    from qvgen.config.verb_schema import BenchmarkConfig",
+        "import qvgen.config\ndef f(run: qvgen.config.TrainConfig): ...",
+        "def f(run: 'TrainConfig'): ...",
+        "def f():\n    from qvgen.config.build import load_run",
+    ],
+)
+def test_what_would_bring_a_configuration_below_the_verbs_is_found(source):
+    assert whole_configurations(ast.parse(source))
