@@ -6,6 +6,7 @@ tensors that nobody computes. docs/planning.md says how each number is got and w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,14 +176,7 @@ def plan_training(
     size = clip_size(run)
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
-    own = {key: value for key, value in size.items() if value != getattr(run.model.family, key)}
-    settings = StepSettings(
-        micro_batch=schedule.micro_batch,
-        gradient_checkpointing=run.strategy.gradient_checkpointing,
-        autocast=device.on_gpu,
-        teacher_dtype=teacher_dtype(family),
-        model_changes=tuple(own.items()),
-    )
+    settings = _settings(run, device, size=size)
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
@@ -211,6 +205,18 @@ def plan_training(
         num_clips=num_clips,
         changes=changes,
         needed_bytes=needed,
+    )
+
+
+def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> StepSettings:
+    """What one of the run's micro-batches depends on, for clips of a size."""
+    own = {key: value for key, value in size.items() if value != getattr(run.model.family, key)}
+    return StepSettings(
+        micro_batch=run.steps.batch.micro_batch_size,
+        gradient_checkpointing=run.strategy.gradient_checkpointing,
+        autocast=device.on_gpu,
+        teacher_dtype=teacher_dtype(run.model.family),
+        model_changes=tuple(own.items()),
     )
 
 
