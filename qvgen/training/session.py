@@ -118,7 +118,8 @@ def train_share(
     processes = processes or Processes()
     family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
     schedule = run.design.schedule(steps.num_steps)
-    assert run.data is not None, "a training needs data"
+    if run.data is None:
+        raise ValueError("a training needs data; give TrainingRun(data=...), which only a plan can do without")
     split: Split = run.data.open(family, split="train")
     models = None
     trained, shown = student, teacher

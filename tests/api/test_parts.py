@@ -21,10 +21,11 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.training.micro_batch import StepBatch
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.ptq_method import PTQMethod
+from qvgen.training.session import train_share
 from qvgen.training.student import calibrate_, fold_student, prepare_student, set_up_student_
 from qvgen.training.student_check import check_student
 from qvgen.training.student_design import StudentDesign
-from qvgen.training.training_run import TrainingRun
+from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.training_steps import TrainingSteps
 from tests.parts import calibrated_model, planned, prepared
 from tests.runs import train_config
@@ -128,6 +129,17 @@ def test_what_does_not_fit_is_said_in_seconds() -> None:
         check_student(family, design_of(), ptq, num_steps=1)
     with pytest.raises(ValueError, match="a batch of 5 can't be divided by 2 devices x 2 micro-batches"):
         StepBatch(size=5, accumulate=2, devices=2)
+
+
+def test_a_training_without_data_is_refused(tmp_path: Path) -> None:
+    steps = TrainingSteps(num_steps=1, batch=StepBatch(size=2), optim=load_section("optim", learning_rate=1e-3), seed=1)
+    model = NamedFamily.load("tiny")
+    run = TrainingRun(model=model, design=design_of("lsq"), steps=steps, strategy=load_section("strategy"))
+    output = TrainingOutput(
+        run_dir=tmp_path, checkpoint=load_section("checkpoint"), evaluation=load_section("evaluation")
+    )
+    with pytest.raises(ValueError, match="a training needs data; give TrainingRun"):
+        train_share(run, output, student=nn.Linear(1, 1), teacher=None)
 
 
 def test_sections_have_the_defaults_of_the_command_line() -> None:
