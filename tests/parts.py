@@ -27,7 +27,6 @@ from qvgen.verbs._parts import (
     student_design,
     training_output,
     training_run,
-    training_steps,
 )
 
 NUM_BANDS = 50
@@ -78,9 +77,7 @@ def training_module(
 ) -> VideoTraining:
     """The module that trains the run's student."""
     return VideoTraining(
-        config.model,
-        config.method,
-        training_steps(config),
+        training_run(config),
         student=student,
         teacher=teacher,
         encode=encode,

@@ -21,16 +21,14 @@ from qvgen.models.base import Encode, VideoDiT
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
-from qvgen.training.training_steps import TrainingSteps
+from qvgen.training.training_run import TrainingRun
 
 
 class VideoTraining(OptimizerModule):
     """Trains a student transformer.
 
     Args:
-        family: The model family.
-        method: The training method.
-        steps: The optimizer steps.
+        run: What is trained; data and strategy are the trainer's.
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
@@ -40,16 +38,16 @@ class VideoTraining(OptimizerModule):
 
     def __init__(
         self,
-        family: VideoDiT,
-        method: Method,
-        steps: TrainingSteps,
+        run: TrainingRun,
         *,
         student: nn.Module,
         teacher: nn.Module | None,
         encode: Encode,
         share_out: Callable[[DeviceMesh, torch.device], None] | None = None,
     ) -> None:
-        super().__init__(optim=steps.optim, num_steps=steps.num_steps)
+        super().__init__(optim=run.steps.optim, num_steps=run.steps.num_steps)
+        method: Method = run.design.method
+        family: VideoDiT = run.model.family
         self.student = student
         if method.needs_teacher != (teacher is not None):
             raise ValueError(
@@ -58,9 +56,9 @@ class VideoTraining(OptimizerModule):
             )
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.encode, self.method, self.seed = family, encode, method, steps.seed
+        self.family, self.encode, self.method, self.seed = family, encode, method, run.steps.seed
         self._share_out = share_out
-        freeze_the_rest_(student, method=method, optim=steps.optim)
+        freeze_the_rest_(student, method=method, optim=self.optim)
         self._handles: list[RemovableHandle] = []
 
     @property

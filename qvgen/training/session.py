@@ -132,9 +132,7 @@ def train_share(
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
     module = VideoTraining(
-        family,
-        method,
-        steps,
+        run,
         student=trained,
         teacher=shown if method.needs_teacher else None,
         encode=split.encode,

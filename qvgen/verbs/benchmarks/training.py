@@ -27,7 +27,7 @@ from qvgen.training.meta_model import narrow_
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.verbs._parts import step_batch, student_design, training_run, training_steps
+from qvgen.verbs._parts import step_batch, student_design, training_run
 from qvgen.verbs.benchmarks.base import Benchmark
 
 PLANNED_STEPS = 100
@@ -91,9 +91,8 @@ class _Measured:
             "sample_id": torch.arange(count),
         }
         condition = {"encoder_hidden_states": torch.randn(count, tokens, channels, device=device)}
-        steps = training_steps(config)
         self.module = VideoTraining(
-            family, config.method, steps, student=student, teacher=teacher, encode=lambda _: condition
+            training_run(config), student=student, teacher=teacher, encode=lambda _: condition
         ).to(device)
         self.module.setup("fit")
         if config.strategy.gradient_checkpointing:
