@@ -36,6 +36,18 @@ SHORT = (
 UNSEEN = ("evaluation.videos=0", "evaluation.quality_videos=1", "evaluation.start_videos=false")
 """For a run whose weights and files are looked at and not its videos: few are sampled."""
 
+WATCHED = (
+    "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping",
+    "+callbacks.early.monitor=val/relative_error",
+    "+callbacks.early.patience=9",
+    "+callbacks.rate._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+    "+logger.file._target_=lightning.pytorch.loggers.CSVLogger",
+    "+logger.file.save_dir=${run_dir}",
+    "+logger.file.name=file",
+    "+logger.file.version=one",
+)
+"""Callbacks and a logger of Lightning that look at a run and change nothing."""
+
 
 def train(run_dir: Path, *overrides: str) -> int:
     """`qvgen train` in this process; the exit code."""

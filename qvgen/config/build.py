@@ -11,10 +11,12 @@ from typing import Any
 from qvgen.config.bits import Bits
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaves
+from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
 from qvgen.config.schema import FoldConfig, TrainConfig
+from qvgen.config.trainer_options import check_options
 from qvgen.config.typed import from_plain
 from qvgen.config.verb_schema import (
     AssetsConfig,
@@ -70,6 +72,9 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     elif verb == "benchmark":
         own = {key: values.pop(key) for key in _BENCHMARK_KEYS}
         values = {**own, "run": check("train", values)}
+    check_options(values.get("trainer"))
+    if "logger" in values:
+        values["logger"] = split_logger(values["logger"])
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("recipe"), dict):
         check_recipe(model["recipe"])
@@ -80,7 +85,7 @@ def group_sweep(plains: Sequence[dict[str, Any]]) -> None:
     """Give the jobs of a sweep a common group of wandb runs, where they log there and have none; in place."""
     group = f"sweep {datetime.now():%Y-%m-%d %H:%M:%S}"
     for plain in plains:
-        if "logger" in plain and plain["logger"]["group"] is None:
+        if "logger" in plain and plain["logger"].get("group", "") is None:
             plain["logger"]["group"] = group
 
 
@@ -103,12 +108,19 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     if isinstance(config, PrecomputeConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
-        return _with_one_bits(build_leaves(config, trusted=trusted))
+        return _with_one_bits(_with_named(build_leaves(config, trusted=trusted), trusted=trusted))
     if isinstance(config, BenchmarkConfig):
         return replace(config, run=_with_one_bits(build_leaves(config.run, trusted=trusted)))
     if isinstance(config, FoldConfig):
         return replace(config, run=_with_one_bits(_build_run(config)))
     return config
+
+
+def _with_named(config: TrainConfig, *, trusted: Collection[str]) -> TrainConfig:
+    """The configuration with callbacks and further loggers built; nothing of Lightning is imported where there are none."""
+    further = build_named("logger", config.logger.further, trusted=trusted)
+    callbacks = build_named("callbacks", config.callbacks, trusted=trusted)
+    return replace(config, callbacks=callbacks, logger=replace(config.logger, further=further))
 
 
 def _with_one_bits(config: TrainConfig) -> TrainConfig:

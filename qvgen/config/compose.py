@@ -24,16 +24,18 @@ from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory, using_directory
 from qvgen.config.leaf_file import check_choice
 from qvgen.config.leaves import LEAF_GROUPS
+from qvgen.config.named_leaves import NAMED_GROUPS
 from qvgen.config.override import as_one_text, as_written, parse_override
 from qvgen.config.prompt import without_files
 from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
 from qvgen.config.search_path import register_folders
+from qvgen.config.trainer_options import refuse_option
 from qvgen.errors import UserError, did_you_mean, one_line
 
 log = logging.getLogger(__name__)
 
-_OPEN_SECTIONS = tuple(LEAF_GROUPS)
+_OPEN_SECTIONS = (*LEAF_GROUPS, *NAMED_GROUPS)
 """Sections whose keys are the arguments of a leaf: `+method.new_key=1` is checked when the leaf is built."""
 
 
@@ -180,6 +182,8 @@ def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:
             continue
         if override.is_add() and name.partition(".")[0] in _OPEN_SECTIONS and name.partition(".")[0] in keys:
             continue
+        if name.startswith("trainer.") and "trainer" in keys:
+            refuse_option(name.removeprefix("trainer."))
         raise UserError(f"unknown key {name!r}{did_you_mean(name, keys | set(options))}")
 
 

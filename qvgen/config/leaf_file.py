@@ -110,9 +110,11 @@ def group_targets(group: str) -> tuple[str, ...]:
 def targets_below(plain: Mapping[str, Any]) -> frozenset[str]:
     """The classes that the sections of a configuration name, and its kernel where that is one."""
     sections = [section for section in plain.values() if isinstance(section, Mapping)]
-    named = {str(section["_target_"]) for section in sections if isinstance(section.get("_target_"), str)}
+    named = [plain[group] for group in ("callbacks", "logger") if isinstance(plain.get(group), Mapping)]
+    sections += [entry for section in named for entry in section.values() if isinstance(entry, Mapping)]
+    targets = {str(section["_target_"]) for section in sections if isinstance(section.get("_target_"), str)}
     kernel = plain.get("kernel")
-    return frozenset(named | ({kernel} if isinstance(kernel, str) and "." in kernel else set()))
+    return frozenset(targets | ({kernel} if isinstance(kernel, str) and "." in kernel else set()))
 
 
 def foreign_targets(plain: Mapping[str, Any]) -> frozenset[str]:

@@ -24,6 +24,7 @@ from qvgen.config.sections import (
     TrainingConfig,
     require,
 )
+from qvgen.config.trainer_options import TrainerConfig
 from qvgen.config.value_range import Range, check_ranges
 
 
@@ -41,6 +42,7 @@ class TrainConfig:
         optim: The optimizer and its schedule.
         strategy: One process or several.
         logger: Where metrics go besides metrics.csv.
+        callbacks: Lightning callbacks, each a section with a ``_target_`` under a name (docs/extending.md).
         seed: Seed of everything random.
         steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
         batch_size: Samples per optimizer step, over all devices and micro-batches.
@@ -59,6 +61,7 @@ class TrainConfig:
         activation_switch: A policy that changes activation bits while a video is sampled.
         checkpoint: How often the run's state is saved.
         training: How the processes of a run are watched.
+        trainer: Options of Lightning's Trainer.
         evaluation: Measurements and videos of the run.
         names: The option that was chosen from each group.
         typed: The words of the command line behind the verb: flags and overrides.
@@ -74,6 +77,7 @@ class TrainConfig:
     optim: OptimConfig
     strategy: StrategyConfig
     logger: LoggerConfig
+    callbacks: Any
     seed: Annotated[int, Range("0..4294967295")]
     steps: Annotated[int, Range(">= 0")]
     batch_size: Annotated[int, Range("> 0")]
@@ -90,6 +94,7 @@ class TrainConfig:
     activation_switch: ActivationSwitchConfig
     checkpoint: CheckpointConfig
     training: TrainingConfig
+    trainer: TrainerConfig
     evaluation: EvaluationConfig
     names: Names
     typed: tuple[str, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from qvgen.config.prompt import Prompts
 from qvgen.config.value_range import Range, check_ranges
@@ -131,12 +131,14 @@ class LoggerConfig:
         project: Project name at Weights & Biases.
         group: Group of the runs at Weights & Biases; None: one group for each sweep (-m), none for a single run.
         tags: Tags of the run besides its model, bits, method, init and profile, which it always has.
+        further: Lightning loggers: sections with a ``_target_`` by name, the objects once they are built.
     """
 
     name: Literal["wandb", "csv"]
     project: str | None
     group: str | None
     tags: tuple[str, ...]
+    further: Any
 
     @property
     def mode(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+import torch
 from torch.utils.data import DataLoader
 
 from qvgen.data.bucket_sampler import BucketBatchSampler
@@ -40,3 +41,7 @@ class StepKeyedData(lightning.LightningDataModule):
             first_step=lambda: trainer.global_step,
         )
         return DataLoader(self.split.samples, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """One batch, which stands for a whole measurement: its inputs are drawn once, before training."""
+        return DataLoader([0], generator=torch.Generator())  # type: ignore[arg-type] # its own: the global one is left alone

@@ -31,12 +31,13 @@ from qvgen.data.noise import sample_generator
 from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
 from qvgen.evaluation.metrics import psnr_db
-from qvgen.training.callbacks import begin_table
+from qvgen.training.callback_rules import CallbackRules
+from qvgen.training.callbacks import begin_table, log_for_callbacks, log_row
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 from qvgen.training.progress import progress_bar
-from qvgen.training.trainer import Processes, build_trainer, fit
+from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
 from qvgen.training.training_run import TrainingOutput
 from qvgen.training.training_steps import TrainingSteps
 
@@ -181,8 +182,9 @@ class AutoencoderMetrics(lightning.Callback):
         row = dict(zip(AUTOENCODER_COLUMNS[1:], values, strict=True))
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, AUTOENCODER_COLUMNS, lineterminator="\n").writerow({"step": step, **row})
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step=step)
+        log_for_callbacks(pl_module, row)
+        if self._last_step % trainer.log_every_n_steps == 0:
+            log_row(trainer, row, step=step)
         if self._bar is not None:
             self._bar.set_postfix({"l1": f"{l1:.4f}", "kl": f"{kl:.2f}"}, refresh=False)
             self._bar.update()
@@ -212,6 +214,8 @@ def fit_autoencoder(
     directory = run_dir / CHECKPOINT_DIRECTORY
     callbacks: list[lightning.Callback] = [
         AutoencoderMetrics(run_dir / "metrics.csv", num_steps=num_steps),
+        *output.callbacks,
+        CallbackRules(output.callbacks, first_step=output.trainer.min_steps or 0),
         RunMark(run_dir),
         CheckpointWriter(directory, config=output.checkpoint, num_steps=num_steps),
     ]
@@ -219,14 +223,16 @@ def fit_autoencoder(
     vae.train()
     if found := checkpoints(directory):
         check_checkpoint(found[-1], run=run_key(run_dir))
-    trainer = build_trainer(
-        steps=num_steps,
-        accumulate=batch.accumulate,
-        processes=Processes(),
-        callbacks=callbacks,
-        loggers=list(output.loggers),
-    )
-    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    with restored_settings():
+        trainer = build_trainer(
+            steps=num_steps,
+            accumulate=batch.accumulate,
+            processes=Processes(),
+            callbacks=callbacks,
+            loggers=list(output.loggers),
+            options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=run_dir),
+        )
+        fit(trainer, module, data, checkpoint=found[-1] if found else None)
     stop_request.check()  # asked for in the last moments
     vae.eval()
 

@@ -10,23 +10,19 @@ import csv
 import io
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from qvgen.evaluation.metric_rows import read_metric_rows
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import atomic_write, set_aside
-from qvgen.stop_request import Stopped
 from qvgen.training.module import VideoTraining
 from qvgen.training.progress import progress_bar
-from qvgen.training.stop_point import interruptible
 
 log = logging.getLogger(__name__)
 
@@ -67,36 +63,24 @@ class MethodSchedule(lightning.Callback):
 
 
 class StepMetrics(lightning.Callback):
-    """One row per optimizer step: to metrics.csv, to the trainer's loggers and to the progress bar.
+    """One row per optimizer step: to metrics.csv, to the trainer's loggers, to callbacks (``self.log``) and to the bar.
+
+    The row of a step that is measured is written after the measurement. One that a stop has cut short is made when the run
+    goes on, and its number comes into the row that is there.
 
     Args:
         path: metrics.csv; rows that are there from before a resume are kept up to the step that is resumed.
         schedule: The training method's, whose numbers are columns too; None without one.
-        validate: Measures the held-out relative error of the student; None for never. Rank 0 writes what it found;
-            another process has one where the student's forward pass needs all of them.
-        every_steps: How often; also after the last step.
         num_steps: Optimizer steps of the run.
-        sharded: The student's forward pass needs all processes.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        schedule: Schedule | None,
-        validate: Callable[[nn.Module], float] | None,
-        every_steps: int | None,
-        num_steps: int,
-        sharded: bool = False,
-    ) -> None:
-        self.path, self.schedule = path, schedule
-        further = () if schedule is None else schedule.columns
-        self.columns = (*METRIC_COLUMNS, *(name for name in further if name not in METRIC_COLUMNS))
-        self.validate, self.every_steps = validate, every_steps
-        self.num_steps, self.sharded = num_steps, sharded
+    def __init__(self, path: Path, *, schedule: Schedule | None, num_steps: int) -> None:
+        self.path, self.schedule, self.num_steps = path, schedule, num_steps
+        self.columns = metric_columns(schedule)
         self._bar: tqdm[Any] | None = None
         self._last_step = 0
         self._started = 0.0
+        self._waiting: dict[str, float | int] | None = None
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -106,26 +90,14 @@ class StepMetrics(lightning.Callback):
         self._last_step = int(checkpoint["global_step"])
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measure what a stop cut short; also in a run that has no step left."""
+        """Measure what a stop cut short after the last step, where no step is left that Lightning would begin with."""
         assert isinstance(pl_module, VideoTraining)
-        step = self._last_step
-        if self.validate is None or step == 0 or not self._is_validation_step(step):
+        if self._last_step != self.num_steps or not pl_module.is_measured(self.num_steps):
             return
-        rows = (
-            [row for row in read_metric_rows(self.path)[0] if int(row["step"]) < step] if trainer.is_global_zero else []
-        )
-        is_missing = bool(rows) and int(rows[-1]["step"]) == step - 1 and not rows[-1].get("val/relative_error")
-        if self.sharded:
-            is_missing = bool(trainer.strategy.broadcast(is_missing))
-        if not is_missing:
-            return
-        with interruptible(pl_module.student, together=self.sharded):
-            error = self.validate(pl_module.student)
-        if trainer.is_global_zero:
-            rows[-1]["val/relative_error"] = str(error)
-            write_table(self.path, self.columns, rows)
-            for logger in trainer.loggers:  # the row of the step before was sent without it
-                logger.log_metrics({"val/relative_error": error}, step=step)
+        is_missing = trainer.is_global_zero and self._has_no_error(read_metric_rows(self.path)[0])
+        if trainer.strategy.broadcast(is_missing):
+            pl_module.measure()
+            self._add_error(trainer, pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the table at the step that the run begins with."""
@@ -150,7 +122,7 @@ class StepMetrics(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write the row of an optimizer step that is complete."""
+        """Make the row of an optimizer step that is complete, and write it unless a measurement follows."""
         del outputs, batch, batch_idx
         assert isinstance(pl_module, VideoTraining)
         if trainer.global_step == self._last_step:
@@ -158,24 +130,29 @@ class StepMetrics(lightning.Callback):
         step, self._last_step = self._last_step, trainer.global_step
         loss = trainer.strategy.reduce(torch.stack(pl_module.step_losses).mean(), reduce_op="mean")
         pl_module.step_losses.clear()
-        error = None
-        if self._is_validation_step(step + 1) and self.validate is not None:
-            # A stop leaves the row without it: the state is saved next, and measured when the run goes on.
-            with suppress(Stopped), interruptible(pl_module.student, together=self.sharded):
-                error = self.validate(pl_module.student)
-        if trainer.is_global_zero:
-            assert pl_module.gradient_norm is not None
-            row: dict[str, float | int] = {
-                "train/loss": float(loss),
-                "train/gradient_norm": float(pl_module.gradient_norm),
-                "train/learning_rate": pl_module.learning_rate,
-                "train/seconds": time.monotonic() - self._started,
-            }
-            if self.schedule is not None:
-                row.update(self.schedule.metrics(step))
-            if error is not None:
-                row["val/relative_error"] = error
-            self._write(row, step=step, loggers=trainer.loggers)
+        assert pl_module.gradient_norm is not None
+        row: dict[str, float | int] = {
+            "train/loss": float(loss),
+            "train/gradient_norm": float(pl_module.gradient_norm),
+            "train/learning_rate": pl_module.learning_rate,
+            "train/seconds": time.monotonic() - self._started,
+        }
+        if self.schedule is not None:
+            row.update(self.schedule.metrics(step))
+        log_for_callbacks(pl_module, row)
+        self._waiting = row
+        if not pl_module.is_measured(step + 1):
+            self._write(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the row of the step that was measured, or add to it what a stop had left out."""
+        assert isinstance(pl_module, VideoTraining)
+        assert pl_module.relative_error is not None
+        if self._waiting is None:
+            self._add_error(trainer, pl_module)
+            return
+        self._waiting["val/relative_error"] = pl_module.relative_error
+        self._write(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Close the bar."""
@@ -185,8 +162,9 @@ class StepMetrics(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that the message stands on a line of its own."""
-        del trainer, pl_module, exception
+        """Write a row whose measurement did not come to its end; close the bar, so that the message has a line of its own."""
+        del pl_module, exception
+        self._write(trainer)
         self.close()
 
     def close(self) -> None:
@@ -195,14 +173,29 @@ class StepMetrics(lightning.Callback):
             self._bar.close()
             self._bar = None
 
-    def _is_validation_step(self, done: int) -> bool:
-        return self.every_steps is not None and (done % self.every_steps == 0 or done == self.num_steps)
+    def _has_no_error(self, rows: Sequence[Mapping[str, str]]) -> bool:
+        """Whether the last step's row is there without what was to be measured after it."""
+        return bool(rows) and int(rows[-1]["step"]) == self._last_step - 1 and not rows[-1].get("val/relative_error")
 
-    def _write(self, row: Mapping[str, float | int], *, step: int, loggers: list[Any]) -> None:
+    def _add_error(self, trainer: lightning.Trainer, pl_module: VideoTraining) -> None:
+        """Add what was measured to the last row of the table."""
+        rows = read_metric_rows(self.path)[0] if trainer.is_global_zero else []
+        if self._has_no_error(rows):
+            assert pl_module.relative_error is not None
+            rows[-1]["val/relative_error"] = str(pl_module.relative_error)
+            write_table(self.path, self.columns, rows)
+            # The row of the step before was sent without it.
+            log_row(trainer, {"val/relative_error": pl_module.relative_error}, step=self._last_step)
+
+    def _write(self, trainer: lightning.Trainer) -> None:
+        """Write the row that waits, as rank 0."""
+        row, self._waiting, step = self._waiting, None, self._last_step - 1
+        if row is None or not trainer.is_global_zero:
+            return
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow({"step": step, **row})
-        for logger in loggers:
-            logger.log_metrics(dict(row), step=step)
+        if self._last_step % trainer.log_every_n_steps == 0 or "val/relative_error" in row:
+            log_row(trainer, row, step=step)
         if self._bar is not None:
             shown = {"loss": f"{row['train/loss']:.4f}"}
             if self.schedule is not None:
@@ -211,6 +204,24 @@ class StepMetrics(lightning.Callback):
                 }
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
+
+
+def metric_columns(schedule: Schedule | None) -> tuple[str, ...]:
+    """Columns of metrics.csv: those of every run, and those of a method's schedule."""
+    further = () if schedule is None else schedule.columns
+    return (*METRIC_COLUMNS, *(name for name in further if name not in METRIC_COLUMNS))
+
+
+def log_for_callbacks(pl_module: lightning.LightningModule, row: Mapping[str, float | int]) -> None:
+    """Put a row into ``trainer.callback_metrics``, where callbacks with a ``monitor`` look; in all processes."""
+    values = {name: float(value) for name, value in row.items()}
+    pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=1)
+
+
+def log_row(trainer: lightning.Trainer, row: Mapping[str, float | int], *, step: int) -> None:
+    """Give a row to every logger, at an optimizer step."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(row), step=step)
 
 
 def begin_table(path: Path, columns: Sequence[str], *, step: int) -> float:

@@ -87,7 +87,8 @@ def check_checkpoint(path: Path, *, run: str | None) -> dict[str, Any]:
     if run is not None and mark != run:
         whose = "no run's mark" if mark is None else f"the mark of another run ({str(mark)[:12]}, here {run[:12]})"
         raise UserError(f"{path} holds {whose}; {remedy}")
-    check_finite(_tensors(state), source=str(path), remedy=remedy)
+    own = {name: value for name, value in state.items() if name != "callbacks"}  # a best value so far may be infinite
+    check_finite(_tensors(own), source=str(path), remedy=remedy)
     return state
 
 

@@ -16,7 +16,7 @@ from qvgen import stop_request
 from qvgen.config.sections import CheckpointConfig
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat
-from qvgen.training.optimizer_module import TrainingDivergedError
+from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 from qvgen.training.stop_point import agreed
 
 
@@ -70,14 +70,27 @@ class CheckpointWriter(lightning.Callback):
         Raises:
             Stopped: In all processes, after the step that any of them was asked to stop in.
         """
-        del pl_module, outputs, batch, batch_idx
-        step = trainer.global_step
-        if step == self._last_step:
+        del outputs, batch, batch_idx
+        if trainer.global_step == self._last_step:
             return
-        self._last_step = step
+        self._last_step = trainer.global_step
         self._remove_old(trainer)
+        assert isinstance(pl_module, OptimizerModule)
+        if not pl_module.is_measured(self._last_step):
+            self._finish_step(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save after the measurement of a step, so that callbacks have seen what a resumed run does not measure again."""
+        del pl_module
+        if self._last_step > 0:
+            self._finish_step(trainer)
+
+    def _finish_step(self, trainer: lightning.Trainer) -> None:
+        step = self._last_step
         is_stop, is_time = agreed(stop_request.is_requested(), self._is_time(trainer), together=trainer.world_size > 1)
-        is_due = step % self.config.every_steps == 0 or step == self.num_steps or self.before(step)
+        is_due = (
+            step % self.config.every_steps == 0 or step == self.num_steps or trainer.should_stop or self.before(step)
+        )
         if is_stop or is_time or is_due:
             self._save(trainer)
         if is_stop:

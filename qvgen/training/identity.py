@@ -6,6 +6,7 @@
     model.PART      checksums of what the family computes with, LoRAs included
     data.PART       checksums of the samples, and of what the cache has for them
     prompts.USE     captions that calibration, or the report's videos, sample from
+    callbacks.NAME  a checksum of the sources that a callback of somebody else's comes from
     machine.device  the processor or GPU that trains: others add in another order
     machine.settings    variables of the environment that change the arithmetic of a library
 
@@ -160,6 +161,7 @@ def collect_facts(
         **({} if data is None else _data_facts(data, family, method)),
         **{f"prompts.{use}": _listed(listed) for use, listed in prompts.items()},
         **_machine_facts(),
+        **_callback_facts(settings),
     }
 
 
@@ -192,6 +194,12 @@ def _machine_facts() -> dict[str, str]:
         device = f"{collect_machine().cpu}, {torch.backends.cpu.get_cpu_capability()}"
     given = [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
     return {"machine.device": device, "machine.settings": ", ".join(given) or "none"}
+
+
+def _callback_facts(plain: Mapping[str, Any]) -> dict[str, str]:
+    """Of the user's callbacks, which may change what is trained; folding does not need them."""
+    sources = foreign_sources(plain, groups=["callbacks"])
+    return {f"callbacks.{name}": f"source {checksum}" for name, checksum in sources.items()}
 
 
 def _listed(prompts: Sequence[Any]) -> str:

@@ -18,9 +18,11 @@ from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.stop_request import Stopped
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
+from qvgen.training.stop_point import interruptible
 from qvgen.training.training_run import TrainingRun
 
 
@@ -32,8 +34,13 @@ class VideoTraining(OptimizerModule):
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
+        validate: Measures the held-out relative error of the student; None where another process does.
+        validate_every_steps: Optimizer steps between two measurements, in all processes; also after the last. None: never.
         share_out: Shards both models, which are on the meta device until then, over the processes' mesh; None: they stay
             whole.
+
+    Attributes:
+        relative_error: What was measured last, in all processes.
     """
 
     def __init__(
@@ -43,6 +50,8 @@ class VideoTraining(OptimizerModule):
         student: nn.Module,
         teacher: nn.Module | None,
         encode: Encode,
+        validate: Callable[[nn.Module], float] | None = None,
+        validate_every_steps: int | None = None,
         share_out: Callable[[DeviceMesh, torch.device], None] | None = None,
     ) -> None:
         super().__init__(optim=run.steps.optim, num_steps=run.steps.num_steps)
@@ -58,6 +67,9 @@ class VideoTraining(OptimizerModule):
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.encode, self.method, self.seed = family, encode, method, run.steps.seed
         self._share_out = share_out
+        self._validate, self._validate_every_steps = validate, validate_every_steps
+        self._last_step = 0
+        self.relative_error: float | None = None
         freeze_the_rest_(student, method=method, optim=self.optim)
         self._handles: list[RemovableHandle] = []
 
@@ -86,6 +98,58 @@ class VideoTraining(OptimizerModule):
         del stage
         while self._handles:
             self._handles.pop().remove()
+
+    def is_measured(self, step: int) -> bool:
+        """Every so many steps, after the last one, and after one that a callback ends the run with."""
+        every = self._validate_every_steps
+        is_last = step == self.num_steps or self.trainer.should_stop
+        return every is not None and step > 0 and (step % every == 0 or is_last)
+
+    def on_train_start(self) -> None:
+        """Have Lightning go back to a measurement that a stop has cut short."""
+        self._last_step = self.global_step
+        self._measure_next(self.is_measured(self.global_step))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Have Lightning measure after a step that is due, once however many micro-batches it has."""
+        del outputs, batch, batch_idx
+        is_complete, self._last_step = self.global_step != self._last_step, self.global_step
+        self._measure_next(is_complete and self.is_measured(self.global_step))
+
+    def _measure_next(self, is_due: bool) -> None:
+        # By our own count of steps: Lightning counts micro-batches, and would leave out a last step that is no multiple.
+        self.trainer.val_check_batch = 1 if is_due else float("inf")
+
+    def on_validation_model_eval(self) -> None:
+        """Leave the modes alone: whoever measures sets and restores them, also at the end of a run."""
+
+    def on_validation_model_train(self) -> None:
+        """See :meth:`on_validation_model_eval`."""
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Measure; the only batch stands for the whole measurement."""
+        del batch, batch_index
+        self.measure()
+        # The loggers get it with the step's row.
+        self.log("val/relative_error", self.relative_error or 0.0, batch_size=1, logger=False)
+
+    def measure(self) -> None:
+        """Measure the student as the end of a run does; all processes call it.
+
+        Raises:
+            Stopped: In all processes, where any of them was asked to stop; Lightning measures again when the run goes on.
+        """
+        sharded, error = self._share_out is not None, None
+        try:
+            with torch.autocast(self.device.type, enabled=False), interruptible(self.student, together=sharded):
+                error = None if self._validate is None else self._validate(self.student)
+        except Stopped:
+            if sharded:  # they all left at the same call
+                raise
+        error = self.trainer.strategy.broadcast(error)  # rank 0's
+        if error is None:
+            raise Stopped
+        self.relative_error = error
 
     def draw(self, batch: dict[str, Any], *, step: int) -> NoisyBatch:
         """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step."""

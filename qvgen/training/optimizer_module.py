@@ -39,6 +39,11 @@ class OptimizerModule(lightning.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.learning_rate = 0.0
 
+    def is_measured(self, step: int) -> bool:
+        """Whether a measurement follows an optimizer step, so that its row, checkpoint and videos come after that."""
+        del step
+        return False
+
     @property
     def trained(self) -> nn.Module:
         """The network, a submodule of this one."""
@@ -54,8 +59,8 @@ class OptimizerModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients; keep what it was before (the paper's regret bound) and the step's rate."""
-        del gradient_clip_val, gradient_clip_algorithm
+        """Clip all gradients, by their norm or each entry; keep the norm before (the paper's regret bound) and the rate."""
+        del gradient_clip_val
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
         self.gradient_norm = total_norm(gradients)
@@ -65,8 +70,9 @@ class OptimizerModule(lightning.LightningModule):
                 f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
                 "checkpoint is kept: lower optim.learning_rate"
             )
+        by_value, limit = gradient_clip_algorithm == "value", self.optim.gradient_clip
         for gradient in gradients:
-            _local(gradient).mul_(factor)
+            _ = _local(gradient).clamp_(-limit, limit) if by_value else _local(gradient).mul_(factor)
 
     def configure_optimizers(self) -> Any:
         """AdamW, stepped with its schedule once per optimizer step."""

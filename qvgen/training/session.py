@@ -19,6 +19,7 @@ from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
+from qvgen.training.callback_rules import CallbackRules, first_end
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
@@ -27,7 +28,7 @@ from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
-from qvgen.training.trainer import Processes, build_trainer, fit
+from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.validation import validation_videos
 
@@ -67,7 +68,7 @@ def train_all(
     teacher: nn.Module | None,
     settings: Mapping[str, Any],
     hang_minutes: float | None = None,
-) -> None:
+) -> int:
     """Train as rank 0, with as many other processes as the run has.
 
     Args:
@@ -78,6 +79,9 @@ def train_all(
         settings: The run's configuration as plain values, all of it: what the other processes read.
         hang_minutes: The run ends after so long in which no process reported anything; None: never.
 
+    Returns:
+        The optimizer step that training ended with: the last one, or where a callback ended it.
+
     Raises:
         UserError: The newest checkpoint is damaged, not finite or of another run.
     """
@@ -86,8 +90,7 @@ def train_all(
         check_checkpoint(found[-1], run=run_key(run_dir))
     share = partial(train_share, run, output, student=student, teacher=teacher)
     if run.devices == 1:
-        share()
-        return
+        return share()
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     write_plain(logs / "worker.yaml", {**settings, "run_dir": str(run_dir)})
@@ -97,7 +100,7 @@ def train_all(
         log_directory=logs,
         hang_minutes=hang_minutes,
     ) as group:
-        share(processes=processes_of(run, rank=0, port=group.port))
+        return share(processes=processes_of(run, rank=0, port=group.port))
 
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
@@ -112,8 +115,12 @@ def train_share(
     student: nn.Module | None,
     teacher: nn.Module | None,
     processes: Processes | None = None,
-) -> None:
-    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp."""
+) -> int:
+    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp.
+
+    Returns:
+        The optimizer step that training ended with.
+    """
     torch.set_num_threads(run.strategy.threads)
     processes = processes or Processes()
     family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
@@ -131,41 +138,48 @@ def train_share(
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
+    measured_every = output.evaluation.every_steps if method.quantizes else None
     module = VideoTraining(
         run,
         student=trained,
         teacher=shown if method.needs_teacher else None,
         encode=split.encode,
+        validate=output.validate,
+        validate_every_steps=measured_every,
         share_out=None if models is None else models.share_out_,
     )
     accumulate = steps.batch.num_micro_batches
-    trainer = build_trainer(
-        steps=steps.num_steps,
-        accumulate=accumulate,
-        processes=processes,
-        callbacks=_callbacks(run, output, split, teacher=shown),
-        loggers=list(output.loggers),
-    )
     data = StepKeyedData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
     if run.strategy.gradient_checkpointing:
         trained.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
     trained.train()
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
-    fit(trainer, module, data, checkpoint=found[-1] if found else None)
+    with restored_settings():
+        trainer = build_trainer(
+            steps=steps.num_steps,
+            accumulate=accumulate,
+            processes=processes,
+            callbacks=_callbacks(run, output, split, teacher=shown),
+            loggers=list(output.loggers),
+            options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=run_dir),
+            measured=measured_every is not None,
+        )
+        fit(trainer, module, data, checkpoint=found[-1] if found else None)
     stop_request.check()  # asked for in the last moments
     if models is not None:
         models.gather_()
     if student is not None:
         if schedule is not None:  # what the last step annealed to 0, where there is no tail
-            schedule.apply_(student, None, step=steps.num_steps)
+            schedule.apply_(student, None, step=trainer.global_step)
         method.finish_(student)
         student.eval()
+    return trainer.global_step
 
 
 def _callbacks(
     run: TrainingRun, output: TrainingOutput, split: Split, *, teacher: nn.Module | None
 ) -> list[lightning.Callback]:
-    """In their order: signs of life; the method's schedule, before the step; metrics, checkpoint and videos, after it."""
+    """In their order: signs of life; the method's schedule, before the step; metrics, the user's, checkpoint, videos."""
     num_steps, run_dir = run.steps.num_steps, output.run_dir
     schedule = run.design.schedule(num_steps)
     callbacks: list[lightning.Callback] = [Heartbeat()]
@@ -173,13 +187,11 @@ def _callbacks(
         callbacks.append(MethodSchedule(schedule))
     videos = validation_videos(run, output, teacher=teacher, encode=split.encode)
     callbacks += [
-        StepMetrics(
-            run_dir / "metrics.csv",
-            schedule=schedule,
-            validate=output.validate,
-            every_steps=output.evaluation.every_steps,
-            num_steps=num_steps,
-            sharded=run.is_sharded,
+        StepMetrics(run_dir / "metrics.csv", schedule=schedule, num_steps=num_steps),
+        *output.callbacks,
+        CallbackRules(
+            output.callbacks,
+            first_step=first_end(schedule, num_steps=num_steps, min_steps=output.trainer.min_steps),
         ),
         RunMark(run_dir),
         CheckpointWriter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from qvgen.errors import OWN_PACKAGES
 _SOURCES = (".py", ".c", ".cpp", ".cu", ".cuh", ".h")
 
 
-def foreign_sources(plain: Mapping[str, Any]) -> dict[str, str]:
+_BY_VERSION = ("lightning",)
+"""Libraries whose version says what their classes do."""
+
+
+def foreign_sources(plain: Mapping[str, Any], *, groups: Iterable[str] = LEAF_GROUPS) -> dict[str, str]:
     """The packages or files outside of qvgen that the leaves of a configuration come from -> the checksum of their sources.
 
     Args:
         plain: A configuration whose leaves were built, so that their modules are imported; or some of its sections.
+        groups: Sections that are looked at.
     """
-    sections = {group: plain[group] for group in LEAF_GROUPS if group in plain}
-    return {
-        name: _checksum(name) for name in sorted({target.partition(".")[0] for target in foreign_targets(sections)})
-    }
+    sections = {group: plain[group] for group in groups if group in plain}
+    packages = {target.partition(".")[0] for target in foreign_targets(sections)}
+    return {name: _checksum(name) for name in sorted(packages.difference(_BY_VERSION))}
 
 
 def sources_of(leaf: object) -> dict[str, str]:

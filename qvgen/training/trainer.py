@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,12 +16,18 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from qvgen.config.trainer_options import TrainerConfig
+from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
 from qvgen.training.distributed.cluster import OneMachine
 from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
+from qvgen.training.guarded_logger import guard_
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +69,8 @@ def build_trainer(
     processes: Processes,
     callbacks: list[lightning.Callback],
     loggers: list[Logger],
+    options: Mapping[str, Any] | None = None,
+    measured: bool = False,
 ) -> lightning.Trainer:
     """Trainer of one process: float32 on the CPU, bfloat16 autocast over float32 masters on a GPU.
 
@@ -71,6 +80,8 @@ def build_trainer(
         processes: This one and the others.
         callbacks: See :mod:`qvgen.training.callbacks`.
         loggers: See :func:`qvgen.training.wandb_run.training_log`; rank 0 only.
+        options: Further arguments of Lightning's Trainer, see :func:`trainer_arguments`.
+        measured: The module is measured between its steps (``validation_step``).
     """
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
@@ -82,18 +93,22 @@ def build_trainer(
             devices=processes.world_size,
             strategy=strategy,
             plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
-            precision="bf16-mixed" if on_gpu else "32-true",
+            **{"precision": "bf16-mixed" if on_gpu else "32-true", "log_every_n_steps": 1, **(options or {})},
             max_steps=steps,
             max_epochs=-1,
             accumulate_grad_batches=accumulate,
             callbacks=callbacks,
-            logger=loggers if processes.rank == 0 else False,
+            logger=[guard_(logger) for logger in loggers]
+            if processes.rank == 0
+            else DummyLogger(),  # callbacks ask all ranks for one
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            limit_val_batches=1 if measured else 0,
+            val_check_interval=1,  # the module says after which steps
+            check_val_every_n_epoch=None,
             use_distributed_sampler=False,
-            log_every_n_steps=1,
         )
     # Lightning's handlers would broadcast from inside of a handler, and requeue jobs; ours are in qvgen.stop_request.
     trainer._signal_connector.register_signal_handlers = lambda: None
@@ -125,6 +140,48 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
     )
 
 
+def trainer_arguments(options: TrainerConfig, *, gradient_clip: float, run_dir: Path) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer for the section ``trainer`` of a configuration.
+
+    Args:
+        options: The section.
+        gradient_clip: ``optim.gradient_clip``: OptimizerModule clips by it, and callbacks can read it from the trainer.
+        run_dir: A profile goes to its folder ``profiler``.
+    """
+    profilers = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    profiler = None
+    if options.profiler is not None:
+        profiler = profilers[options.profiler](dirpath=run_dir / "profiler", filename=options.profiler)
+    arguments: dict[str, Any] = {
+        "gradient_clip_val": gradient_clip,
+        "gradient_clip_algorithm": options.gradient_clip_algorithm,
+        "profiler": profiler,
+        "detect_anomaly": options.detect_anomaly,
+        "log_every_n_steps": options.log_every_n_steps,
+        "min_steps": options.min_steps,
+        "default_root_dir": run_dir,
+    }
+    if options.deterministic:
+        arguments["deterministic"] = options.deterministic
+    if options.precision is not None:
+        arguments["precision"] = options.precision
+    return arguments
+
+
+@contextmanager
+def restored_settings() -> Iterator[None]:
+    """Undo what a trainer sets for the whole process, so that the next job of a sweep begins as this one did."""
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace, benchmark = os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's advice on things that are decided here: devices, workers of the loader, cluster variables."""
@@ -134,6 +191,7 @@ def quiet_lightning() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
@@ -150,12 +208,15 @@ def fit(trainer: lightning.Trainer, module: Any, data: Any, *, checkpoint: Path 
     """Train, from a checkpoint or from the module as it is.
 
     Raises:
+        UserError: What Lightning finds wrong with how a callback was set up.
         KeyboardInterrupt: Ctrl-C; Lightning would end the process with the exit code of a failure.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     with quiet_lightning():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except MisconfigurationException as error:
+            raise UserError(one_line(error)) from error
         except SystemExit as end:
             if not trainer.interrupted:
                 raise

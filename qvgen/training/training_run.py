@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qvgen.config.sections import CheckpointConfig, EvaluationConfig, StrategyConfig
+from qvgen.config.trainer_options import TrainerConfig
 from qvgen.data.source import DataSource
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.student_design import StudentDesign
 from qvgen.training.training_steps import TrainingSteps
 
 if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
 
 
@@ -61,12 +63,16 @@ class TrainingOutput:
         run_dir: The run's claimed folder.
         checkpoint: How often the run's state is saved.
         evaluation: How often it is measured, and the validation videos.
+        trainer: Options of Lightning's Trainer.
         validate: Measures the held-out relative error of the student; None: it is not measured.
         loggers: Where metrics go besides metrics.csv.
+        callbacks: Lightning callbacks of the user's, which all processes have.
     """
 
     run_dir: Path
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    trainer: TrainerConfig
     validate: Callable[[nn.Module], float] | None = None
     loggers: Sequence[Logger] = ()
+    callbacks: Sequence[Callback] = ()

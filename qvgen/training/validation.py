@@ -111,7 +111,13 @@ class ValidationVideos(lightning.Callback):
         del outputs, batch, batch_idx
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
-            self._validate(trainer, pl_module)
+            assert isinstance(pl_module, VideoTraining)
+            if not pl_module.is_measured(self._last_step):
+                self._validate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Validate a step that was measured, after its checkpoint; what is there whole is not sampled again."""
+        self._validate(trainer, pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log what was not complete yet."""

@@ -141,12 +141,13 @@ def _leave_service() -> None:
 @contextmanager
 def training_log(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> Iterator[list[Logger]]:
     """The loggers of a training besides metrics.csv, while a block trains, packs and reports; report.json is summarized."""
+    further = list(logger.further)
     run = _open(logger, run_dir, label) if logger.name == "wandb" else None
     if run is None:
-        yield []
+        yield further
         return
     try:
-        yield [run]
+        yield [run, *further]
         if (report := run_dir / "report.json").is_file():
             run.summarize(report)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -37,14 +38,17 @@ def deliver(
     teacher: nn.Module,
     student: nn.Module,
     held_out: MeasuredInputs,
+    steps: int,
 ) -> ReportData:
     """Fold, pack, read back, generate with all models and compare: all that the report says.
+
+    ``steps`` were trained: all, or fewer where a callback ended the run.
 
     Afterwards the student holds the run's start where its videos were sampled.
     """
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
-        record = packed_record(config, steps=config.steps)
+        record = packed_record(config, steps=steps)
         fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
     reference = list(held_out.predictions(teacher))
@@ -68,7 +72,7 @@ def deliver(
             kept=KeptSamples(path, settings=config.plain, revision=config.model.revision),
         )
     return ReportData(
-        run=run_info(config),
+        run=replace(run_info(config), steps=steps),
         relative_error=error,
         size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
         checks=comparison.checks,

@@ -76,6 +76,8 @@ def training_output(
         evaluation=config.evaluation,
         validate=validate,
         loggers=loggers,
+        trainer=config.trainer,
+        callbacks=config.callbacks,
     )
 
 

@@ -63,7 +63,7 @@ def pretrain(config: TrainConfig) -> None:
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
         with open_log(config, run_dir.path) as loggers:
-            train_all(
+            steps = train_all(
                 training_run(config),
                 training_output(config, run_dir.path, loggers=loggers),
                 student=student,
@@ -74,7 +74,7 @@ def pretrain(config: TrainConfig) -> None:
         card: dict[str, Any] = {
             "command": rerun_command(config),
             "seed": config.seed,
-            "steps": config.steps,
+            "steps": steps,
             "seconds": round(total_seconds(run_dir.path / "metrics.csv")),
             "environment": {"machine": collect_environment().machine.to_json_dict()},
             "changes": [asdict(change) for change in read_changes(run_dir.path)],

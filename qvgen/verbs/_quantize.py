@@ -49,8 +49,9 @@ def quantize(config: TrainConfig) -> None:
             teacher=sampled_teacher(config, teacher, encode=held_out.split.encode),
             measured=measured,
         )
+        steps = config.steps
         if config.steps:
-            train_all(
+            steps = train_all(
                 training_run(config),
                 training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
                 student=student,
@@ -61,7 +62,9 @@ def quantize(config: TrainConfig) -> None:
         if not held_out.num_samples:
             deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
             return
-        data = deliver(config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out)
+        data = deliver(
+            config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out, steps=steps
+        )
         show_result(data, write_report(run_dir.path, data))
         forget_samples(run_dir.path)
 

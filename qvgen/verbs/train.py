@@ -26,6 +26,8 @@ def run(config: TrainConfig) -> int | None:
         from qvgen.training.wandb_run import check_wandb
 
         check_wandb(config.logger)
+    if config.callbacks:
+        _check_callbacks(config)
     config.data.check(config.model)
     if config.method.trains == "autoencoder":
         from qvgen.verbs._autoencoder import train_autoencoder
@@ -60,6 +62,16 @@ def run(config: TrainConfig) -> int | None:
 
     pretrain(config)
     return None
+
+
+def _check_callbacks(config: TrainConfig) -> None:
+    """Raise UserError where a callback waits for what this run does not have."""
+    from qvgen.training.callback_rules import check_monitors
+    from qvgen.training.callbacks import metric_columns
+
+    schedule = config.method.schedule(config.phi, num_steps=config.steps)
+    is_measured = config.method.quantizes and config.evaluation.every_steps is not None
+    check_monitors(config.callbacks, columns=metric_columns(schedule)[1:], is_measured=is_measured)
 
 
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

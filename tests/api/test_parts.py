@@ -136,7 +136,10 @@ def test_a_training_without_data_is_refused(tmp_path: Path) -> None:
     model = NamedFamily.load("tiny")
     run = TrainingRun(model=model, design=design_of("lsq"), steps=steps, strategy=load_section("strategy"))
     output = TrainingOutput(
-        run_dir=tmp_path, checkpoint=load_section("checkpoint"), evaluation=load_section("evaluation")
+        run_dir=tmp_path,
+        checkpoint=load_section("checkpoint"),
+        evaluation=load_section("evaluation"),
+        trainer=load_section("trainer"),
     )
     with pytest.raises(ValueError, match="a training needs data; give TrainingRun"):
         train_share(run, output, student=nn.Linear(1, 1), teacher=None)

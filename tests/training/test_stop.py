@@ -83,17 +83,19 @@ class Session:
             student=student.train(),
             teacher=config.model.load_teacher(),
             encode=split.encode,
+            validate=self.measure,
+            validate_every_steps=2,
         )
-        steps = StepMetrics(
-            self.run_dir / "metrics.csv", schedule=schedule, validate=self.measure, every_steps=2, num_steps=NUM_STEPS
-        )
+        steps = StepMetrics(self.run_dir / "metrics.csv", schedule=schedule, num_steps=NUM_STEPS)
         saves = CheckpointWriter(self.run_dir / "checkpoints", config=checkpoint, num_steps=NUM_STEPS)
         callbacks = [*further, MethodSchedule(schedule), steps, saves]
         if self.with_videos:
             videos = video_callback(config, run_dir=self.run_dir, teacher=None, encode=None)
             assert videos is not None
             callbacks.append(videos)
-        trainer = build_trainer(steps=NUM_STEPS, accumulate=2, processes=Processes(), callbacks=callbacks, loggers=[])
+        trainer = build_trainer(
+            steps=NUM_STEPS, accumulate=2, processes=Processes(), callbacks=callbacks, loggers=[], measured=True
+        )
         data = StepKeyedData(split, batch_size=4, accumulate=2, seed=config.seed)
         found = checkpoints(self.run_dir / "checkpoints")
         with stop_request.listening():

@@ -54,9 +54,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
         teacher=config.model.load_teacher(),
         encode=split.encode,
     )
-    steps = StepMetrics(
-        run_dir / "metrics.csv", schedule=schedule, validate=None, every_steps=None, num_steps=NUM_STEPS
-    )
+    steps = StepMetrics(run_dir / "metrics.csv", schedule=schedule, num_steps=NUM_STEPS)
     saves = CheckpointWriter(
         run_dir / "checkpoints",
         config=CheckpointConfig(every_steps=1, every_minutes=None, keep=9),

@@ -25,7 +25,7 @@ from qvgen.verbs._parts import open_log
 from tests.runs import train_config
 from tests.training.wandb_records import configuration, history, read_records, run_record, summary
 
-WANDB = LoggerConfig(name="wandb", project="qvgen", group=None, tags=())
+WANDB = LoggerConfig(name="wandb", project="qvgen", group=None, tags=(), further=())
 REPORT = {
     "relative_error": {"ptq": 0.5, "qat": 0.25},
     "packed_codes_equal": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import signal
@@ -14,16 +15,17 @@ import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
 from qvgen.verbs._parts import step_batch
-from tests.runs import SHORT, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import SHORT, WATCHED, copy_until, packed_bytes, read_metrics, train, train_config
 from tests.training.validated import contents
 
 RELATIVE = 1e-5
-TWO = ("devices=2", "strategy=ddp")
+TWO = ("devices=2", "strategy=ddp", *WATCHED)
 STEPS = 7
 OPTIONS = (
     f"steps={STEPS}",
     "checkpoint.every_steps=3",
     "checkpoint.keep=9",
+    "evaluation.every_steps=3",
     "evaluation.quality_videos=1",
     "evaluation.start_videos=false",
     "evaluation.videos=3",
@@ -56,7 +58,13 @@ def test_two_processes_have_the_losses_of_one(both: tuple[Path, Path]) -> None:
 
 
 def test_two_processes_pack_the_same_bytes(both: tuple[Path, Path]) -> None:
+    """Lightning's callbacks and a logger of it look at the second run."""
     assert packed_bytes(both[0]) == packed_bytes(both[1])
+    with (both[1] / "file" / "one" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    measured = [row["val/relative_error"] for row in read_metrics(both[0]) if row["val/relative_error"]]
+    assert [float(row["val/relative_error"]) for row in rows if row["val/relative_error"]] == [*map(float, measured)]
+    assert {"train/loss", "lr-AdamW/weights"} <= rows[0].keys()
 
 
 def test_two_processes_make_the_validation_videos_of_one(both: tuple[Path, Path]) -> None:

@@ -21,11 +21,11 @@ from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
-from tests.runs import copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import WATCHED, copy_until, packed_bytes, read_metrics, train, train_config
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
-TWO = ("devices=2", "strategy=fsdp")
+TWO = ("devices=2", "strategy=fsdp", *WATCHED)
 STEPS = 7
 OPTIONS = (
     f"steps={STEPS}",
