@@ -21,14 +21,14 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from qvgen import __version__, stop_request
 from qvgen.config.command_line import begin_job, command_line
-from qvgen.config.conf_folder import conf_directory, using_directory
+from qvgen.config.conf_folder import using_directory
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
@@ -37,12 +37,6 @@ _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _VERBS_DIRECTORY = Path(__file__).parent / "verbs"
 _TRAINING_VERBS = ("train", "ptq", "fold")
 """Verbs that work on one run's folder: a second task of another launcher would do the same work again."""
-
-_REFUSED_FLAGS = {
-    "config_name": "the verb names it",
-    "config_path": "--config-dir adds a folder to it",
-    "experimental_rerun": "it would load a pickle",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,10 +87,11 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     if verb not in (known := verbs()):
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     _own_the_environment(verb)
+    from qvgen.config.flags import parse_flags
     from qvgen.config.positional import name_positionals
 
     arguments = name_positionals(verb, arguments)
-    flags = _parse_flags(arguments)
+    flags = parse_flags(arguments)
     with using_directory(Path(flags.config_dir) if flags.config_dir else None):
         return _run_jobs(verb, arguments, flags, show=show)
 
@@ -119,8 +114,10 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
 
             print(help_page(verb, jobs[0], header=verbs()[verb]))
             return DONE
+        from qvgen.config.hydra_program import answer
+
         own_flags = [argument for argument in arguments if argument not in flags.overrides]
-        _let_hydra_answer(verb, [*own_flags, *flags.overrides])
+        answer(verb, [*own_flags, *flags.overrides])
         return DONE
     plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
     if len(jobs) > 1:
@@ -131,6 +128,8 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         check(verb, plain)
         _check_resume(plain, job)
     _log_to_stderr()
+    if flags.launcher and (codes := _launch(verb, flags, jobs, plains)):
+        return _after_jobs(verb, plains, codes, show=show)
     run = importlib.import_module(f"qvgen.verbs.{verb}").run
     folder, codes = ["--config-dir", flags.config_dir] if flags.config_dir else [], []
     commands = [
@@ -145,10 +144,33 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break
-    if len(plains) > 1 and codes[-1] not in (INTERRUPTED, TERMINATED):
+    return _after_jobs(verb, plains, codes, show=show)
+
+
+def _launch(
+    verb: str, flags: Namespace, jobs: Sequence[Sequence[str]], plains: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Run the jobs through the launcher that was asked for; their exit codes, none where it is the built-in one."""
+    from qvgen.config.hydra_program import launch, launcher_name
+    from qvgen.config.sweep import launch_folder, words_of_job
+
+    if launcher_name(flags.launcher) is None:
+        return []
+    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
+    commands = [[verb, *folder, *words_of_job(verb, job, plain)] for job, plain in zip(jobs, plains, strict=True)]
+    found = launch(verb, [*folder, *flags.overrides, *flags.launcher], commands, folder=launch_folder())
+    for number, code in enumerate(found):
+        if code is None:
+            print(f"qvgen {verb}: the launcher did not bring job {number} to its end", file=sys.stderr)
+    return [code if code in _SEVERITY else BUG for code in found]
+
+
+def _after_jobs(verb: str, plains: Sequence[dict[str, Any]], codes: list[int], *, show: bool) -> int:
+    """Compare the runs of a sweep that nobody stopped; the worst exit code."""
+    if len(plains) > 1 and not {INTERRUPTED, TERMINATED} & set(codes):
         from qvgen.verbs.compare import after_sweep
 
-        codes.append(_guarded(lambda: after_sweep(verb, plains), name=verb, show_traceback=show))
+        codes = [*codes, _guarded(lambda: after_sweep(verb, plains), name=verb, show_traceback=show)]
     return max(codes, key=_SEVERITY.index)
 
 
@@ -161,53 +183,6 @@ def _run_job(run: Callable[[Any], int | None], verb: str, plain: dict[str, Any],
 def _check_resume(plain: dict[str, Any], overrides: list[str]) -> None:
     if plain.get("resume") and not any(override.startswith("run_dir=") for override in overrides):
         raise UserError(f"resume={str(plain['resume']).lower()} needs run_dir=...: which run shall be continued?")
-
-
-def _parse_flags(arguments: list[str]) -> Namespace:
-    """Split hydra's flags from the overrides, with hydra's own parser but one-line errors."""
-    from hydra._internal.utils import get_args_parser
-
-    parser: ArgumentParser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    flags, unknown = parser.parse_known_intermixed_args(arguments)
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0], options)}")
-    for name, reason in _REFUSED_FLAGS.items():
-        if getattr(flags, name):
-            raise UserError(f"--{name.replace('_', '-')} can't be used here: {reason}")
-    for override in flags.overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] == "hydra":
-            raise UserError(f"{key} has no effect here: jobs run in this process, in the present folder; leave it out")
-    return flags
-
-
-def _let_hydra_answer(verb: str, arguments: list[str]) -> None:
-    """--cfg, --info and the like: hydra's own answers about the configuration of a verb."""
-    import hydra
-
-    from qvgen.config.resolvers import register_resolvers
-    from qvgen.config.search_path import register_folders
-
-    register_resolvers()
-    register_folders()
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    before, sys.argv = sys.argv, [f"qvgen {verb}", *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=verb)(lambda _: None)()
-    except SystemExit as end:  # hydra ends the process after some answers
-        if end.code not in (None, 0):
-            raise
-    finally:
-        sys.argv = before
-        root.handlers[:] = handlers  # hydra's own, on the stdout of the moment, would outlive its answer
-        root.setLevel(level)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

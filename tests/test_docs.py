@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 import qvgen
-from qvgen.cli import _parse_flags, main, verbs
+from qvgen.cli import main, verbs
 from qvgen.config.compose import compose_plain, expand_sweep
+from qvgen.config.flags import parse_flags
 from qvgen.config.leaves import conf_directory
 from qvgen.config.positional import name_positionals
 
@@ -43,7 +44,7 @@ def test_command_of_the_docs_is_one_that_exists(arguments: list[str], capsys: py
         assert main(arguments) == 0
         assert f"qvgen {verb}" in capsys.readouterr().out
         return
-    flags = _parse_flags(name_positionals(verb, words))
+    flags = parse_flags(name_positionals(verb, words))
     first = expand_sweep(flags.overrides, multirun=bool(flags.multirun))[0]
     folder = Path(flags.config_dir) if flags.config_dir else None
     assert "debug" in compose_plain(verb, first, extra_directory=folder, resolve=False)

@@ -66,8 +66,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_page_has_an_example_of_each_kind() -> None:
-    assert {Path(name).parent.name for name in FILES if name.endswith(".yaml")} == {"init", "method", "model", "data"}
-    assert len(COMMANDS) == 7
+    assert {Path(name).parent.name for name in FILES if name.endswith(".yaml")} == {
+        "init", "method", "model", "data", "callbacks", "logger",
+    }  # fmt: skip
+    assert len(COMMANDS) == 9
     assert all(f'"{group}"' in FILES["pyproject.toml"] for group in ("qvgen.plugins", "qvgen_kernels.backends"))
 
 
@@ -77,7 +79,7 @@ def test_a_command_of_the_page_runs(words: list[str], project: Path, capsys: pyt
     assert words[0] == "qvgen"
     run_dir = project / "runs" / str(COMMANDS.index(words))
     length = ["steps=2"] if "method=robust" in words else ["steps=2", "phi.ranks=[2]"] if words[1] == "train" else []
-    is_variant = any("_target_" in word or word in ("init=mymethod", "model=still") for word in words)
+    is_variant = any("_target_" in word or word in ("init=mymethod", "model=still", "logger=table") for word in words)
     keys = [*KEYS, *length, "evaluation.videos=0", f"run_dir={run_dir}", f"dry_run={is_variant}".lower()]
     assert main([*words[1:], *keys]) == 0
     named = {word.partition("=")[0]: word.rpartition("=")[2].rpartition(".")[2] for word in words if "=" in word}

@@ -45,7 +45,7 @@ def command_line(verb: str, overrides: Iterable[str], *, changes: Mapping[str, V
     """
     changes = dict(changes or {})
     kept = [text for text in overrides if _key(text) not in changes]
-    added = [f"{key}={_hydra_value(value)}" for key, value in changes.items()]
+    added = [f"{key}={hydra_value(value)}" for key, value in changes.items()]
     return shlex.join([*_program(verb), *kept, *added])
 
 
@@ -69,7 +69,7 @@ def _key(override: str) -> str | None:
     return None if override.startswith("-") else override.lstrip("+~").partition("=")[0]
 
 
-def _hydra_value(value: Value) -> str:
+def hydra_value(value: Value) -> str:
     """A value in hydra's grammar; text is put into quotes where it would be read as something else."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -6,13 +6,13 @@ override, an unknown key or option, a sweep without --multirun, an interpolation
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, OverrideType
@@ -60,13 +60,27 @@ def expand_sweep(overrides: Sequence[str], *, multirun: bool) -> list[list[str]]
         if one and " " in line:  # without a space it is rather a list of paths
             log.warning("%s is a sweep, one job for each of its values; for one text write %s", key, one)
     try:
-        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        jobs = _jobs(parsed)
     except HydraException as error:
         raise UserError(f"cannot read the sweep: {_cause(error)}") from error
     # A key that is not swept stays as it was typed: hydra's sweeper writes values in another way, and a repeated key once.
     last = {override.get_key_element(): (override, text) for override, text in zip(parsed, written, strict=True)}
     typed = {key: text for key, (override, text) in last.items() if not override.is_sweep_override()}
     return [[typed.get(entry.partition("=")[0], entry) for entry in job] for job in jobs]
+
+
+def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """Every combination of the values of swept keys, the last key changing fastest; of a repeated key the last value."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(f"{override.input_line} names no values; write for example {override.key_or_group}=1,2")
+    return [list(job) for job in itertools.product(*values.values())]
 
 
 def compose_plain(

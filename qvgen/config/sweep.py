@@ -14,8 +14,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from qvgen.config.command_line import hydra_value
 
 FOLDER_KEYS: Mapping[str, str] = {"train": "run_dir", "ptq": "run_dir", "generate": "out", "fold": "out"}
 """Verb -> the key of the folder that a job writes to and shares with no other."""
@@ -56,6 +59,20 @@ def folder_of_job(verb: str, plain: Mapping[str, Any]) -> dict[str, Path]:
     """Override that one job needs besides its own, so that alone it works in the folder that it has in the sweep."""
     key = FOLDER_KEYS.get(verb)
     return {} if key is None else {key: Path(str(plain[key]))}
+
+
+def words_of_job(verb: str, job: Sequence[str], plain: Mapping[str, Any]) -> list[str]:
+    """The overrides of a job that is a command of its own, with the folder that it has in the sweep."""
+    changes = folder_of_job(verb, plain)
+    return [
+        *(word for word in job if _key(word) not in changes),
+        *(f"{k}={hydra_value(v)}" for k, v in changes.items()),
+    ]
+
+
+def launch_folder() -> Path:
+    """A folder of its own for what the jobs of a launcher leave beside their results."""
+    return Path("outputs") / "launch" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{os.getpid()}"
 
 
 def _named(bases: Sequence[str], jobs: Sequence[Sequence[str]], *, without: str) -> list[str]:

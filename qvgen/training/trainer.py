@@ -191,6 +191,8 @@ def quiet_lightning() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # It is the same number in all processes: rank 0's.
+        warnings.filterwarnings("ignore", message=r".*self\.log\('val/relative_error', \.\.\., sync_dist=True\).*")
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
