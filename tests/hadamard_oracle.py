@@ -61,6 +61,16 @@ def hadamard_matrix(block):
     return matrix / np.sqrt(block)
 
 
-def rotation_matrix(columns, block):
+def regular_matrix(block):
+    """Kronecker powers of the symmetric 4 x 4 matrix whose rows have the sum 2, divided by sqrt(block)."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.kron(matrix, 1 - 2 * np.fliplr(np.eye(4)))
+    return matrix / np.sqrt(block)
+
+
+def rotation_matrix(columns, block, kind="sylvester"):
     """Block-diagonal Hadamard [columns, columns]; the identity where ``block`` is 0."""
-    return np.kron(np.eye(columns // block), hadamard_matrix(block)) if block else np.eye(columns)
+    if not block:
+        return np.eye(columns)
+    return np.kron(np.eye(columns // block), regular_matrix(block) if kind == "regular" else hadamard_matrix(block))

@@ -43,9 +43,15 @@ def round_scale(scale, dtype):
     return np.clip(scale, SMALLEST[dtype], LARGEST[dtype])
 
 
-def choose_qparams(row, *, bits, kind, clip_low=1.0, clip_high=1.0, scale_dtype="float32"):
-    """Scale and zero point of one row [k] from its clipped minimum and maximum, 0 included."""
+def choose_qparams(row, *, bits, kind, clip_low=1.0, clip_high=1.0, scale_dtype="float32", arithmetic="reciprocal"):
+    """Scale and zero point of one row [k] from its clipped minimum and maximum, 0 included.
+
+    Of the arithmetic "unrounded", whose codes are made before the scale is rounded, the scale of the codes.
+    """
     _, top = limits(bits, kind)
+    if arithmetic == "division":
+        return max(max(abs(v) for v in row) * clip_high, 1e-10) / top, 0.0
+    scale_dtype = "float32" if arithmetic == "unrounded" else scale_dtype
     if kind == "none":
         return float(round_scale(max(abs(v) for v in row) * clip_high / top, scale_dtype)), 0.0
     low, high = min(0.0, *row) * clip_low, max(0.0, *row) * clip_high
@@ -111,8 +117,13 @@ def ste_fake_quantize(x, scale, zero, *, bits, kind):
     return scale * (real.clamp(low, high) - zero)
 
 
-def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dtype="float32"):
+def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dtype="float32", arithmetic="reciprocal"):
     """Fake quantization of one row [k] on its own clipped range; the path through the range is differentiated."""
+    if arithmetic == "unrounded":
+        smooth = ste_dynamic_fake_quantize(row, clip_low, clip_high, bits=bits, kind=kind)
+        scale, _ = choose_qparams(row.detach().numpy(), bits=bits, kind=kind, clip_high=float(clip_high.detach()))
+        codes = quantize(row.detach().numpy(), scale, 0.0, bits=bits, kind=kind)
+        return _pass_through(smooth, torch.as_tensor(codes * round_scale(scale, scale_dtype)))
     _, top = limits(bits, kind)
     nothing = torch.zeros((), dtype=torch.float64)
     if kind == "none":
@@ -178,6 +189,8 @@ class LayerForm:
     group: int = 0
     scale_dtype: str = "float32"
     rotation: int = 0
+    rotation_kind: str = "sylvester"
+    arithmetic: str = "reciprocal"
 
 
 def weight_qparams(form, params):
@@ -211,12 +224,13 @@ def layer_forward(form, params, x, bands, gate):
     columns = x.shape[1]
     size = form.group or columns
     starts = range(0, columns, size)
-    rotated = x @ torch.from_numpy(rotation_matrix(columns, form.rotation))
+    rotated = x @ torch.from_numpy(rotation_matrix(columns, form.rotation, form.rotation_kind))
     rows = []
     for row, band in zip(rotated, bands, strict=True):
         low = params["clip_low"][band].sigmoid() if form.activation_kind != "none" else torch.ones(())
         high = params["clip_high"][band].sigmoid()
         options = {"bits": form.activation_bits, "kind": form.activation_kind, "scale_dtype": form.scale_dtype}
+        options |= {"arithmetic": form.arithmetic}
         rows.append(torch.cat([ste_dynamic_fake_quantize(row[s : s + size], low, high, **options) for s in starts]))
     scale, zero = weight_qparams(form, params)
     weights = []
@@ -232,7 +246,7 @@ def layer_tie_distance(form, params, x, bands):
     """Nearest distance to a tie of anything that the layer rounds: inputs, scales, zero points, weights."""
     columns = x.shape[1]
     size = form.group or columns
-    rotated = x.detach().numpy() @ rotation_matrix(columns, form.rotation)
+    rotated = x.detach().numpy() @ rotation_matrix(columns, form.rotation, form.rotation_kind)
     distances = []
     for row, band in zip(rotated, bands, strict=True):
         clips = [float(params[name][band].detach().sigmoid()) for name in ("clip_low", "clip_high")]
@@ -241,7 +255,7 @@ def layer_tie_distance(form, params, x, bands):
             options = {"bits": form.activation_bits, "kind": form.activation_kind}
             options |= {"clip_low": clips[0], "clip_high": clips[1]}
             distances.append(scale_tie_distance(choose_qparams(part, **options)[0], form.scale_dtype))
-            scale, zero = choose_qparams(part, scale_dtype=form.scale_dtype, **options)
+            scale, zero = choose_qparams(part, scale_dtype=form.scale_dtype, arithmetic=form.arithmetic, **options)
             distances.append(tie_distance(part, scale, zero, kind=form.activation_kind))
             if form.activation_kind == "integer":
                 low = np.array([min(0.0, *part) * clips[0]])

@@ -18,10 +18,11 @@ COLUMNS = 128
 
 
 def make_profile(name: str, *, weight_bits: int = 3, activation_bits: int = 3) -> Profile:
-    """The profile of a file, with the two bit-widths in the place of what its interpolations ask for."""
+    """The profile of a file for rows of COLUMNS, with the two bit-widths in the place of what its interpolations ask for."""
     stem = "paper" if name == REAL else name
     spec: dict[str, Any] = yaml.safe_load((conf_directory() / "profile" / f"{stem}.yaml").read_text())
     spec |= {"weight_bits": weight_bits, "activation_bits": activation_bits}
     if name == REAL:
         spec["weight"]["zero_point"] = "real"
-    return build_leaf(spec, key="profile")
+    profile: Profile = build_leaf(spec, key="profile")
+    return profile.fitted([COLUMNS])

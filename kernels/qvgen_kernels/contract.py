@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qvgen_kernels.hadamard import paley_factor, rotation_sizes
+from qvgen_kernels.hadamard import KINDS, has_matrix, rotation_sizes
 
-__all__ = ["INT32_LIMIT", "MAX_BITS", "MIN_BITS", "SCALE_FLOOR", "LinearSpec", "LinearTensors"]
+__all__ = ["INT32_LIMIT", "MAX_BITS", "MIN_BITS", "SCALE_FLOOR", "SPAN_FLOOR", "LinearSpec", "LinearTensors"]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -27,10 +27,17 @@ SCALE_FLOOR = {"float32": 1e-8, "bfloat16": 1e-8, "float16": 2.0**-14}
 """Smallest activation scale per scale_dtype. float16 has no 1e-8 (it would be 0, and 1/scale infinite): its
 smallest normal number stands in, so that backends which flush subnormals agree."""
 
+SPAN_FLOOR = 1e-10
+"""Smallest largest magnitude of a row that is divided by its scale (activation_arithmetic "division")."""
+
 _WEIGHT_ZERO_POINTS = ("integer", "real", "none")
 _ACTIVATION_ZERO_POINTS = ("integer", "none")
 _ACTIVATION_RANGES = ("dynamic", "static")
 _FUNCTIONS = ("none", "gelu_tanh", "silu")
+_ARITHMETICS = ("reciprocal", "division", "unrounded")
+
+_ADDED_LATER = {"function": "none", "rotation_kind": "sylvester", "activation_arithmetic": "reciprocal"}
+"""Fields that the text leaves out where they have these values: it is then the text of before they existed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +59,13 @@ class LinearSpec:
             are used as they are: whoever made them has rounded them already.
         rotation: block size of the Hadamard transform of the input; 0 = none. Powers of two, and those times b, an
             order of Paley's (:mod:`qvgen_kernels.hadamard`): 1920 = 60 * 32, 8960 = 140 * 64.
+        rotation_kind: "sylvester" (what the line above says) or "regular": powers of a 4 x 4 matrix with one -1 a row,
+            sizes 4, 16, 64, 256, ...
         activation_range: "dynamic" (every row's own minimum and maximum) or "static" (a scale and a zero point come
             with every row; no activation groups then).
         branch_rank: rank of the low-rank branch on the input in floating point; 0 = none.
+        activation_arithmetic: how symmetric codes follow from a row's range: "reciprocal" (times 1 / scale), "division"
+            (by the scale) or "unrounded" (times the reciprocal of the scale before it was rounded to scale_dtype).
         function: Function of every output, after the bias: "none", "gelu_tanh" (GELU by tanh) or "silu".
 
     Raises:
@@ -82,6 +93,8 @@ class LinearSpec:
     activation_range: str = "dynamic"
     branch_rank: int = 0
     function: str = "none"
+    rotation_kind: str = "sylvester"
+    activation_arithmetic: str = "reciprocal"
     _text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -97,13 +110,14 @@ class LinearSpec:
             ("scale_dtype", tuple(SCALE_FLOOR)),
             ("activation_range", _ACTIVATION_RANGES),
             ("function", _FUNCTIONS),
+            ("rotation_kind", KINDS),
+            ("activation_arithmetic", _ARITHMETICS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         self._check_sizes()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        if self.function == "none":
-            del values["function"]  # so the text of a layer without a function is what it was before functions came
+        values = {name: value for name, value in values.items() if _ADDED_LATER.get(name) != value}
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     def _check_sizes(self) -> None:
@@ -111,6 +125,10 @@ class LinearSpec:
             raise ValueError(
                 f"activation_group_size={self.activation_group_size} with static ranges; a row has one scale, use 0"
             )
+        dynamic_symmetric = self.activation_zero_point == "none" and self.activation_range == "dynamic"
+        if self.activation_arithmetic != "reciprocal" and not dynamic_symmetric:
+            name = f"activation_arithmetic={self.activation_arithmetic!r}"
+            raise ValueError(f"{name} is of symmetric dynamic activations; use reciprocal")
         if self.branch_rank > min(self.in_features, self.out_features):
             raise ValueError(
                 f"branch_rank={self.branch_rank} is above the rank of a [{self.out_features}, {self.in_features}] weight"
@@ -132,13 +150,14 @@ class LinearSpec:
             )
 
     def _check_rotation(self) -> None:
-        size = self.rotation
-        exists = size != 1 and paley_factor(size) > 0
+        size, kind = self.rotation, self.rotation_kind
+        exists = size != 1 and has_matrix(size, kind)
         if size == 0 or (exists and self.in_features % size == 0):
             return
-        sizes = rotation_sizes(self.in_features)
+        sizes = rotation_sizes(self.in_features, kind)
         nearest = [*[n for n in sizes if n < size][-1:], *[n for n in sizes if n > size][:1]]
-        problem = f"does not divide in_features={self.in_features}" if exists else "has no Hadamard matrix here"
+        matrix = "regular Hadamard matrix" if kind == "regular" else "Hadamard matrix"
+        problem = f"does not divide in_features={self.in_features}" if exists else f"has no {matrix} here"
         raise ValueError(f"rotation={size} {problem}; use {' or '.join(map(str, [0, *nearest]))}")
 
     @property
@@ -226,7 +245,7 @@ def _parse(text: str) -> LinearSpec:
     except json.JSONDecodeError as error:
         raise ValueError(f"spec {text!r} is no JSON ({error}); pass LinearSpec.to_string()") from error
     expected = {f.name for f in fields(LinearSpec) if f.init}
-    if not isinstance(values, dict) or set(values) | {"function"} != expected:
+    if not isinstance(values, dict) or set(values) | set(_ADDED_LATER) != expected:
         raise ValueError(f"spec {text!r} must have exactly the keys {sorted(expected)}; pass LinearSpec.to_string()")
     return LinearSpec(**values)
 

@@ -29,6 +29,7 @@ __all__ = ["CpuBackend", "probe"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FUNCTIONS = {"none": 0, "gelu_tanh": 1, "silu": 2}
 _SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_ARITHMETICS = {"reciprocal": 0, "division": 1, "unrounded": 2}
 
 
 class CpuBackend(CanonicalPrepack):
@@ -90,7 +91,8 @@ def _paley_terms(b: int) -> Tensor:
 def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
     """The part of a call's structure that the spec decides, and the table that it points into."""
     padded_group, padded_out = padded_sizes(spec, k_unit)
-    paley = paley_factor(spec.rotation) if spec.rotation else 1
+    regular = spec.rotation_kind == "regular"
+    paley = (0 if regular else paley_factor(spec.rotation)) if spec.rotation else 1
     terms = _paley_terms(paley) if paley > 1 else None
     eight = spec.weight_bits == 8 and spec.weight_zero_point != "none"
     filled = CLinear(
@@ -114,6 +116,7 @@ def _template(spec: LinearSpec, k_unit: int) -> tuple[CLinear, Tensor | None]:
         scale_dtype=_SCALE_DTYPES[spec.scale_dtype],
         function=_FUNCTIONS[spec.function],
         weight_bound=128 if eight else spec.weight_operand_bound,
+        arithmetic=_ARITHMETICS[spec.activation_arithmetic],
     )
     return filled, terms
 

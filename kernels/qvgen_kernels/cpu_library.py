@@ -41,7 +41,7 @@ class CLinear(ctypes.Structure):
         *((name, c_int64) for name in ("gate_rows", "gate_row_stride", "residual_row_stride")),
         ("rotation_scale", c_float),
         *((name, c_int32) for name in ("dtype", "activation_qmax", "symmetric", "activation_bits", "scale_dtype")),
-        *((name, c_int32) for name in ("weight_bound", "function", "gate_float32")),
+        *((name, c_int32) for name in ("weight_bound", "function", "gate_float32", "arithmetic")),
         *((name, c_int32) for name in ("backend", "threads")),
     )
 

@@ -1,6 +1,7 @@
 """Hadamard transform of the packed linear's input (kernels/README.md, step 1), in plain torch.
 
-    H = (H_b kron H_n) / sqrt(b n),  n = 2^m        H_n: Sylvester        H_b: Paley, over the integers modulo a prime
+    sylvester    H = (H_b kron H_n) / sqrt(b n),  n = 2^m    H_n: Sylvester    H_b: Paley, over the integers modulo a prime
+    regular      H = (R kron R kron ...) / sqrt(4^m)         R: 4 x 4, -1 on the other diagonal and 1 elsewhere
 
 Written here a second time, on purpose: this package imports nothing of qvgen, whose training uses
 qvgen/quant/hadamard.py, and tests hold the two to each other bit for bit. This one keeps the columns where they are
@@ -15,7 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["block_hadamard", "paley_factor", "paley_signs", "rotation_sizes"]
+__all__ = ["KINDS", "block_hadamard", "has_matrix", "paley_factor", "paley_signs", "rotation_sizes"]
+
+KINDS = ("sylvester", "regular")
+"""Kinds of rotation."""
 
 CHUNK = 2**18
 """Elements transformed at a time on CPU (1 MiB): what is written is still in the cache when it is read again."""
@@ -29,9 +33,16 @@ def paley_factor(size: int) -> int:
     return next((b for b in factors if b == 1 or _field(b)), 0)
 
 
-def rotation_sizes(columns: int) -> list[int]:
+def has_matrix(size: int, kind: str) -> bool:
+    """Whether there is a matrix of this size: of the regular kind those of powers of 4."""
+    if kind == "regular":
+        return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1
+    return paley_factor(size) > 0
+
+
+def rotation_sizes(columns: int, kind: str = "sylvester") -> list[int]:
     """Every block size from 2 that divides ``columns`` and has a matrix, ascending."""
-    return [size for size in range(2, columns + 1) if columns % size == 0 and paley_factor(size)]
+    return [size for size in range(2, columns + 1) if columns % size == 0 and has_matrix(size, kind)]
 
 
 def _field(order: int) -> int:
@@ -62,19 +73,21 @@ def paley_signs(order: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sign for entry in row for sign in pairs[entry][half]) for row in border for half in (0, 1))
 
 
-def block_hadamard(x: Tensor, *, block: int) -> Tensor:
+def block_hadamard(x: Tensor, *, block: int, kind: str = "sylvester") -> Tensor:
     """Normalised Hadamard transform of every run of ``block`` columns; the order of operations is the contract's.
 
     Args:
         x: float32 [..., K].
-        block: divides K and has a matrix (:func:`paley_factor`).
+        block: divides K and has a matrix (:func:`has_matrix`).
+        kind: one of :data:`KINDS`.
 
     Returns:
         float32 [..., K], a new tensor. Within about log2(block / b) + 2 + b / 4 roundings of the exact transform.
     """
     rows = x.reshape(-1, x.shape[-1])
     step = max(1, CHUNK // rows.shape[1]) if x.device.type == "cpu" else max(1, len(rows))
-    return torch.cat([_transform(part, block=block) for part in rows.split(step)]).reshape(x.shape)
+    transform = _regular_transform if kind == "regular" else _transform
+    return torch.cat([transform(part, block=block) for part in rows.split(step)]).reshape(x.shape)
 
 
 def _transform(x: Tensor, *, block: int) -> Tensor:
@@ -87,6 +100,18 @@ def _transform(x: Tensor, *, block: int) -> Tensor:
         stride *= 2
     if b > 1:
         y = _paley_sums(y.unflatten(-1, (-1, b, block // b)), signs=paley_signs(b)).flatten(-3)
+    return y * (1.0 / math.sqrt(block))
+
+
+def _regular_transform(x: Tensor, *, block: int) -> Tensor:
+    """Every digit of a column's number to the base 4 in turn, lowest first; eight additions for four elements."""
+    assert has_matrix(block, "regular"), f"no regular Hadamard matrix of size {block}"  # LinearSpec
+    y, stride = x, 1
+    while stride < block:
+        x0, x1, x2, x3 = y.unflatten(-1, (-1, 4, stride)).unbind(-2)
+        low, high, first, second = x0 + x1, x2 - x3, x0 - x1, x2 + x3
+        y = torch.stack((low + high, low - high, second + first, second - first), -2).flatten(-3)
+        stride *= 4
     return y * (1.0 / math.sqrt(block))
 
 

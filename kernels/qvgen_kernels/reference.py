@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec, LinearTensors
+from qvgen_kernels.contract import SCALE_FLOOR, SPAN_FLOOR, LinearSpec, LinearTensors
 from qvgen_kernels.hadamard import block_hadamard
 from qvgen_kernels.registry import register_backend
 from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight, unpack_planes
@@ -59,14 +59,17 @@ def quantize_activations(
     rows = x.to(torch.float32)
     rows = rows if tensors.input_scale is None else rows * tensors.input_scale
     if spec.rotation:
-        rows = block_hadamard(rows, block=spec.rotation)
+        rows = block_hadamard(rows, block=spec.rotation, kind=spec.rotation_kind)
     rows = rows.unflatten(-1, (-1, spec.activation_group_size or spec.in_features))
     symmetric = spec.activation_zero_point == "none"
     scale, zero_point = (_static_qparams if spec.activation_range == "static" else _dynamic_qparams)(
         rows, spec=spec, tensors=tensors
     )
-    codes = (rows * (1.0 / scale)).round_().add_(zero_point)
+    codes = rows / scale if spec.activation_arithmetic == "division" else rows * (1.0 / scale)
+    codes = codes.round_().add_(zero_point)
     codes = codes.clamp_(-spec.activation_qmax if symmetric else 0, spec.activation_qmax)
+    if spec.activation_arithmetic == "unrounded":
+        scale = _round_scale(scale, spec.scale_dtype)
     return codes.sub_(zero_point), scale.squeeze(-1), zero_point.squeeze(-1)
 
 
@@ -80,13 +83,22 @@ def _dynamic_qparams(rows: Tensor, *, spec: LinearSpec, tensors: LinearTensors) 
     if spec.activation_zero_point == "none":
         span = torch.maximum(-low, high)
         span = span if clip_high is None else span * clip_high.view(-1, 1, 1)
-        scale = _round_scale(span / qmax, spec.scale_dtype)
+        scale = _symmetric_scale(span, qmax, spec=spec)
         return scale, torch.zeros_like(scale)
     low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
     low = low if clip_low is None else low * clip_low.view(-1, 1, 1)
     high = high if clip_high is None else high * clip_high.view(-1, 1, 1)
     scale = _round_scale((high - low) / qmax, spec.scale_dtype)
     return scale, (-low * (1.0 / scale)).round_().clamp_(0, spec.activation_qmax)
+
+
+def _symmetric_scale(span: Tensor, qmax: Tensor, *, spec: LinearSpec) -> Tensor:
+    """Scale that codes are made with: float32, not yet rounded to scale_dtype where the arithmetic is "unrounded"."""
+    if spec.activation_arithmetic == "division":
+        return span.clamp(min=SPAN_FLOOR) / qmax
+    if spec.activation_arithmetic == "unrounded":
+        return _round_scale(span * (1.0 / qmax), "float32")
+    return _round_scale(span / qmax, spec.scale_dtype)
 
 
 def _static_qparams(

@@ -6,10 +6,10 @@
      "training": {...}, "sha256": of model.safetensors}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
-granularity, group_size, zero_point, scale_dtype, range "dynamic" or "static", clip_table}, rotation, input_scale,
-branch_rank, plan, profile, bytes, weight_error}; clip_table is the number of noise bands (or static steps) with table
-entries of their own, plan is a WidthTable's, weight_error is |Q(W) - W|^2 / |W|^2 against the trained master weight, null
-where it is not known.
+granularity, group_size, zero_point, scale_dtype, arithmetic, clip, range "dynamic" or "static", clip_table},
+rotation, rotation_kind, input_scale, branch_rank, plan, profile, bytes, weight_error}; clip_table is the number of noise
+bands (or static steps) with table entries of their own, plan is a WidthTable's, weight_error is |Q(W) - W|^2 / |W|^2
+against the trained master weight, null where it is not known.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class LayerEntry:
         return {
             "name": self.name,
             "shape": [self.out_features, self.in_features],
-            **weight,
+            **{name: value for name, value in weight.items() if name not in ("arithmetic", "clip")},
             "bias": self.bias,
             "activation": {**activation, "range": kind, "clip_table": num_noise_bands},
             "rotation": profile.rotation,
+            "rotation_kind": profile.rotation_kind,
             "input_scale": form.input_scale,
             "branch_rank": form.branch_rank,
             "plan": None if form.width_table is None else form.width_table.to_dict(),
@@ -87,6 +88,7 @@ class LayerEntry:
             weight=_grid(data, columns=columns),
             activation=_grid(activation, columns=columns),
             rotation=whole(data["rotation"], "rotation", high=columns),
+            rotation_kind=data.get("rotation_kind", "sylvester"),  # .get: older files have no other kind
         )
         error = data["weight_error"]
         return cls(
@@ -115,6 +117,8 @@ def _grid(data: Mapping[str, Any], *, columns: int) -> Grid:
         zero_point=data["zero_point"],
         group_size=None if group is None else whole(group, "group_size", low=1, high=columns),
         scale_dtype=data["scale_dtype"],
+        arithmetic=data.get("arithmetic", "reciprocal"),  # .get: older files have no other, and learned clips
+        clip=flag(data.get("clip", True), "clip"),
     )
 
 

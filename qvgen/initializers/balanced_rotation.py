@@ -11,7 +11,7 @@ once, from (W / (m D)) H (the released code rounds twice); activations are dynam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -58,7 +58,7 @@ class BalancedRotation:
         """See :class:`qvgen.initializers.base.Initializer`."""
         statistics = require(statistics, "abs_max")
         factor = None if statistics.smoothed else self.input_scale([layer], statistics=statistics)
-        layer.move_(profile=replace(layer.profile, rotation=largest_block(layer.in_features)), input_scale=factor)
+        layer.move_(profile=layer.profile.with_rotation(largest_block(layer.in_features)), input_scale=factor)
         for quantizer in layer.weight_quantizers().values():  # more than one where bits change over sampling
             quantizer.start_from_(*search_qparams(layer.weight.detach(), grid=quantizer.grid))
         return layer.weight.detach()

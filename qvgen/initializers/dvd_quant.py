@@ -21,7 +21,7 @@ delta-GBS, the switch between 4- and 8-bit activations while sampling, works wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -60,7 +60,7 @@ class DvdQuant:
         if self.rotate:
             size = layer.in_features
             signs = random_signs(size, key=f"dvd_quant/{self.seed}") if self.signs else None
-            layer.move_(profile=replace(layer.profile, rotation=largest_block(size)), input_scale=signs)
+            layer.move_(profile=layer.profile.with_rotation(largest_block(size)), input_scale=signs)
         refined = refine_grid(layer.weight.detach(), grid=layer.profile.weight)
         layer.weight_quantizer.start_from_(refined.scale, refined.zero_point)
         return layer.weight.detach()

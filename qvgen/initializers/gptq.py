@@ -65,5 +65,5 @@ class Gptq:
 def to_layer_coordinates(moment: Tensor, layer: FakeQuantLinear) -> Tensor:
     """The second moment [K, K] of the inputs as the layer quantizes them: rotated and smoothed from both sides."""
     for _ in range(2):
-        moment = to_grid_input(moment, layer.input_scale, rotation=layer.profile.rotation).mT
+        moment = to_grid_input(moment, layer.input_scale, profile=layer.profile).mT
     return moment.contiguous()

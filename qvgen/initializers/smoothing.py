@@ -46,7 +46,7 @@ def chosen_scale(
             activation_abs_max=largest,
             weight_grid=profile.weight,
             activation_grid=static_grid(profile.activation) if static else profile.activation,
-            transform=lambda x: to_grid_input(x, None, rotation=profile.rotation),
+            transform=lambda x: to_grid_input(x, None, profile=profile),
         )
         return factor
     return smoothing_scale(largest, weight, alpha=alpha)

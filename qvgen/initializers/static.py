@@ -82,7 +82,7 @@ class StaticRanges:
         assert inputs is not None
         if layer.input_scale is not None:
             ranges = ranges.scaled(layer.input_scale.to(ranges.low))
-        rows = to_grid_input(inputs.to(layer.weight.device), layer.input_scale, rotation=0)
+        rows = to_grid_input(inputs.to(layer.weight.device), layer.input_scale, profile=layer.profile)
         grid = static_grid(layer.profile.activation)
         share = best_share(rows, layer.weight.detach(), grid=grid)
         low, high = share * ranges.low.amin(1).clamp(max=0), share * ranges.high.amax(1).clamp(min=0)

@@ -25,9 +25,9 @@ from qvgen.config.value_range import Range, check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
+from qvgen.layers.fake_quant_product import rotated
 from qvgen.lowrank.svd import truncated_svd
 from qvgen.quant.bgr import refine_grid
-from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quant.smoothing import ALPHA
 
 
@@ -78,14 +78,13 @@ class SvdQuant:
 
     def _split_(self, layer: FakeQuantLinear) -> None:
         """Move the largest directions of the master weight into the branch."""
-        rotation, factor = layer.profile.rotation, layer.input_scale
+        factor = layer.input_scale
         factor = layer.weight.new_ones(layer.in_features) if factor is None else factor
         rank = min(self.rank, *layer.weight.shape)
         left, right = truncated_svd(layer.weight.detach(), rank=rank, generator=_generator(layer, seed=self.seed))
-        down = (hadamard_transform(right, block_size=rotation) if rotation else right) * factor
+        down = rotated(right, layer.profile) * factor
         down, up = (value.to(BRANCH_DTYPE).float() for value in (down, left))
-        inside = down / factor
-        inside = hadamard_transform(inside, block_size=rotation) if rotation else inside
+        inside = rotated(down / factor, layer.profile)
         layer.weight.sub_(up @ inside)
         layer.set_branch_(down, up)
 

@@ -19,11 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.layers.bit_choice import by_widths, rows_of
-from qvgen.layers.fake_quant_product import FakeQuantProduct, ProductConfig, TouchParameters, input_codes, to_grid_input
+from qvgen.layers.fake_quant_product import (
+    FakeQuantProduct,
+    ProductConfig,
+    TouchParameters,
+    input_codes,
+    rotated,
+    to_grid_input,
+)
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.grid import Profile, static_grid
-from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quant.width_table import Widths, WidthTable
 from qvgen.quantizers.activation_dynamic import ActivationDynamic
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
@@ -70,8 +76,7 @@ class FakeQuantLinear(nn.Module):
         self.profile = profile
         self.noise_band = noise_band
         weight = linear.weight.detach().float()
-        weight = hadamard_transform(weight, block_size=profile.rotation) if profile.rotation else weight.clone()
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(rotated(weight, profile) if profile.rotation else weight.clone())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
         self.weight_quantizer = self._weight_quantizer(profile.weight.bits)
         self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
@@ -128,7 +133,7 @@ class FakeQuantLinear(nn.Module):
                 raise ValueError(f"input_scale must be {self.in_features} finite values other than 0")
             input_scale = input_scale.to(weight)
             weight = weight / input_scale
-        self.weight.copy_(hadamard_transform(weight, block_size=profile.rotation) if profile.rotation else weight)
+        self.weight.copy_(rotated(weight, profile))
         self.declare_(profile=profile, input_scale=input_scale)
 
     def declare_(self, *, profile: Profile, input_scale: Tensor | None) -> None:
@@ -199,9 +204,7 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """The master weight in the model's own coordinates, float32 [N, K]: not rotated, not smoothed."""
-        weight = self.weight.detach().float()
-        if self.profile.rotation:
-            weight = hadamard_transform(weight, block_size=self.profile.rotation)
+        weight = rotated(self.weight.detach().float(), self.profile)
         return weight.clone() if self.input_scale is None else weight * self.input_scale
 
     def start_phi_(self, *, generator: torch.Generator, target: Tensor | None = None) -> None:
@@ -230,7 +233,9 @@ class FakeQuantLinear(nn.Module):
         """
         quantizer = self.activation_quantizers()[bits]
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
-        first, second = (self.noise_band.row_values(table, x) for table in quantizer.tables())
+        ones = torch.ones(self.noise_band.num_bands, device=x.device)
+        tables = (ones if table is None else table for table in quantizer.tables())
+        first, second = (self.noise_band.row_values(table, x) for table in tables)
         if isinstance(quantizer, ActivationStatic):
             second = whole_zero_point(second, quantizer.grid)
         first, second = (value.reshape(shape).expand(*x.shape[:-1], 1).reshape(-1, 1) for value in (first, second))
@@ -240,7 +245,7 @@ class FakeQuantLinear(nn.Module):
     def input_codes(self, x: Tensor) -> Tensor:
         """Codes of an input [B * n, ..., K] at the profile's width, [M, K]; for counting differences."""
         grid = self.profile.activation
-        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
+        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, profile=self.profile)
         return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,7 +273,7 @@ class FakeQuantLinear(nn.Module):
         config = ProductConfig(
             weight_quantizer=quantizer,
             activation=self.activation_quantizers()[widths[1]].grid,
-            rotation=self.profile.rotation,
+            profile=self.profile,
             input_scale=self.input_scale,
             phi=phi,
             branch=None if self.branch_down is None or self.branch_up is None else (self.branch_down, self.branch_up),

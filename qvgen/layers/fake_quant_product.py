@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.affine import Rounded, choose_qparams, quantize, round_rows, row_extremes, to_rows
-from qvgen.quant.grid import Grid
+from qvgen.quant.grid import Grid, Profile
 from qvgen.quant.hadamard import hadamard_transform
 from qvgen.quant.ste import dynamic_fake_quantize_backward, fake_quantize_backward
 from qvgen.quantizers.weight_lsq import WeightLSQ
@@ -30,7 +30,7 @@ class ProductConfig:
     Attributes:
         weight_quantizer: Quantizer of the weight, with its grid.
         activation: Grid of the input; per_tensor: static, a scale and zero point come with each row.
-        rotation: Block of the input's Hadamard transform; 0 for none.
+        profile: The layer's, of which the rotation counts here.
         input_scale: float32 [K], before the rotation, or None.
         phi: The helper, if it is active.
         branch: (down [r, K], up [N, r]) on the input as it comes, or None.
@@ -38,7 +38,7 @@ class ProductConfig:
 
     weight_quantizer: WeightLSQ
     activation: Grid
-    rotation: int
+    profile: Profile
     input_scale: Tensor | None
     phi: Phi | None
     branch: tuple[Tensor, Tensor] | None
@@ -50,11 +50,17 @@ class ProductConfig:
         return self.weight_quantizer.grid.granularity == "per_channel" and one_per_row
 
 
-def to_grid_input(x: Tensor, input_scale: Tensor | None, *, rotation: int) -> Tensor:
+def rotated(x: Tensor, profile: Profile) -> Tensor:
+    """The profile's rotation of x [..., K], float32, its own inverse and transpose; x itself where there is none."""
+    if not profile.rotation:
+        return x
+    return hadamard_transform(x, block_size=profile.rotation, kind=profile.rotation_kind)
+
+
+def to_grid_input(x: Tensor, input_scale: Tensor | None, *, profile: Profile) -> Tensor:
     """Bring an input [..., K] to the coordinates in which it is quantized: float32 H (x m), smoothed and rotated."""
     x = x.float()
-    x = x if input_scale is None else x * input_scale
-    return hadamard_transform(x, block_size=rotation) if rotation else x
+    return rotated(x if input_scale is None else x * input_scale, profile)
 
 
 def row_grid(grid: Grid) -> Grid:
@@ -108,7 +114,7 @@ class _Operands:
         extremes: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         factored, grid = config.factored, row_grid(config.activation)
-        self.x = to_grid_input(x, config.input_scale, rotation=config.rotation)
+        self.x = to_grid_input(x, config.input_scale, profile=config.profile)
         is_dynamic = config.activation.granularity != "per_tensor"
         self.extremes = row_extremes(to_rows(self.x, grid), grid) if is_dynamic and extremes is None else extremes
         self.x_qparams = row_qparams(self.x, params, config.activation, extremes=self.extremes)
@@ -218,8 +224,7 @@ def _activation_backward(
             extremes=ops.extremes,
             rounded=ops.x_rounded,
         )
-    if config.rotation:
-        grad_x = hadamard_transform(grad_x, block_size=config.rotation)
+    grad_x = rotated(grad_x, config.profile)
     return grad_x if config.input_scale is None else grad_x * config.input_scale, first, second
 
 

@@ -80,10 +80,12 @@ class LayerForm:
         return widths + (" static" if self.static else "") + branch
 
     def table_names(self, bits: int) -> tuple[str | None, str | None]:
-        """Names of the two tables [num_bands] of an activation width; None: it has no such table, being symmetric."""
+        """Names of the two tables [num_bands] of an activation width; None: symmetric or unclipped, it has no such table."""
         symmetric = self.profile.activation.symmetric
         if self.static:
             return "static_scale", None if symmetric else "static_zero_point"
+        if not self.profile.activation.clip:
+            return None, None
         suffix = "" if bits == self.widths[1] else f"_{bits}"
         return None if symmetric else f"clip_low{suffix}", f"clip_high{suffix}"
 

@@ -41,6 +41,8 @@ def layer_spec(form: LayerForm, *, in_features: int, out_features: int, widths: 
         activation_group_size=activation.group_size or 0,
         scale_dtype=activation.scale_dtype,
         rotation=form.profile.rotation,
+        rotation_kind=form.profile.rotation_kind,
+        activation_arithmetic=activation.arithmetic,
         activation_range="static" if form.static else "dynamic",
         branch_rank=form.branch_rank,
     )
@@ -61,7 +63,7 @@ class PackedLinear(PackedWeight):
     Attributes:
         bias: Parameter float32 [N], frozen, or None.
         clip_low: buffer float32 [num_bands], factors in (0, 1); None for symmetric activations and static ranges.
-        clip_high: buffer float32 [num_bands]; None for static ranges.
+        clip_high: buffer float32 [num_bands]; None for static ranges and grids without clips.
         static_scale: buffer float32 [num_bands]; None for dynamic ranges.
         static_zero_point: buffer float32 [num_bands], not rounded; None for dynamic ranges and symmetric activations.
         clip_low_8, ...: The tables of other activation widths of the table, by width.
@@ -221,7 +223,7 @@ class PackedLinear(PackedWeight):
             second = torch.zeros_like(first) if second is None else second
             second = whole_zero_point(second, self.profile.activation)
         else:
-            assert second is not None
+            second = torch.ones(len(x), device=x.device) if second is None else second
             first = torch.ones_like(second) if first is None else first
         return first.repeat_interleave(repeat).unsqueeze(-1), second.repeat_interleave(repeat).unsqueeze(-1)
 
@@ -229,7 +231,7 @@ class PackedLinear(PackedWeight):
     def input_codes(self, x: Tensor) -> Tensor:
         """Codes of an input [B * n, ..., K] at the profile's width, [M, K]; for counting differences."""
         grid = self.profile.activation
-        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, rotation=self.profile.rotation)
+        rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, profile=self.profile)
         return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
     def forward(self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -261,7 +263,7 @@ class PackedLinear(PackedWeight):
         return LinearTensors(
             bias=bias,
             clip_low=None if static or self.profile.activation.symmetric else first,
-            clip_high=None if static else second,
+            clip_high=None if static or not self.profile.activation.clip else second,
             input_scale=self.input_scale,
             row_scale=first if static else None,
             row_zero_point=second if static else None,

@@ -99,8 +99,11 @@ def swap_fake_quant_(
     band = NoiseBand(num_noise_bands)
     linears, fitting = {}, set()
     for name in names:
-        linear = linears[name] = model.get_submodule(name)
+        linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        linears[name] = linear
+    profile = profile.fitted(linear.in_features for linear in linears.values())
+    for name, linear in linears.items():
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         if sizes in fitting:
             continue

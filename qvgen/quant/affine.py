@@ -8,6 +8,13 @@ For a row x (over the last dimension, or one group of it), in float32 whatever t
     symmetric    s = max(max|x| * clip_high / qmax, 1e-8),   q = clamp(rne(x * (1/s)), -qmax, qmax)
     both         x ~ s * (q - z)
 
+Two more arithmetics of symmetric rows are those of other people's kernels (``Grid.arithmetic``), in the same notation:
+
+    division     s = max(max|x| * clip_high, 1e-10) / qmax,   q = clamp(rne(x / s), -qmax, qmax)
+    unrounded    r = max(max|x| * clip_high * (1/qmax), 1e-8),   q = clamp(rne(x * (1/r)), -qmax, qmax),   s = r, rounded
+
+The scale that functions here take and return is r in the last case, and codes are multiplied by :func:`dequantizing_scale`.
+
 The order of operations is part of the definition: 1/s is one IEEE division and then a multiplication, because
 x / s flips 0.3-0.4 % of the codes; nothing is fused; rne rounds halves to even. The packed kernels do the same, and
 ``fake_quantize(x) == dequantize(quantize(x))`` holds bit for bit. bfloat16 arithmetic would flip 1.4 % of 4-bit
@@ -28,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qvgen.quant.grid import MIN_SCALE, Grid
+from qvgen.quant.grid import MIN_SCALE, MIN_SPAN, Grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +44,8 @@ class Rounded:
 
     Attributes:
         rows: float32 [..., columns], what was rounded.
-        scale: float32 [..., 1].
+        scale: float32 [..., 1], what codes are multiplied by.
+        divisor: float32 [..., 1], what rows were divided by: the scale, of ``unrounded`` arithmetic before its rounding.
         zero_point: float32 [..., 1].
         unclamped: float32 [..., columns], whole numbers: the codes before the clamp to [qmin, qmax]; None where the memory
             was saved.
@@ -46,6 +54,7 @@ class Rounded:
 
     rows: Tensor
     scale: Tensor
+    divisor: Tensor
     zero_point: Tensor
     unclamped: Tensor | None
     centered: Tensor
@@ -119,8 +128,12 @@ def qparams_from_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, T
     """
     span = high if grid.symmetric else high - low
     # A divisor on the device: CUDA would multiply by the reciprocal of a Python number, which rounds differently.
-    scale = (span / span.new_full((), grid.qmax)).clamp(min=MIN_SCALE)
-    scale = round_scale(scale, grid)
+    qmax = span.new_full((), grid.qmax)
+    if grid.arithmetic == "division":
+        return span.clamp(min=MIN_SPAN) / qmax, torch.zeros_like(span)
+    if grid.arithmetic == "unrounded":
+        return (span * qmax.reciprocal()).clamp(min=MIN_SCALE), torch.zeros_like(span)
+    scale = round_scale((span / qmax).clamp(min=MIN_SCALE), grid)
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
     zero_point = -low * scale.reciprocal()
@@ -140,8 +153,15 @@ def round_scale(scale: Tensor, grid: Grid) -> Tensor:
     return scale.to(grid.torch_scale_dtype).float().clamp(min=floor, max=ceiling)
 
 
+def dequantizing_scale(scale: Tensor, grid: Grid) -> Tensor:
+    """The scale that codes are multiplied by: rounded to ``grid.scale_dtype``, which only ``unrounded`` has not done yet."""
+    return round_scale(scale, grid) if grid.arithmetic == "unrounded" else scale
+
+
 def scale_bounds(grid: Grid) -> tuple[float, float]:
     """Smallest and largest scale of a grid."""
+    if grid.arithmetic == "division":
+        return MIN_SPAN / grid.qmax, float(torch.finfo(torch.float32).max)
     info = torch.finfo(grid.torch_scale_dtype)
     return max(MIN_SCALE, float(info.smallest_normal)), float(info.max)
 
@@ -175,7 +195,7 @@ def choose_qparams(
 
 def round_to_grid(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Codes as whole float32 numbers, before the clamp to [qmin, qmax]. All arguments in row layout."""
-    scaled = rows * scale.reciprocal()
+    scaled = rows / scale if grid.arithmetic == "division" else rows * scale.reciprocal()
     # In place from here on: nobody else has this tensor, and a pass over fresh memory takes twice the time.
     if grid.zero_point == "real":
         return scaled.add_(zero_point).round_().add_(0.0)  # makes -0.0 a plain zero: integer codes have no sign of zero
@@ -188,8 +208,14 @@ def round_rows(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid, with
     unclamped = round_to_grid(rows, scale, zero_point, grid)
     clamp = torch.clamp if with_unclamped else torch.clamp_
     centered = clamp(unclamped, grid.qmin, grid.qmax).sub_(zero_point)
-    kept = unclamped if with_unclamped else None
-    return Rounded(rows=rows, scale=scale, zero_point=zero_point, unclamped=kept, centered=centered)
+    return Rounded(
+        rows=rows,
+        scale=dequantizing_scale(scale, grid),
+        divisor=scale,
+        zero_point=zero_point,
+        unclamped=unclamped if with_unclamped else None,
+        centered=centered,
+    )
 
 
 def quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -213,7 +239,7 @@ def quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -> Ten
 def dequantize(codes: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """float32 [..., K] values ``scale * (codes - zero_point)``: exact inverse of :func:`quantize` on the grid."""
     rows = to_rows(codes.float(), grid)
-    values = qparams_to_rows(scale, grid) * (rows - qparams_to_rows(zero_point, grid))
+    values = dequantizing_scale(qparams_to_rows(scale, grid), grid) * (rows - qparams_to_rows(zero_point, grid))
     return values.reshape(codes.shape)
 
 
@@ -226,4 +252,4 @@ def fake_quantize(x: Tensor, *, scale: Tensor, zero_point: Tensor, grid: Grid) -
     rows = to_rows(x.float(), grid)
     row_scale, row_zero = qparams_to_rows(scale, grid), qparams_to_rows(zero_point, grid)
     codes = round_to_grid(rows, row_scale, row_zero, grid).clamp_(grid.qmin, grid.qmax)
-    return codes.sub_(row_zero).mul_(row_scale).reshape(x.shape)
+    return codes.sub_(row_zero).mul_(dequantizing_scale(row_scale, grid)).reshape(x.shape)

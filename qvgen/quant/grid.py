@@ -12,18 +12,20 @@ Sources: LSQ+ (arXiv 2004.09576) for the asymmetric form; profiles are described
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 
 from qvgen.config.plain_json import whole
-from qvgen.quant.hadamard import hadamard_order, nearest_sizes
+from qvgen.quant.hadamard import KINDS, has_matrix, matrix_name, nearest_sizes
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
 ZeroPointKind = Literal["integer", "real", "none"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
+Arithmetic = Literal["reciprocal", "division", "unrounded"]
+RotationKind = Literal["sylvester", "regular"]
 
 MIN_BITS, MAX_BITS = 2, 8
 MIN_SCALE = 1e-8
@@ -33,6 +35,10 @@ MAX_ROTATION = 2**20
 """Largest rotation that is accepted: more than the columns of any layer."""
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
+MIN_SPAN = 1e-10
+"""Smallest largest magnitude of a row where codes are quotients by the scale (arithmetic ``division``)."""
+
+_ARITHMETICS = ("reciprocal", "division", "unrounded")
 _ZERO_POINTS = ("integer", "real", "none")
 _SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,6 +56,11 @@ class Grid:
         group_size: Columns per group, greater than 0; required for ``per_group`` and refused elsewhere.
         scale_dtype: The precision that scales are rounded to right after they are computed. The arithmetic
             itself is float32 always.
+        arithmetic: How codes follow from a range. ``reciprocal`` multiplies by 1 / scale. The others are those of other
+            people's kernels, for symmetric activations: ``division`` divides by the scale (comfy-kitchen), ``unrounded``
+            multiplies by the reciprocal of the scale before it was rounded to ``scale_dtype`` (Nunchaku, cache-dit).
+        clip: Whether learned factors cut the range of an activation; False: codes reach its largest value, as in runtimes
+            that have no such factors.
 
     Raises:
         ValueError: A value outside of what is said here.
@@ -60,6 +71,8 @@ class Grid:
     zero_point: ZeroPointKind = "integer"
     group_size: int | None = None
     scale_dtype: ScaleDtype = "float32"
+    arithmetic: Arithmetic = "reciprocal"
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -68,9 +81,16 @@ class Grid:
             ("granularity", self.granularity, _GRANULARITIES),
             ("zero_point", self.zero_point, _ZERO_POINTS),
             ("scale_dtype", self.scale_dtype, tuple(_SCALE_DTYPES)),
+            ("arithmetic", self.arithmetic, _ARITHMETICS),
+            ("clip", self.clip, (True, False)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(str, allowed))}")
+        if self.arithmetic != "reciprocal" and (self.zero_point != "none" or self.granularity == "per_tensor"):
+            kind = f"zero_point={self.zero_point!r} and granularity={self.granularity!r}"
+            raise ValueError(
+                f"arithmetic={self.arithmetic!r} is of symmetric dynamic ranges, not {kind}; use reciprocal"
+            )
         if self.granularity == "per_group":
             if not isinstance(self.group_size, int) or self.group_size < 1:
                 raise ValueError(f"group_size={self.group_size!r} with per_group; give a positive number of columns")
@@ -116,7 +136,7 @@ class Grid:
 
 def static_grid(grid: Grid) -> Grid:
     """The same codes with one float32 scale for all tokens (per_tensor)."""
-    return replace(grid, granularity="per_tensor", group_size=None, scale_dtype="float32")
+    return replace(grid, granularity="per_tensor", group_size=None, scale_dtype="float32", arithmetic="reciprocal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +151,9 @@ class Profile:
         rotation: Block size of the normalized Hadamard transform that the input passes before it is quantized
             (the weight is stored rotated); 0 for none. Any size of :func:`qvgen.quant.hadamard.hadamard_order`, the
             whole row included: 1920, 3072, 8960.
+        rotations: Sizes of which :meth:`fitted` takes the first that divides every in_features of a model; empty:
+            ``rotation`` is the only one.
+        rotation_kind: ``sylvester``, or ``regular``: other matrices, of sizes 4, 16, 64, 256 (:mod:`qvgen.quant.hadamard`).
 
     Raises:
         ValueError: A granularity that does not belong to that side, or a rotation that has no Hadamard matrix here.
@@ -140,6 +163,8 @@ class Profile:
     weight: Grid
     activation: Grid
     rotation: int = 0
+    rotations: tuple[int, ...] = ()
+    rotation_kind: RotationKind = "sylvester"
 
     def __post_init__(self) -> None:
         if self.weight.granularity not in ("per_channel", "per_group"):
@@ -151,13 +176,24 @@ class Profile:
             raise ValueError("static activation scales (per_tensor) are float32; write scale_dtype: float32")
         if self.activation.zero_point == "real":
             raise ValueError("activation zero_point 'real' runs on no integer kernel; use integer or none")
-        whole(self.rotation, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION)
-        if self.rotation and (self.rotation == 1 or hadamard_order(self.rotation) is None):
-            sizes = " or ".join(map(str, [0, *nearest_sizes(self.rotation)]))
-            raise ValueError(f"rotation={self.rotation} has no Hadamard matrix here; use {sizes}")
+        if self.weight.arithmetic != "reciprocal" or not self.weight.clip:
+            raise ValueError(
+                "arithmetic and clip are of activations: a weight's codes are stored; leave them out of weight"
+            )
+        self._check_rotation()
         w_group, a_group = self.weight.group_size, self.activation.group_size
         if w_group and a_group and w_group != a_group:
             raise ValueError(f"weight group_size={w_group} and activation group_size={a_group} differ; make them equal")
+
+    def _check_rotation(self) -> None:
+        kind = self.rotation_kind
+        if kind not in KINDS:
+            raise ValueError(f"rotation_kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        for size in (self.rotation, *self.rotations):
+            whole(size, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION)
+            if size and (size == 1 or not has_matrix(size, kind)):
+                sizes = " or ".join(map(str, [0, *nearest_sizes(size, kind=kind)]))
+                raise ValueError(f"rotation={size} has no {matrix_name(kind)} here; use {sizes}")
 
     @property
     def label(self) -> str:
@@ -169,12 +205,35 @@ class Profile:
         self.weight.num_groups(in_features)
         self.activation.num_groups(in_features)
         if self.rotation and in_features % self.rotation:
-            sizes = " or ".join(map(str, [0, *nearest_sizes(self.rotation, columns=in_features)]))
+            sizes = " or ".join(
+                map(str, [0, *nearest_sizes(self.rotation, columns=in_features, kind=self.rotation_kind)])
+            )
             raise ValueError(f"rotation={self.rotation} does not divide in_features={in_features}; use {sizes}")
 
+    def fitted(self, in_features: Iterable[int]) -> Profile:
+        """The profile for layers of these widths: with the first of its ``rotations`` that divides them all.
+
+        Raises:
+            ValueError: None of them does.
+        """
+        if not self.rotations:
+            return self
+        widths = sorted(set(in_features))
+        for size in self.rotations:
+            if not size or all(columns % size == 0 for columns in widths):
+                return replace(self, rotation=size, rotations=())
+        last = replace(self, rotation=self.rotations[-1], rotations=())
+        for columns in widths:
+            last.check_fits(columns)
+        return last
+
+    def with_rotation(self, size: int) -> Profile:
+        """The profile with another block, of Sylvester's kind, which has a matrix for the whole row of every model."""
+        return replace(self, rotation=size, rotations=(), rotation_kind="sylvester")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, for manifests and configs."""
-        return asdict(self)
+        """Plain nested dict of a layer's profile, for manifests and checkpoints: without the sizes to choose from."""
+        return {name: value for name, value in asdict(self).items() if name != "rotations"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Profile:
@@ -184,14 +243,14 @@ class Profile:
             ValueError: A missing or unknown key, or a value that :class:`Grid` refuses.
         """
         given = dict(data)
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"rotations"}
         if set(given) != names:
             raise ValueError(f"profile keys {sorted(given)} differ from {sorted(names)}")
         try:
             grids = {side: Grid(**given[side]) for side in ("weight", "activation")}
         except TypeError as error:
             raise ValueError(f"profile {given.get('name')!r} has a malformed grid: {error}") from error
-        return cls(name=given["name"], rotation=given["rotation"], **grids)
+        return cls(**(given | grids))
 
 
 def profile_from_bits(
@@ -201,7 +260,8 @@ def profile_from_bits(
     activation_bits: int,
     weight: Mapping[str, Any],
     activation: Mapping[str, Any],
-    rotation: int = 0,
+    rotation: int | Sequence[int] = 0,
+    rotation_kind: RotationKind = "sylvester",
 ) -> Profile:
     """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
 
@@ -212,7 +272,8 @@ def profile_from_bits(
         weight: The weight's grid; keys of :class:`Grid` but for ``bits``.
         activation: The activation's grid; keys of :class:`Grid` but for ``bits``.
         rotation: Block size of the Hadamard rotation that inputs pass before they are quantized; 0 for none. It must divide
-            every in_features (64 divides 1920), or be the whole row.
+            every in_features (64 divides 1920), or be the whole row. A list: the first of it that divides them all.
+        rotation_kind: ``sylvester``, or ``regular`` (ConvRot's, sizes 4, 16, 64, 256).
 
     Raises:
         ValueError: See :class:`Grid` and :class:`Profile`.
@@ -225,9 +286,12 @@ def profile_from_bits(
         >>> profile.label, profile.weight.qmax, profile.activation.qmax
         ('w3a4', 7, 15)
     """
+    sizes = (rotation,) if isinstance(rotation, int) else tuple(rotation) or (0,)
     return Profile(
         name=name,
         weight=Grid(bits=weight_bits, **weight),
         activation=Grid(bits=activation_bits, **activation),
-        rotation=rotation,
+        rotation=sizes[0],
+        rotations=sizes if len(sizes) > 1 else (),
+        rotation_kind=rotation_kind,
     )

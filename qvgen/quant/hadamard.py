@@ -2,7 +2,8 @@
 
     y = x H        H = (H_b kron H_n) / sqrt(B)        B = b n, n = 2^m        for each run of B columns
 
-H_n is Sylvester's matrix. H_b is 1, or Paley's (J. Math. Phys. 12, 1933) over the integers modulo a prime q:
+is the kind "sylvester": H_n is Sylvester's matrix. H_b is 1, or Paley's (J. Math. Phys. 12, 1933) over the integers
+modulo a prime q:
 
     I   b = q + 1,    q = 3 mod 4    H[i,j] = 1 if i = 0 or j = 0 or i + j is a nonzero square mod q, else -1
     II  b = 2(q + 1), q = 1 mod 4    H = C kron [[1, 1], [1, -1]] + I kron [[1, -1], [-1, -1]]
@@ -23,6 +24,15 @@ and one multiplication by float32(B^-1/2). By fours (4 divides every Paley b), b
 once and serve all b sums: b/4 additions an element, not b. kernels/qvgen_kernels/hadamard.py writes construction and
 order a second time, on purpose: it imports nothing of qvgen, and tests hold the two together.
 
+kind="regular" (ConvRot, arXiv 2512.03673, and ComfyUI's kernels) takes Kronecker powers of a 4 x 4 matrix instead:
+
+    H = (R kron R kron ...) / sqrt(B)      B = 4^m      R[i,j] = -1 if i + j = 3, else 1
+
+All its rows have the sum 1, so that a run of equal values stays one and does not become a spike. It is symmetric as well.
+For strides 1, 4, ..., B/4, with x_0 .. x_3 a stride apart:
+
+    y_0, y_1 = (x_0 + x_1) +- (x_2 - x_3)      y_2, y_3 = (x_2 + x_3) +- (x_0 - x_1)
+
 Example:
     >>> import torch
     >>> hadamard_transform(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), block_size=4)
@@ -41,26 +51,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KINDS = ("sylvester", "regular")
+"""Kinds of rotation that a profile may name."""
+
 _CPU_ELEMENTS = 2**18
 """Elements transformed at a time: 1 MiB and its scratch stay in a core's cache (4 times faster for B = 8960)."""
 _DEVICE_ELEMENTS = 2**26
 """The number on other devices, where it only bounds the scratch memory (256 MiB a buffer) and each launch costs."""
 
 
-def hadamard_transform(x: Tensor, *, block_size: int) -> Tensor:
+def hadamard_transform(x: Tensor, *, block_size: int, kind: str = "sylvester") -> Tensor:
     """Transform x [..., K] by blocks of ``block_size`` columns, in float32; its own inverse and transpose.
 
     Raises:
-        ValueError: ``block_size`` has no matrix here (:func:`hadamard_order`), or does not divide K.
+        ValueError: ``block_size`` has no matrix of this kind here (:func:`has_matrix`), or does not divide K.
     """
     columns = x.shape[-1]
-    if hadamard_order(block_size) is None or columns % block_size:
-        fitting = " or ".join(map(str, nearest_sizes(block_size, columns=columns))) or "1"
-        if hadamard_order(block_size) is None:
-            raise ValueError(f"block_size={block_size} has no Hadamard matrix here; use {fitting}")
+    if not has_matrix(block_size, kind) or columns % block_size:
+        fitting = " or ".join(map(str, nearest_sizes(block_size, columns=columns, kind=kind))) or "1"
+        if not has_matrix(block_size, kind):
+            raise ValueError(f"block_size={block_size} has no {matrix_name(kind)} here; use {fitting}")
         raise ValueError(f"block_size={block_size} does not divide {columns} columns; use {fitting}")
-    result: Tensor = _Transform.apply(x.float(), block_size)  # type: ignore[no-untyped-call]
+    result: Tensor = _Transform.apply(x.float(), block_size, kind)  # type: ignore[no-untyped-call]
     return result
+
+
+def matrix_name(kind: str) -> str:
+    """How a message calls the matrices of a kind."""
+    return "regular Hadamard matrix" if kind == "regular" else "Hadamard matrix"
+
+
+def has_matrix(size: int, kind: str) -> bool:
+    """Whether there is a matrix of this size: of the regular kind those of powers of 4, else :func:`hadamard_order` says."""
+    if kind == "regular":
+        return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1
+    return hadamard_order(size) is not None
 
 
 @lru_cache(maxsize=4096)
@@ -76,12 +101,12 @@ def hadamard_order(size: int) -> int | None:
     return None
 
 
-def nearest_sizes(size: int, *, columns: int | None = None) -> list[int]:
+def nearest_sizes(size: int, *, columns: int | None = None, kind: str = "sylvester") -> list[int]:
     """Sizes from 2 that have a matrix (and divide ``columns``): the largest below and the smallest above ``size``."""
-    top = columns or 2 * max(size, 1)
+    top = columns or 4 * max(size, 1)
 
     def first(candidates: range) -> list[int]:
-        fitting = (n for n in candidates if (columns is None or columns % n == 0) and hadamard_order(n) is not None)
+        fitting = (n for n in candidates if (columns is None or columns % n == 0) and has_matrix(n, kind))
         return [n for n in (next(fitting, None),) if n is not None]
 
     return first(range(min(size - 1, top), 1, -1)) + first(range(max(size + 1, 2), top + 1))
@@ -132,11 +157,11 @@ class _Transform(torch.autograd.Function):
     """The transform of float32 x [..., K]; symmetric, hence its own backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block_size: int) -> Tensor:
-        ctx.block_size = block_size
+    def forward(ctx: Any, x: Tensor, block_size: int, kind: str) -> Tensor:
+        ctx.block_size, ctx.kind = block_size, kind
         rows = x.reshape(-1, x.shape[-1])
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        order = hadamard_order(block_size)
+        order = 1 if kind == "regular" else hadamard_order(block_size)
         assert order is not None  # hadamard_transform
         choices = torch.tensor(_choices(order), device=x.device)
         elements = _CPU_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
@@ -144,15 +169,35 @@ class _Transform(torch.autograd.Function):
         for part, out in zip(rows.split(step), result.split(step), strict=True):
             # Columns first: every operation then runs along contiguous rows. A copy even where .t() is contiguous.
             y = torch.empty_like(part.t(), memory_format=torch.contiguous_format).copy_(part.t())
-            y, spare = _butterflies(y, torch.empty_like(y), block_size // order)
-            if order > 1:
-                y = _paley_sums(y, spare, choices, block_size)
+            if kind == "regular":
+                y = _regular_sums(y, torch.empty_like(y), block_size)
+            else:
+                y, spare = _butterflies(y, torch.empty_like(y), block_size // order)
+                if order > 1:
+                    y = _paley_sums(y, spare, choices, block_size)
             torch.mul(y.t(), 1.0 / math.sqrt(block_size), out=out)
         return result.reshape(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return hadamard_transform(grads[0], block_size=ctx.block_size), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return hadamard_transform(grads[0], block_size=ctx.block_size, kind=ctx.kind), None, None
+
+
+def _regular_sums(y: Tensor, spare: Tensor, size: int) -> Tensor:
+    """The regular kind over y [K, rows], one digit to the base 4 of the column's number at a time; uses both buffers."""
+    columns, rows = y.shape
+    stride = 1
+    while stride < size:
+        x, out = (buffer.view(columns // (4 * stride), 4, stride, rows) for buffer in (y, spare))
+        torch.add(x[:, 0], x[:, 1], out=out[:, 0])
+        torch.sub(x[:, 2], x[:, 3], out=out[:, 1])
+        torch.add(x[:, 2], x[:, 3], out=out[:, 2])
+        torch.sub(x[:, 0], x[:, 1], out=out[:, 3])
+        for first, second in ((0, 1), (2, 3)):
+            torch.add(out[:, first], out[:, second], out=x[:, first])
+            torch.sub(out[:, first], out[:, second], out=x[:, second])
+        stride *= 4
+    return y
 
 
 def _butterflies(y: Tensor, spare: Tensor, size: int) -> tuple[Tensor, Tensor]:

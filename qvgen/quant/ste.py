@@ -18,6 +18,8 @@ s = (hi - lo) / qmax, z = -lo / s. The path through them belongs to the gradient
 Equal extremes share that last term evenly (as torch.amin does). Where the scale is at its floor or
 ceiling, ds ends there; a minimum that is 0 only because ranges include 0 has no share either.
 
+Where the codes are made with a scale that was not rounded yet (arithmetic ``unrounded``), s in these lines is that scale.
+
 What is left out: the clamp of the zero point to [0, qmax]. It can bite only by rounding at the two ends, since a
 range that includes 0 has -lo/s in [0, qmax] already.
 
@@ -60,7 +62,7 @@ def _row_gradients(grad: Tensor, rounded: Rounded, grid: Grid) -> tuple[Tensor, 
     grad_x = _select_between(grad, rounded.unclamped, grid.qmin - 0.5, grid.qmax + 0.5)
     products = grad * rounded.centered
     grad_scale = products.sum(-1, keepdim=True)
-    grad_scale -= torch.mul(grad_x, rounded.rows, out=products).sum(-1, keepdim=True) / rounded.scale
+    grad_scale -= torch.mul(grad_x, rounded.rows, out=products).sum(-1, keepdim=True) / rounded.divisor
     if grid.symmetric:
         return grad_x, grad_scale, torch.zeros_like(grad_scale)
     grad_zero = torch.sub(grad_x, grad, out=products).sum(-1, keepdim=True) * rounded.scale

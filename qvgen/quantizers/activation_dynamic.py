@@ -35,30 +35,31 @@ class ActivationDynamic(nn.Module):
 
     Attributes:
         clip_low: Parameter float32 [num_bands], logits of the factor on the minimum; None for symmetric grids.
-        clip_high: Parameter float32 [num_bands], logits of the factor on the maximum.
+        clip_high: Parameter float32 [num_bands], logits of the factor on the maximum; None for grids without clips.
     """
 
     clip_low: nn.Parameter | None
-    clip_high: nn.Parameter
+    clip_high: nn.Parameter | None
 
     def __init__(self, *, grid: Grid, num_bands: int) -> None:
         super().__init__()
         self.grid = grid
-        logit = _logit(initial_clip(grid.bits))
-        self.clip_low = None if grid.symmetric else nn.Parameter(torch.full((num_bands,), logit))
-        self.clip_high = nn.Parameter(torch.full((num_bands,), logit))
+        logits = torch.full((num_bands,), _logit(initial_clip(grid.bits)))
+        self.clip_low = nn.Parameter(logits.clone()) if grid.clip and not grid.symmetric else None
+        self.clip_high = nn.Parameter(logits) if grid.clip else None
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Factors in (0, 1), float32 [num_bands] each: low (ones for symmetric grids) and high.
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Factors in (0, 1), float32 [num_bands] each: low and high; None where ranges are not cut.
 
         Training gathers from the same tables that fold stores, so both see the same bits.
         """
-        high = self.clip_high.float().sigmoid()
-        return torch.ones_like(high) if self.clip_low is None else self.clip_low.float().sigmoid(), high
+        low, high = (None if logits is None else logits.float().sigmoid() for logits in (self.clip_low, self.clip_high))
+        return low, high
 
     def extra_repr(self) -> str:
         """Grid for ``print(model)``."""
-        return f"{self.grid.bits} bits, {self.grid.granularity}, bands={self.clip_high.numel()}"
+        bands = "no clips" if self.clip_high is None else f"bands={self.clip_high.numel()}"
+        return f"{self.grid.bits} bits, {self.grid.granularity}, {bands}"
 
 
 def _logit(share: float) -> float:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from qvgen.deploy.checkpoint import load_packed
-from qvgen.deploy.manifest import Manifest, file_sha256, read_manifest
+from qvgen.deploy.manifest import LayerEntry, Manifest, file_sha256, layer_entry, read_manifest
+from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from tests.layers.model import BANDS, make_layer
 from tests.runs import train_config
 
 Change = Callable[[dict[str, Any]], object]
@@ -54,10 +56,13 @@ def test_the_manifest_says_everything(short_run: Path) -> None:
             "zero_point": "integer",
             "group_size": None,
             "scale_dtype": "float32",
+            "arithmetic": "reciprocal",
+            "clip": True,
             "range": "dynamic",
             "clip_table": 50,
         },
         "rotation": 0,
+        "rotation_kind": "sylvester",
         "input_scale": False,
         "branch_rank": 0,
         "plan": None,
@@ -69,6 +74,28 @@ def test_the_manifest_says_everything(short_run: Path) -> None:
 def test_reading_what_was_written_gives_the_same_manifest(short_run: Path) -> None:
     manifest = read_manifest(short_run / "packed")
     assert Manifest.from_json(manifest.to_json(), source="memory") == manifest
+
+
+def test_a_file_from_before_other_runtimes_arithmetics_keeps_its_meaning(short_run: Path) -> None:
+    content = json.loads((short_run / "packed" / "manifest.json").read_text())
+    for layer in content["layers"]:
+        del layer["rotation_kind"], layer["activation"]["arithmetic"], layer["activation"]["clip"]
+        layer["rotation"] = 16  # it was Sylvester's
+    old = Manifest.from_json(json.dumps(content).encode(), source="memory")
+    profile = old.layers[0].form.profile
+    assert (profile.rotation, profile.rotation_kind) == (16, "sylvester")
+    assert (profile.activation.arithmetic, profile.activation.clip) == ("reciprocal", True)
+
+
+@pytest.mark.parametrize("name", ["convrot", "int8", "svdq_g64"])
+def test_another_runtimes_arithmetic_comes_back_from_the_manifest(name: str) -> None:
+    layer = PackedLinear.from_fake_quant(make_layer(name))
+    entry = layer_entry("proj", layer)
+    again = LayerEntry.from_dict(entry.to_dict(num_noise_bands=BANDS))
+    assert again == entry
+    assert again.form.profile.activation.arithmetic == {"svdq_g64": "unrounded"}.get(name, "division")
+    assert not again.form.profile.activation.clip
+    assert layer.spec == layer_spec(again.form, in_features=layer.in_features, out_features=layer.out_features)
 
 
 def first_layer(content: dict[str, Any]) -> dict[str, Any]:

@@ -69,11 +69,14 @@ def draw_case(draw, *, columns=(1, 260), rows=(1, 70), seed=0):
     for side in ("weight", "activation"):
         if grouped in (side, "both"):
             options[f"{side}_group_size"] = size
-    sizes = rotation_sizes(K)
+    kind = draw.choice(["sylvester", "regular"])
+    sizes = rotation_sizes(K, kind)
     if sizes and draw.choice([True, False]):
-        options["rotation"] = draw.choice(sizes)
+        options |= {"rotation": draw.choice(sizes), "rotation_kind": kind}
     static = "activation_group_size" not in options and draw.choice([True, False, False])
     options["activation_range"] = "static" if static else "dynamic"
+    if options["activation_zero_point"] == "none" and not static:
+        options["activation_arithmetic"] = draw.choice(["reciprocal", "division", "unrounded"])
     options["branch_rank"] = min(N, K, draw.choice([0, 0, 3]))
     options["function"] = draw.choice(["none", "none", "none", "gelu_tanh", "silu"])
     layer = make_layer(seed=seed, **options)

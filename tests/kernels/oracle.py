@@ -29,8 +29,10 @@ def round_to(value, dtype):
     return np.ldexp(np.rint(mantissa * 256), exponent - 8)  # bfloat16: 8 significant bits
 
 
-def hadamard(row, block):
+def hadamard(row, block, kind="sylvester"):
     """The contract's rotation of one float64 row that holds float32 numbers: butterflies, sums by fours, scale."""
+    if kind == "regular":
+        return regular_hadamard(row, block)
     matrix, exponent = hadamard_factors(block)
     out = np.array(row, np.float64)
     for start in range(0, len(out), 2**exponent):
@@ -47,6 +49,24 @@ def hadamard(row, block):
     return r32(out * r32(block**-0.5))
 
 
+def regular_hadamard(row, block):
+    """The rotation by powers of the regular 4 x 4 matrix, a product of float32 sums for each digit to the base 4."""
+    out = np.array(row, np.float64)
+    stride = 1
+    while stride < block:
+        for i in (i for i in range(len(out)) if i // stride % 4 == 0):
+            x = out[i : i + 4 * stride : stride].copy()
+            plus, minus = (r32(x[0] + x[1]), r32(x[2] + x[3])), (r32(x[0] - x[1]), r32(x[2] - x[3]))
+            out[i : i + 4 * stride : stride] = (
+                r32(plus[0] + minus[1]),
+                r32(plus[0] - minus[1]),
+                r32(plus[1] + minus[0]),
+                r32(plus[1] - minus[0]),
+            )
+        stride *= 4
+    return r32(out * block**-0.5)
+
+
 def sum_by_fours(signs, runs):
     """Sum over j of signs[j] * runs[j], four at a time, from left to right."""
     total = None
@@ -57,8 +77,10 @@ def sum_by_fours(signs, runs):
     return total
 
 
-def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high):
+def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high, arithmetic="reciprocal"):
     """Codes, scale and zero point of the values that share a scale (float64 [k], float32 numbers)."""
+    if arithmetic != "reciprocal":
+        return quantize_as(arithmetic, values, bits=bits, scale_dtype=scale_dtype, clip=clip_high)
     symmetric = zero_point == "none"
     qmax = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     if symmetric:
@@ -74,6 +96,21 @@ def quantize_group(values, *, bits, zero_point, scale_dtype, clip_low, clip_high
     zero = int(np.clip(np.rint(r32(-low * inverse)), 0, qmax))
     codes = np.clip(np.rint(r32(values * inverse)) + zero, 0, qmax)
     return codes.astype(np.int64), scale, zero
+
+
+def quantize_as(arithmetic, values, *, bits, scale_dtype, clip):
+    """Codes, scale and zero point by another runtime's arithmetic; symmetric."""
+    qmax = 2 ** (bits - 1) - 1
+    top = r32(np.abs(values).max() * clip)
+    if arithmetic == "division":
+        scale = r32(max(top, r32(1e-10)) / qmax)
+        return np.clip(np.rint(r32(values / scale)), -qmax, qmax).astype(np.int64), scale, 0
+    unrounded = max(r32(top * r32(1.0 / qmax)), r32(1e-8))
+    codes = np.clip(np.rint(r32(values * r32(1.0 / unrounded))), -qmax, qmax).astype(np.int64)
+    scale = round_to(unrounded, scale_dtype)
+    if scale_dtype != "float32":
+        scale = min(max(scale, r32(FLOOR[scale_dtype])), LARGEST[scale_dtype])
+    return codes, scale, 0
 
 
 def function_of(name, values):
@@ -133,7 +170,7 @@ def packed_linear(x, *, codes, scale, zero_point, bias, clip_low, clip_high, spe
     acc = np.zeros((len(x), outputs, groups), np.int64)
     y, exact, bound = (np.zeros((len(x), outputs)) for _ in range(3))
     for m, row in enumerate(x):
-        row = hadamard(row, spec["rotation"]) if spec["rotation"] else row
+        row = hadamard(row, spec["rotation"], spec.get("rotation_kind")) if spec["rotation"] else row
         parts = [
             quantize_group(
                 row[start : start + a_size],
@@ -142,6 +179,7 @@ def packed_linear(x, *, codes, scale, zero_point, bias, clip_low, clip_high, spe
                 scale_dtype=spec["scale_dtype"],
                 clip_low=clip_low[m],
                 clip_high=clip_high[m],
+                arithmetic=spec.get("activation_arithmetic", "reciprocal"),
             )
             for start in range(0, len(row), a_size)
         ]

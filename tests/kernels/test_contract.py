@@ -27,6 +27,15 @@ BASE = {"in_features": 96, "out_features": 64, "weight_bits": 3, "activation_bit
         ({"rotation": 1}, "rotation=1 has no Hadamard matrix here; use 0 or 2"),
         ({"rotation": 52, "in_features": 1040}, "rotation=52 has no Hadamard matrix here; use 0 or 40 or 80"),
         ({"rotation": 5, "in_features": 5}, "rotation=5 has no Hadamard matrix here; use 0$"),
+        ({"rotation": 32, "rotation_kind": "regular"}, "rotation=32 has no regular Hadamard matrix here; use 0 or 16$"),
+        ({"rotation": 64, "rotation_kind": "regular"}, "rotation=64 does not divide in_features=96; use 0 or 16$"),
+        ({"rotation_kind": "paley"}, "rotation_kind='paley' is unknown; use one of sylvester, regular"),
+        ({"activation_arithmetic": "float"}, "activation_arithmetic='float' is unknown"),
+        ({"activation_arithmetic": "division"}, "'division' is of symmetric dynamic activations; use reciprocal"),
+        (
+            {"activation_arithmetic": "unrounded", "activation_zero_point": "none", "activation_range": "static"},
+            "'unrounded' is of symmetric dynamic activations",
+        ),
         ({"rotation": -4}, "rotation=-4 must be a whole number"),
         ({"weight_zero_point": "maybe"}, "weight_zero_point='maybe'"),
         ({"activation_zero_point": "real"}, "activation_zero_point='real'"),
@@ -73,9 +82,14 @@ def test_text_is_canonical_and_complete():
     text = spec.to_string()
     assert text == LinearSpec(**dict(reversed(json.loads(text).items()))).to_string()
     assert LinearSpec.from_string(text) == spec
-    assert len(json.loads(text)) == 12  # a layer without a function has the text of before there were functions
-    with_function = dataclasses.replace(spec, function="silu")
-    assert LinearSpec.from_string(with_function.to_string()) == with_function != spec
+    assert len(json.loads(text)) == 12  # fields that came later are not in it while they have their old meaning
+    for change in (
+        {"function": "silu"},
+        {"rotation_kind": "regular", "rotation": 16},
+        {"activation_arithmetic": "division", "activation_zero_point": "none"},
+    ):
+        other = dataclasses.replace(spec, **change)
+        assert LinearSpec.from_string(other.to_string()) == other != spec
     assert hash(LinearSpec.from_string(text)) == hash(spec)
     assert dataclasses.replace(spec, rotation=16).to_string() != text
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qvgen.quant.hadamard import hadamard_order, hadamard_transform, paley_matrix
-from qvgen_kernels.hadamard import block_hadamard, paley_factor, paley_signs, rotation_sizes
+from qvgen_kernels.hadamard import block_hadamard, has_matrix, paley_factor, paley_signs, rotation_sizes
 from tests import hadamard_oracle
 from tests.kernels import oracle
 from tests.kernels.layer import as64, make_rows
@@ -23,6 +23,28 @@ def test_both_sides_follow_the_contract(columns, block):
     expected = [oracle.hadamard(row, block) for row in as64(x)]
     np.testing.assert_array_equal(as64(block_hadamard(x, block=block)), expected)
     np.testing.assert_array_equal(as64(hadamard_transform(x, block_size=block)), expected)
+
+
+@pytest.mark.parametrize(("columns", "block"), [(20, 4), (48, 16), (1920, 64), (1536, 256), (1024, 1024)])
+def test_the_regular_kind_is_the_product_with_its_matrix(columns, block):
+    x = make_rows(3, columns)
+    rotated = block_hadamard(x, block=block, kind="regular")
+    np.testing.assert_array_equal(as64(rotated), [oracle.hadamard(row, block, "regular") for row in as64(x)])
+    matrix = hadamard_oracle.regular_matrix(block)
+    assert (matrix == matrix.T).all()
+    np.testing.assert_array_equal(matrix @ matrix, np.eye(block))
+    exact = (as64(x).reshape(3, -1, block) @ matrix).reshape(3, columns)
+    assert (np.linalg.norm(as64(rotated) - exact, axis=1) <= 1e-6 * np.linalg.norm(as64(x), axis=1)).all()
+    # Every row of the matrix has the sum 1: equal numbers stay equal, where Sylvester's matrix makes them one spike.
+    np.testing.assert_array_equal(as64(block_hadamard(torch.ones(1, block), block=block, kind="regular")), 1.0)
+    sylvester = as64(block_hadamard(x, block=block))
+    assert not np.allclose(sylvester, as64(rotated))
+
+
+def test_regular_sizes_are_powers_of_four():
+    assert rotation_sizes(1024, "regular") == [4, 16, 64, 256, 1024]
+    assert rotation_sizes(1920, "regular") == [4, 16, 64]
+    assert not any(has_matrix(size, "regular") for size in (0, 1, 2, 8, 12, 32, 128, 1920))
 
 
 @pytest.mark.parametrize("columns", WIDTHS)

@@ -67,6 +67,10 @@ def cases(draw):
         "scale_dtype": draw(st.sampled_from(list(DTYPES))),
         "rotation": draw(st.sampled_from(rotations)),
     }
+    if options["rotation"] in (4, 16, 64):
+        options["rotation_kind"] = draw(st.sampled_from(["sylvester", "regular"]))
+    if options["activation_zero_point"] == "none":
+        options["activation_arithmetic"] = draw(st.sampled_from(["reciprocal", "division", "unrounded"]))
     return options, draw(st.integers(1, 6)), draw(st.sampled_from(list(DTYPES))), draw(st.integers(0, 2**20))
 
 

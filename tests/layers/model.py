@@ -137,4 +137,6 @@ def grid_side(profile):
         "group": profile.weight.group_size or 0,
         "scale_dtype": profile.activation.scale_dtype,
         "rotation": profile.rotation,
+        "rotation_kind": profile.rotation_kind,
+        "arithmetic": profile.activation.arithmetic,
     }

@@ -9,12 +9,12 @@ import copy
 import pytest
 import torch
 
+from qvgen.layers.fake_quant_product import rotated
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear, layer_spec
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.quant.affine import choose_qparams, fake_quantize
-from qvgen.quant.hadamard import hadamard_transform
 from qvgen_kernels import LinearTensors
 from qvgen_kernels.reference import quantize_activations
 from tests.layers.model import BANDS, TIMESTEPS, make_layer
@@ -40,10 +40,10 @@ def is_exact(profile):
 def input_values(layer, x):
     """Grid values of the layer's input, rotated as the profile says, float64 [M, K]."""
     profile = layer.profile
-    rows = x.flatten(0, -2)
-    rows = hadamard_transform(rows, block_size=profile.rotation) if profile.rotation else rows
+    rows = rotated(x.flatten(0, -2), profile)
     bands = layer.noise_band.row_index(x).repeat_interleave(x[0, ..., 0].numel())
-    low, high = (table.detach()[bands][:, None] for table in layer.activation_quantizer.tables())
+    tables = layer.activation_quantizer.tables()
+    low, high = (None if table is None else table.detach()[bands][:, None] for table in tables)
     scale, zero = choose_qparams(rows, grid=profile.activation, clip_low=low, clip_high=high)
     return fake_quantize(rows, scale=scale, zero_point=zero, grid=profile.activation).double()
 
@@ -187,7 +187,8 @@ def test_state_comes_back_bitwise(name, bits):
     layer = make_layer(name, weight_bits=bits, seed=3)
     packed = PackedLinear.from_fake_quant(layer)
     state = packed.state_dict()
-    dtypes = {"codes": torch.uint8, "weight_scale": torch.float32, "bias": torch.float32, "clip_high": torch.float32}
+    dtypes = {"codes": torch.uint8, "weight_scale": torch.float32, "bias": torch.float32}
+    dtypes |= {"clip_high": torch.float32} if layer.profile.activation.clip else {}
     dtypes |= {"codes_high": torch.uint8} if bits == 3 else {}
     dtypes |= {} if layer.profile.activation.symmetric else {"clip_low": torch.float32}
     kind = layer.profile.weight.zero_point

@@ -195,7 +195,8 @@ def test_mixed_timesteps_equal_the_samples_alone(name):
                 assert torch.equal(alone[0], together[sample])
             same = model(inputs[0], inputs[1], inputs[2][0])
             assert torch.equal(same[0], together[0])
-            assert not torch.equal(same[1], together[1])  # the band does matter
+            has_clips = make_profile(name).activation.clip
+            assert torch.equal(same[1], together[1]) != has_clips  # the band matters where there are clips by band
             fold(model)
 
 

@@ -58,6 +58,9 @@ def test_code_ranges(bits, asymmetric, symmetric):
     ("options", "message"),
     [
         ({"bits": 1}, "bits=1 is outside 2..8"),
+        ({"arithmetic": "float"}, "arithmetic='float' is unknown; use one of reciprocal, division, unrounded"),
+        ({"arithmetic": "division"}, "arithmetic='division' is of symmetric dynamic ranges, not zero_point='integer'"),
+        ({"clip": 1.5}, "clip=1.5 is unknown; use one of True, False"),
         ({"bits": 9}, "bits=9 is outside 2..8"),
         ({"bits": "4"}, "bits='4' is outside"),
         ({"bits": 3.0}, "bits=3.0 is outside"),
@@ -107,6 +110,13 @@ def test_a_grid_is_a_frozen_value():
         ({"activation": token_grid(zero_point="real")}, "activation zero_point 'real' runs on no integer kernel"),
         ({"rotation": 52}, "rotation=52 has no Hadamard matrix here; use 0 or 48 or 56"),
         ({"rotation": 1}, "rotation=1 has no Hadamard matrix here; use 0 or 2"),
+        (
+            {"rotation": 32, "rotation_kind": "regular"},
+            "rotation=32 has no regular Hadamard matrix here; use 0 or 16 or 64",
+        ),
+        ({"rotation_kind": "random"}, "rotation_kind='random' is unknown; use one of sylvester, regular"),
+        ({"weight": channel_grid(zero_point="none", arithmetic="division")}, "arithmetic and clip are of activations"),
+        ({"weight": channel_grid(clip=False)}, "arithmetic and clip are of activations"),
         ({"rotation": -4}, "rotation=-4 has no Hadamard matrix here; use 0 or 2"),
         (
             {
@@ -122,13 +132,34 @@ def test_bad_profiles_are_refused(options, message):
         Profile(**({"name": "own", "weight": channel_grid(), "activation": token_grid()} | options))
 
 
+def test_a_profile_takes_the_first_rotation_that_divides_every_width():
+    profile = profile_from_bits(
+        name="own",
+        weight_bits=4,
+        activation_bits=4,
+        weight={"granularity": "per_channel"},
+        activation={"granularity": "per_token"},
+        rotation=[256, 64],
+        rotation_kind="regular",
+    )
+    assert (profile.rotation, profile.rotations) == (256, (256, 64))
+    for widths, size in (((1536, 8960), 256), ((5120, 13824), 256), ((1920, 7680), 64), ((256, 64), 64)):
+        fitted = profile.fitted(widths)
+        assert (fitted.rotation, fitted.rotations, fitted.rotation_kind) == (size, (), "regular")
+        assert Profile.from_dict(fitted.to_dict()) == fitted
+    with pytest.raises(ValueError, match="rotation=64 does not divide in_features=1000; use 0 or 4$"):
+        profile.fitted([1920, 1000])
+    whole = profile.with_rotation(1920)
+    assert (whole.rotation, whole.rotation_kind, whole.fitted([1920])) == (1920, "sylvester", whole)
+
+
 def test_a_profile_says_which_widths_it_fits():
     make_profile("paper").check_fits(7)
     grouped = make_profile("svdq_g64")
     grouped.check_fits(192)
     with pytest.raises(ValueError, match="group_size=64 does not divide in_features=100"):
         grouped.check_fits(100)
-    with pytest.raises(ValueError, match="rotation=64 does not divide in_features=96; use 0 or 48 or 96"):
+    with pytest.raises(ValueError, match="rotation=64 does not divide in_features=96; use 0 or 16$"):
         make_profile("convrot").check_fits(96)
     whole_row = Profile(name="own", weight=channel_grid(), activation=token_grid(), rotation=1920)
     whole_row.check_fits(7680)

@@ -43,8 +43,16 @@ def test_a_symmetric_grid_has_one_clip():
     assert quantizer.clip_low is None
     assert [name for name, _ in quantizer.named_parameters()] == ["clip_high"]
     low, high = quantizer.tables()
-    assert (low == 1).all()
-    assert high.shape == low.shape == (5,)
+    assert low is None
+    assert high.shape == (5,)
+
+
+def test_a_grid_without_clips_has_none_and_trains_nothing():
+    grid = Grid(bits=4, granularity="per_token", zero_point="none", clip=False)
+    quantizer = ActivationDynamic(grid=grid, num_bands=5)
+    assert quantizer.tables() == (None, None)
+    assert list(quantizer.parameters()) == []
+    assert "no clips" in repr(quantizer)
 
 
 def test_the_gradient_of_one_band_stays_there():

@@ -112,7 +112,7 @@ def _product(layer: FakeQuantLinear, side: Side) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def apply(x: Tensor) -> Tensor:
-        rows = to_grid_input(x.reshape(-1, layer.in_features), layer.input_scale, rotation=layer.profile.rotation)
+        rows = to_grid_input(x.reshape(-1, layer.in_features), layer.input_scale, profile=layer.profile)
         if side == "activation":
             scale, zero_point = row_qparams(rows, layer.row_params(x, bits=grid.bits), grid)
             rows = fake_quantize(rows, scale=scale, zero_point=zero_point, grid=row_grid(grid))

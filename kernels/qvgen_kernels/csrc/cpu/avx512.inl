@@ -40,30 +40,34 @@ static void range_bfloat16(const uint16_t* x, int64_t columns, int64_t ahead, in
     *max_key = static_cast<int32_t>(static_cast<uint32_t>(most) << 16 | (most < 0 ? 0xffff : 0));
 }
 
-static inline __m128i encode16(__m512 x, __m512 inverse, __m512 low, __m512 high, __m512i offset) {
+// x / factor (kDivide) or x * factor, as codes.
+template <bool kDivide>
+static inline __m128i encode16(__m512 x, __m512 factor, __m512 low, __m512 high, __m512i offset) {
+    const __m512 scaled = kDivide ? _mm512_div_ps(x, factor) : _mm512_mul_ps(x, factor);
     // max and min return their second argument where one is NaN, so a NaN becomes `low`.
-    const __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inverse), low), high);
+    const __m512 v = _mm512_min_ps(_mm512_max_ps(scaled, low), high);
     return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), offset));
 }
 
-// Codes of a run of columns that are float32 (kWide) or bfloat16.
-template <bool kWide>
+// Codes of a run of columns that are float32 (kWide) or bfloat16, divided by the scale (kDivide) or times its reciprocal.
+template <bool kWide, bool kDivide>
 static void encode_run(const void* x, int64_t columns, const Params& r, uint8_t* out) {
     const float* wide = static_cast<const float*>(x);
     const uint16_t* narrow = static_cast<const uint16_t*>(x);
-    const __m512 inverse = _mm512_set1_ps(r.inverse), low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
+    const __m512 factor = _mm512_set1_ps(kDivide ? r.divisor : r.inverse);
+    const __m512 low = _mm512_set1_ps(r.low), high = _mm512_set1_ps(r.high);
     const __m512i offset = _mm512_set1_epi32(r.offset);
     int64_t k = 0;
     for (; k + 16 <= columns; k += 16) {
         const __m512 v = kWide ? _mm512_loadu_ps(wide + k) : widen_bfloat16(narrow + k);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), encode16(v, inverse, low, high, offset));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), encode16<kDivide>(v, factor, low, high, offset));
     }
     if (k < columns) {
         const __mmask16 mask = static_cast<__mmask16>((1u << (columns - k)) - 1);
         const __m512 v = kWide ? _mm512_maskz_loadu_ps(mask, wide + k)
                                : _mm512_castsi512_ps(_mm512_slli_epi32(
                                      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, narrow + k)), 16));
-        _mm_mask_storeu_epi8(out + k, mask, encode16(v, inverse, low, high, offset));
+        _mm_mask_storeu_epi8(out + k, mask, encode16<kDivide>(v, factor, low, high, offset));
     }
 }
 

@@ -97,9 +97,10 @@ static float round_scale(float s, int32_t dtype) {
     return s;
 }
 
-// What one activation group's range gives: x * inverse is clamped to [low, high], rounded, and stored plus offset.
+// What one activation group's range gives: x * inverse, or x / divisor where that is not 0, is clamped to [low, high], rounded,
+// and stored plus offset.
 struct Params {
-    float scale, inverse, low, high;
+    float scale, inverse, divisor, low, high;
     int32_t offset;
 };
 
@@ -107,6 +108,7 @@ struct Params {
 static Params given(const Linear& p, int64_t m, int32_t min_key, int32_t max_key) {
     const float qmax = static_cast<float>(p.activation_qmax), zero = p.row_zero && !p.symmetric ? p.row_zero[m] : 0.0f;
     Params r;
+    r.divisor = 0.0f;
     r.scale = p.row_scale[m];
     r.inverse = 1.0f / r.scale;
     r.low = p.symmetric ? -qmax : -zero;
@@ -125,10 +127,20 @@ static Params choose(const Linear& p, int64_t m, int32_t min_key, int32_t max_ke
     const bool finite = (float_bits(low) & 0x7f800000) != 0x7f800000 && (float_bits(high) & 0x7f800000) != 0x7f800000;
     const float clip_low = p.clip_low ? p.clip_low[m] : 1.0f, clip_high = p.clip_high ? p.clip_high[m] : 1.0f;
     Params r;
+    r.divisor = 0.0f;
     if (p.symmetric) {
         const float span = (-low > high ? -low : high) * clip_high;
-        r.scale = round_scale(span / qmax, p.scale_dtype);
-        r.inverse = 1.0f / r.scale;
+        if (p.arithmetic == kDivision) {
+            r.scale = r.divisor = (span < 1e-10f ? 1e-10f : span) / qmax;
+            r.inverse = 0.0f;
+        } else if (p.arithmetic == kUnrounded) {
+            const float unrounded = round_scale(span * (1.0f / qmax), kFloat32);
+            r.scale = round_scale(unrounded, p.scale_dtype);
+            r.inverse = 1.0f / unrounded;
+        } else {
+            r.scale = round_scale(span / qmax, p.scale_dtype);
+            r.inverse = 1.0f / r.scale;
+        }
         r.low = -qmax;
         r.high = qmax;
         r.offset = QV_UNSIGNED ? p.activation_qmax : 0;
@@ -148,7 +160,7 @@ static Params choose(const Linear& p, int64_t m, int32_t min_key, int32_t max_ke
     }
     if (!finite || r.scale != r.scale) {
         r.scale = bits_float(0x7fc00000);
-        r.inverse = r.low = r.high = 0.0f;
+        r.inverse = r.divisor = r.low = r.high = 0.0f;
         r.offset = 0;
     }
     return r;

@@ -4,6 +4,8 @@
 typedef float Vector __attribute__((vector_size(QV_WIDTH * 4)));
 typedef int32_t Signs __attribute__((vector_size(QV_WIDTH * 4)));
 
+typedef float Quad __attribute__((vector_size(16)));
+
 static inline Vector load(const float* p) { Vector v; memcpy(&v, p, sizeof(v)); return v; }
 static inline void store(float* p, Vector v) { memcpy(p, &v, sizeof(v)); }
 
@@ -52,6 +54,73 @@ static void butterflies(float* row, int64_t columns, int64_t n) {
                     second[i] = a - b;
                 }
             }
+        }
+}
+
+// One step of the regular transform for x_0 .. x_3: the products with the rows (1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1) and
+// (-1, 1, 1, 1), in the contract's order of additions.
+template <typename Number>
+static inline void regular_four(Number x0, Number x1, Number x2, Number x3, Number* y) {
+    const Number low = x0 + x1, high = x2 - x3, first = x0 - x1, second = x2 + x3;
+    y[0] = low + high;
+    y[1] = low - high;
+    y[2] = second + first;
+    y[3] = second - first;
+}
+
+// Lanes i, i + s, i + 2 s, i + 3 s of a vector take the part of x_0 .. x_3, s = kStride, for every i without the bits s and 2 s.
+template <int kStride>
+static inline Vector regular_lanes(Vector x) {
+    const Vector sums = butterfly<kStride>(x);  // x_0 + x_1, x_0 - x_1, x_2 + x_3, x_2 - x_3
+    Vector left, right;
+    Signs flip;
+#if defined(__clang__)
+    for (int i = 0; i < QV_WIDTH; ++i) {
+        const int base = i & ~(3 * kStride), digit = i / kStride & 3;
+        left[i] = sums[base + (digit < 2 ? 0 : 2 * kStride)];
+        right[i] = sums[base + (digit < 2 ? 3 * kStride : kStride)];
+        flip[i] = digit & 1 ? INT32_MIN : 0;
+    }
+#else
+    Signs from_left, from_right;
+    for (int i = 0; i < QV_WIDTH; ++i) {
+        const int base = i & ~(3 * kStride), digit = i / kStride & 3;
+        from_left[i] = base + (digit < 2 ? 0 : 2 * kStride);
+        from_right[i] = base + (digit < 2 ? 3 * kStride : kStride);
+        flip[i] = digit & 1 ? INT32_MIN : 0;
+    }
+    left = __builtin_shuffle(sums, from_left);
+    right = __builtin_shuffle(sums, from_right);
+#endif
+    return left + (Vector)((Signs)right ^ flip);
+}
+
+// The step for the columns i, stride + i, 2 stride + i and 3 stride + i, as many side by side as a Number holds.
+template <typename Number>
+static inline void regular_columns(float* x, int64_t stride) {
+    Number in[4], out[4];
+    for (int64_t j = 0; j < 4; ++j) memcpy(in + j, x + j * stride, sizeof(Number));
+    regular_four(in[0], in[1], in[2], in[3], out);
+    for (int64_t j = 0; j < 4; ++j) memcpy(x + j * stride, out + j, sizeof(Number));
+}
+
+// The regular transform of every n columns, n a power of 4, digit by digit of the column's number to the base 4.
+static void regular_transform(float* row, int64_t columns, int64_t n) {
+    int64_t stride = 1;
+    if (n >= QV_WIDTH) {
+        for (int64_t k = 0; k < columns; k += QV_WIDTH) {
+            Vector x = regular_lanes<1>(load(row + k));
+            if (QV_WIDTH >= 16) x = regular_lanes<QV_WIDTH >= 16 ? 4 : 1>(x);
+            store(row + k, x);
+        }
+        stride = QV_WIDTH >= 16 ? 16 : 4;
+    }
+    for (; stride < n; stride *= 4)
+        for (int64_t start = 0; start < columns; start += 4 * stride) {
+            float* x = row + start;
+            if (stride >= QV_WIDTH) for (int64_t i = 0; i < stride; i += QV_WIDTH) regular_columns<Vector>(x + i, stride);
+            else if (stride == 4) regular_columns<Quad>(x, stride);
+            else regular_columns<float>(x, stride);  // a stride of 1
         }
 }
 
@@ -116,8 +185,9 @@ static void paley_block(const Linear& p, float* block, int64_t n, float* work) {
 }
 
 static void rotate(const Linear& p, float* row, float* work) {
-    const int64_t n = p.rotation / p.paley;
-    butterflies(row, p.in_features, n);
+    const int64_t n = p.paley ? p.rotation / p.paley : p.rotation;
+    if (p.paley) butterflies(row, p.in_features, n);
+    else regular_transform(row, p.in_features, n);
     if (p.paley > 1)
         for (int64_t start = 0; start < p.in_features; start += p.rotation) {
             float* block = row + start;

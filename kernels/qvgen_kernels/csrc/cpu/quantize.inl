@@ -13,18 +13,27 @@ static void range(const float* row, int64_t columns, int32_t* min_key, int32_t* 
     *max_key = high;
 }
 
-static void encode(const float* row, int64_t columns, const Params& r, uint8_t* out) {
-#if defined(QV_USE_AVX512)
-    encode_run<true>(row, columns, r, out);
-#else
-    const float inverse = r.inverse, low = r.low, high = r.high;
+#if !defined(QV_USE_AVX512)
+template <bool kDivide>
+static void encode_plain(const float* row, int64_t columns, const Params& r, uint8_t* out) {
+    const float factor = kDivide ? r.divisor : r.inverse, low = r.low, high = r.high;
     const int32_t offset = r.offset;
     for (int64_t k = 0; k < columns; ++k) {
-        float v = row[k] * inverse;
+        float v = kDivide ? row[k] / factor : row[k] * factor;
         v = v > low ? v : low;  // this order turns a NaN into a number
         v = v < high ? v : high;
         out[k] = static_cast<uint8_t>(static_cast<int32_t>(rne(v)) + offset);
     }
+}
+#endif
+
+static void encode(const float* row, int64_t columns, const Params& r, uint8_t* out) {
+#if defined(QV_USE_AVX512)
+    if (r.divisor != 0.0f) encode_run<true, true>(row, columns, r, out);
+    else encode_run<true, false>(row, columns, r, out);
+#else
+    if (r.divisor != 0.0f) encode_plain<true>(row, columns, r, out);
+    else encode_plain<false>(row, columns, r, out);
 #endif
 }
 
@@ -49,7 +58,8 @@ static void range_direct(const Linear& p, const uint16_t* x, int64_t columns, in
 
 static void encode_direct(const uint16_t* x, int64_t columns, const Params& r, uint8_t* out) {
 #if defined(QV_USE_AVX512)
-    encode_run<false>(x, columns, r, out);
+    if (r.divisor != 0.0f) encode_run<false, true>(x, columns, r, out);
+    else encode_run<false, false>(x, columns, r, out);
 #else
     (void)x, (void)columns, (void)r, (void)out;
 #endif

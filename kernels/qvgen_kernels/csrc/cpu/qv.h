@@ -24,6 +24,7 @@ namespace qv {
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Backend : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kVnni = 3, kAmx = 4, kNeon = 5 };
 enum Function : int32_t { kIdentity = 0, kGeluTanh = 1, kSilu = 2 };
+enum Arithmetic : int32_t { kReciprocal = 0, kDivision = 1, kUnrounded = 2 };
 
 constexpr int64_t kLanes = 16;   // outputs in one panel of the packed weight
 constexpr int64_t kBlock = 32;   // outputs computed at a time: two panels
@@ -36,7 +37,7 @@ struct Linear {
     int64_t group, groups;                    // columns of one accumulator, and how many: G
     int64_t padded_group;                     // group rounded up to k_unit; Kp = G * padded_group
     int64_t weight_groups, activation_groups; // 1 or G each
-    int64_t rotation, paley;                  // B and b of the input's Hadamard transform; 0: none
+    int64_t rotation, paley;                  // B and b of the input's Hadamard transform; 0: none; b = 0: the regular kind
     const void* x;                            // [M, K]
     int64_t x_row_stride, x_column_stride;    // in elements
     void* y;                                  // [M, N]
@@ -65,6 +66,7 @@ struct Linear {
     int32_t weight_bound;                     // the largest magnitude of a packed weight
     int32_t function;                         // of the output, after the bias: a Function
     int32_t gate_float32;                     // 1: gate and sum are float32; 0: both are rounded to x's type
+    int32_t arithmetic;                       // how symmetric codes follow from a row's range: an Arithmetic
     int32_t backend, threads;
 };
 
