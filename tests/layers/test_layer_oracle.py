@@ -173,9 +173,6 @@ def test_rotations_by_paleys_matrices_reproduce_the_oracle(name, columns, rotati
     leaves = as_leaves(params)
     x = make_rows(columns=columns, seed=0 if name == "paper" else 1)  # no tie
     target = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
-        make_rows(columns=columns, seed=0 if name == "paper" else 1),
-        torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7)),
-    )
     layer.noise_band.set_timestep(TIMESTEPS)
     gate = torch.ones(4, dtype=torch.float64)
     expected, expected_grad = run_oracle(layer, form, leaves, x, target, gate)
