@@ -25,6 +25,7 @@ from torch import nn
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.config.runtime_check import check_runtime
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.initializers.base import Initializer, LayerStatistics
 from qvgen.initializers.bit_budget import BitBudget
@@ -90,6 +91,7 @@ def prepare(
         raise ValueError("the model is quantized already; prepare a full-precision one")
     options = options or PrepareOptions()
     initializer, grids = _initializer(init), _profile(profile, bits)
+    check_runtime(grids, additions=sorted(getattr(initializer, "additions", ())), init=str(init))
     patterns = block_patterns(model) if options.include is None else tuple(options.include)
     chosen = PrepareConfig(
         profile=grids, initializer=initializer, include=patterns, exclude=options.exclude, seed=options.seed,

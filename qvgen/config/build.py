@@ -15,6 +15,7 @@ from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
+from qvgen.config.runtime_check import check_runtime
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.trainer_options import check_options
 from qvgen.config.typed import from_plain
@@ -131,6 +132,10 @@ def _with_one_bits(config: TrainConfig) -> TrainConfig:
             f"the grids of profile={config.names.profile} have {grids.weight} bits for weights and {grids.activation} for "
             f"activations, and bits={config.bits.label}; widths are chosen by bits alone: write bits={grids.label}"
         )
+    if config.method.quantizes:
+        switched = () if config.activation_switch.widths is None else ("widths",)
+        additions = sorted({*getattr(config.init, "additions", ()), *switched})
+        check_runtime(config.profile, additions=additions, init=config.names.init)
     return config
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.hadamard import largest_block, random_signs
 from qvgen.quant.ranges import search_qparams
+from qvgen.quant.runtime import Addition
 from qvgen.quant.smoothing import ALPHA, smoothing_scale
 
 
@@ -41,6 +42,7 @@ class BalancedRotation:
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max"})
+    additions: ClassVar[frozenset[Addition]] = frozenset({"rotation", "smoothing"})
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

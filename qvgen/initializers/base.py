@@ -74,6 +74,8 @@ class Initializer(Protocol):
 
     Attributes:
         needs: Kinds of statistics; empty for a data-free method, for which nothing is sampled.
+        additions: (optional) What it may add to a layer besides codes, scales and zero points, of
+            :data:`qvgen.quant.runtime.Addition`. A profile whose runtime lacks one of them refuses the method.
     """
 
     needs: frozenset[Need]

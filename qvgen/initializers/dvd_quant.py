@@ -29,6 +29,7 @@ from qvgen.initializers.base import LayerStatistics, Need
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.bgr import refine_grid
 from qvgen.quant.hadamard import largest_block, random_signs
+from qvgen.quant.runtime import Addition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,12 @@ class DvdQuant:
             raise ValueError(
                 "init.signs=true without a rotation does nothing; use init.signs=false with init.rotate=false"
             )
+
+    @property
+    def additions(self) -> frozenset[Addition]:
+        """A rotation of the whole row, and random signs before it."""
+        parts: dict[Addition, bool] = {"rotation": self.rotate, "smoothing": self.signs}
+        return frozenset(name for name, is_added in parts.items() if is_added)
 
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""

@@ -10,9 +10,11 @@ the substitutes for networks that are not there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qvgen.initializers.balanced_rotation import BalancedRotation
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.quant.runtime import Addition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class MixedPrecision(BitBudget, BalancedRotation):
         alpha, seed, fold_smoothing: See :class:`~qvgen.initializers.balanced_rotation.BalancedRotation`.
         candidates, ...: See :class:`~qvgen.initializers.bit_budget.BitBudget`.
     """
+
+    additions: ClassVar[frozenset[Addition]] = BalancedRotation.additions | {"widths"}
 
     def __post_init__(self) -> None:
         BalancedRotation.__post_init__(self)

@@ -20,6 +20,7 @@ from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.affine import choose_qparams
+from qvgen.quant.runtime import Addition
 from qvgen.quant.smoothing import ALPHA
 
 
@@ -39,6 +40,7 @@ class SmoothQuant:
     fold_smoothing: bool
 
     compared_rotations: ClassVar[tuple[int, ...]] = (16,)
+    additions: ClassVar[frozenset[Addition]] = frozenset({"smoothing"})
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

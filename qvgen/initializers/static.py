@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import choose_qparams, fake_quantize, qparams_from_range
 from qvgen.quant.grid import Grid, static_grid
+from qvgen.quant.runtime import Addition
 from qvgen.quant.smoothing import ALPHA
 
 SHARES = tuple(1.0 - index / 20 for index in range(17))
@@ -53,6 +54,7 @@ class StaticRanges:
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max", "inputs", "ranges"})
+    additions: ClassVar[frozenset[Addition]] = frozenset({"smoothing", "static"})
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

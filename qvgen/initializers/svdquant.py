@@ -28,6 +28,7 @@ from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
 from qvgen.layers.fake_quant_product import rotated
 from qvgen.lowrank.svd import truncated_svd
 from qvgen.quant.bgr import refine_grid
+from qvgen.quant.runtime import Addition
 from qvgen.quant.smoothing import ALPHA
 
 
@@ -52,6 +53,7 @@ class SvdQuant:
     fold_smoothing: bool
 
     compared_rotations: ClassVar[tuple[int, ...]] = (16,)
+    additions: ClassVar[frozenset[Addition]] = frozenset({"branch", "smoothing"})
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

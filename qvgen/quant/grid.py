@@ -13,13 +13,14 @@ Sources: LSQ+ (arXiv 2004.09576) for the asymmetric form; profiles are described
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 from qvgen.config.plain_json import whole
-from qvgen.quant.hadamard import KINDS, has_matrix, matrix_name, nearest_sizes
+from qvgen.quant.hadamard import KINDS, check_rotation, nearest_sizes
+from qvgen.quant.runtime import Runtime
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
 ZeroPointKind = Literal["integer", "real", "none"]
@@ -34,12 +35,10 @@ MIN_SCALE = 1e-8
 MAX_ROTATION = 2**20
 """Largest rotation that is accepted: more than the columns of any layer."""
 
-_GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 MIN_SPAN = 1e-10
 """Smallest largest magnitude of a row where codes are quotients by the scale (arithmetic ``division``)."""
 
-_ARITHMETICS = ("reciprocal", "division", "unrounded")
-_ZERO_POINTS = ("integer", "real", "none")
+_OF_NO_LAYER = ("rotations", "runtime")
 _SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,10 +77,10 @@ class Grid:
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits={self.bits!r} is outside {MIN_BITS}..{MAX_BITS}; choose a whole number in there")
         for name, value, allowed in (
-            ("granularity", self.granularity, _GRANULARITIES),
-            ("zero_point", self.zero_point, _ZERO_POINTS),
+            ("granularity", self.granularity, get_args(Granularity)),
+            ("zero_point", self.zero_point, get_args(ZeroPointKind)),
             ("scale_dtype", self.scale_dtype, tuple(_SCALE_DTYPES)),
-            ("arithmetic", self.arithmetic, _ARITHMETICS),
+            ("arithmetic", self.arithmetic, get_args(Arithmetic)),
             ("clip", self.clip, (True, False)),
         ):
             if value not in allowed:
@@ -154,6 +153,7 @@ class Profile:
         rotations: Sizes of which :meth:`fitted` takes the first that divides every in_features of a model; empty:
             ``rotation`` is the only one.
         rotation_kind: ``sylvester``, or ``regular``: other matrices, of sizes 4, 16, 64, 256 (:mod:`qvgen.quant.hadamard`).
+        runtime: The kernels that the profile is for, where they have limits; it changes no number.
 
     Raises:
         ValueError: A granularity that does not belong to that side, or a rotation that has no Hadamard matrix here.
@@ -165,6 +165,7 @@ class Profile:
     rotation: int = 0
     rotations: tuple[int, ...] = ()
     rotation_kind: RotationKind = "sylvester"
+    runtime: Runtime | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.weight.granularity not in ("per_channel", "per_group"):
@@ -190,10 +191,7 @@ class Profile:
         if kind not in KINDS:
             raise ValueError(f"rotation_kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
         for size in (self.rotation, *self.rotations):
-            whole(size, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION)
-            if size and (size == 1 or not has_matrix(size, kind)):
-                sizes = " or ".join(map(str, [0, *nearest_sizes(size, kind=kind)]))
-                raise ValueError(f"rotation={size} has no {matrix_name(kind)} here; use {sizes}")
+            check_rotation(whole(size, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION), kind)
 
     @property
     def label(self) -> str:
@@ -232,8 +230,8 @@ class Profile:
         return replace(self, rotation=size, rotations=(), rotation_kind="sylvester")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict of a layer's profile, for manifests and checkpoints: without the sizes to choose from."""
-        return {name: value for name, value in asdict(self).items() if name != "rotations"}
+        """Plain nested dict of the numbers of a layer's profile, for checkpoints."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_NO_LAYER}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Profile:
@@ -243,7 +241,7 @@ class Profile:
             ValueError: A missing or unknown key, or a value that :class:`Grid` refuses.
         """
         given = dict(data)
-        names = {field.name for field in fields(cls)} - {"rotations"}
+        names = {field.name for field in fields(cls)} - {*_OF_NO_LAYER}
         if set(given) != names:
             raise ValueError(f"profile keys {sorted(given)} differ from {sorted(names)}")
         try:
@@ -262,6 +260,7 @@ def profile_from_bits(
     activation: Mapping[str, Any],
     rotation: int | Sequence[int] = 0,
     rotation_kind: RotationKind = "sylvester",
+    runtime: Mapping[str, Any] | None = None,
 ) -> Profile:
     """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
 
@@ -274,6 +273,8 @@ def profile_from_bits(
         rotation: Block size of the Hadamard rotation that inputs pass before they are quantized; 0 for none. It must divide
             every in_features (64 divides 1920), or be the whole row. A list: the first of it that divides them all.
         rotation_kind: ``sylvester``, or ``regular`` (ConvRot's, sizes 4, 16, 64, 256).
+        runtime: The kernels that it is for: name, weight_bits, activation_bits, additions (:class:`Runtime`). Bits and
+            methods that they lack are refused. None: qvgen's own, which take all.
 
     Raises:
         ValueError: See :class:`Grid` and :class:`Profile`.
@@ -294,4 +295,5 @@ def profile_from_bits(
         rotation=sizes[0],
         rotations=sizes if len(sizes) > 1 else (),
         rotation_kind=rotation_kind,
+        runtime=None if runtime is None else Runtime.from_dict(runtime),
     )

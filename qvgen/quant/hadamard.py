@@ -81,6 +81,13 @@ def matrix_name(kind: str) -> str:
     return "regular Hadamard matrix" if kind == "regular" else "Hadamard matrix"
 
 
+def check_rotation(size: int, kind: str) -> None:
+    """Raise ValueError for the size of a profile's blocks that is neither 0 nor one of a matrix."""
+    if size and (size == 1 or not has_matrix(size, kind)):
+        sizes = " or ".join(map(str, [0, *nearest_sizes(size, kind=kind)]))
+        raise ValueError(f"rotation={size} has no {matrix_name(kind)} here; use {sizes}")
+
+
 def has_matrix(size: int, kind: str) -> bool:
     """Whether there is a matrix of this size: of the regular kind those of powers of 4, else :func:`hadamard_order` says."""
     if kind == "regular":

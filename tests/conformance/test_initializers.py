@@ -10,6 +10,7 @@ import torch
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.base import Smoothing
 from qvgen.layers.fake_quant_product import to_grid_input
+from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
 from tests.conformance.initializer_cases import (
@@ -65,6 +66,26 @@ def test_scales_and_zero_points_are_of_the_grid(name, profile_name):
         assert layer.profile.weight.bits == bits
         assert layer.quantized_weight().isfinite().all()
         assert layer.weight_quantizer.codes(layer.weight).float().std() > 0
+
+
+@pairs
+def test_what_is_added_to_a_layer_is_what_the_method_says(name, profile_name):
+    """So that a profile can refuse it before anything is computed."""
+    profile = make_profile(profile_name)
+    form = LayerForm.of(initialized(name, profile, make_weight()))
+    added = {
+        "rotation": (form.profile.rotation, form.profile.rotation_kind) != (profile.rotation, profile.rotation_kind),
+        "smoothing": form.input_scale,
+        "branch": form.branch_rank > 0,
+        "static": form.static,
+        "widths": form.width_table is not None,
+    }
+    assert {what for what, is_added in added.items() if is_added} <= set(
+        getattr(load_leaf("init", name), "additions", ())
+    )
+    unrotated = make_profile("paper")
+    if profile == unrotated:
+        assert added["smoothing"] == ("smoothing" in getattr(load_leaf("init", name), "additions", ()))
 
 
 @pairs
@@ -143,7 +164,7 @@ def test_coordinates_alone_change_nothing(name, profile_name):
     names = parameters_besides_tables(layer)
     target = initialize_(name, layer)
     x = make_statistics().inputs.double()
-    moved = to_grid_input(x.float(), layer.input_scale, rotation=layer.profile.rotation).double()
+    moved = to_grid_input(x.float(), layer.input_scale, profile=layer.profile).double()
     exact = x @ weight.double().mT
     found = moved @ target.double().mT
     if layer.branch_down is not None:

@@ -48,6 +48,22 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ("model.exclude=['*']", "leave no Linear to quantize"),
         ("profile.weight.group_size=48 profile.weight.granularity=per_group", "group_size=48"),
         ("profile=convrot profile.rotation=48", "rotation=48"),
+        (
+            "profile=int8 bits=4",
+            "in 8 bits, with weights of 2 or 3 or 4 or 5 or 6 or 7 or 8 and inputs of 8 bits, not bits=w4a4; choose "
+            "profile=convrot or paper or svdq_g64, or change bits (profile.runtime=null keeps the grid",
+        ),
+        ("profile=svdq_g64 bits=w4a8", "not bits=w4a8; choose profile=convrot or int8 or paper or w4a8_row, or"),
+        ("profile=convrot bits=3", "inputs of 4 or 8 bits, not bits=w3a3; choose profile=paper, or change bits"),
+        (
+            "profile=convrot bits=4 init=vidit_q",
+            "ComfyUI (comfy-kitchen), and init=vidit_q rotates whole rows, which that does not have; choose profile=paper,",
+        ),
+        (
+            "profile=convrot bits=4 init=svdquant",
+            "init=svdquant adds a low-rank branch, which that does not have; choose profile=paper or svdq_g64",
+        ),
+        ("profile.runtime={name:x,weight_bits:[9],activation_bits:[4]}", "weight_bits=9"),
         ("kernel=fast", "kernel='fast' is unknown"),
         ("evaluation.prompts=[a\\ purple\\ cow]", "caption 'a purple cow' is no 'a COLOR DIGIT MOTION'"),
         ("batch_size=30000", "batch_size=30000 is larger than the training data of 20000"),

@@ -39,9 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "method.phi=false init=gptq calibration.videos=2 calibration.steps=2": {"method": "qvgen", "init": "gptq"},
     "init=rtn seed=1": {"init": "rtn", "seed": 1},
     "phi.ranks=[6,2] phi.anneal=linear phi.drop=largest": {},
-    "profile=convrot": {"profile": "convrot"},
+    "profile=convrot bits=w3a4": {"profile": "convrot", "bits": "w3a4"},
     "profile=svdq_g64 bits=4": {"profile": "svdq_g64", "bits": "4"},
-    "profile=int8": {"profile": "int8"},
+    "profile=int8 bits=w3a8": {"profile": "int8", "bits": "w3a8"},
     "profile.weight.zero_point=real": {"profile": "paper"},
     "model.exclude=[proj_out,condition_embedder.*]": {},
 }

@@ -273,7 +273,7 @@ def test_another_setting_is_another_file(tmp_path):
         ("init.steps=3",),
         ("init.alpha=0.75",),
         ("seed=1",),
-        ("profile=int8",),
+        ("profile=int8", "profile.runtime=null"),
         ("init.metrics.ffn=motion",),
     ):
         measurement(configured(tmp_path, *FEWEST, *keys)).measure(asked)

@@ -1,0 +1,65 @@
+"""Whether the runtime that a profile is for has what a run asks of it, found out before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qvgen.config.leaf_file import leaf_names, read_leaf
+from qvgen.errors import UserError
+
+if TYPE_CHECKING:
+    from qvgen.quant.grid import Profile
+
+_WORDS = {
+    "rotation": "rotates whole rows",
+    "smoothing": "multiplies inputs by a vector",
+    "branch": "adds a low-rank branch",
+    "static": "takes ranges from a table",
+    "widths": "gives layers or steps other widths",
+}
+
+
+def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str = "") -> None:
+    """Refuse bits and additions that the profile's runtime does not have; a profile without one takes all.
+
+    Args:
+        profile: The grids of the run.
+        additions: What the PTQ method adds to layers (:data:`qvgen.quant.runtime.Addition`).
+        init: The method's name, for the message.
+
+    Raises:
+        UserError: What is not there, and which profiles have it.
+    """
+    runtime, bits = profile.runtime, (profile.weight.bits, profile.activation.bits)
+    if runtime is None:
+        return
+    missing = [name for name in additions if name not in runtime.additions]
+    if runtime.has(*bits) and not missing:
+        return
+    others = [name for name in leaf_names("profile") if _takes(name, bits, additions)]
+    instead = f"choose profile={' or '.join(others)}, or " if others else ""
+    grid_alone = "profile.runtime=null keeps the grid for qvgen's own kernels"
+    if not runtime.has(*bits):
+        weights, inputs = (_listed(widths) for widths in (runtime.weight_bits, runtime.activation_bits))
+        raise UserError(
+            f"profile={profile.name} is for {runtime.name}, with weights of {weights} and inputs of {inputs} bits, not "
+            f"bits={profile.label}; {instead}change bits ({grid_alone})"
+        )
+    raise UserError(
+        f"profile={profile.name} is for {runtime.name}, and init={init} {_WORDS[missing[0]]}, which that does not have; "
+        f"{instead}another init ({grid_alone})"
+    )
+
+
+def _takes(name: str, bits: tuple[int, int], additions: Iterable[str]) -> bool:
+    """Whether a file of conf/profile takes these bits and additions."""
+    runtime: dict[str, Any] | None = read_leaf("profile", name, resolve=False).get("runtime")
+    if runtime is None:
+        return True
+    sides = zip(bits, (runtime["weight_bits"], runtime["activation_bits"]), strict=True)
+    return all(width in widths for width, widths in sides) and set(additions) <= set(runtime.get("additions", ()))
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return " or ".join(map(str, widths))

@@ -1,0 +1,55 @@
+"""What other people's kernels have, as a profile says it of the runtime that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qvgen.config.plain_json import items, mapping, text, whole
+
+Addition = Literal["rotation", "smoothing", "branch", "static", "widths"]
+"""What a method can add to a layer: a rotation that the profile does not have, a vector that inputs are multiplied by, a
+low-rank branch in floating point, ranges from a table, widths that differ between layers or change over sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The limits of a runtime, which are not ours to move.
+
+    Attributes:
+        name: How people call it.
+        weight_bits: Widths of codes that its weights can hold.
+        activation_bits: Widths to which it quantizes inputs.
+        additions: What its layers may have besides grids and the profile's rotation.
+    """
+
+    name: str
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    additions: frozenset[Addition] = frozenset()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Runtime:
+        """Read the section ``runtime`` of a file of conf/profile.
+
+        Raises:
+            ValueError: A key or a value that is not what this class says.
+        """
+        unknown = set(data) - {"name", "weight_bits", "activation_bits", "additions"}
+        if unknown:
+            raise ValueError(
+                f"runtime has no {sorted(unknown)[0]!r}; it says name, weight_bits, activation_bits, additions"
+            )
+        additions = items(data.get("additions", []), "additions")
+        if bad := [name for name in additions if name not in get_args(Addition)]:
+            raise ValueError(f"additions={bad[0]!r} of runtime is unknown; use of {', '.join(get_args(Addition))}")
+        widths = {
+            key: tuple(whole(bits, key, low=2, high=8) for bits in items(mapping(data, "runtime")[key], key))
+            for key in ("weight_bits", "activation_bits")
+        }
+        return cls(name=text(data["name"], "name"), additions=frozenset(additions), **widths)
+
+    def has(self, weight_bits: int, activation_bits: int) -> bool:
+        """Whether it runs these widths."""
+        return weight_bits in self.weight_bits and activation_bits in self.activation_bits
