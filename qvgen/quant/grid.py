@@ -12,14 +12,14 @@ Sources: LSQ+ (arXiv 2004.09576) for the asymmetric form; profiles are described
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from qvgen.config.plain_json import whole
-from qvgen.quant.hadamard import KINDS, check_rotation, nearest_sizes
+from qvgen.quant.hadamard import KINDS, check_rotation, nearest_sizes, read_rotation
 from qvgen.quant.runtime import Runtime
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_group"]
@@ -258,8 +258,7 @@ def profile_from_bits(
     activation_bits: int,
     weight: Mapping[str, Any],
     activation: Mapping[str, Any],
-    rotation: int | Sequence[int] = 0,
-    rotation_kind: RotationKind = "sylvester",
+    rotation: int | Mapping[str, Any] = 0,
     runtime: Mapping[str, Any] | None = None,
 ) -> Profile:
     """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
@@ -271,8 +270,8 @@ def profile_from_bits(
         weight: The weight's grid; keys of :class:`Grid` but for ``bits``.
         activation: The activation's grid; keys of :class:`Grid` but for ``bits``.
         rotation: Block size of the Hadamard rotation that inputs pass before they are quantized; 0 for none. It must divide
-            every in_features (64 divides 1920), or be the whole row. A list: the first of it that divides them all.
-        rotation_kind: ``sylvester``, or ``regular`` (ConvRot's, sizes 4, 16, 64, 256).
+            every in_features (64 divides 1920), or be the whole row. ``{kind: regular, sizes: [256, 64]}``: ConvRot's kind of
+            matrices, of the first size that divides them all.
         runtime: The kernels that it is for: name, weight_bits, activation_bits, additions (:class:`Runtime`). Bits and
             methods that they lack are refused. None: qvgen's own, which take all.
 
@@ -287,13 +286,13 @@ def profile_from_bits(
         >>> profile.label, profile.weight.qmax, profile.activation.qmax
         ('w3a4', 7, 15)
     """
-    sizes = (rotation,) if isinstance(rotation, int) else tuple(rotation) or (0,)
+    kind, sizes = read_rotation(rotation)
     return Profile(
         name=name,
         weight=Grid(bits=weight_bits, **weight),
         activation=Grid(bits=activation_bits, **activation),
         rotation=sizes[0],
         rotations=sizes if len(sizes) > 1 else (),
-        rotation_kind=rotation_kind,
+        rotation_kind=kind,
         runtime=None if runtime is None else Runtime.from_dict(runtime),
     )

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -86,6 +87,20 @@ def check_rotation(size: int, kind: str) -> None:
     if size and (size == 1 or not has_matrix(size, kind)):
         sizes = " or ".join(map(str, [0, *nearest_sizes(size, kind=kind)]))
         raise ValueError(f"rotation={size} has no {matrix_name(kind)} here; use {sizes}")
+
+
+def read_rotation(value: int | Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    """Kind and sizes of a rotation as a profile's file gives it: a size of Sylvester's kind, or ``kind`` and ``sizes``.
+
+    Raises:
+        ValueError: A mapping with other keys, or without sizes.
+    """
+    if not isinstance(value, Mapping):
+        return "sylvester", (value,)
+    sizes = value.get("sizes")
+    if set(value) != {"kind", "sizes"} or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(f"rotation={dict(value)} is no size; write a whole number, or kind and a list of sizes")
+    return value["kind"], tuple(sizes)
 
 
 def has_matrix(size: int, kind: str) -> bool:

@@ -1,4 +1,4 @@
-"""What other people's kernels have, as a profile says it of the runtime that it is for."""
+"""The limits of a runtime: what other people's kernels have, as the profile that is for them says it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from qvgen.config.plain_json import items, mapping, text, whole
 
 Addition = Literal["rotation", "smoothing", "branch", "static", "widths"]
-"""What a method can add to a layer: a rotation that the profile does not have, a vector that inputs are multiplied by, a
-low-rank branch in floating point, ranges from a table, widths that differ between layers or change over sampling."""
+"""Things that a method can add to a layer: a rotation that the profile does not have, a vector that inputs are multiplied
+by, a low-rank branch in floating point, ranges from a table, widths that differ between layers or change over sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def test_the_page_has_defaults_ranges_and_meanings() -> None:
     (row,) = [line for line in reference().splitlines() if line.startswith("| `phi.tail_share`")]
     assert row.startswith("| `phi.tail_share` | `0.1` | number, [0, 1) | Share of the steps that train without Phi")
     (row,) = [line for line in reference().splitlines() if line.startswith("| `profile.rotation`")]
-    assert "`64` (convrot); `0` (int8, paper, svdq_g64)" in row
+    assert "(convrot); `0` (int8, paper, svdq_g64, w4a8_row)" in row
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -139,8 +139,7 @@ def test_a_profile_takes_the_first_rotation_that_divides_every_width():
         activation_bits=4,
         weight={"granularity": "per_channel"},
         activation={"granularity": "per_token"},
-        rotation=[256, 64],
-        rotation_kind="regular",
+        rotation={"kind": "regular", "sizes": [256, 64]},
     )
     assert (profile.rotation, profile.rotations) == (256, (256, 64))
     for widths, size in (((1536, 8960), 256), ((5120, 13824), 256), ((1920, 7680), 64), ((256, 64), 64)):
