@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from qvgen.config.bits import Bits
 from qvgen.config.leaf_file import leaf_names, read_leaf
+from qvgen.config.leaves import load_profile
 from qvgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str 
     runtime, bits = profile.runtime, (profile.weight.bits, profile.activation.bits)
     if runtime is None:
         return
+    for key, (wanted, given) in _changed_options(profile).items():
+        raise UserError(
+            f"profile={profile.name} is for {runtime.name}, which computes with {key}={wanted}, not {given}; leave "
+            f"profile.{key} out, or add profile.runtime=null to keep the grid for qvgen's own kernels"
+        )
     missing = [name for name in additions if name not in runtime.additions]
     if runtime.has(*bits) and not missing:
         return
@@ -50,6 +57,23 @@ def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str 
         f"profile={profile.name} is for {runtime.name}, and init={init} {_WORDS[missing[0]]}, which that does not have; "
         f"{instead}another init ({grid_alone})"
     )
+
+
+def _changed_options(profile: Profile) -> dict[str, tuple[Any, Any]]:
+    """Options of a profile that are not those of its file -> (the file's, the profile's); bits aside."""
+    if profile.name not in leaf_names("profile"):
+        return {}
+    plain = load_profile(profile.name, Bits(weight=profile.weight.bits, activation=profile.activation.bits))
+    files, ours = (_options(each) for each in (plain, profile))
+    return {key: (value, ours[key]) for key, value in files.items() if ours[key] != value}
+
+
+def _options(profile: Profile) -> dict[str, Any]:
+    """Every option by its key; the sizes to choose from count as the rotation, of which a fitted profile has one."""
+    sides = {
+        f"{side}.{key}": value for side in ("weight", "activation") for key, value in profile.to_dict()[side].items()
+    }
+    return sides | {"rotation": (profile.rotation_kind, *(profile.rotations or (profile.rotation,)))}
 
 
 def _takes(name: str, bits: tuple[int, int], additions: Iterable[str]) -> bool:

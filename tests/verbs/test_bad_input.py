@@ -47,7 +47,13 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ("model.exclude=[proj_uot]", "exclude pattern 'proj_uot' matches none of the 36 Linears"),
         ("model.exclude=['*']", "leave no Linear to quantize"),
         ("profile.weight.group_size=48 profile.weight.granularity=per_group", "group_size=48"),
-        ("profile=convrot profile.rotation=48", "rotation=48"),
+        ("profile=convrot profile.rotation=52", "rotation=52 has no Hadamard matrix"),
+        (
+            "profile=convrot bits=4 profile.rotation=64",
+            "computes with rotation=('regular', 256, 64), not ('sylvester', 64)",
+        ),
+        ("profile=int8 bits=8 profile.activation.clip=true", "computes with activation.clip=False, not True; leave"),
+        ("profile.rotation={kind:regular}", "rotation={'kind': 'regular'} is no size"),
         (
             "profile=int8 bits=4",
             "in 8 bits, with weights of 2 or 3 or 4 or 5 or 6 or 7 or 8 and inputs of 8 bits, not bits=w4a4; choose "
