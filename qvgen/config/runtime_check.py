@@ -65,11 +65,13 @@ def _changed_options(profile: Profile) -> dict[str, tuple[Any, Any]]:
         return {}
     plain = load_profile(profile.name, Bits(weight=profile.weight.bits, activation=profile.activation.bits))
     files, ours = (_options(each) for each in (plain, profile))
+    if set(ours["rotation"]) <= set(files["rotation"]):  # one that was chosen for a model
+        ours["rotation"] = files["rotation"]
     return {key: (value, ours[key]) for key, value in files.items() if ours[key] != value}
 
 
 def _options(profile: Profile) -> dict[str, Any]:
-    """Every option by its key; the sizes to choose from count as the rotation, of which a fitted profile has one."""
+    """Every option by its key; the rotation is its kind and all sizes to choose from."""
     sides = {
         f"{side}.{key}": value for side in ("weight", "activation") for key, value in profile.to_dict()[side].items()
     }
