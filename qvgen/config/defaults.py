@@ -19,6 +19,7 @@ from qvgen.config.sections import (
     PhiConfig,
     StrategyConfig,
 )
+from qvgen.config.trainer_options import TrainerConfig
 from qvgen.config.typed import from_plain
 from qvgen.errors import UserError, did_you_mean
 
@@ -26,6 +27,7 @@ SECTIONS: Mapping[str, type] = {
     "phi": PhiConfig,
     "optim": OptimConfig,
     "strategy": StrategyConfig,
+    "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
     "calibration": CalibrationConfig,
     "activation_switch": ActivationSwitchConfig,

@@ -138,11 +138,35 @@ def train_share(
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
+    step = _fit(run, output, split, student=trained, teacher=shown, processes=processes, models=models)
+    stop_request.check()  # asked for in the last moments
+    if models is not None:
+        models.gather_()
+    if student is not None:
+        if schedule is not None:  # what the last step annealed to 0, where there is no tail
+            schedule.apply_(student, None, step=step)
+        method.finish_(student)
+        student.eval()
+    return step
+
+
+def _fit(
+    run: TrainingRun,
+    output: TrainingOutput,
+    split: Split,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    processes: Processes,
+    models: ShardedModels | None,
+) -> int:
+    """Run a trainer from the newest checkpoint; the optimizer step that it ended with."""
+    method, steps = run.design.method, run.steps
     measured_every = output.evaluation.every_steps if method.quantizes else None
     module = VideoTraining(
         run,
-        student=trained,
-        teacher=shown if method.needs_teacher else None,
+        student=student,
+        teacher=teacher if method.needs_teacher else None,
         encode=split.encode,
         validate=output.validate,
         validate_every_steps=measured_every,
@@ -151,28 +175,20 @@ def train_share(
     accumulate = steps.batch.num_micro_batches
     data = StepKeyedData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
     if run.strategy.gradient_checkpointing:
-        trained.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
-    trained.train()
-    found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
+        student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
+    student.train()
+    found = checkpoints(output.run_dir / CHECKPOINT_DIRECTORY)
     with restored_settings():
         trainer = build_trainer(
             steps=steps.num_steps,
             accumulate=accumulate,
             processes=processes,
-            callbacks=_callbacks(run, output, split, teacher=shown),
+            callbacks=_callbacks(run, output, split, teacher=teacher),
             loggers=list(output.loggers),
-            options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=run_dir),
+            options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=output.run_dir),
             measured=measured_every is not None,
         )
         fit(trainer, module, data, checkpoint=found[-1] if found else None)
-    stop_request.check()  # asked for in the last moments
-    if models is not None:
-        models.gather_()
-    if student is not None:
-        if schedule is not None:  # what the last step annealed to 0, where there is no tail
-            schedule.apply_(student, None, step=trainer.global_step)
-        method.finish_(student)
-        student.eval()
     return trainer.global_step
 
 
