@@ -15,6 +15,7 @@ from qvgen.models.base import Encode
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.micro_batch import StepBatch
 from qvgen.training.ptq_method import PTQMethod
+from qvgen.training.run_label import RunLabel
 from qvgen.training.student_design import StudentDesign
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.training_steps import TrainingSteps
@@ -129,18 +130,19 @@ def _sampled_prompts(config: TrainConfig) -> dict[str, Sequence[Any]]:
 
 def open_log(config: TrainConfig, run_dir: Path) -> AbstractContextManager[list[Logger]]:
     """The loggers of a run besides metrics.csv, while a block trains and reports; none where nothing is trained."""
-    from qvgen.training.run_label import RunLabel
     from qvgen.training.wandb_run import training_log
 
-    if not config.steps:
-        return nullcontext([])
+    return training_log(config.logger, run_dir, run_label(config)) if config.steps else nullcontext([])
+
+
+def run_label(config: TrainConfig) -> RunLabel:
+    """What a logging service is told of the run."""
     names, bits = config.names, config.bits.label
-    label = RunLabel(
+    return RunLabel(
         name=f"{names.model}-{bits}-{names.method} {names.init} seed {config.seed}",
         tags=(names.model, f"bits={bits}", names.method, names.init, names.profile),
         settings=config.plain,
     )
-    return training_log(config.logger, run_dir, label)
 
 
 def packed_record(config: TrainConfig, *, steps: int) -> dict[str, Any]:

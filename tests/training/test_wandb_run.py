@@ -21,7 +21,7 @@ from qvgen.config import TrainConfig
 from qvgen.config.sections import LoggerConfig
 from qvgen.training import wandb_run
 from qvgen.training.wandb_run import WandbRun, check_wandb, flat_numbers, wandb_problem
-from qvgen.verbs._parts import open_log
+from qvgen.verbs._parts import open_log, run_label
 from tests.runs import train_config
 from tests.training.wandb_records import configuration, history, read_records, run_record, summary
 
@@ -184,10 +184,10 @@ def test_a_damaged_record_makes_a_new_run(
     for content in ("", "[]", '{"id": 3}', '{"id": ""}'):
         (tmp_path / "wandb_run.json").write_text(content)
         caplog.clear()
-        record = wandb_run._record(config, tmp_path)
+        record = wandb_run._record(config.logger, tmp_path, run_label(config))
         assert len(record["id"]) == 8
         assert "wandb_run.json is damaged" in caplog.text
-        assert wandb_run._record(config, tmp_path) == record
+        assert wandb_run._record(config.logger, tmp_path, run_label(config)) == record
 
 
 class FullDisk:
