@@ -44,7 +44,6 @@ WATCHED = (
     "+logger.file._target_=lightning.pytorch.loggers.CSVLogger",
     "+logger.file.save_dir=${run_dir}",
     "+logger.file.name=file",
-    "+logger.file.version=one",
 )
 """Callbacks and a logger of Lightning that look at a run and change nothing."""
 

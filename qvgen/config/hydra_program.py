@@ -1,4 +1,4 @@
-"""What Hydra itself does for a command: its answers about a configuration, and the jobs of a sweep through a launcher.
+"""Hydra's own part of a command: its answers about a configuration, and the jobs of a sweep through a launcher.
 
     qvgen train -m bits=4,3 hydra/launcher=joblib hydra.launcher.n_jobs=2
 
@@ -119,7 +119,7 @@ def run_job(command: Sequence[str], *, python_path: str, code_file: Path) -> int
 
 
 def _follow_parent() -> Callable[[], None] | None:
-    """What a child does before its command: have the kernel ask it to stop when its parent dies."""
+    """A function that a child calls before its command: it has the kernel ask it to stop when its parent dies."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None, use_errno=True)

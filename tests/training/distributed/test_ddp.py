@@ -60,7 +60,7 @@ def test_two_processes_have_the_losses_of_one(both: tuple[Path, Path]) -> None:
 def test_two_processes_pack_the_same_bytes(both: tuple[Path, Path]) -> None:
     """Lightning's callbacks and a logger of it look at the second run."""
     assert packed_bytes(both[0]) == packed_bytes(both[1])
-    with (both[1] / "file" / "one" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+    with (both[1] / "file" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     measured = [row["val/relative_error"] for row in read_metrics(both[0]) if row["val/relative_error"]]
     assert [float(row["val/relative_error"]) for row in rows if row["val/relative_error"]] == [*map(float, measured)]
