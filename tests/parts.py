@@ -73,6 +73,8 @@ def training_module(
     student: nn.Module,
     teacher: nn.Module | None,
     encode: Encode,
+    validate: Callable[[nn.Module], float] | None = None,
+    validate_every_steps: int | None = None,
     share_out: Callable[..., None] | None = None,
 ) -> VideoTraining:
     """The module that trains the run's student."""
@@ -81,6 +83,8 @@ def training_module(
         student=student,
         teacher=teacher,
         encode=encode,
+        validate=validate,
+        validate_every_steps=validate_every_steps,
         share_out=share_out,
     )
 
