@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from qvgen.quant import knapsack
 from qvgen.quant.knapsack import solve_knapsack
 from tests import oracles_ptq
 
@@ -102,3 +103,12 @@ def test_what_defeats_the_pruning_is_an_error():
     cost = torch.rand(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="merge groups or round the costs"):
         solve_knapsack(1 - cost, cost, budget=float(cost.mean(1).sum()))
+
+
+def test_too_many_ties_are_refused_before_they_fill_the_memory(monkeypatch):
+    tables = [[3.0, 1.0], [3.0, 1.0]], [[1.0, 2.0], [1.0, 2.0]]  # the second group makes four states of two
+    monkeypatch.setattr(knapsack, "_MAX_STATES", 4)
+    assert solve(*tables, 3) == (0, 1)
+    monkeypatch.setattr(knapsack, "_MAX_STATES", 3)
+    with pytest.raises(ValueError, match="4 choices of 2 groups tie too closely"):
+        solve(*tables, 3)
