@@ -30,7 +30,7 @@ constexpr int64_t kLanes = 16;   // outputs in one panel of the packed weight
 constexpr int64_t kBlock = 32;   // outputs computed at a time: two panels
 constexpr int64_t kMaxRows = 32; // rows of the largest tile of any backend
 
-// One call. Mirrored field by field in cpu_abi.py; pointers that may be null say so.
+// One call. Mirrored field by field in cpu_library.py; pointers that may be null say so.
 struct Linear {
     int64_t rows, in_features, out_features;  // M, K, N
     int64_t padded_in, padded_out;            // Kp, Np of the packed weight
