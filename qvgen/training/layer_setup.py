@@ -13,20 +13,16 @@ from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 
 
-def share_inputs_(student: nn.Module, *, family: VideoDiT, method: Method) -> tuple[tuple[str, ...], ...]:
+def share_inputs_(student: nn.Module, *, family: VideoDiT, method: Method) -> None:
     """Let layers that read the same input share an activation quantizer, if the method says so.
 
     Args:
         student: Quantized, with its activation widths as they stay.
         family: Says which Linears read the same input.
         method: The training method.
-
-    Returns:
-        Their names, in sets.
     """
-    if not method.share_activations:
-        return ()
-    return share_activations_(quantized_layers(student), input_sets(student, family))
+    if method.share_activations:
+        share_activations_(quantized_layers(student), input_sets(student, family))
 
 
 def input_sets(student: nn.Module, family: VideoDiT) -> tuple[tuple[str, ...], ...]:

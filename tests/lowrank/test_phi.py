@@ -137,3 +137,4 @@ def test_starting_again_opens_everything():
 def test_ranks_that_do_not_fit_are_refused(rank):
     with pytest.raises(ValueError, match=f"phi.rank={rank} is outside 1..48 for a Linear 64 -> 48"):
         Phi(out_features=ROWS, in_features=COLUMNS, rank=rank)
+    assert [Phi(out_features=ROWS, in_features=COLUMNS, rank=rank).capacity for rank in (1, 48)] == [1, 48]

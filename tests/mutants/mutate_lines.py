@@ -147,9 +147,14 @@ def stages(root: Path, mutant: Mutant) -> list[list[str]]:
     near = [test for test in tests if imports.search(test.read_text(encoding="utf-8"))]
     room = [test for test in tests if source.parts[0] in test.relative_to(root / "tests").parts]
     room.sort(key=lambda test: test.parent != mirror.parent)  # its own inner room first
-    order = [mirror, *(test for test in near if test in room), *room, *near, *(root / test for test in END_TO_END)]
-    files = [str(test.relative_to(root)) for test in dict.fromkeys(order) if test.is_file()]
-    return [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
+    seen: set[Path] = set()
+    result = []
+    for group in ([mirror, *(test for test in near if test in room)], room, near, [root / test for test in END_TO_END]):
+        fresh = [test for test in dict.fromkeys(group) if test.is_file() and test not in seen]
+        seen.update(fresh)
+        files = [str(test.relative_to(root)) for test in fresh]
+        result += [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
+    return result
 
 
 def first_failure(root: Path, tests: list[str], seconds: float, broken: set[str]) -> str | None:

@@ -70,6 +70,15 @@ def test_a_dead_channel_has_factor_one_and_harms_no_other(value):
     assert torch.equal(smoothing_scale(torch.zeros(64), weight, alpha=0.5), torch.ones(64))
 
 
+@pytest.mark.parametrize("value", [0.0, math.inf])
+def test_dead_channels_have_no_say_in_what_is_quiet(value):
+    living = torch.tensor([1e-3, 1.0, 2.0, 3.0])  # the first is quieter than a tenth of the median
+    with_dead = torch.cat([living, torch.full((5,), value)])
+    expected = smoothing_scale(living, torch.ones(4), alpha=0.5)
+    assert torch.equal(smoothing_scale(with_dead, torch.ones(9), alpha=0.5)[:4], expected)
+    assert expected[0] == smoothing_scale(torch.tensor([0.1, 1.0, 2.0, 3.0]), torch.ones(4), alpha=0.5)[0]
+
+
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.floats(0, 2.0**127, width=32), st.floats(0, 2.0**127, width=32)), min_size=1, max_size=20),
        st.floats(0, 1))  # fmt: skip
