@@ -75,7 +75,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A folder is not there, or holds no run.
     """
-    runs: dict[Path, Path] = {}
+    distinct: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder; name run folders, for example outputs/tiny-3-qvgen/*")
@@ -83,8 +83,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if not runs:
             raise UserError(f"{path} holds no run ({CONFIG_FILE}); name run folders, or a folder that holds some")
         for run in runs:
-            runs.setdefault(run.resolve(), run)
-    return list(runs.values())
+            distinct.setdefault(run.resolve(), run)
+    return list(distinct.values())
 
 
 def _runs_below(path: Path) -> Iterable[Path]:
