@@ -10,12 +10,17 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
+from qvgen.config import TrainConfig
+from qvgen.config.leaves import load_leaf
+from qvgen.data.source import Split
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import not_sampling, quantized_layers
@@ -26,6 +31,7 @@ from tests.runs import train_config
 METHODS = [name for name, quality in QUALITY.items() if quality.layer_types is not None]
 BITS = ("w4a8", "3")
 TYPES = 16
+SETTINGS = ("calibration.videos=8", "calibration.steps=4", "model.num_inference_steps=4")
 
 Errors = dict[str, dict[str, float]]
 Measure = Callable[[str, str], Errors]
@@ -35,55 +41,74 @@ def type_of(name: str) -> str:
     return re.sub(r"^blocks\.\d+", "blocks.*", name)
 
 
-@pytest.fixture(scope="module")
-def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
-    """Errors of a method's outputs and weights by type of layer; what was measured once is kept."""
-    cache, done = tmp_path_factory.mktemp("calibration"), {}
+@dataclass(frozen=True)
+class Exact:
+    """The full-precision model, and what each of its Linears reads and gives for held-out clips."""
 
+    teacher: nn.Module
+    split: Split
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    timestep: Tensor
+
+
+@pytest.fixture(scope="module")
+def exact() -> Exact:
+    config = train_config(*SETTINGS)
+    teacher = config.model.load_teacher()
+    split = config.data.open(config.model, split="held_out")
+    (batch,) = HeldOut(config.model, split, num_samples=12, seed=1, batch_size=12)._batches
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(key: str, given: Tensor, output: Tensor) -> None:
+        inputs[key], outputs[key] = given, output
+
+    linears = {key: module for key, module in teacher.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [
+        linear.register_forward_hook(lambda _, given, output, key=key: keep(key, given[0], output))
+        for key, linear in linears.items()
+    ]
+    with torch.no_grad():
+        config.model.predict(teacher, batch.noisy, batch.timestep, split.encode(batch.captions))
+    for hook in hooks:
+        hook.remove()
+    return Exact(teacher, split, inputs, outputs, batch.timestep)
+
+
+@pytest.fixture(scope="module")
+def measure(exact: Exact, tmp_path_factory: pytest.TempPathFactory) -> Measure:
+    """Errors of a method's outputs and weights by type of layer; what was measured once is kept."""
+    kept = f"calibration.cache={tmp_path_factory.mktemp('calibration')}"
+
+    @cache
     def found(name: str, bits: str) -> Errors:
-        if (name, bits) not in done:
-            done[name, bits] = errors(name, bits, cache)
-        return done[name, bits]
+        method, *changes = name.split()
+        arguments = {key.removeprefix("init."): yaml.safe_load(value) for key, value in (c.split("=") for c in changes)}
+        config = train_config(*SETTINGS, f"bits={bits}", kept)
+        return errors(replace(config, init=load_leaf("init", method, **arguments)), exact)
 
     return found
 
 
-def errors(name: str, bits: str, cache: Path) -> Errors:
-    config = train_config(
-        *f"init={name}".split(), f"bits={bits}", f"calibration.cache={cache}", "calibration.videos=8", "calibration.steps=4",
-        "model.num_inference_steps=4",
-    )  # fmt: skip
-    teacher = config.model.load_teacher()
-    split = config.data.open(config.model, split="held_out")
+def errors(config: TrainConfig, exact: Exact) -> Errors:
     student, _ = prepared(config)
-    statistics, _ = calibrated(config, student, teacher=teacher, encode=split.encode)
+    statistics, _ = calibrated(config, student, teacher=exact.teacher, encode=exact.split.encode)
     initialize_(student, config.init, seed=config.seed, statistics=statistics)
     layers = quantized_layers(student)
     sums: defaultdict[tuple[str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-    for key, layer in layers.items():
-        linear = teacher.get_submodule(key)
-        linear.register_forward_hook(compare(layer, sums["output", type_of(key)]))
-        if (
-            layer.branch_down is None
-        ):  # in the layer's own coordinates, where the norm of a rotated weight is the weight's
-            weight = layer.weight.detach()
-            sums["weight", type_of(key)] += squares(layer.quantized_weight() - weight, weight)
-    noise_band = next(iter(layers.values())).noise_band
     with not_sampling(student), torch.no_grad():
-        for batch in HeldOut(config.model, split, num_samples=12, seed=1, batch_size=12)._batches:
-            noise_band.set_timestep(batch.timestep)
-            config.model.predict(teacher, batch.noisy, batch.timestep, split.encode(batch.captions))
+        next(iter(layers.values())).noise_band.set_timestep(exact.timestep)
+        for key, layer in layers.items():
+            wanted = exact.outputs[key]
+            sums["output", type_of(key)] += squares(layer(exact.inputs[key]) - wanted, wanted)
+            if layer.branch_down is None:  # in the layer's own coordinates, where the norm is the weight's
+                weight = layer.weight
+                sums["weight", type_of(key)] += squares(layer.quantized_weight() - weight, weight)
     result: Errors = {"output": {}, "weight": {}}
     for (what, kind), (error, norm) in sums.items():
         result[what][kind] = float(error / norm)
     return result
-
-
-def compare(layer: nn.Module, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], exact: Tensor) -> None:
-        total.add_(squares(layer(inputs[0]) - exact, exact))
-
-    return hook
 
 
 def squares(error: Tensor, exact: Tensor) -> Tensor:
