@@ -15,7 +15,6 @@ our own code raises (it names what is wrong with the environment). A RuntimeErro
 from __future__ import annotations
 
 import ast
-import importlib
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from qvgen import __version__, stop_request
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
+from qvgen.verbs import import_verb
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
@@ -130,7 +130,7 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     _log_to_stderr()
     if flags.launcher and (codes := _launch(verb, flags, jobs, plains)):
         return _after_jobs(verb, plains, codes, show=show)
-    run = importlib.import_module(f"qvgen.verbs.{verb}").run
+    run = import_verb(verb).run
     folder, codes = ["--config-dir", flags.config_dir] if flags.config_dir else [], []
     commands = [
         command_line(verb, [*folder, *job], changes=folder_of_job(verb, plain))
@@ -225,7 +225,7 @@ def _worker(arguments: list[str]) -> None:
     from qvgen.config.run_config import read_plain
 
     _log_to_stderr()
-    run_worker = importlib.import_module(f"qvgen.verbs.{given.verb}").run_worker
+    run_worker = import_verb(given.verb).run_worker
     with using_directory(given.config_dir), suppress(stop_request.Stopped):  # stopped with all others; rank 0 says so
         config = build(given.verb, read_plain(given.config), trusted=given.trust)
         run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)
