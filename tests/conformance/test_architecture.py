@@ -11,6 +11,7 @@ import yaml
 
 from qvgen.config.build import SCHEMAS
 from qvgen.config.leaves import conf_directory
+from tests.conftest import LONGEST_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"init": "initializers", "method": "methods", "model": "models"}
@@ -80,6 +81,10 @@ def test_every_target_exists_and_takes_its_values(path):
 def test_there_are_files_to_look_at():
     assert len(SOURCES) > 40
     assert {path.parent.name for path in LEAF_FILES} >= {"init", "method", "profile"}
+
+
+def test_the_files_that_are_run_first_are_there():
+    assert set(LONGEST_FIRST) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
