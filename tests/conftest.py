@@ -28,10 +28,10 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONGEST_FIRST = (
-    "test_demo.py", "test_ptq.py", "test_fsdp.py", "test_resume.py", "test_train.py", "test_training_plan.py",
-    "test_mixed_precision.py", "test_ddp.py", "test_hub_models.py", "test_benchmark.py", "test_faults.py",
-    "test_cpu_sanitizers.py", "test_config.py", "test_validation_run.py", "test_allocation.py", "test_launcher.py",
-    "test_activation_switch.py", "test_classifier.py", "test_wandb_run.py", "test_layer_types.py", "test_manifest_fuzz.py",
+    "test_demo.py", "test_fsdp.py", "test_activation_switch.py", "test_ptq.py", "test_train.py", "test_resume.py",
+    "test_training_plan.py", "test_mixed_precision.py", "test_ddp.py", "test_hub_models.py", "test_benchmark.py",
+    "test_faults.py", "test_cpu_sanitizers.py", "test_config.py", "test_validation_run.py", "test_allocation.py",
+    "test_launcher.py", "test_layer_types.py", "test_classifier.py", "test_wandb_run.py", "test_manifest_fuzz.py",
 )  # fmt: skip
 """Files that two processes begin with: one of minutes that comes last would leave the other process idle."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import hashlib
+import re
 import shutil
+import tempfile
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -16,6 +19,8 @@ from qvgen.cli import main
 from qvgen.config import TrainConfig
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
+from qvgen.config.leaves import load_leaf
+from qvgen.models.weight_file import save_weights
 
 STEPS = 12
 BOUNDARIES = (3, 6, 10)
@@ -46,6 +51,21 @@ WATCHED = (
     "+logger.file.name=file",
 )
 """Callbacks and a logger of Lightning that look at a run and change nothing."""
+
+
+@cache
+def shallow(blocks: int) -> tuple[str, str]:
+    """Overrides for the first blocks of the small model with their trained weights: layers of the same kinds, but fewer.
+
+    For runs that are compared with each other; the cut model predicts no video, so no error says anything of a method.
+    """
+    folder = tempfile.mkdtemp(prefix="qvgen-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    whole = load_leaf("model", "tiny").load_teacher().state_dict()
+    last = re.compile(rf"blocks\.(?!({'|'.join(map(str, range(blocks)))})\.)")
+    kept = {name: value for name, value in whole.items() if not last.match(name)}
+    weights = save_weights(kept, Path(folder) / "shallow.safetensors", card={"blocks": blocks})
+    return f"model.num_layers={blocks}", f"model.weights={weights}"
 
 
 def train(run_dir: Path, *overrides: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import find_switch
-from tests.runs import SHORT, copy_until, packed_bytes, train
+from tests.runs import SHORT, copy_until, packed_bytes, shallow, train
 
 SWITCH = ("bits=w4a4", "activation_switch.widths=[4,8]", "activation_switch.delta=0.3")
 
@@ -59,6 +59,7 @@ def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> No
         "checkpoint.every_steps=2",
         "evaluation.videos=0",
         "evaluation.start_videos=false",
+        *shallow(1),
     )
     assert train(tmp_path / "first", *keys) == 0
     copy_until(tmp_path / "first", tmp_path / "again", step=2)
@@ -71,7 +72,7 @@ def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> No
 
 QUICK = (
     "phi.ranks=[2]", "steps=4", "evaluation.samples=2", "evaluation.videos=0", "evaluation.start_videos=false",
-    "calibration.videos=1", "model.num_inference_steps=4",
+    "calibration.videos=1", "model.num_inference_steps=4", *shallow(2),
 )  # fmt: skip
 STARTS = {
     "switch": SWITCH,

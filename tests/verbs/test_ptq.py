@@ -22,7 +22,7 @@ from qvgen.training.student import Measured, fold_student, start_student
 from qvgen.verbs._inputs import open_inputs
 from qvgen.verbs._parts import named_family, packed_record, ptq_method, sampled_teacher, student_design
 from tests.parts import prepared
-from tests.runs import SHORT, copy_until, packed_bytes, train, train_config
+from tests.runs import SHORT, copy_until, packed_bytes, shallow, train, train_config
 
 INITIALIZERS = leaf_names("init")
 
@@ -111,7 +111,7 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path) -> None:
     common = ("init=vidit_q", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2")
-    common += ("steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false")
+    common += ("steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false", *shallow(2))
     runs = {"one": (), "two": ("devices=2", "strategy=ddp")}
     for name, keys in runs.items():
         assert train(tmp_path / name, *common, *keys) == 0

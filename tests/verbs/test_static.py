@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import read_manifest
-from tests.runs import SHORT, copy_until, packed_bytes, train
+from tests.runs import SHORT, copy_until, packed_bytes, shallow, train
 
 STEPS = 4
 STATIC = ("init=static", "init.alpha=0.5", "bits=8", f"model.num_inference_steps={STEPS}", "calibration.videos=1")
@@ -56,6 +56,7 @@ def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: p
 
 def test_training_starts_from_the_tables_and_learns_them(tmp_path: Path) -> None:
     keys = (*STATIC, f"calibration.cache={tmp_path / 'cache'}", "steps=6", "phi.ranks=[2]", "checkpoint.every_steps=2")
+    keys += shallow(1)
     first, again = tmp_path / "first", tmp_path / "again"
     assert train(first, *keys, "evaluation.videos=1") == 0
     copy_until(first, again, step=2)

@@ -15,7 +15,7 @@ import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, INTERRUPTED
 from qvgen.verbs._parts import step_batch
-from tests.runs import SHORT, WATCHED, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import SHORT, WATCHED, copy_until, packed_bytes, read_metrics, shallow, train, train_config
 from tests.training.validated import contents
 
 RELATIVE = 1e-5
@@ -30,6 +30,7 @@ OPTIONS = (
     "evaluation.start_videos=false",
     "evaluation.videos=3",
     "evaluation.video_every_steps=4",
+    *shallow(1),
 )
 LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1", "MASTER_ADDR": "10.255.255.1"}
 """Of a launcher that is gone."""

@@ -21,7 +21,7 @@ from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
-from tests.runs import WATCHED, copy_until, packed_bytes, read_metrics, train, train_config
+from tests.runs import WATCHED, copy_until, packed_bytes, read_metrics, shallow, train, train_config
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
@@ -36,6 +36,7 @@ OPTIONS = (
     "evaluation.start_videos=false",
     "evaluation.videos=2",
     "evaluation.video_every_steps=4",
+    *shallow(2),
 )
 """Two steps in each phase of Phi: its rank falls before the steps 2, 4 and 6."""
 AGAIN = "strategy.gradient_checkpointing=true"
