@@ -67,7 +67,12 @@ def _changed_options(profile: Profile) -> dict[str, tuple[Any, Any]]:
     files, ours = (_options(each) for each in (plain, profile))
     if set(ours["rotation"]) <= set(files["rotation"]):  # one that was chosen for a model
         ours["rotation"] = files["rotation"]
-    return {key: (value, ours[key]) for key, value in files.items() if ours[key] != value}
+    dtypes = () if profile.runtime is None else profile.runtime.scale_dtypes
+    return {
+        key: (value, ours[key])
+        for key, value in files.items()
+        if ours[key] != value and not (key.endswith(".scale_dtype") and ours[key] in dtypes)
+    }
 
 
 def _options(profile: Profile) -> dict[str, Any]:

@@ -22,12 +22,14 @@ class Runtime:
         weight_bits: Widths of codes that its weights can hold.
         activation_bits: Widths to which it quantizes inputs.
         additions: What its layers may have besides grids and the profile's rotation.
+        scale_dtypes: Precisions of scales that it takes besides that of the profile's file.
     """
 
     name: str
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     additions: frozenset[Addition] = frozenset()
+    scale_dtypes: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Runtime:
@@ -36,11 +38,9 @@ class Runtime:
         Raises:
             ValueError: A key or a value that is not what this class says.
         """
-        unknown = set(data) - {"name", "weight_bits", "activation_bits", "additions"}
-        if unknown:
-            raise ValueError(
-                f"runtime has no {sorted(unknown)[0]!r}; it says name, weight_bits, activation_bits, additions"
-            )
+        keys = ("name", "weight_bits", "activation_bits", "additions", "scale_dtypes")
+        if unknown := sorted(set(data) - set(keys)):
+            raise ValueError(f"runtime has no {unknown[0]!r}; it says {', '.join(keys)}")
         additions = items(data.get("additions", []), "additions")
         if bad := [name for name in additions if name not in get_args(Addition)]:
             raise ValueError(f"additions={bad[0]!r} of runtime is unknown; use of {', '.join(get_args(Addition))}")
@@ -48,7 +48,8 @@ class Runtime:
             key: tuple(whole(bits, key, low=2, high=8) for bits in items(mapping(data, "runtime")[key], key))
             for key in ("weight_bits", "activation_bits")
         }
-        return cls(name=text(data["name"], "name"), additions=frozenset(additions), **widths)
+        dtypes = tuple(text(name, "scale_dtypes") for name in items(data.get("scale_dtypes", []), "scale_dtypes"))
+        return cls(name=text(data["name"], "name"), additions=frozenset(additions), scale_dtypes=dtypes, **widths)
 
     def has(self, weight_bits: int, activation_bits: int) -> bool:
         """Whether it runs these widths."""

@@ -53,6 +53,7 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
             "computes with rotation=('regular', 256, 64), not ('sylvester', 64)",
         ),
         ("profile=int8 bits=8 profile.activation.clip=true", "computes with activation.clip=False, not True; leave"),
+        ("profile=svdq_g64 bits=4 profile.weight.scale_dtype=float32", "weight.scale_dtype=bfloat16, not float32"),
         ("profile.rotation={kind:regular}", "rotation={'kind': 'regular'} is no size"),
         (
             "profile=int8 bits=4",
