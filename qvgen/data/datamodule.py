@@ -42,6 +42,10 @@ class StepKeyedData(lightning.LightningDataModule):
         )
         return DataLoader(self.split.samples, batch_sampler=sampler)
 
+
+class MeasuredData(StepKeyedData):
+    """The training data of a run that is measured while it trains."""
+
     def val_dataloader(self) -> DataLoader[Any]:
         """One batch, which stands for a whole measurement: its inputs are drawn once, before training."""
         return DataLoader([0], generator=torch.Generator())  # type: ignore[arg-type] # its own: the global one is left alone

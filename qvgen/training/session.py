@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.data.datamodule import StepKeyedData
+from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
@@ -173,7 +173,7 @@ def _fit(
         share_out=None if models is None else models.share_out_,
     )
     accumulate = steps.batch.num_micro_batches
-    data = StepKeyedData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
+    data = MeasuredData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
     if run.strategy.gradient_checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
     student.train()

@@ -25,7 +25,7 @@ from qvgen import stop_request
 from qvgen.cli import INTERRUPTED, TERMINATED, main
 from qvgen.config import TrainConfig
 from qvgen.config.sections import CheckpointConfig
-from qvgen.data.datamodule import StepKeyedData
+from qvgen.data.datamodule import MeasuredData
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.trainer import Processes, build_trainer, fit
@@ -96,7 +96,7 @@ class Session:
         trainer = build_trainer(
             steps=NUM_STEPS, accumulate=2, processes=Processes(), callbacks=callbacks, loggers=[], measured=True
         )
-        data = StepKeyedData(split, batch_size=4, accumulate=2, seed=config.seed)
+        data = MeasuredData(split, batch_size=4, accumulate=2, seed=config.seed)
         found = checkpoints(self.run_dir / "checkpoints")
         with stop_request.listening():
             fit(trainer, module, data, checkpoint=found[-1] if found else None)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qvgen.config.sections import CheckpointConfig
-from qvgen.data.datamodule import StepKeyedData
+from qvgen.data.datamodule import MeasuredData
 from qvgen.evaluation.validation_files import read_validation
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
@@ -68,7 +68,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
         loggers=[],
     )
     run_dir.mkdir(parents=True, exist_ok=True)
-    data = StepKeyedData(split, batch_size=4, accumulate=2, seed=config.seed)
+    data = MeasuredData(split, batch_size=4, accumulate=2, seed=config.seed)
     found = checkpoints(run_dir / "checkpoints")
     fit(trainer, module, data, checkpoint=found[-1] if found else None)
 

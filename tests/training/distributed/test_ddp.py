@@ -19,7 +19,8 @@ from tests.runs import SHORT, WATCHED, copy_until, packed_bytes, read_metrics, s
 from tests.training.validated import contents
 
 RELATIVE = 1e-5
-TWO = ("devices=2", "strategy=ddp", *WATCHED)
+UNWATCHED = ("devices=2", "strategy=ddp")
+TWO = (*UNWATCHED, *WATCHED)
 STEPS = 7
 OPTIONS = (
     f"steps={STEPS}",
@@ -88,7 +89,7 @@ def test_two_processes_continue_where_they_were_whatever_ranks_the_environment_h
 
 def test_two_processes_stop_together(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ("optim.learning_rate=1e30", "optim.warmup_share=0")
-    assert train(tmp_path / "run", *TWO, *options) == BAD_INPUT
+    assert train(tmp_path / "run", *UNWATCHED, *options) == BAD_INPUT
     lines = [line for line in capfd.readouterr().err.splitlines() if "qvgen train" in line or "Traceback" in line]
     assert len(lines) == 1
     assert "the loss is nan in optimizer step 1" in lines[0]
@@ -96,7 +97,7 @@ def test_two_processes_stop_together(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_ctrl_c_in_a_terminal_stops_all_processes_after_the_same_step(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    overrides = (*SHORT, *TWO, "steps=200", "checkpoint.keep=9", f"run_dir={run_dir}")
+    overrides = (*SHORT, *UNWATCHED, "steps=200", "checkpoint.keep=9", f"run_dir={run_dir}")
     command = [sys.executable, "-m", "qvgen.cli", "train", *overrides]
     with (
         log.open("wb") as file,
