@@ -161,9 +161,9 @@ class Manifest:
         if local := sorted(set(self.base_arguments) & set(LOCAL_ARGUMENTS)):
             raise ValueError(f"base arguments name {local[0]!r}, which is of one machine and for its user to say")
 
-    def to_json(self) -> bytes:
-        """The file's content."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content, in plain values."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "base": {
@@ -182,7 +182,10 @@ class Manifest:
             "training": self.training,
             "sha256": self.sha256,
         }
-        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, *, source: str) -> Manifest:
