@@ -146,6 +146,8 @@ def load_timed(
     clock = StageClock()
     directory = Path(directory)
     manifest = read_manifest(directory)
+    if not (directory / CONFIG_FILE).exists():
+        log.info("%s has no %s, which from_pretrained reads; qvgen.save_packed writes it", directory, CONFIG_FILE)
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     with file_checked(directory, manifest, clock), clock.stage("build"):
         if model is not None and plain_config(model) != manifest.transformer_config:

@@ -253,6 +253,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
+        if (directory / "config.json").is_file():
+            raise ValueError(
+                f"{directory} has a config.json and no {MANIFEST_FILE}: it was written by save_pretrained; load it by "
+                "the from_pretrained of its class in diffusers, and qvgen.save_packed writes a packed directory"
+            )
         raise ValueError(f"{path} is missing; give a packed directory, for example outputs/.../packed")
     return Manifest.from_json(read_bytes(path), source=str(path))
 
