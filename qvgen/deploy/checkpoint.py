@@ -30,12 +30,12 @@ from qvgen.deploy.manifest import (
 )
 from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
-from qvgen.deploy.packed_model import build_packed, check_values, put_packed_layers_
+from qvgen.deploy.packed_model import build_packed, check_bytes, check_values, put_packed_layers_
 from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, describe, index_json, plain_config
 from qvgen.deploy.quantizer import become_packed_
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.layers.layer_form import LayerForm
-from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from qvgen.layers.packed_linear import layer_spec
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 from qvgen_kernels import resolve_kernel
@@ -192,14 +192,7 @@ def check_packed(directory: Path | str) -> Manifest:
     with file_checked(directory, manifest, StageClock()):
         built = build_packed(directory, manifest, kernel="auto", empty=True)
     check_values(built, map_tensors(directory), source=directory / WEIGHTS_FILE)
-    for entry in manifest.layers:
-        layer = built.get_submodule(entry.name)
-        assert isinstance(layer, PackedLinear)
-        if layer.nbytes() != entry.nbytes:
-            raise ValueError(
-                f"{directory / MANIFEST_FILE}: the layer {entry.name!r} has {layer.nbytes()} bytes, not {entry.nbytes}; "
-                "export the checkpoint again"
-            )
+    check_bytes(built, manifest, source=directory / MANIFEST_FILE)
     return manifest
 
 

@@ -82,7 +82,7 @@ def model_card(manifest: Manifest, *, report: Mapping[str, Any] | None, reposito
     """The text of a model card, with the header that the hub reads.
 
     Args:
-        manifest: Of the packed model.
+        manifest: The packed model's.
         report: Content of the run's report.json; None: nothing was measured.
         repository: ORG/NAME on the hub.
         size: Bytes of the weights.

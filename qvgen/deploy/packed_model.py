@@ -58,6 +58,18 @@ def check_skipped(model: nn.Module, manifest: Manifest, *, source: Path) -> None
             raise ValueError(f"{source}: {name!r} is skipped and is {type(skipped).__name__}, no Linear; {DAMAGED}")
 
 
+def check_bytes(model: nn.Module, manifest: Manifest, *, source: Path) -> None:
+    """Raise ValueError for a packed layer whose tensors take other bytes than its manifest says."""
+    for entry in manifest.layers:
+        layer = model.get_submodule(entry.name)
+        assert isinstance(layer, PackedLinear)
+        if layer.nbytes() != entry.nbytes:
+            raise ValueError(
+                f"{source}: the layer {entry.name!r} has {layer.nbytes()} bytes, not {entry.nbytes}; export the checkpoint "
+                "again"
+            )
+
+
 def put_packed_layers_(model: nn.Module, manifest: Manifest, *, kernel: str, source: Path) -> None:
     """Replace Linears by the manifest's packed layers, their tensors on the meta device.
 

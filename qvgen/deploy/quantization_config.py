@@ -36,10 +36,9 @@ class QvgenConfig(QuantizationConfigMixin):  # type: ignore[misc] # diffusers ha
         exclude: Name patterns of those to leave alone.
         num_noise_bands: Equal bands of the timestep with clip factors of their own.
         manifest: The packed layers of a folder; diffusers gives it, nobody writes it by hand.
-        quant_method: Always "qvgen".
 
     Raises:
-        ValueError: Neither bits, nor a profile with bits, nor a manifest; or another method's name.
+        ValueError: Neither bits, nor a profile with bits, nor a manifest.
     """
 
     def __init__(
@@ -52,10 +51,7 @@ class QvgenConfig(QuantizationConfigMixin):  # type: ignore[misc] # diffusers ha
         exclude: Sequence[str] = (),
         num_noise_bands: int = 50,
         manifest: Mapping[str, Any] | None = None,
-        quant_method: str = METHOD,
     ) -> None:
-        if quant_method != METHOD:
-            raise ValueError(f"quant_method={quant_method!r} is not {METHOD!r}; leave it out")
         if manifest is None and bits is None and isinstance(profile, str):
             raise ValueError(
                 "QvgenConfig needs bits; write for example QvgenConfig(bits=4) or QvgenConfig(bits='w4a8')"
@@ -72,10 +68,13 @@ class QvgenConfig(QuantizationConfigMixin):  # type: ignore[misc] # diffusers ha
         Raises:
             ValueError: An unknown key, or what the class refuses.
         """
-        known = {"bits", "profile", "init", "include", "exclude", "num_noise_bands", "manifest", "quant_method"}
-        if unknown := sorted(map(str, set(config_dict) - known)):
+        values = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        known = {"bits", "profile", "init", "include", "exclude", "num_noise_bands", "manifest"}
+        if unknown := sorted(map(str, set(values) - known)):
             raise ValueError(f"quantization_config has {unknown[0]!r:.80}, which the method {METHOD!r} does not have")
-        config = cls(**config_dict)
+        if values.get("manifest") is None and values.get("bits") is None:
+            raise ValueError("quantization_config of config.json has no packed layers; export the checkpoint again")
+        config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,8 +98,8 @@ class QvgenConfig(QuantizationConfigMixin):  # type: ignore[misc] # diffusers ha
         return self  # nothing changes one; diffusers copies a model's configuration again and again
 
     def __repr__(self) -> str:
-        if self.manifest is not None:
-            return f"QvgenConfig({len(self.manifest.get('layers', ()))} packed layers)"
+        if isinstance(self.manifest, Mapping):  # which diffusers may print before anyone has checked it
+            return f"QvgenConfig(manifest={sorted(map(str, self.manifest))})"
         return f"QvgenConfig(bits={self.bits!r}, profile={self.profile!r}, init={self.init!r})"
 
 

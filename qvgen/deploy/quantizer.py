@@ -22,7 +22,7 @@ from qvgen.deploy.manifest import Manifest
 from qvgen.deploy.on_the_fly import OnTheFly, quantize_
 from qvgen.deploy.packed_file import TensorForm, read_header
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
-from qvgen.deploy.packed_model import check_range, check_skipped, check_tensors, put_packed_layers_
+from qvgen.deploy.packed_model import check_bytes, check_range, check_skipped, check_tensors, put_packed_layers_
 from qvgen.deploy.packed_record import (
     CONFIG_FILE,
     describe,
@@ -108,6 +108,7 @@ class QvgenQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers has 
         put_packed_layers_(model, manifest, kernel="auto", source=source)
         check_tensors(model, header, source=self._files[0])
         check_skipped(model, manifest, source=source)
+        check_bytes(model, manifest, source=source)
 
     @property
     def _source(self) -> Path:
