@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ import qvgen
 from qvgen.layers.swap import packed_layers
 from tests.deploy.test_packed_fusion import MODELS, call, make_fake
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -248,6 +252,22 @@ def test_whole_pipelines(name: str, tmp_path: Path) -> None:
         pipe.load_lora_weights(
             {"transformer.x.lora_A.weight": torch.ones(1, 1), "transformer.x.lora_B.weight": torch.ones(1, 1)}
         )
+
+
+def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)
+    make_wan_folder(tmp_path / "weights" / "wan")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "weights" / "wan" / "transformer")
+    qvgen.prepare(model, bits="w4a8", init="mse")
+    qvgen.fold(model)
+    qvgen.save_packed(model, tmp_path / "RUN" / "packed")
+    monkeypatch.chdir(tmp_path)
+    for block in (first, second):
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["pipe"].transformer.config["quantization_config"].quant_method == "qvgen"
+    packed = qvgen.load_packed("packed-mse").state_dict()
+    assert torch.equal(packed["blocks.0.attn1.to_q.codes"], model.state_dict()["blocks.0.attn1.to_q.codes"])
 
 
 def test_quantizing_on_the_fly(tmp_path: Path) -> None:
