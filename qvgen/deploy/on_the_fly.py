@@ -28,7 +28,7 @@ from qvgen.quant.grid import Profile
 
 @dataclass(frozen=True, kw_only=True)
 class OnTheFly:
-    """What a :class:`QvgenConfig` asks for, its names looked up.
+    """The request of a :class:`QvgenConfig`, with its names looked up.
 
     Attributes:
         profile: Grids.

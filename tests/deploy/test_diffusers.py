@@ -257,7 +257,7 @@ def test_whole_pipelines(name: str, tmp_path: Path) -> None:
 def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)
     make_wan_folder(tmp_path / "weights" / "wan")
-    model = WanTransformer3DModel.from_pretrained(tmp_path / "weights" / "wan" / "transformer")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "weights" / "wan" / "transformer", dtype=torch.bfloat16)
     qvgen.prepare(model, bits="w4a8", init="mse")
     qvgen.fold(model)
     qvgen.save_packed(model, tmp_path / "RUN" / "packed")
