@@ -6,23 +6,29 @@
     qvgen.save_packed(model, "packed")
     model = qvgen.load_packed("packed")                 # runs in its ordinary diffusers pipeline
 
-Names are loaded when they are first asked for, so that `import qvgen` costs nothing.
+    WanTransformer3DModel.from_pretrained("packed")     # as any other model of diffusers, once qvgen is imported
+
+Names are loaded when they are first asked for, so that `import qvgen` costs nothing; diffusers is told of the quantization
+method "qvgen" when it is imported itself.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qvgen.after_import import after_import
+
 if TYPE_CHECKING:
     from qvgen.api import PrepareOptions as PrepareOptions
+    from qvgen.api import fold as fold
     from qvgen.api import prepare as prepare
     from qvgen.deploy.checkpoint import load_packed as load_packed
     from qvgen.deploy.checkpoint import save_packed as save_packed
     from qvgen.deploy.manifest import Manifest as Manifest
+    from qvgen.deploy.quantization_config import QvgenConfig as QvgenConfig
     from qvgen.initializers.base import Initializer as Initializer
     from qvgen.initializers.base import LayerStatistics as LayerStatistics
     from qvgen.initializers.prepare import PrepareConfig as PrepareConfig
     from qvgen.layers.swap import SwapReport as SwapReport
-    from qvgen.layers.swap import fold as fold
     from qvgen.lowrank.decay import DecaySchedule as DecaySchedule
     from qvgen.methods.base import Method as Method
     from qvgen.methods.phi_decay import PhiDecay as PhiDecay
@@ -33,10 +39,11 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
     "prepare": "qvgen.api",
-    "fold": "qvgen.layers.swap",
+    "fold": "qvgen.api",
     "save_packed": "qvgen.deploy.checkpoint",
     "load_packed": "qvgen.deploy.checkpoint",
     "PrepareOptions": "qvgen.api",
+    "QvgenConfig": "qvgen.deploy.quantization_config",
     "PrepareConfig": "qvgen.initializers.prepare",
     "SwapReport": "qvgen.layers.swap",
     "Manifest": "qvgen.deploy.manifest",
@@ -50,6 +57,8 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+after_import("diffusers.quantizers.auto", then="qvgen.deploy.quantization_config")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@
     (10, ('proj_in', 'time_embed.emb.timestep_embedder.linear_1'))
 
 ``model`` is trained like any other module now: its quantized layers round weights and inputs in the forward pass and let
-gradients through. :func:`qvgen.layers.swap.fold` and :func:`qvgen.deploy.checkpoint.save_packed` end it.
+gradients through. :func:`fold` and :func:`qvgen.deploy.checkpoint.save_packed` end it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qvgen.config.bits import Bits
-from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.config.runtime_check import check_runtime
+from qvgen.deploy.on_the_fly import find_initializer, find_profile
+from qvgen.deploy.quantizer import say_packed_
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.initializers.base import Initializer, LayerStatistics
-from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.prepare import prepare as prepare_layers
-from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears
+from qvgen.layers.swap import SwapReport, block_patterns, packed_layers, quantized_layers, select_linears
+from qvgen.layers.swap import fold as fold_layers
 from qvgen.quant.grid import Profile
 
 
@@ -90,7 +90,7 @@ def prepare(
     if quantized_layers(model) or packed_layers(model):
         raise ValueError("the model is quantized already; prepare a full-precision one")
     options = options or PrepareOptions()
-    initializer, grids = _initializer(init), _profile(profile, bits)
+    initializer, grids = find_initializer(init), find_profile(profile, bits)
     check_runtime(grids, additions=sorted(getattr(initializer, "additions", ())), init=str(init))
     patterns = block_patterns(model) if options.include is None else tuple(options.include)
     chosen = PrepareConfig(
@@ -100,27 +100,6 @@ def prepare(
     if initializer.needs:
         chosen = replace(chosen, statistics=_collect(model, chosen, calibrate, init=init))
     return prepare_layers(model, chosen)
-
-
-def block_patterns(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the Linears in a model's repeated blocks; of all Linears where it has none.
-
-    Embeddings of timesteps and captions and the projections at both ends are few, small and sensitive: they stay as they are.
-    """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    held = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
-    return tuple(f"{name}.*" for name in held) or ("*",)
-
-
-def _initializer(init: str | Initializer) -> Initializer:
-    initializer: Initializer = load_leaf("init", init) if isinstance(init, str) else init
-    if isinstance(initializer, BitBudget):
-        raise ValueError(
-            f"init={init} chooses the bits of each layer in a whole run; use qvgen ptq or qvgen train for it"
-        )
-    return initializer
 
 
 def _collect(
@@ -144,12 +123,23 @@ def _collect(
     return collected.statistics
 
 
-def _profile(profile: str | Profile, bits: int | str | None) -> Profile:
-    if isinstance(profile, Profile):
-        if bits is not None:
-            raise ValueError(f"bits={bits} beside a Profile, which has its own; leave bits out")
-        return profile
-    if bits is None:
-        raise ValueError(f"profile={profile!r} needs bits; write for example bits=4 or bits='w4a8'")
-    grids: Profile = load_profile(profile, Bits.parse(bits))
-    return grids
+def fold(model: nn.Module, *, kernel: str = "auto") -> int:
+    """Replace every fake-quantized layer by its packed one, in place; a model without any is left as it is.
+
+    The folded model is one that diffusers calls quantized: its ``save_pretrained`` writes what ``from_pretrained`` loads.
+
+    Args:
+        model: What :func:`prepare` made, trained or not.
+        kernel: Backend that runs the packed layers; a name never falls back to another one.
+
+    Returns:
+        The number of layers that were folded.
+
+    Raises:
+        ValueError: Names the first layer whose Phi still has rank, or the first tensor of the model, quantized or not, that
+            is not finite; nothing is changed then.
+    """
+    folded = fold_layers(model, kernel=kernel)
+    if folded:
+        say_packed_(model)
+    return folded

@@ -20,21 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvgen import stop_request
-from qvgen.deploy.delta_switch import check_switch, find_switch
+from qvgen.deploy.delta_switch import check_switch
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     Manifest,
     file_sha256,
-    layer_entry,
     read_manifest,
 )
 from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
-from qvgen.deploy.packed_model import build_packed, check_values, put_packed_layers_
+from qvgen.deploy.packed_model import build_packed, check_bytes, check_values, put_packed_layers_
+from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, describe, index_json, plain_config
+from qvgen.deploy.quantizer import become_packed_
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.layers.layer_form import LayerForm
-from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from qvgen.layers.packed_linear import layer_spec
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 from qvgen_kernels import resolve_kernel
@@ -71,58 +72,51 @@ def save_packed(
         ValueError: The model has layers that are not folded, or none that are, is of an unsupported class, or has a tensor
             whose values are not finite or not in its range; nothing is written then.
     """
-    packed = _check_folded(model)
+    _check_folded(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     check_values(model, tensors, source=directory / WEIGHTS_FILE)
-    band, switch = next(iter(packed.values())).noise_band, find_switch(model)
     record = partial(
-        Manifest,
+        describe,
+        model,
         base_name=base_name,
         base_revision=base_revision,
-        base_arguments=dict(base_arguments or {}),
-        transformer=type(model).__name__,
-        transformer_config=_plain_config(model),
-        num_noise_bands=band.num_bands,
-        timesteps=band.timesteps,
-        strict_timesteps=band.strict,
-        activation_switch=None if switch is None else switch.config,
-        layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
-        skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
-        training=dict(training or {}),
+        base_arguments=base_arguments,
+        training=training,
     )
-    return _write_pair(directory, tensors, record)
+    return _write_files(directory, tensors, record)
 
 
-def _write_pair(directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest]) -> Manifest:
-    """Write weights and the manifest that ``record`` makes of their sha256; a request to stop ends the writing of weights."""
+def _write_files(directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest]) -> Manifest:
+    """Write weights and what ``record`` makes of their sha256; a request to stop ends the writing of weights."""
     manifests: list[Manifest] = []
-    with ExitStack() as pair:
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    with ExitStack() as together:
 
         def write(temporary: Path) -> None:
             save_file(tensors, temporary)
             manifests.append(record(sha256=file_sha256(temporary)))
-            pair.enter_context(stop_request.undivided())
+            together.enter_context(stop_request.undivided())
 
         atomic_write(directory / WEIGHTS_FILE, write)
+        atomic_write(directory / CONFIG_FILE, config_json(manifests[0]))
+        atomic_write(directory / INDEX_FILE, index_json(sizes, file=WEIGHTS_FILE))
         atomic_write(directory / MANIFEST_FILE, manifests[0].to_json())
     return manifests[0]
 
 
-def _check_folded(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model that can be written; raises ValueError for any other."""
+def _check_folded(model: nn.Module) -> None:
+    """Raise ValueError for a model that can't be written."""
     if unfolded := quantized_layers(model):
         raise ValueError(
             f"{next(iter(unfolded))} and {len(unfolded) - 1} other layers are not folded; fold the model first"
         )
-    packed = packed_layers(model)
     name = type(model).__name__
-    if not packed:
+    if not packed_layers(model):
         raise ValueError(f"{name} has no packed layer; prepare, train and fold it first")
     check_can_save(model)
     check_switch(model)
-    return packed
 
 
 def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: str = "auto") -> nn.Module:
@@ -152,9 +146,11 @@ def load_timed(
     clock = StageClock()
     directory = Path(directory)
     manifest = read_manifest(directory)
+    if not (directory / CONFIG_FILE).exists():
+        log.info("%s has no %s, which from_pretrained reads; qvgen.save_packed writes it", directory, CONFIG_FILE)
     device = torch.device("cpu") if model is None else next(model.parameters()).device
     with file_checked(directory, manifest, clock), clock.stage("build"):
-        if model is not None and _plain_config(model) != manifest.transformer_config:
+        if model is not None and plain_config(model) != manifest.transformer_config:
             raise ValueError(
                 f"the model that was given has another configuration than {directory / MANIFEST_FILE} says"
             )
@@ -172,6 +168,7 @@ def load_timed(
     fused = fuse_packed_(model)
     with clock.stage("prepack", all_threads=True):
         names = prepack_(model)
+    become_packed_(model, manifest)
     seconds = clock.seconds()
     log.info(
         "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated; %.1f s",
@@ -195,14 +192,7 @@ def check_packed(directory: Path | str) -> Manifest:
     with file_checked(directory, manifest, StageClock()):
         built = build_packed(directory, manifest, kernel="auto", empty=True)
     check_values(built, map_tensors(directory), source=directory / WEIGHTS_FILE)
-    for entry in manifest.layers:
-        layer = built.get_submodule(entry.name)
-        assert isinstance(layer, PackedLinear)
-        if layer.nbytes() != entry.nbytes:
-            raise ValueError(
-                f"{directory / MANIFEST_FILE}: the layer {entry.name!r} has {layer.nbytes()} bytes, not {entry.nbytes}; "
-                "export the checkpoint again"
-            )
+    check_bytes(built, manifest, source=directory / MANIFEST_FILE)
     return manifest
 
 
@@ -223,13 +213,3 @@ def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None
         for widths in product(form.weight_widths, form.activation_widths):
             spec = layer_spec(form, in_features=layer.in_features, out_features=layer.out_features, widths=widths)
             resolve_kernel(kernel, spec, device=device)
-
-
-def _plain_config(model: nn.Module) -> dict[str, Any]:
-    """The transformer's own arguments; diffusers' private entries (leading underscore) say where it came from."""
-    config = dict(getattr(model, "config", {}))
-    return {key: _plain(value) for key, value in config.items() if not key.startswith("_")}
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

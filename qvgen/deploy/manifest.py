@@ -161,9 +161,9 @@ class Manifest:
         if local := sorted(set(self.base_arguments) & set(LOCAL_ARGUMENTS)):
             raise ValueError(f"base arguments name {local[0]!r}, which is of one machine and for its user to say")
 
-    def to_json(self) -> bytes:
-        """The file's content."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content, in plain values."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "base": {
@@ -182,7 +182,10 @@ class Manifest:
             "training": self.training,
             "sha256": self.sha256,
         }
-        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, *, source: str) -> Manifest:
@@ -250,6 +253,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
+        if (directory / "config.json").is_file():
+            raise ValueError(
+                f"{directory} has a config.json and no {MANIFEST_FILE}: it was written by save_pretrained; load it by "
+                "the from_pretrained of its class in diffusers, and qvgen.save_packed writes a packed directory"
+            )
         raise ValueError(f"{path} is missing; give a packed directory, for example outputs/.../packed")
     return Manifest.from_json(read_bytes(path), source=str(path))
 

@@ -73,6 +73,9 @@ class MergedPackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype."""
+        if any(hasattr(part, "_hf_hook") for part in self.parts):
+            # accelerate's offloading brings a part's tensors when that part is called, and only then.
+            return torch.cat([part(x) for part in self.parts], dim=-1)
         if self._prepacked is None or (not torch.compiler.is_compiling() and self._source != self._identity()):
             self.prepack_()
         assert self._prepacked is not None

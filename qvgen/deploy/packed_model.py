@@ -5,6 +5,7 @@ It is built once its manifest is known to fit the file that lies beside it (:mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,11 +46,28 @@ def build_packed(directory: Path, manifest: Manifest, *, kernel: str, empty: boo
     check_sizes(manifest, header, source=source, weights=weights)
     model = instantiate(manifest, manifest.transformer_config, source=source, empty=empty)
     put_packed_layers_(model, manifest, kernel=kernel, source=source)
-    _check_tensors(model, header, source=weights)
+    check_tensors(model, header, source=weights)
+    check_skipped(model, manifest, source=source)
+    return model
+
+
+def check_skipped(model: nn.Module, manifest: Manifest, *, source: Path) -> None:
+    """Raise ValueError unless the layers that a manifest calls skipped are Linears of the model."""
     for name in manifest.skipped:
         if type(skipped := dict(model.named_modules()).get(name)) is not nn.Linear:
             raise ValueError(f"{source}: {name!r} is skipped and is {type(skipped).__name__}, no Linear; {DAMAGED}")
-    return model
+
+
+def check_bytes(model: nn.Module, manifest: Manifest, *, source: Path) -> None:
+    """Raise ValueError for a packed layer whose tensors take other bytes than its manifest says."""
+    for entry in manifest.layers:
+        layer = model.get_submodule(entry.name)
+        assert isinstance(layer, PackedLinear)
+        if layer.nbytes() != entry.nbytes:
+            raise ValueError(
+                f"{source}: the layer {entry.name!r} has {layer.nbytes()} bytes, not {entry.nbytes}; export the checkpoint "
+                "again"
+            )
 
 
 def put_packed_layers_(model: nn.Module, manifest: Manifest, *, kernel: str, source: Path) -> None:
@@ -86,17 +104,30 @@ def check_values(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Pat
     """
     check_finite(tensors.items(), source=str(source), remedy=DAMAGED)
     for prefix, module in model.named_modules():
-        if not isinstance(module, PackedWeight):
-            continue
-        for name, (low, high) in module.value_ranges().items():
-            values = tensors[f"{prefix}.{name}"]
-            values = values.abs() if name == "input_scale" else values  # it may hold a rotation's signs
-            lowest, highest = (float(bound) for bound in torch.aminmax(values))
-            if lowest < low or highest > high:
-                raise ValueError(
-                    f"{source}: '{prefix}.{name}' holds values from {lowest:g} to {highest:g}, which must be in "
-                    f"{low:g}..{high:g}; {DAMAGED}"
-                )
+        for name in module.value_ranges() if isinstance(module, PackedWeight) else ():
+            check_range(module, name, tensors[f"{prefix}.{name}"], shown=f"{prefix}.{name}", source=source)
+
+
+def check_range(module: PackedWeight, name: str, values: Tensor, *, shown: str, source: Path) -> None:
+    """Raise ValueError where a tensor of a packed layer holds values that can't mean anything.
+
+    Args:
+        module: The layer, or the codes of one of its widths.
+        name: The tensor's name in it; one that may hold any values is accepted.
+        values: Its values.
+        shown: Its name in the model, for the message.
+        source: Where it comes from or goes to.
+    """
+    low, high = module.value_ranges().get(name, (-math.inf, math.inf))
+    if values.is_meta or not values.numel() or (low, high) == (-math.inf, math.inf):
+        return
+    values = values.abs() if name == "input_scale" else values  # it may hold a rotation's signs
+    lowest, highest = (float(bound) for bound in torch.aminmax(values))
+    if lowest < low or highest > high:
+        raise ValueError(
+            f"{source}: '{shown}' holds values from {lowest:g} to {highest:g}, which must be in {low:g}..{high:g}; "
+            f"{DAMAGED}"
+        )
 
 
 def _swap(model: nn.Module, entry: LayerEntry, *, band: NoiseBand, kernel: str, source: Path) -> None:
@@ -117,7 +148,7 @@ def _swap(model: nn.Module, entry: LayerEntry, *, band: NoiseBand, kernel: str, 
     model.set_submodule(entry.name, packed)
 
 
-def _check_tensors(model: nn.Module, header: Mapping[str, TensorForm], *, source: Path) -> None:
+def check_tensors(model: nn.Module, header: Mapping[str, TensorForm], *, source: Path) -> None:
     """Raise ValueError for the first tensor that is missing, too much, or of the wrong shape or type."""
     expected = model.state_dict()
     for name, value in expected.items():

@@ -249,9 +249,14 @@ class PackedLinear(PackedWeight):
     def _product(
         self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths, tail: Sequence[Tensor | None]
     ) -> Tensor:
-        if widths not in self._prepacked:
+        ready = self._prepacked.get(widths)
+        if (
+            ready is None or ready[2][0].device != self.codes.device
+        ):  # offloading moves tensors without telling the module
             self.prepack_(widths)
         kernel, spec, weight = self._prepacked[widths]
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            self._prepacked = {}  # accelerate takes the codes away after each call; this copy goes with them
         gate, residual = (None if value is None else value.flatten(0, -2) for value in tail)
         tensors = self.call_tensors(params, bias=self.bias)._replace(gate=gate, residual=residual)
         return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)

@@ -65,6 +65,18 @@ def select_linears(model: nn.Module, *, include: Sequence[str], exclude: Sequenc
     return report
 
 
+def block_patterns(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the Linears in a model's repeated blocks; of all Linears where it has none.
+
+    Embeddings of timesteps and captions and the projections at both ends are few, small and sensitive: they stay as they are.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    held = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
+    return tuple(f"{name}.*" for name in held) or ("*",)
+
+
 def _refuse_tied(model: nn.Module) -> None:
     """A Linear with two names would be swapped under one of them and stay in full precision under the other."""
     first: dict[int, str] = {}

@@ -2,7 +2,8 @@
 
 The manifest of a real packed directory is walked, and each of its values, keys and lists is replaced in turn; layers are
 alike, so one of them stands for all. Time and memory are bounded in a process of its own: its address space is limited, so
-that whoever allocates what a number asks for ends in a MemoryError, which is no ValueError.
+that whoever allocates what a number asks for ends in a MemoryError, which is no ValueError. Some of them are given to
+diffusers' from_pretrained too, which must refuse and accept the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import WanTransformer3DModel
 
+import qvgen.deploy.quantizer  # noqa: F401 - before the address space is limited
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
@@ -97,6 +100,21 @@ def verdict(folder: Path, text: str) -> str:
     return ""
 
 
+def diffusers_verdict(folder: Path, text: str) -> str:
+    """The same of diffusers' loader, which finds the manifest in config.json, without what stands elsewhere in that file."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": "@@here@@"}
+    described = f'{{"quant_method": "qvgen", "manifest": {text}}}'
+    file.write_text(json.dumps(config).replace('"@@here@@"', described))
+    try:
+        WanTransformer3DModel.from_pretrained(folder)
+    except ValueError as error:
+        return str(error)
+    finally:
+        file.write_text(json.dumps(config))
+    return ""
+
+
 def main_program(folder: Path) -> None:
     """Try every variant; print what is wrong with a verdict."""
     import resource
@@ -113,6 +131,13 @@ def main_program(folder: Path) -> None:
             sys.stdout.write(f"{what}: {message}\n")
         if not message and (wrong := accepted_wrongly(json.loads(text), manifest)):
             sys.stdout.write(f"{what}: accepted with {wrong}\n")
+        if count % 6 or what.removeprefix("without ").startswith(("base.config", "sha256")):
+            continue
+        by_diffusers = diffusers_verdict(folder, text)
+        if not message and by_diffusers:
+            sys.stdout.write(f"{what}: refused by diffusers alone: {by_diffusers}\n")
+        if message and not by_diffusers:
+            sys.stdout.write(f"{what}: accepted by diffusers alone\n")
     sys.stdout.write(f"tried {count}\n")
 
 
