@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qvgen.config.leaf_file import foreign_targets
@@ -38,10 +39,14 @@ def sources_of(leaf: object) -> dict[str, str]:
     return {} if name in OWN_PACKAGES else {name: _checksum(name)}
 
 
-@cache
 def _checksum(name: str) -> str:
-    """Of a top-level package or module: once in a process, which does not load again what is edited meanwhile."""
-    module = sys.modules[name]
+    """The checksum of a top-level package or module that is imported."""
+    return _module_checksum(sys.modules[name])
+
+
+@cache
+def _module_checksum(module: ModuleType) -> str:
+    """The checksum of a module: taken once, since a process does not load again what is edited meanwhile."""
     if not hasattr(module, "__path__"):
         return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
     return sources_checksum({f"{name}/{index}": Path(folder) for index, folder in enumerate(module.__path__)})

@@ -235,7 +235,7 @@ def test_a_run_of_the_users_own_classes(mine: Path, capsys: pytest.CaptureFixtur
     there = json.loads((again / "identity.json").read_text())["facts"]["code.mine"]
     with (mine / "mine" / "leaves.py").open("a") as file:
         file.write("# another line\n")
-    source_checksum._checksum.cache_clear()  # as in another process
+    source_checksum._module_checksum.cache_clear()  # as in another process
     here = f"source {source_checksum._checksum('mine')[:12]}"
     before = snapshot(again)
     capsys.readouterr()
