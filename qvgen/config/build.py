@@ -23,6 +23,7 @@ from qvgen.config.verb_schema import (
     AssetsConfig,
     BenchmarkConfig,
     CompareConfig,
+    ExportConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
@@ -33,6 +34,7 @@ VerbConfig = (
     AssetsConfig
     | BenchmarkConfig
     | CompareConfig
+    | ExportConfig
     | TrainConfig
     | FoldConfig
     | GenerateConfig
@@ -43,6 +45,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
+    "export": ExportConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
@@ -106,7 +109,7 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     config = check(verb, plain)
     trusted = targets_below(plain) if trusted is None else trusted
     _check_kernel(plain, trusted=trusted)
-    if isinstance(config, PrecomputeConfig):
+    if isinstance(config, PrecomputeConfig | ExportConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
         return _with_one_bits(_with_named(build_leaves(config, trusted=trusted), trusted=trusted))

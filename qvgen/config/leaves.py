@@ -22,7 +22,7 @@ from qvgen.config.leaf_class import check_made, find_class
 from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import PrecomputeConfig
+from qvgen.config.verb_schema import ExportConfig, PrecomputeConfig
 from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
 __all__ = [
@@ -44,6 +44,7 @@ LEAF_GROUPS: Mapping[str, str] = {
     "method": "qvgen.methods.base.Method",
     "init": "qvgen.initializers.base.Initializer",
     "data": "qvgen.data.source.DataSource",
+    "export": "qvgen.deploy.exporters.base.Exporter",
 }
 """Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
 
@@ -109,7 +110,7 @@ def load_profile(name: str, bits: Bits) -> Any:
     return build_leaf(changed, key="profile", trusted=users_targets("profile", name))
 
 
-Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig)
+Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig | ExportConfig)
 
 
 def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:
