@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from qvgen.errors import UserError
 
 OriginalNames = Sequence[tuple[str, str]]
-"""(regular expression, replacement), applied in order to the name of a module, or of a parameter that is no weight or bias."""
+"""(regular expression, replacement), applied in order to the name of a module, or of a parameter of no module of its own."""
 
 WAN_ORIGINAL_NAMES: OriginalNames = (
     (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),

@@ -48,7 +48,8 @@ class Comfy:
     profiles: ClassVar[tuple[str, ...]] = ("convrot",)
     needs_original_names: ClassVar[bool] = True
     bound: ClassVar[str] = (
-        "A GPU adds up the rotation in another order and rounds outputs to the model's own precision."
+        "A GPU adds up the rotation in another order, with inputs of 8 bits multiplies the two scales first (a last bit of "
+        "float32), and rounds outputs to the model's precision."
     )
     scheme: ClassVar[RowScheme] = RowScheme(weight_bits=4, activation_bits=(4, 8), rotations=(256, 64, 16))
 

@@ -8,7 +8,8 @@
 
     y = float32(sum q_x q_w) s_x s_w + bias,   q_x of 8 bits per token by a division
 
-:mod:`qvgen.deploy.exporters.row_scheme` has the arithmetic. Names are the original code's, without a prefix. It runs on every GPU with 8-bit tensor cores.
+:mod:`qvgen.deploy.exporters.row_scheme` has the arithmetic. Names are the original code's, without a prefix. It runs on
+every GPU with 8-bit tensor cores.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Int8:
     runtime: ClassVar[str] = "ComfyUI (comfy-kitchen, int8_tensorwise) and LightX2V"
     profiles: ClassVar[tuple[str, ...]] = ("int8", "w4a8_row")
     needs_original_names: ClassVar[bool] = True
-    bound: ClassVar[str] = "A GPU rounds outputs to the model's own precision."
+    bound: ClassVar[str] = (
+        "Runtimes multiply the two scales in an order of their own (a last bit of float32) and round outputs to the model's "
+        "precision."
+    )
     scheme: ClassVar[RowScheme] = RowScheme(
         weight_bits=8, activation_bits=(ACTIVATION_BITS,), rotations=(0, 256, 64, 16)
     )
