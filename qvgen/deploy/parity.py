@@ -9,7 +9,7 @@ Where biases and other weights are rounded to the target's precision, layers are
 rounded alike: what a target's arithmetic changes and what that rounding changes are two numbers.
 
 The packed model is the fake-quantized one of the training (the fold and every load are held to its codes). Classes without
-fixed inputs (:mod:`qvgen.models.fixed_inputs`) are compared layer by layer on normal inputs with one loud channel.
+fixed inputs (:mod:`qvgen.deploy.fixed_inputs`) are compared layer by layer on normal inputs with one loud channel.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from qvgen.deploy.exported_model import PackedSource, open_packed
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, cast
+from qvgen.deploy.fixed_inputs import SEED, fixed_inputs
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.fixed_inputs import SEED, fixed_inputs
 
 TIMESTEP = 500.0
 WATCHED_ROWS = 128

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.exporters.plain_weight import plain_weight
+from qvgen.deploy.fixed_inputs import fixed_inputs
 from qvgen.deploy.manifest import file_sha256
 from qvgen.layers.swap import packed_layers
-from qvgen.models.fixed_inputs import fixed_inputs
 from tests.deploy.exporters.packed_models import save, svdquant, tiny_cogvideox, tiny_wan
 from tests.runs import snapshot
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import qvgen
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.deploy.fixed_inputs import fixed_inputs
 from qvgen.initializers.mse import MeanSquaredError
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.fixed_inputs import fixed_inputs
 
 
 def tiny_wan() -> nn.Module:
