@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.bits import Bits
+from qvgen.config.export_schema import ExportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaves
 from qvgen.config.named_leaves import build_named, split_logger
@@ -23,7 +24,6 @@ from qvgen.config.verb_schema import (
     AssetsConfig,
     BenchmarkConfig,
     CompareConfig,
-    ExportConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory
+from qvgen.config.export_schema import ExportConfig
 from qvgen.config.leaf_class import check_made, find_class
 from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import ExportConfig, PrecomputeConfig
+from qvgen.config.verb_schema import PrecomputeConfig
 from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
 __all__ = [

@@ -41,7 +41,7 @@ class PackedSource:
 
     @property
     def layers(self) -> dict[str, PackedLinear]:
-        """Its packed layers, in the model's order."""
+        """The packed layers, in the model's order."""
         found = {entry.name: self.model.get_submodule(entry.name) for entry in self.manifest.layers}
         return {name: layer for name, layer in found.items() if isinstance(layer, PackedLinear)}
 

@@ -1,4 +1,4 @@
-"""What targets with one scale per output row and per token share: whether a layer fits, its codes, and the product.
+"""The common part of targets with one scale per output row and per token: whether a layer fits, its codes, the product.
 
     s_x = max(max|H x|, 1e-10) / qmax,   q_x = rne(H x / s_x),   y = float32(sum q_x q_w) s_x s_w + bias
 
@@ -39,7 +39,7 @@ class RowWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class RowScheme:
-    """What a row target can carry.
+    """The layers that a row target can carry.
 
     Attributes:
         weight_bits: Most bits of a weight's code.
@@ -105,7 +105,7 @@ class RowScheme:
 
 
 def extra_reasons(layer: PackedLinear) -> dict[str, bool]:
-    """What a layer may have besides grids and rotation, and whether it does."""
+    """Additions that a layer may have besides grids and rotation, and whether it does."""
     return {
         "inputs multiplied by a smoothing vector": layer.form.input_scale,
         "a low-rank branch": layer.form.branch_rank > 0,
