@@ -20,10 +20,10 @@ NUM_TEXT_TOKENS = 8
 
 
 def fixed_inputs(transformer: nn.Module, *, timestep: float) -> dict[str, Tensor] | None:
-    """Arguments of a call of the transformer, float32; None for a class that is not known here.
+    """Make the arguments of a call, float32; None for a transformer that is not of a kind that is known here.
 
     Args:
-        transformer: Of diffusers, with its ``config``.
+        transformer: One of diffusers, with its ``config``.
         timestep: In [0, 1000].
     """
     make = _INPUTS.get(type(transformer).__name__)
@@ -31,9 +31,9 @@ def fixed_inputs(transformer: nn.Module, *, timestep: float) -> dict[str, Tensor
     return None if make is None else make(config, timestep, torch.Generator().manual_seed(SEED))
 
 
-def _wan(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+def _wan(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor] | None:
     if config.get("image_dim") is not None:  # image to video needs an image's embedding, which no family here has
-        raise ValueError("fixed inputs are those of text to video; this transformer takes an image's embedding")
+        return None
     sizes = [count * size for count, size in zip(NUM_PATCHES, config["patch_size"], strict=True)]
     return {
         "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
@@ -53,7 +53,7 @@ def _cogvideox(config: Mapping[str, Any], timestep: float, generator: torch.Gene
     }
 
 
-_INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor]]] = {
+_INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor] | None]] = {
     "WanTransformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file
 
@@ -254,13 +254,30 @@ def test_a_target_is_chosen_and_named(convrot: Path, tmp_path: Path, capsys: pyt
         assert message in capsys.readouterr().err
 
 
+def test_a_class_without_fixed_inputs_is_compared_by_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64,
+        num_layers=1, caption_channels=64,
+    )  # fmt: skip
+    packed = save(model, tmp_path / "packed", profile="svdq_g64", bits="w4a4", name="")
+    assert export(packed, tmp_path / "out", "target=cache_dit") == DONE
+    content = parity(tmp_path / "out")
+    assert content["model"] is None
+    assert content["exact"] is True
+    assert len(content["layers"]) == 10
+    assert "no fixed inputs are known for LTXVideoTransformer3DModel" in (tmp_path / "out" / "parity.html").read_text()
+
+
 def test_a_target_of_ones_own(convrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "my_target.py").write_text(
         "from qvgen.deploy.exporters.bf16 import Bf16\n"
         "class Mine(Bf16):\n    runtime = 'my own'\n"
     )  # fmt: skip
     (tmp_path / "conf" / "export").mkdir(parents=True)
-    (tmp_path / "conf" / "export" / "mine.yaml").write_text("_target_: mine.Mine\ndtype: float16\nlayout: diffusers\n")
+    (tmp_path / "conf" / "export" / "mine.yaml").write_text(
+        "_target_: my_target.Mine\ndtype: float16\nlayout: diffusers\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert export(convrot, tmp_path / "out", "--config-dir", str(tmp_path / "conf"), "target=mine") == DONE
