@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.bits import Bits
+from qvgen.config.export_schema import ExportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaves
 from qvgen.config.named_leaves import build_named, split_logger
@@ -33,6 +34,7 @@ VerbConfig = (
     AssetsConfig
     | BenchmarkConfig
     | CompareConfig
+    | ExportConfig
     | TrainConfig
     | FoldConfig
     | GenerateConfig
@@ -43,6 +45,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
+    "export": ExportConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
@@ -106,7 +109,7 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     config = check(verb, plain)
     trusted = targets_below(plain) if trusted is None else trusted
     _check_kernel(plain, trusted=trusted)
-    if isinstance(config, PrecomputeConfig):
+    if isinstance(config, PrecomputeConfig | ExportConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
         return _with_one_bits(_with_named(build_leaves(config, trusted=trusted), trusted=trusted))

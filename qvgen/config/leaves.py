@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory
+from qvgen.config.export_schema import ExportConfig
 from qvgen.config.leaf_class import check_made, find_class
 from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
@@ -44,6 +45,7 @@ LEAF_GROUPS: Mapping[str, str] = {
     "method": "qvgen.methods.base.Method",
     "init": "qvgen.initializers.base.Initializer",
     "data": "qvgen.data.source.DataSource",
+    "export": "qvgen.deploy.exporters.base.Exporter",
 }
 """Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
 
@@ -109,7 +111,7 @@ def load_profile(name: str, bits: Bits) -> Any:
     return build_leaf(changed, key="profile", trusted=users_targets("profile", name))
 
 
-Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig)
+Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig | ExportConfig)
 
 
 def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:

@@ -1,4 +1,4 @@
-"""Words of a command line that stand for a key: `qvgen benchmark ptq`, `qvgen compare RUN...`."""
+"""Words of a command line that stand for a key: `qvgen benchmark ptq`, `qvgen compare RUN...`, `qvgen export target=NAME`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def name_positionals(verb: str, arguments: Sequence[str]) -> list[str]:
     ['what=ptq', 'videos=2']
     >>> name_positionals("compare", ["outputs/a", "it's b", "out=page"])
     ["runs=['outputs/a','it\\'s b']", 'out=page']
+    >>> name_positionals("export", ["packed=run/packed", "target=comfy"])
+    ['packed=run/packed', 'export=comfy']
     """
+    if verb == "export":  # the group has the name of the verb, as every group has that of its folder in conf/
+        return [re.sub(r"^target=", "export=", word) for word in arguments]
     if verb == "benchmark" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         return [f"what={arguments[0]}", *arguments[1:]]
     if verb != "compare":

@@ -52,7 +52,8 @@ class Objective(Protocol):
 class VideoDiT(Protocol):
     """A family of video diffusion transformers.
 
-    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`.
+    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; and ``original_names``, by which
+    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`.
 
     Attributes:
         name: Name as in ``model=NAME`` and in a packed model's manifest.

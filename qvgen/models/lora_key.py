@@ -23,6 +23,8 @@ from typing import Literal
 
 from torch import nn
 
+from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_module_name
+
 Kind = Literal["down", "up", "bias", "alpha", "diff", "diff_b", "diff_m"]
 
 _KIND = re.compile(
@@ -36,25 +38,6 @@ _PREFIXES = (
 )  # fmt: skip
 _SECOND = ("transformer_2.", "pipe.dit2.")
 """Prefixes of Wan2.2's low-noise transformer."""
-
-_WAN_NAMES = (
-    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
-    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
-    (r"^condition_embedder\.time_proj", "time_projection.1"),
-    (r"^proj_out", "head.head"),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_([qkv])$", r".\1"),
-    (r"\.to_out\.0$", ".o"),
-    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"),
-    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
-)
-"""Names of diffusers' WanTransformer3DModel -> those of Wan's own code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +103,7 @@ class LayerNames:
 
 def _aliases(name: str) -> set[str]:
     """A name, the original code's name of it, and both with _ for dots."""
-    original = name
-    for pattern, replacement in _WAN_NAMES:
-        original = re.sub(pattern, replacement, original)
+    original = original_module_name(name, WAN_ORIGINAL_NAMES)
     return {alias for dotted in (name, original) for alias in (dotted, dotted.replace(".", "_"))}
 
 

@@ -27,6 +27,7 @@ from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
+from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
@@ -78,6 +79,7 @@ class TinyVideoDiT:
         "ffn": ("blocks.*.ffn.*",),
     }
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
+    original_names: ClassVar[OriginalNames] = WAN_ORIGINAL_NAMES
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.guidance import SHIFT, require_number
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
+from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 
@@ -53,6 +54,7 @@ class WanFamily(PipelineFamily):
         "ffn": ("blocks.*.ffn.*",),
     }
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
+    original_names: ClassVar[OriginalNames] = WAN_ORIGINAL_NAMES
 
     def __post_init__(self) -> None:
         super().__post_init__()

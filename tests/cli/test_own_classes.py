@@ -32,6 +32,7 @@ from tests.runs import UNSEEN, copy_until, packed_bytes, snapshot, train
 SOURCE = """
 from pathlib import Path
 from qvgen.data.moving_digits import MovingDigitsSource
+from qvgen.deploy.exporters.bf16 import Bf16
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.methods.lsq import LSQ
 from qvgen.models.tiny import TinyVideoDiT
@@ -51,6 +52,9 @@ class Model(TinyVideoDiT):
     pass
 
 class Data(MovingDigitsSource):
+    pass
+
+class Target(Bf16):
     pass
 
 class Fast(ReferenceBackend):
@@ -96,7 +100,7 @@ def was_imported(folder: Path) -> bool:
     return (folder / "mine" / "imported").exists()
 
 
-@pytest.mark.parametrize("group", LEAF_GROUPS)
+@pytest.mark.parametrize("group", sorted(set(LEAF_GROUPS) - {"export"}))
 def test_a_class_on_the_command_line_is_followed_in_every_group(group: str, mine: Path) -> None:
     words = ["method=lsq", f"{group}._target_=mine.leaves.{LEAVES[group]}"]
     config = build("train", compose_plain("train", words))
@@ -104,6 +108,13 @@ def test_a_class_on_the_command_line_is_followed_in_every_group(group: str, mine
     assert type(built).__module__ == ("qvgen.quant.grid" if group == "profile" else "mine.leaves")
     assert getattr(config.names, group) == LEAVES[group]
     assert list(foreign_sources(config.plain)) == ["mine"]
+
+
+def test_a_target_of_exports_on_the_command_line_is_followed(mine: Path) -> None:
+    words = ["packed=packed", "out=out", "export=bf16", "export._target_=mine.leaves.Target"]
+    config = build("export", compose_plain("export", words))
+    assert type(config.export).__module__ == "mine.leaves"
+    assert (config.target, config.names.export, config.export.dtype) == ("Target", "Target", "bfloat16")
 
 
 def test_a_class_in_the_users_folder_is_followed(mine: Path) -> None:

@@ -14,7 +14,7 @@ from qvgen.config.leaves import conf_directory
 from tests.conftest import LONGEST_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"init": "initializers", "method": "methods", "model": "models"}
+PACKAGES = {"init": "initializers", "method": "methods", "model": "models", "export": "deploy.exporters"}
 """Group of conf/ -> package of its leaves."""
 NOT_LEAVES = {"__init__", "base", "calibration", "named_family", "objectives", "prepare"}
 """Modules of those packages that are no leaves by their purpose; nor is any that a sibling imports, as its part."""
@@ -52,7 +52,7 @@ def imports_of(path):
 
 def leaf_modules(package):
     """Modules that stand by themselves: what only conf/ leads to."""
-    files = {path.stem: path for path in (ROOT / "qvgen" / package).glob("*.py")}
+    files = {path.stem: path for path in (ROOT / "qvgen" / package.replace(".", "/")).glob("*.py")}
     parts = {name for path in files.values() for name in imports_of(path)}
     return {name for name in files if name not in NOT_LEAVES and f"qvgen.{package}.{name}" not in parts}
 

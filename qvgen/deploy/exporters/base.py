@@ -1,0 +1,154 @@
+"""The protocol of a target of `qvgen export`, and what goes in and out of one.
+
+    packed layers --fit--> exact, or why not     --tensors--> the target's tensors     --output--> the target's own arithmetic
+    all tensors   --files--> the files that the runtime loads
+
+A target is a leaf: one file here and one in conf/export. It knows one format and the arithmetic that the runtime executes on
+it, in plain torch, so that a parity report can hold the exported tensors to the packed model (:mod:`qvgen.deploy.parity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import diffusers
+import torch
+from torch import Tensor
+
+from qvgen.deploy.manifest import Manifest
+from qvgen.errors import UserError
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.models.original_names import OriginalNames
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The file of weights in a folder of a diffusers transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a target carries a packed layer.
+
+    Attributes:
+        weight: Reasons why the weight's codes are not carried as they are but quantized again; empty: they are carried.
+        inputs: Reasons why inputs are quantized in another way than in training; empty: in the same way.
+        runs_as: Bits of codes and inputs as the target executes them, for example ``w3a4``.
+        quantizes_inputs: False where inputs stay as they are.
+    """
+
+    weight: tuple[str, ...]
+    inputs: tuple[str, ...]
+    runs_as: str
+    quantizes_inputs: bool = True
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """All that keeps the layer from being carried exactly."""
+        return (*self.weight, *self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """All tensors of a model in a target's form.
+
+    Attributes:
+        manifest: The packed checkpoint's.
+        layers: Layer -> what the target's ``tensors`` made of it, by the ends of their names.
+        rest: All other tensors, by name, in the precision that the target writes.
+        names: Rules to the original names; None where the family has none.
+    """
+
+    manifest: Manifest
+    layers: Mapping[str, Mapping[str, Tensor]]
+    rest: Mapping[str, Tensor]
+    names: OriginalNames | None
+
+    @property
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Every tensor with its whole name, as diffusers names it."""
+        flat = {f"{name}.{end}": tensor for name, ends in self.layers.items() for end, tensor in ends.items()}
+        return {**self.rest, **flat}
+
+    @property
+    def diffusers_config(self) -> dict[str, Any]:
+        """The content of a diffusers transformer's config.json."""
+        head = {"_class_name": self.manifest.transformer, "_diffusers_version": diffusers.__version__}
+        return {**head, **self.manifest.transformer_config}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFile:
+    """One file of an export.
+
+    Attributes:
+        path: Below the folder of the export.
+        content: The file's bytes, or the tensors of a safetensors file.
+        metadata: Texts in the header of a safetensors file.
+    """
+
+    path: str
+    content: bytes | Mapping[str, Tensor]
+    metadata: Mapping[str, str] | None = None
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A target of `qvgen export`.
+
+    Attributes:
+        runtime: The programs that load it, for messages and the report.
+        profiles: Profiles of conf/profile that are trained for it, the first one first; empty: it takes them all.
+        needs_original_names: Whether its files have the names of the model's own code.
+        dtype: Precision of what is not quantized: float32, bfloat16 or float16; None: as in the packed checkpoint.
+        bound: What the runtime's kernels do that this target's ``output`` does not, in one sentence; empty: nothing.
+    """
+
+    runtime: str
+    profiles: Sequence[str]
+    needs_original_names: bool
+    dtype: str | None
+    bound: str
+
+    def fit(self, layer: PackedLinear) -> Fit:
+        """Whether a layer is carried exactly; raises ValueError for one that can't be carried at all, and says why."""
+
+    def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
+        """The layer's tensors as the target stores them, by the ends of their names (``weight``, ``bias``, ...)."""
+
+    def output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The layer's output as the runtime computes it from stored tensors and inputs float32 [M, K].
+
+        Returns:
+            float32 [M, N], or more columns where the format pads them.
+        """
+
+    def files(self, model: ExportedModel) -> list[ExportFile]:
+        """All files of the model."""
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """Raise UserError for an unknown name of a precision; return it otherwise."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"export.dtype={dtype} is not among null, {', '.join(DTYPES)}")
+    return dtype
+
+
+def cast(tensor: Tensor, dtype: str | None) -> Tensor:
+    """A floating-point tensor in a target's precision; any other, and with None every one, as it is."""
+    return tensor.to(DTYPES[dtype]) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def bias_tensor(layer: PackedLinear, dtype: str | None) -> dict[str, Tensor]:
+    """The layer's bias under its name, if it has one."""
+    return {} if layer.bias is None else {"bias": cast(layer.bias.detach(), dtype)}
+
+
+def add_bias(y: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Y float32 [M, N] plus the stored bias, if there is one."""
+    return y + tensors["bias"].float() if "bias" in tensors else y

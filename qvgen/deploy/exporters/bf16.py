@@ -1,0 +1,80 @@
+"""The dequantized model as an ordinary one: it runs anywhere, for comparison. Inputs are not quantized there.
+
+    layout=diffusers   config.json and diffusion_pytorch_model.safetensors, what ``from_pretrained`` of the class loads
+    layout=original    one file with the names of the model's own code
+
+Rotation, smoothing and branch are undone (:mod:`qvgen.deploy.exporters.plain_weight`), so a layer is y = x W^T + bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qvgen.deploy.exporters.base import (
+    ExportedModel,
+    ExportFile,
+    Fit,
+    add_bias,
+    bias_tensor,
+    cast,
+    check_dtype,
+)
+from qvgen.deploy.exporters.diffusers_folder import diffusers_folder
+from qvgen.deploy.exporters.original_file import original_file
+from qvgen.deploy.exporters.plain_weight import plain_weight
+from qvgen.errors import UserError
+from qvgen.layers.packed_linear import PackedLinear
+
+LAYOUTS = ("diffusers", "original")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16:
+    """The target; it implements :class:`qvgen.deploy.exporters.base.Exporter`.
+
+    Attributes:
+        dtype: Precision of all weights: float32, bfloat16 or float16; None: as in the packed checkpoint, and float32 for the
+            layers that were quantized.
+        layout: ``diffusers`` (a folder), or ``original`` (one file with the names of the model's own code).
+    """
+
+    dtype: str | None
+    layout: str
+
+    runtime: ClassVar[str] = "diffusers, or the model's own code"
+    profiles: ClassVar[tuple[str, ...]] = ()
+    bound: ClassVar[str] = "Inputs are not quantized: it shows what the weights alone cost."
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if self.layout not in LAYOUTS:
+            raise UserError(f"export.layout={self.layout} is not among {', '.join(LAYOUTS)}")
+
+    @property
+    def needs_original_names(self) -> bool:
+        """Whether its file has the names of the model's own code."""
+        return self.layout == "original"
+
+    def fit(self, layer: PackedLinear) -> Fit:
+        """Every layer with one weight; of one whose widths change while sampling, the profile's own is written."""
+        changing = layer.form.width_table is not None and len(layer.form.weight_widths) > 1
+        weight = ("weights whose widths change while sampling",) if changing else ()
+        return Fit(weight=weight, inputs=(), runs_as=f"w{layer.profile.weight.bits}", quantizes_inputs=False)
+
+    def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
+        """The weight, dequantized, and the bias."""
+        return {"weight": cast(plain_weight(layer), self.dtype), **bias_tensor(layer, self.dtype)}
+
+    def output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """A plain product in float32."""
+        return add_bias(x @ tensors["weight"].float().t(), tensors)
+
+    def files(self, model: ExportedModel) -> list[ExportFile]:
+        """The folder's two files, or one."""
+        if self.layout == "original":
+            return [original_file(model, model.all_tensors)]
+        return diffusers_folder(model, model.all_tensors)

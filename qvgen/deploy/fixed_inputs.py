@@ -1,0 +1,59 @@
+"""Small fixed inputs of a transformer, by which two forms of the same weights are compared without a family or a clip.
+
+    latents [1, C, F, H, W] of two patches in time and 2 x 4 in space, normal; a caption of eight tokens, normal; one timestep
+
+They are drawn on the CPU from a fixed seed, so that a report can be made again. Only the classes of our families are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SEED = 20_240_501
+NUM_PATCHES = (2, 2, 4)
+"""Patches in time, height and width."""
+NUM_TEXT_TOKENS = 8
+
+
+def fixed_inputs(transformer: nn.Module, *, timestep: float) -> dict[str, Tensor] | None:
+    """Make the arguments of a call, float32; None for a transformer that is not of a kind that is known here.
+
+    Args:
+        transformer: One of diffusers, with its ``config``.
+        timestep: In [0, 1000].
+    """
+    make = _INPUTS.get(type(transformer).__name__)
+    config: Mapping[str, Any] = getattr(transformer, "config", {})
+    return None if make is None else make(config, timestep, torch.Generator().manual_seed(SEED))
+
+
+def _wan(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor] | None:
+    if config.get("image_dim") is not None:  # image to video needs an image's embedding, which no family here has
+        return None
+    sizes = [count * size for count, size in zip(NUM_PATCHES, config["patch_size"], strict=True)]
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_dim"], generator=generator),
+    }
+
+
+def _cogvideox(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    frames, height, width = NUM_PATCHES
+    channels, patch, patch_t = config["in_channels"], config["patch_size"], config.get("patch_size_t") or 1
+    tokens = config["max_text_seq_length"]  # positions of a caption are added to this many tokens
+    return {
+        "hidden_states": torch.randn(1, frames * patch_t, channels, height * patch, width * patch, generator=generator),
+        "encoder_hidden_states": torch.randn(1, tokens, config["text_embed_dim"], generator=generator),
+        "timestep": torch.tensor([timestep]),
+    }
+
+
+_INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor] | None]] = {
+    "WanTransformer3DModel": _wan,
+    "CogVideoXTransformer3DModel": _cogvideox,
+}

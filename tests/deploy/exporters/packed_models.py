@@ -1,0 +1,75 @@
+"""Packed checkpoints of a tiny Wan and a tiny CogVideoX, and single packed layers, for the tests of exporters."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from torch import Tensor, nn
+
+import qvgen
+from qvgen.config.bits import Bits
+from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.deploy.fixed_inputs import fixed_inputs
+from qvgen.initializers.mse import MeanSquaredError
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.packed_linear import PackedLinear
+
+
+def tiny_wan() -> nn.Module:
+    """One block of width 128, weights from a fixed seed."""
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, text_dim=32, freq_dim=32,
+        ffn_dim=256, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+def tiny_cogvideox() -> nn.Module:
+    """One block of width 128, with rotary positions."""
+    torch.manual_seed(0)
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=128,
+        text_embed_dim=32, num_layers=1, max_text_seq_length=8, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+
+
+def save(model: nn.Module, folder: Path, *, profile: str, bits: str, init: Any = "rtn", name: str = "wan") -> Path:
+    """The folder of a model whose blocks are quantized, folded and saved as one of a family."""
+
+    def calibrate(full: nn.Module) -> object:
+        inputs = fixed_inputs(full, timestep=500.0)
+        assert inputs is not None
+        return full(**inputs)
+
+    qvgen.prepare(model, bits=bits, profile=profile, init=init, calibrate=calibrate)
+    qvgen.fold(model)
+    qvgen.save_packed(model, folder, base_name=name)
+    return folder
+
+
+@functools.cache
+def svdquant(rank: int) -> Any:
+    """The PTQ method with smoothing and a branch."""
+    return load_leaf("init", "svdquant", rank=rank)
+
+
+def packed_layer(profile: str, bits: str, *, columns: int, rows: int) -> tuple[PackedLinear, Tensor]:
+    """A layer of random weights under a profile, and inputs [1, 32, K] with a loud channel."""
+    generator = torch.Generator().manual_seed(columns)
+    linear = nn.Linear(columns, rows)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(rows, columns, generator=generator) * 0.05)
+        linear.bias.copy_(torch.randn(rows, generator=generator))
+    band = NoiseBand(1)
+    band.set_timestep(torch.tensor([500.0]))
+    grids = load_profile(profile, Bits.parse(bits)).fitted([columns])
+    layer = FakeQuantLinear(linear, profile=grids, noise_band=band)
+    MeanSquaredError().initialize_(layer, statistics=None)
+    x = torch.randn(1, 32, columns, generator=generator)
+    x[..., 3] *= 10
+    return PackedLinear.from_fake_quant(layer, kernel="reference"), x
