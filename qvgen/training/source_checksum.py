@@ -49,7 +49,9 @@ def _module_checksum(module: ModuleType) -> str:
     """The checksum of a module: taken once, since a process does not load again what is edited meanwhile."""
     if not hasattr(module, "__path__"):
         return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-    return sources_checksum({f"{module.__name__}/{index}": Path(folder) for index, folder in enumerate(module.__path__)})
+    return sources_checksum(
+        {f"{module.__name__}/{index}": Path(folder) for index, folder in enumerate(module.__path__)}
+    )
 
 
 def sources_checksum(packages: Mapping[str, Path]) -> str:
