@@ -19,10 +19,10 @@ from qvgen.deploy.quantization_config import QvgenConfig
 from qvgen.layers.swap import packed_layers
 
 CONFIG_FILE, INDEX_FILE = "config.json", "diffusion_pytorch_model.safetensors.index.json"
-"""What ``from_pretrained`` of a model reads, besides the weights that the index names."""
+"""The files that ``from_pretrained`` of a model reads, besides the weights that the index names."""
 
 NO_SHA256 = "0" * 64
-"""Stands in a manifest whose weights were not written yet."""
+"""The checksum in a manifest whose weights were not written yet."""
 
 
 def describe(
