@@ -38,7 +38,7 @@ from qvgen.quant.finite import check_finite
 
 
 class QvgenQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers has no types
-    """What diffusers calls, in this order: checks of the arguments, files, layers, each tensor, the end.
+    """The quantizer that diffusers calls, in this order: for arguments, files, layers, each tensor, and at the end.
 
     Attributes:
         use_keep_in_fp32_modules: diffusers keeps the modules in float32 that the class asks for, as without a quantizer.
