@@ -52,8 +52,10 @@ def original_name(key: str, rules: OriginalNames) -> str:
     """The original name of a tensor; what follows a module's name (weight, bias, weight_scale, ...) stays.
 
     Example:
-        >>> [original_name(key, WAN_ORIGINAL_NAMES) for key in ("scale_shift_table", "blocks.0.ffn.net.2.weight_scale")]
-        ['head.modulation', 'blocks.0.ffn.2.weight_scale']
+        >>> original_name("scale_shift_table", WAN_ORIGINAL_NAMES)
+        'head.modulation'
+        >>> original_name("blocks.0.ffn.net.2.weight_scale", WAN_ORIGINAL_NAMES)
+        'blocks.0.ffn.2.weight_scale'
     """
     module, _, last = key.rpartition(".")
     renamed = f"{original_module_name(module, rules)}.{last}" if module else key
