@@ -130,6 +130,9 @@ def test_a_run_is_read_back_as_it_was_started(tmp_path: Path) -> None:
 
 def test_all_files_of_conf_compose() -> None:
     for file in conf_directory().glob("*/*.yaml"):
+        if file.parent.name == "export":  # a group of the verb of that name
+            check("export", compose_plain("export", ["packed=packed", "out=out", f"export={file.stem}"]))
+            continue
         devices = 2 if file.stem == "fsdp" else 1
         assert train(f"{file.parent.name}={file.stem}", f"devices={devices}").bits.label == "3"
 
