@@ -56,7 +56,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
 """Verb -> what its ``run`` receives."""
 
 _BENCHMARK_KEYS = (
-    "what", "methods", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
+    "what", "methods", "profiles", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
     "overwrite",
 )  # fmt: skip
 """Keys of conf/benchmark.yaml that are no keys of a training run."""

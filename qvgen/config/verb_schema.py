@@ -212,9 +212,11 @@ class BenchmarkConfig:
         what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
             method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
             steps), ``kernels`` (packed linears on this CPU), ``denoising_step`` (a call of the whole transformer,
-            bfloat16 and packed) or ``loading`` (seconds of reading a packed directory).
+            bfloat16 and packed), ``profiles`` (quality of every profile, before and after training) or ``loading``
+            (seconds of reading a packed directory).
         methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
             with the rotations that they ask for.
+        profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
         seeds: Seeds of calibration, held-out noise and videos.
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's.
@@ -232,6 +234,7 @@ class BenchmarkConfig:
     run: TrainConfig
     what: str
     methods: tuple[str, ...] | None
+    profiles: tuple[str, ...] | None
     widths: tuple[Bits, ...]
     seeds: Annotated[tuple[int, ...], Range("0..4294967295")]
     videos: Annotated[int, Range("> 0")]
@@ -252,7 +255,7 @@ class BenchmarkConfig:
             self.what != "loading" or self.blocks > 1,
             f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
         )
-        for key in ("methods", "widths", "seeds", "shapes", "threads"):
+        for key in ("methods", "profiles", "widths", "seeds", "shapes", "threads"):
             require(getattr(self, key) != (), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods or ():
             rotation = method.partition("+r")[2]

@@ -67,7 +67,7 @@ def command_key(config: BenchmarkConfig, benchmark: Benchmark) -> str:
     """What rows are made from: a command's settings, the code, the processor; weights where they count."""
     methods = methods_of(config)
     own = [
-        config.what, methods, [width.label for width in config.widths], config.seeds, config.videos,
+        config.what, methods, config.profiles, [width.label for width in config.widths], config.seeds, config.videos,
         config.timed_steps, config.shapes, config.threads, config.blocks,
     ]  # fmt: skip
     weights = config.run.model.revision if benchmark.real_weights else None

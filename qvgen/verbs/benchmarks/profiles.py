@@ -1,0 +1,162 @@
+"""The benchmark ``profiles``: what every profile costs in quality, at the start of training and after it, on one model.
+
+Each cell is a whole run of ``qvgen train`` with a folder of its own below the benchmark's ``run_dir``, so that its videos and
+its report can be looked at, and a cell that was stopped goes on at its last checkpoint. The limits of a profile's runtime are
+lifted: widths that it does not have run on our own kernels, and the page marks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qvgen.config.bits import Bits
+from qvgen.config.build import build, check
+from qvgen.config.compose import compose_plain
+from qvgen.config.flags import parse_flags
+from qvgen.config.leaf_file import leaf_names
+from qvgen.config.leaves import load_profile
+from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.errors import UserError, did_you_mean
+from qvgen.verbs import import_verb
+from qvgen.verbs.benchmarks.base import Benchmark
+
+_OF_A_CELL = frozenset({"bits", "profile", "seed", "run_dir", "resume"})
+"""Keys of a run that the benchmark sets for each cell."""
+
+STAGES = {"rtn": "round to nearest", "ptq": "start", "qat": "trained"}
+"""Key of a report's relative errors -> what the page calls it."""
+
+_VIDEOS = {"start": "ptq-start", "trained": "packed"}
+"""What the page calls a stage -> the report's variant whose videos are compared with the full-precision model's."""
+
+
+def profiles_of(config: BenchmarkConfig) -> list[str]:
+    """The profiles that are compared: those that were asked for, or all that there are.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    known = leaf_names("profile")
+    for name in config.profiles or ():
+        if name not in known:
+            raise UserError(f"profiles holds {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    return list(config.profiles or known)
+
+
+def describe(config: BenchmarkConfig) -> str:
+    """What it would train, for a dry run."""
+    names = profiles_of(config)
+    count = len(names) * len(config.widths) * len(config.seeds)
+    return f"profiles on {config.run.names.model}: {count} runs of qvgen train ({', '.join(names)})"
+
+
+def profile_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per seed, bit-width and profile, in this order; ``done`` holds those triples that are left out."""
+    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in profiles_of(config)]
+    plains = {cell: _plain(config, *cell) for cell in cells}
+    for plain in plains.values():  # what can't run is refused before the first cell trains for hours
+        check("train", plain)
+    for (seed, width, name), plain in plains.items():
+        if (seed, width.label, name) in done:
+            continue
+        import_verb("train").run(build("train", plain))
+        report = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
+        yield {"profile": name, "bits": width.label, "seed": seed, **_measured(report, width, name)}
+
+
+def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> dict[str, Any]:
+    """The configuration of one cell: what was typed for the benchmark, as far as a run has it, and the cell's own."""
+    own = {field.name for field in dataclasses.fields(BenchmarkConfig)} | _OF_A_CELL
+    typed = [word for word in parse_flags(config.run.typed).overrides if word.partition("=")[0] not in own]
+    run_dir = config.run.run_dir / f"{name}-{width.label}-{seed}"
+    cell = {"profile": name, "bits": width.label, "seed": seed, "run_dir": run_dir, "resume": "true"}
+    words = [*typed, *(f"{key}={value}" for key, value in cell.items()), "profile.runtime=null"]
+    return compose_plain("train", words)
+
+
+def _measured(report: Mapping[str, Any], width: Bits, name: str) -> dict[str, Any]:
+    """The figures of a cell, from its run's report; a figure that the run did not measure is None."""
+    runtime = load_profile(name, width).runtime
+    variants = (report.get("quality") or {}).get("variants", {})
+    return {
+        "init": report["init"],
+        "steps": report["steps"],
+        "runtime": None if runtime is None else runtime.name,
+        "in_runtime": runtime is None or runtime.has(width.weight, width.activation),
+        **{f"error_{stage}": report["relative_error"].get(stage) for stage in STAGES},
+        **{f"psnr_db_{stage}": variants.get(found, {}).get("psnr_db") for stage, found in _VIDEOS.items()},
+        "packed_bytes": report["bytes"]["packed"],
+        "train_s": report["seconds"]["train"],
+    }
+
+
+def profile_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The Markdown page: mean over the seeds, and half the spread between the smallest and the largest."""
+    widths, names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "profile", "seed"))
+    count, first = len(seeds), rows[0]
+    lines = [
+        f"# Profiles on {head['model']}",
+        "",
+        f"Start: init={first['init']}. Trained: {first['steps']} steps from there, then folded and packed. "
+        f"{'Mean over the seeds' if count > 1 else 'One seed:'} {', '.join(map(str, seeds))}"
+        f"{', +- half the spread' if count > 1 else ''}. {head['machine']['cpu']}, "
+        f"{head['machine']['num_threads']} thread, torch {head['versions']['torch']}.",
+        "",
+        f"    {head['command']}",
+        "",
+        "A star marks widths that the profile's runtime does not have: they run on qvgen's own kernels alone "
+        "(`profile.runtime=null`).",
+    ]
+    for width in widths:
+        bits = Bits.parse(width)
+        lines += [
+            "",
+            f"## W{bits.weight}A{bits.activation}",
+            "",
+            f"| profile | runs in | {' | '.join(f'error, {shown}' for shown in STAGES.values())} | "
+            f"{' | '.join(f'PSNR in dB, {shown}' for shown in _VIDEOS)} | packed bytes |",
+            "|---" * (3 + len(STAGES) + len(_VIDEOS)) + "|",
+        ]
+        for name in names:
+            found = [row for row in rows if (row["bits"], row["profile"]) == (width, name)]
+            if not found:
+                continue
+            where = found[0]["runtime"] or "qvgen"
+            columns = [
+                name,
+                where if found[0]["in_runtime"] else "qvgen*",
+                *(_mean([row[f"error_{stage}"] for row in found], ".4f") for stage in STAGES),
+                *(_mean([row[f"psnr_db_{stage}"] for row in found], ".2f") for stage in _VIDEOS),
+                f"{fmean(row['packed_bytes'] for row in found):.0f}",
+            ]
+            lines.append(f"| {' | '.join(columns)} |")
+    return [
+        *lines,
+        "",
+        f"Error: held out, |y - y_fp|^2 / |y_fp|^2, {head['samples']} inputs. PSNR: videos beside the full-precision "
+        "model's, same captions and seeds.",
+        "",
+    ]
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return "-"
+    if len(measured) == 1:
+        return f"{measured[0]:{form}}"
+    return f"{fmean(measured):{form}} +- {(max(measured) - min(measured)) / 2:{form}}"
+
+
+BENCHMARK = Benchmark(
+    rows=profile_rows,
+    table=profile_table,
+    describe=describe,
+    group=("seed", "bits", "profile"),
+    real_weights=True,
+)
