@@ -92,3 +92,20 @@ def test_runs_without_anything_to_fold_are_refused(
     assert "config.yaml is missing" in capsys.readouterr().err
     for folder in (run_dir, full_precision):
         assert not (folder / "packed").exists()
+
+
+@pytest.mark.parametrize("change", ["one parameter less", "one parameter more"])
+def test_a_checkpoint_of_another_model_is_refused(
+    change: str, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = copy_until(short_run, tmp_path / "run", step=12)
+    path = run_dir / "checkpoints" / "step-00000012.ckpt"
+    state = torch.load(path, weights_only=True)
+    if change == "one parameter less":
+        del state["state_dict"]["student.proj_out.bias"]
+    else:
+        state["state_dict"]["student.blocks.9.ffn.net.2.bias"] = torch.zeros(64)
+    torch.save(state, path)
+    assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
+    assert f"{path} is of another model" in capsys.readouterr().err
+    assert not (run_dir / "packed").exists()
