@@ -71,7 +71,7 @@ def _changed_options(profile: Profile) -> dict[str, tuple[Any, Any]]:
     return {
         key: (value, ours[key])
         for key, value in files.items()
-        if ours[key] != value and not (key.endswith(".scale_dtype") and ours[key] in dtypes)
+        if ours[key] != value and not (key.endswith(".scale_dtype") and {value, ours[key]} <= set(dtypes))
     }
 
 

@@ -76,6 +76,12 @@ class ExportedModel:
         return {**self.rest, **flat}
 
     @property
+    def other_matrices(self) -> list[str]:
+        """Modules whose weight is a matrix that is not packed, in order: those that a format has to leave alone by name."""
+        ends = (name for name, tensor in self.rest.items() if tensor.ndim == 2 and name.endswith(".weight"))
+        return sorted(name.removesuffix(".weight") for name in ends)
+
+    @property
     def diffusers_config(self) -> dict[str, Any]:
         """The content of a diffusers transformer's config.json."""
         head = {"_class_name": self.manifest.transformer, "_diffusers_version": diffusers.__version__}

@@ -25,7 +25,7 @@ from qvgen.deploy.exporters.base import (
 )
 from qvgen.deploy.exporters.diffusers_folder import diffusers_folder
 from qvgen.deploy.exporters.original_file import original_file
-from qvgen.deploy.exporters.plain_weight import plain_weight
+from qvgen.deploy.exporters.plain_weight import plain_weight, weight_changes
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -61,8 +61,7 @@ class Bf16:
 
     def fit(self, layer: PackedLinear) -> Fit:
         """Every layer with one weight; of one whose widths change while sampling, the profile's own is written."""
-        changing = layer.form.width_table is not None and len(layer.form.weight_widths) > 1
-        weight = ("weights whose widths change while sampling",) if changing else ()
+        weight = ("weights whose widths change while sampling",) if weight_changes(layer) else ()
         return Fit(weight=weight, inputs=(), runs_as=f"w{layer.profile.weight.bits}", quantizes_inputs=False)
 
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from qvgen.deploy.exporters.base import ExportedModel, ExportFile, Fit, add_bias
 from qvgen.deploy.exporters.comfy_marker import marker_tensor, read_marker
 from qvgen.deploy.exporters.nibbles import pack_signed_nibbles, unpack_signed_nibbles
 from qvgen.deploy.exporters.original_file import original_file
-from qvgen.deploy.exporters.row_scheme import RowScheme, RowWeight, row_output
+from qvgen.deploy.exporters.row_scheme import RowScheme, RowWeight
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -86,7 +86,7 @@ class Comfy:
             rotation=marker["convrot_groupsize"],
         )
         bits = {"int4": 4, "int8": 8}[marker["linear_dtype"]]
-        return add_bias(row_output(x, weight=weight, activation_bits=bits), tensors)
+        return add_bias(self.scheme.output(x, weight=weight, activation_bits=bits), tensors)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
         """One file."""

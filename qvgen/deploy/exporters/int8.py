@@ -23,7 +23,7 @@ from torch import Tensor
 from qvgen.deploy.exporters.base import ExportedModel, ExportFile, Fit, add_bias, bias_tensor, check_dtype
 from qvgen.deploy.exporters.comfy_marker import marker_tensor, read_marker
 from qvgen.deploy.exporters.original_file import original_file
-from qvgen.deploy.exporters.row_scheme import RowScheme, RowWeight, row_output
+from qvgen.deploy.exporters.row_scheme import RowScheme, RowWeight
 from qvgen.layers.packed_linear import PackedLinear
 
 ACTIVATION_BITS = 8
@@ -41,7 +41,7 @@ class Int8:
     dtype: str | None
 
     runtime: ClassVar[str] = "ComfyUI (comfy-kitchen, int8_tensorwise) and LightX2V"
-    profiles: ClassVar[tuple[str, ...]] = ("int8", "w4a8_row")
+    profiles: ClassVar[tuple[str, ...]] = ("int8",)
     needs_original_names: ClassVar[bool] = True
     bound: ClassVar[str] = (
         "Runtimes multiply the two scales in an order of their own (a last bit of float32) and round outputs to the model's "
@@ -77,7 +77,7 @@ class Int8:
             scale=tensors["weight_scale"].squeeze(-1),
             rotation=marker.get("convrot_groupsize", 0),
         )
-        return add_bias(row_output(x, weight=weight, activation_bits=ACTIVATION_BITS), tensors)
+        return add_bias(self.scheme.output(x, weight=weight, activation_bits=ACTIVATION_BITS), tensors)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
         """One file."""

@@ -11,7 +11,6 @@ none. Tensors, tiles and arithmetic are :mod:`qvgen.deploy.exporters.svdq_layer`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -81,6 +80,4 @@ class NunchakuLite:
             "compute_dtype": self.dtype,
             "svdq_w4a4": {**scheme, "targets": list(model.layers)},
         }
-        _, weights = diffusers_folder(model, model.all_tensors)
-        config = {**model.diffusers_config, "quantization_config": quantization}
-        return [ExportFile(path="config.json", content=(json.dumps(config, indent=2) + "\n").encode()), weights]
+        return diffusers_folder(model, model.all_tensors, quantization=quantization)

@@ -24,3 +24,8 @@ def plain_weight(layer: PackedLinear) -> Tensor:
     if layer.branch_down is not None and layer.branch_up is not None:
         weight = weight + layer.branch_up.float() @ layer.branch_down.float()
     return weight
+
+
+def weight_changes(layer: PackedLinear) -> bool:
+    """Whether the layer has weights of several widths, between which it changes while sampling."""
+    return layer.form.width_table is not None and len(layer.form.weight_widths) > 1
