@@ -22,8 +22,7 @@ class Runtime:
         weight_bits: Widths of codes that its weights can hold.
         activation_bits: Widths to which it quantizes inputs.
         additions: What its layers may have besides grids and the profile's rotation.
-        scale_dtypes: Precisions of scales that it takes in place of each other; a scale whose precision in the profile's file is
-            not among them keeps that one.
+        scale_dtypes: Precisions of scales that it takes in place of each other; a scale whose own is another one keeps that.
     """
 
     name: str

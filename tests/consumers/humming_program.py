@@ -2,9 +2,9 @@
 
 humming_program.py PACKED OUT WORKING_FOLDER
 
-Its package can't be imported whole without a GPU's libraries (triton, cuda-bindings), and its operators are GPU kernels. So it is
-entered without ``__init__``, with an empty ``humming.ops``; what is used here calls none of them: the two schemas,
-the layer's configuration, the check and padding of tensors before the kernels, and the reference of the input quantizer. The
+Its package can't be imported whole without a GPU's libraries (triton, cuda-bindings), and its operators are GPU kernels. So
+it is entered without ``__init__``, with an empty ``humming.ops``; what is used here calls none of them: the two schemas, the
+layer's configuration, the check and padding of tensors before the kernels, and the reference of the input quantizer. The
 packing of codes is a function of C++ in its sources that has nothing of a GPU: it is compiled for the CPU.
 """
 
@@ -68,7 +68,18 @@ def packed_by_humming(codes: Tensor, bits: int, working: Path) -> Tensor:
     source, library = working / f"pack{bits}.cpp", working / f"pack{bits}.so"
     source.write_text(PACKER)
     includes = [f"-I{working}", f"-I{FOLDER / 'include'}"]
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", f"-DBITS={bits}", *includes, str(source), "-o", str(library)]
+    command = [
+        "g++",
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        f"-DBITS={bits}",
+        *includes,
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     given, words = codes.to(torch.int32).contiguous(), torch.zeros(codes.numel() * bits // 32, dtype=torch.int32)
     pack = ctypes.CDLL(str(library)).pack
@@ -154,8 +165,10 @@ def main(packed: Path, out: Path, working: Path) -> dict[str, Any]:
         unsigned = layer.integer_codes().to(torch.int16) + 2 ** (bits - 1)
         found["words_equal"] &= torch.equal(mine["weight"], packed_by_humming(unsigned, bits, working))
         found["compatible"] &= weight.is_compatible_with(inputs, torch.bfloat16)
-        found["padded"] &= (list(padded["weight"].shape) == [layout.shape_n, layout.shape_k * bits // 32])
-        found["dtypes"].add((str(layout.a_dtype), str(layout.b_dtype), str(layout.bs_dtype), layout.input_quant_mode.value))
+        found["padded"] &= list(padded["weight"].shape) == [layout.shape_n, layout.shape_k * bits // 32]
+        found["dtypes"].add(
+            (str(layout.a_dtype), str(layout.b_dtype), str(layout.bs_dtype), layout.input_quant_mode.value)
+        )
         x = torch.randn(1, 64, columns, generator=torch.Generator().manual_seed(columns)).bfloat16().float()
         found["inputs"].append(same_inputs(x[0], layer.input_codes(x)))
         found["layers"] += 1
@@ -165,4 +178,8 @@ def main(packed: Path, out: Path, working: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     enter_package()
     with torch.no_grad():
-        print(json.dumps([main(Path(a), Path(b), Path(sys.argv[1])) for a, b in zip(sys.argv[2::2], sys.argv[3::2], strict=True)]))
+        print(
+            json.dumps(
+                [main(Path(a), Path(b), Path(sys.argv[1])) for a, b in zip(sys.argv[2::2], sys.argv[3::2], strict=True)]
+            )
+        )

@@ -31,7 +31,10 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def main(packed: Path, out: Path) -> dict[str, Any]:
     """Compare all layers."""
-    ours = {name: layer.dequantized_weight() for name, layer in packed_layers(load_packed(packed, kernel="reference")).items()}
+    ours = {
+        name: layer.dequantized_weight()
+        for name, layer in packed_layers(load_packed(packed, kernel="reference")).items()
+    }
     models = {
         "loader": sdnq.load_sdnq_model(str(out), model_cls=WanTransformer3DModel, dtype=torch.float32),
         "diffusers": WanTransformer3DModel.from_pretrained(out, torch_dtype=torch.float32),

@@ -40,7 +40,9 @@ def main(packed: Path, out: Path) -> dict[str, Any]:
     found["output"] = float((model(**inputs, return_dict=False)[0] - output).abs().max())
     config = json.loads((out / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
     bits = config["_data"]["weight_dtype"]["_data"]
-    found["config"] = config == config_to_dict(IntxWeightOnlyConfig(weight_dtype=getattr(torch, bits), granularity=PerAxis(0)))
+    found["config"] = config == config_to_dict(
+        IntxWeightOnlyConfig(weight_dtype=getattr(torch, bits), granularity=PerAxis(0))
+    )
     return {**found, "kinds": sorted(found["kinds"])}
 
 

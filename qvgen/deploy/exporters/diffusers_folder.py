@@ -31,7 +31,5 @@ def diffusers_folder(
     config = {**model.diffusers_config, **({} if quantization is None else {"quantization_config": quantization})}
     return [
         ExportFile(path=f"{below}config.json", content=(json.dumps(config, indent=2) + "\n").encode()),
-        ExportFile(
-            path=f"{below}{DIFFUSERS_WEIGHTS}", content=tensors, metadata={"format": "pt", **(metadata or {})}
-        ),
+        ExportFile(path=f"{below}{DIFFUSERS_WEIGHTS}", content=tensors, metadata={"format": "pt", **(metadata or {})}),
     ]

@@ -1,4 +1,4 @@
-"""SDNQ (format of sdnq 0.2.8), which SD.Next and diffusers load: a folder of a diffusers transformer, weights alone quantized.
+"""SDNQ (format of sdnq 0.2.8; SD.Next, diffusers): a folder of a diffusers transformer, weights alone quantized.
 
     NAME.weight       uint8          codes by the layouts below, [N K / c, bytes] (widths of 2 and 4 bits: [N K / c]);
                                      of 8 bits int8 or uint8 [N, K], in groups [N, G, g]

@@ -121,7 +121,7 @@ def _dtype(name: str) -> dict[str, str]:
 
 
 def _weight_only(bits: int) -> dict[str, Any]:
-    """torchao's IntxWeightOnlyConfig as JSON: the class is what a loader looks at, each weight says its own bits and groups."""
+    """The JSON of IntxWeightOnlyConfig: a loader looks at the class alone, each weight says its own bits and groups."""
     data = {
         "weight_dtype": _dtype(f"int{bits}"),
         "granularity": {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}},

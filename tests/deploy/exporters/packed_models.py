@@ -39,8 +39,10 @@ def tiny_cogvideox() -> nn.Module:
     )  # fmt: skip
 
 
-def save(model: nn.Module, folder: Path, *, profile: str, bits: str, init: Any = "rtn", name: str = "wan") -> Path:
-    """The folder of a model whose blocks are quantized, folded and saved as one of a family."""
+def save(
+    model: nn.Module, folder: Path, *, profile: str, bits: str, init: Any = "rtn", name: str = "wan", narrow: str = ""
+) -> Path:
+    """The folder of a model whose blocks are quantized, folded and saved as one of a family; one layer with 3-bit weights."""
 
     def calibrate(full: nn.Module) -> object:
         inputs = fixed_inputs(full, timestep=500.0)
@@ -48,6 +50,12 @@ def save(model: nn.Module, folder: Path, *, profile: str, bits: str, init: Any =
         return full(**inputs)
 
     qvgen.prepare(model, bits=bits, profile=profile, init=init, calibrate=calibrate)
+    if narrow:
+        layer = model.get_submodule(narrow)
+        assert isinstance(layer, FakeQuantLinear)
+        weight = replace(layer.profile.weight, bits=3)
+        layer.declare_(profile=replace(layer.profile, weight=weight), input_scale=None)
+        MeanSquaredError().initialize_(layer, statistics=None)
     qvgen.fold(model)
     qvgen.save_packed(model, folder, base_name=name)
     return folder

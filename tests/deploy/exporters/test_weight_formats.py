@@ -1,4 +1,4 @@
-"""Bytes of the formats of humming, torchao and SDNQ, derived here bit by bit from their descriptions, and their arithmetic."""
+"""Bytes of the formats of humming, torchao and SDNQ, derived here bit by bit, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_golden_humming_layer(bits: int, golden: str) -> None:
 
 
 def test_humming_quantizes_inputs_as_the_profile_does_but_for_the_smallest_rows() -> None:
-    """s = max(max|x| / 127, 1e-30), q = rne(x (1 / s)): in float32 steps, one by one."""
+    """In float32 steps, one by one: s = max(max|x| / 127, 1e-30), q = rne(x (1 / s))."""
     layer, _ = packed_layer("w4a8_row", "w4a8", columns=256, rows=8)
     x = torch.randn(400, 256, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     exporter = load_leaf("export", "humming")
@@ -138,7 +138,7 @@ def test_the_golden_sdnq_layer(profile: str, bits: str, golden: str) -> None:
     tensors = load_leaf("export", "sdnq").tensors(layer)
     width = int(bits[1])
     places = [[tuple(map(int, at.split("."))) for at in byte.split()] for byte in SDNQ_PLACES[width]]
-    flat, size = sum(rows, []), 8 if width == 3 else 2
+    flat, size = [code for row in rows for code in row], 8 if width == 3 else 2
     derived = bytes(
         sum(((flat[start + code] >> bit) & 1) << place for place, (code, bit) in enumerate(byte))
         for start in range(0, 32, size)

@@ -1,0 +1,96 @@
+"""Exports for humming, torchao and SDNQ in the hands of those, each in a process of its own, on the CPU.
+
+Of humming, whose operators are GPU kernels, its schemas, its packer and its reference quantizer are run, not its products.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvgen.cli import DONE, main
+from tests.deploy.exporters.packed_models import save, tiny_cogvideox, tiny_wan
+
+NARROW = "blocks.0.ffn.net.2"
+"""A layer with 3-bit weights among others of 4 bits."""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Packed models by a name."""
+    folder = tmp_path_factory.mktemp("packed")
+    return {
+        "row w4|3a8": save(tiny_wan(), folder / "mixed", profile="w4a8_row", bits="w4a8", narrow=NARROW),
+        "paper w3a3": save(tiny_wan(), folder / "paper", profile="paper", bits="w3a3"),
+        "groups w4a4": save(tiny_wan(), folder / "groups", profile="svdq_g64", bits="w4a4"),
+    }
+
+
+def exported(folder: Path, out: Path, *words: str) -> list[str]:
+    """The two folders of an export, for a program."""
+    assert main(["export", f"packed={folder}", f"out='{out}'", *words]) == DONE
+    return [str(folder), str(out)]
+
+
+def last_line(said: str) -> list[dict[str, Any]]:
+    """What a program printed last; its packages say things before."""
+    results: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+    return results
+
+
+def test_humming_takes_the_configuration_and_the_words(
+    run_consumer: Any, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    cog = save(tiny_cogvideox(), tmp_path / "cog", profile="w4a8_row", bits="w4a8", name="cogvideox-5b")
+    sources = {"row w4|3a8": packed["row w4|3a8"], "cogvideox": cog}
+    words = [str(tmp_path)]
+    for name, folder in sources.items():
+        out = tmp_path / name.replace("|", " ")
+        words += exported(folder, out, "target=humming")
+        parity = json.loads((out / "parity.json").read_text())
+        assert parity["exact"] is True, name  # through humming's arithmetic, as far as it is in float32
+    results = last_line(run_consumer("humming-kernels==0.1.20", "humming_program.py", *words))
+    kinds = {"row w4|3a8": ["uint3", "uint4"], "cogvideox": ["uint4"]}
+    for (name, types), result in zip(kinds.items(), results, strict=True):
+        assert result["dtypes"] == [["int8", kind, "bfloat16", "dynamic_token"] for kind in types]
+        assert result["layers"] == (8 if name == "cogvideox" else 10)
+        for check in ("words_equal", "padded", "compatible", "kernel_steps"):
+            assert result[check], (name, check)
+        assert result["skipped"] == result["not_skipped"] == []
+        for inputs in result["inputs"]:
+            assert inputs["scales"], name
+            assert inputs["codes_of_the_kernels_steps"], name
+            # Its reference in Python divides by the scale, which its kernel does not do.
+            assert inputs["codes_by"] <= 1, name
+            assert inputs["codes_differ"] < 0.002, name
+
+
+def test_torchao_dequantizes_our_weights(run_consumer: Any, packed: dict[str, Path], tmp_path: Path) -> None:
+    words = []
+    for name, folder in packed.items():
+        words += exported(folder, tmp_path / name.replace("|", " "), "target=torchao")
+    results = last_line(run_consumer("torchao==0.18.0", "torchao_program.py", *words))
+    kinds = [["int3", True], ["int4", True]], [["int3", True]], [["int4", False]]
+    for name, wanted, result in zip(packed, kinds, results, strict=True):
+        assert result["layers"] == 10
+        assert result["equal"], name
+        assert result["output"] == 0.0, name
+        assert [[kind.removeprefix("torch."), rows] for kind, rows in result["kinds"]] == wanted
+    assert all(result["config"] for result in results)
+
+
+def test_sdnq_dequantizes_our_weights(run_consumer: Any, packed: dict[str, Path], tmp_path: Path) -> None:
+    words = []
+    for name, folder in packed.items():
+        words += exported(folder, tmp_path / name.replace("|", " "), "target=sdnq", "export.dtype=float32")
+    results = last_line(run_consumer("sdnq==0.2.8", "sdnq_program.py", *words))
+    kinds = ["int3", "int4"], ["uint3"], ["int4"]
+    for name, wanted, result in zip(packed, kinds, results, strict=True):
+        for way in ("loader", "diffusers"):
+            assert result[way]["layers"] == 10
+            assert result[way]["kinds"] == wanted, (name, way)
+            # A zero point is stored times the scale: one more rounding of float32.
+            assert result[way]["difference"] <= (2e-7 if name.startswith("paper") else 0.0), (name, way)
