@@ -52,6 +52,16 @@ def test_scales_of_the_precisions_that_a_runtime_takes_pass(dtype: str) -> None:
     check_runtime(replace(base, **sides))
 
 
+def test_a_scale_that_a_runtime_has_in_one_precision_alone_keeps_it() -> None:
+    base = profile("w4a8_row", "w4a8")
+    assert (base.weight.scale_dtype, base.activation.scale_dtype) == ("bfloat16", "float32")
+    check_runtime(replace(base, weight=replace(base.weight, scale_dtype="float16")))
+    with pytest.raises(UserError, match="computes with activation.scale_dtype=float32, not float16"):
+        check_runtime(replace(base, activation=replace(base.activation, scale_dtype="float16")))
+    with pytest.raises(UserError, match="computes with weight.scale_dtype=bfloat16, not float32"):
+        check_runtime(replace(base, weight=replace(base.weight, scale_dtype="float32")))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

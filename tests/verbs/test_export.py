@@ -192,6 +192,48 @@ def test_another_target_that_carries_it_is_named(
     assert "profile=svdq_g64, choose target=comfy, or write approximate=true" in capsys.readouterr().err
 
 
+def test_humming_gets_a_folder_with_its_configuration(
+    convrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = save(tiny_cogvideox(), tmp_path / "row", profile="w4a8_row", bits="w3a8", name="cogvideox-5b")
+    assert export(row, tmp_path / "out", "target=humming") == DONE
+    assert "every value is equal to the packed model's" in capsys.readouterr().out
+    scheme = CogVideoXTransformer3DModel.load_config(tmp_path / "out")["quantization_config"]
+    assert (scheme["quant_method"], scheme["b_dtype"], scheme["a_dtype"]) == ("humming", "uint3", "int8")
+    assert "proj_out" in scheme["modules_to_not_convert"]
+    tensors = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    words = tensors["transformer_blocks.0.attn1.to_q.weight"]
+    assert (words.shape, words.dtype) == ((128, 12), torch.int32)
+    assert {layer["runs_as"] for layer in parity(tmp_path / "out")["layers"]} == {"w3a8"}
+    assert export(convrot, tmp_path / "no", "target=humming") == BAD_INPUT
+    line = capsys.readouterr().err
+    assert (
+        "have weight scales in float32, not bfloat16, weight rotated by regular blocks of 64, inputs of 4 bits" in line
+    )
+    assert "with profile=w4a8_row, choose target=comfy, or write approximate=true" in line
+    assert export(convrot, tmp_path / "anyway", "target=humming", "approximate=true") == DONE
+    assert {layer["runs_as"] for layer in parity(tmp_path / "anyway")["layers"]} == {"w4a8"}
+    assert 0 < parity(tmp_path / "anyway")["model"]["relative_error"] < 0.5
+
+
+@pytest.mark.parametrize("target", ["torchao", "sdnq"])
+def test_targets_that_dequantize_refuse_other_coordinates(
+    convrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    assert export(convrot, tmp_path / "no", f"target={target}") == BAD_INPUT
+    line = capsys.readouterr().err
+    assert (
+        "have weight rotated by regular blocks of 64; train or `qvgen ptq` with profile=paper or int8 or w4a8_row"
+        in line
+    )
+    assert export(convrot, tmp_path / "out", f"target={target}", "approximate=true") == DONE
+    content = parity(tmp_path / "out")
+    assert {layer["inputs"] for layer in content["layers"]} == {"not quantized"}
+    assert {layer["weight"] for layer in content["layers"]} == {"quantized again"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == target
+
+
 def test_cogvideox_is_refused_where_the_runtime_has_none(
     cogvideox: Path, convrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
