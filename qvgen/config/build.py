@@ -10,6 +10,7 @@ from typing import Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.export_schema import ExportConfig
+from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaves
 from qvgen.config.named_leaves import build_named, split_logger
@@ -35,6 +36,7 @@ VerbConfig = (
     | BenchmarkConfig
     | CompareConfig
     | ExportConfig
+    | ImportConfig
     | TrainConfig
     | FoldConfig
     | GenerateConfig
@@ -46,6 +48,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
@@ -69,7 +72,7 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
     """
     values: dict[str, Any] = dict(plain)
-    if verb in ("train", "ptq", "precompute"):
+    if verb in ("train", "ptq", "precompute", "import"):
         values["plain"] = dict(plain)
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
@@ -109,7 +112,7 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     config = check(verb, plain)
     trusted = targets_below(plain) if trusted is None else trusted
     _check_kernel(plain, trusted=trusted)
-    if isinstance(config, PrecomputeConfig | ExportConfig):
+    if isinstance(config, PrecomputeConfig | ExportConfig | ImportConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
         return _with_one_bits(_with_named(build_leaves(config, trusted=trusted), trusted=trusted))

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory
 from qvgen.config.export_schema import ExportConfig
+from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_class import check_made, find_class
 from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
@@ -111,7 +112,7 @@ def load_profile(name: str, bits: Bits) -> Any:
     return build_leaf(changed, key="profile", trusted=users_targets("profile", name))
 
 
-Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig | ExportConfig)
+Config = TypeVar("Config", bound=TrainConfig | PrecomputeConfig | ExportConfig | ImportConfig)
 
 
 def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:

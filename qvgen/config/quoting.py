@@ -18,14 +18,17 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
+from qvgen.config.import_schema import ImportConfig
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
 
-_VERBS = (AssetsConfig, BenchmarkConfig, FoldConfig, GenerateConfig, InspectConfig, PrecomputeConfig, TrainConfig)
-_CHOICES = ("kernel", "methods", "names", "profiles", "shapes", "trust", "typed")
+_VERBS = (
+    AssetsConfig, BenchmarkConfig, FoldConfig, GenerateConfig, ImportConfig, InspectConfig, PrecomputeConfig, TrainConfig,
+)  # fmt: skip
+_CHOICES = ("clips", "kernel", "methods", "names", "profiles", "shapes", "trust", "typed")
 """Keys of text that are no free text: several words of them are a sweep or a list."""
-_LEAF_TEXTS = ("cache", "lora", "negative_prompt", "path", "prompts", "videos", "weights")
+_LEAF_TEXTS = ("cache", "lora", "negative_prompt", "path", "prompts", "transformer", "videos", "weights")
 """Arguments of models and data whose values are text; their classes are not imported to look at a command line."""
 
 

@@ -134,7 +134,8 @@ class Manifest:
         transformer: Class of diffusers; see :mod:`qvgen.deploy.transformer_class`.
         transformer_config: Arguments of that class.
         num_noise_bands: Bands of the clip tables.
-        timesteps: Timesteps that the entries of static tables were calibrated for, rising; None where there are no tables.
+        timesteps: Timesteps of a sampler that the entries of static tables, or of an imported checkpoint's clips, are for,
+            rising; None: equal noise bands.
         strict_timesteps: Whether other timesteps are refused, in place of interpolating.
         activation_switch: The policy that chooses activation widths while sampling; None: there is none.
         layers: Packed layers, in the model's order.

@@ -30,8 +30,8 @@ class NoiseBand:
         num_bands: Number of equal bands of [0, 1000).
 
     Attributes:
-        timesteps: Static tables have an entry for each of these (rising), and a sample is in the band of the nearest one;
-            None: equal bands.
+        timesteps: Tables have an entry for each of these steps of a sampler (rising), and a sample is in the band of the
+            nearest one: static tables, and clips of a checkpoint that was imported. None: equal bands.
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
         sampling: Calls are steps of a sampler; False while held-out errors are measured, which draw any timestep: tables
             interpolate then, whatever ``strict`` says, and no policy acts.
@@ -103,8 +103,9 @@ class NoiseBand:
             and bool(((steps[self.current] - values).abs() > TIMESTEP_TOLERANCE).any())
         ):
             raise ValueError(
-                f"timestep {values.tolist()} is not among the {len(steps)} that the static scales were calibrated for; "
-                "sample with the same scheduler and number of steps, or calibrate with init.other_steps=interpolate"
+                f"timestep {values.tolist()} is not among the {len(steps)} that the static scales were calibrated for, or an "
+                "import laid its clips out for; sample with the same scheduler and number of steps, calibrate with "
+                "init.other_steps=interpolate, or import with clips=mean"
             )
 
     def sample_bands(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvgen.config.leaves import build_leaf, load_foreign_leaf, load_leaf
@@ -45,6 +45,28 @@ def load_family(config: GenerateConfig) -> Any:
     if not manifests:
         return load_leaf("model", named.pop(), **arguments)
     return load_foreign_leaf("model", named.pop(), arguments, source=" and ".join(map(str, config.packed or ())))
+
+
+def check_sampler(manifests: Sequence[Manifest], family: Any, *, num_steps: int) -> None:
+    """Raise ValueError where an imported model's clips are laid out for another sampler than the one that is asked for.
+
+    Each call would be refused too, but for those of a sampler that visits some of the same timesteps: there the release would
+    have taken other clips.
+    """
+    for manifest in manifests:
+        by_step = manifest.timesteps is not None and not any(layer.form.static for layer in manifest.layers)
+        if not by_step or not manifest.strict_timesteps or not hasattr(family, "scheduler"):
+            continue
+        scheduler, wanted = family.scheduler(), list(manifest.timesteps or ())
+        scheduler.set_timesteps(num_steps)
+        if sorted(float(timestep) for timestep in scheduler.timesteps) == wanted:
+            continue
+        said = manifest.training.get("clips")
+        raise ValueError(
+            f"the packed model has clips for {said or f'{len(wanted)} steps of one sampler'}, and num_steps={num_steps} of "
+            f"this {type(scheduler).__name__} visits other timesteps; sample with num_steps={len(wanted)} and that scheduler, "
+            f"or import the checkpoint again with num_steps={num_steps}, or with clips=mean, which any sampler may use"
+        )
 
 
 def _check_experts(manifests: list[Manifest]) -> None:

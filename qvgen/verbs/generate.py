@@ -27,7 +27,7 @@ from qvgen.training.identity import code_facts
 from qvgen.training.planning.deployment import plan_generate
 from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._earlier_result import refuse_earlier
-from qvgen.verbs._packed_family import load_family
+from qvgen.verbs._packed_family import check_sampler, load_family
 from qvgen.verbs._unfinished_videos import UnfinishedVideos
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def run(config: GenerateConfig) -> int | None:
     """
     family = load_family(config)
     request = read_request(config, family)
+    check_sampler([read_manifest(path) for path in config.packed or ()], family, num_steps=request.num_steps)
     unfinished = UnfinishedVideos(config.out, lambda: _parts(config, family, request))
     missing, num_videos = missing_videos(config, request.videos, unfinished), len(request.videos)
     if config.dry_run:
