@@ -36,7 +36,7 @@ FREE_KEYS = (
     "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
     "trainer.profiler", "trainer.detect_anomaly", "trainer.log_every_n_steps",
     "names.experiment", "typed",
-    "model.path", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
+    "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are

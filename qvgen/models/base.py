@@ -20,7 +20,7 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 
 
-LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "lora", "lora_high", "lora_low")
+LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "transformer", "lora", "lora_high", "lora_low")
 """Arguments of families that are of the machine where a run is made; no manifest holds them."""
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,11 +22,15 @@ import diffusers
 import torch
 from torch import nn
 
+from qvgen.models.clip_size import check_sizes
+from qvgen.models.finetune_place import find_finetune
 from qvgen.models.folder_identity import settings_identity, weights_identity
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, require_number
+from qvgen.models.hub_cache import cached_snapshot
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora import Lora, merge_loras_, read_loras
 from qvgen.models.published import check_is_of, check_text_to_video
+from qvgen.models.transformer_build import build_transformer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,6 +60,8 @@ class FolderFamily(abc.ABC):
         text_encoder_dtype: Precision of the text encoder: float32, bfloat16 or float16; its output is float32.
         lora: File or folder of a LoRA that is merged before anything is quantized, a mapping of path and scale, or a list of
             these (:mod:`qvgen.models.lora`). None: none.
+        transformer: A finetune of the transformer alone, in place of the folder's: its folder, or one .safetensors file, also
+            with the names of Wan's own code (:mod:`qvgen.models.finetune`). None: the folder's.
         lora_scale: Factor of each LoRA that says none, or a list with one for each.
 
     Raises:
@@ -80,6 +85,7 @@ class FolderFamily(abc.ABC):
     vae_dtype: str
     text_encoder_dtype: str
     path: str | Path | None = None
+    transformer: str | Path | None = None
     lora: Any = None
     lora_scale: Any = 1.0
     negative_prompt: str = ""
@@ -102,28 +108,20 @@ class FolderFamily(abc.ABC):
         check_negative_prompt(self.negative_prompt)
         require_number("num_inference_steps", self.num_inference_steps, NUM_STEPS, whole=True)
         require_number("guidance_scale", self.guidance_scale, GUIDANCE)
-        self.folder = None
-        if self.path is not None:
-            self.folder = self.folder_class.find(self.path, repository=self.repository, model=self.name)
+        named = {"repository": self.repository, "model": self.name}
+        self._finetune = None if self.transformer is None else find_finetune(self.transformer, **named)
+        place = self.path
+        if place is None and self._finetune is not None:  # what it lacks is the base model's, where it was downloaded
+            place = cached_snapshot(self.repository)
+        self.folder = None if place is None else self.folder_class.find(place, **named)
         self._loras = self._chosen_loras()
-        if self.folder is not None:
-            check_text_to_video(self.component_config, name=self.name, path=self.path)
+        if self.folder is not None or self._finetune is not None:
+            given = f"model.path={self.path}" if self._finetune is None else f"model.transformer={self.transformer}"
+            check_text_to_video(self.component_config, name=self.name, given=given)
             classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
-            check_is_of(self.component_config, name=self.name, path=self.path, **classes)
+            check_is_of(self.component_config, name=self.name, given=given, **classes)
         temporal, spatial = self.compression
-        multiple = spatial * self.patch_size
-        for key in ("height", "width"):
-            if (value := getattr(self, key)) < multiple or value % multiple:
-                raise ValueError(
-                    f"model.{key}={value} is no multiple of {multiple}, VAE times patches; "
-                    f"use {max(1, round(value / multiple)) * multiple}"
-                )
-        for key in ("num_frames", "sampling_frames"):
-            if (value := getattr(self, key)) < 1 or (value - 1) % temporal:
-                raise ValueError(
-                    f"model.{key}={value} is not 1 more than a multiple of {temporal}; "
-                    f"use {max(0, round((value - 1) / temporal)) * temporal + 1}"
-                )
+        check_sizes(self, temporal=temporal, multiple=spatial * self.patch_size)
 
     # The answers of a folder, or of the published configuration
 
@@ -136,10 +134,14 @@ class FolderFamily(abc.ABC):
         Raises:
             ValueError: the folder lacks it.
         """
-        if self.folder is None:
-            return dict(self.published.get(component, {}))
         files = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-        return self.folder.read_json(files.get(component, f"{component}/config.json"))
+        if self.folder is None:
+            found = dict(self.published.get(component, {}))
+        else:
+            found = self.folder.read_json(files.get(component, f"{component}/config.json"))
+        if self._finetune is not None and component == "transformer":
+            return self._finetune.config(found)
+        return found
 
     @cached_property
     def transformer_config(self) -> dict[str, Any]:
@@ -190,24 +192,27 @@ class FolderFamily(abc.ABC):
 
     def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
         """Checksums of all that the folder holds and of the LoRA; see :meth:`qvgen.models.base.VideoDiT.identity`."""
-        if self.folder is None:
+        if self.folder is None and self._finetune is None:
             return {}
         chosen = ", ".join(lora.revision.replace(" ", " times ", 1) for lora in self._loras)
-        lora = {"lora": chosen} if chosen else {}
-        if transformer_only:
-            return {**weights_identity(self.folder, [self.transformer_folder]), **lora}
-        weights = weights_identity(self.folder, [*self.transformer_folders, "vae", "text_encoder"])
-        return {**weights, **settings_identity(self.folder), **lora}
+        own = {"lora": chosen} if chosen else {}
+        names = [self.transformer_folder] if transformer_only else [*self.transformer_folders, "vae", "text_encoder"]
+        if self._finetune is not None:
+            names.remove(self.transformer_folder)
+            own[self.transformer_folder] = self._finetune.checksum
+        if self.folder is None:
+            return own
+        settings = {} if transformer_only else settings_identity(self.folder)
+        return {**weights_identity(self.folder, names), **settings, **own}
 
     def component_revision(self, component: str) -> str:
         """Content key of the folder's weights of transformer, vae or text_encoder; raises ValueError without them."""
+        if self._finetune is not None and component == self.transformer_folder:
+            return self._finetune.revision
         return self._require_folder().revision(component)
 
     def load_teacher(self, *, dtype: torch.dtype | None = None) -> nn.Module:
-        """Load the trained transformer, with its LoRA, in eval mode, without gradients, on the CPU.
-
-        Args:
-            dtype: Type of its weights; None: the configuration's.
+        """Load the trained transformer; see :meth:`qvgen.models.base.VideoDiT.load_teacher`.
 
         Raises:
             ValueError: the weights or the LoRA are missing, damaged or of another model.
@@ -216,7 +221,10 @@ class FolderFamily(abc.ABC):
 
     def _load_transformer(self, folder: str, *, dtype: torch.dtype) -> nn.Module:
         """Load one of the model's transformers, with its LoRA if there is one."""
-        transformer = self._require_folder().load(folder, getattr(diffusers, self.transformer_class), dtype=dtype)
+        if self._finetune is not None and folder == self.transformer_folder:
+            transformer = self._finetune.load(self.transformer_class, self.transformer_config, dtype=dtype)
+        else:
+            transformer = self._require_folder().load(folder, getattr(diffusers, self.transformer_class), dtype=dtype)
         merge_loras_(transformer, self._loras, component=folder)
         return transformer
 
@@ -235,11 +243,14 @@ class FolderFamily(abc.ABC):
             transformer: one that :meth:`build` made, on ``meta`` for example.
 
         Raises:
-            ValueError: weights are missing, cut off or quantized already, or a LoRA has keys or shapes of another
-                model.
+            ValueError: weights are missing, cut off or quantized already, or of another model, as a LoRA may be.
         """
+        of_folder = list(self.transformer_folders)
+        if self._finetune is not None:
+            of_folder.remove(self.transformer_folder)
+            self._finetune.check(self.transformer_class, self.transformer_config)
         if self.folder is not None:
-            self.folder.check_parts(self.transformer_folders)
+            self.folder.check_parts(of_folder)
         for lora in self._loras:
             lora.plan(transformer, component=self.transformer_folder)
 
@@ -250,21 +261,8 @@ class FolderFamily(abc.ABC):
         )
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build a transformer with random weights, on the device that is the default one (``meta`` costs nothing).
-
-        Raises:
-            ValueError: for a key that the transformer does not have.
-        """
-        transformer_class = getattr(diffusers, self.transformer_class)
-        known = inspect.signature(transformer_class.__init__).parameters
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' annotations
-        for key in plain:
-            if key not in known:
-                raise ValueError(
-                    f"transformer config has the unknown key {key!r}; {self.transformer_class} has none such"
-                )
-        transformer: nn.Module = transformer_class(**plain)
-        return transformer
+        """Build a transformer; see :func:`qvgen.models.transformer_build.build_transformer`."""
+        return build_transformer(self.transformer_class, config)
 
     # Text encoder and VAE
 

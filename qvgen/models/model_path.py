@@ -105,10 +105,15 @@ def _weights_answer(file: Path, entries: dict[str, dict[str, Any]], *, download:
         return f"it {reason}; {download}"
     names = {name.removeprefix(next((p for p in _PREFIXES if name.startswith(p)), "")) for name in entries}
     if any(name.endswith("blocks.0.self_attn.q.weight") for name in names):
-        return f"one file in Wan's original layout, and a folder in diffusers' layout is needed; {download}"
+        return f"one file in Wan's original layout; {_beside(file, download)}"
     if any(name.startswith(("blocks.0.attn1.", "transformer_blocks.0.attn1.")) for name in names):
-        return f"a transformer alone, without VAE, text encoder and configurations; {download}"
+        return f"a transformer alone, without VAE, text encoder and configurations; {_beside(file, download)}"
     return f"weights alone ({min(names, default='nothing')}); needed is a folder in the hub's layout; {download}"
+
+
+def _beside(finetune: Path, download: str) -> str:
+    """What to write for a transformer alone."""
+    return f"write model.transformer={finetune} beside the base model, whose folder is model.path; {download}"
 
 
 def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
@@ -135,9 +140,7 @@ def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
         if (folder.parent / INDEX).is_file():
             return f"holds a transformer alone; its model is the folder above, write model.path={folder.parent}"
         return (
-            f"holds a transformer alone ({named}), without VAE, text encoder and tokenizer; get those with `hf download "
-            f"{repository} --exclude 'transformer/*' --local-dir FOLDER`, put it there as FOLDER/transformer and write "
-            "model.path=FOLDER"
+            f"holds a transformer alone ({named}), without VAE, text encoder and tokenizer; {_beside(folder, download)}"
         )
     if (folder / "transformer" / "config.json").is_file():
         place = "" if cache_of(folder) else f" --local-dir {folder}"

@@ -53,13 +53,13 @@ class PublishedModel:
     sizes: Mapping[str, Any]
 
 
-def check_text_to_video(configs: Configs, *, name: str, path: object) -> None:
+def check_text_to_video(configs: Configs, *, name: str, given: str) -> None:
     """Refuse a folder whose model needs more than a caption.
 
     Args:
         configs: the folder's configurations.
         name: Name of the model that was chosen.
-        path: Path of the folder, for the message.
+        given: How the user named it, for the message.
 
     Raises:
         ValueError: it is an image-to-video or a control model; the message names what shows it and the model to use.
@@ -80,12 +80,12 @@ def check_text_to_video(configs: Configs, *, name: str, path: object) -> None:
     model = next(iter(_matches(kind, _sizes(transformer))), None) or _by_name(name)
     remedy = f"model={name}" if model is None else f"model={model.name} with {model.repository or 'its own folder'}"
     raise ValueError(
-        f"model.path={path} holds an image-to-video or control model ({'; '.join(signs[:2])}; its pipeline is {pipeline}), "
+        f"{given} holds an image-to-video or control model ({'; '.join(signs[:2])}; its pipeline is {pipeline}), "
         f"and qvgen makes text-to-video models; use {remedy}"
     )
 
 
-def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_encoder: str, path: object) -> None:
+def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_encoder: str, given: str) -> None:
     """Refuse a folder of another model than the one that was chosen.
 
     Args:
@@ -93,7 +93,7 @@ def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_enc
         name: Name of the model that was chosen; one that conf/model does not know is not compared with others.
         transformer_class: Class of diffusers that the model's transformer has.
         text_encoder: class of transformers, of that model.
-        path: Path of the folder, for the message.
+        given: How the user named it, for the message.
 
     Raises:
         ValueError: it is of another class, kind, or exactly of another model's sizes; the message names the model to use.
@@ -105,7 +105,7 @@ def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_enc
     sizes = _sizes(configs("transformer"))
     if found_class != transformer_class:
         raise ValueError(
-            f"model.path={path} holds a {found_class}, model={name} is a {transformer_class}; "
+            f"{given} holds a {found_class}, model={name} is a {transformer_class}; "
             + _remedy(_matches(kind, sizes), found_class)
         )
     own = _by_name(name)
@@ -118,12 +118,12 @@ def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_enc
     ]
     if differences:
         remedy = _remedy(_matches(kind, sizes), found_class)
-        raise ValueError(f"model.path={path} holds another model: {'; '.join(differences)}; {remedy}")
+        raise ValueError(f"{given} holds another model: {'; '.join(differences)}; {remedy}")
     twins = [model for model in _matches(kind, sizes) if model.sizes == sizes]
     if twins and own.sizes != sizes:
         shown = ", ".join(f"{key}={sizes[key]}" for key in sizes if sizes[key] != own.sizes.get(key))
         twin = twins[0]
-        raise ValueError(f"model.path={path} holds {twin.repository or twin.name} ({shown}); use model={twin.name}")
+        raise ValueError(f"{given} holds {twin.repository or twin.name} ({shown}); use model={twin.name}")
 
 
 def _kind(configs: Configs, *, class_name: str | None, text_encoder: str | None) -> dict[str, Any]:

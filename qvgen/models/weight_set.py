@@ -94,13 +94,16 @@ def quantized_already(entries: dict[str, dict[str, object]]) -> str | None:
     for name in entries:
         if _RELEASE_KEY.search(name):
             return (
-                f"is a checkpoint of QVGen's own release ({name}): its layers are quantized already, and this version can't "
-                "import it; train from the full-precision weights"
+                f"is a checkpoint of QVGen's own release ({name}): its layers are quantized already; `qvgen import "
+                "source=...` makes a packed model of it, and training starts from full-precision weights"
             )
     for name, entry in entries.items():
         dtype = str(entry.get("dtype"))
         if name.endswith(("weight", "weight_packed", "qweight")) and dtype not in _FLOATS:
-            return f"holds weights that are quantized already ({name} is {dtype}); take the full-precision ones"
+            return (
+                f"holds weights that are quantized already ({name} is {dtype}): what they lost is not to be had back, and "
+                "they would be quantized a second time; take the full-precision ones, in bf16, fp16 or fp32"
+            )
     return None
 
 

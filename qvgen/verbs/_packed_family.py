@@ -64,7 +64,7 @@ def check_sampler(manifests: Sequence[Manifest], family: Any, *, num_steps: int)
         said = manifest.training.get("clips")
         raise ValueError(
             f"the packed model has clips for {said or f'{len(wanted)} steps of one sampler'}, and num_steps={num_steps} of "
-            f"this {type(scheduler).__name__} visits other timesteps; sample with num_steps={len(wanted)} and that scheduler, "
+            f"this {type(scheduler).__name__} visits other timesteps; sample with num_steps={len(wanted)} and that one, "
             f"or import the checkpoint again with num_steps={num_steps}, or with clips=mean, which any sampler may use"
         )
 

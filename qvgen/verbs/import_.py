@@ -71,7 +71,9 @@ def run(config: ImportConfig) -> None:
 def _clips(config: ImportConfig) -> ClipTable:
     """The tables of clips, laid out for the release's sampler or for all."""
     if not hasattr(config.model, "scheduler") or not hasattr(config.model, "transformer_config"):
-        raise UserError(f"model={config.names.model} is no model that QVGen's release trains; choose a CogVideoX or a Wan")
+        raise UserError(
+            f"model={config.names.model} is no model that QVGen's release trains; choose a CogVideoX or a Wan"
+        )
     if getattr(config.model, "lora", None) is not None:
         raise UserError("model.lora can't be merged into integer codes; leave it out, or merge it before training")
     if config.clips == "steps":

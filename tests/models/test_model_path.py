@@ -231,7 +231,8 @@ TRANSFORMERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (lambda t: (t / WEIGHTS).write_bytes((t / WEIGHTS).read_bytes()[:-1]), r"is cut off: it has \d+ of \d+"),
     "cut header": (lambda t: (t / WEIGHTS).write_bytes((t / WEIGHTS).read_bytes()[:99]), "cut off: it has 99 bytes, its"),
     "fp8": (edited(lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}),
-        r"holds weights that are quantized already \(\S+weight is F8_E4M3\); take the full-precision ones$"),
+        r"holds weights that are quantized already \(\S+weight is F8_E4M3\): .* quantized a second time; take the "
+        "full-precision ones, in bf16, fp16 or fp32$"),
     "int8": (edited(lambda t: t | {"proj_out.weight": t["proj_out.weight"].to(torch.int8)}),
         r"quantized already \(proj_out.weight is I8\)"),
     "the release": (edited(release), r"a checkpoint of QVGen's own release \(proj_out.aquantizer.lower\)"),
@@ -348,7 +349,8 @@ WAN = {"_class_name": "WanTransformer3DModel"}
 FOLDERS: dict[str, tuple[dict[str, object], str]] = {
     "a transformer alone": ({"config.json": WAN, WEIGHTS: OURS},
         r"holds a transformer alone \(WanTransformer3DModel\), without "
-        r"VAE, text encoder and tokenizer; get those with `hf download \S+ --exclude 'transformer/\*' --local-dir FOLDER`"),
+        r"VAE, text encoder and tokenizer; write model.transformer=\S+other beside the base model, whose folder is "
+        "model.path; download the weights with"),
     "original Wan": ({"config.json": {"_class_name": "WanModel"}, WEIGHTS: ORIGINAL, "Wan2.1_VAE.pth": "x"},
         "is in Wan's original layout, and diffusers' layout is needed"),
     "original A14B": ({f"{noise}_noise_model/config.json": {"_class_name": "WanModel"} for noise in ("high", "low")},
@@ -387,7 +389,7 @@ def test_a_part_of_a_model_leads_to_its_folder(folder: Path) -> None:
 FILES: dict[str, tuple[object, str]] = {
     "wan2.1_t2v.safetensors": (
         ORIGINAL,
-        "one file in Wan's original layout, and a folder in diffusers' layout is needed",
+        r"one file in Wan's original layout; write model.transformer=\S+ beside the base model, whose folder is model.path",
     ),
     "transformer.safetensors": (OURS, "a transformer alone, without VAE, text encoder and configurations"),
     "fp8.safetensors": (

@@ -94,8 +94,8 @@ def _token_qparams(x: Tensor, low: Tensor, high: Tensor, *, bits: int) -> tuple[
 
 
 def away_from_ties(x: Tensor, low: Tensor, high: Tensor, *, bits: int) -> Tensor:
-    """The same x, values that are halfway between two codes moved to one; extremes of rows stay, and so do the codes' scales."""
-    scale, zero_point = _token_qparams(x, low, high, bits=bits)
+    """The same x, values halfway between two codes moved to one; extremes of rows stay, and so do scales."""
+    scale = _token_qparams(x, low, high, bits=bits)[0]
     place = x / scale
     tied = ((place - place.floor()) - 0.5).abs() < _MARGIN
     extreme = (x == x.amin(-1, keepdim=True)) | (x == x.amax(-1, keepdim=True))

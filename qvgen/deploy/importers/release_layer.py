@@ -51,7 +51,7 @@ class ReleaseLayer:
         return 2**self.bits - 1
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """s' and z' [N, 1] as the forward pass uses them, in the type that they are stored in."""
+        """Scale s' and zero point z' [N, 1] as the forward pass uses them, in the type that they are stored in."""
         gradient_scale = 1.0 / math.sqrt(self.weight.shape[1] * self.qmax)
         scale, zero_point = (
             (value - value * gradient_scale) + value * gradient_scale for value in (self.scale, self.zero_point)
@@ -78,7 +78,7 @@ class ReleaseLayer:
 
 
 def merge_lora(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """w + B A for down A [r, K] and up B [N, r]; the product is summed in float32 and rounded once, as matrix units do."""
+    """Weight w + B A for down A [r, K] and up B [N, r]; the product is summed in float32 and rounded once."""
     return weight + (up.float() @ down.float()).to(weight.dtype)
 
 

@@ -69,7 +69,9 @@ def check_same_config(config: Mapping[str, Any] | None, base: nn.Module, *, sour
         return
     where = f"source={source}: its config.json"
     if (found := config.get("_class_name", type(base).__name__)) != type(base).__name__:
-        raise ValueError(f"{where} says {found}, model={name} is a {type(base).__name__}; choose the model of the checkpoint")
+        raise ValueError(
+            f"{where} says {found}, model={name} is a {type(base).__name__}; choose the model of the checkpoint"
+        )
     if "quantization_config" in config:
         raise ValueError(f"{where} has a quantization_config, which the release never writes; it is of another program")
     own = plain_config(base)

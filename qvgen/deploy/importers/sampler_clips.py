@@ -7,8 +7,8 @@ release's option --fix counts groups down, from 49 on, once per CALL of the tran
     Wan         two calls per step, first the conditional one              step k: group max(49 - 2 k, 0), then one less
 
 So a group belongs to a step of one sampler, and the table has an entry for each of its timesteps. Both calls of a Wan step
-have one timestep and hence the conditional call's clips: its conditional calls are the release's, its unconditional calls have
-a neighbouring group's until the counter has run out (step 25 of 50), and are equal from there on.
+have one timestep and hence the conditional call's clips: conditional calls are the release's, unconditional ones have a
+neighbouring group's until the counter has run out (step 25 of 50), and are equal from there on.
 """
 
 from __future__ import annotations

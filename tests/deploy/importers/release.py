@@ -55,7 +55,7 @@ class ReleaseLinear(nn.Module):
         self.group = GROUPS - 1
 
     def merged(self) -> Tensor:
-        """w with its LoRA."""
+        """The weight with its LoRA."""
         if not hasattr(self, "loraA"):
             return self.w
         return self.w + (self.loraB.float() @ self.loraA.float()).to(self.w.dtype)
