@@ -6,7 +6,8 @@
     x: min and max of each token, times sigmoid(lower or upper) of the group, times 0.95; a range that need not hold 0
        z = clamp(round(-min / scale), 0, P), X = scale (clamp(round(x / scale + z), 0, P) - z)
 
-The group is a counter's: with ``fix`` it goes down by one with every call of the transformer, from 49 to 0.
+The group is a counter's: with --fix it goes down by one with every call of the transformer, from 49 to 0. Calls do not
+depend on one another, so several are one batch here, each sample with the group of its own call.
 """
 
 import json
@@ -52,7 +53,7 @@ class ReleaseLinear(nn.Module):
         self.wquantizer = Quantizer(scale=scale.to(dtype), zero_point=(-low * 0.97 / scale).to(dtype))
         logits = [(math.log(0.95 / 0.05) + 0.3 * torch.randn(GROUPS)).to(dtype) for _ in range(2)]
         self.aquantizer = Quantizer(lower=logits[0], upper=logits[1])
-        self.group = GROUPS - 1
+        self.groups = [GROUPS - 1]
 
     def merged(self) -> Tensor:
         """The weight with its LoRA."""
@@ -70,8 +71,12 @@ class ReleaseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         q, s, z = (value.float() for value in self.weight_codes())
-        low = x.amin(-1, keepdim=True) * self.aquantizer.lower[self.group].sigmoid().float() * 0.95
-        high = x.amax(-1, keepdim=True) * self.aquantizer.upper[self.group].sigmoid().float() * 0.95
+        count = len(self.groups)  # one for each sample, whose rows follow on one another
+        lower, upper = (
+            logits[self.groups].sigmoid().float().repeat_interleave(len(x) // count).reshape(-1, *[1] * (x.ndim - 1))
+            for logits in (self.aquantizer.lower, self.aquantizer.upper)
+        )
+        low, high = x.amin(-1, keepdim=True) * lower * 0.95, x.amax(-1, keepdim=True) * upper * 0.95
         scale = (high - low) / self.input_levels
         zero = torch.clamp(torch.round(-low / scale), 0, self.input_levels)
         inputs = scale * (torch.clamp(torch.round(x / scale + zero), 0, self.input_levels) - zero)
@@ -133,7 +138,7 @@ def save_release(model: Any, folder: Path, *, dtype: torch.dtype = torch.bfloat1
     return folder
 
 
-def set_group(model: nn.Module, group: int) -> None:
-    """The counter's value for the next call."""
+def set_groups(model: nn.Module, groups: list[int]) -> None:
+    """The counter's values for the calls that the samples of the next batch stand for."""
     for layer in release_layers(model).values():
-        layer.group = group
+        layer.groups = groups
