@@ -303,14 +303,12 @@ def test_shards_that_lie_outside_or_hold_a_tensor_twice_are_refused(
     assert "holds a damaged index" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("bits", "message"), [("w3a4", "write for example bits=w4a4"), ("w5a4", "write for example bits=w4a4")]
-)
+@pytest.mark.parametrize("bits", ["w3a4", "w5a4"])
 def test_other_bits_than_the_checkpoint_s_are_told_from_its_codes(
-    bits: str, message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bits: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert do_import(root, root / "release-wan", tmp_path / "out", bits=bits) == BAD_INPUT
-    assert message in capsys.readouterr().err
+    assert "write for example bits=w4a4" in capsys.readouterr().err
 
 
 def test_what_import_refuses_before_it_reads(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
