@@ -17,7 +17,7 @@ CLIPS = ("steps", "last", "mean")
 class ImportNames:
     """The base model of `qvgen import`."""
 
-    model: str
+    model: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        require(self.names.model is not None, "model is missing; write model=NAME, the model that the checkpoint was made from")
         require(self.clips in CLIPS, f"clips={self.clips} is unknown; use one of {', '.join(CLIPS)}")
         require(
             self.out.resolve() != self.source.resolve(),

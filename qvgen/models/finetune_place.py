@@ -20,7 +20,7 @@ from qvgen.models.finetune_folder import FinetuneFolder, LoneFolder
 
 
 def find_finetune(path: str | Path, *, repository: str, model: str) -> Finetune:
-    """What ``model.transformer`` means.
+    """Find the finetune that ``model.transformer`` means.
 
     Args:
         path: Its value.

@@ -43,8 +43,8 @@ def run(config: ImportConfig) -> None:
     refuse_earlier(config.out, (WEIGHTS_FILE, MANIFEST_FILE, RECORD), overwrite=config.overwrite)
     clips = _clips(config)
     base = _base(config)
-    with closing(ReleaseFile.open(config.source, base, name=config.names.model)) as release:
-        check_same_config(release.config, base, source=config.source, name=config.names.model)
+    with closing(ReleaseFile.open(config.source, base, name=str(config.names.model))) as release:
+        check_same_config(release.config, base, source=config.source, name=str(config.names.model))
         if config.dry_run:
             for line in plan(config, release, clips):
                 print(line)
@@ -56,7 +56,7 @@ def run(config: ImportConfig) -> None:
     save_packed(
         imported.model,
         config.out,
-        base_name=config.names.model,
+        base_name=str(config.names.model),
         base_revision=_base_revision(config.model),
         base_arguments=_arguments(config),
         training={"method": "imported", "source": release.source.name, "sha256": sha256, "clips": clips.said},

@@ -41,7 +41,7 @@ class ReleaseFile:
     """A checkpoint that is open, and whose tensors are those of a base model.
 
     Attributes:
-        source: What was given.
+        source: The file or folder that was given.
         files: Its safetensors files, in order of name.
         shapes: Shape of each tensor, by name.
         layers: Names of the quantized Linears, in the base model's order.
