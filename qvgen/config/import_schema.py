@@ -54,7 +54,10 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        require(self.names.model is not None, "model is missing; write model=NAME, the model that the checkpoint was made from")
+        require(
+            self.names.model is not None,
+            "model is missing; write model=NAME, the model that the checkpoint was made from",
+        )
         require(self.clips in CLIPS, f"clips={self.clips} is unknown; use one of {', '.join(CLIPS)}")
         require(
             self.out.resolve() != self.source.resolve(),

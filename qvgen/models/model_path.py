@@ -112,7 +112,7 @@ def _weights_answer(file: Path, entries: dict[str, dict[str, Any]], *, download:
 
 
 def _beside(finetune: Path, download: str) -> str:
-    """What to write for a transformer alone."""
+    """The command for a transformer alone."""
     return f"write model.transformer={finetune} beside the base model, whose folder is model.path; {download}"
 
 

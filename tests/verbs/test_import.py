@@ -324,6 +324,8 @@ def test_what_import_refuses_before_it_reads(root: Path, tmp_path: Path, capsys:
         assert message in capsys.readouterr().err
     assert main(["import", f"source={source}", "model=tiny", "bits=4", f"out={tmp_path / 'out'}"]) == BAD_INPUT
     assert "model=tiny is no model that QVGen's release trains" in capsys.readouterr().err
+    assert main(["import", f"source={source}", "bits=4", f"out={tmp_path / 'out'}"]) == BAD_INPUT
+    assert "model is missing; write model=NAME" in capsys.readouterr().err
     assert main(["import", f"source={source}", "model=wan", f"out={tmp_path / 'out'}"]) == BAD_INPUT
     assert "bits" in capsys.readouterr().err
     assert do_import(root, source, root / "packed-wan") == BAD_INPUT

@@ -45,7 +45,7 @@ class ReleaseFile:
         files: Its safetensors files, in order of name.
         shapes: Shape of each tensor, by name.
         layers: Names of the quantized Linears, in the base model's order.
-        loras: Those of them with a LoRA that is not merged.
+        loras: Names among them with a LoRA that is not merged.
         config: The arguments in config.json beside the files; None where there is none.
     """
 
