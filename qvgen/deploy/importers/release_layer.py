@@ -84,7 +84,7 @@ def merge_lora(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCount:
-    """What a layer's weights look like under the bits that were given, in rows and values.
+    """Counts of the rows and values of layers under the bits that were given.
 
     Attributes:
         rows: Rows.
