@@ -38,7 +38,7 @@ _MOST_CLAMPED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What was imported.
+    """A transformer that was imported, and what was found and checked on the way.
 
     Attributes:
         model: The transformer, on the CPU, with the exact reference kernel.
