@@ -139,7 +139,7 @@ class PackedLinear(PackedWeight):
         """
         if layer.phi is not None and layer.phi.rank and not layer.phi.keep:
             raise ValueError(
-                f"Phi still has rank {layer.phi.rank}; train until its decay is over (or with phi.keep=true)"
+                f"Phi still has rank {layer.phi.rank}; train until its decay is over, then fold, or with phi.keep=true"
             )
         packed = cls(
             layer.in_features,

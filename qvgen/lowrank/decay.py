@@ -97,12 +97,12 @@ class DecaySchedule:
 
     def __post_init__(self) -> None:
         ranks = list(self.ranks)
-        if self.kept < 0 or (ranks and self.kept >= ranks[-1]):
-            raise ValueError(
-                f"phi.keep_rank={self.kept} must be less than the last of phi.ranks={ranks} and no less than 0"
-            )
         if min(ranks, default=self.kept) < 1:
             raise ValueError(f"phi.ranks={ranks} must be positive; for example [32,16,8,4,2,1]")
+        if ranks and not 0 <= self.kept < ranks[-1]:
+            raise ValueError(
+                f"phi.keep_rank={self.kept} must be in 0..{ranks[-1] - 1}, below the last of phi.ranks={ranks}"
+            )
         if any(later >= earlier for earlier, later in pairwise(ranks)):
             raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
         check_ranges(self, section="phi")
