@@ -187,8 +187,8 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
     environment = collect_environment()
     versions = environment.versions
 
-    def db(value: float) -> str:
-        return "inf" if value == float("inf") else f"{value:.1f}"
+    def db(value: float | None) -> str:
+        return "-" if value is None else "inf" if value == float("inf") else f"{value:.1f}"
 
     lines = [
         "# Exports in their consumers: from training to a video",
@@ -202,13 +202,14 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
         f"    {command}",
         "",
         "| model | profile | target | other weights | loaded by | products by | to our packed video "
-        "| to ours, its other weights rounded alike | ours to full precision |",
-        "|" + "---|" * 9,
+        "| to ours, its other weights rounded alike | the same, with sums in half precision | ours to full precision |",
+        "|" + "---|" * 10,
     ]
     for row in rows:
+        dbs = [db(row.get(key)) for key in ("same_rounding_db", "half_sums_db", "packed_to_full_db")]
         cells = [
             row["family"], f"{row['profile']} {row['bits']}", row["target"], row["dtype"] or "as packed", row["loaded_by"],
-            row["products"], f"**{db(row['psnr_db'])}**", db(row["same_rounding_db"]), db(row["packed_to_full_db"]),
+            row["products"], f"**{db(row['psnr_db'])}**", *dbs,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     refused = "; ".join(f"{target} for {family}" for family, target in REFUSED)
@@ -219,9 +220,9 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
         "The target `qvgen` is the packed folder itself in diffusers. `bf16` leaves inputs unquantized: what it differs by",
         "is what quantized inputs cost. The kernels of cache-dit and nunchaku_lite need a GPU: cache-dit's own loader made",
         "the layers, diffusers' configuration class named them, and their products were replaced by qvgen's reference of the",
-        "same formula in float32. What half precision adds to it: [svdq-accumulation](svdq-accumulation.md). comfy-kitchen's",
-        "eager functions are what ComfyUI runs without a GPU; they rotate by a matrix product, which sums in another order",
-        "and may change a code.",
+        "same formula: in float32, and in the last column but one with the kernels' sums in half precision, whose effect on",
+        "layers is in [svdq-accumulation](svdq-accumulation.md). comfy-kitchen's eager functions are what ComfyUI runs",
+        "without a GPU; they rotate by a matrix product, which sums in another order and may change a code.",
     ]
 
 
