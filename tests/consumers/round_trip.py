@@ -221,7 +221,7 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
         "is what quantized inputs cost. The kernels of cache-dit and nunchaku_lite need a GPU: cache-dit's own loader made",
         "the layers, diffusers' configuration class named them, and their products were replaced by qvgen's reference of the",
         "same formula: in float32, and in the last column but one with the kernels' sums in half precision, whose effect on",
-        "layers is in [svdq-accumulation](svdq-accumulation.md). comfy-kitchen's eager functions are what ComfyUI runs",
+        "layers is in [svdq-accumulation](svdq-accumulation-tiny.md). comfy-kitchen's eager functions are what ComfyUI runs",
         "without a GPU; they rotate by a matrix product, which sums in another order and may change a code.",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def svdquant(rank: int) -> Any:
     return load_leaf("init", "svdquant", rank=rank)
 
 
-def packed_layer(profile: str, bits: str, *, columns: int, rows: int) -> tuple[PackedLinear, Tensor]:
+def packed_layer(
+    profile: str, bits: str, *, columns: int, rows: int, scale_dtype: Any = None
+) -> tuple[PackedLinear, Tensor]:
     """A layer of random weights under a profile, and inputs [1, 32, K] with a loud channel."""
     generator = torch.Generator().manual_seed(columns)
     linear = nn.Linear(columns, rows)
@@ -68,6 +71,9 @@ def packed_layer(profile: str, bits: str, *, columns: int, rows: int) -> tuple[P
     band = NoiseBand(1)
     band.set_timestep(torch.tensor([500.0]))
     grids = load_profile(profile, Bits.parse(bits)).fitted([columns])
+    if scale_dtype is not None:
+        sides = (replace(grid, scale_dtype=scale_dtype) for grid in (grids.weight, grids.activation))
+        grids = replace(grids, **dict(zip(("weight", "activation"), sides, strict=True)))
     layer = FakeQuantLinear(linear, profile=grids, noise_band=band)
     MeanSquaredError().initialize_(layer, statistics=None)
     x = torch.randn(1, 32, columns, generator=generator)
