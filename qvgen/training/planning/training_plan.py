@@ -182,12 +182,8 @@ def plan_training(
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
-    files = run_files(
-        prepared,
-        checkpoints_kept=checkpoints_kept,
-        is_packed=run.design.method.quantizes,
-        phi_kept_rank=run.design.phi_kept_rank,
-    )
+    is_packed, kept = run.design.method.quantizes, run.design.phi_kept_rank
+    files = run_files(prepared, checkpoints_kept=checkpoints_kept, is_packed=is_packed, phi_kept_rank=kept)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
