@@ -84,7 +84,7 @@ def state_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def packed_bytes(student: nn.Module, *, phi_kept_rank: int) -> int:
+def packed_bytes(student: nn.Module, *, phi_kept_rank: int = 0) -> int:
     """Bytes of the tensors of the packed checkpoint that a student is folded to, its Phi of a kept rank then."""
     layers = quantized_layers(student)
     packed = sum(
