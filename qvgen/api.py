@@ -43,8 +43,10 @@ class PrepareOptions:
     Attributes:
         include: Name patterns (fnmatch) of the Linears to quantize; None: those in the model's repeated blocks.
         exclude: Name patterns of those to leave alone.
-        phi_rank: Rank of the low-rank helper Phi; 0 for none. It has to be gone before folding: see
-            :class:`qvgen.methods.phi_decay.PhiDecay`.
+        phi_rank: Rank of the low-rank helper Phi; 0 for none. It has to be gone before folding (see
+            :class:`qvgen.methods.phi_decay.PhiDecay`), unless ``phi_keep``.
+        phi_keep: True: Phi acts on inputs before they are quantized, and :func:`fold` makes the rank that it has then a
+            branch of the packed layer.
         num_noise_bands: Equal bands of the timestep with clip factors of their own.
         seed: Of the sample of inputs, and of the decomposition that starts Phi.
     """
@@ -52,6 +54,7 @@ class PrepareOptions:
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     phi_rank: int = 0
+    phi_keep: bool = False
     num_noise_bands: int = 50
     seed: int = 0
 
@@ -92,10 +95,12 @@ def prepare(
     options = options or PrepareOptions()
     initializer, grids = find_initializer(init), find_profile(profile, bits)
     check_runtime(grids, additions=sorted(getattr(initializer, "additions", ())), init=str(init))
+    if options.phi_rank and options.phi_keep:
+        check_runtime(grids, additions=["branch"], what="phi_keep=True")
     patterns = block_patterns(model) if options.include is None else tuple(options.include)
     chosen = PrepareConfig(
         profile=grids, initializer=initializer, include=patterns, exclude=options.exclude, seed=options.seed,
-        num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank,
+        num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
     )  # fmt: skip
     if initializer.needs:
         chosen = replace(chosen, statistics=_collect(model, chosen, calibrate, init=init))

@@ -142,6 +142,8 @@ def _with_one_bits(config: TrainConfig) -> TrainConfig:
         switched = () if config.activation_switch.widths is None else ("widths",)
         additions = sorted({*getattr(config.init, "additions", ()), *switched})
         check_runtime(config.profile, additions=additions, init=config.names.init)
+        if config.phi.keep and config.method.phi_ranks(config.phi):
+            check_runtime(config.profile, additions=["branch"], what="phi.keep=true")
     return config
 
 

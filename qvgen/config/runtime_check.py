@@ -22,13 +22,14 @@ _WORDS = {
 }
 
 
-def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str = "") -> None:
+def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str = "", what: str = "") -> None:
     """Refuse bits and additions that the profile's runtime does not have; a profile without one takes all.
 
     Args:
         profile: The grids of the run.
         additions: What the PTQ method adds to layers (:data:`qvgen.quant.runtime.Addition`).
         init: The method's name, for the message.
+        what: What adds it, in place of the method, as it is written on the command line.
 
     Raises:
         UserError: What is not there, and which profiles have it.
@@ -54,8 +55,8 @@ def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str 
             f"bits={profile.label}; {instead}change bits ({grid_alone})"
         )
     raise UserError(
-        f"profile={profile.name} is for {runtime.name}, and init={init} {_WORDS[missing[0]]}, which that does not have; "
-        f"{instead}another init ({grid_alone})"
+        f"profile={profile.name} is for {runtime.name}, and {what or f'init={init}'} {_WORDS[missing[0]]}, which that does "
+        f"not have; {instead}{'leave it out' if what else 'another init'} ({grid_alone})"
     )
 
 

@@ -52,6 +52,10 @@ class PhiConfig:
         anneal: How the gate of the components that a phase takes away falls from 1 to 0.
         tail_share: Share of the steps that train without Phi at the end, after all of its components are gone.
         drop: Which components a phase takes away, by singular value.
+        keep: True ends the decay at ``keep_rank``: Phi stays as a low-rank branch of every packed layer, and acts from the
+            first step on as branches do everywhere, with factors in bfloat16 on the input before it is quantized. A training
+            that is stopped before keeps what Phi is then.
+        keep_rank: Components that stay with ``keep``; all of them where there are fewer. Runtimes take multiples of 16.
     """
 
     rank: Annotated[int, Range("> 0", write="32")]
@@ -60,6 +64,8 @@ class PhiConfig:
     anneal: Literal["cosine", "linear"]
     tail_share: PhiTailShare
     drop: Literal["smallest", "largest"]
+    keep: bool
+    keep_rank: Annotated[int, Range("> 0", write="16")]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="phi")

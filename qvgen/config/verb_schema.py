@@ -212,14 +212,14 @@ class BenchmarkConfig:
         what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
             method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
             steps), ``kernels`` (packed linears on this CPU), ``denoising_step`` (a call of the whole transformer,
-            bfloat16 and packed), ``profiles`` (quality of every profile, before and after training) or ``loading``
-            (seconds of reading a packed directory).
+            bfloat16 and packed), ``profiles`` (quality of every profile, before and after training), ``loading``
+            (seconds of reading a packed directory) or ``svdq_accumulation`` (what sums in half precision change).
         methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
             with the rotations that they ask for.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
         seeds: Seeds of calibration, held-out noise and videos.
-        videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's.
+        videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
         timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
             ``kernels``, ``denoising_step`` and ``loading``.
         shapes: Shapes of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.

@@ -209,7 +209,7 @@ def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None
         RuntimeError: A kernel that was asked for by name does not run here.
     """
     for layer in quantized_layers(model).values():
-        form = LayerForm.of(layer)
+        form = LayerForm.folded(layer)
         for widths in product(form.weight_widths, form.activation_widths):
             spec = layer_spec(form, in_features=layer.in_features, out_features=layer.out_features, widths=widths)
             resolve_kernel(kernel, spec, device=device)

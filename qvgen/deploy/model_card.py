@@ -211,9 +211,15 @@ def _recipe(report: Mapping[str, Any] | None) -> str:
             "optimizer": optim.get("name"),
             "learning rate": optim.get("learning_rate"),
             "rank of the helper, at first": (config.get("phi") or {}).get("rank"),
-            "rank of the helper, at the end": report.get("phi_rank_final") if report is not None else None,
+            "rank of the helper, at the end": _helper_rank(report),
         }
     )
+
+
+def _helper_rank(report: Mapping[str, Any] | None) -> object:
+    """Rank of Phi when the model was folded, and that it stayed, where it did."""
+    rank = report.get("phi_rank_final") if report is not None else None
+    return f"{rank}, kept as a low-rank branch" if report is not None and report.get("phi_kept") else rank
 
 
 def _measured(report: Mapping[str, Any] | None) -> str:

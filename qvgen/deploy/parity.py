@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.deploy.exported_model import PackedSource, open_packed
-from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, cast
+from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, HalfSums, cast
 from qvgen.deploy.fixed_inputs import SEED, fixed_inputs
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -60,12 +60,14 @@ class LayerParity:
         trained: Its bits in training, for example ``w3a3``.
         fit: How the target carries it.
         output: Error of its output.
+        half_sums: The same with the kernels' sums in half precision; None for a target without.
     """
 
     name: str
     trained: str
     fit: Fit
     output: Difference
+    half_sums: Difference | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +78,13 @@ class Parity:
         layers: One entry for each packed layer.
         model: Error of the whole model's output as it is exported; None where its class has no fixed inputs.
         arithmetic: The part of it that is not the rounding of biases and other weights; None likewise.
+        half_sums: That part with the kernels' sums in half precision; None likewise, and for a target without.
     """
 
     layers: tuple[LayerParity, ...]
     model: Difference | None
     arithmetic: Difference | None
+    half_sums: Difference | None
 
     @property
     def exact(self) -> bool:
@@ -92,15 +96,19 @@ class Parity:
 class ExportedLinear(nn.Module):
     """A layer that computes what the target's runtime computes, in float32."""
 
-    def __init__(self, exporter: Exporter, tensors: Mapping[str, Tensor], *, out_features: int) -> None:
+    def __init__(
+        self, exporter: Exporter, tensors: Mapping[str, Tensor], *, out_features: int, half_sums: bool = False
+    ) -> None:
         super().__init__()
-        self.exporter, self.tensors, self.out_features = exporter, tensors, out_features
+        self.tensors, self.out_features = tensors, out_features
+        assert isinstance(exporter, HalfSums) or not half_sums
+        self.output = exporter.half_output if isinstance(exporter, HalfSums) and half_sums else exporter.output
         # Transformers of diffusers ask some layers for the dtype of their first parameter.
         self.float32 = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., K]."""
-        y = self.exporter.output(self.tensors, x.float().flatten(0, -2))[:, : self.out_features]
+        y = self.output(self.tensors, x.float().flatten(0, -2))[:, : self.out_features]
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
@@ -113,17 +121,32 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     original = None if inputs is None else source.model(**inputs, return_dict=False)[0]
     _round_rest_(source, exporter)
     seen, rounded = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
-    linears = {
-        name: ExportedLinear(exporter, model.layers[name], out_features=layer.out_features)
-        for name, layer in source.layers.items()
-    }
+    linears, half = (
+        {
+            name: ExportedLinear(exporter, model.layers[name], out_features=layer.out_features, half_sums=half_sums)
+            for name, layer in source.layers.items()
+        }
+        for half_sums in (False, isinstance(exporter, HalfSums))
+    )
+    has_half = isinstance(exporter, HalfSums)
     layers = tuple(
-        _layer_parity(name, seen[name], layer, linears[name], fits[name]) for name, layer in source.layers.items()
+        _layer_parity(name, seen[name], layer, linears[name], half[name] if has_half else None, fits[name])
+        for name, layer in source.layers.items()
     )
     if inputs is None or original is None or rounded is None:
-        return Parity(layers=layers, model=None, arithmetic=None)
-    exported = _exported_transformer(source, model, linears)(**inputs, return_dict=False)[0]
-    return Parity(layers=layers, model=Difference.of(exported, original), arithmetic=Difference.of(exported, rounded))
+        return Parity(layers=layers, model=None, arithmetic=None, half_sums=None)
+
+    def exported(own: Mapping[str, ExportedLinear]) -> Tensor:
+        output: Tensor = _exported_transformer(source, model, own)(**inputs, return_dict=False)[0]
+        return output
+
+    output = exported(linears)
+    return Parity(
+        layers=layers,
+        model=Difference.of(output, original),
+        arithmetic=Difference.of(output, rounded),
+        half_sums=Difference.of(exported(half), rounded) if has_half else None,
+    )
 
 
 def _round_rest_(source: PackedSource, exporter: Exporter) -> None:
@@ -166,9 +189,18 @@ def _watch(source: PackedSource, timestep: float) -> tuple[dict[str, Tensor], Te
     return seen, None
 
 
-def _layer_parity(name: str, x: Tensor, layer: PackedLinear, exported: ExportedLinear, fit: Fit) -> LayerParity:
+def _layer_parity(
+    name: str, x: Tensor, layer: PackedLinear, exported: ExportedLinear, half: ExportedLinear | None, fit: Fit
+) -> LayerParity:
     x = x.reshape(1, -1, x.shape[-1])[:, :WATCHED_ROWS]
-    return LayerParity(name=name, trained=layer.form.label, fit=fit, output=Difference.of(exported(x), layer(x)))
+    wanted = layer(x)
+    return LayerParity(
+        name=name,
+        trained=layer.form.label,
+        fit=fit,
+        output=Difference.of(exported(x), wanted),
+        half_sums=None if half is None else Difference.of(half(x), wanted),
+    )
 
 
 def _exported_transformer(

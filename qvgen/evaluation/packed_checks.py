@@ -65,7 +65,7 @@ def check_packed(
     largest = 0.0
     for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
         largest = max(largest, float((ours - theirs).abs().max()))
-    ranks = [layer.phi.rank for layer in quantized_layers(fake).values() if layer.phi is not None]
+    helpers = [layer.phi for layer in quantized_layers(fake).values() if layer.phi is not None]
     return Checks(
         packed_codes_equal=equal,
         num_codes=count,
@@ -73,7 +73,8 @@ def check_packed(
         trajectory_psnr_db=psnr_db(videos["packed"], videos["fake-quantized"], max_value=255),
         flipped_pixels=count_flips(videos["packed"], videos["fake-quantized"]),
         flipped_codes=_flipped_activation_codes(fake, packed, held_out=held_out),
-        phi_rank_final=max(ranks, default=0),
+        phi_rank_final=max((phi.rank for phi in helpers), default=0),
+        phi_kept=any(phi.keep for phi in helpers),
     )
 
 

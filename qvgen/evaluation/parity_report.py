@@ -55,6 +55,7 @@ def parity_content(record: ExportRecord, parity: Parity) -> dict[str, Any]:
         "other_weights": record.exporter.dtype,
         "model": _difference_content(parity.model),
         "model_arithmetic": _difference_content(parity.arithmetic),
+        "model_half_sums": _difference_content(parity.half_sums),
         "layers": [_layer_content(layer) for layer in parity.layers],
         "files": {path: dict(file) for path, file in record.files.items()},
     }
@@ -70,6 +71,7 @@ def _layer_content(layer: LayerParity) -> dict[str, Any]:
         "inputs": _inputs_in_words(layer),
         "input_reasons": list(layer.fit.inputs),
         "output": _difference_content(layer.output),
+        "half_sums": _difference_content(layer.half_sums),
     }
 
 

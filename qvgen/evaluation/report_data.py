@@ -63,7 +63,7 @@ class HeldOutError:
     Attributes:
         rtn: round-to-nearest PTQ, the floor that anybody gets for nothing.
         ptq: the run's own PTQ start (``init``), before any training.
-        qat: the trained, fake-quantized model, without Phi.
+        qat: the trained, fake-quantized model, without Phi unless it is kept.
         packed: the packed model on the integer kernel.
         num_samples: how many (clip, noise, timestep) triples each number is measured on, the same for all four.
         split: name of the split, no clip of which was trained on; or what stands in its place, in words.
@@ -111,7 +111,8 @@ class Checks:
             trajectory, over all videos of the report; inf when they are equal.
         flipped_pixels: uint8 values (each channel of each pixel by itself) that differ between those videos.
         flipped_codes: activation codes that differ on the same inputs; None if they were not counted.
-        phi_rank_final: Phi's rank when the model was folded; 0, or the fold was refused.
+        phi_rank_final: Phi's rank when the model was folded; 0, or the fold was refused, unless ``phi_kept``.
+        phi_kept: whether Phi was to stay, as a branch of the packed layers (``phi.keep=true``).
     """
 
     packed_codes_equal: bool
@@ -121,6 +122,7 @@ class Checks:
     flipped_pixels: FlipCount
     flipped_codes: FlipCount | None
     phi_rank_final: int
+    phi_kept: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,6 +30,7 @@ class PrepareConfig:
         exclude: Name patterns of the Linears to leave alone.
         num_noise_bands: Bands of the timestep with clip factors of their own.
         phi_rank: Rank of the low-rank helper; 0 for none.
+        phi_keep: Whether it stays as a branch of the packed layers.
         seed: Seed of the randomized decomposition that starts Phi.
         statistics: A layer's name -> what calibration saw of it; None is enough for a data-free method.
         folds: Where the model lets smoothing vectors disappear (a family's ``smoothing_folds``); none: each stays a
@@ -42,6 +43,7 @@ class PrepareConfig:
     exclude: Sequence[str] = ()
     num_noise_bands: int = 50
     phi_rank: int = 0
+    phi_keep: bool = False
     seed: int = 0
     statistics: Callable[[str], LayerStatistics] | None = None
     folds: Sequence[SmoothingFold] = ()
@@ -70,6 +72,7 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         profile=config.profile,
         num_noise_bands=config.num_noise_bands,
         phi_rank=config.phi_rank,
+        phi_keep=config.phi_keep,
     )
     initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics, folds=config.folds)
     return report

@@ -24,7 +24,8 @@ from torch import Tensor
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
-from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
+from qvgen.layers.branch import BRANCH_DTYPE
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import rotated
 from qvgen.lowrank.svd import truncated_svd
 from qvgen.quant.bgr import refine_grid

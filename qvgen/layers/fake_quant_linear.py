@@ -3,7 +3,7 @@
     Y = Q(X) (Q(W) + (L gamma) R)^T + x D^T U^T + bias
 
 in the layer's own coordinates, X = H (x m) of the model's x (rotation H and smoothing m, where there are any). D and U
-are a low-rank branch in floating point that stays (SVDQuant), where there is one. The product is computed with the
+are a low-rank branch in floating point that stays (:mod:`qvgen.layers.branch`), where there is one. The product has the
 scales outside of it, as the integer kernels do (:mod:`qvgen.layers.fake_quant_product`). (q - z) are whole numbers of at
 most 8 bits and a sign: exact in bfloat16 and float32. In float32, and as long as a sum stays below 2^24, the product is exact
 too, so that once Phi is gone this layer and the packed one agree bit for bit. Where a scale belongs to a group of columns
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.layers.bit_choice import by_widths, rows_of
+from qvgen.layers.branch import BRANCH_DTYPE, BranchGradient, check_kept_rank, kept_factors, whole_branch
 from qvgen.layers.fake_quant_product import (
     FakeQuantProduct,
     ProductConfig,
@@ -35,9 +36,6 @@ from qvgen.quantizers.activation_dynamic import ActivationDynamic
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
 from qvgen.quantizers.weight_lsq import WeightLSQ
 
-BRANCH_DTYPE = torch.bfloat16
-"""Type in which the branch is stored and computed; the quantized weight makes up for its rounding too."""
-
 
 class FakeQuantLinear(nn.Module):
     """Linear with a fake-quantized weight and input, and optionally Phi.
@@ -46,7 +44,7 @@ class FakeQuantLinear(nn.Module):
         linear: The layer to replace; its weight (rotated if the profile says so) and bias are copied to float32.
         profile: The two grids and the rotation.
         noise_band: Shared with the other layers of the model.
-        phi_rank: Rank of Phi; 0 for none.
+        phi_rank, phi_keep: Rank of Phi, 0 for none, and whether it stays (:mod:`qvgen.layers.branch`).
 
     Attributes:
         weight: Parameter float32 [N, K], the master weight (W H under a rotation).
@@ -69,7 +67,9 @@ class FakeQuantLinear(nn.Module):
     branch_down: Tensor | None
     branch_up: Tensor | None
 
-    def __init__(self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0) -> None:
+    def __init__(
+        self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0, phi_keep: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         profile.check_fits(self.in_features)
@@ -87,9 +87,8 @@ class FakeQuantLinear(nn.Module):
             self.register_buffer(name, None)
         self.phi = None
         if phi_rank:
-            self.phi = Phi(out_features=self.out_features, in_features=self.in_features, rank=phi_rank).to(
-                weight.device
-            )
+            sizes = {"out_features": self.out_features, "in_features": self.in_features, "rank": phi_rank}
+            self.phi = Phi(**sizes, keep=phi_keep).to(weight.device)
 
     def _weight_quantizer(self, bits: int) -> WeightLSQ:
         grid = replace(self.profile.weight, bits=bits)
@@ -213,6 +212,7 @@ class FakeQuantLinear(nn.Module):
         ``target``, float32 [N, K], is what Q(W) + Phi shall be, in the layer's coordinates; None: the master weight.
         """
         if self.phi is not None:
+            check_kept_rank(self)
             target = self.weight.detach() if target is None else target
             self.phi.start_from_(target - self.weight_quantizer.fake_quantize(self.weight), generator=generator)
 
@@ -270,13 +270,15 @@ class FakeQuantLinear(nn.Module):
     def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
         quantizer = self.weight_quantizers()[widths[0]]
         phi = self.phi if self.phi is not None and self.phi.active else None
+        kept = None if phi is None else kept_factors(self)
+        phi = phi if kept is None else None
         config = ProductConfig(
             weight_quantizer=quantizer,
             activation=self.activation_quantizers()[widths[1]].grid,
             profile=self.profile,
             input_scale=self.input_scale,
             phi=phi,
-            branch=None if self.branch_down is None or self.branch_up is None else (self.branch_down, self.branch_up),
+            branch=whole_branch(self, kept),
         )
         y = FakeQuantProduct.apply(
             x.reshape(-1, self.in_features),
@@ -289,6 +291,8 @@ class FakeQuantLinear(nn.Module):
             self.bias,
             config,
         )
+        if kept is not None:
+            y = BranchGradient.apply(y, x.reshape(-1, self.in_features), *kept)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
 from qvgen.config.plain_json import flag, whole
+from qvgen.layers.branch import kept_rank
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.grid import Profile
 from qvgen.quant.width_table import Widths, WidthTable
@@ -41,13 +42,22 @@ class LayerForm:
 
     @classmethod
     def of(cls, layer: FakeQuantLinear) -> Self:
-        """The form of a layer in training."""
+        """The form of a layer in training, a Phi left out."""
         return cls(
             profile=layer.profile,
             width_table=layer.width_table,
             input_scale=layer.input_scale is not None,
             branch_rank=0 if layer.branch_down is None else layer.branch_down.shape[0],
         )
+
+    @classmethod
+    def folded(cls, layer: FakeQuantLinear, *, phi_rank: int | None = None) -> Self:
+        """The form of the packed layer that a layer is folded to, a kept Phi in its branch.
+
+        ``phi_rank`` is the rank that such a Phi will have then, for a plan; None: the one that it has.
+        """
+        form, kept = cls.of(layer), kept_rank(layer)
+        return replace(form, branch_rank=form.branch_rank + (kept if phi_rank is None else min(kept, phi_rank)))
 
     @property
     def widths(self) -> Widths:

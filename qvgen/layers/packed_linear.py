@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.layers.bit_choice import by_widths, rows_of
-from qvgen.layers.fake_quant_linear import BRANCH_DTYPE, FakeQuantLinear
+from qvgen.layers.branch import BRANCH_DTYPE, packed_floats
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
@@ -93,10 +94,8 @@ class PackedLinear(PackedWeight):
         self.form, self.profile, self.noise_band, self.kernel = form, form.profile, noise_band, kernel
         self.register_buffer("input_scale", torch.ones(in_features, device=device) if form.input_scale else None)
         rank = form.branch_rank
-        down = torch.zeros(rank, in_features, dtype=BRANCH_DTYPE, device=device) if rank else None
-        up = torch.zeros(out_features, rank, dtype=BRANCH_DTYPE, device=device) if rank else None
-        self.register_buffer("branch_down", down)
-        self.register_buffer("branch_up", up)
+        for name, shape in (("branch_down", (rank, in_features)), ("branch_up", (out_features, rank))):
+            self.register_buffer(name, torch.zeros(shape, dtype=BRANCH_DTYPE, device=device) if rank else None)
         if form.width_table is not None:
             form.width_table.check_fits(form.profile, num_bands=noise_band.num_bands)
         self._specs = {
@@ -133,18 +132,20 @@ class PackedLinear(PackedWeight):
     @classmethod
     @torch.no_grad()
     def from_fake_quant(cls, layer: FakeQuantLinear, *, kernel: str = "auto") -> Self:
-        """Pack the codes that a layer was trained with. Its Phi must be gone.
+        """Pack the codes that a layer was trained with. Its Phi must be gone, or one to be kept: it joins the branch.
 
         Raises:
             ValueError: Phi still has rank.
         """
-        if layer.phi is not None and layer.phi.rank:
-            raise ValueError(f"Phi still has rank {layer.phi.rank}; train until its decay is over, then fold")
+        if layer.phi is not None and layer.phi.rank and not layer.phi.keep:
+            raise ValueError(
+                f"Phi still has rank {layer.phi.rank}; train until its decay is over, then fold, or with phi.keep=true"
+            )
         packed = cls(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
-            form=LayerForm.of(layer),
+            form=LayerForm.folded(layer),
             noise_band=layer.noise_band,
             kernel=kernel,
             device=layer.weight.device,
@@ -155,9 +156,8 @@ class PackedLinear(PackedWeight):
             for name, table in zip(packed.form.table_names(bits), quantizer.tables(), strict=True):
                 if name is not None:
                     getattr(packed, name).copy_(table)
-        for name in ("bias", "input_scale", "branch_down", "branch_up"):
-            if (mine := getattr(packed, name)) is not None:
-                mine.copy_(getattr(layer, name))
+        for name, value in packed_floats(layer).items():
+            getattr(packed, name).copy_(value)
         error = (packed.dequantized_weight() - layer.weight).double().square().sum()
         packed.weight_error = float(error / layer.weight.double().square().sum().clamp(min=1e-30))
         return packed

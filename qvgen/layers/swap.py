@@ -96,7 +96,13 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 
 
 def swap_fake_quant_(
-    model: nn.Module, *, names: Sequence[str], profile: Profile, num_noise_bands: int, phi_rank: int = 0
+    model: nn.Module,
+    *,
+    names: Sequence[str],
+    profile: Profile,
+    num_noise_bands: int,
+    phi_rank: int = 0,
+    phi_keep: bool = False,
 ) -> NoiseBand:
     """Replace the named Linears by FakeQuantLinears and make the model read its timesteps.
 
@@ -122,12 +128,14 @@ def swap_fake_quant_(
         fitting.add(sizes)
         alike = nn.Linear(sizes[0], sizes[1], bias=sizes[2], device="meta")
         try:
-            FakeQuantLinear(alike, profile=profile, noise_band=band, phi_rank=phi_rank)
+            FakeQuantLinear(alike, profile=profile, noise_band=band, phi_rank=phi_rank, phi_keep=phi_keep)
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or exclude the layer") from error
     watch_timestep(model, band)
     for name in names:  # one by one, each Linear freed at once: two copies of a large model may not fit
-        layer = FakeQuantLinear(linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank)
+        layer = FakeQuantLinear(
+            linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank, phi_keep=phi_keep
+        )
         model.set_submodule(name, layer)
     return band
 

@@ -3,7 +3,8 @@
 The steps before the tail are cut into one phase for every entry of the list of ranks r_0 > r_1 > ... > r_last. In
 phase i the rank is r_i; the gate of r_{i+1} columns is 1 and that of the others is u, which falls from exactly 1
 (first step of the phase) to exactly 0 (last step). The next phase starts by dropping those columns. The last phase
-takes all that is left, and the tail trains without Phi.
+takes all that is left, and the tail trains without Phi. Where a rank is kept, the last phase leaves that many columns and the
+tail trains with them.
 
     cosine   u = (1 + cos(pi j / (n - 1))) / 2        step j of n in the phase
     linear   u = 1 - j / (n - 1)
@@ -80,6 +81,8 @@ class DecaySchedule:
         tail_share: Share of the steps that trains without Phi at the end.
         anneal: Shape of u over a phase.
         drop: Which columns a phase takes away, by singular value (``largest`` is the paper's ablation).
+        kept: Rank that is left after the phases, less than the last one's; 0: Phi goes. With a kept rank there may be no
+            phase: the rank stays what it is.
 
     Raises:
         ValueError: A list that does not fall, or more phases than there are steps for.
@@ -90,11 +93,16 @@ class DecaySchedule:
     tail_share: PhiTailShare
     anneal: Anneal = "cosine"
     drop: Drop = "smallest"
+    kept: int = 0
 
     def __post_init__(self) -> None:
         ranks = list(self.ranks)
-        if not ranks or min(ranks) < 1:
+        if min(ranks, default=self.kept) < 1:
             raise ValueError(f"phi.ranks={ranks} must be positive; for example [32,16,8,4,2,1]")
+        if ranks and not 0 <= self.kept < ranks[-1]:
+            raise ValueError(
+                f"phi.keep_rank={self.kept} must be in 0..{ranks[-1] - 1}, below the last of phi.ranks={ranks}"
+            )
         if any(later >= earlier for earlier, later in pairwise(ranks)):
             raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
         check_ranges(self, section="phi")
@@ -110,13 +118,15 @@ class DecaySchedule:
 
     @property
     def decay_steps(self) -> int:
-        """Steps with Phi: all but the tail."""
+        """Steps in which Phi loses rank: all but the tail."""
         return self.num_steps - math.ceil(self.tail_share * self.num_steps)
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
         """First step of each phase, and of the tail."""
         phases = len(self.ranks)
+        if not phases:
+            return (0,)
         return tuple(index * self.decay_steps // phases for index in range(phases + 1))
 
     def at(self, step: int) -> DecayState:
@@ -125,10 +135,10 @@ class DecaySchedule:
             raise ValueError(f"step={step} is negative; the first optimizer step is 0")
         phase = bisect_right(self.boundaries, step) - 1
         if phase >= len(self.ranks):
-            return DecayState(rank=0, gate=(), annealed=0.0)
+            return DecayState(rank=self.kept, gate=(1.0,) * self.kept, annealed=0.0)
         start, end = self.boundaries[phase : phase + 2]
         rank = self.ranks[phase]
-        kept = self.ranks[phase + 1] if phase + 1 < len(self.ranks) else 0
+        kept = self.ranks[phase + 1] if phase + 1 < len(self.ranks) else self.kept
         annealed = self._anneal(step - start, end - start)
         stays, fades = (1.0,) * kept, (annealed,) * (rank - kept)
         gate = stays + fades if self.drop == "smallest" else fades + stays

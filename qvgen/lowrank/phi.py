@@ -32,6 +32,7 @@ class Phi(nn.Module):
         rank_gate: buffer float32 [r], the paper's gamma.
         active_rank: buffer int64 [], columns in use.
         suspended: Leave Phi out for a measurement; not saved.
+        keep: Whether it stays: it acts on the input before that is quantized, and folding makes a branch of it.
 
     Raises:
         ValueError: ``rank`` is not in 1..min(N, K).
@@ -42,7 +43,7 @@ class Phi(nn.Module):
     rank_gate: Tensor
     active_rank: Tensor
 
-    def __init__(self, *, out_features: int, in_features: int, rank: int) -> None:
+    def __init__(self, *, out_features: int, in_features: int, rank: int, keep: bool = False) -> None:
         super().__init__()
         width = min(out_features, in_features)
         if not 1 <= rank <= width:
@@ -53,6 +54,7 @@ class Phi(nn.Module):
         self.register_buffer("active_rank", torch.tensor(rank))
         self._rank = rank
         self.suspended = False
+        self.keep = keep
 
     @property
     def active(self) -> bool:
@@ -120,4 +122,5 @@ class Phi(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and rank for ``print(model)``."""
-        return f"rank={self._rank}/{self.capacity}, out={self.left.shape[0]}, in={self.right.shape[1]}"
+        kept = ", kept" if self.keep else ""
+        return f"rank={self._rank}/{self.capacity}{kept}, out={self.left.shape[0]}, in={self.right.shape[1]}"

@@ -15,8 +15,20 @@ from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 
 
 def decay_ranks(phi: PhiConfig) -> tuple[int, ...]:
-    """Rank of Phi in each phase: the listed ones, or those that ``decay`` gives from ``rank`` on."""
-    return phi.ranks or halving_ranks(phi.rank, decay=phi.decay)
+    """Rank of Phi in each phase: the listed ones, or those that ``decay`` gives from ``rank`` on.
+
+    Where Phi is kept the last one is what stays.
+
+    Example:
+        >>> from qvgen.config.defaults import load_section
+        >>> [decay_ranks(load_section("phi", rank=rank, keep=keep)) for rank, keep in ((8, False), (48, True), (8, True))]
+        [(8, 4, 2, 1), (48, 24, 16), (8,)]
+    """
+    ranks = phi.ranks or halving_ranks(phi.rank, decay=phi.decay)
+    if not phi.keep:
+        return ranks
+    above = tuple(rank for rank in ranks if rank > phi.keep_rank)
+    return (*above, min(phi.keep_rank, ranks[0]))
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,11 @@ class PhiDecay:
     @classmethod
     def configured(cls, phi: PhiConfig, *, num_steps: int) -> PhiDecay:
         """The decay that a configuration asks for; raises ValueError where there are fewer steps than phases."""
+        ranks = decay_ranks(phi)
         return cls(
             DecaySchedule(
-                ranks=decay_ranks(phi),
+                ranks=ranks[:-1] if phi.keep else ranks,
+                kept=ranks[-1] if phi.keep else 0,
                 num_steps=num_steps,
                 tail_share=phi.tail_share,
                 anneal=phi.anneal,
@@ -45,8 +59,8 @@ class PhiDecay:
 
     @property
     def phases(self) -> tuple[tuple[int, int], ...]:
-        """(rank, first step with it); rank 0 is the tail, if there is one."""
-        found = tuple(zip((*self.decay.ranks, 0), self.decay.boundaries, strict=True))
+        """(rank, first step with it); the last one is the tail's, if there is one: 0, or what is kept."""
+        found = tuple(zip((*self.decay.ranks, self.decay.kept), self.decay.boundaries, strict=True))
         return found if found[-1][1] < self.decay.num_steps else found[:-1]
 
     def apply_(self, student: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:

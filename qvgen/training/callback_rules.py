@@ -3,7 +3,7 @@
     step            0 ............ first_step ............ num_steps
     asked to end    it goes on     it ends here: the model can be folded, and the report says the steps
 
-Before ``first_step`` the helper Phi still has rank, and a model with it can't be folded. A request to end
+Before ``first_step`` the helper Phi still has rank, and a model with it can't be folded, unless Phi is kept. A request to end
 (``trainer.should_stop``, as EarlyStopping makes it) is dropped with a warning then; a callback that still wants it asks again
 later. That the run has ended is in its last checkpoint: resumed there, it does not go on.
 
@@ -111,15 +111,16 @@ class CallbackRules(lightning.Callback):
         log.info("step %d: ended by a callback", step)
 
 
-def first_end(schedule: Schedule | None, *, num_steps: int, min_steps: int | None) -> int:
-    """Optimizer steps after which a run can end: Phi is gone, and ``trainer.min_steps`` are done.
+def first_end(schedule: Schedule | None, *, num_steps: int, min_steps: int | None, phi_keep: bool = False) -> int:
+    """Optimizer steps after which a run can end: Phi is gone or may stay, and ``trainer.min_steps`` are done.
 
     Args:
         schedule: The method's.
         num_steps: Optimizer steps of the whole run.
         min_steps: ``trainer.min_steps``.
+        phi_keep: Whether a model whose Phi has rank can be folded.
     """
-    phases = () if schedule is None else schedule.phases
+    phases = () if schedule is None or phi_keep else schedule.phases
     gone = [first for rank, first in phases if rank == 0]
     without_phi = (gone[0] if gone else num_steps) if phases else 0
     return max(without_phi, min_steps or 0)

@@ -68,6 +68,7 @@ def prepare_(transformer: nn.Module, family: VideoDiT, design: StudentDesign, *,
             profile=design.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
             phi_rank=design.phi_rank,
+            phi_keep=design.phi_keep,
         )
     add_configured_switch(transformer, design.activation_switch)
     share_inputs_(transformer, family=family, method=design.method)

@@ -207,7 +207,12 @@ def _callbacks(
         *output.callbacks,
         CallbackRules(
             output.callbacks,
-            first_step=first_end(schedule, num_steps=num_steps, min_steps=output.trainer.min_steps),
+            first_step=first_end(
+                schedule,
+                num_steps=num_steps,
+                min_steps=output.trainer.min_steps,
+                phi_keep=run.design.phi_keep,
+            ),
         ),
         RunMark(run_dir),
         CheckpointWriter(

@@ -21,6 +21,7 @@ from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
+from qvgen.layers.branch import kept_rank
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
 from qvgen.layers.swap import (
     SwapReport,
@@ -69,6 +70,7 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
             include=family.include,
             exclude=family.exclude,
             phi_rank=design.phi_rank,
+            phi_keep=design.phi_keep,
             seed=seed,
         ),
     )
@@ -234,22 +236,23 @@ def fold_student(
     """Fold a trained student into a packed checkpoint, itself left as it is.
 
     Args:
-        student: Trained; its Phi is gone.
+        student: Trained; its Phi is gone, or to be kept.
         directory: Where the packed checkpoint goes.
         model: The model that it was made from.
         training: What the manifest says of how it was made; plain values.
         kernel: Backend of the packed layers while they are written.
 
     Raises:
-        ValueError: Phi has rank.
+        ValueError: Phi has rank and is not to be kept.
     """
     local = local_arguments(model.family)
     loras = getattr(model.family, "lora_record", None)
+    kept = max(map(kept_rank, quantized_layers(student).values()), default=0)
     save_packed(
         folded_copy(student, kernel=kernel),
         directory,
         base_name=model.name,
         base_revision=model.family.revision,
         base_arguments={key: value for key, value in model.section.items() if key not in local},
-        training={**training, **({"loras": loras} if loras else {})},
+        training={**training, **({"phi_kept_rank": kept} if kept else {}), **({"loras": loras} if loras else {})},
     )

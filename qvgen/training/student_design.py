@@ -41,6 +41,16 @@ class StudentDesign:
         return max(self.method.phi_ranks(self.phi), default=0)
 
     @property
+    def phi_kept_rank(self) -> int:
+        """Rank of Phi at the end of the whole training, where it stays in the packed layers as a branch; 0: it does not."""
+        return min(self.method.phi_ranks(self.phi), default=0) if self.phi.keep else 0
+
+    @property
+    def phi_keep(self) -> bool:
+        """Whether Phi stays."""
+        return self.phi_kept_rank > 0
+
+    @property
     def switch_widths(self) -> tuple[int, ...] | None:
         """The two activation widths that a policy chooses from; None where there is none."""
         return None if self.activation_switch is None else self.activation_switch.widths

@@ -62,6 +62,7 @@ def deliver_unmeasured(
         "num_codes": count,
         "packed_vs_fake_max_abs": None,
         "phi_rank_final": 0,
+        "phi_kept": False,
         "quality": None,
         "verdict": None,
         "sampling": None,

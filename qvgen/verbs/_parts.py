@@ -137,10 +137,10 @@ def open_log(config: TrainConfig, run_dir: Path) -> AbstractContextManager[list[
 
 def run_label(config: TrainConfig) -> RunLabel:
     """What a logging service is told of the run."""
-    names, bits = config.names, config.bits.label
+    names, bits, kept = config.names, config.bits.label, student_design(config).phi_kept_rank
     return RunLabel(
-        name=f"{names.model}-{bits}-{names.method} {names.init} seed {config.seed}",
-        tags=(names.model, f"bits={bits}", names.method, names.init, names.profile),
+        name=f"{names.model}-{bits}-{names.method} {names.init}{f' phi kept {kept}' if kept else ''} seed {config.seed}",
+        tags=(names.model, f"bits={bits}", names.method, names.init, names.profile, *(["phi kept"] if kept else [])),
         settings=config.plain,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,20 +46,25 @@ def _installed(requirement: str) -> Path:
     return target
 
 
+def run_program(requirements: Sequence[str], program: str, *arguments: str) -> str:
+    """What a program of this folder prints in a process of its own, which can import these packages."""
+    paths = [*(str(_installed(requirement)) for requirement in requirements), str(ROOT), str(ROOT / "kernels")]
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / program), *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 @pytest.fixture(scope="session")
 def run_consumer() -> Callable[..., str]:
-    """A function (requirement, program, *arguments) -> what a program of this folder prints in a process of its own."""
+    """A function (requirement, program, *arguments) -> see :func:`run_program`."""
 
     def run(requirement: str, program: str, *arguments: str) -> str:
-        paths = [str(_installed(requirement)), str(ROOT), str(ROOT / "kernels")]
-        result = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / program), *arguments],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        return result.stdout
+        return run_program([requirement], program, *arguments)
 
     return run

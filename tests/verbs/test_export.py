@@ -69,6 +69,7 @@ def test_an_exact_export_says_so(convrot: Path, tmp_path: Path, capsys: pytest.C
     assert content["model"] == content["model_arithmetic"] == {"relative_error": 0.0, "max_abs": 0.0}
     assert len(content["layers"]) == 10
     first = content["layers"][0]
+    assert content["model_half_sums"] is first["half_sums"] is None
     assert first["name"] == "blocks.0.attn1.to_q"
     assert (first["trained"], first["runs_as"]) == ("w4a4", "w4a4")
     assert (first["weight"], first["inputs"], first["weight_reasons"]) == ("as trained", "as trained", [])
@@ -158,7 +159,12 @@ def test_nunchaku_lite_has_a_config_of_diffusers(cogvideox: Path, tmp_path: Path
     assert scheme["quant_method"] == "nunchaku_lite"
     assert scheme["svdq_w4a4"]["rank"] == 16
     assert len(scheme["svdq_w4a4"]["targets"]) == len(parity(out)["layers"])
-    assert parity(out)["exact"] is True
+    content = parity(out)
+    assert content["exact"] is True
+    # bfloat16 sums of one or four groups: 2^-9 of a value at most, squared, for each of a few roundings.
+    assert all(0 < layer["half_sums"]["relative_error"] < 1e-4 for layer in content["layers"])
+    assert 0 < content["model_half_sums"]["relative_error"] < 1e-2
+    assert "And with sums in half precision" in (out / "parity.html").read_text()
 
 
 def test_a_profile_that_is_not_carried_is_refused_with_the_one_that_is(

@@ -138,6 +138,14 @@ class Exporter(Protocol):
         """All files of the model."""
 
 
+@runtime_checkable
+class HalfSums(Protocol):
+    """A target whose kernels add in half precision: the report says what that changes, besides ``output``'s exact sums."""
+
+    def half_output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As :meth:`Exporter.output`, every sum rounded as the kernels round it."""
+
+
 def check_dtype(dtype: str | None) -> str | None:
     """Raise UserError for an unknown name of a precision; return it otherwise."""
     if dtype is not None and dtype not in DTYPES:

@@ -29,6 +29,7 @@ from qvgen.deploy.exporters.svdq_layer import (
     check_half_dtype,
     check_rank,
     svdq_fit,
+    svdq_half_output,
     svdq_output,
 )
 from qvgen.deploy.exporters.svdq_tiles import unpack_vector
@@ -73,6 +74,10 @@ class CacheDit:
     def output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """See :mod:`qvgen.deploy.exporters.svdq_layer`."""
         return svdq_output(tensors, x)
+
+    def half_output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """See :mod:`qvgen.deploy.exporters.svdq_layer`."""
+        return svdq_half_output(tensors, x)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
         """The directory's two files and the folder's two."""

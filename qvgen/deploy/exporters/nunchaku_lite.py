@@ -26,6 +26,7 @@ from qvgen.deploy.exporters.svdq_layer import (
     check_half_dtype,
     check_rank,
     svdq_fit,
+    svdq_half_output,
     svdq_output,
 )
 from qvgen.deploy.exporters.svdq_tiles import FRAGMENT, GROUP, TILE
@@ -71,6 +72,10 @@ class NunchakuLite:
     def output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """See :mod:`qvgen.deploy.exporters.svdq_layer`."""
         return svdq_output(tensors, x)
+
+    def half_output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """See :mod:`qvgen.deploy.exporters.svdq_layer`."""
+        return svdq_half_output(tensors, x)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
         """The folder's two files."""

@@ -8,7 +8,12 @@
     r = max|x / smooth| (1/7) per token and group,   q_x = rne((x / smooth) / r),   s_x = r in half precision
     y = sum over groups of (q_x q_w) s_x s_w + (x down^T) up^T + bias
 
-The kernels add groups and the branch in half precision; ``output`` here adds in float32.
+``svdq_output`` adds groups in float32. The kernels keep the sum in half precision h: for every group
+
+    y = h(y + h(q_x q_w) h(s_x s_w))      one rounding for the multiplication and the addition
+
+then h(y + branch) and h(y + bias). ``svdq_half_output`` does the same, in the order of the columns; what it differs by is
+measured in docs/benchmarks/svdq-accumulation.md.
 """
 
 from __future__ import annotations
@@ -45,7 +50,8 @@ from qvgen.quant.ranges import search_qparams
 
 BITS, QMAX = 4, 7
 BOUND = (
-    "The kernels add groups and the branch in half precision: expect deviations of 0.1 to 1.7 % of a layer's output."
+    "The kernels add groups and the branch in half precision, which is measured here apart; they add within a group and in "
+    "the branch in orders of their own, and round inputs to the model's precision first."
 )
 
 
@@ -159,9 +165,21 @@ def _input_reasons(layer: PackedLinear, *, dtype: str) -> list[str]:
     return [reason for reason, is_so in found.items() if is_so]
 
 
-@torch.no_grad()
 def svdq_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The output float32 [M, N'] of stored tensors and inputs float32 [M, K]; columns behind N are padding."""
+    return _output(tensors, x, sum_dtype=torch.float32)
+
+
+def svdq_half_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The same with sums in half precision, that of the scales, as the kernels have them."""
+    return _output(tensors, x, sum_dtype=tensors["wscales"].dtype)
+
+
+@torch.no_grad()
+def _output(tensors: Mapping[str, Tensor], x: Tensor, *, sum_dtype: torch.dtype) -> Tensor:
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(sum_dtype).float()
+
     codes, scale = unpack_weight(tensors["qweight"]), unpack_scale(tensors["wscales"]).float()
     x = pad_matrix(x, x.shape[0], codes.shape[1])
     groups = (x / unpack_vector(tensors["smooth_factor"]).float()).unflatten(-1, (-1, GROUP))
@@ -172,7 +190,11 @@ def svdq_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     for group in range(scale.shape[1]):
         columns = slice(group * GROUP, (group + 1) * GROUP)
         sums = q[:, group] @ codes[:, columns].float().t()  # whole numbers below 2^24: exact
-        y += sums * row_scale[:, group, None] * scale[:, group]
+        if sum_dtype == torch.float32:
+            y += sums * row_scale[:, group, None] * scale[:, group]
+        else:  # products of two half-precision numbers are exact in float32
+            y = rounded(y + rounded(sums) * rounded(row_scale[:, group, None] * scale[:, group]))
     if tensors["proj_down"].shape[1]:
-        y += (x @ unpack_down(tensors["proj_down"]).float().t()) @ unpack_up(tensors["proj_up"]).float().t()
-    return y + unpack_vector(tensors["bias"]).float() if "bias" in tensors else y
+        hidden = rounded(x @ unpack_down(tensors["proj_down"]).float().t())
+        y = rounded(y + hidden @ unpack_up(tensors["proj_up"]).float().t())
+    return rounded(y + unpack_vector(tensors["bias"]).float()) if "bias" in tensors else y

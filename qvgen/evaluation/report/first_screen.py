@@ -79,7 +79,8 @@ def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScr
         notes.append(f"No videos of the PTQ start: {quality.start_absent}.")
     if not quality.num_still_videos:
         notes.append("No flicker: no caption asks for standing still.")
-    checks = (data.checks.packed_codes_equal, trajectory_agrees, data.checks.phi_rank_final == 0)
+    as_asked = data.checks.phi_kept or data.checks.phi_rank_final == 0
+    checks = (data.checks.packed_codes_equal, trajectory_agrees, as_asked)
     return FirstScreen(
         verdict=verdicts.get(PACKED, Verdict(level=None, metrics={})),
         start_verdict=verdicts.get(START),

@@ -47,6 +47,7 @@ def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -
         "flipped_pixels": _flips(checks.flipped_pixels),
         "flipped_codes": _flips(checks.flipped_codes),
         "phi_rank_final": checks.phi_rank_final,
+        "phi_kept": checks.phi_kept,
         "bytes": {"bf16": data.size.bf16, "packed": data.size.packed},
         "seconds": {stage: json_number(value) for stage, value in data.seconds.items()},
         "quality": _quality(data.quality),

@@ -35,7 +35,8 @@ def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDe
     student, swapped = build_student(model.rebuild(), design)
     groups = collapse(student, swapped.quantized)
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
-    state, checkpoint, packed = state_bytes(student), checkpoint_bytes(student), packed_bytes(student)
+    state, checkpoint = state_bytes(student), checkpoint_bytes(student)
+    packed = packed_bytes(student, phi_kept_rank=design.phi_kept_rank)
     peak = max(preparation_bytes(model, design), state + checkpoint, 2 * state + packed)
     last = found[-1].name if found else "none yet: train first"
     available, free = host_memory()[1], free_bytes(out)

@@ -84,15 +84,15 @@ def state_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def packed_bytes(student: nn.Module) -> int:
-    """Bytes of the tensors of the packed checkpoint that a student is folded to."""
+def packed_bytes(student: nn.Module, *, phi_kept_rank: int = 0) -> int:
+    """Bytes of the tensors of the packed checkpoint that a student is folded to, its Phi of a kept rank then."""
     layers = quantized_layers(student)
     packed = sum(
         PackedLinear(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
-            form=LayerForm.of(layer),
+            form=LayerForm.folded(layer, phi_rank=phi_kept_rank),
             noise_band=layer.noise_band,
             device="meta",
         ).nbytes()
@@ -106,13 +106,14 @@ def checkpoint_bytes(student: nn.Module) -> int:
     return state_bytes(student) + moment_bytes(student)
 
 
-def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool) -> list[DiskPart]:
+def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool, phi_kept_rank: int = 0) -> list[DiskPart]:
     """What a run writes to its folder, besides videos, logs and the report.
 
     Args:
         student: On the meta device.
         checkpoints_kept: How many of the newest checkpoints are kept.
         is_packed: Whether the result is folded and packed.
+        phi_kept_rank: Rank of the Phi that stays in it.
     """
     checkpoint = checkpoint_bytes(student)
     files = checkpoints_kept + 1
@@ -125,7 +126,8 @@ def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool) -> 
         DiskPart(name="start.safetensors", nbytes=state_bytes(student), note="what training starts from"),
     ]
     if is_packed:
-        parts.append(DiskPart(name="packed", nbytes=packed_bytes(student), note="codes, scales, all other weights"))
+        packed = packed_bytes(student, phi_kept_rank=phi_kept_rank)
+        parts.append(DiskPart(name="packed", nbytes=packed, note="codes, scales, all other weights"))
     return parts
 
 

@@ -123,7 +123,8 @@ def _schedule(plan: TrainingPlan) -> list[str]:
         lines[0] += f"; {plan.samples / plan.num_clips:.1f} epochs of {plan.num_clips} clips"
     if schedule.phases:
         shown = ", ".join(f"{rank} from step {step}" for rank, step in schedule.phases)
-        lines.append(f"  rank of Phi: {shown}")
+        kept = ", which stays as a branch" if schedule.phi_keep else ""
+        lines.append(f"  rank of Phi: {shown}{kept}")
     return lines
 
 

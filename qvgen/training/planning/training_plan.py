@@ -55,6 +55,7 @@ class Schedule:
         micro_batches: Of each process per step.
         micro_batch: Samples that a process works on at once.
         phases: (rank of Phi, first step with it); rank 0 is the tail. Empty without Phi.
+        phi_keep: Whether the last one of these ranks stays in the packed layers.
         recipe: How steps and samples compare with the model's recipe.
     """
 
@@ -64,6 +65,7 @@ class Schedule:
     micro_batches: int
     micro_batch: int
     phases: tuple[tuple[int, int], ...]
+    phi_keep: bool
     recipe: str
 
 
@@ -180,7 +182,8 @@ def plan_training(
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
-    files = run_files(prepared, checkpoints_kept=checkpoints_kept, is_packed=run.design.method.quantizes)
+    is_packed, kept = run.design.method.quantizes, run.design.phi_kept_rank
+    files = run_files(prepared, checkpoints_kept=checkpoints_kept, is_packed=is_packed, phi_kept_rank=kept)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
@@ -254,5 +257,6 @@ def _schedule(run: TrainingRun) -> Schedule:
         micro_batches=batch.num_micro_batches,
         micro_batch=batch.micro_batch_size,
         phases=() if changing is None else changing.phases,
+        phi_keep=run.design.phi_keep,
         recipe=text,
     )

@@ -115,6 +115,7 @@ class _Measured:
             profile=config.profile,
             num_noise_bands=PrepareConfig.num_noise_bands,
             phi_rank=student_design(config).phi_rank,
+            phi_keep=student_design(config).phi_keep,
         )
         for layer in quantized_layers(student).values():
             RoundToNearest().initialize_(layer, statistics=None)

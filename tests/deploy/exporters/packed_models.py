@@ -68,7 +68,7 @@ def svdquant(rank: int) -> Any:
 
 
 def packed_layer(
-    profile: str, bits: str, *, columns: int, rows: int, weight_zero_point: str | None = None
+    profile: str, bits: str, *, columns: int, rows: int, weight_zero_point: Any = None, scale_dtype: Any = None
 ) -> tuple[PackedLinear, Tensor]:
     """A layer of random weights under a profile, and inputs [1, 32, K] with a loud channel."""
     generator = torch.Generator().manual_seed(columns)
@@ -81,6 +81,9 @@ def packed_layer(
     grids = load_profile(profile, Bits.parse(bits)).fitted([columns])
     if weight_zero_point is not None:
         grids = replace(grids, weight=replace(grids.weight, zero_point=weight_zero_point))
+    if scale_dtype is not None:
+        sides = (replace(grid, scale_dtype=scale_dtype) for grid in (grids.weight, grids.activation))
+        grids = replace(grids, **dict(zip(("weight", "activation"), sides, strict=True)))
     layer = FakeQuantLinear(linear, profile=grids, noise_band=band)
     MeanSquaredError().initialize_(layer, statistics=None)
     x = torch.randn(1, 32, columns, generator=generator)

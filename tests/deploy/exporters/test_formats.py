@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvgen.config.leaves import load_leaf
-from qvgen.deploy.exporters import svdq_tiles
+from qvgen.deploy.exporters import svdq_layer, svdq_tiles
 from qvgen.deploy.exporters.comfy_marker import read_marker
 from qvgen.deploy.exporters.nibbles import pack_signed_nibbles, unpack_signed_nibbles
 from qvgen.deploy.exporters.plain_weight import plain_weight
@@ -53,6 +54,38 @@ def test_a_wider_file_pads_what_cache_dit_pads() -> None:
         "proj_down": [256, 16], "proj_up": [128, 16], "bias": [128], "folded_weight": [96, 192],
     }  # fmt: skip
     assert torch.equal(exporter.output(tensors, x[0])[:, :96], layer(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_sums_are_rounded_at_every_step(dtype: torch.dtype) -> None:
+    """One element at a time: q_x q_w, s_x s_w and each sum in half precision; a branch and the bias behind the groups."""
+    name = str(dtype).removeprefix("torch.")
+    layer, x = packed_layer("svdq_g64", "w4a4", columns=192, rows=6, scale_dtype=name)
+    layer.form = replace(layer.form, branch_rank=2)
+    generator = torch.Generator().manual_seed(0)
+    layer.branch_down = torch.randn(2, 192, generator=generator).bfloat16()
+    layer.branch_up = torch.randn(6, 2, generator=generator).bfloat16()
+    form = svdq_layer.SvdqForm(dtype=name, rank=16)
+    assert svdq_layer.weight_reasons(layer, dtype=name) == []
+    found = svdq_layer.svdq_half_output(form.tensors(layer), x[0])
+
+    def half(value: float) -> float:
+        return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+
+    codes, row_codes = layer.integer_codes().tolist(), layer.input_codes(x).tolist()
+    for m, n in ((0, 0), (3, 5), (31, 2)):
+        y = 0.0
+        for group in range(3):
+            columns = range(64 * group, 64 * group + 64)
+            row_scale = half(max(abs(float(x[0, m, k])) for k in columns) * float(torch.tensor(7.0).reciprocal()))
+            total = sum(row_codes[m][k] * codes[n][k] for k in columns)
+            y = half(y + half(total) * half(row_scale * float(layer.weight_scale[n, group])))
+        hidden = [half(float(x[0, m].double() @ layer.branch_down[r].to(dtype).double())) for r in range(2)]
+        y = half(y + sum(h * float(u) for h, u in zip(hidden, layer.branch_up[n].to(dtype), strict=True)))
+        y = half(y + half(float(layer.bias[n])))
+        assert float(found[m, n]) == pytest.approx(y, rel=2.0**-7 if dtype == torch.bfloat16 else 2.0**-10), (m, n)
+    exact = svdq_layer.svdq_output(form.tensors(layer), x[0])
+    assert 0 < (found - exact).norm() < (0.02 if dtype == torch.bfloat16 else 0.002) * exact.norm()
 
 
 def test_nibbles_hold_the_even_column_low() -> None:

@@ -83,6 +83,7 @@ def report_data(**changes: Any) -> ReportData:
             flipped_pixels=FlipCount(num_flipped=3, num_values=6144),
             flipped_codes=None,
             phi_rank_final=0,
+            phi_kept=False,
         ),
         videos=videos,
         quality=Quality(

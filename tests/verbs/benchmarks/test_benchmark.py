@@ -9,6 +9,8 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.evaluation.environment import fast_bfloat16
+from qvgen.verbs.benchmarks import svdq_accumulation
+from tests.runs import shallow
 
 SHORT = (
     "seeds=[1,2]", "widths=[8,w4a4]", "methods=[rtn,gptq+r16]", "videos=1", "evaluation.samples=4",
@@ -160,3 +162,23 @@ def test_what_can_not_be_measured_is_refused(
 ) -> None:
     assert main(["benchmark", *SHORT, f"out={tmp_path / 'out'}", key]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_sums_in_half_precision_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svdq_accumulation, "WIDTHS", (128, 512))
+    words = [*shallow(1), "videos=1", "model.num_inference_steps=2", "logger=csv", f"out={tmp_path}"]
+    assert main(["benchmark", "svdq_accumulation", *words]) == 0
+    content = json.loads((tmp_path / "svdq-accumulation-tiny.json").read_text())
+    rows = {(row["source"], row["inputs"], row["dtype"]): row for row in content["rows"]}
+    assert len(rows) == 10
+    for inputs in ("normal", "heavy-tailed"):
+        narrow, wide, fine = (
+            rows[f"K = {columns}", inputs, dtype]["sums_error"]
+            for columns, dtype in ((128, "bfloat16"), (512, "bfloat16"), (512, "float16"))
+        )
+        assert 0 < fine < narrow < wide < 0.01
+        assert 7 < wide / fine < 9  # three bits more
+    model = rows["tiny", "its own", "float16"]
+    assert 0 < model["sums_error"] < 0.001 < model["quantization_error"]
+    assert 0 < model["model_sums_error"] < model["model_quantization_error"]
+    assert "| tiny | its own | float16 |" in (tmp_path / "svdq-accumulation-tiny.md").read_text()
