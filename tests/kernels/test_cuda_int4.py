@@ -1,0 +1,216 @@
+"""The 4-bit kernels of CUDA, emulated thread by thread on the CPU, against the exact reference; and their machine code.
+
+No card runs here: what is tested is the source, with the registers of matrix instructions as NVIDIA documents them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvgen_kernels import LinearTensors, available_kernels, get_backend, resolve_kernel
+from qvgen_kernels.cpu_build import BuildError, find_compiler
+from qvgen_kernels.cuda_int4 import backend, build, structures
+from qvgen_kernels.weight import CanonicalWeight
+from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case
+from tests.kernels.layer import make_layer, make_rows
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The emulation as a library; behaviour that C++ does not define ends the process."""
+    path = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    command = [
+        *find_compiler(),
+        *flags,
+        f"-I{build.SOURCE}",
+        f"-I{HERE}",
+        str(HERE / "cuda_driver.cpp"),
+        "-o",
+        str(path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    library = ctypes.CDLL(str(path))
+    library.quantize_size.restype = library.multiply_size.restype = ctypes.c_int64
+    assert library.quantize_size() == ctypes.sizeof(structures.CQuantize)
+    assert library.multiply_size() == ctypes.sizeof(structures.CMultiply)
+    return library
+
+
+def launcher(library):
+    def launch(device, name, argument, *, blocks, shared):
+        assert device.type == "cpu"
+        assert shared <= 48 << 10
+        getattr(library, name.replace("qv_", "run_"))(ctypes.byref(argument), blocks, ctypes.c_size_t(shared))
+
+    return launch
+
+
+def probe(library, case):
+    """Operands [M, K], scales [M, G], accumulators [M, N, G] and outputs of the emulated kernels."""
+    spec, x = case.layer.spec, case.x
+    own = get_backend("cuda_int4")
+    weight = own.prepack(case.layer.planes, scale=case.layer.scale, zero_point=case.layer.zero_point, spec=spec)
+    accumulators = torch.zeros(len(x), spec.out_features, spec.num_groups, dtype=torch.int32)
+    seen = {}
+
+    def look(first, second, between):
+        del first
+        second.accumulators = accumulators.data_ptr()
+        seen.update(between)
+
+    y = backend.run(x, weight, tensors=case.tensors, spec=spec, launch=launcher(library), probe=look)
+    codes = torch.stack([seen["codes"] & 15, seen["codes"] >> 4], -1).flatten(1).int()
+    assert not codes[:, spec.in_features :].any()
+    zero = seen["zero"].t().repeat_interleave(spec.in_features // len(seen["zero"]), 1)
+    operand = (codes[:, : spec.in_features] - zero).to(torch.int16)
+    sums = codes[:, : spec.in_features].unflatten(1, (spec.num_groups, -1)).sum(-1)
+    assert torch.equal(seen["sums"].t().long(), sums)
+    return operand, seen["scale"].t(), accumulators, y
+
+
+class Narrow(Seeded):
+    """Draws widths of up to 4 bits where others draw up to 8."""
+
+    def integers(self, low, high):
+        return super().integers(low, 4 if (low, high) == (2, 8) else high)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_layer_of_up_to_4_bits(emulated, seed):
+    case = draw_case(Narrow(seed), columns=(1, 300), rows=(1, 140), seed=seed)
+    spec = case.layer.spec
+    if spec.num_groups > 1 and spec.group_size % 64:
+        assert "groups of multiples of 64" in backend.refusal_of_spec(spec)
+        groups = 64 * (1 + seed % 2)
+        options = {
+            f"{side}_group_size": groups for side in ("weight", "activation") if getattr(spec, f"{side}_group_size")
+        }
+        fields = {name: getattr(spec, name) for name in ("weight_bits", "activation_bits", "weight_zero_point")}
+        fields |= {
+            name: getattr(spec, name) for name in ("activation_zero_point", "scale_dtype", "activation_arithmetic")
+        }
+        layer = make_layer(seed=seed, in_features=256, out_features=spec.out_features, **fields, **options)
+        case = Case(layer, make_rows(len(case.x), 256, seed=seed, dtype=case.x.dtype), LinearTensors(bias=layer.bias))
+    assert backend.refusal_of_spec(case.layer.spec) is None
+    compare(case, probe(emulated, case))
+
+
+@pytest.mark.parametrize("weight_zero_point", ["integer", "real", "none"])
+@pytest.mark.parametrize("activation_zero_point", ["integer", "none"])
+def test_all_pairs_of_bits(emulated, weight_zero_point, activation_zero_point):
+    kinds = {"weight_zero_point": weight_zero_point, "activation_zero_point": activation_zero_point}
+    for weight_bits in (2, 3, 4):
+        for activation_bits in (2, 3, 4):
+            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+            layer = make_layer(seed=weight_bits, in_features=200, out_features=40, **bits, **kinds)
+            case = Case(layer, make_rows(9, 200, seed=1, dtype=torch.bfloat16))
+            compare(case, probe(emulated, case))
+
+
+def test_several_blocks_each_way_and_a_long_row(emulated):
+    layer = make_layer(seed=3, in_features=896, out_features=300, weight_bits=4, activation_bits=4)
+    case = Case(layer, make_rows(150, 896, seed=2, dtype=torch.bfloat16), LinearTensors(bias=layer.bias))
+    compare(case, probe(emulated, case))
+
+
+def test_largest_sums_are_exact(emulated):
+    """Every code 15 and every zero point 0: the largest sum that 13824 columns can give."""
+    layer = make_layer(seed=0, in_features=13824, out_features=8, weight_bits=4, activation_bits=4)
+    planes = [torch.full_like(layer.planes[0], 0xFF)]
+    zero = torch.zeros_like(layer.zero_point)
+    own, reference = get_backend("cuda_int4"), get_backend("reference")
+    x = torch.ones(2, 13824)
+    found = backend.run(
+        x, own.prepack(planes, scale=layer.scale, zero_point=zero, spec=layer.spec), tensors=LinearTensors(),
+        spec=layer.spec, launch=launcher(emulated),
+    )  # fmt: skip
+    weight = reference.prepack(planes, scale=layer.scale, zero_point=zero, spec=layer.spec)
+    assert torch.equal(found, reference.linear(x, weight, tensors=LinearTensors(), spec=layer.spec))
+    assert found.abs().min() > 0
+
+
+def test_layers_of_one_input_are_one_layer(emulated):
+    layers = [
+        make_layer(seed=s, in_features=192, out_features=n, weight_bits=3, activation_bits=4)
+        for s, n in enumerate((24, 40))
+    ]
+    own, x = get_backend("cuda_int4"), make_rows(5, 192, seed=4, dtype=torch.float32)
+    parts = [(layer.planes, layer.scale, layer.zero_point) for layer in layers]
+    spec = replace(layers[0].spec, out_features=64)
+    weight = own.prepack_parts([CanonicalWeight(*part) for part in parts], spec=spec)
+    both = backend.run(x, weight, tensors=LinearTensors(), spec=spec, launch=launcher(emulated))
+    each = [probe(emulated, Case(layer, x))[3] for layer in layers]
+    assert torch.equal(both, torch.cat(each, 1))
+
+
+def test_no_rows_start_no_kernel():
+    layer = make_layer(seed=0, in_features=64, out_features=8, weight_bits=4, activation_bits=4)
+    own = get_backend("cuda_int4")
+    weight = own.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec)
+    y = own.linear(torch.zeros(0, 64, dtype=torch.bfloat16), weight, tensors=LinearTensors(), spec=layer.spec)
+    assert (y.shape, y.dtype) == ((0, 8), torch.bfloat16)
+
+
+def test_a_plane_of_4_bits_serves_as_it_is():
+    layer = make_layer(seed=0, in_features=256, out_features=8, weight_bits=4, activation_bits=4)
+    weight = get_backend("cuda_int4").prepack(
+        layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec
+    )
+    assert weight[0].data_ptr() == layer.planes[0].data_ptr()
+
+
+def test_what_it_does_not_run_is_said_and_never_replaced():
+    spec = make_layer(seed=0, in_features=64, out_features=8, weight_bits=4, activation_bits=4).spec
+    assert "cuda_int4" not in available_kernels(spec)
+    with pytest.raises(RuntimeError, match="kernel=cuda_int4 runs on NVIDIA cards, not on cpu"):
+        resolve_kernel("cuda_int4", spec)
+    wide = replace(spec, activation_bits=8)
+    assert backend.refusal_of_spec(wide) == "kernel=cuda_int4 multiplies codes of 2 to 4 bits, not w4a8"
+    long = replace(spec, in_features=65536)
+    assert "in_features=65536 is more than" in backend.refusal_of_spec(long)
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    monkeypatch.setenv("QVGEN_KERNEL_CACHE", str(tmp_path))
+    with pytest.raises(BuildError, match="NVCC='/nowhere/nvcc' is not there"):
+        build.fatbin_path()
+
+
+def disassembler():
+    """The program cuobjdump, of a CUDA toolkit or of Triton's package."""
+    if (found := shutil.which("cuobjdump")) is not None:
+        return found
+    package = importlib.util.find_spec("triton")
+    folder = "" if package is None else Path(package.origin).parent / "backends" / "nvidia" / "bin"
+    return shutil.which("cuobjdump", path=str(folder))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+@pytest.mark.parametrize(("architecture", "instruction"), [(75, "IMMA.8832.U4.U4"), (80, "IMMA.16864.U4.U4")])
+def test_the_machine_code_multiplies_4_bits_and_spills_nothing(architecture, instruction, tmp_path):
+    """Ampere's one instruction for 16 x 8 x 64, Turing's for 8 x 8 x 32; sums stay in registers."""
+    made, source = tmp_path / "int4.cubin", build.SOURCE / "int4.cu"
+    command = ["nvcc", *build.FLAGS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", source, "-o", made]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 9
+    if (program := disassembler()) is None:
+        pytest.skip("no cuobjdump: what the registers hold was checked, the instructions were not")
+    code = subprocess.run([program, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
+    per_kernel = 32 if architecture >= 80 else 128  # products of one stage: 16 of 16 x 8 for each half
+    kernels = [part for part in code.split("Function : ")[1:] if part.startswith("qv_multiply")]
+    assert len(kernels) == 6
+    assert all(kernel.count(instruction) >= per_kernel // 2 for kernel in kernels)
