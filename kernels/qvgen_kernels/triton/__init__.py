@@ -1,0 +1,21 @@
+"""Kernels for GPUs in Triton: quantized rows times packed weights, and the epilogue, to the bit of kernels/README.md.
+
+    layout     how weights are packed, and what their bytes mean
+    rotate     Hadamard transform of rows
+    quantize   rows to signed bytes, scales and sums
+    unpack     bytes of weights to operands, in registers
+    gemm       the product, tile by tile
+    epilogue   sums to outputs
+    tiles      launch parameters by card, shape and bits
+    backend    the registered backend ``triton``
+
+Importing the package does not import Triton: what is missing is said by ``refusal``. The kernels' modules import it, and
+then see whether TRITON_INTERPRET=1 asks for its interpreter.
+"""
+
+from qvgen_kernels.registry import register_backend
+from qvgen_kernels.triton.backend import TritonBackend
+
+__all__ = ["TritonBackend"]
+
+register_backend(TritonBackend())

@@ -1,0 +1,333 @@
+"""Rows to signed bytes (kernels/README.md, step 2), one program for a few segments: rows, or groups of columns of a row.
+
+A segment is read once where it fits a program's registers, else twice: for its range, and for its codes. The range is
+found over integers that are ordered as the numbers are, where a NaN is the largest or the smallest and so is seen
+without a question of its own. Codes are rounded after they are clamped, which gives the same ones, as operands q - z;
+with 8 bits and a zero point, which would not fit a byte, as q - 128, and 128 - z is written beside them. The sums of
+q - z over each group are made on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvgen_kernels.contract import SCALE_FLOOR, SPAN_FLOOR, LinearSpec, LinearTensors
+from qvgen_kernels.triton.launch import INTERPRETED, launch
+from qvgen_kernels.triton.layout import layout_of, unsigned_activations
+from qvgen_kernels.triton.rotate import rotate_rows
+from qvgen_kernels.triton.rounding import MAGIC, from_key, order_key, round_to_integer, round_to_type
+
+__all__ = ["Operands", "quantize_rows"]
+
+LARGEST = {"bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
+WIDEST_TILE = 256
+"""Vectors of rows are this long or a multiple, so that no tile of the product reads beyond them."""
+
+_BLOCK = 8192
+"""Columns that a program holds at a time, at most."""
+
+_TILE = 4096
+"""Elements that four warps hold."""
+
+_SPAN_FLOOR = tl.constexpr(SPAN_FLOOR)
+_SCALE_FLOOR = tl.constexpr(SCALE_FLOOR["float32"])
+
+_INFINITY = tl.constexpr(0x7F800000)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+"""The bits of MAGIC: those of v + MAGIC are this and the whole number nearest to v."""
+
+
+class Operands(NamedTuple):
+    """Quantized rows.
+
+    Attributes:
+        codes: int8 [M, K'], columns padded by groups as the weight's.
+        scale: float32 [Ga, M']; NaN in rows that are not finite. M' is M rounded up to a multiple of every tile.
+        shift: int32 [Ga, M'], 128 - zero point; None where operands are q - z.
+        row_sum: int32 [G, M'], sums of q - z; None where nothing needs them.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    row_sum: Tensor | None
+
+
+@dataclass(frozen=True)
+class QuantizeForm:
+    """What a compiled quantizer is for; constants of its code.
+
+    Attributes:
+        segment: Columns that share a scale.
+        group: Columns of a group, which a segment holds one or more of.
+        padded_group: Columns between the starts of two groups in the output.
+        groups: Groups of a segment.
+        segments: Segments of a row.
+        qmax: Largest code.
+        symmetric: Without zero points.
+        static: Scales and zero points are given.
+        shifted: Codes are stored minus 128.
+        arithmetic: activation_arithmetic of the spec.
+        scale_type: scale_dtype of the spec.
+        floor: Its smallest scale.
+        largest: Its largest finite number; 0 for float32.
+        rows: Segments of a program.
+        block: Columns that are read at a time, a power of two.
+        interpreted: For Triton's interpreter.
+    """
+
+    segment: int
+    group: int
+    padded_group: int
+    groups: int
+    segments: int
+    qmax: int
+    symmetric: bool
+    static: bool
+    shifted: bool
+    arithmetic: str
+    scale_type: str
+    floor: float
+    largest: float
+    rows: int
+    block: int
+    interpreted: bool
+
+
+class QuantizeTensors(NamedTuple):
+    """Pointers of the kernel; what is not there is None."""
+
+    x: Any
+    codes: Any
+    scale: Any
+    shift: Any
+    row_sum: Any
+    input_scale: Any
+    clip_low: Any
+    clip_high: Any
+    row_scale: Any
+    row_zero_point: Any
+
+
+class QuantizeSizes(NamedTuple):
+    """Sizes and strides of the kernel, in elements."""
+
+    segments: Any
+    x_row: Any
+    x_column: Any
+    codes_row: Any
+    vector_row: Any
+
+
+@triton.jit
+def _load(t, sizes, row, first, columns, mask):
+    """float32 [rows, block] of x, smoothed; 0 where masked."""
+    place = (first[:, None] + columns) * sizes.x_column
+    v = tl.load(t.x + row[:, None] * sizes.x_row + place, mask=mask, other=0.0).to(tl.float32)
+    if t.input_scale is not None:
+        v = v * tl.load(t.input_scale + first[:, None] + columns, mask=mask, other=0.0)
+    return v
+
+
+@triton.jit
+def _extremes(t, sizes, row, first, live, form: tl.constexpr):
+    """Keys of the smallest and the largest number of every segment, 0 included."""
+    columns = tl.arange(0, form.block)[None, :]
+    low = tl.full((form.rows, form.block), 0, tl.int32)
+    high = low
+    for start in range(0, form.segment, form.block):
+        mask = live[:, None] & (start + columns < form.segment)
+        key = order_key(_load(t, sizes, row, first, start + columns, mask))
+        low = tl.minimum(low, key)
+        high = tl.maximum(high, key)
+    return tl.reduce(low, 1, tl.standard._elementwise_min), tl.reduce(high, 1, tl.standard._elementwise_max)
+
+
+@triton.jit
+def _at_least(v, floor):
+    """The larger one; a NaN stays."""
+    return tl.where(v < floor, floor, v)
+
+
+@triton.jit
+def _rounded_scale(scale, form: tl.constexpr):
+    """The scale in scale_dtype's precision, float32, within its finite numbers."""
+    if form.scale_type == "bfloat16":
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        scale = tl.minimum(_at_least(scale, form.floor), form.largest)
+    elif form.scale_type == "float16":
+        scale = round_to_type(scale, tl.float16, form.interpreted)
+        scale = tl.minimum(_at_least(scale, form.floor), form.largest)
+    return scale
+
+
+@triton.jit
+def _dynamic(t, row, live, low, high, form: tl.constexpr):
+    """Scale before and after it is rounded, and zero point of every segment."""
+    qmax = tl.full((form.rows,), form.qmax, tl.float32)
+    one = tl.full((form.rows,), 1.0, tl.float32)
+    if form.symmetric:
+        span = tl.maximum(-low, high)
+        if t.clip_high is not None:
+            span = span * tl.load(t.clip_high + row, mask=live, other=1.0)
+        if form.arithmetic == "division":
+            scale = tl.div_rn(_at_least(span, _SPAN_FLOOR), qmax)
+            return scale, scale, one * 0.0
+        if form.arithmetic == "unrounded":
+            scale = _at_least(span * tl.div_rn(one, qmax), _SCALE_FLOOR)
+            return scale, _rounded_scale(scale, form), one * 0.0
+        exact = _at_least(tl.div_rn(span, qmax), _SCALE_FLOOR)
+        scale = _rounded_scale(exact, form)
+        # An infinity must not become a number; of the two scales the first one tells.
+        scale = tl.where(exact < float("inf"), scale, float("nan"))
+        return scale, scale, one * 0.0
+    if t.clip_low is not None:
+        low = low * tl.load(t.clip_low + row, mask=live, other=1.0)
+    if t.clip_high is not None:
+        high = high * tl.load(t.clip_high + row, mask=live, other=1.0)
+    exact = _at_least(tl.div_rn(high - low, qmax), _SCALE_FLOOR)
+    scale = tl.where(exact < float("inf"), _rounded_scale(exact, form), float("nan"))
+    zero = tl.minimum(tl.maximum(-low * tl.div_rn(one, scale), 0.0), qmax)
+    return scale, scale, round_to_integer(zero)
+
+
+@triton.jit
+def _encode(v, divisor, inverse, zero, form: tl.constexpr):
+    """q - z as int32: clamped and then rounded by the bits of a sum, no conversion needed."""
+    scaled = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape)) if form.arithmetic == "division" else v * inverse[:, None]
+    low = -zero if not form.symmetric else zero - form.qmax
+    scaled = tl.minimum(tl.maximum(scaled, low[:, None]), (form.qmax - zero)[:, None])
+    return (scaled + MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+
+
+@triton.jit
+def _write(t, sizes, row, part, live, qparams, form: tl.constexpr):
+    """Codes and their sums of every group of the segments."""
+    divisor, inverse, zero = qparams
+    offset = zero.to(tl.int32) - 128
+    columns = tl.arange(0, form.block)[None, :]
+    for group in range(form.groups):
+        total = tl.full((form.rows, form.block), 0, tl.int32)
+        first = part * form.segment + group * form.group
+        place = (part * form.groups + group) * form.padded_group
+        for start in range(0, form.padded_group, form.block):
+            column = start + columns
+            inside = live[:, None] & (column < form.group)
+            operand = _encode(_load(t, sizes, row, first, column, inside), divisor, inverse, zero, form)
+            operand = tl.where(inside, operand, 0)
+            total += operand
+            if form.shifted:
+                operand = tl.where(inside, operand + offset[:, None], 0)
+            target = t.codes + row[:, None] * sizes.codes_row + place[:, None] + column
+            tl.store(target, operand.to(tl.int8), mask=live[:, None] & (column < form.padded_group))
+        if t.row_sum is not None:
+            tl.store(t.row_sum + (part * form.groups + group) * sizes.vector_row + row, tl.reduce(total, 1, tl.standard._sum_combine), mask=live)
+
+
+@triton.jit
+def quantize_kernel(t, sizes, form: tl.constexpr):
+    """Quantize ``form.rows`` segments."""
+    index = tl.program_id(0).to(tl.int64) * form.rows + tl.arange(0, form.rows)
+    live = index < sizes.segments
+    row, part = index // form.segments, index % form.segments
+    low, high = _extremes(t, sizes, row, part * form.segment, live, form)
+    if form.static:
+        scale = tl.load(t.row_scale + row, mask=live, other=1.0)
+        made_with = scale
+        zero = scale * 0.0
+        if not form.symmetric:
+            zero = tl.load(t.row_zero_point + row, mask=live, other=0.0)
+        finite = (high <= _INFINITY) & (low >= (-_INFINITY - 1))
+    else:
+        made_with, scale, zero = _dynamic(t, row, live, from_key(low), from_key(high), form)
+        finite = (high < _INFINITY) & (low > (-_INFINITY - 1)) & (made_with < float("inf"))
+    tl.store(t.scale + part * sizes.vector_row + row, tl.where(finite, scale, float("nan")), mask=live)
+    if t.shift is not None:
+        tl.store(t.shift + part * sizes.vector_row + row, 128 - zero.to(tl.int32), mask=live)
+    inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), made_with)
+    _write(t, sizes, row, part, live, (made_with, inverse, zero), form)
+
+
+def needs_row_sum(spec: LinearSpec) -> bool:
+    """Whether the epilogue takes the sums of q - z: for zero points of the weight."""
+    return spec.weight_zero_point != "none"
+
+
+def quantize_form(spec: LinearSpec, *, segments: int, is_interpreted: bool = INTERPRETED) -> QuantizeForm:
+    """The constants of the quantizer of a layer.
+
+    Args:
+        spec: The layer.
+        segments: All segments of the call.
+        is_interpreted: Whether Triton's interpreter will run it.
+    """
+    layout = layout_of(spec)
+    per_row = spec.in_features // (spec.activation_group_size or spec.in_features)
+    block = min(_BLOCK, triton.next_power_of_2(max(spec.in_features // per_row if per_row > 1 else layout.padded_group, 1)))
+    rows = max(1, min(_TILE // block, triton.next_power_of_2(segments)))
+    return QuantizeForm(
+        segment=spec.in_features // per_row,
+        group=layout.group,
+        padded_group=layout.padded_group,
+        groups=layout.groups // per_row,
+        segments=per_row,
+        qmax=spec.activation_qmax,
+        symmetric=spec.activation_zero_point == "none",
+        static=spec.activation_range == "static",
+        shifted=unsigned_activations(spec),
+        arithmetic=spec.activation_arithmetic,
+        scale_type=spec.scale_dtype,
+        floor=SCALE_FLOOR[spec.scale_dtype],
+        largest=LARGEST.get(spec.scale_dtype, 0.0),
+        rows=rows,
+        block=block,
+        interpreted=is_interpreted,
+    )
+
+
+def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Operands:
+    """Smooth, rotate and quantize rows.
+
+    Args:
+        x: float32, bfloat16 or float16 [M, K] of any strides, M > 0.
+        spec: The layer.
+        tensors: input_scale, clips, static scales and zero points.
+
+    Returns:
+        Codes, scales, and what the epilogue needs beside them.
+    """
+    input_scale = _dense(tensors.input_scale)
+    if spec.rotation:
+        x, input_scale = rotate_rows(x, spec=spec, input_scale=input_scale), None
+    rows, layout = x.shape[0], layout_of(spec)
+    per_row = spec.in_features // (spec.activation_group_size or spec.in_features)
+    form = quantize_form(spec, segments=rows * per_row)
+    new = x.new_empty
+    padded = -(-rows // WIDEST_TILE) * WIDEST_TILE
+    used = layout.groups * layout.padded_group
+    codes = new(rows, layout.columns, dtype=torch.int8)
+    if used < layout.columns:
+        codes[:, used:] = 0
+    operands = Operands(
+        codes,
+        new(per_row, padded, dtype=torch.float32),
+        new(per_row, padded, dtype=torch.int32) if form.shifted else None,
+        new(layout.groups, padded, dtype=torch.int32) if needs_row_sum(spec) else None,
+    )
+    vectors = (tensors.clip_low, tensors.clip_high, tensors.row_scale, tensors.row_zero_point)
+    given = QuantizeTensors(x, *operands, input_scale, *(_dense(vector) for vector in vectors))
+    sizes = QuantizeSizes(rows * per_row, *x.stride(), layout.columns, padded)
+    grid = (triton.cdiv(rows * per_row, form.rows),)
+    launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=4 if form.rows * form.block <= _TILE else 8)
+    return operands
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

@@ -1,0 +1,98 @@
+"""What a program of the product computes: a rule over card, shape and bits. Nothing of it was timed yet.
+
+The rule. A card's family has a largest tile (:data:`LARGEST`). Layers with groups hold float32 sums beside the int32 ones and
+take at most 128 rows, 64 where sums are corrected by zero points. A tile is no wider than the call: it is halved in rows while half of it would hold all rows, and so
+are its outputs. Then, while there are fewer tiles than processors, the longer side is halved, down to 64. Loads in
+flight are as many as fit the card's shared memory, 2 to 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.triton.layout import layout_of, unsigned_activations
+
+__all__ = ["Card", "Tile", "tile_of"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the rule asks of a card.
+
+    Attributes:
+        capability: Compute capability; (0, 0) of a card that is not NVIDIA's.
+        processors: Streaming multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters of the product.
+
+    Attributes:
+        outputs: Outputs of a program, a power of two from 64.
+        rows: Rows of a program, a power of two from 16.
+        warps: Warps of a program.
+        stages: Loads in flight.
+        band: Tiles of outputs that neighbouring programs share.
+    """
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    band: int = 8
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Cards of one kind: their largest tile, and bytes of shared memory that a program may take."""
+
+    outputs: int
+    rows: int
+    memory: int
+
+
+LARGEST = {
+    (0, 0): _Family(128, 128, 64 << 10),
+    (8, 0): _Family(128, 128, 160 << 10),
+    (8, 6): _Family(128, 128, 99 << 10),
+    (8, 7): _Family(128, 128, 160 << 10),
+    (8, 9): _Family(128, 128, 99 << 10),
+    (9, 0): _Family(128, 256, 224 << 10),
+    (10, 0): _Family(128, 256, 224 << 10),
+    (12, 0): _Family(128, 128, 99 << 10),
+}
+"""By compute capability; another one takes the nearest below it."""
+
+_SMALLEST = 64
+
+
+@lru_cache(maxsize=4096)
+def tile_of(spec: LinearSpec, *, rows: int, card: Card) -> Tile:
+    """The tile of a call, by the rule above.
+
+    Args:
+        spec: The layer.
+        rows: M > 0.
+        card: Where it runs.
+    """
+    family = LARGEST[max(known for known in LARGEST if known <= card.capability)]
+    tall, wide = family.outputs, family.rows
+    if spec.num_groups > 1:
+        wide = 128 if spec.weight_zero_point == "none" and not unsigned_activations(spec) else 64
+    while wide > 16 and wide // 2 >= rows:
+        wide //= 2
+    while tall > _SMALLEST and tall // 2 >= spec.out_features:
+        tall //= 2
+    while -(-rows // wide) * -(-spec.out_features // tall) < card.processors and max(tall, wide) > _SMALLEST:
+        tall, wide = (tall, wide // 2) if wide >= tall else (tall // 2, wide)
+    layout = layout_of(spec)
+    stage = wide * layout.fields * layout.width + tall * layout.chunk_bytes
+    stages = max(2, min(4, family.memory // stage))
+    return Tile(tall, wide, 8 if tall * wide >= 128 * 128 else 4, stages)
