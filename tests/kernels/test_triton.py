@@ -13,7 +13,8 @@ from qvgen_kernels import LinearTensors, available_kernels, get_backend, packed_
 from qvgen_kernels.hadamard import block_hadamard
 from qvgen_kernels.registry import get_backend as backend_of
 from qvgen_kernels.triton import backend as triton_backend
-from qvgen_kernels.triton.layout import arrange, layout_of, named_weight, pack_codes
+from qvgen_kernels.triton.layout import layout_of, named_weight, pack_codes
+from qvgen_kernels.triton.quantize_form import WIDEST_TILE
 from qvgen_kernels.triton.tiles import Card, Tile, tile_of
 from qvgen_kernels.weight import CanonicalWeight
 from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case, draw_tail
@@ -52,7 +53,9 @@ def test_all_pairs_of_bits(weight_zero_point):
 @pytest.mark.parametrize("weight_bits", [2, 3, 4, 8])
 def test_the_integers_are_the_outputs_of_unit_scales(weight_bits):
     """With all scales 1 a float32 output IS its int32 sum: every one of them up to 2^24."""
-    layer = make_layer(in_features=150, out_features=40, weight_bits=weight_bits, activation_bits=8, activation_range="static")
+    layer = make_layer(
+        in_features=150, out_features=40, weight_bits=weight_bits, activation_bits=8, activation_range="static"
+    )
     layer.scale.fill_(1.0)
     layer.weight[1].fill_(1.0)
     x = torch.randint(-128, 256, (7, 150), generator=torch.Generator().manual_seed(0)).float()
@@ -103,7 +106,9 @@ def test_groups(weight_bits, groups):
 SIZES = [2, 64, 12, 96, 20, 28, 60, 140, 1920]
 
 
-@pytest.mark.parametrize(("size", "kind"), [*((s, "sylvester") for s in SIZES), (4, "regular"), (64, "regular"), (256, "regular")])
+@pytest.mark.parametrize(
+    ("size", "kind"), [*((s, "sylvester") for s in SIZES), (4, "regular"), (64, "regular"), (256, "regular")]
+)
 def test_rotations_are_the_contracts_to_the_bit(size, kind):
     layer = make_layer(in_features=size * (2 if size < 1000 else 1), rotation=size, rotation_kind=kind, out_features=3)
     x = make_rows(3, layer.spec.in_features, dtype=torch.bfloat16)
@@ -309,6 +314,7 @@ def test_tiles_follow_the_rule():
     assert tile_of(spec, rows=17776, card=hopper) == Tile(128, 256, 8, 4)
     assert tile_of(spec, rows=17776, card=ada) == Tile(128, 128, 8, 4)
     assert tile_of(spec, rows=17776, card=Card((12, 1), 48)) == tile_of(spec, rows=17776, card=Card((12, 0), 48))
+    assert tile_of(spec, rows=17776, card=hopper, tail=True).rows == 128
     small = tile_of(spec, rows=20, card=hopper)
     assert (small.outputs, small.rows) == (64, 32)
     grouped = make_layer(in_features=1920, out_features=1920, weight_group_size=64, activation_group_size=64).spec
@@ -317,5 +323,5 @@ def test_tiles_follow_the_rule():
         for capability in ((0, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
             layer = make_layer(in_features=1920, out_features=300, weight_bits=bits, activation_bits=4)
             tile = tile_of(layer.spec, rows=rows, card=Card(capability, 80))
-            assert quantize.WIDEST_TILE % tile.rows == 0
+            assert WIDEST_TILE % tile.rows == 0
             assert 2 <= tile.stages <= 4

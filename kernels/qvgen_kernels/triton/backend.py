@@ -55,7 +55,8 @@ class TritonBackend(CanonicalPrepack):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             operands = quantize_rows(x, spec=spec, tensors=tensors)
             branch = _branch(x, tensors) if spec.branch_rank else None
-            tile = tile_of(spec, rows=len(x), card=_card(x.device))
+            tail = tensors.gate is not None or tensors.residual is not None
+            tile = tile_of(spec, rows=len(x), card=_card(x.device), tail=tail)
             multiply(operands, named, y=y, branch=branch, tensors=tensors, spec=spec, tile=tile)
         return y
 

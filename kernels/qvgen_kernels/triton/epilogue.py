@@ -9,11 +9,13 @@ __all__ = ["add_group", "finish"]
 
 
 @triton.jit
-def add_group(y, acc, group, place, a, w, sizes, form: tl.constexpr):
-    """What the sums of one group add to the outputs, float32; ``place`` is (outputs, rows) of the tile.
+def add_group(y, acc, group, place, operands, sizes, form: tl.constexpr):
+    """What the sums of one group add to the outputs, float32.
 
-    Outputs beyond the end read the last one's scale. Vectors of rows are long enough for every tile.
+    ``place`` is (outputs, rows) of the tile, ``operands`` (rows, weight). Outputs beyond the end read the last one's scale;
+    vectors of rows are long enough for every tile.
     """
+    a, w = operands
     n = tl.minimum(place[0], sizes.outputs - 1)
     m = place[1]
     of_n = group * sizes.outputs + n if form.weight_scales else n
@@ -35,7 +37,7 @@ def add_group(y, acc, group, place, a, w, sizes, form: tl.constexpr):
 
 @triton.jit
 def _function(y, form: tl.constexpr):
-    """x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh; or with u = x / 2: SiLU.
+    """X / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh; or with u = x / 2: SiLU.
 
     The division is the card's fast one, within two units of float32's last place; IEEE division costs a call per output.
     """

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,11 +21,11 @@ from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.triton.epilogue import add_group, finish
 from qvgen_kernels.triton.launch import INTERPRETED, launch, sums_are_plain
 from qvgen_kernels.triton.layout import PackedWeight, layout_of
-from qvgen_kernels.triton.quantize import Operands
+from qvgen_kernels.triton.quantize_form import Operands
 from qvgen_kernels.triton.tiles import Tile
 from qvgen_kernels.triton.unpack import operand
 
-__all__ = ["GemmForm", "GemmSizes", "GemmTensors", "gemm_form", "gemm_kernel", "multiply"]
+__all__ = ["GemmForm", "GemmSizes", "GemmTensors", "WeightTensors", "gemm_form", "gemm_kernel", "multiply"]
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,14 @@ def gemm_kernel(a, w, tail, sizes, form: tl.constexpr):
         acc = tl.full((form.outputs, form.rows), 0, tl.int32)
         for chunk in range(sizes.chunks):
             acc = _chunk_product(acc, bytes_of, rows_of, chunk, form)
-        y = add_group(y, acc, 0, place, a, w, sizes, form)
+        y = add_group(y, acc, 0, place, (a, w), sizes, form)
     elif form.fields_per_group >= form.fields:
         per_group: tl.constexpr = form.fields_per_group // form.fields
         for group in range(sizes.groups):
             acc = tl.full((form.outputs, form.rows), 0, tl.int32)
             for chunk in range(per_group):
                 acc = _chunk_product(acc, bytes_of, rows_of, group * per_group + chunk, form)
-            y = add_group(y, acc, group, place, a, w, sizes, form)
+            y = add_group(y, acc, group, place, (a, w), sizes, form)
     else:
         per_group: tl.constexpr = form.fields_per_group
         per_chunk: tl.constexpr = form.fields // form.fields_per_group
@@ -167,7 +166,7 @@ def gemm_kernel(a, w, tail, sizes, form: tl.constexpr):
                     acc = _field_product(acc, bytes_of, rows_of, chunk, part * per_group + field, form)
                 group = chunk * per_chunk + part
                 if group < sizes.groups:  # the last chunk may hold fields of no group
-                    y = add_group(y, acc, group, place, a, w, sizes, form)
+                    y = add_group(y, acc, group, place, (a, w), sizes, form)
     finish(y, place, tail, sizes, form)
 
 
@@ -218,16 +217,24 @@ def multiply(
     layout, (rows, outputs) = layout_of(spec), y.shape
     gate, residual = tensors.gate, tensors.residual
     gate_sizes = (1, 0, 0) if gate is None else (rows // gate.shape[0], *gate.stride())
-    sizes = GemmSizes(rows, outputs, layout.chunks, layout.groups, operands.scale.stride(0), *gate_sizes, *((0, 0) if residual is None else residual.stride()))
+    sizes = GemmSizes(
+        rows,
+        outputs,
+        layout.chunks,
+        layout.groups,
+        operands.scale.stride(0),
+        *gate_sizes,
+        *((0, 0) if residual is None else residual.stride()),
+    )
     bias = None if tensors.bias is None else tensors.bias.contiguous()
     tail = GemmTensors(y, bias, branch, gate, residual)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
-    packed = _Weight(weight.codes, weight.scale, weight.correction, weight.zero_point, weight.column_sum)
+    packed = WeightTensors(weight.codes, weight.scale, weight.correction, weight.zero_point, weight.column_sum)
     form = gemm_form(spec, tile)
     launch(gemm_kernel, grid, operands, packed, tail, sizes, form, on=y, num_warps=tile.warps, num_stages=tile.stages)
 
 
-class _Weight(NamedTuple):
+class WeightTensors(NamedTuple):
     """PackedWeight as a kernel takes it."""
 
     codes: Any
@@ -235,5 +242,3 @@ class _Weight(NamedTuple):
     correction: Any
     zero_point: Any
     column_sum: Any
-
-

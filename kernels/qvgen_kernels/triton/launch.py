@@ -9,13 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["OPTIONS", "INTERPRETED", "launch", "sums_are_plain"]
+__all__ = ["INTERPRETED", "OPTIONS", "launch", "sums_are_plain"]
 
 OPTIONS = {"enable_fp_fusion": False}
 """A product and a sum are two operations of the contract: contracting them would change codes."""
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-"""Whether the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 when this package's kernels are imported)."""
+"""Whether the kernels of this process run in Triton's interpreter: TRITON_INTERPRET=1 when they were imported."""
 
 
 def sums_are_plain() -> bool:

@@ -1,16 +1,13 @@
 """Rows to signed bytes (kernels/README.md, step 2), one program for a few segments: rows, or groups of columns of a row.
 
-A segment is read once where it fits a program's registers, else twice: for its range, and for its codes. The range is
-found over integers that are ordered as the numbers are, where a NaN is the largest or the smallest and so is seen
-without a question of its own. Codes are rounded after they are clamped, which gives the same ones, as operands q - z;
-with 8 bits and a zero point, which would not fit a byte, as q - 128, and 128 - z is written beside them. The sums of
-q - z over each group are made on the way.
+A segment is read for its range and again for its codes; the second time from the cache, or not at all where the compiler
+keeps it in registers. The range is found over integers that are ordered as the numbers are, where a NaN is the largest or
+the smallest and so is seen without a question of its own. Codes are rounded after they are clamped, which gives the same
+ones, as operands q - z; with 8 bits and a zero point, which would not fit a byte, as q - 128, and 128 - z is written
+beside them. The sums of q - z over each group are made on the way.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,22 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from qvgen_kernels.contract import SCALE_FLOOR, SPAN_FLOOR, LinearSpec, LinearTensors
-from qvgen_kernels.triton.launch import INTERPRETED, launch
-from qvgen_kernels.triton.layout import layout_of, unsigned_activations
+from qvgen_kernels.triton.launch import launch
+from qvgen_kernels.triton.layout import layout_of
+from qvgen_kernels.triton.quantize_form import (
+    TILE,
+    WIDEST_TILE,
+    Operands,
+    QuantizeSizes,
+    QuantizeTensors,
+    quantize_form,
+)
 from qvgen_kernels.triton.rotate import rotate_rows
 from qvgen_kernels.triton.rounding import MAGIC, from_key, order_key, round_to_integer, round_to_type
 
-__all__ = ["Operands", "quantize_rows"]
-
-LARGEST = {"bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
-WIDEST_TILE = 256
-"""Vectors of rows are this long or a multiple, so that no tile of the product reads beyond them."""
-
-_BLOCK = 8192
-"""Columns that a program holds at a time, at most."""
-
-_TILE = 4096
-"""Elements that four warps hold."""
+__all__ = ["quantize_kernel", "quantize_rows"]
 
 _SPAN_FLOOR = tl.constexpr(SPAN_FLOOR)
 _SCALE_FLOOR = tl.constexpr(SCALE_FLOOR["float32"])
@@ -41,88 +36,6 @@ _SCALE_FLOOR = tl.constexpr(SCALE_FLOOR["float32"])
 _INFINITY = tl.constexpr(0x7F800000)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 """The bits of MAGIC: those of v + MAGIC are this and the whole number nearest to v."""
-
-
-class Operands(NamedTuple):
-    """Quantized rows.
-
-    Attributes:
-        codes: int8 [M, K'], columns padded by groups as the weight's.
-        scale: float32 [Ga, M']; NaN in rows that are not finite. M' is M rounded up to a multiple of every tile.
-        shift: int32 [Ga, M'], 128 - zero point; None where operands are q - z.
-        row_sum: int32 [G, M'], sums of q - z; None where nothing needs them.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    row_sum: Tensor | None
-
-
-@dataclass(frozen=True)
-class QuantizeForm:
-    """What a compiled quantizer is for; constants of its code.
-
-    Attributes:
-        segment: Columns that share a scale.
-        group: Columns of a group, which a segment holds one or more of.
-        padded_group: Columns between the starts of two groups in the output.
-        groups: Groups of a segment.
-        segments: Segments of a row.
-        qmax: Largest code.
-        symmetric: Without zero points.
-        static: Scales and zero points are given.
-        shifted: Codes are stored minus 128.
-        arithmetic: activation_arithmetic of the spec.
-        scale_type: scale_dtype of the spec.
-        floor: Its smallest scale.
-        largest: Its largest finite number; 0 for float32.
-        rows: Segments of a program.
-        block: Columns that are read at a time, a power of two.
-        interpreted: For Triton's interpreter.
-    """
-
-    segment: int
-    group: int
-    padded_group: int
-    groups: int
-    segments: int
-    qmax: int
-    symmetric: bool
-    static: bool
-    shifted: bool
-    arithmetic: str
-    scale_type: str
-    floor: float
-    largest: float
-    rows: int
-    block: int
-    interpreted: bool
-
-
-class QuantizeTensors(NamedTuple):
-    """Pointers of the kernel; what is not there is None."""
-
-    x: Any
-    codes: Any
-    scale: Any
-    shift: Any
-    row_sum: Any
-    input_scale: Any
-    clip_low: Any
-    clip_high: Any
-    row_scale: Any
-    row_zero_point: Any
-
-
-class QuantizeSizes(NamedTuple):
-    """Sizes and strides of the kernel, in elements."""
-
-    segments: Any
-    x_row: Any
-    x_column: Any
-    codes_row: Any
-    vector_row: Any
 
 
 @triton.jit
@@ -163,7 +76,7 @@ def _rounded_scale(scale, form: tl.constexpr):
         scale = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         scale = tl.minimum(_at_least(scale, form.floor), form.largest)
     elif form.scale_type == "float16":
-        scale = round_to_type(scale, tl.float16, form.interpreted)
+        scale = round_to_type(scale, tl.float16, False)
         scale = tl.minimum(_at_least(scale, form.floor), form.largest)
     return scale
 
@@ -200,8 +113,12 @@ def _dynamic(t, row, live, low, high, form: tl.constexpr):
 
 @triton.jit
 def _encode(v, divisor, inverse, zero, form: tl.constexpr):
-    """q - z as int32: clamped and then rounded by the bits of a sum, no conversion needed."""
-    scaled = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape)) if form.arithmetic == "division" else v * inverse[:, None]
+    """Q - z as int32: clamped and then rounded by the bits of a sum, no conversion needed."""
+    scaled = (
+        tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
+        if form.arithmetic == "division"
+        else v * inverse[:, None]
+    )
     low = -zero if not form.symmetric else zero - form.qmax
     scaled = tl.minimum(tl.maximum(scaled, low[:, None]), (form.qmax - zero)[:, None])
     return (scaled + MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
@@ -228,7 +145,11 @@ def _write(t, sizes, row, part, live, qparams, form: tl.constexpr):
             target = t.codes + row[:, None] * sizes.codes_row + place[:, None] + column
             tl.store(target, operand.to(tl.int8), mask=live[:, None] & (column < form.padded_group))
         if t.row_sum is not None:
-            tl.store(t.row_sum + (part * form.groups + group) * sizes.vector_row + row, tl.reduce(total, 1, tl.standard._sum_combine), mask=live)
+            tl.store(
+                t.row_sum + (part * form.groups + group) * sizes.vector_row + row,
+                tl.reduce(total, 1, tl.standard._sum_combine),
+                mask=live,
+            )
 
 
 @triton.jit
@@ -253,43 +174,6 @@ def quantize_kernel(t, sizes, form: tl.constexpr):
         tl.store(t.shift + part * sizes.vector_row + row, 128 - zero.to(tl.int32), mask=live)
     inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), made_with)
     _write(t, sizes, row, part, live, (made_with, inverse, zero), form)
-
-
-def needs_row_sum(spec: LinearSpec) -> bool:
-    """Whether the epilogue takes the sums of q - z: for zero points of the weight."""
-    return spec.weight_zero_point != "none"
-
-
-def quantize_form(spec: LinearSpec, *, segments: int, is_interpreted: bool = INTERPRETED) -> QuantizeForm:
-    """The constants of the quantizer of a layer.
-
-    Args:
-        spec: The layer.
-        segments: All segments of the call.
-        is_interpreted: Whether Triton's interpreter will run it.
-    """
-    layout = layout_of(spec)
-    per_row = spec.in_features // (spec.activation_group_size or spec.in_features)
-    block = min(_BLOCK, triton.next_power_of_2(max(spec.in_features // per_row if per_row > 1 else layout.padded_group, 1)))
-    rows = max(1, min(_TILE // block, triton.next_power_of_2(segments)))
-    return QuantizeForm(
-        segment=spec.in_features // per_row,
-        group=layout.group,
-        padded_group=layout.padded_group,
-        groups=layout.groups // per_row,
-        segments=per_row,
-        qmax=spec.activation_qmax,
-        symmetric=spec.activation_zero_point == "none",
-        static=spec.activation_range == "static",
-        shifted=unsigned_activations(spec),
-        arithmetic=spec.activation_arithmetic,
-        scale_type=spec.scale_dtype,
-        floor=SCALE_FLOOR[spec.scale_dtype],
-        largest=LARGEST.get(spec.scale_dtype, 0.0),
-        rows=rows,
-        block=block,
-        interpreted=is_interpreted,
-    )
 
 
 def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Operands:
@@ -319,13 +203,13 @@ def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Ope
         codes,
         new(per_row, padded, dtype=torch.float32),
         new(per_row, padded, dtype=torch.int32) if form.shifted else None,
-        new(layout.groups, padded, dtype=torch.int32) if needs_row_sum(spec) else None,
+        new(layout.groups, padded, dtype=torch.int32) if spec.weight_zero_point != "none" else None,
     )
     vectors = (tensors.clip_low, tensors.clip_high, tensors.row_scale, tensors.row_zero_point)
     given = QuantizeTensors(x, *operands, input_scale, *(_dense(vector) for vector in vectors))
     sizes = QuantizeSizes(rows * per_row, *x.stride(), layout.columns, padded)
     grid = (triton.cdiv(rows * per_row, form.rows),)
-    launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=4 if form.rows * form.block <= _TILE else 8)
+    launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=4 if form.rows * form.block <= TILE else 8)
     return operands
 
 

@@ -94,7 +94,7 @@ def butterfly_kernel(t, sizes, form: tl.constexpr, steps: tl.constexpr):
     if t.input_scale is not None:
         v = v * tl.load(t.input_scale + column, mask=live, other=0.0)
     for step in tl.static_range(steps):
-        if form.radix == 4:
+        if form.radix == 4:  # noqa: SIM108 - a branch that only the compiler takes
             v = _regular(v, 4**step, form.runs, form.run)
         else:
             v = _butterfly(v, 2**step, form.runs, form.run)
@@ -162,12 +162,23 @@ def rotate_rows(x: Tensor, *, spec: LinearSpec, input_scale: Tensor | None) -> T
     run, radix = block // b, 4 if regular else 2
     factor = 1.0 / math.sqrt(block)
     runs = x.numel() // run
-    form = RotateForm(spec.in_features, run, max(1, min(_TILE // run, 1 << (runs - 1).bit_length())), radix, factor if b == 1 else 1.0)
+    form = RotateForm(
+        spec.in_features, run, max(1, min(_TILE // run, 1 << (runs - 1).bit_length())), radix, factor if b == 1 else 1.0
+    )
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     steps = (run.bit_length() - 1) // (2 if regular else 1)
     grid = (triton.cdiv(runs, form.runs),)
     tensors = RotateTensors(x, out, input_scale)
-    launch(butterfly_kernel, grid, tensors, RotateSizes(runs, *x.stride()), form, steps, on=x, num_warps=4 if run <= _TILE else 16)
+    launch(
+        butterfly_kernel,
+        grid,
+        tensors,
+        RotateSizes(runs, *x.stride()),
+        form,
+        steps,
+        on=x,
+        num_warps=4 if run <= _TILE else 16,
+    )
     if b == 1:
         return out
     columns = min(run, 64)

@@ -30,7 +30,7 @@ def from_key(key):
 
 @triton.jit
 def to_type(v, dtype: tl.constexpr, interpreted: tl.constexpr):
-    """Convert float32 to a floating type, nearest even; Triton's interpreter cuts bfloat16 off, so there it is done by hand."""
+    """Convert float32 to a floating type, nearest even; by hand where Triton's interpreter would cut bfloat16 off."""
     if interpreted and dtype == tl.bfloat16:
         bits = v.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -1,9 +1,11 @@
 """What a program of the product computes: a rule over card, shape and bits. Nothing of it was timed yet.
 
 The rule. A card's family has a largest tile (:data:`LARGEST`). Layers with groups hold float32 sums beside the int32 ones and
-take at most 128 rows, 64 where sums are corrected by zero points. A tile is no wider than the call: it is halved in rows while half of it would hold all rows, and so
-are its outputs. Then, while there are fewer tiles than processors, the longer side is halved, down to 64. Loads in
-flight are as many as fit the card's shared memory, 2 to 4.
+take at most 128 rows, 64 where sums are corrected by zero points; a function, gate or residual needs registers too, and
+at most 128 rows leave them. A tile is no wider than the call: it is halved in rows while half of it would hold all rows,
+and so are its outputs. Then, while there are fewer tiles than processors, the longer side is halved, down to 64. Of
+chunks of columns as many are in flight as fit the card's shared memory, at most 3, one fewer than stages. A table of
+measured tiles will come before the rule; there is none yet.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Tile:
         outputs: Outputs of a program, a power of two from 64.
         rows: Rows of a program, a power of two from 16.
         warps: Warps of a program.
-        stages: Loads in flight.
+        stages: Chunks of columns in flight and in use.
         band: Tiles of outputs that neighbouring programs share.
     """
 
@@ -64,8 +66,8 @@ LARGEST = {
     (8, 6): _Family(128, 128, 99 << 10),
     (8, 7): _Family(128, 128, 160 << 10),
     (8, 9): _Family(128, 128, 99 << 10),
-    (9, 0): _Family(128, 256, 224 << 10),
-    (10, 0): _Family(128, 256, 224 << 10),
+    (9, 0): _Family(128, 256, 192 << 10),
+    (10, 0): _Family(128, 128, 192 << 10),
     (12, 0): _Family(128, 128, 99 << 10),
 }
 """By compute capability; another one takes the nearest below it."""
@@ -74,16 +76,19 @@ _SMALLEST = 64
 
 
 @lru_cache(maxsize=4096)
-def tile_of(spec: LinearSpec, *, rows: int, card: Card) -> Tile:
+def tile_of(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> Tile:
     """The tile of a call, by the rule above.
 
     Args:
         spec: The layer.
         rows: M > 0.
         card: Where it runs.
+        tail: Whether there is a gate or a residual.
     """
     family = LARGEST[max(known for known in LARGEST if known <= card.capability)]
     tall, wide = family.outputs, family.rows
+    if tail or spec.function != "none":
+        wide = min(wide, 128)
     if spec.num_groups > 1:
         wide = 128 if spec.weight_zero_point == "none" and not unsigned_activations(spec) else 64
     while wide > 16 and wide // 2 >= rows:
@@ -94,5 +99,5 @@ def tile_of(spec: LinearSpec, *, rows: int, card: Card) -> Tile:
         tall, wide = (tall, wide // 2) if wide >= tall else (tall // 2, wide)
     layout = layout_of(spec)
     stage = wide * layout.fields * layout.width + tall * layout.chunk_bytes
-    stages = max(2, min(4, family.memory // stage))
+    stages = max(2, min(4, 1 + family.memory // stage))
     return Tile(tall, wide, 8 if tall * wide >= 128 * 128 else 4, stages)

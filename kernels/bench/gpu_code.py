@@ -1,0 +1,251 @@
+"""Compile the Triton kernels for cards that need not be here, and say what the machine code is: a table, or JSON.
+
+    python kernels/bench/gpu_code.py docs/benchmarks/gpu-code.md       all kernels and cards, some minutes
+    python kernels/bench/gpu_code.py - 90:w4a4 80:quantize             those, as JSON on stdout
+
+It needs Triton and no GPU. Tiles are those that the backend takes for 17 776 rows of [1920 -> 5760] (CogVideoX-2b).
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qvgen_kernels import LinearSpec
+from qvgen_kernels.hadamard import paley_factor
+from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
+from qvgen_kernels.triton.launch import OPTIONS
+from qvgen_kernels.triton.layout import unsigned_activations
+from qvgen_kernels.triton.tiles import Card, tile_of
+
+ROWS = 17776
+CARDS = {
+    80: Card((8, 0), 108),
+    89: Card((8, 9), 128),
+    90: Card((9, 0), 132),
+    100: Card((10, 0), 148),
+    120: Card((12, 0), 170),
+}
+NAMES = {80: "A100", 89: "RTX 4090, L40", 90: "H100, H200", 100: "B200", 120: "RTX 5090"}
+
+_GROUPED = {"weight_group_size": 64, "activation_group_size": 64}
+_SYMMETRIC = {"weight_zero_point": "none", "activation_zero_point": "none"}
+PRODUCTS = {
+    "w2a8": {"weight_bits": 2, "activation_bits": 8},
+    "w3a3": {"weight_bits": 3, "activation_bits": 3},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8},
+    "w8a8-symmetric": {"weight_bits": 8, "activation_bits": 8, **_SYMMETRIC},
+    "w4a4-real-zero": {"weight_bits": 4, "activation_bits": 4, "weight_zero_point": "real"},
+    "w4a4-groups": {"weight_bits": 4, "activation_bits": 4, **_GROUPED, **_SYMMETRIC},
+    "w4a4-gelu-gate-residual": {"weight_bits": 4, "activation_bits": 4, "function": "gelu_tanh"},
+}
+ROW_KERNELS = {
+    "quantize": {},
+    "quantize-groups": _GROUPED,
+    "quantize-division": {**_SYMMETRIC, "activation_arithmetic": "division"},
+    "butterfly": {"rotation": 1920},
+    "regular": {"rotation": 64, "rotation_kind": "regular"},
+    "paley": {"rotation": 1920},
+}
+
+_MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
+
+
+def spec_of(options):
+    return LinearSpec(**({"in_features": 1920, "out_features": 5760, "weight_bits": 4, "activation_bits": 4} | options))
+
+
+def compiled(kernel, arguments, *, capability, **options):
+    """Compile a kernel; an argument is a type (":16" where it is a multiple of 16), None, a number, or a tuple of them."""
+    signature, constants, attributes = {}, {}, {}
+
+    def described(value, path):
+        if isinstance(value, tuple):
+            return type(value)(*(described(part, (*path, place)) for place, part in enumerate(value)))
+        if not isinstance(value, str):
+            constants[path] = value
+            return "constexpr"
+        if value.endswith(":16"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return value.removesuffix(":16")
+
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = described(arguments[name], (place,))
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | OPTIONS)
+
+
+def product(options, capability):
+    """The compiled product of a layer with bias; with its tail where it has a function."""
+    spec = spec_of(options)
+    tile = tile_of(spec, rows=ROWS, card=CARDS[capability])
+    tail = spec.function != "none"
+    operands = quantize_form.Operands(
+        "*i8:16",
+        "*fp32:16",
+        "*i32:16" if unsigned_activations(spec) else None,
+        "*i32:16" if spec.weight_zero_point != "none" else None,
+    )
+    weight = gemm.WeightTensors(
+        "*i8:16",
+        "*fp32:16",
+        "*i32:16" if spec.weight_zero_point == "integer" else None,
+        "*fp32:16" if spec.weight_zero_point == "real" else None,
+        "*i32:16" if unsigned_activations(spec) else None,
+    )
+    strides = ("i32", "i32:16", 1, "i32:16", 1) if tail else (1, 0, 0, 0, 0)
+    groups = 1 if spec.num_groups == 1 else "i32"
+    arguments = {
+        "a": operands,
+        "w": weight,
+        "tail": gemm.GemmTensors("*bf16:16", "*fp32:16", None, *(["*bf16:16"] * 2 if tail else [None, None])),
+        "sizes": gemm.GemmSizes("i32:16", "i32:16", "i32", groups, "i32:16", *strides),
+        "form": gemm.gemm_form(spec, tile),
+    }
+    found = compiled(gemm.gemm_kernel, arguments, capability=capability, num_warps=tile.warps, num_stages=tile.stages)
+    return found, f"{tile.outputs} x {tile.rows}, {tile.stages} stages"
+
+
+def row_kernel(name, options, capability):
+    """The compiled kernel of that name for rows of bfloat16 (the sum of Paley: float32)."""
+    spec = spec_of(options)
+    if name.startswith("quantize"):
+        parts = spec.num_groups if spec.activation_group_size else 1
+        form = quantize_form.quantize_form(spec, segments=ROWS * parts)
+        sums = "*i32:16" if spec.weight_zero_point != "none" else None
+        tensors = quantize_form.QuantizeTensors("*bf16:16", "*i8:16", "*fp32:16", None, sums, *[None] * 5)
+        sizes = quantize_form.QuantizeSizes("i32:16", "i32:16", 1, "i32:16", "i32:16")
+        found = compiled(
+            quantize.quantize_kernel, {"t": tensors, "sizes": sizes, "form": form}, capability=capability, num_warps=4
+        )
+        return found, f"{form.rows} x {form.block}"
+    if name == "paley":
+        order = paley_factor(spec.rotation)
+        form = rotate.PaleyForm(order, spec.rotation // order, 64, 32, 0.1)
+        arguments = {"x": "*fp32:16", "signs": "*fp32:16", "out": "*fp32:16", "form": form}
+        return compiled(rotate.paley_kernel, arguments, capability=capability, num_warps=4), "64 x 32"
+    radix, run = (4, spec.rotation) if name == "regular" else (2, spec.rotation // paley_factor(spec.rotation))
+    form = rotate.RotateForm(spec.in_features, run, 4096 // run, radix, 1.0)
+    arguments = {
+        "t": rotate.RotateTensors("*bf16:16", "*fp32:16", None),
+        "sizes": rotate.RotateSizes("i32:16", "i32:16", 1),
+        "form": form,
+        "steps": (run.bit_length() - 1) // (radix // 2),
+    }
+    return compiled(rotate.butterfly_kernel, arguments, capability=capability, num_warps=4), f"{4096 // run} x {run}"
+
+
+def disassembled(found):
+    """Instructions as (address, text), and (registers, bytes of stack) of a thread."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        outputs = [
+            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        ]
+    lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) ?;", outputs[0])]
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", outputs[1]).groups())
+    return lines, registers, stack
+
+
+def operation(text):
+    """The operation of an instruction, without its guard."""
+    return re.sub(r"^@!?U?P\w+ +", "", text).split()[0]
+
+
+def inner_loop(lines):
+    """Operations of the shortest loop with matrix products; none where there is no such loop."""
+    loops = []
+    for end, text in lines:
+        target = re.search(r"\bBRA.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < end:
+            body = [operation(own) for address, own in lines if int(target[1], 16) <= address <= end]
+            if any(_MATRIX.match(name) for name in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def measure(capability, name):
+    """What the machine code of a kernel is, as a dict of names and numbers."""
+    if name in PRODUCTS:
+        found, tile = product(PRODUCTS[name], capability)
+    else:
+        found, tile = row_kernel(name, ROW_KERNELS[name], capability)
+    lines, registers, stack = disassembled(found)
+    loop = inner_loop(lines)
+    every, inside = Counter(operation(text) for _, text in lines), Counter(loop)
+    matrix = sorted({name for name in every if _MATRIX.match(name)})
+
+    def count(counted, *prefixes):
+        return sum(number for key, number in counted.items() if key.startswith(prefixes))
+
+    return {
+        "capability": capability,
+        "kernel": name,
+        "tile": tile,
+        "warps": found.metadata.num_warps,
+        "matrix_instruction": ", ".join(matrix),
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": found.metadata.shared,
+        "instructions": len(lines),
+        "loop_instructions": len(loop),
+        "loop_products": count(inside, "IMMA", "IGMMA", "UTCIMMA"),
+        "loop_permutes": count(inside, "PRMT"),
+        "loop_local": count(inside, "LDL", "STL"),
+        "loop_waits": count(inside, "WARPGROUP.DEPBAR"),
+        "contractions": count(every, "FFMA"),
+        "divisions_ieee": found.asm["ptx"].count("div.rn.f32"),
+        "divisions_fast": found.asm["ptx"].count("div.full.f32"),
+        "flushed": found.asm["ptx"].count(".ftz"),
+        "coalesced_stores": count(every, "STG.E.128"),
+    }
+
+
+HEADER = """# Machine code of the Triton kernels
+
+**Compiled only: nothing of this has run on a GPU.** Triton {triton}, made by `python kernels/bench/gpu_code.py
+docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. A loop is the innermost one
+that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those for a matrix product in it
+(Hopper: Triton {triton} waits in every tile of columns for sums of integers, which a kernel in another language need not).
+
+| card | kernel | tile | warps | matrix instruction | registers | stack | shared memory | loop: instructions / products / permutes / waits |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    """Write the table, or print what was asked for."""
+    target, *chosen = sys.argv[1:]
+    if chosen:
+        pairs = [choice.partition(":")[::2] for choice in chosen]
+        print(json.dumps([measure(int(capability), name) for capability, name in pairs]))
+        return
+    rows = []
+    for capability in CARDS:
+        for name in (*PRODUCTS, *ROW_KERNELS):
+            print(f"sm_{capability} {name}", file=sys.stderr)
+            m = measure(capability, name)
+            numbers = (m["loop_instructions"], m["loop_products"], m["loop_permutes"], m["loop_waits"])
+            loop = " / ".join(map(str, numbers)) if numbers[0] else ""
+            rows.append(
+                f"| sm_{capability} ({NAMES[capability]}) | {name} | {m['tile']} | {m['warps']} | "
+                f"{m['matrix_instruction']} | {m['registers']} | {m['stack_bytes']} | {m['shared_bytes']} | {loop} |\n"
+            )
+    Path(target).write_text(
+        HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " ")) + "".join(rows)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Machine code of the Triton kernels, compiled for cards that need not be here: kernels/bench/gpu_code.py, some of its rows.
+
+It shows what the interpreter can't: which matrix instruction runs, that unpacking needs no byte permutations, that nothing
+spills, that no product and sum are contracted. It does not show that the code runs: nothing here ran on a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+try:
+    VERSION = version("triton")
+except PackageNotFoundError:
+    VERSION = "none"
+pytestmark = pytest.mark.skipif(not VERSION.startswith("3.9."), reason=f"asserted for Triton 3.9, not {VERSION}")
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOSEN = (
+    "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "90:w4a4-gelu-gate-residual", "100:w4a4", "120:w8a8-symmetric",
+    "80:w4a4-real-zero", "90:quantize", "80:quantize-division",
+)  # fmt: skip
+INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Rows of the chosen kernels, compiled in a process of its own: without the interpreter, and with an empty cache."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, "kernels/bench/gpu_code.py", "-", *CHOSEN]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    return {f"{row['capability']}:{row['kernel']}": row for row in rows}
+
+
+PRODUCTS = [name for name in CHOSEN if ":w" in name]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_use_the_cards_instruction_for_signed_bytes(measured, name):
+    row = measured[name]
+    assert row["matrix_instruction"].startswith(INSTRUCTION[row["capability"]])
+    assert "," not in row["matrix_instruction"]  # and no other one
+    assert row["loop_products"] >= 4
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_loops_neither_permute_bytes_nor_spill(measured, name):
+    row = measured[name]
+    assert (row["loop_permutes"], row["loop_local"], row["stack_bytes"]) == (0, 0, 0)
+    if "groups" not in name:  # whose loop holds the scaling too
+        assert row["loop_instructions"] <= 4 * row["loop_products"] + 160
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_epilogues_contract_nothing_and_store_whole_lines(measured, name):
+    row = measured[name]
+    assert row["contractions"] == 0
+    assert row["coalesced_stores"] > 0
+    assert row["flushed"] == 0
+
+
+def test_hopper_waits_for_its_products(measured):
+    """What the documentation says of Triton's product of integers; a kernel without these waits would be faster."""
+    assert measured["90:w4a4"]["loop_waits"] > 0
+
+
+def test_quantizers_divide_as_ieee_says(measured):
+    """The scale, its reciprocal and nothing else by rows; where codes are quotients, every element."""
+    for name in ("90:quantize", "80:quantize-division"):
+        row = measured[name]
+        assert row["divisions_ieee"] >= 2
+        assert (row["divisions_fast"], row["flushed"], row["stack_bytes"]) == (0, 0, 0)
+    assert measured["80:quantize-division"]["divisions_ieee"] >= 32
