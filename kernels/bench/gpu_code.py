@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import triton
@@ -32,8 +33,12 @@ CARDS = {
     90: Card((9, 0), 132),
     100: Card((10, 0), 148),
     120: Card((12, 0), 170),
+    942: Card((0, 0), 304),
 }
-NAMES = {80: "A100", 89: "RTX 4090, L40", 90: "H100, H200", 100: "B200", 120: "RTX 5090"}
+"""By compute capability; AMD's by the number of its architecture."""
+
+AMD = {942}
+NAMES = {80: "A100", 89: "RTX 4090, L40", 90: "H100, H200", 100: "B200", 120: "RTX 5090", 942: "MI300"}
 
 _GROUPED = {"weight_group_size": 64, "activation_group_size": 64}
 _SYMMETRIC = {"weight_zero_point": "none", "activation_zero_point": "none"}
@@ -60,7 +65,13 @@ _MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
 
 
 def spec_of(options):
+    """Return the layer of a variant."""
     return LinearSpec(**({"in_features": 1920, "out_features": 5760, "weight_bits": 4, "activation_bits": 4} | options))
+
+
+def target_of(capability):
+    """Return what Triton compiles for."""
+    return GPUTarget("hip", f"gfx{capability}", 64) if capability in AMD else GPUTarget("cuda", capability, 32)
 
 
 def compiled(kernel, arguments, *, capability, **options):
@@ -80,7 +91,7 @@ def compiled(kernel, arguments, *, capability, **options):
     for place, name in enumerate(kernel.arg_names):
         signature[name] = described(arguments[name], (place,))
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | OPTIONS)
+    return triton.compile(source, target=target_of(capability), options=options | OPTIONS)
 
 
 def product(options, capability):
@@ -108,7 +119,7 @@ def product(options, capability):
         "w": weight,
         "tail": gemm.GemmTensors("*bf16:16", "*fp32:16", None, *(["*bf16:16"] * 2 if tail else [None, None])),
         "sizes": gemm.GemmSizes("i32:16", "i32:16", "i32", groups, "i32:16", *strides),
-        "form": gemm.gemm_form(spec, tile),
+        "form": replace(gemm.gemm_form(spec, tile), plain=capability in AMD),
     }
     found = compiled(gemm.gemm_kernel, arguments, capability=capability, num_warps=tile.warps, num_stages=tile.stages)
     return found, f"{tile.outputs} x {tile.rows}, {tile.stages} stages"
@@ -175,12 +186,27 @@ def inner_loop(lines):
     return min(loops, key=len, default=[])
 
 
+def measured_amd(found):
+    """Count what can be read off AMD's assembly text; loops are not looked at."""
+    text = found.asm["amdgcn"]
+    return {
+        "matrix_instruction": ", ".join(sorted(set(re.findall(r"\bv_mfma_\w+", text)))),
+        "registers": int(re.search(r"\.vgpr_count: +(\d+)", text)[1]),
+        "stack_bytes": int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1]),
+        "shared_bytes": found.metadata.shared,
+        "loop_instructions": 0,
+    }
+
+
 def measure(capability, name):
     """What the machine code of a kernel is, as a dict of names and numbers."""
     if name in PRODUCTS:
         found, tile = product(PRODUCTS[name], capability)
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
+    head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
+    if capability in AMD:
+        return head | measured_amd(found)
     lines, registers, stack = disassembled(found)
     loop = inner_loop(lines)
     every, inside = Counter(operation(text) for _, text in lines), Counter(loop)
@@ -189,11 +215,7 @@ def measure(capability, name):
     def count(counted, *prefixes):
         return sum(number for key, number in counted.items() if key.startswith(prefixes))
 
-    return {
-        "capability": capability,
-        "kernel": name,
-        "tile": tile,
-        "warps": found.metadata.num_warps,
+    return head | {
         "matrix_instruction": ", ".join(matrix),
         "registers": registers,
         "stack_bytes": stack,
@@ -215,13 +237,15 @@ def measure(capability, name):
 HEADER = """# Machine code of the Triton kernels
 
 **Compiled only: nothing of this has run on a GPU.** Triton {triton}, made by `python kernels/bench/gpu_code.py
-docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. A loop is the innermost one
+docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. Stack and shared memory in bytes. A loop is the innermost one
 that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those for a matrix product in it
 (Hopper: Triton {triton} waits in every tile of columns for sums of integers, which a kernel in another language need not).
-
-| card | kernel | tile | warps | matrix instruction | registers | stack | shared memory | loop: instructions / products / permutes / waits |
-|---|---|---|---|---|---|---|---|---|
 """
+
+COLUMNS = (
+    "card", "kernel", "tile", "warps", "matrix instruction", "registers", "stack", "shared memory",
+    "loop: instructions / products / permutes / waits",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -236,15 +260,17 @@ def main() -> None:
         for name in (*PRODUCTS, *ROW_KERNELS):
             print(f"sm_{capability} {name}", file=sys.stderr)
             m = measure(capability, name)
-            numbers = (m["loop_instructions"], m["loop_products"], m["loop_permutes"], m["loop_waits"])
-            loop = " / ".join(map(str, numbers)) if numbers[0] else ""
+            keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")
+            loop = " / ".join(str(m[key]) for key in keys) if m["loop_instructions"] else ""
+            card = f"gfx{capability}" if capability in AMD else f"sm_{capability}"
             rows.append(
-                f"| sm_{capability} ({NAMES[capability]}) | {name} | {m['tile']} | {m['warps']} | "
+                f"| {card} ({NAMES[capability]}) | {name} | {m['tile']} | {m['warps']} | "
                 f"{m['matrix_instruction']} | {m['registers']} | {m['stack_bytes']} | {m['shared_bytes']} | {loop} |\n"
             )
-    Path(target).write_text(
-        HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " ")) + "".join(rows)
-    )
+    header = HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " "))
+    text = HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " "))
+    table = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+    Path(target).write_text(text + table + "".join(rows))
 
 
 if __name__ == "__main__":

@@ -22,24 +22,31 @@ pytestmark = pytest.mark.skipif(not VERSION.startswith("3.9."), reason=f"asserte
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = (
     "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "90:w4a4-gelu-gate-residual", "100:w4a4", "120:w8a8-symmetric",
-    "80:w4a4-real-zero", "90:quantize", "80:quantize-division",
+    "80:w4a4-real-zero", "942:w3a3", "90:quantize", "80:quantize-division",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
 
+def output_of(command, cache):
+    """What a Python program prints in a process of its own: without the interpreter, with an empty cache of Triton's."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Rows of the chosen kernels, compiled in a process of its own: without the interpreter, and with an empty cache."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT / "kernels")}
-    command = [sys.executable, "kernels/bench/gpu_code.py", "-", *CHOSEN]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout)
+    """Rows of the chosen kernels."""
+    rows = json.loads(output_of(["kernels/bench/gpu_code.py", "-", *CHOSEN], tmp_path_factory.mktemp("triton")))
     return {f"{row['capability']}:{row['kernel']}": row for row in rows}
 
 
-PRODUCTS = [name for name in CHOSEN if ":w" in name]
+PRODUCTS = [name for name in CHOSEN if ":w" in name and not name.startswith("942")]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -66,6 +73,12 @@ def test_epilogues_contract_nothing_and_store_whole_lines(measured, name):
     assert row["flushed"] == 0
 
 
+def test_amds_matrix_instruction_takes_the_operands_too(measured):
+    row = measured["942:w3a3"]
+    assert row["matrix_instruction"].startswith("v_mfma_i32_")
+    assert row["stack_bytes"] == 0
+
+
 def test_hopper_waits_for_its_products(measured):
     """What the documentation says of Triton's product of integers; a kernel without these waits would be faster."""
     assert measured["90:w4a4"]["loop_waits"] > 0
@@ -78,3 +91,18 @@ def test_quantizers_divide_as_ieee_says(measured):
         assert row["divisions_ieee"] >= 2
         assert (row["divisions_fast"], row["flushed"], row["stack_bytes"]) == (0, 0, 0)
     assert measured["80:quantize-division"]["divisions_ieee"] >= 32
+
+
+def test_what_calls_launch_compiles(tmp_path):
+    lines = output_of(["-m", "tests.kernels.triton_calls_program"], tmp_path).split("\n")
+    names = [line.split()[0] for line in lines if line]
+    plain, rotated = ["quantize_kernel", "gemm_kernel"], ["butterfly_kernel", "paley_kernel"]
+    assert names == [*plain, *rotated, *plain, rotated[0], *plain]
+
+
+def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
+    text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
+    assert "**Compiled only: nothing of this has run on a GPU.**" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
+    assert len(rows) == 6 * 14
+    assert all(row[6] == "0" for row in rows if row[4].strip()), "a product spills"

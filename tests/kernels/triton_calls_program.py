@@ -1,0 +1,86 @@
+"""Compile for Hopper what calls of the backend launch, in a process without a GPU: a stand-in for the driver, no launch.
+
+It holds what the interpreter does not see: that Triton's own compiler takes the arguments of a call as they are. Writes a
+line a kernel.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from qvgen_kernels import LinearTensors, get_backend
+from qvgen_kernels.triton import gemm, launch, quantize, rotate
+from tests.kernels.layer import make_layer, make_rows
+
+CASES = (
+    {"in_features": 256, "out_features": 250, "weight_bits": 2, "weight_group_size": 32, "activation_bits": 8},
+    {
+        "in_features": 120,
+        "out_features": 64,
+        "weight_bits": 3,
+        "activation_bits": 8,
+        "rotation": 120,
+        "weight_zero_point": "real",
+        "function": "gelu_tanh",
+        "branch_rank": 4,
+    },
+    {
+        "in_features": 128,
+        "out_features": 64,
+        "weight_bits": 8,
+        "activation_bits": 4,
+        "rotation": 64,
+        "rotation_kind": "regular",
+        "activation_range": "static",
+    },
+)
+
+
+class Driver:
+    """The answers that compiling takes from a driver."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only(kernel, grid, *arguments, on, **options):
+    """Compile the kernel for exactly these arguments."""
+    made = kernel.warmup(*arguments, grid=grid, **options, **launch.OPTIONS)
+    sys.stdout.write(f"{kernel.__name__} {made.metadata.num_warps} {made.metadata.shared}\n")
+
+
+def main():
+    driver.set_active(Driver())
+    for module in (gemm, quantize, rotate):
+        module.launch = compile_only
+    backend = get_backend("triton")
+    for options in CASES:
+        layer = make_layer(**options)
+        spec, x = layer.spec, make_rows(6, layer.spec.in_features, dtype=torch.bfloat16)
+        rank, static = spec.branch_rank, spec.activation_range == "static"
+        tail = spec.function != "none"
+        tensors = LinearTensors(
+            bias=layer.bias,
+            clip_high=None if static else torch.ones(6),
+            input_scale=torch.ones(spec.in_features),
+            row_scale=torch.ones(6) if static else None,
+            row_zero_point=torch.zeros(6) if static else None,
+            branch_down=torch.ones(rank, spec.in_features) if rank else None,
+            branch_up=torch.ones(spec.out_features, rank) if rank else None,
+            gate=torch.ones(2, spec.out_features) if tail else None,
+            residual=torch.ones(6, spec.out_features, dtype=torch.bfloat16) if tail else None,
+        )
+        weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=spec)
+        backend.linear(x, weight, tensors=tensors, spec=spec)
+
+
+if __name__ == "__main__":
+    main()
