@@ -237,9 +237,10 @@ def measure(capability, name):
 HEADER = """# Machine code of the Triton kernels
 
 **Compiled only: nothing of this has run on a GPU.** Triton {triton}, made by `python kernels/bench/gpu_code.py
-docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. Stack and shared memory in bytes. A loop is the innermost one
-that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those for a matrix product in it
-(Hopper: Triton {triton} waits in every tile of columns for sums of integers, which a kernel in another language need not).
+docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. Stack and shared memory in
+bytes. A loop is the innermost one that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those
+for a matrix product in it (Hopper: Triton {triton} waits in every tile of columns for sums of integers, which a kernel in
+another language need not).
 """
 
 COLUMNS = (
@@ -267,7 +268,6 @@ def main() -> None:
                 f"| {card} ({NAMES[capability]}) | {name} | {m['tile']} | {m['warps']} | "
                 f"{m['matrix_instruction']} | {m['registers']} | {m['stack_bytes']} | {m['shared_bytes']} | {loop} |\n"
             )
-    header = HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " "))
     text = HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " "))
     table = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
     Path(target).write_text(text + table + "".join(rows))
