@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 
 import pytest
@@ -14,6 +15,8 @@ def _modules() -> list[str]:
     names = []
     for package in (qvgen, qvgen_kernels):
         names += [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    if importlib.util.find_spec("triton") is None:  # there are machines without a wheel of it
+        names = [name for name in names if not name.startswith("qvgen_kernels.triton.")]
     return names
 
 
