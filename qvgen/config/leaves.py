@@ -46,7 +46,7 @@ LEAF_GROUPS: Mapping[str, str] = {
     "method": "qvgen.methods.base.Method",
     "init": "qvgen.initializers.base.Initializer",
     "data": "qvgen.data.source.DataSource",
-    "export": "qvgen.deploy.exporters.base.Exporter",
+    "export": "qvgen.deploy.exporters.base.Target",
 }
 """Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
 

@@ -149,6 +149,29 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     )
 
 
+@torch.no_grad()
+def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping[str, Fit]) -> Parity:
+    """Compare a packed model with its source, both on the CPU in float32 with the exact reference kernel."""
+    timesteps = source.manifest.timesteps
+    timestep = TIMESTEP if timesteps is None else timesteps[0]
+    for each in (source, written):
+        each.model.float()
+    inputs = fixed_inputs(source.model, timestep=timestep)
+    seen, original = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
+    if inputs is None:
+        _watch(written, timestep)
+        whole = None
+    else:
+        output = written.model(**inputs, return_dict=False)[0]
+        assert original is not None, "the output of the call that was watched"
+        whole = Difference.of(output, original)
+    others = written.layers
+    layers = tuple(
+        _layer_parity(name, seen[name], layer, others[name], None, fits[name]) for name, layer in source.layers.items()
+    )
+    return Parity(layers=layers, model=whole, arithmetic=whole, half_sums=None)
+
+
 def _round_rest_(source: PackedSource, exporter: Exporter) -> None:
     """Round biases of packed layers and all weights that are in none, in place of the model that was read."""
     packed = source.layers
@@ -190,7 +213,7 @@ def _watch(source: PackedSource, timestep: float) -> tuple[dict[str, Tensor], Te
 
 
 def _layer_parity(
-    name: str, x: Tensor, layer: PackedLinear, exported: ExportedLinear, half: ExportedLinear | None, fit: Fit
+    name: str, x: Tensor, layer: PackedLinear, exported: nn.Module, half: nn.Module | None, fit: Fit
 ) -> LayerParity:
     x = x.reshape(1, -1, x.shape[-1])[:, :WATCHED_ROWS]
     wanted = layer(x)
