@@ -35,7 +35,7 @@ LOCK_FILE = ".lock"
 FREE_KEYS = (
     "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
     "trainer.profiler", "trainer.detect_anomaly", "trainer.log_every_n_steps",
-    "names.experiment", "typed",
+    "names.experiment", "names.export", "export", "typed",
     "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip

@@ -126,6 +126,8 @@ def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:
         ValueError: See :func:`build_leaf`.
     """
     groups = [group for group in LEAF_GROUPS if hasattr(config, group)]
+    if isinstance(config, TrainConfig):
+        groups.remove("export")  # it may be several (qvgen.config.run_exports)
     built = {group: build_leaf(_without_recipe(getattr(config, group)), key=group, trusted=trusted) for group in groups}
     return replace(config, **built)
 

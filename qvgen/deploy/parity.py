@@ -118,6 +118,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     timesteps = source.manifest.timesteps
     timestep = TIMESTEP if timesteps is None else timesteps[0]
     inputs = fixed_inputs(source.model.float(), timestep=timestep)
+    _prepare_one_by_one_(source)
     original = None if inputs is None else source.model(**inputs, return_dict=False)[0]
     _round_rest_(source, exporter)
     seen, rounded = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
@@ -156,6 +157,7 @@ def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping
     timestep = TIMESTEP if timesteps is None else timesteps[0]
     for each in (source, written):
         each.model.float()
+        _prepare_one_by_one_(each)
     inputs = fixed_inputs(source.model, timestep=timestep)
     seen, original = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
     if inputs is None:
@@ -170,6 +172,16 @@ def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping
         _layer_parity(name, seen[name], layer, others[name], None, fits[name]) for name, layer in source.layers.items()
     )
     return Parity(layers=layers, model=whole, arithmetic=whole, half_sums=None)
+
+
+def _prepare_one_by_one_(source: PackedSource) -> None:
+    """Let each layer forget after a call what the kernel prepared for it: all of them together are as large as the model."""
+
+    def forget(layer: nn.Module, *_: object) -> None:
+        layer.cpu()  # where it is already; a layer prepares its weight again after each move
+
+    for layer in source.layers.values():
+        layer.register_forward_hook(forget)
 
 
 def _round_rest_(source: PackedSource, exporter: Exporter) -> None:

@@ -45,7 +45,7 @@ def run(config: ExportConfig) -> None:
         return
     if misfits and not config.approximate:
         raise UserError(_refusal(config, source, misfits))
-    stop_request.note(f"while exporting; {config.out} is as it was")
+    stop_request.note(f"while exporting; {config.packed} is whole, and {config.out} as it was")
     replaced = earlier_files(config.out, report=PARITY_JSON)
     with staged(config.out, last=PARITY_JSON, replaced=replaced) as folder:
         parity, written = _write(config, source, fits, folder)
