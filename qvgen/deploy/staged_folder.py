@@ -66,6 +66,7 @@ def _empty(folder: Path) -> None:
 
 
 def _put_in_place(folder: Path, out: Path, *, last: str, replaced: tuple[str, ...]) -> None:
+    stop_request.note(f"after {out} was written, which is whole")
     if not out.exists():
         (folder / LOCK_FILE).unlink()
         folder.rename(out)

@@ -22,10 +22,11 @@ class TensorSpool:
 
     Args:
         folder: Made if need be; whoever made the spool deletes it.
+        small_bytes: Tensors below this size stay in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, small_bytes: int = SMALL_BYTES) -> None:
+        self.folder, self.small_bytes = folder, small_bytes
         self._count = 0
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,7 +36,8 @@ class TensorSpool:
             OSError: The disk is full.
         """
         return {
-            name: self._keep(tensor) if tensor.nbytes >= SMALL_BYTES else tensor for name, tensor in tensors.items()
+            name: self._keep(tensor) if tensor.nbytes >= self.small_bytes else tensor
+            for name, tensor in tensors.items()
         }
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import UserError
 from qvgen.layers.swap import packed_layers
-from tests.models.hub_folders import TEXT_SIZE, make_wan_folder
+from tests.models.hub_folders import TEXT_SIZE, make_cogvideox_folder, make_wan_folder
 from tests.runs import SHORT, UNSEEN
 from tests.verbs.test_hub_models import tiny_keys
 
@@ -111,8 +111,9 @@ def test_what_a_target_will_not_carry_is_refused_before_anything_is_computed(
 def test_a_family_that_the_runtime_does_not_have_is_refused_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["model=cogvideox", "model.path=null", "init=rtn", "bits=4", "export=comfy", "evaluation.samples=0"]
-    assert main(["ptq", *words, "model.include=[transformer_blocks.*]", f"run_dir={tmp_path / 'run'}"]) == BAD_INPUT
+    folder = make_cogvideox_folder(tmp_path / "model")
+    words = [*tiny_keys("cogvideox", folder), "init=rtn", "bits=w4a8", "export=int8", "evaluation.samples=0"]
+    assert main(["ptq", *words, "logger=csv", f"run_dir={tmp_path / 'run'}"]) == BAD_INPUT
     assert "'cogvideox' has none" in capsys.readouterr().err
 
 
