@@ -1,6 +1,6 @@
 """The Hugging Face hub: the packed folder with a model card, ready to be uploaded as it is.
 
-    what diffusers' target writes (:mod:`qvgen.deploy.exporters.diffusers`), with base=FOLDER a whole pipeline
+    a copy of the folder (:mod:`qvgen.deploy.exporters.packed_copy`), with base=FOLDER a whole pipeline
     README.md       the model card, made from the manifest and the run's report (:mod:`qvgen.deploy.model_card`)
 
 With ``upload=true`` the folder is uploaded too, by huggingface_hub, once it is written; a token and the name of the
@@ -19,14 +19,14 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from qvgen.deploy.exporters.base import ExportFile
-from qvgen.deploy.exporters.diffusers import Diffusers
+from qvgen.deploy.exporters.packed_copy import PackedCopy
 from qvgen.deploy.manifest import Manifest
 from qvgen.deploy.model_card import CARD_FILE, card_of
 from qvgen.errors import UnfitEnvironmentError, UserError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Diffusers):
+class Hub(PackedCopy):
     """The target; it implements :class:`qvgen.deploy.exporters.base.Publisher`.
 
     Attributes:
