@@ -55,12 +55,13 @@ def check_exports(config: TrainConfig, student: Prepared | None) -> None:
 
 def _as_packed(layer: Any, config: TrainConfig) -> PackedLinear:
     """The layer as it will be packed, without values, with all that the PTQ method may add to it."""
-    form, additions = LayerForm.of(layer), getattr(config.init, "additions", frozenset())
+    kept = student_design(config).phi_kept_rank
+    form, additions = LayerForm.folded(layer, phi_rank=kept), getattr(config.init, "additions", frozenset())
     if "smoothing" in additions:
         form = replace(form, input_scale=True)
     if "branch" in additions:
-        rank = int(getattr(config.init, "rank", 1))
-        form = replace(form, branch_rank=min(rank, layer.in_features, layer.out_features))
+        rank = min(int(getattr(config.init, "rank", 1)), layer.in_features, layer.out_features)
+        form = replace(form, branch_rank=form.branch_rank + rank)
     if (widths := config.activation_switch.widths) is not None:
         form = replace(form, width_table=WidthTable(switch=widths))
     bias = layer.bias is not None

@@ -117,6 +117,14 @@ def test_a_family_that_the_runtime_does_not_have_is_refused_at_the_start(
     assert "'cogvideox' has none" in capsys.readouterr().err
 
 
+def test_a_kept_phi_counts_as_a_branch(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [*tiny_keys("wan", wan), "model.include=[blocks.*]", f"data.path={tmp_path}", "logger=csv", "bits=4"]
+    words = [*keys, "phi.rank=32", "phi.keep=true", "phi.keep_rank=16", "export=cache_dit", "dry_run=true"]
+    (tmp_path / "metadata.csv").write_text("video,caption\n")
+    assert main(["train", *words, f"run_dir={tmp_path / 'run'}"]) == BAD_INPUT
+    assert "has rank 16, more than export.rank=0; write 16" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_where_exports_go(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ptq(wan, tmp_path / "run", "init=rtn", "bits=4", "export=comfy", "dry_run=true") == DONE
     shown = capsys.readouterr().out
