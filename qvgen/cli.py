@@ -100,10 +100,11 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     """Check all jobs, then run them one after another; return the worst exit code."""
     from qvgen.config.build import check, group_sweep
     from qvgen.config.compose import compose_plain, expand_sweep
+    from qvgen.config.run_exports import with_profile
     from qvgen.config.sweep import folder_of_job, separate_folders
 
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
-    jobs = expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))
+    jobs = [with_profile(verb, job) for job in expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))]
     if about:
         if not flags.shell_completion:
             for job in jobs:
@@ -117,7 +118,7 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         from qvgen.config.hydra_program import answer
 
         own_flags = [argument for argument in arguments if argument not in flags.overrides]
-        answer(verb, [*own_flags, *flags.overrides])
+        answer(verb, [*own_flags, *with_profile(verb, flags.overrides)])
         return DONE
     plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
     if len(jobs) > 1:

@@ -35,7 +35,7 @@ LOCK_FILE = ".lock"
 FREE_KEYS = (
     "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
     "trainer.profiler", "trainer.detect_anomaly", "trainer.log_every_n_steps",
-    "names.experiment", "typed",
+    "names.experiment", "names.export", "export", "typed",
     "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "calibration.cache",
 )  # fmt: skip
@@ -145,7 +145,7 @@ class RunDirectory:
                 the same run without ``resume``. Nothing in it is changed then.
         """
         path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        lock = take_lock(path, key="run_dir", value=path)
         try:
             resumed, new_keys = _check_content(path, _plain(plain), resume=resume, force=force)
             stop_request.note("in the preparation, nothing is lost")
@@ -201,11 +201,22 @@ class RunDirectory:
         self.release()
 
 
-def _take_lock(path: Path) -> int:
-    """Lock the folder; the kernel lifts the lock when this process ends, however it ends.
+def take_lock(path: Path, *, key: str, value: Path) -> int:
+    """Lock a folder; the kernel lifts the lock when this process ends, however it ends.
 
     A record lock and not flock: a forked child (a data loader's worker) does not inherit it, so one that outlives a
     killed run keeps nobody out.
+
+    Args:
+        path: The folder, which is there.
+        key: Key of the configuration that names what the folder is for, for messages.
+        value: Its value.
+
+    Returns:
+        A descriptor; who closes it gives the lock back.
+
+    Raises:
+        UserError: Another process holds it.
     """
     descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -213,7 +224,7 @@ def _take_lock(path: Path) -> int:
     except OSError as error:
         holder = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
-        raise UserError(f"run_dir={path} is in use by process {holder}; wait for it or choose another") from error
+        raise UserError(f"{key}={value} is in use by process {holder}; wait for it or choose another") from error
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

@@ -17,6 +17,7 @@ from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
+from qvgen.config.run_exports import build_exports
 from qvgen.config.runtime_check import check_runtime
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.trainer_options import check_options
@@ -74,6 +75,8 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     values: dict[str, Any] = dict(plain)
     if verb in ("train", "ptq", "precompute", "import"):
         values["plain"] = dict(plain)
+        if verb != "precompute":  # a run of a version without exports has neither key
+            values = {"export": None, **values, "names": {"export": None, **values["names"]}}
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
     elif verb == "benchmark":
@@ -115,7 +118,9 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     if isinstance(config, PrecomputeConfig | ExportConfig | ImportConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):
-        return _with_one_bits(_with_named(build_leaves(config, trusted=trusted), trusted=trusted))
+        exports = build_exports(config, trusted=trusted)
+        built = replace(_with_named(build_leaves(config, trusted=trusted), trusted=trusted), export=exports)
+        return _with_one_bits(built)
     if isinstance(config, BenchmarkConfig):
         return replace(config, run=_with_one_bits(build_leaves(config.run, trusted=trusted)))
     if isinstance(config, FoldConfig):

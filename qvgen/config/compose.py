@@ -217,7 +217,7 @@ def _check_option(override: Override, options: list[str]) -> None:
         raise UserError(f"{override.input_line} takes {group} away; choose one of {', '.join(options)}")
     chosen = value if isinstance(value, list) else [value]
     for option in chosen:
-        optional = option is None and group == "experiment"
+        optional = option is None and group in ("experiment", "export")
         if not optional and str(option) not in options:
             raise UserError(
                 f"unknown {group}={'null' if option is None else option}"

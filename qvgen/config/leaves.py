@@ -46,7 +46,7 @@ LEAF_GROUPS: Mapping[str, str] = {
     "method": "qvgen.methods.base.Method",
     "init": "qvgen.initializers.base.Initializer",
     "data": "qvgen.data.source.DataSource",
-    "export": "qvgen.deploy.exporters.base.Exporter",
+    "export": "qvgen.deploy.exporters.base.Target",
 }
 """Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
 
@@ -126,6 +126,8 @@ def build_leaves(config: Config, *, trusted: Collection[str] = ()) -> Config:
         ValueError: See :func:`build_leaf`.
     """
     groups = [group for group in LEAF_GROUPS if hasattr(config, group)]
+    if isinstance(config, TrainConfig):
+        groups.remove("export")  # it may be several (qvgen.config.run_exports)
     built = {group: build_leaf(_without_recipe(getattr(config, group)), key=group, trusted=trusted) for group in groups}
     return replace(config, **built)
 

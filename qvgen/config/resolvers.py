@@ -3,7 +3,7 @@
 ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
 ``${start_time:}`` -> 20260131-235959-123456, different for every job of a process, ``${model_data:wan}`` -> clips, the data
 that the model's recipe names, ``${micro_batches:64,8,1}`` -> 8, so many of 1 sample on each of 8 devices make a batch of 64,
-``${chosen:init}`` -> mse, the file that was chosen from the group.
+``${chosen:init}`` -> mse, the file that was chosen from the group, ``${chosen_targets:}`` -> [comfy], those of ``export=``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaf_file import leaf_content, leaf_names, leaf_target
+from qvgen.config.run_exports import chosen_targets
 
 _last_start = datetime.min
 
@@ -48,6 +49,11 @@ def _micro_batches(batch_size: Any, devices: Any, size: Any) -> int:
     return max(1, int(batch_size) // (int(devices) * int(size))) if size is not None else 1
 
 
+def _chosen_targets() -> list[str] | None:
+    """The targets of ``export=``, which may be a list: hydra notes of a group only one choice."""
+    return list(chosen_targets(HydraConfig.get().overrides.task)) or None
+
+
 _RESOLVERS: dict[str, Callable[..., Any]] = {
     "bits_label": lambda bits: Bits.parse(bits).label,
     "weight_bits": lambda bits: Bits.parse(bits).weight,
@@ -56,6 +62,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "model_data": _model_data,
     "chosen": _chosen,
     "micro_batches": _micro_batches,
+    "chosen_targets": _chosen_targets,
 }
 
 

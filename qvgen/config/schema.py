@@ -42,6 +42,8 @@ class TrainConfig:
         optim: The optimizer and its schedule.
         strategy: One process or several.
         logger: Where metrics go besides metrics.csv.
+        export: Targets that the packed model is written for when it is done, to run_dir/exported/NAME: NAME or
+            [NAME,NAME], files of conf/export; without ``profile`` the one that they execute is chosen.
         callbacks: Lightning callbacks, each a section with a ``_target_`` under a name (docs/extending.md).
         seed: Seed of everything random.
         steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
@@ -77,6 +79,7 @@ class TrainConfig:
     optim: OptimConfig
     strategy: StrategyConfig
     logger: LoggerConfig
+    export: Any
     callbacks: Any
     seed: Annotated[int, Range("0..4294967295")]
     steps: Annotated[int, Range(">= 0")]

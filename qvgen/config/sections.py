@@ -37,6 +37,7 @@ class Names:
     method: str
     init: str
     data: str
+    export: tuple[str, ...] | None
     experiment: str | None
 
 

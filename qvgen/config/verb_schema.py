@@ -255,6 +255,7 @@ class BenchmarkConfig:
             self.what != "loading" or self.blocks > 1,
             f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
         )
+        require(not self.run.export, "a benchmark exports nothing; leave export out")
         for key in ("methods", "profiles", "widths", "seeds", "shapes", "threads"):
             require(getattr(self, key) != (), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods or ():

@@ -1,6 +1,7 @@
 """A packed checkpoint in the form of a target: checked whole, its layers held to what the target can carry, then converted.
 
-Nothing is written here. Layers are read from the mapped file one after another; what is built is as large as the export.
+Layers are read from the mapped file one after another, and what is made of each goes to the disk at once
+(:mod:`qvgen.deploy.tensor_spool`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, cast
+from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, Target, cast
 from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, read_manifest
 from qvgen.deploy.packed_file import StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_model import build_packed, check_values
+from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.models.original_names import OriginalNames
@@ -62,43 +64,59 @@ def open_packed(directory: Path, *, names: OriginalNames | None) -> PackedSource
     return PackedSource(directory=directory, manifest=manifest, model=model, names=names)
 
 
-def find_fits(source: PackedSource, exporter: Exporter) -> dict[str, Fit]:
-    """How the target carries each layer.
+def find_fits(source: PackedSource, target: Target) -> dict[str, Fit]:
+    """How the target carries each layer; see :func:`fits_of`."""
+    return fits_of(source.layers, target, base_name=source.manifest.base_name, names=source.names)
+
+
+def fits_of(
+    layers: Mapping[str, PackedLinear], target: Target, *, base_name: str, names: OriginalNames | None
+) -> dict[str, Fit]:
+    """How the target carries each layer, of which no values are needed: they may lie on the meta device.
 
     Raises:
         UserError: A layer that it can't carry at all, by name; or it needs original names and the family has none.
     """
-    if exporter.needs_original_names and source.names is None:
-        name = source.manifest.base_name
-        family = f"{name!r} has none" if name else f"the checkpoint does not say of which family it is; {NO_NAMES}"
-        raise UserError(
-            f"{exporter.runtime} reads files with the names of the model's own code, and "
-            f"{family if not name else f'{family}: {exporter.runtime} has no such model'}"
+    if target.needs_original_names and names is None:
+        family = (
+            f"{base_name!r} has none: {target.runtime} has no such model"
+            if base_name
+            else f"the checkpoint does not say of which family it is; {NO_NAMES}"
         )
+        raise UserError(f"{target.runtime} reads files with the names of the model's own code, and {family}")
     fits = {}
-    for name, layer in source.layers.items():
+    for name, layer in layers.items():
         try:
-            fits[name] = exporter.fit(layer)
+            fits[name] = target.fit(layer)
         except ValueError as error:
-            raise UserError(f"{exporter.runtime} can't carry {name!r}: {error}") from error
+            raise UserError(f"{target.runtime} can't carry {name!r}: {error}") from error
     return fits
 
 
-def convert(source: PackedSource, exporter: Exporter) -> ExportedModel:
+def convert(source: PackedSource, exporter: Exporter, *, spool: TensorSpool) -> ExportedModel:
     """All tensors in the target's form.
+
+    Args:
+        source: The packed checkpoint.
+        exporter: The target.
+        spool: Keeps what was converted until the export is written.
 
     Raises:
         ValueError: A value that is no longer finite in the target's precision, by name.
     """
     packed = source.layers
-    layers: Mapping[str, Mapping[str, Tensor]] = {name: exporter.tensors(layer) for name, layer in packed.items()}
-    prefixes = tuple(f"{name}." for name in packed)
-    rest = {
-        key: cast(value, exporter.dtype)
-        for key, value in source.model.state_dict().items()
-        if not key.startswith(prefixes)
-    }
-    model = ExportedModel(manifest=source.manifest, layers=layers, rest=rest, names=source.names)
+    origin = f"{source.directory / WEIGHTS_FILE}, exported"
     remedy = f"it does not fit into {exporter.dtype}; write export.dtype=float32"
-    check_finite(model.all_tensors.items(), source=f"{source.directory / WEIGHTS_FILE}, exported", remedy=remedy)
-    return model
+    layers: dict[str, Mapping[str, Tensor]] = {}
+    for name, layer in packed.items():
+        tensors = exporter.tensors(layer)
+        check_finite(((f"{name}.{end}", tensor) for end, tensor in tensors.items()), source=origin, remedy=remedy)
+        layers[name] = spool.keep(tensors)
+    prefixes = tuple(f"{name}." for name in packed)
+    rest: dict[str, Tensor] = {}
+    for key, value in source.model.state_dict().items():
+        if not key.startswith(prefixes):
+            tensor = cast(value, exporter.dtype)
+            check_finite([(key, tensor)], source=origin, remedy=remedy)
+            rest |= {key: tensor} if tensor is value else spool.keep({key: tensor})
+    return ExportedModel(manifest=source.manifest, layers=layers, rest=rest, names=source.names)

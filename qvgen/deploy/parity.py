@@ -118,6 +118,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     timesteps = source.manifest.timesteps
     timestep = TIMESTEP if timesteps is None else timesteps[0]
     inputs = fixed_inputs(source.model.float(), timestep=timestep)
+    _prepare_one_by_one_(source)
     original = None if inputs is None else source.model(**inputs, return_dict=False)[0]
     _round_rest_(source, exporter)
     seen, rounded = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
@@ -147,6 +148,40 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
         arithmetic=Difference.of(output, rounded),
         half_sums=Difference.of(exported(half), rounded) if has_half else None,
     )
+
+
+@torch.no_grad()
+def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping[str, Fit]) -> Parity:
+    """Compare a packed model with its source, both on the CPU in float32 with the exact reference kernel."""
+    timesteps = source.manifest.timesteps
+    timestep = TIMESTEP if timesteps is None else timesteps[0]
+    for each in (source, written):
+        each.model.float()
+        _prepare_one_by_one_(each)
+    inputs = fixed_inputs(source.model, timestep=timestep)
+    seen, original = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
+    if inputs is None:
+        _watch(written, timestep)
+        whole = None
+    else:
+        output = written.model(**inputs, return_dict=False)[0]
+        assert original is not None, "the output of the call that was watched"
+        whole = Difference.of(output, original)
+    others = written.layers
+    layers = tuple(
+        _layer_parity(name, seen[name], layer, others[name], None, fits[name]) for name, layer in source.layers.items()
+    )
+    return Parity(layers=layers, model=whole, arithmetic=whole, half_sums=None)
+
+
+def _prepare_one_by_one_(source: PackedSource) -> None:
+    """Let each layer forget after a call what the kernel prepared for it: all of them together are as large as the model."""
+
+    def forget(layer: nn.Module, *_: object) -> None:
+        layer.cpu()  # where it is already; a layer prepares its weight again after each move
+
+    for layer in source.layers.values():
+        layer.register_forward_hook(forget)
 
 
 def _round_rest_(source: PackedSource, exporter: Exporter) -> None:
@@ -190,7 +225,7 @@ def _watch(source: PackedSource, timestep: float) -> tuple[dict[str, Tensor], Te
 
 
 def _layer_parity(
-    name: str, x: Tensor, layer: PackedLinear, exported: ExportedLinear, half: ExportedLinear | None, fit: Fit
+    name: str, x: Tensor, layer: PackedLinear, exported: nn.Module, half: nn.Module | None, fit: Fit
 ) -> LayerParity:
     x = x.reshape(1, -1, x.shape[-1])[:, :WATCHED_ROWS]
     wanted = layer(x)

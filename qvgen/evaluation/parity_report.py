@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qvgen.deploy.exporters.base import Exporter
+from qvgen.deploy.exporters.base import Target
 from qvgen.deploy.manifest import Manifest
 from qvgen.deploy.parity import Difference, LayerParity, Parity
 from qvgen.evaluation.json_number import json_number
@@ -29,7 +29,7 @@ class ExportRecord:
     """
 
     target: str
-    exporter: Exporter
+    exporter: Target
     approximate: bool
     manifest: Manifest
     files: Mapping[str, Mapping[str, str | int]]

@@ -26,7 +26,8 @@ from qvgen.models.wan_family import WanFamily
 
 log = logging.getLogger(__name__)
 
-_EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
+EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
+"""Expert -> the part of the pipeline that holds it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -63,8 +64,8 @@ class WanExpert(Wan):
     transformer_folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     def __post_init__(self) -> None:
-        if self.expert not in _EXPERT_FOLDERS:
-            raise ValueError(f"model.expert={self.expert} is not among {', '.join(_EXPERT_FOLDERS)}")
+        if self.expert not in EXPERT_FOLDERS:
+            raise ValueError(f"model.expert={self.expert} is not among {', '.join(EXPERT_FOLDERS)}")
         super().__post_init__()
         boundary = self.component_config("model_index").get("boundary_ratio")
         if not isinstance(boundary, float):
@@ -87,11 +88,11 @@ class WanExpert(Wan):
                 scale=self.lora_scale,
                 components=self.transformer_folders,
                 trained=self.transformer_folder,
-                component=_EXPERT_FOLDERS[expert],
+                component=EXPERT_FOLDERS[expert],
                 key=key,
             )
         given = {component for lora in loras for component in lora.keys}
-        for expert, folder in _EXPERT_FOLDERS.items():
+        for expert, folder in EXPERT_FOLDERS.items():
             if given and folder not in given:
                 log.warning(
                     "the %s-noise expert gets no LoRA, and the other one does; write model.lora_%s=FILE for its own",
@@ -103,7 +104,7 @@ class WanExpert(Wan):
     @property
     def transformer_folder(self) -> str:
         """Folder of the expert that is trained."""
-        return _EXPERT_FOLDERS[self.expert]
+        return EXPERT_FOLDERS[self.expert]
 
     def use_partner(self, transformer: nn.Module) -> None:
         """Sample with this transformer as the other expert, until :meth:`release`; it must be on the same device."""
@@ -132,7 +133,7 @@ class WanExpert(Wan):
     def _partner(self, like: nn.Module) -> nn.Module:
         """The other expert, with its own part of the LoRA, in the dtype and on the device of the one that is sampled."""
         if "partner" not in self._loaded:
-            (folder,) = set(_EXPERT_FOLDERS.values()) - {self.transformer_folder}
+            (folder,) = set(EXPERT_FOLDERS.values()) - {self.transformer_folder}
             self._loaded["partner"] = self._load_transformer(folder, dtype=like.dtype)
         partner: nn.Module = self._loaded["partner"].to(next(like.parameters()).device)
         return partner

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qvgen import stop_request
 from qvgen.config.export_schema import ExportConfig
@@ -14,12 +13,17 @@ from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.export_files import write_files
 from qvgen.deploy.exported_model import PackedSource, convert, find_fits, open_packed
-from qvgen.deploy.exporters.base import Exporter, ExportFile, Fit
-from qvgen.deploy.parity import Parity, compare
+from qvgen.deploy.exporters.base import Exporter, ExportFile, Fit, PackedTarget, Publisher, Target
+from qvgen.deploy.parity import Parity, compare, compare_packed
+from qvgen.deploy.staged_folder import SCRATCH, staged
+from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.evaluation.parity_report import PARITY_JSON, PARITY_PAGE, ExportRecord, parity_content, parity_page
+from qvgen.verbs._earlier_export import earlier_files
 from qvgen.verbs._earlier_result import refuse_earlier
 from qvgen.verbs._original_names import original_names_of
+
+Written = dict[str, dict[str, str | int]]
 
 
 def run(config: ExportConfig) -> None:
@@ -28,10 +32,12 @@ def run(config: ExportConfig) -> None:
     Raises:
         ValueError: The packed directory is not whole, the target does not carry it, or files of an earlier export are there.
     """
+    target: Target = config.export
+    if isinstance(target, Publisher):
+        target.check_upload()
     refuse_earlier(config.out, (PARITY_JSON,), overwrite=config.overwrite)
-    exporter: Exporter = config.export
     source = open_packed(config.packed, names=original_names_of(config.packed))
-    fits = find_fits(source, exporter)
+    fits = find_fits(source, target)
     misfits = {name: fit for name, fit in fits.items() if fit.reasons}
     if config.dry_run:
         for line in plan(config, fits):
@@ -39,14 +45,15 @@ def run(config: ExportConfig) -> None:
         return
     if misfits and not config.approximate:
         raise UserError(_refusal(config, source, misfits))
-    model = convert(source, exporter)
-    files = exporter.files(model)
-    paths = [*(file.path for file in files), PARITY_PAGE, PARITY_JSON]
-    refuse_earlier(config.out, paths, overwrite=config.overwrite)
-    parity = compare(source, model, exporter=exporter, fits=fits)
-    _write(config, source, files, parity)
+    stop_request.note(f"while exporting; {config.packed} is whole, and {config.out} as it was")
+    replaced = earlier_files(config.out, report=PARITY_JSON)
+    with staged(config.out, last=PARITY_JSON, replaced=replaced) as folder:
+        parity, written = _write(config, source, fits, folder)
+        _report(config, source, parity, written, folder)
     for line in summary(config, parity):
         print(line)
+    if isinstance(target, Publisher) and (uploaded := target.publish(config.out)):
+        print(uploaded)
 
 
 def plan(config: ExportConfig, fits: Mapping[str, Fit]) -> list[str]:
@@ -76,9 +83,9 @@ def _refusal(config: ExportConfig, source: PackedSource, misfits: Mapping[str, F
     """Why the target does not carry the checkpoint exactly, and what would."""
     name, fit = next(iter(misfits.items()))
     profile = source.layers[name].profile
-    exporter: Exporter = config.export
+    target: Target = config.export
     others = [other for other in leaf_names("export") if other != config.target and _carries(other, source)]
-    ways = [f"train or `qvgen ptq` with profile={' or '.join(exporter.profiles)}"] if exporter.profiles else []
+    ways = [f"train or `qvgen ptq` with profile={' or '.join(target.profiles)}"] if target.profiles else []
     ways += [f"choose target={' or '.join(others)}"] if others else []
     return (
         f"target={config.target} does not carry profile={profile.name} {profile.label} exactly: {name} and "
@@ -87,30 +94,51 @@ def _refusal(config: ExportConfig, source: PackedSource, misfits: Mapping[str, F
     )
 
 
-def _carries(target: str, source: PackedSource) -> bool:
-    """Whether another target, one that quantizes inputs, carries the checkpoint exactly."""
+def _carries(name: str, source: PackedSource) -> bool:
+    """Whether another runtime's target, one that quantizes inputs, carries the checkpoint exactly."""
+    target = load_leaf("export", name)
     try:
-        fits = find_fits(source, load_leaf("export", target)).values()
+        fits = find_fits(source, target).values()
     except ValueError:
         return False
-    return all(fit.quantizes_inputs and not fit.reasons for fit in fits)
+    return isinstance(target, Exporter) and all(fit.quantizes_inputs and not fit.reasons for fit in fits)
 
 
-def _write(config: ExportConfig, source: PackedSource, files: list[ExportFile], parity: Parity) -> None:
-    """Write the target's files, then the page, and parity.json last: a folder that has it is whole."""
-    out: Path = config.out
-    out.mkdir(parents=True, exist_ok=True)
-    stop_request.note(f"while exporting, {out} is not whole until it has {PARITY_JSON}")
-    (out / PARITY_JSON).unlink(missing_ok=True)
-    written = write_files(out, files)
+def _write(config: ExportConfig, source: PackedSource, fits: Mapping[str, Fit], folder: Path) -> tuple[Parity, Written]:
+    """Write the target's files to a folder, and compare them with the packed model."""
+    target: Target = config.export
+    if isinstance(target, PackedTarget):
+        files = target.packed_files(source.directory, source.manifest)
+        _refuse_files(config, files)
+        written = write_files(folder, files)
+        copy = open_packed(folder / target.packed_folder(source.manifest), names=None)
+        return compare_packed(source, copy, fits=fits), written
+    if not isinstance(target, Exporter):
+        raise UserError(
+            f"target={config.target} makes a {type(target).__name__}, which writes nothing; see "
+            "qvgen.deploy.exporters.base.Exporter"
+        )
+    model = convert(source, target, spool=TensorSpool(folder / SCRATCH))
+    files = target.files(model)
+    _refuse_files(config, files)
+    parity = compare(source, model, exporter=target, fits=fits)
+    return parity, write_files(folder, files)
+
+
+def _refuse_files(config: ExportConfig, files: Sequence[ExportFile]) -> None:
+    names = [*(file.path for file in files), PARITY_PAGE, PARITY_JSON]
+    refuse_earlier(config.out, names, overwrite=config.overwrite)
+
+
+def _report(config: ExportConfig, source: PackedSource, parity: Parity, written: Written, folder: Path) -> None:
+    """Write parity.html and parity.json: a folder that has the latter is whole."""
     record = ExportRecord(
-        target=config.target,
+        target=str(config.target),
         exporter=config.export,
         approximate=config.approximate,
         manifest=source.manifest,
         files=written,
     )
-    content: dict[str, Any] = parity_content(record, parity)
     page = ExportFile(path=PARITY_PAGE, content=parity_page(record, parity).encode())
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_files(out, [page, ExportFile(path=PARITY_JSON, content=text.encode())])
+    text = json.dumps(parity_content(record, parity), indent=1, allow_nan=False) + "\n"
+    write_files(folder, [page, ExportFile(path=PARITY_JSON, content=text.encode())])

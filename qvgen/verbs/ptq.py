@@ -9,6 +9,7 @@ from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts, without_clips
+from qvgen.verbs._exports import check_exports, planned_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design
 
 
@@ -21,7 +22,8 @@ def run(config: TrainConfig) -> None:
     torch.set_num_threads(config.strategy.threads)
     config.data.check(config.model)
     ptq = ptq_method(config)
-    check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)
+    student = check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)
+    check_exports(config, student)
     check_sampling_parts(config)
     prompts = calibration_prompts(ptq.calibration, config.model) if config.init.needs else []
     if config.dry_run:
@@ -31,6 +33,7 @@ def run(config: TrainConfig) -> None:
     from qvgen.verbs._quantize import quantize  # with all that trains
 
     quantize(config)
+    write_exports(config)
 
 
 def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
@@ -46,6 +49,7 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
         f"measured on: {_measured_on(config)}",
         *config.data.summary(),
         f"output: {config.run_dir}",
+        *planned_exports(config),
     ]
 
 

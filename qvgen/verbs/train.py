@@ -10,6 +10,7 @@ from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts
+from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
 
 
@@ -29,6 +30,8 @@ def run(config: TrainConfig) -> int | None:
     if config.callbacks:
         _check_callbacks(config)
     config.data.check(config.model)
+    if not config.method.quantizes:
+        refuse_exports(config, why=f"method={config.names.method} quantizes nothing")
     if config.method.trains == "autoencoder":
         from qvgen.verbs._autoencoder import train_autoencoder
 
@@ -39,6 +42,7 @@ def run(config: TrainConfig) -> int | None:
         student = check_student(
             config.model, student_design(config), ptq_method(config), num_steps=config.steps, kernel=config.kernel
         )
+        check_exports(config, student)
         check_sampling_parts(config)
     if config.dry_run:
         plan = plan_training(
@@ -49,7 +53,7 @@ def run(config: TrainConfig) -> int | None:
             num_clips=config.data.num_clips(),
             student=student,
         )
-        for line in [*config.data.summary(), *format_plan(plan, title=title(config))]:
+        for line in [*config.data.summary(), *format_plan(plan, title=title(config)), *planned_exports(config)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     del student
@@ -57,6 +61,7 @@ def run(config: TrainConfig) -> int | None:
         from qvgen.verbs._quantize import quantize
 
         quantize(config)
+        write_exports(config)
         return None
     from qvgen.verbs._pretrain import pretrain
 

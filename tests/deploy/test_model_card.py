@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 import qvgen
 from qvgen.config.leaf_file import installed_names
-from qvgen.deploy.model_card import LICENSES, base_repository, model_card, write_model_card
+from qvgen.deploy.card_facts import LICENSES, base_repository
+from qvgen.deploy.model_card import model_card, write_model_card
 from tests.deploy.test_packed_fusion import make_fake
 
 

@@ -1,16 +1,18 @@
-"""The protocol of a target of `qvgen export`, and what goes in and out of one.
+"""The protocols of the targets of `qvgen export`, and what goes in and out of one.
 
     packed layers --fit--> exact, or why not     --tensors--> the target's tensors     --output--> the target's own arithmetic
     all tensors   --files--> the files that the runtime loads
 
-A target is a leaf: one file here and one in conf/export. It knows one format and the arithmetic that the runtime executes on
-it, in plain torch, so that a parity report can hold the exported tensors to the packed model (:mod:`qvgen.deploy.parity`).
+A target is a leaf: one file here and one in conf/export. An :class:`Exporter` knows the format of another runtime and the
+arithmetic that it executes, in plain torch, so that a parity report can hold the exported tensors to the packed model
+(:mod:`qvgen.deploy.parity`). A :class:`PackedTarget` writes packed layers as they are, and qvgen itself runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import diffusers
@@ -94,18 +96,18 @@ class ExportFile:
 
     Attributes:
         path: Below the folder of the export.
-        content: The file's bytes, or the tensors of a safetensors file.
+        content: The file's bytes, the tensors of a safetensors file, or a file that is copied.
         metadata: Texts in the header of a safetensors file.
     """
 
     path: str
-    content: bytes | Mapping[str, Tensor]
+    content: bytes | Path | Mapping[str, Tensor]
     metadata: Mapping[str, str] | None = None
 
 
 @runtime_checkable
-class Exporter(Protocol):
-    """A target of `qvgen export`.
+class Target(Protocol):
+    """The part of a target of `qvgen export` that all of them have; it is an :class:`Exporter` or a :class:`PackedTarget`.
 
     Attributes:
         runtime: The programs that load it, for messages and the report.
@@ -123,6 +125,11 @@ class Exporter(Protocol):
 
     def fit(self, layer: PackedLinear) -> Fit:
         """Whether a layer is carried exactly; raises ValueError for one that can't be carried at all, and says why."""
+
+
+@runtime_checkable
+class Exporter(Target, Protocol):
+    """A target in the format of another runtime."""
 
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
         """The layer's tensors as the target stores them, by the ends of their names (``weight``, ``bias``, ...)."""
@@ -144,6 +151,36 @@ class HalfSums(Protocol):
 
     def half_output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """As :meth:`Exporter.output`, every sum rounded as the kernels round it."""
+
+
+@runtime_checkable
+class PackedTarget(Target, Protocol):
+    """A target whose layers stay as they are packed."""
+
+    def packed_folder(self, manifest: Manifest) -> str:
+        """Name of the folder below the export in which the packed model lies; "." where it is the export itself.
+
+        Raises:
+            ValueError: What the target was asked for does not fit the packed model.
+        """
+
+    def packed_files(self, packed: Path, manifest: Manifest) -> list[ExportFile]:
+        """All files of a packed directory as the target has them."""
+
+
+@runtime_checkable
+class Publisher(Target, Protocol):
+    """A target that can also upload what it wrote."""
+
+    def check_upload(self) -> None:
+        """Raise UserError where an upload was asked for that can't be made from here; called before anything else."""
+
+    def publish(self, folder: Path) -> str:
+        """Upload a written folder where that was asked for.
+
+        Returns:
+            A line that says where it is now; empty where no upload was asked for.
+        """
 
 
 def check_dtype(dtype: str | None) -> str | None:

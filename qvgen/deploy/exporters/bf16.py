@@ -1,6 +1,6 @@
 """The dequantized model as an ordinary one: it runs anywhere, for comparison. Inputs are not quantized there.
 
-    layout=diffusers   config.json and diffusion_pytorch_model.safetensors, what ``from_pretrained`` of the class loads
+    layout=diffusers   config.json and diffusion_pytorch_model.safetensors or its shards, as ``from_pretrained`` loads them
     layout=original    one file with the names of the model's own code
 
 Rotation, smoothing and branch are undone (:mod:`qvgen.deploy.exporters.plain_weight`), so a layer is y = x W^T + bias.
@@ -73,7 +73,7 @@ class Bf16:
         return add_bias(x @ tensors["weight"].float().t(), tensors)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
-        """The folder's two files, or one."""
+        """The folder's files, or one."""
         if self.layout == "original":
             return [original_file(model, model.all_tensors)]
         return diffusers_folder(model, model.all_tensors)

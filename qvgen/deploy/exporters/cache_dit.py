@@ -80,7 +80,7 @@ class CacheDit:
         return svdq_half_output(tensors, x)
 
     def files(self, model: ExportedModel) -> list[ExportFile]:
-        """The directory's two files and the folder's two."""
+        """The directory's two files and those of the folder."""
         quant_type, names = f"svdq_int4_r{self.rank}", list(model.layers)
         packed = {
             f"{name}.{end}": tensor

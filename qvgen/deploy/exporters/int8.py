@@ -41,7 +41,7 @@ class Int8:
     dtype: str | None
 
     runtime: ClassVar[str] = "ComfyUI (comfy-kitchen, int8_tensorwise) and LightX2V"
-    profiles: ClassVar[tuple[str, ...]] = ("int8",)
+    profiles: ClassVar[tuple[str, ...]] = ("int8", "convrot")
     needs_original_names: ClassVar[bool] = True
     bound: ClassVar[str] = (
         "Runtimes multiply the two scales in an order of their own (a last bit of float32) and round outputs to the model's "
