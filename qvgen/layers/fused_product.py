@@ -134,7 +134,7 @@ def fused_backward(
 
 
 def fused_weight_backward(config: ProductConfig, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :meth:`qvgen.quantizers.weight_lsq.WeightLSQ.gradients` gives; ``grad`` [N, K] becomes the weight's gradient."""
+    """The weight's gradients, as ``WeightLSQ.gradients`` gives them; ``grad`` [N, K] becomes the first of them."""
     text = _text(_weight_spec(config))
     params = _weight_params(config)
     _, grad_scale, grad_zero = torch.ops.qvgen.quantize_rows_backward(grad, weight, params, (), text, None)
