@@ -1,4 +1,4 @@
-"""Freed memory stays with a process: counted in page faults, in a process of its own, since the setting is one of a process."""
+"""Freed memory stays with a process: page faults are counted in a process of its own, whose setting it is."""
 
 import json
 import subprocess
