@@ -211,9 +211,10 @@ class BenchmarkConfig:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
         what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
             method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
-            steps), ``kernels`` (packed linears on this CPU), ``denoising_step`` (a call of the whole transformer,
-            bfloat16 and packed), ``profiles`` (quality of every profile, before and after training), ``loading``
-            (seconds of reading a packed directory) or ``svdq_accumulation`` (what sums in half precision change).
+            steps), ``kernels`` (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear on this
+            CPU), ``denoising_step`` (a call of the whole transformer, bfloat16 and packed), ``profiles`` (quality of every
+            profile, before and after training), ``loading`` (seconds of reading a packed directory) or
+            ``svdq_accumulation`` (what sums in half precision change).
         methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
             with the rotations that they ask for.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
@@ -221,9 +222,9 @@ class BenchmarkConfig:
         seeds: Seeds of calibration, held-out noise and videos.
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
         timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
-            ``kernels``, ``denoising_step`` and ``loading``.
-        shapes: Shapes of ``kernels``: MxK-N, or MxK-H-N for a feed-forward.
-        threads: Numbers of threads of ``kernels``, ``denoising_step`` and ``loading``.
+            ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
+        shapes: Shapes of ``kernels`` and ``fake_quantization``: MxK-N, or for ``kernels`` MxK-H-N, a feed-forward.
+        threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
             ``loading``.
         out: Folder of the results: NAME.json with every measured value, NAME.md with the table.

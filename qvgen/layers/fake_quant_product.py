@@ -2,12 +2,14 @@
 
     Y = s_x * ((q_x - z_x) What^T) * s_w + branch + bias        What = (q_w - z_w) + (L gamma) R / s_w
 
-It saves the input and the extremes of its rows, and recomputes codes in the backward pass; the straight-through formulas are
-those of qvgen.quant.ste. Under autocast the products run in its dtype, all quantizer arithmetic in float32.
+It saves the input and the extremes of its rows, and recomputes codes in the backward pass; the straight-through
+formulas are those of qvgen.quant.ste. Under autocast the products run in its dtype, all quantizer arithmetic in float32.
+Where fused operators run, they compute the same bits (:mod:`qvgen.layers.fused_product`).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qvgen.layers.fused_product import fused_backward, fused_forward, fused_weight_backward, is_fused
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.affine import Rounded, choose_qparams, quantize, round_rows, row_extremes, to_rows
 from qvgen.quant.grid import Grid, Profile
@@ -99,6 +102,8 @@ def _operand(x: Tensor, rounded: Rounded, *, factored: bool) -> tuple[Tensor, Te
 class _Operands:
     """Both sides of the product as the forward pass uses them; built again by the backward pass (``is_backward``).
 
+    ``x`` is :func:`_grid_rows` of the input.
+
     ``extremes`` are :func:`qvgen.quant.affine.row_extremes` of the input's rows, which the backward pass has from the forward
     pass; None where ranges are static.
     """
@@ -114,7 +119,7 @@ class _Operands:
         extremes: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         factored, grid = config.factored, row_grid(config.activation)
-        self.x = to_grid_input(x, config.input_scale, profile=config.profile)
+        self.x = x.float()
         is_dynamic = config.activation.granularity != "per_tensor"
         self.extremes = row_extremes(to_rows(self.x, grid), grid) if is_dynamic and extremes is None else extremes
         self.x_qparams = row_qparams(self.x, params, config.activation, extremes=self.extremes)
@@ -154,60 +159,109 @@ class FakeQuantProduct(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.config, ctx.dtype, ctx.has_bias = config, dtype, bias is not None
-        with torch.autocast(device, enabled=False):
-            ops = _Operands(config, x, (first, second), weight)
-            low, high = (None, None) if ops.extremes is None else ops.extremes
+        with _without_autocast(device):
+            rows = _grid_rows(config, x)
+            if is_fused(config, rows, weight):
+                added = (_branch(config, x, dtype), bias)
+                y, low, high = fused_forward(config, rows, (first, second), weight, added=added, dtype=dtype)
+            else:
+                ops = _Operands(config, rows, (first, second), weight)
+                low, high = (None, None) if ops.extremes is None else ops.extremes
+                y = _product(config, ops, x, bias, dtype=dtype)
             ctx.save_for_backward(x, first, second, low, high, weight, scale, zero_point, phi_left, phi_right)
-            # What follows is in place: the product is nobody else's, and a pass over fresh memory takes twice the time.
-            y = functional.linear(ops.left.to(dtype), ops.right_raw.to(dtype)).float()
-            if ops.right_zero is not None:
-                y.sub_(ops.left.sum(-1, keepdim=True) * ops.right_zero)
-            if ops.left_scale is not None and ops.right_scale is not None:
-                y.mul_(ops.left_scale.unsqueeze(-1)).mul_(ops.right_scale)
-            if config.branch is not None:
-                down, up = (factor.to(dtype) for factor in config.branch)
-                y.add_(functional.linear(functional.linear(x.to(dtype), down), up).float())
-            if bias is not None:
-                y.add_(bias.float())
-            return y.to(dtype)
+            return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of all inputs."""
         x, first, second, low, high, weight, _, _, phi_left, phi_right = ctx.saved_tensors
         config, dtype = ctx.config, ctx.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             grad_y = grads[0].float()
             extremes = None if low is None else (low, high)
-            ops = _Operands(config, x, (first, second), weight, is_backward=True, extremes=extremes)
-            by_row = grad_y if ops.right_scale is None else grad_y * ops.right_scale
-            grad_x_hat = (by_row.to(dtype) @ ops.right.to(dtype)).float()
-            by_column = grad_y if ops.left_scale is None else grad_y * ops.left_scale.unsqueeze(-1)
-            grad_w_eff = (by_column.to(dtype).mT @ ops.left.to(dtype)).float()
-            del by_row, by_column  # as large as the output; what follows needs the most memory
-            grad_x, grad_first, grad_second = _activation_backward(config, ops, grad_x_hat, (first, second))
+            rows = _grid_rows(config, x)
+            if fused := is_fused(config, rows, weight):
+                saved = (rows, first, second, weight)
+                grad_x, params, grad_w_eff = fused_backward(config, saved, extremes, grad_y, dtype=dtype)
+            else:
+                ops = _Operands(config, rows, (first, second), weight, is_backward=True, extremes=extremes)
+                grad_x_hat, grad_w_eff = _operand_gradients(ops, grad_y, dtype=dtype)
+                grad_x, *params = _activation_backward(config, ops, grad_x_hat, (first, second))
+            del rows
+            grad_x = _to_input_gradient(config, grad_x)
             if config.branch is not None:
                 down, up = (factor.to(dtype) for factor in config.branch)
                 grad_x = grad_x + ((grad_y.to(dtype) @ up) @ down).float()
-            grad_weight, grad_scale, grad_zero = config.weight_quantizer.gradients(
-                grad_w_eff, weight, rounded=ops.w_rounded
-            )
-            grad_left = grad_right = None
-            if config.phi is not None:
-                gate = config.phi.rank_gate
-                grad_left = (grad_w_eff @ phi_right.mT) * gate
-                grad_right = (phi_left * gate).mT @ grad_w_eff
+            if fused:  # the gradient of the effective weight becomes the weight's, in place
+                of_phi = _phi_gradients(config, grad_w_eff, phi_left, phi_right)
+                of_weight = fused_weight_backward(config, grad_w_eff, weight)
+            else:
+                of_weight = config.weight_quantizer.gradients(grad_w_eff, weight, rounded=ops.w_rounded)
+                of_phi = _phi_gradients(config, grad_w_eff, phi_left, phi_right)
             grad_bias = grad_y.sum(0) if ctx.has_bias else None
-        return (
-            grad_x.to(x.dtype), grad_first, grad_second, grad_weight, grad_scale, grad_zero,
-            grad_left, grad_right, grad_bias, None,
-        )  # fmt: skip
+        return grad_x.to(x.dtype), *params, *of_weight, *of_phi, grad_bias, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _grid_rows(config: ProductConfig, x: Tensor) -> Tensor:
+    """The input in the coordinates in which it is quantized, float32; x itself, of any dtype, where those are its own."""
+    if config.input_scale is None and not config.profile.rotation:
+        return x
+    return to_grid_input(x, config.input_scale, profile=config.profile)
+
+
+def _to_input_gradient(config: ProductConfig, grad: Tensor) -> Tensor:
+    """The gradient of an input as the model has it, from that of :func:`_grid_rows`."""
+    grad = rotated(grad, config.profile)
+    return grad if config.input_scale is None else grad * config.input_scale
+
+
+def _branch(config: ProductConfig, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if config.branch is None:
+        return None
+    down, up = (factor.to(dtype) for factor in config.branch)
+    return functional.linear(functional.linear(x.to(dtype), down), up)
+
+
+def _product(config: ProductConfig, ops: _Operands, x: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """The product with its scales; what follows it is in place, as a pass over fresh memory takes twice the time."""
+    y = functional.linear(ops.left.to(dtype), ops.right_raw.to(dtype)).float()
+    if ops.right_zero is not None:
+        y.sub_(ops.left.sum(-1, keepdim=True) * ops.right_zero)
+    if ops.left_scale is not None and ops.right_scale is not None:
+        y.mul_(ops.left_scale.unsqueeze(-1)).mul_(ops.right_scale)
+    if (branch := _branch(config, x, dtype)) is not None:
+        y.add_(branch.float())
+    if bias is not None:
+        y.add_(bias.float())
+    return y.to(dtype)
+
+
+def _operand_gradients(ops: _Operands, grad_y: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of the quantized input [M, K] and of the effective weight [N, K], float32."""
+    by_row = grad_y if ops.right_scale is None else grad_y * ops.right_scale
+    grad_x_hat = (by_row.to(dtype) @ ops.right.to(dtype)).float()
+    by_column = grad_y if ops.left_scale is None else grad_y * ops.left_scale.unsqueeze(-1)
+    return grad_x_hat, (by_column.to(dtype).mT @ ops.left.to(dtype)).float()
+
+
+def _phi_gradients(
+    config: ProductConfig, grad: Tensor, left: Tensor | None, right: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of L and R, from that of the effective weight [N, K]."""
+    if config.phi is None or left is None or right is None:
+        return None, None
+    gate = config.phi.rank_gate
+    return (grad @ right.mT) * gate, (left * gate).mT @ grad
 
 
 def _activation_backward(
     config: ProductConfig, ops: _Operands, grad: Tensor, params: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input as the model has it and of the two row parameters, from that of the quantized one."""
+    """Gradients of the input in its grid's coordinates and of the two row parameters, from that of the quantized one."""
     if config.activation.granularity == "per_tensor":
         scale, zero_point = ops.x_qparams
         grid = row_grid(config.activation)
@@ -224,8 +278,7 @@ def _activation_backward(
             extremes=ops.extremes,
             rounded=ops.x_rounded,
         )
-    grad_x = rotated(grad_x, config.profile)
-    return grad_x if config.input_scale is None else grad_x * config.input_scale, first, second
+    return grad_x, first, second
 
 
 class TouchParameters(torch.autograd.Function):

@@ -26,6 +26,7 @@ from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
+from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
@@ -122,6 +123,8 @@ def train_share(
         The optimizer step that training ended with.
     """
     torch.set_num_threads(run.strategy.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     processes = processes or Processes()
     family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
     schedule = run.design.schedule(steps.num_steps)

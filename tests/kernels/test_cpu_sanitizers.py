@@ -1,8 +1,9 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
 
 One build with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs random calls as in test_cpu.py
-on every x86 backend, and prepack_driver.cpp prepacks; every tensor is an allocation of its exact size. A second one emulates
-AVX-512 too (avx512_emulation.h), so that its backends run on every x86 processor. The 64-bit ARM build runs under qemu-user.
+on every x86 backend, prepack_driver.cpp prepacks, and fake_quantize_driver.cpp fake-quantizes; every tensor is an
+allocation of its exact size. A second one emulates AVX-512 too (avx512_emulation.h), so that its backends run on every x86
+processor. The 64-bit ARM build runs under qemu-user.
 """
 
 import platform
@@ -26,7 +27,7 @@ CROSS = "aarch64-linux-gnu-g++"
 
 
 def build(compiler, flags, folder, made=None):
-    """Both drivers, each a program with all sources; the path of the first.
+    """The drivers, each a program with all sources; the path of the first.
 
     Args:
         compiler: Of C++.
@@ -34,7 +35,7 @@ def build(compiler, flags, folder, made=None):
         folder: Where objects and programs are put.
         made: Folder of a build without the emulation of AVX-512: its objects of sources that have no AVX-512 are taken.
     """
-    drivers = [Path(__file__).with_name(name) for name in ("cpu_driver.cpp", "prepack_driver.cpp")]
+    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in ("cpu", "prepack", "fake_quantize")]
     sources = [*sorted(SOURCE.glob("*.cpp")), *drivers]
     common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
 
@@ -48,8 +49,8 @@ def build(compiler, flags, folder, made=None):
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     programs = [folder / path.stem for path in drivers]
-    for driver, program in zip(objects[-2:], programs, strict=True):
-        linked = [*objects[:-2], driver]
+    for driver, program in zip(objects[-3:], programs, strict=True):
+        linked = [*objects[:-3], driver]
         subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(program)], check=True)
     return str(programs[0])
 
@@ -103,15 +104,21 @@ def test_emulated_avx512_gives_the_reference_bits(variant, emulated, cases):
         compare(case, result, expected)
 
 
-def run_prepack(command):
-    command[-1] = str(Path(command[-1]).with_name("prepack_driver"))
+def run_alone(command, name="prepack_driver"):
+    command[-1] = str(Path(command[-1]).with_name(name))
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_prepacking_reads_no_byte_too_far(sanitized):
-    run_prepack([sanitized])
+    run_alone([sanitized])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_fake_quantization_touches_no_byte_too_far(sanitized, emulated):
+    for program in (sanitized, emulated):
+        run_alone([program], "fake_quantize_driver")
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +136,18 @@ def test_arm_gives_the_reference_bits(variant, arm, cases):
 
 
 def test_arm_prepacks_the_same_bytes(arm):
-    run_prepack(["qemu-aarch64", arm])
+    run_alone(["qemu-aarch64", arm])
+
+
+def test_arm_fake_quantizes_without_an_error(arm):
+    run_alone(["qemu-aarch64", arm], "fake_quantize_driver")
 
 
 def test_the_sources_never_contract_multiplications(arm):
     # 64-bit ARM has fused multiply-adds in its base set and compilers use them by default: not here
+    objects = [str(Path(arm).with_name(name)) for name in ("neon.o", "fake_quantize.o")]
     text = subprocess.run(
-        ["aarch64-linux-gnu-objdump", "-d", str(Path(arm).with_name("neon.o"))],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["aarch64-linux-gnu-objdump", "-d", *objects], capture_output=True, text=True, check=True
     ).stdout
     assert "sdot" in text
     assert not any(name in text for name in ("fmla", "fmls", "fmadd", "fmsub"))

@@ -10,6 +10,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.verbs.benchmarks import svdq_accumulation
+from qvgen_kernels.cpu_library import missing_reason
 from tests.runs import shallow
 
 SHORT = (
@@ -145,6 +146,28 @@ def test_loading_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| 3 | 1 |" in (tmp_path / "loading-tiny.md").read_text()
 
 
+@pytest.mark.skipif(missing_reason() is not None, reason="no C++ compiler")
+def test_fused_passes_are_measured_beside_torchs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["fake_quantization", "widths=[3]", "timed_steps=2", "threads=[1,2]", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "shapes=[64x32-16]", "dry_run=true"]) == 0
+    assert "fake_quantization: shapes 64x32-16 at 3 on [1, 2] threads" in capsys.readouterr().out
+    assert main(["benchmark", *keys, "shapes=[64x32-16-8]"]) == 2
+    assert "shapes holds '64x32-16-8'; one layer is measured" in capsys.readouterr().err
+    assert main(["benchmark", *keys, "shapes=[64x32-16,32x64-8]"]) == 0
+    (page,) = tmp_path.glob("fake-quantization-cpu-*.md")
+    rows = json.loads(page.with_suffix(".json").read_text())["rows"]
+    cells = [(row["shape"], row["threads"]) for row in rows]
+    assert cells == [("64x32-16", 1), ("64x32-16", 2), ("32x64-8", 1), ("32x64-8", 2)]
+    for row in rows:
+        assert row["bits_equal"]
+        assert all(len(times) == 2 for times in row["seconds"].values())
+        for low, middle, high in row["speedup"].values():
+            assert 0 < low <= middle <= high
+        assert row["fused_ms"][0] == pytest.approx(500 * sum(times[0] for times in row["seconds"]["fused"]))
+    assert "were equal in every round" in page.read_text()
+    assert "| 64x32-16 | 3 | 2 |" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -154,7 +177,7 @@ def test_loading_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFix
         ("threads=[0]", "threads=0"),
         ("seeds=[]", "seeds=[] is empty"),
         ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
-        ("what=speed", "what=speed is unknown (there are: denoising_step, kernels, loading, ptq, ptq_cost, training)"),
+        ("what=speed", "what=speed is unknown (there are: denoising_step, fake_quantization, kernels, loading, "),
     ],
 )
 def test_what_can_not_be_measured_is_refused(

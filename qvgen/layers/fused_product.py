@@ -1,0 +1,199 @@
+"""The product of a fake-quantized Linear on fused operators: a pass over x or W where torch takes ten.
+
+:mod:`qvgen.layers.fake_quant_product` is the definition, in torch. What stands here computes the same bits with the
+operators of ``qvgen_kernels.fake_quantize``, where the device has them (:func:`is_fused`). In one pass each: the extremes
+of rows, scales, zero points and codes; the straight-through gradients, and the operand that the other side's gradient
+needs; the scales around the product. Matrix products, sums over rows and the rotation stay torch's.
+
+Not fused, and computed by torch with the same bits: other devices, machines without a C++ compiler, second derivatives,
+inputs whose columns do not lie side by side, and what a compiler or a plan of memory traces (so a plan counts torch's
+temporaries, of which there are more). In a row with a NaN, whose gradient means nothing, torch's own bits depend on where
+the row lies; here dx is 0 outside of what such a row shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qvgen.quant.affine import scale_bounds
+from qvgen.quant.grid import Grid
+from qvgen_kernels.fake_quantize import RowSpec, refusal
+
+if TYPE_CHECKING:
+    from qvgen.layers.fake_quant_product import ProductConfig
+
+_switch = {"on": True}
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Compute with torch alone inside: for checks that want the definition, and for measuring one against the other."""
+    before, _switch["on"] = _switch["on"], False
+    try:
+        yield
+    finally:
+        _switch["on"] = before
+
+
+def is_fused(config: ProductConfig, x: Tensor, weight: Tensor) -> bool:
+    """Whether the fused operators compute this product [M, K] x [N, K] here, now, and with torch's bits."""
+    if not _switch["on"] or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.is_grad_enabled():  # in a backward pass of which somebody wants the derivative
+        return False
+    inputs, own = _input_spec(config, x.shape[1]), _weight_spec(config)
+    return x.device == weight.device and refusal(x, inputs) is None and refusal(weight, own) is None
+
+
+def fused_forward(
+    config: ProductConfig,
+    x: Tensor,
+    params: tuple[Tensor, Tensor],
+    weight: Tensor,
+    *,
+    added: tuple[Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The product and what is saved of its input.
+
+    Args:
+        config: The product's.
+        x: [M, K], smoothed and rotated.
+        params: float32 [M, 1] each: clip factors, or (static) scale and zero point.
+        weight: [N, K].
+        added: The branch's output [M, N] of ``dtype``, and the bias [N].
+        dtype: Type of the matrix product.
+
+    Returns:
+        y [M, N] of ``dtype``, and the rows' extremes as :func:`qvgen.quant.affine.row_extremes` has them, or None.
+    """
+    text = _text(_input_spec(config, x.shape[1]))
+    left, left_scale, _, low, high, row_sum = torch.ops.qvgen.quantize_rows(x, params, None, text, dtype)
+    right, right_scale, zero = _right(config, weight, dtype=dtype, raw=True)
+    y = functional.linear(left, right)
+    is_real = config.factored and config.weight_quantizer.grid.zero_point == "real"
+    scales = (left_scale, right_scale) if config.factored else (None, None)
+    zeros = (row_sum, zero) if is_real else (None, None)
+    torch.ops.qvgen.scale_output(y, *scales, *zeros, *added)
+    if config.activation.granularity == "per_tensor":
+        return y, None, None
+    if config.activation.granularity == "per_group":
+        return y, low.unsqueeze(-1), high.unsqueeze(-1)
+    return y, low, high
+
+
+def fused_backward(
+    config: ProductConfig,
+    saved: Sequence[Tensor],
+    extremes: tuple[Tensor, Tensor] | None,
+    grad_y: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Gradients on the input's side.
+
+    Args:
+        config: The product's.
+        saved: x as :func:`fused_forward` got it, its two row parameters, the weight.
+        extremes: What that returned.
+        grad_y: float32 [M, N].
+        dtype: Type of the matrix products.
+
+    Returns:
+        Gradients, float32, of x [M, K], of the two row parameters [M, 1], and of the effective weight [N, K].
+    """
+    x, first, second, weight = saved
+    text = _text(_input_spec(config, x.shape[1]))
+    right, right_scale, _ = _right(config, weight, dtype=dtype, raw=False)
+    if not config.factored:
+        by_row = by_column = grad_y.to(dtype)
+    else:
+        left_scale = first if extremes is None else torch.ops.qvgen.row_scales(extremes, (first, second), text)
+        if grad_y.is_contiguous():
+            by_row, by_column = torch.ops.qvgen.scale_gradient(grad_y, left_scale, right_scale, dtype)
+        else:  # BLAS sums other layouts in another order, and torch's products keep them
+            by_row, by_column = (grad_y * right_scale.reshape(-1)).to(dtype), (grad_y * left_scale).to(dtype)
+    grad = (by_row @ right).float()
+    del by_row, right
+    left, grad_first, grad_second = torch.ops.qvgen.quantize_rows_backward(
+        grad, x, (first, second), extremes or (), text, dtype
+    )
+    grad_w_eff = (by_column.mT @ left).float()
+    if extremes is not None:
+        grad_first, grad_second = (
+            value.sum(-1, keepdim=True) if value.shape[1] > 1 else value for value in (grad_first, grad_second)
+        )
+    return grad, (grad_first, grad_second), grad_w_eff
+
+
+def fused_weight_backward(config: ProductConfig, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight's gradients, as ``WeightLSQ.gradients`` gives them; ``grad`` [N, K] becomes the first of them."""
+    text = _text(_weight_spec(config))
+    params = _weight_params(config)
+    _, grad_scale, grad_zero = torch.ops.qvgen.quantize_rows_backward(grad, weight, params, (), text, None)
+    return grad, grad_scale, grad_zero if len(params) == 2 else None
+
+
+def _weight_params(config: ProductConfig) -> list[Tensor]:
+    """Scale and zero point as they are learned; a symmetric weight has no zero point."""
+    quantizer = config.weight_quantizer
+    return [value.detach() for value in (quantizer.scale, quantizer.zero_point) if value is not None]
+
+
+def _right(config: ProductConfig, weight: Tensor, *, dtype: torch.dtype, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The right operand [N, K] with Phi, the weight's scales and (real) zero points [N, G]."""
+    helper = None if config.phi is None else config.phi.weight().detach()
+    text = _text(_weight_spec(config, raw=raw))
+    made = torch.ops.qvgen.quantize_rows(weight.detach(), _weight_params(config), helper, text, dtype)
+    return made[0], made[1], made[2]
+
+
+def _input_spec(config: ProductConfig, columns: int) -> RowSpec:
+    wants_sums = config.factored and config.weight_quantizer.grid.zero_point == "real"
+    return _row_spec(config.activation, columns, config.factored, wants_sums, None)
+
+
+def _weight_spec(config: ProductConfig, *, raw: bool = False) -> RowSpec:
+    quantizer = config.weight_quantizer
+    is_raw = raw and config.factored and quantizer.grid.zero_point == "real"
+    return _row_spec(quantizer.grid, quantizer.columns, config.factored, is_raw, quantizer.gradient_scale)
+
+
+@lru_cache(maxsize=1024)
+def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, factor: float | None) -> RowSpec:
+    """How a side is quantized.
+
+    Args:
+        grid: The grid of the side.
+        columns: Number of columns of a row, or of one of its groups.
+        factored: Whether scales stay outside of the product.
+        zero_outside: Whether the weight's real zero point does, too: inputs are summed for it, codes of weights are raw.
+        factor: On the gradients of a weight's scale and zero point; None: the rows are an input's.
+    """
+    is_weight, is_static = factor is not None, grid.granularity == "per_tensor"
+    floor, ceiling = scale_bounds(grid)
+    return RowSpec(
+        kind="learned" if is_weight else "static" if is_static else "dynamic",
+        qmin=grid.qmin,
+        qmax=grid.qmax,
+        zero_point=grid.zero_point,
+        group=grid.group_size or columns,
+        arithmetic=grid.arithmetic,
+        scale_dtype=grid.scale_dtype,
+        floor=floor,
+        ceiling=ceiling,
+        factor=1.0 if factor is None else factor,
+        factored=factored,
+        raw=is_weight and zero_outside,
+        row_sums=not is_weight and zero_outside,
+    )
+
+
+_text = RowSpec.to_string
