@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,49 +20,13 @@ from qvgen.config.run_config import read_config
 from qvgen.config.run_exports import build_exports
 from qvgen.config.runtime_check import check_runtime
 from qvgen.config.schema import FoldConfig, TrainConfig
+from qvgen.config.schemas import SCHEMAS, VerbConfig
 from qvgen.config.trainer_options import check_options
 from qvgen.config.typed import from_plain
-from qvgen.config.verb_schema import (
-    AssetsConfig,
-    BenchmarkConfig,
-    CompareConfig,
-    GenerateConfig,
-    InspectConfig,
-    PrecomputeConfig,
-)
+from qvgen.config.verb_schema import BenchmarkConfig, PrecomputeConfig
 from qvgen.errors import UserError
 
-VerbConfig = (
-    AssetsConfig
-    | BenchmarkConfig
-    | CompareConfig
-    | ExportConfig
-    | ImportConfig
-    | TrainConfig
-    | FoldConfig
-    | GenerateConfig
-    | InspectConfig
-    | PrecomputeConfig
-)
-SCHEMAS: dict[str, type[VerbConfig]] = {
-    "assets": AssetsConfig,
-    "benchmark": BenchmarkConfig,
-    "compare": CompareConfig,
-    "export": ExportConfig,
-    "import": ImportConfig,
-    "train": TrainConfig,
-    "fold": FoldConfig,
-    "generate": GenerateConfig,
-    "inspect": InspectConfig,
-    "precompute": PrecomputeConfig,
-    "ptq": TrainConfig,
-}
-"""Verb -> what its ``run`` receives."""
-
-_BENCHMARK_KEYS = (
-    "what", "methods", "profiles", "widths", "seeds", "videos", "timed_steps", "shapes", "threads", "blocks", "out",
-    "overwrite",
-)  # fmt: skip
+_BENCHMARK_KEYS = tuple(field.name for field in fields(BenchmarkConfig) if field.name != "run")
 """Keys of conf/benchmark.yaml that are no keys of a training run."""
 
 

@@ -18,15 +18,10 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
-from qvgen.config.import_schema import ImportConfig
 from qvgen.config.prompt import Prompts
-from qvgen.config.schema import FoldConfig, TrainConfig
-from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
+from qvgen.config.schemas import SCHEMAS
 
-_VERBS = (
-    AssetsConfig, BenchmarkConfig, FoldConfig, GenerateConfig, ImportConfig, InspectConfig, PrecomputeConfig, TrainConfig,
-)  # fmt: skip
-_CHOICES = ("clips", "kernel", "methods", "names", "profiles", "shapes", "trust", "typed")
+_CHOICES = ("clips", "kernel", "methods", "names", "profiles", "shapes", "target", "trust", "typed")
 """Keys of text that are no free text: several words of them are a sweep or a list."""
 _LEAF_TEXTS = ("cache", "lora", "negative_prompt", "path", "prompts", "transformer", "videos", "weights")
 """Arguments of models and data whose values are text; their classes are not imported to look at a command line."""
@@ -96,8 +91,8 @@ def _unquoted(text: str) -> str:
 def _text_keys() -> dict[str, bool]:
     """Dotted keys of the verbs whose values are text -> whether all verbs that have it take one text alone."""
     keys: dict[str, bool] = {}
-    for verb in _VERBS:
-        for key, single in _texts(verb, ""):
+    for schema in dict.fromkeys(SCHEMAS.values()):
+        for key, single in _texts(schema, ""):
             if key not in _CHOICES and not key.startswith(("run.", "names.")):
                 keys[key] = keys.get(key, True) and single
     return keys

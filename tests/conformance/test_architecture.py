@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qvgen.config.build import SCHEMAS
 from qvgen.config.leaves import conf_directory
+from qvgen.config.schemas import SCHEMAS
 from tests.conftest import LONGEST_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -56,7 +56,7 @@ class Launch(Protocol):
     def __call__(
         self, device: torch.device, name: str, argument: ctypes.Structure, *, blocks: int, shared: int
     ) -> None:
-        """See :func:`qvgen_kernels.cuda_int4.driver.launch`."""
+        """Start a kernel on a device, as :func:`qvgen_kernels.cuda_int4.driver.launch` does."""
 
 
 class CudaInt4Backend(CanonicalPrepack):

@@ -1,0 +1,42 @@
+"""The verbs and their configurations: the one list that all others ask."""
+
+from __future__ import annotations
+
+from qvgen.config.export_schema import ExportConfig
+from qvgen.config.import_schema import ImportConfig
+from qvgen.config.schema import FoldConfig, TrainConfig
+from qvgen.config.verb_schema import (
+    AssetsConfig,
+    BenchmarkConfig,
+    CompareConfig,
+    GenerateConfig,
+    InspectConfig,
+    PrecomputeConfig,
+)
+
+VerbConfig = (
+    AssetsConfig
+    | BenchmarkConfig
+    | CompareConfig
+    | ExportConfig
+    | ImportConfig
+    | TrainConfig
+    | FoldConfig
+    | GenerateConfig
+    | InspectConfig
+    | PrecomputeConfig
+)
+SCHEMAS: dict[str, type[VerbConfig]] = {
+    "assets": AssetsConfig,
+    "benchmark": BenchmarkConfig,
+    "compare": CompareConfig,
+    "export": ExportConfig,
+    "import": ImportConfig,
+    "train": TrainConfig,
+    "fold": FoldConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
+    "precompute": PrecomputeConfig,
+    "ptq": TrainConfig,
+}
+"""Verb -> what its ``run`` receives."""
