@@ -1,4 +1,4 @@
-"""What a model card says of models and papers that is in no run: repositories, licences, and what to cite."""
+"""Repositories, licences and papers of models and methods: what a model card says that is in no run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's report.json says, in a model card: recipe and measurements, each with its seed, and nothing of another run.
+"""Recipe and measurements in a model card, out of the run's report.json: each with its seed, and nothing of another run.
 
 No path of a machine is shown, and what was not measured is not there.
 """
@@ -63,7 +63,7 @@ def read_report(file: Path | None, packed: Path, manifest: Manifest, *, size: in
 
 
 def _difference(report: Mapping[str, Any], manifest: Manifest, *, size: int) -> str | None:
-    """What tells a report from that of the packed folder, in words; None where nothing does."""
+    """The difference between a report and the packed folder, in words; None where there is none."""
     theirs = {"model": report.get("model"), **{key: report.get(key) for key in _SAME}}
     theirs["bytes"] = (report.get("bytes") or {}).get("packed")
     bits = {"bits": str(manifest.training["bits"])} if "bits" in manifest.training else {}

@@ -80,7 +80,7 @@ def _refusal(name: str, target: Target, misfits: Mapping[str, tuple[str, ...]], 
 
 
 def planned_exports(config: TrainConfig) -> list[str]:
-    """What a dry run says of the exports."""
+    """Lines of a dry run about the exports."""
     return [f"export: {name}, exactly, to {config.run_dir / FOLDER / name}" for name in config.export]
 
 

@@ -24,7 +24,7 @@ from qvgen.models.weight_set import PICKLES, find_weights
 
 INDEX = "model_index.json"
 _PATH_KEY = "_name_or_path"
-"""What diffusers and transformers note of where a part was loaded from."""
+"""Note of diffusers and transformers of the place that a part was loaded from."""
 _OTHER_WEIGHTS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 
 
