@@ -56,7 +56,10 @@ class Backend(Protocol):
 
     Attributes:
         name: The name that a user writes as ``kernel=NAME``.
-        priority: "auto" prefers the larger; the reference has 0.
+        priority: "auto" prefers the larger; the reference has 0. An attribute ``priority_on_cpu``, where there is one, counts
+            instead of it there.
+
+    An attribute ``cost``, where there is one, says in a few words what running on it costs; it is logged with the name.
     """
 
     name: str
@@ -93,7 +96,12 @@ def available_kernels(spec: LinearSpec, *, device: torch.device | str = "cpu") -
     device = torch.device(device)
     _load_installed()
     usable = [backend for backend in _backends.values() if backend.refusal(spec, device=device) is None]
-    return [backend.name for backend in sorted(usable, key=lambda backend: -backend.priority)]
+    return [backend.name for backend in sorted(usable, key=lambda backend: -_priority(backend, device))]
+
+
+def _priority(backend: Backend, device: torch.device) -> int:
+    on_cpu: int = getattr(backend, "priority_on_cpu", backend.priority)
+    return on_cpu if device.type == "cpu" else backend.priority
 
 
 def get_backend(name: str) -> Backend:
