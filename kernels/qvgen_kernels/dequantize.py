@@ -43,6 +43,7 @@ class DequantizeBackend(CanonicalPrepack):
     name = "dequantize"
     priority = 5
     priority_on_cpu = -1
+    exact = False
     cost = "about bfloat16's time plus unpacking, packed memory; outputs within a rounding of the integer kernels'"
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:  # noqa: ARG002

@@ -26,6 +26,7 @@ from qvgen.config.verb_schema import (
     AssetsConfig,
     BenchmarkConfig,
     CompareConfig,
+    DoctorConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
@@ -41,6 +42,7 @@ VerbConfig = (
     | TrainConfig
     | FoldConfig
     | GenerateConfig
+    | DoctorConfig
     | InspectConfig
     | PrecomputeConfig
 )
@@ -53,6 +55,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "train": TrainConfig,
     "fold": FoldConfig,
     "generate": GenerateConfig,
+    "doctor": DoctorConfig,
     "inspect": InspectConfig,
     "precompute": PrecomputeConfig,
     "ptq": TrainConfig,

@@ -21,10 +21,18 @@ from pathlib import Path
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import FoldConfig, TrainConfig
-from qvgen.config.verb_schema import AssetsConfig, BenchmarkConfig, GenerateConfig, InspectConfig, PrecomputeConfig
+from qvgen.config.verb_schema import (
+    AssetsConfig,
+    BenchmarkConfig,
+    DoctorConfig,
+    GenerateConfig,
+    InspectConfig,
+    PrecomputeConfig,
+)
 
 _VERBS = (
-    AssetsConfig, BenchmarkConfig, FoldConfig, GenerateConfig, ImportConfig, InspectConfig, PrecomputeConfig, TrainConfig,
+    AssetsConfig, BenchmarkConfig, DoctorConfig, FoldConfig, GenerateConfig, ImportConfig, InspectConfig,
+    PrecomputeConfig, TrainConfig,
 )  # fmt: skip
 _CHOICES = ("clips", "kernel", "methods", "names", "profiles", "shapes", "trust", "typed")
 """Keys of text that are no free text: several words of them are a sweep or a list."""

@@ -63,7 +63,8 @@ class CudaInt4Backend(CanonicalPrepack):
     """Kernel name ``cuda_int4``. It has run on no card yet, so ``auto`` takes every other kernel of a GPU before it."""
 
     name = "cuda_int4"
-    priority = 1
+    priority = 6
+    device_types = ("cuda",)
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:
         """Why this layer can't run on this device; nothing is compiled to find out."""
