@@ -239,7 +239,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def _has_float64(device: torch.device) -> bool:
     if device.type == "xpu" and torch.xpu.is_available():
         return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
+    return device.type in ("cpu", "cuda", "meta")  # one that is not known is taken not to
 
 
 def low_rank_branch(x: Tensor, tensors: LinearTensors) -> Tensor:

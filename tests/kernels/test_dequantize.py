@@ -15,7 +15,6 @@ from qvgen_kernels.reference import finish, quantize_activations
 from qvgen_kernels.weight import CanonicalWeight
 from tests.kernels.cpu_cases import Case, Seeded, draw_case
 from tests.kernels.layer import DTYPES, make_layer, make_rows
-from tests.stand_in_device import reading_allowed, stand_in_device
 
 BACKEND = get_backend("dequantize")
 
@@ -148,18 +147,3 @@ def test_no_rows_and_other_weights():
     for other, spec in ((wrong, layer.spec), (weight, replace(layer.spec, out_features=8)), (weight[:2], layer.spec)):
         with pytest.raises(ValueError, match=re.escape(f"what prepack returned for [{spec.out_features}, 24]")):
             BACKEND.linear(torch.ones(2, 24), other, tensors=LinearTensors(), spec=spec)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_on_another_device_it_gives_the_same_without_float64_and_without_waiting(seed):
-    case = draw_case(Seeded(seed), columns=(1, 160), rows=(1, 40), seed=seed)
-    layer, expected = case.layer, run(case)
-    with stand_in_device() as device:
-        x, *tensors = (None if tensor is None else tensor.to(device) for tensor in (case.x, *case.tensors))
-        planes = [plane.to(device) for plane in layer.planes]
-        zero_point = None if layer.zero_point is None else layer.zero_point.to(device)
-        with reading_allowed():  # checks of values, once, at load
-            weight = BACKEND.prepack(planes, scale=layer.scale.to(device), zero_point=zero_point, spec=layer.spec)
-        y = BACKEND.linear(x, weight, tensors=LinearTensors(*tensors), spec=layer.spec)
-        assert y.device == device
-        assert torch.equal(y.cpu().nan_to_num(), expected.nan_to_num())
