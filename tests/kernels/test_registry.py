@@ -32,7 +32,8 @@ class Fast:
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    others = {name: backend for name, backend in registry._backends.items() if name not in ("triton", "cuda_int4")}
+    monkeypatch.setattr(registry, "_backends", others)  # whose refusals depend on the machine
     backend = Fast()
     register_backend(backend)
     return backend
