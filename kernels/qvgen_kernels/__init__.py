@@ -18,8 +18,10 @@ from qvgen_kernels.op import packed_linear, prepack
 from qvgen_kernels.registry import (
     Backend,
     available_kernels,
+    describe_choice,
     get_backend,
     kernel_names,
+    refusals,
     register_backend,
     resolve_kernel,
 )
@@ -29,10 +31,12 @@ __all__ = [
     "LinearSpec",
     "LinearTensors",
     "available_kernels",
+    "describe_choice",
     "get_backend",
     "kernel_names",
     "packed_linear",
     "prepack",
+    "refusals",
     "register_backend",
     "resolve_kernel",
 ]

@@ -42,6 +42,8 @@ class CpuBackend(CanonicalPrepack):
         k_unit: A group of columns is padded to a multiple of this.
     """
 
+    device_types = ("cpu",)
+
     def __init__(self, name: str, *, priority: int, variants: Sequence[str], k_unit: int) -> None:
         self.name, self.priority, self.variants, self.k_unit = name, priority, variants, k_unit
 

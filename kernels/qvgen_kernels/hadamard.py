@@ -24,6 +24,8 @@ KINDS = ("sylvester", "regular")
 CHUNK = 2**18
 """Elements transformed at a time on CPU (1 MiB): what is written is still in the cache when it is read again."""
 
+_choices: dict[tuple[int, str], Tensor] = {}
+
 
 @lru_cache(maxsize=4096)
 def paley_factor(size: int) -> int:
@@ -118,17 +120,28 @@ def _regular_transform(x: Tensor, *, block: int) -> Tensor:
 def _paley_sums(x: Tensor, *, signs: tuple[tuple[int, ...], ...]) -> Tensor:
     """y_i = sum_j signs[i][j] x_j for x [..., b, n], four columns at a time as (h0 x0 + h1 x1) + (h2 x2 + h3 x3)."""
     b = len(signs)
-    negative = torch.tensor(signs, device=x.device) < 0
+    choices = _sign_choices(signs, x.device)
     y: Tensor | None = None
     for start in range(0, b, 4):
         x0, x1, x2, x3 = x[..., start : start + 4, :].unbind(-2)
         low, high = _four_signs(x0, x1), _four_signs(x2, x3)
         terms = (low.unsqueeze(-2) + high.unsqueeze(-3)).flatten(-3, -2)
-        flags = negative[:, start : start + 4].long()
-        chosen = terms.index_select(-2, flags[:, 0] * 8 + flags[:, 1] * 4 + flags[:, 2] * 2 + flags[:, 3])
+        chosen = terms.index_select(-2, choices[start // 4])
         y = chosen if y is None else y.add_(chosen)
     assert y is not None  # b >= 4
     return y
+
+
+def _sign_choices(signs: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [b/4, b]: which of the 16 sums of four runs each output takes; copied once, as a copy makes a device wait."""
+    key = (len(signs), str(device))
+    if key in _choices:
+        return _choices[key]
+    negative = (torch.tensor(signs, device="cpu") < 0).long().unflatten(1, (-1, 4))
+    found = (negative * torch.tensor([8, 4, 2, 1], device="cpu")).sum(-1).t().contiguous().to(device)
+    if type(found) is Tensor:  # not a tensor of a tracer
+        _choices[key] = found
+    return found
 
 
 def _four_signs(a: Tensor, c: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -161,10 +162,11 @@ class ReferenceBackend(CanonicalPrepack):
 
     name = "reference"
     priority = 0
+    cost = "an exact oracle, many times bfloat16's time (weights widened on each call, on a GPU to float64), a byte a weight"
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:  # noqa: ARG002
-        """Refuse nothing: every spec runs on every device that has float64."""
-        return None
+        """Every spec runs on every device that has float64."""
+        return None if _has_float64(device) else f"it multiplies in float64, which {device.type} does not have"
 
     def _arrange(self, parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tensor]:
         """Unpack the codes and subtract integer zero points in the operand."""
@@ -193,8 +195,7 @@ class ReferenceBackend(CanonicalPrepack):
                 f"weight is {weight[0].dtype} {list(weight[0].shape)} with {weight[1].dtype} scales; it must be "
                 f"what prepack returned for [{spec.out_features}, {spec.in_features}], with torch.float32 scales"
             )
-        # An autocast region around the layer would round the float32 sums to bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             operand, scale, _ = quantize_activations(x, spec=spec, tensors=tensors)
             flat = operand.flatten(1)
             y: Tensor | None = None
@@ -227,6 +228,18 @@ def finish(y: Tensor, *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
     if tensors.residual is not None:
         y = tensors.residual + y  # float32 where the gate is
     return y.to(dtype).contiguous()  # as of any layer, however the residual lies
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on that device, which would round float32 sums to bfloat16; nothing where a device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu" and torch.xpu.is_available():
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type in ("cpu", "cuda", "meta")  # one that is not known is taken not to
 
 
 def low_rank_branch(x: Tensor, tensors: LinearTensors) -> Tensor:

@@ -20,7 +20,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
@@ -36,8 +37,10 @@ __all__ = [
     "AUTO",
     "Backend",
     "available_kernels",
+    "describe_choice",
     "get_backend",
     "kernel_names",
+    "refusals",
     "register_backend",
     "resolve_kernel",
 ]
@@ -56,7 +59,12 @@ class Backend(Protocol):
 
     Attributes:
         name: The name that a user writes as ``kernel=NAME``.
-        priority: "auto" prefers the larger; the reference has 0.
+        priority: "auto" prefers the larger; the reference has 0. An attribute ``priority_on_cpu``, where there is one, counts
+            instead of it there.
+
+    An attribute ``cost``, where there is one, says in a few words what running on it costs; it is logged with the name. An
+    attribute ``device_types``, where there is one, names those that it is written for; ``exact`` is False where outputs may
+    differ from the reference's by more than the contract accepts of integer kernels.
     """
 
     name: str
@@ -93,7 +101,12 @@ def available_kernels(spec: LinearSpec, *, device: torch.device | str = "cpu") -
     device = torch.device(device)
     _load_installed()
     usable = [backend for backend in _backends.values() if backend.refusal(spec, device=device) is None]
-    return [backend.name for backend in sorted(usable, key=lambda backend: -backend.priority)]
+    return [backend.name for backend in sorted(usable, key=lambda backend: -_priority(backend, device))]
+
+
+def _priority(backend: Backend, device: torch.device) -> int:
+    on_cpu: int = getattr(backend, "priority_on_cpu", backend.priority)
+    return on_cpu if device.type == "cpu" else backend.priority
 
 
 def get_backend(name: str) -> Backend:
@@ -175,6 +188,62 @@ def _load_class(name: str) -> Backend:
     return backend
 
 
+def refusals(spec: LinearSpec, *, device: torch.device | str = "cpu") -> dict[str, str]:
+    """Backends that ``auto`` would prefer to the one it takes, and why they refuse; but those for other devices alone."""
+    device = torch.device(device)
+    taken = _priority(get_backend(available_kernels(spec, device=device)[0]), device)
+    better = [backend for backend in _backends.values() if _priority(backend, device) > taken]
+    found = {}
+    for backend in sorted(better, key=lambda backend: -_priority(backend, device)):
+        reason = backend.refusal(spec, device=device)
+        if reason is not None and device.type in getattr(backend, "device_types", (device.type,)):
+            found[backend.name] = reason
+    return found
+
+
+def describe_choice(specs: Mapping[LinearSpec, int], *, kernel: str = AUTO, device: torch.device | str = "cpu") -> str:
+    """One line: what runs the layers of these specs on a device, what it costs, and why nothing faster does.
+
+    Args:
+        specs: How many layers there are of each.
+        kernel: "auto" or a backend's name.
+        device: Where their tensors live.
+
+    Raises:
+        RuntimeError: As :func:`resolve_kernel`.
+    """
+    device = torch.device(device)
+    counts: Counter[str] = Counter()
+    why: dict[str, None] = {}
+    for spec, count in specs.items():
+        backend = (
+            get_backend(available_kernels(spec, device=device)[0])
+            if kernel == AUTO
+            else resolve_kernel(kernel, spec, device=device)
+        )
+        counts[backend.name] += count
+        if kernel == AUTO and getattr(backend, "cost", None) is not None:
+            why |= dict.fromkeys(f"{name}: {reason}" for name, reason in refusals(spec, device=device).items())
+    parts = []
+    for name, count in counts.items():
+        cost = getattr(get_backend(name), "cost", None)
+        parts.append(f"{name}{f' for {count} layers' if len(counts) > 1 else ''}{f' ({cost})' if cost else ''}")
+    none_here = any(getattr(get_backend(name), "cost", None) for name in counts)
+    reasons = (
+        f"; faster ones refuse: {'; '.join(why)}"
+        if why
+        else "; no faster one is written for this device"
+        if none_here
+        else ""
+    )
+    return f"kernel={kernel} on {device.type}: {', '.join(parts)}{reasons if kernel == AUTO else ''}"
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning("%s", line)
+
+
 def resolve_kernel(name: str, spec: LinearSpec, *, device: torch.device | str = "cpu") -> Backend:
     """The backend that a layer will run on.
 
@@ -191,6 +260,8 @@ def resolve_kernel(name: str, spec: LinearSpec, *, device: torch.device | str = 
     if name == AUTO:
         backend = get_backend(available_kernels(spec, device=device)[0])
         _log.debug("kernel=auto: %s for %s on %s", backend.name, spec.to_string(), device)
+        if device.type not in ("cpu", "meta") and getattr(backend, "cost", None) is not None:
+            _say_once(describe_choice({spec: 1}, device=device))
         return backend
     backend = get_backend(name)
     reason = backend.refusal(spec, device=device)

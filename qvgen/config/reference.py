@@ -25,7 +25,7 @@ from qvgen.config.conf_folder import conf_directory
 from qvgen.config.field_docs import FieldDoc, field_docs
 
 SCHEMAS = {verb: f"{kind.__module__}.{kind.__qualname__}" for verb, kind in schemas.SCHEMAS.items()}
-FIRST_VERBS = ("train", "ptq", "fold", "precompute", "generate", "inspect", "compare", "benchmark", "assets")
+FIRST_VERBS = ("train", "ptq", "fold", "precompute", "generate", "inspect", "compare", "benchmark", "assets", "doctor")
 FIRST_GROUPS = ("model", "data", "method", "init", "profile", "optim", "strategy", "logger")
 """Order of the page; what is not named here follows by name."""
 INTERNAL = ("names", "typed", "defaults")

@@ -9,6 +9,7 @@ from qvgen.config.verb_schema import (
     AssetsConfig,
     BenchmarkConfig,
     CompareConfig,
+    DoctorConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
@@ -18,6 +19,7 @@ VerbConfig = (
     AssetsConfig
     | BenchmarkConfig
     | CompareConfig
+    | DoctorConfig
     | ExportConfig
     | ImportConfig
     | TrainConfig
@@ -30,6 +32,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
+    "doctor": DoctorConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "train": TrainConfig,

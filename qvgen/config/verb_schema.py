@@ -1,4 +1,4 @@
-"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, precompute, benchmark.
+"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, doctor, precompute, benchmark.
 
 Meanings and ranges have their one home here, as in :mod:`qvgen.config.sections`.
 """
@@ -154,6 +154,31 @@ class AssetsConfig:
 
     def __post_init__(self) -> None:
         require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Everything that `qvgen doctor` needs.
+
+    Attributes:
+        device: The device that is looked at, as cpu, cuda, cuda:1, xpu or mps; None: all that torch sees.
+        shapes: Layers of the self-test and the times, each KxN for K inputs and N outputs; None: those of the models.
+        seconds: About how long the times may take; 0 for none.
+        out: File that everything is written to as JSON; None: none.
+        dry_run: True says what is there and what would run, and runs nothing.
+        debug: True shows the traceback of an error.
+    """
+
+    device: str | None
+    shapes: tuple[str, ...] | None
+    seconds: Annotated[float, Range(">= 0")]
+    out: Path | None
+    dry_run: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        require(self.shapes is None or bool(self.shapes), "shapes=[] is empty; write null for the models' layers")
 
 
 @dataclass(frozen=True, kw_only=True)

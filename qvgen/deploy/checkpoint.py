@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from qvgen import stop_request
 from qvgen.deploy.delta_switch import check_switch
+from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -34,11 +34,8 @@ from qvgen.deploy.packed_model import build_packed, check_bytes, check_values, p
 from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, describe, index_json, plain_config
 from qvgen.deploy.quantizer import become_packed_
 from qvgen.deploy.transformer_class import check_can_save
-from qvgen.layers.layer_form import LayerForm
-from qvgen.layers.packed_linear import layer_spec
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
-from qvgen_kernels import resolve_kernel
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +167,7 @@ def load_timed(
         names = prepack_(model)
     become_packed_(model, manifest)
     seconds = clock.seconds()
+    log.info("%s: %s", directory, kernel_line(manifest, kernel=kernel, device=device))
     log.info(
         "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated; %.1f s",
         directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
@@ -194,22 +192,3 @@ def check_packed(directory: Path | str) -> Manifest:
     check_values(built, map_tensors(directory), source=directory / WEIGHTS_FILE)
     check_bytes(built, manifest, source=directory / MANIFEST_FILE)
     return manifest
-
-
-def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None:
-    """Find out before training whether a kernel will run what a prepared model is folded to.
-
-    Args:
-        model: A prepared model; its weights may lie on the meta device.
-        kernel: Name or auto.
-        device: Where the packed model will run.
-
-    Raises:
-        ValueError: An unknown kernel.
-        RuntimeError: A kernel that was asked for by name does not run here.
-    """
-    for layer in quantized_layers(model).values():
-        form = LayerForm.folded(layer)
-        for widths in product(form.weight_widths, form.activation_widths):
-            spec = layer_spec(form, in_features=layer.in_features, out_features=layer.out_features, widths=widths)
-            resolve_kernel(kernel, spec, device=device)

@@ -14,6 +14,7 @@ are still there.
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -86,11 +87,20 @@ def _import_families() -> None:
 
 
 def prepack_(model: nn.Module) -> set[str]:
-    """Derive the backends' copies of all weights, of merged layers once; the names of the backends."""
+    """Derive the backends' copies of all weights, of merged layers once; the names of the backends.
+
+    Where one of them can't be made, as memory runs out, every layer keeps what it had before.
+    """
     merged = [module for module in model.modules() if isinstance(module, MergedPackedLinear)]
     parts = {id(part) for module in merged for part in module.parts}
     alone = [module for module in model.modules() if isinstance(module, PackedLinear) and id(module) not in parts]
-    return {module.prepack_() for module in [*merged, *alone]}
+    earlier = [(module, copy(module._prepacked)) for module in [*merged, *alone]]
+    try:
+        return {module.prepack_() for module, _ in earlier}
+    except BaseException:
+        for module, prepacked in earlier:
+            module._prepacked = prepacked
+        raise
 
 
 def kernel_names(model: nn.Module) -> tuple[str, ...]:

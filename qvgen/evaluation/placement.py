@@ -12,6 +12,11 @@ import torch
 from torch import nn
 
 
+def sampling_device(default: torch.device | str = "cpu") -> torch.device:
+    """The device that samples and measures: the GPU if there is one, else the default."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device(default)
+
+
 @contextmanager
 def placed(model: nn.Module) -> Iterator[torch.device]:
     """Put a model in eval mode on the device that computes, and back when the context ends.
@@ -23,7 +28,7 @@ def placed(model: nn.Module) -> Iterator[torch.device]:
     """
     first = next(model.parameters())
     before, was_training = first.device, model.training
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else before
+    device = sampling_device(before)
     model.eval()
     if device != before:
         model.to(device)

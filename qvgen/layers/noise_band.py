@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qvgen.quant.precision import to_float64
+
 MAX_TIMESTEP = 1000.0
 TIMESTEP_TOLERANCE = 0.01
 """Timesteps that differ by less are the same step of a sampler: schedulers compute them in float32."""
@@ -35,7 +37,8 @@ class NoiseBand:
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
         sampling: Calls are steps of a sampler; False while held-out errors are measured, which draw any timestep: tables
             interpolate then, whatever ``strict`` says, and no policy acts.
-        timestep: float64 [B], the samples' timesteps now; None before the first call.
+        timestep: float64 [B], the samples' timesteps now (on the CPU where the device has no float64); None before the
+            first call.
         policy_bits: Activation width that a sampling policy asks for now, for each sample; None: there is no policy.
     """
 
@@ -82,25 +85,26 @@ class NoiseBand:
         if timestep.ndim == 2:
             timestep = timestep.amax(dim=1)
         self._listed = None
-        values = self.timestep = timestep.detach().reshape(-1).double()
+        values = self.timestep = to_float64(timestep.detach().reshape(-1))
         if self.timesteps is None:
             # The product first, and in double precision: exact for whole timesteps, which may sit on a band's edge.
             share = values * self.num_bands / MAX_TIMESTEP
-            self.current = share.long().clamp(0, self.num_bands - 1)
+            self.current = share.long().clamp(0, self.num_bands - 1).to(timestep.device)
             return
-        steps = values.new_tensor(self.timesteps)
+        steps = torch.tensor(self.timesteps, dtype=values.dtype, device="cpu").to(values.device)
         upper = torch.searchsorted(steps, values).clamp(max=len(steps) - 1)
         lower = (upper - 1).clamp(min=0)
         span = (steps[upper] - steps[lower]).clamp(min=1e-12)
         share = ((values - steps[lower]) / span).clamp(0, 1)
         # An exact hit takes its entry alone: 1 * s + 0 * s' is s, bit for bit.
-        self.current = torch.where(share < 0.5, lower, upper)
-        self._upper = (lower, share.float())
+        current = torch.where(share < 0.5, lower, upper)
+        self.current = current.to(timestep.device)
+        self._upper = (lower.to(timestep.device), share.float().to(timestep.device))
         if (
             self.strict
             and self.sampling
             and not training
-            and bool(((steps[self.current] - values).abs() > TIMESTEP_TOLERANCE).any())
+            and bool(((steps[current] - values).abs() > TIMESTEP_TOLERANCE).any())
         ):
             raise ValueError(
                 f"timestep {values.tolist()} is not among the {len(steps)} that the static scales were calibrated for, or an "

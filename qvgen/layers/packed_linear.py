@@ -22,6 +22,7 @@ from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
+from qvgen.quant.precision import to_float64
 from qvgen.quant.width_table import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
@@ -158,8 +159,8 @@ class PackedLinear(PackedWeight):
                     getattr(packed, name).copy_(table)
         for name, value in packed_floats(layer).items():
             getattr(packed, name).copy_(value)
-        error = (packed.dequantized_weight() - layer.weight).double().square().sum()
-        packed.weight_error = float(error / layer.weight.double().square().sum().clamp(min=1e-30))
+        error = to_float64(packed.dequantized_weight() - layer.weight).square().sum()
+        packed.weight_error = float(error / to_float64(layer.weight).square().sum().clamp(min=1e-30))
         return packed
 
     def weight_of(self, bits: int) -> PackedWeight:
@@ -250,9 +251,8 @@ class PackedLinear(PackedWeight):
         self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths, tail: Sequence[Tensor | None]
     ) -> Tensor:
         ready = self._prepacked.get(widths)
-        if (
-            ready is None or ready[2][0].device != self.codes.device
-        ):  # offloading moves tensors without telling the module
+        # offloading moves tensors without telling the module
+        if ready is None or ready[2][0].device != self.codes.device:
             self.prepack_(widths)
         kernel, spec, weight = self._prepacked[widths]
         if getattr(getattr(self, "_hf_hook", None), "offload", False):

@@ -98,7 +98,7 @@ class Phi(nn.Module):
         if rewritten:
             self._drop_to(state.rank)
         gate = torch.zeros_like(self.rank_gate)
-        gate[: state.rank] = torch.tensor(state.gate, dtype=gate.dtype, device=gate.device)
+        gate[: state.rank] = torch.tensor(state.gate, dtype=gate.dtype, device="cpu").to(gate.device)
         self.rank_gate.copy_(gate)
         return rewritten
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qvgen.quant.precision import to_float64
+
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 
@@ -44,7 +46,7 @@ def truncated_svd(matrix: Tensor, *, rank: int, generator: torch.Generator) -> t
     smaller = min(matrix.shape)
     if not 1 <= rank <= smaller:
         raise ValueError(f"rank={rank} is outside 1..{smaller} for a weight of shape {list(matrix.shape)}")
-    a = matrix.double()
+    a = to_float64(matrix)
     width = rank + OVERSAMPLING
     if width >= smaller:
         u, s, vh = torch.linalg.svd(a, full_matrices=False)
@@ -56,7 +58,7 @@ def truncated_svd(matrix: Tensor, *, rank: int, generator: torch.Generator) -> t
         u, s, vh = torch.linalg.svd(basis.mT @ a, full_matrices=False)
         u = basis @ u
     left, right = _balanced(u[:, :rank], s[:rank], vh[:rank])
-    return left.float(), right.float()
+    return left.float().to(matrix.device), right.float().to(matrix.device)
 
 
 def refactor(left: Tensor, right: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
@@ -75,8 +77,8 @@ def refactor(left: Tensor, right: Tensor, *, rank: int) -> tuple[Tensor, Tensor]
     """
     if not 1 <= rank <= left.shape[1]:
         raise ValueError(f"rank={rank} is outside 1..{left.shape[1]}, the rank of the factors")
-    q_left, t_left = torch.linalg.qr(left.double())
-    q_right, t_right = torch.linalg.qr(right.double().mT)
+    q_left, t_left = torch.linalg.qr(to_float64(left))
+    q_right, t_right = torch.linalg.qr(to_float64(right).mT)
     u, s, vh = torch.linalg.svd(t_left @ t_right.mT, full_matrices=False)
     new_left, new_right = _balanced(q_left @ u[:, :rank], s[:rank], vh[:rank] @ q_right.mT)
-    return new_left.float(), new_right.float()
+    return new_left.float().to(left.device), new_right.float().to(left.device)

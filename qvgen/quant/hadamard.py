@@ -175,6 +175,23 @@ def _choices(order: int) -> list[list[int]]:
     return [[sum(8 >> k for k in range(4) if row[start + k] < 0) for row in matrix] for start in range(0, order - 1, 4)]
 
 
+_kept_choices: dict[tuple[int, str], Tensor] = {}
+
+
+def _choices_on(device: torch.device, order: int) -> Tensor:
+    """:func:`_choices` as int64 [b/4, b], copied to a device once: a copy in every layer would make it wait."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(_choices(order), device=device)
+    key = (order, str(device))
+    if key not in _kept_choices:
+        with torch.inference_mode(False):
+            made = torch.tensor(_choices(order), device="cpu").to(device)
+        if type(made) is not Tensor:  # a tracer's own
+            return made
+        _kept_choices[key] = made
+    return _kept_choices[key]
+
+
 class _Transform(torch.autograd.Function):
     """The transform of float32 x [..., K]; symmetric, hence its own backward pass."""
 
@@ -185,7 +202,7 @@ class _Transform(torch.autograd.Function):
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
         order = 1 if kind == "regular" else hadamard_order(block_size)
         assert order is not None  # hadamard_transform
-        choices = torch.tensor(_choices(order), device=x.device)
+        choices = _choices_on(x.device, order)
         elements = _CPU_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
         step = max(1, elements // rows.shape[1])
         for part, out in zip(rows.split(step), result.split(step), strict=True):

@@ -28,6 +28,7 @@ from torch import Tensor
 from qvgen.config.value_range import Range
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.grid import Grid
+from qvgen.quant.precision import to_float64
 
 ALPHA = Range("[0, 1]", write="0.5")
 """Range of alpha, which shares the outliers out between input and weight."""
@@ -64,18 +65,18 @@ def smoothing_scale(activation_abs_max: Tensor, weight: Tensor, *, alpha: float)
             f"activation_abs_max {list(activation_abs_max.shape)} and weight {list(weight.shape)} don't fit; "
             "give [K] and [N, K] or [K]"
         )
-    a = activation_abs_max.double()
+    a = to_float64(activation_abs_max)
     seen = a[a.isfinite() & (a > 0)]
     if seen.numel():
         a = torch.where(a > 0, a.clamp(min=SILENCE * float(seen.median())), a)
-    w = (weight.abs().amax(0) if weight.dim() == 2 else weight).double()
+    w = to_float64(weight.abs().amax(0) if weight.dim() == 2 else weight)
     live = a.isfinite() & w.isfinite() & (a > 0) & (w > 0)
     factor = torch.ones_like(a)
     if live.any():
         log_factor = (1.0 - alpha) * w[live].log() - alpha * a[live].log()
         log_factor -= log_factor.median()  # the lower one of two middles: torch's, and always a channel's own
         factor[live] = log_factor.exp().clamp(1.0 / MAX_FACTOR, MAX_FACTOR)
-    return factor.float()
+    return factor.float().to(weight.device)
 
 
 def output_error(
@@ -108,8 +109,8 @@ def output_error(
         turned = side if transform is None else transform(side)
         scale, zero_point = choose_qparams(turned, grid=grid)
         sides.append(fake_quantize(turned, scale=scale, zero_point=zero_point, grid=grid))
-    error = (sides[0] @ sides[1].mT - exact).double().square().sum().item()
-    size = exact.double().square().sum().item()
+    error = to_float64(sides[0] @ sides[1].mT - exact).square().sum().item()
+    size = to_float64(exact).square().sum().item()
     return error / size if size > 0 else (0.0 if error == 0 else float("inf"))
 
 

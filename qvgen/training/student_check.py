@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qvgen.deploy.checkpoint import check_kernel
+from qvgen.deploy.kernel_choice import check_kernel
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import add_switch_widths_, quantized_layers, select_linears

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import keyword
@@ -29,3 +30,4 @@ def import_verb(verb: str) -> ModuleType:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # what stays frozen at the end is taken for lost by the libraries that count it

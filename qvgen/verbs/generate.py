@@ -18,6 +18,7 @@ from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.video import write_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch
+from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.comparison import video_name
@@ -47,7 +48,7 @@ def run(config: GenerateConfig) -> int | None:
     unfinished = UnfinishedVideos(config.out, lambda: _parts(config, family, request))
     missing, num_videos = missing_videos(config, request.videos, unfinished), len(request.videos)
     if config.dry_run:
-        memory_lines, can_run = plan_generate(family, packed=config.packed or ())
+        memory_lines, can_run = plan_generate(family, packed=config.packed or (), kernel=config.kernel)
         for line in [*plan(config, request, num_made=num_videos - len(missing)), *memory_lines]:
             print(line)
         return None if can_run else DOES_NOT_FIT
@@ -71,7 +72,8 @@ def run(config: GenerateConfig) -> int | None:
         rows = [conditions[text] for text in texts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    with placed(transformer):
+    with placed(transformer) as device:
+        _say_kernel(config, device)
         for done, (path, asked) in enumerate(missing.items(), start=num_videos - len(missing) + 1):
             video = family.generate(
                 transformer,
@@ -92,6 +94,12 @@ def run(config: GenerateConfig) -> int | None:
         widths, delta = list(switch.config.widths), switch.config.delta
         print(f"mean activation bits: {switch.mean_bits():.2f} (widths {widths}, delta {delta:g})")
     return None
+
+
+def _say_kernel(config: GenerateConfig, device: torch.device) -> None:
+    """Loading said what runs on the CPU; where videos are sampled elsewhere, that counts."""
+    for path in (config.packed or ()) if device.type != "cpu" else ():
+        log.info("%s: %s", path, kernel_line(read_manifest(path), kernel=config.kernel, device=device))
 
 
 def _say_what_is_there(config: GenerateConfig, done: int, num_videos: int) -> None:

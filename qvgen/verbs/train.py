@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
+from qvgen.evaluation.placement import sampling_device
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
@@ -53,7 +56,9 @@ def run(config: TrainConfig) -> int | None:
             num_clips=config.data.num_clips(),
             student=student,
         )
-        for line in [*config.data.summary(), *format_plan(plan, title=title(config)), *planned_exports(config)]:
+        kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
+        plan_lines = format_plan(plan, title=title(config))
+        for line in [*config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     del student
@@ -67,6 +72,10 @@ def run(config: TrainConfig) -> int | None:
 
     pretrain(config)
     return None
+
+
+def _kernel_line(student: nn.Module, kernel: str) -> str:
+    return f"packed model, on this machine: {kernel_line(student, kernel=kernel, device=sampling_device())}"
 
 
 def _check_callbacks(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import qvgen
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
-from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
+from qvgen.deploy.packed_fusion import fuse_packed_, kernel_names, prepack_
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers import block_fusion, blocked_feed_forward
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, register_fusion
@@ -22,6 +22,8 @@ from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
+from qvgen_kernels import registry
+from qvgen_kernels.reference import ReferenceBackend
 from tests.profiles import make_profile
 
 WAN = {
@@ -224,3 +226,40 @@ def test_a_whole_packed_model_compiles_without_graph_break(name: str) -> None:
     compiled = torch.compile(packed, fullgraph=True, backend="eager")
     assert torch.equal(call(name, compiled), call(name, packed))
     torch._dynamo.reset()
+
+
+class Tight(ReferenceBackend):
+    """A backend on a device whose memory ends while layers are prepacked."""
+
+    name = "tight"
+    left = 10**9
+
+    def _arrange(self, parts, *, spec):
+        Tight.left -= 1
+        if Tight.left < 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return super()._arrange(parts, spec=spec)
+
+
+def test_memory_that_ends_while_prepacking_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    registry.register_backend(Tight())
+    model = make_packed("wan")
+    for layer in packed_layers(model).values():
+        layer.kernel = "tight"
+    fuse_packed_(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(Tight, "left", 5)
+    with pytest.raises(torch.OutOfMemoryError):
+        prepack_(model)
+    assert kernel_names(model) == ()  # no copy is kept of the layers that were ready
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(torch.OutOfMemoryError):
+        call("wan", model)
+    monkeypatch.setattr(Tight, "left", 10**9)
+    found = call("wan", model)  # with memory it runs
+    assert kernel_names(model) == ("tight",)
+    monkeypatch.setattr(Tight, "left", 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        prepack_(model)
+    assert torch.equal(call("wan", model), found)  # what was ready before is ready still

@@ -18,6 +18,7 @@ from qvgen.models.weight_file import save_weights
 from qvgen.training.session import train_all
 from qvgen.training.wandb_run import flat_numbers
 from qvgen.verbs._parts import training_output, training_run
+from qvgen.verbs.benchmarks.base import cpu_kernel
 from tests.runs import SHORT, read_metrics, train, train_config
 from tests.training.wandb_records import history, read_records, run_record, summary
 
@@ -185,3 +186,4 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert "quantized: 36 Linears" in shown
     assert "4 from step 0, 2 from step 3, 1 from step 6, 0 from step 10" in shown
     assert "fits: " in shown
+    assert f"packed model, on this machine: kernel=auto on cpu: {cpu_kernel()}" in shown

@@ -51,7 +51,7 @@ _STEP = 64
 
 
 class Launch(Protocol):
-    """What starts a kernel: the driver, or an emulation."""
+    """The driver, or an emulation: it starts a kernel."""
 
     def __call__(
         self, device: torch.device, name: str, argument: ctypes.Structure, *, blocks: int, shared: int
@@ -63,7 +63,8 @@ class CudaInt4Backend(CanonicalPrepack):
     """Kernel name ``cuda_int4``. It has run on no card yet, so ``auto`` takes every other kernel of a GPU before it."""
 
     name = "cuda_int4"
-    priority = 1
+    priority = 6
+    device_types = ("cuda",)
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:
         """Why this layer can't run on this device; nothing is compiled to find out."""

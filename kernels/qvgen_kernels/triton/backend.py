@@ -32,6 +32,7 @@ class TritonBackend(CanonicalPrepack):
 
     name = "triton"
     priority = 60
+    device_types = ("cuda",)
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:
         """What is missing on this machine, or what of the layer does not run."""

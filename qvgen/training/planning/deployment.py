@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
+from qvgen.evaluation.placement import sampling_device
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
 from qvgen.training.checkpoint_writer import checkpoints
@@ -58,7 +60,7 @@ def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDe
     return lines, peak <= available and packed <= free
 
 
-def plan_generate(family: Any, *, packed: Sequence[Path]) -> tuple[list[str], bool]:
+def plan_generate(family: Any, *, packed: Sequence[Path], kernel: str = "auto") -> tuple[list[str], bool]:
     """Memory that sampling needs: the transformer's, VAE's and text encoder's.
 
     The text encoder is given back before the transformer is called. Activations are not counted.
@@ -66,12 +68,14 @@ def plan_generate(family: Any, *, packed: Sequence[Path]) -> tuple[list[str], bo
     Args:
         family: Of the model that is sampled.
         packed: Packed directories; empty for the full-precision transformer.
+        kernel: Backend of the packed layers.
 
     Returns:
         Lines of text, and whether this machine's device has room for what is known.
 
     Raises:
         ValueError: A manifest is missing or damaged.
+        RuntimeError: A kernel that was asked for by name does not run here.
     """
     lines, transformer = [], 0
     for directory in packed:
@@ -85,6 +89,7 @@ def plan_generate(family: Any, *, packed: Sequence[Path]) -> tuple[list[str], bo
             f"memory of {directory}: {format_bytes(size)} in {len(manifest.layers)} packed layers and the rest, and "
             f"{format_bytes(codes)} or more for the kernel's own order of the codes"
         )
+        lines.append(f"{directory}: {kernel_line(manifest, kernel=kernel, device=sampling_device())}")
         transformer += size + codes
     if not packed:
         dtype = teacher_dtype(family)

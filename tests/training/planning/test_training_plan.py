@@ -38,6 +38,7 @@ from qvgen.training.planning.memory import USABLE_SHARE, moment_bytes, preparati
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import TrainingPlan
 from qvgen.verbs._parts import named_family, student_design
+from qvgen.verbs.benchmarks.base import cpu_kernel
 from tests.models.test_counts import SIZES
 from tests.parts import planned, planned_student, prepared
 from tests.runs import train_config
@@ -290,6 +291,10 @@ def test_memory_of_generate(short_run: Path) -> None:
     text = "\n".join(lines)
     assert f"{(packed / 'model.safetensors').stat().st_size / 1024:.1f} KiB in 36 packed layers" in text
     assert "VAE and text encoder: none" in text
+    assert f"{packed}: kernel=auto on cpu: {cpu_kernel()}" in lines
+    assert f"{packed}: kernel=dequantize on cpu: dequantize (about bfloat16's time" in "\n".join(
+        plan_generate(family, packed=[packed], kernel="dequantize")[0]
+    )
     teacher = family.load_teacher()
     weights = sum(value.nbytes for value in (*teacher.parameters(), *teacher.buffers()))
     assert plan_generate(family, packed=[])[0][0] == f"memory of the transformer: {weights / 1024:.1f} KiB in float32"

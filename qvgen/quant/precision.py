@@ -1,0 +1,18 @@
+"""Double precision where a device has it, and the CPU's where it has not (Apple's GPUs, some of Intel's)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; one that is not known is taken not to."""
+    if device.type == "xpu" and torch.xpu.is_available():
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type in ("cpu", "cuda", "meta")
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """The same values as float64, on the tensor's device, or on the CPU where that device has no float64."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()

@@ -1,0 +1,175 @@
+"""A device that is not the CPU and needs no hardware: what a GPU refuses is an error on it, so faults show in CI.
+
+    with stand_in_device() as device: ...        tensors on it hold CPU memory; every operator that touches one is looked at
+
+Errors: an operator over tensors of both devices (but CPU tensors without dimensions, which a GPU takes too); a float64
+tensor, which not every device has; reading a value back (item, bool, nonzero), where a GPU would wait, unless
+``reading_allowed()``. Copies between devices have to be asked for (``to``, ``copy_``);
+torch.tensor(..., device=...) is an error too, as it hides one.
+
+The device is torch's PrivateUse1, set up for Python. Arithmetic is the CPU's, so results are compared to the bit.
+It has no autocast, and FakeTensorMode and torch.compile do not know it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "elsewhere"
+_aten = torch.ops.aten
+_READS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.is_nonzero.default}
+_COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default}
+_state = {"reads": False, "ready": False, "inside": False}
+
+
+class StandIn(torch.Tensor):
+    """A tensor on the device; ``elem`` has its values, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, elem):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            elem.shape,
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            device=f"{NAME}:0",
+        )
+
+    def __init__(self, elem):
+        self.elem = elem
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class _Factories(TorchDispatchMode):
+    """Operators that make a tensor on the device of nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def _run(func, args, kwargs):
+    leaves = tree_leaves((args, kwargs))
+    here = [leaf for leaf in leaves if isinstance(leaf, StandIn)]
+    asked = kwargs.get("device")
+    target = torch.device(asked) if asked is not None else None
+    if not here and (target is None or target.type != NAME):
+        return func(*args, **kwargs)
+    strangers = [
+        leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, StandIn) and leaf.ndim
+    ]
+    if here and strangers and func not in _COPIES:
+        raise RuntimeError(f"{func} mixes {NAME} and cpu: {[list(leaf.shape) for leaf in strangers]} is on the cpu")
+    if func in _READS and here and not _state["reads"]:
+        raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
+    plain = {name: value for name, value in kwargs.items() if name != "device"}
+    if asked is not None:
+        plain["device"] = torch.device("cpu")
+    inner_args, inner = tree_map(lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf, (args, plain))
+    result = func(*inner_args, **inner)
+    if func is _aten.copy_.default:
+        return args[0]
+    leaves_here = target.type == NAME if target is not None else True
+    if func._schema.is_mutable and isinstance(result, torch.Tensor) and here:
+        for leaf in here:
+            if leaf.elem is result:
+                return leaf
+    return tree_map(lambda leaf: _wrapped(leaf, func) if leaves_here else leaf, result)
+
+
+def _wrapped(leaf, func):
+    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StandIn):
+        return leaf
+    if leaf.dtype == torch.float64:
+        raise RuntimeError(f"{func} makes a float64 tensor, which {NAME} does not have")
+    return StandIn(leaf)
+
+
+class _Module:
+    """What torch asks a device's module for; outside of the context there is no such device."""
+
+    @staticmethod
+    def is_available():
+        return _state["inside"]
+
+    is_initialized = is_available
+
+    @staticmethod
+    def current_device():
+        return 0
+
+    @staticmethod
+    def device_count():
+        return int(_state["inside"])
+
+    @staticmethod
+    def _is_in_bad_fork():
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed):
+        pass
+
+    @staticmethod
+    def get_rng_state(device=0):
+        return torch.zeros(1, dtype=torch.uint8)
+
+    @staticmethod
+    def set_rng_state(state, device=0):
+        pass
+
+    @staticmethod
+    def get_amp_supported_dtype():  # enabling it fails: torch has no rules for this device
+        return [torch.bfloat16, torch.float16]
+
+
+class _Hook(torch._C._acc.PrivateUse1Hooks):
+    def is_available(self):
+        return _state["inside"]
+
+    def has_primary_context(self, index):
+        return _state["inside"]
+
+    def is_built(self):
+        return True
+
+
+def register():
+    """Make the device known to torch, for the rest of the process and before its first backward pass."""
+    if not _state["ready"]:
+        _state["inside"] = True
+        _setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module, hook=_Hook())
+        _state["inside"] = False
+        _state["ready"] = True
+
+
+@contextlib.contextmanager
+def stand_in_device():
+    """Inside, the device that is given can be used."""
+    register()
+    _state["inside"] = True
+    try:
+        with _Factories():
+            yield torch.device(NAME, 0)
+    finally:
+        _state["inside"] = False
+
+
+@contextlib.contextmanager
+def reading_allowed():
+    """Inside, values may be read back."""
+    before, _state["reads"] = _state["reads"], True
+    try:
+        yield
+    finally:
+        _state["reads"] = before
