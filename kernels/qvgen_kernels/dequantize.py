@@ -145,7 +145,7 @@ def _rows(x: Tensor, weight: Tensor, factor: Tensor, *, tensors: LinearTensors, 
 
 
 def _rows_of(tensors: LinearTensors, rows: slice, *, count: int) -> LinearTensors:
-    """What a block of rows needs of the tensors of all ``count`` rows."""
+    """The tensors of a block of rows, from those of all ``count`` rows."""
     given = {name: None if (value := getattr(tensors, name)) is None else value[rows] for name in _PER_ROW}
     gate = tensors.gate
     if gate is not None and len(gate) > 1:

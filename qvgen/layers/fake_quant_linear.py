@@ -44,7 +44,8 @@ class FakeQuantLinear(nn.Module):
         linear: The layer to replace; its weight (rotated if the profile says so) and bias are copied to float32.
         profile: The two grids and the rotation.
         noise_band: Shared with the other layers of the model.
-        phi_rank, phi_keep: Rank of Phi, 0 for none, and whether it stays (:mod:`qvgen.layers.branch`).
+        phi_rank: Rank of Phi; 0 for none.
+        phi_keep: Whether Phi stays (:mod:`qvgen.layers.branch`).
 
     Attributes:
         weight: Parameter float32 [N, K], the master weight (W H under a rotation).
@@ -55,8 +56,7 @@ class FakeQuantLinear(nn.Module):
         input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
         width_table: Widths that change over sampling, or None.
-        other_weight_quantizers, other_activation_quantizers: By width, for those of the table that are not the profile's;
-            None where there are none.
+        other_weight_quantizers, other_activation_quantizers: By width, for those of the table alone; or None.
 
     Raises:
         ValueError: The profile's groups or rotation do not fit K, or the rank does not fit the layer.

@@ -21,8 +21,10 @@ def decay_ranks(phi: PhiConfig) -> tuple[int, ...]:
 
     Example:
         >>> from qvgen.config.defaults import load_section
-        >>> [decay_ranks(load_section("phi", rank=rank, keep=keep)) for rank, keep in ((8, False), (48, True), (8, True))]
-        [(8, 4, 2, 1), (48, 24, 16), (8,)]
+        >>> decay_ranks(load_section("phi", rank=8, keep=False))
+        (8, 4, 2, 1)
+        >>> decay_ranks(load_section("phi", rank=48, keep=True))
+        (48, 24, 16)
     """
     ranks = phi.ranks or halving_ranks(phi.rank, decay=phi.decay)
     if not phi.keep:

@@ -62,9 +62,9 @@ def launch(device: torch.device, name: str, argument: ctypes.Structure, *, block
 
     Args:
         device: Whose memory the argument points into.
-        name: Of the kernel.
+        name: The kernel's.
         argument: Its one parameter, which is copied.
-        blocks: Of :data:`~qvgen_kernels.cuda_int4.structures.THREADS` threads.
+        blocks: Number of blocks of :data:`~qvgen_kernels.cuda_int4.structures.THREADS` threads.
         shared: Bytes of shared memory of each.
 
     Raises:

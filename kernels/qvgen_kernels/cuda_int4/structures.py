@@ -8,7 +8,7 @@ from ctypes import c_int32, c_int64, c_void_p
 __all__ = ["STAGE_BYTES", "THREADS", "TILE", "CMultiply", "CQuantize", "multiply_shared_bytes", "quantize_shared_bytes"]
 
 THREADS = 256
-"""Of a block: kThreads."""
+"""Threads of a block: kThreads."""
 
 TILE = 128
 """Rows and outputs of a block, and the columns that codes are padded to: kTileRows, kTileOutputs, 2 kTileBytes."""

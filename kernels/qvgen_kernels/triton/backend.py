@@ -35,7 +35,7 @@ class TritonBackend(CanonicalPrepack):
     device_types = ("cuda",)
 
     def refusal(self, spec: LinearSpec, *, device: torch.device) -> str | None:
-        """What is missing on this machine, or what of the layer does not run."""
+        """A sentence on what is missing on this machine, or what of the layer does not run; None where all is there."""
         if device.type != "cuda":
             return f"kernel=triton runs on CUDA and ROCm devices, not on {device}"
         return _missing() or _card_refusal(device) or _layer_refusal(spec)
@@ -89,7 +89,7 @@ def _missing() -> str | None:
 
 @cache
 def _card(device: torch.device) -> Card:
-    """What tiles are chosen by; the CPU, on which Triton's interpreter runs, counts as a small card."""
+    """The card by which tiles are chosen; the CPU, on which Triton's interpreter runs, counts as a small card."""
     if device.type != "cuda":
         return Card((0, 0), 1)
     capability = (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)

@@ -10,7 +10,7 @@ __all__ = ["add_group", "finish"]
 
 @triton.jit
 def add_group(y, acc, group, place, operands, sizes, form: tl.constexpr):
-    """What the sums of one group add to the outputs, float32.
+    """Add to the outputs, float32, what the sums of one group give.
 
     ``place`` is (outputs, rows) of the tile, ``operands`` (rows, weight). Outputs beyond the end read the last one's scale;
     vectors of rows are long enough for every tile.

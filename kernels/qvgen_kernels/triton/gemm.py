@@ -30,7 +30,7 @@ __all__ = ["GemmForm", "GemmSizes", "GemmTensors", "WeightTensors", "gemm_form",
 
 @dataclass(frozen=True)
 class GemmForm:
-    """What a compiled product is for; constants of its code.
+    """Constants of a compiled product: what its code is for.
 
     Attributes:
         bits: Width of a weight code.
@@ -43,7 +43,7 @@ class GemmForm:
         weight_zero: weight_zero_point of the spec.
         weight_scales: Whether an output has a scale for every group.
         input_scales: Whether a row has.
-        function: Of the spec.
+        function: The spec's.
         outputs: Outputs of a tile.
         rows: Rows of a tile.
         band: Tiles of outputs that neighbouring programs share.
@@ -208,7 +208,7 @@ def multiply(
     Args:
         operands: Quantized rows, M > 0.
         weight: The packed weight.
-        y: Of x's dtype, contiguous.
+        y: Contiguous, of x's dtype.
         branch: (x down^T) up^T [M, N] of x's dtype, contiguous, or None.
         tensors: Bias, gate and residual.
         spec: The layer.

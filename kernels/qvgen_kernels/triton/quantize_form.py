@@ -1,4 +1,4 @@
-"""What the quantizer's kernel is told: constants of its code, pointers and sizes; and what it makes."""
+"""The words for the quantizer's kernel: constants of its code, pointers and sizes; and what it makes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizeForm:
-    """What a compiled quantizer is for; constants of its code.
+    """Constants of a compiled quantizer: what its code is for.
 
     Attributes:
         segment: Columns that share a scale.

@@ -29,7 +29,7 @@ _TILE = 4096
 
 @dataclass(frozen=True)
 class RotateForm:
-    """What a compiled butterfly is for.
+    """Constants of a compiled butterfly.
 
     Attributes:
         columns: K.
@@ -105,7 +105,7 @@ def butterfly_kernel(t, sizes, form: tl.constexpr, steps: tl.constexpr):
 
 @dataclass(frozen=True)
 class PaleyForm:
-    """What a compiled sum over the runs of a block is for.
+    """Constants of a compiled sum over the runs of a block.
 
     Attributes:
         order: b.

@@ -1,4 +1,4 @@
-"""What a program of the product computes: a rule over card, shape and bits. Nothing of it was timed yet.
+"""The tile that a program of the product computes: a rule over card, shape and bits. Nothing of it was timed yet.
 
 The rule. A card's family has a largest tile (:data:`LARGEST`). Layers with groups hold float32 sums beside the int32 ones and
 take at most 128 rows, 64 where sums are corrected by zero points; a function, gate or residual needs registers too, and
@@ -21,7 +21,7 @@ __all__ = ["Card", "Tile", "tile_of"]
 
 @dataclass(frozen=True)
 class Card:
-    """What the rule asks of a card.
+    """The facts of a card that the rule asks for.
 
     Attributes:
         capability: Compute capability; (0, 0) of a card that is not NVIDIA's.

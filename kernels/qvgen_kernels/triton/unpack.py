@@ -35,7 +35,7 @@ def operand(first, second, field: tl.constexpr, bits: tl.constexpr, plain: tl.co
 
     Args:
         first: int8 [N, C], the bytes; of 3 bits the low bits' ones that hold the field.
-        second: Of 3 bits the top bits' bytes.
+        second: Bytes of the top bits, for 3 bits.
         field: Number of the field.
         bits: Width of a code.
         plain: Without inline assembly.
