@@ -188,6 +188,7 @@ class LayerForm:
     activation_kind: str
     group: int = 0
     scale_dtype: str = "float32"
+    weight_scale_dtype: str = "float32"
     rotation: int = 0
     rotation_kind: str = "sylvester"
     arithmetic: str = "reciprocal"
@@ -201,7 +202,7 @@ def weight_qparams(form, params):
     size = form.group or params["weight"].shape[1]
     _, top = limits(form.weight_bits, form.weight_kind)
     factor = (size * top) ** -0.5
-    used = torch.as_tensor(round_scale(params["scale"].detach().numpy(), form.scale_dtype))
+    used = torch.as_tensor(round_scale(params["scale"].detach().numpy(), form.weight_scale_dtype))
     scale = _pass_through(params["scale"] * factor, used)
     if form.weight_kind == "none":
         return scale, torch.zeros_like(scale)
@@ -260,7 +261,7 @@ def layer_tie_distance(form, params, x, bands):
             if form.activation_kind == "integer":
                 low = np.array([min(0.0, *part) * clips[0]])
                 distances.append(tie_distance(low, scale, 0.0, kind="integer"))
-    distances.append(scale_tie_distance(params["scale"].detach().numpy(), form.scale_dtype))
+    distances.append(scale_tie_distance(params["scale"].detach().numpy(), form.weight_scale_dtype))
     scale, zero = (value.detach().numpy() for value in weight_qparams(form, params))
     for n, row in enumerate(params["weight"].detach().numpy()):
         for g, start in enumerate(range(0, columns, size)):

@@ -30,7 +30,12 @@ LEAVES: dict[str, tuple[str, list[str]]] = {
     ),
     "kernel=vnni": (
         "a kernel backend, with its benchmark",
-        ["kernels/qvgen_kernels/cpu*.py", "qvgen/verbs/benchmarks/kernels/*.py", "tests/kernels/test_cpu*.py"],
+        [
+            "kernels/qvgen_kernels/cpu.py",
+            "kernels/qvgen_kernels/cpu_prepack.py",
+            "qvgen/verbs/benchmarks/kernels/*.py",
+            "tests/kernels/test_cpu*.py",
+        ],
     ),
 }
 """What chooses a leaf -> what it is, and its files."""

@@ -195,7 +195,7 @@ def test_auto_takes_the_best_backend_and_an_explicit_one_never_falls_back():
     spec = make_layer().spec
     names = available_kernels(spec)
     assert resolve_kernel("auto", spec).name == names[0] != "reference"
-    assert names.index("portable") == len(names) - 2  # the reference is last
+    assert names[-3:] == ["portable", "reference", "dequantize"]  # what is slow, then what is not exact
     for name in ("amx", "vnni", "avx2", "neon", "portable"):
         if name in names:
             assert resolve_kernel(name, spec).name == name

@@ -162,7 +162,7 @@ except RuntimeError as error:
     environment |= {"PATH": str(tmp_path), "QVGEN_KERNEL_CACHE": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == "reference ['reference']"
+    assert done.stdout.splitlines()[0] == "reference ['reference', 'dequantize']"
     assert "kernel='portable' can't run this layer on cpu: no C++ compiler" in done.stdout
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1

@@ -299,7 +299,7 @@ def test_without_triton_the_refusal_says_so(monkeypatch):
     monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
     spec, cuda = make_layer().spec, torch.device("cuda", 0)
     assert "Triton is not installed" in get_backend("triton").refusal(spec, device=cuda)
-    assert resolve_kernel("auto", spec, device=cuda).name == "reference"
+    assert resolve_kernel("auto", spec, device=cuda).name == "dequantize"
 
 
 def test_sums_that_could_leave_int32_on_the_way_are_refused():

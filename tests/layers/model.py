@@ -136,6 +136,7 @@ def grid_side(profile):
         "activation_kind": profile.activation.zero_point,
         "group": profile.weight.group_size or 0,
         "scale_dtype": profile.activation.scale_dtype,
+        "weight_scale_dtype": profile.weight.scale_dtype,
         "rotation": profile.rotation,
         "rotation_kind": profile.rotation_kind,
         "arithmetic": profile.activation.arithmetic,

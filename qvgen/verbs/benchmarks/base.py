@@ -7,6 +7,7 @@ it is asked for, so that a benchmark whose libraries are missing keeps no other 
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -55,6 +56,39 @@ def cells(config: BenchmarkConfig) -> str:
 def name_of_model(config: BenchmarkConfig) -> str:
     """The model's name, for the names of files."""
     return config.run.names.model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """M rows through layers of these widths."""
+
+    text: str
+    rows: int
+    widths: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read MxK-N or MxK-H-N.
+
+        Raises:
+            ValueError: another form.
+        """
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*(?:-[1-9]\d*){1,2})", text)
+        if found is None:
+            raise ValueError(f"shapes holds {text!r}; write MxK-N, or MxK-H-N for a feed-forward, as 4096x1920-1920")
+        return cls(text, int(found[1]), tuple(int(width) for width in found[2].split("-")))
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions of all layers."""
+        pairs = zip(self.widths, self.widths[1:], strict=False)
+        return 2.0 * self.rows * sum(first * second for first, second in pairs)
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bfloat16 input and output once, and one byte per weight."""
+        pairs = zip(self.widths, self.widths[1:], strict=False)
+        return 2.0 * self.rows * (self.widths[0] + self.widths[-1]) + sum(first * second for first, second in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

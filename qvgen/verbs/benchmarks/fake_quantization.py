@@ -23,8 +23,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fused_product import unfused
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.training.freed_memory import keep_freed_memory
-from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel
-from qvgen.verbs.benchmarks.kernels.rows import Shape
+from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel
 from qvgen.verbs.benchmarks.loading import profile_of
 
 

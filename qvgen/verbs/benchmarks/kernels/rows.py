@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -32,7 +31,7 @@ from qvgen.config.bits import Bits
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.quant.packing import pack_codes
-from qvgen.verbs.benchmarks.base import cpu_kernel
+from qvgen.verbs.benchmarks.base import Shape, cpu_kernel
 from qvgen.verbs.benchmarks.kernels import onnx_peers as onnx
 from qvgen.verbs.benchmarks.kernels import torchao_peers as torchao
 from qvgen.verbs.benchmarks.kernels.timing import (
@@ -59,39 +58,6 @@ PEERS = {"torchao": (torchao, torchao.torchao_candidates), "onnxruntime": (onnx,
 PEERS_HINT = "make peers, in a clone of qvgen, installs it"
 BLOCK_ROWS = 512
 """Rows that a feed-forward takes through both layers before the next ones: what lies between stays in a cache."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """M rows through layers of these widths."""
-
-    text: str
-    rows: int
-    widths: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """Read MxK-N or MxK-H-N.
-
-        Raises:
-            ValueError: another form.
-        """
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*(?:-[1-9]\d*){1,2})", text)
-        if found is None:
-            raise ValueError(f"shapes holds {text!r}; write MxK-N, or MxK-H-N for a feed-forward, as 4096x1920-1920")
-        return cls(text, int(found[1]), tuple(int(width) for width in found[2].split("-")))
-
-    @property
-    def operations(self) -> float:
-        """Multiplications and additions of all layers."""
-        pairs = zip(self.widths, self.widths[1:], strict=False)
-        return 2.0 * self.rows * sum(first * second for first, second in pairs)
-
-    @property
-    def bytes_moved(self) -> float:
-        """Bfloat16 input and output once, and one byte per weight."""
-        pairs = zip(self.widths, self.widths[1:], strict=False)
-        return 2.0 * self.rows * (self.widths[0] + self.widths[-1]) + sum(first * second for first, second in pairs)
 
 
 def kernel_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
