@@ -35,7 +35,7 @@ def check(case):
         assert torch.equal(row_sum[finite].float(), sums[finite])
 
 
-@pytest.mark.parametrize("seed", range(0, 42, 3))
+@pytest.mark.parametrize("seed", range(0, 42, 6))
 def test_any_layer_and_input(seed):
     check(draw_case(Seeded(seed), seed=seed, columns=(1, 90), rows=(1, 9)))
 
@@ -103,7 +103,7 @@ def test_groups(weight_bits, groups):
     check(Case(layer, x, LinearTensors(bias=layer.bias)))
 
 
-SIZES = [2, 64, 12, 96, 20, 28, 60, 140, 1920]
+SIZES = [2, 64, 12, 96, 20, 28, 60, 1920]
 
 
 @pytest.mark.parametrize(
