@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,8 +264,11 @@ def test_a_stopped_download_leaves_nothing_and_ends_its_program(
     assert line.startswith(f"stopped after 0 of 1 assets, which are in {out}; continue with: qvgen assets ")
     assert printed_command(line) == command
     assert list(out.iterdir()) == []
+    deadline = time.monotonic() + 20  # it sleeps for 60 s if nobody ends it
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        while time.monotonic() < deadline:
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.05)
 
 
 def test_a_stopped_precompute_keeps_what_it_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
