@@ -60,7 +60,7 @@ class Launch(Protocol):
 
 
 class CudaInt4Backend(CanonicalPrepack):
-    """Kernel name ``cuda_int4``. It has run on no card yet, so ``auto`` takes every other kernel of a GPU before it."""
+    """Kernel name ``cuda_int4``. It has run on no card yet; ``auto`` takes ``triton`` before it, and it before ``dequantize``."""
 
     name = "cuda_int4"
     priority = 6
