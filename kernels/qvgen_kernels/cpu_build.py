@@ -73,18 +73,28 @@ def library_path() -> Path:
         if (reason := damage(PREBUILT / name)) is None:
             return PREBUILT / name
         _log.warning("%s is not used: %s; install qvgen again", PREBUILT / name, reason)
+    path, is_whole = cached(name)
+    return path if is_whole else build(path.parent)
+
+
+def cached(name: str) -> tuple[Path, bool]:
+    """The place of a built file in the cache, and whether it lies there, whole and from nobody else; warns if not so.
+
+    Args:
+        name: The file's, which holds the hash of what it was built from.
+    """
     folder = cache_folder()
     if (folder / name).exists() and (reason := distrust(folder / name)) is not None:
         own = folder / f"user-{os.getuid()}"
         _log.warning("%s is not used: %s; using %s in its place", folder / name, reason, own)
         folder = own
     path = folder / name
-    if path.exists():
-        reason = distrust(path) or damage(path)
-        if reason is None:
-            return path
+    if not path.exists():
+        return path, False
+    reason = distrust(path) or damage(path)
+    if reason is not None:
         _log.warning("%s is built anew: %s", path, reason)
-    return build(folder)
+    return path, reason is None
 
 
 def distrust(path: Path) -> str | None:

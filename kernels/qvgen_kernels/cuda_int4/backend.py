@@ -60,7 +60,7 @@ class Launch(Protocol):
 
 
 class CudaInt4Backend(CanonicalPrepack):
-    """Kernel name ``cuda_int4``. It has run on no card yet; ``auto`` takes ``triton`` before it, and it before ``dequantize``."""
+    """Kernel name ``cuda_int4``; it has run on no card yet. ``auto`` takes it behind ``triton``, before ``dequantize``."""
 
     name = "cuda_int4"
     priority = 6

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from qvgen_kernels.cpu_build import BuildError, cache_folder, checksum_path, damage, distrust
+from qvgen_kernels.cpu_build import BuildError, cached, checksum_path
 
 __all__ = ["ARCHITECTURES", "FLAGS", "SOURCE", "compile_command", "fatbin_path", "find_nvcc"]
 
@@ -70,17 +70,8 @@ def fatbin_path() -> Path:
     Raises:
         BuildError: no compiler was found, it failed, or the folder can't be written.
     """
-    folder, name = cache_folder(), fatbin_name()
-    if (folder / name).exists() and (reason := distrust(folder / name)) is not None:
-        own = folder / f"user-{os.getuid()}"
-        _log.warning("%s is not used: %s; using %s in its place", folder / name, reason, own)
-        folder = own
-    path = folder / name
-    if path.exists():
-        if (reason := distrust(path) or damage(path)) is None:
-            return path
-        _log.warning("%s is built anew: %s", path, reason)
-    return _build(path)
+    path, is_whole = cached(fatbin_name())
+    return path if is_whole else _build(path)
 
 
 def _build(path: Path) -> Path:
