@@ -13,7 +13,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _PLAIN_VALUE = re.compile(r"[A-Za-z_./-][A-Za-z0-9_./+:@%-]*")
@@ -25,6 +26,9 @@ Value = str | bool | int | float | Path
 
 _job: tuple[str, tuple[str, ...]] = ("", ())
 """Verb and overrides of the present job: a process works on one at a time."""
+
+_runs_parts = False
+"""Whether what runs now is a part of the present job, as a cell of a benchmark is."""
 
 
 def command_line(verb: str, overrides: Iterable[str], *, changes: Mapping[str, Value] | None = None) -> str:
@@ -51,17 +55,29 @@ def command_line(verb: str, overrides: Iterable[str], *, changes: Mapping[str, V
 
 def begin_job(verb: str, overrides: Iterable[str]) -> None:
     """Say which job this process works on from now on: one of a sweep's, as it would be typed alone."""
-    global _job
-    _job = (verb, tuple(overrides))
+    global _job, _runs_parts
+    _job, _runs_parts = (verb, tuple(overrides)), False
 
 
 def job_command(*, changes: Mapping[str, Value] | None = None) -> str:
     """The command of the job that this process works on.
 
     Args:
-        changes: See :func:`command_line`.
+        changes: See :func:`command_line`; those of a part of the job are left out (:func:`parts_of_job`).
     """
-    return command_line(*_job, changes=changes)
+    return command_line(*_job, changes=None if _runs_parts else changes)
+
+
+@contextmanager
+def parts_of_job() -> Iterator[None]:
+    """Run commands inside of the present job in here: it is the job's own command that continues each of them.
+
+    An exception ends the job too, so that its last line, which is written later, still is about a part.
+    """
+    global _runs_parts
+    _runs_parts = True
+    yield
+    _runs_parts = False
 
 
 def _key(override: str) -> str | None:

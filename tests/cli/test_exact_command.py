@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qvgen.config.command_line import _program, begin_job, command_line, job_command
+from qvgen.config.command_line import _program, begin_job, command_line, job_command, parts_of_job
 from qvgen.config.compose import compose_plain, expand_sweep
 
 TYPED = [
@@ -49,6 +49,13 @@ def test_jobs_keep_what_was_typed_but_for_what_is_swept() -> None:
 def test_the_present_job_has_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvgen.config.command_line._job", ("", ()))
     begin_job("ptq", ["bits=4", "seed=1"])
+    assert job_command(changes={"seed": 2}) == "qvgen ptq bits=4 seed=2"
+    with pytest.raises(KeyError), parts_of_job():
+        raise KeyError
+    assert job_command(changes={"seed": 2}) == "qvgen ptq bits=4 seed=1"  # a part ended the job
+    begin_job("ptq", ["bits=4", "seed=1"])
+    with parts_of_job():
+        assert job_command(changes={"seed": 2}) == "qvgen ptq bits=4 seed=1"
     assert job_command(changes={"seed": 2}) == "qvgen ptq bits=4 seed=2"
 
 

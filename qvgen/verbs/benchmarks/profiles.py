@@ -16,6 +16,7 @@ from typing import Any
 
 from qvgen.config.bits import Bits
 from qvgen.config.build import build, check
+from qvgen.config.command_line import parts_of_job
 from qvgen.config.compose import compose_plain
 from qvgen.config.flags import parse_flags
 from qvgen.config.leaf_file import leaf_names
@@ -64,7 +65,8 @@ def profile_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -
     for (seed, width, name), plain in plains.items():
         if (seed, width.label, name) in done:
             continue
-        import_verb("train").run(build("train", plain))
+        with parts_of_job():
+            import_verb("train").run(build("train", plain))
         report = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
         yield {"profile": name, "bits": width.label, "seed": seed, **_measured(report, width, name)}
 

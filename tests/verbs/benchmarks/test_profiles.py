@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
-from qvgen.cli import main
+from qvgen.cli import INTERRUPTED, main
+from tests.stops import run_stopped
 
 SHORT = (
     "steps=2", "phi.ranks=[2]", "evaluation.videos=1", "evaluation.samples=4", "model.num_inference_steps=2",
@@ -23,6 +26,16 @@ def test_every_cell_is_a_run_and_its_row_has_the_figures_of_its_report(
     assert main(["benchmark", "profiles", *keys, "dry_run=true"]) == 0
     assert "profiles on tiny: 2 runs of qvgen train (svdq_g64, paper)" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+    stopped = run_stopped(["benchmark", "profiles", *keys], signal.SIGINT, "open", "paper-3-7/checkpoints/")
+    assert stopped == INTERRUPTED
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(last.partition(" with: ")[2]) == [
+        "qvgen",
+        "benchmark",
+        "what=profiles",
+        *keys,
+    ]  # not the cell's run_dir
+    assert last.startswith("stopped after step 2, saved; continue")
     assert main(["benchmark", "profiles", *keys]) == 0
     rows = json.loads((tmp_path / "results" / "profiles-tiny.json").read_text())["rows"]
     assert [(row["profile"], row["bits"], row["seed"]) for row in rows] == [("svdq_g64", "3", 7), ("paper", "3", 7)]
