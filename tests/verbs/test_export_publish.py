@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
@@ -166,6 +167,11 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer({"id": "me/tiny", "siblings": [], "sha": "0", "private": True})
 
+    def do_HEAD(self) -> None:
+        self.send_response(404)  # no file is there yet
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+
     def _answer(self, content: dict[str, object]) -> None:
         data = json.dumps(content).encode()
         self.send_response(200)
@@ -185,7 +191,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server = HTTPServer(("127.0.0.1", 0), _Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)  # of the functions that diffusers calls
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     yield _Hub.received
     server.shutdown()
@@ -197,6 +205,14 @@ def test_an_upload_sends_the_folder_as_it_is(packed: Path, tmp_path: Path, hub: 
     out = tmp_path / "out"
     assert export(packed, out, "target=hub", "export.repo=me/tiny", "export.upload=true") == DONE
     assert {name: hashlib.sha256(data).hexdigest() for name, data in hub.items()} == snapshot(out)
+
+
+def test_diffusers_own_push_sends_what_it_loads_again(packed: Path, tmp_path: Path, hub: dict[str, bytes]) -> None:
+    WanTransformer3DModel.from_pretrained(packed).push_to_hub("me/tiny")
+    assert "README.md" in hub
+    for name, data in hub.items():
+        (tmp_path / name).write_bytes(data)
+    assert same_tensors(WanTransformer3DModel.from_pretrained(tmp_path), packed)
 
 
 def test_an_upload_without_token_or_network_says_what_to_do(
