@@ -51,17 +51,25 @@ class FusesSteps(Protocol):
         tensors: LinearTensors,
         spec: LinearSpec,
     ) -> Tensor:
-        """Map x [M, K], M > 0, to [M, N] of T, as ``linear`` of the input after its steps."""
+        """Map x [M, K], or [B, n, K] with M = B n, to [M, N] of T, as ``linear`` of the input after its steps; M > 0."""
 
 
-def _checked_rows(
-    x: Tensor, before: InputTensors, steps: InputSteps, tensors: LinearTensors, spec: LinearSpec
-) -> Tensor:
-    """Rows [M, K] of x; raises ValueError for what does not fit."""
+def _check(x: Tensor, before: InputTensors, steps: InputSteps, tensors: LinearTensors, spec: LinearSpec) -> None:
+    """Raise ValueError for what does not fit."""
     check_inputs(x, tensors, spec, dtype=steps.output_dtype(x))
-    rows = x.reshape(-1, spec.in_features) if x.numel() else x.new_empty(prod(x.shape[:-1]), spec.in_features)
-    check_steps(rows, before, steps)
-    return rows
+    check_steps(x, before, steps)
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """[M, K] of x, copied only where its rows can't be told by one stride."""
+    return x.reshape(-1, columns) if x.numel() else x.new_empty(prod(x.shape[:-1]), columns)
+
+
+def _rows_or_samples(x: Tensor, columns: int) -> Tensor:
+    """[M, K] or, where that would be a copy, [B, n, K]."""
+    if x.ndim == 3 and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        return x
+    return _rows(x, columns)
 
 
 def _fused_linear(
@@ -70,13 +78,14 @@ def _fused_linear(
 ) -> Tensor:  # fmt: skip
     parsed, asked = LinearSpec.from_string(spec), InputSteps.from_string(steps)
     given, named = InputTensors(*before), LinearTensors(*tensors)
-    rows = _checked_rows(x, given, asked, named, parsed)
+    _check(x, given, asked, named, parsed)
     backend = get_backend(kernel)
-    if isinstance(backend, FusesSteps) and len(rows):
+    if isinstance(backend, FusesSteps) and x.numel():
+        rows = _rows_or_samples(x, parsed.in_features)
         y = backend.fused_linear(rows, weight, before=given, steps=asked, tensors=named, spec=parsed)
     else:
         with without_autocast(x.device):
-            rows = apply_steps(rows, tensors=given, steps=asked)
+            rows = apply_steps(_rows(x, parsed.in_features), tensors=given, steps=asked)
         y = backend.linear(rows, weight, tensors=named, spec=parsed)
     return y.reshape(*x.shape[:-1], parsed.out_features)
 
@@ -88,7 +97,7 @@ def _fake(
     kernel: str,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     parsed, asked = LinearSpec.from_string(spec), InputSteps.from_string(steps)
-    _checked_rows(x, InputTensors(*before), asked, LinearTensors(*tensors), parsed)
+    _check(x, InputTensors(*before), asked, LinearTensors(*tensors), parsed)
     return x.new_empty((*x.shape[:-1], parsed.out_features), dtype=asked.output_dtype(x))
 
 

@@ -108,12 +108,12 @@ class InputTensors(NamedTuple):
 
 
 def check_steps(x: Tensor, tensors: InputTensors, steps: InputSteps) -> None:
-    """Check the tensors of the steps of x [M, K], without reading a value.
+    """Check the tensors of the steps of x [..., K], without reading a value.
 
     Raises:
         ValueError: A tensor that is missing or too much, of the wrong dtype, shape or device.
     """
-    rows, columns = x.shape
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     if (tensors.gain is None) != (tensors.shift is None):
         raise ValueError("gain and shift of the input steps come together; pass ones or zeros for the other")
     if steps.norm == "none" and (tensors.norm_weight is not None or tensors.norm_bias is not None):

@@ -3,8 +3,8 @@
     attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
                    attention has for fused projections; where their tables or smoothing differ, as after a method that smooths
                    each layer by itself, or training with method.share_activations=false, they stay three
-    feed-forward   by blocks of rows (:mod:`qvgen.layers.blocked_feed_forward`)
-    gates          and residuals are part of the layers before them
+    feed-forward   by blocks of rows, GELU as part of its last layer (:mod:`qvgen.layers.blocked_feed_forward`)
+    gates          and residuals are part of the layers before them, modulations of those behind
 
 Which attentions and which blocks, the model families say (:mod:`qvgen.layers.block_fusion`): the installed ones, whose files
 are imported here, and those that a command brought. No tensor is added to a checkpoint: the layers that a state dict names
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import nn
 
@@ -62,7 +63,7 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
         if isinstance(module, FeedForward) and any(isinstance(part, PackedLinear) for part in module.modules())
     ]
     for name, module in feed_forwards:
-        model.set_submodule(name, BlockedFeedForward(module))
+        model.set_submodule(name, BlockedFeedForward(module, function=_function(module)))
     gated = [
         (name, block)
         for name, module in list(model.named_modules())
@@ -72,6 +73,18 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
     for name, block in gated:
         model.set_submodule(name, block)
     return FusionCount(merged=merged, feed_forwards=len(feed_forwards), gated=len(gated))
+
+
+def _function(feed_forward: FeedForward) -> str:
+    """The function between a feed-forward's two layers that the last one can compute; "none" where it is built otherwise."""
+    layers = [
+        module
+        for module in feed_forward.net
+        if not (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training))
+    ]
+    first, last = layers[0], layers[-1]
+    packed = type(first) is GELU and isinstance(first.proj, PackedLinear) and isinstance(last, PackedLinear)
+    return "gelu_tanh" if packed and len(layers) == 2 and first.approximate == "tanh" else "none"
 
 
 def _import_families() -> None:

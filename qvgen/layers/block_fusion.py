@@ -1,7 +1,8 @@
 """Work that the blocks of a model family can share once their layers are packed, as the family says of its own classes.
 
     merge    projections of one input become one call, by the switch that an attention of diffusers has for it
-    gate     a block whose gates and residuals are computed inside of the packed layers before them
+    gate     a block whose gates and residuals are computed inside of the packed layers before them, and whose norms'
+             modulations inside of those behind
 
 A family's file calls :func:`register_fusion` when it is imported; :mod:`qvgen.deploy.packed_fusion` asks all that are
 registered about each module and names no class itself. Results stay the same to the bit whatever is fused, so a family may
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,14 @@ class BlockFusion:
 
     merge: Callable[[nn.Module], ProjectionMerge | None] = _nothing
     gate: Callable[[nn.Module], nn.Module | None] = _nothing
+
+
+def gains_by_fusing(x: Tensor) -> bool:
+    """Whether operators of x's own type between layers cost a pass over memory that a fused layer saves.
+
+    A CPU's do not: torch's bfloat16 operators are as fast there as the fused ones (docs/log.md).
+    """
+    return x.device.type != "cpu"
 
 
 _loaders: dict[str, Callable[[], BlockFusion]] = {}

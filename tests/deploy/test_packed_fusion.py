@@ -20,6 +20,7 @@ from qvgen.layers import block_fusion, blocked_feed_forward
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, register_fusion
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.models import cogvideox_fusion, wan_fusion
 from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
 from qvgen_kernels import registry
@@ -62,25 +63,36 @@ def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> tor
     timestep, text = torch.tensor([100.0, 900.0]), torch.randn(2, 8, 24, generator=generator).to(dtype)
     shape = (2, 4, 2, 8, 8) if name == "wan" else (2, 2, 4, 16, 16)
     x = torch.randn(shape, generator=generator).to(dtype)
+    rotary = {}
+    if name == "cogvideox":
+        rotary = {"image_rotary_emb": tuple(torch.randn(2 * 8 * 8, 32, generator=generator) for _ in "cs")}
     with torch.no_grad():
-        found: torch.Tensor = model(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[
-            0
-        ]
+        found: torch.Tensor = model(
+            hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False, **rotary
+        )[0]
     return found
 
 
+def fuse_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let blocks on the CPU take the way of other devices."""
+    for family in (cogvideox_fusion, wan_fusion):
+        monkeypatch.setattr(family, "gains_by_fusing", lambda x: True)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [512, 16])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 16)])
 def test_fused_blocks_give_the_bits_of_single_layers(
-    name: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, rows: int, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked_feed_forward, "ROWS", rows)
     fake = make_fake(name)
     plain, fused = make_packed(name, fake), make_packed(name, fake)
     count = fuse_packed_(fused)
+    if elsewhere:
+        fuse_as_elsewhere(monkeypatch)
     merged = MODELS[name][2] + (1 if name == "wan" else 0)
-    assert (count.merged, count.feed_forwards, count.gated) == (2 * merged, 2, 2 if name == "wan" else 0)
+    assert (count.merged, count.feed_forwards, count.gated) == (2 * merged, 2, 2)
     plain, fused = (model.to(dtype) for model in (plain, fused))
     assert torch.equal(call(name, fused, dtype), call(name, plain, dtype))
     if dtype == torch.float32:
@@ -218,7 +230,8 @@ def test_a_merged_layer_follows_its_parts() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_whole_packed_model_compiles_without_graph_break(name: str) -> None:
+def test_a_whole_packed_model_compiles_without_graph_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_as_elsewhere(monkeypatch)
     packed = make_packed(name)
     fuse_packed_(packed)
     prepack_(packed)

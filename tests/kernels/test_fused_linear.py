@@ -5,18 +5,16 @@ The Triton kernels run in Triton's interpreter and are held to the reference wit
 
 import pytest
 import torch
-from torch.nn import functional
 
-from qvgen_kernels import LinearTensors, available_kernels, packed_linear, prepack
+from qvgen_kernels import LinearTensors, prepack
 from qvgen_kernels.fused_linear import fused_linear
-from qvgen_kernels.input_steps import InputSteps, InputTensors, apply_steps, stated_norm
+from qvgen_kernels.input_steps import InputSteps, InputTensors
 from tests.kernels.layer import DTYPES, make_layer, make_rows
-from tests.kernels.triton_interpreter import _quiet_numpy, gemm, quantize
+from tests.kernels.triton_interpreter import _quiet_numpy
 
 __all__ = ["_quiet_numpy"]
 
 # Imported after the interpreter's modules, which decide how kernels are made.
-from qvgen_kernels.triton import function_choice  # noqa: E402
 
 ROWS, COLUMNS = 12, 40
 NORMS = ["none", "layer", "rms"]
@@ -49,11 +47,17 @@ def drawn(seed, *, rows=ROWS, columns=COLUMNS):
     before, generator = InputTensors(), torch.Generator().manual_seed(seed)
     if seed % 4:
         count = (1, 3, rows, 5)[seed % 4]
-        row = torch.randint(0, count, (rows,), generator=generator, dtype=torch.int32) if count == 5 or seed % 5 == 0 else None
+        row = (
+            torch.randint(0, count, (rows,), generator=generator, dtype=torch.int32)
+            if count == 5 or seed % 5 == 0
+            else None
+        )
         before = modulation(count, columns, (torch.float32, x.dtype)[seed % 2], row=row)
     norm = NORMS[seed % 3]
     if norm != "none" and seed % 2:
-        weight, bias = (torch.randn(columns, generator=generator).to((x.dtype, torch.float32)[seed % 4 == 1]) for _ in "ab")
+        weight, bias = (
+            torch.randn(columns, generator=generator).to((x.dtype, torch.float32)[seed % 4 == 1]) for _ in "ab"
+        )
         before = before._replace(norm_weight=weight, norm_bias=bias)
     steps = InputSteps(norm=norm, eps=1e-6, function="none", dtype=("", *kinds)[seed // 3 % 4])
     return x, before, steps

@@ -65,7 +65,7 @@ class TritonBackend(CanonicalPrepack):
         tensors: LinearTensors,
         spec: LinearSpec,
     ) -> Tensor:
-        """Map x [M, K] to [M, N] of T; the steps are computed while rows are quantized, where that gives the same bits.
+        """Map x [M, K] or [B, n, K] to [M, N] of T; the steps are computed while rows are quantized, with the same bits.
 
         Torch's operators come first where the quantizer's kernel has no whole row of x (rotations, a low-rank branch, a norm
         with groups or more than 16 384 columns), and where no variant of the function is torch's (function_choice.py).
@@ -78,7 +78,7 @@ class TritonBackend(CanonicalPrepack):
         variant = None if by_torch else variant_of(steps.function, dtype, x.device)
         if variant is None:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                x = apply_steps(x, tensors=before, steps=steps)
+                x = apply_steps(x.reshape(-1, spec.in_features), tensors=before, steps=steps)
             return self.linear(x, weight, tensors=tensors, spec=spec)
         return _run(x, weight, before=StepsBefore(steps, before, variant), tensors=tensors, spec=spec)
 
@@ -86,17 +86,18 @@ class TritonBackend(CanonicalPrepack):
 def _run(
     x: Tensor, weight: Sequence[Tensor], *, before: StepsBefore | None, tensors: LinearTensors, spec: LinearSpec
 ) -> Tensor:
-    """The outputs of x [M, K], M > 0."""
+    """The outputs of x [M, K] or, with steps, [B, n, K]; M > 0."""
     from qvgen_kernels.triton.gemm import multiply
     from qvgen_kernels.triton.quantize import quantize_rows
 
     named = named_weight(weight, spec=spec)
-    y = x.new_empty(len(x), spec.out_features, dtype=None if before is None else before.steps.output_dtype(x))
+    rows = x.numel() // spec.in_features
+    y = x.new_empty(rows, spec.out_features, dtype=None if before is None else before.steps.output_dtype(x))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         operands = quantize_rows(x, spec=spec, tensors=tensors, before=before)
         branch = _branch(x, tensors) if spec.branch_rank else None
         tail = tensors.gate is not None or tensors.residual is not None
-        tile = tile_of(spec, rows=len(x), card=_card(x.device), tail=tail)
+        tile = tile_of(spec, rows=rows, card=_card(x.device), tail=tail)
         multiply(operands, named, y=y, branch=branch, tensors=tensors, spec=spec, tile=tile)
     return y
 

@@ -47,7 +47,10 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 def _load(t, sizes, row, first, columns, mask, form: tl.constexpr):
     """float32 [rows, block] of x after its steps, smoothed; 0 where masked."""
     place = (first[:, None] + columns) * sizes.x_column
-    v = tl.load(t.x + row[:, None] * sizes.x_row + place, mask=mask, other=0.0).to(tl.float32)
+    start = row * sizes.x_row
+    if form.samples:
+        start = (row // sizes.sample_rows) * sizes.x_sample + (row % sizes.sample_rows) * sizes.x_row
+    v = tl.load(t.x + start[:, None] + place, mask=mask, other=0.0).to(tl.float32)
     if form.steps:
         v = prepare(v, t, sizes, (row, first[:, None] + columns), row * form.segments < sizes.segments, mask, form)
     if t.input_scale is not None:
@@ -217,7 +220,7 @@ def quantize_rows(
     """Smooth, rotate and quantize rows.
 
     Args:
-        x: float32, bfloat16 or float16 [M, K] of any strides, M > 0.
+        x: float32, bfloat16 or float16 [M, K] of any strides, M > 0; where there are steps also [B, n, K].
         spec: The layer; without a rotation where there are steps.
         tensors: input_scale, clips, static scales and zero points.
         before: The steps that x goes through first; None: none.
@@ -228,7 +231,7 @@ def quantize_rows(
     input_scale = _dense(tensors.input_scale)
     if spec.rotation:
         x, input_scale = rotate_rows(x, spec=spec, input_scale=input_scale), None
-    rows, layout = x.shape[0], layout_of(spec)
+    rows, layout = x.numel() // spec.in_features, layout_of(spec)
     per_row = spec.in_features // (spec.activation_group_size or spec.in_features)
     form = quantize_form(spec, segments=rows * per_row)
     new = x.new_empty
@@ -245,7 +248,7 @@ def quantize_rows(
     )
     vectors = (tensors.clip_low, tensors.clip_high, tensors.row_scale, tensors.row_zero_point)
     given = QuantizeTensors(x, *operands, input_scale, *(_dense(vector) for vector in vectors))
-    sizes = QuantizeSizes(rows * per_row, *x.stride(), layout.columns, padded)
+    sizes = QuantizeSizes(rows * per_row, *x.stride()[-2:], layout.columns, padded)
     if before is not None:
         form, given, sizes = with_steps(form, given, sizes, before)
     grid = (triton.cdiv(rows * per_row, form.rows),)

@@ -81,6 +81,7 @@ class QuantizeForm:
         block: Columns that are read at a time, a power of two.
         steps: Whether steps come before the codes; what follows belongs to them.
         whole: A segment is read once and stays in registers.
+        samples: x has a stride for samples besides that for rows.
         norm: Of the steps: norm, eps and the type T of the input after them.
         eps: See norm.
         dtype: See norm.
@@ -106,6 +107,7 @@ class QuantizeForm:
     block: int
     steps: bool = False
     whole: bool = False
+    samples: bool = False
     norm: str = "none"
     eps: float = 0.0
     dtype: str = "float32"
@@ -146,6 +148,8 @@ class QuantizeSizes(NamedTuple):
     gain_count: Any = 1
     gain_row: Any = 0
     shift_row: Any = 0
+    sample_rows: Any = 1
+    x_sample: Any = 0
 
 
 def quantize_form(spec: LinearSpec, *, segments: int) -> QuantizeForm:
@@ -235,11 +239,13 @@ def with_steps(
     given = given._replace(**dict(zip(_STEP_FIELDS, (gain, shift, *vectors), strict=True)))
     if gain is not None and shift is not None:
         sizes = sizes._replace(
-            gain_rows=max(1, len(x) // len(gain)),
+            gain_rows=max(1, x.shape[:-1].numel() // len(gain)),
             gain_count=len(gain),
             gain_row=gain.stride(0),
             shift_row=shift.stride(0),
         )
+    if x.ndim == 3:
+        form, sizes = replace(form, samples=True), sizes._replace(sample_rows=x.shape[1], x_sample=x.stride(0))
     return form, given, sizes
 
 
