@@ -24,7 +24,7 @@ class BlockedFeedForward(nn.Module):
     Args:
         feed_forward: A FeedForward of diffusers, which calls the layers of its list ``net`` one after the other. The list
             becomes this module's, so that names in a state dict stay.
-        function: The function of its first entry, behind that one's layer ``proj``, where its only other layer is a packed one
+        function: The function of its first entry, behind that one's layer ``proj``, where its other layer is a packed one
             that can compute it (:class:`~qvgen_kernels.input_steps.InputSteps`); "none": the entries are called as they are.
     """
 

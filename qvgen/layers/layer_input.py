@@ -69,6 +69,9 @@ def enter(layer: nn.Module, x: Tensor, given: LayerInput) -> Tensor:
     return found
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A type's name in :class:`InputSteps`."""
-    return {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+def modulated(dtype: torch.dtype, gain: Tensor | None = None, shift: Tensor | None = None) -> LayerInput:
+    """The steps that multiply by a gain, add a shift, both [B, s, K], and round to a type."""
+    return LayerInput(InputSteps(dtype=_NAMES[dtype]), gain, shift)
+
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -10,7 +10,7 @@ from torch import Tensor
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.layer_input import LayerInput
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear
-from qvgen_kernels.fused_linear import fused_linear
+from qvgen_kernels.fused_op import fused_linear
 
 Prepacked = tuple[str, LinearSpec, list[Tensor]]
 """Name of a backend, the layer as it knows it, and its copy of the weight."""

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, gains_by_fusing
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
-from qvgen.layers.layer_input import LayerInput, dtype_name, enter
+from qvgen.layers.layer_input import LayerInput, enter, modulated
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen_kernels.input_steps import InputSteps
 
 
 class _AttentionView:
@@ -94,19 +93,19 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
         table = (self.scale_shift_table.unsqueeze(0) if of_tokens else self.scale_shift_table) + temb.float()
         parts = [part.squeeze(2) if of_tokens else part for part in table.chunk(6, dim=temb.ndim - 2)]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = parts
-        steps = InputSteps(dtype=dtype_name(hidden_states.dtype))
+        dtype = hidden_states.dtype
 
-        x, given = self.norm1(hidden_states.float()), LayerInput(steps, 1 + scale, shift)
+        x, given = self.norm1(hidden_states.float()), modulated(dtype, 1 + scale, shift)
         hidden_states = self.attn1(x, None, None, rotary_emb, given=given, gate=gate, residual=hidden_states)
 
         x = self.norm2(hidden_states.float())
         if self._adds_to_text and gains_by_fusing(hidden_states):
-            tail = {"given": LayerInput(steps), "residual": hidden_states}
+            tail = {"given": modulated(dtype), "residual": hidden_states}
             hidden_states = self.attn2(x, encoder_hidden_states, None, None, **tail)
         else:
             hidden_states = hidden_states + self.attn2(x.type_as(hidden_states), encoder_hidden_states, None, None)
 
-        x, given = self.norm3(hidden_states.float()), LayerInput(steps, 1 + ff_scale, ff_shift)
+        x, given = self.norm3(hidden_states.float()), modulated(dtype, 1 + ff_scale, ff_shift)
         gated: Tensor = self.ffn(x, given=given, gate=ff_gate, residual=hidden_states)
         return gated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import ChronoEditTransformer3DModel, CogVideoXTransformer3DModel,
 from diffusers.models.transformers.transformer_chronoedit import WanAttention as ChronoEditAttention
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qvgen
 from qvgen.config.leaves import load_leaf
@@ -23,7 +25,7 @@ from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.models import cogvideox_fusion, wan_fusion
 from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
-from qvgen_kernels import registry
+from qvgen_kernels import fused_op, op, registry
 from qvgen_kernels.reference import ReferenceBackend
 from tests.profiles import make_profile
 
@@ -239,6 +241,49 @@ def test_a_whole_packed_model_compiles_without_graph_break(name: str, monkeypatc
     compiled = torch.compile(packed, fullgraph=True, backend="eager")
     assert torch.equal(call(name, compiled), call(name, packed))
     torch._dynamo.reset()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses operators that would wait for a device: those that read a value or whose output's size depends on one."""
+
+    waits = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.is_nonzero.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.waits, f"{func} reads a value"
+        own = {
+            torch.ops.qvgen.fused_linear.default: fused_op._fused_linear,
+            torch.ops.qvgen.packed_linear.default: op._packed_linear,
+        }
+        if func in own:
+            self.calls[func.name()] += 1
+            with self:  # what happens inside of the operator is looked at too
+                return own[func](*args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_call_reads_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_as_elsewhere(monkeypatch)
+    packed = make_packed(name)
+    for layer in packed_layers(packed).values():
+        layer.kernel = "dequantize"
+    fuse_packed_(packed)
+    prepack_(packed)
+    expected = call(name, packed)
+    with NothingIsRead() as mode:
+        found = call(name, packed)
+    assert torch.equal(found, expected)
+    # q k v, to_out of text and video, ff1, ff2 of both; Wan: q k v, the text's q, ff1, ff2
+    assert mode.calls["qvgen::fused_linear"] == 2 * (6 if name == "cogvideox" else 4)
 
 
 class Tight(ReferenceBackend):
