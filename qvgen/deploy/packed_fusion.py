@@ -25,7 +25,7 @@ from torch import nn
 
 from qvgen.config.leaf_file import group_targets
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
-from qvgen.errors import OWN_PACKAGES, one_line
+from qvgen.errors import OWN_PACKAGES, UserError, one_line
 from qvgen.layers.block_fusion import ProjectionMerge, registered_fusions
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.packed_linear import PackedLinear
@@ -48,8 +48,16 @@ class FusionCount:
     gated: int
 
 
-def fuse_packed_(model: nn.Module) -> FusionCount:
-    """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit."""
+def fuse_packed_(model: nn.Module, *, fused_norms: bool = False) -> FusionCount:
+    """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit.
+
+    Args:
+        model: A packed transformer.
+        fused_norms: Norms become part of the layers behind them too. Their last bits are then others than torch's.
+
+    Raises:
+        ValueError: ``fused_norms`` for a model none of whose blocks can do that.
+    """
     _import_families()
     fusions = registered_fusions()
     merged = 0
@@ -70,7 +78,13 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
         for fusion in fusions
         if (block := fusion.gate(module)) is not None
     ]
+    if fused_norms and not any(hasattr(block, "fused_norms") for _, block in gated):
+        raise UserError(
+            f"fused_norms=true: no block of {type(model).__name__} takes its norms into packed layers; leave fused_norms out"
+        )
     for name, block in gated:
+        if hasattr(block, "fused_norms"):
+            block.fused_norms = fused_norms
         model.set_submodule(name, block)
     return FusionCount(merged=merged, feed_forwards=len(feed_forwards), gated=len(gated))
 

@@ -44,7 +44,8 @@ class BlockFusion:
     Attributes:
         merge: Says of any module how its projections are merged; None for one that is no such attention.
         gate: Makes, of a block whose feed-forward runs by blocks of rows already, the block that takes its place: it holds
-            the same modules under the same names. None for any other module.
+            the same modules under the same names. None for any other module. An attribute ``fused_norms`` of it, where there
+            is one, says whether it hands norms to the layers behind them as well, with other last bits than torch's.
     """
 
     merge: Callable[[nn.Module], ProjectionMerge | None] = _nothing

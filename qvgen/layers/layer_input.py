@@ -74,4 +74,12 @@ def modulated(dtype: torch.dtype, gain: Tensor | None = None, shift: Tensor | No
     return LayerInput(InputSteps(dtype=_NAMES[dtype]), gain, shift)
 
 
+def normed(
+    norm: nn.LayerNorm, dtype: torch.dtype, gain: Tensor | None = None, shift: Tensor | None = None
+) -> LayerInput:
+    """The same behind a LayerNorm whose sums are those that kernels/README.md states: other last bits than torch's."""
+    steps = InputSteps(norm="layer", eps=norm.eps, dtype=_NAMES[dtype])
+    return LayerInput(steps, gain, shift, None, norm.weight, norm.bias)
+
+
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -21,30 +21,39 @@ from torch.nn import functional
 
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, gains_by_fusing
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
-from qvgen.layers.layer_input import LayerInput
+from qvgen.layers.layer_input import LayerInput, modulated, normed
 from qvgen.layers.packed_linear import PackedLinear
 
 Rotary = tuple[Tensor, Tensor] | None
 
 
 class Joined:
-    """The normed text and video as one sequence, and what its layers do with it.
+    """Text and video as one sequence, and what its layers do with it.
+
+    Args:
+        norm: The adaptive norm of both.
+        hidden: Video, [B, n, K].
+        text: [B, t, K].
+        temb: [B, E].
+        fused: Whether the norm is one of the steps of the layers.
 
     Attributes:
-        x: [B, t + n, K], normed.
-        given: Its modulation.
+        x: [B, t + n, K], normed unless that is one of the steps.
+        given: The steps.
         gates: Those of the text and of the video, [B, 1, N].
     """
 
-    def __init__(self, norm: CogVideoXLayerNormZero, hidden: Tensor, text: Tensor, temb: Tensor) -> None:
+    def __init__(
+        self, norm: CogVideoXLayerNormZero, hidden: Tensor, text: Tensor, temb: Tensor, *, fused: bool = False
+    ) -> None:
         shift, scale, gate, text_shift, text_scale, text_gate = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-        self.x = torch.cat([norm.norm(text), norm.norm(hidden)], dim=1)
+        self.x = torch.cat([text, hidden] if fused else [norm.norm(text), norm.norm(hidden)], dim=1)
         gain, shift = torch.stack([1 + text_scale, 1 + scale], dim=1), torch.stack([text_shift, shift], dim=1)
         samples, tokens = self.x.shape[:2]
         is_video = torch.arange(tokens, dtype=torch.int32, device=temb.device) >= text.shape[1]
         first = 2 * torch.arange(samples, dtype=torch.int32, device=temb.device)
-        row = first.unsqueeze(1) + is_video.to(torch.int32)
-        self.given = LayerInput(gain=gain, shift=shift, row=row)
+        given = normed(norm.norm, hidden.dtype, gain, shift) if fused else modulated(hidden.dtype, gain, shift)
+        self.given = given._replace(row=first.unsqueeze(1) + is_video.to(torch.int32))
         self.gates = (text_gate.unsqueeze(1), gate.unsqueeze(1))
 
 
@@ -100,7 +109,12 @@ class GatedCogVideoXBlock(CogVideoXBlock):  # type: ignore[misc] - diffusers has
 
     Args:
         block: One for which :func:`can_gate`.
+
+    Attributes:
+        fused_norms: Its norms are part of the layers behind them too, which changes last bits of theirs.
     """
+
+    fused_norms = False
 
     def __init__(self, block: CogVideoXBlock) -> None:
         nn.Module.__init__(self)
@@ -118,15 +132,15 @@ class GatedCogVideoXBlock(CogVideoXBlock):  # type: ignore[misc] - diffusers has
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block as diffusers does: video [B, n, N] and text [B, t, N], temb [B, K]."""
-        if attention_kwargs or not gains_by_fusing(hidden_states):
+        if attention_kwargs or not (self.fused_norms or gains_by_fusing(hidden_states)):
             plain: tuple[Tensor, Tensor] = super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
             )
             return plain
         hidden, text = hidden_states, encoder_hidden_states
-        joined = Joined(self.norm1, hidden, text, temb)
+        joined = Joined(self.norm1, hidden, text, temb, fused=self.fused_norms)
         hidden, text = self.attn1(hidden, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, joined=joined)
-        joined, count = Joined(self.norm2, hidden, text, temb), text.shape[1]
+        joined, count = Joined(self.norm2, hidden, text, temb, fused=self.fused_norms), text.shape[1]
         wide, (text_gate, gate) = self.ff.widen(joined.x, joined.given), joined.gates
         return (
             self.ff.narrow(wide[:, count:], gate=gate, residual=hidden),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, gains_by_fusing
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
-from qvgen.layers.layer_input import LayerInput, enter, modulated
+from qvgen.layers.layer_input import LayerInput, enter, modulated, normed
 from qvgen.layers.packed_linear import PackedLinear
 
 
@@ -72,7 +72,12 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
 
     Args:
         block: One for which :func:`can_gate`.
+
+    Attributes:
+        fused_norms: Its norms are part of the layers behind them too, which changes last bits of theirs.
     """
+
+    fused_norms = False
 
     def __init__(self, block: WanTransformerBlock) -> None:
         nn.Module.__init__(self)
@@ -93,21 +98,26 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
         table = (self.scale_shift_table.unsqueeze(0) if of_tokens else self.scale_shift_table) + temb.float()
         parts = [part.squeeze(2) if of_tokens else part for part in table.chunk(6, dim=temb.ndim - 2)]
         shift, scale, gate, ff_shift, ff_scale, ff_gate = parts
-        dtype = hidden_states.dtype
-
-        x, given = self.norm1(hidden_states.float()), modulated(dtype, 1 + scale, shift)
+        x, given = self._entered(self.norm1, hidden_states, 1 + scale, shift)
         hidden_states = self.attn1(x, None, None, rotary_emb, given=given, gate=gate, residual=hidden_states)
 
-        x = self.norm2(hidden_states.float())
-        if self._adds_to_text and gains_by_fusing(hidden_states):
-            tail = {"given": modulated(dtype), "residual": hidden_states}
-            hidden_states = self.attn2(x, encoder_hidden_states, None, None, **tail)
+        x, given = self._entered(self.norm2, hidden_states)
+        if self._adds_to_text and (self.fused_norms or gains_by_fusing(hidden_states)):
+            hidden_states = self.attn2(x, encoder_hidden_states, None, None, given=given, residual=hidden_states)
         else:
-            hidden_states = hidden_states + self.attn2(x.type_as(hidden_states), encoder_hidden_states, None, None)
+            hidden_states = hidden_states + self.attn2(given.apply(x), encoder_hidden_states, None, None)
 
-        x, given = self.norm3(hidden_states.float()), modulated(dtype, 1 + ff_scale, ff_shift)
+        x, given = self._entered(self.norm3, hidden_states, 1 + ff_scale, ff_shift)
         gated: Tensor = self.ffn(x, given=given, gate=ff_gate, residual=hidden_states)
         return gated
+
+    def _entered(
+        self, norm: nn.Module, hidden: Tensor, gain: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, LayerInput]:
+        """What a layer reads, and the steps that it takes on the way, of ``(norm(hidden.float()) * gain + shift)``."""
+        if self.fused_norms and isinstance(norm, nn.LayerNorm):
+            return hidden, normed(norm, hidden.dtype, gain, shift)
+        return norm(hidden.float()), modulated(hidden.dtype, gain, shift)
 
 
 def merge_projections(module: nn.Module) -> ProjectionMerge | None:

@@ -17,6 +17,7 @@ import qvgen
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
 from qvgen.deploy.packed_fusion import fuse_packed_, kernel_names, prepack_
+from qvgen.errors import UserError
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers import block_fusion, blocked_feed_forward
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, register_fusion
@@ -26,6 +27,7 @@ from qvgen.models import cogvideox_fusion, wan_fusion
 from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
 from qvgen_kernels import fused_op, op, registry
+from qvgen_kernels.input_steps import stated_norm
 from qvgen_kernels.reference import ReferenceBackend
 from tests.profiles import make_profile
 
@@ -241,6 +243,48 @@ def test_a_whole_packed_model_compiles_without_graph_break(name: str, monkeypatc
     compiled = torch.compile(packed, fullgraph=True, backend="eager")
     assert torch.equal(call(name, compiled), call(name, packed))
     torch._dynamo.reset()
+
+
+class StatedNorm(nn.Module):
+    """A LayerNorm in torch's place whose sums are those of kernels/README.md."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = stated_norm(x.flatten(0, -2), self.weight, self.bias, eps=self.eps)
+        return rows.reshape(x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_are_the_stated_ones_and_nothing_else(name: str, dtype: torch.dtype) -> None:
+    fake = make_fake(name)
+    plain, fused, by_torch = (make_packed(name, fake).to(dtype) for _ in range(3))
+    fuse_packed_(by_torch)
+    fuse_packed_(fused, fused_norms=True)
+    ends = ("norm1", "norm2", "norm3") if name == "wan" else ("norm1.norm", "norm2.norm")
+    for block in plain.blocks if name == "wan" else plain.transformer_blocks:
+        for end in ends:
+            if isinstance(block.get_submodule(end), nn.LayerNorm):
+                block.set_submodule(end, StatedNorm(block.get_submodule(end)))
+    found = call(name, fused, dtype)
+    assert torch.equal(found, call(name, plain, dtype))
+    if dtype == torch.float32:
+        assert not torch.equal(found, call(name, by_torch, dtype))
+        assert (found - call(name, by_torch, dtype)).square().mean() < 1e-4 * found.square().mean()
+
+
+def test_fused_norms_of_a_model_that_has_none_are_refused(tmp_path) -> None:
+    packed = make_packed("wan")
+    for block in packed.blocks:
+        block.attn1.to_out[0] = nn.Linear(64, 64)
+    with pytest.raises(UserError, match="fused_norms=true: no block of WanTransformer3DModel"):
+        fuse_packed_(packed, fused_norms=True)
+    qvgen.save_packed(make_packed("wan"), tmp_path)
+    assert all(block.fused_norms for block in qvgen.load_packed(tmp_path, fused_norms=True).blocks)
+    assert not any(block.fused_norms for block in qvgen.load_packed(tmp_path).blocks)
 
 
 class NothingIsRead(TorchDispatchMode):

@@ -213,15 +213,23 @@ def test_no_rows_and_their_type():
         assert (y.shape, y.dtype) == ((2, 0, 9), torch.bfloat16)
 
 
-def test_steps_compile_as_one_node():
+def test_steps_compile_as_one_node_of_the_stated_type():
     layer = make_layer(in_features=COLUMNS, out_features=9)
-    x, given = make_rows(4, COLUMNS), modulation(2, COLUMNS, torch.float32)
-    torch.library.opcheck(
-        torch.ops.qvgen.fused_linear.default,
-        (x, list(given), InputSteps("layer", 1e-6, "none", "bfloat16").to_string(), weight_of(layer, "reference"),
-         list(LinearTensors(bias=layer.bias)), layer.spec.to_string(), "reference"),
-        test_utils=("test_schema", "test_faketensor"),
+    x, given, weight = make_rows(4, COLUMNS), modulation(2, COLUMNS, torch.float32), weight_of(layer, "reference")
+    norm = torch.nn.LayerNorm(COLUMNS, eps=1e-6)
+
+    def fused(x):
+        steps = InputSteps(norm="layer", eps=norm.eps, dtype="bfloat16")
+        return fused_linear(x, weight=weight, before=given, steps=steps, spec=layer.spec, kernel="reference")
+
+    assert torch.equal(torch.compile(fused, fullgraph=True, backend="eager")(x), fused(x))
+    torch._dynamo.reset()
+    meta = [value.to("meta") for value in (x, given.gain, given.shift, *weight)]
+    y = torch.ops.qvgen.fused_linear(
+        meta[0], [*meta[1:3], None, None, None], InputSteps(dtype="float16").to_string(), meta[3:], [None] * 10,
+        layer.spec.to_string(), "reference",
     )  # fmt: skip
+    assert (y.shape, y.dtype, y.device.type) == ((4, 9), torch.float16, "meta")
 
 
 @pytest.mark.parametrize(
