@@ -69,7 +69,6 @@ STEPS = {
     "norm-modulate-quantize": (InputSteps(norm="layer", eps=1e-5), "none"),
     "gelu-quantize": (InputSteps(function="gelu_tanh"), "gelu_tanh, contracted"),
 }
-"""Steps before a quantizer, and how their function is computed."""
 
 _MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
 
@@ -136,19 +135,19 @@ def product(options, capability):
 
 
 def with_steps(form, tensors, sizes, steps, variant):
-    """What the quantizer's kernel takes for steps before it: bfloat16, a gain and a shift for each of two samples."""
+    """What the quantizer's kernel takes for bfloat16 steps; a norm's with a gain and a shift for each of two samples."""
     form = quantize_form.form_with_steps(form, steps, dtype=torch.bfloat16, round_to=torch.bfloat16, variant=variant)
-    form = replace(form, interpreted=False)
-    if steps.norm == "none":
-        return form, tensors, sizes
-    tensors = tensors._replace(gain="*bf16:16", shift_by="*bf16:16", norm_weight="*bf16:16", norm_bias="*bf16:16")
-    return form, tensors, sizes._replace(gain_rows="i32", gain_count="i32", gain_row="i32:16", shift_row="i32:16")
+    if steps.norm != "none":
+        names = ("gain", "shift_by", "norm_weight", "norm_bias")
+        tensors = tensors._replace(**dict.fromkeys(names, "*bf16:16"))
+        sizes = sizes._replace(gain_rows="i32", gain_count="i32", gain_row="i32:16", shift_row="i32:16")
+    return replace(form, interpreted=False), tensors, sizes
 
 
 def row_kernel(name, options, capability):
     """The compiled kernel of that name for rows of bfloat16 (the sum of Paley: float32)."""
     spec = spec_of(options)
-    if name.endswith("quantize") or name.startswith("quantize"):
+    if "quantize" in name:
         parts = spec.num_groups if spec.activation_group_size else 1
         form = quantize_form.quantize_form(spec, segments=ROWS * parts)
         sums = "*i32:16" if spec.weight_zero_point != "none" else None
@@ -156,8 +155,7 @@ def row_kernel(name, options, capability):
         sizes = quantize_form.QuantizeSizes("i32:16", "i32:16", 1, "i32:16", "i32:16")
         if name in STEPS:
             form, tensors, sizes = with_steps(form, tensors, sizes, *STEPS[name])
-        arguments = {"t": tensors, "sizes": sizes, "form": form}
-        warps = quantize_form.warps_of(form)
+        arguments, warps = {"t": tensors, "sizes": sizes, "form": form}, quantize_form.warps_of(form)
         found = compiled(quantize.quantize_kernel, arguments, capability=capability, num_warps=warps)
         return found, f"{form.rows} x {form.block}"
     if name == "paley":

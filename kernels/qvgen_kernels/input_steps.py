@@ -1,4 +1,4 @@
-r"""What a block does with a layer's input before it is quantized, as a part of the layer: kernels/README.md, "Input steps".
+r"""Steps of a block before a layer quantizes its input, as a part of the layer: kernels/README.md, "Input steps".
 
     norm          v = (x - mean) * rstd * weight + bias     sums in whole numbers, so that no backend's order matters
     modulation    v = gain * v + shift

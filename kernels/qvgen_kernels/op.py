@@ -39,7 +39,7 @@ def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec, *, dtype: 
 
     Args:
         x: The rows.
-        tensors: Those of the call.
+        tensors: The tensors of the call.
         spec: The layer.
         dtype: T where steps before the layer give x another type than it has; None: x's.
     """

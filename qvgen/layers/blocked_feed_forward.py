@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qvgen.layers.layer_input import LayerInput, enter
+from qvgen.layers.layer_input import LayerInput, enter, with_function
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen_kernels.input_steps import InputSteps
 
 ROWS = 512
 """Rows of a block; at 1920 -> 7680 -> 1920 the intermediate takes 8 MB in bfloat16 (docs/log.md)."""
@@ -33,7 +32,7 @@ class BlockedFeedForward(nn.Module):
         net = feed_forward.net
         assert isinstance(net, nn.ModuleList)
         self.net = net
-        self._function = None if function == "none" else LayerInput(InputSteps(function=function))
+        self._function = None if function == "none" else with_function(function)
         self._last = next((i for i, module in enumerate(net) if isinstance(module, PackedLinear)), len(net) - 1)
 
     @property

@@ -1,4 +1,4 @@
-"""What a block does with the input of a packed layer, handed to the layer itself: norm, modulation, type and function.
+"""Steps of a block before a packed layer, handed to the layer itself: norm, modulation, type and function.
 
 A kernel then reads the input once and writes its codes (kernels/README.md, "Input steps"); the results are those of torch's
 operators before the layer.
@@ -20,7 +20,7 @@ class LayerInput(NamedTuple):
     """The steps for an input [B, n, K].
 
     Attributes:
-        steps: Those that are no tensors.
+        steps: The part of them that is no tensors.
         gain: [B, s, K], factor after the norm, 1 + scale of an adaptive norm; s is 1, n, or as ``row`` has it.
         shift: [B, s, K], added after it.
         row: int32 [B, n], which of the B * s rows of gain and shift each row of the input takes; None: s is 1 or n.
@@ -80,6 +80,11 @@ def normed(
     """The same behind a LayerNorm whose sums are those that kernels/README.md states: other last bits than torch's."""
     steps = InputSteps(norm="layer", eps=norm.eps, dtype=_NAMES[dtype])
     return LayerInput(steps, gain, shift, None, norm.weight, norm.bias)
+
+
+def with_function(function: str) -> LayerInput:
+    """The step that computes a function, "gelu_tanh" or "silu"."""
+    return LayerInput(InputSteps(function=function))
 
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -33,14 +33,14 @@ class Joined:
     Args:
         norm: The adaptive norm of both.
         hidden: Video, [B, n, K].
-        text: [B, t, K].
+        text: Text, [B, t, K].
         temb: [B, E].
         fused: Whether the norm is one of the steps of the layers.
 
     Attributes:
         x: [B, t + n, K], normed unless that is one of the steps.
         given: The steps.
-        gates: Those of the text and of the video, [B, 1, N].
+        gates: Gates of the text and of the video, [B, 1, N].
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class JoinedCogVideoXAttnProcessor(FusedCogVideoXAttnProcessor2_0):  # type: ign
         image_rotary_emb: Rotary = None,
         joined: Joined | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What diffusers' gives; with ``joined``: residual + gate * attention of the video and of the text.
+        """Attention as diffusers' processor gives it; with ``joined``: residual + gate * attention of video and text.
 
         ``hidden_states`` [B, n, N] and ``encoder_hidden_states`` [B, t, N] are the residuals then. (An attention passes on
         what is named here and nothing else.)

@@ -114,7 +114,7 @@ class GatedWanBlock(WanTransformerBlock):  # type: ignore[misc] - diffusers has 
     def _entered(
         self, norm: nn.Module, hidden: Tensor, gain: Tensor | None = None, shift: Tensor | None = None
     ) -> tuple[Tensor, LayerInput]:
-        """What a layer reads, and the steps that it takes on the way, of ``(norm(hidden.float()) * gain + shift)``."""
+        """A layer's input and the steps before it, together ``(norm(hidden.float()) * gain + shift).type_as(hidden)``."""
         if self.fused_norms and isinstance(norm, nn.LayerNorm):
             return hidden, normed(norm, hidden.dtype, gain, shift)
         return norm(hidden.float()), modulated(hidden.dtype, gain, shift)

@@ -82,7 +82,7 @@ class QuantizeForm:
         steps: Whether steps come before the codes; what follows belongs to them.
         whole: A segment is read once and stays in registers.
         samples: x has a stride for samples besides that for rows.
-        norm: Of the steps: norm, eps and the type T of the input after them.
+        norm: Norm of the steps; then their eps, and the type T of the input after them.
         eps: See norm.
         dtype: See norm.
         round_to: Type that norm, product and sum are each rounded to.
@@ -202,7 +202,7 @@ def form_with_steps(
     """The constants of a quantizer with steps before it.
 
     Args:
-        form: Those of the layer alone.
+        form: The constants of the layer alone.
         steps: Norm and eps.
         dtype: T.
         round_to: Type that norm, product and sum are each rounded to.
@@ -229,7 +229,7 @@ def form_with_steps(
 def with_steps(
     form: QuantizeForm, given: QuantizeTensors, sizes: QuantizeSizes, before: StepsBefore
 ) -> tuple[QuantizeForm, QuantizeTensors, QuantizeSizes]:
-    """What the kernel takes for a layer alone, with steps before it."""
+    """The constants, tensors and sizes of a layer alone, with steps before it."""
     steps, tensors, x = before.steps, before.tensors, given.x
     dtype = steps.output_dtype(x)
     round_to = dtype if tensors.gain is None else tensors.gain.dtype
