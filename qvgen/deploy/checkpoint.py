@@ -173,9 +173,9 @@ def load_timed(
     seconds = clock.seconds()
     log.info("%s: %s", directory, kernel_line(manifest, kernel=kernel, device=device))
     log.info(
-        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated; %.1f s",
+        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated%s; %.1f s",
         directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
-        seconds.wall,
+        ", with their norms" if fused_norms else "", seconds.wall,
     )  # fmt: skip
     return model, seconds
 
