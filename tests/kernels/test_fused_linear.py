@@ -193,9 +193,9 @@ def test_functions_are_torchs_to_the_bit_whoever_computes_them(function, dtype, 
 
 @pytest.mark.parametrize("variant", [name for names in triton_steps.VARIANTS.values() for name in names])
 def test_the_quantizer_takes_exactly_the_numbers_of_a_variant(variant):
-    x = make_rows(2, 1024, dtype=torch.bfloat16)
+    x = make_rows(2, 2048, dtype=torch.bfloat16)
     wanted = function_choice.computed(x, variant)
-    spec = make_layer(in_features=1024, out_features=1, weight_bits=4, activation_bits=8).spec
+    spec = make_layer(in_features=2048, out_features=1, weight_bits=4, activation_bits=8).spec
     before = quantize_form.StepsBefore(InputSteps(function=variant.partition(",")[0]), InputTensors(), variant)
     found = quantize.quantize_rows(x, spec=spec, tensors=LinearTensors(), before=before)
     expected = quantize.quantize_rows(wanted, spec=spec, tensors=LinearTensors())

@@ -83,6 +83,7 @@ def test_the_video_is_the_same_on_every_backend(packed: Path) -> None:
 def test_norms_are_fused_where_that_is_asked_for(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "qvgen.deploy.checkpoint")
     for option, said in (("fused_norms=true", True), ("fused_norms=false", False)):
         caplog.clear()
         arguments = [f"packed={packed}", f"prompt={PROMPT}", "num_steps=1", f"out={tmp_path / str(said)}", option]

@@ -19,7 +19,7 @@ from qvgen_kernels.triton.steps import VARIANTS, function_kernel
 __all__ = ["torch_function", "variant_of"]
 
 _NUMBERS = 65536
-_PER_PROGRAM = 1024
+_PER_PROGRAM = 4096
 
 
 @cache
@@ -49,9 +49,9 @@ def torch_function(x: Tensor, function: str) -> Tensor:
 
 
 def computed(x: Tensor, variant: str) -> Tensor:
-    """A variant's results for a multiple of 1024 numbers."""
+    """A variant's results for a multiple of 4096 numbers."""
     y = torch.empty_like(x)
-    launch(function_kernel, (x.numel() // _PER_PROGRAM,), x, y, variant, INTERPRETED, on=x, num_warps=4)
+    launch(function_kernel, (x.numel() // _PER_PROGRAM,), x, y, _PER_PROGRAM, variant, INTERPRETED, on=x, num_warps=4)
     return y
 
 

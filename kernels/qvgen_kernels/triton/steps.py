@@ -57,9 +57,9 @@ def _function(x, variant: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
-def function_kernel(x, y, variant: tl.constexpr, interpreted: tl.constexpr):
-    """Y = T(f(x)) of 1024 numbers of T in each program."""
-    place = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+def function_kernel(x, y, numbers: tl.constexpr, variant: tl.constexpr, interpreted: tl.constexpr):
+    """Y = T(f(x)) of ``numbers`` numbers of T in each program."""
+    place = tl.program_id(0) * numbers + tl.arange(0, numbers)
     kind: tl.constexpr = y.dtype.element_ty
     v = _function(tl.load(x + place).to(tl.float32), variant, interpreted)
     tl.store(y + place, round_to_type(v, kind, interpreted))
