@@ -141,7 +141,7 @@ def with_steps(form, tensors, sizes, steps, variant):
         names = ("gain", "shift_by", "norm_weight", "norm_bias")
         tensors = tensors._replace(**dict.fromkeys(names, "*bf16:16"))
         sizes = sizes._replace(gain_rows="i32", gain_count="i32", gain_row="i32:16", shift_row="i32:16")
-    return replace(form, interpreted=False), tensors, sizes
+    return form, tensors, sizes
 
 
 def row_kernel(name, options, capability):

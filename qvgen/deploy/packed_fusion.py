@@ -40,7 +40,7 @@ class FusionCount:
     Attributes:
         merged: Packed layers that are part of a merged one.
         feed_forwards: Feed-forwards that run by blocks of rows.
-        gated: Blocks whose gates and residuals are part of their layers.
+        gated: Blocks that hand modulations, gates and residuals to their layers wherever that gains something.
     """
 
     merged: int

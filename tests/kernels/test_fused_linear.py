@@ -11,10 +11,10 @@ from qvgen_kernels import LinearTensors, packed_linear, prepack
 from qvgen_kernels.fused_op import fused_linear
 from qvgen_kernels.input_steps import WIDEST_NORM, InputSteps, InputTensors, apply_steps, stated_norm
 from qvgen_kernels.triton import backend as triton_backend
+from qvgen_kernels.triton import quantize_form
 from tests.kernels.layer import DTYPES, make_layer, make_rows
-from tests.kernels.triton_interpreter import _quiet_numpy, quantize
-
-from qvgen_kernels.triton import function_choice, quantize_form, steps as triton_steps  # isort: skip  (interpreted, by the line above)
+from tests.kernels.triton_interpreter import _quiet_numpy, function_choice, quantize
+from tests.kernels.triton_interpreter import steps as triton_steps
 
 __all__ = ["_quiet_numpy"]
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qvgen_kernels.contract import SCALE_FLOOR, SPAN_FLOOR, LinearSpec, LinearTensors
-from qvgen_kernels.triton.launch import launch
+from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.layout import layout_of
 from qvgen_kernels.triton.quantize_form import (
     WIDEST_TILE,
@@ -250,7 +250,7 @@ def quantize_rows(
     given = QuantizeTensors(x, *operands, input_scale, *(_dense(vector) for vector in vectors))
     sizes = QuantizeSizes(rows * per_row, *x.stride()[-2:], layout.columns, padded)
     if before is not None:
-        form, given, sizes = with_steps(form, given, sizes, before)
+        form, given, sizes = with_steps(form, given, sizes, before, interpreted=INTERPRETED)
     grid = (triton.cdiv(rows * per_row, form.rows),)
     launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=warps_of(form))
     return operands

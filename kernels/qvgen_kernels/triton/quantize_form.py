@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qvgen_kernels.contract import SCALE_FLOOR, LinearSpec
 from qvgen_kernels.input_steps import InputSteps, InputTensors
-from qvgen_kernels.triton.launch import INTERPRETED
 from qvgen_kernels.triton.layout import layout_of, unsigned_activations
 
 __all__ = [
@@ -197,7 +196,13 @@ class StepsBefore(NamedTuple):
 
 
 def form_with_steps(
-    form: QuantizeForm, steps: InputSteps, *, dtype: torch.dtype, round_to: torch.dtype, variant: str
+    form: QuantizeForm,
+    steps: InputSteps,
+    *,
+    dtype: torch.dtype,
+    round_to: torch.dtype,
+    variant: str,
+    interpreted: bool = False,
 ) -> QuantizeForm:
     """The constants of a quantizer with steps before it.
 
@@ -207,6 +212,7 @@ def form_with_steps(
         dtype: T.
         round_to: Type that norm, product and sum are each rounded to.
         variant: How the function is computed.
+        interpreted: For Triton's interpreter.
     """
     block = _power_of_two(form.padded_group)
     whole = form.groups == 1 and block <= WIDEST_WHOLE
@@ -222,18 +228,23 @@ def form_with_steps(
         dtype=_name(dtype),
         round_to=_name(round_to),
         function=variant,
-        interpreted=INTERPRETED,
+        interpreted=interpreted,
     )
 
 
 def with_steps(
-    form: QuantizeForm, given: QuantizeTensors, sizes: QuantizeSizes, before: StepsBefore
+    form: QuantizeForm,
+    given: QuantizeTensors,
+    sizes: QuantizeSizes,
+    before: StepsBefore,
+    *,
+    interpreted: bool,
 ) -> tuple[QuantizeForm, QuantizeTensors, QuantizeSizes]:
     """The constants, tensors and sizes of a layer alone, with steps before it."""
     steps, tensors, x = before.steps, before.tensors, given.x
     dtype = steps.output_dtype(x)
     round_to = dtype if tensors.gain is None else tensors.gain.dtype
-    form = form_with_steps(form, steps, dtype=dtype, round_to=round_to, variant=before.variant)
+    form = form_with_steps(form, steps, dtype=dtype, round_to=round_to, variant=before.variant, interpreted=interpreted)
     gain, shift = (None if rows is None else _dense_rows(rows) for rows in (tensors.gain, tensors.shift))
     vectors = (None if value is None else value.contiguous() for value in tensors[2:])
     given = given._replace(**dict(zip(_STEP_FIELDS, (gain, shift, *vectors), strict=True)))
