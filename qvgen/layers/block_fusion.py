@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,6 +59,11 @@ def gains_by_fusing(x: Tensor) -> bool:
     A CPU's do not: torch's bfloat16 operators are as fast there as the fused ones (docs/log.md).
     """
     return x.device.type != "cpu"
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether operators on x's device choose types by themselves, other ones for a norm than for a product."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 _loaders: dict[str, Callable[[], BlockFusion]] = {}

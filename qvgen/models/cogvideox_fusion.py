@@ -19,7 +19,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, gains_by_fusing
+from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, gains_by_fusing, under_autocast
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.layer_input import LayerInput, modulated, normed
 from qvgen.layers.packed_linear import PackedLinear
@@ -132,7 +132,8 @@ class GatedCogVideoXBlock(CogVideoXBlock):  # type: ignore[misc] - diffusers has
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block as diffusers does: video [B, n, N] and text [B, t, N], temb [B, K]."""
-        if attention_kwargs or not (self.fused_norms or gains_by_fusing(hidden_states)):
+        fuses = self.fused_norms or gains_by_fusing(hidden_states)
+        if attention_kwargs or under_autocast(hidden_states) or not fuses:
             plain: tuple[Tensor, Tensor] = super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
             )

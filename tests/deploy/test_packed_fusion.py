@@ -245,6 +245,17 @@ def test_a_whole_packed_model_compiles_without_graph_break(name: str, monkeypatc
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of Wan's norm of queries
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_blocks_under_autocast_are_single_layers_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = make_fake(name)
+    plain, fused = make_packed(name, fake), make_packed(name, fake)
+    fuse_packed_(fused)
+    fuse_as_elsewhere(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(name, fused), call(name, plain))
+
+
 class StatedNorm(nn.Module):
     """A LayerNorm in torch's place whose sums are those of kernels/README.md."""
 

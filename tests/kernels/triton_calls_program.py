@@ -85,10 +85,10 @@ def main():
 
 
 def steps_too(backend):
-    """A layer with steps before it: a norm and a gain for each sample; and a function."""
+    """A layer with steps before it, of some rows of two samples: a norm and a gain by row; and a function."""
     layer = make_layer(in_features=256, out_features=64, weight_bits=4, activation_bits=4)
     weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec)
-    x = make_rows(6, 256)
+    x = make_rows(8, 256).view(2, 4, 256)[:, 1:]
     modulation = InputTensors(
         gain=torch.ones(2, 256), shift=torch.ones(2, 256), row=torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.int32)
     )
