@@ -15,12 +15,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qvgen_kernels import LinearSpec
 from qvgen_kernels.hadamard import paley_factor
+from qvgen_kernels.input_steps import InputSteps
 from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
 from qvgen_kernels.triton.launch import OPTIONS
 from qvgen_kernels.triton.layout import unsigned_activations
@@ -56,9 +58,16 @@ ROW_KERNELS = {
     "quantize": {},
     "quantize-groups": _GROUPED,
     "quantize-division": {**_SYMMETRIC, "activation_arithmetic": "division"},
+    "norm-modulate-quantize": {},
+    "gelu-quantize": {"in_features": 7680, "out_features": 1920},
     "butterfly": {"rotation": 1920},
     "regular": {"rotation": 64, "rotation_kind": "regular"},
     "paley": {"rotation": 1920},
+}
+
+STEPS = {
+    "norm-modulate-quantize": (InputSteps(norm="layer", eps=1e-5), "none"),
+    "gelu-quantize": (InputSteps(function="gelu_tanh"), "gelu_tanh, contracted"),
 }
 
 _MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
@@ -125,18 +134,29 @@ def product(options, capability):
     return found, f"{tile.outputs} x {tile.rows}, {tile.stages} stages"
 
 
+def with_steps(form, tensors, sizes, steps, variant):
+    """What the quantizer's kernel takes for bfloat16 steps; a norm's with a gain and a shift for each of two samples."""
+    form = quantize_form.form_with_steps(form, steps, dtype=torch.bfloat16, round_to=torch.bfloat16, variant=variant)
+    if steps.norm != "none":
+        names = ("gain", "shift_by", "norm_weight", "norm_bias")
+        tensors = tensors._replace(**dict.fromkeys(names, "*bf16:16"))
+        sizes = sizes._replace(gain_rows="i32", gain_count="i32", gain_row="i32:16", shift_row="i32:16")
+    return form, tensors, sizes
+
+
 def row_kernel(name, options, capability):
     """The compiled kernel of that name for rows of bfloat16 (the sum of Paley: float32)."""
     spec = spec_of(options)
-    if name.startswith("quantize"):
+    if "quantize" in name:
         parts = spec.num_groups if spec.activation_group_size else 1
         form = quantize_form.quantize_form(spec, segments=ROWS * parts)
         sums = "*i32:16" if spec.weight_zero_point != "none" else None
         tensors = quantize_form.QuantizeTensors("*bf16:16", "*i8:16", "*fp32:16", None, sums, *[None] * 5)
         sizes = quantize_form.QuantizeSizes("i32:16", "i32:16", 1, "i32:16", "i32:16")
-        found = compiled(
-            quantize.quantize_kernel, {"t": tensors, "sizes": sizes, "form": form}, capability=capability, num_warps=4
-        )
+        if name in STEPS:
+            form, tensors, sizes = with_steps(form, tensors, sizes, *STEPS[name])
+        arguments, warps = {"t": tensors, "sizes": sizes, "form": form}, quantize_form.warps_of(form)
+        found = compiled(quantize.quantize_kernel, arguments, capability=capability, num_warps=warps)
         return found, f"{form.rows} x {form.block}"
     if name == "paley":
         order = paley_factor(spec.rotation)
@@ -229,6 +249,9 @@ def measure(capability, name):
         "contractions": count(every, "FFMA"),
         "divisions_ieee": found.asm["ptx"].count("div.rn.f32"),
         "divisions_fast": found.asm["ptx"].count("div.full.f32"),
+        "multiply_adds": found.asm["ptx"].count("fma.rn"),
+        "roots_ieee": found.asm["ptx"].count("sqrt.rn.f32"),
+        "roots_fast": found.asm["ptx"].count("sqrt.approx"),
         "flushed": found.asm["ptx"].count(".ftz"),
         "coalesced_stores": count(every, "STG.E.128"),
     }

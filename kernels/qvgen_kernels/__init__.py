@@ -14,6 +14,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
+from qvgen_kernels.fused_op import fused_linear
+from qvgen_kernels.input_steps import InputSteps, InputTensors
 from qvgen_kernels.op import packed_linear, prepack
 from qvgen_kernels.registry import (
     Backend,
@@ -28,10 +30,13 @@ from qvgen_kernels.registry import (
 
 __all__ = [
     "Backend",
+    "InputSteps",
+    "InputTensors",
     "LinearSpec",
     "LinearTensors",
     "available_kernels",
     "describe_choice",
+    "fused_linear",
     "get_backend",
     "kernel_names",
     "packed_linear",

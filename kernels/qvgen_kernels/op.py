@@ -21,7 +21,7 @@ from torch import Tensor
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.registry import get_backend
 
-__all__ = ["packed_linear", "prepack"]
+__all__ = ["check_inputs", "no_backward", "packed_linear", "prepack"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "qvgen::packed_linear"
@@ -34,8 +34,16 @@ _library.define(
 )
 
 
-def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
-    """Check what can be checked without reading a value: reading one would stall a GPU in every layer."""
+def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec, *, dtype: torch.dtype | None = None) -> None:
+    """Check what can be checked without reading a value: reading one would stall a GPU in every layer.
+
+    Args:
+        x: The rows.
+        tensors: The tensors of the call.
+        spec: The layer.
+        dtype: T where steps before the layer give x another type than it has; None: x's.
+    """
+    dtype = dtype or x.dtype
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"x is {x.dtype}; use torch.float32, torch.bfloat16 or torch.float16")
     if x.ndim < 1 or x.shape[-1] != spec.in_features:
@@ -56,8 +64,8 @@ def check_inputs(x: Tensor, tensors: LinearTensors, spec: LinearSpec) -> None:
     dtypes = {
         "branch_down": _INPUT_DTYPES,
         "branch_up": _INPUT_DTYPES,
-        "gate": (x.dtype, torch.float32),
-        "residual": (x.dtype,),
+        "gate": (dtype, torch.float32),
+        "residual": (dtype,),
     }
     for name, tensor in tensors._asdict().items():
         if tensor is None:
@@ -119,7 +127,12 @@ def _fake(
     return x.new_empty((*x.shape[:-1], parsed.out_features))
 
 
-def _backward(ctx: object, grad: Tensor) -> NoReturn:  # noqa: ARG001 - autograd's signature
+def no_backward(ctx: object, grad: Tensor) -> NoReturn:  # noqa: ARG001 - autograd's signature
+    """Refuse a backward pass.
+
+    Raises:
+        RuntimeError: Always.
+    """
     raise RuntimeError(
         "packed_linear has no gradient; train the fake-quantized layer and fold it, or use torch.no_grad()"
     )
@@ -127,7 +140,7 @@ def _backward(ctx: object, grad: Tensor) -> NoReturn:  # noqa: ARG001 - autograd
 
 _library.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(_NAME, _fake, lib=_library)
-torch.library.register_autograd(_NAME, _backward, lib=_library)
+torch.library.register_autograd(_NAME, no_backward, lib=_library)
 
 
 def prepack(

@@ -45,6 +45,8 @@ class GenerateConfig:
         out: Folder of the mp4 files.
         overwrite: True replaces files of the same names that are there already; False refuses to.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
+        fused_norms: True computes LayerNorms in the packed layers behind them: fewer passes over a GPU's memory, but other
+            last bits than the fake-quantized model's (docs/numerics.md).
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
@@ -63,6 +65,7 @@ class GenerateConfig:
     out: Path
     overwrite: bool
     kernel: str
+    fused_norms: bool
     dry_run: bool
     debug: bool
     names: ModelName
@@ -91,6 +94,10 @@ class GenerateConfig:
             f"negative_prompt has no effect with guidance_scale={self.guidance_scale}; leave one of them out",
         )
         require(bool(self.seed), "seed=[] is empty; write for example seed=42")
+        require(
+            self.packed is not None or not self.fused_norms,
+            "fused_norms=true is of packed layers; write packed=DIR, or leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

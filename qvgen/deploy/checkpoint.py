@@ -116,7 +116,9 @@ def _check_folded(model: nn.Module) -> None:
     check_switch(model)
 
 
-def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: str = "auto") -> nn.Module:
+def load_packed(
+    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto", *, fused_norms: bool = False
+) -> nn.Module:
     """Read a packed checkpoint into a transformer that runs in its ordinary diffusers pipeline.
 
     Args:
@@ -124,6 +126,8 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
         model: A full-precision transformer of the same configuration to load into, in place; None builds one
             without ever allocating its full-precision weights.
         kernel: Backend that runs the packed layers; a name never falls back to another one.
+        fused_norms: Compute LayerNorms in the packed layers behind them: fewer passes over a GPU's memory, and last bits that
+            are not the fake-quantized model's, whose norms are torch's (docs/numerics.md). Slower on a CPU.
 
     Returns:
         The transformer, in eval mode, on the CPU (or where ``model`` was): its other weights have the dtype that they
@@ -133,11 +137,11 @@ def load_packed(directory: Path | str, model: nn.Module | None = None, kernel: s
         ValueError: Anything in the directory that is missing, damaged, of another version or shape.
         RuntimeError: A kernel that does not run here.
     """
-    return load_timed(directory, model, kernel)[0]
+    return load_timed(directory, model, kernel, fused_norms=fused_norms)[0]
 
 
 def load_timed(
-    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto"
+    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto", *, fused_norms: bool = False
 ) -> tuple[nn.Module, LoadSeconds]:
     """Do what :func:`load_packed` does, and say where its time went."""
     clock = StageClock()
@@ -162,16 +166,16 @@ def load_timed(
     model.load_state_dict(tensors, strict=True, assign=True)
     model.to(device)
     model.requires_grad_(False).eval()
-    fused = fuse_packed_(model)
+    fused = fuse_packed_(model, fused_norms=fused_norms)
     with clock.stage("prepack", all_threads=True):
         names = prepack_(model)
     become_packed_(model, manifest)
     seconds = clock.seconds()
     log.info("%s: %s", directory, kernel_line(manifest, kernel=kernel, device=device))
     log.info(
-        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated; %.1f s",
+        "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated%s; %.1f s",
         directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
-        seconds.wall,
+        ", with their norms" if fused_norms else "", seconds.wall,
     )  # fmt: skip
     return model, seconds
 

@@ -13,8 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from qvgen.layers.layer_input import LayerInput
+from qvgen.layers.packed_call import call
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen_kernels import LinearSpec, packed_linear, resolve_kernel
+from qvgen_kernels import LinearSpec, resolve_kernel
 from qvgen_kernels.weight import CanonicalWeight
 
 
@@ -38,7 +40,10 @@ class MergedPackedLinear(nn.Module):
 
     Attributes:
         parts: The layers that it stands for.
+        takes_input_steps: ``forward`` takes a :class:`~qvgen.layers.layer_input.LayerInput`.
     """
+
+    takes_input_steps = True
 
     def __init__(self, parts: Sequence[PackedLinear]) -> None:
         super().__init__()
@@ -71,18 +76,18 @@ class MergedPackedLinear(nn.Module):
         """Place and version of the parts' codes, which tell whether they are still those that were prepacked."""
         return tuple((part.codes.data_ptr(), part.codes._version) for part in self.parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype."""
+    def forward(self, x: Tensor, *, given: LayerInput | None = None) -> Tensor:
+        """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype, or in that of its steps."""
         if any(hasattr(part, "_hf_hook") for part in self.parts):
             # accelerate's offloading brings a part's tensors when that part is called, and only then.
-            return torch.cat([part(x) for part in self.parts], dim=-1)
+            return torch.cat([part(x, given=given) for part in self.parts], dim=-1)
         if self._prepacked is None or (not torch.compiler.is_compiling() and self._source != self._identity()):
             self.prepack_()
         assert self._prepacked is not None
         name, spec, weight, bias = self._prepacked
         lead = self.parts[0]
         tensors = lead.call_tensors(lead.row_params(x, bits=lead.form.widths[1]), bias=bias)
-        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=name)
+        return call(x, (name, spec, weight), tensors, given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._prepacked = None

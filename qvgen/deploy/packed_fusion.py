@@ -3,8 +3,8 @@
     attention      q, k and v of one input are one call (:mod:`qvgen.deploy.merged_linear`), by the switch that diffusers'
                    attention has for fused projections; where their tables or smoothing differ, as after a method that smooths
                    each layer by itself, or training with method.share_activations=false, they stay three
-    feed-forward   by blocks of rows (:mod:`qvgen.layers.blocked_feed_forward`)
-    gates          and residuals are part of the layers before them
+    feed-forward   by blocks of rows, GELU as part of its last layer (:mod:`qvgen.layers.blocked_feed_forward`)
+    gates          and residuals are part of the layers before them, modulations of those behind
 
 Which attentions and which blocks, the model families say (:mod:`qvgen.layers.block_fusion`): the installed ones, whose files
 are imported here, and those that a command brought. No tensor is added to a checkpoint: the layers that a state dict names
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import nn
 
 from qvgen.config.leaf_file import group_targets
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
-from qvgen.errors import OWN_PACKAGES, one_line
+from qvgen.errors import OWN_PACKAGES, UserError, one_line
 from qvgen.layers.block_fusion import ProjectionMerge, registered_fusions
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.packed_linear import PackedLinear
@@ -39,7 +40,7 @@ class FusionCount:
     Attributes:
         merged: Packed layers that are part of a merged one.
         feed_forwards: Feed-forwards that run by blocks of rows.
-        gated: Blocks whose gates and residuals are part of their layers.
+        gated: Blocks that hand modulations, gates and residuals to their layers wherever that gains something.
     """
 
     merged: int
@@ -47,8 +48,16 @@ class FusionCount:
     gated: int
 
 
-def fuse_packed_(model: nn.Module) -> FusionCount:
-    """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit."""
+def fuse_packed_(model: nn.Module, *, fused_norms: bool = False) -> FusionCount:
+    """Let the blocks of a packed transformer share what they can; in place, outputs stay the same to the bit.
+
+    Args:
+        model: A packed transformer.
+        fused_norms: Norms become part of the layers behind them too. Their last bits are then others than torch's.
+
+    Raises:
+        ValueError: ``fused_norms`` for a model none of whose blocks can do that.
+    """
     _import_families()
     fusions = registered_fusions()
     merged = 0
@@ -62,16 +71,34 @@ def fuse_packed_(model: nn.Module) -> FusionCount:
         if isinstance(module, FeedForward) and any(isinstance(part, PackedLinear) for part in module.modules())
     ]
     for name, module in feed_forwards:
-        model.set_submodule(name, BlockedFeedForward(module))
+        model.set_submodule(name, BlockedFeedForward(module, function=_function(module)))
     gated = [
         (name, block)
         for name, module in list(model.named_modules())
         for fusion in fusions
         if (block := fusion.gate(module)) is not None
     ]
+    if fused_norms and not any(hasattr(block, "fused_norms") for _, block in gated):
+        raise UserError(
+            f"fused_norms=true: no block of {type(model).__name__} takes its norms into packed layers; leave fused_norms out"
+        )
     for name, block in gated:
+        if hasattr(block, "fused_norms"):
+            block.fused_norms = fused_norms
         model.set_submodule(name, block)
     return FusionCount(merged=merged, feed_forwards=len(feed_forwards), gated=len(gated))
+
+
+def _function(feed_forward: FeedForward) -> str:
+    """The function between a feed-forward's two layers that the last one can compute; "none" where it is built otherwise."""
+    layers = [
+        module
+        for module in feed_forward.net
+        if not (isinstance(module, nn.Dropout) and (module.p == 0 or not module.training))
+    ]
+    first, last = layers[0], layers[-1]
+    packed = type(first) is GELU and isinstance(first.proj, PackedLinear) and isinstance(last, PackedLinear)
+    return "gelu_tanh" if packed and len(layers) == 2 and first.approximate == "tanh" else "none"
 
 
 def _import_families() -> None:

@@ -1,7 +1,8 @@
 """Work that the blocks of a model family can share once their layers are packed, as the family says of its own classes.
 
     merge    projections of one input become one call, by the switch that an attention of diffusers has for it
-    gate     a block whose gates and residuals are computed inside of the packed layers before them
+    gate     a block whose gates and residuals are computed inside of the packed layers before them, and whose norms'
+             modulations inside of those behind
 
 A family's file calls :func:`register_fusion` when it is imported; :mod:`qvgen.deploy.packed_fusion` asks all that are
 registered about each module and names no class itself. Results stay the same to the bit whatever is fused, so a family may
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,25 @@ class BlockFusion:
     Attributes:
         merge: Says of any module how its projections are merged; None for one that is no such attention.
         gate: Makes, of a block whose feed-forward runs by blocks of rows already, the block that takes its place: it holds
-            the same modules under the same names. None for any other module.
+            the same modules under the same names. None for any other module. An attribute ``fused_norms`` of it, where there
+            is one, says whether it hands norms to the layers behind them as well, with other last bits than torch's.
     """
 
     merge: Callable[[nn.Module], ProjectionMerge | None] = _nothing
     gate: Callable[[nn.Module], nn.Module | None] = _nothing
+
+
+def gains_by_fusing(x: Tensor) -> bool:
+    """Whether operators of x's own type between layers cost a pass over memory that a fused layer saves.
+
+    A CPU's do not: torch's bfloat16 operators are as fast there as the fused ones (docs/log.md).
+    """
+    return x.device.type != "cpu"
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether operators on x's device choose types by themselves, other ones for a norm than for a product."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 _loaders: dict[str, Callable[[], BlockFusion]] = {}

@@ -20,12 +20,14 @@ from qvgen.layers.branch import BRANCH_DTYPE, packed_floats
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
+from qvgen.layers.layer_input import LayerInput
 from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.packed_call import Prepacked, call, call_tensors, equal_weights
 from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
 from qvgen.quant.precision import to_float64
 from qvgen.quant.width_table import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
-from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
+from qvgen_kernels import LinearSpec, LinearTensors, prepack, resolve_kernel
 
 
 def layer_spec(form: LayerForm, *, in_features: int, out_features: int, widths: Widths | None = None) -> LinearSpec:
@@ -72,6 +74,7 @@ class PackedLinear(PackedWeight):
         other_weights: The codes of other weight widths of the table, by width; None where there are none.
         input_scale: buffer float32 [K] or None.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r] or None.
+        takes_input_steps: ``forward`` takes a :class:`LayerInput`.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
     """
 
@@ -79,6 +82,7 @@ class PackedLinear(PackedWeight):
     input_scale: Tensor | None
     branch_down: Tensor | None
     branch_up: Tensor | None
+    takes_input_steps = True
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class PackedLinear(PackedWeight):
         zeros = torch.zeros(out_features, device=device)
         self.register_parameter("bias", nn.Parameter(zeros, requires_grad=False) if bias else None)
         self.weight_error: float | None = None
-        self._prepacked: dict[Widths, tuple[str, LinearSpec, list[Tensor]]] = {}
+        self._prepacked: dict[Widths, Prepacked] = {}
 
     @property
     def spec(self) -> LinearSpec:
@@ -205,7 +209,7 @@ class PackedLinear(PackedWeight):
         )
         for (other, _), (other_name, _, theirs) in self._prepacked.items():
             # Most backends order a weight alike for all widths of the activations: one copy serves them all.
-            if other == widths[0] and other_name == name and _equal(theirs, weight):
+            if other == widths[0] and other_name == name and equal_weights(theirs, weight):
                 weight = theirs
         self._prepacked[widths] = (name, spec, weight)
         return name
@@ -235,46 +239,45 @@ class PackedLinear(PackedWeight):
         rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, profile=self.profile)
         return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
-    def forward(self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None, given: LayerInput | None = None
+    ) -> Tensor:
         """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype.
 
         ``residual + gate * y`` for a gate [B * n, 1, N] or [B * n, ..., N] and a residual like y; of the operator's types.
+        ``given`` are steps that x goes through first, whose type the outputs have.
         """
 
         def run(part: Tensor, index: Tensor | None, widths: Widths) -> Tensor:
             tail = [value if value is None or index is None else value[index] for value in (gate, residual)]
-            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths, tail)
+            own = None if given is None else given.of(index)
+            return self._product(part, rows_of(self.row_params(x, bits=widths[1]), x, index), widths, tail, own)
 
         return by_widths(x, run, width_table=self.form.width_table, profile=self.profile, noise_band=self.noise_band)
 
     def _product(
-        self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths, tail: Sequence[Tensor | None]
+        self,
+        x: Tensor,
+        params: tuple[Tensor, Tensor],
+        widths: Widths,
+        tail: Sequence[Tensor | None],
+        given: LayerInput | None,
     ) -> Tensor:
         ready = self._prepacked.get(widths)
         # offloading moves tensors without telling the module
         if ready is None or ready[2][0].device != self.codes.device:
             self.prepack_(widths)
-        kernel, spec, weight = self._prepacked[widths]
+        prepacked = self._prepacked[widths]
         if getattr(getattr(self, "_hf_hook", None), "offload", False):
             self._prepacked = {}  # accelerate takes the codes away after each call; this copy goes with them
         gate, residual = (None if value is None else value.flatten(0, -2) for value in tail)
         tensors = self.call_tensors(params, bias=self.bias)._replace(gate=gate, residual=residual)
-        return packed_linear(x, weight=weight, tensors=tensors, spec=spec, kernel=kernel)
+        return call(x, prepacked, tensors, given)
 
     def call_tensors(self, params: tuple[Tensor, Tensor], *, bias: Tensor | None) -> LinearTensors:
         """The tensors of one call of the operator, made from the :meth:`row_params` of its rows."""
-        first, second = (value.squeeze(-1) for value in params)
-        static = self.form.static
-        return LinearTensors(
-            bias=bias,
-            clip_low=None if static or self.profile.activation.symmetric else first,
-            clip_high=None if static or not self.profile.activation.clip else second,
-            input_scale=self.input_scale,
-            row_scale=first if static else None,
-            row_zero_point=second if static else None,
-            branch_down=self.branch_down,
-            branch_up=self.branch_up,
-        )
+        floats = (self.input_scale, self.branch_down, self.branch_up)
+        return call_tensors(params, form=self.form, bias=bias, floats=floats)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A scale in half precision would no longer be the one that was trained: only the device may change.
@@ -292,9 +295,3 @@ class PackedLinear(PackedWeight):
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, {self.profile.name} {self.profile.label}"
-
-
-def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )

@@ -211,20 +211,22 @@ def _parts(config: GenerateConfig, family: Any, request: Request) -> list[Any]:
         revisions += [*transformers, family.latent_revision, family.text_revision]
     local = local_arguments(family)
     model = config.model and {key: value for key, value in config.model.items() if key not in local}
-    settings = [request.num_steps, request.guidance_scale, config.delta, config.kernel]
+    settings = [request.num_steps, request.guidance_scale, config.delta, config.kernel, config.fused_norms]
     return [code_facts({}), sources_of(family), config.names.model, model, revisions, settings]
 
 
 def _transformer(config: GenerateConfig, family: Any) -> nn.Module:
-    transformer: nn.Module = (
-        load_packed(config.packed[0], kernel=config.kernel) if config.packed else family.load_teacher()
-    )
-    return transformer
+    if not config.packed:
+        teacher: nn.Module = family.load_teacher()
+        return teacher
+    return load_packed(config.packed[0], kernel=config.kernel, fused_norms=config.fused_norms)
 
 
 def _use_partner(config: GenerateConfig, family: Any) -> list[nn.Module]:
     """Make the second of two packed experts known to the family; it, if there is one."""
-    partners = [load_packed(path, kernel=config.kernel) for path in (config.packed or ())[1:]]
+    partners = [
+        load_packed(path, kernel=config.kernel, fused_norms=config.fused_norms) for path in (config.packed or ())[1:]
+    ]
     if config.packed and not partners and hasattr(family, "partner_lora_is_missing"):
         record = read_manifest(config.packed[0]).training.get("loras")
         if family.partner_lora_is_missing(record):

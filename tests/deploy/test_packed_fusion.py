@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -10,19 +11,23 @@ from diffusers import ChronoEditTransformer3DModel, CogVideoXTransformer3DModel,
 from diffusers.models.transformers.transformer_chronoedit import WanAttention as ChronoEditAttention
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qvgen
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.merged_linear import MergedPackedLinear, can_merge
 from qvgen.deploy.packed_fusion import fuse_packed_, kernel_names, prepack_
+from qvgen.errors import UserError
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers import block_fusion, blocked_feed_forward
 from qvgen.layers.block_fusion import BlockFusion, ProjectionMerge, register_fusion
 from qvgen.layers.blocked_feed_forward import BlockedFeedForward
 from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.models import cogvideox_fusion, wan_fusion
 from qvgen.models.wan_fusion import GatedWanBlock
 from qvgen.quant.width_table import WidthTable
-from qvgen_kernels import registry
+from qvgen_kernels import fused_op, op, registry
+from qvgen_kernels.input_steps import stated_norm
 from qvgen_kernels.reference import ReferenceBackend
 from tests.profiles import make_profile
 
@@ -62,25 +67,36 @@ def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> tor
     timestep, text = torch.tensor([100.0, 900.0]), torch.randn(2, 8, 24, generator=generator).to(dtype)
     shape = (2, 4, 2, 8, 8) if name == "wan" else (2, 2, 4, 16, 16)
     x = torch.randn(shape, generator=generator).to(dtype)
+    rotary = {}
+    if name == "cogvideox":
+        rotary = {"image_rotary_emb": tuple(torch.randn(2 * 8 * 8, 32, generator=generator) for _ in "cs")}
     with torch.no_grad():
-        found: torch.Tensor = model(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[
-            0
-        ]
+        found: torch.Tensor = model(
+            hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False, **rotary
+        )[0]
     return found
 
 
+def fuse_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let blocks on the CPU take the way of other devices."""
+    for family in (cogvideox_fusion, wan_fusion):
+        monkeypatch.setattr(family, "gains_by_fusing", lambda x: True)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [512, 16])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 16)])
 def test_fused_blocks_give_the_bits_of_single_layers(
-    name: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, rows: int, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked_feed_forward, "ROWS", rows)
     fake = make_fake(name)
     plain, fused = make_packed(name, fake), make_packed(name, fake)
     count = fuse_packed_(fused)
+    if elsewhere:
+        fuse_as_elsewhere(monkeypatch)
     merged = MODELS[name][2] + (1 if name == "wan" else 0)
-    assert (count.merged, count.feed_forwards, count.gated) == (2 * merged, 2, 2 if name == "wan" else 0)
+    assert (count.merged, count.feed_forwards, count.gated) == (2 * merged, 2, 2)
     plain, fused = (model.to(dtype) for model in (plain, fused))
     assert torch.equal(call(name, fused, dtype), call(name, plain, dtype))
     if dtype == torch.float32:
@@ -218,7 +234,8 @@ def test_a_merged_layer_follows_its_parts() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_whole_packed_model_compiles_without_graph_break(name: str) -> None:
+def test_a_whole_packed_model_compiles_without_graph_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_as_elsewhere(monkeypatch)
     packed = make_packed(name)
     fuse_packed_(packed)
     prepack_(packed)
@@ -226,6 +243,102 @@ def test_a_whole_packed_model_compiles_without_graph_break(name: str) -> None:
     compiled = torch.compile(packed, fullgraph=True, backend="eager")
     assert torch.equal(call(name, compiled), call(name, packed))
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of Wan's norm of queries
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_blocks_under_autocast_are_single_layers_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = make_fake(name)
+    plain, fused = make_packed(name, fake), make_packed(name, fake)
+    fuse_packed_(fused)
+    fuse_as_elsewhere(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(name, fused), call(name, plain))
+
+
+class StatedNorm(nn.Module):
+    """A LayerNorm in torch's place whose sums are those of kernels/README.md."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = stated_norm(x.flatten(0, -2), self.weight, self.bias, eps=self.eps)
+        return rows.reshape(x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_are_the_stated_ones_and_nothing_else(name: str, dtype: torch.dtype) -> None:
+    fake = make_fake(name)
+    plain, fused, by_torch = (make_packed(name, fake).to(dtype) for _ in range(3))
+    fuse_packed_(by_torch)
+    fuse_packed_(fused, fused_norms=True)
+    ends = ("norm1", "norm2", "norm3") if name == "wan" else ("norm1.norm", "norm2.norm")
+    for block in plain.blocks if name == "wan" else plain.transformer_blocks:
+        for end in ends:
+            if isinstance(block.get_submodule(end), nn.LayerNorm):
+                block.set_submodule(end, StatedNorm(block.get_submodule(end)))
+    found = call(name, fused, dtype)
+    assert torch.equal(found, call(name, plain, dtype))
+    if dtype == torch.float32:
+        assert not torch.equal(found, call(name, by_torch, dtype))
+        assert (found - call(name, by_torch, dtype)).square().mean() < 1e-4 * found.square().mean()
+
+
+def test_fused_norms_of_a_model_that_has_none_are_refused(tmp_path) -> None:
+    packed = make_packed("wan")
+    for block in packed.blocks:
+        block.attn1.to_out[0] = nn.Linear(64, 64)
+    with pytest.raises(UserError, match="fused_norms=true: no block of WanTransformer3DModel"):
+        fuse_packed_(packed, fused_norms=True)
+    qvgen.save_packed(make_packed("wan"), tmp_path)
+    assert all(block.fused_norms for block in qvgen.load_packed(tmp_path, fused_norms=True).blocks)
+    assert not any(block.fused_norms for block in qvgen.load_packed(tmp_path).blocks)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses operators that would wait for a device: those that read a value or whose output's size depends on one."""
+
+    waits = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.is_nonzero.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.waits, f"{func} reads a value"
+        own = {
+            torch.ops.qvgen.fused_linear.default: fused_op._fused_linear,
+            torch.ops.qvgen.packed_linear.default: op._packed_linear,
+        }
+        if func in own:
+            self.calls[func.name()] += 1
+            with self:  # what happens inside of the operator is looked at too
+                return own[func](*args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_call_reads_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_as_elsewhere(monkeypatch)
+    packed = make_packed(name)
+    for layer in packed_layers(packed).values():
+        layer.kernel = "dequantize"
+    fuse_packed_(packed)
+    prepack_(packed)
+    expected = call(name, packed)
+    with NothingIsRead() as mode:
+        found = call(name, packed)
+    assert torch.equal(found, expected)
+    # q k v, to_out of text and video, ff1, ff2 of both; Wan: q k v, the text's q, ff1, ff2
+    assert mode.calls["qvgen::fused_linear"] == 2 * (6 if name == "cogvideox" else 4)
 
 
 class Tight(ReferenceBackend):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not VERSION.startswith("3.9."), reason=f"asserte
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = (
     "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "100:w4a4", "120:w8a8-symmetric",
-    "942:w3a3", "90:quantize", "80:quantize-division",
+    "942:w3a3", "90:quantize", "80:quantize-division", "90:norm-modulate-quantize", "80:gelu-quantize",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
@@ -93,16 +93,30 @@ def test_quantizers_divide_as_ieee_says(measured):
     assert measured["80:quantize-division"]["divisions_ieee"] >= 32
 
 
+def test_steps_before_the_quantizer_keep_a_row_in_registers(measured):
+    """Divisions and roots as IEEE says, products and sums apart; but of torch's GELU, which has contracted ones."""
+    row = measured["90:norm-modulate-quantize"]
+    assert row["roots_ieee"] >= 1
+    assert (row["roots_fast"], row["divisions_fast"], row["multiply_adds"], row["flushed"]) == (0, 0, 0, 0)
+    assert measured["80:gelu-quantize"]["multiply_adds"] > 0
+    for name in ("90:norm-modulate-quantize", "80:gelu-quantize"):
+        row = measured[name]
+        assert row["divisions_ieee"] >= 2
+        assert (row["loop_local"], row["stack_bytes"]) == (0, 0)
+        assert row["registers"] <= 128
+
+
 def test_what_calls_launch_compiles(tmp_path):
     lines = output_of(["-m", "tests.kernels.triton_calls_program"], tmp_path).split("\n")
     names = [line.split()[0] for line in lines if line]
     plain, rotated = ["quantize_kernel", "gemm_kernel"], ["butterfly_kernel", "paley_kernel"]
-    assert names == [*plain, *rotated, *plain, rotated[0], *plain]
+    steps = [*plain, *["function_kernel"] * 3, *plain]  # modulated; and three ways of a function, none of which ran
+    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps]
 
 
 def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
     text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
     assert "**Compiled only: nothing of this has run on a GPU.**" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
-    assert len(rows) == 6 * 14
+    assert len(rows) == 6 * 16
     assert all(row[6] == "0" for row in rows if row[4].strip()), "a product spills"

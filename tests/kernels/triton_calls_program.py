@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
-from qvgen_kernels.triton import gemm, launch, quantize, rotate
+from qvgen_kernels.input_steps import InputSteps, InputTensors
+from qvgen_kernels.triton import function_choice, gemm, launch, quantize, rotate
 from tests.kernels.layer import make_layer, make_rows
 
 CASES = (
@@ -59,7 +60,7 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (gemm, quantize, rotate):
+    for module in (function_choice, gemm, quantize, rotate):
         module.launch = compile_only
     backend = get_backend("triton")
     for options in CASES:
@@ -80,6 +81,22 @@ def main():
         )
         weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=spec)
         backend.linear(x, weight, tensors=tensors, spec=spec)
+    steps_too(backend)
+
+
+def steps_too(backend):
+    """A layer with steps before it, of some rows of two samples: a norm and a gain by row; and a function."""
+    layer = make_layer(in_features=256, out_features=64, weight_bits=4, activation_bits=4)
+    weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=layer.spec)
+    x = make_rows(8, 256).view(2, 4, 256)[:, 1:]
+    modulation = InputTensors(
+        gain=torch.ones(2, 256), shift=torch.ones(2, 256), row=torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.int32)
+    )
+    for before, steps in (
+        (modulation, InputSteps(norm="layer", eps=1e-6, dtype="bfloat16")),
+        (InputTensors(), InputSteps(function="gelu_tanh", dtype="bfloat16")),
+    ):
+        backend.fused_linear(x, weight, before=before, steps=steps, tensors=LinearTensors(), spec=layer.spec)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import fold, packed_layers, quantized_layers
 from qvgen.lowrank.decay import DecayState
-from qvgen_kernels import LinearTensors, get_backend
+from qvgen_kernels import InputSteps, LinearTensors, fused_op, get_backend
 from tests.kernels.cpu_cases import Seeded, draw_case
+from tests.kernels.layer import make_layer, make_rows
 from tests.layers.model import make_inputs, prepared_model
 from tests.profiles import PROFILES, make_profile
 from tests.stand_in_device import reading_allowed, register, stand_in_device
@@ -130,3 +131,25 @@ def test_dequantize_gives_the_same_without_float64_and_without_waiting(seed):
         y = DEQUANTIZE.linear(x, weight, tensors=LinearTensors(*tensors), spec=layer.spec)
         assert y.device == device
         assert torch.equal(y.cpu().nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_steps_before_a_layer_give_the_same_without_waiting(norm):
+    layer = make_layer(in_features=40, out_features=9)
+    x, gain = make_rows(6, 40, dtype=torch.bfloat16), torch.linspace(-1, 2, 80).view(2, 40)
+    row = torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.int32)
+    weight = torch.linspace(0.5, 2, 40) if norm != "none" else None
+    before = (gain, gain.flip(0), row, weight, weight)
+    steps = InputSteps(norm=norm, eps=1e-6, function="gelu_tanh").to_string()
+    spec = layer.spec.to_string()
+
+    def run(x, before, device):
+        with reading_allowed():
+            planes = prepacked(layer, device)
+        return fused_op._fused_linear(x, before, steps, planes, LinearTensors(), spec, "dequantize")
+
+    expected = run(x, before, "cpu")
+    with stand_in_device() as device:
+        y = run(x.to(device), [None if value is None else value.to(device) for value in before], device)
+        assert y.device == device
+        assert torch.equal(y.cpu(), expected)

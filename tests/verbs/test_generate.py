@@ -80,6 +80,20 @@ def test_the_video_is_the_same_on_every_backend(packed: Path) -> None:
     assert all(torch.equal(videos[0], video) for video in videos)
 
 
+def test_norms_are_fused_where_that_is_asked_for(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qvgen.deploy.checkpoint")
+    for option, said in (("fused_norms=true", True), ("fused_norms=false", False)):
+        caplog.clear()
+        arguments = [f"packed={packed}", f"prompt={PROMPT}", "num_steps=1", f"out={tmp_path / str(said)}", option]
+        assert main(["generate", *arguments]) == DONE
+        assert any("blocks gated, with their norms" in message for message in caplog.messages) == said
+    capsys.readouterr()
+    assert main(["generate", "model=tiny", "fused_norms=true", f"out={tmp_path / 'none'}"]) == BAD_INPUT
+    assert "fused_norms=true is of packed layers; write packed=DIR" in capsys.readouterr().err
+
+
 def test_the_seed_alone_decides_the_noise(packed: Path) -> None:
     family = train_config().model
     transformer = load_packed(packed)

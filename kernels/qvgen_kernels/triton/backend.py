@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from torch.nn import functional
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.hadamard import paley_factor
+from qvgen_kernels.input_steps import InputSteps, InputTensors, apply_steps
 from qvgen_kernels.triton.layout import arrange, fits, named_weight
 from qvgen_kernels.triton.tiles import Card, tile_of
 from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight
+
+if TYPE_CHECKING:
+    from qvgen_kernels.triton.quantize_form import StepsBefore
 
 __all__ = ["TritonBackend"]
 
@@ -46,20 +51,55 @@ class TritonBackend(CanonicalPrepack):
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], *, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them. Nothing waits for the device."""
-        named = named_weight(weight, spec=spec)
-        y = x.new_empty(x.shape[0], spec.out_features)
         if not len(x):
-            return y
-        from qvgen_kernels.triton.gemm import multiply
-        from qvgen_kernels.triton.quantize import quantize_rows
+            return x.new_empty(0, spec.out_features)
+        return _run(x, weight, before=None, tensors=tensors, spec=spec)
 
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            operands = quantize_rows(x, spec=spec, tensors=tensors)
-            branch = _branch(x, tensors) if spec.branch_rank else None
-            tail = tensors.gate is not None or tensors.residual is not None
-            tile = tile_of(spec, rows=len(x), card=_card(x.device), tail=tail)
-            multiply(operands, named, y=y, branch=branch, tensors=tensors, spec=spec, tile=tile)
-        return y
+    def fused_linear(
+        self,
+        x: Tensor,
+        weight: Sequence[Tensor],
+        *,
+        before: InputTensors,
+        steps: InputSteps,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+    ) -> Tensor:
+        """Map x [M, K] or [B, n, K] to [M, N] of T; the steps are computed while rows are quantized, with the same bits.
+
+        Torch's operators come first where the quantizer's kernel has no whole row of x (rotations, a low-rank branch, a norm
+        with groups or more than 16 384 columns), and where no variant of the function is torch's (function_choice.py).
+        """
+        from qvgen_kernels.triton.function_choice import variant_of
+        from qvgen_kernels.triton.quantize_form import StepsBefore, holds_whole_rows
+
+        by_torch = spec.rotation or spec.branch_rank or (steps.norm != "none" and not holds_whole_rows(spec))
+        dtype = steps.output_dtype(x)
+        variant = None if by_torch else variant_of(steps.function, dtype, x.device)
+        if variant is None:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                x = apply_steps(x.reshape(-1, spec.in_features), tensors=before, steps=steps)
+            return self.linear(x, weight, tensors=tensors, spec=spec)
+        return _run(x, weight, before=StepsBefore(steps, before, variant), tensors=tensors, spec=spec)
+
+
+def _run(
+    x: Tensor, weight: Sequence[Tensor], *, before: StepsBefore | None, tensors: LinearTensors, spec: LinearSpec
+) -> Tensor:
+    """The outputs of x [M, K] or, with steps, [B, n, K]; M > 0."""
+    from qvgen_kernels.triton.gemm import multiply
+    from qvgen_kernels.triton.quantize import quantize_rows
+
+    named = named_weight(weight, spec=spec)
+    rows = x.numel() // spec.in_features
+    y = x.new_empty(rows, spec.out_features, dtype=None if before is None else before.steps.output_dtype(x))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        operands = quantize_rows(x, spec=spec, tensors=tensors, before=before)
+        branch = _branch(x, tensors) if spec.branch_rank else None
+        tail = tensors.gate is not None or tensors.residual is not None
+        tile = tile_of(spec, rows=rows, card=_card(x.device), tail=tail)
+        multiply(operands, named, y=y, branch=branch, tensors=tensors, spec=spec, tile=tile)
+    return y
 
 
 def _branch(x: Tensor, tensors: LinearTensors) -> Tensor:

@@ -1,5 +1,7 @@
 """Rows to signed bytes (kernels/README.md, step 2), one program for a few segments: rows, or groups of columns of a row.
 
+Steps of a block before the layer (steps.py) are computed here on the way; a segment then stays in registers where it fits.
+
 A segment is read for its range and again for its codes; the second time from the cache, or not at all where the compiler
 keeps it in registers. The range is found over integers that are ordered as the numbers are, where a NaN is the largest or
 the smallest and so is seen without a question of its own. Codes are rounded after they are clamped, which gives the same
@@ -15,18 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from qvgen_kernels.contract import SCALE_FLOOR, SPAN_FLOOR, LinearSpec, LinearTensors
-from qvgen_kernels.triton.launch import launch
+from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.layout import layout_of
 from qvgen_kernels.triton.quantize_form import (
-    TILE,
     WIDEST_TILE,
     Operands,
     QuantizeSizes,
     QuantizeTensors,
+    StepsBefore,
     quantize_form,
+    warps_of,
+    with_steps,
 )
 from qvgen_kernels.triton.rotate import rotate_rows
 from qvgen_kernels.triton.rounding import MAGIC, from_key, order_key, round_to_integer, round_to_type
+from qvgen_kernels.triton.steps import prepare
 
 __all__ = ["quantize_kernel", "quantize_rows"]
 
@@ -39,10 +44,15 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _load(t, sizes, row, first, columns, mask):
-    """float32 [rows, block] of x, smoothed; 0 where masked."""
+def _load(t, sizes, row, first, columns, mask, form: tl.constexpr):
+    """float32 [rows, block] of x after its steps, smoothed; 0 where masked."""
     place = (first[:, None] + columns) * sizes.x_column
-    v = tl.load(t.x + row[:, None] * sizes.x_row + place, mask=mask, other=0.0).to(tl.float32)
+    start = row * sizes.x_row
+    if form.samples:
+        start = (row // sizes.sample_rows) * sizes.x_sample + (row % sizes.sample_rows) * sizes.x_row
+    v = tl.load(t.x + start[:, None] + place, mask=mask, other=0.0).to(tl.float32)
+    if form.steps:
+        v = prepare(v, t, sizes, (row, first[:, None] + columns), row * form.segments < sizes.segments, mask, form)
     if t.input_scale is not None:
         v = v * tl.load(t.input_scale + first[:, None] + columns, mask=mask, other=0.0)
     return v
@@ -56,10 +66,20 @@ def _extremes(t, sizes, row, first, live, form: tl.constexpr):
     high = low
     for start in range(0, form.segment, form.block):
         mask = live[:, None] & (start + columns < form.segment)
-        key = order_key(_load(t, sizes, row, first, start + columns, mask))
+        key = order_key(_load(t, sizes, row, first, start + columns, mask, form))
         low = tl.minimum(low, key)
         high = tl.maximum(high, key)
     return tl.reduce(low, 1, tl.standard._elementwise_min), tl.reduce(high, 1, tl.standard._elementwise_max)
+
+
+@triton.jit
+def _whole_segments(t, sizes, row, first, live, form: tl.constexpr):
+    """Segments as they are read once, and the keys of their extremes."""
+    columns = tl.arange(0, form.block)[None, :]
+    v = _load(t, sizes, row, first, columns, live[:, None] & (columns < form.segment), form)
+    key = order_key(v)
+    low = tl.reduce(tl.minimum(key, 0), 1, tl.standard._elementwise_min)
+    return v, low, tl.reduce(tl.maximum(key, 0), 1, tl.standard._elementwise_max)
 
 
 @triton.jit
@@ -125,10 +145,27 @@ def _encode(v, divisor, inverse, zero, form: tl.constexpr):
 
 
 @triton.jit
+def _write_codes(t, sizes, v, place, masks, qparams, form: tl.constexpr):
+    """Codes of a tile; ``place`` is (rows, columns of the output), ``masks`` (inside of the group, to be written)."""
+    divisor, inverse, zero = qparams
+    operand = tl.where(masks[0], _encode(v, divisor, inverse, zero, form), 0)
+    code = operand
+    if form.shifted:
+        code = tl.where(masks[0], operand + (zero.to(tl.int32) - 128)[:, None], 0)
+    tl.store(t.codes + place[0][:, None] * sizes.codes_row + place[1], code.to(tl.int8), mask=masks[1])
+    return operand
+
+
+@triton.jit
+def _write_sum(t, sizes, total, row, group, live):
+    if t.row_sum is not None:
+        total = tl.reduce(total, 1, tl.standard._sum_combine)
+        tl.store(t.row_sum + group * sizes.vector_row + row, total, mask=live)
+
+
+@triton.jit
 def _write(t, sizes, row, part, live, qparams, form: tl.constexpr):
     """Codes and their sums of every group of the segments."""
-    divisor, inverse, zero = qparams
-    offset = zero.to(tl.int32) - 128
     columns = tl.arange(0, form.block)[None, :]
     for group in range(form.groups):
         total = tl.full((form.rows, form.block), 0, tl.int32)
@@ -137,19 +174,10 @@ def _write(t, sizes, row, part, live, qparams, form: tl.constexpr):
         for start in range(0, form.padded_group, form.block):
             column = start + columns
             inside = live[:, None] & (column < form.group)
-            operand = _encode(_load(t, sizes, row, first, column, inside), divisor, inverse, zero, form)
-            operand = tl.where(inside, operand, 0)
-            total += operand
-            if form.shifted:
-                operand = tl.where(inside, operand + offset[:, None], 0)
-            target = t.codes + row[:, None] * sizes.codes_row + place[:, None] + column
-            tl.store(target, operand.to(tl.int8), mask=live[:, None] & (column < form.padded_group))
-        if t.row_sum is not None:
-            tl.store(
-                t.row_sum + (part * form.groups + group) * sizes.vector_row + row,
-                tl.reduce(total, 1, tl.standard._sum_combine),
-                mask=live,
-            )
+            v = _load(t, sizes, row, first, column, inside, form)
+            masks = (inside, live[:, None] & (column < form.padded_group))
+            total += _write_codes(t, sizes, v, (row, place[:, None] + column), masks, qparams, form)
+        _write_sum(t, sizes, total, row, part * form.groups + group, live)
 
 
 @triton.jit
@@ -158,7 +186,10 @@ def quantize_kernel(t, sizes, form: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * form.rows + tl.arange(0, form.rows)
     live = index < sizes.segments
     row, part = index // form.segments, index % form.segments
-    low, high = _extremes(t, sizes, row, part * form.segment, live, form)
+    if form.whole:
+        v, low, high = _whole_segments(t, sizes, row, part * form.segment, live, form)
+    else:
+        low, high = _extremes(t, sizes, row, part * form.segment, live, form)
     if form.static:
         scale = tl.load(t.row_scale + row, mask=live, other=1.0)
         made_with = scale
@@ -173,16 +204,26 @@ def quantize_kernel(t, sizes, form: tl.constexpr):
     if t.shift is not None:
         tl.store(t.shift + part * sizes.vector_row + row, 128 - zero.to(tl.int32), mask=live)
     inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), made_with)
-    _write(t, sizes, row, part, live, (made_with, inverse, zero), form)
+    qparams = (made_with, inverse, zero)
+    if form.whole:
+        columns = tl.arange(0, form.block)[None, :]
+        masks = (live[:, None] & (columns < form.segment), live[:, None] & (columns < form.padded_group))
+        total = _write_codes(t, sizes, v, (row, part[:, None] * form.padded_group + columns), masks, qparams, form)
+        _write_sum(t, sizes, total, row, part, live)
+    else:
+        _write(t, sizes, row, part, live, qparams, form)
 
 
-def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Operands:
+def quantize_rows(
+    x: Tensor, *, spec: LinearSpec, tensors: LinearTensors, before: StepsBefore | None = None
+) -> Operands:
     """Smooth, rotate and quantize rows.
 
     Args:
-        x: float32, bfloat16 or float16 [M, K] of any strides, M > 0.
-        spec: The layer.
+        x: float32, bfloat16 or float16 [M, K] of any strides, M > 0; where there are steps also [B, n, K].
+        spec: The layer; without a rotation where there are steps.
         tensors: input_scale, clips, static scales and zero points.
+        before: The steps that x goes through first; None: none.
 
     Returns:
         Codes, scales, and what the epilogue needs beside them.
@@ -190,7 +231,7 @@ def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Ope
     input_scale = _dense(tensors.input_scale)
     if spec.rotation:
         x, input_scale = rotate_rows(x, spec=spec, input_scale=input_scale), None
-    rows, layout = x.shape[0], layout_of(spec)
+    rows, layout = x.numel() // spec.in_features, layout_of(spec)
     per_row = spec.in_features // (spec.activation_group_size or spec.in_features)
     form = quantize_form(spec, segments=rows * per_row)
     new = x.new_empty
@@ -207,9 +248,11 @@ def quantize_rows(x: Tensor, *, spec: LinearSpec, tensors: LinearTensors) -> Ope
     )
     vectors = (tensors.clip_low, tensors.clip_high, tensors.row_scale, tensors.row_zero_point)
     given = QuantizeTensors(x, *operands, input_scale, *(_dense(vector) for vector in vectors))
-    sizes = QuantizeSizes(rows * per_row, *x.stride(), layout.columns, padded)
+    sizes = QuantizeSizes(rows * per_row, *x.stride()[-2:], layout.columns, padded)
+    if before is not None:
+        form, given, sizes = with_steps(form, given, sizes, before, interpreted=INTERPRETED)
     grid = (triton.cdiv(rows * per_row, form.rows),)
-    launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=4 if form.rows * form.block <= TILE else 8)
+    launch(quantize_kernel, grid, given, sizes, form, on=x, num_warps=warps_of(form))
     return operands
 
 
