@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from hypothesis import settings
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
 
 from tests import runs
+from tests.warm_python import WarmPopen
+
+subprocess.Popen = WarmPopen  # a process of its own need not import all libraries again
 
 settings.register_profile("any machine", deadline=None)  # no test may fail because the machine is busy
 settings.load_profile("any machine")
