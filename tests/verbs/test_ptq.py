@@ -46,7 +46,7 @@ def test_a_method_alone_and_as_the_start_of_training(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6", *QUICK.get(name, ()))
+    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6", *shallow(1), *QUICK.get(name, ()))
     assert ptq(tmp_path / "ptq", *common) == 0
     report = json.loads((tmp_path / "ptq" / "report.json").read_text())
     assert (report["init"], report["method"], report["steps"], report["phi_rank_final"]) == (name, "ptq", 0, 0)
