@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from hypothesis import settings
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
 
 from tests import runs
+from tests.warm_python import WarmPopen
+
+subprocess.Popen = WarmPopen  # a process of its own need not import all libraries again
 
 settings.register_profile("any machine", deadline=None)  # no test may fail because the machine is busy
 settings.load_profile("any machine")
@@ -28,12 +32,15 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONGEST_FIRST = (
-    "test_demo.py", "test_fsdp.py", "test_activation_switch.py", "test_ptq.py", "test_train.py", "test_resume.py",
-    "test_training_plan.py", "test_mixed_precision.py", "test_ddp.py", "test_hub_models.py", "test_benchmark.py",
-    "test_faults.py", "test_cpu_sanitizers.py", "test_config.py", "test_validation_run.py", "test_allocation.py",
-    "test_launcher.py", "test_layer_types.py", "test_classifier.py", "test_wandb_run.py", "test_manifest_fuzz.py",
+    "test_demo.py", "test_hub_models.py", "test_fsdp.py", "test_ptq.py", "test_cpu_sanitizers.py", "test_training_plan.py",
+    "test_train.py", "test_resume.py", "test_ptq_without_clips.py", "test_activation_switch.py", "test_benchmark.py",
+    "test_cuda_int4.py", "test_ddp.py", "test_layer_types.py", "test_diffusers.py", "test_import.py", "test_launcher.py",
+    "test_dry_run_imports.py", "test_stopped_verbs.py", "test_shared_activations.py", "test_exports.py", "test_static.py",
+    "test_latent_cache.py", "test_allocation.py", "test_mixed_precision.py", "test_identity.py", "test_docs.py",
+    "test_faults.py", "test_config.py", "test_wandb_run.py", "test_plugin.py", "test_triton_code.py", "test_other_device.py",
+    "test_validation_run.py", "test_classifier.py", "test_manifest_fuzz.py", "test_deletion.py", "test_smoothing_fold.py",
 )  # fmt: skip
-"""Files that two processes begin with: one of minutes that comes last would leave the other process idle."""
+"""Files of more than ten seconds, which two processes begin with: one that comes last would leave the other process idle."""
 
 
 def pytest_collection_finish() -> None:

@@ -117,6 +117,7 @@ def encode_video_bytes(frames: Frames, *, fps: float, scale: int | None = None, 
                 dst_colorspace=Colorspace.ITU709,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
+                threads=1,  # a pool for each frame takes longer, and on a busy machine much longer, than the frame
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
 _CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
-_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")
 
@@ -63,10 +62,8 @@ class HubFolder:
 
     def __post_init__(self) -> None:
         self.read_json("model_index.json")
-        for part in _PARTS:
-            for name in _CONFIG_FILES:
-                if (self.path / part / name).is_file():
-                    self.read_json(f"{part}/{name}")
+        for file in sorted(file for name in _CONFIG_FILES for file in self.path.glob(f"[!.]*/{name}")):
+            self.read_json(f"{file.parent.name}/{file.name}")
 
     @classmethod
     def find(cls, path: str | Path, *, repository: str, model: str) -> Self:

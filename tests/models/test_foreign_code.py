@@ -95,6 +95,18 @@ def test_code_is_refused_by_name(case: str, folder: Path, terminal: Terminal) ->
     check_untouched(folder, terminal)
 
 
+def test_a_part_of_any_name_is_looked_at(folder: Path, terminal: Terminal) -> None:
+    """A second text encoder, an image encoder: whatever the folder has; what a download tool keeps beside them is no part."""
+    for name in ("image_encoder", ".cache"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"auto_map": AUTO}))
+    with pytest.raises(ValueError, match=r"image_encoder/config.json names code of its own \(auto_map"):
+        tiny_family("wan", folder)
+    shutil.rmtree(folder / "image_encoder")
+    assert tiny_family("wan", folder).folder is not None
+    check_untouched(folder, terminal)
+
+
 def test_a_verb_ends_with_one_line(folder: Path, terminal: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     edit(folder / "tokenizer" / "tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil")
     assert main(["generate", "model=wan", f"model.path={folder}", "prompt=a dog", f"out={folder.parent / 'out'}"]) == 2

@@ -33,6 +33,7 @@ from tests.runs import (
     load_state,
     packed_bytes,
     read_metrics,
+    shallow,
     snapshot,
     train,
     train_config,
@@ -113,7 +114,7 @@ def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) 
 
 def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
     # Without a tail the last columns are dropped after the last step, which is not trained again.
-    options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0", *UNSEEN)
+    options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0", *UNSEEN, *shallow(1))
     assert train(tmp_path / "run", *options) == DONE
     folded = packed_bytes(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "packed")

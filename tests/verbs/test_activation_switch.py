@@ -72,7 +72,7 @@ def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> No
 
 QUICK = (
     "phi.ranks=[2]", "steps=4", "evaluation.samples=2", "evaluation.videos=0", "evaluation.start_videos=false",
-    "calibration.videos=1", "model.num_inference_steps=4", *shallow(2),
+    "calibration.videos=1", "model.num_inference_steps=4", *shallow(1),
 )  # fmt: skip
 STARTS = {
     "switch": SWITCH,

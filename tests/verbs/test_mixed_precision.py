@@ -10,10 +10,11 @@ import pytest
 from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
-from tests.runs import SHORT, packed_bytes, train
+from tests.runs import SHORT, packed_bytes, shallow, train
 
 QUICK = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=2", "calibration.videos=1",
          "calibration.steps=2")  # fmt: skip
+MEASUREMENTS = 5 * 3 * 2 * 3
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +25,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def ptq(run_dir: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi"))]
-    return main(["ptq", *keys, *QUICK, f"run_dir={run_dir}", *overrides])
+    return main(["ptq", *keys, *QUICK, *shallow(1), f"run_dir={run_dir}", *overrides])
 
 
 def test_a_run_holds_table_allocation_and_heat_maps(
     tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ptq(tmp_path / "run", cache, "bits=6", "dry_run=true") == 0
-    assert "sensitivity: 198 measurements" in capsys.readouterr().out  # 11 units, 3 widths, 2 sides, 2 windows and all
+    # 3 units of the block and 2 outside, 3 widths, 2 sides, 2 windows and all
+    assert f"sensitivity: {MEASUREMENTS} measurements" in capsys.readouterr().out
     assert ptq(tmp_path / "run", cache, "bits=6") == 0
     assert "sensitivity: 100%" in capsys.readouterr().err
     folder = tmp_path / "run" / "mixed_precision"
     assert {path.name for path in folder.iterdir()} == {
         "sensitivity.csv", "allocation.json", "heat_map_weight.svg", "heat_map_activation.svg",
     }  # fmt: skip
-    assert len((folder / "sensitivity.csv").read_text().splitlines()) == 1 + 198
+    assert len((folder / "sensitivity.csv").read_text().splitlines()) == 1 + MEASUREMENTS
     allocation = json.loads((folder / "allocation.json").read_text())
     packed = packed_layers(load_packed(tmp_path / "run" / "packed"))
     for name, layer in packed.items():
         assert allocation["bits"][name]["0"] == [layer.profile.weight.bits, layer.profile.activation.bits]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["mixed_precision"]["measurements"] == 198
+    assert report["mixed_precision"]["measurements"] == MEASUREMENTS
     assert report["packed_vs_fake_max_abs"] == 0.0
     assert {row["weight_bits"] for row in report["layers"]} <= {4, 6, 8}
     page = (tmp_path / "run" / "report.html").read_text()
@@ -53,7 +55,8 @@ def test_a_run_holds_table_allocation_and_heat_maps(
 
 
 def test_training_starts_from_the_allocation_in_one_process_and_in_two(tmp_path: Path, cache: str) -> None:
-    keys = (*QUICK, cache, "bits=6", "steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false")
+    keys = (*QUICK, cache, "bits=6", "steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false",
+            *shallow(1))  # fmt: skip
     assert train(tmp_path / "one", *keys) == 0
     assert train(tmp_path / "two", *keys, "devices=2", "strategy=ddp") == 0
     assert packed_bytes(tmp_path / "one") == packed_bytes(tmp_path / "two")

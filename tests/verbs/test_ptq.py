@@ -46,7 +46,7 @@ def test_a_method_alone_and_as_the_start_of_training(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6", *QUICK.get(name, ()))
+    common = (f"init={name}", f"calibration.cache={tmp_path / 'cache'}", "bits=w4a6", *shallow(1), *QUICK.get(name, ()))
     assert ptq(tmp_path / "ptq", *common) == 0
     report = json.loads((tmp_path / "ptq" / "report.json").read_text())
     assert (report["init"], report["method"], report["steps"], report["phi_rank_final"]) == (name, "ptq", 0, 0)
@@ -131,10 +131,10 @@ def test_a_smoothed_start_trains_and_resumes_with_its_folds_and_without(tmp_path
     common = (
         "init=smoothquant", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2",
         "bits=4", "evaluation.videos=0", "evaluation.start_videos=false", "checkpoint.every_steps=2", "phi.ranks=[2]",
-        "steps=6",
+        "steps=6", *shallow(1),
     )  # fmt: skip
-    norm, value = "blocks.0.norm2.weight", "blocks.1.attn1.to_v.bias"
-    teacher = train_config().model.load_teacher().state_dict()
+    norm, value = "blocks.0.norm2.weight", "blocks.0.attn1.to_v.bias"
+    teacher = train_config(*shallow(1)).model.load_teacher().state_dict()
     errors = {}
     for folding in (True, False):
         first, again = tmp_path / f"first-{folding}", tmp_path / f"again-{folding}"

@@ -19,7 +19,7 @@ STATIC = ("init=static", "init.alpha=0.5", "bits=8", f"model.num_inference_steps
 
 def ptq(run_dir: Path, cache: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi", "model.num"))]
-    return main(["ptq", *keys, *STATIC, f"calibration.cache={cache}", f"run_dir={run_dir}", *overrides])
+    return main(["ptq", *keys, *STATIC, *shallow(1), f"calibration.cache={cache}", f"run_dir={run_dir}", *overrides])
 
 
 def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

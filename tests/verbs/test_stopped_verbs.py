@@ -252,7 +252,8 @@ def test_a_stopped_download_leaves_nothing_and_ends_its_program(
     programs = tmp_path / "programs"
     programs.mkdir()
     npm = programs / "npm"
-    npm.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -INT $PPID\nexec sleep 60\n")
+    # On a busy machine the program may run before the verb knows its number, and could not be ended yet.
+    npm.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 0.3\nkill -INT $PPID\nexec sleep 60\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
     (asset, *_) = [asset for asset in ASSETS if asset.kind == "npm"]

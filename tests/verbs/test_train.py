@@ -19,7 +19,7 @@ from qvgen.training.session import train_all
 from qvgen.training.wandb_run import flat_numbers
 from qvgen.verbs._parts import training_output, training_run
 from qvgen.verbs.benchmarks.base import cpu_kernel
-from tests.runs import SHORT, read_metrics, train, train_config
+from tests.runs import SHORT, read_metrics, shallow, train, train_config
 from tests.training.wandb_records import history, read_records, run_record, summary
 
 KEYS = {
@@ -29,8 +29,9 @@ KEYS = {
 }  # fmt: skip
 """What report.json promises."""
 
-LAYERS = 36
-WEIGHTS = 191_488
+BLOCKS = 3
+LAYERS_OUTSIDE, LAYERS_OF_BLOCK = 6, 10
+WEIGHTS_OUTSIDE, WEIGHTS_OF_BLOCK = 44_032, 49_152
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bits=w4a8": {"bits": "w4a8", "weight_bits": 4, "activation_bits": 8},
@@ -57,8 +58,8 @@ def read_report(run_dir: Path) -> dict[str, Any]:
     return report
 
 
-def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any]) -> dict[str, Any]:
-    """Assert what holds for every run; returns the report."""
+def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any], blocks: int = BLOCKS) -> dict[str, Any]:
+    """Assert what holds for every run of a model with so many blocks; returns the report."""
     report = read_report(run_dir)
     assert set(report) >= KEYS
     for key, value in (
@@ -81,7 +82,7 @@ def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any]) -> dict[s
     packed = run_dir / "packed" / "model.safetensors"
     assert report["bytes"]["packed"] == packed.stat().st_size < report["bytes"]["bf16"]
     quantized, skipped = report["layers_quantized"], report["layers_skipped"]
-    assert len(quantized) + len(skipped) == LAYERS
+    assert len(quantized) + len(skipped) == LAYERS_OUTSIDE + blocks * LAYERS_OF_BLOCK
     assert quantized == list(packed_layers(load_packed(run_dir / "packed")))
     assert all(math.isfinite(float(row["train/loss"])) for row in read_metrics(run_dir))
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["names"]["model"] == "tiny"
@@ -93,17 +94,19 @@ def check_run(run_dir: Path, *, exact: bool, expected: dict[str, Any]) -> dict[s
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_every_variant_goes_the_whole_way(overrides: str, tmp_path: Path) -> None:
+    """On the first block of the model, which has a layer of every kind; all blocks where most of the weights are skipped."""
+    blocks = BLOCKS if "exclude" in overrides else 1
     run_dir = tmp_path / "run"
-    assert train(run_dir, "steps=6", *overrides.split()) == DONE
-    report = check_run(run_dir, exact=overrides not in INEXACT, expected=VARIANTS[overrides])
+    assert train(run_dir, "steps=6", *shallow(blocks), *overrides.split()) == DONE
+    report = check_run(run_dir, exact=overrides not in INEXACT, expected=VARIANTS[overrides], blocks=blocks)
     assert report["steps"] == len(read_metrics(run_dir)) == 6
     if "exclude" in overrides:
         assert "proj_out" in report["layers_skipped"]
-        assert len(report["layers_quantized"]) == 30
+        assert len(report["layers_quantized"]) == BLOCKS * LAYERS_OF_BLOCK
         assert {layer["reason"] for layer in report["skipped"]} == {"excluded by the model's patterns"}
     else:
         assert report["layers_skipped"] == []
-        assert report["num_codes"] == WEIGHTS
+        assert report["num_codes"] == WEIGHTS_OUTSIDE + WEIGHTS_OF_BLOCK
 
 
 def test_a_finished_run_has_all_that_is_promised(short_run: Path) -> None:
@@ -115,7 +118,7 @@ def test_a_finished_run_has_all_that_is_promised(short_run: Path) -> None:
         for name, value in layer.state_dict().items()
         if name in ("codes", "codes_high")
     )
-    assert weights == WEIGHTS * 3 // 8
+    assert weights == (WEIGHTS_OUTSIDE + BLOCKS * WEIGHTS_OF_BLOCK) * 3 // 8
     assert sum(layer["bytes"] for layer in report["layers"]) < report["bytes"]["packed"]
 
 
@@ -133,11 +136,11 @@ def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = f"run_dir={tmp_path}/w${{bits}}"
-    assert main(["train", "-m", *SHORT, "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
+    assert main(["train", "-m", *SHORT, *shallow(1), "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
     groups = set()
     for bits in ("4", "3"):
         run_dir = tmp_path / f"w{bits}"
-        check_run(run_dir, exact=True, expected={"bits": bits})
+        check_run(run_dir, exact=True, expected={"bits": bits}, blocks=1)
         (offline,) = (run_dir / "wandb").glob("offline-run-*")
         (record,) = offline.glob("*.wandb")
         assert record.stat().st_size > 0
@@ -160,6 +163,7 @@ def test_held_out_error_while_training_is_the_one_at_the_end(tmp_path: Path) -> 
         "evaluation.every_steps=3",
         "evaluation.videos=0",
         "evaluation.start_videos=false",
+        *shallow(1),
     )
     assert train(tmp_path / "run", *keys) == DONE
     errors = [row["val/relative_error"] for row in read_metrics(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""From a budget to layers with their bits, on the real tiny model: budgets kept to the byte, windows become plans.
+"""From a budget to layers with their bits, on the first block of the tiny model: budgets kept to the byte, windows as plans.
 
 The allocation itself is tested in tests/quant/test_bit_allocation.py, sensitivities in test_sensitivity.py.
 """
@@ -22,7 +22,7 @@ from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers
 from qvgen.training.mixed_precision.allocation import check_mixed_precision, plan_measurements, wanted_measurements
 from qvgen.verbs._parts import student_design
 from tests.parts import calibrated, checked_student, prepared
-from tests.runs import composed, train_config
+from tests.runs import composed, shallow, train_config
 
 FAST = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=2", "method=lsq")
 
@@ -34,7 +34,12 @@ def cache(tmp_path_factory):
 
 
 def configured(cache, *overrides: str):
-    return train_config(*FAST, f"calibration.cache={cache}", "calibration.videos=1", "calibration.steps=2", *overrides)
+    return train_config(*FAST, *calibration(cache), *overrides)
+
+
+def calibration(cache) -> tuple[str, ...]:
+    """Of one block, which has units of every group: what is measured is measured for each unit."""
+    return (f"calibration.cache={cache}", "calibration.videos=1", "calibration.steps=2", *shallow(1))
 
 
 def started(config):
@@ -70,8 +75,7 @@ def test_a_budget_without_a_choice_is_vidit_q_and_measures_nothing(cache, caplog
     student, allocation = started(config)
     assert allocation.sensitivities == ()
     assert "sensitivity: 0 measurements" in caplog.text
-    plain = train_config("init=vidit_q", "bits=8", "method=lsq", f"calibration.cache={cache}", "calibration.videos=1",
-                         "calibration.steps=2")  # fmt: skip
+    plain = train_config("init=vidit_q", "bits=8", "method=lsq", *calibration(cache))
     other, none = started(plain)
     assert none is None
     for name, value in other.state_dict().items():
@@ -207,20 +211,20 @@ def test_the_real_network_is_the_default(cache):
     assert allocation.metrics["ffn"] == "lpips"
 
 
-def test_candidates_and_plans(cache):
-    init = configured(cache).init
+def test_candidates_and_plans():
+    init = train_config(*FAST).init
     assert init.widths(6) == (4, 6, 8)
     assert init.widths(5.5) == (4, 5, 6, 8)
     assert init.widths(4) == (3, 4, 6, 8)
     assert init.widths(2) == (2, 4, 6, 8)
-    config = configured(cache, "bits=w6a8")
+    config = train_config(*FAST, "bits=w6a8")
     names = list(quantized_layers(prepared(config)[0]))
     wanted = wanted_measurements(config.init, names, profile=config.profile, family=config.model)
     assert wanted.widths == {"weight": (4, 6, 8), "activation": ()}
     # 11 units, 3 widths of one side, 2 windows and both at once
     plan = plan_measurements(config.init, profile=config.profile, family=config.model)
     assert plan.startswith("sensitivity: 99 measurements (3 of cross_attention, ")
-    free = configured(cache, "bits=8")
+    free = train_config(*FAST, "bits=8")
     plan = plan_measurements(free.init, profile=free.profile, family=free.model)
     assert plan == "sensitivity: none, the budgets leave no choice"
 

@@ -1,0 +1,311 @@
+"""Python processes that need not import torch, diffusers and qvgen again: forks of one process that has.
+
+    pytest process --- socket --- template: has imported everything, computed nothing, has one thread
+          |                          | fork, twice; the process between ends at once
+          +------ child <------------+     `python -m qvgen.cli ...`: by then a child of the process that asked
+
+Most of what a short command costs is its imports, about eight seconds of a processor. :class:`WarmPopen` stands in the place
+of ``subprocess.Popen`` (tests/conftest.py): where the command is Python with a module or a program of ours it is forked,
+every other is started as always. A forked process has its own arguments, environment, folder, open files, session and
+signals, its parent is the process that asked for it, and waiting for it and ending it is Popen's own code; product code that
+starts workers notices nothing. A forked process has a template of its own for the workers that it may start.
+
+Not as in a process that is started: what was imported before, and what libraries read from the environment while they are
+imported (a command with another OMP_NUM_THREADS is started). Use ``[sys.executable, "-c", ...]`` or the console script where
+that is looked at. Linux only; elsewhere every process is started.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = [
+    ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
+    ROOT / "tests" / "process_facts_program.py",
+]
+"""Programs that use what commands use."""
+ROOMS = ("config", "training", "data", "evaluation", "deploy", "models", "methods", "initializers", "layers", "verbs")
+FURTHER = ("lightning.pytorch", "torch.distributed.fsdp", "diffusers.pipelines.wan.pipeline_wan", "matplotlib.figure")
+"""What commands import besides all modules of qvgen."""
+AT_IMPORT = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "HF_HUB_CACHE", "HF_HOME", "TRITON_INTERPRET")
+"""Variables that libraries read when they are imported."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_SET_PARENT_DEATH_SIGNAL, _SET_SUBREAPER = 1, 36
+_MOST_FILES, _SPARE_FILE, _LENGTH_BYTES = 64, 200, 8
+
+Request = dict[str, Any]
+
+
+class Template:
+    """The process that is forked, as the process sees it that wants children.
+
+    Args:
+        connection: A socket to it.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self.environment = {name: os.environ.get(name) for name in AT_IMPORT}
+
+    @classmethod
+    def start(cls) -> Template:
+        """Start a template that imports everything; it ends when this process does."""
+        ours, its = socket.socketpair()
+        process = _STARTED_POPEN(
+            [sys.executable, "-m", "tests.warm_python", str(its.fileno())],
+            cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        its.close()
+        atexit.register(lambda: (ours.close(), process.wait()))
+        return cls(ours)
+
+    def fork(self, request: Request, files: Sequence[int]) -> int:
+        """Make a child of this process and return its number.
+
+        Linux gives an orphan to the nearest of its ancestors that asks for orphans. The process between the template and the
+        child has ended when the answer comes, so this process need not ask for longer.
+        """
+        assert self._owner == os.getpid(), "this process was forked by something else and has no template of its own"
+        prctl = ctypes.CDLL(None).prctl
+        with self._lock:
+            prctl(_SET_SUBREAPER, 1, 0, 0, 0)
+            try:
+                _send(self._connection, request, files)
+                answer, _ = _receive(self._connection)
+            finally:
+                prctl(_SET_SUBREAPER, 0, 0, 0, 0)
+        if answer is None:
+            raise RuntimeError("the template of forked Python processes has ended; see the captured output")
+        return int(answer["pid"])
+
+
+_STARTED_POPEN = subprocess.Popen
+_templates: list[Template] = []
+
+
+class WarmPopen(subprocess.Popen):
+    """Popen that forks commands of ours; see the module."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *further):  # fmt: skip
+        """Make the child, as Popen's method of this name does.
+
+        ``further``: startupinfo, creationflags, shell, both ends of the pipes of stdin, stdout and stderr, restore_signals,
+        gid, gids, uid, umask, start_new_session, process_group.
+        """
+        environment, folder = dict(os.environ if env is None else env), Path(cwd or Path.cwd()).absolute()
+        plain = (
+            not (preexec_fn or executable)
+            and close_fds
+            and (*further[10:14], further[15]) == (None, None, None, -1, -1)
+        )
+        if not plain or not is_ours(args, environment, folder):
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *further)
+            return
+        streams = [own if given == -1 else given for own, given in enumerate((further[3], further[6], further[8]))]
+        request = {
+            "words": [os.fspath(word) for word in args[1:]],
+            "environment": environment,
+            "folder": str(folder),
+            "places": [0, 1, 2, *pass_fds],
+            "session": bool(further[14]),
+            "parent": os.getpid(),
+            "ignored": [int(number) for number in STOPS if signal.getsignal(number) is signal.SIG_IGN],
+            "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        }
+        self.pid = _templates[0].fork(request, [*streams, *pass_fds])
+        self._child_created = True
+        self._close_pipe_fds(*further[3:9])
+
+
+def is_ours(args: Any, environment: Mapping[str, str], folder: Path) -> bool:
+    """Whether a command is Python with a module of qvgen or of tests, or a program of PROGRAMS, and may be forked."""
+    if not isinstance(args, list | tuple) or len(args) < 2 or args[0] != sys.executable:
+        return False
+    if sys.platform != "linux" or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False  # a template would have threads, which a fork lacks
+    path = [Path(entry) for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if args[1] == "-m":
+        if not str(args[2]).startswith(("qvgen.", "tests.")):
+            return False
+        path.insert(0, folder)
+    elif Path(args[1]) not in PROGRAMS:
+        return False
+    imported = next((entry for entry in path if (entry / "qvgen" / "__init__.py").is_file()), ROOT)
+    if imported.resolve() != ROOT:
+        return False
+    if not _templates:
+        _templates.append(Template.start())
+    return all(environment.get(name) == value for name, value in _templates[0].environment.items())
+
+
+def import_everything() -> None:
+    """Import what commands import, so that they find it."""
+    checkout = (str(ROOT), str(ROOT / "kernels"))  # which need not be installed
+    sys.path += [entry for entry in checkout if entry not in sys.path[1:]]
+    for room in ROOMS:
+        package = importlib.import_module(f"qvgen.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    for name in FURTHER:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"{threads} threads run after the imports: a fork would have only one of them")
+    gc.collect()
+    gc.freeze()  # pages of objects that are never looked at stay shared
+
+
+def serve(connection: socket.socket) -> tuple[Request, list[int]]:
+    """Fork a process for each request; return in such a process only, with its request and its files."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the processes of the command
+    while True:
+        request, files = _receive(connection)
+        if request is None:
+            os._exit(0)
+        read, write = os.pipe()
+        between = os.fork()
+        if between == 0:
+            child = os.fork()
+            if child:
+                os.write(write, str(child).encode())
+                os._exit(0)
+            os.close(read)
+            os.close(write)
+            connection.close()
+            while os.getppid() != request["parent"]:
+                time.sleep(0.0002)
+            return request, files
+        os.waitpid(between, 0)
+        pid = int(os.read(read, 64))
+        for file in (read, write, *files):
+            os.close(file)
+        _send(connection, {"pid": pid}, [])
+
+
+def take_over(request: Request, files: Sequence[int]) -> None:
+    """Give this process the session, files, streams, signals, folder, environment and path of its command."""
+    if request["session"]:
+        os.setsid()
+    spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _SPARE_FILE) for file in files]
+    for file in files:
+        os.close(file)
+    for file, place in zip(spare, request["places"], strict=True):
+        os.dup2(file, place)
+        os.close(file)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    os.chdir(request["folder"])
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    words = request["words"]
+    first = request["folder"] if words[0] == "-m" else str(Path(words[0]).parent)
+    path = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = [*path, *(entry for entry in sys.path[1:] if entry not in {*before, *path})]
+    importlib.invalidate_caches()
+    sys.orig_argv = [sys.executable, *words]
+
+
+def attend_to_signals(request: Request) -> None:
+    """Handle signals as Python does when it starts."""
+    for number in STOPS:
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+
+
+def run(words: Sequence[str]) -> NoReturn:
+    """Run a module or a program as the main one, and end as Python ends."""
+    code: Any = 0
+    try:
+        if words[0] == "-m":
+            sys.argv = ["-m", *words[2:]]
+            sys.modules.pop(words[1], None)  # else runpy warns that it was imported
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(words)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((code or 0) & 0xFF)
+
+
+def main(connection: socket.socket) -> NoReturn:
+    """Be the template; in each forked process, be its command, and fork its template first."""
+    import_everything()
+    while True:
+        request, files = serve(connection)
+        take_over(request, files)
+        ours, connection = socket.socketpair()
+        command = os.getpid()
+        if os.fork():
+            connection.close()
+            attend_to_signals(request)
+            _templates[:] = [Template(ours)]
+            subprocess.Popen = WarmPopen
+            run(request["words"])
+        ours.close()
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != command:
+            os._exit(0)
+        for place in request["places"]:  # whoever reads what the command writes is not to wait for its template
+            os.close(place)
+        for place in range(3):
+            assert os.open(os.devnull, os.O_RDWR) == place
+
+
+def _send(connection: socket.socket, message: Request, files: Sequence[int]) -> None:
+    content = json.dumps(message).encode()
+    socket.send_fds(connection, [len(content).to_bytes(_LENGTH_BYTES, "little")], files)
+    connection.sendall(content)
+
+
+def _receive(connection: socket.socket) -> tuple[Request | None, list[int]]:
+    head, files, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, _MOST_FILES)
+    if len(head) < _LENGTH_BYTES:
+        return None, files
+    left, content = int.from_bytes(head, "little"), b""
+    while len(content) < left:
+        content += connection.recv(left - len(content))
+    return json.loads(content), files
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
