@@ -256,6 +256,8 @@ class BenchmarkConfig:
         timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
             ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         shapes: Shapes of ``kernels`` and ``fake_quantization``: MxK-N, or for ``kernels`` MxK-H-N, a feed-forward.
+        tune: True has ``kernels`` look for the fastest tiles of the GPU's kernels at ``shapes`` and ``widths``, and keep them
+            in the user's cache for every later call; False times packed linears on this CPU.
         threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
             ``loading``.
@@ -273,6 +275,7 @@ class BenchmarkConfig:
     videos: Annotated[int, Range("> 0")]
     timed_steps: Annotated[int, Range("> 0")]
     shapes: tuple[str, ...]
+    tune: bool
     threads: Annotated[tuple[int, ...], Range("> 0")]
     blocks: Annotated[int, Range("> 0")]
     out: Path
@@ -289,6 +292,7 @@ class BenchmarkConfig:
             f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
         )
         require(not self.run.export, "a benchmark exports nothing; leave export out")
+        require(not self.tune or self.what == "kernels", f"tune=true is of what=kernels, not of what={self.what}")
         for key in ("methods", "profiles", "widths", "seeds", "shapes", "threads"):
             require(getattr(self, key) != (), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods or ():

@@ -133,7 +133,8 @@ def _card(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card((0, 0), 1)
     capability = (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)
-    return Card(capability, torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(capability, properties.multi_processor_count, properties.name)
 
 
 def _card_refusal(device: torch.device) -> str | None:
