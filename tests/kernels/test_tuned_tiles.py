@@ -10,8 +10,11 @@ import torch
 
 from qvgen.cli import main
 from qvgen.config.bits import Bits
+from qvgen.verbs.benchmarks.kernels import BENCHMARK
 from qvgen.verbs.benchmarks.kernels.tiles import measured_rows, tile_table
 from qvgen_kernels import LinearSpec
+from qvgen_kernels.gluon import tile as gluon_tile
+from qvgen_kernels.gluon.tune import GLUON
 from qvgen_kernels.triton import tiles, tune, tuned
 from qvgen_kernels.triton.tiles import Card, rule, tile_of
 from qvgen_kernels.triton.tuned import Tile, TunedTile, nearest, read_tiles, save_tiles, tuned_tiles, user_table
@@ -25,6 +28,7 @@ TILE = Tile(128, 64, 4, 3)
 
 def entry(**changed):
     values = {
+        "kernel": "triton",
         "card": HOPPER.name, "rows": 17776, "columns": 1920, "outputs": 1920, "weight_bits": 4, "activation_bits": 4,
         "tail": False, "tile": TILE, "ms": 0.1, "bf16_ms": 0.2,
     }  # fmt: skip
@@ -42,8 +46,10 @@ def _own_table(monkeypatch, tmp_path):
     """An empty cache of the user's, and tables that are read anew."""
     monkeypatch.setenv("QVGEN_KERNEL_CACHE", str(tmp_path / "cache"))
     tiles.forget()
+    gluon_tile.forget()
     yield
     tiles.forget()
+    gluon_tile.forget()
 
 
 def test_the_package_has_no_measured_tile_and_says_so():
@@ -120,6 +126,7 @@ DAMAGED = {
     "bits": "entry 0: weight_bits=9 must be from 2 to 8",
     "time": "entry 0: ms=nan must be a time above 0",
     "tail": "entry 0: tail=1 must be true or false",
+    "kernel": "entry 0: kernel='mine' must be one of triton, gluon",
 }
 
 
@@ -137,7 +144,7 @@ def damage(kind, content):
         "key": (found, "code", "import os"), "tile key": (tile, "more", 1), "rows": (tile, "rows", 100),
         "stages": (tile, "stages", 99), "text": (found, "rows", "17776"), "true": (tile, "warps", True),
         "negative": (found, "columns", -1920), "bits": (found, "weight_bits", 9), "time": (found, "ms", float("nan")),
-        "tail": (found, "tail", 1),
+        "tail": (found, "tail", 1), "kernel": (found, "kernel", "mine"),
     }  # fmt: skip
     where, key, value = changes[kind]
     where[key] = value
@@ -247,11 +254,25 @@ def test_the_benchmark_fills_the_users_table_and_its_page():
     assert tile_of(spec(64, 128), rows=100, card=HOPPER, tail=True).warps == 8
     head = {"versions": {"torch": "2.13"}, "timed_steps": 5, "command": "qvgen benchmark kernels tune=true"}
     page = "\n".join(tile_table(head, json.loads(json.dumps(rows))))
-    assert "# Tiles of the Triton kernels on NVIDIA H200" in page
+    assert "# Tiles of the GPU kernels on NVIDIA H200" in page
     assert page.count("| 0.500 |") == 4
     assert page.count("| 2.00 |") == 4
     again = list(measured_rows(config, done={("100x64-64",)}, device=torch.device("cpu"), card=HOPPER, timer=clock))
     assert len(again) == 2
+
+
+def test_every_kernel_that_runs_is_measured_for_the_same_layers():
+    config = SimpleNamespace(shapes=("1000x64-128-64",), widths=(Bits.parse("3"),))
+    clock = Clock(lambda name: {"bf16": 1.0, "128x128, 8 warps, 4 stages": 0.25}.get(name, 0.5))
+    given = {"device": torch.device("cpu"), "card": HOPPER, "timer": clock, "kernels": (tune.TRITON, GLUON)}
+    rows = list(measured_rows(config, done=set(), **given))
+    assert [(row["layer"], row["kernel"]) for row in rows] == [
+        ("1000x64-128", "triton"), ("1000x64-128", "gluon"), ("1000x128-64", "triton"), ("1000x128-64", "gluon"),
+    ]  # fmt: skip
+    found = {(one.kernel, one.columns): one.tile for one in tuned_tiles(HOPPER.name)}
+    assert found["gluon", 64] == Tile(128, 128, 8, 4)
+    assert all(gluon_tile.fits(tile) for (kernel, _), tile in found.items() if kernel == "gluon")
+    assert gluon_tile.tile_of(spec(64, 128, 3, 3), rows=1000, card=HOPPER, tail=True) == Tile(128, 128, 8, 4)
 
 
 def test_where_no_tile_runs_nothing_is_kept():
@@ -264,6 +285,13 @@ def test_where_no_tile_runs_nothing_is_kept():
     assert "none runs" in "\n".join(tile_table(head, rows))
 
 
+def test_a_dry_run_says_what_would_be_measured():
+    config = SimpleNamespace(tune=True, shapes=("1024x1920-1920",), widths=(Bits.parse("3"),))
+    assert (
+        BENCHMARK.describe(config) == "kernels: tiles of the GPU kernels for 1024x1920-1920 at 3, for this GPU's table"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     keys = ["benchmark", "kernels", "tune=true", f"out={tmp_path}"]
@@ -272,8 +300,6 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
         "tune=true times tiles of GPU kernels, and there is no card for them: torch finds no GPU"
         in capsys.readouterr().err
     )
-    assert main([*keys, "dry_run=true", "widths=[3]"]) == 0
-    assert "tiles of the Triton kernels for 1024x1920-1920" in capsys.readouterr().out
     assert main(["benchmark", "ptq", "tune=true", f"out={tmp_path}"]) == 2
     assert "tune=true is of what=kernels, not of what=ptq" in capsys.readouterr().err
 

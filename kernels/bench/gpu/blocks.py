@@ -18,11 +18,13 @@ from torch.nn import functional
 from gpu.clock import Timer, by_events, by_wall, compare
 from gpu.layer import Canonical, Packed
 from gpu.models import Layer, Model
-from gpu.setting import WIDTHS, Case, Row, Setting
+from gpu.setting import Case, Row, Setting
 from qvgen_kernels import LinearSpec
 
 Linear = Callable[..., Tensor]
 """Maps x, and maybe gate and residual, to the layer's outputs with what follows it."""
+Way = tuple[tuple[int, int], str] | None
+"""Bits of weights and inputs and the kernel; None: bfloat16."""
 
 
 class _Dense:
@@ -43,7 +45,7 @@ class _Dense:
 class _Quantized:
     """A packed linear with what follows it inside."""
 
-    def __init__(self, layer: Layer, bits: tuple[int, int], device: torch.device, setting: Setting) -> None:
+    def __init__(self, layer: Layer, bits: tuple[int, int], kernel: str, device: torch.device) -> None:
         spec = LinearSpec(
             in_features=layer.columns,
             out_features=layer.outputs,
@@ -51,7 +53,7 @@ class _Quantized:
             activation_bits=bits[1],
             function="gelu_tanh" if layer.tail == "gelu" else "none",
         )
-        self.packed: Packed = Canonical.random(spec, device=device).packed(setting.kernels(spec)[0])
+        self.packed: Packed = Canonical.random(spec, device=device).packed(kernel)
         self.bias = torch.zeros(layer.outputs, device=device)
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -93,18 +95,25 @@ class Block(nn.Module):
 
 
 def cases(setting: Setting, *, warm: bool = False) -> Iterator[Case]:
-    """One case for every model and way; warming compiles them all at once, in as many processes."""
+    """One case for every model and way: bfloat16, every kernel at 4 bits, auto's at other widths."""
     for model in setting.models():
-        for bits in (None, *WIDTHS[2 if setting.rehearse else 1 :]):
-            name = "bf16" if bits is None else f"w{bits[0]}a{bits[1]}"
-            yield f"{model.name} {name}", partial(_rows, setting, model, bits, warm)
+        qkv = model.layers[0]
+        spec = LinearSpec(in_features=qkv.columns, out_features=qkv.outputs, weight_bits=4, activation_bits=4)
+        kernels = setting.kernels(spec)
+        ways: list[Way] = [None, *(((4, 4), kernel) for kernel in kernels), ((3, 3), kernels[0])]
+        for way in ways if setting.rehearse else [*ways, ((4, 8), kernels[0])]:
+            yield f"{model.name} {_label(way)}", partial(_rows, setting, model, way, warm)
 
 
-def _rows(setting: Setting, model: Model, bits: tuple[int, int] | None, warm: bool) -> Iterator[Row]:
+def _label(way: Way) -> str:
+    return "bf16" if way is None else f"{way[1]} w{way[0][0]}a{way[0][1]}"
+
+
+def _rows(setting: Setting, model: Model, way: Way, warm: bool) -> Iterator[Row]:
     device = setting.device
 
     def linear(layer: Layer) -> Linear:
-        return _Dense(layer, device) if bits is None else _Quantized(layer, bits, device, setting)
+        return _Dense(layer, device) if way is None else _Quantized(layer, *way, device)
 
     torch.manual_seed(0)
     block = Block(model, linear).eval()
@@ -112,7 +121,7 @@ def _rows(setting: Setting, model: Model, bits: tuple[int, int] | None, warm: bo
     text = torch.randn(max(model.text_tokens, 1), model.width, device=device).bfloat16()
     modulation = torch.randn(6, model.width, device=device).bfloat16() * 0.1
     compiled = setting.compiled(block)
-    row: Row = {"model": model.name, "way": "bf16" if bits is None else f"w{bits[0]}a{bits[1]}", "tokens": model.tokens}
+    row: Row = {"model": model.name, "way": _label(way), "tokens": model.tokens}
     timer: Timer = by_wall if setting.rehearse else by_events
     rounds = 1 if warm or setting.rehearse else None
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpu.models import NAMES, Model, read_model
-from qvgen_kernels import LinearSpec, get_backend, kernel_names
+from qvgen_kernels import LinearSpec, available_kernels, get_backend
 
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Iterator[Row]]]
@@ -45,15 +45,11 @@ class Setting:
         return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
     def kernels(self, spec: LinearSpec) -> list[str]:
-        """Integer kernels for GPUs that run a layer here."""
+        """Integer kernels for GPUs that run a layer here, the one that auto takes first."""
         if self.rehearse:
             return ["triton"]
-        found = []
-        for name in kernel_names():
-            backend = get_backend(name)
-            if "cuda" in getattr(backend, "device_types", ()) and backend.refusal(spec, device=self.device) is None:
-                found.append(name)
-        return found
+        names = available_kernels(spec, device=self.device)
+        return [name for name in names if "cuda" in getattr(get_backend(name), "device_types", ())]
 
     def wait(self) -> None:
         """Wait for the device."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvgen_kernels.contract import LinearSpec, LinearTensors
+from qvgen_kernels.triton.backend import Product
 from qvgen_kernels.triton.layout import PackedWeight, layout_of, named_weight
 from qvgen_kernels.triton.tiles import Card, fits_card, rule
 from qvgen_kernels.triton.tuned import Tile, TunedTile
 
-__all__ = ["Timer", "candidates", "card_timer", "device_card", "fastest", "tune"]
+__all__ = ["TRITON", "Timer", "TunedKernel", "candidates", "card_timer", "fastest", "tune"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +43,6 @@ def candidates(spec: LinearSpec, *, rows: int, card: Card, tail: bool) -> list[T
         if fits and tile not in found and fits_card(tile, spec, card=card):
             found.append(tile)
     return found
-
-
-def device_card(device: torch.device) -> Card:
-    """The facts of a card, its name among them."""
-    from qvgen_kernels.triton.backend import _card
-
-    return _card(device)
 
 
 def card_timer(rounds: int) -> Timer:
@@ -69,8 +64,49 @@ def card_timer(rounds: int) -> Timer:
     return timer
 
 
+@dataclass(frozen=True, kw_only=True)
+class TunedKernel:
+    """A kernel whose tiles are measured.
+
+    Attributes:
+        name: As in the table.
+        candidates: Tiles of a layer, as :func:`candidates` gives them.
+        bytewise: Whether weights are a byte each.
+        multiply: Fills y with a tile's outputs.
+    """
+
+    name: str
+    candidates: Callable[..., list[Tile]]
+    bytewise: bool
+    multiply: Callable[[Product, Tile, Card], None]
+
+
+def _multiply(product: Product, tile: Tile, _: Card) -> None:
+    from qvgen_kernels.triton.gemm import multiply
+
+    multiply(
+        product.operands,
+        product.weight,
+        y=product.y,
+        branch=None,
+        tensors=product.tensors,
+        spec=product.spec,
+        tile=tile,
+    )
+
+
+TRITON = TunedKernel(name="triton", candidates=candidates, bytewise=False, multiply=_multiply)
+
+
 def tune(
-    spec: LinearSpec, *, rows: int, tail: bool, card: Card, device: torch.device, timer: Timer
+    spec: LinearSpec,
+    *,
+    rows: int,
+    tail: bool,
+    card: Card,
+    device: torch.device,
+    timer: Timer,
+    kernel: TunedKernel = TRITON,
 ) -> Iterator[tuple[Tile, float | None]]:
     """Measure a layer.
 
@@ -81,11 +117,11 @@ def tune(
         card: The card's facts.
         device: Where it is.
         timer: What measures a call.
+        kernel: What multiplies.
 
     Yields:
         A tile and the milliseconds of the whole layer with it, its input's quantization included; None: it does not run.
     """
-    from qvgen_kernels.triton.gemm import multiply
     from qvgen_kernels.triton.quantize import quantize_rows
 
     x = torch.randn(rows, spec.in_features, device=device).bfloat16()
@@ -94,14 +130,14 @@ def tune(
         gate = torch.ones(1, spec.out_features, device=device, dtype=x.dtype)
         residual = torch.zeros(rows, spec.out_features, device=device, dtype=x.dtype)
         tensors = tensors._replace(gate=gate, residual=residual)
-    weight = _weight(spec, device)
+    weight = _weight(spec, device, bytewise=kernel.bytewise)
     y = x.new_empty(rows, spec.out_features)
 
     def call(tile: Tile) -> None:
         operands = quantize_rows(x, spec=spec, tensors=tensors)
-        multiply(operands, weight, y=y, branch=None, tensors=tensors, spec=spec, tile=tile)
+        kernel.multiply(Product(operands, weight, y, None, tensors, spec), tile, card)
 
-    for tile in candidates(spec, rows=rows, card=card, tail=tail):
+    for tile in kernel.candidates(spec, rows=rows, card=card, tail=tail):
         try:
             yield tile, timer(_text(tile), partial(call, tile))
         except Exception as error:  # the compiler raises what it likes: too many registers, too much shared memory
@@ -110,14 +146,22 @@ def tune(
 
 
 def fastest(
-    spec: LinearSpec, *, rows: int, tail: bool, card: Card, device: torch.device, timer: Timer
+    spec: LinearSpec,
+    *,
+    rows: int,
+    tail: bool,
+    card: Card,
+    device: torch.device,
+    timer: Timer,
+    kernel: TunedKernel = TRITON,
 ) -> tuple[TunedTile | None, dict[str, float | None]]:
     """The entry of a layer for the table, and the milliseconds of every candidate; arguments as :func:`tune`.
 
     Returns:
         The entry, None where no tile runs; milliseconds by the tile's text, None of one that does not run.
     """
-    times = dict(tune(spec, rows=rows, tail=tail, card=card, device=device, timer=timer))
+    found = tune(spec, rows=rows, tail=tail, card=card, device=device, timer=timer, kernel=kernel)
+    times = dict(found)
     measured = {tile: ms for tile, ms in times.items() if ms is not None}
     shown = {_text(tile): ms for tile, ms in times.items()}
     if not measured:
@@ -127,6 +171,7 @@ def fastest(
     bf16_ms = timer("bf16", lambda: functional.linear(x, weight))
     best = min(measured, key=lambda tile: measured[tile])
     entry = TunedTile(
+        kernel=kernel.name,
         card=card.name,
         rows=rows,
         columns=spec.in_features,
@@ -145,10 +190,10 @@ def _text(tile: Tile) -> str:
     return f"{tile.outputs}x{tile.rows}, {tile.warps} warps, {tile.stages} stages"
 
 
-def _weight(spec: LinearSpec, device: torch.device) -> PackedWeight:
+def _weight(spec: LinearSpec, device: torch.device, *, bytewise: bool) -> PackedWeight:
     """A packed weight of zero codes: times do not depend on values."""
     layout = layout_of(spec)
-    shape = (spec.out_features, layout.chunks * layout.chunk_bytes)
+    shape = (spec.out_features, layout.columns if bytewise else layout.chunks * layout.chunk_bytes)
     codes = torch.zeros(shape, dtype=torch.int8, device=device)
     row = torch.ones(1, spec.out_features, device=device)
     tensors: list[Tensor] = [codes, row]
@@ -156,4 +201,4 @@ def _weight(spec: LinearSpec, device: torch.device) -> PackedWeight:
         tensors.append(row.to(torch.int32) if spec.weight_zero_point == "integer" else row)
     if spec.activation_bits == 8 and spec.activation_zero_point == "integer":
         tensors.append(row.to(torch.int32))
-    return named_weight(tensors, spec=spec)
+    return named_weight(tensors, spec=spec, bytewise=bytewise)

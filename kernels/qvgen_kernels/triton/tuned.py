@@ -4,7 +4,7 @@ A file is JSON, ``{"format": "qvgen-tiles", "version": 1, "triton": "3.9.0", "ti
 fields of :class:`TunedTile`. Every value is checked; a file of another version, of another Triton than this one or with
 one impossible value is left out as a whole, with a warning. A tile decides speed alone, never a result.
 
-A call takes the nearest entry of its card, of the same bits and with the same kind of tail: the smallest
+A call takes the nearest entry of its card and kernel, of the same bits and with the same kind of tail: the smallest
 
     |log2(M / M')| + |log2(K / K')| + |log2(N / N')|
 
@@ -28,7 +28,17 @@ from typing import Any
 from qvgen_kernels.contract import MAX_BITS, MIN_BITS, LinearSpec
 from qvgen_kernels.cpu_build import cache_folder
 
-__all__ = ["Tile", "TunedTile", "forget", "nearest", "read_tiles", "save_tiles", "tuned_tiles", "user_table"]
+__all__ = [
+    "Tile",
+    "TunedTile",
+    "forget",
+    "is_faster",
+    "nearest",
+    "read_tiles",
+    "save_tiles",
+    "tuned_tiles",
+    "user_table",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +47,7 @@ PACKAGED = Path(__file__).with_name("tuned_tiles.json")
 FARTHEST = 2.0
 """A shape four times as large in one direction, or twice in two, has still the same tile."""
 
+KERNELS = ("triton", "gluon")
 _LARGEST_FILE = 1 << 22
 _POWERS = (16, 32, 64, 128, 256)
 
@@ -65,6 +76,7 @@ class TunedTile:
     """The fastest tile of a shape on a card.
 
     Attributes:
+        kernel: Whose tile it is: ``triton`` or ``gluon``.
         card: The card's name, as its driver says it.
         rows: M.
         columns: K.
@@ -77,6 +89,7 @@ class TunedTile:
         bf16_ms: Milliseconds of the same layer in bfloat16, without what follows it.
     """
 
+    kernel: str
     card: str
     rows: int
     columns: int
@@ -111,6 +124,8 @@ class TunedTile:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a time above 0")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} must be one of {', '.join(KERNELS)}")
         if not isinstance(self.tail, bool) or not isinstance(self.card, str) or not self.card:
             raise ValueError(f"tail={self.tail!r} must be true or false, card={self.card!r} a name")
 
@@ -188,7 +203,9 @@ def _usable(path: Path, triton: str | None) -> list[TunedTile]:
         return []
 
 
-def nearest(entries: Sequence[TunedTile], spec: LinearSpec, *, rows: int, tail: bool) -> TunedTile | None:
+def nearest(
+    entries: Sequence[TunedTile], spec: LinearSpec, *, rows: int, tail: bool, kernel: str = "triton"
+) -> TunedTile | None:
     """The entry that a call takes by the rule above; None where there is none near.
 
     Args:
@@ -196,18 +213,41 @@ def nearest(entries: Sequence[TunedTile], spec: LinearSpec, *, rows: int, tail: 
         spec: The layer.
         rows: M > 0.
         tail: Whether a function, gate or residual follows.
+        kernel: Whose tile.
     """
     if spec.num_groups > 1:
         return None
-    kind = (spec.weight_bits, spec.activation_bits, tail)
+    kind = (kernel, spec.weight_bits, spec.activation_bits, tail)
 
     def distance(entry: TunedTile) -> float:
         pairs = ((rows, entry.rows), (spec.in_features, entry.columns), (spec.out_features, entry.outputs))
         return sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
 
-    near = [entry for entry in entries if (entry.weight_bits, entry.activation_bits, entry.tail) == kind]
+    near = [entry for entry in entries if (entry.kernel, *_bits(entry), entry.tail) == kind]
     best = min(near, key=lambda entry: (distance(entry), -entry.rows), default=None)
     return None if best is None or distance(best) > FARTHEST else best
+
+
+def _bits(entry: TunedTile) -> tuple[int, int]:
+    return entry.weight_bits, entry.activation_bits
+
+
+def is_faster(kernel: str, other: str, entries: Sequence[TunedTile], spec: LinearSpec) -> bool:
+    """Whether one kernel took less time than another over all that both were measured with for a layer's K, N and bits.
+
+    Args:
+        kernel: The one.
+        other: The other.
+        entries: Entries of the card.
+        spec: The layer; with groups nothing was measured.
+    """
+    own = (spec.in_features, spec.out_features, spec.weight_bits, spec.activation_bits)
+    times: dict[str, dict[tuple[object, ...], float]] = {kernel: {}, other: {}}
+    for entry in entries:
+        if entry.kernel in times and (entry.columns, entry.outputs, *_bits(entry)) == own and spec.num_groups == 1:
+            times[entry.kernel][entry.rows, entry.tail] = entry.ms
+    shared = times[kernel].keys() & times[other].keys()
+    return bool(shared) and sum(times[kernel][key] for key in shared) < sum(times[other][key] for key in shared)
 
 
 @cache

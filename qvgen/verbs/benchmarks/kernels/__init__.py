@@ -19,7 +19,7 @@ def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
     if config.tune:
         widths = ", ".join(width.label for width in config.widths)
-        return f"kernels: tiles of the Triton kernels for {', '.join(config.shapes)} at {widths}, for this GPU's table"
+        return f"kernels: tiles of the GPU kernels for {', '.join(config.shapes)} at {widths}, for this GPU's table"
     return f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads"
 
 
