@@ -218,6 +218,14 @@ def test_memory_of_prepacked_weights_is_counted_and_said(card):
     assert said == f"kernel=gluon on cuda: gluon ({mib:.0f} MiB of prepacked weights)"
 
 
+def test_where_bfloat16_wins_the_log_says_so(card, caplog):
+    card((9, 0), HOPPER.name)
+    save_tiles([entry("gluon", 1.5)])
+    tiles.forget()
+    gluon_tile.tile_of(SPEC, rows=4096, card=HOPPER)
+    assert "bfloat16 is faster than gluon on NVIDIA H200 for 4096 x 64 -> 128 at w4a4: 1.5 ms packed" in caplog.text
+
+
 def test_tiles_are_those_that_the_kernel_has(card):
     wide = replace(SPEC, in_features=1920, out_features=1920)
     assert gluon_tile.rule(wide, rows=17776, card=HOPPER) == Tile(128, 256, 8, 4)

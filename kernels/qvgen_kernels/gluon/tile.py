@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from qvgen_kernels.contract import LinearSpec
 from qvgen_kernels.triton.tiles import Card
-from qvgen_kernels.triton.tuned import Tile, nearest, tuned_tiles
+from qvgen_kernels.triton.tuned import Tile, nearest, say_where_bf16_wins, tuned_tiles
 
 __all__ = ["CHUNK", "KERNEL", "WARPS", "fits", "forget", "rule", "tile_of"]
 
@@ -55,7 +55,11 @@ def tile_of(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> T
     """
     tail = tail or spec.function != "none"
     entry = nearest(tuned_tiles(card.name), spec, rows=rows, tail=tail, kernel=KERNEL) if card.name else None
-    return entry.tile if entry is not None and fits(entry.tile) else rule(spec, rows=rows, card=card, tail=tail)
+    if entry is not None:
+        say_where_bf16_wins(entry)
+        if fits(entry.tile):
+            return entry.tile
+    return rule(spec, rows=rows, card=card, tail=tail)
 
 
 def forget() -> None:

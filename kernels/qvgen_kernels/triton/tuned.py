@@ -255,7 +255,8 @@ def say_where_bf16_wins(entry: TunedTile) -> None:
     """Warn, once for each entry, that bfloat16 was faster where its tile was measured."""
     if entry.bf16_ms < entry.ms:
         _log.warning(
-            "bfloat16 is faster on %s for %d x %d -> %d at w%da%d: %.3g ms packed, %.3g ms in bfloat16",
+            "bfloat16 is faster than %s on %s for %d x %d -> %d at w%da%d: %.3g ms packed, %.3g ms in bfloat16",
+            entry.kernel,
             entry.card, entry.rows, entry.columns, entry.outputs, entry.weight_bits, entry.activation_bits,
             entry.ms, entry.bf16_ms,
         )  # fmt: skip
