@@ -225,6 +225,7 @@ def measure(capability, name):
         "loop_local": count(inside, "LDL", "STL"),
         "loop_waits": sum(bool(EMPTYING.search(text)) for text in loop),
         "loop_partial_waits": count(inside, "WARPGROUP.DEPBAR") - sum(bool(EMPTYING.search(text)) for text in loop),
+        "loop_barriers": count(inside, "BAR.SYNC"),
         "loop_copies_waited_for": count(inside, "SYNCS.PHASECHK"),
         "tma_copies": count(every, "UTMALDG"),
         "contractions": count(every, "FFMA"),

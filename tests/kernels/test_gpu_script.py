@@ -9,15 +9,18 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from gpu import __main__ as program
 from gpu import clock, page, part, sanitizer
 from gpu.models import NAMES, read_model
 from gpu.setting import Setting
 
 from qvgen.models.published import known_models
+from qvgen_kernels.triton.tuned import read_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "kernels" / "bench" / "gpu.sh"
@@ -52,7 +55,7 @@ def rehearsed(tmp_path_factory):
     pytest.importorskip("triton", minversion="3.6")
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "sitecustomize.py").write_text(BLOCKER.format(allowed=ALLOWED))
-    done = call(folder / "out", "--rehearse", "--parts", "correctness,fake_quantization", path=folder)
+    done = call(folder / "out", "--rehearse", "--parts", "correctness,fake_quantization,tiles", path=folder)
     logs = "\n".join(path.read_text()[-2000:] for path in (folder / "out").glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + logs
     return folder / "out"
@@ -79,6 +82,12 @@ def test_a_rehearsal_times_the_training_step_and_says_what_is_not_there(rehearse
         assert ("not there" in row) != ("bits_equal" in row)
 
 
+def test_measured_tiles_are_a_table_that_the_package_could_have(rehearsed):
+    (entry,) = read_tiles(rehearsed / "tiles.json", triton=None)
+    assert (entry.card, entry.kernel, entry.weight_bits) == ("rehearsal on the CPU", "triton", 4)
+    assert "| qkv triton w4a4 |" in (rehearsed / "gpu.md").read_text()
+
+
 def test_the_report_is_made_of_the_json(rehearsed):
     text = (rehearsed / "gpu.md").read_text()
     assert "# Kernels on rehearsal on the CPU" in text
@@ -88,10 +97,43 @@ def test_the_report_is_made_of_the_json(rehearsed):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_one_line_says_so(tmp_path):
-    done = call(tmp_path / "out")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "torch finds no GPU" in done.stderr
+def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.sh", str(tmp_path / "out")])
+    assert program.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "torch finds no GPU" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_part_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.sh", str(tmp_path), "--parts", "table,speed"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "--parts holds speed; there are correctness, table, blocks" in capsys.readouterr().err
+
+
+def test_a_part_that_takes_too_long_is_ended_and_keeps_its_rows(tmp_path, monkeypatch):
+    """A shell that writes a row and waits stands for Python; what it started is ended with it."""
+    shell = tmp_path / "python"
+    shell.write_text("#!/bin/sh\necho '{}' > $4/slow.json; sleep 600 & echo $! > $4/child; wait\n")
+    shell.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(shell))
+    state = program._processes(program.Part("slow", 1.0), tmp_path, 1, 1.0, rehearse=True)
+    assert state == "cut off after 1 s"
+    assert (tmp_path / "slow.json").read_text() == "{}\n"
+    ended = time.monotonic() + 20
+    while (alive := is_alive((tmp_path / "child").read_text().strip())) and time.monotonic() < ended:
+        time.sleep(0.01)
+    assert not alive
+
+
+def is_alive(process):
+    """Whether Linux lists a process that has not ended."""
+    try:
+        return "\nState:\tZ" not in Path("/proc", process, "status").read_text()
+    except OSError:
+        return False
 
 
 def test_sizes_are_those_of_the_models_configurations():

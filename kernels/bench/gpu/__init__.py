@@ -9,6 +9,7 @@
     table              M x K -> N of every model beside torch's own products
     blocks             a transformer block in bfloat16 and packed, both compiled
     fake_quantization  a training step of one layer, fused and eager
+    tiles              the fastest tiles of the card, with the time that is left
     part               runs one of these in a process of its own
     page               the report, from the JSON
 

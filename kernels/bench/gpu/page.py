@@ -43,9 +43,8 @@ def read_results(out: Path) -> Results:
     """Read all that a run wrote so far."""
     results = Results({}, {})
     for path in sorted(out.glob("*.json")):
-        if path.name.startswith(("warm-", "run.")):
+        if path.name.startswith(("warm-", "run.")) or "part" not in (found := json.loads(path.read_text("utf-8"))):
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
         results.rows.setdefault(found["part"], []).extend(found["rows"])
         results.head = {key: found[key] for key in ("card", "torch", "cuda", "triton")}
     return results
@@ -72,6 +71,7 @@ def write_page(path: Path, results: Results, states: dict[str, str]) -> None:
         ("Wrong", _wrong(wrong)),
         ("Linears", _linears(results.rows.get("table", []), card)),
         ("Blocks", _blocks(results.rows.get("blocks", []))),
+        ("Tiles", _tiles(results.rows.get("tiles", []))),
         ("Fake quantization", _fake_quantization(results.rows.get("fake_quantization", []))),
         ("compute-sanitizer", _sanitizer(results.rows.get("sanitizer", []))),
         ("Did not run", _errors(results)),
@@ -151,6 +151,17 @@ def _blocks(rows: Sequence[Row]) -> list[str]:
             lines.append((row["model"], row["way"], row["part"], f"{row['ms']:.3f}", times, *memory))
     columns = ("model", "way", "part", "ms", "times bf16", "weights MiB", "peak beside them MiB")
     return _table(columns, lines)
+
+
+def _tiles(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        known = [ms for ms in row.get("times", {}).values() if ms is not None]
+        if known and (entry := row["entry"]):
+            best = min(row["times"], key=lambda name: row["times"][name] or float("inf"))
+            numbers = (f"{entry['ms']:.3f}", f"{max(known):.3f}", f"{entry['bf16_ms']:.3f}")
+            lines.append((row["case"], best, *numbers, f"{len(known)} of {len(row['times'])}"))
+    return _table(("layer", "fastest tile", "ms", "slowest", "bf16 ms", "tiles that run"), lines)
 
 
 def _fake_quantization(rows: Sequence[Row]) -> list[str]:
