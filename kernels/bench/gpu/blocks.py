@@ -115,6 +115,7 @@ def _rows(setting: Setting, model: Model, way: Way, warm: bool) -> Iterator[Row]
     def linear(layer: Layer) -> Linear:
         return _Dense(layer, device) if way is None else _Quantized(layer, *way, device)
 
+    torch.compiler.reset()  # what was compiled for the blocks before is not needed any more
     torch.manual_seed(0)
     block = Block(model, linear).eval()
     x = torch.randn(model.tokens, model.width, device=device).bfloat16()

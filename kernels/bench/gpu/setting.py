@@ -15,6 +15,9 @@ Row = dict[str, Any]
 Case = tuple[str, Callable[[], Iterator[Row]]]
 """A label, and what measures: rows, as soon as each is known."""
 
+MOST_VERSIONS = 64
+"""Versions of one function that torch may compile."""
+
 WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 3))
 """Bits of weights and inputs that are measured."""
 
@@ -41,6 +44,8 @@ class Setting:
 
     def compiled(self, function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
         """A compiled function; in a rehearsal its graph is traced and run as it is."""
+        # One function meets the shapes of all models in a process; at the usual limit of 8 a whole graph is an error.
+        torch._dynamo.config.recompile_limit = MOST_VERSIONS
         backend = "eager" if self.rehearse else "inductor"
         return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
