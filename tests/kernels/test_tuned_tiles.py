@@ -218,6 +218,31 @@ class Clock:
         return self.times(name)
 
 
+def test_the_card_waits_while_a_call_is_prepared(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, last):
+            return 0.25 * order.count("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    assert tune.call_ms(lambda: order.append("call")) == 0.25
+    assert order == ["sleep", "record", "call", "record", "wait"]
+    order.clear()
+    assert tune.card_timer(3)("any", lambda: order.append("call")) == 1.0  # the second of three, after two that warm up
+    assert order[:2] == ["call", "call"]
+
+
 def test_the_fastest_tile_that_runs_is_kept():
     small = spec(64, 64, 3, 3)
     card = Card((9, 0), 1, "NVIDIA H200")

@@ -1,4 +1,4 @@
-"""Times of calls: interleaved, by the device's own events, after calls that do not count.
+"""Times of calls: interleaved, by the card's own events, after calls that do not count.
 
 Every round calls each candidate once, so that a card that grows warm or slows down meets all of them alike.
 """
@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-import torch
+from qvgen_kernels.triton.tune import call_ms as by_events
+
+__all__ = ["by_events", "by_wall", "compare"]
 
 Timer = Callable[[Callable[[], object]], float]
 """Milliseconds of one call."""
@@ -18,16 +20,6 @@ Timer = Callable[[Callable[[], object]], float]
 ROUNDS = (5, 40)
 SECONDS = 0.4
 """What all rounds of a comparison may take, within the limits of ROUNDS."""
-
-
-def by_events(call: Callable[[], object]) -> float:
-    """Milliseconds of a call between two events of the current stream."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
 
 
 def by_wall(call: Callable[[], object]) -> float:

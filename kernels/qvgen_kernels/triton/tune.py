@@ -24,9 +24,12 @@ from qvgen_kernels.triton.layout import PackedWeight, layout_of, named_weight
 from qvgen_kernels.triton.tiles import Card, fits_card, rule
 from qvgen_kernels.triton.tuned import Tile, TunedTile
 
-__all__ = ["TRITON", "Timer", "TunedKernel", "candidates", "card_timer", "fastest", "tune"]
+__all__ = ["TRITON", "Timer", "TunedKernel", "call_ms", "candidates", "card_timer", "fastest", "tune"]
 
 _log = logging.getLogger(__name__)
+
+_CYCLES = 2_000_000
+"""About a millisecond of a card's clock."""
 
 Timer = Callable[[str, Callable[[], object]], float]
 """Milliseconds of a call, whose name comes first: that of its tile, or ``bf16``."""
@@ -51,17 +54,24 @@ def card_timer(rounds: int) -> Timer:
     def timer(_: str, call: Callable[[], object]) -> float:
         call()
         call()
-        times = []
-        for _round in range(rounds):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            call()
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last))
-        return median(times)
+        return median(call_ms(call) for _round in range(rounds))
 
     return timer
+
+
+def call_ms(call: Callable[[], object]) -> float:
+    """Milliseconds that the card takes for a call, by its events.
+
+    The card first waits for about a millisecond, in which the call's launches are prepared: what Python takes for them would
+    be measured otherwise, where the card is faster than that.
+    """
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_CYCLES)
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last))
 
 
 @dataclass(frozen=True, kw_only=True)
