@@ -1,26 +1,28 @@
-"""Compile the Triton kernels for cards that need not be here, and say what the machine code is: a table, or JSON.
+"""Compile the Triton and Gluon kernels for cards that need not be here, and say what the machine code is: a table, or JSON.
 
     python kernels/bench/gpu_code.py docs/benchmarks/gpu-code.md       all kernels and cards, some minutes
     python kernels/bench/gpu_code.py - 90:w4a4 80:quantize             those, as JSON on stdout
 
-It needs Triton and no GPU. Tiles are those that the backend takes for 17 776 rows of [1920 -> 5760] (CogVideoX-2b).
+It needs Triton and no GPU. Tiles are those that the backends take for 17 776 rows of [1920 -> 5760] (CogVideoX-2b).
 """
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
+from machine_code import EMPTYING, MATRIX, disassembled, inner_loop, operation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from qvgen_kernels import LinearSpec
+from qvgen_kernels.gluon import gemm as gluon_gemm
+from qvgen_kernels.gluon import tile as gluon_tile
 from qvgen_kernels.hadamard import paley_factor
 from qvgen_kernels.input_steps import InputSteps
 from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
@@ -70,7 +72,8 @@ STEPS = {
     "gelu-quantize": (InputSteps(function="gelu_tanh"), "gelu_tanh, contracted"),
 }
 
-_MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
+GLUON = ("w3a3", "w4a4", "w4a8", "w8a8-symmetric", "w4a4-real-zero", "w4a4-gelu-gate-residual")
+"""Products that are also compiled in Gluon, for the one card that its kernel is for."""
 
 
 def spec_of(options):
@@ -89,7 +92,8 @@ def compiled(kernel, arguments, *, capability, **options):
 
     def described(value, path):
         if isinstance(value, tuple):
-            return type(value)(*(described(part, (*path, place)) for place, part in enumerate(value)))
+            parts = [described(part, (*path, place)) for place, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if not isinstance(value, str):
             constants[path] = value
             return "constexpr"
@@ -99,28 +103,18 @@ def compiled(kernel, arguments, *, capability, **options):
 
     for place, name in enumerate(kernel.arg_names):
         signature[name] = described(arguments[name], (place,))
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=target_of(capability), options=options | OPTIONS)
 
 
-def product(options, capability):
+def product(options, capability, *, in_gluon=False):
     """The compiled product of a layer with bias; with its tail where it has a function."""
     spec = spec_of(options)
-    tile = tile_of(spec, rows=ROWS, card=CARDS[capability])
     tail = spec.function != "none"
-    operands = quantize_form.Operands(
-        "*i8:16",
-        "*fp32:16",
-        "*i32:16" if unsigned_activations(spec) else None,
-        "*i32:16" if spec.weight_zero_point != "none" else None,
-    )
-    weight = gemm.WeightTensors(
-        "*i8:16",
-        "*fp32:16",
-        "*i32:16" if spec.weight_zero_point == "integer" else None,
-        "*fp32:16" if spec.weight_zero_point == "real" else None,
-        "*i32:16" if unsigned_activations(spec) else None,
-    )
+    zero, unsigned = spec.weight_zero_point, "*i32:16" if unsigned_activations(spec) else None
+    zeros = "*i32:16" if zero == "integer" else None, "*fp32:16" if zero == "real" else None
+    operands = quantize_form.Operands("*i8:16", "*fp32:16", unsigned, None if zero == "none" else "*i32:16")
+    weight = gemm.WeightTensors("*i8:16", "*fp32:16", *zeros, unsigned)
     strides = ("i32", "i32:16", 1, "i32:16", 1) if tail else (1, 0, 0, 0, 0)
     groups = 1 if spec.num_groups == 1 else "i32"
     arguments = {
@@ -128,8 +122,11 @@ def product(options, capability):
         "w": weight,
         "tail": gemm.GemmTensors("*bf16:16", "*fp32:16", None, *(["*bf16:16"] * 2 if tail else [None, None])),
         "sizes": gemm.GemmSizes("i32:16", "i32:16", "i32", groups, "i32:16", *strides),
-        "form": replace(gemm.gemm_form(spec, tile), plain=capability in AMD),
     }
+    if in_gluon:
+        return gluon_product(spec, arguments)
+    tile = tile_of(spec, rows=ROWS, card=CARDS[capability])
+    arguments["form"] = replace(gemm.gemm_form(spec, tile), plain=capability in AMD)
     found = compiled(gemm.gemm_kernel, arguments, capability=capability, num_warps=tile.warps, num_stages=tile.stages)
     return found, f"{tile.outputs} x {tile.rows}, {tile.stages} stages"
 
@@ -142,6 +139,18 @@ def with_steps(form, tensors, sizes, steps, variant):
         tensors = tensors._replace(**dict.fromkeys(names, "*bf16:16"))
         sizes = sizes._replace(gain_rows="i32", gain_count="i32", gain_row="i32:16", shift_row="i32:16")
     return form, tensors, sizes
+
+
+def gluon_product(spec, arguments):
+    """The compiled product in Gluon, for sm_90."""
+    tile = gluon_tile.tile_of(spec, rows=ROWS, card=CARDS[90])
+    arguments["form"] = gluon_gemm.ring_form(spec, tile)
+    arguments["operands"] = (arguments.pop("a"), arguments.pop("w"))
+    arguments["descriptors"] = tuple(
+        f"tensordesc<i8[{side},{gluon_tile.CHUNK}],{gluon_gemm.OPERAND!r}>" for side in (tile.outputs, tile.rows)
+    )
+    found = compiled(gluon_gemm.multiply_kernel, arguments, capability=90, num_warps=tile.warps)
+    return found, f"{tile.outputs} x {tile.rows}, {tile.stages} stages"
 
 
 def row_kernel(name, options, capability):
@@ -174,38 +183,6 @@ def row_kernel(name, options, capability):
     return compiled(rotate.butterfly_kernel, arguments, capability=capability, num_warps=4), f"{4096 // run} x {run}"
 
 
-def disassembled(found):
-    """Instructions as (address, text), and (registers, bytes of stack) of a thread."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        outputs = [
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) ?;", outputs[0])]
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", outputs[1]).groups())
-    return lines, registers, stack
-
-
-def operation(text):
-    """The operation of an instruction, without its guard."""
-    return re.sub(r"^@!?U?P\w+ +", "", text).split()[0]
-
-
-def inner_loop(lines):
-    """Operations of the shortest loop with matrix products; none where there is no such loop."""
-    loops = []
-    for end, text in lines:
-        target = re.search(r"\bBRA.*?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < end:
-            body = [operation(own) for address, own in lines if int(target[1], 16) <= address <= end]
-            if any(_MATRIX.match(name) for name in body):
-                loops.append(body)
-    return min(loops, key=len, default=[])
-
-
 def measured_amd(found):
     """Count what can be read off AMD's assembly text; loops are not looked at."""
     text = found.asm["amdgcn"]
@@ -220,8 +197,9 @@ def measured_amd(found):
 
 def measure(capability, name):
     """What the machine code of a kernel is, as a dict of names and numbers."""
-    if name in PRODUCTS:
-        found, tile = product(PRODUCTS[name], capability)
+    options = PRODUCTS.get(name.removeprefix("gluon-"))
+    if options is not None:
+        found, tile = product(options, capability, in_gluon=name.startswith("gluon-"))
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
     head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
@@ -229,8 +207,8 @@ def measure(capability, name):
         return head | measured_amd(found)
     lines, registers, stack = disassembled(found)
     loop = inner_loop(lines)
-    every, inside = Counter(operation(text) for _, text in lines), Counter(loop)
-    matrix = sorted({name for name in every if _MATRIX.match(name)})
+    every, inside = Counter(operation(text) for _, text in lines), Counter(map(operation, loop))
+    matrix = sorted({name for name in every if MATRIX.match(name)})
 
     def count(counted, *prefixes):
         return sum(number for key, number in counted.items() if key.startswith(prefixes))
@@ -245,7 +223,11 @@ def measure(capability, name):
         "loop_products": count(inside, "IMMA", "IGMMA", "UTCIMMA"),
         "loop_permutes": count(inside, "PRMT"),
         "loop_local": count(inside, "LDL", "STL"),
-        "loop_waits": count(inside, "WARPGROUP.DEPBAR"),
+        "loop_waits": sum(bool(EMPTYING.search(text)) for text in loop),
+        "loop_partial_waits": count(inside, "WARPGROUP.DEPBAR") - sum(bool(EMPTYING.search(text)) for text in loop),
+        "loop_barriers": count(inside, "BAR.SYNC"),
+        "loop_copies_waited_for": count(inside, "SYNCS.PHASECHK"),
+        "tma_copies": count(every, "UTMALDG"),
         "contractions": count(every, "FFMA"),
         "divisions_ieee": found.asm["ptx"].count("div.rn.f32"),
         "divisions_fast": found.asm["ptx"].count("div.full.f32"),
@@ -257,13 +239,14 @@ def measure(capability, name):
     }
 
 
-HEADER = """# Machine code of the Triton kernels
+HEADER = """# Machine code of the GPU kernels
 
 **Compiled only: nothing of this has run on a GPU.** Triton {triton}, made by `python kernels/bench/gpu_code.py
 docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and out, with bias. Stack and shared memory in
 bytes. A loop is the innermost one that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those
-for a matrix product in it (Hopper: Triton {triton} waits in every tile of columns for sums of integers, which a kernel in
-another language need not).
+for all matrix products under way in it (Hopper: Triton {triton} does so in every tile of columns for sums of integers). Rows
+`gluon-...` are the Gluon kernel, whose loop leaves one product under way; its warps are eight that multiply, one that copies
+and three that fill up a group.
 """
 
 COLUMNS = (
@@ -281,7 +264,7 @@ def main() -> None:
         return
     rows = []
     for capability in CARDS:
-        for name in (*PRODUCTS, *ROW_KERNELS):
+        for name in (*PRODUCTS, *ROW_KERNELS, *(f"gluon-{name}" for name in GLUON if capability == 90)):
             print(f"sm_{capability} {name}", file=sys.stderr)
             m = measure(capability, name)
             keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")

@@ -64,7 +64,9 @@ class Backend(Protocol):
 
     An attribute ``cost``, where there is one, says in a few words what running on it costs; it is logged with the name. An
     attribute ``device_types``, where there is one, names those that it is written for; ``exact`` is False where outputs may
-    differ from the reference's by more than the contract accepts of integer kernels.
+    differ from the reference's by more than the contract accepts of integer kernels. Methods that there may be:
+    ``preferred(spec, device=...)``, asked where it does not refuse, puts it before those of higher priority;
+    ``prepacked_bytes(spec)`` is the memory of a layer's prepacked weight, which is then counted and said.
     """
 
     name: str
@@ -101,7 +103,12 @@ def available_kernels(spec: LinearSpec, *, device: torch.device | str = "cpu") -
     device = torch.device(device)
     _load_installed()
     usable = [backend for backend in _backends.values() if backend.refusal(spec, device=device) is None]
-    return [backend.name for backend in sorted(usable, key=lambda backend: -_priority(backend, device))]
+    return [backend.name for backend in sorted(usable, key=lambda backend: _order(backend, spec, device))]
+
+
+def _order(backend: Backend, spec: LinearSpec, device: torch.device) -> tuple[bool, int]:
+    preferred = getattr(backend, "preferred", None)
+    return preferred is None or not preferred(spec, device=device), -_priority(backend, device)
 
 
 def _priority(backend: Backend, device: torch.device) -> int:
@@ -214,6 +221,7 @@ def describe_choice(specs: Mapping[LinearSpec, int], *, kernel: str = AUTO, devi
     """
     device = torch.device(device)
     counts: Counter[str] = Counter()
+    memory: Counter[str] = Counter()
     why: dict[str, None] = {}
     for spec, count in specs.items():
         backend = (
@@ -222,12 +230,15 @@ def describe_choice(specs: Mapping[LinearSpec, int], *, kernel: str = AUTO, devi
             else resolve_kernel(kernel, spec, device=device)
         )
         counts[backend.name] += count
+        if (prepacked_bytes := getattr(backend, "prepacked_bytes", None)) is not None:
+            memory[backend.name] += count * prepacked_bytes(spec)
         if kernel == AUTO and getattr(backend, "cost", None) is not None:
             why |= dict.fromkeys(f"{name}: {reason}" for name, reason in refusals(spec, device=device).items())
     parts = []
     for name, count in counts.items():
         cost = getattr(get_backend(name), "cost", None)
-        parts.append(f"{name}{f' for {count} layers' if len(counts) > 1 else ''}{f' ({cost})' if cost else ''}")
+        notes = ", ".join(filter(None, (cost, _memory(memory.get(name)))))
+        parts.append(f"{name}{f' for {count} layers' if len(counts) > 1 else ''}{f' ({notes})' if notes else ''}")
     none_here = any(getattr(get_backend(name), "cost", None) for name in counts)
     reasons = (
         f"; faster ones refuse: {'; '.join(why)}"
@@ -237,6 +248,10 @@ def describe_choice(specs: Mapping[LinearSpec, int], *, kernel: str = AUTO, devi
         else ""
     )
     return f"kernel={kernel} on {device.type}: {', '.join(parts)}{reasons if kernel == AUTO else ''}"
+
+
+def _memory(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 2**20:.0f} MiB of prepacked weights"
 
 
 @cache

@@ -256,6 +256,7 @@ class BenchmarkConfig:
         timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
             ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         shapes: Shapes of ``kernels`` and ``fake_quantization``: MxK-N, or for ``kernels`` MxK-H-N, a feed-forward.
+        tune: True: ``kernels`` looks for the fastest tiles of the GPU's kernels and keeps them in the user's cache.
         threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
             ``loading``.
@@ -273,6 +274,7 @@ class BenchmarkConfig:
     videos: Annotated[int, Range("> 0")]
     timed_steps: Annotated[int, Range("> 0")]
     shapes: tuple[str, ...]
+    tune: bool
     threads: Annotated[tuple[int, ...], Range("> 0")]
     blocks: Annotated[int, Range("> 0")]
     out: Path
@@ -280,15 +282,14 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        require(
-            self.what != "ptq" or self.run.evaluation.samples > 0,
-            "evaluation.samples=0 measures nothing; a benchmark needs more",
-        )
+        samples = self.run.evaluation.samples
+        require(self.what != "ptq" or samples > 0, "evaluation.samples=0 measures nothing; a benchmark needs more")
         require(
             self.what != "loading" or self.blocks > 1,
             f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
         )
         require(not self.run.export, "a benchmark exports nothing; leave export out")
+        require(not self.tune or self.what == "kernels", f"tune=true is of what=kernels, not of what={self.what}")
         for key in ("methods", "profiles", "widths", "seeds", "shapes", "threads"):
             require(getattr(self, key) != (), f"{key}=[] is empty; leave it out for the default")
         for method in self.methods or ():

@@ -32,7 +32,9 @@ class Fast:
 
 @pytest.fixture
 def fast(monkeypatch):
-    others = {name: backend for name, backend in registry._backends.items() if name not in ("triton", "cuda_int4")}
+    others = {
+        name: backend for name, backend in registry._backends.items() if name not in ("triton", "gluon", "cuda_int4")
+    }
     monkeypatch.setattr(registry, "_backends", others)  # whose refusals depend on the machine
     backend = Fast()
     register_backend(backend)

@@ -265,7 +265,7 @@ def _fresh_answers():
 
 def card(monkeypatch, capability, name="NVIDIA A card"):
     """Let torch see a card, as far as a refusal asks."""
-    found = type("Properties", (), {"multi_processor_count": 100})()
+    found = type("Properties", (), {"multi_processor_count": 100, "name": name})()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels, compiled for cards that need not be here: kernels/bench/gpu_code.py, some of its rows.
+"""Machine code of the GPU kernels, compiled for cards that need not be here: kernels/bench/gpu_code.py, some of its rows.
 
 It shows what the interpreter can't: which matrix instruction runs, that unpacking needs no byte permutations, that nothing
 spills, that no product and sum are contracted. It does not show that the code runs: nothing here ran on a GPU.
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(not VERSION.startswith("3.9."), reason=f"asserte
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = (
     "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "100:w4a4", "120:w8a8-symmetric",
-    "942:w3a3", "90:quantize", "80:quantize-division", "90:norm-modulate-quantize", "80:gelu-quantize",
+    "90:gluon-w4a4", "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
+    "90:norm-modulate-quantize", "80:gelu-quantize",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
@@ -46,7 +47,7 @@ def measured(tmp_path_factory):
     return {f"{row['capability']}:{row['kernel']}": row for row in rows}
 
 
-PRODUCTS = [name for name in CHOSEN if ":w" in name and not name.startswith("942")]
+PRODUCTS = [name for name in CHOSEN if ":w" in name.replace("gluon-", "") and not name.startswith("942")]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -84,6 +85,20 @@ def test_hopper_waits_for_its_products(measured):
     assert measured["90:w4a4"]["loop_waits"] > 0
 
 
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "gluon" in name])
+def test_the_product_in_gluon_is_not_waited_for_in_every_chunk(measured, name):
+    """A chunk's products go on while the next chunk is looked for, on eight warps beside the one that copies."""
+    row = measured[name]
+    assert row["loop_waits"] == 0
+    assert row["loop_partial_waits"] == 1
+    assert row["loop_copies_waited_for"] == 1
+    assert row["loop_barriers"] == 1  # a stage is given back by both groups of four warps
+    assert row["loop_instructions"] <= 7 * row["loop_products"] + 30
+    assert (row["warps"], row["tma_copies"]) == (12, 2)
+    assert row["registers"] * 32 * row["warps"] <= 65536
+    assert row["shared_bytes"] <= 227 << 10
+
+
 def test_quantizers_divide_as_ieee_says(measured):
     """The scale, its reciprocal and nothing else by rows; where codes are quotients, every element."""
     for name in ("90:quantize", "80:quantize-division"):
@@ -118,5 +133,7 @@ def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
     text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
     assert "**Compiled only: nothing of this has run on a GPU.**" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
-    assert len(rows) == 6 * 16
+    assert len(rows) == 6 * 16 + 6
     assert all(row[6] == "0" for row in rows if row[4].strip()), "a product spills"
+    loops = [row[8].strip(" |").split(" / ") for row in rows if "gluon" in row[1]]
+    assert [loop[3] for loop in loops] == ["0"] * 6, "a product is waited for"

@@ -1,4 +1,4 @@
-"""Compile for Hopper what calls of the backend launch, in a process without a GPU: a stand-in for the driver, no launch.
+"""Compile for Hopper what calls of a backend launch, in a process without a GPU: a stand-in for the driver, no launch.
 
 It holds what the interpreter does not see: that Triton's own compiler takes the arguments of a call as they are. Writes a
 line a kernel.
@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
+from qvgen_kernels.gluon import gemm as gluon_gemm
 from qvgen_kernels.input_steps import InputSteps, InputTensors
 from qvgen_kernels.triton import function_choice, gemm, launch, quantize, rotate
 from tests.kernels.layer import make_layer, make_rows
@@ -38,6 +39,8 @@ CASES = (
     },
 )
 
+GLUON_CASES = ({"in_features": 250, "out_features": 120, "weight_bits": 3, "activation_bits": 8, "branch_rank": 4},)
+
 
 class Driver:
     """The answers that compiling takes from a driver."""
@@ -60,10 +63,11 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (function_choice, gemm, quantize, rotate):
+    for module in (function_choice, gemm, quantize, rotate, gluon_gemm):
         module.launch = compile_only
-    backend = get_backend("triton")
-    for options in CASES:
+    name = sys.argv[1] if len(sys.argv) > 1 else "triton"
+    backend = get_backend(name)
+    for options in CASES if name == "triton" else GLUON_CASES:
         layer = make_layer(**options)
         spec, x = layer.spec, make_rows(6, layer.spec.in_features, dtype=torch.bfloat16)
         rank, static = spec.branch_rank, spec.activation_range == "static"
@@ -81,7 +85,8 @@ def main():
         )
         weight = backend.prepack(layer.planes, scale=layer.scale, zero_point=layer.zero_point, spec=spec)
         backend.linear(x, weight, tensors=tensors, spec=spec)
-    steps_too(backend)
+    if name == "triton":
+        steps_too(backend)
 
 
 def steps_too(backend):

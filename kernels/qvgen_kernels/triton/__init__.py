@@ -7,6 +7,8 @@
     gemm       the product, tile by tile
     epilogue   sums to outputs
     tiles      launch parameters by card, shape and bits
+    tuned      those that were measured, and where they are kept
+    tune       measures them
     backend    the registered backend ``triton``
 
 Importing the package does not import Triton: what is missing is said by ``refusal``. The kernels' modules import it, and

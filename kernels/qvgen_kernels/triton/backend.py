@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ from torch.nn import functional
 from qvgen_kernels.contract import LinearSpec, LinearTensors
 from qvgen_kernels.hadamard import paley_factor
 from qvgen_kernels.input_steps import InputSteps, InputTensors, apply_steps
-from qvgen_kernels.triton.layout import arrange, fits, named_weight
+from qvgen_kernels.triton.layout import PackedWeight, arrange, fits, named_weight
 from qvgen_kernels.triton.tiles import Card, tile_of
 from qvgen_kernels.weight import CanonicalPrepack, CanonicalWeight
 
 if TYPE_CHECKING:
     from qvgen_kernels.triton.quantize_form import StepsBefore
 
-__all__ = ["TritonBackend"]
+__all__ = ["Product", "TritonBackend", "device_card"]
 
 OLDEST = (8, 0)
 """Compute capability from which on there are matrix instructions for signed bytes as Triton makes them."""
@@ -30,6 +30,26 @@ OLDEST_TRITON = (3, 6)
 
 LONGEST_RUN = 16384
 """Columns that one program of the rotation can hold: the largest power of two in a rotation."""
+
+
+class Product(NamedTuple):
+    """The arguments of a product.
+
+    Attributes:
+        operands: Quantized rows (quantize_form.Operands).
+        weight: The packed weight.
+        y: Outputs to be filled, contiguous [M, N].
+        branch: (x down^T) up^T [M, N] or None.
+        tensors: Bias, gate and residual.
+        spec: The layer.
+    """
+
+    operands: Any
+    weight: PackedWeight
+    y: Tensor
+    branch: Tensor | None
+    tensors: LinearTensors
+    spec: LinearSpec
 
 
 class TritonBackend(CanonicalPrepack):
@@ -53,7 +73,7 @@ class TritonBackend(CanonicalPrepack):
         """Map x [M, K] to [M, N] of x's dtype; inputs as the operator has checked them. Nothing waits for the device."""
         if not len(x):
             return x.new_empty(0, spec.out_features)
-        return _run(x, weight, before=None, tensors=tensors, spec=spec)
+        return self._run(x, weight, before=None, tensors=tensors, spec=spec)
 
     def fused_linear(
         self,
@@ -80,26 +100,41 @@ class TritonBackend(CanonicalPrepack):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 x = apply_steps(x.reshape(-1, spec.in_features), tensors=before, steps=steps)
             return self.linear(x, weight, tensors=tensors, spec=spec)
-        return _run(x, weight, before=StepsBefore(steps, before, variant), tensors=tensors, spec=spec)
+        return self._run(x, weight, before=StepsBefore(steps, before, variant), tensors=tensors, spec=spec)
 
+    def _run(
+        self,
+        x: Tensor,
+        weight: Sequence[Tensor],
+        *,
+        before: StepsBefore | None,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+    ) -> Tensor:
+        """The outputs of x [M, K] or, with steps, [B, n, K]; M > 0."""
+        from qvgen_kernels.triton.quantize import quantize_rows
 
-def _run(
-    x: Tensor, weight: Sequence[Tensor], *, before: StepsBefore | None, tensors: LinearTensors, spec: LinearSpec
-) -> Tensor:
-    """The outputs of x [M, K] or, with steps, [B, n, K]; M > 0."""
-    from qvgen_kernels.triton.gemm import multiply
-    from qvgen_kernels.triton.quantize import quantize_rows
+        named = self._named(weight, spec)
+        rows = x.numel() // spec.in_features
+        y = x.new_empty(rows, spec.out_features, dtype=None if before is None else before.steps.output_dtype(x))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            operands = quantize_rows(x, spec=spec, tensors=tensors, before=before)
+            branch = _branch(x, tensors) if spec.branch_rank else None
+            self._multiply(Product(operands, named, y, branch, tensors, spec))
+        return y
 
-    named = named_weight(weight, spec=spec)
-    rows = x.numel() // spec.in_features
-    y = x.new_empty(rows, spec.out_features, dtype=None if before is None else before.steps.output_dtype(x))
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        operands = quantize_rows(x, spec=spec, tensors=tensors, before=before)
-        branch = _branch(x, tensors) if spec.branch_rank else None
+    def _named(self, weight: Sequence[Tensor], spec: LinearSpec) -> PackedWeight:
+        """The prepacked tensors by name."""
+        return named_weight(weight, spec=spec)
+
+    def _multiply(self, product: Product) -> None:
+        """Fill y with the outputs."""
+        from qvgen_kernels.triton.gemm import multiply
+
+        y, tensors, spec = product.y, product.tensors, product.spec
         tail = tensors.gate is not None or tensors.residual is not None
-        tile = tile_of(spec, rows=rows, card=_card(x.device), tail=tail)
-        multiply(operands, named, y=y, branch=branch, tensors=tensors, spec=spec, tile=tile)
-    return y
+        tile = tile_of(spec, rows=len(y), card=_card(y.device), tail=tail)
+        multiply(product.operands, product.weight, y=y, branch=product.branch, tensors=tensors, spec=spec, tile=tile)
 
 
 def _branch(x: Tensor, tensors: LinearTensors) -> Tensor:
@@ -133,7 +168,13 @@ def _card(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card((0, 0), 1)
     capability = (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)
-    return Card(capability, torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(capability, properties.multi_processor_count, properties.name)
+
+
+def device_card(device: torch.device) -> Card:
+    """The facts of a card, its name among them."""
+    return _card(device)
 
 
 def _card_refusal(device: torch.device) -> str | None:

@@ -25,7 +25,16 @@ from qvgen_kernels.triton.quantize_form import Operands
 from qvgen_kernels.triton.tiles import Tile
 from qvgen_kernels.triton.unpack import operand
 
-__all__ = ["GemmForm", "GemmSizes", "GemmTensors", "WeightTensors", "gemm_form", "gemm_kernel", "multiply"]
+__all__ = [
+    "GemmForm",
+    "GemmSizes",
+    "GemmTensors",
+    "WeightTensors",
+    "gemm_form",
+    "gemm_kernel",
+    "launch_arguments",
+    "multiply",
+]
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,22 @@ def multiply(
         spec: The layer.
         tile: What a program computes.
     """
+    packed, tail, sizes = launch_arguments(operands, weight, y=y, branch=branch, tensors=tensors, spec=spec)
+    grid = (triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.outputs, tile.outputs),)
+    form = gemm_form(spec, tile)
+    launch(gemm_kernel, grid, operands, packed, tail, sizes, form, on=y, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def launch_arguments(
+    operands: Operands,
+    weight: PackedWeight,
+    *,
+    y: Tensor,
+    branch: Tensor | None,
+    tensors: LinearTensors,
+    spec: LinearSpec,
+) -> tuple[WeightTensors, GemmTensors, GemmSizes]:
+    """Pointers and sizes of a launch; arguments as :func:`multiply`."""
     layout, (rows, outputs) = layout_of(spec), y.shape
     gate, residual = tensors.gate, tensors.residual
     gate_sizes = (1, 0, 0) if gate is None else (rows // gate.shape[0], *gate.stride())
@@ -228,10 +253,8 @@ def multiply(
     )
     bias = None if tensors.bias is None else tensors.bias.contiguous()
     tail = GemmTensors(y, bias, branch, gate, residual)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
     packed = WeightTensors(weight.codes, weight.scale, weight.correction, weight.zero_point, weight.column_sum)
-    form = gemm_form(spec, tile)
-    launch(gemm_kernel, grid, operands, packed, tail, sizes, form, on=y, num_warps=tile.warps, num_stages=tile.stages)
+    return packed, tail, sizes
 
 
 class WeightTensors(NamedTuple):

@@ -30,7 +30,7 @@ from torch import Tensor
 from qvgen_kernels.contract import INT32_LIMIT, LinearSpec
 from qvgen_kernels.weight import CanonicalWeight, unpack_planes
 
-__all__ = ["Layout", "PackedWeight", "arrange", "layout_of", "named_weight"]
+__all__ = ["Layout", "PackedWeight", "arrange", "join_parts", "layout_of", "named_weight", "weight_vectors"]
 
 _FIELDS = {2: 4, 3: 8, 4: 2}
 _WIDEST = {1: 128, 2: 64, 4: 64, 8: 32}
@@ -138,14 +138,14 @@ def unsigned_activations(spec: LinearSpec) -> bool:
     return spec.activation_bits == 8 and spec.activation_zero_point == "integer"
 
 
-def named_weight(weight: Sequence[Tensor], *, spec: LinearSpec) -> PackedWeight:
-    """Name the tensors that :func:`arrange` returned.
+def named_weight(weight: Sequence[Tensor], *, spec: LinearSpec, bytewise: bool = False) -> PackedWeight:
+    """Name the tensors that :func:`arrange` returned; ``bytewise``: codes are a byte each, whatever their width.
 
     Raises:
         ValueError: they belong to another layer or were cast to another type.
     """
     layout = layout_of(spec)
-    shape = (spec.out_features, layout.chunks * layout.chunk_bytes)
+    shape = (spec.out_features, layout.columns if bytewise else layout.chunks * layout.chunk_bytes)
     zero = {"integer": "correction", "real": "zero_point"}.get(spec.weight_zero_point)
     names = ["codes", "scale", *([zero] if zero else []), *(["column_sum"] if unsigned_activations(spec) else [])]
     given = weight[0], weight[1]
@@ -167,7 +167,11 @@ def arrange(parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tenso
         parts: Checked canonical tensors.
         spec: The spec of the whole.
     """
-    arranged = [_arrange_part(part, spec=replace(spec, out_features=part.planes[0].shape[0])) for part in parts]
+    return join_parts([_arrange_part(part, spec=replace(spec, out_features=part.planes[0].shape[0])) for part in parts])
+
+
+def join_parts(arranged: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Prepacked tensors of layers as those of one: codes one below the other, vectors one after the other."""
     if len(arranged) == 1:
         return arranged[0]
     joined = [torch.cat([part[0] for part in arranged])]
@@ -177,8 +181,13 @@ def arrange(parts: Sequence[CanonicalWeight], *, spec: LinearSpec) -> list[Tenso
 def _arrange_part(part: CanonicalWeight, *, spec: LinearSpec) -> list[Tensor]:
     layout = layout_of(spec)
     codes = unpack_planes(part.planes, spec=spec)
-    middle = 1 << (spec.weight_bits - 1)
-    tensors = [pack_codes(codes, layout=layout), _by_group(part.scale)]
+    return [pack_codes(codes, layout=layout), *weight_vectors(part, codes, spec=spec)]
+
+
+def weight_vectors(part: CanonicalWeight, codes: Tensor, *, spec: LinearSpec) -> list[Tensor]:
+    """Scales, zero points and sums of a part, as the module's header has them; codes uint8 [N, K]."""
+    layout, middle = layout_of(spec), 1 << (spec.weight_bits - 1)
+    tensors = [_by_group(part.scale)]
     if part.zero_point is not None:
         zero = _by_group(part.zero_point)
         tensors.append(zero if zero.is_floating_point() else middle - zero.to(torch.int32))

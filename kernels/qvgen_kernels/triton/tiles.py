@@ -1,11 +1,11 @@
-"""The tile that a program of the product computes: a rule over card, shape and bits. Nothing of it was timed yet.
+"""The tile that a program of the product computes: one that was measured (tuned.py), else a rule over card, shape and bits.
 
-The rule. A card's family has a largest tile (:data:`LARGEST`). Layers with groups hold float32 sums beside the int32 ones and
-take at most 128 rows, 64 where sums are corrected by zero points; a function, gate or residual needs registers too, and
-at most 128 rows leave them. A tile is no wider than the call: it is halved in rows while half of it would hold all rows,
-and so are its outputs. Then, while there are fewer tiles than processors, the longer side is halved, down to 64. Of
-chunks of columns as many are in flight as fit the card's shared memory, at most 3, one fewer than stages. A table of
-measured tiles will come before the rule; there is none yet.
+The rule, of which nothing was timed yet. A card's family has a largest tile (:data:`LARGEST`). Layers with groups hold
+float32 sums beside the int32 ones and take at most 128 rows, 64 where sums are corrected by zero points; a function, gate or
+residual needs registers too, and at most 128 rows leave them. A tile is no wider than the call: it is halved in rows while
+half of it would hold all rows, and so are its outputs. Then, while there are fewer tiles than processors, the longer side is
+halved, down to 64. Of chunks of columns as many are in flight as fit the card's shared memory, at most 3, one fewer than
+stages. A measured tile whose chunks would not fit gives way to the rule.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qvgen_kernels.contract import LinearSpec
+from qvgen_kernels.triton import tuned
 from qvgen_kernels.triton.layout import layout_of, unsigned_activations
+from qvgen_kernels.triton.tuned import Tile, nearest, say_where_bf16_wins, tuned_tiles
 
-__all__ = ["Card", "Tile", "tile_of"]
+__all__ = ["Card", "Tile", "fits_card", "forget", "rule", "tile_of"]
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,12 @@ class Card:
     Attributes:
         capability: Compute capability; (0, 0) of a card that is not NVIDIA's.
         processors: Streaming multiprocessors.
+        name: Its name, by which measured tiles are found; empty: there are none.
     """
 
     capability: tuple[int, int]
     processors: int
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Launch parameters of the product.
-
-    Attributes:
-        outputs: Outputs of a program, a power of two from 64.
-        rows: Rows of a program, a power of two from 16.
-        warps: Warps of a program.
-        stages: Chunks of columns in flight and in use.
-        band: Tiles of outputs that neighbouring programs share.
-    """
-
-    outputs: int
-    rows: int
-    warps: int
-    stages: int
-    band: int = 8
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ _SMALLEST = 64
 
 @lru_cache(maxsize=4096)
 def tile_of(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> Tile:
-    """The tile of a call, by the rule above.
+    """The tile of a call.
 
     Args:
         spec: The layer.
@@ -85,7 +70,19 @@ def tile_of(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> T
         card: Where it runs.
         tail: Whether there is a gate or a residual.
     """
-    family = LARGEST[max(known for known in LARGEST if known <= card.capability)]
+    entry = (
+        nearest(tuned_tiles(card.name), spec, rows=rows, tail=tail or spec.function != "none") if card.name else None
+    )
+    if entry is not None:
+        say_where_bf16_wins(entry)
+        if fits_card(entry.tile, spec, card=card):
+            return entry.tile
+    return rule(spec, rows=rows, card=card, tail=tail)
+
+
+def rule(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> Tile:
+    """The tile that was not measured; arguments as :func:`tile_of`."""
+    family = _family(card)
     tall, wide = family.outputs, family.rows
     if tail or spec.function != "none":
         wide = min(wide, 128)
@@ -97,7 +94,25 @@ def tile_of(spec: LinearSpec, *, rows: int, card: Card, tail: bool = False) -> T
         tall //= 2
     while -(-rows // wide) * -(-spec.out_features // tall) < card.processors and max(tall, wide) > _SMALLEST:
         tall, wide = (tall, wide // 2) if wide >= tall else (tall // 2, wide)
-    layout = layout_of(spec)
-    stage = wide * layout.fields * layout.width + tall * layout.chunk_bytes
-    stages = max(2, min(4, 1 + family.memory // stage))
+    stages = max(2, min(4, 1 + family.memory // _stage_bytes(spec, tall, wide)))
     return Tile(tall, wide, 8 if tall * wide >= 128 * 128 else 4, stages)
+
+
+def fits_card(tile: Tile, spec: LinearSpec, *, card: Card) -> bool:
+    """Whether the chunks in flight of a tile fit the card's shared memory."""
+    return (tile.stages - 1) * _stage_bytes(spec, tile.outputs, tile.rows) <= _family(card).memory
+
+
+def _stage_bytes(spec: LinearSpec, outputs: int, rows: int) -> int:
+    layout = layout_of(spec)
+    return rows * layout.fields * layout.width + outputs * layout.chunk_bytes
+
+
+def _family(card: Card) -> _Family:
+    return LARGEST[max(known for known in LARGEST if known <= card.capability)]
+
+
+def forget() -> None:
+    """Read the tables of measured tiles anew at the next call."""
+    tuned.forget()
+    tile_of.cache_clear()

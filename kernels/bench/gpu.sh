@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that is to be known of a GPU, in at most 8 minutes: is it right, is it fast. Results as JSON, and one page.
+#
+#     bash kernels/bench/gpu.sh OUT                 on a machine with a GPU
+#     bash kernels/bench/gpu.sh OUT --rehearse      the same on the CPU: tiny shapes, Triton's interpreter
+#     bash kernels/bench/gpu.sh OUT --parts table   some of it: correctness,table,blocks,fake_quantization,sanitizer,tiles
+#
+# It needs torch >= 2.8, triton >= 3.6, numpy, safetensors and this checkout; PYTHON names the interpreter.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(cd "$here/../.." && pwd)"
+export PYTHONPATH="$root:$root/kernels:$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" -m gpu "$@"
