@@ -24,14 +24,16 @@ NAME = "elsewhere"
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.is_nonzero.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default}
-_state = {"reads": False, "ready": False, "inside": False}
+_state = {"reads": False, "ready": False, "inside": False, "float64": False}
 
 
 class StandIn(torch.Tensor):
     """A tensor on the device; ``elem`` has its values, on the CPU."""
 
     @staticmethod
-    def __new__(cls, elem):
+    def __new__(cls, elem, *, requires_grad=False):
+        if isinstance(elem, StandIn) or elem.device.type != "cpu":  # a Parameter's class, called with a new value
+            return torch.nn.Parameter(elem, requires_grad=requires_grad)
         return torch.Tensor._make_wrapper_subclass(
             cls,
             elem.shape,
@@ -41,8 +43,17 @@ class StandIn(torch.Tensor):
             device=f"{NAME}:0",
         )
 
-    def __init__(self, elem):
-        self.elem = elem
+    def __init__(self, elem, *, requires_grad=False):
+        if not isinstance(elem, StandIn):
+            self.elem = elem
+
+    def data_ptr(self):
+        return self.elem.data_ptr()
+
+    def tolist(self):
+        if not _state["reads"]:
+            raise RuntimeError(f"tolist reads a tensor on {NAME}, where a GPU would wait")
+        return self.elem.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -73,8 +84,8 @@ def _run(func, args, kwargs):
     if func in _READS and here and not _state["reads"]:
         raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
     plain = {name: value for name, value in kwargs.items() if name != "device"}
-    if asked is not None:
-        plain["device"] = torch.device("cpu")
+    if target is not None:
+        plain["device"] = torch.device("cpu") if target.type == NAME else target
     inner_args, inner = tree_map(lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf, (args, plain))
     result = func(*inner_args, **inner)
     if func is _aten.copy_.default:
@@ -90,7 +101,7 @@ def _run(func, args, kwargs):
 def _wrapped(leaf, func):
     if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StandIn):
         return leaf
-    if leaf.dtype == torch.float64:
+    if leaf.dtype == torch.float64 and not _state["float64"]:
         raise RuntimeError(f"{func} makes a float64 tensor, which {NAME} does not have")
     return StandIn(leaf)
 
@@ -118,6 +129,14 @@ class _Module:
 
     @staticmethod
     def manual_seed_all(seed):
+        pass
+
+    @staticmethod
+    def empty_cache():
+        pass
+
+    @staticmethod
+    def synchronize(device=None):
         pass
 
     @staticmethod
@@ -153,16 +172,38 @@ def register():
         _state["ready"] = True
 
 
+def _set_data(tensor, value):
+    """Write ``tensor.data = value`` for tensors on two devices, which torch refuses where one of them is a Python class."""
+    if type(tensor.detach()) is type(value.detach()):
+        torch._C.TensorBase.data.__set__(tensor, value)
+        return
+    fresh = value.detach()  # the given tensor stays as it is
+    fresh.requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, torch.nn.Parameter):
+        fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, fresh)
+
+
 @contextlib.contextmanager
-def stand_in_device():
-    """Inside, the device that is given can be used."""
-    register()
-    _state["inside"] = True
+def _settable_data():
+    """Offloading of diffusers sets ``data`` of a tensor to one on another device, as real devices' tensors allow."""
+    torch.Tensor.data = property(torch._C.TensorBase.data.__get__, _set_data)
     try:
-        with _Factories():
+        yield
+    finally:
+        del torch.Tensor.data
+
+
+@contextlib.contextmanager
+def stand_in_device(*, float64=False):
+    """Inside, the device that is given can be used; with ``float64`` it has double precision, as NVIDIA's have."""
+    register()
+    _state.update(inside=True, float64=float64)
+    try:
+        with _Factories(), _settable_data():
             yield torch.device(NAME, 0)
     finally:
-        _state["inside"] = False
+        _state.update(inside=False, float64=False)
 
 
 @contextlib.contextmanager
