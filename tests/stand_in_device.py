@@ -4,8 +4,8 @@
 
 Errors: an operator over tensors of both devices (but CPU tensors without dimensions, which a GPU takes too); a float64
 tensor, which not every device has; reading a value back (item, bool, nonzero), where a GPU would wait, unless
-``reading_allowed()``. Copies between devices have to be asked for (``to``, ``copy_``);
-torch.tensor(..., device=...) is an error too, as it hides one.
+``reading_allowed()``, or ``noted_reads()``, which says who does it. Copies between devices have to be asked for (``to``,
+``copy_``); torch.tensor(..., device=...) is an error too, as it hides one.
 
 The device is torch's PrivateUse1, set up for Python. Arithmetic is the CPU's, so results are compared to the bit.
 It has no autocast, and FakeTensorMode and torch.compile do not know it.
@@ -14,6 +14,8 @@ It has no autocast, and FakeTensorMode and torch.compile do not know it.
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,9 +52,18 @@ class StandIn(torch.Tensor):
     def data_ptr(self):
         return self.elem.data_ptr()
 
+    def __deepcopy__(self, memo):
+        made = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol):  # a file holds it as a CPU's tensor
+        return self.elem.detach().__reduce_ex__(protocol)
+
     def tolist(self):
-        if not _state["reads"]:
-            raise RuntimeError(f"tolist reads a tensor on {NAME}, where a GPU would wait")
+        _note_read(_aten._local_scalar_dense.default)
         return self.elem.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -81,8 +92,8 @@ def _run(func, args, kwargs):
     ]
     if here and strangers and func not in _COPIES:
         raise RuntimeError(f"{func} mixes {NAME} and cpu: {[list(leaf.shape) for leaf in strangers]} is on the cpu")
-    if func in _READS and here and not _state["reads"]:
-        raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
+    if here and (func in _READS or (target is not None and target.type == "cpu")):
+        _note_read(func)
     plain = {name: value for name, value in kwargs.items() if name != "device"}
     if target is not None:
         plain["device"] = torch.device("cpu") if target.type == NAME else target
@@ -96,6 +107,18 @@ def _run(func, args, kwargs):
             if leaf.elem is result:
                 return leaf
     return tree_map(lambda leaf: _wrapped(leaf, func) if leaves_here else leaf, result)
+
+
+def _note_read(func):
+    """An error, or a note of which function of qvgen reads a value, or copies a tensor, to the host."""
+    if func in _READS and _state["reads"] is False:
+        raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
+    if isinstance(_state["reads"], Counter):
+        frame = sys._getframe()
+        while frame is not None and "/qvgen/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        place = "outside" if frame is None else frame.f_code.co_qualname
+        _state["reads"][place] += 1
 
 
 def _wrapped(leaf, func):
@@ -212,5 +235,15 @@ def reading_allowed():
     before, _state["reads"] = _state["reads"], True
     try:
         yield
+    finally:
+        _state["reads"] = before
+
+
+@contextlib.contextmanager
+def noted_reads():
+    """Inside, values may be read back; gives how often that happened, by function of qvgen. Copies to the host count."""
+    before, _state["reads"] = _state["reads"], Counter()
+    try:
+        yield _state["reads"]
     finally:
         _state["reads"] = before
