@@ -21,9 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qvgen_kernels import LinearSpec
+from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.hadamard import paley_factor
 from qvgen_kernels.input_steps import InputSteps
-from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
+from qvgen_kernels.triton import fake_form, fake_gradient, fake_quantize, gemm, quantize, quantize_form, rotate
 from qvgen_kernels.triton.launch import OPTIONS
 from qvgen_kernels.triton.layout import unsigned_activations
 from qvgen_kernels.triton.tiles import Card, tile_of
@@ -64,6 +65,12 @@ ROW_KERNELS = {
     "regular": {"rotation": 64, "rotation_kind": "regular"},
     "paley": {"rotation": 1920},
 }
+FAKE_KERNELS = {
+    "fake-quantize": {"kind": "dynamic", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
+    "fake-gradient": {"kind": "dynamic", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
+    "fake-gradient-weight": {"kind": "learned", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
+}
+"""The step of training (qvgen_kernels.fake_quantize) of an input, and of a weight."""
 
 STEPS = {
     "norm-modulate-quantize": (InputSteps(norm="layer", eps=1e-5), "none"),
@@ -174,6 +181,23 @@ def row_kernel(name, options, capability):
     return compiled(rotate.butterfly_kernel, arguments, capability=capability, num_warps=4), f"{4096 // run} x {run}"
 
 
+def fake_kernel(name, options, capability):
+    """The compiled kernel of fused fake quantization for rows of bfloat16, of a weight for its float32 master."""
+    spec = RowSpec(floor=1e-8, ceiling=3e38, **options)
+    form = fake_form.fake_form(spec, groups=1, segments=ROWS)
+    dynamic = "*fp32:16" if spec.kind == "dynamic" else None
+    given = ("*bf16:16" if dynamic else "*fp32:16", "*fp32:16", "*fp32:16", dynamic, dynamic)
+    tensors = fake_form.FakeTensors(*given, operand="*bf16:16" if dynamic else None)
+    if name == "fake-quantize":
+        tensors = tensors._replace(scale="*fp32:16")
+    else:
+        tensors = tensors._replace(grad="*fp32:16", grad_first="*fp32:16", grad_second="*fp32:16")
+    arguments = {"t": tensors, "sizes": fake_form.FakeSizes("i32:16", "i32:16"), "form": form}
+    kernel = fake_quantize.fake_quantize_kernel if name == "fake-quantize" else fake_gradient.fake_gradient_kernel
+    width = form.block if name == "fake-quantize" else fake_form.RUN
+    return compiled(kernel, arguments, capability=capability, num_warps=4), f"{form.rows} x {width}"
+
+
 def disassembled(found):
     """Instructions as (address, text), and (registers, bytes of stack) of a thread."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -222,6 +246,8 @@ def measure(capability, name):
     """What the machine code of a kernel is, as a dict of names and numbers."""
     if name in PRODUCTS:
         found, tile = product(PRODUCTS[name], capability)
+    elif name in FAKE_KERNELS:
+        found, tile = fake_kernel(name, FAKE_KERNELS[name], capability)
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
     head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
@@ -281,7 +307,7 @@ def main() -> None:
         return
     rows = []
     for capability in CARDS:
-        for name in (*PRODUCTS, *ROW_KERNELS):
+        for name in (*PRODUCTS, *ROW_KERNELS, *FAKE_KERNELS):
             print(f"sm_{capability} {name}", file=sys.stderr)
             m = measure(capability, name)
             keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")

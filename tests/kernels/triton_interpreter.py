@@ -16,17 +16,17 @@ def _import_interpreted():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from qvgen_kernels.triton import function_choice, gemm, launch, quantize, rotate, steps
+        from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate, steps
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
     assert launch.INTERPRETED
-    return function_choice, gemm, quantize, rotate, steps
+    return fake_operators, function_choice, gemm, quantize, rotate, steps
 
 
-function_choice, gemm, quantize, rotate, steps = _import_interpreted()
+fake_operators, function_choice, gemm, quantize, rotate, steps = _import_interpreted()
 
 
 @pytest.fixture(autouse=True)
