@@ -52,6 +52,9 @@ class StandIn(torch.Tensor):
     def data_ptr(self):
         return self.elem.data_ptr()
 
+    def untyped_storage(self):
+        return self.elem.untyped_storage()
+
     def __deepcopy__(self, memo):
         made = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):

@@ -88,7 +88,9 @@ class MergedPackedLinear(nn.Module):
 
     def _identity(self) -> tuple[tuple[torch.device, int, int], ...]:
         """Place and version of the parts' codes, which tell whether they are still those that were prepacked."""
-        return tuple((part.codes.device, part.codes.data_ptr(), part.codes._version) for part in self.parts)
+        return tuple(
+            (part.codes.device, part.codes.untyped_storage()._cdata, part.codes._version) for part in self.parts
+        )
 
     def forward(self, x: Tensor, *, given: LayerInput | None = None) -> Tensor:
         """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype, or in that of its steps."""

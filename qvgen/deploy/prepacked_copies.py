@@ -61,9 +61,14 @@ def packed_bytes(model: nn.Module) -> dict[torch.device, PackedBytes]:
 def _sum_bytes(tensors: Iterable[Tensor], *, known: Iterable[Tensor] = ()) -> int:
     if any(tensor.is_meta for tensor in tensors):
         return 0
-    seen = {tensor.data_ptr() for tensor in known}
-    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    seen = {_place(tensor) for tensor in known}
+    sizes = {_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(size for place, size in sizes.items() if place not in seen)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Equal for two tensors that are the same memory; fake tensors have one too, and no address."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def copies_line(model: nn.Module) -> str:
