@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 import triton
+from fake_kernels import FAKE_KERNELS, fake_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qvgen_kernels import LinearSpec
-from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.hadamard import paley_factor
 from qvgen_kernels.input_steps import InputSteps
-from qvgen_kernels.triton import fake_form, fake_gradient, fake_quantize, gemm, quantize, quantize_form, rotate
+from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
+from qvgen_kernels.triton.fake_operators import WARPS
 from qvgen_kernels.triton.launch import OPTIONS
 from qvgen_kernels.triton.layout import unsigned_activations
 from qvgen_kernels.triton.tiles import Card, tile_of
@@ -65,12 +66,6 @@ ROW_KERNELS = {
     "regular": {"rotation": 64, "rotation_kind": "regular"},
     "paley": {"rotation": 1920},
 }
-FAKE_KERNELS = {
-    "fake-quantize": {"kind": "dynamic", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
-    "fake-gradient": {"kind": "dynamic", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
-    "fake-gradient-weight": {"kind": "learned", "qmin": 0, "qmax": 15, "zero_point": "integer", "group": 1920},
-}
-"""The step of training (qvgen_kernels.fake_quantize) of an input, and of a weight."""
 
 STEPS = {
     "norm-modulate-quantize": (InputSteps(norm="layer", eps=1e-5), "none"),
@@ -181,23 +176,6 @@ def row_kernel(name, options, capability):
     return compiled(rotate.butterfly_kernel, arguments, capability=capability, num_warps=4), f"{4096 // run} x {run}"
 
 
-def fake_kernel(name, options, capability):
-    """The compiled kernel of fused fake quantization for rows of bfloat16, of a weight for its float32 master."""
-    spec = RowSpec(floor=1e-8, ceiling=3e38, **options)
-    form = fake_form.fake_form(spec, groups=1, segments=ROWS)
-    dynamic = "*fp32:16" if spec.kind == "dynamic" else None
-    given = ("*bf16:16" if dynamic else "*fp32:16", "*fp32:16", "*fp32:16", dynamic, dynamic)
-    tensors = fake_form.FakeTensors(*given, operand="*bf16:16" if dynamic else None)
-    if name == "fake-quantize":
-        tensors = tensors._replace(scale="*fp32:16")
-    else:
-        tensors = tensors._replace(grad="*fp32:16", grad_first="*fp32:16", grad_second="*fp32:16")
-    arguments = {"t": tensors, "sizes": fake_form.FakeSizes("i32:16", "i32:16"), "form": form}
-    kernel = fake_quantize.fake_quantize_kernel if name == "fake-quantize" else fake_gradient.fake_gradient_kernel
-    width = form.block if name == "fake-quantize" else fake_form.RUN
-    return compiled(kernel, arguments, capability=capability, num_warps=4), f"{form.rows} x {width}"
-
-
 def disassembled(found):
     """Instructions as (address, text), and (registers, bytes of stack) of a thread."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -247,7 +225,8 @@ def measure(capability, name):
     if name in PRODUCTS:
         found, tile = product(PRODUCTS[name], capability)
     elif name in FAKE_KERNELS:
-        found, tile = fake_kernel(name, FAKE_KERNELS[name], capability)
+        kernel, arguments, tile = fake_kernel(name, rows=ROWS)
+        found = compiled(kernel, arguments, capability=capability, num_warps=WARPS)
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
     head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
