@@ -145,8 +145,7 @@ def both_passes(monkeypatch: pytest.MonkeyPatch) -> BothPasses:
     return made
 
 
-@pytest.mark.parametrize("name", PROFILES)
-@pytest.mark.parametrize("phi_rank", [0, 4])
+@pytest.mark.parametrize(("name", "phi_rank"), [*((name, 0) for name in PROFILES), ("paper", 4), ("svdq_g64", 4)])
 def test_passes_of_fake_quantized_layers(name: str, phi_rank: int, both_passes: BothPasses) -> None:
     model = prepared_model(make_profile(name, weight_bits=4, activation_bits=4), phi_rank=phi_rank).train()
     inputs = make_inputs()
