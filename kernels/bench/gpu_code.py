@@ -8,15 +8,14 @@ It needs Triton and no GPU. Tiles are those that the backend takes for 17 776 ro
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
+from disassembly import disassembled
 from fake_kernels import FAKE_KERNELS, fake_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -174,21 +173,6 @@ def row_kernel(name, options, capability):
         "steps": (run.bit_length() - 1) // (radix // 2),
     }
     return compiled(rotate.butterfly_kernel, arguments, capability=capability, num_warps=4), f"{4096 // run} x {run}"
-
-
-def disassembled(found):
-    """Instructions as (address, text), and (registers, bytes of stack) of a thread."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        outputs = [
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) ?;", outputs[0])]
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", outputs[1]).groups())
-    return lines, registers, stack
 
 
 def operation(text):
