@@ -4,8 +4,8 @@
 
 Errors: an operator over tensors of both devices (but CPU tensors without dimensions, which a GPU takes too); a float64
 tensor, which not every device has; reading a value back (item, bool, nonzero), where a GPU would wait, unless
-``reading_allowed()``. Copies between devices have to be asked for (``to``, ``copy_``);
-torch.tensor(..., device=...) is an error too, as it hides one.
+``reading_allowed()``, or ``noted_reads()``, which says who does it. Copies between devices have to be asked for (``to``,
+``copy_``); torch.tensor(..., device=...) is an error too, as it hides one.
 
 The device is torch's PrivateUse1, set up for Python. Arithmetic is the CPU's, so results are compared to the bit.
 It has no autocast, and FakeTensorMode and torch.compile do not know it.
@@ -14,6 +14,8 @@ It has no autocast, and FakeTensorMode and torch.compile do not know it.
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +26,16 @@ NAME = "elsewhere"
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.is_nonzero.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default}
-_state = {"reads": False, "ready": False, "inside": False}
+_state = {"reads": False, "ready": False, "inside": False, "float64": False}
 
 
 class StandIn(torch.Tensor):
     """A tensor on the device; ``elem`` has its values, on the CPU."""
 
     @staticmethod
-    def __new__(cls, elem):
+    def __new__(cls, elem, *, requires_grad=False):
+        if isinstance(elem, StandIn) or elem.device.type != "cpu":  # a Parameter's class, called with a new value
+            return torch.nn.Parameter(elem, requires_grad=requires_grad)
         return torch.Tensor._make_wrapper_subclass(
             cls,
             elem.shape,
@@ -41,8 +45,29 @@ class StandIn(torch.Tensor):
             device=f"{NAME}:0",
         )
 
-    def __init__(self, elem):
-        self.elem = elem
+    def __init__(self, elem, *, requires_grad=False):
+        if not isinstance(elem, StandIn):
+            self.elem = elem
+
+    def data_ptr(self):
+        return self.elem.data_ptr()
+
+    def untyped_storage(self):
+        return self.elem.untyped_storage()
+
+    def __deepcopy__(self, memo):
+        made = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol):  # a file holds it as a CPU's tensor
+        return self.elem.detach().__reduce_ex__(protocol)
+
+    def tolist(self):
+        _note_read(_aten._local_scalar_dense.default)
+        return self.elem.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -70,11 +95,11 @@ def _run(func, args, kwargs):
     ]
     if here and strangers and func not in _COPIES:
         raise RuntimeError(f"{func} mixes {NAME} and cpu: {[list(leaf.shape) for leaf in strangers]} is on the cpu")
-    if func in _READS and here and not _state["reads"]:
-        raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
+    if here and (func in _READS or (target is not None and target.type == "cpu")):
+        _note_read(func)
     plain = {name: value for name, value in kwargs.items() if name != "device"}
-    if asked is not None:
-        plain["device"] = torch.device("cpu")
+    if target is not None:
+        plain["device"] = torch.device("cpu") if target.type == NAME else target
     inner_args, inner = tree_map(lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf, (args, plain))
     result = func(*inner_args, **inner)
     if func is _aten.copy_.default:
@@ -87,10 +112,22 @@ def _run(func, args, kwargs):
     return tree_map(lambda leaf: _wrapped(leaf, func) if leaves_here else leaf, result)
 
 
+def _note_read(func):
+    """An error, or a note of which function of qvgen reads a value, or copies a tensor, to the host."""
+    if func in _READS and _state["reads"] is False:
+        raise RuntimeError(f"{func} reads a value of a tensor on {NAME}, where a GPU would wait")
+    if isinstance(_state["reads"], Counter):
+        frame = sys._getframe()
+        while frame is not None and "/qvgen/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        place = "outside" if frame is None else frame.f_code.co_qualname
+        _state["reads"][place] += 1
+
+
 def _wrapped(leaf, func):
     if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StandIn):
         return leaf
-    if leaf.dtype == torch.float64:
+    if leaf.dtype == torch.float64 and not _state["float64"]:
         raise RuntimeError(f"{func} makes a float64 tensor, which {NAME} does not have")
     return StandIn(leaf)
 
@@ -118,6 +155,14 @@ class _Module:
 
     @staticmethod
     def manual_seed_all(seed):
+        pass
+
+    @staticmethod
+    def empty_cache():
+        pass
+
+    @staticmethod
+    def synchronize(device=None):
         pass
 
     @staticmethod
@@ -153,16 +198,38 @@ def register():
         _state["ready"] = True
 
 
+def _set_data(tensor, value):
+    """Write ``tensor.data = value`` for tensors on two devices, which torch refuses where one of them is a Python class."""
+    if type(tensor.detach()) is type(value.detach()):
+        torch._C.TensorBase.data.__set__(tensor, value)
+        return
+    fresh = value.detach()  # the given tensor stays as it is
+    fresh.requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, torch.nn.Parameter):
+        fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, fresh)
+
+
 @contextlib.contextmanager
-def stand_in_device():
-    """Inside, the device that is given can be used."""
-    register()
-    _state["inside"] = True
+def _settable_data():
+    """Offloading of diffusers sets ``data`` of a tensor to one on another device, as real devices' tensors allow."""
+    torch.Tensor.data = property(torch._C.TensorBase.data.__get__, _set_data)
     try:
-        with _Factories():
+        yield
+    finally:
+        del torch.Tensor.data
+
+
+@contextlib.contextmanager
+def stand_in_device(*, float64=False):
+    """Inside, the device that is given can be used; with ``float64`` it has double precision, as NVIDIA's have."""
+    register()
+    _state.update(inside=True, float64=float64)
+    try:
+        with _Factories(), _settable_data():
             yield torch.device(NAME, 0)
     finally:
-        _state["inside"] = False
+        _state.update(inside=False, float64=False)
 
 
 @contextlib.contextmanager
@@ -171,5 +238,15 @@ def reading_allowed():
     before, _state["reads"] = _state["reads"], True
     try:
         yield
+    finally:
+        _state["reads"] = before
+
+
+@contextlib.contextmanager
+def noted_reads():
+    """Inside, values may be read back; gives how often that happened, by function of qvgen. Copies to the host count."""
+    before, _state["reads"] = _state["reads"], Counter()
+    try:
+        yield _state["reads"]
     finally:
         _state["reads"] = before

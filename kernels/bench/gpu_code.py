@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
+from fake_kernels import FAKE_KERNELS, fake_kernel
 from machine_code import EMPTYING, MATRIX, disassembled, inner_loop, operation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,7 @@ from qvgen_kernels.gluon import tile as gluon_tile
 from qvgen_kernels.hadamard import paley_factor
 from qvgen_kernels.input_steps import InputSteps
 from qvgen_kernels.triton import gemm, quantize, quantize_form, rotate
+from qvgen_kernels.triton.fake_operators import WARPS
 from qvgen_kernels.triton.launch import OPTIONS
 from qvgen_kernels.triton.layout import unsigned_activations
 from qvgen_kernels.triton.tiles import Card, tile_of
@@ -200,6 +202,9 @@ def measure(capability, name):
     options = PRODUCTS.get(name.removeprefix("gluon-"))
     if options is not None:
         found, tile = product(options, capability, in_gluon=name.startswith("gluon-"))
+    elif name in FAKE_KERNELS:
+        kernel, arguments, tile = fake_kernel(name, rows=ROWS)
+        found = compiled(kernel, arguments, capability=capability, num_warps=WARPS)
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
     head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
@@ -264,7 +269,9 @@ def main() -> None:
         return
     rows = []
     for capability in CARDS:
-        for name in (*PRODUCTS, *ROW_KERNELS, *(f"gluon-{name}" for name in GLUON if capability == 90)):
+        for name in (
+            *PRODUCTS, *ROW_KERNELS, *FAKE_KERNELS, *(f"gluon-{name}" for name in GLUON if capability == 90)
+        ):  # fmt: skip
             print(f"sm_{capability} {name}", file=sys.stderr)
             m = measure(capability, name)
             keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")

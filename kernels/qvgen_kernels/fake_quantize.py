@@ -11,9 +11,11 @@ formulas of qvgen.quant.ste, one IEEE float32 operation at a time. Sums of rows 
 sum, so that whoever computes with torch in place of these operators gets the same bits: they are a matter of speed
 alone, and where :func:`refusal` has a reason, the caller takes torch.
 
-A device's implementation registers itself with :func:`register_implementation` under torch's dispatch key (the CPU's is
-fake_quantize_cpu.py). Shapes are known without values, so meta tensors, fake tensors and torch.compile see plain
-operators. No operator has a gradient of its own: they are parts of one ``torch.autograd.Function``.
+A device's implementation registers itself with :func:`register_implementation` under torch's dispatch key: the CPU's is
+fake_quantize_cpu.py, that of CUDA and ROCm triton/fake_backend.py. All add rows up in the order of torch's sum on a CPU, so
+they agree with each other to the bit; torch's own sum on a GPU has an order of its own, from which gradients of scales, zero
+points and clips differ in last bits there. Shapes are known without values, so meta tensors, fake tensors and torch.compile
+see plain operators. No operator has a gradient of its own: they are parts of one ``torch.autograd.Function``.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
         return "columns do not lie side by side"
     if not 8 <= spec.group < _EXACT or x.shape[1] * max(spec.qmax, -spec.qmin) >= _EXACT:
         return f"torch sums groups of {spec.group} columns in another order"
-    if x.shape[0] * (x.shape[1] // spec.group) == 1 and torch.get_num_threads() > 1:
+    alone = x.device.type == "cpu" and x.shape[0] * (x.shape[1] // spec.group) == 1
+    if alone and torch.get_num_threads() > 1:
         return "torch shares the sum of a single row among threads"
     return _reasons[x.device.type]()
 
@@ -179,6 +182,18 @@ def gradient_outputs(x: Tensor, spec: RowSpec, dtype: torch.dtype | None) -> tup
     shape = (x.shape[0], x.shape[1] // spec.group)
     operand = x.new_empty(x.shape if dtype else (0,), dtype=dtype or torch.float32)
     return operand, x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+def check_gradient(grad: Tensor, x: Tensor) -> None:
+    """Raise ValueError for a gradient that dx can't be written over."""
+    if grad.dtype != torch.float32 or not grad.is_contiguous() or grad.shape != x.shape:
+        raise ValueError(f"grad is {grad.dtype} {list(grad.shape)}; it must be contiguous float32 {list(x.shape)}")
+
+
+def check_output(y: Tensor) -> None:
+    """Raise ValueError for a product that scales can't be written onto."""
+    if not y.is_contiguous():
+        raise ValueError(f"y has strides {y.stride()}; it must be contiguous")
 
 
 def _scale_output_fake(y: Tensor, *others: Tensor | None) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from qvgen_kernels.cpu_build import BuildError
 from qvgen_kernels.cpu_library import BACKENDS, library, missing_reason, supported
-from qvgen_kernels.fake_quantize import RowSpec, gradient_outputs, quantized_outputs, register_implementation
+from qvgen_kernels.fake_quantize import (
+    RowSpec,
+    check_gradient,
+    check_output,
+    gradient_outputs,
+    quantized_outputs,
+    register_implementation,
+)
 
 __all__ = ["VARIANTS"]
 
@@ -172,8 +179,7 @@ def _quantize_rows_backward(
     spec: str,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grad.dtype != torch.float32 or not grad.is_contiguous() or grad.shape != x.shape:
-        raise ValueError(f"grad is {grad.dtype} {list(grad.shape)}; it must be contiguous float32 {list(x.shape)}")
+    check_gradient(grad, x)
     parsed, params, extremes = RowSpec.from_string(spec), [*map(_dense, params)], [*map(_dense, extremes)]
     operand, grad_first, grad_second = gradient_outputs(x, parsed, dtype)
     call = _call(parsed, x.shape[0], x.shape[1], params)
@@ -197,8 +203,7 @@ def _scale_output(
     branch: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    if not y.is_contiguous():
-        raise ValueError(f"y has strides {y.stride()}; it must be contiguous")
+    check_output(y)
     vectors = [_dense_or_none(value) for value in (row_scale, column_scale, row_sum, column_zero)]
     tensors = (*vectors, None if branch is None else branch.to(y.dtype).contiguous(), _dense_or_none(bias))
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]

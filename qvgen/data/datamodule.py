@@ -42,6 +42,11 @@ class StepKeyedData(lightning.LightningDataModule):
         )
         return DataLoader(self.split.samples, batch_sampler=sampler)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the samples' numbers on the host, where noise is drawn by them: reading them back would wait for a GPU."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved | {"sample_id": batch["sample_id"]} if isinstance(batch, dict) else moved
+
 
 class MeasuredData(StepKeyedData):
     """The training data of a run that is measured while it trains."""

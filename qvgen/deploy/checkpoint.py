@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qvgen import stop_request
 from qvgen.deploy.delta_switch import check_switch
-from qvgen.deploy.kernel_choice import kernel_line
+from qvgen.deploy.kernel_choice import kernel_line, waits_for_device
 from qvgen.deploy.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -32,8 +32,10 @@ from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
 from qvgen.deploy.packed_model import build_packed, check_bytes, check_values, put_packed_layers_
 from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, describe, index_json, plain_config
+from qvgen.deploy.prepacked_copies import copies_line
 from qvgen.deploy.quantizer import become_packed_
 from qvgen.deploy.transformer_class import check_can_save
+from qvgen.errors import one_line
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 
@@ -117,7 +119,12 @@ def _check_folded(model: nn.Module) -> None:
 
 
 def load_packed(
-    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto", *, fused_norms: bool = False
+    directory: Path | str,
+    model: nn.Module | None = None,
+    kernel: str = "auto",
+    *,
+    fused_norms: bool = False,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Read a packed checkpoint into a transformer that runs in its ordinary diffusers pipeline.
 
@@ -125,23 +132,30 @@ def load_packed(
         directory: A folder that :func:`save_packed` wrote.
         model: A full-precision transformer of the same configuration to load into, in place; None builds one
             without ever allocating its full-precision weights.
-        kernel: Backend that runs the packed layers; a name never falls back to another one.
+        kernel: Backend that runs the packed layers; a name never falls back to another one. One that is written for another
+            device prepares its weights when the model is called there.
         fused_norms: Compute LayerNorms in the packed layers behind them: fewer passes over a GPU's memory, and last bits that
             are not the fake-quantized model's, whose norms are torch's (docs/numerics.md). Slower on a CPU.
+        device: Where the transformer goes; None: the CPU, or where ``model`` is.
 
     Returns:
-        The transformer, in eval mode, on the CPU (or where ``model`` was): its other weights have the dtype that they
-        were trained in; ``.to(torch.bfloat16)`` leaves codes and scales as they are.
+        The transformer, in eval mode: its other weights have the dtype that they were trained in; ``.to(torch.bfloat16)``
+        leaves codes and scales as they are. Moved, it prepares its weights anew where it is called.
 
     Raises:
         ValueError: Anything in the directory that is missing, damaged, of another version or shape.
         RuntimeError: A kernel that does not run here.
     """
-    return load_timed(directory, model, kernel, fused_norms=fused_norms)[0]
+    return load_timed(directory, model, kernel, fused_norms=fused_norms, device=device)[0]
 
 
 def load_timed(
-    directory: Path | str, model: nn.Module | None = None, kernel: str = "auto", *, fused_norms: bool = False
+    directory: Path | str,
+    model: nn.Module | None = None,
+    kernel: str = "auto",
+    *,
+    fused_norms: bool = False,
+    device: torch.device | str | None = None,
 ) -> tuple[nn.Module, LoadSeconds]:
     """Do what :func:`load_packed` does, and say where its time went."""
     clock = StageClock()
@@ -149,7 +163,8 @@ def load_timed(
     manifest = read_manifest(directory)
     if not (directory / CONFIG_FILE).exists():
         log.info("%s has no %s, which from_pretrained reads; qvgen.save_packed writes it", directory, CONFIG_FILE)
-    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    place = _place(device, model)
+    later = waits_for_device(manifest, kernel=kernel, device=place)
     with file_checked(directory, manifest, clock), clock.stage("build"):
         if model is not None and plain_config(model) != manifest.transformer_config:
             raise ValueError(
@@ -164,20 +179,33 @@ def load_timed(
     else:
         put_packed_layers_(model, manifest, kernel=kernel, source=directory / MANIFEST_FILE)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.to(device)
+    model.to(place)
     model.requires_grad_(False).eval()
     fused = fuse_packed_(model, fused_norms=fused_norms)
     with clock.stage("prepack", all_threads=True):
-        names = prepack_(model)
+        names = {kernel} if later else prepack_(model)
     become_packed_(model, manifest)
     seconds = clock.seconds()
-    log.info("%s: %s", directory, kernel_line(manifest, kernel=kernel, device=device))
+    log.info("%s: %s", directory, kernel_line(manifest, kernel=kernel, device=later or place))
+    log.info("%s: %s", directory, copies_line(model))
+    if later:
+        log.info("kernel=%s prepares its weights at the first call on %s; move the model there", kernel, later.type)
     log.info(
         "%s: %d packed layers on kernel %s; %d of them merged, %d feed-forwards by blocks, %d blocks gated%s; %.1f s",
         directory, len(manifest.layers), ", ".join(sorted(names)), fused.merged, fused.feed_forwards, fused.gated,
         ", with their norms" if fused_norms else "", seconds.wall,
     )  # fmt: skip
     return model, seconds
+
+
+def _place(device: torch.device | str | None, model: nn.Module | None) -> torch.device:
+    """Where a model goes; raises ValueError for what is no device of this machine."""
+    if device is None:
+        return torch.device("cpu") if model is None else next(model.parameters()).device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
+        raise ValueError(f"device={str(device)!r} can't be used here: {one_line(error)}; use device=cpu") from error
 
 
 def check_packed(directory: Path | str) -> Manifest:

@@ -10,9 +10,10 @@ from torch import nn
 
 from qvgen.deploy.manifest import Manifest
 from qvgen.layers.layer_form import LayerForm
-from qvgen.layers.packed_linear import layer_spec
+from qvgen.layers.layer_spec import layer_spec
 from qvgen.layers.swap import quantized_layers
-from qvgen_kernels import LinearSpec, describe_choice, resolve_kernel
+from qvgen_kernels import LinearSpec, describe_choice, get_backend, resolve_kernel
+from qvgen_kernels.registry import AUTO
 
 
 def check_kernel(model: nn.Module, *, kernel: str, device: torch.device) -> None:
@@ -44,6 +45,33 @@ def kernel_line(layers: nn.Module | Manifest, *, kernel: str, device: torch.devi
     """
     specs = _specs_in(layers) if isinstance(layers, Manifest) else _specs_of(layers)
     return describe_choice(specs, kernel=kernel, device=device)
+
+
+def waits_for_device(manifest: Manifest, *, kernel: str, device: torch.device) -> torch.device | None:
+    """The device that a packed model has to be moved to before a kernel that was asked for by name prepares its weights.
+
+    Args:
+        manifest: The model's.
+        kernel: Name or auto.
+        device: Where the model is.
+
+    Returns:
+        None where the kernel runs on ``device``, or where nothing says that it is written for another one.
+
+    Raises:
+        ValueError: An unknown kernel.
+        RuntimeError: It is written for devices that this machine does not have, or it can't run the layers there.
+    """
+    types = () if kernel == AUTO else getattr(get_backend(kernel), "device_types", ())
+    if not types or device.type in types:
+        return None
+    places = [torch.device(name) for name in types]
+    for place in places:
+        if all(get_backend(kernel).refusal(spec, device=place) is None for spec in _specs_in(manifest)):
+            return place
+    for spec in _specs_in(manifest):
+        resolve_kernel(kernel, spec, device=places[0])
+    return None
 
 
 def _specs_of(model: nn.Module) -> Counter[LinearSpec]:

@@ -32,6 +32,11 @@ def can_merge(parts: Sequence[PackedLinear]) -> bool:
     return all(torch.equal(getattr(part, name), getattr(first, name)) for part in parts for name in names)
 
 
+def are_hooked(parts: Sequence[PackedLinear]) -> bool:
+    """Whether offloading (of accelerate, of diffusers) brings a part's tensors when that part is called, and only then."""
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in parts)
+
+
 class MergedPackedLinear(nn.Module):
     """One call for several packed layers of one input; their outputs side by side.
 
@@ -41,6 +46,7 @@ class MergedPackedLinear(nn.Module):
     Attributes:
         parts: The layers that it stands for.
         takes_input_steps: ``forward`` takes a :class:`~qvgen.layers.layer_input.LayerInput`.
+        last_made: As of a PackedLinear.
     """
 
     takes_input_steps = True
@@ -49,7 +55,8 @@ class MergedPackedLinear(nn.Module):
         super().__init__()
         self.parts = tuple(parts)  # a tuple: no submodules, so nothing is in a state dict twice
         self._prepacked: tuple[str, LinearSpec, list[Tensor], Tensor | None] | None = None
-        self._source: tuple[tuple[int, int], ...] = ()
+        self.last_made: tuple[str, bool] | None = None
+        self._source: tuple[tuple[torch.device, int, int], ...] = ()
 
     def prepack_(self) -> str:
         """Derive the backend's copy of the weights now; the first call does it otherwise.
@@ -57,14 +64,21 @@ class MergedPackedLinear(nn.Module):
         Returns:
             The name of the backend that runs the layer.
         """
+        name = self._prepack()
+        for part in self.parts:
+            part.settle_()
+        return name
+
+    def _prepack(self) -> str:
         lead = self.parts[0]
         spec = replace(lead.spec, out_features=sum(part.out_features for part in self.parts))
         backend = resolve_kernel(lead.kernel, spec, device=lead.codes.device)
-        weights = [CanonicalWeight(part.planes, part.weight_scale, part.weight_zero_point) for part in self.parts]
+        weights = [CanonicalWeight(*part.canonical()) for part in self.parts]
         weight = backend.prepack_parts(weights, spec=spec)
         biases = [part.bias for part in self.parts if part.bias is not None]
         bias = torch.cat(biases) if biases else None
         self._prepacked, self._source = (backend.name, spec, weight, bias), self._identity()
+        self.last_made = (backend.name, lead.visits)
         return backend.name
 
     @property
@@ -72,20 +86,24 @@ class MergedPackedLinear(nn.Module):
         """The backend for which the weights are prepared now."""
         return set() if self._prepacked is None else {self._prepacked[0]}
 
-    def _identity(self) -> tuple[tuple[int, int], ...]:
+    def _identity(self) -> tuple[tuple[torch.device, int, int], ...]:
         """Place and version of the parts' codes, which tell whether they are still those that were prepacked."""
-        return tuple((part.codes.data_ptr(), part.codes._version) for part in self.parts)
+        return tuple(
+            (part.codes.device, part.codes.untyped_storage()._cdata, part.codes._version) for part in self.parts
+        )
 
     def forward(self, x: Tensor, *, given: LayerInput | None = None) -> Tensor:
         """Apply the layers to x [B * n, ..., K]: [B * n, ..., sum of their N] in x's dtype, or in that of its steps."""
-        if any(hasattr(part, "_hf_hook") for part in self.parts):
-            # accelerate's offloading brings a part's tensors when that part is called, and only then.
+        if are_hooked(self.parts):
+            self._prepacked = self.last_made = None
             return torch.cat([part(x, given=given) for part in self.parts], dim=-1)
         if self._prepacked is None or (not torch.compiler.is_compiling() and self._source != self._identity()):
-            self.prepack_()
+            self._prepack()
         assert self._prepacked is not None
         name, spec, weight, bias = self._prepacked
         lead = self.parts[0]
+        if lead.visits:
+            self._prepacked = None
         tensors = lead.call_tensors(lead.row_params(x, bits=lead.form.widths[1]), bias=bias)
         return call(x, (name, spec, weight), tensors, given)
 

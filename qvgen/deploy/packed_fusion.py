@@ -14,6 +14,7 @@ are still there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
@@ -118,10 +119,20 @@ def prepack_(model: nn.Module) -> set[str]:
 
     Where one of them can't be made, as memory runs out, every layer keeps what it had before.
     """
+    return prepack_layers_(prepacked_layers(model))
+
+
+def prepacked_layers(model: nn.Module) -> list[MergedPackedLinear | PackedLinear]:
+    """The modules that backends' copies belong to: merged layers, and packed ones that are no part of one."""
     merged = [module for module in model.modules() if isinstance(module, MergedPackedLinear)]
     parts = {id(part) for module in merged for part in module.parts}
     alone = [module for module in model.modules() if isinstance(module, PackedLinear) and id(module) not in parts]
-    earlier = [(module, copy(module._prepacked)) for module in [*merged, *alone]]
+    return [*merged, *alone]
+
+
+def prepack_layers_(modules: Iterable[MergedPackedLinear | PackedLinear]) -> set[str]:
+    """Do what :func:`prepack_` does for some of a model's modules."""
+    earlier = [(module, copy(module._prepacked)) for module in modules]
     try:
         return {module.prepack_() for module, _ in earlier}
     except BaseException:

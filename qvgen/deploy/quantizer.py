@@ -30,6 +30,7 @@ from qvgen.deploy.packed_record import (
     plain_config,
     to_quantization_config,
 )
+from qvgen.deploy.prepacked_copies import watch_copies_
 from qvgen.deploy.quantization_config import QvgenConfig
 from qvgen.deploy.size_check import DAMAGED
 from qvgen.deploy.transformer_class import check_can_save
@@ -193,6 +194,7 @@ def become_packed_(model: nn.Module, manifest: Manifest) -> None:
     Its ``is_quantized`` stays off: diffusers refuses ``.to(torch.bfloat16)`` by it, which packed layers stand.
     """
     config = to_quantization_config(manifest)
+    watch_copies_(model)
     model.register_to_config(quantization_config=config)  # type: ignore[operator]
     model.is_quantized = False  # type: ignore[assignment]
     model.quantization_method = config.quant_method

@@ -26,7 +26,7 @@ def placed(model: nn.Module) -> Iterator[torch.device]:
     Yields:
         The device; inputs belong there.
     """
-    first = next(model.parameters())
+    first = next(value for value in model.parameters() if value.is_floating_point())  # not the codes of a packed layer
     before, was_training = first.device, model.training
     device = sampling_device(before)
     model.eval()

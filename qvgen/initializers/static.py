@@ -28,6 +28,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import to_grid_input
 from qvgen.quant.affine import choose_qparams, fake_quantize, qparams_from_range
 from qvgen.quant.grid import Grid, static_grid
+from qvgen.quant.precision import to_float64
 from qvgen.quant.runtime import Addition
 from qvgen.quant.smoothing import ALPHA
 
@@ -104,10 +105,10 @@ def best_share(rows: Tensor, weight: Tensor, *, grid: Grid) -> float:
     """The share of their range that inputs [n, K] are best rounded with: least |(Q(x) - x) W^T|^2, weight [N, K]."""
     best, least = 1.0, float("inf")
     for share in SHARES:
-        clip = rows.new_tensor([share])
+        clip = rows.new_full((1,), share)
         scale, zero_point = choose_qparams(rows, grid=grid, clip_low=clip, clip_high=clip)
         error = fake_quantize(rows, scale=scale, zero_point=zero_point, grid=grid) - rows
-        size = float((error @ weight.mT).double().square().sum())
+        size = float(to_float64(error @ weight.mT).square().sum())
         if size < least:
             best, least = share, size
     return best

@@ -5,10 +5,12 @@ operators of ``qvgen_kernels.fake_quantize``, where the device has them (:func:`
 of rows, scales, zero points and codes; the straight-through gradients, and the operand that the other side's gradient
 needs; the scales around the product. Matrix products, sums over rows and the rotation stay torch's.
 
-Not fused, and computed by torch with the same bits: other devices, machines without a C++ compiler, second derivatives,
-inputs whose columns do not lie side by side, and what a compiler or a plan of memory traces (so a plan counts torch's
-temporaries, of which there are more). In a row with a NaN, whose gradient means nothing, torch's own bits depend on where
-the row lies; here dx is 0 outside of what such a row shares.
+Not fused, and computed by torch with the same bits: devices without operators, machines without a C++ compiler (CPU) or
+Triton (CUDA), second derivatives, inputs whose columns do not lie side by side, and what a compiler or a plan of memory
+traces (so a plan counts torch's temporaries, of which there are more). The bits are those of torch on a CPU: on CUDA torch
+alone adds rows up in another order, which gradients of clips, scales and zero points show in their last bits. In a row with
+a NaN, whose gradient means nothing, torch's own bits depend on where the row lies; here dx is 0 outside of what such a row
+shares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A Linear that runs on packed integer codes: what fold makes of a FakeQuantLinear, and what a checkpoint loads into.
 
-The canonical tensors (row-major codes, scales, zero points; kernels/README.md) are the buffers, so the state dict is the
-checkpoint. A kernel backend derives its own order of bytes from them once; that copy is in no state dict.
+The canonical tensors (row-major codes, scales, zero points; kernels/README.md) are the layer's, so the state dict is the
+checkpoint. A kernel backend derives its own order of bytes from them once on each device that the layer lives on; that copy
+is in no state dict, and goes when the layer is moved. Where something brings tensors for a call alone, as offloading does
+without telling the layer, the copy lives as long as the call.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.layer_input import LayerInput
+from qvgen.layers.layer_spec import layer_spec
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_call import Prepacked, call, call_tensors, equal_weights
 from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
@@ -28,28 +31,6 @@ from qvgen.quant.precision import to_float64
 from qvgen.quant.width_table import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
 from qvgen_kernels import LinearSpec, LinearTensors, prepack, resolve_kernel
-
-
-def layer_spec(form: LayerForm, *, in_features: int, out_features: int, widths: Widths | None = None) -> LinearSpec:
-    """The kernels' description of a layer; ``widths`` of its table, None: the profile's."""
-    weight, activation = form.profile.weight, form.profile.activation
-    weight_bits, activation_bits = widths or form.widths
-    return LinearSpec(
-        in_features=in_features,
-        out_features=out_features,
-        weight_bits=weight_bits,
-        weight_zero_point=weight.zero_point,
-        weight_group_size=weight.group_size or 0,
-        activation_bits=activation_bits,
-        activation_zero_point=activation.zero_point,
-        activation_group_size=activation.group_size or 0,
-        scale_dtype=activation.scale_dtype,
-        rotation=form.profile.rotation,
-        rotation_kind=form.profile.rotation_kind,
-        activation_arithmetic=activation.arithmetic,
-        activation_range="static" if form.static else "dynamic",
-        branch_rank=form.branch_rank,
-    )
 
 
 class PackedLinear(PackedWeight):
@@ -76,12 +57,14 @@ class PackedLinear(PackedWeight):
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r] or None.
         takes_input_steps: ``forward`` takes a :class:`LayerInput`.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
+        last_made: Backend of the last copy that was made of the weight, and whether it was for a call alone.
     """
 
     bias: nn.Parameter | None
     input_scale: Tensor | None
     branch_down: Tensor | None
     branch_up: Tensor | None
+    last_made: tuple[str, bool] | None
     takes_input_steps = True
 
     def __init__(
@@ -122,7 +105,10 @@ class PackedLinear(PackedWeight):
         zeros = torch.zeros(out_features, device=device)
         self.register_parameter("bias", nn.Parameter(zeros, requires_grad=False) if bias else None)
         self.weight_error: float | None = None
+        # diffusers asks modules for the dtype of their first parameter, which codes do not tell
+        self._parameters = {"bias": self._parameters.pop("bias"), **self._parameters}
         self._prepacked: dict[Widths, Prepacked] = {}
+        self._home, self.last_made = self.codes.device, None
 
     @property
     def spec(self) -> LinearSpec:
@@ -194,24 +180,37 @@ class PackedLinear(PackedWeight):
     def prepack_(self, widths: Widths | None = None) -> str:
         """Derive the backend's copy of the weight now; the first call of the layer at these widths does it otherwise.
 
-        Returns:
-            The name of the backend that runs the layer.
+        Returns the name of the backend that runs the layer.
 
         Raises:
             ValueError: An unknown kernel.
             RuntimeError: A kernel that was asked for by name does not run here.
         """
-        widths = widths or self.form.widths
+        name = self._prepack(widths or self.form.widths)
+        self.settle_()
+        return name
+
+    def settle_(self) -> None:
+        """Take it that the tensors stay where they are now; moving or loading them does that by itself."""
+        self._home = self.codes.device
+
+    @property
+    def visits(self) -> bool:
+        """Whether the codes are where they are for a call alone, so that no copy of them is to be kept there."""
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            return True  # accelerate takes them away after each call
+        return self._home.type != "meta" and self.codes.device != self._home
+
+    def _prepack(self, widths: Widths) -> str:
         spec, source = self._specs[widths], self.weight_of(widths[0])
         name = resolve_kernel(self.kernel, spec, device=self.codes.device).name
-        weight = prepack(
-            source.planes, scale=source.weight_scale, zero_point=source.weight_zero_point, spec=spec, kernel=name
-        )
+        planes, scale, zero_point = self.canonical() if source is self else source()
+        weight = prepack(planes, scale=scale, zero_point=zero_point, spec=spec, kernel=name)
         for (other, _), (other_name, _, theirs) in self._prepacked.items():
             # Most backends order a weight alike for all widths of the activations: one copy serves them all.
             if other == widths[0] and other_name == name and equal_weights(theirs, weight):
                 weight = theirs
-        self._prepacked[widths] = (name, spec, weight)
+        self._prepacked[widths], self.last_made = (name, spec, weight), (name, self.visits)
         return name
 
     @torch.no_grad()
@@ -239,7 +238,7 @@ class PackedLinear(PackedWeight):
         rows = to_grid_input(x.reshape(-1, self.in_features), self.input_scale, profile=self.profile)
         return input_codes(rows, self.row_params(x, bits=grid.bits), grid)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None, given: LayerInput | None = None
     ) -> Tensor:
         """Apply the layer to x [B * n, ..., K], rows ordered by sample: [B * n, ..., N] in x's dtype.
@@ -263,13 +262,14 @@ class PackedLinear(PackedWeight):
         tail: Sequence[Tensor | None],
         given: LayerInput | None,
     ) -> Tensor:
-        ready = self._prepacked.get(widths)
-        # offloading moves tensors without telling the module
+        ready, visits = self._prepacked.get(widths), self.visits
         if ready is None or ready[2][0].device != self.codes.device:
-            self.prepack_(widths)
+            if visits:
+                self._prepacked = {}  # those of another device
+            self._prepack(widths)
         prepacked = self._prepacked[widths]
-        if getattr(getattr(self, "_hf_hook", None), "offload", False):
-            self._prepacked = {}  # accelerate takes the codes away after each call; this copy goes with them
+        if visits:
+            self._prepacked = {}
         gate, residual = (None if value is None else value.flatten(0, -2) for value in tail)
         tensors = self.call_tensors(params, bias=self.bias)._replace(gate=gate, residual=residual)
         return call(x, prepacked, tensors, given)
@@ -286,11 +286,14 @@ class PackedLinear(PackedWeight):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self._prepacked = {}
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        self.settle_()
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._prepacked = {}
         super()._load_from_state_dict(*args)
+        self.settle_()
 
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""

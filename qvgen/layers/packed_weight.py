@@ -34,7 +34,8 @@ class PackedWeight(nn.Module):
         device: Where the empty buffers are made (``meta`` for shapes alone).
 
     Attributes:
-        codes: buffer uint8, first plane of the codes; ``codes_high``: second plane (3 bits) or None.
+        codes: frozen Parameter uint8, first plane of the codes; ``codes_high``: second plane (3 bits) or None. Parameters,
+            because the offloading of accelerate and diffusers leaves buffers on the device.
         weight_scale: buffer float32 [N] or [N, K / group_size].
         weight_zero_point: buffer uint8 (integer) or float32 (real) like the scale; None for symmetric weights.
     """
@@ -53,8 +54,8 @@ class PackedWeight(nn.Module):
         zero_dtype = torch.float32 if grid.zero_point == "real" else torch.uint8
         widths = _plane_widths(in_features, grid.bits)
         empty = [torch.zeros(out_features, width, dtype=torch.uint8, device=device) for width in widths]
-        self.register_buffer("codes", empty[0])
-        self.register_buffer("codes_high", empty[1] if len(empty) == 2 else None)
+        self.register_parameter("codes", nn.Parameter(empty[0], requires_grad=False))
+        self.register_parameter("codes_high", nn.Parameter(empty[1], requires_grad=False) if len(empty) == 2 else None)
         self.register_buffer("weight_scale", torch.ones(shape, device=device))
         zeros = None if grid.symmetric else torch.zeros(shape, dtype=zero_dtype, device=device)
         self.register_buffer("weight_zero_point", zeros)
@@ -79,6 +80,16 @@ class PackedWeight(nn.Module):
             "weight_scale": ABOVE_ZERO,
             **({"weight_zero_point": (0.0, float(self.weight_grid.qmax))} if integer else {}),
         }
+
+    def forward(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """Do what :meth:`canonical` does, called as a module, so that the hooks of offloading bring the tensors."""
+        return self.canonical()
+
+    def canonical(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """Planes, scale and zero point: what a backend prepares; they stay where they are while the layer's are moved."""
+        zero_point = self.weight_zero_point
+        planes = tuple(plane.detach() for plane in self.planes)
+        return planes, self.weight_scale.detach(), None if zero_point is None else zero_point.detach()
 
     @property
     def planes(self) -> tuple[Tensor, ...]:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from qvgen.quant.affine import clipped_range, qparams_from_range, round_scale, round_to_grid, scale_bounds, to_rows
 from qvgen.quant.grid import Grid
+from qvgen.quant.precision import has_float64
 
 START_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the row's range (minimum and maximum, 0 included) that are tried as the start."""
@@ -52,7 +53,8 @@ class RefinedGrid:
         scale: float32 [N, G], > 0.
         zero_point: float32 [N, G], 0..qmax; whole numbers on an integer grid, 0 on a symmetric one.
         codes: uint8 or int8 [N, K]; bitwise ``quantize(weight)`` with this scale and zero point.
-        errors: float64 [iterations + 1, N, G], |w - s (q - z)|^2 at the start and after each iteration.
+        errors: float64 [iterations + 1, N, G], |w - s (q - z)|^2 at the start and after each iteration; on the CPU where the
+            device has no float64, as all of the work is then.
     """
 
     scale: Tensor
@@ -89,7 +91,9 @@ def refine_grid(weight: Tensor, *, grid: Grid) -> RefinedGrid:
     Returns:
         See :class:`RefinedGrid`; the error is never above that of the plain minimum and maximum.
     """
+    home = weight.device
     rows = to_rows(weight.float(), grid).reshape(-1, grid.group_size or weight.shape[-1])
+    rows = rows if has_float64(home) else rows.cpu()
     size = max(1, _CHUNK_ELEMENTS // rows.shape[-1])  # the same for equal shapes: a row's bits don't depend on others
     parts = [_refine_rows(chunk, grid) for chunk in rows.split(size)]
     shape = (weight.shape[0], grid.num_groups(weight.shape[-1]))
@@ -97,9 +101,9 @@ def refine_grid(weight: Tensor, *, grid: Grid) -> RefinedGrid:
     iterations = max(len(errors) for _, errors in parts)
     errors = torch.cat([torch.stack(errors + errors[-1:] * (iterations - len(errors))) for _, errors in parts], dim=1)
     return RefinedGrid(
-        scale=torch.cat([state.scale for state, _ in parts]).reshape(shape),
-        zero_point=torch.cat([state.zero_point for state, _ in parts]).reshape(shape),
-        codes=codes.reshape(weight.shape),
+        scale=torch.cat([state.scale for state, _ in parts]).reshape(shape).to(home),
+        zero_point=torch.cat([state.zero_point for state, _ in parts]).reshape(shape).to(home),
+        codes=codes.reshape(weight.shape).to(home),
         errors=errors.reshape(iterations, *shape),
     )
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from qvgen.quant.affine import dequantize, quantize, round_to_grid
 from qvgen.quant.grid import Grid
+from qvgen.quant.precision import to_float64
 
 BLOCK_COLUMNS = 128
 """Columns whose mutual sums are done one by one; a matter of speed alone."""
@@ -117,11 +118,11 @@ def _check(weight: Tensor, second_moment: Tensor, *, damping: float, order: str)
 def _unit_factor(second_moment: Tensor, permutation: Tensor, *, damping: float) -> Tensor:
     """V_ji / V_ii [j, i] float32 of the permuted, damped H = V V^T; upper triangular with a diagonal of ones."""
     backwards = permutation.flip(0)
-    moment = second_moment[backwards.unsqueeze(-1), backwards].double()
+    moment = to_float64(second_moment[backwards.unsqueeze(-1), backwards])
     diagonal = moment.diagonal()
     dead = diagonal == 0
     if dead.all():
-        return torch.eye(len(moment), device=moment.device)
+        return torch.eye(len(moment), device=second_moment.device)
     mean = diagonal[~dead].mean()
     moment[dead] = 0.0
     moment[:, dead] = 0.0
@@ -137,7 +138,7 @@ def _unit_factor(second_moment: Tensor, permutation: Tensor, *, damping: float) 
     del moment
     # Flipped in both directions, L of the reversed H is V; V_ii divides column i.
     unit: Tensor = lower.div_(lower.diagonal().clone()).float().flip(0, 1)
-    return unit
+    return unit.to(second_moment.device)
 
 
 def _round_columns(

@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64; one that is not known is taken not to."""
+    """Whether a device computes in float64; a kind that is not known is asked for a tensor of it."""
     if device.type == "xpu" and torch.xpu.is_available():
         return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type in ("cpu", "cuda", "meta")
+    if device.type in ("cpu", "cuda", "meta", "mps"):
+        return device.type != "mps"
+    try:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def to_float64(tensor: Tensor) -> Tensor:

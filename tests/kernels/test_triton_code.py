@@ -24,6 +24,7 @@ CHOSEN = (
     "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "100:w4a4", "120:w8a8-symmetric",
     "90:gluon-w4a4", "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
     "90:norm-modulate-quantize", "80:gelu-quantize",
+    "80:fake-quantize", "90:fake-gradient", "120:fake-gradient-weight",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
@@ -121,19 +122,32 @@ def test_steps_before_the_quantizer_keep_a_row_in_registers(measured):
         assert row["registers"] <= 128
 
 
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "fake" in name])
+def test_fake_quantization_is_ieees_and_fits_into_registers(measured, name):
+    """What is fused in the machine code are the steps of divisions, about seven each; the PTX before it has none."""
+    row = measured[name]
+    assert row["contractions"] <= 9 * row["divisions_ieee"]
+    assert row["divisions_ieee"] >= 2
+    assert (row["divisions_fast"], row["flushed"], row["multiply_adds"], row["stack_bytes"]) == (0, 0, 0, 0)
+    assert row["coalesced_stores"] > 0
+    assert row["registers"] <= 168  # three programs of four warps on a multiprocessor, at least
+
+
 def test_what_calls_launch_compiles(tmp_path):
     lines = output_of(["-m", "tests.kernels.triton_calls_program"], tmp_path).split("\n")
     names = [line.split()[0] for line in lines if line]
     plain, rotated = ["quantize_kernel", "gemm_kernel"], ["butterfly_kernel", "paley_kernel"]
     steps = [*plain, *["function_kernel"] * 3, *plain]  # modulated; and three ways of a function, none of which ran
-    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps]
+    fake = ["fake_quantize_kernel", "fake_gradient_kernel", "scales_kernel"]
+    around = ["scale_output_kernel", "scale_gradient_kernel"]
+    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around]
 
 
 def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
     text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
     assert "**Compiled only: nothing of this has run on a GPU.**" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
-    assert len(rows) == 6 * 16 + 6
+    assert len(rows) == 6 * 19 + 6
     assert all(row[6] == "0" for row in rows if row[4].strip()), "a product spills"
     loops = [row[8].strip(" |").split(" / ") for row in rows if "gluon" in row[1]]
     assert [loop[3] for loop in loops] == ["0"] * 6, "a product is waited for"

@@ -11,9 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
+from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.gluon import gemm as gluon_gemm
 from qvgen_kernels.input_steps import InputSteps, InputTensors
-from qvgen_kernels.triton import function_choice, gemm, launch, quantize, rotate
+from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate
 from tests.kernels.layer import make_layer, make_rows
 
 CASES = (
@@ -63,7 +64,7 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (function_choice, gemm, quantize, rotate, gluon_gemm):
+    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm):
         module.launch = compile_only
     name = sys.argv[1] if len(sys.argv) > 1 else "triton"
     backend = get_backend(name)
@@ -87,6 +88,7 @@ def main():
         backend.linear(x, weight, tensors=tensors, spec=spec)
     if name == "triton":
         steps_too(backend)
+        call_fake_quantization()
 
 
 def steps_too(backend):
@@ -102,6 +104,22 @@ def steps_too(backend):
         (InputTensors(), InputSteps(function="gelu_tanh", dtype="bfloat16")),
     ):
         backend.fused_linear(x, weight, before=before, steps=steps, tensors=LinearTensors(), spec=layer.spec)
+
+
+def call_fake_quantization():
+    """All five operators, for an input in bfloat16 and for a weight in groups with a helper."""
+    x, clips = make_rows(6, 1100, dtype=torch.bfloat16), [torch.ones(6, 1)] * 2
+    text = RowSpec(kind="dynamic", qmin=0, qmax=15, zero_point="integer", group=1100).to_string()
+    *_, low, high, _ = fake_operators.quantize_rows(x, clips, None, text, torch.bfloat16)
+    fake_operators.quantize_rows_backward(torch.ones(6, 1100), x, clips, (low, high), text, torch.bfloat16)
+    fake_operators.row_scales((low, high), clips, text)
+    weight, params = make_rows(6, 120), [torch.ones(6, 2)] * 2
+    text = RowSpec(kind="learned", qmin=0, qmax=7, zero_point="real", group=60, raw=True, row_sums=True).to_string()
+    fake_operators.quantize_rows(weight, params, weight, text, torch.float32)
+    fake_operators.quantize_rows_backward(torch.ones(6, 120), weight, params, (), text, None)
+    column = torch.ones(120)
+    fake_operators.scale_output(weight.clone(), clips[0], column, column[:6], column, weight, column)
+    fake_operators.scale_gradient(weight, clips[0], column, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qvgen_kernels import get_backend, packed_linear
+from tests.kernels.triton_bounds import checked_bounds
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed here")
 
@@ -16,23 +17,23 @@ def _import_interpreted():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from qvgen_kernels.triton import function_choice, gemm, launch, quantize, rotate, steps
+        from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate, steps
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
     assert launch.INTERPRETED
-    return function_choice, gemm, quantize, rotate, steps
+    return fake_operators, function_choice, gemm, quantize, rotate, steps
 
 
-function_choice, gemm, quantize, rotate, steps = _import_interpreted()
+fake_operators, function_choice, gemm, quantize, rotate, steps = _import_interpreted()
 
 
 @pytest.fixture(autouse=True)
 def _quiet_numpy():
-    """Let numpy, which stands for the card, make infinities and NaNs without a word, as a card does."""
-    with np.errstate(all="ignore"), warnings.catch_warnings():
+    """Let numpy, which stands for the card, make infinities and NaNs without a word, as a card does; hold it to bounds."""
+    with np.errstate(all="ignore"), warnings.catch_warnings(), checked_bounds():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         yield
 

@@ -11,8 +11,9 @@ import torch
 
 from qvgen.layers.fake_quant_product import rotated
 from qvgen.layers.layer_form import LayerForm
+from qvgen.layers.layer_spec import layer_spec
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.layers.packed_linear import PackedLinear, layer_spec
+from qvgen.layers.packed_linear import PackedLinear
 from qvgen.lowrank.decay import DecaySchedule
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen_kernels import LinearTensors

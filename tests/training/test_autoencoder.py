@@ -243,5 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     with torch.no_grad():
         training.vae.decoder.conv_out.bias[0] = float("inf")
     batch = {"video": torch.from_numpy(moving_bars(0)).permute(3, 0, 1, 2)[None], "sample_id": torch.tensor([0])}
+    training.training_step(batch, 0).backward()
+    optimizer = training.configure_optimizers()["optimizer"]
     with pytest.raises(TrainingDivergedError, match="the loss is inf in optimizer step 0"):
-        training.training_step(batch, 0)
+        training.configure_gradient_clipping(optimizer)
