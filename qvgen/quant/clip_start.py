@@ -121,7 +121,7 @@ def search_clips(rows: Float[Tensor, "n K"], weights: Sequence[Float[Tensor, "N 
 
     def error(clips: Clips) -> float:
         if clips not in cached:
-            cached[clips] = _output_error(rows, outputs, clips, grid)
+            cached[clips] = output_error(rows, outputs, clips, grid)
         return cached[clips]
 
     best = min(((clip, clip) for clip in reversed(CANDIDATES)), key=error)
@@ -135,19 +135,26 @@ def search_clips(rows: Float[Tensor, "n K"], weights: Sequence[Float[Tensor, "N 
             return best
 
 
-def _moved(clips: Clips, side: int, error: Callable[[Clips], float]) -> Clips:
-    """The clips with one end moved to where the error is least; ``clips`` where no other place is better."""
-    ends = [clips, *((c, clips[1]) if side == 0 else (clips[0], c) for c in CANDIDATES)]
-    return min(ends, key=error)
+def output_error(rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid) -> float:
+    """Sum of squares of the errors that quantizing rows [n, K] makes.
 
-
-def _output_error(rows: Tensor, outputs: Tensor, clips: Clips, grid: Grid) -> float:
-    """Sum of squares of the outputs' errors, in double precision over rows, for rows [n, K] and outputs [r, K]."""
+    Args:
+        rows: float32, per token.
+        outputs: Weights [r, K] whose products with the errors count; None: the errors themselves.
+        clips: Of both ends.
+        grid: Of the activations.
+    """
     low, high = (torch.full((len(rows), 1), clip, device=rows.device) for clip in clips)
     scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high)
     codes = quantize(rows, scale=scale, zero_point=zero_point, grid=grid)
     lost = dequantize(codes, scale=scale, zero_point=zero_point, grid=grid) - rows
-    return float((lost @ outputs.mT).square().sum(1).sum())
+    return float((lost if outputs is None else lost @ outputs.mT).square().sum(1).double().sum())
+
+
+def _moved(clips: Clips, side: int, error: Callable[[Clips], float]) -> Clips:
+    """The clips with one end moved to where the error is least; ``clips`` where no other place is better."""
+    ends = [clips, *((c, clips[1]) if side == 0 else (clips[0], c) for c in CANDIDATES)]
+    return min(ends, key=error)
 
 
 def _sketch(weight: Tensor) -> Tensor:
