@@ -39,9 +39,10 @@ def prepared(profile: str = "paper", bits: int = 4) -> nn.Module:
 
 
 def rows() -> Tensor:
-    """Long tails: Student's t with 3 degrees of freedom."""
-    z = torch.randn(4, 300, K, generator=torch.Generator().manual_seed(1))
-    return z[0] / (z[1:].square().sum(0) / 3).sqrt()
+    """A hundredth of the channels is ten times as loud: they stretch every row."""
+    x = torch.randn(300, K, generator=torch.Generator().manual_seed(1))
+    x[:, : K // 100] *= 10
+    return x
 
 
 def seen(name: str) -> LayerStatistics:
@@ -58,14 +59,14 @@ def error(layer: nn.Module, x: Tensor) -> float:
         x.double().amin(1, keepdim=True).clamp(max=0) * low,
         x.double().amax(1, keepdim=True).clamp(min=0) * high,
     )
-    scale = (most - least) / 15
-    zero = (-least / scale).round().clamp(0, 15)
+    scale = (most - least) / 7
+    zero = (-least / scale).round().clamp(0, 7)
     lost = (codes - zero) * scale - x
     return float((lost @ layer.weight.detach().double().mT).square().sum())
 
 
 def test_the_start_loses_less_than_the_tables() -> None:
-    model = prepared()
+    model = prepared(bits=3)
     layers = quantized_layers(model)
     held_out = rows()[200:]
     for layer in layers.values():
@@ -73,7 +74,7 @@ def test_the_start_loses_less_than_the_tables() -> None:
     before = {name: error(layers[name], held_out.abs() if name == "to_out" else held_out) for name in layers}
     start_clips_(layers, [("to_q", "to_k", "to_v")], statistics=seen)
     for name, layer in layers.items():
-        assert error(layer, held_out.abs() if name == "to_out" else held_out) < 0.97 * before[name], name
+        assert error(layer, held_out.abs() if name == "to_out" else held_out) < 0.95 * before[name], name
 
 
 def test_layers_that_share_an_input_get_the_same_clips_and_all_bands_are_alike() -> None:
