@@ -21,7 +21,7 @@ from qvgen.quantizers.activation_dynamic import ActivationDynamic
 
 
 def needs_with_inputs(needs: Iterable[Need], profile: Profile, *, is_searched: bool) -> frozenset[Need]:
-    """What is to be seen of a layer's inputs: what a PTQ method needs, and a sample where clips are searched by it."""
+    """Kinds of statistics to collect: those that a PTQ method needs, and a sample of inputs where clips are searched by it."""
     has_clips = profile.activation.clip and profile.activation.granularity != "per_tensor"
     return frozenset(needs) | ({"inputs"} if is_searched and has_clips else frozenset())
 

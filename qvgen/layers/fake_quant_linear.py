@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qvgen.layers.activation_choice import ActivationQuantizer, activation_quantizer
 from qvgen.layers.bit_choice import by_widths, rows_of
 from qvgen.layers.branch import BRANCH_DTYPE, BranchGradient, check_kept_rank, kept_factors, whole_branch
 from qvgen.layers.fake_quant_product import (
@@ -33,7 +34,6 @@ from qvgen.lowrank.phi import Phi
 from qvgen.quant.clip_start import InputKind
 from qvgen.quant.grid import Profile, static_grid
 from qvgen.quant.width_table import Widths, WidthTable
-from qvgen.quantizers.activation import ActivationQuantizer, activation_quantizer
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
 from qvgen.quantizers.weight_lsq import WeightLSQ
 

@@ -14,7 +14,7 @@ from torch import nn
 from qvgen.quant.clip_start import InputKind
 
 _WORDS: tuple[tuple[str, InputKind], ...] = (("gelu", "gelu"), ("silu", "silu"), ("swish", "silu"))
-"""What the lower-case name of an activation's class holds -> the kind of its outputs. Gated ones have longer tails."""
+"""Part of the lower-case name of an activation's class -> the kind of its outputs. Gated ones have longer tails."""
 
 _GATED = ("geglu", "swiglu")
 _TIMES_FIRST = ("TimestepEmbedding", "linear_1")

@@ -67,7 +67,7 @@ def share_activations_(
 
 
 def alike_sets(layers: Mapping[str, FakeQuantLinear], sets: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """Those of the sets all of whose layers are quantized and quantize their input alike."""
+    """The sets all of whose layers are quantized and quantize their input alike."""
     return tuple(
         tuple(names)
         for names in sets

@@ -83,7 +83,7 @@ def initial_clip(grid: Grid, *, columns: int, kind: InputKind = "gaussian") -> f
     """The clip of :data:`TABLE` for inputs that nobody has seen.
 
     Args:
-        grid: Of the activations; of a grid of groups a group is a row.
+        grid: Grid of the activations; in a grid of groups a group is a row.
         columns: in_features of the layer.
         kind: How its inputs are distributed.
 
@@ -110,7 +110,7 @@ def search_clips(rows: Float[Tensor, "n K"], weights: Sequence[Float[Tensor, "N 
     Args:
         rows: Inputs as they are quantized (rotated, smoothed), float32; the first :data:`MAX_ROWS` count.
         weights: The layers' full-precision weights in the same coordinates.
-        grid: Of the activations.
+        grid: Grid of the activations.
 
     Returns:
         The two factors, equal for symmetric grids.
@@ -141,8 +141,8 @@ def output_error(rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid)
     Args:
         rows: float32, per token.
         outputs: Weights [r, K] whose products with the errors count; None: the errors themselves.
-        clips: Of both ends.
-        grid: Of the activations.
+        clips: Factors of both ends.
+        grid: Grid of the activations.
     """
     low, high = (torch.full((len(rows), 1), clip, device=rows.device) for clip in clips)
     scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high)

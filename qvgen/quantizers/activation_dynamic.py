@@ -22,7 +22,7 @@ class ActivationDynamic(nn.Module):
     """Learned clip factors per noise band.
 
     Args:
-        grid: Of the activations.
+        grid: Grid of the activations.
         num_bands: Noise bands.
         start: Both factors of all bands, in (0, 1).
 

@@ -14,7 +14,7 @@ def activation_quantizer(grid: Grid, *, num_bands: int, in_features: int, kind: 
     """A quantizer whose clips start where inputs of this kind and width lose least.
 
     Args:
-        grid: Of the activations.
+        grid: Grid of the activations.
         num_bands: Noise bands, or steps of a static grid's tables.
         in_features: Columns K of the inputs.
         kind: How they are distributed.
