@@ -21,7 +21,7 @@ from qvgen.quantizers.activation_dynamic import ActivationDynamic
 
 
 def needs_with_inputs(needs: Iterable[Need], profile: Profile, *, is_searched: bool) -> frozenset[Need]:
-    """Kinds of statistics to collect: those that a PTQ method needs, and a sample of inputs where clips are searched by it."""
+    """Kinds of statistics to collect: those that a PTQ method needs, and inputs where clips are searched by them."""
     has_clips = profile.activation.clip and profile.activation.granularity != "per_tensor"
     return frozenset(needs) | ({"inputs"} if is_searched and has_clips else frozenset())
 
