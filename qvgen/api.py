@@ -27,8 +27,9 @@ from qvgen.config.runtime_check import check_runtime
 from qvgen.deploy.on_the_fly import find_initializer, find_profile
 from qvgen.deploy.quantizer import say_packed_
 from qvgen.deploy.transformer_class import check_can_save
-from qvgen.initializers.base import Initializer, LayerStatistics
+from qvgen.initializers.base import Initializer, LayerStatistics, Need
 from qvgen.initializers.calibration import Calibration
+from qvgen.initializers.clip_search import needs_with_inputs
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.prepare import prepare as prepare_layers
 from qvgen.layers.swap import SwapReport, block_patterns, packed_layers, quantized_layers, select_linears
@@ -77,8 +78,8 @@ def prepare(
         bits: 2..8, or "wXaY" for weights and activations apart. Not given with a :class:`~qvgen.quant.grid.Profile`.
         profile: A file of conf/profile, or grids of one's own.
         init: A file of conf/init, or a PTQ method of one's own.
-        calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet; only for methods
-            that need statistics, which would not start without it.
+        calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet. Methods that need
+            statistics don't start without it; with any method, clips of inputs start where these inputs lose least.
         options: Which Linears, Phi, noise bands, seed; None: the defaults of :class:`PrepareOptions`.
 
     Returns:
@@ -102,8 +103,10 @@ def prepare(
         profile=grids, initializer=initializer, include=patterns, exclude=options.exclude, seed=options.seed,
         num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
     )  # fmt: skip
-    if initializer.needs:
-        chosen = replace(chosen, statistics=_collect(model, chosen, calibrate, init=init))
+    needs = needs_with_inputs(initializer.needs, grids, is_searched=calibrate is not None)
+    if needs:
+        statistics = _collect(model, chosen, calibrate, needs=needs, init=init)
+        chosen = replace(chosen, statistics=statistics, search_clips="inputs" in needs)
     return prepare_layers(model, chosen)
 
 
@@ -112,10 +115,10 @@ def _collect(
     config: PrepareConfig,
     calibrate: Callable[[nn.Module], object] | None,
     *,
+    needs: frozenset[Need],
     init: str | Initializer,
 ) -> Callable[[str], LayerStatistics]:
     """What a method needs to know of the inputs, from the caller's function."""
-    needs = config.initializer.needs
     if calibrate is None:
         raise ValueError(
             f"init={init} needs calibration ({', '.join(sorted(needs))}); pass calibrate=FUNCTION, which runs the model "

@@ -95,7 +95,7 @@ def calibrated_model(
     """The statistics that the run's PTQ method gets."""
     ptq = ptq_method(config)
     sampled = sampled_teacher(config, teacher, encode=encode)
-    return CalibratedModel(sampled, ptq.calibration, needs=ptq.init.needs, num_bands=num_bands)
+    return CalibratedModel(sampled, ptq.calibration, needs=ptq.needs(config.profile), num_bands=num_bands)
 
 
 def calibrated(

@@ -188,7 +188,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """The videos and statistics by which a PTQ method sees the full-precision model; data-free methods sample nothing.
+    """The videos and statistics by which a PTQ method sees the full-precision model; without need of them none is sampled.
 
     Attributes:
         prompts: Captions of the videos that are sampled for calibration: a list, or a file with one to a line, or .jsonl with
@@ -197,6 +197,9 @@ class CalibrationConfig:
         steps: Sampling steps of each video.
         memory_gib: Memory of the statistics of one pass in GiB; layers that do not fit are seen in further passes.
         cache: Folder of statistics, keyed by content; runs may share it.
+        clips: Where learned clips of inputs start. ``search``: where the error of a layer's output on sampled inputs is
+            least; ``table``: where inputs of its width and bits lose least that are Gaussian, or GELU or SiLU of it;
+            ``auto``: ``search`` for a method that samples inputs anyway, else ``table``.
     """
 
     prompts: Prompts | None
@@ -204,6 +207,7 @@ class CalibrationConfig:
     steps: Annotated[int, Range("> 0")]
     memory_gib: Annotated[float, Range("> 0")]
     cache: str
+    clips: Literal["auto", "search", "table"]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="calibration")

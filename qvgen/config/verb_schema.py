@@ -245,8 +245,8 @@ class BenchmarkConfig:
             method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
             steps), ``kernels`` (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear on this
             CPU), ``denoising_step`` (a call of the whole transformer, bfloat16 and packed), ``profiles`` (quality of every
-            profile, before and after training), ``loading`` (seconds of reading a packed directory) or
-            ``svdq_accumulation`` (what sums in half precision change).
+            profile, before and after training), ``loading`` (seconds of reading a packed directory),
+            ``svdq_accumulation`` (what sums in half precision change) or ``clips`` (where clips of inputs lose least).
         methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
             with the rotations that they ask for.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.

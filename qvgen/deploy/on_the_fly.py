@@ -19,6 +19,7 @@ from qvgen.deploy.transformer_class import check_can_save
 from qvgen.initializers.base import Initializer
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import block_patterns, select_linears
@@ -80,9 +81,10 @@ def quantize_(model: nn.Module, plan: OnTheFly) -> None:
     names, band = plan.names(model), NoiseBand(plan.asked.num_noise_bands)
     profile = plan.profile.fitted(_linear(model, name).in_features for name in names)
     watch_timestep(model, band)
+    kinds = input_kinds(model, names)
     for name in names:
         try:
-            layer = FakeQuantLinear(_linear(model, name), profile=profile, noise_band=band, phi_rank=0)
+            layer = FakeQuantLinear(_linear(model, name), profile=profile, noise_band=band, input_kind=kinds[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or exclude the layer") from error
         plan.initializer.initialize_(layer, statistics=None)

@@ -156,11 +156,12 @@ class _Watched:
         assert self._inputs is not None
         free = min(MAX_INPUTS - len(self._inputs), len(rows))
         self._inputs = torch.cat((self._inputs, rows[:free]))
-        for offset in range(free, len(rows)):
-            seen = self.num_rows + offset
-            place = int(torch.randint(seen + 1, (), generator=self._generator))
-            if place < MAX_INPUTS:
-                self._inputs[place] = rows[offset]
+        counts = self.num_rows + torch.arange(free, len(rows), dtype=torch.float64) + 1
+        draws = torch.rand(len(counts), generator=self._generator, dtype=torch.float64)
+        places = (draws * counts).long()  # uniform in 0..n - 1 for the n-th row of all
+        kept = (places < MAX_INPUTS).nonzero().flatten().tolist()
+        for index in kept:  # in turn: a later row may replace an earlier one
+            self._inputs[places[index]] = rows[free + index]
 
     def result(self, name: str) -> LayerStatistics:
         if not bool(self._abs_max.any()) and self.num_rows == 0 and not bool((self._abs_max != 0).any()):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qvgen.initializers.base import Initializer, LayerStatistics, Smoothing
+from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.smoothing import fold_smoothing_
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears, swap_fake_quant_
@@ -35,6 +36,8 @@ class PrepareConfig:
         statistics: A layer's name -> what calibration saw of it; None is enough for a data-free method.
         folds: Where the model lets smoothing vectors disappear (a family's ``smoothing_folds``); none: each stays a
             multiplication.
+        search_clips: Whether clips of inputs start where the sampled inputs lose least (``statistics`` has ``inputs`` then),
+            and not where the table of widths and bits says.
     """
 
     profile: Profile
@@ -47,6 +50,7 @@ class PrepareConfig:
     seed: int = 0
     statistics: Callable[[str], LayerStatistics] | None = None
     folds: Sequence[SmoothingFold] = ()
+    search_clips: bool = False
 
 
 def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
@@ -74,7 +78,9 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         phi_rank=config.phi_rank,
         phi_keep=config.phi_keep,
     )
-    initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics, folds=config.folds)
+    seen = initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics, folds=config.folds)
+    if seen is not None and config.search_clips:
+        start_clips_(quantized_layers(model), (), statistics=seen)
     return report
 
 
@@ -85,7 +91,7 @@ def initialize_(
     seed: int,
     statistics: Callable[[str], LayerStatistics] | None = None,
     folds: Sequence[SmoothingFold] = (),
-) -> None:
+) -> Callable[[str], LayerStatistics] | None:
     """Let a PTQ method set up all layers of a prepared model, and start its Phis from what each of them loses.
 
     Args:
@@ -94,6 +100,10 @@ def initialize_(
         seed: Seed of the randomized decomposition that starts Phi.
         statistics: A layer's name -> its statistics; not called for a data-free method.
         folds: Where smoothing vectors go into what stands before, if the method has any and is asked to.
+
+    Returns:
+        A layer's name -> the statistics of its inputs as they are now, smoothing that was folded included; None where there
+        are none.
 
     Raises:
         ValueError: The method needs statistics and there are none.
@@ -106,12 +116,16 @@ def initialize_(
     folded = {}
     if isinstance(initializer, Smoothing) and initializer.fold_smoothing and statistics is not None:
         folded = fold_smoothing_(model, initializer, folds=folds, statistics=statistics)
+
+    def seen(name: str) -> LayerStatistics:
+        assert statistics is not None
+        of_layer = statistics(name)
+        return of_layer.folded(folded[name]) if name in folded else of_layer
+
     for name, layer in quantized_layers(model).items():
-        of_layer = statistics(name) if initializer.needs and statistics is not None else None
-        if of_layer is not None and name in folded:
-            of_layer = of_layer.folded(folded[name])
-        target = initializer.initialize_(layer, statistics=of_layer)
+        target = initializer.initialize_(layer, statistics=seen(name) if initializer.needs else None)
         layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
+    return None if statistics is None else seen
 
 
 def _layer_generator(name: str, *, seed: int) -> torch.Generator:

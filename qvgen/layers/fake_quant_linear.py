@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qvgen.layers.activation_choice import ActivationQuantizer, activation_quantizer
 from qvgen.layers.bit_choice import by_widths, rows_of
 from qvgen.layers.branch import BRANCH_DTYPE, BranchGradient, check_kept_rank, kept_factors, whole_branch
 from qvgen.layers.fake_quant_product import (
@@ -30,9 +31,9 @@ from qvgen.layers.fake_quant_product import (
 )
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.lowrank.phi import Phi
+from qvgen.quant.clip_start import InputKind
 from qvgen.quant.grid import Profile, static_grid
 from qvgen.quant.width_table import Widths, WidthTable
-from qvgen.quantizers.activation_dynamic import ActivationDynamic
 from qvgen.quantizers.activation_static import ActivationStatic, whole_zero_point
 from qvgen.quantizers.weight_lsq import WeightLSQ
 
@@ -46,6 +47,7 @@ class FakeQuantLinear(nn.Module):
         noise_band: Shared with the other layers of the model.
         phi_rank: Rank of Phi; 0 for none.
         phi_keep: Whether Phi stays (:mod:`qvgen.layers.branch`).
+        input_kind: How the model's own inputs of the layer are distributed.
 
     Attributes:
         weight: Parameter float32 [N, K], the master weight (W H under a rotation).
@@ -68,13 +70,13 @@ class FakeQuantLinear(nn.Module):
     branch_up: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0, phi_keep: bool = False
-    ) -> None:
+        self, linear: nn.Linear, *, profile: Profile, noise_band: NoiseBand, phi_rank: int = 0, phi_keep: bool = False,
+        input_kind: InputKind = "gaussian",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         profile.check_fits(self.in_features)
-        self.profile = profile
-        self.noise_band = noise_band
+        self.profile, self.noise_band, self.input_kind = profile, noise_band, input_kind
         weight = linear.weight.detach().float()
         self.weight = nn.Parameter(rotated(weight, profile) if profile.rotation else weight.clone())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
@@ -95,13 +97,11 @@ class FakeQuantLinear(nn.Module):
         made = WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid)
         return made.to(self.weight.device)
 
-    def _activation_quantizer(self, bits: int) -> ActivationDynamic | ActivationStatic:
-        grid, bands = replace(self.profile.activation, bits=bits), self.noise_band.num_bands
-        made = (
-            ActivationStatic(grid=grid, num_bands=bands, in_features=self.in_features)
-            if grid.granularity == "per_tensor"
-            else ActivationDynamic(grid=grid, num_bands=bands)
-        )
+    def _activation_quantizer(self, bits: int) -> ActivationQuantizer:
+        made = activation_quantizer(
+            replace(self.profile.activation, bits=bits), num_bands=self.noise_band.num_bands,
+            in_features=self.in_features, kind="gaussian" if self.profile.rotation else self.input_kind,
+        )  # fmt: skip
         return made.to(self.weight.device)
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class FakeQuantLinear(nn.Module):
         others = self.other_weight_quantizers or {}
         return {self.profile.weight.bits: self.weight_quantizer, **{int(bits): q for bits, q in others.items()}}
 
-    def activation_quantizers(self) -> dict[int, ActivationDynamic | ActivationStatic]:
+    def activation_quantizers(self) -> dict[int, ActivationQuantizer]:
         """Every activation width's quantizer, the profile's first."""
         others = self.other_activation_quantizers or {}
         return {self.profile.activation.bits: self.activation_quantizer, **{int(bits): q for bits, q in others.items()}}

@@ -60,14 +60,19 @@ def share_activations_(
         The sets that share one now.
     """
     unshare_activations_(layers)
-    chosen = [
+    chosen = alike_sets(layers, sets)
+    for names in chosen:
+        tie_activations_([layers[name] for name in names])
+    return chosen
+
+
+def alike_sets(layers: Mapping[str, FakeQuantLinear], sets: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The sets all of whose layers are quantized and quantize their input alike."""
+    return tuple(
         tuple(names)
         for names in sets
         if all(name in layers for name in names) and _are_alike([layers[name] for name in names])
-    ]
-    for names in chosen:
-        tie_activations_([layers[name] for name in names])
-    return tuple(chosen)
+    )
 
 
 def tie_activations_(layers: Sequence[FakeQuantLinear]) -> None:

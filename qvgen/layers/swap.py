@@ -18,6 +18,7 @@ from torch import nn
 
 from qvgen.config.plain_json import flag, items, mapping, number, text
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
@@ -132,10 +133,12 @@ def swap_fake_quant_(
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or exclude the layer") from error
     watch_timestep(model, band)
+    kinds = input_kinds(model, names)
     for name in names:  # one by one, each Linear freed at once: two copies of a large model may not fit
         layer = FakeQuantLinear(
-            linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank, phi_keep=phi_keep
-        )
+            linears.pop(name), profile=profile, noise_band=band, phi_rank=phi_rank, phi_keep=phi_keep,
+            input_kind=kinds[name],
+        )  # fmt: skip
         model.set_submodule(name, layer)
     return band
 

@@ -1,8 +1,8 @@
 """Activations on a grid that each token chooses for itself, times learned clips (QVGen release).
 
 Every token (or group of its channels) takes its own minimum and maximum at run time, multiplied by
-sigmoid(theta): one learned pair (low, high) per layer and noise band, started at :func:`initial_clip`. The band is of the
-sample's own timestep, so samples of one batch do not share anything.
+sigmoid(theta): one learned pair (low, high) per layer and noise band, started by the layer's width or its inputs
+(:mod:`qvgen.quant.clip_start`). The band is of the sample's own timestep, so samples of one batch do not share anything.
 
 Deviations from the released code, which chooses the band by the first sample of the batch (training) or a call counter
 (sampling) and clips a second time by a constant 0.95: see docs/method.md.
@@ -17,21 +17,14 @@ from torch import Tensor, nn
 
 from qvgen.quant.grid import Grid
 
-_INITIAL_CLIPS = {2: 0.95, 3: 0.95, 4: 0.98, 5: 0.995}
-_WIDE_CLIP = 0.999
-
-
-def initial_clip(bits: int) -> float:
-    """Share of a token's range that a grid starts with: the release's 0.95 up to 3 bits, nearly all of it from 6 bits on.
-
-    With few levels a smaller step is worth the clipped values; with many it is not: on the small model, 0.95 in place of
-    0.999 makes the error of W8A8 28 times larger (.00335, .00012), and at 3 bits a hundredth smaller (.2048, .2065).
-    """
-    return _INITIAL_CLIPS.get(bits, _WIDE_CLIP)
-
 
 class ActivationDynamic(nn.Module):
     """Learned clip factors per noise band.
+
+    Args:
+        grid: Grid of the activations.
+        num_bands: Noise bands.
+        start: Both factors of all bands, in (0, 1).
 
     Attributes:
         clip_low: Parameter float32 [num_bands], logits of the factor on the minimum; None for symmetric grids.
@@ -41,12 +34,19 @@ class ActivationDynamic(nn.Module):
     clip_low: nn.Parameter | None
     clip_high: nn.Parameter | None
 
-    def __init__(self, *, grid: Grid, num_bands: int) -> None:
+    def __init__(self, *, grid: Grid, num_bands: int, start: float) -> None:
         super().__init__()
         self.grid = grid
-        logits = torch.full((num_bands,), _logit(initial_clip(grid.bits)))
+        logits = torch.full((num_bands,), _logit(start))
         self.clip_low = nn.Parameter(logits.clone()) if grid.clip and not grid.symmetric else None
         self.clip_high = nn.Parameter(logits) if grid.clip else None
+
+    @torch.no_grad()
+    def start_from_(self, low: float, high: float) -> None:
+        """Take over factors in (0, 1) for all bands; an end that the grid does not cut keeps its range."""
+        for logits, share in ((self.clip_low, low), (self.clip_high, high)):
+            if logits is not None:
+                logits.fill_(_logit(share))
 
     def tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Factors in (0, 1), float32 [num_bands] each: low and high; None where ranges are not cut.

@@ -32,7 +32,7 @@ from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key; one more when the same settings would give other statistics."""
 
 _NO_PART_OF_SAMPLING = ("published", "prompts", "include", "exclude")

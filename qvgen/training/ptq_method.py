@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qvgen.config.sections import CalibrationConfig
-from qvgen.initializers.base import Initializer
+from qvgen.initializers.base import Initializer, Need
+from qvgen.initializers.clip_search import needs_with_inputs
+from qvgen.quant.grid import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +23,12 @@ class PTQMethod:
     name: str
     init: Initializer
     calibration: CalibrationConfig
+
+    @property
+    def searches_clips(self) -> bool:
+        """Whether clips of inputs start where sampled inputs lose least, and not where a table says."""
+        return self.calibration.clips == "search" or (self.calibration.clips == "auto" and bool(self.init.needs))
+
+    def needs(self, profile: Profile) -> frozenset[Need]:
+        """What is sampled: what the method needs, and inputs where clips are searched; empty: nothing is."""
+        return needs_with_inputs(self.init.needs, profile, is_searched=self.searches_clips)

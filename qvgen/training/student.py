@@ -20,6 +20,7 @@ from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
 from qvgen.layers.branch import kept_rank
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
@@ -92,15 +93,16 @@ def calibrate_(
         teacher: The full-precision model.
 
     Returns:
-        Statistics of the layers, None for a data-free method; the allocation of bits, None where all have the same.
+        Statistics of the layers, None where nothing is sampled; the allocation of bits, None where all have the same.
 
     Raises:
         UserError: A budget of bits that no choice meets, or a network of its metrics that is not there.
     """
-    if not ptq.init.needs:
+    needs = ptq.needs(profile)
+    if not needs:
         return None, None
     bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
-    statistics = CalibratedModel(teacher, ptq.calibration, needs=ptq.init.needs, num_bands=bands)
+    statistics = CalibratedModel(teacher, ptq.calibration, needs=needs, num_bands=bands)
     if not isinstance(ptq.init, BitBudget):
         return statistics, None
     return statistics, allocate_bits_(student, ptq.init, profile=profile, teacher=teacher, statistics=statistics)
@@ -126,9 +128,11 @@ def set_up_student_(
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher)
     folds = teacher.family.smoothing_folds(student)
-    initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds)
+    seen = initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds)
     if design.switch_widths is not None:
         add_switch_widths_(student, design.switch_widths)
+    if seen is not None and ptq.searches_clips:
+        start_clips_(quantized_layers(student), input_sets(student, teacher.family), statistics=seen)
     share_inputs_(student, family=teacher.family, method=design.method)
     return allocation
 
@@ -188,7 +192,7 @@ def start_student(
         result["seconds"] = time.monotonic() - began
         run_dir.save_stage("start", result)
         return result
-    kept = ", whose statistics and measurements are kept as they come" if ptq.init.needs else ""
+    kept = ", whose statistics and measurements are kept as they come" if ptq.needs(design.profile) else ""
     stop_request.note(f"in the PTQ start{kept}")
     unshare_activations_(quantized_layers(student))  # as the method will find it
     with phi_suspended(student):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
+from qvgen.verbs._parts import sampled_needs
 
 
 def without_clips(config: TrainConfig) -> bool:
@@ -20,7 +21,7 @@ def check_sampling_parts(config: TrainConfig) -> None:
     Raises:
         ValueError: a part is missing or damaged.
     """
-    measured = config.evaluation.samples > 0 or bool(config.init.needs)
+    measured = config.evaluation.samples > 0 or bool(sampled_needs(config))
     if measured and hasattr(config.model, "check_sampling_parts"):
         with only_to_measure(config):
             config.model.check_sampling_parts()
@@ -32,7 +33,7 @@ def only_to_measure(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if config.init.needs or config.method.trains != "nothing":
+        if sampled_needs(config) or config.method.trains != "nothing":
             raise
         raise UserError(
             f"{error}; init={config.names.init} itself needs none of it: write evaluation.samples=0 for a packed model that "

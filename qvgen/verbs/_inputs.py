@@ -15,7 +15,7 @@ from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
 from qvgen.models.guidance import texts_to_encode
 from qvgen.verbs._checks import only_to_measure, without_clips
-from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch
+from qvgen.verbs._parts import ptq_method, sampled_needs, sampled_teacher, step_batch
 from qvgen.verbs.precompute import fill_missing
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _say_what_is_left_out(config: TrainConfig) -> None:
 def _texts(config: TrainConfig) -> list[str]:
     """All that a text encoder reads for what is sampled: captions and negative prompts."""
     prompts = [evaluation_prompts(config.evaluation, config.model)] if config.evaluation.samples else []
-    prompts += [calibration_prompts(ptq_method(config).calibration, config.model)] if config.init.needs else []
+    prompts += [calibration_prompts(ptq_method(config).calibration, config.model)] if sampled_needs(config) else []
     return list(dict.fromkeys(text for part in prompts for text in texts_to_encode(config.model, part)))
 
 

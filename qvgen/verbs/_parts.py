@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.initializers.base import Need
 from qvgen.models.base import Encode
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.micro_batch import StepBatch
@@ -88,6 +89,11 @@ def ptq_method(config: TrainConfig) -> PTQMethod:
     return PTQMethod(name=config.names.init, init=config.init, calibration=replace(config.calibration, prompts=prompts))
 
 
+def sampled_needs(config: TrainConfig) -> frozenset[Need]:
+    """What the run samples of the full-precision model for its PTQ start; empty: nothing."""
+    return ptq_method(config).needs(config.profile)
+
+
 def sampled_teacher(config: TrainConfig, transformer: nn.Module, *, encode: Encode) -> SampledTeacher:
     """The full-precision model as calibration and measurements see it."""
     from qvgen.evaluation.sampled_teacher import SampledTeacher
@@ -123,7 +129,7 @@ def _sampled_prompts(config: TrainConfig) -> dict[str, Sequence[Any]]:
     if not config.method.quantizes:
         return {}
     prompts: dict[str, Sequence[Any]] = {"shown": shown_videos(config.evaluation, config.model, seed=config.seed)}
-    if config.init.needs:
+    if sampled_needs(config):
         prompts["calibration"] = calibration_prompts(ptq_method(config).calibration, config.model).lines
     return prompts
 

@@ -10,7 +10,7 @@ from qvgen.initializers.bit_budget import BitBudget
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts, without_clips
 from qvgen.verbs._exports import check_exports, planned_exports, write_exports
-from qvgen.verbs._parts import ptq_method, student_design
+from qvgen.verbs._parts import ptq_method, sampled_needs, student_design
 
 
 def run(config: TrainConfig) -> None:
@@ -25,7 +25,7 @@ def run(config: TrainConfig) -> None:
     student = check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)
     check_exports(config, student)
     check_sampling_parts(config)
-    prompts = calibration_prompts(ptq.calibration, config.model) if config.init.needs else []
+    prompts = calibration_prompts(ptq.calibration, config.model) if sampled_needs(config) else []
     if config.dry_run:
         for line in plan(config, num_prompts=len(prompts)):
             print(line)
@@ -38,13 +38,13 @@ def run(config: TrainConfig) -> None:
 
 def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
     """What the verb would do; ``num_prompts`` are those of the calibration."""
-    needs = ", ".join(sorted(config.init.needs))
+    needs = ", ".join(sorted(sampled_needs(config)))
     calibration = config.calibration
     return [
         f"model={config.names.model} init={config.names.init} {config.profile.label} ({config.profile.name}), no training",
         f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
         if needs
-        else "calibration: none, the method is data-free",
+        else "calibration: none, nothing is sampled",
         *_measurements(config),
         f"measured on: {_measured_on(config)}",
         *config.data.summary(),

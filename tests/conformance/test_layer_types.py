@@ -22,8 +22,10 @@ from qvgen.config import TrainConfig
 from qvgen.config.leaves import load_leaf
 from qvgen.data.source import Split
 from qvgen.evaluation.held_out import HeldOut
+from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.swap import not_sampling, quantized_layers
+from qvgen.verbs._parts import ptq_method
 from tests.conformance.quality import QUALITY
 from tests.parts import calibrated, prepared
 from tests.runs import train_config
@@ -94,8 +96,10 @@ def measure(exact: Exact, tmp_path_factory: pytest.TempPathFactory) -> Measure:
 def errors(config: TrainConfig, exact: Exact) -> Errors:
     student, _ = prepared(config)
     statistics, _ = calibrated(config, student, teacher=exact.teacher, encode=exact.split.encode)
-    initialize_(student, config.init, seed=config.seed, statistics=statistics)
+    seen = initialize_(student, config.init, seed=config.seed, statistics=statistics)
     layers = quantized_layers(student)
+    if seen is not None and ptq_method(config).searches_clips:
+        start_clips_(layers, (), statistics=seen)
     sums: defaultdict[tuple[str, str], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     with not_sampling(student), torch.no_grad():
         next(iter(layers.values())).noise_band.set_timestep(exact.timestep)

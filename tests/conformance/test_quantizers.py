@@ -130,14 +130,14 @@ def test_weight_state_comes_back_bitwise(quantizer_class, profile_name):
 def make_activation_quantizer(quantizer_class, profile_name):
     grid = make_profile(profile_name).activation
     if quantizer_class in DYNAMIC:
-        return quantizer_class(grid=grid, num_bands=BANDS)
+        return quantizer_class(grid=grid, num_bands=BANDS, start=0.9)
     return quantizer_class(grid=static_grid(grid), num_bands=BANDS, in_features=COLUMNS)
 
 
 @every(over_dynamic)
 def test_clip_tables_are_factors_by_band(quantizer_class, profile_name):
     grid = make_profile(profile_name).activation
-    quantizer = quantizer_class(grid=grid, num_bands=BANDS)
+    quantizer = quantizer_class(grid=grid, num_bands=BANDS, start=0.9)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(draw(*parameter.shape) * 30)
@@ -154,7 +154,7 @@ def test_clipped_inputs_stay_on_one_grid(quantizer_class, profile_name):
     x = draw(BANDS, COLUMNS)
     for bits in range(2, 9):
         grid = make_profile(profile_name, activation_bits=bits).activation
-        tables = quantizer_class(grid=grid, num_bands=BANDS).tables()
+        tables = quantizer_class(grid=grid, num_bands=BANDS, start=0.9).tables()
         low, high = (None if table is None else table.detach()[:, None] for table in tables)
         scale, zero = choose_qparams(x, grid=grid, clip_low=low, clip_high=high)
         codes = quantize(x, scale=scale, zero_point=zero, grid=grid)

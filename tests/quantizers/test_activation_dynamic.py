@@ -6,20 +6,27 @@ import pytest
 import torch
 
 from qvgen.quant.grid import Grid
-from qvgen.quantizers.activation_dynamic import ActivationDynamic, initial_clip
+from qvgen.quantizers.activation_dynamic import ActivationDynamic
 
 
 def make_quantizer(kind="integer", num_bands=5, bits=4):
-    return ActivationDynamic(grid=Grid(bits=bits, granularity="per_token", zero_point=kind), num_bands=num_bands)
+    grid = Grid(bits=bits, granularity="per_token", zero_point=kind)
+    return ActivationDynamic(grid=grid, num_bands=num_bands, start=0.75)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.95), (3, 0.95), (4, 0.98), (5, 0.995), (6, 0.999), (8, 0.999)])
-def test_clips_start_at_their_widths_share_in_every_band(bits, share):
-    assert initial_clip(bits) == share  # methods.md: 0.95, which is for few bits
-    for table in make_quantizer(bits=bits).tables():
+def test_clips_start_where_they_are_told_in_every_band():
+    quantizer = make_quantizer()
+    for table in quantizer.tables():
         assert table.shape == (5,)
         assert table.dtype == torch.float32
-        torch.testing.assert_close(table, torch.full((5,), share), rtol=2.0**-21, atol=0)  # a float32 logit and sigmoid
+        torch.testing.assert_close(table, torch.full((5,), 0.75), rtol=2.0**-21, atol=0)  # a float32 logit and sigmoid
+    quantizer.start_from_(0.5, 0.999)
+    for table, share in zip(quantizer.tables(), (0.5, 0.999), strict=True):
+        torch.testing.assert_close(table, torch.full((5,), share), rtol=2.0**-21, atol=0)
+    symmetric = make_quantizer("none")
+    symmetric.start_from_(0.5, 0.9)
+    assert symmetric.tables()[0] is None
+    torch.testing.assert_close(symmetric.tables()[1], torch.full((5,), 0.9), rtol=2.0**-21, atol=0)
 
 
 def test_tables_are_sigmoids_of_the_parameters():
@@ -49,7 +56,8 @@ def test_a_symmetric_grid_has_one_clip():
 
 def test_a_grid_without_clips_has_none_and_trains_nothing():
     grid = Grid(bits=4, granularity="per_token", zero_point="none", clip=False)
-    quantizer = ActivationDynamic(grid=grid, num_bands=5)
+    quantizer = ActivationDynamic(grid=grid, num_bands=5, start=0.9)
+    quantizer.start_from_(0.5, 0.5)  # there is nothing to start
     assert quantizer.tables() == (None, None)
     assert list(quantizer.parameters()) == []
     assert "no clips" in repr(quantizer)

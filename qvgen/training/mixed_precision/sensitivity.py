@@ -30,7 +30,9 @@ from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.evaluation.sampled_teacher import SampledTeacher
+from qvgen.initializers.clip_search import start_clips_
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_group import LayerUnit
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.noise_window import band_windows
@@ -43,7 +45,7 @@ from qvgen.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Part of the key; one more when the same settings would give other numbers."""
 
 SEED_OFFSET = 20_000
@@ -239,8 +241,11 @@ class SensitivityMeasurement:
             linear = self.teacher.transformer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             profile = with_bits(self.profile, (bits, bits))
-            made[name] = FakeQuantLinear(linear, profile=profile, noise_band=band)
+            kind = input_kinds(self.teacher.transformer, [name])[name]
+            made[name] = FakeQuantLinear(linear, profile=profile, noise_band=band, input_kind=kind)
             self.init.initialize_(made[name], statistics=self.statistics(name))
+        if "inputs" in self.statistics.needs:
+            start_clips_(made, (), statistics=self.statistics)
         return made
 
     def _path(self, metrics: GroupMetrics, sampling: Sampling) -> Path:

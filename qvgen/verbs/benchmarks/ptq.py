@@ -17,9 +17,11 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.comparison import generate_videos, held_out_items
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.metrics import psnr_db
+from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
+from qvgen.training.layer_setup import input_sets
 from qvgen.training.student import calibrate_, prepare_student
 from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
 from qvgen.verbs.benchmarks.base import Benchmark, methods_of
@@ -87,7 +89,9 @@ def _quantized(config: TrainConfig, *, teacher: nn.Module, held_out: HeldOut) ->
         statistics(next(iter(quantized_layers(student))))  # all layers of a pass are collected by the first one
     calibrated = time.monotonic()
     folds = config.model.smoothing_folds(student)
-    initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
+    seen = initialize_(student, config.init, seed=config.seed, statistics=statistics, folds=folds)
+    if seen is not None and ptq_method(config).searches_clips:
+        start_clips_(quantized_layers(student), input_sets(student, config.model), statistics=seen)
     seconds = {"calibration_s": calibrated - began, "method_s": time.monotonic() - calibrated}
     mean = allocation.mean_bits if allocation is not None else asdict(config.bits)
     return student, {**seconds, "mean_weight_bits": mean["weight"], "mean_activation_bits": mean["activation"]}

@@ -31,6 +31,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.swap import select_linears
+from qvgen.verbs._parts import ptq_method
 from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 from qvgen.verbs.benchmarks.ptq import cell
 
@@ -87,7 +88,7 @@ def cost_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> I
 
 def calibration_memory(config: TrainConfig, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Bytes of all statistics of a method, the passes that ``calibration.memory_gib`` makes of them, and the largest one."""
-    needs = frozenset(config.init.needs)
+    needs = ptq_method(config).needs(config.profile)
     if not needs:
         return {"statistics_bytes": 0, "passes": 0, "largest_pass_bytes": 0}
     inputs = [(name, columns) for name, (_, columns) in sizes.items()]

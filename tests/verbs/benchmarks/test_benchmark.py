@@ -9,7 +9,7 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.evaluation.environment import fast_bfloat16
-from qvgen.verbs.benchmarks import svdq_accumulation
+from qvgen.verbs.benchmarks import clips, svdq_accumulation
 from qvgen_kernels.cpu_library import missing_reason
 from tests.runs import shallow
 
@@ -205,3 +205,25 @@ def test_sums_in_half_precision_are_measured(tmp_path: Path, monkeypatch: pytest
     assert 0 < model["sums_error"] < 0.001 < model["quantization_error"]
     assert 0 < model["model_sums_error"] < model["model_quantization_error"]
     assert "| tiny | its own | float16 |" in (tmp_path / "svdq-accumulation-tiny.md").read_text()
+
+
+def test_clips_are_measured_at_random_and_on_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clips, "WIDTHS", (64, 1024))
+    monkeypatch.setattr(clips, "VALUES", 1 << 16)
+    monkeypatch.setattr(clips, "FINE", clips.FINE[::4])
+    monkeypatch.setattr(clips, "TABLE", {("gaussian", True): clips.TABLE["gaussian", True]})
+    words = [*shallow(1), "widths=[3]", "calibration.videos=1", "calibration.steps=2", "model.num_inference_steps=2"]
+    command = ["benchmark", "clips", *words, f"calibration.cache={tmp_path / 'cache'}", "logger=csv", f"out={tmp_path}"]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "clips-tiny.json").read_text())["rows"]
+    table = [row for row in rows if row["part"] == "table"]
+    assert len(table) == 7 * 5
+    assert all(abs(row["best"] - row["table"]) <= 0.06 for row in table)  # few rows: the best one is not sharp
+    for row in (row for row in rows if row["part"] == "random"):
+        errors = row["errors"]
+        assert 0 < errors["search"] < 1.03 * min(errors.values())
+        if row["layer"] == "1024":
+            assert errors["search"] < 0.98 * errors["few_columns"]
+    model = {row["layer"]: row["errors"] for row in rows if row["part"] == "model"}
+    assert {"blocks.attn1.to_q", "blocks.ffn.net.2", "proj_out"} <= set(model)
+    assert "| gaussian, K = 64 | 3 |" in (tmp_path / "clips-tiny.md").read_text()
