@@ -89,8 +89,8 @@ def initial_clip(grid: Grid, *, columns: int, kind: InputKind = "gaussian") -> f
 
     Example:
         >>> paper = Grid(bits=4, granularity="per_token")
-        >>> [round(initial_clip(paper, columns=k), 3) for k in (32, 64, 128, 1920, 8960, 100_000)]
-        [0.96, 0.96, 0.92, 0.754, 0.67, 0.64]
+        >>> tuple(round(initial_clip(paper, columns=k), 3) for k in (32, 64, 128, 1920, 8960, 100_000))
+        (0.96, 0.96, 0.92, 0.754, 0.67, 0.64)
     """
     if kind == "bounded":
         return MAX_CLIP
