@@ -168,5 +168,5 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert train(tmp_path / "run", "steps=0") == 2
     assert not (tmp_path / "run").exists()
     assert ptq(tmp_path / "run", "init=gptq", "dry_run=true") == 0
-    assert "calibration: second_moment from 2 videos of 3 steps" in capsys.readouterr().out
+    assert "calibration: inputs, second_moment from 2 videos of 3 steps" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
