@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qvgen.deploy.exported_model import PackedSource, open_packed
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, HalfSums, cast
 from qvgen.deploy.fixed_inputs import SEED, fixed_inputs
+from qvgen.layers.layer_input import entered_input
 from qvgen.layers.packed_linear import PackedLinear
 
 TIMESTEP = 500.0
@@ -198,13 +199,13 @@ def _call_watched(source: PackedSource, inputs: Mapping[str, Tensor]) -> tuple[d
     """Inputs [B, rows, K] of every layer in one call of the packed model, and its output."""
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, arguments[0].detach().clone())
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            seen.setdefault(name, entered_input(arguments, keywords).detach().clone())
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in source.layers.items()]
+    hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in source.layers.items()]
     try:
         output = source.model(**inputs, return_dict=False)[0]
     finally:

@@ -6,6 +6,7 @@ Differences are counted, not only bounded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.metrics import FlipCount, count_flips, psnr_db
 from qvgen.evaluation.report_data import Checks, LayerReport
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.layer_input import LayerInput, entered_input
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, quantized_layers
 
@@ -96,15 +98,18 @@ def _input_codes(
     codes: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(module: nn.Module, name: str) -> RemovableHandle:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Any]) -> None:
             x, kept = inputs[0], codes[name]
+            given: LayerInput | None = keywords.get("given")
             # A packed feed-forward is called once for each block of tokens.
             left = WATCHED_TOKENS - sum(part.shape[1] for part in kept) if x.ndim > 2 else 1 - len(kept)
             if left > 0:
                 tokens = x[:, :left] if x.ndim > 2 else x
+                few = {"given": given and given.of_tokens(slice(0, left))}
+                tokens = entered_input((tokens,), few)
                 kept.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
 
-        return module.register_forward_pre_hook(keep)
+        return module.register_forward_pre_hook(keep, with_kwargs=True)
 
     handles = [watch(layer, name) for name, layer in layers.items()]
     places = {id(layer): name for name, layer in layers.items()}

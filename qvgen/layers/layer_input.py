@@ -6,7 +6,8 @@ operators before the layer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,12 @@ def enter(layer: nn.Module, x: Tensor, given: LayerInput) -> Tensor:
     """The outputs of a layer for an input with steps: of one that takes them, or of any other after them."""
     found: Tensor = layer(x, given=given) if getattr(layer, "takes_input_steps", False) else layer(given.apply(x))
     return found
+
+
+def entered_input(arguments: tuple[Tensor, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The input that a layer quantizes, from what a forward pre-hook gets: behind the steps that its block hands to it."""
+    given: LayerInput | None = keywords.get("given")
+    return arguments[0] if given is None else given.apply(arguments[0])
 
 
 def modulated(dtype: torch.dtype, gain: Tensor | None = None, shift: Tensor | None = None) -> LayerInput:

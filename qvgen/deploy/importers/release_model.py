@@ -23,6 +23,7 @@ from qvgen.deploy.importers.release_layer import ReleaseLayer, WeightCount, merg
 from qvgen.deploy.importers.sampler_clips import ClipTable
 from qvgen.deploy.packed_record import plain_config
 from qvgen.layers.layer_form import LayerForm
+from qvgen.layers.layer_input import entered_input
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers
@@ -212,13 +213,13 @@ def count_tokens_without_zero(model: nn.Module, *, timestep: float) -> tuple[int
         return None
     found, total = 0, 0
 
-    def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def count(_: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Any]) -> None:
         nonlocal found, total
-        tokens = arguments[0].flatten(0, -2)
+        tokens = entered_input(arguments, keywords).flatten(0, -2)
         found += int(((tokens.amin(1) > 0) | (tokens.amax(1) < 0)).sum())
         total += len(tokens)
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in packed_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in packed_layers(model).values()]
     try:
         model(**inputs, return_dict=False)
     finally:
