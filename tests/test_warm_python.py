@@ -81,9 +81,13 @@ def program(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_it_ends_as_it_would_have(
     text: str, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, program(tmp_path, text, monkeypatch)], capture_output=True, text=True, check=False
-    )
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        done = subprocess.run(
+            [sys.executable, program(tmp_path, text, monkeypatch)], capture_output=True, text=True, check=False
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert done.returncode == code
     assert done.stderr.endswith(said)
     number, warm = done.stdout.split()

@@ -29,7 +29,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBytes:
-    """What the packed layers of a model take on one device.
+    """Memory that the packed layers of a model take on one device.
 
     Attributes:
         stored: Bytes of the checkpoint's tensors: codes, scales, tables, branches and biases.
@@ -129,6 +129,6 @@ def _say(model: nn.Module, args: tuple[Any, ...], output: object) -> None:
 
 
 def _state(model: nn.Module) -> set[tuple[object, ...]]:
-    """What a line would be said of anew: devices, kernels, and whether copies stay."""
+    """Devices, kernels, and whether copies stay: a line is said again where one of them changes."""
     leads = ((m, m if isinstance(m, PackedLinear) else m.parts[0]) for m in prepacked_layers(model))
     return {(lead.codes.device, module.last_made) for module, lead in leads}

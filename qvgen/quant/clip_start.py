@@ -148,7 +148,7 @@ def output_error(rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid)
     scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high)
     codes = quantize(rows, scale=scale, zero_point=zero_point, grid=grid)
     lost = dequantize(codes, scale=scale, zero_point=zero_point, grid=grid) - rows
-    return float((lost if outputs is None else lost @ outputs.mT).square().sum(1).double().sum())
+    return float((lost if outputs is None else lost @ outputs.mT).square().sum(1).cpu().double().sum())
 
 
 def _moved(clips: Clips, side: int, error: Callable[[Clips], float]) -> Clips:

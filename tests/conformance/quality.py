@@ -36,13 +36,15 @@ _TABLE: dict[str, Quality] = {
     # regular rotation is one pattern in all columns, along which a shorter range errs by the same sign: 1.40 under convrot.
     "mse": Quality(outlier_error=1.45, layer_types={"*": 1.15}),
     # Rounds for the least error of the output, not of the weight.
-    "gptq": Quality(weight_error=None),
+    # The sample that clips are searched on is not the held-out inputs.
+    "gptq": Quality(weight_error=None, layer_types={"blocks.*.attn1.to_q": 1.05, "blocks.*.attn1.to_k": 1.05}),
     # alpha = 0.5 for all: what an attention or a GELU puts out has few outliers, and scaling takes more than it gives.
     "smoothquant": Quality(layer_types={"blocks.*.attn1.to_out.0": 1.35, f"{TEXT}.linear_2": 1.4}),
     # The sample that alpha is searched on is not the held-out inputs.
     "smoothquant init.alpha=null": Quality(layer_types={"blocks.*.attn1.to_out.0": 1.15}),
     "svdquant": Quality(),
-    "vidit_q": Quality(layer_types={"blocks.*.attn1.to_out.0": 1.2, f"{TEXT}.linear_1": 1.15}),
+    # Sines have no tail, so that round to nearest keeps their whole range; a rotation makes them Gaussian.
+    "vidit_q": Quality(layer_types={"blocks.*.attn1.to_out.0": 1.2, f"{TEXT}.linear_1": 1.15, f"{TIME}.linear_1": 1.45}),
     # Its layers have different widths, which a comparison at one width can't judge; at one width it is vidit_q.
     "vidit_q_mp": Quality(layer_types=None),
     # What is low-frequency over the columns, as weights on a sinusoidal embedding are, a Hadamard matrix turns into a spike.

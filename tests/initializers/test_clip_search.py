@@ -74,7 +74,7 @@ def test_the_start_loses_less_than_the_tables() -> None:
     before = {name: error(layers[name], held_out.abs() if name == "to_out" else held_out) for name in layers}
     start_clips_(layers, [("to_q", "to_k", "to_v")], statistics=seen)
     for name, layer in layers.items():
-        assert error(layer, held_out.abs() if name == "to_out" else held_out) < 0.95 * before[name], name
+        assert error(layer, held_out.abs() if name == "to_out" else held_out) < 0.97 * before[name], name
 
 
 def test_layers_that_share_an_input_get_the_same_clips_and_all_bands_are_alike() -> None:

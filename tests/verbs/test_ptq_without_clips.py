@@ -49,7 +49,7 @@ def test_prompts_are_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     given = keys(name, folder, tmp_path, "init=smoothquant", "calibration.prompts=[a dog,two boats]")
     assert main(["ptq", *given, f"run_dir={run_dir}", "dry_run=true"]) == 0
     plan = capsys.readouterr().out
-    assert "abs_max from 2 videos of 3 steps, 2 prompts" in plan
+    assert "abs_max, inputs from 2 videos of 3 steps, 2 prompts" in plan
     assert "4 inputs of the full-precision model's own sampling (no data.path)" in plan
     assert main(["ptq", *given, f"run_dir={run_dir}"]) == 0
     report = json.loads((run_dir / "report.json").read_text())

@@ -67,7 +67,7 @@ def cost_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> I
             yield {
                 "method": method,
                 "bits": width.label,
-                "needs": sorted(run.init.needs),
+                "needs": sorted(ptq_method(run).needs(run.profile)),
                 "layers": len(sizes),
                 "seconds_extrapolated": sum(seconds[shape][0] * count for shape, count in counts.items()),
                 "cpu_seconds_extrapolated": sum(seconds[shape][1] * count for shape, count in counts.items()),

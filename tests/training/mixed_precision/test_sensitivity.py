@@ -87,7 +87,7 @@ def direct_model(config, layers, *, side: str, window: int, windows):
             def product(x, left=left, linear=linear):
                 return x.double() @ left.mT + linear.bias.double()
         else:
-            clip = 0.98 if layer.profile.activation.bits == 4 else 0.999
+            clips = tuple(float(table[0].detach()) for table in layer.activation_quantizer.tables())
 
             def product(
                 x,
@@ -95,12 +95,12 @@ def direct_model(config, layers, *, side: str, window: int, windows):
                 rotation=rotation,
                 factor=factor,
                 levels=2**layer.profile.activation.bits - 1,
-                clip=clip,
+                clips=clips,
             ):
                 rows = (x.double() * factor) @ rotation
                 low, high = (
-                    rows.amin(-1, keepdim=True).clamp(max=0) * clip,
-                    rows.amax(-1, keepdim=True).clamp(min=0) * clip,
+                    rows.amin(-1, keepdim=True).clamp(max=0) * clips[0],
+                    rows.amax(-1, keepdim=True).clamp(min=0) * clips[1],
                 )
                 scale = ((high - low) / levels).clamp(min=1e-8)
                 zero = (-low / scale).round()

@@ -66,12 +66,12 @@ def test_the_cost_of_a_method_is_extrapolated_from_distinct_shapes(tmp_path: Pat
             assert total > 0
     assert (rows["mse"]["statistics_bytes"], rows["mse"]["passes"]) == (0, 0)
     widths = [shape["in_features"] for shape in rows["gptq"]["shapes"] for _ in range(shape["layers"])]
-    assert rows["gptq"]["statistics_bytes"] == sum(4 * width * (width + 50) for width in widths)
+    assert rows["gptq"]["statistics_bytes"] == sum(4 * width * (width + 50 + 512) for width in widths)
     assert rows["gptq"]["passes"] > 1
     assert rows["gptq"]["largest_pass_bytes"] <= 0.0005 * 2**30
     page = (tmp_path / "ptq-cost-tiny.md").read_text()
     assert "Extrapolated: one layer of every distinct shape is timed (median of 1)" in page
-    assert "| gptq | second_moment | 0.00 |" in page
+    assert "| gptq | inputs, second_moment | 0.01 |" in page
     other = [f"out={tmp_path / 'other'}", "calibration.memory_gib=0.00001"]
     assert main(["benchmark", "ptq_cost", *keys[:-2], *other]) == 2
 
@@ -177,7 +177,7 @@ def test_fused_passes_are_measured_beside_torchs(tmp_path: Path, capsys: pytest.
         ("threads=[0]", "threads=0"),
         ("seeds=[]", "seeds=[] is empty"),
         ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
-        ("what=speed", "what=speed is unknown (there are: denoising_step, fake_quantization, kernels, loading, "),
+        ("what=speed", "what=speed is unknown (there are: clips, denoising_step, fake_quantization, kernels, "),
     ],
 )
 def test_what_can_not_be_measured_is_refused(
