@@ -10,4 +10,9 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 export PYTHONPATH="$root:$root/kernels:$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m gpu "$@"
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import numpy, safetensors, torch, triton'; then
+    echo "$python lacks what the line above names; name an interpreter that has it: PYTHON=.venv/bin/python bash $0 OUT" >&2
+    exit 2
+fi
+exec "$python" -m gpu "$@"

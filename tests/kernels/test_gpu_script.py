@@ -251,3 +251,18 @@ def test_what_compute_sanitizer_says_is_read(monkeypatch, tmp_path, line, equal)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (row,) = sanitizer._run(Setting(True), "memcheck")
     assert row["equal"] is equal
+
+
+def test_an_interpreter_without_the_packages_is_named_with_what_to_write(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.write_text('#!/bin/sh\necho "No module named torch" >&2\nexit 1\n', encoding="utf-8")
+    bare.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": str(bare)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    first, last = done.stderr.splitlines()
+    assert first == "No module named torch"
+    assert last.startswith(f"{bare} lacks what the line above names; name an interpreter that has it: PYTHON=")
+    assert not (tmp_path / "out").exists()
