@@ -105,8 +105,8 @@ def _input_codes(
             left = WATCHED_TOKENS - sum(part.shape[1] for part in kept) if x.ndim > 2 else 1 - len(kept)
             if left > 0:
                 tokens = x[:, :left] if x.ndim > 2 else x
-                few = {"given": given and given.of_tokens(slice(0, left))}
-                tokens = entered_input((tokens,), few)
+                of_tokens = None if given is None else given.of_tokens(slice(0, left))
+                tokens = entered_input((tokens,), {"given": of_tokens})
                 kept.append(layers[name].input_codes(tokens).reshape(tokens.shape).cpu())
 
         return module.register_forward_pre_hook(keep, with_kwargs=True)

@@ -3,8 +3,8 @@
 A row's range grows with its length, the spread of its values does not: of 64 Gaussian values the largest is 2.4 standard
 deviations, of 16 384 it is 4.0. With few levels a smaller step is worth the values that are cut off, the more of the range is
 tail: the share that loses least falls with the columns K and rises with the bits. :data:`TABLE` holds it for three kinds of
-inputs; ``qvgen benchmark clips`` makes it again, with what it gains (docs/benchmarks/clips.md). Where inputs were sampled,
-:func:`search_clips` finds both ends of a layer by the error of its own output.
+inputs; ``qvgen benchmark clips`` makes it again, with what it gains (docs/benchmarks/clips-tiny.md). Where inputs were
+sampled, :func:`search_clips` finds both ends of a layer by the error of its own output.
 """
 
 from __future__ import annotations
