@@ -31,12 +31,10 @@ from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
-from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card
+from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
 
 RGB_CHANNELS = 3
 PATCH_SIZE = (1, 4, 4)
-TEACHER_FILE = "tiny_teacher.safetensors"
-
 COORDINATE_SCALE = 2.0
 """Coordinates are constant over a patch and must be heard beside noise of variance 1."""
 
@@ -67,11 +65,17 @@ class TinyVideoDiT:
         negative_prompt: The caption that guidance leads away from; "" is the empty one.
         weights: The teacher's safetensors file; None: the one that comes with the package.
 
+    Attributes:
+        teacher_file: Name of the file of weights that pretraining writes and the package ships.
+        teacher_dtype: Type in which that file holds them.
+
     Raises:
         ValueError: for sizes that don't divide, and prompts that the model does not understand.
     """
 
-    name = "tiny"
+    name: ClassVar[str] = "tiny"
+    teacher_file: ClassVar[str] = "tiny_teacher.safetensors"
+    teacher_dtype: ClassVar[torch.dtype] = torch.float32
     transformer_class = "WanTransformer3DModel"
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "self_attention": ("blocks.*.attn1.*",),
@@ -114,7 +118,7 @@ class TinyVideoDiT:
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
-        self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / TEACHER_FILE
+        self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / self.teacher_file
         self.transformer_config: dict[str, Any] = {
             "patch_size": list(PATCH_SIZE),
             "num_attention_heads": num_heads,
@@ -197,6 +201,22 @@ class TinyVideoDiT:
             transformer.to(dtype)
         return transformer.requires_grad_(False).eval()
 
+    def round_to_stored(self, transformer: nn.Module) -> None:
+        """Round a transformer's weights, in place, to what the file of weights will hold."""
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.copy_(parameter.to(self.teacher_dtype))
+
+    def save_teacher(self, transformer: nn.Module, directory: Path, *, card: Mapping[str, Any]) -> Path:
+        """Write the weights and their card, which says how they were made; see :mod:`qvgen.models.weight_file`.
+
+        Returns:
+            The weights' path.
+        """
+        return save_weights(
+            transformer.state_dict(), directory / self.teacher_file, card=card, dtype=self.teacher_dtype
+        )
+
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
         """The places where smoothing vectors can be folded, which are those of Wan's class."""
         return wan_folds(transformer)
@@ -273,6 +293,14 @@ class TinyVideoDiT:
             sampled.check_finite(latents, name="latents")
             sampled.check_frames(shown)
         return frames
+
+
+class TinyWideVideoDiT(TinyVideoDiT):
+    """The same model at a width where averages over a row mean something; its teacher is stored in bfloat16."""
+
+    name = "tiny_wide"
+    teacher_file = "tiny_wide_teacher.safetensors"
+    teacher_dtype = torch.bfloat16
 
 
 def _coordinates(num_frames: int, image_size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Weights that travel with the package: a safetensors file, and beside it a card that says where it came from.
 
-    NAME.safetensors    tensors only, float32
+    NAME.safetensors    tensors only, float32 or bfloat16
     NAME.json           the card: {"file", "sha256", "bytes", ...} and whatever its maker recorded (command, seed, quality)
 
 A file is only loaded if its bytes have the card's sha256. Both are written whole or not at all, the card last.
@@ -27,12 +27,15 @@ ASSETS_DIRECTORY = Path(__file__).resolve().parent / "assets"
 _REMEDY = "restore it from the package (pip install --force-reinstall qvgen, or git checkout) or train it anew"
 
 
-def save_weights(tensors: Mapping[str, Tensor], path: Path | str, *, card: Mapping[str, Any]) -> Path:
+def save_weights(
+    tensors: Mapping[str, Tensor], path: Path | str, *, card: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
     """Write weights and their card.
 
     Args:
-        tensors: name -> tensor; stored as float32, contiguous, on the CPU.
+        tensors: name -> tensor; stored contiguous, on the CPU.
         path: ends in .safetensors; the card goes beside it.
+        dtype: The type in which they are stored.
         card: plain values that say how the weights were made; "file", "sha256" and "bytes" are added.
 
     Returns:
@@ -44,7 +47,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path | str, *, card: Mappi
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights path {path} must end in .safetensors")
-    content = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+    content = save({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()})
     identity = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, content)
@@ -56,7 +59,7 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
     """Read weights whose checksum is right.
 
     Returns:
-        name -> float32 tensor on the CPU.
+        name -> tensor on the CPU, in the type in which it was stored.
 
     Raises:
         ValueError: when weights or card are missing, the file's sha256 is not the card's, or a tensor is not finite.

@@ -20,7 +20,7 @@ from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import texts_to_encode
 from qvgen.models.small_folder import write_small_folder
-from qvgen.models.tiny import TEACHER_FILE
+from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
@@ -45,7 +45,7 @@ def pretrain(config: TrainConfig) -> None:
         ValueError: The model is none that this project trains from scratch.
     """
     if not hasattr(config.model, "initial_transformer"):
-        raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny and model=small can")
+        raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny, tiny_wide and small can")
     fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config.evaluation, config.model)))
     student = config.model.initial_transformer(config.seed)
     held_out = HeldOut(
@@ -79,6 +79,8 @@ def pretrain(config: TrainConfig) -> None:
             "environment": {"machine": collect_environment().machine.to_json_dict()},
             "changes": [asdict(change) for change in read_changes(run_dir.path)],
         }
+        if isinstance(config.model, TinyVideoDiT):
+            config.model.round_to_stored(student)  # what is measured is what is stored
         quality = {"held_out_loss": held_out.loss(student)}
         if isinstance(held_out.split.samples, MovingDigits):
             quality = _digit_quality(config, student, run_dir.path, held_out=held_out, card=card)
@@ -93,7 +95,8 @@ def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[
     if isinstance(config.model, FolderFamily):
         source = config.model.folder.path
         return write_small_folder(path / MODEL_DIRECTORY, source_folder=source, transformer=student, card=card)
-    return save_weights(student.state_dict(), path / TEACHER_FILE, card=card)
+    assert isinstance(config.model, TinyVideoDiT)  # no other family has an initial transformer
+    return config.model.save_teacher(student, path, card=card)
 
 
 def _digit_quality(

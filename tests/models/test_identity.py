@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.config.leaves import load_leaf
-from qvgen.models.tiny import TEACHER_FILE
+from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 from tests.models.family_checks import tiny_family
 from tests.models.hub_folders import make_wan_folder
@@ -90,9 +90,9 @@ def test_folding_depends_on_the_transformer_that_was_trained_alone(expert: str, 
 
 
 def test_the_tiny_teachers_weights_count_by_their_bytes(tmp_path: Path) -> None:
-    weights = ASSETS_DIRECTORY / TEACHER_FILE
+    weights = ASSETS_DIRECTORY / TinyVideoDiT.teacher_file
     shutil.copytree(ASSETS_DIRECTORY, tmp_path / "assets")
-    same = load_leaf("model", "tiny", weights=str(tmp_path / "assets" / TEACHER_FILE)).identity()
+    same = load_leaf("model", "tiny", weights=str(tmp_path / "assets" / TinyVideoDiT.teacher_file)).identity()
     assert same == load_leaf("model", "tiny").identity()
     tensors = load_weights(weights)
     tensors["proj_out.bias"][0] += 1e-3

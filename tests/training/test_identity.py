@@ -20,7 +20,7 @@ from qvgen.config import TrainConfig, UserError
 from qvgen.config.run_config import read_config
 from qvgen.data.cache_fill import fill
 from qvgen.data.clip_source import ClipSource
-from qvgen.models.tiny import TEACHER_FILE
+from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity
@@ -47,7 +47,7 @@ def flip(path: Path, place: int) -> None:
 @pytest.fixture(scope="module")
 def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher's weights with another last layer, and their card."""
-    tensors = load_weights(ASSETS_DIRECTORY / TEACHER_FILE)
+    tensors = load_weights(ASSETS_DIRECTORY / TinyVideoDiT.teacher_file)
     tensors["proj_out.weight"] *= 1.5
     return save_weights(tensors, tmp_path_factory.mktemp("teacher") / "other.safetensors", card={})
 
@@ -61,7 +61,7 @@ def test_another_teacher_is_refused_and_force_goes_on_and_the_report_says_so(
     assert train(run_dir, *keys, "resume=true") == BAD_INPUT
     line = capsys.readouterr().err.splitlines()[-1]
     there, here = (json.loads(path.with_suffix(".json").read_text())["sha256"][:12] for path in (
-        ASSETS_DIRECTORY / TEACHER_FILE, other_teacher,
+        ASSETS_DIRECTORY / TinyVideoDiT.teacher_file, other_teacher,
     ))  # fmt: skip
     assert f"model.transformer was {there} and is {here}" in line
     assert "resume=force" in line
@@ -116,7 +116,7 @@ def test_the_same_run_goes_on_in_another_folder_and_from_another_place(run_dir: 
     before = snapshot(run_dir)
     shutil.copytree(ASSETS_DIRECTORY, tmp_path / "assets")  # the same weights elsewhere
     go_on(run_dir)
-    go_on(run_dir, f"model.weights={tmp_path / 'assets' / TEACHER_FILE}", "calibration.cache=elsewhere", "debug=true")
+    go_on(run_dir, f"model.weights={tmp_path / 'assets' / TinyVideoDiT.teacher_file}", "calibration.cache=elsewhere", "debug=true")
     assert snapshot(run_dir) == before
 
 

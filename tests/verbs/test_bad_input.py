@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from qvgen.models.tiny import TEACHER_FILE
+from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY
 from tests.runs import copy_until, load_state, snapshot, train
 
@@ -103,11 +103,11 @@ def test_a_bad_value_makes_no_folder(
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """A copy of the small model's weights and their card."""
-    source = ASSETS_DIRECTORY / TEACHER_FILE
+    source = ASSETS_DIRECTORY / TinyVideoDiT.teacher_file
     (tmp_path / "weights").mkdir()
     for path in (source, source.with_suffix(".json")):
         shutil.copy(path, tmp_path / "weights")
-    return tmp_path / "weights" / TEACHER_FILE
+    return tmp_path / "weights" / TinyVideoDiT.teacher_file
 
 
 def spoil_byte(weights: Path) -> None:
