@@ -8,17 +8,17 @@ import torch
 
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT
-from qvgen.models.tiny import TinyVideoDiT
-from qvgen.models.weight_file import ASSETS_DIRECTORY, save_weights
+from qvgen.models.tiny import TinyVideoDiT, TinyWideVideoDiT
+from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 
 
-def _family(**changes: object) -> TinyVideoDiT:
+def _family(*, kind: type[TinyVideoDiT] = TinyVideoDiT, **changes: object) -> TinyVideoDiT:
     options = {
         "image_size": 8, "num_frames": 2, "width": 32, "num_layers": 1, "num_heads": 2, "feed_forward_size": 32,
         "text_size": 32, "frequency_size": 32, "shift": 3.0, "include": ["*"], "exclude": [],
         "prompts": ["a red three moving up"], "fps": 4, "num_inference_steps": 2, "guidance_scale": 2.0,
     }  # fmt: skip
-    return TinyVideoDiT(**(options | changes))
+    return kind(**(options | changes))
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +107,35 @@ def test_weights_round_trip_and_damage_is_found(tmp_path: Path, transformer: tor
         family.load_teacher()
 
 
-def test_the_shipped_teacher_is_the_one_its_card_describes() -> None:
-    family = load_leaf("model", "tiny")
+@pytest.mark.parametrize(
+    ("name", "parameters", "dtype"), [("tiny", 206_000, torch.float32), ("tiny_wide", 4_829_488, torch.bfloat16)]
+)
+def test_the_shipped_teacher_is_the_one_its_card_describes(name: str, parameters: int, dtype: torch.dtype) -> None:
+    family = load_leaf("model", name)
+    assert family.name == name
     teacher = family.load_teacher()
-    card = json.loads((ASSETS_DIRECTORY / "tiny_teacher.json").read_text(encoding="utf-8"))
-    assert sum(p.numel() for p in teacher.parameters()) == 206_000
+    path = ASSETS_DIRECTORY / f"{name}_teacher.safetensors"
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert sum(p.numel() for p in teacher.parameters()) == parameters
+    assert {value.dtype for value in teacher.parameters()} == {torch.float32}
+    assert {value.dtype for value in load_weights(path).values()} == {dtype}
+    assert path.stat().st_size < 12e6
     assert {"command", "seed", "steps", "seconds", "quality"} <= card.keys()
+    assert card["quality"]["digit_accuracy"] > 0.9
     # One frame-by-frame look at what it makes: the digit that stands still does, and has the colour that was asked for.
     video = family.generate(teacher, ["a red zero standing still"], [0], num_steps=20, guidance_scale=2.0)[0].float()
     assert (video - video.mean(0)).abs().mean() < 8  # levels of 255; a moving digit has about 40
     assert video[..., 0].mean() > 4 * video[..., 1:].mean()
+
+
+def test_what_is_measured_after_pretraining_is_what_is_stored(tmp_path: Path) -> None:
+    family = _family(kind=TinyWideVideoDiT)
+    transformer = family.initial_transformer(0)
+    family.round_to_stored(transformer)
+    path = family.save_teacher(transformer, tmp_path, card={"seed": 0})
+    assert path == tmp_path / "tiny_wide_teacher.safetensors"
+    loaded = _family(kind=TinyWideVideoDiT, weights=str(path)).load_teacher().state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in transformer.state_dict().items())
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
