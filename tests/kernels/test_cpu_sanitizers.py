@@ -1,9 +1,9 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
 
 One build with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs random calls as in test_cpu.py
-on every x86 backend, prepack_driver.cpp prepacks, and fake_quantize_driver.cpp fake-quantizes; every tensor is an
-allocation of its exact size. A second one emulates AVX-512 too (avx512_emulation.h), so that its backends run on every x86
-processor. The 64-bit ARM build runs under qemu-user.
+on every x86 backend, and the other drivers do the rest of the library; every tensor is an allocation of its exact size.
+A second one emulates AVX-512 too (avx512_emulation.h), so that its backends run on every x86 processor. The 64-bit ARM
+build runs under qemu-user.
 """
 
 import platform
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(cpu_library.missing_reason() is not None, reason
 SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DQV_AMX_EMULATE", "-Wno-psabi")
 EMULATED = (*SANITIZERS, "-DQV_AVX512_EMULATE", "-include", str(Path(__file__).with_name("avx512_emulation.h")))
 CROSS = "aarch64-linux-gnu-g++"
+DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search")
 
 
 def build(compiler, flags, folder, made=None):
@@ -35,7 +36,7 @@ def build(compiler, flags, folder, made=None):
         folder: Where objects and programs are put.
         made: Folder of a build without the emulation of AVX-512: its objects of sources that have no AVX-512 are taken.
     """
-    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in ("cpu", "prepack", "fake_quantize")]
+    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in DRIVERS]
     sources = [*sorted(SOURCE.glob("*.cpp")), *drivers]
     common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
 
@@ -49,8 +50,8 @@ def build(compiler, flags, folder, made=None):
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     programs = [folder / path.stem for path in drivers]
-    for driver, program in zip(objects[-3:], programs, strict=True):
-        linked = [*objects[:-3], driver]
+    for driver, program in zip(objects[-len(drivers) :], programs, strict=True):
+        linked = [*objects[: -len(drivers)], driver]
         subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(program)], check=True)
     return str(programs[0])
 
@@ -121,6 +122,12 @@ def test_fake_quantization_touches_no_byte_too_far(sanitized, emulated):
         run_alone([program], "fake_quantize_driver")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_errors_of_ranges_are_those_of_the_definition_and_touch_no_byte_too_far(sanitized, emulated):
+    for program in (sanitized, emulated):
+        run_alone([program], "range_search_driver")
+
+
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
     if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
@@ -141,6 +148,10 @@ def test_arm_prepacks_the_same_bytes(arm):
 
 def test_arm_fake_quantizes_without_an_error(arm):
     run_alone(["qemu-aarch64", arm], "fake_quantize_driver")
+
+
+def test_arm_computes_errors_of_ranges(arm):
+    run_alone(["qemu-aarch64", arm], "range_search_driver")
 
 
 def test_the_sources_never_contract_multiplications(arm):
