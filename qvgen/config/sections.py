@@ -116,6 +116,8 @@ class StrategyConfig:
             shared out over the processes).
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
+        keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
+            bits, for tokens x channels numbers of each attention layer. A plan (``dry_run``) shows what it saves and costs.
         threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
             threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
             of threads trains other bits.
@@ -123,6 +125,7 @@ class StrategyConfig:
 
     name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
+    keep_attention: bool
     threads: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from qvgen.quant.affine import scale_bounds
 from qvgen.quant.grid import Grid
@@ -31,6 +33,7 @@ from qvgen_kernels.fake_quantize import RowSpec, refusal
 if TYPE_CHECKING:
     from qvgen.layers.fake_quant_product import ProductConfig
 
+_CHECKPOINT_MODES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 _switch = {"on": True}
 
 
@@ -46,12 +49,19 @@ def unfused() -> Iterator[None]:
 
 def is_fused(config: ProductConfig, x: Tensor, weight: Tensor) -> bool:
     """Whether the fused operators compute this product [M, K] x [N, K] here, now, and with torch's bits."""
-    if not _switch["on"] or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not _switch["on"] or torch.compiler.is_compiling() or _is_watched():
         return False
     if torch.is_grad_enabled():  # in a backward pass of which somebody wants the derivative
         return False
     inputs, own = _input_spec(config, x.shape[1]), _weight_spec(config)
     return x.device == weight.device and refusal(x, inputs) is None and refusal(weight, own) is None
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see torch's operators: a plan, a tracer. Who keeps attention's outputs does not."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(isinstance(mode, _CHECKPOINT_MODES) for mode in _get_current_dispatch_mode_stack())
 
 
 def fused_forward(

@@ -19,6 +19,7 @@ from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
+from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.callback_rules import CallbackRules, first_end
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
@@ -178,7 +179,8 @@ def _fit(
     accumulate = steps.batch.num_micro_batches
     data = MeasuredData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
     if run.strategy.gradient_checkpointing:
-        student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
+        how = block_checkpoint(keep_attention=run.strategy.keep_attention)
+        student.enable_gradient_checkpointing(how)  # type: ignore[operator] # every diffusers transformer has it
     student.train()
     found = checkpoints(output.run_dir / CHECKPOINT_DIRECTORY)
     with restored_settings():

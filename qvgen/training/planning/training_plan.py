@@ -81,6 +81,7 @@ class TrainingPlan:
         shards: Devices over which parameters are shared out; 1: each holds all.
         precision: Of the forward pass.
         gradient_checkpointing: Whether blocks are computed again.
+        keep_attention: Whether that is without their attention.
         clip: (C, F, H, W) of the largest samples.
         device: What trains.
         memory: Parts on each device.
@@ -103,6 +104,7 @@ class TrainingPlan:
     shards: int
     precision: str
     gradient_checkpointing: bool
+    keep_attention: bool
     clip: tuple[int, int, int, int]
     device: Device
     memory: list[MemoryPart]
@@ -195,6 +197,7 @@ def plan_training(
         shards=run.shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
         gradient_checkpointing=settings.gradient_checkpointing,
+        keep_attention=settings.keep_attention,
         clip=family.sample_shape,
         device=device,
         memory=memory,
@@ -217,6 +220,7 @@ def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> S
     return StepSettings(
         micro_batch=run.steps.batch.micro_batch_size,
         gradient_checkpointing=run.strategy.gradient_checkpointing,
+        keep_attention=run.strategy.gradient_checkpointing and run.strategy.keep_attention,
         autocast=device.on_gpu,
         teacher_dtype=teacher_dtype(run.model.family),
         model_changes=tuple(own.items()),
