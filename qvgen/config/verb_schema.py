@@ -243,19 +243,19 @@ class BenchmarkConfig:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
         what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
             method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
-            steps), ``kernels`` (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear on this
-            CPU), ``denoising_step`` (a call of the whole transformer, bfloat16 and packed), ``profiles`` (quality of every
-            profile, before and after training), ``loading`` (seconds of reading a packed directory),
-            ``svdq_accumulation`` (what sums in half precision change) or ``clips`` (where clips of inputs lose least).
+            steps), ``training_ratios`` (what quantization adds to a step), ``kernels`` (packed linears on this CPU),
+            ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of the transformer, bfloat16
+            and packed), ``profiles`` (quality of every profile, before and after training), ``loading`` (of a packed
+            directory), ``svdq_accumulation`` (sums in half precision) or ``clips`` (where clips of inputs lose least).
         methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
             with the rotations that they ask for.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
         seeds: Seeds of calibration, held-out noise and videos.
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
-        timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
-            ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
-        shapes: Shapes of ``kernels`` and ``fake_quantization``: MxK-N, or for ``kernels`` MxK-H-N, a feed-forward.
+        timed_steps: Optimizer steps of ``training``, repetitions of ``ptq_cost``, rounds of the others that measure time.
+        shapes: Shapes of ``kernels``, ``fake_quantization`` and ``training_ratios``: MxK-N, for ``kernels`` also MxK-H-N,
+            for ``training_ratios`` also block@FxHxW and step.
         tune: True: ``kernels`` looks for the fastest tiles of the GPU's kernels and keeps them in the user's cache.
         threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
