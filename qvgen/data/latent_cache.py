@@ -114,7 +114,7 @@ class LatentCache:
 
         Args:
             kind: ``latents`` or ``texts``.
-            key: Of one or the other.
+            key: The latents' or the embedding's.
         """
         return f"{self.folder}/{kind}/{key[:2]}/{key}.safetensors"
 

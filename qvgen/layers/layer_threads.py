@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 SCRATCH_BYTES = 8 << 30
-"""What the layers that are worked on at the same time may take beside the model."""
+"""Memory that layers which are worked on at the same time may take, beside the model."""
 
 Result = TypeVar("Result")
 
