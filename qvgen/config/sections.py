@@ -118,6 +118,8 @@ class StrategyConfig:
             for about a third more time.
         keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
             bits, for tokens x channels numbers of each attention layer. A plan (``dry_run``) shows what it saves and costs.
+        compile: Run the blocks under ``torch.compile``, one graph for all of them: minutes of compilation at the first step,
+            other bits than eager runs, the same among compiled ones. Not run on a GPU yet.
         threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
             threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
             of threads trains other bits.
@@ -126,10 +128,16 @@ class StrategyConfig:
     name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
     keep_attention: bool
+    compile: bool
     threads: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="strategy")
+        if self.compile and self.gradient_checkpointing and self.keep_attention:
+            raise ValueError(
+                "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "
+                "leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

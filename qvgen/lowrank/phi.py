@@ -52,14 +52,14 @@ class Phi(nn.Module):
         self.right = nn.Parameter(torch.zeros(rank, in_features))
         self.register_buffer("rank_gate", torch.ones(rank))
         self.register_buffer("active_rank", torch.tensor(rank))
-        self._rank = rank
+        self._rank, self._has_rank = rank, True
         self.suspended = False
         self.keep = keep
 
     @property
     def active(self) -> bool:
         """Whether the layer has to add Phi: it has rank, and is not suspended."""
-        return self._rank > 0 and not self.suspended
+        return self._has_rank and not self.suspended
 
     @property
     def rank(self) -> int:
@@ -114,11 +114,13 @@ class Phi(nn.Module):
 
     def _set_rank(self, rank: int) -> None:
         self.active_rank.fill_(rank)
-        self._rank = rank
+        # A flag of its own: a compiled block is compiled again where a number that it asks for changes.
+        self._rank, self._has_rank = rank, rank > 0
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._rank = int(self.active_rank)
+        self._has_rank = self._rank > 0
 
     def extra_repr(self) -> str:
         """Shape and rank for ``print(model)``."""
