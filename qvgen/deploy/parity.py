@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qvgen.deploy.exported_model import PackedSource, open_packed
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, HalfSums, cast
-from qvgen.deploy.fixed_inputs import SEED, fixed_inputs
+from qvgen.deploy.fixed_inputs import SEED, call_fixed, fixed_inputs
 from qvgen.layers.layer_input import entered_input
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -120,7 +120,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     timestep = TIMESTEP if timesteps is None else timesteps[0]
     inputs = fixed_inputs(source.model.float(), timestep=timestep)
     _prepare_one_by_one_(source)
-    original = None if inputs is None else source.model(**inputs, return_dict=False)[0]
+    original = None if inputs is None else call_fixed(source.model, inputs)
     _round_rest_(source, exporter)
     seen, rounded = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
     linears, half = (
@@ -139,8 +139,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
         return Parity(layers=layers, model=None, arithmetic=None, half_sums=None)
 
     def exported(own: Mapping[str, ExportedLinear]) -> Tensor:
-        output: Tensor = _exported_transformer(source, model, own)(**inputs, return_dict=False)[0]
-        return output
+        return call_fixed(_exported_transformer(source, model, own), inputs)
 
     output = exported(linears)
     return Parity(
@@ -165,7 +164,7 @@ def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping
         _watch(written, timestep)
         whole = None
     else:
-        output = written.model(**inputs, return_dict=False)[0]
+        output = call_fixed(written.model, inputs)
         assert original is not None, "the output of the call that was watched"
         whole = Difference.of(output, original)
     others = written.layers
@@ -207,7 +206,7 @@ def _call_watched(source: PackedSource, inputs: Mapping[str, Tensor]) -> tuple[d
 
     hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in source.layers.items()]
     try:
-        output = source.model(**inputs, return_dict=False)[0]
+        output = call_fixed(source.model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -219,7 +218,8 @@ def _watch(source: PackedSource, timestep: float) -> tuple[dict[str, Tensor], Te
     generator = torch.Generator().manual_seed(SEED)
     seen = {}
     for name, layer in source.layers.items():
-        layer.noise_band.set_timestep(torch.tensor([timestep]))
+        with layer.noise_band.calling("cond"):
+            layer.noise_band.set_timestep(torch.tensor([timestep]))
         seen[name] = torch.randn(1, WATCHED_ROWS, layer.in_features, generator=generator)
         seen[name][..., 0] *= 10
     return seen, None
