@@ -22,11 +22,13 @@ from qvgen.layers.swap import packed_layers
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Dequantized weights of the layers that SDNQ has made."""
-    return {
-        name: module.sdnq_dequantizer(module.weight, module.scale, zero_point=module.zero_point, skip_compile=True)
-        for name, module in model.named_modules()
-        if hasattr(module, "sdnq_dequantizer")
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "sdnq_dequantizer"):
+            made = module.sdnq_dequantizer
+            options = {"skip_compile": True, "skip_quantized_matmul": made.use_quantized_matmul}
+            found[name] = made(module.weight, module.scale, zero_point=module.zero_point, **options)
+    return found
 
 
 def products(model: torch.nn.Module, layers: dict[str, Any]) -> dict[str, Any] | None:
