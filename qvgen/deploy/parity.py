@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qvgen.deploy.exported_model import PackedSource, open_packed
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, HalfSums, cast
 from qvgen.deploy.fixed_inputs import SEED, call_fixed, fixed_inputs
+from qvgen.deploy.memory_return import return_freed_memory
 from qvgen.layers.layer_input import entered_input
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -110,6 +111,7 @@ class ExportedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., K]."""
         y = self.output(self.tensors, x.float().flatten(0, -2))[:, : self.out_features]
+        return_freed_memory(freed_bytes=4 * x.shape[-1] * self.out_features)
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
@@ -179,6 +181,8 @@ def _prepare_one_by_one_(source: PackedSource) -> None:
 
     def forget(layer: nn.Module, *_: object) -> None:
         layer.cpu()  # where it is already; a layer prepares its weight again after each move
+        assert isinstance(layer, PackedLinear)
+        return_freed_memory(freed_bytes=4 * layer.in_features * layer.out_features)
 
     for layer in source.layers.values():
         layer.register_forward_hook(forget)
@@ -230,13 +234,10 @@ def _layer_parity(
 ) -> LayerParity:
     x = x.reshape(1, -1, x.shape[-1])[:, :WATCHED_ROWS]
     wanted = layer(x)
-    return LayerParity(
-        name=name,
-        trained=layer.form.label,
-        fit=fit,
-        output=Difference.of(exported(x), wanted),
-        half_sums=None if half is None else Difference.of(half(x), wanted),
-    )
+    output = Difference.of(exported(x), wanted)
+    half_sums = None if half is None else Difference.of(half(x), wanted)
+    return_freed_memory(freed_bytes=4 * layer.in_features * layer.out_features)
+    return LayerParity(name=name, trained=layer.form.label, fit=fit, output=output, half_sums=half_sums)
 
 
 def _exported_transformer(
