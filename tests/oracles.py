@@ -117,8 +117,13 @@ def ste_fake_quantize(x, scale, zero, *, bits, kind):
     return scale * (real.clamp(low, high) - zero)
 
 
-def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dtype="float32", arithmetic="reciprocal"):
-    """Fake quantization of one row [k] on its own clipped range; the path through the range is differentiated."""
+def ste_dynamic_fake_quantize(
+    row, clip_low, clip_high, *, bits, kind, scale_dtype="float32", arithmetic="reciprocal", through_zero_point=True
+):
+    """Fake quantization of one row [k] on its own clipped range; the path through the range is differentiated.
+
+    Its part through the zero point may be left out.
+    """
     if arithmetic == "unrounded":
         smooth = ste_dynamic_fake_quantize(row, clip_low, clip_high, bits=bits, kind=kind)
         scale, _ = choose_qparams(row.detach().numpy(), bits=bits, kind=kind, clip_high=float(clip_high.detach()))
@@ -140,6 +145,7 @@ def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dty
     zero = -low / scale
     zero = _Round.apply(zero) if kind == "integer" else zero
     zero = _pass_through(zero, zero.clamp(0, top))
+    zero = zero if through_zero_point else zero.detach()
     return ste_fake_quantize(row, scale, zero, bits=bits, kind=kind)
 
 

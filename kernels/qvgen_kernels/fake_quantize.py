@@ -68,6 +68,7 @@ class RowSpec:
         factored: The scale stays outside of the product: the operand is q - z, and s (q - z) otherwise.
         raw: The operand is q, where z is real and stays outside of the product, too.
         row_sums: Whether the sums of q - z of each row are wanted.
+        through_zero_point: Whether the gradient of a dynamic range takes the path through its zero point.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class RowSpec:
     factored: bool = True
     raw: bool = False
     row_sums: bool = False
+    through_zero_point: bool = True
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a value without references to anything
     def to_string(self) -> str:

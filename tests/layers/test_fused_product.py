@@ -83,6 +83,7 @@ def draw_layer(draw):
         layer.set_static_(timesteps=TIMESTEPS, scale=torch.tensor([0.1, 0.2]), zero_point=torch.tensor([3.2, 1.7]))
     if draw.random() < 0.3:
         layer.set_branch_(torch.randn(4, columns), torch.randn(linear.out_features, 4))
+    layer.through_zero_point = draw.random() < 0.6
     layer.noise_band.set_timestep(torch.tensor(TIMESTEPS))
     return layer
 
