@@ -13,7 +13,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.verbs._earlier_result import refuse_earlier
-from qvgen.verbs._unfinished_rows import UnfinishedRows, command_key
+from qvgen.verbs._unfinished_rows import UnfinishedRows, command_key, revision_of
 from qvgen.verbs.benchmarks.base import load_benchmark
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ def run(config: BenchmarkConfig) -> None:
     environment = collect_environment()
     head = {
         "benchmark": config.what,
-        "model": config.run.names.model,
-        "revision": config.run.model.revision if benchmark.real_weights else None,
+        "model": config.model_name,
+        "revision": revision_of(config) if benchmark.real_weights else None,
         "profile": config.run.profile.name,
         "samples": config.run.evaluation.samples,
         "videos": config.videos,
