@@ -55,7 +55,7 @@ class RowSpec:
     Attributes:
         kind: ``dynamic``: a scale from each group's extremes, times the clip factors first and second [M, 1] of its row;
             ``static``: first and second [M, 1] are scale and zero point; ``learned``: they are [N, G] and brought to
-            the grid before: floored, rounded, clamped.
+            the grid before: floored; integer zero points rounded and clamped to codes, real ones to +-2^17.
         qmin: Smallest code.
         qmax: Largest code.
         zero_point: integer, real or none (symmetric).
@@ -131,6 +131,8 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
         return f"{x.dtype} {list(x.shape)} is not fused"
     if x.stride(1) != 1:
         return "columns do not lie side by side"
+    if spec.kind == "dynamic" and spec.zero_point == "real":
+        return "ranges with a real zero point need not contain 0"
     if not 8 <= spec.group < _EXACT or x.shape[1] * max(spec.qmax, -spec.qmin) >= _EXACT:
         return f"torch sums groups of {spec.group} columns in another order"
     alone = x.device.type == "cpu" and x.shape[0] * (x.shape[1] // spec.group) == 1

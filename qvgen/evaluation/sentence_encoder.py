@@ -80,13 +80,13 @@ def load_sentence_encoder(folder: Path) -> tuple[SentenceEncoder, Any]:
 
 
 def revision(folder: Path) -> str:
-    """Checksum of the folder's weights, configuration and tokenizer; "none" where there is no such folder."""
+    """Checksum of the folder's weights, configuration and tokenizer."""
     digest = hashlib.sha256()
     files = sorted(path for path in Path(folder).expanduser().glob("*") if path.suffix in (".json", ".safetensors"))
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else "none"
+    return digest.hexdigest()
 
 
 def tokenized(tokenizer: Any, sentences: Sequence[str]) -> list[Tensor]:

@@ -22,7 +22,7 @@ without a straight-through path: there dz = 0 in these lines (``through_zero_poi
 Where the codes are made with a scale that was not rounded yet (arithmetic ``unrounded``), s in these lines is that scale.
 
 What is left out: the clamp of the zero point to [0, qmax]. It can bite only by rounding at the two ends, since a
-range that includes 0 has -lo/s in [0, qmax] already.
+range that includes 0 has -lo/s in [0, qmax] already. And of real zero points the floor of the scale beside a row's offset.
 
 Selections are not written with ``torch.where``: on a CPU it takes three to ten times as long as a vectorized pass, and so
 does a comparison that makes bools. ``hardtanh_backward(v, x, a, b)`` is v where a < x < b and 0 elsewhere in one such pass,
@@ -139,10 +139,15 @@ def dynamic_fake_quantize_backward(
         grad_scale = grad_scale + grad_zero * low / (scale * scale)
         grad_high = _where_free(high - low, grad_scale / grid.qmax, grid)
         grad_low = -grad_zero / scale - grad_high
-        # A minimum that is 0 or above has no share, nor has a maximum that is 0 or below.
-        grad_x.add_(_share(rows, bottom, _select_between(grad_low * c_low, bottom, -math.inf, 0.0)))
-        grad_x.add_(_share(rows, top, _select_between(grad_high * c_high, top, 0.0, math.inf)))
-        grad_c_low, grad_c_high = grad_low * bottom.clamp(max=0.0), grad_high * top.clamp(min=0.0)
+        of_bottom, of_top = grad_low * c_low, grad_high * c_high
+        bottom_end, top_end = bottom, top
+        if grid.zero_point == "integer":
+            # A minimum that is 0 or above has no share, nor has a maximum that is 0 or below.
+            of_bottom = _select_between(of_bottom, bottom, -math.inf, 0.0)
+            of_top = _select_between(of_top, top, 0.0, math.inf)
+            bottom_end, top_end = bottom.clamp(max=0.0), top.clamp(min=0.0)
+        grad_x.add_(_share(rows, bottom, of_bottom)).add_(_share(rows, top, of_top))
+        grad_c_low, grad_c_high = grad_low * bottom_end, grad_high * top_end
     return grad_x.reshape(x.shape), _sum_groups(grad_c_low, grid), _sum_groups(grad_c_high, grid)
 
 

@@ -70,9 +70,12 @@ def encoder_folder(encoder: str) -> Path:
     """Where the files of ``encoder`` lie: of the fetched asset for ``minilm``, else it is a folder.
 
     Raises:
-        UserError: The asset was not fetched; it says how to.
+        UserError: The asset was not fetched (it says how to), or the folder is none of a model.
     """
-    return text_encoder_folder() if encoder == MINILM else Path(encoder).expanduser()
+    folder = text_encoder_folder() if encoder == MINILM else Path(encoder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"encoder={encoder}: {folder} has no config.json; give minilm, or a BertModel's folder")
+    return folder
 
 
 def encoder_methods(config: BenchmarkConfig) -> list[str]:

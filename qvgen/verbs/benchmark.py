@@ -33,8 +33,9 @@ def run(config: BenchmarkConfig) -> None:
     if not earlier.found:
         names = [results.name, page.name, *([] if benchmark.plot is None else [picture.name])]
         refuse_earlier(config.out, names, overwrite=config.overwrite)
+    described = benchmark.describe(config)  # which refuses what can't be measured
     if config.run.dry_run:
-        print(f"{benchmark.describe(config)}, into {config.out}")
+        print(f"{described}, into {config.out}")
         return
     config.out.mkdir(parents=True, exist_ok=True)
     environment = collect_environment()

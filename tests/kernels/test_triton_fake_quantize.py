@@ -58,6 +58,7 @@ def draw_params(draw, spec, rows, groups):
     if spec.kind == "static":
         return [torch.rand(rows, 1) + 0.1, torch.randint(0, max(spec.qmax, 1) + 1, (rows, 1)).float()]
     params = [torch.rand(rows, groups) * 0.5 - 0.01, torch.rand(rows, groups) * spec.qmax * 1.2 - 0.2]
+    params[1][-1] = -1e6 if rows > 1 else -7.3  # of rows that do not contain 0, and beyond what is usable
     return params[: 1 if spec.zero_point == "none" else 2]
 
 

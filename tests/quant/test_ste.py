@@ -395,13 +395,15 @@ def test_fast_selections_have_the_bits_of_the_plain_formulas(kind, granularity):
             grad_high = torch.where((span > floor) & (span < ceiling), grad_s / grid.qmax, 0.0)
             grad_x = grad_x + plain_share(rows.abs() == top, grad_high * c_high) * rows.sign()
         else:
-            lo, hi = bottom.clamp(max=0.0) * c_low, top.clamp(min=0.0) * c_high
+            free = kind == "real"  # ranges need not contain 0
+            lo, hi = (bottom, top) if free else (bottom.clamp(max=0.0), top.clamp(min=0.0))
+            lo, hi = lo * c_low, hi * c_high
             ds = grad_s + grad_z * lo / (s * s)
             span = (hi - lo) / grid.qmax
             grad_high = torch.where((span > floor) & (span < ceiling), ds / grid.qmax, 0.0)
             grad_low = -grad_z / s - grad_high
-            grad_x = grad_x + plain_share((rows == bottom) & (bottom < 0), grad_low * c_low)
-            grad_x = grad_x + plain_share((rows == top) & (top > 0), grad_high * c_high)
+            grad_x = grad_x + plain_share((rows == bottom) & ((bottom < 0) | free), grad_low * c_low)
+            grad_x = grad_x + plain_share((rows == top) & ((top > 0) | free), grad_high * c_high)
         dynamic = dynamic_fake_quantize_backward(grad, x, clips=(low, high), grid=grid)
         assert same_bits(dynamic[0], grad_x.reshape(x.shape))
 

@@ -26,7 +26,7 @@ from qvgen.layers.swap import folded_copy, quantized_layers
 from qvgen.training.layer_setup import input_sets
 from qvgen.training.student import calibrate_, prepare_student
 from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
-from qvgen.verbs._ptq_encoder import ABOUT_ENCODER, encoder_cells, encoder_methods, encoder_rows
+from qvgen.verbs._ptq_encoder import ABOUT_ENCODER, encoder_cells, encoder_folder, encoder_methods, encoder_rows
 from qvgen.verbs.benchmarks.base import Benchmark, Row, cells, methods_of
 
 
@@ -197,6 +197,7 @@ def describe(config: BenchmarkConfig) -> str:
     """What it would measure, for a dry run."""
     if config.encoder is None:
         return cells(config)
+    encoder_folder(config.encoder)  # it says what is missing
     methods = ", ".join(encoder_methods(config))
     return f"ptq on {config.model_name}: {len(encoder_cells(config))} cells ({methods})"
 

