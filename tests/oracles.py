@@ -58,7 +58,8 @@ def choose_qparams(row, *, bits, kind, clip_low=1.0, clip_high=1.0, scale_dtype=
     if kind == "real":
         low, high = min(row) * clip_low, max(row) * clip_high
         scale = float(round_scale(max((high - low) / top, abs(low) * OFFSET_SHARE), scale_dtype))
-        return scale, float(np.clip(-low / scale, -LARGEST_ZERO, LARGEST_ZERO))
+        ends = (0, top) if low <= 0 <= high else (-LARGEST_ZERO, LARGEST_ZERO)
+        return scale, float(np.clip(-low / scale, *ends))
     low, high = min(0.0, *row) * clip_low, max(0.0, *row) * clip_high
     scale = float(round_scale((high - low) / top, scale_dtype))
     return scale, float(np.clip(np.rint(-low / scale), 0, top))
