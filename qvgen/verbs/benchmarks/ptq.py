@@ -197,8 +197,8 @@ def describe(config: BenchmarkConfig) -> str:
     """What it would measure, for a dry run."""
     if config.encoder is None:
         return cells(config)
-    encoder_folder(config.encoder)  # it says what is missing
     methods = ", ".join(encoder_methods(config))
+    encoder_folder(config.encoder)  # it says what is missing
     return f"ptq on {config.model_name}: {len(encoder_cells(config))} cells ({methods})"
 
 

@@ -73,7 +73,7 @@ def test_every_method_has_rows_of_layer_types_states_and_embeddings(folder, tmp_
     assert "| method | W3A3 |" in page
     assert main(["benchmark", "ptq", *keys[:3], f"out={tmp_path}", "dry_run=true", "logger=csv"]) == 0
     shown = capsys.readouterr().out
-    assert "vidit_q," in shown
+    assert "vidit_q)" in shown
     assert "gptq+r16" in shown
     assert "vidit_q_mp" not in shown  # no videos to choose bits by
 
