@@ -92,8 +92,8 @@ class OptimConfig:
         weight_decay: Decoupled weight decay of weights, L and R; scales, zero points and clip factors have none.
         warmup_share: Share of the steps in which the learning rate rises linearly; afterwards it falls by a cosine.
         gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it.
-        zero_point_gradient: Of activations whose ranges are taken at run time, through their zero point to the row's extremes
-            and clips. ``through``: straight through its rounding; ``stop``: none, as in the QVGen release.
+        zero_point_gradient: Gradient that a token's minimum and clips get through its zero point, where ranges are taken at
+            run time. ``through``: straight through the rounding; ``stop``: none, as in the QVGen release.
     """
 
     name: Literal["adamw"]
