@@ -174,7 +174,7 @@ def _is_known_to_hydra(override: Override, options: Sequence[str]) -> bool:
 
     Args:
         override: One of the command's.
-        options: Of the group that its key is; none where it is no group.
+        options: The options of the group that its key is; none where it is no group.
     """
     key, value = override.key_or_group, override.value()
     if override.type is not OverrideType.CHANGE or override.package is not None or override.is_sweep_override():

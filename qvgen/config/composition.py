@@ -61,7 +61,7 @@ def compose_known(verb: str, overrides: Sequence[Override], *, groups: Sequence[
 
 @lru_cache(maxsize=64)
 def _compose_chosen(verb: str, chosen: tuple[str, ...], files: tuple[FileState, ...]) -> DictConfig:  # noqa: ARG001
-    """What hydra merges for a choice of files; ``files`` only tells one state of them all from another."""
+    """The result of hydra for a choice of files; ``files`` only tells one state of them all from another."""
     return compose(verb, list(chosen), return_hydra_config=True)
 
 

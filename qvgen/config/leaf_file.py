@@ -86,7 +86,7 @@ def leaf_content(group: str, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _file_content(file: FileState) -> dict[Any, Any]:
-    """What a file says, read once for as long as it stays: a command asks for its model's and its method's several times."""
+    """The content of a file, read once for as long as it stays: a command asks for its model's several times."""
     content = OmegaConf.to_container(OmegaConf.load(file.path))
     if not isinstance(content, dict):
         raise UserError(f"{file.path} is no mapping; write _target_: and the arguments of the class")
