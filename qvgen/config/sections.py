@@ -92,6 +92,8 @@ class OptimConfig:
         weight_decay: Decoupled weight decay of weights, L and R; scales, zero points and clip factors have none.
         warmup_share: Share of the steps in which the learning rate rises linearly; afterwards it falls by a cosine.
         gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it.
+        zero_point_gradient: Gradient that a token's minimum and clips get through its zero point, where ranges are taken at
+            run time. ``through``: straight through the rounding; ``stop``: none, as in the QVGen release.
     """
 
     name: Literal["adamw"]
@@ -102,6 +104,7 @@ class OptimConfig:
     weight_decay: Annotated[float, Range(">= 0", write="0")]
     warmup_share: Annotated[float, Range("[0, 1]")]
     gradient_clip: Annotated[float, Range("> 0")]
+    zero_point_gradient: Literal["through", "stop"]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="optim")

@@ -59,12 +59,14 @@ class FakeQuantLinear(nn.Module):
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
         width_table: Widths that change over sampling, or None.
         other_weight_quantizers, other_activation_quantizers: By width, for those of the table alone; or None.
+        through_zero_point: Whether the gradient takes the path through the zero point of a range taken at run time.
 
     Raises:
-        ValueError: The profile's groups or rotation do not fit K, or the rank does not fit the layer.
+        ValueError: The profile's groups or rotation, or the rank, do not fit the layer.
     """
 
     bias: nn.Parameter | None
+    through_zero_point = True
     input_scale: Tensor | None
     branch_down: Tensor | None
     branch_up: Tensor | None
@@ -87,10 +89,8 @@ class FakeQuantLinear(nn.Module):
         self.other_activation_quantizers: nn.ModuleDict | None = None
         for name in ("input_scale", "branch_down", "branch_up"):
             self.register_buffer(name, None)
-        self.phi = None
-        if phi_rank:
-            sizes = {"out_features": self.out_features, "in_features": self.in_features, "rank": phi_rank}
-            self.phi = Phi(**sizes, keep=phi_keep).to(weight.device)
+        sizes = {"out_features": self.out_features, "in_features": self.in_features, "rank": phi_rank}
+        self.phi = Phi(**sizes, keep=phi_keep).to(weight.device) if phi_rank else None
 
     def _weight_quantizer(self, bits: int) -> WeightLSQ:
         grid = replace(self.profile.weight, bits=bits)
@@ -137,8 +137,7 @@ class FakeQuantLinear(nn.Module):
 
     def declare_(self, *, profile: Profile, input_scale: Tensor | None) -> None:
         """Set what :meth:`move_` sets besides the weight, before a state is loaded."""
-        self.profile = profile
-        self.input_scale = input_scale
+        self.profile, self.input_scale = profile, input_scale
         self.weight_quantizer.set_bits_(profile.weight.bits)
         self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
 
@@ -279,6 +278,7 @@ class FakeQuantLinear(nn.Module):
             input_scale=self.input_scale,
             phi=phi,
             branch=whole_branch(self, kept),
+            through_zero_point=self.through_zero_point,
         )
         y = FakeQuantProduct.apply(
             x.reshape(-1, self.in_features),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -169,7 +170,8 @@ def _right(config: ProductConfig, weight: Tensor, *, dtype: torch.dtype, raw: bo
 
 def _input_spec(config: ProductConfig, columns: int) -> RowSpec:
     wants_sums = config.factored and config.weight_quantizer.grid.zero_point == "real"
-    return _row_spec(config.activation, columns, config.factored, wants_sums, None)
+    spec = _row_spec(config.activation, columns, config.factored, wants_sums, None)
+    return spec if config.through_zero_point else _stopped(spec)
 
 
 def _weight_spec(config: ProductConfig, *, raw: bool = False) -> RowSpec:
@@ -206,6 +208,12 @@ def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, fact
         raw=is_weight and zero_outside,
         row_sums=not is_weight and zero_outside,
     )
+
+
+@lru_cache(maxsize=1024)
+def _stopped(spec: RowSpec) -> RowSpec:
+    """The same without a path through the zero point."""
+    return replace(spec, through_zero_point=False)
 
 
 _text = RowSpec.to_string

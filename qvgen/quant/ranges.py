@@ -1,8 +1,8 @@
 """Where a weight's range should end: the search that starts learned scales (QVGen release; OpenQuant-style MSE).
 
-For every row (or group) the candidates are its minimum and maximum, 0 included, shrunk by p = 1 - i/100 for i =
-0..79. The one with the least sum |fake_quantize(w) - w|^2.4 wins; the exponent between 2 and 3 protects the large
-weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
+For every row (or group) the candidates are its minimum and maximum (0 included, but for real zero points), shrunk by p =
+1 - i/100 for i = 0..79. The one with the least sum |fake_quantize(w) - w|^2.4 wins; the exponent between 2 and 3 protects
+the large weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
 worse than that by this measure. The first of equal candidates (the widest range) is kept.
 
 Most candidates are hopeless, and are not computed in full; the result is the same to the bit. Where the CPU kernels are

@@ -1,6 +1,8 @@
-"""What quantized layers of a student get besides their grids: shared activation quantizers and a switch of widths."""
+"""What quantized layers of a student get besides their grids: shared quantizers of inputs, a switch of widths, a gradient."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import nn
 
@@ -36,3 +38,9 @@ def add_configured_switch(student: nn.Module, switch: ActivationSwitchConfig | N
     if switch is not None and switch.widths is not None:
         low, high = switch.widths
         add_switch(student, DeltaSwitchConfig(widths=(low, high), delta=switch.delta))
+
+
+def choose_gradient_path_(student: nn.Module, zero_point_gradient: Literal["through", "stop"]) -> None:
+    """Set whether gradients of a prepared student take the path through the zero points of ranges taken at run time."""
+    for layer in quantized_layers(student).values():
+        layer.through_zero_point = zero_point_gradient == "through"

@@ -37,7 +37,7 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
+from qvgen.training.layer_setup import add_configured_switch, choose_gradient_path_, input_sets, share_inputs_
 from qvgen.training.mixed_precision.allocation import allocate_bits_
 from qvgen.training.progress import progress_bar
 from qvgen.training.ptq_method import PTQMethod
@@ -77,6 +77,7 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
         ),
     )
     add_configured_switch(student, design.activation_switch)
+    choose_gradient_path_(student, design.zero_point_gradient)
     share_inputs_(student, family=family, method=design.method)
     design.method.prepare_(student)
     return student, swapped

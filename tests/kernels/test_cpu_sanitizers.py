@@ -18,6 +18,7 @@ import pytest
 from qvgen_kernels import cpu_library
 from qvgen_kernels.cpu_build import SOURCE
 from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case, run_driver
+from tests.kernels.kept_build import kept_build
 from tests.kernels.layer import make_layer, make_rows
 
 pytestmark = pytest.mark.skipif(cpu_library.missing_reason() is not None, reason="no C++ compiler")
@@ -28,7 +29,7 @@ DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search")
 
 
 def build(compiler, flags, folder, made=None):
-    """The drivers, each a program with all sources; the path of the first.
+    """Compile the drivers, each a program with all sources.
 
     Args:
         compiler: Of C++.
@@ -44,16 +45,29 @@ def build(compiler, flags, folder, made=None):
         if made is not None and not re.search("_mm512|AVX512", source.read_text()):
             return made / f"{source.stem}.o"
         target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *common, "-c", str(source), "-o", str(target)], check=True, timeout=300)
+        subprocess.run([compiler, *common, "-c", str(source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    programs = [folder / path.stem for path in drivers]
-    for driver, program in zip(objects[-len(drivers) :], programs, strict=True):
+    for path, driver in zip(drivers, objects[-len(drivers) :], strict=True):
         linked = [*objects[: -len(drivers)], driver]
-        subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(program)], check=True)
-    return str(programs[0])
+        subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(folder / path.stem)], check=True)
+
+
+def program(config, name, compiler, flags, made=None):
+    """The first driver as :func:`build` makes it, the others beside it; compiled again only where a source has changed."""
+    here = Path(__file__).parent
+    return str(
+        kept_build(
+            config,
+            name,
+            command=[compiler, *flags],
+            inputs=[*SOURCE.glob("*.*"), *here.glob("*.cpp"), *here.glob("*.h")],
+            make=lambda folder: build(compiler, flags, folder, made),
+        )
+        / "cpu_driver"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +79,7 @@ def cases():
     return [(case, case.expected()) for case in made]
 
 
-def sanitized_build(flags, folder, made=None):
+def sanitized_build(config, name, flags, made=None):
     probe = subprocess.run(
         ["g++", *SANITIZERS[1:2], "-x", "c++", "-", "-o", "/dev/null"],
         input=b"int main() {}",
@@ -74,17 +88,17 @@ def sanitized_build(flags, folder, made=None):
     )
     if platform.machine() != "x86_64" or probe.returncode:
         pytest.skip("this machine's g++ can't link the sanitizers")
-    return build("g++", flags, folder, made)
+    return program(config, name, "g++", flags, made)
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return sanitized_build(SANITIZERS, tmp_path_factory.mktemp("sanitized"))
+def sanitized(pytestconfig):
+    return sanitized_build(pytestconfig, "sanitized", SANITIZERS)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory, sanitized):
-    return sanitized_build(EMULATED, tmp_path_factory.mktemp("emulated"), Path(sanitized).parent)
+def emulated(pytestconfig, sanitized):
+    return sanitized_build(pytestconfig, "emulated", EMULATED, Path(sanitized).parent)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -129,10 +143,10 @@ def test_errors_of_ranges_are_those_of_the_definition_and_touch_no_byte_too_far(
 
 
 @pytest.fixture(scope="module")
-def arm(tmp_path_factory):
+def arm(pytestconfig):
     if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
         pytest.skip(f"{CROSS} and qemu-aarch64 are not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    return build(CROSS, ("-O2", "-static", "-Wall", "-Wextra", "-Werror"), tmp_path_factory.mktemp("arm"))
+    return program(pytestconfig, "arm", CROSS, ("-O2", "-static", "-Wall", "-Wextra", "-Werror"))
 
 
 @pytest.mark.parametrize("variant", ["portable", "neon"])

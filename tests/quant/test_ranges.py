@@ -168,3 +168,20 @@ def test_leaving_hopeless_candidates_out_changes_no_bit(kind, bits, group, way, 
     search_qparams(weight[10:14], grid=grid)
     if bits > 2:
         assert sum(whole) < NUM_CANDIDATES * 4 * (256 // (group or 256)) * (0.2 if way == "compare_few" else 1)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_rows_that_do_not_contain_zero_are_searched_on_their_own_range(group):
+    """With a real zero point; both ways of searching choose the same bits, and lose a fraction of what they lost."""
+    weight = make_weight(rows=9) + torch.tensor([3.0, -3.0, 500.0])[:, None].repeat(3, 1)
+    for bits in (2, 4, 8):
+        grid, whole = make_grid(bits, "real", group), make_grid(bits, "integer", group)
+        scale, zero = search_qparams(weight, grid=grid)
+        rows = weight.reshape(-1, group or weight.shape[1])
+        walked = ranges._walk(rows, *clipped_range(rows, grid=grid), grid)
+        assert torch.equal(scale.reshape(-1, 1), walked[0])
+        assert torch.equal(zero.reshape(-1, 1), walked[1])
+        before = row_errors(weight, *search_qparams(weight, grid=whole), whole)
+        after = row_errors(weight, scale, zero, grid)
+        assert (after < before).all()
+        assert after.sum() < 0.2 * before.sum()

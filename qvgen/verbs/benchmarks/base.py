@@ -50,12 +50,12 @@ def cells(config: BenchmarkConfig) -> str:
     """What a benchmark of methods, bit-widths and seeds would measure, for a dry run."""
     methods = methods_of(config)
     count = len(methods) * len(config.widths) * len(config.seeds)
-    return f"{config.what} on {config.run.names.model}: {count} cells ({', '.join(methods)})"
+    return f"{config.what} on {config.model_name}: {count} cells ({', '.join(methods)})"
 
 
 def name_of_model(config: BenchmarkConfig) -> str:
     """The model's name, for the names of files."""
-    return config.run.names.model
+    return config.model_name
 
 
 @dataclass(frozen=True)

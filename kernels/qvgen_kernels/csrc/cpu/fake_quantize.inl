@@ -58,8 +58,8 @@ static void choose_given(const FakeQuantize& p, Group& g, float scale, float zer
     const float qmax = static_cast<float>(p.qmax);
     if (p.kind == kLearned) {
         scale = rounded_scale(at_least(scale, 1e-8f), p.scale_dtype);
-        if (p.zero_kind == kIntegerZero) zero = __builtin_rintf(zero);
-        zero = at_most(at_least(zero, 0.0f), qmax);
+        if (p.zero_kind == kIntegerZero) zero = at_most(at_least(__builtin_rintf(zero), 0.0f), qmax);
+        else zero = at_most(at_least(zero, -131072.0f), 131072.0f);
     }
     g.scale = g.divisor = scale;
     g.inverse = 1.0f / scale;
