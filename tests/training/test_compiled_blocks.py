@@ -22,8 +22,10 @@ from qvgen.training.student import prepare_student
 from qvgen.verbs._parts import student_design
 from tests.runs import UNSEEN, packed_bytes, shallow, train, train_config
 
-# torch's tracer looks at .grad of tensors that have none.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [  # of torch's tracer, about its own ways
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
 
 
 def student_of(blocks: int) -> nn.Module:
