@@ -100,11 +100,9 @@ class FakeQuantLinear(nn.Module):
         return WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid).to(self.weight.device)
 
     def _activation_quantizer(self, bits: int) -> ActivationQuantizer:
-        made = activation_quantizer(
-            replace(self.profile.activation, bits=bits), num_bands=self.noise_band.num_bands,
-            in_features=self.in_features, kind="gaussian" if self.profile.rotation else self.input_kind,
-        )  # fmt: skip
-        return made.to(self.weight.device)
+        grid, kind = replace(self.profile.activation, bits=bits), "gaussian" if self.profile.rotation else self.input_kind
+        sizes = {"num_bands": self.noise_band.num_bands, "in_features": self.in_features}
+        return activation_quantizer(grid, **sizes, kind=kind).to(self.weight.device)
 
     @torch.no_grad()
     def move_(self, *, profile: Profile, input_scale: Tensor | None = None) -> None:
