@@ -55,8 +55,7 @@ class FakeQuantLinear(nn.Module):
         bias: Parameter float32 [N] or None.
         weight_quantizer: Learned scale and zero point.
         activation_quantizer: Learned clips, or the learned tables of a static grid.
-        phi: The helper, or None.
-        adapter: A change of the master weight that is trained in its place, or None.
+        phi, adapter: The helper, and a change of the master weight that is trained in its place; or None.
         input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
         width_table: Widths that change over sampling, or None.
@@ -100,7 +99,8 @@ class FakeQuantLinear(nn.Module):
         return WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid).to(self.weight.device)
 
     def _activation_quantizer(self, bits: int) -> ActivationQuantizer:
-        grid, kind = replace(self.profile.activation, bits=bits), "gaussian" if self.profile.rotation else self.input_kind
+        grid = replace(self.profile.activation, bits=bits)
+        kind: InputKind = "gaussian" if self.profile.rotation else self.input_kind
         sizes = {"num_bands": self.noise_band.num_bands, "in_features": self.in_features}
         return activation_quantizer(grid, **sizes, kind=kind).to(self.weight.device)
 
