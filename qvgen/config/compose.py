@@ -32,7 +32,7 @@ from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
 from qvgen.config.search_path import register_folders
 from qvgen.config.trainer_options import refuse_option
-from qvgen.errors import UserError, did_you_mean, one_line
+from qvgen.errors import UserError, did_you_mean, one_line, unknown_key
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:
             continue
         if name.startswith("trainer.") and "trainer" in keys:
             refuse_option(name.removeprefix("trainer."))
-        raise UserError(f"unknown key {name!r}{did_you_mean(name, keys | set(options))}")
+        raise unknown_key(name, {key for key in keys | set(options) if not key.endswith("._target_")})
 
 
 def _options(config: DictConfig) -> dict[str, list[str]]:

@@ -193,19 +193,19 @@ class BenchmarkConfig:
 
     Attributes:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
-        what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
-            method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
-            steps), ``training_ratios`` (what quantization adds to a step), ``kernels`` (packed linears on this CPU),
-            ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of the transformer, bfloat16
-            and packed), ``profiles`` (quality of every profile, before and after training), ``loading`` (of a packed
+        what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every PTQ
+            method), ``ptq_cost`` (their seconds and memory at the model's size), ``methods`` (training methods in equal
+            steps), ``training`` (optimizer steps), ``training_ratios`` (what quantization adds to a step), ``kernels``
+            (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of
+            the transformer, bfloat16 and packed), ``profiles`` (quality of every profile), ``loading`` (of a packed
             directory), ``svdq_accumulation`` (sums in half precision) or ``clips`` (where clips of inputs lose least).
         encoder: A text encoder that ``ptq`` measures in place of the model: ``minilm``, the one that `qvgen assets` fetches
             (model=minilm means the same), or the folder of a BertModel and its tokenizer. None: the model.
-        methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
-            with the rotations that they ask for.
+        methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N. None: all, those of
+            plug-ins too, and with the rotations that they ask for; for ``methods`` the start and all that train.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
-        seeds: Seeds of calibration, held-out noise and videos.
+        seeds: Seeds of calibration and training; held-out inputs and videos are the same for all.
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
         timed_steps: Optimizer steps of ``training``, repetitions of ``ptq_cost``, rounds of the others that measure time.
         shapes: Shapes of ``kernels``, ``fake_quantization`` and ``training_ratios``: MxK-N, for ``kernels`` also MxK-H-N,

@@ -262,6 +262,8 @@ def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
     layers = quantized_layers(model)
 
     def pack(name: str) -> PackedLinear:
+        if layers[name].adapter is not None:
+            raise ValueError(f"cannot fold {name}: its adapter is not merged; call the training method's finish_ first")
         try:
             packed = PackedLinear.from_fake_quant(layers[name], kernel=kernel)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What quantized layers of a student get besides their grids: shared quantizers of inputs, a switch of widths, a gradient."""
+"""What quantized layers of a student get besides grids: settings of Phi and gradients, shared quantizers, switched widths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from qvgen.config.sections import ActivationSwitchConfig
+from qvgen.config.sections import ActivationSwitchConfig, PhiConfig
 from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.shared_input import share_activations_, shared_input_sets
@@ -25,6 +25,14 @@ def share_inputs_(student: nn.Module, *, family: VideoDiT, method: Method) -> No
     """
     if method.share_activations:
         share_activations_(quantized_layers(student), input_sets(student, family))
+
+
+def set_up_phi_(student: nn.Module, phi: PhiConfig) -> None:
+    """Tell the Phis of a prepared student how they start and what they act on."""
+    for layer in quantized_layers(student).values():
+        if layer.phi is not None:
+            layer.phi.start = phi.start
+            layer.phi.on_input = phi.input == "full"
 
 
 def input_sets(student: nn.Module, family: VideoDiT) -> tuple[tuple[str, ...], ...]:

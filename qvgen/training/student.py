@@ -37,7 +37,13 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.layer_setup import add_configured_switch, choose_gradient_path_, input_sets, share_inputs_
+from qvgen.training.layer_setup import (
+    add_configured_switch,
+    choose_gradient_path_,
+    input_sets,
+    set_up_phi_,
+    share_inputs_,
+)
 from qvgen.training.mixed_precision.allocation import allocate_bits_
 from qvgen.training.progress import progress_bar
 from qvgen.training.ptq_method import PTQMethod
@@ -76,6 +82,7 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
             seed=seed,
         ),
     )
+    set_up_phi_(student, design.phi)
     add_configured_switch(student, design.activation_switch)
     choose_gradient_path_(student, design.zero_point_gradient)
     share_inputs_(student, family=family, method=design.method)
@@ -137,6 +144,7 @@ def set_up_student_(
     if seen is not None and ptq.searches_clips:
         start_clips_(quantized_layers(student), input_sets(student, teacher.family), statistics=seen)
     share_inputs_(student, family=teacher.family, method=design.method)
+    design.method.start_(student, seed=teacher.seed)
     return allocation
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.leaves import load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_machine
 from qvgen.evaluation.sentence_encoder import revision
@@ -73,7 +72,7 @@ def command_key(config: BenchmarkConfig, benchmark: Benchmark) -> str:
         config.timed_steps, config.shapes, config.threads, config.blocks, config.encoder,
     ]  # fmt: skip
     weights = revision_of(config) if benchmark.real_weights else None
-    code = [code_facts(config.run.plain), *(sources_of(load_leaf("init", name.partition("+")[0])) for name in methods)]
+    code = [code_facts(config.run.plain), *map(sources_of, benchmark.leaves(config))]
     parts = [code, collect_machine().cpu, weights, lasting(config.run.plain), own]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

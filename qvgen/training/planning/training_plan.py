@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from qvgen.training.loss import freeze_the_rest_
 from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
@@ -180,6 +181,7 @@ def plan_training(
     size = clip_size(run)
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
+    freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = _settings(run, device, size=size)
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)

@@ -52,10 +52,10 @@ def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> It
         teacher = base.model.load_teacher()
         split = base.data.open(base.model, split="held_out")
         batch_size = step_batch(base).micro_batch_size
-        held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, seed=seed, batch_size=batch_size)
+        held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, batch_size=batch_size)
         reference = list(held_out.predictions(teacher))
         captions = [item["caption"] for item in held_out_items(split, config.videos)]
-        seeds = [seed + index for index in range(config.videos)]
+        seeds = [held_out.seed + index for index in range(config.videos)]
         videos = generate_videos(base.model, teacher, captions, seeds, encode=split.encode)
 
         def measure(

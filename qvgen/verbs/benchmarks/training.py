@@ -24,6 +24,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.training.block_checkpoint import block_checkpoint
+from qvgen.training.layer_setup import set_up_phi_
 from qvgen.training.meta_model import narrow_
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
@@ -120,7 +121,9 @@ class _Measured:
         )
         for layer in quantized_layers(student).values():
             RoundToNearest().initialize_(layer, statistics=None)
+        set_up_phi_(student, config.phi)
         config.method.prepare_(student)
+        config.method.start_(student, seed=config.seed)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

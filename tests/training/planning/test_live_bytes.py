@@ -241,7 +241,7 @@ def test_operations_of_linears_are_2mnk() -> None:
 
 def test_operations_of_a_quantized_layer_and_of_attention() -> None:
     """By hand for tiny with one block and no Phi: self-attention and feed-forward of 128 tokens, 3 words."""
-    config = train_config("model.num_layers=1", "method=lsq", "method.distill=false")
+    config = train_config("model.num_layers=1", "method=lsq")
     count = counted(config, replace(SETTINGS, micro_batch=1), blocks=1)
     tokens, width, text = 8 * 4 * 4, 64, 3
     linears = 2 * tokens * width * width * 6 + 2 * text * width * width * 2 + 2 * tokens * width * 128 * 2

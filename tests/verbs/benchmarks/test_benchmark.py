@@ -41,8 +41,9 @@ def test_every_cell_is_a_row_and_the_table_has_mean_and_spread(
     error = {(row["method"], row["bits"], row["seed"]): row["relative_error"] for row in rows}
     assert error["rtn", "8", 1] < 0.1 * error["rtn", "4", 1]
     assert error["gptq+r16", "4", 1] < error["rtn", "4", 1]
-    assert error["rtn", "4", 1] != error["rtn", "4", 2]
-    values = [error["rtn", "4", seed] for seed in (1, 2)]
+    assert error["rtn", "4", 1] == error["rtn", "4", 2]  # the same inputs, and nothing else that depends on a seed
+    assert error["gptq+r16", "4", 1] != error["gptq+r16", "4", 2]  # its calibration does
+    values = [error["gptq+r16", "4", seed] for seed in (1, 2)]
     page = (out / "ptq-tiny.md").read_text()
     assert f"{sum(values) / 2:.5f} +- {abs(values[0] - values[1]) / 2:.5f}" in page
     assert "| method | W8A8 | W4A4 |" in page
