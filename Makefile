@@ -24,8 +24,9 @@ help: ## this list
 demo: $(STAMP) ## train, fold, pack, run and report on the small model (ARGS="bits=4 seed=1")
 	$(PYTHON) train.py $(TWO_PROCESSES) $(ARGS)
 
+# Bytecode is kept whatever the environment says: every process of the suite would compile all modules again.
 test: $(STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
 
 N ?= 25
 SEED ?= 0

@@ -51,6 +51,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def unknown_key(name: str, known: Iterable[str]) -> UserError:
+    """The error of a key that nothing reads, with the nearest key and all of its section.
+
+    Args:
+        name: What was written, dotted.
+        known: All keys that would have been right, dotted; more sections than the key's own may be among them.
+
+    Example:
+        >>> str(unknown_key("phi.rnk", ["bits", "phi.rank", "phi.keep"]))
+        "unknown key 'phi.rnk'; did you mean 'phi.rank'? (phi has: keep, rank)"
+    """
+    names, (section, _, last) = set(known), name.rpartition(".")
+    beside = [key for key in sorted(names) if section and key.rpartition(".")[0] == section]
+    hint = did_you_mean(last, beside) or did_you_mean(last, names)  # whole names of one section are all alike
+    listed = f" ({section} has: {', '.join(key.rpartition('.')[2] for key in beside)})" if beside else ""
+    return UserError(f"unknown key {name!r}{hint}{listed}")
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; an OSError without its number."""
     if isinstance(error, OSError) and error.strerror:

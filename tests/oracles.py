@@ -19,6 +19,7 @@ import torch
 from tests.hadamard_oracle import rotation_matrix
 
 FLOOR = 1e-8
+OFFSET_SHARE, LARGEST_ZERO = 2.0**-16, 2.0**17  # of real zero points
 SMALLEST = {"float32": FLOOR, "bfloat16": FLOOR, "float16": 2.0**-14}
 LARGEST = {"float32": np.inf, "bfloat16": 2.0**127 * (2 - 2.0**-7), "float16": 65504.0}
 SIGNIFICANT_BITS = {"bfloat16": 8, "float16": 11}
@@ -44,7 +45,7 @@ def round_scale(scale, dtype):
 
 
 def choose_qparams(row, *, bits, kind, clip_low=1.0, clip_high=1.0, scale_dtype="float32", arithmetic="reciprocal"):
-    """Scale and zero point of one row [k] from its clipped minimum and maximum, 0 included.
+    """Scale and zero point of one row [k] from its clipped minimum and maximum, 0 included but for real zero points.
 
     Of the arithmetic "unrounded", whose codes are made before the scale is rounded, the scale of the codes.
     """
@@ -54,11 +55,14 @@ def choose_qparams(row, *, bits, kind, clip_low=1.0, clip_high=1.0, scale_dtype=
     scale_dtype = "float32" if arithmetic == "unrounded" else scale_dtype
     if kind == "none":
         return float(round_scale(max(abs(v) for v in row) * clip_high / top, scale_dtype)), 0.0
+    if kind == "real":
+        low, high = min(row) * clip_low, max(row) * clip_high
+        scale = float(round_scale(max((high - low) / top, abs(low) * OFFSET_SHARE), scale_dtype))
+        ends = (0, top) if low <= 0 <= high else (-LARGEST_ZERO, LARGEST_ZERO)
+        return scale, float(np.clip(-low / scale, *ends))
     low, high = min(0.0, *row) * clip_low, max(0.0, *row) * clip_high
     scale = float(round_scale((high - low) / top, scale_dtype))
-    zero = -low / scale
-    zero = np.rint(zero) if kind == "integer" else zero
-    return scale, float(np.clip(zero, 0, top))
+    return scale, float(np.clip(np.rint(-low / scale), 0, top))
 
 
 def quantize(row, scale, zero, *, bits, kind):
@@ -117,8 +121,13 @@ def ste_fake_quantize(x, scale, zero, *, bits, kind):
     return scale * (real.clamp(low, high) - zero)
 
 
-def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dtype="float32", arithmetic="reciprocal"):
-    """Fake quantization of one row [k] on its own clipped range; the path through the range is differentiated."""
+def ste_dynamic_fake_quantize(
+    row, clip_low, clip_high, *, bits, kind, scale_dtype="float32", arithmetic="reciprocal", through_zero_point=True
+):
+    """Fake quantization of one row [k] on its own clipped range; the path through the range is differentiated.
+
+    Its part through the zero point may be left out.
+    """
     if arithmetic == "unrounded":
         smooth = ste_dynamic_fake_quantize(row, clip_low, clip_high, bits=bits, kind=kind)
         scale, _ = choose_qparams(row.detach().numpy(), bits=bits, kind=kind, clip_high=float(clip_high.detach()))
@@ -130,8 +139,8 @@ def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dty
         span = row.abs().amax() * clip_high
     else:
         low, high = row.amin(), row.amax()
-        low = (low if low < 0 else nothing) * clip_low
-        high = (high if high > 0 else nothing) * clip_high
+        low = (low if low < 0 or kind == "real" else nothing) * clip_low
+        high = (high if high > 0 or kind == "real" else nothing) * clip_high
         span = high - low
     scale = (span / top).clamp(min=SMALLEST[scale_dtype], max=LARGEST[scale_dtype])
     scale = _pass_through(scale, torch.as_tensor(round_scale(scale.detach().numpy(), scale_dtype)))
@@ -139,7 +148,8 @@ def ste_dynamic_fake_quantize(row, clip_low, clip_high, *, bits, kind, scale_dty
         return ste_fake_quantize(row, scale, nothing, bits=bits, kind=kind)
     zero = -low / scale
     zero = _Round.apply(zero) if kind == "integer" else zero
-    zero = _pass_through(zero, zero.clamp(0, top))
+    zero = _pass_through(zero, zero.clamp(0, top)) if kind == "integer" else zero
+    zero = zero if through_zero_point else zero.detach()
     return ste_fake_quantize(row, scale, zero, bits=bits, kind=kind)
 
 
@@ -207,7 +217,7 @@ def weight_qparams(form, params):
     if form.weight_kind == "none":
         return scale, torch.zeros_like(scale)
     zero = params["zero_point"].detach()
-    used = (zero.round() if form.weight_kind == "integer" else zero).clamp(0, top)
+    used = zero.round().clamp(0, top) if form.weight_kind == "integer" else zero.clamp(-LARGEST_ZERO, LARGEST_ZERO)
     return scale, _pass_through(params["zero_point"] * factor, used)
 
 

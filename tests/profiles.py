@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import yaml
@@ -17,8 +18,12 @@ COLUMNS = 128
 """A width that every profile's groups and rotation divide, with two groups of 64."""
 
 
+@cache
 def make_profile(name: str, *, weight_bits: int = 3, activation_bits: int = 3) -> Profile:
-    """The profile of a file for rows of COLUMNS, with the two bit-widths in the place of what its interpolations ask for."""
+    """The profile of a file for rows of COLUMNS, with the two bit-widths in the place of what its interpolations ask for.
+
+    It can't be changed, so that all who ask for the same may have the same one.
+    """
     stem = "paper" if name == REAL else name
     spec: dict[str, Any] = yaml.safe_load((conf_directory() / "profile" / f"{stem}.yaml").read_text())
     spec |= {"weight_bits": weight_bits, "activation_bits": activation_bits}

@@ -182,7 +182,9 @@ def test_the_papers_of_all_methods_are_cited() -> None:
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     papers = yaml.safe_load(text)["references"]
     assert all(
-        re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", paper["url"]) and paper["authors"] for paper in papers
+        re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|nips\.cc/Conferences/\S+)", paper["url"])
+        and paper["authors"]
+        for paper in papers
     )
     leaves = re.findall(r"(init|method)=(\w+)", text)
     assert leaves

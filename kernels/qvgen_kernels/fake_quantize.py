@@ -55,7 +55,7 @@ class RowSpec:
     Attributes:
         kind: ``dynamic``: a scale from each group's extremes, times the clip factors first and second [M, 1] of its row;
             ``static``: first and second [M, 1] are scale and zero point; ``learned``: they are [N, G] and brought to
-            the grid before: floored, rounded, clamped.
+            the grid before: floored; integer zero points rounded and clamped to codes, real ones to +-2^17.
         qmin: Smallest code.
         qmax: Largest code.
         zero_point: integer, real or none (symmetric).
@@ -68,6 +68,7 @@ class RowSpec:
         factored: The scale stays outside of the product: the operand is q - z, and s (q - z) otherwise.
         raw: The operand is q, where z is real and stays outside of the product, too.
         row_sums: Whether the sums of q - z of each row are wanted.
+        through_zero_point: Whether the gradient of a dynamic range takes the path through its zero point.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class RowSpec:
     factored: bool = True
     raw: bool = False
     row_sums: bool = False
+    through_zero_point: bool = True
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a value without references to anything
     def to_string(self) -> str:
@@ -129,6 +131,8 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
         return f"{x.dtype} {list(x.shape)} is not fused"
     if x.stride(1) != 1:
         return "columns do not lie side by side"
+    if spec.kind == "dynamic" and spec.zero_point == "real":
+        return "ranges with a real zero point need not contain 0"
     if not 8 <= spec.group < _EXACT or x.shape[1] * max(spec.qmax, -spec.qmin) >= _EXACT:
         return f"torch sums groups of {spec.group} columns in another order"
     alone = x.device.type == "cpu" and x.shape[0] * (x.shape[1] // spec.group) == 1

@@ -52,7 +52,7 @@ class CFakeQuantize(ctypes.Structure):
         *((name, c_float) for name in ("floor", "ceiling", "factor")),
         *((name, c_int32) for name in ("x_dtype", "operand_dtype", "qmin", "qmax")),
         *((name, c_int32) for name in ("kind", "zero_kind", "arithmetic", "scale_dtype")),
-        *((name, c_int32) for name in ("factored", "raw", "known", "backend", "threads")),
+        *((name, c_int32) for name in ("factored", "raw", "known", "stop_zero", "backend", "threads")),
     )
 
 
@@ -111,6 +111,7 @@ def _template(spec: RowSpec) -> CFakeQuantize:
         scale_dtype=_SCALE_DTYPES[spec.scale_dtype],
         factored=spec.factored,
         raw=spec.raw,
+        stop_zero=not spec.through_zero_point,
     )
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from qvgen.config.bits import Bits
+from qvgen.config.composition import choices_of, compose_known
 from qvgen.config.conf_folder import conf_directory, using_directory
 from qvgen.config.leaf_file import check_choice
 from qvgen.config.leaves import LEAF_GROUPS
@@ -31,7 +32,7 @@ from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
 from qvgen.config.search_path import register_folders
 from qvgen.config.trainer_options import refuse_option
-from qvgen.errors import UserError, did_you_mean, one_line
+from qvgen.errors import UserError, did_you_mean, one_line, unknown_key
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def group_options(verb: str) -> dict[str, list[str]]:
     """Group -> its options, for the groups of a verb; see :func:`compose_plain`."""
     register_folders()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_directory())):
-        return _options(compose(verb, [], return_hydra_config=True))
+        return _options(compose_known(verb, [], groups=[]))
 
 
 def _to_plain(config: DictConfig, overrides: Sequence[str], *, resolve: bool) -> dict[str, Any]:
@@ -150,44 +151,49 @@ def _interpolation_hint(key: str, overrides: Sequence[str]) -> str:
 def _compose_checked(verb: str, written: Sequence[str]) -> DictConfig:
     """Compose the configuration; an unknown key or option is named by us instead of by hydra.
 
-    To compose takes most of the time of a short command, and the check composes twice more. It is left out where hydra has
-    found everything by itself.
+    The check composes up to twice more. It is left out where hydra has found everything by itself.
     """
     overrides = [parse_override(text) for text in written]
-    if not all(map(_is_known_to_hydra, overrides)):
+    options = {key: choices_of(key) for key in {override.key_or_group for override in overrides} if key.isidentifier()}
+    groups = [key for key, names in options.items() if names]
+    if not all(_is_known_to_hydra(override, options.get(override.key_or_group, [])) for override in overrides):
         _check_overrides(verb, overrides)
         return compose(verb, list(written), return_hydra_config=True)
-    loader = GlobalHydra.instance().config_loader()
     for override in overrides:
-        group = override.key_or_group
-        if "." not in group and loader.get_group_options(group):
-            check_choice(group, str(override.value()))
+        if override.key_or_group in groups:
+            check_choice(override.key_or_group, str(override.value()))
     try:
-        return compose(verb, list(written), return_hydra_config=True)
+        return compose_known(verb, overrides, groups=groups)
     except (HydraException, OmegaConfBaseException):
         _check_overrides(verb, overrides)
         raise
 
 
-def _is_known_to_hydra(override: Override) -> bool:
-    """Whether hydra composes an override only if its key or option exists; it lets more pass that is added or taken away."""
+def _is_known_to_hydra(override: Override, options: Sequence[str]) -> bool:
+    """Whether hydra composes an override only if its key or option exists; it lets more pass that is added or taken away.
+
+    Args:
+        override: One of the command's.
+        options: The options of the group that its key is; none where it is no group.
+    """
     key, value = override.key_or_group, override.value()
-    if override.type is not OverrideType.CHANGE or override.package is not None:
+    if override.type is not OverrideType.CHANGE or override.package is not None or override.is_sweep_override():
         return False
     if key.partition(".")[0] == "hydra" or not all(part.isidentifier() for part in key.split(".")):
         return False
-    options = [] if "." in key else GlobalHydra.instance().config_loader().get_group_options(key)
     return not options or (isinstance(value, str) and value in options)
 
 
 def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:
     """Find the first override whose key or option does not exist."""
-    base = compose(verb, [], return_hydra_config=True)
+    base = compose_known(verb, [], groups=[])
     options = _options(base)
     of_groups = [override for override in overrides if override.key_or_group in options]
     for override in of_groups:
         _check_option(override, options[override.key_or_group])
-    if of_groups:
+    if all(_is_known_to_hydra(override, options[override.key_or_group]) for override in of_groups):
+        base = compose_known(verb, of_groups, groups=list(options))
+    else:
         base = compose(verb, [str(override.input_line) for override in of_groups], return_hydra_config=True)
     keys = {key for key in _keys(base) if key.partition(".")[0] != "hydra"}
     for override in overrides:
@@ -198,7 +204,7 @@ def _check_overrides(verb: str, overrides: Sequence[Override]) -> None:
             continue
         if name.startswith("trainer.") and "trainer" in keys:
             refuse_option(name.removeprefix("trainer."))
-        raise UserError(f"unknown key {name!r}{did_you_mean(name, keys | set(options))}")
+        raise unknown_key(name, {key for key in keys | set(options) if not key.endswith("._target_")})
 
 
 def _options(config: DictConfig) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from qvgen.errors import UserError
 
@@ -16,6 +17,26 @@ _PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 _user_directory: Path | None = None
 """The folder that the present command names; a process works on one command at a time."""
+
+
+class FileState(NamedTuple):
+    """A file at a time: what was read from it counts for as long as this stays the same.
+
+    Attributes:
+        path: The file.
+        changed_ns: When it was written.
+        nbytes: Its size.
+    """
+
+    path: Path
+    changed_ns: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The present state."""
+        found = path.stat()
+        return cls(path, found.st_mtime_ns, found.st_size)
 
 
 def conf_directory() -> Path:

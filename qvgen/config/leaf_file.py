@@ -6,14 +6,15 @@ A file that a command brings stands before one of ours of the same name, and our
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
-from qvgen.config.conf_folder import conf_directory, user_directory
+from qvgen.config.conf_folder import FileState, conf_directory, user_directory
 from qvgen.config.plugins import find_plugins, plugin_targets
 from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
@@ -70,17 +71,26 @@ def leaf_target(group: str, name: str) -> str | None:
 def leaf_content(group: str, name: str) -> dict[str, Any]:
     """A file as it is, over the files of its group that its defaults list names, as hydra composes them."""
     path = leaf_path(group, name)
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no mapping; write _target_: and the arguments of the class")
-    own = {str(key): value for key, value in content.items() if key != "defaults"}
+    content = _file_content(FileState.of(path))
+    own = {str(key): deepcopy(value) for key, value in content.items() if key != "defaults"}
     names = content.get("defaults", [])
     if not all(isinstance(entry, str) and entry != name for entry in names):
         raise UserError(f"{path}: its defaults are {names}; name other files of conf/{group}, and _self_")
+    if not names:
+        return own
     parts = [own if entry == "_self_" else leaf_content(group, entry) for entry in names]
     merged = OmegaConf.to_container(OmegaConf.merge(*parts, *([] if "_self_" in names else [own])))
     assert isinstance(merged, dict), "made of mappings"
     return {str(key): value for key, value in merged.items()}
+
+
+@lru_cache(maxsize=256)
+def _file_content(file: FileState) -> dict[Any, Any]:
+    """The content of a file, read once for as long as it stays: a command asks for its model's several times."""
+    content = OmegaConf.to_container(OmegaConf.load(file.path))
+    if not isinstance(content, dict):
+        raise UserError(f"{file.path} is no mapping; write _target_: and the arguments of the class")
+    return content
 
 
 def users_targets(group: str, name: str) -> frozenset[str]:

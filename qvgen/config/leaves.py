@@ -25,7 +25,7 @@ from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_
 from qvgen.config.plain_json import whole
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
-from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
+from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line, unknown_key
 
 __all__ = [
     "LEAF_GROUPS",
@@ -74,8 +74,7 @@ def build_leaf(spec: Mapping[str, Any], *, key: str, trusted: Collection[str] = 
     hints = _hints(target)
     for argument, value in arguments.items():
         if argument not in known and not open_ended:
-            hint = did_you_mean(argument, [f"{key}.{other}" for other in known])
-            raise UserError(f"unknown key '{key}.{argument}'{hint}")
+            raise unknown_key(f"{key}.{argument}", [f"{key}.{other}" for other in known])
         if _names_target(value):
             raise UserError(f"{key}.{argument} holds a _target_; only {key} itself has one")
         check_type(value, hints.get(argument, Any), key=f"{key}.{argument}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from qvgen.config.leaf_class import check_made
 from qvgen.config.leaves import build_leaf
-from qvgen.errors import UserError, did_you_mean, one_line
+from qvgen.errors import UserError, one_line, unknown_key
 
 NAMED_GROUPS: Mapping[str, str] = {
     "callbacks": "lightning.pytorch.callbacks.Callback",
@@ -59,9 +59,7 @@ def split_logger(section: object) -> object:
     further = {key: value for key, value in section.items() if key not in _LOGGER_KEYS}
     for key, value in further.items():
         if not isinstance(value, Mapping):
-            raise UserError(
-                f"unknown key 'logger.{key}'{did_you_mean(str(key), [f'logger.{k}' for k in _LOGGER_KEYS])}"
-            )
+            raise unknown_key(f"logger.{key}", [f"logger.{other}" for other in _LOGGER_KEYS])
     return {**{key: section[key] for key in _LOGGER_KEYS if key in section}, "further": further}
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qvgen.errors import UserError
+from qvgen.errors import UserError, unknown_key
 
 MAX_BYTES = 16 * 2**20
 """Largest size of a file in bytes; the manifest of a model of 14 billion parameters has half of one million."""
@@ -114,6 +116,25 @@ def mapping(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{name}={_shown(value)} is no mapping")
     return value
+
+
+def options_of(kind: type, value: Mapping[str, Any], *, name: str, given: Collection[str]) -> dict[str, Any]:
+    """The value as arguments of a dataclass; raises UserError for a key that it lacks, or a missing one without a default.
+
+    Args:
+        kind: A dataclass.
+        value: Its fields' values.
+        name: Where they stand, dotted.
+        given: Fields that are set elsewhere.
+    """
+    known = {field.name: field.default for field in fields(kind) if field.name not in given}
+    for key in value:
+        if key not in known:
+            raise unknown_key(f"{name}.{key}", [f"{name}.{other}" for other in known])
+    for key, default in known.items():
+        if default is MISSING and key not in value:
+            raise UserError(f"{name}.{key} is missing; write {name}.{key}=...")
+    return dict(value)
 
 
 def _shown(value: object) -> str:

@@ -20,6 +20,8 @@ def name_positionals(verb: str, arguments: Sequence[str]) -> list[str]:
 
     >>> name_positionals("benchmark", ["ptq", "videos=2"])
     ['what=ptq', 'videos=2']
+    >>> name_positionals("benchmark", ["ptq", "model=minilm"])
+    ['what=ptq', 'encoder=minilm']
     >>> name_positionals("compare", ["outputs/a", "it's b", "out=page"])
     ["runs=['outputs/a','it\\'s b']", 'out=page']
     >>> name_positionals("export", ["packed=run/packed", "target=comfy"])
@@ -27,8 +29,10 @@ def name_positionals(verb: str, arguments: Sequence[str]) -> list[str]:
     """
     if verb == "export":  # the group has the name of the verb, as every group has that of its folder in conf/
         return [re.sub(r"^target=", "export=", word) for word in arguments]
-    if verb == "benchmark" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        return [f"what={arguments[0]}", *arguments[1:]]
+    if verb == "benchmark":  # what it measures in place of a video model is no file of conf/model
+        arguments = [re.sub(r"^model=minilm$", "encoder=minilm", word) for word in arguments]
+        if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+            return [f"what={arguments[0]}", *arguments[1:]]
     if verb != "compare":
         return list(arguments)
     places = [

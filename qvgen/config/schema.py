@@ -45,7 +45,7 @@ class TrainConfig:
         export: Targets that the packed model is written for when it is done, to run_dir/exported/NAME: NAME or
             [NAME,NAME], files of conf/export; without ``profile`` the one that they execute is chosen.
         callbacks: Lightning callbacks, each a section with a ``_target_`` under a name (docs/extending.md).
-        seed: Seed of everything random.
+        seed: Seed of everything random but the held-out inputs, which are the same in every run.
         steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
         batch_size: Samples per optimizer step, over all devices and micro-batches.
         accumulate: Micro-batches of each device per optimizer step; more of them take less memory.

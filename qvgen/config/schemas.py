@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
+from qvgen.config.machine_schema import AssetsConfig, DoctorConfig
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.verb_schema import (
-    AssetsConfig,
     BenchmarkConfig,
     CompareConfig,
-    DoctorConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,

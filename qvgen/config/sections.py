@@ -23,7 +23,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-PHI_DECAY = Range("(0, 1]", write="0.5")
+PHI_DECAY = Range("[0, 1]", write="0.5")
 PhiTailShare = Annotated[float, Range("[0, 1)", write="0.1")]
 """Also the ranges of the schedule (:mod:`qvgen.lowrank.decay`), which can be built without a configuration."""
 
@@ -49,27 +49,39 @@ class PhiConfig:
         rank: Number of components of Phi (columns of L) at the start.
         ranks: Rank of each phase, positive and strictly decreasing, for example [32,8,2]; it stands in place of rank and
             decay. None: rank, rank * decay, ... down to 1.
-        decay: Share of the components that one phase takes away.
-        anneal: How the gate of the components that a phase takes away falls from 1 to 0.
+        decay: Share of the components that one phase takes away; 0: none ever, all ``rank`` stay, which needs ``keep``.
+        anneal: How the gate of the components that a phase takes away falls from 1 to 0: ``cosine``, ``linear``, or by a
+            ``step`` in the middle of the phase.
         tail_share: Share of the steps that train without Phi at the end, after all of its components are gone.
-        drop: Which components a phase takes away, by singular value.
+        drop: Which components a phase takes away, by singular value, or ``random`` ones, others for each layer and phase.
+        start: What Phi is before the first step: ``svd``, the best approximation of what the weight's grid loses; ``random``,
+            Gaussian factors whose product is as large; ``zero``, a product of 0, with R as for ``random``.
+        input: What Phi is multiplied with: the ``quantized`` input, as published, or the ``full`` one, as it comes before it
+            is quantized, with factors in bfloat16. With ``keep`` it is always the full one.
         keep: True ends the decay at ``keep_rank``: Phi stays as a low-rank branch of every packed layer, and acts from the
             first step on as branches do everywhere, with factors in bfloat16 on the input before it is quantized. A training
             that is stopped before keeps what Phi is then.
-        keep_rank: Components that stay with ``keep``; all of them where there are fewer. Runtimes take multiples of 16.
+        keep_rank: Components that stay with ``keep``; all of them where there are fewer, or where ``decay`` is 0. Runtimes
+            take multiples of 16.
     """
 
     rank: Annotated[int, Range("> 0", write="32")]
     ranks: tuple[int, ...] | None
     decay: Annotated[float, PHI_DECAY]
-    anneal: Literal["cosine", "linear"]
+    anneal: Literal["cosine", "linear", "step"]
     tail_share: PhiTailShare
-    drop: Literal["smallest", "largest"]
+    drop: Literal["smallest", "largest", "random"]
+    start: Literal["svd", "random", "zero"]
+    input: Literal["quantized", "full"]
     keep: bool
     keep_rank: Annotated[int, Range("> 0", write="16")]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="phi")
+        require(
+            self.decay > 0 or self.keep or self.ranks is not None,
+            "phi.decay=0 takes nothing away, and a model with Phi can be folded with keep alone; write phi.keep=true too",
+        )
         if self.ranks is not None:
             shown = ",".join(map(str, self.ranks))
             falling = all(a > b for a, b in zip(self.ranks, self.ranks[1:], strict=False))
@@ -91,7 +103,10 @@ class OptimConfig:
         eps: Number that is added to the root of the second moment, so that nothing is divided by 0.
         weight_decay: Decoupled weight decay of weights, L and R; scales, zero points and clip factors have none.
         warmup_share: Share of the steps in which the learning rate rises linearly; afterwards it falls by a cosine.
-        gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it.
+        gradient_clip: Largest norm that all gradients together may have; larger ones are scaled down to it. None: gradients
+            are taken as they are.
+        zero_point_gradient: Gradient that a token's minimum and clips get through its zero point, where ranges are taken at
+            run time. ``through``: straight through the rounding; ``stop``: none, as in the QVGen release.
     """
 
     name: Literal["adamw"]
@@ -101,7 +116,8 @@ class OptimConfig:
     eps: Annotated[float, Range("> 0")]
     weight_decay: Annotated[float, Range(">= 0", write="0")]
     warmup_share: Annotated[float, Range("[0, 1]")]
-    gradient_clip: Annotated[float, Range("> 0")]
+    gradient_clip: Annotated[float | None, Range("> 0")]
+    zero_point_gradient: Literal["through", "stop"]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="optim")
@@ -116,6 +132,10 @@ class StrategyConfig:
             shared out over the processes).
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
+        keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
+            bits, for tokens x channels numbers of each attention layer. A plan (``dry_run``) shows what it saves and costs.
+        compile: Run the blocks under ``torch.compile``, one graph for all of them: minutes of compilation at the first step,
+            other bits than eager runs, the same among compiled ones. Not run on a GPU yet.
         threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
             threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
             of threads trains other bits.
@@ -123,10 +143,17 @@ class StrategyConfig:
 
     name: Literal["single", "ddp", "fsdp"]
     gradient_checkpointing: bool
+    keep_attention: bool
+    compile: bool
     threads: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:
         check_ranges(self, section="strategy")
+        if self.compile and self.gradient_checkpointing and self.keep_attention:
+            raise ValueError(
+                "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "
+                "leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

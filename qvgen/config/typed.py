@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from qvgen.config.bits import Bits
 from qvgen.config.prompt import Prompts
-from qvgen.errors import UserError, did_you_mean
+from qvgen.errors import UserError, did_you_mean, unknown_key
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
@@ -38,7 +38,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], *, key: str = "") -> T:
     hints = typing.get_type_hints(kind)
     for name in plain:
         if name not in hints:
-            raise UserError(f"unknown key {_join(key, name)!r}{did_you_mean(str(name), hints)}")
+            raise unknown_key(_join(key, name), [_join(key, other) for other in hints])
     for name in hints:
         if name not in plain:
             raise UserError(f"{_join(key, name)} is missing; write {_join(key, name)}=...")

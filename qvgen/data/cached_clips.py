@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator
+from heapq import nsmallest
+from typing import TypedDict
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qvgen.data.cache_index import IndexRows, keep_state, read_index, read_state, state_of
 from qvgen.data.captions import ClipTable
 from qvgen.data.clip_report import too_many_bad
-from qvgen.data.latent_cache import LatentCache, content_key, is_record, read_json
+from qvgen.data.latent_cache import LatentCache, content_key
 from qvgen.data.source import SPLITS
 from qvgen.errors import UserError
 
@@ -36,7 +38,7 @@ class CachedClips(Dataset[CachedClip]):
 
     Args:
         cache: Holds the latents.
-        rows: Rows of an index: ``row``, ``name``, ``caption``, and what :func:`is_record` asks for.
+        rows: Rows of an index.
         split: ``train``, or ``held_out``.
         held_out: How many clips are held out: the first ones by their bytes' checksum, whatever the table's order.
 
@@ -48,18 +50,17 @@ class CachedClips(Dataset[CachedClip]):
         UserError: The split is unknown or empty.
     """
 
-    def __init__(
-        self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], *, split: str = "train", held_out: int = 0
-    ) -> None:
+    def __init__(self, cache: LatentCache, rows: IndexRows, *, split: str = "train", held_out: int = 0) -> None:
         if split not in SPLITS:
             raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
-        clips = sorted({row["clip"] for row in rows}, key=lambda clip: content_key("held_out", clip))
-        kept_apart = set(clips[:held_out])
-        self.rows = [row for row in rows if (row["clip"] in kept_apart) == (split == "held_out")]
+        of_row = rows.columns["clip"]
+        clips = set(of_row)
+        kept_apart = set(nsmallest(held_out, clips, key=lambda clip: content_key("held_out", clip)))
+        self.rows = rows.chosen([i for i, clip in enumerate(of_row) if (clip in kept_apart) == (split == "held_out")])
         if not self.rows:
             raise UserError(f"no clip is left for split={split}: held_out={held_out} of {len(clips)} different clips")
         self.cache = cache
-        self.buckets: list[str] = [row["bucket"] for row in self.rows]
+        self.buckets: list[str] = list(self.rows.columns["bucket"])
 
     @classmethod
     def open(
@@ -70,21 +71,20 @@ class CachedClips(Dataset[CachedClip]):
         Raises:
             UserError: More of the table's clips are bad than ``max_bad``; or see the class.
         """
-        index = read_json(cache.index_path(table), expected=_is_index)
+        index_path = cache.index_path(table)
+        index = read_index(index_path)
         if index is None:
             return None
-        rows, bad = index["rows"], index["bad"]
+        rows, bad = index
         if too_many_bad(len(bad), total=len(table), max_bad=max_bad):
             raise UserError(f"{len(bad)} of {len(table)} clips can't be used, more than max_bad={max_bad:g}")
-        latents = {row["latents"]: row["latents_sha256"] for row in rows}
-        texts = {row["caption"]: row["text_sha256"] for row in rows}
-        whole = (
-            all(cache.latent_seal(key, verify=False) == seal for key, seal in latents.items())
-            and all(cache.text_seal(caption, verify=False) == seal for caption, seal in texts.items())
-            and cache.text_seal("", verify=False) is not None
-        )
-        if not whole:
+        state = state_of(files_of(cache, rows))
+        if state is None:
             return None
+        if state != read_state(index_path):
+            if not _have_their_seals(cache, rows):
+                return None
+            keep_state(index_path, state)
         return cls(cache, rows, split=split, held_out=held_out)
 
     def __len__(self) -> int:
@@ -103,15 +103,21 @@ class CachedClips(Dataset[CachedClip]):
         return CachedClip(video=latents, caption=row["caption"], sample_id=row["row"])
 
 
-def _is_index(index: Any) -> bool:
-    """Whether a value has the form of an index."""
-    if not isinstance(index, dict) or index.keys() != {"rows", "bad"} or not isinstance(index["rows"], list):
-        return False
-    own = ("row", "name", "caption")
-    return isinstance(index["bad"], list) and all(
-        isinstance(row, dict)
-        and isinstance(row.get("row"), int)
-        and all(isinstance(row.get(name), str) for name in own[1:])
-        and is_record({name: value for name, value in row.items() if name not in own})
-        for row in index["rows"]
+def files_of(cache: LatentCache, rows: IndexRows) -> Iterator[str]:
+    """The files that rows of an index need, each once: latents, embeddings, and that of the empty caption."""
+    for kind, column in (("latents", "latents"), ("texts", "text")):
+        yield from (cache.file(kind, key) for key in dict.fromkeys(rows.columns[column]))
+    yield cache.file("texts", cache.text_key(""))
+
+
+def _have_their_seals(cache: LatentCache, rows: IndexRows) -> bool:
+    """Whether every file has the seal that the index knows; the values are not read."""
+    latents, texts = (
+        dict(zip(rows.columns[key], rows.columns[seal], strict=True))
+        for key, seal in (("latents", "latents_sha256"), ("caption", "text_sha256"))
+    )
+    return (
+        all(cache.latent_seal(key, verify=False) == seal for key, seal in latents.items())
+        and all(cache.text_seal(caption, verify=False) == seal for caption, seal in texts.items())
+        and cache.text_seal("", verify=False) is not None
     )

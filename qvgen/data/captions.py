@@ -11,6 +11,7 @@ Left out: tables on the hub, other audio-visual columns.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -53,6 +54,17 @@ class Clip:
     data: bytes | None
     caption: str
     member: Member | None = None
+
+    def state(self) -> tuple[int | str | None, ...]:
+        """All that tells whether the clip's bytes are the same as before, without reading a file: its size and times.
+
+        Of bytes in a table it is their checksum, of an archive's member its place.
+        """
+        if self.data is not None:
+            return (hashlib.sha256(self.data).hexdigest(),)
+        if self.member is not None:
+            return ("member", *self.member.state())
+        return _file_state(str(self.path))
 
     @contextmanager
     def local_file(self) -> Iterator[Path]:
@@ -118,8 +130,17 @@ class ClipTable(Sequence[Clip]):
         data = None if rows.read_bytes is None else rows.read_bytes(row)
         if data is not None:
             return Clip(name=name or f"row-{row}", path=None, data=data, caption=caption)
-        name = name or f"(row {row} without a name)"
+        name = _shown(name, row)
         return Clip(name=name, path=self.folder / name, data=None, caption=caption)
+
+    def states(self) -> list[tuple[int | str | None, ...]]:
+        """Name, caption and :meth:`Clip.state` of all rows."""
+        if self._rows.members or self._rows.read_bytes is not None:
+            return [(clip.name, clip.caption, *clip.state()) for clip in self]
+        start = f"{self.folder}/"  # joining paths for each row would take most of the time
+        names = map(_shown, self._rows.names, range(len(self)))
+        rows = zip(names, self._rows.captions, strict=True)
+        return [(name, text, *_file_state(name if name[0] == "/" else start + name)) for name, text in rows]
 
     def missing(self) -> list[str]:
         """The names of the files that are not there; a folder is listed once, no file is opened.
@@ -148,6 +169,20 @@ class ClipTable(Sequence[Clip]):
             absent = f"missing: {len(missing)} ({first_few(missing)})" if missing else "all are there"
             lines.append(f"video files: in {self.folder}; {absent}")
         return [*lines, *(f"note: {phrase}" for phrase in self.lost)]
+
+
+def _shown(name: str, row: int) -> str:
+    """The name of a row; one without a name has no file either."""
+    return name or f"(row {row} without a name)"
+
+
+def _file_state(path: str) -> tuple[int | None, ...]:
+    """Size and times of a file, (None,) where there is none; no program sets the last of them."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return (None,)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def read_table(path: Path | str, *, videos: Path | str | None = None, columns: Columns | None = None) -> ClipTable:

@@ -157,19 +157,19 @@ class ClipSource(EncodedSource):
     def identity(self, family: LatentFamily) -> dict[str, str]:
         """The usable clips with their captions, and what the cache has for them; see :mod:`qvgen.data.source`."""
         cache = self.latent_cache(family)
-        rows = self._cached(cache).rows
-        clips = content_key("clips", [[row["clip"], row["caption"]] for row in rows])
-        # All that the cache says of a row but its name: the cut, the VAE, whatever else decides the latents.
-        latents = content_key("latents", [{key: row[key] for key in row if key != "name"} for row in rows])
+        columns = self._cached(cache).rows.columns
+        clips = content_key("clips", columns["clip"], columns["caption"])
+        # All that the index says of the rows but their names: the cut, the VAE, whatever else decides the latents.
+        latents = content_key("latents", {name: column for name, column in columns.items() if name != "name"})
         captions = content_key("captions", cache.settings.text_revision)
-        return {"clips": f"{len(rows)} clips, {clips}", "latents": latents, "captions": captions}
+        return {"clips": f"{len(columns['row'])} clips, {clips}", "latents": latents, "captions": captions}
 
     def is_complete(self, family: LatentFamily, *, captions: Sequence[str]) -> bool:
         """Whether the cache holds every clip of the table, and these captions too."""
         cache = self.latent_cache(family)
         if not all(cache.text_seal(caption, verify=False) for caption in captions):
             return False
-        return CachedClips.open(cache, self.table(), max_bad=self.max_bad) is not None
+        return self._open(cache) is not None
 
     def fill(self, family: LatentFamily, *, captions: Sequence[str], shard: int = 0, num_shards: int = 1) -> FillReport:
         """Do what is missing of a share of the cache; see :func:`qvgen.data.cache_fill.fill`."""
@@ -222,7 +222,7 @@ class ClipSource(EncodedSource):
         """
         cache = self.latent_cache(family)
         everything = self._cached(cache)
-        different = len({row["clip"] for row in everything.rows})
+        different = len(set(everything.rows.columns["clip"]))
         if different < 2:
             raise UserError(f"data.path={self.path} has {different} usable clip; give two or more, one to measure on")
         held_out = max(1, min(self.held_out, different // 10))
@@ -231,16 +231,29 @@ class ClipSource(EncodedSource):
             samples=clips,
             buckets=clips.buckets,
             encode=cache.encode,
-            num_clips=len({row["clip"] for row in clips.rows}),
+            num_clips=len(set(clips.rows.columns["clip"])),
             left_out=f"{describe_left_out(clips.rows)}; see {left_out_path(cache.index_path(self.table()))}",
         )
 
     def _cached(self, cache: LatentCache) -> CachedClips:
         """All samples of the table; raises UserError where the cache lacks some."""
-        everything = CachedClips.open(cache, self.table(), max_bad=self.max_bad)
+        everything = self._open(cache)
         if everything is None:
             raise UserError(f"data.cache={self.cache} does not hold all of {self.path}; run qvgen precompute first")
         return everything
+
+    def _open(self, cache: LatentCache) -> CachedClips | None:
+        """All samples of the table, looked at once in this process; None as long as the cache lacks some."""
+        if cache.settings not in self._opened:
+            everything = CachedClips.open(cache, self.table(), max_bad=self.max_bad)
+            if everything is None:
+                return None
+            self._opened[cache.settings] = everything
+        return self._opened[cache.settings]
+
+    @cached_property
+    def _opened(self) -> dict[CacheSettings, CachedClips]:
+        return {}
 
 
 def _bytes_per_value(dtype: str) -> int:

@@ -4,6 +4,7 @@
     FOLDER/texts/ab/KEY.safetensors      {"encoder_hidden_states": [T, D], ...}   KEY: caption, text encoder
     FOLDER/records/SETTINGS/ab/ROW.json  what became of one row of a table: its files' keys and seals, or why there are none
     FOLDER/indexes/INDEX.json            all rows of one table under one setting, once each has a record
+                                         (:mod:`qvgen.data.cache_index`)
 
 Keys are SHA-256 of everything that decides the content, so another rate, bucket, VAE or text encoder finds nothing of the
 old one, and a moved or copied clip finds its latents. A row's key holds its file's size and times instead of its bytes: a
@@ -47,6 +48,7 @@ FORMAT = 1
 """Number of the cache's format, part of every key: it is raised whenever equal settings come to mean other content, so that
 entries of older versions are never taken for new ones."""
 
+_ENCODER = json.JSONEncoder(sort_keys=True, allow_nan=False)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class CacheSettings:
 
 def content_key(*parts: Any) -> str:
     """SHA-256 of plain values, 64 hex digits: equal for equal values only."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(_ENCODER.encode([FORMAT, *parts]).encode()).hexdigest()
 
 
 class LatentCache:
@@ -100,30 +102,29 @@ class LatentCache:
 
     def row_key(self, clip: Clip) -> str:
         """Key of a row: its name, its caption, and its file's size and times (or its bytes, or its place in an archive)."""
-        if clip.data is not None:
-            return content_key("row", clip.name, clip.caption, hashlib.sha256(clip.data).hexdigest())
-        if clip.member is not None:
-            return content_key("row", clip.name, clip.caption, "member", *clip.member.state())
-        assert clip.path is not None
-        try:
-            state = clip.path.stat()
-        except OSError:
-            return content_key("row", clip.name, clip.caption, None)
-        return content_key("row", clip.name, clip.caption, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        return content_key("row", clip.name, clip.caption, *clip.state())
 
     def index_path(self, table: ClipTable) -> Path:
         """Where the index of a table under this setting is, or will be."""
-        rows = hashlib.sha256("".join(self.row_key(clip) for clip in table).encode()).hexdigest()
-        return self.folder / "indexes" / f"{content_key('index', self._settings_key, rows)}.json"
+        key = content_key("index", self._settings_key, table.states())
+        return self.folder / "indexes" / f"{key}.json"
+
+    def file(self, kind: str, key: str) -> str:
+        """The file of a key.
+
+        Args:
+            kind: ``latents`` or ``texts``.
+            key: The latents' or the embedding's.
+        """
+        return f"{self.folder}/{kind}/{key[:2]}/{key}.safetensors"
 
     def latent_path(self, key: str) -> Path:
         """The file of some latents."""
-        return self.folder / "latents" / key[:2] / f"{key}.safetensors"
+        return Path(self.file("latents", key))
 
     def text_path(self, caption: str) -> Path:
         """The file of a caption's embedding."""
-        key = self.text_key(caption)
-        return self.folder / "texts" / key[:2] / f"{key}.safetensors"
+        return Path(self.file("texts", self.text_key(caption)))
 
     def record_path(self, row_key: str) -> Path:
         """The file that says what became of a row."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, Target, cast
 from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, read_manifest
+from qvgen.deploy.memory_return import return_freed_memory
 from qvgen.deploy.packed_file import StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_model import build_packed, check_values
 from qvgen.deploy.tensor_spool import TensorSpool
@@ -108,10 +109,15 @@ def convert(source: PackedSource, exporter: Exporter, *, spool: TensorSpool) -> 
     origin = f"{source.directory / WEIGHTS_FILE}, exported"
     remedy = f"it does not fit into {exporter.dtype}; write export.dtype=float32"
     layers: dict[str, Mapping[str, Tensor]] = {}
-    for name, layer in packed.items():
-        tensors = exporter.tensors(layer)
+
+    def converted(name: str) -> dict[str, Tensor]:
+        tensors = exporter.tensors(packed[name])
         check_finite(((f"{name}.{end}", tensor) for end, tensor in tensors.items()), source=origin, remedy=remedy)
-        layers[name] = spool.keep(tensors)
+        return tensors
+
+    for name in packed:
+        layers[name] = spool.keep(converted(name))  # no name here holds a layer while the next one is converted
+        return_freed_memory(freed_bytes=4 * packed[name].in_features * packed[name].out_features)
     prefixes = tuple(f"{name}." for name in packed)
     rest: dict[str, Tensor] = {}
     for key, value in source.model.state_dict().items():

@@ -31,6 +31,13 @@ def fixed_inputs(transformer: nn.Module, *, timestep: float) -> dict[str, Tensor
     return None if make is None else make(config, timestep, torch.Generator().manual_seed(SEED))
 
 
+def call_fixed(transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The output for :func:`fixed_inputs`, of a call with a caption where a model has other clips for those without."""
+    with transformer.cache_context("cond"):  # type: ignore[operator]
+        output: Tensor = transformer(**inputs, return_dict=False)[0]
+    return output
+
+
 def _wan(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor] | None:
     if config.get("image_dim") is not None:  # image to video needs an image's embedding, which no family here has
         return None

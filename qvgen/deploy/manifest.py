@@ -2,7 +2,7 @@
 
     {"format": "qvgen-packed", "version": 1,
      "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: a class of diffusers
-     "num_noise_bands", "timesteps", "strict_timesteps", "activation_switch", "layers": [...], "skipped": [...],
+     "num_noise_bands", "timesteps", "strict_timesteps", "guided", "activation_switch", "layers": [...], "skipped": [...],
      "training": {...}, "sha256": of model.safetensors}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
@@ -137,6 +137,8 @@ class Manifest:
         timesteps: Timesteps of a sampler that the entries of static tables, or of an imported checkpoint's clips, are for,
             rising; None: equal noise bands.
         strict_timesteps: Whether other timesteps are refused, in place of interpolating.
+        guided: Whether tables have two entries for each timestep: those of calls with captions, then those of guidance's
+            calls without them.
         activation_switch: The policy that chooses activation widths while sampling; None: there is none.
         layers: Packed layers, in the model's order.
         skipped: Names of the Linears that stayed in full precision.
@@ -152,6 +154,7 @@ class Manifest:
     num_noise_bands: int
     timesteps: tuple[float, ...] | None
     strict_timesteps: bool
+    guided: bool
     activation_switch: DeltaSwitchConfig | None
     layers: tuple[LayerEntry, ...]
     skipped: tuple[str, ...]
@@ -177,6 +180,7 @@ class Manifest:
             "num_noise_bands": self.num_noise_bands,
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "strict_timesteps": self.strict_timesteps,
+            **({"guided": True} if self.guided else {}),
             "activation_switch": None if self.activation_switch is None else self.activation_switch.to_dict(),
             "layers": [layer.to_dict(num_noise_bands=self.num_noise_bands) for layer in self.layers],
             "skipped": list(self.skipped),
@@ -226,6 +230,11 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         raise ValueError(f"clip_table={other[0]} of a layer is not num_noise_bands={bands}")
     if any(layer.form.static for layer in layers) and timesteps is None:
         raise ValueError("its layers have static ranges and it has no timesteps")
+    guided = flag(data.get("guided", False), "guided")  # .get: older files have no such tables
+    if guided and bands != 2 * len(items(timesteps, "timesteps of guided tables")):
+        raise ValueError(
+            f"num_noise_bands={bands} is not two for each of its {len(timesteps)} timesteps, as guided tables are"
+        )
     sha256 = text(data["sha256"], "sha256")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256={sha256[:80]!r} is no sha256 of 64 hex digits")
@@ -238,6 +247,7 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         num_noise_bands=bands,
         timesteps=None if timesteps is None else tuple(number(t, "timesteps") for t in items(timesteps, "timesteps")),
         strict_timesteps=flag(data.get("strict_timesteps", False), "strict_timesteps"),
+        guided=guided,
         activation_switch=None if switch is None else DeltaSwitchConfig.from_dict(switch),
         layers=layers,
         skipped=tuple(text(name, "skipped") for name in items(data["skipped"], "skipped")),

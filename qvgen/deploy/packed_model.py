@@ -16,6 +16,7 @@ from qvgen.deploy.delta_switch import add_switch, check_switch
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest
 from qvgen.deploy.packed_file import TensorForm, read_header
 from qvgen.deploy.size_check import DAMAGED, check_config, check_sizes, find_linear, instantiate
+from qvgen.layers.guidance_call import watch_calls
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.packed_weight import PackedWeight
@@ -79,13 +80,18 @@ def put_packed_layers_(model: nn.Module, manifest: Manifest, *, kernel: str, sou
     band = NoiseBand(manifest.num_noise_bands)
     try:
         if manifest.timesteps is not None:
-            band.use_timesteps_(manifest.timesteps)
+            band.use_timesteps_(manifest.timesteps, guided=manifest.guided)
             band.strict = manifest.strict_timesteps
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     for entry in manifest.layers:
         _swap(model, entry, band=band, kernel=kernel, source=source)
     watch_timestep(model, band)
+    if manifest.guided:
+        try:
+            watch_calls(model, band)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     if manifest.activation_switch is not None:
         add_switch(model, manifest.activation_switch)
         try:

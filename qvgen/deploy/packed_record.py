@@ -46,6 +46,7 @@ def describe(
         num_noise_bands=band.num_bands,
         timesteps=band.timesteps,
         strict_timesteps=band.strict,
+        guided=band.guided,
         activation_switch=None if switch is None else switch.config,
         layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
         skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),

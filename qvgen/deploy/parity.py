@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from qvgen.deploy.exported_model import PackedSource, open_packed
 from qvgen.deploy.exporters.base import ExportedModel, Exporter, Fit, HalfSums, cast
-from qvgen.deploy.fixed_inputs import SEED, fixed_inputs
+from qvgen.deploy.fixed_inputs import SEED, call_fixed, fixed_inputs
+from qvgen.deploy.memory_return import return_freed_memory
 from qvgen.layers.layer_input import entered_input
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -110,6 +111,7 @@ class ExportedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., K]."""
         y = self.output(self.tensors, x.float().flatten(0, -2))[:, : self.out_features]
+        return_freed_memory(freed_bytes=4 * x.shape[-1] * self.out_features)
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
@@ -120,7 +122,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
     timestep = TIMESTEP if timesteps is None else timesteps[0]
     inputs = fixed_inputs(source.model.float(), timestep=timestep)
     _prepare_one_by_one_(source)
-    original = None if inputs is None else source.model(**inputs, return_dict=False)[0]
+    original = None if inputs is None else call_fixed(source.model, inputs)
     _round_rest_(source, exporter)
     seen, rounded = _watch(source, timestep) if inputs is None else _call_watched(source, inputs)
     linears, half = (
@@ -139,8 +141,7 @@ def compare(source: PackedSource, model: ExportedModel, *, exporter: Exporter, f
         return Parity(layers=layers, model=None, arithmetic=None, half_sums=None)
 
     def exported(own: Mapping[str, ExportedLinear]) -> Tensor:
-        output: Tensor = _exported_transformer(source, model, own)(**inputs, return_dict=False)[0]
-        return output
+        return call_fixed(_exported_transformer(source, model, own), inputs)
 
     output = exported(linears)
     return Parity(
@@ -165,7 +166,7 @@ def compare_packed(source: PackedSource, written: PackedSource, *, fits: Mapping
         _watch(written, timestep)
         whole = None
     else:
-        output = written.model(**inputs, return_dict=False)[0]
+        output = call_fixed(written.model, inputs)
         assert original is not None, "the output of the call that was watched"
         whole = Difference.of(output, original)
     others = written.layers
@@ -180,6 +181,8 @@ def _prepare_one_by_one_(source: PackedSource) -> None:
 
     def forget(layer: nn.Module, *_: object) -> None:
         layer.cpu()  # where it is already; a layer prepares its weight again after each move
+        assert isinstance(layer, PackedLinear)
+        return_freed_memory(freed_bytes=4 * layer.in_features * layer.out_features)
 
     for layer in source.layers.values():
         layer.register_forward_hook(forget)
@@ -207,7 +210,7 @@ def _call_watched(source: PackedSource, inputs: Mapping[str, Tensor]) -> tuple[d
 
     hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in source.layers.items()]
     try:
-        output = source.model(**inputs, return_dict=False)[0]
+        output = call_fixed(source.model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -219,7 +222,8 @@ def _watch(source: PackedSource, timestep: float) -> tuple[dict[str, Tensor], Te
     generator = torch.Generator().manual_seed(SEED)
     seen = {}
     for name, layer in source.layers.items():
-        layer.noise_band.set_timestep(torch.tensor([timestep]))
+        with layer.noise_band.calling("cond"):
+            layer.noise_band.set_timestep(torch.tensor([timestep]))
         seen[name] = torch.randn(1, WATCHED_ROWS, layer.in_features, generator=generator)
         seen[name][..., 0] *= 10
     return seen, None
@@ -230,13 +234,10 @@ def _layer_parity(
 ) -> LayerParity:
     x = x.reshape(1, -1, x.shape[-1])[:, :WATCHED_ROWS]
     wanted = layer(x)
-    return LayerParity(
-        name=name,
-        trained=layer.form.label,
-        fit=fit,
-        output=Difference.of(exported(x), wanted),
-        half_sums=None if half is None else Difference.of(half(x), wanted),
-    )
+    output = Difference.of(exported(x), wanted)
+    half_sums = None if half is None else Difference.of(half(x), wanted)
+    return_freed_memory(freed_bytes=4 * layer.in_features * layer.out_features)
+    return LayerParity(name=name, trained=layer.form.label, fit=fit, output=output, half_sums=half_sums)
 
 
 def _exported_transformer(

@@ -3,8 +3,9 @@
 :class:`HeldOut` takes noisy clips of the data; where there are no clips, :mod:`qvgen.evaluation.sampled_inputs` takes
 inputs of the full-precision model's own sampling.
 
-Sample i of the held-out split is noised by a generator keyed by ("held_out", seed, i); its noise level is as the objective
-draws it. Nothing here depends on the batch size.
+Sample i of the held-out split is noised by a generator keyed by ("held_out", HELD_OUT_SEED, i); its noise level is as the
+objective draws it. Nothing here depends on the batch size or on the run's seed: the inputs of every run are the same, so that
+methods and seeds can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from qvgen.layers.swap import not_sampling
 from qvgen.models.base import VideoDiT
 
 log = logging.getLogger(__name__)
+
+HELD_OUT_SEED = 42
+"""Seed of the noise and noise levels in held-out inputs, and of the videos of their captions, in every run."""
 
 FEWEST_HELD_OUT_CLIPS = 8
 """A mean over fewer clips says more about them than about a model."""
@@ -47,13 +51,13 @@ class MeasuredInputs(abc.ABC):
     Attributes:
         split: Captions of the videos that are compared, and what turns captions into conditions.
         num_samples: Inputs.
-        seed: Seed of the noise and noise levels in them.
+        seed: Seed of the noise and noise levels in them; no run has another one.
         source: The inputs in words, for the report.
     """
 
     split: Split
     num_samples: int
-    seed: int
+    seed: int = HELD_OUT_SEED
     source: str
 
     @abc.abstractmethod
@@ -77,7 +81,6 @@ class HeldOut(MeasuredInputs):
         family: The model family: objective and call convention.
         split: Held-out clips.
         num_samples: Inputs.
-        seed: Seed of noise and noise levels.
         batch_size: Inputs that a model works on at once; fewer where the next one is of another bucket.
     """
 
@@ -88,8 +91,8 @@ class HeldOut(MeasuredInputs):
         """Different clips among the inputs, at most."""
         return min(self.num_samples, self.split.num_clips or len(self.split))
 
-    def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, seed: int, batch_size: int) -> None:
-        self.family, self.split, self.seed, self.num_samples = family, split, seed, num_samples
+    def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, batch_size: int) -> None:
+        self.family, self.split, self.num_samples = family, split, num_samples
         self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
 
     def warn_if_few(self) -> None:

@@ -21,13 +21,13 @@ from qvgen.config.prompt import Prompts
 from qvgen.config.prompt_line import Prompt
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.source import Split
-from qvgen.evaluation.held_out import MeasuredInputs
+from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.models.base import Encode
 
 SEED_OFFSET = 20_000
-"""Added to a shown video's seed, it gives a seed of these inputs; the calibration's seeds lie between the two."""
+"""Added to ``HELD_OUT_SEED``, it gives a seed of these inputs; a run of that seed has its videos' and calibration's below."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a transformer, tensors on the CPU."""
@@ -80,7 +80,7 @@ class SampledInputs(MeasuredInputs):
     """
 
     def __init__(self, teacher: SampledTeacher, *, prompts: Prompts, num_samples: int, num_steps: int) -> None:
-        self.split, self.seed = captions_split(prompts.captions, teacher.encode), teacher.seed
+        self.split = captions_split(prompts.captions, teacher.encode)
         self._dtype = teacher.transformer.dtype
         calls: list[Call] = []
         rows = videos = 0
@@ -119,14 +119,13 @@ class NothingMeasured(MeasuredInputs):
 
     Args:
         encode: Turns captions into conditions, for a calibration.
-        seed: The run's seed.
     """
 
     source = "nothing: evaluation.samples=0"
     num_samples = 0
 
-    def __init__(self, *, encode: Encode, seed: int) -> None:
-        self.split, self.seed = captions_split([], encode), seed
+    def __init__(self, *, encode: Encode) -> None:
+        self.split = captions_split([], encode)
 
     def predictions(self, model: nn.Module) -> Iterator[Tensor]:
         """The predictions for no inputs."""
@@ -154,7 +153,7 @@ def _record(teacher: SampledTeacher, prompt: Prompt, *, index: int, num_steps: i
             teacher.family.generate(
                 teacher.transformer,
                 [prompt.caption],
-                [teacher.seed + SEED_OFFSET + index],
+                [HELD_OUT_SEED + SEED_OFFSET + index],
                 num_steps=num_steps,
                 guidance_scale=teacher.family.guidance_scale,
                 negative_prompts=[prompt.negative],

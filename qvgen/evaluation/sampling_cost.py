@@ -13,7 +13,6 @@ module holds, a storage once.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from qvgen.deploy.memory_return import return_freed_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -71,9 +72,7 @@ def _start(device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
     try:
         _CLEAR.write_text("5")
     except OSError:  # not Linux, or /proc is read-only

@@ -42,6 +42,7 @@ class BalancedRotation:
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max"})
+    concurrent: ClassVar[bool] = True
     additions: ClassVar[frozenset[Addition]] = frozenset({"rotation", "smoothing"})
 
     def __post_init__(self) -> None:

@@ -76,6 +76,8 @@ class Initializer(Protocol):
         needs: Kinds of statistics; empty for a data-free method, for which nothing is sampled.
         additions: (optional) What it may add to a layer besides codes, scales and zero points, of
             :data:`qvgen.quant.runtime.Addition`. A profile whose runtime lacks one of them refuses the method.
+        concurrent: (optional) Whether several layers may be set up at the same time, in threads; without it, one after the
+            other.
     """
 
     needs: frozenset[Need]

@@ -22,6 +22,7 @@ delta-GBS, the switch between 4- and 8-bit activations while sampling, works wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class DvdQuant:
     seed: int
 
     needs: frozenset[Need] = frozenset()
+    concurrent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.signs and not self.rotate:

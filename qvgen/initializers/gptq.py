@@ -38,6 +38,7 @@ class Gptq:
 
     needs: frozenset[Need] = frozenset({"second_moment"})
     compared_rotations: ClassVar[tuple[int, ...]] = (16,)
+    concurrent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ranges(self, section="init")

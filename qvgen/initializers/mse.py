@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need
@@ -13,6 +15,7 @@ class MeanSquaredError:
     """The range with the least rounding error |.|^2.4 of each row or group. Data-free."""
 
     needs: frozenset[Need] = frozenset()
+    concurrent: ClassVar[bool] = True
 
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""

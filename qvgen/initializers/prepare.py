@@ -6,8 +6,9 @@ Swap the chosen Linears, let a PTQ method choose the first scales and zero point
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,9 +16,14 @@ from torch import nn
 from qvgen.initializers.base import Initializer, LayerStatistics, Smoothing
 from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.smoothing import fold_smoothing_
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
+from qvgen.layers.layer_threads import in_threads, num_threads
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.layers.swap import SwapReport, packed_layers, quantized_layers, select_linears, swap_fake_quant_
 from qvgen.quant.grid import Profile
+
+SCRATCH_PER_WEIGHT = 32
+"""Bytes for each weight of a layer that is set up: a decomposition in float64, and what it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +97,11 @@ def initialize_(
     seed: int,
     statistics: Callable[[str], LayerStatistics] | None = None,
     folds: Sequence[SmoothingFold] = (),
+    done: Callable[[], object] = lambda: None,
 ) -> Callable[[str], LayerStatistics] | None:
     """Let a PTQ method set up all layers of a prepared model, and start its Phis from what each of them loses.
+
+    Several layers at a time, where the method says that it can (``concurrent``); the bits are the same.
 
     Args:
         model: Its master weights are those of the full-precision model.
@@ -100,6 +109,7 @@ def initialize_(
         seed: Seed of the randomized decomposition that starts Phi.
         statistics: A layer's name -> its statistics; not called for a data-free method.
         folds: Where smoothing vectors go into what stands before, if the method has any and is asked to.
+        done: Called after each layer.
 
     Returns:
         A layer's name -> the statistics of its inputs as they are now, smoothing that was folded included; None where there
@@ -122,9 +132,20 @@ def initialize_(
         of_layer = statistics(name)
         return of_layer.folded(folded[name]) if name in folded else of_layer
 
-    for name, layer in quantized_layers(model).items():
-        target = initializer.initialize_(layer, statistics=seen(name) if initializer.needs else None)
+    layers = quantized_layers(model)
+
+    def set_up_(name: str, layer: FakeQuantLinear, of_layer: LayerStatistics | None) -> None:
+        target = initializer.initialize_(layer, statistics=of_layer)
         layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        for name, layer in layers.items():  # statistics are read, and sampled, in this thread
+            yield partial(set_up_, name, layer, seen(name) if initializer.needs else None)
+
+    largest = max((layer.weight.numel() for layer in layers.values()), default=0)
+    threads = num_threads(largest=SCRATCH_PER_WEIGHT * largest) if getattr(initializer, "concurrent", False) else 1
+    for _ in in_threads(jobs(), threads=threads):
+        done()
     return None if statistics is None else seen
 
 

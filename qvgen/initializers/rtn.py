@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from qvgen.initializers.base import LayerStatistics, Need
@@ -13,6 +15,7 @@ class RoundToNearest:
     """Minimum and maximum of the weight, 0 included. Activations keep their starting clips. Data-free."""
 
     needs: frozenset[Need] = frozenset()
+    concurrent: ClassVar[bool] = True
 
     def initialize_(self, layer: FakeQuantLinear, *, statistics: LayerStatistics | None) -> Tensor:
         """See :class:`qvgen.initializers.base.Initializer`."""

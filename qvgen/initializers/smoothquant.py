@@ -40,6 +40,7 @@ class SmoothQuant:
     fold_smoothing: bool
 
     compared_rotations: ClassVar[tuple[int, ...]] = (16,)
+    concurrent: ClassVar[bool] = True
     additions: ClassVar[frozenset[Addition]] = frozenset({"smoothing"})
 
     def __post_init__(self) -> None:

@@ -55,6 +55,7 @@ class StaticRanges:
     fold_smoothing: bool
 
     needs: frozenset[Need] = frozenset({"abs_max", "inputs", "ranges"})
+    concurrent: ClassVar[bool] = True
     additions: ClassVar[frozenset[Addition]] = frozenset({"smoothing", "static"})
 
     def __post_init__(self) -> None:

@@ -54,6 +54,7 @@ class SvdQuant:
     fold_smoothing: bool
 
     compared_rotations: ClassVar[tuple[int, ...]] = (16,)
+    concurrent: ClassVar[bool] = True
     additions: ClassVar[frozenset[Addition]] = frozenset({"branch", "smoothing"})
 
     def __post_init__(self) -> None:

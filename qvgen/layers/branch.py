@@ -2,7 +2,8 @@
 
     y = Q(X) Q(W)^T + (x D^T) U^T + bias        X = H (x m)
 
-A branch is SVDQuant's (buffers), or a Phi of ``phi.keep=true`` (Parameters), or both: their ranks add. With
+A branch is SVDQuant's (buffers), or a Phi of ``phi.keep=true`` (Parameters), or both: their ranks add. The Phi of
+``phi.input=full`` acts in the same way until it is gone. With
 
     D = bfloat16((R H) m)     U = bfloat16(L gamma)
 
@@ -34,11 +35,12 @@ def kept_rank(layer: FakeQuantLinear) -> int:
     return layer.phi.rank if layer.phi is not None and layer.phi.keep else 0
 
 
-def kept_factors(layer: FakeQuantLinear) -> Factors | None:
-    """D [r, K] and U [N, r] of a kept Phi before they are rounded, float32, differentiable; None where there is none."""
-    phi, rank = layer.phi, kept_rank(layer)
-    if phi is None or not rank:
+def input_factors(layer: FakeQuantLinear) -> Factors | None:
+    """D [r, K] and U [N, r] of a Phi on the input before they are rounded, float32, differentiable; None without one."""
+    phi = layer.phi
+    if phi is None or not (phi.keep or phi.on_input) or not phi.rank:
         return None
+    rank = phi.rank
     with torch.autocast(phi.left.device.type, enabled=False):
         down = rotated(phi.right[:rank], layer.profile)
         down = down if layer.input_scale is None else down * layer.input_scale
@@ -57,7 +59,7 @@ def whole_branch(layer: FakeQuantLinear, kept: Factors | None) -> Factors | None
 
 def packed_floats(layer: FakeQuantLinear) -> dict[str, Tensor]:
     """Bias, smoothing vector and branch as the packed layer has them, by name, as far as there are any."""
-    down, up = whole_branch(layer, kept_factors(layer)) or (None, None)
+    down, up = whole_branch(layer, input_factors(layer)) or (None, None)
     values = {"bias": layer.bias, "input_scale": layer.input_scale, "branch_down": down, "branch_up": up}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.activation_choice import ActivationQuantizer, activation_quantizer
 from qvgen.layers.bit_choice import by_widths, rows_of
-from qvgen.layers.branch import BRANCH_DTYPE, BranchGradient, check_kept_rank, kept_factors, whole_branch
+from qvgen.layers.branch import BRANCH_DTYPE, BranchGradient, check_kept_rank, input_factors, whole_branch
 from qvgen.layers.fake_quant_product import (
     FakeQuantProduct,
     ProductConfig,
@@ -30,6 +30,7 @@ from qvgen.layers.fake_quant_product import (
     to_grid_input,
 )
 from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.weight_adapter import WeightAdapter, merged_weight
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.clip_start import InputKind
 from qvgen.quant.grid import Profile, static_grid
@@ -54,17 +55,19 @@ class FakeQuantLinear(nn.Module):
         bias: Parameter float32 [N] or None.
         weight_quantizer: Learned scale and zero point.
         activation_quantizer: Learned clips, or the learned tables of a static grid.
-        phi: The helper, or None.
+        phi, adapter: The helper, and a change of the master weight that is trained in its place; or None.
         input_scale: buffer float32 [K]: the input is multiplied with it first (smoothing); None: with nothing.
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r]: the low-rank branch, on the input as it comes; or None.
         width_table: Widths that change over sampling, or None.
         other_weight_quantizers, other_activation_quantizers: By width, for those of the table alone; or None.
+        through_zero_point: Whether the gradient takes the path through the zero point of a range taken at run time.
 
     Raises:
-        ValueError: The profile's groups or rotation do not fit K, or the rank does not fit the layer.
+        ValueError: The profile's groups or rotation, or the rank, do not fit the layer.
     """
 
     bias: nn.Parameter | None
+    through_zero_point = True
     input_scale: Tensor | None
     branch_down: Tensor | None
     branch_up: Tensor | None
@@ -87,22 +90,19 @@ class FakeQuantLinear(nn.Module):
         self.other_activation_quantizers: nn.ModuleDict | None = None
         for name in ("input_scale", "branch_down", "branch_up"):
             self.register_buffer(name, None)
-        self.phi = None
-        if phi_rank:
-            sizes = {"out_features": self.out_features, "in_features": self.in_features, "rank": phi_rank}
-            self.phi = Phi(**sizes, keep=phi_keep).to(weight.device)
+        sizes = {"out_features": self.out_features, "in_features": self.in_features, "rank": phi_rank}
+        self.phi = Phi(**sizes, keep=phi_keep).to(weight.device) if phi_rank else None
+        self.adapter: WeightAdapter | None = None
 
     def _weight_quantizer(self, bits: int) -> WeightLSQ:
         grid = replace(self.profile.weight, bits=bits)
-        made = WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid)
-        return made.to(self.weight.device)
+        return WeightLSQ(out_features=self.out_features, in_features=self.in_features, grid=grid).to(self.weight.device)
 
     def _activation_quantizer(self, bits: int) -> ActivationQuantizer:
-        made = activation_quantizer(
-            replace(self.profile.activation, bits=bits), num_bands=self.noise_band.num_bands,
-            in_features=self.in_features, kind="gaussian" if self.profile.rotation else self.input_kind,
-        )  # fmt: skip
-        return made.to(self.weight.device)
+        grid = replace(self.profile.activation, bits=bits)
+        kind: InputKind = "gaussian" if self.profile.rotation else self.input_kind
+        sizes = {"num_bands": self.noise_band.num_bands, "in_features": self.in_features}
+        return activation_quantizer(grid, **sizes, kind=kind).to(self.weight.device)
 
     @torch.no_grad()
     def move_(self, *, profile: Profile, input_scale: Tensor | None = None) -> None:
@@ -137,8 +137,7 @@ class FakeQuantLinear(nn.Module):
 
     def declare_(self, *, profile: Profile, input_scale: Tensor | None) -> None:
         """Set what :meth:`move_` sets besides the weight, before a state is loaded."""
-        self.profile = profile
-        self.input_scale = input_scale
+        self.profile, self.input_scale = profile, input_scale
         self.weight_quantizer.set_bits_(profile.weight.bits)
         self.activation_quantizer = self._activation_quantizer(profile.activation.bits)
 
@@ -218,7 +217,7 @@ class FakeQuantLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Q(W), float32 [N, K]: no Phi, no gradient."""
-        return self.weight_quantizer.fake_quantize(self.weight)
+        return self.weight_quantizer.fake_quantize(merged_weight(self))
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -270,7 +269,7 @@ class FakeQuantLinear(nn.Module):
     def _product(self, x: Tensor, params: tuple[Tensor, Tensor], widths: Widths) -> Tensor:
         quantizer = self.weight_quantizers()[widths[0]]
         phi = self.phi if self.phi is not None and self.phi.active else None
-        kept = None if phi is None else kept_factors(self)
+        kept = None if phi is None else input_factors(self)
         phi = phi if kept is None else None
         config = ProductConfig(
             weight_quantizer=quantizer,
@@ -279,11 +278,12 @@ class FakeQuantLinear(nn.Module):
             input_scale=self.input_scale,
             phi=phi,
             branch=whole_branch(self, kept),
+            through_zero_point=self.through_zero_point,
         )
         y = FakeQuantProduct.apply(
             x.reshape(-1, self.in_features),
             *params,
-            self.weight,
+            merged_weight(self),
             quantizer.scale,
             quantizer.zero_point,
             None if phi is None else phi.left,

@@ -37,6 +37,7 @@ class ProductConfig:
         input_scale: float32 [K], before the rotation, or None.
         phi: The helper, if it is active.
         branch: (down [r, K], up [N, r]) on the input as it comes, or None.
+        through_zero_point: Whether the gradient takes the path through the zero point of a range taken at run time.
     """
 
     weight_quantizer: WeightLSQ
@@ -45,6 +46,7 @@ class ProductConfig:
     input_scale: Tensor | None
     phi: Phi | None
     branch: tuple[Tensor, Tensor] | None
+    through_zero_point: bool = True
 
     @property
     def factored(self) -> bool:
@@ -265,20 +267,16 @@ def _activation_backward(
     if config.activation.granularity == "per_tensor":
         scale, zero_point = ops.x_qparams
         grid = row_grid(config.activation)
-        grad_x, first, second = fake_quantize_backward(
-            grad, ops.x, scale=scale, zero_point=zero_point, grid=grid, rounded=ops.x_rounded
-        )
-    else:
-        grad_x, first, second = dynamic_fake_quantize_backward(
-            grad,
-            ops.x,
-            clip_low=params[0],
-            clip_high=params[1],
-            grid=config.activation,
-            extremes=ops.extremes,
-            rounded=ops.x_rounded,
-        )
-    return grad_x, first, second
+        return fake_quantize_backward(grad, ops.x, scale=scale, zero_point=zero_point, grid=grid, rounded=ops.x_rounded)
+    return dynamic_fake_quantize_backward(
+        grad,
+        ops.x,
+        clips=params,
+        grid=config.activation,
+        extremes=ops.extremes,
+        rounded=ops.x_rounded,
+        through_zero_point=config.through_zero_point,
+    )
 
 
 class TouchParameters(torch.autograd.Function):

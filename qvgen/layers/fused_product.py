@@ -17,12 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from qvgen.quant.affine import scale_bounds
 from qvgen.quant.grid import Grid
@@ -31,6 +34,7 @@ from qvgen_kernels.fake_quantize import RowSpec, refusal
 if TYPE_CHECKING:
     from qvgen.layers.fake_quant_product import ProductConfig
 
+_CHECKPOINT_MODES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 _switch = {"on": True}
 
 
@@ -46,12 +50,19 @@ def unfused() -> Iterator[None]:
 
 def is_fused(config: ProductConfig, x: Tensor, weight: Tensor) -> bool:
     """Whether the fused operators compute this product [M, K] x [N, K] here, now, and with torch's bits."""
-    if not _switch["on"] or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not _switch["on"] or torch.compiler.is_compiling() or _is_watched():
         return False
     if torch.is_grad_enabled():  # in a backward pass of which somebody wants the derivative
         return False
     inputs, own = _input_spec(config, x.shape[1]), _weight_spec(config)
     return x.device == weight.device and refusal(x, inputs) is None and refusal(weight, own) is None
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see torch's operators: a plan, a tracer. Who keeps attention's outputs does not."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(isinstance(mode, _CHECKPOINT_MODES) for mode in _get_current_dispatch_mode_stack())
 
 
 def fused_forward(
@@ -159,7 +170,8 @@ def _right(config: ProductConfig, weight: Tensor, *, dtype: torch.dtype, raw: bo
 
 def _input_spec(config: ProductConfig, columns: int) -> RowSpec:
     wants_sums = config.factored and config.weight_quantizer.grid.zero_point == "real"
-    return _row_spec(config.activation, columns, config.factored, wants_sums, None)
+    spec = _row_spec(config.activation, columns, config.factored, wants_sums, None)
+    return spec if config.through_zero_point else _stopped(spec)
 
 
 def _weight_spec(config: ProductConfig, *, raw: bool = False) -> RowSpec:
@@ -196,6 +208,12 @@ def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, fact
         raw=is_weight and zero_outside,
         row_sums=not is_weight and zero_outside,
     )
+
+
+@lru_cache(maxsize=1024)
+def _stopped(spec: RowSpec) -> RowSpec:
+    """The same without a path through the zero point."""
+    return replace(spec, through_zero_point=False)
 
 
 _text = RowSpec.to_string

@@ -11,7 +11,8 @@ factors in training and in every sampler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ MAX_TIMESTEP = 1000.0
 TIMESTEP_TOLERANCE = 0.01
 """Timesteps that differ by less are the same step of a sampler: schedulers compute them in float32."""
 
+WITH_CAPTION, WITHOUT_CAPTION = 0, 1
+GUIDANCE_CALLS: Mapping[str, tuple[int, ...]] = {
+    "cond": (WITH_CAPTION,),
+    "uncond": (WITHOUT_CAPTION,),
+    "pred_cond": (WITH_CAPTION,),
+    "pred_uncond": (WITHOUT_CAPTION,),
+    "cond_uncond": (WITHOUT_CAPTION, WITH_CAPTION),
+}
+"""Calls of guidance by the names that diffusers' pipelines give them: the part of the tables of each part of the batch."""
+
 
 class NoiseBand:
     """Where the samples that are passing through a model now stand on the noise axis; shared by all its quantized layers.
@@ -34,6 +45,8 @@ class NoiseBand:
     Attributes:
         timesteps: Tables have an entry for each of these steps of a sampler (rising), and a sample is in the band of the
             nearest one: static tables, and clips of a checkpoint that was imported. None: equal bands.
+        guided: The tables have two entries for each of ``timesteps``: first those of calls with captions, rising, then those
+            of guidance's calls without them (:mod:`qvgen.layers.guidance_call`).
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
         sampling: Calls are steps of a sampler; False while held-out errors are measured, which draw any timestep: tables
             interpolate then, whatever ``strict`` says, and no policy acts.
@@ -47,16 +60,18 @@ class NoiseBand:
             raise ValueError(f"num_noise_bands={num_bands} is not positive; the paper uses 50")
         self.num_bands = num_bands
         self.timesteps: tuple[float, ...] | None = None
+        self.guided = False
         self.strict = False
         self.sampling = True
         self.policy_bits: tuple[int, ...] | None = None
         self.current: Tensor | None = None
         self.timestep: Tensor | None = None
-        self._upper: tuple[Tensor, Tensor] | None = None
+        self._between: tuple[Tensor, Tensor, Tensor] | None = None
         self._listed: list[int] | None = None
+        self._call: str | None = None
 
-    def use_timesteps_(self, timesteps: Sequence[float]) -> None:
-        """Have one band for each of these timesteps of a sampler, in [0, 1000], rising.
+    def use_timesteps_(self, timesteps: Sequence[float], *, guided: bool = False) -> None:
+        """Have one band for each of these timesteps of a sampler, in [0, 1000], rising; two where they are ``guided``.
 
         Raises:
             ValueError: They are not rising, or other ones were chosen before.
@@ -66,7 +81,16 @@ class NoiseBand:
             raise ValueError(f"static tables of {len(self.timesteps)} steps are there; all layers need the same steps")
         if not values or list(values) != sorted(set(values)) or not all(0 <= t <= MAX_TIMESTEP for t in values):
             raise ValueError(f"timesteps of static tables must rise within 0..{MAX_TIMESTEP:g}; got {values}")
-        self.timesteps, self.num_bands = values, len(values)
+        self.timesteps, self.guided, self.num_bands = values, guided, len(values) * (2 if guided else 1)
+
+    @contextmanager
+    def calling(self, name: str) -> Iterator[None]:
+        """Say which call of guidance the model is in within the context, by the name that diffusers has for it."""
+        before, self._call = self._call, name
+        try:
+            yield
+        finally:
+            self._call = before
 
     def set_timestep(self, timestep: Tensor, *, training: bool = False) -> None:
         """Keep the bands of a batch.
@@ -78,7 +102,8 @@ class NoiseBand:
             training: Any timestep may come, strict or not.
 
         Raises:
-            ValueError: Its shape is another one, or it is not among ``timesteps`` and the bands are strict.
+            ValueError: Its shape is another one, it is not among ``timesteps`` and the bands are strict, or the tables are
+                guided and nothing says which call of guidance this is.
         """
         if timestep.ndim > 2:
             raise ValueError(f"timestep has shape {list(timestep.shape)}; one number per sample or token is needed")
@@ -91,6 +116,9 @@ class NoiseBand:
             share = values * self.num_bands / MAX_TIMESTEP
             self.current = share.long().clamp(0, self.num_bands - 1).to(timestep.device)
             return
+        first = self._first_entries(values.numel(), training=training) if self.guided else 0
+        if isinstance(first, Tensor):
+            first, values = first.to(values.device), values.expand(len(first))
         steps = torch.tensor(self.timesteps, dtype=values.dtype, device="cpu").to(values.device)
         upper = torch.searchsorted(steps, values).clamp(max=len(steps) - 1)
         lower = (upper - 1).clamp(min=0)
@@ -98,8 +126,9 @@ class NoiseBand:
         share = ((values - steps[lower]) / span).clamp(0, 1)
         # An exact hit takes its entry alone: 1 * s + 0 * s' is s, bit for bit.
         current = torch.where(share < 0.5, lower, upper)
-        self.current = current.to(timestep.device)
-        self._upper = (lower.to(timestep.device), share.float().to(timestep.device))
+        self.current = (current + first).to(timestep.device)
+        between = (lower + first, upper + first, share.float())
+        self._between = tuple(value.to(timestep.device) for value in between)  # type: ignore[assignment]
         if (
             self.strict
             and self.sampling
@@ -111,6 +140,33 @@ class NoiseBand:
                 "import laid its clips out for; sample with the same scheduler and number of steps, calibrate with "
                 "init.other_steps=interpolate, or import with clips=mean"
             )
+
+    def _first_entries(self, samples: int, *, training: bool) -> Tensor:
+        """Entry of guided tables at which each sample's part begins, int64 [B]; [2] where two halves have one timestep.
+
+        Held-out errors and training draw any timestep, with a caption: they are calls with one.
+        """
+        named = GUIDANCE_CALLS.get(self._call or "")
+        parts = named if self.sampling and not training else (WITH_CAPTION,)
+        if parts is None:
+            within = f"cache_context({self._call!r})" if self._call else "no cache_context"
+            raise ValueError(
+                f"the model was called within {within}, and its clips differ between guidance's calls; call it within "
+                "transformer.cache_context('cond'), 'uncond' or 'cond_uncond' (the half without captions first), as "
+                "diffusers' pipelines do"
+            )
+        count = max(samples, len(parts))
+        if count % len(parts):
+            raise ValueError(f"a call of both halves of guidance has {count} samples, which are no two halves")
+        assert self.timesteps is not None, "the tables are by timestep"
+        return (torch.tensor(parts, device="cpu") * len(self.timesteps)).repeat_interleave(count // len(parts))
+
+    def nearest_timestep(self) -> int | None:
+        """Index of the entry of ``timesteps`` that is nearest to the batch's largest timestep; None before the first call."""
+        if self.timestep is None or self.timesteps is None:
+            return None
+        largest = float(self.timestep.max())
+        return min(range(len(self.timesteps)), key=lambda index: abs(self.timesteps[index] - largest))
 
     def sample_bands(self) -> list[int]:
         """Band of each sample as plain numbers; on a GPU the first call after a new timestep waits for it."""
@@ -125,10 +181,9 @@ class NoiseBand:
 
     def row_values(self, table: Tensor, x: Tensor) -> Tensor:
         """A table's entry for each entry along the first dimension of x, interpolated between steps; float32 [B * n]."""
-        if self._upper is None:
+        if self._between is None:
             return table[self.row_index(x)]
-        lower, share = (self._repeat(value, x) for value in self._upper)
-        upper = (lower + 1).clamp(max=self.num_bands - 1)
+        lower, upper, share = (self._repeat(value, x) for value in self._between)
         return table[lower] * (1.0 - share) + table[upper] * share
 
     def _repeat(self, values: Tensor, x: Tensor) -> Tensor:

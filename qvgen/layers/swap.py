@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,12 +21,16 @@ from qvgen.config.plain_json import flag, items, mapping, number, text
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_form import LayerForm
+from qvgen.layers.layer_threads import in_threads, num_threads
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
 from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
 from qvgen.quant.width_table import WidthTable
+
+_SCRATCH_PER_WEIGHT = 32
+"""Bytes for each weight of a layer that is packed: its error is measured in float64."""
 
 _FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
 
@@ -254,11 +259,18 @@ def folded_copy(model: nn.Module, *, kernel: str = "auto") -> nn.Module:
 
 def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
     check_finite(chain(model.named_parameters(), model.named_buffers()), source="cannot fold", remedy=_FOLD_REMEDY)
-    packed = {}
-    for name, layer in quantized_layers(model).items():
+    layers = quantized_layers(model)
+
+    def pack(name: str) -> PackedLinear:
+        if layers[name].adapter is not None:
+            raise ValueError(f"cannot fold {name}: its adapter is not merged; call the training method's finish_ first")
         try:
-            packed[name] = PackedLinear.from_fake_quant(layer, kernel=kernel)
+            packed = PackedLinear.from_fake_quant(layers[name], kernel=kernel)
         except ValueError as error:
             raise ValueError(f"cannot fold {name}: {error}") from error
-        check_finite(packed[name].state_dict().items(), source=f"cannot fold {name}", remedy=_FOLD_REMEDY)
-    return packed
+        check_finite(packed.state_dict().items(), source=f"cannot fold {name}", remedy=_FOLD_REMEDY)
+        return packed
+
+    largest = max((layer.weight.numel() for layer in layers.values()), default=0)
+    threads = num_threads(largest=_SCRATCH_PER_WEIGHT * largest)
+    return dict(zip(layers, in_threads((partial(pack, name) for name in layers), threads=threads), strict=True))

@@ -8,6 +8,7 @@ tail trains with them.
 
     cosine   u = (1 + cos(pi j / (n - 1))) / 2        step j of n in the phase
     linear   u = 1 - j / (n - 1)
+    step     u = 1 while j / (n - 1) < 1/2, else 0        the mean of u is that of the others
 
 A phase of one step has u = 0. Deviation from the released code, which leaves 2-3 steps after Phi is gone: the tail is a
 share of the steps (docs/method.md).
@@ -22,20 +23,21 @@ Examples:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from qvgen.config.sections import PHI_DECAY, PhiTailShare
 from qvgen.config.value_range import check_ranges
 
-Anneal = Literal["cosine", "linear"]
-Drop = Literal["smallest", "largest"]
+Anneal = Literal["cosine", "linear", "step"]
+Drop = Literal["smallest", "largest", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +56,18 @@ class DecayState:
 
 
 def halving_ranks(rank: int, *, decay: float) -> tuple[int, ...]:
-    """The list of ranks that loses a share ``decay`` (the paper's lambda) in every phase, down to nothing.
+    """The list of ranks that loses a share ``decay`` (the paper's lambda) in every phase, down to nothing; of 0, one phase.
 
     Example:
-        >>> halving_ranks(32, decay=0.5), halving_ranks(8, decay=1.0)
-        ((32, 16, 8, 4, 2, 1), (8,))
+        >>> halving_ranks(32, decay=0.5), halving_ranks(8, decay=1.0), halving_ranks(8, decay=0.0)
+        ((32, 16, 8, 4, 2, 1), (8,), (8,))
     """
     if rank < 1:
         raise ValueError(f"phi.rank={rank} is not positive; use 1 or more")
     PHI_DECAY.check(decay, key="phi.decay")
     ranks = [rank]
+    if not decay:
+        return (rank,)
     # In decimal fractions: 1 - 0.8 is a little less than 0.2 in floating point, and 10 would lose 9.
     share = Fraction(str(decay))
     while (following := min(math.floor((1 - share) * ranks[-1]), ranks[-1] - 1)) > 0:
@@ -80,7 +84,7 @@ class DecaySchedule:
         num_steps: Optimizer steps of the run.
         tail_share: Share of the steps that trains without Phi at the end.
         anneal: Shape of u over a phase.
-        drop: Which columns a phase takes away, by singular value (``largest`` is the paper's ablation).
+        drop: Which columns a phase takes away, by singular value (``largest`` and ``random`` are the paper's ablations).
         kept: Rank that is left after the phases, less than the last one's; 0: Phi goes. With a kept rank there may be no
             phase: the rank stays what it is.
 
@@ -106,10 +110,10 @@ class DecaySchedule:
         if any(later >= earlier for earlier, later in pairwise(ranks)):
             raise ValueError(f"phi.ranks={ranks} must fall from each to the next; for example [32,16,8,4,2,1]")
         check_ranges(self, section="phi")
-        if self.anneal not in ("cosine", "linear"):
-            raise ValueError(f"phi.anneal={self.anneal!r} is unknown; use cosine or linear")
-        if self.drop not in ("smallest", "largest"):
-            raise ValueError(f"phi.drop={self.drop!r} is unknown; use smallest or largest")
+        if self.anneal not in get_args(Anneal):
+            raise ValueError(f"phi.anneal={self.anneal!r} is unknown; use cosine, linear or step")
+        if self.drop not in get_args(Drop):
+            raise ValueError(f"phi.drop={self.drop!r} is unknown; use smallest, largest or random")
         if self.decay_steps < len(ranks):
             raise ValueError(
                 f"steps={self.num_steps} with phi.tail_share={self.tail_share} leave {self.decay_steps} steps for "
@@ -129,8 +133,13 @@ class DecaySchedule:
             return (0,)
         return tuple(index * self.decay_steps // phases for index in range(phases + 1))
 
-    def at(self, step: int) -> DecayState:
-        """State of Phi during optimizer step ``step`` (0 is the first; any later than the last is the tail)."""
+    def at(self, step: int, *, layer: str = "") -> DecayState:
+        """State of a layer's Phi during an optimizer step.
+
+        Args:
+            step: 0 is the first; any later than the last is the tail.
+            layer: Its name, on which ``random`` columns depend, and nothing else.
+        """
         if step < 0:
             raise ValueError(f"step={step} is negative; the first optimizer step is 0")
         phase = bisect_right(self.boundaries, step) - 1
@@ -141,11 +150,22 @@ class DecaySchedule:
         kept = self.ranks[phase + 1] if phase + 1 < len(self.ranks) else self.kept
         annealed = self._anneal(step - start, end - start)
         stays, fades = (1.0,) * kept, (annealed,) * (rank - kept)
-        gate = stays + fades if self.drop == "smallest" else fades + stays
+        gate = fades + stays if self.drop == "largest" else stays + fades
+        if self.drop == "random":
+            gate = tuple(gate[place] for place in _random_order(rank, f"{layer}/{phase}"))
         return DecayState(rank=rank, gate=gate, annealed=annealed)
 
     def _anneal(self, index: int, length: int) -> float:
         if index == length - 1:
             return 0.0
         progress = index / (length - 1)
+        if self.anneal == "step":
+            return float(progress < 0.5)
         return 0.5 * (1.0 + math.cos(math.pi * progress)) if self.anneal == "cosine" else 1.0 - progress
+
+
+@lru_cache(maxsize=4096)
+def _random_order(count: int, key: str) -> tuple[int, ...]:
+    """The numbers 0 .. count - 1 in an order that depends on the key alone, the same on every machine."""
+    digests = [hashlib.blake2b(f"{key}/{index}".encode(), digest_size=8).digest() for index in range(count)]
+    return tuple(sorted(range(count), key=digests.__getitem__))

@@ -13,14 +13,18 @@ still in use and is saved with the module.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qvgen.lowrank.decay import DecayState
 from qvgen.lowrank.sharded import whole, write_whole_
-from qvgen.lowrank.svd import refactor, truncated_svd
+from qvgen.lowrank.svd import random_factors, refactor, truncated_svd
+
+Start = Literal["svd", "random", "zero"]
+"""The residual's largest singular directions; random ones with a product of the same size; or a product of 0, with a right
+factor as for ``random`` (two zero factors would never get a gradient)."""
 
 
 class Phi(nn.Module):
@@ -33,6 +37,8 @@ class Phi(nn.Module):
         active_rank: buffer int64 [], columns in use.
         suspended: Leave Phi out for a measurement; not saved.
         keep: Whether it stays: it acts on the input before that is quantized, and folding makes a branch of it.
+        on_input: Whether it acts on the input before that is quantized, as a Phi that stays does anyway.
+        start: What :meth:`start_from_` does.
 
     Raises:
         ValueError: ``rank`` is not in 1..min(N, K).
@@ -52,14 +58,16 @@ class Phi(nn.Module):
         self.right = nn.Parameter(torch.zeros(rank, in_features))
         self.register_buffer("rank_gate", torch.ones(rank))
         self.register_buffer("active_rank", torch.tensor(rank))
-        self._rank = rank
+        self._rank, self._has_rank = rank, True
         self.suspended = False
         self.keep = keep
+        self.on_input = False
+        self.start: Start = "svd"
 
     @property
     def active(self) -> bool:
         """Whether the layer has to add Phi: it has rank, and is not suspended."""
-        return self._rank > 0 and not self.suspended
+        return self._has_rank and not self.suspended
 
     @property
     def rank(self) -> int:
@@ -73,8 +81,12 @@ class Phi(nn.Module):
 
     @torch.no_grad()
     def start_from_(self, residual: Tensor, *, generator: torch.Generator) -> None:
-        """Set L R to the best approximation of ``residual`` [N, K] and open all gates."""
+        """Set L R to the best approximation of ``residual`` [N, K], or as ``start`` says, and open all gates."""
         left, right = truncated_svd(residual, rank=self.capacity, generator=generator)
+        if self.start != "svd":
+            left, right = random_factors(left, right, generator=generator)
+        if self.start == "zero":
+            left = torch.zeros_like(left)
         self.left.copy_(left)
         self.right.copy_(right)
         self.rank_gate.fill_(1.0)
@@ -114,11 +126,13 @@ class Phi(nn.Module):
 
     def _set_rank(self, rank: int) -> None:
         self.active_rank.fill_(rank)
-        self._rank = rank
+        # A flag of its own: a compiled block is compiled again where a number that it asks for changes.
+        self._rank, self._has_rank = rank, rank > 0
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._rank = int(self.active_rank)
+        self._has_rank = self._rank > 0
 
     def extra_repr(self) -> str:
         """Shape and rank for ``print(model)``."""

@@ -11,6 +11,8 @@ fix the signs (the largest entry of each column of L is positive), so that every
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -82,3 +84,25 @@ def refactor(left: Tensor, right: Tensor, *, rank: int) -> tuple[Tensor, Tensor]
     u, s, vh = torch.linalg.svd(t_left @ t_right.mT, full_matrices=False)
     new_left, new_right = _balanced(q_left @ u[:, :rank], s[:rank], vh[:rank] @ q_right.mT)
     return new_left.float().to(left.device), new_right.float().to(left.device)
+
+
+def random_factors(left: Tensor, right: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Gaussian factors whose product has the Frobenius norm of ``left @ right``, split and sorted as all factors are.
+
+    Args:
+        left: float32 [N, r].
+        right: float32 [r, K].
+        generator: On the CPU: the same draw on every device.
+
+    Returns:
+        L [N, r], R [r, K], float32.
+    """
+    drawn = [torch.randn(factor.shape, generator=generator).to(factor.device) for factor in (left, right)]
+    new_left, new_right = refactor(drawn[0], drawn[1], rank=left.shape[1])
+    # Of a product L R the squared norm is the sum over both Gram matrices, entry by entry.
+    old, new = (
+        float((to_float64(a.mT) @ to_float64(a)).mul(to_float64(b) @ to_float64(b.mT)).sum().clamp(min=0).sqrt())
+        for a, b in ((left, right), (new_left, new_right))
+    )
+    factor = math.sqrt(old / new)
+    return new_left * factor, new_right * factor

@@ -2,7 +2,9 @@
 
     trains           the student, a full-precision transformer, an autoencoder, or nothing
     phi_ranks        the ranks of the low-rank helper beside each layer's weight, () for a method without it
-    prepare_         what else the method adds to a prepared student, and finish_ what takes it away again before folding
+    prepare_         what else the method adds to a prepared student; start_ gives it its first values, once a PTQ method has
+                     chosen where training starts, and finish_ takes it away again before folding
+    compares         whether the loss sees predictions, or the noise that they imply
     loss             of the student's prediction, from the teacher's or the data's target
     parameter_groups what the optimizer trains, at which rates
     schedule         what changes between optimizer steps
@@ -29,6 +31,9 @@ Trains = Literal["student", "transformer", "autoencoder", "nothing"]
 """``student``: a transformer with fake-quantized Linears, which is folded and packed; ``nothing``: the same without training
 (``qvgen ptq``); ``transformer``: one in full precision, from scratch; ``autoencoder``: a model's VAE."""
 
+Compared = Literal["prediction", "noise"]
+"""``prediction``: the model's output, for example a velocity; ``noise``: the noise in the model's input that it implies, by
+the objective's ``noise`` (:mod:`qvgen.models.objectives`)."""
 
 CAPTION_DROPOUT = Range("[0, 1]", write="0.05")
 CaptionDropout = Annotated[float, CAPTION_DROPOUT]
@@ -71,12 +76,14 @@ class Method:
 
     Attributes:
         trains: See :data:`Trains`.
+        compares: What the three tensors of :meth:`loss` are, see :data:`Compared`.
         caption_dropout: Probability that a training sample loses its caption.
         share_activations: True: layers that read the same input (q, k and v) learn one range of it, so that the packed model
             quantizes it once (:mod:`qvgen.layers.shared_input`); False: each layer learns its own.
     """
 
     trains: ClassVar[Trains] = "student"
+    compares: ClassVar[Compared] = "prediction"
     caption_dropout: CaptionDropout = 0.0
     share_activations: bool = False
 
@@ -105,6 +112,14 @@ class Method:
         give the same parameters each time.
         """
 
+    def start_(self, student: nn.Module, *, seed: int) -> None:
+        """Give what :meth:`prepare_` added its first values, in place, after a PTQ method has set up the student's layers.
+
+        Args:
+            student: Whole, on the device that it was set up on; what it holds afterwards is where training starts.
+            seed: The run's.
+        """
+
     def finish_(self, student: nn.Module) -> None:
         """Bring a trained student, in place, to layers that can be folded: merge or remove what :meth:`prepare_` added."""
 
@@ -121,7 +136,7 @@ class Method:
         Args:
             prediction: The student's, float32 [B, ...]; the other tensors are of its shape.
             teacher: The full-precision model's for the same input, without gradient; None unless ``needs_teacher``.
-            target: The data's own target, for example the flow velocity.
+            target: The data's own target, for example the flow velocity; all three as ``compares`` says.
             timestep: Of each sample, in [0, 1000).
 
         Returns:

@@ -9,18 +9,11 @@ from qvgen.methods.base import CaptionDropout, Method
 
 @dataclass(frozen=True, kw_only=True)
 class LSQ(Method):
-    """Quantization-aware training on the data's own loss, as published; or distilled.
+    """Quantization-aware training on the data's own loss, as published; ``method=kd`` is the same with a teacher.
 
     Attributes:
-        distill: True trains against the full-precision teacher instead of the data's target.
         caption_dropout, share_activations: See :class:`qvgen.methods.base.Method`.
     """
 
-    distill: bool = False
     caption_dropout: CaptionDropout = 0.05
     share_activations: bool = True
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Only where it is distilled."""
-        return self.distill

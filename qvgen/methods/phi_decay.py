@@ -17,7 +17,7 @@ from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 def decay_ranks(phi: PhiConfig) -> tuple[int, ...]:
     """Rank of Phi in each phase: the listed ones, or those that ``decay`` gives from ``rank`` on.
 
-    Where Phi is kept the last one is what stays.
+    Where Phi is kept the last one is what stays: all of it where ``decay`` is 0.
 
     Example:
         >>> from qvgen.config.defaults import load_section
@@ -27,7 +27,7 @@ def decay_ranks(phi: PhiConfig) -> tuple[int, ...]:
         (48, 24, 16)
     """
     ranks = phi.ranks or halving_ranks(phi.rank, decay=phi.decay)
-    if not phi.keep:
+    if not phi.keep or (not phi.decay and phi.ranks is None):
         return ranks
     above = tuple(rank for rank in ranks if rank > phi.keep_rank)
     return (*above, min(phi.keep_rank, ranks[0]))
@@ -67,8 +67,8 @@ class PhiDecay:
 
     def apply_(self, student: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:
         """Advance all layers to a step; where L and R were rewritten, forget their moments."""
-        state = self.decay.at(step)
-        for layer in quantized_layers(student).values():
+        for name, layer in quantized_layers(student).items():
+            state = self.decay.at(step, layer=name)
             if layer.phi is not None and layer.phi.advance_(state) and optimizer is not None:
                 forget_moments_(optimizer, layer.phi.left)
                 forget_moments_(optimizer, layer.phi.right)

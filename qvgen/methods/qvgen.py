@@ -13,12 +13,12 @@ from qvgen.methods.phi_decay import PhiDecay, decay_ranks
 class QVGen(Method):
     """Loss mean |v_student - v_teacher|^2 on the final prediction (Eq. 4); everything in the student is trained.
 
+    The same without the helper is ``method=kd``; the other ablations are keys of ``phi``.
+
     Attributes:
-        phi: False is the paper's ablation without the helper: plain distillation on learned scales.
         caption_dropout, share_activations: See :class:`qvgen.methods.base.Method`.
     """
 
-    phi: bool = True
     caption_dropout: CaptionDropout = 0.05
     share_activations: bool = True
 
@@ -28,9 +28,9 @@ class QVGen(Method):
         return True
 
     def phi_ranks(self, phi: PhiConfig) -> tuple[int, ...]:
-        """The configured ranks; none in the ablation."""
-        return decay_ranks(phi) if self.phi else ()
+        """The configured ranks."""
+        return decay_ranks(phi)
 
-    def schedule(self, phi: PhiConfig, *, num_steps: int) -> PhiDecay | None:
-        """The decay of Phi; None in the ablation."""
-        return PhiDecay.configured(phi, num_steps=num_steps) if self.phi else None
+    def schedule(self, phi: PhiConfig, *, num_steps: int) -> PhiDecay:
+        """The decay of Phi."""
+        return PhiDecay.configured(phi, num_steps=num_steps)

@@ -47,6 +47,9 @@ class Objective(Protocol):
     def target(self, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
         """Return what a perfect model predicts, [B, C, F, H, W]."""
 
+    def noise(self, prediction: Tensor, *, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """Return the noise in ``noisy`` that a prediction [B, C, F, H, W] at timesteps [B] implies."""
+
 
 @runtime_checkable
 class VideoDiT(Protocol):

@@ -104,6 +104,16 @@ class FlowMatching:
         del sigma
         return noise - clean
 
+    def noise(
+        self,
+        prediction: Float[Tensor, "B C F H W"],
+        *,
+        noisy: Float[Tensor, "B C F H W"],
+        timestep: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B C F H W"]:
+        """Return the noise that a prediction for noisy samples implies, x_sigma + (1 - sigma) v."""
+        return noisy + (1 - _per_sample(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)) * prediction
+
 
 @dataclass(frozen=True, kw_only=True)
 class VPrediction:
@@ -181,6 +191,17 @@ class VPrediction:
         """Return what a perfect model predicts on average, v = a_t noise - b_t clean."""
         signal, spread = self._weights(sigma, like=clean)
         return signal * noise - spread * clean
+
+    def noise(
+        self,
+        prediction: Float[Tensor, "B C F H W"],
+        *,
+        noisy: Float[Tensor, "B C F H W"],
+        timestep: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B C F H W"]:
+        """Return the noise that a prediction for noisy samples implies, a_t v + b_t x_t."""
+        signal, spread = self._weights(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)
+        return signal * prediction + spread * noisy
 
     def _weights(self, sigma: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t of each sample, broadcasting over [B, C, F, H, W]."""

@@ -3,7 +3,7 @@
 For a row x (over the last dimension, or one group of it), in float32 whatever the input's dtype:
 
     asymmetric   lo = min(x, 0) * clip_low,  hi = max(x, 0) * clip_high,  s = max((hi - lo) / qmax, 1e-8)
-                 z = clamp(rne(-lo * (1/s)), 0, qmax)             [integer]    or    clamp(-lo * (1/s), 0, qmax)  [real]
+                 z = clamp(rne(-lo * (1/s)), 0, qmax)             [integer]    or    -lo * (1/s)  [real, see below]
                  q = clamp(rne(x * (1/s)) + z, 0, qmax)           [integer]    or    clamp(rne(x * (1/s) + z), 0, qmax)
     symmetric    s = max(max|x| * clip_high / qmax, 1e-8),   q = clamp(rne(x * (1/s)), -qmax, qmax)
     both         x ~ s * (q - z)
@@ -20,9 +20,11 @@ x / s flips 0.3-0.4 % of the codes; nothing is fused; rne rounds halves to even.
 ``fake_quantize(x) == dequantize(quantize(x))`` holds bit for bit. bfloat16 arithmetic would flip 1.4 % of 4-bit
 codes, so the only cast is the caller's, at the border.
 
-Ranges include 0, so that a zero stays an exact zero (on integer and symmetric grids; a real zero point moves it by up to
-s/2) and a one-sided row needs no negative codes. Codes of
-asymmetric grids are uint8, of symmetric ones int8.
+Ranges include 0, so that a zero stays an exact zero and a one-sided row needs no zero point outside of its codes, which are
+stored in as many bits. With a real zero point neither is a reason: it moves zeros by up to s/2 anyway and is a float. There
+lo = min(x) * clip_low and hi = max(x) * clip_high, as in the QVGen release, s is |lo| / 2^16 at least (so that x * (1/s) + z
+keeps its fraction in float32), and z is clamped to +-2^17 only. A row that contains 0 has the same bits either way. Codes
+of asymmetric grids are uint8, of symmetric ones int8.
 
 Shapes: for x [..., K] the scale and zero point are [..., 1] (per_token, per_channel), [..., K / group_size]
 (per_group) or [1] (per_tensor).
@@ -36,6 +38,12 @@ import torch
 from torch import Tensor
 
 from qvgen.quant.grid import MIN_SCALE, MIN_SPAN, Grid
+
+MAX_REAL_ZERO_POINT = 2.0**17
+"""Largest magnitude of a real zero point: float32 has 2^-6 of a code left beside it."""
+
+MIN_SHARE_OF_OFFSET = 2.0**-16
+"""A scale is at least this share of its row's distance from 0, where zero points are real; a row that contains 0 has more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +108,7 @@ def clipped_range(
     clip_high: Tensor | None = None,
     extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Lower and upper end of each row's range, 0 included, times the clip factors.
+    """Lower and upper end of each row's range, 0 included (but for real zero points), times the clip factors.
 
     Args:
         rows: float32 [..., columns], as :func:`to_rows` returns it.
@@ -110,13 +118,13 @@ def clipped_range(
         extremes: The rows' :func:`row_extremes`, where they are known; None: they are taken from the rows.
 
     Returns:
-        lo <= 0 and hi >= 0, float32 [..., 1].
+        lo <= 0 and hi >= 0, float32 [..., 1]; of grids with a real zero point lo <= hi (clips aside).
     """
     bottom, top = row_extremes(rows, grid) if extremes is None else extremes
     if grid.symmetric:
         high = top if clip_high is None else top * clip_high
         return -high, high
-    low, high = bottom.clamp(max=0.0), top.clamp(min=0.0)
+    low, high = (bottom, top) if grid.zero_point == "real" else (bottom.clamp(max=0.0), top.clamp(min=0.0))
     return low if clip_low is None else low * clip_low, high if clip_high is None else high * clip_high
 
 
@@ -133,13 +141,24 @@ def qparams_from_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, T
         return span.clamp(min=MIN_SPAN) / qmax, torch.zeros_like(span)
     if grid.arithmetic == "unrounded":
         return (span * qmax.reciprocal()).clamp(min=MIN_SCALE), torch.zeros_like(span)
-    scale = round_scale((span / qmax).clamp(min=MIN_SCALE), grid)
+    scale = (span / qmax).clamp(min=MIN_SCALE)
+    if grid.zero_point == "real":
+        scale = torch.maximum(scale, low.abs() * MIN_SHARE_OF_OFFSET)
+    scale = round_scale(scale, grid)
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
     zero_point = -low * scale.reciprocal()
+    if grid.zero_point == "real":
+        free = usable_zero_point(zero_point, grid)
+        return scale, torch.where((low <= 0) & (high >= 0), zero_point.clamp(0, grid.qmax), free)
+    return scale, usable_zero_point(zero_point, grid)
+
+
+def usable_zero_point(zero_point: Tensor, grid: Grid) -> Tensor:
+    """A zero point as an asymmetric grid uses it: a code (integer), or so near to 0 that codes keep a fraction beside it."""
     if grid.zero_point == "integer":
-        zero_point = zero_point.round()
-    return scale, zero_point.clamp(0, grid.qmax)
+        return zero_point.round().clamp(0, grid.qmax)
+    return zero_point.clamp(-MAX_REAL_ZERO_POINT, MAX_REAL_ZERO_POINT)
 
 
 def round_scale(scale: Tensor, grid: Grid) -> Tensor:

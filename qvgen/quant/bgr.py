@@ -5,7 +5,8 @@ DVD-Quant (arXiv 2505.18663), data-free. For a row w of the weight (or one group
     s = <q - z, w> / <q - z, q - z>,    z = clamp(round(mean(q - w / s)), 0, qmax),    q = clamp(round(w / s) + z)
 
 Each of the three is the least-squares optimum given the other two, so |w - s (q - z)|^2 never grows. Real zero points are
-not rounded; symmetric grids have z = 0 and skip its step. Scales are rounded to the grid's dtype and floats round,
+not rounded, and those of rows that do not contain 0 not clamped to codes; symmetric grids have z = 0 and skip its step.
+Scales are rounded to the grid's dtype and floats round,
 which may spoil a step by a little: a step is taken only if it makes the row's error smaller, else the row stays as it
 is from there on. No formula bounds s > 0 (all codes may be on the wrong side of a bad z): such a step is not taken.
 
@@ -32,7 +33,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qvgen.quant.affine import clipped_range, qparams_from_range, round_scale, round_to_grid, scale_bounds, to_rows
+from qvgen.quant.affine import (
+    clipped_range,
+    qparams_from_range,
+    round_scale,
+    round_to_grid,
+    scale_bounds,
+    to_rows,
+    usable_zero_point,
+)
 from qvgen.quant.grid import Grid
 from qvgen.quant.precision import has_float64
 
@@ -51,7 +60,8 @@ class RefinedGrid:
 
     Attributes:
         scale: float32 [N, G], > 0.
-        zero_point: float32 [N, G], 0..qmax; whole numbers on an integer grid, 0 on a symmetric one.
+        zero_point: float32 [N, G], 0..qmax (but for real ones of rows that do not contain 0); whole numbers on an integer
+            grid, 0 on a symmetric one.
         codes: uint8 or int8 [N, K]; bitwise ``quantize(weight)`` with this scale and zero point.
         errors: float64 [iterations + 1, N, G], |w - s (q - z)|^2 at the start and after each iteration; on the CPU where the
             device has no float64, as all of the work is then.
@@ -146,5 +156,9 @@ def _best_scale(rows: Tensor, state: _State, grid: Grid) -> Tensor:
 def _best_zero_point(rows: Tensor, state: _State, scale: Tensor, grid: Grid) -> Tensor:
     if grid.symmetric:
         return state.zero_point
-    zero_point = (_sum(state.codes - rows * (1.0 / scale)) / rows.shape[-1]).float().clamp(0, grid.qmax)
-    return zero_point.round() if grid.zero_point == "integer" else zero_point
+    zero_point = (_sum(state.codes - rows * (1.0 / scale)) / rows.shape[-1]).float()
+    inside = zero_point.clamp(0, grid.qmax)
+    if grid.zero_point == "integer":
+        return inside.round()
+    has_zero = (rows.amin(-1, keepdim=True) <= 0) & (rows.amax(-1, keepdim=True) >= 0)
+    return torch.where(has_zero, inside, usable_zero_point(zero_point, grid))

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from qvgen.config.plain_json import whole
+from qvgen.config.plain_json import options_of, whole
 from qvgen.quant.hadamard import KINDS, check_rotation, nearest_sizes, read_rotation
 from qvgen.quant.runtime import Runtime
 
@@ -289,8 +289,10 @@ def profile_from_bits(
     kind, sizes = read_rotation(rotation)
     return Profile(
         name=name,
-        weight=Grid(bits=weight_bits, **weight),
-        activation=Grid(bits=activation_bits, **activation),
+        weight=Grid(bits=weight_bits, **options_of(Grid, weight, name="profile.weight", given=["bits"])),
+        activation=Grid(
+            bits=activation_bits, **options_of(Grid, activation, name="profile.activation", given=["bits"])
+        ),
         rotation=sizes[0],
         rotations=sizes if len(sizes) > 1 else (),
         rotation_kind=kind,

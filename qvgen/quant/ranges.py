@@ -1,13 +1,15 @@
 """Where a weight's range should end: the search that starts learned scales (QVGen release; OpenQuant-style MSE).
 
-For every row (or group) the candidates are its minimum and maximum, 0 included, shrunk by p = 1 - i/100 for i =
-0..79. The one with the least sum |fake_quantize(w) - w|^2.4 wins; the exponent between 2 and 3 protects the large
-weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
+For every row (or group) the candidates are its minimum and maximum (0 included, but for real zero points), shrunk by p =
+1 - i/100 for i = 0..79. The one with the least sum |fake_quantize(w) - w|^2.4 wins; the exponent between 2 and 3 protects
+the large weights a little more than a plain MSE. Candidate 0 is the plain minimum and maximum, so the result is never
 worse than that by this measure. The first of equal candidates (the widest range) is kept.
 
-A narrow range loses by what it cuts off, which is all in a row's largest values: where the error of the largest eighth
-alone is above the best one found, for every row of a piece, the rest of the candidate's errors is not computed. The
-result is the same to the bit.
+Most candidates are hopeless, and are not computed in full; the result is the same to the bit. Where the CPU kernels are
+built, ``qvgen_kernels.range_search`` computes all errors to a thousandth, and those candidates of a row are compared exactly
+that may be its best. Elsewhere: a narrow range loses by what it cuts off, which is all in a row's largest values, and where
+the error of the largest eighth alone is above the best one found, for every row of a piece, the rest of the candidate's
+errors is not computed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from qvgen.quant.affine import clipped_range, qparams_from_range, round_to_grid, to_rows
 from qvgen.quant.grid import Grid
+from qvgen_kernels.range_search import ACCURACY, range_errors, refusal
 
 NUM_CANDIDATES = 80
 EXPONENT = 2.4
@@ -29,6 +32,13 @@ CERTAIN = 0.999
 
 CACHED_ELEMENTS = 1 << 18
 """Values that are searched at once: 1 MiB of float32, which stays in the cache with its scratch memory."""
+
+
+MARGIN = (1 + ACCURACY) ** 2 / CERTAIN**2
+"""A candidate whose approximate error is above the least one by this factor can't have the least exact error."""
+
+TRUSTED = (1e-25, 1e30)
+"""Least errors of a row between which approximations are believed; elsewhere powers under- or overflow."""
 
 
 def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -56,6 +66,37 @@ def search_qparams(weight: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
 def _search_rows(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point [R, 1] each of rows [R, columns]."""
     low, high = clipped_range(rows, grid=grid)
+    return _walk(rows, low, high, grid) if refusal(rows) else _compare_few(rows, low, high, grid)
+
+
+def _compare_few(rows: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The search by approximate errors of all candidates, and exact ones of those that may be best."""
+    shrink = torch.tensor([1.0 - index / 100 for index in range(NUM_CANDIDATES)], device=rows.device)
+    scale, zero_point = qparams_from_range(low * shrink, high * shrink, grid)
+    approximate = range_errors(
+        rows,
+        divisor=scale,
+        scale=scale,
+        zero=zero_point,
+        codes=(grid.qmin, grid.qmax),
+        real=grid.zero_point == "real",
+        margin=MARGIN,
+    )
+    least = approximate.amin(1, keepdim=True)
+    is_trusted = (least > TRUSTED[0]) & (least < TRUSTED[1])
+    row, candidate = ((approximate <= least * MARGIN) | ~is_trusted).nonzero(as_tuple=True)
+    error = torch.full_like(approximate, torch.inf)
+    size = max(1, CACHED_ELEMENTS // rows.shape[1])
+    for some, which in zip(row.split(size), candidate.split(size), strict=True):
+        one_each = (scale[some, which].unsqueeze(1), zero_point[some, which].unsqueeze(1))
+        error[some, which] = _errors(rows[some], *one_each, grid).squeeze(1)
+    error.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    best = error.argmin(1, keepdim=True)  # the first of equal ones
+    return scale.gather(1, best), zero_point.gather(1, best)
+
+
+def _walk(rows: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The search by exact errors, candidate after candidate, in torch."""
     best_scale, best_zero = qparams_from_range(low, high, grid)
     best_error = torch.full_like(best_scale, torch.inf)
     columns = rows.shape[-1]

@@ -16,12 +16,13 @@ s = (hi - lo) / qmax, z = -lo / s. The path through them belongs to the gradient
     dc_l = dlo min,   dc_h = dhi max,   dx[argmin] += dlo c_l,   dx[argmax] += dhi c_h
 
 Equal extremes share that last term evenly (as torch.amin does). Where the scale is at its floor or
-ceiling, ds ends there; a minimum that is 0 only because ranges include 0 has no share either.
+ceiling, ds ends there; a minimum that is 0 only because ranges include 0 has no share either. The QVGen release rounds z
+without a straight-through path: there dz = 0 in these lines (``through_zero_point=False``).
 
 Where the codes are made with a scale that was not rounded yet (arithmetic ``unrounded``), s in these lines is that scale.
 
 What is left out: the clamp of the zero point to [0, qmax]. It can bite only by rounding at the two ends, since a
-range that includes 0 has -lo/s in [0, qmax] already.
+range that includes 0 has -lo/s in [0, qmax] already. And of real zero points the floor of the scale beside a row's offset.
 
 Selections are not written with ``torch.where``: on a CPU it takes three to ten times as long as a vectorized pass, and so
 does a comparison that makes bools. ``hardtanh_backward(v, x, a, b)`` is v where a < x < b and 0 elsewhere in one such pass,
@@ -96,22 +97,23 @@ def dynamic_fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
     *,
-    clip_low: Tensor,
-    clip_high: Tensor,
+    clips: tuple[Tensor, Tensor],
     grid: Grid,
     extremes: tuple[Tensor, Tensor] | None = None,
     rounded: Rounded | None = None,
+    through_zero_point: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``fake_quantize(x, *choose_qparams(x, clip_low, clip_high))``.
 
     Args:
         grad: float32 [..., K], dLoss/dx^.
         x: [..., K], the input of the forward pass.
-        clip_low: float32 [..., 1], the factors that the forward pass used, one per row (token).
-        clip_high: float32 [..., 1].
+        clips: float32 [..., 1] each, the factors that the forward pass used on minimum and maximum, one per row (token).
         grid: per_token or per_group.
         extremes: :func:`qvgen.quant.affine.row_extremes` of x in row layout, where they are known; None: they are computed.
         rounded: :func:`qvgen.quant.affine.round_rows` of x with what those and the clips give, where it is known.
+        through_zero_point: Whether the range is moved by what the zero point's gradient asks for, too; False: the zero point
+            is a constant to the gradient.
 
     Returns:
         dLoss/dx float32 [..., K], dLoss/dclip_low and dLoss/dclip_high float32 [..., 1] (summed over groups;
@@ -119,7 +121,7 @@ def dynamic_fake_quantize_backward(
     """
     rows, grad_rows = to_rows(x.float(), grid), to_rows(grad.float(), grid)
     bottom, top = row_extremes(rows, grid) if extremes is None else extremes
-    c_low, c_high = qparams_to_rows(clip_low, grid), qparams_to_rows(clip_high, grid)
+    c_low, c_high = (qparams_to_rows(clip, grid) for clip in clips)
     low, high = clipped_range(rows, grid=grid, clip_low=c_low, clip_high=c_high, extremes=(bottom, top))
     if rounded is None:
         scale, zero_point = (from_rows(value, grid) for value in qparams_from_range(low, high, grid))
@@ -132,13 +134,20 @@ def dynamic_fake_quantize_backward(
         grad_x.add_(_share(rows.abs(), top, grad_high * c_high).mul_(rows.sign()))
         grad_c_low, grad_c_high = grad_low, grad_high * top
     else:
+        if not through_zero_point:
+            grad_zero = torch.zeros_like(grad_zero)
         grad_scale = grad_scale + grad_zero * low / (scale * scale)
         grad_high = _where_free(high - low, grad_scale / grid.qmax, grid)
         grad_low = -grad_zero / scale - grad_high
-        # A minimum that is 0 or above has no share, nor has a maximum that is 0 or below.
-        grad_x.add_(_share(rows, bottom, _select_between(grad_low * c_low, bottom, -math.inf, 0.0)))
-        grad_x.add_(_share(rows, top, _select_between(grad_high * c_high, top, 0.0, math.inf)))
-        grad_c_low, grad_c_high = grad_low * bottom.clamp(max=0.0), grad_high * top.clamp(min=0.0)
+        of_bottom, of_top = grad_low * c_low, grad_high * c_high
+        bottom_end, top_end = bottom, top
+        if grid.zero_point == "integer":
+            # A minimum that is 0 or above has no share, nor has a maximum that is 0 or below.
+            of_bottom = _select_between(of_bottom, bottom, -math.inf, 0.0)
+            of_top = _select_between(of_top, top, 0.0, math.inf)
+            bottom_end, top_end = bottom.clamp(max=0.0), top.clamp(min=0.0)
+        grad_x.add_(_share(rows, bottom, of_bottom)).add_(_share(rows, top, of_top))
+        grad_c_low, grad_c_high = grad_low * bottom_end, grad_high * top_end
     return grad_x.reshape(x.shape), _sum_groups(grad_c_low, grid), _sum_groups(grad_c_high, grid)
 
 

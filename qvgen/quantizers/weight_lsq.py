@@ -4,8 +4,9 @@ The scale s and the zero point z are Parameters; the forward pass rounds z (inte
 through. Their gradients are multiplied by 1 / sqrt(K qmax), K the number of weights that share them, so that one
 learning rate fits weights and scales (LSQ, Sec. 2.2).
 
-The learned z may leave [0, qmax]: it is clamped where it is used and the gradient ignores the clamp, so that it can
-come back. A scale below 1e-8 is used as 1e-8, for the same reason and in the same way.
+A learned integer z may leave [0, qmax]: it is clamped where it is used and the gradient ignores the clamp, so that it can
+come back. A real z may be any number up to 2^17: a row that does not contain 0 has it outside of its codes. A scale below
+1e-8 is used as 1e-8, for the same reason and in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qvgen.quant.affine import Rounded, fake_quantize, quantize, round_scale
+from qvgen.quant.affine import Rounded, fake_quantize, quantize, round_scale, usable_zero_point
 from qvgen.quant.grid import MIN_SCALE, Grid
 from qvgen.quant.ste import fake_quantize_backward
 
@@ -58,14 +59,11 @@ class WeightLSQ(nn.Module):
 
     @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point as the grid uses them: positive, rounded if integer, inside [0, qmax]."""
+        """Scale and zero point as the grid uses them: positive; integer zero points rounded, and inside [0, qmax]."""
         scale = round_scale(self.scale.detach().float().clamp(min=MIN_SCALE), self.grid)
         if self.zero_point is None:
             return scale, torch.zeros_like(scale)
-        zero_point = self.zero_point.detach().float()
-        if self.grid.zero_point == "integer":
-            zero_point = zero_point.round()
-        return scale, zero_point.clamp(0, self.grid.qmax)
+        return scale, usable_zero_point(self.zero_point.detach().float(), self.grid)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:

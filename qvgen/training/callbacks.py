@@ -23,6 +23,7 @@ from qvgen.methods.base import Schedule
 from qvgen.run_directory import atomic_write, set_aside
 from qvgen.training.module import VideoTraining
 from qvgen.training.progress import progress_bar
+from qvgen.training.student_metrics import STUDENT_COLUMNS, is_looked_at, student_metrics
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,18 @@ METRIC_COLUMNS = (
     "step",
     "train/loss",
     "train/gradient_norm",
+    "train/gradient_norm_weights",
+    "train/gradient_norm_phi",
     "train/learning_rate",
     "train/seconds",
     "phi/rank",
     "phi/gamma_min",
+    *STUDENT_COLUMNS,
     "val/relative_error",
 )
-"""Columns of metrics.csv. train/gradient_norm is the norm before clipping, train/seconds
-counts from the run's first step over all its sessions, val/* is held out."""
+"""Columns of metrics.csv. train/gradient_norm is the norm before clipping, of all gradients and of two of the optimizer's
+groups apart, train/seconds counts from the run's first step over all its sessions, val/* is held out; numbers of the layers
+(:mod:`qvgen.training.student_metrics`) stand at about a hundred steps of a run."""
 
 
 class MethodSchedule(lightning.Callback):
@@ -130,15 +135,16 @@ class StepMetrics(lightning.Callback):
         step, self._last_step = self._last_step, trainer.global_step
         loss = trainer.strategy.reduce(torch.stack(pl_module.step_losses).mean(), reduce_op="mean")
         pl_module.step_losses.clear()
-        assert pl_module.gradient_norm is not None
+        numbers = {"train/loss": loss.float(), **pl_module.norms}
         row: dict[str, float | int] = {
-            "train/loss": float(loss),
-            "train/gradient_norm": float(pl_module.gradient_norm),
+            **dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True)),
             "train/learning_rate": pl_module.learning_rate,
             "train/seconds": time.monotonic() - self._started,
         }
         if self.schedule is not None:
             row.update(self.schedule.metrics(step))
+        if is_looked_at(step, num_steps=self.num_steps):
+            row.update(student_metrics(pl_module.student))
         log_for_callbacks(pl_module, row)
         self._waiting = row
         if not pl_module.is_measured(step + 1):

@@ -1,10 +1,12 @@
-"""What quantized layers of a student get besides their grids: shared activation quantizers and a switch of widths."""
+"""What quantized layers of a student get besides grids: settings of Phi and gradients, shared quantizers, switched widths."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
-from qvgen.config.sections import ActivationSwitchConfig
+from qvgen.config.sections import ActivationSwitchConfig, PhiConfig
 from qvgen.deploy.delta_switch import DeltaSwitchConfig, add_switch
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.shared_input import share_activations_, shared_input_sets
@@ -25,6 +27,14 @@ def share_inputs_(student: nn.Module, *, family: VideoDiT, method: Method) -> No
         share_activations_(quantized_layers(student), input_sets(student, family))
 
 
+def set_up_phi_(student: nn.Module, phi: PhiConfig) -> None:
+    """Tell the Phis of a prepared student how they start and what they act on."""
+    for layer in quantized_layers(student).values():
+        if layer.phi is not None:
+            layer.phi.start = phi.start
+            layer.phi.on_input = phi.input == "full"
+
+
 def input_sets(student: nn.Module, family: VideoDiT) -> tuple[tuple[str, ...], ...]:
     """Names of a student's Linears that read the same input, quantized or not, in sets."""
     linears = (name for name, module in student.named_modules() if isinstance(module, nn.Linear | FakeQuantLinear))
@@ -36,3 +46,9 @@ def add_configured_switch(student: nn.Module, switch: ActivationSwitchConfig | N
     if switch is not None and switch.widths is not None:
         low, high = switch.widths
         add_switch(student, DeltaSwitchConfig(widths=(low, high), delta=switch.delta))
+
+
+def choose_gradient_path_(student: nn.Module, zero_point_gradient: Literal["through", "stop"]) -> None:
+    """Set whether gradients of a prepared student take the path through the zero points of ranges taken at run time."""
+    for layer in quantized_layers(student).values():
+        layer.through_zero_point = zero_point_gradient == "through"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
+from qvgen.errors import UserError
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 
@@ -41,7 +43,17 @@ def prediction_loss(
         # In its own dtype: autocast would cast every weight of it again in each step.
         with torch.no_grad(), torch.autocast(draw.noisy.device.type, enabled=False):
             reference = family.predict(teacher, draw.noisy, draw.timestep, condition)
-    return method.loss(prediction, teacher=reference, target=draw.target, timestep=draw.timestep)
+    target = draw.target
+    if method.compares == "noise":
+        if not hasattr(family.objective, "noise"):
+            raise UserError(
+                f"{type(method).__name__} compares noise, and {type(family.objective).__name__} has no noise(prediction, "
+                "noisy, timestep); write it (qvgen.models.base.Objective), or choose another method"
+            )
+        noise = partial(family.objective.noise, noisy=draw.noisy, timestep=draw.timestep)
+        prediction, target = noise(prediction.float()), noise(target)
+        reference = None if reference is None else noise(reference.float())
+    return method.loss(prediction, teacher=reference, target=target, timestep=draw.timestep)
 
 
 def freeze_the_rest_(student: nn.Module, *, method: Method, optim: OptimConfig) -> None:

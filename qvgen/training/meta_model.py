@@ -15,7 +15,7 @@ from torch import nn
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
 from qvgen.models.base import VideoDiT
-from qvgen.training.layer_setup import add_configured_switch, share_inputs_
+from qvgen.training.layer_setup import add_configured_switch, choose_gradient_path_, set_up_phi_, share_inputs_
 from qvgen.training.student_design import StudentDesign
 
 Prepared = tuple[nn.Module, SwapReport]
@@ -70,7 +70,9 @@ def prepare_(transformer: nn.Module, family: VideoDiT, design: StudentDesign, *,
             phi_rank=design.phi_rank,
             phi_keep=design.phi_keep,
         )
+    set_up_phi_(transformer, design.phi)
     add_configured_switch(transformer, design.activation_switch)
+    choose_gradient_path_(transformer, design.zero_point_gradient)
     share_inputs_(transformer, family=family, method=design.method)
     with torch.device("meta"):
         design.method.prepare_(transformer)

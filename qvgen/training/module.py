@@ -19,6 +19,7 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.stop_request import Stopped
+from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.optimizer_module import OptimizerModule
@@ -141,7 +142,11 @@ class VideoTraining(OptimizerModule):
         """
         sharded, error = self._share_out is not None, None
         try:
-            with torch.autocast(self.device.type, enabled=False), interruptible(self.student, together=sharded):
+            with (
+                torch.autocast(self.device.type, enabled=False),
+                uncompiled(self.student),
+                interruptible(self.student, together=sharded),
+            ):
                 error = None if self._validate is None else self._validate(self.student)
         except Stopped:
             if sharded:  # they all left at the same call

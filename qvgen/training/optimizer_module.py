@@ -15,6 +15,9 @@ from qvgen.methods.parameter_group import parameter_groups
 from qvgen.quant.precision import has_float64
 from qvgen.training.optim import build_optimizer
 
+NORM_GROUPS = ("weights", "phi")
+"""Groups of the optimizer whose gradients have a norm of their own, so that runs with and without Phi can be compared."""
+
 
 class TrainingDivergedError(ValueError):
     """The loss or the gradients are no longer finite."""
@@ -30,6 +33,7 @@ class OptimizerModule(lightning.LightningModule):
     Attributes:
         step_losses: Of the micro-batches since the last optimizer step.
         gradient_norm: Of all gradients before clipping, in the last step.
+        group_norms: The same of the gradients of each of the optimizer's groups in :data:`NORM_GROUPS` that there are.
         learning_rate: Of the last step.
     """
 
@@ -38,6 +42,7 @@ class OptimizerModule(lightning.LightningModule):
         self.optim, self.num_steps = optim, num_steps
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
+        self.group_norms: dict[str, Tensor] = {}
         self.learning_rate = 0.0
 
     def is_measured(self, step: int) -> bool:
@@ -63,13 +68,30 @@ class OptimizerModule(lightning.LightningModule):
         """Clip all gradients, by their norm or each entry; keep the norm before (the paper's regret bound) and the rate."""
         del gradient_clip_val
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
-        gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
-        self.gradient_norm = total_norm(gradients)
-        factor = (self.optim.gradient_clip / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        trained = [parameter for parameter in self.trained.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        places = {id(parameter): place for place, parameter in enumerate(trained)}
+        parts = {
+            group["name"]: [places[id(parameter)] for parameter in group["params"] if id(parameter) in places]
+            for group in optimizer.param_groups
+            if group.get("name") in NORM_GROUPS
+        }
+        self.gradient_norm, *norms = gradient_norms(gradients, list(parts.values()))
+        self.group_norms = dict(zip(parts, norms, strict=True))
         self._check_finite()
         by_value, limit = gradient_clip_algorithm == "value", self.optim.gradient_clip
+        if limit is None:
+            return
+        factor = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             _ = _local(gradient).clamp_(-limit, limit) if by_value else _local(gradient).mul_(factor)
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """All norms of the last step, as metrics name them."""
+        assert self.gradient_norm is not None
+        groups = {f"train/gradient_norm_{name}": norm for name, norm in self.group_norms.items()}
+        return {"train/gradient_norm": self.gradient_norm, **groups}
 
     def _check_finite(self) -> None:
         """Raise TrainingDivergedError before a step with a loss or a gradient that is not finite: its one wait for a GPU."""
@@ -94,20 +116,28 @@ class OptimizerModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, float32 []; a collective where they are sharded.
+def gradient_norms(gradients: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Euclidean norms, float32 [] each: of all gradients together, then of those at each part's places; one collective.
 
     Summed in float64: the result has the same bits however the gradients are cut into shares, so that a sharded run clips as
     one process does. (A float32 norm differs in its last bit, and codes that flip for it change a loss by a few per cent
     after ten steps.)
     """
     dtype = torch.float64 if has_float64(gradients[0].device) else torch.float32  # such devices share no run
-    squares = torch.stack([torch.linalg.vector_norm(_local(g), dtype=dtype) for g in gradients]).square().sum()
+    each = [torch.linalg.vector_norm(_local(g), dtype=dtype) for g in gradients]
+    sums = [each, *([each[place] for place in part] for part in parts if part)]
+    squares = torch.stack([torch.stack(norms).square().sum() for norms in sums])
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if sharded:
         assert len(sharded) == len(gradients), "some gradients are sharded and some are not"
         distributed.all_reduce(squares, group=sharded[0].device_mesh.get_group())
-    return squares.sqrt().float()
+    found = iter(squares.sqrt().float())
+    return [next(found), *(next(found) if part else torch.zeros_like(squares[0]).float() for part in parts)]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The first of :func:`gradient_norms`: of all gradients together."""
+    return gradient_norms(gradients, [])[0]
 
 
 def _local(gradient: Tensor) -> Tensor:

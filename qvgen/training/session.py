@@ -19,10 +19,12 @@ from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
+from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.callback_rules import CallbackRules, first_end
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
+from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
@@ -178,7 +180,10 @@ def _fit(
     accumulate = steps.batch.num_micro_batches
     data = MeasuredData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
     if run.strategy.gradient_checkpointing:
-        student.enable_gradient_checkpointing()  # type: ignore[operator] # every diffusers transformer has it
+        how = block_checkpoint(keep_attention=run.strategy.keep_attention)
+        student.enable_gradient_checkpointing(how)  # type: ignore[operator] # every diffusers transformer has it
+    if run.strategy.compile:
+        compile_blocks_(student)
     student.train()
     found = checkpoints(output.run_dir / CHECKPOINT_DIRECTORY)
     with restored_settings():
@@ -191,7 +196,10 @@ def _fit(
             options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=output.run_dir),
             measured=measured_every is not None,
         )
-        fit(trainer, module, data, checkpoint=found[-1] if found else None)
+        try:
+            fit(trainer, module, data, checkpoint=found[-1] if found else None)
+        finally:
+            release_blocks_(student)
     return trainer.global_step
 
 

@@ -37,8 +37,15 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.layer_setup import add_configured_switch, input_sets, share_inputs_
+from qvgen.training.layer_setup import (
+    add_configured_switch,
+    choose_gradient_path_,
+    input_sets,
+    set_up_phi_,
+    share_inputs_,
+)
 from qvgen.training.mixed_precision.allocation import allocate_bits_
+from qvgen.training.progress import progress_bar
 from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 from qvgen.training.student_design import StudentDesign
@@ -75,7 +82,9 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
             seed=seed,
         ),
     )
+    set_up_phi_(student, design.phi)
     add_configured_switch(student, design.activation_switch)
+    choose_gradient_path_(student, design.zero_point_gradient)
     share_inputs_(student, family=family, method=design.method)
     design.method.prepare_(student)
     return student, swapped
@@ -128,12 +137,14 @@ def set_up_student_(
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher)
     folds = teacher.family.smoothing_folds(student)
-    seen = initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds)
+    with progress_bar(desc=f"start by {ptq.name}", unit="layer", total=len(quantized_layers(student))) as bar:
+        seen = initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds, done=bar.update)
     if design.switch_widths is not None:
         add_switch_widths_(student, design.switch_widths)
     if seen is not None and ptq.searches_clips:
         start_clips_(quantized_layers(student), input_sets(student, teacher.family), statistics=seen)
     share_inputs_(student, family=teacher.family, method=design.method)
+    design.method.start_(student, seed=teacher.seed)
     return allocation
 
 

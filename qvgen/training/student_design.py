@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qvgen.config.defaults import load_section
 from qvgen.config.sections import ActivationSwitchConfig, PhiConfig
@@ -28,12 +29,24 @@ class StudentDesign:
         phi: The low-rank helper and its phases, for a method that has one; by default that of conf/train.yaml.
         activation_switch: A policy that changes activation widths while a video is sampled; None, or one without widths: the
             profile's width counts for all steps.
+        zero_point_gradient: ``through`` or ``stop``; see ``OptimConfig``.
+
+    Raises:
+        ValueError: A gradient that stops at a zero point which the profile's activations don't have.
     """
 
     profile: Profile
     method: Method
     phi: PhiConfig = field(default_factory=_default_phi)
     activation_switch: ActivationSwitchConfig | None = None
+    zero_point_gradient: Literal["through", "stop"] = "through"
+
+    def __post_init__(self) -> None:
+        if self.zero_point_gradient != "through" and self.profile.activation.symmetric:
+            raise ValueError(
+                f"optim.zero_point_gradient={self.zero_point_gradient} says nothing with profile={self.profile.name}, whose "
+                "activations have no zero point; leave it out"
+            )
 
     @property
     def phi_rank(self) -> int:

@@ -140,7 +140,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
     )
 
 
-def trainer_arguments(options: TrainerConfig, *, gradient_clip: float, run_dir: Path) -> dict[str, Any]:
+def trainer_arguments(options: TrainerConfig, *, gradient_clip: float | None, run_dir: Path) -> dict[str, Any]:
     """Arguments of Lightning's Trainer for the section ``trainer`` of a configuration.
 
     Args:

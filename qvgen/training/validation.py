@@ -39,6 +39,7 @@ from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError
+from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.module import VideoTraining
 from qvgen.training.stop_point import interruptible
 from qvgen.training.training_run import TrainingOutput, TrainingRun
@@ -186,7 +187,7 @@ class ValidationVideos(lightning.Callback):
         prompt, seed, negative = self.files.prompts[index], self.files.seeds[index], self.files.negatives[index]
         modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
         try:
-            with isolate_rng(), interruptible(model, together=self.sharded):
+            with isolate_rng(), uncompiled(model), interruptible(model, together=self.sharded):
                 videos = generate_videos(
                     self.family, model, [prompt], [seed], negative_prompts=[negative], encode=self.encode
                 )

@@ -36,7 +36,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
         _encode_all(config, encode)
         if config.evaluation.samples == 0:
             log.info("evaluation.samples=0: no errors are measured and no videos are sampled")
-            return lambda _: NothingMeasured(encode=encode, seed=config.seed)
+            return lambda _: NothingMeasured(encode=encode)
         log.info("no data.path: errors are measured on inputs of the full-precision model's own sampling")
         return lambda teacher: SampledInputs(
             sampled_teacher(config, teacher, encode=encode),
@@ -63,7 +63,6 @@ def open_held_out(config: TrainConfig) -> HeldOut:
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
-        seed=config.seed,
         batch_size=step_batch(config).micro_batch_size,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qvgen.config.leaves import build_leaf, load_foreign_leaf, load_leaf
@@ -47,13 +48,18 @@ def load_family(config: GenerateConfig) -> Any:
     return load_foreign_leaf("model", named.pop(), arguments, source=" and ".join(map(str, config.packed or ())))
 
 
-def check_sampler(manifests: Sequence[Manifest], family: Any, *, num_steps: int) -> None:
+def check_sampler(packed: Sequence[Path] | None, family: Any, *, num_steps: int, guidance_scale: float) -> None:
     """Raise ValueError where an imported model's clips are laid out for another sampler than the one that is asked for.
 
     Each call would be refused too, but for those of a sampler that visits some of the same timesteps: there the release would
     have taken other clips.
     """
-    for manifest in manifests:
+    for manifest in map(read_manifest, packed or ()):
+        if manifest.guided and guidance_scale <= 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g} makes one call a step, and the packed model has clips for two; "
+                "sample with guidance_scale above 1, or import the checkpoint again with clips=last or clips=mean"
+            )
         by_step = manifest.timesteps is not None and not any(layer.form.static for layer in manifest.layers)
         if not by_step or not manifest.strict_timesteps or not hasattr(family, "scheduler"):
             continue

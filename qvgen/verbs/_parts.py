@@ -40,6 +40,7 @@ def student_design(config: TrainConfig) -> StudentDesign:
         method=config.method,
         phi=config.phi,
         activation_switch=config.activation_switch,
+        zero_point_gradient=config.optim.zero_point_gradient,
     )
 
 

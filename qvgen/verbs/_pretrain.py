@@ -52,7 +52,6 @@ def pretrain(config: TrainConfig) -> None:
         config.model,
         config.data.open(config.model, split="held_out"),
         num_samples=config.evaluation.samples,
-        seed=config.seed,
         batch_size=step_batch(config).micro_batch_size,
     )
     log.info("%s: %d parameters", config.names.model, sum(p.numel() for p in student.parameters()))

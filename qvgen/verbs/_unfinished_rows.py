@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.leaves import load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_machine
+from qvgen.evaluation.sentence_encoder import revision
 from qvgen.run_directory import lasting
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
+from qvgen.verbs._ptq_encoder import encoder_folder
 from qvgen.verbs.benchmarks.base import Benchmark, methods_of
 
 Row = dict[str, Any]
@@ -68,9 +69,16 @@ def command_key(config: BenchmarkConfig, benchmark: Benchmark) -> str:
     methods = methods_of(config)
     own = [
         config.what, methods, config.profiles, [width.label for width in config.widths], config.seeds, config.videos,
-        config.timed_steps, config.shapes, config.threads, config.blocks,
+        config.timed_steps, config.shapes, config.threads, config.blocks, config.encoder,
     ]  # fmt: skip
-    weights = config.run.model.revision if benchmark.real_weights else None
-    code = [code_facts(config.run.plain), *(sources_of(load_leaf("init", name.partition("+")[0])) for name in methods)]
+    weights = revision_of(config) if benchmark.real_weights else None
+    code = [code_facts(config.run.plain), *map(sources_of, benchmark.leaves(config))]
     parts = [code, collect_machine().cpu, weights, lasting(config.run.plain), own]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def revision_of(config: BenchmarkConfig) -> str:
+    """Which weights are measured."""
+    if config.encoder is None:
+        return str(config.run.model.revision)
+    return revision(encoder_folder(config.encoder))

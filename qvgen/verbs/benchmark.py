@@ -13,7 +13,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.verbs._earlier_result import refuse_earlier
-from qvgen.verbs._unfinished_rows import UnfinishedRows, command_key
+from qvgen.verbs._unfinished_rows import UnfinishedRows, command_key, revision_of
 from qvgen.verbs.benchmarks.base import load_benchmark
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,16 @@ def run(config: BenchmarkConfig) -> None:
     if not earlier.found:
         names = [results.name, page.name, *([] if benchmark.plot is None else [picture.name])]
         refuse_earlier(config.out, names, overwrite=config.overwrite)
+    described = benchmark.describe(config)  # which refuses what can't be measured
     if config.run.dry_run:
-        print(f"{benchmark.describe(config)}, into {config.out}")
+        print(f"{described}, into {config.out}")
         return
     config.out.mkdir(parents=True, exist_ok=True)
     environment = collect_environment()
     head = {
         "benchmark": config.what,
-        "model": config.run.names.model,
-        "revision": config.run.model.revision if benchmark.real_weights else None,
+        "model": config.model_name,
+        "revision": revision_of(config) if benchmark.real_weights else None,
         "profile": config.run.profile.name,
         "samples": config.run.evaluation.samples,
         "videos": config.videos,

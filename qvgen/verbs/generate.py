@@ -44,7 +44,7 @@ def run(config: GenerateConfig) -> int | None:
     """
     family = load_family(config)
     request = read_request(config, family)
-    check_sampler([read_manifest(path) for path in config.packed or ()], family, num_steps=request.num_steps)
+    check_sampler(config.packed, family, num_steps=request.num_steps, guidance_scale=request.guidance_scale)
     unfinished = UnfinishedVideos(config.out, lambda: _parts(config, family, request))
     missing, num_videos = missing_videos(config, request.videos, unfinished), len(request.videos)
     if config.dry_run:

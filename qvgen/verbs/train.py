@@ -30,6 +30,10 @@ def run(config: TrainConfig) -> int | None:
         from qvgen.training.wandb_run import check_wandb
 
         check_wandb(config.logger)
+    if config.strategy.compile:
+        from qvgen.training.compiled_blocks import check_compiler
+
+        check_compiler()
     if config.callbacks:
         _check_callbacks(config)
     config.data.check(config.model)

@@ -26,10 +26,34 @@ def in_a_clean_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train rank=8", "unknown key 'rank'; did you mean 'phi.rank'?"),
         ("train phi.rnk=8", "unknown key 'phi.rnk'; did you mean 'phi.rank'?"),
         ("train +speed=8", "unknown key 'speed'"),
+        ("train phi.foo=1", "(phi has: anneal, decay, "),
+        (
+            "train +profile.foo=1",
+            "unknown key 'profile.foo' (profile has: activation, activation_bits, name, rotation, ",
+        ),
+        (
+            "train +profile.weight.clp=1",
+            "unknown key 'profile.weight.clp'; did you mean 'profile.weight.clip'? (profile.weight has: arithmetic, clip, ",
+        ),
+        (
+            "ptq profile=int8 bits=8 +profile.activation.foo=1",
+            "unknown key 'profile.activation.foo' (profile.activation has: ",
+        ),
+        ("train +method.foo=1", "unknown key 'method.foo' (method has: "),
+        ("train init=gptq +init.foo=1", "unknown key 'init.foo' (init has: "),
+        ("train +model.foo=1", "unknown key 'model.foo'"),
+        ("train +data.foo=1", "unknown key 'data.foo' (data has: "),
+        ("train +optim.foo=1", "unknown key 'optim.foo' (optim has: "),
+        ("train +strategy.foo=1", "unknown key 'strategy.foo' (strategy has: "),
+        ("train +logger.foo=1", "unknown key 'logger.foo' (logger has: "),
+        ("train ~profile.weight.granularity", "profile.weight.granularity is missing"),
         ("train method=qvgn", "unknown method=qvgn; did you mean 'qvgen'?"),
         ("train profile=4", "unknown profile=4"),
         ("train model=null", "unknown model=null"),
-        ("train method=lsq.yaml", "unknown method=lsq.yaml (there are: autoencoder, lsq, "),  # hydra would take it
+        (
+            "train method=lsq.yaml",
+            "unknown method=lsq.yaml (there are: autoencoder, efficientdm, ",
+        ),  # hydra would take it
         ("train evaluation.prompts.0=a", "unknown key 'evaluation.prompts.0'"),
         ("train seed.low=3", "unknown key 'seed.low'"),
         ("train ++speed=8", "unknown key 'speed'"),

@@ -59,7 +59,7 @@ def exact() -> Exact:
     config = train_config(*SETTINGS)
     teacher = config.model.load_teacher()
     split = config.data.open(config.model, split="held_out")
-    (batch,) = HeldOut(config.model, split, num_samples=12, seed=1, batch_size=12)._batches
+    (batch,) = HeldOut(config.model, split, num_samples=12, batch_size=12)._batches
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 

@@ -51,7 +51,9 @@ def run_program(requirements: Sequence[str], program: str, *arguments: str) -> s
     paths = [*(str(_installed(requirement)) for requirement in requirements), str(ROOT), str(ROOT / "kernels")]
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / program), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        | {"SDNQ_USE_TORCH_COMPILE": "0"},  # SDNQ compiles its products otherwise, which takes minutes
         capture_output=True,
         text=True,
         timeout=300,

@@ -21,14 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qvgen.data import cache_fill
+from qvgen.data import cache_fill, latent_cache
 from qvgen.data.assets import find_asset
 from qvgen.data.cache_fill import FillOptions, fill
+from qvgen.data.cache_index import COLUMNS, IndexRows
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import read_table
 from qvgen.data.clips import Bucket, CutSettings, cut_clip, to_pixels
 from qvgen.data.latent_cache import CacheSettings, LatentCache, narrowest
-from qvgen.data.sealed_tensors import seal_of
+from qvgen.data.sealed_tensors import read_seal, seal_of
 from tests.data.pooling_encoder import SETTINGS, encode_captions, encode_video, fill_with_pooling
 from tests.data.video_files import write_clip
 
@@ -66,7 +67,9 @@ def write_metadata(folder: Path, captions: dict[str, str]) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the states of indexes, which hold the times of a folder's own files."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".state")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def counting() -> tuple[Callable[[Tensor], Tensor], list[int]]:
@@ -322,6 +325,43 @@ def test_what_is_there_but_wrong_is_refused_by_name_and_made_again(
     assert content(folder) == content(filled)
 
 
+def test_seals_are_looked_at_again_only_where_a_file_changed(
+    table: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+
+    def counted(path: Path, *, key: str) -> str:
+        looks.append(path)
+        return read_seal(path, key=key)
+
+    monkeypatch.setattr(latent_cache, "read_seal", counted)
+
+    def opened() -> int:
+        looks.clear()
+        assert CachedClips.open(LatentCache(own, settings=SETTINGS), read_table(table), max_bad=0) is not None
+        return len(looks)
+
+    files = 6 + len({"", *CLIPS.values()})
+    assert (opened(), opened()) == (files, 0)  # the folder is a copy: its files have other times
+    path = sorted((own / "texts").rglob("*.safetensors"))[0]
+    os.utime(path, ns=(0, 0))
+    assert (opened(), opened()) == (files, 0)
+    (state,) = (own / "indexes").glob("*.state")
+    state.write_bytes(b"\xff")
+    assert (opened(), opened()) == (files, 0)
+    state.unlink()
+    state.mkdir()  # as good as a folder that can't be written
+    assert (opened(), opened()) == (files, files)
+
+
+def test_a_fill_leaves_nothing_to_look_at(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_with_pooling(table, tmp_path / "cache")
+    monkeypatch.setattr(latent_cache, "read_seal", None)
+    assert (
+        CachedClips.open(LatentCache(tmp_path / "cache", settings=SETTINGS), read_table(table), max_bad=0) is not None
+    )
+
+
 def test_latents_that_another_process_made_are_taken_by_the_next_fill_alone(table: Path, own: Path) -> None:
     """Two processes that encode one clip at once, on devices that round differently: whole, but other bits."""
     cache = LatentCache(own, settings=SETTINGS)
@@ -412,8 +452,8 @@ def test_held_out_clips_are_in_one_split_alone(table: Path, own: Path) -> None:
         ids[split] = {samples[i]["sample_id"] for i in range(len(samples))}
     assert ids["train"] | ids["held_out"] == set(range(6))
     assert (len(ids["train"]), len(ids["held_out"])) == (4, 2)
-    rows = [{"row": i, "clip": "same", "bucket": "", "latents": "", "caption": ""} for i in range(3)]
-    assert len(CachedClips(cache, [*rows, {**rows[0], "clip": "other"}], split="held_out", held_out=1)) in (1, 3)
+    columns = {name: ["same"] * 4 for name in COLUMNS} | {"clip": ["same", "same", "same", "other"]}
+    assert len(CachedClips(cache, IndexRows(columns), split="held_out", held_out=1)) in (1, 3)
     with pytest.raises(ValueError, match="no clip is left for split=train: held_out=6 of 6"):
         CachedClips.open(cache, clips, max_bad=0, held_out=6)
     with pytest.raises(ValueError, match="split='test' is unknown"):

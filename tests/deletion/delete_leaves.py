@@ -24,6 +24,10 @@ LEAVES: dict[str, tuple[str, list[str]]] = {
         ["qvgen/initializers/svdquant.py", "conf/init/svdquant.yaml", "tests/initializers/test_svdquant.py"],
     ),
     "method=lsq": ("a training method", ["qvgen/methods/lsq.py", "conf/method/lsq.yaml"]),
+    "method=efficientdm": (
+        "a training method that adds to a layer",
+        ["qvgen/methods/efficientdm.py", "conf/method/efficientdm.yaml", "tests/methods/test_efficientdm.py"],
+    ),
     "model=cogvideox": (
         "a model family",
         ["qvgen/models/cogvideox*.py", "conf/model/cogvideox*.yaml", "tests/models/test_cogvideox.py"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from qvgen.deploy.export_files import write_files
 from qvgen.deploy.exported_model import convert, open_packed
 from qvgen.deploy.exporters.base import ExportFile
 from qvgen.deploy.exporters.bf16 import Bf16
+from qvgen.deploy.exporters.cache_dit import CacheDit
 from qvgen.deploy.manifest import file_sha256
 from qvgen.deploy.tensor_spool import TensorSpool
+from qvgen.layers.packed_linear import PackedLinear
 from tests.deploy.exporters.packed_models import save, tiny_wan
 
 
@@ -47,6 +51,29 @@ def test_a_conversion_keeps_its_layers_on_the_disk(tmp_path: Path) -> None:
     wanted = sum(tensor.double().sum() for tensor in model.all_tensors.values())
     assert len(kept) == len(model.all_tensors)
     assert float(sum(tensor.double().sum() for tensor in kept)) == pytest.approx(float(wanted), rel=1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedCacheDit(CacheDit):
+    """The target that makes most of a layer; it notes what is left of earlier layers when it is asked for the next one."""
+
+    made: list[weakref.ref[Tensor]]
+    left: list[int]
+
+    def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
+        """See the target."""
+        self.left.append(sum(tensor() is not None for tensor in self.made))
+        tensors = super().tensors(layer)
+        self.made.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
+
+def test_a_conversion_holds_one_layer_at_a_time(tmp_path: Path) -> None:
+    packed = save(tiny_wan(), tmp_path / "packed", profile="svdq_g64", bits="w4a4")
+    target = WatchedCacheDit(dtype="bfloat16", rank=16, made=[], left=[])
+    model = convert(open_packed(packed, names=None), target, spool=TensorSpool(tmp_path / "spool", small_bytes=0))
+    assert target.left == [0] * len(model.layers)
+    assert len(target.made) == 8 * len(model.layers)
 
 
 def test_the_bytes_are_those_of_safetensors(tmp_path: Path) -> None:

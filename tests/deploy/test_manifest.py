@@ -183,6 +183,11 @@ def first_layer(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: first_layer(c)["activation"].pop("bits"), "is malformed|lacks"),
         (lambda c: c["layers"].pop(0), "lacks the tensor 'condition_embedder.time_embedder.linear_1.weight'"),
         (lambda c: c["layers"].append(first_layer(c)), "does not fit the model's PackedLinear"),
+        (lambda c: c.update(guided=True), "timesteps of guided tables=None is no list"),
+        (
+            lambda c: c.update(guided=True, timesteps=[1.0, 2.0]),
+            "num_noise_bands=50 is not two for each of its 2 timesteps",
+        ),
         (lambda c: c.update(layers=[]), "it names no packed layer"),
     ],
 )

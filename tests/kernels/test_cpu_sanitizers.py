@@ -1,9 +1,9 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, and NEON under an emulator, against the reference.
 
 One build with both sanitizers and with AMX's tiles emulated (csrc/cpu/amx_tiles.h) runs random calls as in test_cpu.py
-on every x86 backend, prepack_driver.cpp prepacks, and fake_quantize_driver.cpp fake-quantizes; every tensor is an
-allocation of its exact size. A second one emulates AVX-512 too (avx512_emulation.h), so that its backends run on every x86
-processor. The 64-bit ARM build runs under qemu-user.
+on every x86 backend, and the other drivers do the rest of the library; every tensor is an allocation of its exact size.
+A second one emulates AVX-512 too (avx512_emulation.h), so that its backends run on every x86 processor. The 64-bit ARM
+build runs under qemu-user.
 """
 
 import platform
@@ -18,16 +18,18 @@ import pytest
 from qvgen_kernels import cpu_library
 from qvgen_kernels.cpu_build import SOURCE
 from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case, run_driver
+from tests.kernels.kept_build import kept_build
 from tests.kernels.layer import make_layer, make_rows
 
 pytestmark = pytest.mark.skipif(cpu_library.missing_reason() is not None, reason="no C++ compiler")
 SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DQV_AMX_EMULATE", "-Wno-psabi")
 EMULATED = (*SANITIZERS, "-DQV_AVX512_EMULATE", "-include", str(Path(__file__).with_name("avx512_emulation.h")))
 CROSS = "aarch64-linux-gnu-g++"
+DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search")
 
 
 def build(compiler, flags, folder, made=None):
-    """The drivers, each a program with all sources; the path of the first.
+    """Compile the drivers, each a program with all sources.
 
     Args:
         compiler: Of C++.
@@ -35,7 +37,7 @@ def build(compiler, flags, folder, made=None):
         folder: Where objects and programs are put.
         made: Folder of a build without the emulation of AVX-512: its objects of sources that have no AVX-512 are taken.
     """
-    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in ("cpu", "prepack", "fake_quantize")]
+    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in DRIVERS]
     sources = [*sorted(SOURCE.glob("*.cpp")), *drivers]
     common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
 
@@ -43,16 +45,29 @@ def build(compiler, flags, folder, made=None):
         if made is not None and not re.search("_mm512|AVX512", source.read_text()):
             return made / f"{source.stem}.o"
         target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *common, "-c", str(source), "-o", str(target)], check=True, timeout=300)
+        subprocess.run([compiler, *common, "-c", str(source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    programs = [folder / path.stem for path in drivers]
-    for driver, program in zip(objects[-3:], programs, strict=True):
-        linked = [*objects[:-3], driver]
-        subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(program)], check=True)
-    return str(programs[0])
+    for path, driver in zip(drivers, objects[-len(drivers) :], strict=True):
+        linked = [*objects[: -len(drivers)], driver]
+        subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(folder / path.stem)], check=True)
+
+
+def program(config, name, compiler, flags, made=None):
+    """The first driver as :func:`build` makes it, the others beside it; compiled again only where a source has changed."""
+    here = Path(__file__).parent
+    return str(
+        kept_build(
+            config,
+            name,
+            command=[compiler, *flags],
+            inputs=[*SOURCE.glob("*.*"), *here.glob("*.cpp"), *here.glob("*.h")],
+            make=lambda folder: build(compiler, flags, folder, made),
+        )
+        / "cpu_driver"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +79,7 @@ def cases():
     return [(case, case.expected()) for case in made]
 
 
-def sanitized_build(flags, folder, made=None):
+def sanitized_build(config, name, flags, made=None):
     probe = subprocess.run(
         ["g++", *SANITIZERS[1:2], "-x", "c++", "-", "-o", "/dev/null"],
         input=b"int main() {}",
@@ -73,17 +88,17 @@ def sanitized_build(flags, folder, made=None):
     )
     if platform.machine() != "x86_64" or probe.returncode:
         pytest.skip("this machine's g++ can't link the sanitizers")
-    return build("g++", flags, folder, made)
+    return program(config, name, "g++", flags, made)
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return sanitized_build(SANITIZERS, tmp_path_factory.mktemp("sanitized"))
+def sanitized(pytestconfig):
+    return sanitized_build(pytestconfig, "sanitized", SANITIZERS)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory, sanitized):
-    return sanitized_build(EMULATED, tmp_path_factory.mktemp("emulated"), Path(sanitized).parent)
+def emulated(pytestconfig, sanitized):
+    return sanitized_build(pytestconfig, "emulated", EMULATED, Path(sanitized).parent)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -121,11 +136,17 @@ def test_fake_quantization_touches_no_byte_too_far(sanitized, emulated):
         run_alone([program], "fake_quantize_driver")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_errors_of_ranges_are_those_of_the_definition_and_touch_no_byte_too_far(sanitized, emulated):
+    for program in (sanitized, emulated):
+        run_alone([program], "range_search_driver")
+
+
 @pytest.fixture(scope="module")
-def arm(tmp_path_factory):
+def arm(pytestconfig):
     if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
         pytest.skip(f"{CROSS} and qemu-aarch64 are not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    return build(CROSS, ("-O2", "-static", "-Wall", "-Wextra", "-Werror"), tmp_path_factory.mktemp("arm"))
+    return program(pytestconfig, "arm", CROSS, ("-O2", "-static", "-Wall", "-Wextra", "-Werror"))
 
 
 @pytest.mark.parametrize("variant", ["portable", "neon"])
@@ -141,6 +162,10 @@ def test_arm_prepacks_the_same_bytes(arm):
 
 def test_arm_fake_quantizes_without_an_error(arm):
     run_alone(["qemu-aarch64", arm], "fake_quantize_driver")
+
+
+def test_arm_computes_errors_of_ranges(arm):
+    run_alone(["qemu-aarch64", arm], "range_search_driver")
 
 
 def test_the_sources_never_contract_multiplications(arm):

@@ -20,28 +20,27 @@ from qvgen_kernels.cpu_build import BuildError, find_compiler
 from qvgen_kernels.cuda_int4 import backend, build, structures
 from qvgen_kernels.weight import CanonicalWeight
 from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case
+from tests.kernels.kept_build import kept_build
 from tests.kernels.layer import make_layer, make_rows
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(pytestconfig):
     """The emulation as a library; behaviour that C++ does not define ends the process."""
-    path = tmp_path_factory.mktemp("cuda") / "emulated.so"
     flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-    command = [
-        *find_compiler(),
-        *flags,
-        f"-I{build.SOURCE}",
-        f"-I{HERE}",
-        str(HERE / "cuda_driver.cpp"),
-        "-o",
-        str(path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [*find_compiler(), *flags, f"-I{build.SOURCE}", f"-I{HERE}"]
+
+    def make(folder):
+        driver = str(HERE / "cuda_driver.cpp")
+        command_line = [*command, driver, "-o", str(folder / "emulated.so")]
+        done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    read = [*build.SOURCE.glob("*.*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")]
+    path = kept_build(pytestconfig, "cuda", command=command, inputs=read, make=make) / "emulated.so"
     library = ctypes.CDLL(str(path))
     library.quantize_size.restype = library.multiply_size.restype = ctypes.c_int64
     assert library.quantize_size() == ctypes.sizeof(structures.CQuantize)

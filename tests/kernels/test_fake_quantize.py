@@ -4,6 +4,7 @@ Their bits in a layer, over all grids, are held in tests/layers/test_fused_produ
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,9 +91,10 @@ def test_this_torch_adds_as_the_library_does():
         (torch.zeros(2, 28), RowSpec(kind="dynamic", qmin=0, qmax=7, zero_point="integer", group=7), "groups of 7"),
         (
             torch.zeros(1, 40).expand(1 << 20, 40),
-            RowSpec(kind="dynamic", qmin=0, qmax=1 << 20, zero_point="real", group=40),
+            RowSpec(kind="learned", qmin=0, qmax=1 << 20, zero_point="real", group=40),
             "order",
         ),
+        (torch.zeros(2, 40), replace(DYNAMIC, zero_point="real"), "need not contain 0"),
     ],
 )
 def test_a_reason_is_given(x, spec, reason):

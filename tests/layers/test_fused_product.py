@@ -73,7 +73,9 @@ def draw_layer(draw):
     rows = layer.weight.detach().unflatten(-1, (layer.weight_quantizer.scale.shape[1], -1))
     scale = (rows.amax(-1) - rows.amin(-1)) / profile.weight.qmax * 0.8 + 1e-4
     scale[0] = -1e-9
-    layer.weight_quantizer.start_from_(scale, torch.rand_like(scale) * profile.weight.qmax * 1.1 - 0.2)
+    zero = torch.rand_like(scale) * profile.weight.qmax * 1.1 - 0.2
+    zero[1], zero[2] = -7.3, -60000.4  # as real zero points of rows that do not contain 0
+    layer.weight_quantizer.start_from_(scale, zero)
     if layer.phi is not None:
         layer.start_phi_(generator=torch.Generator().manual_seed(0))
         layer.phi.rank_gate.mul_(0.7)
@@ -83,6 +85,7 @@ def draw_layer(draw):
         layer.set_static_(timesteps=TIMESTEPS, scale=torch.tensor([0.1, 0.2]), zero_point=torch.tensor([3.2, 1.7]))
     if draw.random() < 0.3:
         layer.set_branch_(torch.randn(4, columns), torch.randn(linear.out_features, 4))
+    layer.through_zero_point = draw.random() < 0.6
     layer.noise_band.set_timestep(torch.tensor(TIMESTEPS))
     return layer
 

@@ -179,3 +179,27 @@ def test_the_tail_keeps_the_rank() -> None:
     assert [constant.at(step).gate for step in (0, 5)] == [(1.0,) * 4] * 2
     with pytest.raises(ValueError, match=r"phi.keep_rank=4 must be in 0..3, below the last of phi.ranks=\[4\]"):
         replace(KEPT, kept=4)
+
+
+def test_a_phi_on_the_input_is_the_same_product_and_goes_away() -> None:
+    """``phi.input=full`` without ``keep``: the branch's forward and backward pass while it has rank; no branch after that."""
+    kept, layer = (kept_layer(smoothed=True, rotation=16) for _ in range(2))
+    layer.phi.keep, layer.phi.on_input = False, True
+    x, grad = make_rows(), torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(5))
+    outputs = [one(x) for one in (kept, layer)]
+    assert torch.equal(*outputs)
+    published = kept_layer(smoothed=True, rotation=16)
+    published.phi.keep = False
+    with torch.no_grad():
+        assert not torch.equal(published(x), outputs[0])  # on Q(X) it is another product
+    for y in outputs:
+        y.backward(grad)
+    for (name, one), other in zip(kept.named_parameters(), layer.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+    with pytest.raises(ValueError, match="Phi still has rank 4"):
+        PackedLinear.from_fake_quant(layer)
+    layer.phi.advance_(DecayState(rank=0, gate=(), annealed=0.0))
+    packed = PackedLinear.from_fake_quant(layer, kernel="reference")
+    assert packed.form.branch_rank == 0
+    with torch.no_grad():
+        assert torch.equal(packed(x), layer(x))

@@ -20,6 +20,7 @@ from qvgen.lowrank.decay import DecaySchedule, halving_ranks
         (32, 0.75, (32, 8, 2)),
         (32, 1.0, (32,)),
         (3, 0.01, (3, 2, 1)),
+        (32, 0.0, (32,)),
     ],
 )
 def test_ranks_of_the_ablations(rank, share, ranks):
@@ -40,9 +41,9 @@ def test_ranks_that_are_not_positive_are_refused(rank):
         halving_ranks(rank, decay=0.5)
 
 
-@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("share", [-0.5, 1.5, float("nan")])
 def test_shares_outside_are_refused(share):
-    with pytest.raises(ValueError, match=rf"phi.decay={share} is outside \(0, 1\]"):
+    with pytest.raises(ValueError, match=rf"phi.decay={share} is outside \[0, 1\]"):
         halving_ranks(8, decay=share)
 
 
@@ -51,8 +52,8 @@ schedules = st.builds(
     st.lists(st.integers(1, 64), min_size=1, max_size=6, unique=True).map(lambda r: tuple(sorted(r, reverse=True))),
     st.integers(0, 90),
     st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]),
-    st.sampled_from(["cosine", "linear"]),
-    st.sampled_from(["smallest", "largest"]),
+    st.sampled_from(["cosine", "linear", "step"]),
+    st.sampled_from(["smallest", "largest", "random"]),
 )
 
 
@@ -77,10 +78,18 @@ def test_every_step_of_any_schedule(drawn):
         last = len(phase) - 1
         for index, state in enumerate(phase):
             share = index / last if last else 1.0
-            u = (1 + math.cos(math.pi * share)) / 2 if anneal == "cosine" else 1 - share
+            shapes = {
+                "cosine": (1 + math.cos(math.pi * share)) / 2,
+                "linear": 1 - share,
+                "step": float(2 * index < last),
+            }
+            u = shapes[anneal]
             assert state.annealed == pytest.approx(u, abs=1e-15)
             fading = (state.annealed,) * (state.rank - kept)
-            assert state.gate == ((1.0,) * kept + fading if drop == "smallest" else fading + (1.0,) * kept)
+            if drop == "random":
+                assert sorted(state.gate) == sorted((1.0,) * kept + fading)
+            else:
+                assert state.gate == ((1.0,) * kept + fading if drop == "smallest" else fading + (1.0,) * kept)
         values = [state.annealed for state in phase]
         assert values == sorted(values, reverse=True)
         assert values[-1] == 0.0  # exactly, before the columns are dropped
@@ -110,8 +119,8 @@ def test_golden_schedule():
         ({"tail_share": 1.0}, r"phi.tail_share=1.0 is outside \[0, 1\)"),
         ({"tail_share": -0.1}, r"phi.tail_share=-0.1 is outside \[0, 1\)"),
         ({"tail_share": float("nan")}, r"phi.tail_share=nan is outside"),
-        ({"anneal": "step"}, "phi.anneal='step' is unknown; use cosine or linear"),
-        ({"drop": "middle"}, "phi.drop='middle' is unknown; use smallest or largest"),
+        ({"anneal": "square"}, "phi.anneal='square' is unknown; use cosine, linear or step"),
+        ({"drop": "middle"}, "phi.drop='middle' is unknown; use smallest, largest or random"),
         ({"num_steps": 2}, "steps=2 with phi.tail_share=0.1 leave 1 steps for 2 phases"),
         ({"num_steps": 0}, "steps=0 with"),
     ],
@@ -124,3 +133,20 @@ def test_bad_schedules_are_refused(options, message):
 def test_steps_before_the_first_are_refused():
     with pytest.raises(ValueError, match="step=-1 is negative"):
         DecaySchedule(ranks=(4, 2), num_steps=20, tail_share=0.1).at(-1)
+
+
+def test_random_columns_are_of_the_layer_and_the_phase_alone():
+    """The same ones in all steps of a phase and in every process; each column as likely to go as another."""
+    plan = DecaySchedule(ranks=(8, 4), num_steps=40, tail_share=0.1, drop="random")
+    layers = [f"blocks.{index}.to_q" for index in range(200)]
+    gone = {layer: {i for i, gate in enumerate(plan.at(3, layer=layer).gate) if gate < 1} for layer in layers}
+    assert all(len(columns) == 4 for columns in gone.values())
+    for step in range(1, plan.boundaries[1]):
+        for layer in layers[:5]:
+            gates = plan.at(step, layer=layer).gate
+            assert {i for i, gate in enumerate(gates) if gate < 1} == gone[layer]
+    assert sorted(gone["blocks.0.to_q"]) == [2, 3, 4, 5]  # of digests: the same on every machine
+    counts = [sum(column in columns for columns in gone.values()) for column in range(8)]
+    assert all(70 <= count <= 130 for count in counts)  # 100 expected, 7 the standard deviation
+    second = [plan.at(plan.boundaries[1], layer=layer) for layer in layers]
+    assert {state.rank for state in second} == {4}

@@ -43,8 +43,8 @@ def test_it_starts_as_the_best_approximation():
     assert repr(phi) == f"Phi(rank={RANK}/{RANK}, out={ROWS}, in={COLUMNS})"
 
 
-@pytest.mark.parametrize("drop", ["smallest", "largest"])
-@pytest.mark.parametrize("anneal", ["cosine", "linear"])
+@pytest.mark.parametrize("drop", ["smallest", "largest", "random"])
+@pytest.mark.parametrize("anneal", ["cosine", "step"])
 def test_dropping_closed_columns_keeps_the_weight(drop, anneal):
     """Through every boundary: the gate is exactly 0 first, W_phi moves by at most 1e-6, storage stays the same."""
     plan = DecaySchedule(ranks=(8, 4, 2, 1), num_steps=40, tail_share=0.1, anneal=anneal, drop=drop)
@@ -138,3 +138,31 @@ def test_ranks_that_do_not_fit_are_refused(rank):
     with pytest.raises(ValueError, match=f"phi.rank={rank} is outside 1..48 for a Linear 64 -> 48"):
         Phi(out_features=ROWS, in_features=COLUMNS, rank=rank)
     assert [Phi(out_features=ROWS, in_features=COLUMNS, rank=rank).capacity for rank in (1, 48)] == [1, 48]
+
+
+def started(start):
+    phi = Phi(out_features=ROWS, in_features=COLUMNS, rank=RANK)
+    phi.start = start
+    phi.start_from_(draw(ROWS, COLUMNS), generator=torch.Generator().manual_seed(3))
+    return phi
+
+
+def test_a_random_start_is_as_large_as_the_best_one_and_points_elsewhere():
+    best, phi = exact_weight(make_phi()), started("random")
+    found = exact_weight(phi)
+    assert found.norm().item() == pytest.approx(best.norm().item(), rel=1e-5)  # randomized SVD
+    angle = (found * best).sum() / best.norm() / found.norm()
+    assert abs(angle) < 0.1  # of random directions in 3072 dimensions: about 0.02
+    singular = torch.linalg.svdvals(found)[:RANK]
+    sizes = phi.left.detach().double().norm(dim=0) * phi.right.detach().double().norm(dim=1)
+    torch.testing.assert_close(sizes, singular, rtol=1e-5, atol=0)  # sorted, and split into columns that are orthogonal
+    assert all(torch.equal(a, b) for a, b in zip(phi.parameters(), started("random").parameters(), strict=True))
+
+
+def test_a_start_of_zero_changes_nothing_and_has_a_gradient():
+    phi, drawn = started("zero"), started("random")
+    assert (phi.weight() == 0).all()
+    assert torch.equal(phi.right, drawn.right)
+    assert (phi.rank, int(phi.active_rank)) == (RANK, RANK)
+    phi.weight().backward(draw(ROWS, COLUMNS, seed=3))
+    assert phi.left.grad.abs().min() > 0

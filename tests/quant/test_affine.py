@@ -134,14 +134,16 @@ def test_codes_and_scales_match_the_float64_oracle(zero_point, scale_dtype, clip
         for m, row in enumerate(x.double().numpy()):
             options = {"bits": bits, "kind": zero_point}
             clip = dict(zip(("clip_low", "clip_high"), map(float, torch.tensor(clips)), strict=True))
+            if zero_point == "real" and clips != (1.0, 1.0) and not min(row) <= 0 <= max(row):
+                continue  # clips are of activations, which have no real zero points: ends of one sign cancel
             plain, _ = oracles.choose_qparams(row, **options, **clip)
             s, z = oracles.choose_qparams(row, **options, **clip, scale_dtype=scale_dtype)
             if oracles.scale_tie_distance(plain, scale_dtype) < 1e-3:
                 continue  # which 16-bit neighbour is nearer is decided by float32 rounding
             # Two float32 operations (clip, subtract or divide) of half an ulp each, then none or an exact cast.
             assert abs(scale[m].item() - s) <= 2 * 2.0**-23 * s
-            # -lo/s: up to 2^8, four float32 roundings.
-            tolerance = 0.0 if zero_point != "real" else 2.0**8 * 4 * 2.0**-24
+            # -lo/s: up to 2^8, or what a row's distance from 0 makes of it; four float32 roundings.
+            tolerance = 0.0 if zero_point != "real" else max(2.0**8, abs(z)) * 4 * 2.0**-24
             low = min(0.0, *row) * clip["clip_low"]
             if zero_point == "integer" and oracles.tie_distance(np.array([low]), s, 0.0, kind="integer") < 1e-3:
                 continue
@@ -159,7 +161,7 @@ def test_codes_and_scales_match_the_float64_oracle(zero_point, scale_dtype, clip
             bound = s * (np.abs(expected - z) * 4 * 2.0**-23 + tolerance) + 1e-37
             true = oracles.fake_quantize(row, s, z, **options)
             assert (np.abs(values[m].double().numpy() - true)[sure] <= bound[sure]).all()
-    assert compared > 0.9 * 7 * x.numel()
+    assert compared > 0.6 * 7 * x.numel()
 
 
 def test_golden_values_of_a_tiny_example():
@@ -243,8 +245,8 @@ def test_monotone_few_levels_and_near(granularity, zero_point):
         assert (row_values.gather(-1, order).diff(dim=-1) >= 0).all()
         assert all(len(row.unique()) <= grid.qmax - grid.qmin + 1 for row in row_values.reshape(-1, group))
         inside = (x >= s * (grid.qmin - z)) & (x <= s * (grid.qmax - z))
-        # Half a step; x * (1/s) is off by two float32 roundings of at most 2^8 codes.
-        assert ((values - x).abs() <= s * (0.5 + 2.0**8 * 2.0**-22))[inside].all()
+        # Half a step; x * (1/s) is off by two float32 roundings of at most 2^8 codes and the zero point.
+        assert ((values - x).abs() <= s * (0.5 + (2.0**8 + z.abs()) * 2.0**-22))[inside].all()
 
 
 @pytest.mark.parametrize("zero_point", ["integer", "none"])
@@ -265,7 +267,10 @@ def test_special_rows_are_finite_and_sane(zero_point, scale_dtype):
         assert values.isfinite().all()
         assert scale.isfinite().all()
         assert (scale >= torch.tensor(MIN_SCALE)).all()
-        assert ((zero >= 0) & (zero <= 2**bits - 1)).all()
+        if zero_point == "real":
+            assert (zero.abs() <= 2.0**17).all()
+        else:
+            assert ((zero >= 0) & (zero <= 2**bits - 1)).all()
         assert (values[1] == 0).all()
         # A constant is an end of its range: one rounding of the 16-bit scale (2^-8) is all that is lost.
         for row in (2, 3):
@@ -346,3 +351,70 @@ def test_16_bit_scales_are_numbers_of_their_dtype():
         for kind in KINDS:
             scale = choose_qparams(x, grid=make_grid(4, "per_token", kind, dtype))[0]
             assert torch.equal(scale.to(getattr(torch, dtype)).float(), scale)
+
+
+# --------------------------------------------------------------------------- rows that do not contain 0
+
+
+def range_with_zero(x, grid):
+    """Scale and zero point of rows whose ranges are made to contain 0, written out for groups of the last dimension."""
+    rows = x.unflatten(-1, (-1, 8)) if grid.granularity == "per_group" else x[..., None, :]
+    low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
+    scale = ((high - low) / torch.tensor(float(grid.qmax))).clamp(min=MIN_SCALE)
+    scale = scale.to(grid.torch_scale_dtype).float()
+    if grid.scale_dtype == "float16":
+        scale = scale.clamp(2.0**-14, 65504.0)
+    zero = -low * (1.0 / scale)
+    return scale, (zero.round() if grid.zero_point == "integer" else zero).clamp(0, grid.qmax)
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_a_row_that_contains_zero_has_the_same_bits_and_every_row_with_an_integer_zero_point(granularity, scale_dtype):
+    x = make_rows(seed=5)
+    x = torch.cat([x, x.clamp(min=0), x.clamp(max=0), x.abs() + 0.1])
+    contain = 0
+    for bits, kind in itertools.product(range(2, 9), ("integer", "real")):
+        grid = make_grid(bits, granularity, kind, scale_dtype)
+        scale, zero = choose_qparams(x, grid=grid)
+        old_scale, old_zero = range_with_zero(x, grid)
+        groups = x.unflatten(-1, (scale.shape[1], -1))
+        same = (groups.amin(-1) <= 0) & (groups.amax(-1) >= 0)
+        contain += int(same.sum())
+        same |= kind == "integer"
+        assert torch.equal(bits_of(scale[same]), bits_of(old_scale[same]))
+        assert torch.equal(zero[same], old_zero[same])
+        codes = quantize(x, scale=scale, zero_point=zero, grid=grid).unflatten(-1, (scale.shape[1], -1))
+        old = quantize(x, scale=old_scale, zero_point=old_zero, grid=grid).unflatten(-1, (scale.shape[1], -1))
+        assert torch.equal(codes[same], old[same])
+    assert contain > 300
+
+
+def test_a_row_without_zero_has_all_codes_for_itself_with_a_real_zero_point():
+    """1 .. 2.5 on 2 bits: s = 1/2, z = -2; made to contain 0 it had s = 2.5/3. -2.5 .. -1: s = 1/2, z = 5."""
+    x = torch.tensor([[1.0, 1.5, 2.1, 2.5], [-2.5, -2.0, -1.6, -1.0]])
+    values, scale, zero = grid_values(x, make_grid(2, zero_point="real"))
+    assert (scale.tolist(), zero.tolist()) == ([[0.5], [0.5]], [[-2.0], [5.0]])
+    assert values.tolist() == [[1.0, 1.5, 2.0, 2.5], [-2.5, -2.0, -1.5, -1.0]]
+    x = torch.rand(20, WIDTH, generator=torch.Generator().manual_seed(0)) + 2
+    for bits in range(2, 9):
+        grid = make_grid(bits, zero_point="real")
+        old_scale, old_zero = range_with_zero(x, grid)
+        values, scale, zero = grid_values(x, grid)
+        before = fake_quantize(x, scale=old_scale, zero_point=old_zero, grid=grid)
+        assert (zero < -grid.qmax).all()
+        assert (scale < old_scale / 2.5).all()  # the range is 1 and was 3
+        assert (values - x).square().sum() < 0.25 * (before - x).square().sum()
+
+
+def test_a_row_far_from_zero_keeps_its_offset():
+    """Spreads down to none beside an offset: the error is half a step, or 2^-17 of the offset where that is more."""
+    spread = torch.linspace(-1, 1, WIDTH)
+    for offset, size, bits in itertools.product((1e-6, 1.0, -3e4, 1e20), (0.0, 1e-7, 1e-5, 1e-3, 0.5), (2, 4, 8)):
+        x = (offset * (1 + size * spread))[None]
+        values, scale, zero = grid_values(x, make_grid(bits, zero_point="real"))
+        assert zero.abs().item() <= 2.0**17
+        step = max(2 * abs(offset) * size / (2**bits - 1), abs(offset) * 2.0**-16, MIN_SCALE)
+        assert scale.item() == pytest.approx(step, rel=1e-2)
+        # Two roundings of numbers of the offset's size besides.
+        assert (values - x).abs().max() <= 0.51 * step * (1 + size) + abs(offset) * 2.0**-22

@@ -99,7 +99,11 @@ def test_special_rows_are_finite_and_change_no_other(kind):
                 assert torch.equal(getattr(after, name)[others], getattr(before, name)[others])
             assert after.scale.isfinite().all()
             assert (after.scale > 0).all()
-            assert ((after.zero_point >= 0) & (after.zero_point <= grid.qmax)).all()
+            free = kind == "real" and value in (0.5, -0.5, 1e-30)  # the row does not contain 0
+            inside = (after.zero_point >= 0) & (after.zero_point <= grid.qmax)
+            assert inside[others if free else slice(None)].all()
+            if free:
+                assert after.zero_point[3].abs() <= 2.0**17
             if value == 0.0 and kind != "real":
                 assert after.errors[-1, 3] == 0
 
@@ -117,7 +121,10 @@ def test_any_weight(values, bits, kind):
     assert found.scale.shape == found.zero_point.shape == (len(weight), 1)
     assert found.scale.isfinite().all()
     assert (found.scale > 0).all()
-    assert ((found.zero_point >= 0) & (found.zero_point <= grid.qmax)).all()
+    contains = (weight.amin(-1) <= 0) & (weight.amax(-1) >= 0) if kind == "real" else slice(None)
+    inside = (found.zero_point >= 0) & (found.zero_point <= grid.qmax)
+    assert inside[contains].all()
+    assert (found.zero_point.abs() <= 2.0**17).all()
     assert (found.errors.diff(dim=0) <= 0).all()
     assert torch.equal(found.codes, quantize(weight, scale=found.scale, zero_point=found.zero_point, grid=grid))
 
@@ -128,3 +135,13 @@ def test_more_rows_than_a_chunk_and_other_dtypes():
     assert torch.equal(found.scale[16:], alone.scale)
     assert torch.equal(found.codes[16:], alone.codes)
     assert found.errors.shape[1:] == (18, 1)
+
+
+def test_a_row_without_zero_is_refined_on_its_own_range_with_a_real_zero_point():
+    weight = make_weight() + torch.tensor([0.0, 3.0, -3.0, 0.0, 9.0, 0.0])[:, None]
+    moved = torch.tensor([False, True, True, False, True, False])
+    for bits in (2, 3, 4):
+        real, whole = (refine_grid(weight, grid=make_grid(bits, kind)) for kind in ("real", "integer"))
+        outside = (real.zero_point < 0) | (real.zero_point > 2**bits - 1)
+        assert torch.equal(outside.flatten(), moved)
+        assert (real.errors[-1][moved] < 0.9 * whole.errors[-1][moved]).all()

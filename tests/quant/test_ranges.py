@@ -8,6 +8,7 @@ from qvgen.quant import ranges
 from qvgen.quant.affine import choose_qparams, clipped_range, fake_quantize, qparams_from_range
 from qvgen.quant.grid import Grid
 from qvgen.quant.ranges import EXPONENT, NUM_CANDIDATES, search_qparams
+from qvgen_kernels.cpu_library import missing_reason
 from tests import oracles
 
 KINDS = ("integer", "real", "none")
@@ -128,13 +129,20 @@ def test_shapes_types_and_an_untouched_input():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group", [None, 64])
-def test_leaving_hopeless_candidates_out_changes_no_bit(kind, bits, group, monkeypatch):
-    """Against the walk over all 80; and some are left out, or the test would say nothing."""
+@pytest.mark.parametrize("way", ["compare_few", "walk"])
+def test_leaving_hopeless_candidates_out_changes_no_bit(kind, bits, group, way, monkeypatch):
+    """Against all 80, with the kernels' approximate errors and without; and some are left out, or it would say nothing."""
+    if way == "walk":
+        monkeypatch.setattr(ranges, "refusal", lambda rows: "no compiler")
+    elif missing_reason() is not None:
+        pytest.skip(missing_reason())
     grid = make_grid(bits, kind, group)
     weight = torch.cat([make_weight(40, 256), torch.randn(40, 256, generator=torch.Generator().manual_seed(1))])
     weight[3] = 0
     weight[4] = 1e20
     weight[5, 1:] = 0
+    weight[6] *= 1e-13
+    weight[7, 3] = torch.nan
     found = search_qparams(weight, grid=grid)
     rows = weight.reshape(-1, group or 256)
     low, high = clipped_range(rows, grid=grid)
@@ -147,16 +155,33 @@ def test_leaving_hopeless_candidates_out_changes_no_bit(kind, bits, group, monke
             expected[side] = torch.where(error < best, pair[side], expected[side])
         best = torch.minimum(best, error)
     for side in (0, 1):
-        assert torch.equal(found[side].reshape(-1, 1), expected[side])
+        torch.testing.assert_close(found[side].reshape(-1, 1), expected[side], rtol=0, atol=0, equal_nan=True)
 
     whole = []
     plain = ranges._errors
 
     def counted(part, *rest):
-        whole.append(part.shape[-1] == (group or 256))
+        whole.append(len(part) if part.shape[-1] == (group or 256) else 0)
         return plain(part, *rest)
 
     monkeypatch.setattr(ranges, "_errors", counted)
     search_qparams(weight[10:14], grid=grid)
     if bits > 2:
-        assert sum(whole) < NUM_CANDIDATES
+        assert sum(whole) < NUM_CANDIDATES * 4 * (256 // (group or 256)) * (0.2 if way == "compare_few" else 1)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_rows_that_do_not_contain_zero_are_searched_on_their_own_range(group):
+    """With a real zero point; both ways of searching choose the same bits, and lose a fraction of what they lost."""
+    weight = make_weight(rows=9) + torch.tensor([3.0, -3.0, 500.0])[:, None].repeat(3, 1)
+    for bits in (2, 4, 8):
+        grid, whole = make_grid(bits, "real", group), make_grid(bits, "integer", group)
+        scale, zero = search_qparams(weight, grid=grid)
+        rows = weight.reshape(-1, group or weight.shape[1])
+        walked = ranges._walk(rows, *clipped_range(rows, grid=grid), grid)
+        assert torch.equal(scale.reshape(-1, 1), walked[0])
+        assert torch.equal(zero.reshape(-1, 1), walked[1])
+        before = row_errors(weight, *search_qparams(weight, grid=whole), whole)
+        after = row_errors(weight, scale, zero, grid)
+        assert (after < before).all()
+        assert after.sum() < 0.2 * before.sum()

@@ -117,12 +117,13 @@ def test_the_oracle_is_the_derivative_of_the_frozen_function(kind):
 # --------------------------------------------------------------------------- dynamic range
 
 
-def dynamic_oracle(row, grad, clip_low, clip_high, grid):
+def dynamic_oracle(row, grad, clip_low, clip_high, grid, *, through_zero_point=True):
     """Gradients of one row and its two clips in float64."""
     leaves = [row.clone().requires_grad_(), *(torch.as_tensor(float(c)).double() for c in (clip_low, clip_high))]
     for leaf in leaves[1:]:
         leaf.requires_grad_()
     options = {"bits": grid.bits, "kind": grid.zero_point, "scale_dtype": grid.scale_dtype}
+    options |= {"through_zero_point": through_zero_point}
     values = [oracles.ste_dynamic_fake_quantize(part, *leaves[1:], **options) for part in parts(leaves[0], grid)]
     torch.cat(values).backward(grad)
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -146,7 +147,8 @@ def far_from_ties(row, clip_low, clip_high, grid):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularity", ["per_token", "per_group"])
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
-def test_dynamic_gradients_match_float64_autograd(kind, granularity, scale_dtype):
+@pytest.mark.parametrize("through", [True, False])
+def test_dynamic_gradients_match_float64_autograd(kind, granularity, scale_dtype, through):
     """With the path through minimum and maximum, for two-sided and one-sided rows."""
     compared = 0
     for bits in range(2, 9):
@@ -154,13 +156,13 @@ def test_dynamic_gradients_match_float64_autograd(kind, granularity, scale_dtype
         x, grad = draw(8, seed=bits), draw(8, seed=bits + 100)
         x[2], x[3] = x[2].abs(), -x[3].abs()
         clips = [torch.linspace(0.7, 0.95, 8)[:, None], torch.linspace(0.9, 0.6, 8)[:, None]]
-        got = dynamic_fake_quantize_backward(grad, x, clip_low=clips[0], clip_high=clips[1], grid=grid)
+        got = dynamic_fake_quantize_backward(grad, x, clips=(clips[0], clips[1]), grid=grid, through_zero_point=through)
         for m, row in enumerate(x.double()):
             low, high = (clip[m].item() for clip in clips)
             if not far_from_ties(row, low, high, grid):
                 continue
             compared += 1
-            expected = dynamic_oracle(row, grad[m].double(), low, high, grid)
+            expected = dynamic_oracle(row, grad[m].double(), low, high, grid, through_zero_point=through)
             # An extreme collects ds / qmax, and ds sums up to 2^bits codes times 24 gradients.
             bound = 1e-5 * grad[m].abs().sum()
             assert (got[0][m].double() - expected[0]).abs().max() <= bound
@@ -171,8 +173,12 @@ def test_dynamic_gradients_match_float64_autograd(kind, granularity, scale_dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_path_through_the_range_is_a_derivative_too(kind):
-    """Finite differences of s(x), z(x) composed with the frozen function: the oracle's dynamic gradient."""
+@pytest.mark.parametrize("through", [True, False])
+def test_the_path_through_the_range_is_a_derivative_too(kind, through):
+    """Finite differences of s(x), z(x) composed with the frozen function: the oracle's dynamic gradient, and ours.
+
+    Where the gradient stops at the zero point, the function is the one whose z stays what it is at the point.
+    """
     generator = np.random.default_rng(11)
     bits, clips = 3, (0.8, 0.7)
     x, grad = generator.normal(size=9), generator.normal(size=9)
@@ -192,16 +198,41 @@ def test_the_path_through_the_range_is_a_derivative_too(kind):
 
     def loss(point):
         s, z = qparams(point)
-        moved = z - real_zero + zero  # the rounding error of z is frozen as well
+        moved = z - real_zero + zero if through else zero  # the rounding error of z is frozen as well
         at = (x, scale, zero)
         return grad @ oracles.surrogate_fake_quantize(point[:-2], s, moved, at=at, bits=bits, kind=kind)
 
     expected = oracles.finite_difference(loss, start)
-    got = dynamic_oracle(torch.from_numpy(x), torch.from_numpy(grad), *clips, make_grid(bits, kind))
+    grid, inputs = make_grid(bits, kind), (torch.from_numpy(x), torch.from_numpy(grad))
+    got = dynamic_oracle(*inputs, *clips, grid, through_zero_point=through)
     got = torch.cat([value.reshape(-1) for value in got]).numpy()
     if kind == "none":
         assert expected[-2] == 0
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)  # curvature of 1/s times step^2
+    rows, factors = ([value.float()[None] for value in inputs], [torch.full((1, 1), clip) for clip in clips])
+    ours = dynamic_fake_quantize_backward(
+        rows[1], rows[0], clips=(factors[0], factors[1]), grid=grid, through_zero_point=through
+    )
+    assert_near(torch.cat([value.reshape(-1) for value in ours]), expected)
+
+
+def test_a_gradient_that_stops_at_the_zero_point_is_another_one():
+    """By hand: s = 1, z = 1 from -1..2 on codes 0..3, x = -1, 0, 2, 0.25; g = 0, 0, 0, 3: only 0.25 -> 0 has an error.
+
+    ds = 3 (0 - 0.25) = -0.75, dz = 0 as nothing is clamped: the same either way. With the maximum clipped to 1 (s = 2/3,
+    z = 1.5, rounded to 2) the code of 2 is clamped from 5 to 3: with g = 1 there ds = 3 - 2 = 1 and dz = -s = -2/3,
+    which adds dz lo / s^2 = 1.5 to ds and -dz / s = 1 to dlo.
+    """
+    x, grad = torch.tensor([[-1.0, 0.0, 2.0, 0.25]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    clips = torch.ones(1, 1), torch.full((1, 1), 0.5)
+    through, stopped = (
+        dynamic_fake_quantize_backward(grad, x, clips=clips, grid=make_grid(2), through_zero_point=through)
+        for through in (True, False)
+    )
+    torch.testing.assert_close(through[2], torch.tensor([[2 * 2.5 / 3]]))
+    torch.testing.assert_close(stopped[2], torch.tensor([[2 * 1.0 / 3]]))
+    torch.testing.assert_close(through[1], torch.tensor([[-(1 - 2.5 / 3)]]))
+    torch.testing.assert_close(stopped[1], torch.tensor([[1.0 / 3]]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,7 +243,7 @@ def test_equal_extremes_share_evenly(kind):
     grid = make_grid(3, kind)
     low, high = clips.double().flatten().tolist()
     assert far_from_ties(x[0].double(), low, high, grid)
-    got = dynamic_fake_quantize_backward(grad, x, clip_low=clips[:1], clip_high=clips[1:], grid=grid)
+    got = dynamic_fake_quantize_backward(grad, x, clips=(clips[:1], clips[1:]), grid=grid)
     expected = dynamic_oracle(x[0].double(), grad[0].double(), low, high, grid)
     for value, true in zip(got, expected, strict=True):
         assert_near(value.reshape(true.shape), true)
@@ -227,7 +258,7 @@ def test_no_gradient_through_a_scale_at_its_floor(kind, scale_dtype):
     x, grad = draw(3, seed=4) * float(floor) * 0.1, draw(3, seed=5)
     x[2] = 0.0
     ones = torch.ones(3, 1)
-    got = dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=grid)
+    got = dynamic_fake_quantize_backward(grad, x, clips=(ones, ones), grid=grid)
     scale, zero = choose_qparams(x, grid=grid, clip_low=ones, clip_high=ones)
     torch.testing.assert_close(scale, torch.full_like(scale, float(floor)), rtol=1e-6, atol=0.0)
     assert torch.equal(zero.round(), torch.zeros_like(zero))
@@ -247,15 +278,15 @@ def test_no_gradient_through_a_scale_at_its_floor(kind, scale_dtype):
 def test_a_disturbed_token_changes_no_other_gradient(kind, granularity):
     grid = make_grid(4, kind, granularity)
     x, grad = draw(6, seed=6), draw(6, seed=7)
-    clips = {"clip_low": torch.full((6, 1), 0.9), "clip_high": torch.full((6, 1), 0.8)}
+    clips = torch.full((6, 1), 0.9), torch.full((6, 1), 0.8)
     scale, zero = choose_qparams(x, grid=grid)
     others = torch.arange(6) != 2
-    before = dynamic_fake_quantize_backward(grad, x, grid=grid, **clips)
+    before = dynamic_fake_quantize_backward(grad, x, grid=grid, clips=clips)
     learned = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
     for value, grad_value in itertools.product((0.0, 1e30, -3.0, float("nan")), (0.0, 1e30, float("inf"))):
         x_new, grad_new = x.clone(), grad.clone()
         x_new[2], grad_new[2] = value, grad_value
-        after = dynamic_fake_quantize_backward(grad_new, x_new, grid=grid, **clips)
+        after = dynamic_fake_quantize_backward(grad_new, x_new, grid=grid, clips=clips)
         after_learned = fake_quantize_backward(grad_new, x_new, scale=scale, zero_point=zero, grid=grid)
         for old, new in zip((*before, *learned), (*after, *after_learned), strict=True):
             assert torch.equal(old[others], new[others])
@@ -274,7 +305,7 @@ def test_special_rows_have_finite_gradients(kind):
     )
     grad, ones = draw(5, seed=8), torch.ones(5, 1) * 0.95
     for bits in range(2, 9):
-        for value in dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=make_grid(bits, kind)):
+        for value in dynamic_fake_quantize_backward(grad, x, clips=(ones, ones), grid=make_grid(bits, kind)):
             assert value.isfinite().all()
 
 
@@ -282,12 +313,11 @@ def test_leading_dimensions_and_per_tensor():
     x, grad = draw(6, seed=9), draw(6, seed=10)
     ones = torch.ones(6, 1)
     grid = make_grid(4)
-    flat = dynamic_fake_quantize_backward(grad, x, clip_low=ones, clip_high=ones, grid=grid)
+    flat = dynamic_fake_quantize_backward(grad, x, clips=(ones, ones), grid=grid)
     shaped = dynamic_fake_quantize_backward(
         grad.reshape(2, 3, WIDTH),
         x.reshape(2, 3, WIDTH),
-        clip_low=ones.reshape(2, 3, 1),
-        clip_high=ones.reshape(2, 3, 1),
+        clips=(ones.reshape(2, 3, 1), ones.reshape(2, 3, 1)),
         grid=grid,
     )
     for one, other in zip(flat, shaped, strict=True):
@@ -365,14 +395,16 @@ def test_fast_selections_have_the_bits_of_the_plain_formulas(kind, granularity):
             grad_high = torch.where((span > floor) & (span < ceiling), grad_s / grid.qmax, 0.0)
             grad_x = grad_x + plain_share(rows.abs() == top, grad_high * c_high) * rows.sign()
         else:
-            lo, hi = bottom.clamp(max=0.0) * c_low, top.clamp(min=0.0) * c_high
+            free = kind == "real"  # ranges need not contain 0
+            lo, hi = (bottom, top) if free else (bottom.clamp(max=0.0), top.clamp(min=0.0))
+            lo, hi = lo * c_low, hi * c_high
             ds = grad_s + grad_z * lo / (s * s)
             span = (hi - lo) / grid.qmax
             grad_high = torch.where((span > floor) & (span < ceiling), ds / grid.qmax, 0.0)
             grad_low = -grad_z / s - grad_high
-            grad_x = grad_x + plain_share((rows == bottom) & (bottom < 0), grad_low * c_low)
-            grad_x = grad_x + plain_share((rows == top) & (top > 0), grad_high * c_high)
-        dynamic = dynamic_fake_quantize_backward(grad, x, clip_low=low, clip_high=high, grid=grid)
+            grad_x = grad_x + plain_share((rows == bottom) & ((bottom < 0) | free), grad_low * c_low)
+            grad_x = grad_x + plain_share((rows == top) & ((top > 0) | free), grad_high * c_high)
+        dynamic = dynamic_fake_quantize_backward(grad, x, clips=(low, high), grid=grid)
         assert same_bits(dynamic[0], grad_x.reshape(x.shape))
 
 
@@ -381,14 +413,14 @@ def test_fast_selections_have_the_bits_of_the_plain_formulas(kind, granularity):
 def test_what_the_forward_pass_knows_need_not_be_computed_again(kind, granularity):
     grid = make_grid(3, kind, granularity)
     x, grad = rows_of_every_kind(5), draw(12, seed=6)
-    clips = {"clip_low": torch.full((12, 1), 0.9), "clip_high": torch.full((12, 1), 0.6)}
+    low, high = clips = torch.full((12, 1), 0.9), torch.full((12, 1), 0.6)
     extremes = row_extremes(to_rows(x, grid), grid)
-    scale, zero = choose_qparams(x, grid=grid, extremes=extremes, **clips)
-    for given, alone in zip((scale, zero), choose_qparams(x, grid=grid, **clips), strict=True):
+    scale, zero = choose_qparams(x, grid=grid, extremes=extremes, clip_low=low, clip_high=high)
+    for given, alone in zip((scale, zero), choose_qparams(x, grid=grid, clip_low=low, clip_high=high), strict=True):
         assert same_bits(given, alone)
     rounded = round_rows(x, scale=scale, zero_point=zero, grid=grid)
-    known = dynamic_fake_quantize_backward(grad, x, grid=grid, extremes=extremes, rounded=rounded, **clips)
-    alone = dynamic_fake_quantize_backward(grad, x, grid=grid, **clips)
+    known = dynamic_fake_quantize_backward(grad, x, grid=grid, extremes=extremes, rounded=rounded, clips=clips)
+    alone = dynamic_fake_quantize_backward(grad, x, grid=grid, clips=clips)
     learned = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid, rounded=rounded)
     learned_alone = fake_quantize_backward(grad, x, scale=scale, zero_point=zero, grid=grid)
     for got, expected in zip((*known, *learned), (*alone, *learned_alone), strict=True):

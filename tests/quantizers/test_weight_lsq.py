@@ -60,7 +60,7 @@ def test_learned_numbers_are_clamped_where_they_are_used():
 
     real = WeightLSQ(out_features=6, in_features=8, grid=make_grid(3, "real"))
     real.start_from_(scale, zero)
-    assert torch.equal(real.qparams()[1].flatten(), torch.tensor([0.0, 2.5, 3.5, 7.0, 7.0, 0.5]))
+    assert torch.equal(real.qparams()[1].flatten(), torch.tensor([-3.0, 2.5, 3.5, 7.4, 100.0, 0.5]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

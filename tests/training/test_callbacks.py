@@ -12,7 +12,7 @@ from torch import nn
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.methods.phi_decay import PhiDecay
-from qvgen.training.callbacks import METRIC_COLUMNS, begin_table, total_seconds
+from qvgen.training.callbacks import begin_table, total_seconds
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO, checkpoints
 from qvgen.training.optim import build_optimizer
 from tests.parts import prepared
@@ -111,12 +111,18 @@ def test_a_run_writes_one_row_per_step_with_the_plan_of_phi(short_run: Path) -> 
     assert rates[-1] > 0
 
 
+COLUMNS = (
+    "step", "train/loss", "train/gradient_norm", "train/learning_rate", "train/seconds", "phi/rank", "phi/gamma_min",
+    "val/relative_error",
+)  # fmt: skip
+
+
 def write_table(path: Path, lines: list[str]) -> None:
-    path.write_text(",".join(METRIC_COLUMNS) + "\n" + "".join(lines), encoding="utf-8")
+    path.write_text(",".join(COLUMNS) + "\n" + "".join(lines), encoding="utf-8")
 
 
 def steps_kept(path: Path, *, step: int) -> list[str]:
-    begin_table(path, METRIC_COLUMNS, step=step)
+    begin_table(path, COLUMNS, step=step)
     return [line.split(",")[0] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
 
 
@@ -127,12 +133,12 @@ def test_rows_from_the_resumed_step_on_and_half_a_row_are_dropped(tmp_path: Path
     assert total_seconds(path) == 3.25
     assert steps_kept(path, step=9) == ["0", "1", "2", "3"]
     assert steps_kept(path, step=2) == ["0", "1"]
-    assert begin_table(path, METRIC_COLUMNS, step=2) == 1.25
+    assert begin_table(path, COLUMNS, step=2) == 1.25
     for cut in ("4", "4,0.5,0.", ",", "4,0.5,0.1,0.002,7.25,4,1.0"):
         write_table(path, [*full, cut])
         assert steps_kept(path, step=9) == ["0", "1", "2", "3"], cut
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
-    assert begin_table(tmp_path / "none.csv", METRIC_COLUMNS, step=3) == 0.0
+    assert begin_table(tmp_path / "none.csv", COLUMNS, step=3) == 0.0
     assert total_seconds(tmp_path / "none.csv") == 0.0
 
 

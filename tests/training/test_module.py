@@ -125,7 +125,7 @@ def test_under_autocast_masters_and_gradients_stay_float32() -> None:
 
 
 def test_the_loss_is_the_mean_square_against_its_target() -> None:
-    distilled, plain = make_module("method=lsq", "method.distill=true"), make_module("method=lsq")
+    distilled, plain = make_module("method=kd"), make_module("method=lsq")
     draw = plain.draw(make_batch(4, 5), step=7)
     family = plain.family
     condition = family.encode(draw.captions)

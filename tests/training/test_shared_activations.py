@@ -59,9 +59,7 @@ def test_a_trained_model_quantizes_a_shared_input_once(short_run: Path) -> None:
     fake, _ = prepared(config)
     load_trained(fake, short_run, schedule=method_schedule(config))
     assert len(activation_sharing(quantized_layers(fake))) == SETS
-    held_out = HeldOut(
-        config.model, config.data.open(config.model, split="held_out"), num_samples=4, seed=7, batch_size=2
-    )
+    held_out = HeldOut(config.model, config.data.open(config.model, split="held_out"), num_samples=4, batch_size=2)
     outputs = [list(held_out.predictions(model)) for model in (fake, packed)]
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
     tables = packed.get_submodule("blocks.1.attn2.to_v").clip_high

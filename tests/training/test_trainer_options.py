@@ -89,21 +89,35 @@ def test_options_reach_the_trainer_and_the_process_is_as_before(tmp_path: Path) 
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
 
 
-@pytest.mark.parametrize(("algorithm", "clipped"), [("norm", [0.3, 0.4]), ("value", [0.5, 0.5]), (None, [0.3, 0.4])])
-def test_gradients_are_clipped_together_or_one_by_one(algorithm: str | None, clipped: list[float]) -> None:
-    """(3, 4) has the norm 5: scaled to the norm 0.5, or each entry cut at 0.5."""
+@pytest.mark.parametrize(
+    ("algorithm", "limit", "clipped"),
+    [
+        ("norm", 0.5, [0.3, 0.4]),
+        ("value", 0.5, [0.5, 0.5]),
+        (None, 0.5, [0.3, 0.4]),
+        ("norm", None, [3.0, 4.0]),
+        ("value", None, [3.0, 4.0]),
+    ],
+)
+def test_gradients_are_clipped_together_or_one_by_one_or_not(
+    algorithm: str | None, limit: float | None, clipped: list[float]
+) -> None:
+    """(3, 4) has the norm 5: scaled to the norm 0.5, or each entry cut at 0.5; without a limit they stay."""
 
     class Module(OptimizerModule):
         @property
         def trained(self) -> torch.nn.Module:
             return self.net
 
-    module = Module(optim=replace(train_config().optim, gradient_clip=0.5), num_steps=1)
+    module = Module(optim=replace(train_config().optim, gradient_clip=limit), num_steps=1)
     module.net = torch.nn.Linear(2, 1, bias=False)
     module.net.weight.grad = torch.tensor([[3.0, 4.0]])
-    module.configure_gradient_clipping(torch.optim.SGD(module.net.parameters(), lr=0.1), 0.5, algorithm)
+    module.configure_gradient_clipping(torch.optim.SGD(module.net.parameters(), lr=0.1), limit, algorithm)
     assert module.gradient_norm is not None
     assert float(module.gradient_norm) == 5.0
+    assert {name: float(norm) for name, norm in module.norms.items()} == {
+        "train/gradient_norm": 5.0
+    }  # no names of groups
     torch.testing.assert_close(module.net.weight.grad, torch.tensor([clipped]), atol=1e-6, rtol=0)
 
 

@@ -82,6 +82,10 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
             "have 8 bits for weights and 3 for activations, and bits=3; widths are chosen by bits",
         ),
         ("bits=w4a8 profile.activation_bits=4", "write bits=4"),
+        (
+            "profile=int8 bits=8 optim.zero_point_gradient=stop",
+            "zero_point_gradient=stop says nothing with profile=int8, whose activations have no zero point; leave it out",
+        ),
     ],
 )
 def test_a_bad_value_makes_no_folder(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -55,24 +57,27 @@ def steps_of(root: Path, name: str, *, num_steps: int = 50) -> list[int]:
 
 
 @torch.no_grad()
-def outputs(model: Any, timesteps: list[int]) -> Tensor:
-    """One call in which each sample has its own timestep."""
+def outputs(model: Any, timesteps: list[int], *, call: str = "cond") -> Tensor:
+    """One call in which each sample has its own timestep, as a pipeline makes it."""
     generator, count = torch.Generator().manual_seed(0), len(timesteps)
     is_wan = isinstance(model, WanTransformer3DModel)
-    output: Tensor = model(
-        hidden_states=torch.randn(count, *((4, 3, 4, 6) if is_wan else (3, 4, 4, 6)), generator=generator),
-        encoder_hidden_states=torch.randn(count, 8 if is_wan else 226, 16, generator=generator),
-        timestep=torch.tensor(timesteps),
-        return_dict=False,
-    )[0]
+    with model.cache_context(call):
+        output: Tensor = model(
+            hidden_states=torch.randn(count, *((4, 3, 4, 6) if is_wan else (3, 4, 4, 6)), generator=generator),
+            encoder_hidden_states=torch.randn(count, 8 if is_wan else 226, 16, generator=generator),
+            timestep=torch.tensor(timesteps),
+            return_dict=False,
+        )[0]
     return output
 
 
-def differences(packed: Any, release: Any, timesteps: list[int], groups: list[int]) -> list[float]:
+def differences(
+    packed: Any, release: Any, timesteps: list[int], groups: list[int], *, call: str = "cond"
+) -> list[float]:
     """|y - y_release| / |y_release| of each step."""
     set_groups(release, groups)
     wanted = outputs(release, timesteps).flatten(1)
-    error = outputs(packed, timesteps).flatten(1) - wanted
+    error = outputs(packed, timesteps, call=call).flatten(1) - wanted
     return (error.norm(dim=1) / wanted.norm(dim=1)).tolist()
 
 
@@ -101,7 +106,7 @@ GROUPS = {"wan": [max(0, 49 - 2 * step) for step in range(50)], "cogvideox": lis
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_codes_and_conditional_calls_of_every_step_are_the_release_s(name: str, root: Path) -> None:
+def test_codes_and_both_calls_of_every_step_are_the_release_s(name: str, root: Path) -> None:
     packed, release = load_packed(root / f"packed-{name}", kernel="reference"), make_release(name)
     check_codes(packed, release)
     outside = [
@@ -110,10 +115,74 @@ def test_codes_and_conditional_calls_of_every_step_are_the_release_s(name: str, 
     assert all(rows.any() for rows in outside)  # rows without 0 are in every layer
     timesteps = steps_of(root, name)
     check_equal(differences(packed, release, timesteps, GROUPS[name]))
-    if name == "wan":  # the second call of a step has one group less in the release, and the same one here
-        second = differences(packed, release, timesteps, [max(0, group - 1) for group in GROUPS[name]])
-        assert min(second[:25]) > 1e-3
-        check_equal(second[25:])
+    if name == "wan":  # the release's counter goes down by one between the two calls of a step
+        second = [max(0, group - 1) for group in GROUPS[name]]
+        check_equal(differences(packed, release, timesteps, second, call="uncond"))
+        wrong = differences(packed, release, timesteps, second)
+        assert min(wrong[:25]) > 1e-3, "the groups differ until the counter has run out"
+        halves = timesteps[:25] + timesteps[:25]  # a batch of both halves, the one without captions first
+        check_equal(differences(packed, release, halves, second[:25] + GROUPS[name][:25], call="cond_uncond"))
+
+
+@torch.no_grad()
+def test_an_ordinary_pipeline_takes_the_counter_s_group_in_every_call(root: Path) -> None:
+    """The release's counter on the pipeline's own calls, of an imported model that was saved, loaded and copied."""
+    family = tiny_family("wan", root / "wan")
+    WanTransformer3DModel.from_pretrained(root / "packed-wan").save_pretrained(root / "saved-wan")
+    packed: Any = copy.deepcopy(WanTransformer3DModel.from_pretrained(root / "saved-wan"))
+    release, found = make_release("wan"), []
+    layer = packed_layers(packed)[LAYER]
+
+    def compare(_: Any, __: Any, keywords: dict[str, Any], output: Any) -> None:
+        set_groups(release, [max(0, 49 - len(found))])
+        found.append(release_layers(release)[LAYER].aquantizer.lower.sigmoid().float()[max(0, 49 - len(found))] * 0.95)
+        assert torch.equal(layer.row_params(torch.zeros(1, 1, 32), bits=4)[0].flatten(), found[-1].reshape(1))
+        wanted = release(**keywords)[0]
+        errors.append(float((output[0] - wanted).norm() / wanted.norm()))
+
+    errors: list[float] = []
+    packed.register_forward_hook(compare, with_kwargs=True)
+    # Padding of captions is zeros, which the release's layers make NaN of: texts of eight tokens without any.
+    texts = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    family.generate(
+        packed, ["a boat"], [0], num_steps=50, guidance_scale=5.0,
+        encode=lambda given: {"encoder_hidden_states": texts[: len(given)]},
+    )  # fmt: skip
+    assert len(found) == 100
+    check_equal(errors)
+
+
+def test_a_call_that_nobody_names_and_a_step_without_guidance_are_refused(root: Path) -> None:
+    packed: Any = load_packed(root / "packed-wan", kernel="reference")
+    first, second, third = steps_of(root, "wan")[:3]
+    for name in ("pred_cond_skip", None):
+        with (
+            pytest.raises(ValueError, match=r"call it within transformer.cache_context\('cond'\), 'uncond' or"),
+            packed.cache_context(name) if name else contextlib.nullcontext(),
+        ):
+            call_fixed_at(packed, first)
+    with pytest.raises(ValueError, match="has 3 samples, which are no two halves"):
+        outputs(packed, [first] * 3, call="cond_uncond")
+    for timestep in (first, first, third):  # again, and a step that is not the next one
+        outputs(packed, [timestep])
+    outputs(packed, [first])
+    with pytest.raises(
+        ValueError, match="a step of the sampler had no call without a caption, .* guidance_scale above 1"
+    ):
+        outputs(packed, [second])
+    outputs(packed, [first])
+    outputs(packed, [first], call="uncond")
+    outputs(packed, [second])
+    with pytest.raises(ValueError, match="a step of the sampler had no call without a caption"):
+        tiny_family("wan", root / "wan").generate(packed, ["a boat"], [0], num_steps=50, guidance_scale=1.0)
+
+
+def call_fixed_at(packed: Any, timestep: int) -> None:
+    packed(
+        hidden_states=torch.zeros(1, 4, 3, 4, 6),
+        encoder_hidden_states=torch.zeros(1, 8, 16),
+        timestep=torch.tensor([timestep]),
+    )
 
 
 def test_float32_shards_with_loras_and_layers_in_full_precision(root: Path, tmp_path: Path) -> None:
@@ -153,12 +222,14 @@ def test_the_manifest_and_the_record_say_what_was_imported(root: Path) -> None:
         "method": "imported",
         "source": "release-wan",
         "sha256": file_sha256(file),
-        "clips": "50 steps of UniPCMultistepScheduler (flow_shift=3.0, use_flow_sigmas=True)",
+        "clips": "50 steps of UniPCMultistepScheduler (flow_shift=3.0, use_flow_sigmas=True), two calls a step",
     }
     assert manifest["base"]["name"] == "wan"
     assert manifest["base"]["revision"] == tiny_family("wan", root / "wan").revision
     assert manifest["timesteps"] == sorted(steps_of(root, "wan"))
-    assert (manifest["num_noise_bands"], manifest["strict_timesteps"]) == (50, True)
+    assert (manifest["num_noise_bands"], manifest["strict_timesteps"], manifest["guided"]) == (100, True, True)
+    other = json.loads((root / "packed-cogvideox" / "manifest.json").read_text())  # one call a step
+    assert (other["num_noise_bands"], other["strict_timesteps"], "guided" in other) == (50, True, False)
     assert str(root) not in (packed / "manifest.json").read_text() + (packed / "import.json").read_text()
     record = json.loads((packed / "import.json").read_text())
     rows = sum(len(layer.w) for layer in release_layers(make_release("wan")).values())
@@ -166,7 +237,7 @@ def test_the_manifest_and_the_record_say_what_was_imported(root: Path) -> None:
     assert record["rows_without_zero"] == sum(
         len(layer.w[::5]) for layer in release_layers(make_release("wan")).values()
     )
-    assert record["clips_approximate"].startswith("unconditional calls of steps 0 to 24")
+    assert record["clips_approximate"] == ""
     assert len(record["checked"]) == 5
     assert all(0 < check["relative_difference"] <= 1e-6 for check in record["checked"].values())
     lost = record["not_taken_over"]
@@ -210,6 +281,8 @@ def test_another_sampler_is_refused_with_what_would_work(
         message = refused(name, *words)
         assert "sample with num_steps=50" in message
         assert "or with clips=mean" in message
+    message = refused("wan", "guidance_scale=1")
+    assert "guidance_scale=1 makes one call a step, and the packed model has clips for two; sample with" in message
     packed = load_packed(root / "packed-cogvideox")
     with pytest.raises(ValueError, match=r"timestep \[998.0\] is not among the 50 .* import with clips=mean"):
         outputs(packed, [998])

@@ -53,7 +53,8 @@ def test_mp4_mpg_and_webp_are_trained_on(tmp_path: Path, capsys: pytest.CaptureF
     (index,) = (tmp_path / "cache" / "indexes").glob("*[0-9a-f].json")
     content = json.loads(index.read_text())
     assert content["bad"] == []
-    buckets = {Path(row["name"]).name: row["bucket"] for row in content["rows"]}
+    rows = content["rows"]
+    buckets = {Path(name).name: bucket for name, bucket in zip(rows["name"], rows["bucket"], strict=True)}
     assert buckets["carphone_pristine.mp4"] in ("9x32x48", "9x32x32")
     assert buckets["bikes.mp4"] == "9x32x48"  # 640 x 272
     assert json.loads((tmp_path / "run" / "report.json").read_text())["packed_codes_equal"] is True

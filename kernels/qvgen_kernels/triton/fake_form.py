@@ -25,7 +25,7 @@ class FakeForm:
     """Constants of a compiled kernel; those without a word here are a RowSpec's.
 
     Attributes:
-        kind, qmin, qmax, zero_point, arithmetic, floor, ceiling, factor, factored, raw: As in RowSpec.
+        kind, qmin, qmax, zero_point, arithmetic, floor, ceiling, factor, factored, raw, through_zero_point: As in RowSpec.
         scale_type: scale_dtype of the spec.
         smallest: What a scale is raised to after it was rounded to scale_type.
         largest: The largest finite number of scale_type; 0 for float32.
@@ -52,6 +52,7 @@ class FakeForm:
     factor: float
     factored: bool
     raw: bool
+    through_zero_point: bool
     columns: int
     groups: int
     rows: int
@@ -105,6 +106,7 @@ def fake_form(spec: RowSpec, *, groups: int, segments: int) -> FakeForm:
         factor=spec.factor,
         factored=spec.factored,
         raw=spec.raw,
+        through_zero_point=spec.through_zero_point,
         columns=spec.group,
         groups=groups,
         rows=rows,

@@ -148,6 +148,8 @@ def _through_extremes(g, sums, clip_low, clip_high, scale, form: tl.constexpr):
         share = tl.div_rn(grad_high * clip_high, count_high)
         return tl.full((form.rows,), 0.0, tl.float32), grad_high * high, share, share
     grad_zero = clipped * scale
+    if not form.through_zero_point:
+        grad_zero = tl.full((form.rows,), 0.0, tl.float32)
     bottom, top = at_most(low, 0.0), at_least(high, 0.0)
     clipped_low, clipped_high = bottom * clip_low, top * clip_high
     grad_scale = grad_scale + tl.div_rn(grad_zero * clipped_low, scale * scale)

@@ -17,6 +17,7 @@ __all__ = ["at_least", "at_most", "centered_codes", "choose_grid", "fake_quantiz
 
 _SPAN_FLOOR = tl.constexpr(SPAN_FLOOR)
 _SCALE_FLOOR = tl.constexpr(SCALE_FLOOR["float32"])
+_LARGEST_ZERO = tl.constexpr(131072.0)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
@@ -85,8 +86,9 @@ def choose_grid(t, index, row, live, low, high, form: tl.constexpr):
     if form.kind == "learned":
         scale = _rounded_scale(at_least(scale, _SCALE_FLOOR), form)
         if form.zero_point == "integer":
-            zero = round_to_integer(zero)
-        zero = at_most(at_least(zero, 0.0), tl.full((form.rows,), form.qmax, tl.float32))
+            zero = at_most(at_least(round_to_integer(zero), 0.0), tl.full((form.rows,), form.qmax, tl.float32))
+        else:
+            zero = at_most(at_least(zero, -_LARGEST_ZERO), _LARGEST_ZERO)
     if form.zero_point == "none":
         zero = zero * 0.0
     inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), scale)

@@ -11,6 +11,12 @@
     with zero point   uint<b>   stored q,                         W = zero_point + q scale,   zero_point = -(scale z)
     y = x W^T + bias
 
+With ``use_quantized_matmul`` SDNQ quantizes the inputs of calls of at least 32 rows, as other calls are dequantized:
+
+    s_x = max|x| / 127,   q_x = rne(x / s_x),   y = float32(sum q_x q_w) s_x s_w + bias
+
+Then 8-bit codes are stored the other way round, int8 [K, N] with scales [1, N]; narrower ones as above.
+
 Below, a byte's places from the lowest on, ``k.i`` for bit i of code k of a group of c codes; 2 and 4 bits have no gaps, the
 first code in the lowest bits:
 
@@ -20,7 +26,8 @@ first code in the lowest bits:
     7 bits, c = 8     byte j < 7: j.0-6, then 7.(6-j)
 
 SDNQ is under the GPL: what stands above is its format, and none of its code is imported or copied. Left out: its
-own rotation, low-rank branch, quantized scales, floating-point codes and 8-bit products (``use_quantized_matmul``).
+own rotation, low-rank branch, quantized scales, floating-point codes, and 8-bit products of weights with zero points, whose
+inputs have one scale each where ours with zero points have two bounds.
 """
 
 from __future__ import annotations
@@ -44,14 +51,17 @@ from qvgen.deploy.exporters.base import (
 )
 from qvgen.deploy.exporters.bit_layout import Layout, dense_layout, pack_bits, unpack_bits
 from qvgen.deploy.exporters.diffusers_folder import diffusers_folder
-from qvgen.deploy.exporters.grid_weight import grid_weight, grid_weight_fit
+from qvgen.deploy.exporters.grid_weight import GridWeight, grid_weight, grid_weight_fit
+from qvgen.deploy.exporters.row_scheme import RowScheme, RowWeight
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.quant.grid import ZeroPointKind
+from qvgen.quant.grid import Grid, ZeroPointKind
 
 ZERO_POINTS: tuple[ZeroPointKind, ...] = ("none", "integer", "real")
 WHOLE_GROUPS = 8
 """Codes of the largest group of bytes."""
+PRODUCT_SIZE, PRODUCT_MULTIPLE = 32, 16
+"""Fewest rows and columns of a weight that SDNQ multiplies in 8 bits, and what they are multiples of."""
 
 
 def _with_tails(bits: int, tails: Mapping[int, str]) -> Layout:
@@ -82,28 +92,45 @@ class Sdnq:
     Attributes:
         dtype: Precision of biases, of all other weights, and of weights that were dequantized: float32, bfloat16 or float16;
             None: as in the packed checkpoint, and float32 for the layers that were quantized.
+        quantized_inputs: SDNQ quantizes inputs to 8 bits and multiplies integers; False leaves inputs as they are.
     """
 
     dtype: str | None
+    quantized_inputs: bool
 
     runtime: ClassVar[str] = "SDNQ (SD.Next, diffusers)"
     profiles: ClassVar[tuple[str, ...]] = ("paper", "int8", "w4a8_row")
     needs_original_names: ClassVar[bool] = False
-    bound: ClassVar[str] = "Inputs are not quantized: it shows what the weights alone cost."
+    scheme: ClassVar[RowScheme] = RowScheme(weight_bits=8, activation_bits=(8,), rotations=(0,), own_width=True)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+
+    @property
+    def bound(self) -> str:
+        """See :class:`qvgen.deploy.exporters.base.Target`."""
+        if self.quantized_inputs:
+            return f"Calls of fewer than {PRODUCT_SIZE} rows are not quantized; outputs are rounded to the model's precision."
+        return "Inputs are not quantized: it shows what the weights alone cost."
 
     def fit(self, layer: PackedLinear) -> Fit:
         """Whether the layer's codes are carried as they are; weights with a zero point up to the last bits of float32."""
         if layer.out_features * layer.in_features % WHOLE_GROUPS:
             shape = f"{layer.out_features} x {layer.in_features}"
             raise UserError(f"its {shape} codes do not fill groups of {WHOLE_GROUPS}; leave it out of model.include")
+        if self.quantized_inputs:
+            sizes = (layer.out_features, layer.in_features)
+            if min(sizes) < PRODUCT_SIZE or any(size % PRODUCT_MULTIPLE for size in sizes):
+                raise UserError(
+                    f"SDNQ multiplies weights of multiples of {PRODUCT_MULTIPLE} from {PRODUCT_SIZE} on in 8 bits, and this "
+                    f"one is {sizes[0]} x {sizes[1]}; write export.quantized_inputs=false, or leave it out of model.include"
+                )
+            return self.scheme.fit(layer)
         return grid_weight_fit(layer, zero_points=ZERO_POINTS)
 
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
         """The layer's tensors."""
-        weight = grid_weight(layer, zero_points=ZERO_POINTS)
+        weight = self._weight(layer)
         bits, symmetric = weight.grid.bits, weight.grid.symmetric
         ends = (-1,) if weight.grid.group_size is None else (weight.scale.shape[1], -1)
         codes = weight.codes.unflatten(-1, ends)
@@ -112,11 +139,26 @@ class Sdnq:
             codes = pack_bits(unsigned, LAYOUTS[bits])
             codes = codes.flatten() if len(LAYOUTS[bits]) == 1 else codes
         scale = weight.scale.reshape(layer.out_features, *ends[:-1], 1)
+        if self.quantized_inputs and bits not in LAYOUTS:
+            codes, scale = codes.t().contiguous(), scale.t().contiguous()
         zero_point = {} if symmetric else {"zero_point": -(scale * weight.zero_point.reshape(scale.shape))}
         return {"weight": codes, "scale": scale, **zero_point, **bias_tensor(layer, self.dtype)}
 
+    def _weight(self, layer: PackedLinear) -> GridWeight:
+        if not self.quantized_inputs:
+            return grid_weight(layer, zero_points=ZERO_POINTS)
+        row = self.scheme.weight(layer)
+        scale = row.scale.reshape(-1, 1)
+        grid = Grid(bits=layer.profile.weight.bits, granularity="per_channel", zero_point="none")
+        return GridWeight(codes=row.codes, scale=scale, zero_point=torch.zeros_like(scale), grid=grid)
+
     def output(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """See the module."""
+        if self.quantized_inputs:
+            scale = tensors["scale"].flatten()
+            codes = _codes(tensors, columns=x.shape[1])
+            y = self.scheme.output(x, weight=RowWeight(codes=codes, scale=scale, rotation=0), activation_bits=8)
+            return add_bias(y, tensors)
         weight = dequantized(tensors, columns=x.shape[1])
         return add_bias(x @ cast(weight, self.dtype).float().t(), tensors)
 
@@ -125,10 +167,12 @@ class Sdnq:
         entries = model.manifest.layers
         kinds = {entry.name: _kind(model.layers[entry.name], columns=entry.in_features) for entry in entries}
         usual = Counter(kinds.values()).most_common(1)[0][0]
-        others = {f"{name}.weight": _options(*kind) for name, kind in kinds.items() if kind != usual}
+        product = {"use_quantized_matmul": True} if self.quantized_inputs else {}
+        others = {f"{name}.weight": {**_options(*kind), **product} for name, kind in kinds.items() if kind != usual}
         quantization = {
             "quant_method": "sdnq",
             **_options(*usual),
+            **product,
             "dequantize_fp32": True,
             "modules_to_not_convert": [f"{name}.weight" for name in model.other_matrices],
             "modules_quant_config": others,
@@ -138,18 +182,33 @@ class Sdnq:
 
 def dequantized(tensors: Mapping[str, Tensor], *, columns: int) -> Tensor:
     """The weight float32 [N, K] of stored tensors, as SDNQ makes it."""
-    stored, scale = tensors["weight"], tensors["scale"]
-    bits = _bits(tensors, columns=columns)
-    codes = unpack_bits(stored, LAYOUTS[bits]) if bits in LAYOUTS else stored
-    values = codes.reshape(*scale.shape[:-1], -1).float()
+    scale = tensors["scale"]
+    scale = scale.t() if _turned(tensors) else scale
+    values = _codes(tensors, columns=columns).reshape(*scale.shape[:-1], -1).float()
     if "zero_point" in tensors:
         return (tensors["zero_point"] + values * scale).flatten(1)
-    return ((values - 2 ** (bits - 1) if bits in LAYOUTS else values) * scale).flatten(1)
+    return (values * scale).flatten(1)
+
+
+def _codes(tensors: Mapping[str, Tensor], *, columns: int) -> Tensor:
+    """The codes [N, K], those of weights without a zero point signed."""
+    stored, bits = tensors["weight"], _bits(tensors, columns=columns)
+    if bits not in LAYOUTS:
+        return stored.t() if _turned(tensors) else stored.flatten(1)
+    codes = unpack_bits(stored, LAYOUTS[bits]).reshape(-1, columns)
+    return codes if "zero_point" in tensors else codes.to(torch.int8) - 2 ** (bits - 1)
+
+
+def _turned(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether 8-bit codes are stored [K, N], whose scales are one row."""
+    return tensors["scale"].ndim == 2 and tensors["scale"].shape[0] == 1 < tensors["scale"].shape[1]
 
 
 def _bits(tensors: Mapping[str, Tensor], *, columns: int) -> int:
     """Width of the stored codes of a weight of K columns."""
-    return tensors["weight"].numel() * 8 // (tensors["scale"].shape[0] * columns)
+    scale = tensors["scale"]
+    rows = scale.shape[0] if scale.ndim == 3 else scale.numel()
+    return tensors["weight"].numel() * 8 // (rows * columns)
 
 
 def _kind(tensors: Mapping[str, Tensor], *, columns: int) -> tuple[str, int]:

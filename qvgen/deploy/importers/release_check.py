@@ -55,7 +55,9 @@ def check_layer(layer: ReleaseLayer, packed: PackedLinear, *, clips: ClipTable, 
         x = torch.randn(_ROWS, layer.weight.shape[1], generator=generator)
         factors = [(clips.mix[entry].double() @ side.double()).float() for side in (low, high)]
         x = away_from_ties(x, *factors, bits=layer.activation_bits)
-        packed.noise_band.set_timestep(torch.tensor([500.0 if clips.timesteps is None else clips.timesteps[entry]]))
+        timestep, call = clips.place(entry)
+        with packed.noise_band.calling(call):
+            packed.noise_band.set_timestep(torch.tensor([500.0 if timestep is None else timestep]))
         wanted = release_output(layer, x, *factors, dtype=torch.float32)
         errors.append(_relative(packed(x.unsqueeze(0))[0].double(), wanted))
         roundings.append(_relative(release_output(layer, x, *factors, dtype=layer.weight.dtype), wanted))

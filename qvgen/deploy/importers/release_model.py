@@ -16,12 +16,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
-from qvgen.deploy.fixed_inputs import fixed_inputs
+from qvgen.deploy.fixed_inputs import call_fixed, fixed_inputs
 from qvgen.deploy.importers.release_check import LayerCheck, check_layer
 from qvgen.deploy.importers.release_file import ReleaseFile
 from qvgen.deploy.importers.release_layer import ReleaseLayer, WeightCount, merge_lora
 from qvgen.deploy.importers.sampler_clips import ClipTable
 from qvgen.deploy.packed_record import plain_config
+from qvgen.layers.guidance_call import watch_calls
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.layer_input import entered_input
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -100,7 +101,7 @@ def import_release(release: ReleaseFile, base: nn.Module, *, bits: Bits, clips: 
     """
     band = NoiseBand(len(clips.mix))
     if clips.timesteps is not None:
-        band.use_timesteps_(clips.timesteps)
+        band.use_timesteps_(clips.timesteps, guided=clips.guided)
         band.strict = True
     form = LayerForm(profile=release_profile(bits))
     names, counts, checks, dtypes = release.layers, [], {}, set()
@@ -119,6 +120,8 @@ def import_release(release: ReleaseFile, base: nn.Module, *, bits: Bits, clips: 
     rest = {key: release.tensor(key).float() for key in base.state_dict() if not key.startswith(prefixes)}
     base.load_state_dict(rest, strict=False, assign=True)
     watch_timestep(base, band)
+    if clips.guided:
+        watch_calls(base, band)
     base.requires_grad_(False).eval()
     return Imported(model=base, weights=weights, checks=checks, dtypes=tuple(sorted(dtypes)))
 
@@ -221,7 +224,7 @@ def count_tokens_without_zero(model: nn.Module, *, timestep: float) -> tuple[int
 
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in packed_layers(model).values()]
     try:
-        model(**inputs, return_dict=False)
+        call_fixed(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,9 +6,8 @@ release's option --fix counts groups down, from 49 on, once per CALL of the tran
     CogVideoX   one call per step (both halves of the guidance together)   step k: group 49 - k
     Wan         two calls per step, first the conditional one              step k: group max(49 - 2 k, 0), then one less
 
-So a group belongs to a step of one sampler, and the table has an entry for each of its timesteps. Both calls of a Wan step
-have one timestep and hence the conditional call's clips: conditional calls are the release's, unconditional ones have a
-neighbouring group's until the counter has run out (step 25 of 50), and are equal from there on.
+So a group belongs to a call of a step of one sampler. The table has an entry for each of its timesteps, and where a step has
+two calls a second one for the unconditional call (:mod:`qvgen.layers.guidance_call` tells the model which one it is in).
 """
 
 from __future__ import annotations
@@ -64,15 +63,23 @@ class ClipTable:
 
     Attributes:
         timesteps: Timesteps of the entries, rising; None: one entry for all.
+        guided: There are two entries for each timestep: those of conditional calls, then those of unconditional ones.
         mix: float32 [entries, 50], rows that sum to 1.
         said: In words, for the manifest.
         approximate: What of the release's sampler the table does not say; empty where it says all.
     """
 
     timesteps: tuple[float, ...] | None
+    guided: bool
     mix: Tensor
     said: str
     approximate: str
+
+    def place(self, entry: int) -> tuple[float | None, str]:
+        """An entry's timestep (None: all), and the name of the call that it is for."""
+        if self.timesteps is None:
+            return None, "cond"
+        return self.timesteps[entry % len(self.timesteps)], "cond" if entry < len(self.timesteps) else "uncond"
 
     def table(self, factors: Tensor) -> Tensor:
         """The packed table float32 [entries] of factors [50]; an entry of a single group is its factor, to the bit."""
@@ -86,24 +93,29 @@ def constant_table(clips: Clips) -> ClipTable:
     if clips == "last":
         mix = torch.zeros(1, NUM_GROUPS)
         mix[0, -1] = 1.0
-        return ClipTable(timesteps=None, mix=mix, said=f"group {NUM_GROUPS - 1} at every step", approximate="")
+        return ClipTable(
+            timesteps=None, guided=False, mix=mix, said=f"group {NUM_GROUPS - 1} at every step", approximate=""
+        )
     mix = torch.full((1, NUM_GROUPS), 1.0 / NUM_GROUPS)
     return ClipTable(
         timesteps=None,
+        guided=False,
         mix=mix,
         said=f"mean of the {NUM_GROUPS} groups",
         approximate="every call: the release has no such mean; it is for samplers that the release does not have",
     )
 
 
-def step_groups(num_steps: int, *, calls: int) -> list[int]:
-    """The group of the conditional call of each step, in the order of sampling.
+def step_groups(num_steps: int, *, calls: int, call: int = 0) -> list[int]:
+    """The group of one of the calls of each step, in the order of sampling; the conditional call is the first.
 
     Example:
         >>> step_groups(50, calls=1)[:3], step_groups(50, calls=2)[:3], step_groups(50, calls=2)[24:27]
         ([49, 48, 47], [49, 47, 45], [1, 0, 0])
+        >>> step_groups(50, calls=2, call=1)[:3], step_groups(50, calls=2, call=1)[23:27]
+        ([48, 46, 44], [2, 0, 0, 0])
     """
-    return [max(NUM_GROUPS - 1 - calls * step, 0) for step in range(num_steps)]
+    return [max(NUM_GROUPS - 1 - calls * step - call, 0) for step in range(num_steps)]
 
 
 def step_table(scheduler: Any, *, transformer: str, num_steps: int) -> ClipTable:
@@ -139,16 +151,17 @@ def step_table(scheduler: Any, *, transformer: str, num_steps: int) -> ClipTable
         raise ValueError(
             f"num_steps={num_steps}: two steps have one timestep, and clips are chosen by it; take fewer steps"
         )
-    groups = step_groups(num_steps, calls=sampler.calls)[::-1]
-    mix = torch.nn.functional.one_hot(torch.tensor(groups), NUM_GROUPS).float()
+    groups = [
+        group for call in range(sampler.calls) for group in step_groups(num_steps, calls=sampler.calls, call=call)[::-1]
+    ]
     settings = ", ".join(f"{key}={value}" for key, value in sampler.settings.items())
-    last = min(num_steps, (NUM_GROUPS - 1) // sampler.calls + 1) - 1
-    unequal = f"unconditional calls of steps 0 to {last}: they have the clips of the conditional call"
+    guided = sampler.calls > 1
     return ClipTable(
         timesteps=tuple(timesteps[::-1]),
-        mix=mix,
-        said=f"{num_steps} steps of {name} ({settings})",
-        approximate=unequal if sampler.calls > 1 else "",
+        guided=guided,
+        mix=torch.nn.functional.one_hot(torch.tensor(groups), NUM_GROUPS).float(),
+        said=f"{num_steps} steps of {name} ({settings}){', two calls a step' if guided else ''}",
+        approximate="",
     )
 
 

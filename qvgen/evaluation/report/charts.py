@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qvgen.evaluation.metric_rows import read_metric_rows
-from qvgen.evaluation.report.canvas import FIRST, SECOND, TEXT, Canvas, Chart, Series, use_log_axis
+from qvgen.evaluation.report.canvas import FIRST, SECOND, SERIES, TEXT, Canvas, Chart, Series, use_log_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+NORMS = ["train/gradient_norm", "train/gradient_norm_weights", "train/gradient_norm_phi"]
+SMALL_SHARE_TITLE = "Share of Phi's singular values below a tenth of the largest"
+CLIP_TITLES = {
+    "low": "Factor on the minimum of inputs, from timestep T on",
+    "high": "Factor on the maximum of inputs, from timestep T on",
+}
 
 
 def read_history(path: Path) -> dict[str, Series]:
@@ -68,16 +75,23 @@ def draw_charts(history: Mapping[str, Series], *, ptq_error: float | None) -> tu
         ptq_error: held-out error before training, drawn as the line to beat; None for none.
 
     Returns:
-        Loss, held-out error, rank and gate of Phi, gradient norm, learning rate, then all metrics of the group "quant".
+        Loss, held-out error, rank and gate of Phi, gradient norms, share of Phi's small singular values, learning rate, clips
+        of inputs by noise level, then all metrics of the group "quant".
     """
     rates = sorted(name for name in history if name.startswith("train/learning_rate"))
+    clips = {side: [name for name in history if name.startswith(f"clip/{side}_t")] for side in CLIP_TITLES}
     quant = sorted(name for name in history if name.startswith("quant/"))
     wanted = [
         _draw_lines(history, ["train/loss"], title="Training loss, mean |v - v_teacher|²", log=True, smooth=True),
         _draw_held_out(history, ptq_error=ptq_error),
         _draw_phi(history),
-        _draw_lines(history, ["train/gradient_norm"], title="Gradient norm, before clipping", log=True, smooth=True),
+        _draw_lines(history, NORMS, title="Gradient norm, before clipping: all, weights, Phi", log=True, smooth=True),
+        _draw_lines(history, ["phi/small_share"], title=SMALL_SHARE_TITLE, log=False, smooth=False),
         _draw_lines(history, rates, title="Learning rate", log=False, smooth=False),
+        *(
+            _draw_lines(history, clips[side], title=title, log=False, smooth=False)
+            for side, title in CLIP_TITLES.items()
+        ),
         *(_draw_lines(history, [name], title=name, log=False, smooth=False) for name in quant),
     ]
     return tuple(chart for chart in wanted if chart is not None)
@@ -107,12 +121,12 @@ def _draw_lines(
     log = log and all(_positive(values).any() for _, values in drawn.values())
     with _canvas(title, history) as canvas:
         note = ""
-        for color, (name, (steps, values)) in zip([FIRST, SECOND] * len(drawn), drawn.items(), strict=False):
+        for color, (name, (steps, values)) in zip(SERIES * len(drawn), drawn.items(), strict=False):
             values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
             window = max(1, len(values) // 25) | 1
             if smooth and window > 1 and np.isfinite(values).all():
                 canvas.axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
-                canvas.axes.plot(steps, running_mean(values, window=window), color=color, linewidth=1.8)
+                canvas.axes.plot(steps, running_mean(values, window=window), color=color, linewidth=1.8, label=name)
                 note = f"Thin: each logged step. Thick: running mean of {window}."
             else:
                 marker = "o" if len(values) <= 20 else ""

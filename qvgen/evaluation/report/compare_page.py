@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qvgen.evaluation.report.canvas import SERIES, Canvas, Chart, Series, use_log_axis
-from qvgen.evaluation.report.charts import running_mean
+from qvgen.evaluation.report.charts import SMALL_SHARE_TITLE, running_mean
 from qvgen.evaluation.report.embedded_video import ShownVideo, stored_video
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.run_comparison import RunTable
@@ -29,8 +29,12 @@ FEW_TILES = 4
 _CURVES = {
     "train/loss": "Training loss, mean |v - v_teacher|²",
     "val/relative_error": "Held-out relative error",
+    "train/gradient_norm": "Gradient norm, before clipping",
+    "train/gradient_norm_weights": "Gradient norm of the weights alone, before clipping",
     "phi/rank": "Rank of Phi",
+    "phi/small_share": SMALL_SHARE_TITLE,
 }
+_LINEAR = ("phi/rank", "phi/small_share")
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -73,7 +77,7 @@ def draw_overlaid(records: Sequence[RunRecord]) -> tuple[Chart, ...]:
         curves = {index: record.history[name] for index, record in enumerate(records) if name in record.history}
         curves = {index: curve for index, curve in curves.items() if np.isfinite(curve[1]).any()}
         if curves:
-            charts.append(_draw(curves, title=title, last_step=last, log=name != "phi/rank"))
+            charts.append(_draw(curves, title=title, last_step=last, log=name not in _LINEAR))
     return tuple(charts)
 
 

@@ -82,10 +82,11 @@ def find_changes(
 
 
 def _checkpointed(step: _Step) -> list[_Step]:
-    if step.settings.gradient_checkpointing:
+    if step.settings.gradient_checkpointing and not step.settings.keep_attention:
         return []
-    settings = replace(step.settings, gradient_checkpointing=True)
-    return [replace(step, overrides=(*step.overrides, "strategy.gradient_checkpointing=true"), settings=settings)]
+    key = "keep_attention=false" if step.settings.gradient_checkpointing else "gradient_checkpointing=true"
+    settings = replace(step.settings, gradient_checkpointing=True, keep_attention=False)
+    return [replace(step, overrides=(*step.overrides, f"strategy.{key}"), settings=settings)]
 
 
 def _accumulated(run: TrainingRun, step: _Step) -> list[_Step]:

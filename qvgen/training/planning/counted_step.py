@@ -30,6 +30,7 @@ from qvgen.data.noise import NoisyBatch
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 from qvgen.models.named_family import NamedFamily
+from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.meta_model import build_student, build_teacher, fill_, num_blocks
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
@@ -50,6 +51,7 @@ class StepSettings:
         gradient_checkpointing: Keep only the blocks' inputs.
         autocast: bfloat16 autocast over the student's float32 masters, as on a GPU; float32 otherwise.
         teacher_dtype: Of the teacher's weights.
+        keep_attention: Keep the outputs of attention too, with ``gradient_checkpointing``.
         model_changes: Arguments of the family in place of its own: sizes of clips.
     """
 
@@ -57,6 +59,7 @@ class StepSettings:
     gradient_checkpointing: bool
     autocast: bool
     teacher_dtype: torch.dtype
+    keep_attention: bool = False
     model_changes: tuple[tuple[str, Any], ...] = ()
 
 
@@ -186,7 +189,8 @@ def run_step(
         known.append(parameter.grad)
     counter = OperationCounter(known, autocast=settings.autocast, operators=operators)
     if settings.gradient_checkpointing:
-        student.enable_gradient_checkpointing(counter.checkpoint)  # type: ignore[operator]
+        how = counter.counted(block_checkpoint(keep_attention=settings.keep_attention))
+        student.enable_gradient_checkpointing(how)  # type: ignore[operator]
     if teacher is not None:
         teacher.requires_grad_(False).eval()
         teacher.register_forward_pre_hook(lambda *_: counter.enter("teacher"))

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from qvgen.training.block_checkpoint import CheckpointBlock
 from qvgen.training.planning.live_bytes import LiveBytes
 from qvgen.training.planning.shape_operators import ShapeOperators
 
@@ -105,19 +105,22 @@ class OperationCounter(LiveBytes):
         """Name what follows."""
         self.phase = phase
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """As diffusers calls torch's checkpoint; tells the second run of a block from the first."""
+    def counted(self, how: CheckpointBlock) -> CheckpointBlock:
+        """The same way to run blocks, with the second run of a block told from the first."""
 
-        def run(*inputs: Any) -> Any:
-            phase = self.phase
-            self.enter("recompute" if phase == "backward" else phase)
-            try:
-                with self.casts():  # torch leaves function modes out of backward()
-                    return function(*inputs)
-            finally:  # torch ends a recomputation by an exception when it has all it needs
-                self.enter(phase)
+        def run(function: Callable[..., Any], *args: Any) -> Any:
+            def named(*inputs: Any) -> Any:
+                phase = self.phase
+                self.enter("recompute" if phase == "backward" else phase)
+                try:
+                    with self.casts():  # torch leaves function modes out of backward()
+                        return function(*inputs)
+                finally:  # torch ends a recomputation by an exception when it has all it needs
+                    self.enter(phase)
 
-        return checkpoint(run, *args, use_reentrant=False)
+            return how(named, *args)
+
+        return run
 
     def casts(self) -> AbstractContextManager[Any]:
         """What makes CPU tensors be cast as on a GPU, beside CPU autocast."""

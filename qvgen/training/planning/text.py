@@ -132,6 +132,7 @@ def _memory(plan: TrainingPlan) -> list[str]:
     total, width = plan.memory_bytes, max(len(part.name) for part in plan.memory)
     clip = " x ".join(map(str, plan.clip))
     checkpointing = "on" if plan.gradient_checkpointing else "off"
+    checkpointing += ", outputs of attention kept" if plan.keep_attention else ""
     lines = [
         f"memory of each device: {plan.schedule.micro_batch} x {clip} at once, {plan.precision}, "
         f"gradient checkpointing {checkpointing}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from qvgen.training.loss import freeze_the_rest_
 from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
@@ -81,6 +82,7 @@ class TrainingPlan:
         shards: Devices over which parameters are shared out; 1: each holds all.
         precision: Of the forward pass.
         gradient_checkpointing: Whether blocks are computed again.
+        keep_attention: Whether that is without their attention.
         clip: (C, F, H, W) of the largest samples.
         device: What trains.
         memory: Parts on each device.
@@ -103,6 +105,7 @@ class TrainingPlan:
     shards: int
     precision: str
     gradient_checkpointing: bool
+    keep_attention: bool
     clip: tuple[int, int, int, int]
     device: Device
     memory: list[MemoryPart]
@@ -178,6 +181,7 @@ def plan_training(
     size = clip_size(run)
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
+    freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = _settings(run, device, size=size)
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
@@ -195,6 +199,7 @@ def plan_training(
         shards=run.shards,
         precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
         gradient_checkpointing=settings.gradient_checkpointing,
+        keep_attention=settings.keep_attention,
         clip=family.sample_shape,
         device=device,
         memory=memory,
@@ -217,6 +222,7 @@ def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> S
     return StepSettings(
         micro_batch=run.steps.batch.micro_batch_size,
         gradient_checkpointing=run.strategy.gradient_checkpointing,
+        keep_attention=run.strategy.gradient_checkpointing and run.strategy.keep_attention,
         autocast=device.on_gpu,
         teacher_dtype=teacher_dtype(run.model.family),
         model_changes=tuple(own.items()),

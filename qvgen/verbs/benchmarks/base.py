@@ -6,18 +6,24 @@ it is asked for, so that a benchmark whose libraries are missing keeps no other 
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
+from qvgen.config.build import build
+from qvgen.config.command_line import parts_of_job
+from qvgen.config.compose import compose_plain
+from qvgen.config.flags import parse_flags
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError
-from qvgen.verbs import benchmarks
+from qvgen.verbs import benchmarks, import_verb
 from qvgen_kernels import LinearSpec, resolve_kernel
 
 Row = Mapping[str, Any]
@@ -46,16 +52,63 @@ def methods_of(config: BenchmarkConfig) -> list[str]:
     return found
 
 
+def init_leaves(config: BenchmarkConfig) -> list[object]:
+    """The PTQ methods that are compared, without their rotations."""
+    return [load_leaf("init", name.partition("+")[0]) for name in methods_of(config)]
+
+
+def run_of_cell(
+    config: BenchmarkConfig,
+    verb: str,
+    cell: Mapping[str, str | int],
+    *,
+    name: str,
+    without: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The configuration of a run that is one cell of a benchmark: what was typed for that, and the cell's own keys.
+
+    Args:
+        config: The benchmark's.
+        verb: ``train`` or ``ptq``.
+        cell: Keys of the run.
+        name: Folder of the run below the benchmark's ``run_dir``.
+        without: Keys and sections that the verb does not have: what was typed for them is left out.
+    """
+    own = {field.name for field in fields(BenchmarkConfig)} | {"run_dir", "resume", *cell}
+    words = [(word.lstrip("+").partition("=")[0], word) for word in parse_flags(config.run.typed).overrides]
+    typed = [word for key, word in words if key not in own and key.partition(".")[0] not in without]
+    further = {**cell, "run_dir": config.run.run_dir / name, "resume": "true"}
+    return compose_plain(verb, [*typed, *(f"{key}={value}" for key, value in further.items())])
+
+
+def run_cell(verb: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a cell, or go on with it; its report."""
+    with parts_of_job():
+        import_verb(verb).run(build(verb, plain))
+    report: dict[str, Any] = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def mean_and_spread(values: Sequence[float | None], form: str) -> str:
+    """The mean of what was measured, and half the spread between the smallest and the largest."""
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return "-"
+    if len(measured) == 1:
+        return f"{measured[0]:{form}}"
+    return f"{fmean(measured):{form}} +- {(max(measured) - min(measured)) / 2:{form.lstrip('+')}}"
+
+
 def cells(config: BenchmarkConfig) -> str:
     """What a benchmark of methods, bit-widths and seeds would measure, for a dry run."""
     methods = methods_of(config)
     count = len(methods) * len(config.widths) * len(config.seeds)
-    return f"{config.what} on {config.run.names.model}: {count} cells ({', '.join(methods)})"
+    return f"{config.what} on {config.model_name}: {count} cells ({', '.join(methods)})"
 
 
 def name_of_model(config: BenchmarkConfig) -> str:
     """The model's name, for the names of files."""
-    return config.run.names.model
+    return config.model_name
 
 
 @dataclass(frozen=True)
@@ -104,6 +157,7 @@ class Benchmark:
         group: Columns that name what is measured at once; a row without one of them has None there.
         several_rows: Whether a group has several rows, so that the last one of a call that was stopped may lack some.
         plot: Rows and path -> a picture beside the page; None: there is none.
+        leaves: What is compared besides code of ours: a result of other sources is another result.
         real_weights: Whether the model's own weights are read, so that their revision belongs to the result.
     """
 
@@ -114,6 +168,7 @@ class Benchmark:
     group: tuple[str, ...]
     several_rows: bool = False
     plot: Callable[[Sequence[Row], Path], None] | None = None
+    leaves: Callable[[BenchmarkConfig], list[object]] = init_leaves
     real_weights: bool = False
 
 

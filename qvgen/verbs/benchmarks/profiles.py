@@ -7,27 +7,17 @@ lifted: widths that it does not have run on our own kernels, and the page marks 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from qvgen.config.bits import Bits
-from qvgen.config.build import build, check
-from qvgen.config.command_line import parts_of_job
-from qvgen.config.compose import compose_plain
-from qvgen.config.flags import parse_flags
+from qvgen.config.build import check
 from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_profile
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
-from qvgen.verbs import import_verb
-from qvgen.verbs.benchmarks.base import Benchmark
-
-_OF_A_CELL = frozenset({"bits", "profile", "seed", "run_dir", "resume"})
-"""Keys of a run that the benchmark sets for each cell."""
+from qvgen.verbs.benchmarks.base import Benchmark, mean_and_spread, run_cell, run_of_cell
 
 STAGES = {"rtn": "round to nearest", "ptq": "start", "qat": "trained"}
 """Key of a report's relative errors -> what the page calls it."""
@@ -65,20 +55,13 @@ def profile_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -
     for (seed, width, name), plain in plains.items():
         if (seed, width.label, name) in done:
             continue
-        with parts_of_job():
-            import_verb("train").run(build("train", plain))
-        report = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
-        yield {"profile": name, "bits": width.label, "seed": seed, **_measured(report, width, name)}
+        yield {"profile": name, "bits": width.label, "seed": seed, **_measured(run_cell("train", plain), width, name)}
 
 
 def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> dict[str, Any]:
-    """The configuration of one cell: what was typed for the benchmark, as far as a run has it, and the cell's own."""
-    own = {field.name for field in dataclasses.fields(BenchmarkConfig)} | _OF_A_CELL
-    typed = [word for word in parse_flags(config.run.typed).overrides if word.partition("=")[0] not in own]
-    run_dir = config.run.run_dir / f"{name}-{width.label}-{seed}"
-    cell = {"profile": name, "bits": width.label, "seed": seed, "run_dir": run_dir, "resume": "true"}
-    words = [*typed, *(f"{key}={value}" for key, value in cell.items()), "profile.runtime=null"]
-    return compose_plain("train", words)
+    """The configuration of one cell."""
+    cell = {"profile": name, "bits": width.label, "seed": seed, "profile.runtime": "null"}
+    return run_of_cell(config, "train", cell, name=f"{name}-{width.label}-{seed}")
 
 
 def _measured(report: Mapping[str, Any], width: Bits, name: str) -> dict[str, Any]:
@@ -132,8 +115,8 @@ def profile_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
             columns = [
                 name,
                 where if found[0]["in_runtime"] else "qvgen*",
-                *(_mean([row[f"error_{stage}"] for row in found], ".4f") for stage in STAGES),
-                *(_mean([row[f"psnr_db_{stage}"] for row in found], ".2f") for stage in _VIDEOS),
+                *(mean_and_spread([row[f"error_{stage}"] for row in found], ".4f") for stage in STAGES),
+                *(mean_and_spread([row[f"psnr_db_{stage}"] for row in found], ".2f") for stage in _VIDEOS),
                 f"{fmean(row['packed_bytes'] for row in found):.0f}",
             ]
             lines.append(f"| {' | '.join(columns)} |")
@@ -144,15 +127,6 @@ def profile_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         "model's, same captions and seeds.",
         "",
     ]
-
-
-def _mean(values: Sequence[float | None], form: str) -> str:
-    measured = [value for value in values if value is not None]
-    if not measured:
-        return "-"
-    if len(measured) == 1:
-        return f"{measured[0]:{form}}"
-    return f"{fmean(measured):{form}} +- {(max(measured) - min(measured)) / 2:{form}}"
 
 
 BENCHMARK = Benchmark(

@@ -1,12 +1,14 @@
-"""The benchmark ``ptq``: every PTQ method at several bit-widths, without training, on one model."""
+"""The benchmark ``ptq``: every PTQ method at several bit-widths, without training, on one video model or text encoder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from operator import itemgetter
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -24,24 +26,36 @@ from qvgen.layers.swap import folded_copy, quantized_layers
 from qvgen.training.layer_setup import input_sets
 from qvgen.training.student import calibrate_, prepare_student
 from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
-from qvgen.verbs.benchmarks.base import Benchmark, methods_of
+from qvgen.verbs._ptq_encoder import ABOUT_ENCODER, encoder_cells, encoder_folder, encoder_methods, encoder_rows
+from qvgen.verbs.benchmarks.base import Benchmark, Row, cells, methods_of
+
+
+class Table(Protocol):
+    """A value of every row, by its key or computed from it, and its format -> lines of a table, methods by widths."""
+
+    def __call__(self, value: str | Callable[[Row], float], form: str) -> list[str]:
+        """The lines."""
+        ...
 
 
 def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per seed, bit-width and method, in this order; ``done`` holds those triples that are left out."""
+    if config.encoder is not None:
+        yield from encoder_rows(config, done=done, cell=cell)
+        return
     for seed in config.seeds:
-        cells = [(width, name) for width in config.widths for name in methods_of(config)]
-        missing = [(width, name) for width, name in cells if (seed, width.label, name) not in done]
+        pairs = [(width, name) for width in config.widths for name in methods_of(config)]
+        missing = [(width, name) for width, name in pairs if (seed, width.label, name) not in done]
         if not missing:
             continue
         base = replace(config.run, seed=seed)
         teacher = base.model.load_teacher()
         split = base.data.open(base.model, split="held_out")
         batch_size = step_batch(base).micro_batch_size
-        held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, seed=seed, batch_size=batch_size)
+        held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, batch_size=batch_size)
         reference = list(held_out.predictions(teacher))
         captions = [item["caption"] for item in held_out_items(split, config.videos)]
-        seeds = [seed + index for index in range(config.videos)]
+        seeds = [held_out.seed + index for index in range(config.videos)]
         videos = generate_videos(base.model, teacher, captions, seeds, encode=split.encode)
 
         def measure(
@@ -111,35 +125,34 @@ def ptq_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
     seeds = sorted({row["seed"] for row in rows})
     names = [f"W{Bits.parse(width).weight}A{Bits.parse(width).activation}" for width in widths]
 
-    def cells(method: str, key: str, form: str) -> list[str]:
-        found = [[row[key] for row in rows if (row["method"], row["bits"]) == (method, width)] for width in widths]
-        return [f"{fmean(values):{form}} +- {(max(values) - min(values)) / 2:{form}}" for values in found]
+    def values(method: str, value: Callable[[Row], float], form: str) -> list[str]:
+        found = [[value(row) for row in rows if (row["method"], row["bits"]) == (method, width)] for width in widths]
+        return [f"{fmean(several):{form}} +- {(max(several) - min(several)) / 2:{form}}" for several in found]
 
-    def table(key: str, form: str) -> list[str]:
+    def table(value: str | Callable[[Row], float], form: str) -> list[str]:
+        read = itemgetter(value) if isinstance(value, str) else value
         lines = [f"| method | {' | '.join(names)} |", "|---" * (len(widths) + 1) + "|"]
-        return [*lines, *(f"| {method} | {' | '.join(cells(method, key, form))} |" for method in methods), ""]
+        return [*lines, *(f"| {method} | {' | '.join(values(method, read, form))} |" for method in methods), ""]
 
     seconds = [
         f"| {method} | {max(row['calibration_s'] for row in rows if row['method'] == method):.2f} | "
         f"{fmean(row['method_s'] for row in rows if row['method'] == method):.2f} |"
         for method in methods
     ]
+    is_encoder = "cosine" in rows[0]
+    measured = _encoder_sections(rows, table) if is_encoder else _video_sections(head, table)
     return [
         f"# PTQ methods on {head['model']}",
         "",
         f"Profile {head['profile']}, no training. Mean over the seeds {', '.join(map(str, seeds))}, +- half the spread. "
         f"{head['machine']['cpu']}, {head['machine']['num_threads']} thread, torch {head['versions']['torch']}. "
-        "A method's calibration is sampled once per seed and read from the cache afterwards.",
+        "A method's calibration is sampled once per seed and read from the cache afterwards."
+        + (f" {ABOUT_ENCODER}" if is_encoder else ""),
         "",
         f"    {head['command']}",
         "",
-        f"## Held-out relative error |y - y_fp|^2 / |y_fp|^2, {head['samples']} inputs",
-        "",
-        *table("relative_error", ".5f"),
-        f"## PSNR in dB of {head['videos']} videos to the full-precision model's, same captions and seeds",
-        "",
-        *table("psnr_db", ".2f"),
-        "## Bytes of the packed model, whole transformer",
+        *measured,
+        f"## Bytes of the packed model, whole {'encoder' if is_encoder else 'transformer'}",
         "",
         *table("bytes", ".0f"),
         "## Seconds",
@@ -150,4 +163,45 @@ def ptq_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-BENCHMARK = Benchmark(rows=ptq_rows, table=ptq_table, group=("seed", "bits", "method"), real_weights=True)
+def _video_sections(head: Mapping[str, Any], table: Table) -> list[str]:
+    return [
+        f"## Held-out relative error |y - y_fp|^2 / |y_fp|^2, {head['samples']} inputs",
+        "",
+        *table("relative_error", ".5f"),
+        f"## PSNR in dB of {head['videos']} videos to the full-precision model's, same captions and seeds",
+        "",
+        *table("psnr_db", ".2f"),
+    ]
+
+
+def _encoder_sections(rows: Sequence[Row], table: Table) -> list[str]:
+    lines = [
+        "## Relative error of token states |y - y_fp|^2 / |y_fp|^2",
+        "",
+        *table("relative_error", ".5f"),
+        "## Cosine of the sentence embedding to the full-precision one",
+        "",
+        *table("cosine", ".5f"),
+    ]
+    for kind in rows[0]["layers"]:
+        title = f"## Relative error of {kind}, mean over the blocks"
+        lines += [title, "", *table(partial(_of_layers, kind=kind), ".5f")]
+    return lines
+
+
+def _of_layers(row: Row, *, kind: str) -> float:
+    return float(row["layers"][kind])
+
+
+def describe(config: BenchmarkConfig) -> str:
+    """What it would measure, for a dry run."""
+    if config.encoder is None:
+        return cells(config)
+    methods = ", ".join(encoder_methods(config))
+    encoder_folder(config.encoder)  # it says what is missing
+    return f"ptq on {config.model_name}: {len(encoder_cells(config))} cells ({methods})"
+
+
+BENCHMARK = Benchmark(
+    rows=ptq_rows, table=ptq_table, describe=describe, group=("seed", "bits", "method"), real_weights=True
+)

@@ -23,6 +23,8 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
+from qvgen.training.block_checkpoint import block_checkpoint
+from qvgen.training.layer_setup import set_up_phi_
 from qvgen.training.meta_model import narrow_
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
@@ -96,7 +98,7 @@ class _Measured:
         ).to(device)
         self.module.setup("fit")
         if config.strategy.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
+            student.enable_gradient_checkpointing(block_checkpoint(keep_attention=config.strategy.keep_attention))
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         if (schedule := student_design(config).schedule(config.steps)) is not None:
             schedule.apply_(student, None, step=0)
@@ -119,7 +121,9 @@ class _Measured:
         )
         for layer in quantized_layers(student).values():
             RoundToNearest().initialize_(layer, statistics=None)
+        set_up_phi_(student, config.phi)
         config.method.prepare_(student)
+        config.method.start_(student, seed=config.seed)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -206,6 +206,42 @@ def test_real_zero_points_are_carried_where_the_format_has_them(target: str, fit
     assert error < (1e-6 if fits else 0.2)
 
 
+@pytest.mark.parametrize("bits", ["w3a8", "w4a8", "w8a8"])
+def test_sdnq_s_own_products_quantize_inputs_as_the_profile_does(bits: str) -> None:
+    layer, x = packed_layer("int8", bits, columns=64, rows=48)
+    exporter = load_leaf("export", "sdnq", dtype=None, quantized_inputs=True)
+    assert (exporter.fit(layer).reasons, exporter.fit(layer).runs_as) == ((), bits)
+    tensors = exporter.tensors(layer)
+    assert torch.equal(exporter.output(tensors, x[0]), layer(x)[0])
+    assert torch.equal(dequantized(tensors, columns=64), layer.dequantized_weight())
+    if bits == "w8a8":  # stored the other way round
+        assert list(tensors["weight"].shape) == [64, 48]
+        assert list(tensors["scale"].shape) == [1, 48]
+        assert torch.equal(tensors["weight"].t(), layer.integer_codes())
+
+
+@pytest.mark.parametrize(
+    ("profile", "bits", "reason"),
+    [
+        ("paper", "w4a8", "weight with a zero point"),
+        ("paper", "w4a8", "ranges of inputs cut by learned factors"),
+        ("int8", "w4a4", "inputs of 4 bits"),
+        ("w4a8_row", "w4a8", "inputs multiplied by 1 / scale, not divided by it"),
+    ],
+)
+def test_other_inputs_than_sdnq_s_products_have_are_said(profile: str, bits: str, reason: str) -> None:
+    layer, _ = packed_layer(profile, bits, columns=64, rows=32)
+    assert reason in load_leaf("export", "sdnq", quantized_inputs=True).fit(layer).reasons
+
+
+def test_sdnq_multiplies_no_small_or_odd_weights() -> None:
+    exporter = load_leaf("export", "sdnq", quantized_inputs=True)
+    for columns, rows in ((16, 64), (72, 64)):
+        layer, _ = packed_layer("int8", "w4a8", columns=columns, rows=rows)
+        with pytest.raises(UserError, match="write export.quantized_inputs=false"):
+            exporter.fit(layer)
+
+
 def test_sdnq_needs_whole_groups_of_codes() -> None:
     layer, _ = packed_layer("int8", "w4a8", columns=4, rows=1)
     with pytest.raises(UserError, match="its 1 x 4 codes do not fill groups of 8"):

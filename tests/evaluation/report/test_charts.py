@@ -13,7 +13,11 @@ import pytest
 
 from qvgen.evaluation.metric_rows import read_metric_rows
 from qvgen.evaluation.report.charts import draw_charts, phi_removed_step, read_history, running_mean
+from qvgen.evaluation.report.compare_page import draw_overlaid
+from qvgen.evaluation.report.run_record import RunRecord
 from tests.evaluation.report.example_report import METRICS_CSV
+
+NORM_TITLE = "Gradient norm, before clipping: all, weights, Phi"
 
 
 def test_history_skips_empty_cells_and_keeps_the_later_row(tmp_path: Path) -> None:
@@ -106,3 +110,35 @@ def test_odd_curves_are_drawn_without_a_warning(make: Callable[[int], np.ndarray
     history = {name: (np.arange(num_points), make(num_points)) for name in names}
     for chart in draw_charts(history, ptq_error=math.nan):
         ElementTree.fromstring(chart.svg)
+
+
+def test_the_papers_two_figures_are_drawn_of_a_run_and_of_two_runs_overlaid() -> None:
+    """Norms of all gradients, the weights' and Phi's in one drawing; a run without Phi beside one with it in another."""
+    steps = np.arange(30)
+    names = ("train/gradient_norm", "train/gradient_norm_weights", "train/gradient_norm_phi")
+    helped = {name: (steps, 1.0 + index + 0 * steps) for index, name in enumerate(names)}
+    helped["phi/small_share"] = (steps[::3], np.linspace(0, 1, 10))
+    helped |= {
+        f"clip/{side}_t{start}": (steps[::3], np.full(10, 0.9)) for side in ("low", "high") for start in (0, 200)
+    }
+    charts = {chart.title: chart.svg for chart in draw_charts(helped, ptq_error=None)}
+    assert list(charts) == [
+        NORM_TITLE,
+        "Share of Phi's singular values below a tenth of the largest",
+        "Factor on the minimum of inputs, from timestep T on",
+        "Factor on the maximum of inputs, from timestep T on",
+    ]
+    assert all(f"var(--series-{index})" in charts[NORM_TITLE] for index in (1, 2, 3))
+    plain = {name: helped[name] for name in names[:2]}
+    records = [
+        RunRecord(path=Path(name), name=name, state="finished", why="", settings={}, report={}, history=history)
+        for name, history in (("with", helped), ("without", plain))
+    ]
+    overlaid = {chart.title: chart.svg for chart in draw_overlaid(records)}
+    assert list(overlaid) == [
+        "Gradient norm, before clipping",
+        "Gradient norm of the weights alone, before clipping",
+        "Share of Phi's singular values below a tenth of the largest",
+    ]
+    colors = [[f"stroke: var(--series-{index})" in svg for index in (1, 2)] for svg in overlaid.values()]
+    assert colors == [[True, True], [True, True], [True, False]]

@@ -107,8 +107,7 @@ def test_a_choice_stands_for_what_follows_from_it(tmp_path: Path) -> None:
             "names": {"method": method},
             "method": {
                 "_target_": f"qvgen.methods.{method}",
-                "phi": True,
-                **({"distill": True} if method == "lsq" else {}),
+                **({"rank": 32} if method == "lsq" else {}),
             },
             "profile": {"weight_bits": 4, "activation_bits": 4 if bits == "4" else 8},
             "model": {"recipe": {"steps": int(bits[-1])}},

@@ -25,6 +25,8 @@ from tests.parts import counted
 from tests.runs import train_config
 
 SETTINGS = StepSettings(micro_batch=2, gradient_checkpointing=False, autocast=False, teacher_dtype=torch.float32)
+AGAIN = {"gradient_checkpointing": True}
+KEPT_ATTENTION = {**AGAIN, "keep_attention": True}
 
 
 def test_a_tensor_counts_as_long_as_it_lives() -> None:
@@ -87,10 +89,10 @@ def test_bytes_of_tensors_count_each_storage_once() -> None:
     assert tensor_bytes([x, x[2], x.view(-1), torch.ones(3)]) == 400 + 12
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_step_without_values_counts_what_a_real_one_does(gradient_checkpointing: bool) -> None:
+@pytest.mark.parametrize("how", [{}, AGAIN, KEPT_ATTENTION])
+def test_a_step_without_values_counts_what_a_real_one_does(how: dict[str, bool]) -> None:
     config = train_config("model.num_layers=2")
-    settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing)
+    settings = replace(SETTINGS, **how)
     family = named_family(config).rebuild()
     models = [build_student(family, student_design(config))[0], build_teacher(family, dtype=torch.float32)]
     for model in models:
@@ -204,10 +206,22 @@ def test_activations_grow_linearly_with_the_batch_and_checkpointing_lowers_them(
     assert checkpointed.backward_flops == two.backward_flops
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_three_short_models_tell_the_whole_one(gradient_checkpointing: bool) -> None:
+def test_kept_outputs_of_attention_are_counted_and_its_products_are_not_counted_again() -> None:
+    config = train_config("method=lsq")
+    checkpointed, kept = (counted(config, replace(SETTINGS, **how), blocks=2) for how in (AGAIN, KEPT_ATTENTION))
+    assert checkpointed.recompute_flops - kept.recompute_flops == kept.forward_attention_flops > 0
+    assert checkpointed.attention_flops - kept.attention_flops == kept.forward_attention_flops
+    # Self- and cross-attention of two blocks: 2 samples of 128 tokens, 64 channels, and the logarithm of each row's sum
+    # of 4 heads, all in float32.
+    assert kept.kept_bytes - checkpointed.kept_bytes == 2 * 2 * 2 * 128 * (64 + 4) * 4
+    same = ("teacher_flops", "student_flops", "backward_flops")
+    assert all(getattr(kept, name) == getattr(checkpointed, name) for name in same)
+
+
+@pytest.mark.parametrize("how", [{}, AGAIN, KEPT_ATTENTION])
+def test_three_short_models_tell_the_whole_one(how: dict[str, bool]) -> None:
     config = train_config("model.num_layers=5", "method=lsq")
-    settings = replace(SETTINGS, gradient_checkpointing=gradient_checkpointing, autocast=True)
+    settings = replace(SETTINGS, **how, autocast=True)
     whole = counted(config, settings, blocks=5)
     model, design = named_family(config), student_design(config)
     assert count_step(model, design, settings, optim=config.optim) == whole
@@ -227,7 +241,7 @@ def test_operations_of_linears_are_2mnk() -> None:
 
 def test_operations_of_a_quantized_layer_and_of_attention() -> None:
     """By hand for tiny with one block and no Phi: self-attention and feed-forward of 128 tokens, 3 words."""
-    config = train_config("model.num_layers=1", "method=lsq", "method.distill=false")
+    config = train_config("model.num_layers=1", "method=lsq")
     count = counted(config, replace(SETTINGS, micro_batch=1), blocks=1)
     tokens, width, text = 8 * 4 * 4, 64, 3
     linears = 2 * tokens * width * width * 6 + 2 * text * width * width * 2 + 2 * tokens * width * 128 * 2

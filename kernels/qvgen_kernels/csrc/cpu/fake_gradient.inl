@@ -172,7 +172,7 @@ static void through_extremes(const FakeQuantize& p, const Group& g, const GroupG
         p.grad_second[index] = grad_high * g.high;
         return;
     }
-    const float grad_zero = sums.clipped * g.scale;
+    const float grad_zero = p.stop_zero ? 0.0f : sums.clipped * g.scale;
     const float bottom = at_most(g.low, 0.0f), top = at_least(g.high, 0.0f);
     const float low = bottom * clip_low, high = top * clip_high;
     grad_scale = grad_scale + grad_zero * low / (g.scale * g.scale);

@@ -37,6 +37,7 @@ struct FakeQuantize {
     int32_t factored;                 // operand: 1: q - z, 0: s (q - z)
     int32_t raw;                      // operand: 1: q in place of q - z, for a real zero point outside of the product
     int32_t known;                    // 1: low and high are given
+    int32_t stop_zero;                // 1: a range's zero point is a constant to the gradient
     int32_t backend, threads;
 };
 

@@ -1,24 +1,13 @@
 // Rows of fake quantization, included once for each kind of processor inside its namespace and target pragma.
 //
-// Registers are the compiler's vectors of 16 numbers, whatever the processor has: every operation on them is one rounding of
-// each number. Columns are worked on in runs of 32, because that is how torch adds a row up on every processor (its cascade_sum,
+// Columns are worked on in runs of 32, because that is how torch adds a row up on every processor (its cascade_sum,
 // registers of 8 numbers): 32 sums side by side, moved up a level after every 16 runs; then registers of 8 that are left over,
 // then single numbers, then the sums from the first to the last.
 
-#include "numbers.inl"
+#include "wide.inl"
 
-typedef float Wide __attribute__((vector_size(64)));
-typedef int32_t WideMask __attribute__((vector_size(64)));
-
-constexpr int64_t kLane = 16, kRun = 2 * kLane;  // numbers of a register; columns at a time
+constexpr int64_t kRun = 2 * kLane;  // columns at a time
 constexpr int64_t kLevels = 4, kLevelRuns = 16, kRegister = 8;
-
-#define QV_INLINE static inline __attribute__((always_inline))
-
-QV_INLINE Wide load(const float* x) { Wide v; memcpy(&v, x, sizeof v); return v; }
-QV_INLINE void keep(float* x, const Wide& v) { memcpy(x, &v, sizeof v); }
-QV_INLINE Wide all(float x) { return Wide{} + x; }
-QV_INLINE Wide nearest(const Wide& v) { return (v + 12582912.0f) - 12582912.0f; }
 
 // What the grid says of one group.
 struct Group {
@@ -69,8 +58,8 @@ static void choose_given(const FakeQuantize& p, Group& g, float scale, float zer
     const float qmax = static_cast<float>(p.qmax);
     if (p.kind == kLearned) {
         scale = rounded_scale(at_least(scale, 1e-8f), p.scale_dtype);
-        if (p.zero_kind == kIntegerZero) zero = __builtin_rintf(zero);
-        zero = at_most(at_least(zero, 0.0f), qmax);
+        if (p.zero_kind == kIntegerZero) zero = at_most(at_least(__builtin_rintf(zero), 0.0f), qmax);
+        else zero = at_most(at_least(zero, -131072.0f), 131072.0f);
     }
     g.scale = g.divisor = scale;
     g.inverse = 1.0f / scale;
@@ -123,12 +112,6 @@ QV_INLINE Wide unclamped(const Wide& x, const Group& g) {
     if (kMode == kDivide) return nearest(x / g.divisor) + g.zero;
     if (kMode == kReal) return nearest(x * g.inverse + g.zero) + 0.0f;
     return nearest(x * g.inverse) + g.zero;
-}
-
-QV_INLINE Wide clamped(Wide u, float qmin, float qmax) {
-    const Wide least = all(qmin), most = all(qmax);
-    u = u < least ? least : u;  // a NaN stays
-    return u > most ? most : u;
 }
 
 // v where low < x < high, 0 elsewhere and where x is NaN.

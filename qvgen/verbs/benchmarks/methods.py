@@ -1,0 +1,214 @@
+"""The benchmark ``methods``: training methods beside each other, from one start, in equal steps, and in pairs.
+
+Each cell is a whole run of ``qvgen train`` (of ``qvgen ptq`` for a PTQ method) with a folder of its own below the benchmark's
+``run_dir``, so that its videos and its curves can be looked at, and a cell that was stopped goes on at its last checkpoint.
+All cells are measured on the same held-out inputs; of the same seed and widths they also draw the same noise while they are
+trained, so that errors are compared in pairs: the mean of the ratios says more than the ratio of the means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from qvgen.config.bits import Bits
+from qvgen.config.build import check
+from qvgen.config.leaves import leaf_names, load_leaf
+from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.errors import UserError, did_you_mean
+from qvgen.evaluation.report.charts import read_history
+from qvgen.verbs.benchmarks.base import Benchmark, mean_and_spread, run_cell, run_of_cell
+
+REFERENCE = "kd"
+"""The method that others are compared with in pairs, where it is among them; else the first that trains."""
+
+EARLY_SHARE = 0.15
+"""Share of a run's steps, its first ones, whose gradient norm has a column of its own: Phi has most of its rank there."""
+
+_VIDEO_METRICS = ("psnr_db", "ssim", "flicker")
+_NORMS = ("gradient_norm", "gradient_norm_weights")
+_COLUMNS = {
+    "error_start": ("error, start", ".4f"),
+    "error": ("error, trained", ".4f"),
+    "pairs": ("in pairs", "+.1f"),
+    "psnr_db": ("PSNR in dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "flicker": ("flicker", ".4f"),
+    "gradient_norm_weights_early": ("norm of the weights' gradient, first steps", ".3f"),
+    "gradient_norm_weights": ("all steps", ".3f"),
+    "train_s": ("seconds", ".0f"),
+}
+"""Columns of the page: words above them, and the form of their numbers."""
+
+
+def compared_methods(config: BenchmarkConfig) -> list[str]:
+    """What is compared: what was asked for; or the configured start, and every method that trains a quantized model.
+
+    A name is a file of conf/method, or of conf/init for a PTQ method alone; ``NAME+rN`` rotates inputs by N.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    trained = [name for name in leaf_names("method") if load_leaf("method", name).trains == "student"]
+    known = [*trained, *leaf_names("init")]
+    for name in config.methods or ():
+        if (stem := name.partition("+")[0]) not in known:
+            raise UserError(f"methods holds {name!r}{did_you_mean(stem, known)} (there are: {', '.join(known)})")
+    return list(config.methods or [config.run.names.init, *trained])
+
+
+def _leaves(config: BenchmarkConfig) -> list[object]:
+    stems = [name.partition("+")[0] for name in compared_methods(config)]
+    return [load_leaf("init" if stem in leaf_names("init") else "method", stem) for stem in stems]
+
+
+def describe(config: BenchmarkConfig) -> str:
+    """What it would train, for a dry run."""
+    names = compared_methods(config)
+    count = len(names) * len(config.widths) * len(config.seeds)
+    return f"methods on {config.run.names.model}: {count} runs ({', '.join(names)})"
+
+
+def method_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per seed, bit-width and method, in this order; ``done`` holds those triples that are left out."""
+    names = compared_methods(config)
+    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in names]
+    plains = {cell: _plain(config, *cell) for cell in cells}
+    for verb, plain in plains.values():  # what can't run is refused before the first cell trains for hours
+        check(verb, plain)
+    for (seed, width, name), (verb, plain) in plains.items():
+        if (seed, width.label, name) not in done:
+            report = run_cell(verb, plain)
+            measured = _measured(report, Path(plain["run_dir"]), is_trained=verb == "train")
+            yield {"method": name, "bits": width.label, "seed": seed, **measured}
+
+
+def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> tuple[str, dict[str, Any]]:
+    """Verb and configuration of one cell."""
+    stem, _, rotation = name.partition("+r")
+    cell: dict[str, str | int] = {"bits": width.label, "seed": seed}
+    cell |= {"profile.rotation": rotation} if rotation else {}
+    folder = f"{name}-{width.label}-{seed}"
+    if stem in leaf_names("init"):
+        return "ptq", run_of_cell(config, "ptq", {**cell, "init": stem}, name=folder, without=("steps", "method"))
+    return "train", run_of_cell(config, "train", {**cell, "method": stem}, name=folder)
+
+
+def _measured(report: Mapping[str, Any], run_dir: Path, *, is_trained: bool) -> dict[str, Any]:
+    """The figures of a cell, from its run's report and curves; a figure that the run does not have is None."""
+    errors = report["relative_error"]
+    videos = (report.get("quality") or {}).get("variants", {}).get("packed", {})
+    history = read_history(run_dir / "metrics.csv")
+    norms: dict[str, float | None] = {}
+    for name in _NORMS:
+        _, values = history.get(f"train/{name}", (None, np.zeros(0)))
+        early = values[: max(1, round(EARLY_SHARE * len(values)))]
+        norms |= {name: float(values.mean()) if len(values) else None}
+        norms |= {f"{name}_early": float(early.mean()) if len(values) else None}
+    return {
+        "init": report["init"],
+        "steps": report["steps"],
+        "error_start": errors.get("ptq"),
+        "error": errors.get("packed") if is_trained else None,
+        **{name: videos.get(name) for name in _VIDEO_METRICS},
+        **norms,
+        "init_s": report["seconds"]["init"],
+        "train_s": report["seconds"].get("train") if is_trained else None,
+    }
+
+
+def in_pairs(rows: Sequence[Mapping[str, Any]], *, reference: str) -> dict[tuple[str, str], list[float]]:
+    """(bits, method) -> by how many per cent its errors are above the reference method's, of each seed that both have."""
+    errors = {(row["bits"], row["seed"], row["method"]): row["error"] for row in rows if row["error"] is not None}
+    found: dict[tuple[str, str], list[float]] = {}
+    for (bits, seed, method), error in errors.items():
+        if method != reference and (other := errors.get((bits, seed, reference))):
+            found.setdefault((bits, method), []).append(100 * (error / other - 1))
+    return found
+
+
+def _reference(rows: Sequence[Mapping[str, Any]]) -> str:
+    trained = list(dict.fromkeys(row["method"] for row in rows if row["error"] is not None))
+    return REFERENCE if REFERENCE in trained or not trained else str(trained[0])
+
+
+def method_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The Markdown page: mean over the seeds, and half the spread between the smallest and the largest."""
+    widths, names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "method", "seed"))
+    reference = _reference(rows)
+    pairs = in_pairs(rows, reference=reference)
+    steps = max(row["steps"] for row in rows)
+    lines = [
+        f"# Methods on {head['model']}",
+        "",
+        f"Profile {head['profile']}, init={rows[-1]['init']}, {steps} steps. "
+        f"{'Mean over the seeds' if len(seeds) > 1 else 'One seed:'} {', '.join(map(str, seeds))}"
+        f"{', +- half the spread' if len(seeds) > 1 else ''}. {head['machine']['cpu']}, "
+        f"{head['machine']['num_threads']} thread, torch {head['versions']['torch']}.",
+        "",
+        f"    {head['command']}",
+    ]
+    for width in widths:
+        bits = Bits.parse(width)
+        lines += [
+            "",
+            f"## W{bits.weight}A{bits.activation}",
+            "",
+            f"| method | {' | '.join(words for words, _ in _COLUMNS.values())} |",
+            "|---" * (1 + len(_COLUMNS)) + "|",
+        ]
+        for name in names:
+            found = [row for row in rows if (row["bits"], row["method"]) == (width, name)]
+            values = {
+                key: pairs.get((width, name), []) if key == "pairs" else [r[key] for r in found] for key in _COLUMNS
+            }
+            shown = [mean_and_spread(values[key], form) for key, (_, form) in _COLUMNS.items()]
+            lines += [f"| {name} | {' | '.join(shown)} |"] if found else []
+    return [
+        *lines,
+        "",
+        f"Error: held out, |y - y_fp|^2 / |y_fp|^2 of the packed model, {head['samples']} inputs, the same in all cells. In "
+        f"pairs: per cent above {reference}'s error of the same seed and widths. PSNR, SSIM, flicker: videos of the packed "
+        "model beside the full-precision model's, same captions and noise. Norms are taken before clipping, without Phi's "
+        f"own gradient; the first steps are {EARLY_SHARE:.0%} of all.",
+        "",
+    ]
+
+
+def plot_methods(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out error of every method and bit-width: a bar for the mean, a line from the smallest to the largest."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    widths, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "method"))
+    figure = Figure(figsize=(3 + 2.2 * len(widths), 3.6), layout="constrained")
+    for place, (axes, width) in enumerate(zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True)):
+        for height, name in enumerate(names):
+            of = [row for row in rows if (row["bits"], row["method"]) == (width, name)]
+            errors = [row["error_start"] if row["error"] is None else row["error"] for row in of]
+            if errors:
+                low, mean, high = min(errors), fmean(errors), max(errors)
+                axes.barh(
+                    height, mean, xerr=[[mean - low], [high - mean]], color="C7" if of[0]["error"] is None else "C0"
+                )
+        axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names))
+        axes.invert_yaxis()
+        axes.set_title(f"bits={width}")
+        axes.set_xlabel("held-out relative error")
+    with mpl.rc_context({"svg.hashsalt": "qvgen"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+BENCHMARK = Benchmark(
+    rows=method_rows,
+    table=method_table,
+    describe=describe,
+    group=("seed", "bits", "method"),
+    plot=plot_methods,
+    leaves=_leaves,
+    real_weights=True,
+)
