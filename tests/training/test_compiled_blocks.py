@@ -55,7 +55,7 @@ def test_all_blocks_share_a_graph_and_a_new_rank_makes_none(monkeypatch: pytest.
     gradients(student, timestep=900.0)
     for layer in quantized_layers(student).values():
         layer.phi._drop_to(2)
-    gradients(student)
+    found = gradients(student)
     assert counter.frame_count == 1
     with uncompiled(student), torch.no_grad():
         gradients_free = student(
@@ -63,15 +63,10 @@ def test_all_blocks_share_a_graph_and_a_new_rank_makes_none(monkeypatch: pytest.
         )
     assert gradients_free.sample.isfinite().all()
     assert counter.frame_count == 1
-    for layer in quantized_layers(student).values():
-        layer.phi._drop_to(0)
-    found = gradients(student)
-    assert counter.frame_count == 2
     release_blocks_(student)
     with unfused():
-        expected = gradients(student)
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
-    assert counter.frame_count == 2
+        eager = gradients(student)
+    assert all(torch.equal(one, other) for one, other in zip(eager, found, strict=True))
     assert not any("forward" in vars(block) for block in student.blocks)
 
 
