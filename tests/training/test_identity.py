@@ -116,7 +116,12 @@ def test_the_same_run_goes_on_in_another_folder_and_from_another_place(run_dir: 
     before = snapshot(run_dir)
     shutil.copytree(ASSETS_DIRECTORY, tmp_path / "assets")  # the same weights elsewhere
     go_on(run_dir)
-    go_on(run_dir, f"model.weights={tmp_path / 'assets' / TinyVideoDiT.teacher_file}", "calibration.cache=elsewhere", "debug=true")
+    go_on(
+        run_dir,
+        f"model.weights={tmp_path / 'assets' / TinyVideoDiT.teacher_file}",
+        "calibration.cache=elsewhere",
+        "debug=true",
+    )
     assert snapshot(run_dir) == before
 
 
