@@ -142,8 +142,10 @@ def initialize_(
         for name, layer in layers.items():  # statistics are read, and sampled, in this thread
             yield partial(set_up_, name, layer, seen(name) if initializer.needs else None)
 
-    largest = max((layer.weight.numel() for layer in layers.values()), default=0)
-    threads = num_threads(largest=SCRATCH_PER_WEIGHT * largest) if getattr(initializer, "concurrent", False) else 1
+    threads = 1
+    if getattr(initializer, "concurrent", False):
+        weights = (layer.weight for layer in layers.values())
+        threads = num_threads(weights, scratch_per_weight=SCRATCH_PER_WEIGHT)
     for _ in in_threads(jobs(), threads=threads):
         done()
     return None if statistics is None else seen

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 SCRATCH_BYTES = 8 << 30
 """Memory that layers which are worked on at the same time may take, beside the model."""
@@ -20,12 +21,17 @@ SCRATCH_BYTES = 8 << 30
 Result = TypeVar("Result")
 
 
-def num_threads(*, largest: int) -> int:
+def num_threads(weights: Iterable[Tensor], *, scratch_per_weight: int) -> int:
     """How many layers are worked on at a time: what the cores that this process may use, and memory, allow.
 
     Args:
-        largest: Bytes that the largest layer takes while it is worked on.
+        weights: The layers' weights. On another device than the CPU, which does one thing after the other, it is one.
+        scratch_per_weight: Bytes that a layer takes while it is worked on, for each of its weights.
     """
+    weights = list(weights)
+    if any(weight.device.type != "cpu" for weight in weights):
+        return 1
+    largest = scratch_per_weight * max((weight.numel() for weight in weights), default=0)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return max(1, min(cores // torch.get_num_threads(), SCRATCH_BYTES // max(1, largest)))

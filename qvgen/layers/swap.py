@@ -271,6 +271,6 @@ def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
         check_finite(packed.state_dict().items(), source=f"cannot fold {name}", remedy=_FOLD_REMEDY)
         return packed
 
-    largest = max((layer.weight.numel() for layer in layers.values()), default=0)
-    threads = num_threads(largest=_SCRATCH_PER_WEIGHT * largest)
+    weights = (layer.weight for layer in layers.values())
+    threads = num_threads(weights, scratch_per_weight=_SCRATCH_PER_WEIGHT)
     return dict(zip(layers, in_threads((partial(pack, name) for name in layers), threads=threads), strict=True))

@@ -208,14 +208,9 @@ class TinyVideoDiT:
                 parameter.copy_(parameter.to(self.teacher_dtype))
 
     def save_teacher(self, transformer: nn.Module, directory: Path, *, card: Mapping[str, Any]) -> Path:
-        """Write the weights and their card, which says how they were made; see :mod:`qvgen.models.weight_file`.
-
-        Returns:
-            The weights' path.
-        """
-        return save_weights(
-            transformer.state_dict(), directory / self.teacher_file, card=card, dtype=self.teacher_dtype
-        )
+        """Write the weights and a card that says how they were made (:mod:`qvgen.models.weight_file`); gives their path."""
+        path = directory / self.teacher_file
+        return save_weights(transformer.state_dict(), path, card=card, dtype=self.teacher_dtype)
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
         """The places where smoothing vectors can be folded, which are those of Wan's class."""
@@ -293,14 +288,6 @@ class TinyVideoDiT:
             sampled.check_finite(latents, name="latents")
             sampled.check_frames(shown)
         return frames
-
-
-class TinyWideVideoDiT(TinyVideoDiT):
-    """The same model at a width where averages over a row mean something; its teacher is stored in bfloat16."""
-
-    name = "tiny_wide"
-    teacher_file = "tiny_wide_teacher.safetensors"
-    teacher_dtype = torch.bfloat16
 
 
 def _coordinates(num_frames: int, image_size: int) -> Tensor:

@@ -203,13 +203,13 @@ def test_candidates_are_timed_in_turn_and_a_broken_one_is_named():
     assert found["b"]["ms"] == 6.0
 
 
-def test_a_process_meets_the_shapes_of_all_models(monkeypatch):
+def test_a_process_meets_the_shapes_of_all_models():
     """More than torch compiles of one function by default, where one too many is an error of a whole graph."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    double = Setting(True).compiled(lambda x: x * 2)
-    for size in range(2, 14):
-        assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would leave it hidden
+        double = Setting(True).compiled(lambda x: x * 2)
+        for size in range(2, 14):
+            assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
     torch.compiler.reset()
 
 

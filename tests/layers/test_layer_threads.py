@@ -62,18 +62,20 @@ def test_a_thread_has_the_callers_gradient_mode():
             assert list(in_threads([torch.is_grad_enabled] * 3, threads=2)) == [has_gradients] * 3
 
 
-def test_cores_torchs_threads_and_memory_decide_how_many(monkeypatch):
+def test_device_cores_torchs_threads_and_memory_decide_how_many(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert num_threads(largest=0) == 4
-    assert num_threads(largest=SCRATCH_BYTES // 3) == 3
-    assert num_threads(largest=2 * SCRATCH_BYTES) == 1
+    weights = [torch.zeros(1024), torch.zeros(8)]
+    assert num_threads(weights, scratch_per_weight=1) == 4
+    assert num_threads(weights, scratch_per_weight=SCRATCH_BYTES // 1024 // 3) == 3
+    assert num_threads(weights, scratch_per_weight=SCRATCH_BYTES) == 1
+    assert num_threads([*weights, torch.zeros(8, device="meta")], scratch_per_weight=1) == 1
 
 
 def set_up(init, *, threads, monkeypatch):
     """States of a model's layers as a method sets them up, and of the folded ones; how often progress was told."""
     for module in (preparation, swap):
-        monkeypatch.setattr(module, "num_threads", lambda *, largest: threads)
+        monkeypatch.setattr(module, "num_threads", lambda *_, **__: threads)
     model, calls = make_model(), []
     config = PrepareConfig(profile=make_profile("paper"), initializer=load_leaf("init", "rtn"), phi_rank=2)
     preparation.prepare(model, config)
@@ -111,7 +113,7 @@ def test_a_method_that_does_not_say_that_it_can_is_run_layer_by_layer(monkeypatc
             running.append(threading.current_thread())
             return layer.weight.detach()
 
-    monkeypatch.setattr(preparation, "num_threads", lambda *, largest: 3)
+    monkeypatch.setattr(preparation, "num_threads", lambda *_, **__: 3)
     model = make_model()
     preparation.prepare(model, PrepareConfig(profile=make_profile("paper"), initializer=OneByOne()))
     assert set(running) == {threading.current_thread()}

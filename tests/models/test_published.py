@@ -23,7 +23,8 @@ TRANSFORMERS = {
 }
 PIPELINES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline"}
 ENCODERS = {"cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel"}
-NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem != "tiny"]
+NO_FOLDER = {"tiny", "tiny_wide"}
+NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 
 def kin(name: str) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT
-from qvgen.models.tiny import TinyVideoDiT, TinyWideVideoDiT
+from qvgen.models.tiny import TinyVideoDiT
+from qvgen.models.tiny_wide import TinyWideVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 
 
