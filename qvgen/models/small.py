@@ -75,7 +75,7 @@ class Small(WanFamily):
         """Build an untrained transformer, the start of pretraining.
 
         Wan's modulation starts near 0, which all but closes the residual branches; their gates start at 1 here, as in
-        :meth:`qvgen.models.tiny.TinyVideoDiT.initial_transformer`.
+        :meth:`qvgen.models.tiny_family.TinyFamily.initial_transformer`.
 
         Args:
             seed: Seed of the random weights.

@@ -20,7 +20,7 @@ from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import texts_to_encode
 from qvgen.models.small_folder import write_small_folder
-from qvgen.models.tiny import TinyVideoDiT
+from qvgen.models.tiny_family import TinyFamily
 from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
@@ -78,7 +78,7 @@ def pretrain(config: TrainConfig) -> None:
             "environment": {"machine": collect_environment().machine.to_json_dict()},
             "changes": [asdict(change) for change in read_changes(run_dir.path)],
         }
-        if isinstance(config.model, TinyVideoDiT):
+        if isinstance(config.model, TinyFamily):
             config.model.round_to_stored(student)  # what is measured is what is stored
         quality = {"held_out_loss": held_out.loss(student)}
         if isinstance(held_out.split.samples, MovingDigits):
@@ -94,7 +94,7 @@ def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[
     if isinstance(config.model, FolderFamily):
         source = config.model.folder.path
         return write_small_folder(path / MODEL_DIRECTORY, source_folder=source, transformer=student, card=card)
-    assert isinstance(config.model, TinyVideoDiT)  # no other family has an initial transformer
+    assert isinstance(config.model, TinyFamily)  # no other family has an initial transformer
     return config.model.save_teacher(student, path, card=card)
 
 

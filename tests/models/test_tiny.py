@@ -9,11 +9,12 @@ import torch
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT
 from qvgen.models.tiny import TinyVideoDiT
+from qvgen.models.tiny_family import TinyFamily
 from qvgen.models.tiny_wide import TinyWideVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 
 
-def _family(*, kind: type[TinyVideoDiT] = TinyVideoDiT, **changes: object) -> TinyVideoDiT:
+def _family(*, kind: type[TinyFamily] = TinyVideoDiT, **changes: object) -> TinyFamily:
     options = {
         "image_size": 8, "num_frames": 2, "width": 32, "num_layers": 1, "num_heads": 2, "feed_forward_size": 32,
         "text_size": 32, "frequency_size": 32, "shift": 3.0, "include": ["*"], "exclude": [],

@@ -1,0 +1,297 @@
+"""Tiny video DiTs in pixel space that CPU cores can train: diffusers' Wan transformer on moving digits.
+
+    input    [B, 3 + 6, F, S, S]: the noisy RGB video, and where each pixel is, as sine and cosine of t, y and x. Wan's
+             rotary embedding says only how far apart two tokens are; where the digit is has to be told.
+    tokens   patches of 1 x 4 x 4
+    caption  "a COLOR DIGIT MOTION" -> three tokens, rows of a fixed random table; the empty caption -> its null row, thrice
+    output   [B, 3, F, S, S]: the flow's velocity, noise - video
+
+It is the same class, with the same names of layers, as Wan 2.1 (arXiv 2503.20314), only narrow. No VAE and no text encoder:
+everything that a model needs is this file and some megabytes of weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from diffusers import WanTransformer3DModel
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.base import Encode
+from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
+from qvgen.models.objectives import FlowMatching
+from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.sampled_video import SampledVideo
+from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
+from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
+from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
+
+RGB_CHANNELS = 3
+PATCH_SIZE = (1, 4, 4)
+COORDINATE_SCALE = 2.0
+"""Coordinates are constant over a patch and must be heard beside noise of variance 1."""
+
+_GATE_ROWS = [2, 5]
+"""Rows of a Wan block's modulation that gate its self-attention and its feed-forward layers."""
+_MAX_POSITIONS = 64
+
+
+class TinyFamily:
+    """The family of tiny models. It implements :class:`qvgen.models.base.VideoDiT`.
+
+    Args:
+        image_size: Side S of a frame in pixels, a multiple of 4.
+        num_frames: Frames F of a video.
+        width: Channels of a token; a multiple of 2 num_heads.
+        num_layers: Number of transformer blocks.
+        num_heads: Attention heads of a block.
+        feed_forward_size: Hidden channels of a block's feed-forward layers.
+        text_size: Channels of a caption token.
+        frequency_size: Channels of the timestep's sinusoidal embedding.
+        shift: Shift of the noise levels towards noise, in training and sampling; 1 is none.
+        include: Name patterns (fnmatch) of the Linears that are quantized.
+        exclude: Name patterns (fnmatch) of Linears that stay as they are.
+        prompts: Captions that a report samples videos of.
+        fps: Frames per second.
+        num_inference_steps: Sampling steps of a video.
+        guidance_scale: Factor of classifier-free guidance; 1 is none.
+        negative_prompt: The caption that guidance leads away from; "" is the empty one.
+        weights: The teacher's safetensors file; None: the one that comes with the package.
+
+    Attributes:
+        teacher_file: Name of the file of weights that pretraining writes and the package ships.
+        teacher_dtype: Type in which that file holds them.
+
+    Raises:
+        ValueError: for sizes that don't divide, and prompts that the model does not understand.
+    """
+
+    name: ClassVar[str]
+    teacher_file: ClassVar[str]
+    teacher_dtype: ClassVar[torch.dtype]
+    transformer_class = "WanTransformer3DModel"
+    layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "self_attention": ("blocks.*.attn1.*",),
+        "cross_attention": ("blocks.*.attn2.*",),
+        "ffn": ("blocks.*.ffn.*",),
+    }
+    shared_inputs: ClassVar[Sequence[Sequence[str]]] = WAN_SHARED_INPUTS
+    original_names: ClassVar[OriginalNames] = WAN_ORIGINAL_NAMES
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_frames: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        feed_forward_size: int,
+        text_size: int,
+        frequency_size: int,
+        shift: Annotated[float, SHIFT],
+        include: Sequence[str],
+        exclude: Sequence[str],
+        prompts: Sequence[str],
+        fps: int,
+        num_inference_steps: Annotated[int, NUM_STEPS],
+        guidance_scale: Annotated[float, GUIDANCE],
+        negative_prompt: str = "",
+        weights: str | None = None,
+    ) -> None:
+        for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
+            if value % divisor:
+                raise ValueError(f"{name}={value} is no multiple of {divisor}; use {(value // divisor + 1) * divisor}")
+        check_negative_prompt(negative_prompt)
+        require_number("num_inference_steps", num_inference_steps, NUM_STEPS, whole=True)
+        require_number("guidance_scale", guidance_scale, GUIDANCE)
+        require_number("shift", shift, SHIFT)
+        self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
+        self.objective = FlowMatching(shift=shift)
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.negative_prompt = negative_prompt
+        self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
+        self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / self.teacher_file
+        self.transformer_config: dict[str, Any] = {
+            "patch_size": list(PATCH_SIZE),
+            "num_attention_heads": num_heads,
+            "attention_head_dim": width // num_heads,
+            "in_channels": RGB_CHANNELS + 6,
+            "out_channels": RGB_CHANNELS,
+            "text_dim": text_size,
+            "freq_dim": frequency_size,
+            "ffn_dim": feed_forward_size,
+            "num_layers": num_layers,
+            "cross_attn_norm": True,
+            "rope_max_seq_len": _MAX_POSITIONS,
+        }
+        self._embeddings = embedding_table(text_size)
+        self._coordinates = _coordinates(num_frames, image_size)
+        self.encode([*self.prompts, negative_prompt])
+
+    @property
+    def revision(self) -> str:
+        """sha256 of the teacher's weights."""
+        return str(read_card(self.weights)["sha256"])
+
+    def identity(self, *, transformer_only: bool = False) -> dict[str, str]:
+        """The teacher's weights, whose sha256 is verified when they are loaded; nothing where there are none."""
+        del transformer_only  # there is nothing else
+        return {"transformer": self.revision} if self.weights.is_file() else {}
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int, int]:
+        """(3, F, S, S)."""
+        return (RGB_CHANNELS, self.num_frames, self.image_size, self.image_size)
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(3, text_size): one token per word that counts."""
+        return (NUM_TOKENS, int(self.transformer_config["text_dim"]))
+
+    def build(self, config: Mapping[str, Any]) -> WanTransformer3DModel:
+        """Build a float32 transformer from its diffusers config, with PyTorch's random weights.
+
+        Raises:
+            ValueError: for a key that the transformer does not have.
+        """
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' own annotations
+        known = inspect.signature(WanTransformer3DModel.__init__).parameters
+        for key in plain:
+            if key not in known:
+                raise ValueError(
+                    f"transformer config has the unknown key {key!r}; {self.transformer_class} has none such"
+                )
+        return WanTransformer3DModel(**plain)
+
+    def initial_transformer(self, seed: int) -> nn.Module:
+        """Build an untrained transformer, the start of pretraining.
+
+        Wan's modulation starts near 0, which all but closes the residual branches; their gates start at 1 here.
+
+        Args:
+            seed: Seed of the random weights.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = self.build(self.transformer_config)
+        for block in transformer.blocks:
+            with torch.no_grad():
+                block.scale_shift_table[:, _GATE_ROWS] = 1.0
+        return transformer
+
+    def load_teacher(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the trained transformer: float32 unless asked otherwise, in eval mode, its weights' sha256 verified.
+
+        Raises:
+            ValueError: when weights or card are missing, damaged, or of other sizes than the configuration's.
+        """
+        tensors = load_weights(self.weights)
+        transformer = self.build(self.transformer_config)
+        check_state(transformer, tensors, path=self.weights)
+        transformer.load_state_dict(tensors, strict=True)
+        if dtype not in (None, torch.float32):
+            transformer.to(dtype)
+        return transformer.requires_grad_(False).eval()
+
+    def round_to_stored(self, transformer: nn.Module) -> None:
+        """Round a transformer's weights, in place, to what the file of weights will hold."""
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.copy_(parameter.to(self.teacher_dtype))
+
+    def save_teacher(self, transformer: nn.Module, directory: Path, *, card: Mapping[str, Any]) -> Path:
+        """Write the weights and a card that says how they were made (:mod:`qvgen.models.weight_file`); gives their path."""
+        path = directory / self.teacher_file
+        return save_weights(transformer.state_dict(), path, card=card, dtype=self.teacher_dtype)
+
+    def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
+        """The places where smoothing vectors can be folded, which are those of Wan's class."""
+        return wan_folds(transformer)
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Look up the three words of each caption; the empty caption is the null row, three times.
+
+        Returns:
+            ``encoder_hidden_states`` float32 [B, 3, text_size].
+
+        Raises:
+            ValueError: for a caption that is no "a COLOR DIGIT MOTION".
+        """
+        return {"encoder_hidden_states": self._embeddings[token_ids(captions)]}
+
+    def predict(
+        self,
+        transformer: nn.Module,
+        noisy: Float[Tensor, "B 3 F S S"],
+        timestep: Float[Tensor, " B"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, "B 3 F S S"]:
+        """Predict the velocity of noisy videos; see :meth:`qvgen.models.base.VideoDiT.predict`."""
+        place = self._coordinates.to(noisy).expand(noisy.shape[0], -1, -1, -1, -1)
+        output: Tensor = transformer(
+            torch.cat((noisy, place), dim=1),
+            timestep=timestep,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            return_dict=False,
+        )[0]
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        transformer: nn.Module,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompts: Sequence[str | None] | None = None,
+        encode: Encode | None = None,
+    ) -> UInt8[Tensor, "B F S S 3"]:
+        """Sample one video per caption; see :meth:`qvgen.models.base.VideoDiT.generate`.
+
+        Raises:
+            ValueError: a video that is not finite or of one colour; see :mod:`qvgen.models.sampled_video`.
+        """
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        device = next(transformer.parameters()).device
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.shift)
+        scheduler.set_timesteps(num_steps, device=device)
+        noises = [torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        video = torch.stack(noises).to(device)
+        guided = guidance_scale != 1.0
+        negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
+        texts = [*captions, *negatives] if guided else list(captions)
+        condition = {key: value.to(device) for key, value in (encode or self.encode)(texts).items()}
+        for timestep in scheduler.timesteps:
+            batch = torch.cat((video, video)) if guided else video
+            velocity = self.predict(transformer, batch, timestep.expand(len(batch)), condition)
+            if guided:
+                with_caption, without = velocity.chunk(2)
+                velocity = without + guidance_scale * (with_caption - without)
+            video = scheduler.step(velocity, timestep, video, return_dict=False)[0]
+        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        frames = pixels.permute(0, 2, 3, 4, 1).cpu()
+        for caption, seed, latents, shown in zip(captions, seeds, video, frames, strict=True):
+            sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
+            sampled.check_finite(latents, name="latents")
+            sampled.check_frames(shown)
+        return frames
+
+
+def _coordinates(num_frames: int, image_size: int) -> Tensor:
+    """Scaled sine and cosine of each pixel's place on the torus, float32 [1, 6, F, S, S]."""
+    turns = [torch.arange(size) * (2 * math.pi / size) for size in (num_frames, image_size, image_size)]
+    angles = torch.stack(torch.meshgrid(*turns, indexing="ij"))
+    return COORDINATE_SCALE * torch.cat((angles.sin(), angles.cos()))[None]
