@@ -4,7 +4,6 @@ import ast
 import functools
 import importlib
 import inspect
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,7 @@ def test_the_files_that_are_run_first_are_there():
     assert set(LONGEST_FIRST) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
-@cache
+@functools.cache
 def configured_modules():
     """Modules of leaves, and of the families that leaves derive from."""
     targets = (target_of(path).rpartition(".") for path in LEAF_FILES)
