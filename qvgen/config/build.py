@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
@@ -63,6 +64,10 @@ def group_sweep(plains: Sequence[dict[str, Any]]) -> None:
             plain["logger"]["group"] = group
 
 
+_WITH_LEAVES = (PrecomputeConfig, ExportConfig, ImportConfig, TrainConfig, BenchmarkConfig, FoldConfig)
+"""Configurations with sections that are built; the other verbs may do without torch."""
+
+
 def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | None = None) -> Any:
     """The typed configuration with its leaves built: what a verb's ``run`` receives.
 
@@ -79,6 +84,15 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
     config = check(verb, plain)
     trusted = targets_below(plain) if trusted is None else trusted
     _check_kernel(plain, trusted=trusted)
+    if isinstance(config, _WITH_LEAVES) or "torch" in sys.modules:
+        from qvgen.cpu_threads import one_thread
+
+        with one_thread():  # also makes torch's mathematics ready for what the verb computes
+            return _built(config, trusted=trusted)
+    return config
+
+
+def _built(config: Any, *, trusted: Collection[str]) -> Any:
     if isinstance(config, PrecomputeConfig | ExportConfig | ImportConfig):
         return build_leaves(config, trusted=trusted)
     if isinstance(config, TrainConfig):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qvgen import stop_request
+from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
@@ -124,7 +125,7 @@ def train_share(
     Returns:
         The optimizer step that training ended with.
     """
-    torch.set_num_threads(run.strategy.threads)
+    set_threads(run.strategy.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
     processes = processes or Processes()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
@@ -72,7 +72,7 @@ def quantize(config: TrainConfig) -> None:
 def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Train as another process of a run than the one that the user started."""
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
-    torch.set_num_threads(config.strategy.threads)
+    set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)
     processes = processes_of(run, rank=rank, port=port)

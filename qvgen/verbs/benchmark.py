@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 
-import torch
-
 from qvgen import stop_request
 from qvgen.config.command_line import command_line
 from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.verbs._earlier_result import refuse_earlier
@@ -26,7 +25,7 @@ def run(config: BenchmarkConfig) -> None:
         ValueError: Its files are there from another call.
     """
     benchmark = load_benchmark(config.what)
-    torch.set_num_threads(config.run.strategy.threads)
+    set_threads(config.run.strategy.threads)
     name = f"{config.what.replace('_', '-')}-{benchmark.subject(config)}"
     results, page, picture = (config.out / f"{name}.{suffix}" for suffix in ("json", "md", "svg"))
     earlier = UnfinishedRows.read(results, config, benchmark)

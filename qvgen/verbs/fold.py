@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
 from qvgen import stop_request
 from qvgen.config.schema import FoldConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from qvgen.errors import DOES_NOT_FIT, UnfitEnvironmentError
@@ -39,7 +38,7 @@ def run(config: FoldConfig) -> int | None:
         for line in lines:
             print(line)
         return None if can_run else DOES_NOT_FIT
-    torch.set_num_threads(run_config.strategy.threads)
+    set_threads(run_config.strategy.threads)
     _say_what_a_stop_leaves(config.out)
     check_fold(config.run_dir, run_config.plain, family=run_config.model, force=config.force)
     student, _ = prepare_student(run_config.model, design, seed=run_config.seed)

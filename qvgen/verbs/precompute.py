@@ -13,6 +13,7 @@ from qvgen.config.build import build
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.data.clip_report import FillReport
 from qvgen.data.source import DataSource, EncodedSource
 from qvgen.errors import UserError
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def run(config: PrecomputeConfig) -> None:
     """Fill the cache with what is missing of this machine's share."""
-    torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     source = _clips(config)
     if config.dry_run:
         processes = f"{config.devices} process{'es' if config.devices > 1 else ''}"
@@ -104,7 +105,7 @@ def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: in
     """Fill another process's share."""
     del port  # they need not speak to each other
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
-    torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     _fill_share(config, _clips(config), rank=rank)
 
 

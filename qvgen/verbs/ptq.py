@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from qvgen.config.schema import TrainConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.training.student_check import check_student
@@ -19,7 +18,7 @@ def run(config: TrainConfig) -> None:
         raise ValueError(
             f"method={config.names.method} steps={config.steps}: qvgen ptq trains nothing; use qvgen train"
         )
-    torch.set_num_threads(config.strategy.threads)
+    set_threads(config.strategy.threads)
     config.data.check(config.model)
     ptq = ptq_method(config)
     student = check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)

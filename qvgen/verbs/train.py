@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
+from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
@@ -25,7 +25,7 @@ def run(config: TrainConfig) -> int | None:
     """
     if config.method.trains == "nothing":
         raise ValueError(f"method={config.names.method} trains nothing; use qvgen ptq with the same keys")
-    torch.set_num_threads(config.strategy.threads)
+    set_threads(config.strategy.threads)
     if not config.dry_run:  # what trains is imported when something is: a plan takes a third of the seconds without
         from qvgen.training.wandb_run import check_wandb
 

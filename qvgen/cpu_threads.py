@@ -1,0 +1,63 @@
+"""How many CPU threads compute, and that the first of them finds torch's mathematics ready.
+
+The library of vector functions inside torch's CPU builds (Intel MKL's VML) prepares itself at its first call, and that is
+not safe between threads: where two threads share the first sine of a process, now and then one of them computes its part with
+errors of 1e-4 in place of 1e-7 (docs/log.md has the measurement). So that the same command gives the same bits, each function
+is called once by one thread before anything is computed by several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+VECTOR_FUNCTIONS = (
+    "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "lgamma", "log", "log10", "log1p", "log2",
+    "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh",
+)  # fmt: skip
+"""What torch may compute with the library's vector functions, by its name in torch."""
+
+
+def set_threads(number: int) -> None:
+    """Let ``number`` threads of this process share torch's operations on the CPU from now on.
+
+    Use it in place of ``torch.set_num_threads``, before anything is computed.
+
+    Raises:
+        ValueError: ``number`` is less than 1.
+    """
+    if number < 1:
+        raise ValueError(f"{number} CPU threads; give 1 or more")
+    prepare_mathematics()
+    torch.set_num_threads(number)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside of the block: bits of what is made there don't depend on the environment."""
+    before = torch.get_num_threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def prepare_mathematics() -> None:
+    """Call each vector function and a product of matrices once on one thread; the number of threads stays what it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            values = torch.linspace(0.1, 0.9, 64, dtype=dtype)
+            for name in VECTOR_FUNCTIONS:
+                getattr(torch, name)(values)
+            square = values.reshape(8, 8)
+            torch.mm(square, square)
+            torch.bmm(square[None], square[None])
+    finally:
+        torch.set_num_threads(before)
