@@ -1,7 +1,7 @@
 """From a table of clips to a full cache: resumable at every clip, shared out over processes, the same whatever the cut is.
 
-    row -> record there? -> hash the bytes -> cut (in a worker process) -> latents there? -> VAE -> write
-                                                                        -> text there?    -> text encoder -> write
+    row -> record there? -> hash the bytes, cut (ahead, in worker processes) -> latents there? -> VAE -> write
+                                                                             -> text there?    -> text encoder -> write
         -> record; all rows have one -> report of bad clips, index
 
 Process r of n takes rows r, r + n, r + 2n, ...; who comes last finds a record for every row and writes the index, with the
@@ -12,10 +12,10 @@ One clip and one caption are encoded at a time: a content never depends on batch
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from qvgen.config.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
 from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.clip_process import TIMEOUT_S, ClipReader, TimedOut
+from qvgen.data.clip_process import TIMEOUT_S
 from qvgen.data.clip_report import (
     CountTokens,
     FillReport,
@@ -39,7 +39,8 @@ from qvgen.data.clip_report import (
     warn_of_cut_captions,
     write_left_out,
 )
-from qvgen.data.clips import BadClip, to_pixels
+from qvgen.data.clips import to_pixels
+from qvgen.data.clips_ahead import ClipsAhead, ReadClip, Unreadable
 from qvgen.data.latent_cache import LatentCache
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class FillOptions:
         num_shards: All processes.
         max_bad: Share of the table's clips that may be bad.
         timeout_s: Seconds that one file may take to be read.
+        readers: Processes that read clips ahead of the encoders; they change no bit.
         captions: Further captions to encode, for example of validation videos; the empty one always is.
     """
 
@@ -77,6 +79,7 @@ class FillOptions:
     num_shards: int = 1
     max_bad: Annotated[float, MAX_BAD] = 0.05
     timeout_s: float = TIMEOUT_S
+    readers: int = 1
     captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -123,10 +126,10 @@ def fill(
     bad: list[tuple[str, str]] = []
     mine = range(options.shard, len(table), options.num_shards)
     last_log = time.monotonic()
-    with ClipReader(timeout_s=options.timeout_s) as reader:
-        for done, row in enumerate(mine):
-            clip = table[row]
-            record = _settle(cache, clip, reader=reader, encoders=encoders, counts=counts, checked=checked)
+    with ClipsAhead(cache.settings.cut, readers=options.readers, timeout_s=options.timeout_s) as ahead:
+        rows = ((clip, _record(cache, clip, checked=checked)) for clip in map(table.__getitem__, mine))
+        for done, (clip, known) in enumerate(ahead.in_order(rows)):
+            record = _settle(cache, clip, known, encoders=encoders, counts=counts)
             if "bad" in record:
                 bad.append((clip.name, record["bad"]))
                 if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
@@ -176,62 +179,54 @@ def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, ch
     return checked[key] == record["latents_sha256"] and checked[text_key] == record["text_sha256"]
 
 
+def _record(cache: LatentCache, clip: Clip, *, checked: dict[str, str | None]) -> dict[str, Any] | None:
+    """A row's record where the row needs nothing any more; None where its clip has to be read."""
+    record = cache.read_record(cache.row_key(clip))
+    return record if record is not None and _is_settled(cache, record, clip, checked=checked) else None
+
+
 def _settle(
     cache: LatentCache,
     clip: Clip,
+    known: dict[str, Any] | Future[ReadClip | Unreadable],
     *,
-    reader: ClipReader,
     encoders: _Encoders,
     counts: dict[str, int],
-    checked: dict[str, str | None],
 ) -> dict[str, Any]:
-    """Do what is missing of a row; returns its record."""
-    row_key = cache.row_key(clip)
-    record = cache.read_record(row_key)
-    if record is not None and _is_settled(cache, record, clip, checked=checked):
-        counts["reused"] += "latents" in record
-        return record
-    record = _make(cache, clip, reader=reader, encoders=encoders, counts=counts)
-    cache.write_record(row_key, record)
+    """Do what is missing of a row, whose record is known or whose clip is read; returns its record."""
+    if not isinstance(known, Future):
+        counts["reused"] += "latents" in known
+        return known
+    record = _make(cache, clip, known.result(), encoders=encoders, counts=counts)
+    cache.write_record(cache.row_key(clip), record)
     return record
 
 
 def _make(
-    cache: LatentCache, clip: Clip, *, reader: ClipReader, encoders: _Encoders, counts: dict[str, int]
+    cache: LatentCache, clip: Clip, read: ReadClip | Unreadable, *, encoders: _Encoders, counts: dict[str, int]
 ) -> dict[str, Any]:
     """Latents and embedding of a clip, unless they are there; returns its record."""
     encode_video, encode_captions, tokens_left_out = encoders
-    path = clip.path  # or a temporary one
-    try:
-        if not clip.caption:
-            raise BadClip("it has no caption")
-        with clip.local_file() as path:
-            if not path.is_file():
-                raise BadClip("there is no such file")
-            with path.open("rb") as file:
-                clip_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            cut, frames = reader.cut(path, settings=cache.settings.cut)
-    except (BadClip, PermissionError) as error:
-        reason = str(error) if path is None else str(error).replace(str(path), "the file")
-        log.warning("%s: %s", clip.name, reason)
-        return {"bad": reason, "again": isinstance(error, TimedOut | PermissionError)}
-    key = cache.latent_key(clip_sha256, cut)
+    if isinstance(read, Unreadable):
+        log.warning("%s: %s", clip.name, read.reason)
+        return {"bad": read.reason, "again": read.again}
+    key = cache.latent_key(read.sha256, read.cut)
     seal = cache.latent_seal(key, verify=True)
     if seal is not None:
         counts["reused"] += 1
     else:
-        latents = encode_video(to_pixels(frames)[None])
+        latents = encode_video(to_pixels(read.frames)[None])
         _check(latents, what=f"encode_video, on {clip.name},")
         seal = cache.write_latents(key, latents[0])
         counts["encoded"] += 1
     text_seal = _ensure_text(cache, clip.caption, encode_captions=encode_captions)
     return {
-        "clip": clip_sha256,
+        "clip": read.sha256,
         "latents": key,
-        "bucket": cut.bucket.label,
+        "bucket": read.cut.bucket.label,
         "latents_sha256": seal,
         "text_sha256": text_seal,
-        "left_out": left_out(cut, tokens=tokens_left_out(clip.caption)),
+        "left_out": left_out(read.cut, tokens=tokens_left_out(clip.caption)),
     }
 
 

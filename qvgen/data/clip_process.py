@@ -6,7 +6,7 @@ One worker serves many files; it is started at the first one and again after it 
 an alarm, and the kernel ends it when that rings. So a decoder that holds the interpreter's lock is ended too, and
 no hanging worker outlives a parent that was killed. A lost worker costs one file, which is reported by name.
 
-Left out: a memory limit; reading the next clip while this one is used.
+Left out: a memory limit. Reading clips ahead of their use is :mod:`qvgen.data.clips_ahead`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class ClipReader:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._stderr: IO[bytes] | None = None
+        self._is_ended = False
 
     def probe(self, path: Path | str) -> VideoInfo:
         """Look at a video file.
@@ -105,6 +106,8 @@ class ClipReader:
         """
         try:
             connection = self._started()
+            if self._is_ended:  # also where end() came before there was a process to end
+                raise BadClip("reading was ended")
             connection.send_bytes(json.dumps(request).encode())
             # The worker's own alarm rings first; this limit is for one that even the kernel can't end.
             if not connection.poll(self.timeout_s + _GRACE_S):
@@ -152,8 +155,14 @@ class ClipReader:
             return BadClip(f"its decoder was ended by {signal.Signals(-code).name}")
         return RuntimeError(f"the process that reads video files failed: {said[-1] if said else f'exit code {code}'}")
 
+    def end(self) -> None:
+        """From another thread than that which asks: end the worker over its request; none follows. ``close()`` cleans up."""
+        self._is_ended = True
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
-        """End the worker; the next request starts another."""
+        """End the worker; the next request starts another, unless ``end()`` was called."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:

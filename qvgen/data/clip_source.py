@@ -71,6 +71,8 @@ class ClipSource(EncodedSource):
         max_bad: Share of the clips that may be broken, too short or too small; they are listed in a file.
         held_out: Clips that are kept from training to measure on; at most a tenth of all, at least one.
         timeout_s: Seconds that reading one file may take.
+        readers: Processes that cut clips while the VAE encodes those before them, for each process that encodes; they
+            change no bit. Each holds the frames of one clip.
     """
 
     path: str | None
@@ -83,6 +85,7 @@ class ClipSource(EncodedSource):
     timeout_s: Annotated[float, Range("> 0")]
     video_column: str | None = None
     caption_column: str | None = None
+    readers: Annotated[int, Range("> 0")] = 2
 
     def __post_init__(self) -> None:
         check_ranges(self, section="data")
@@ -178,6 +181,7 @@ class ClipSource(EncodedSource):
             num_shards=num_shards,
             max_bad=self.max_bad,
             timeout_s=self.timeout_s,
+            readers=self.readers,
             captions=tuple(captions),
         )
         cache = self.latent_cache(family)
