@@ -118,6 +118,13 @@ def register_implementation(
     _reasons[device_type] = refusal
 
 
+def missing_reason(device_type: str) -> str | None:
+    """Why a device has no fused operators; None if it has."""
+    if device_type not in _reasons:
+        return f"there are no fused operators for {device_type}"
+    return _reasons[device_type]()
+
+
 def refusal(x: Tensor, spec: RowSpec) -> str | None:
     """Why the operators do not quantize these rows with torch's bits; None if they do.
 
@@ -125,8 +132,6 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
         x: [M, K].
         spec: How.
     """
-    if x.device.type not in _reasons:
-        return f"there are no fused operators for {x.device.type}"
     if x.dtype not in DTYPES or not x.numel():
         return f"{x.dtype} {list(x.shape)} is not fused"
     if x.stride(1) != 1:
@@ -138,7 +143,7 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
     alone = x.device.type == "cpu" and x.shape[0] * (x.shape[1] // spec.group) == 1
     if alone and torch.get_num_threads() > 1:
         return "torch shares the sum of a single row among threads"
-    return _reasons[x.device.type]()
+    return missing_reason(x.device.type)
 
 
 def _quantize_rows_fake(

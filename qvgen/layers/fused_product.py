@@ -59,10 +59,11 @@ def is_fused(config: ProductConfig, x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether somebody wants to see torch's operators: a plan, a tracer. Who keeps attention's outputs does not."""
+    """Whether somebody wants to see torch's own operators: a plan, a tracer."""
     if not torch._C._len_torch_dispatch_stack():
         return False
-    return not all(isinstance(mode, _CHECKPOINT_MODES) for mode in _get_current_dispatch_mode_stack())
+    modes = _get_current_dispatch_mode_stack()  # who keeps attention's outputs, or counts fused operators, does not
+    return not all(isinstance(mode, _CHECKPOINT_MODES) or getattr(mode, "sees_fused", False) for mode in modes)
 
 
 def fused_forward(

@@ -68,6 +68,12 @@ class StepCount:
         return self.teacher_flops + self.student_flops + self.recompute_flops + self.backward_flops
 
 
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int | None:
+    """Operations of an operator's products; None where it has none."""
+    formula = _FLOPS.get(func._overloadpacket)
+    return None if formula is None else formula(*args, **kwargs, out_val=result)
+
+
 class OperationCounter(LiveBytes):
     """Operations by phase, and the bytes beside them; active while ``with counter``.
 
@@ -77,6 +83,7 @@ class OperationCounter(LiveBytes):
         operators: What runs operators in place of themselves; None: they compute.
 
     Attributes:
+        sees_fused: Layers run their fused operators under it, which count as one each; else torch's own.
         phase: teacher, student, recompute or backward.
         flops: Operations of each phase.
         attention_flops: Of attention's products in each.
@@ -87,6 +94,7 @@ class OperationCounter(LiveBytes):
     ) -> None:
         super().__init__(known)
         self.autocast, self._operators = autocast, operators
+        self.sees_fused = operators is not None and operators.sees_fused
         self.phase = "student"
         self.flops = dict.fromkeys(("teacher", "student", "recompute", "backward"), 0)
         self.attention_flops = dict(self.flops)
@@ -94,11 +102,9 @@ class OperationCounter(LiveBytes):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator, then add its operations if it is a product."""
         result = func(*args, **kwargs) if self._operators is None else self._operators(func, args, kwargs)
-        packet = func._overloadpacket
-        if (formula := _FLOPS.get(packet)) is not None:
-            flops = formula(*args, **kwargs, out_val=result)
+        if (flops := flops_of(func, args, kwargs, result)) is not None:
             self.flops[self.phase] += flops
-            self.attention_flops[self.phase] += flops if "scaled_dot_product" in str(packet) else 0
+            self.attention_flops[self.phase] += flops if "scaled_dot_product" in func._schema.name else 0
         return result
 
     def enter(self, phase: str) -> None:

@@ -29,7 +29,13 @@ _Shape = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class ShapeOperators:
-    """Stands in for operators: called as ``operators(func, args, kwargs)`` inside a ``__torch_dispatch__``."""
+    """Stands in for operators: called as ``operators(func, args, kwargs)`` inside a ``__torch_dispatch__``.
+
+    Attributes:
+        sees_fused: Whether layers run their fused operators under it.
+    """
+
+    sees_fused = False
 
     def __init__(self) -> None:
         self._kinds: dict[Any, str] = {}
@@ -41,23 +47,35 @@ class ShapeOperators:
         Raises:
             UnknownResultError: See the module.
         """
-        kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+        kind = self.kind(func)
         if kind == "view":
             return func(*args, **kwargs)
         if kind == "in place":
             return args[0]
-        key = (func, _described(args), _described(tuple(kwargs.items())))
-        if key not in self._known:
-            self._known[key] = _shapes(func, args, kwargs)
         if kind == "out":
             out: Tensor = kwargs["out"]
-            if self._known[key] != [(tuple(out.shape), out.stride(), out.dtype)]:
+            if self._results(func, args, kwargs) != [(tuple(out.shape), out.stride(), out.dtype)]:
                 raise UnknownResultError(f"{func} resizes its out")
             return out
-        made = [None if shape is None else _promised(func, shape) for shape in self._known[key]]
+        made = self.made(func, args, kwargs)
         if kind == "one":
             return made[0]
         return made if kind == "list" else tuple(made)
+
+    def kind(self, func: Any) -> str:
+        """What an operator does (view, in place, out), or what it makes (one tensor, a list, several)."""
+        return self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+
+    def made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
+        """New tensors as the operator returns them, with memory that nobody writes to."""
+        shapes = self._results(func, args, kwargs)
+        return [None if shape is None else _promised(func, shape) for shape in shapes]
+
+    def _results(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Shape | None]:
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if key not in self._known:
+            self._known[key] = _shapes(func, args, kwargs)
+        return self._known[key]
 
 
 def _kind(func: Any) -> str:
