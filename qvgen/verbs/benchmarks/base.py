@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Protocol
 
-from qvgen.config.build import build
+import torch
+
+from qvgen.config.bits import Bits
+from qvgen.config.build import build, check
 from qvgen.config.command_line import parts_of_job
 from qvgen.config.compose import compose_plain
 from qvgen.config.flags import parse_flags
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError
+from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.verbs import benchmarks, import_verb
 from qvgen_kernels import LinearSpec, resolve_kernel
 
@@ -87,6 +91,78 @@ def run_cell(verb: str, plain: Mapping[str, Any]) -> dict[str, Any]:
         import_verb(verb).run(build(verb, plain))
     report: dict[str, Any] = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
     return report
+
+
+Cell = tuple[int, Bits, str]
+"""Seed, bit-width, and the name of what is compared."""
+
+
+def finished_runs(
+    config: BenchmarkConfig,
+    names: Sequence[str],
+    *,
+    plain: Callable[[int, Bits, str], tuple[str, dict[str, Any]]],
+    done: Container[Group],
+) -> Iterator[tuple[Cell, Path, dict[str, Any]]]:
+    """Run the cell of every seed, bit-width and name, in this order.
+
+    Args:
+        config: The benchmark's.
+        names: What is compared.
+        plain: Verb and configuration of a cell, by :func:`run_of_cell`; all are checked before the first one runs for hours.
+        done: Seed, label of the bit-width and name of cells that are left out.
+
+    Yields:
+        A cell, its run's folder and report.
+    """
+    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in names]
+    runs = {cell: plain(*cell) for cell in cells}
+    for verb, content in runs.values():
+        check(verb, content)
+    for cell, (verb, content) in runs.items():
+        seed, width, name = cell
+        if (seed, width.label, name) not in done:
+            yield cell, Path(content["run_dir"]), run_cell(verb, content)
+
+
+def timed_cells(config: BenchmarkConfig, subjects: Iterable[str]) -> Iterator[tuple[str, Bits, int]]:
+    """Every subject, bit-width and number of threads, in this order; torch has so many threads meanwhile."""
+    before = torch.get_num_threads()
+    keep_freed_memory()
+    try:
+        for subject in subjects:
+            for width in config.widths:
+                for threads in config.threads:
+                    torch.set_num_threads(threads)
+                    yield subject, width, threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def of_rounds(ratios: Sequence[float]) -> list[float]:
+    """The lowest, the median and the highest of the rounds' ratios."""
+    return [min(ratios), median(ratios), max(ratios)]
+
+
+def shown_rounds(ratios: Sequence[float]) -> str:
+    """What :func:`of_rounds` gave, for a page."""
+    low, middle, high = ratios
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def about_seeds(head: Row, seeds: Sequence[int]) -> str:
+    """What a page's numbers are means of, and where they were measured."""
+    several = len(seeds) > 1
+    return (
+        f"{'Mean over the seeds' if several else 'One seed:'} {', '.join(map(str, seeds))}"
+        f"{', +- half the spread' if several else ''}. {head['machine']['cpu']}, "
+        f"{head['machine']['num_threads']} thread, torch {head['versions']['torch']}."
+    )
 
 
 def mean_and_spread(values: Sequence[float | None], form: str) -> str:

@@ -22,8 +22,7 @@ from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fused_product import unfused
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.training.freed_memory import keep_freed_memory
-from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel
+from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
 from qvgen.verbs.benchmarks.loading import profile_of
 
 
@@ -33,20 +32,11 @@ def fake_quantization_rows(config: BenchmarkConfig, *, done: Container[tuple[Any
     Raises:
         ValueError: A shape of two layers.
     """
-    shapes = [Shape.parse(text) for text in config.shapes]
-    for shape in shapes:
+    for shape in map(Shape.parse, config.shapes):
         if len(shape.widths) != 2:
             raise ValueError(f"shapes holds {shape.text!r}; one layer is measured: write MxK-N, as 1024x1920-1920")
-    before = torch.get_num_threads()
-    keep_freed_memory()
-    try:
-        for shape in (shape for shape in shapes if (shape.text,) not in done):
-            for width in config.widths:
-                for threads in config.threads:
-                    torch.set_num_threads(threads)
-                    yield _measure(shape, width, threads, config)
-    finally:
-        torch.set_num_threads(before)
+    for text, width, threads in timed_cells(config, [text for text in config.shapes if (text,) not in done]):
+        yield _measure(Shape.parse(text), width, threads, config)
 
 
 def _measure(shape: Shape, width: Bits, threads: int, config: BenchmarkConfig) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def _ratios(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) ->
         "backward": [a[1] / b[1] for a, b in zip(slow, fast, strict=True)],
         "both": [sum(a) / sum(b) for a, b in zip(slow, fast, strict=True)],
     }
-    return {name: [min(own), median(own), max(own)] for name, own in found.items()}
+    return {name: of_rounds(own) for name, own in found.items()}
 
 
 def fake_quantization_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,18 +124,15 @@ def fake_quantization_table(head: Mapping[str, Any], rows: Sequence[Mapping[str,
         "",
         f"    {head['command']}",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-        *(_line(row) for row in rows),
+        *table_lines(columns, map(_cells, rows)),
     ]
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     times = [f"{a:.2f} + {b:.2f}" for a, b in (row[f"{name}_ms"] for name in ("torch", "fused", "linear"))]
     added = [sum(row[f"{name}_ms"]) - sum(row["linear_ms"]) for name in ("torch", "fused")]
-    ratios = [f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in row["speedup"].values()]
-    cells = [row["shape"], row["bits"], str(row["threads"]), *times, f"{added[0]:.2f}; {added[1]:.2f}", *ratios]
-    return f"| {' | '.join(cells)} |"
+    ratios = [shown_rounds(own) for own in row["speedup"].values()]
+    return [row["shape"], row["bits"], str(row["threads"]), *times, f"{added[0]:.2f}; {added[1]:.2f}", *ratios]
 
 
 def _describe(config: BenchmarkConfig) -> str:

@@ -9,6 +9,7 @@ trained, so that errors are compared in pairs: the mean of the ratios says more 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from qvgen.config.bits import Bits
-from qvgen.config.build import check
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
 from qvgen.evaluation.report.charts import read_history
-from qvgen.verbs.benchmarks.base import Benchmark, mean_and_spread, run_cell, run_of_cell
+from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines
 
 REFERENCE = "kd"
 """The method that others are compared with in pairs, where it is among them; else the first that trains."""
@@ -75,16 +75,9 @@ def describe(config: BenchmarkConfig) -> str:
 
 def method_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per seed, bit-width and method, in this order; ``done`` holds those triples that are left out."""
-    names = compared_methods(config)
-    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in names]
-    plains = {cell: _plain(config, *cell) for cell in cells}
-    for verb, plain in plains.values():  # what can't run is refused before the first cell trains for hours
-        check(verb, plain)
-    for (seed, width, name), (verb, plain) in plains.items():
-        if (seed, width.label, name) not in done:
-            report = run_cell(verb, plain)
-            measured = _measured(report, Path(plain["run_dir"]), is_trained=verb == "train")
-            yield {"method": name, "bits": width.label, "seed": seed, **measured}
+    runs = finished_runs(config, compared_methods(config), plain=partial(_plain, config), done=done)
+    for (seed, width, name), run_dir, report in runs:
+        yield {"method": name, "bits": width.label, "seed": seed, **_measured(report, run_dir)}
 
 
 def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> tuple[str, dict[str, Any]]:
@@ -98,9 +91,9 @@ def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> tuple[
     return "train", run_of_cell(config, "train", {**cell, "method": stem}, name=folder)
 
 
-def _measured(report: Mapping[str, Any], run_dir: Path, *, is_trained: bool) -> dict[str, Any]:
+def _measured(report: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """The figures of a cell, from its run's report and curves; a figure that the run does not have is None."""
-    errors = report["relative_error"]
+    errors, is_trained = report["relative_error"], report["steps"] > 0
     videos = (report.get("quality") or {}).get("variants", {}).get("packed", {})
     history = read_history(run_dir / "metrics.csv")
     norms: dict[str, float | None] = {}
@@ -145,29 +138,22 @@ def method_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     lines = [
         f"# Methods on {head['model']}",
         "",
-        f"Profile {head['profile']}, init={rows[-1]['init']}, {steps} steps. "
-        f"{'Mean over the seeds' if len(seeds) > 1 else 'One seed:'} {', '.join(map(str, seeds))}"
-        f"{', +- half the spread' if len(seeds) > 1 else ''}. {head['machine']['cpu']}, "
-        f"{head['machine']['num_threads']} thread, torch {head['versions']['torch']}.",
+        f"Profile {head['profile']}, init={rows[-1]['init']}, {steps} steps. {about_seeds(head, seeds)}",
         "",
         f"    {head['command']}",
     ]
     for width in widths:
         bits = Bits.parse(width)
-        lines += [
-            "",
-            f"## W{bits.weight}A{bits.activation}",
-            "",
-            f"| method | {' | '.join(words for words, _ in _COLUMNS.values())} |",
-            "|---" * (1 + len(_COLUMNS)) + "|",
-        ]
+        table = []
         for name in names:
             found = [row for row in rows if (row["bits"], row["method"]) == (width, name)]
             values = {
                 key: pairs.get((width, name), []) if key == "pairs" else [r[key] for r in found] for key in _COLUMNS
             }
             shown = [mean_and_spread(values[key], form) for key, (_, form) in _COLUMNS.items()]
-            lines += [f"| {name} | {' | '.join(shown)} |"] if found else []
+            table += [[name, *shown]] if found else []
+        columns = ["method", *(words for words, _ in _COLUMNS.values())]
+        lines += ["", f"## W{bits.weight}A{bits.activation}", "", *table_lines(columns, table)]
     return [
         *lines,
         "",

@@ -8,16 +8,16 @@ lifted: widths that it does not have run on our own kernels, and the page marks 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from qvgen.config.bits import Bits
-from qvgen.config.build import check
 from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_profile
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
-from qvgen.verbs.benchmarks.base import Benchmark, mean_and_spread, run_cell, run_of_cell
+from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines
 
 STAGES = {"rtn": "round to nearest", "ptq": "start", "qat": "trained"}
 """Key of a report's relative errors -> what the page calls it."""
@@ -48,20 +48,15 @@ def describe(config: BenchmarkConfig) -> str:
 
 def profile_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per seed, bit-width and profile, in this order; ``done`` holds those triples that are left out."""
-    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in profiles_of(config)]
-    plains = {cell: _plain(config, *cell) for cell in cells}
-    for plain in plains.values():  # what can't run is refused before the first cell trains for hours
-        check("train", plain)
-    for (seed, width, name), plain in plains.items():
-        if (seed, width.label, name) in done:
-            continue
-        yield {"profile": name, "bits": width.label, "seed": seed, **_measured(run_cell("train", plain), width, name)}
+    runs = finished_runs(config, profiles_of(config), plain=partial(_plain, config), done=done)
+    for (seed, width, name), _, report in runs:
+        yield {"profile": name, "bits": width.label, "seed": seed, **_measured(report, width, name)}
 
 
-def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> dict[str, Any]:
-    """The configuration of one cell."""
+def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> tuple[str, dict[str, Any]]:
+    """Verb and configuration of one cell."""
     cell = {"profile": name, "bits": width.label, "seed": seed, "profile.runtime": "null"}
-    return run_of_cell(config, "train", cell, name=f"{name}-{width.label}-{seed}")
+    return "train", run_of_cell(config, "train", cell, name=f"{name}-{width.label}-{seed}")
 
 
 def _measured(report: Mapping[str, Any], width: Bits, name: str) -> dict[str, Any]:
@@ -83,14 +78,12 @@ def _measured(report: Mapping[str, Any], width: Bits, name: str) -> dict[str, An
 def profile_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Markdown page: mean over the seeds, and half the spread between the smallest and the largest."""
     widths, names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "profile", "seed"))
-    count, first = len(seeds), rows[0]
+    first = rows[0]
     lines = [
         f"# Profiles on {head['model']}",
         "",
         f"Start: init={first['init']}. Trained: {first['steps']} steps from there, then folded and packed. "
-        f"{'Mean over the seeds' if count > 1 else 'One seed:'} {', '.join(map(str, seeds))}"
-        f"{', +- half the spread' if count > 1 else ''}. {head['machine']['cpu']}, "
-        f"{head['machine']['num_threads']} thread, torch {head['versions']['torch']}.",
+        f"{about_seeds(head, seeds)}",
         "",
         f"    {head['command']}",
         "",
@@ -99,27 +92,23 @@ def profile_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     ]
     for width in widths:
         bits = Bits.parse(width)
-        lines += [
-            "",
-            f"## W{bits.weight}A{bits.activation}",
-            "",
-            f"| profile | runs in | {' | '.join(f'error, {shown}' for shown in STAGES.values())} | "
-            f"{' | '.join(f'PSNR in dB, {shown}' for shown in _VIDEOS)} | packed bytes |",
-            "|---" * (3 + len(STAGES) + len(_VIDEOS)) + "|",
-        ]
+        table = []
         for name in names:
             found = [row for row in rows if (row["bits"], row["profile"]) == (width, name)]
             if not found:
                 continue
             where = found[0]["runtime"] or "qvgen"
-            columns = [
+            cells = [
                 name,
                 where if found[0]["in_runtime"] else "qvgen*",
                 *(mean_and_spread([row[f"error_{stage}"] for row in found], ".4f") for stage in STAGES),
                 *(mean_and_spread([row[f"psnr_db_{stage}"] for row in found], ".2f") for stage in _VIDEOS),
                 f"{fmean(row['packed_bytes'] for row in found):.0f}",
             ]
-            lines.append(f"| {' | '.join(columns)} |")
+            table.append(cells)
+        errors, videos = (f"error, {shown}" for shown in STAGES.values()), (f"PSNR in dB, {shown}" for shown in _VIDEOS)
+        columns = ["profile", "runs in", *errors, *videos, "packed bytes"]
+        lines += ["", f"## W{bits.weight}A{bits.activation}", "", *table_lines(columns, table)]
     return [
         *lines,
         "",

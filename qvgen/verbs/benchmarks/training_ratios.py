@@ -32,11 +32,10 @@ from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.verbs._parts import step_batch, training_run
-from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel
+from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
 from qvgen.verbs.benchmarks.loading import profile_of
 
 VARIANTS = ("plain", "quantized", "with Phi")
@@ -66,21 +65,9 @@ def training_ratio_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, .
     """
     for text in config.shapes:
         _check_subject(text)
-    before = torch.get_num_threads()
-    keep_freed_memory()
-    try:
-        for text in (text for text in config.shapes if (text,) not in done):
-            for width in config.widths:
-                for threads in config.threads:
-                    torch.set_num_threads(threads)
-                    yield {
-                        "subject": text,
-                        "bits": width.label,
-                        "threads": threads,
-                        **_measure(_candidates(text, width, config), rounds=config.timed_steps, threads=threads),
-                    }
-    finally:
-        torch.set_num_threads(before)
+    for text, width, threads in timed_cells(config, [text for text in config.shapes if (text,) not in done]):
+        measured = _measure(_candidates(text, width, config), rounds=config.timed_steps, threads=threads)
+        yield {"subject": text, "bits": width.label, "threads": threads, **measured}
 
 
 def _check_subject(text: str) -> None:
@@ -213,7 +200,7 @@ def _measure(candidates: Mapping[str, Candidate], *, rounds: int, threads: int) 
     return {
         "seconds": seconds,
         "saved_bytes": {name: _saved_bytes(candidate) for name, candidate in candidates.items()},
-        "ratios": {name: [min(own), median(own), max(own)] for name, own in ratios.items()},
+        "ratios": {name: of_rounds(own) for name, own in ratios.items()},
     }
 
 
@@ -255,18 +242,15 @@ def training_ratio_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, An
         "",
         f"    {head['command']}",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-        *(_line(row) for row in rows),
+        *table_lines(columns, map(_cells, rows)),
     ]
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    ratios = ["{1:.2f} ({0:.2f} to {2:.2f})".format(*row["ratios"][name]) for name in VARIANTS[1:]]
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    ratios = [shown_rounds(row["ratios"][name]) for name in VARIANTS[1:]]
     saved = [f"{row['saved_bytes'][name] / 1e6:.1f}" for name in VARIANTS]
     plain = f"{1000 * median(row['seconds']['plain']):.1f}"
-    cells = [row["subject"], row["bits"], str(row["threads"]), plain, *ratios, *saved]
-    return f"| {' | '.join(cells)} |"
+    return [row["subject"], row["bits"], str(row["threads"]), plain, *ratios, *saved]
 
 
 def _describe(config: BenchmarkConfig) -> str:

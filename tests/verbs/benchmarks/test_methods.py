@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.evaluation.report.charts import read_history
 from qvgen.verbs.benchmarks.methods import in_pairs, method_table, plot_methods
-from tests.runs import shallow
+from tests.runs import copy_until, packed_bytes, shallow
 
 SHORT = (
     "steps=2", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.samples=4", "evaluation.quality_videos=1",
@@ -81,6 +82,30 @@ def test_every_cell_is_a_run_and_a_finished_one_is_not_run_again(
     assert "rotation: 16" in (tmp_path / "runs" / "qvgen+r16-3-7" / "config.yaml").read_text()
     assert (tmp_path / "results" / "methods-tiny.md").read_text().startswith("# Methods on tiny")
     assert (tmp_path / "results" / "methods-tiny.svg").is_file()
+
+
+def test_a_cell_that_was_stopped_goes_on_at_its_last_checkpoint(tmp_path: Path) -> None:
+    results, run_dir = tmp_path / "results", tmp_path / "runs" / "kd-3-7"
+    keys = [
+        "methods=[kd]", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}", f"out={results}", *SHORT, "steps=4",
+        "checkpoint.every_steps=2", "checkpoint.keep=9", *shallow(1),
+    ]  # fmt: skip
+    assert main(["benchmark", "methods", *keys]) == 0
+    (whole,) = json.loads((results / "methods-tiny.json").read_text())["rows"]
+    packed, curves = packed_bytes(run_dir), (run_dir / "metrics.csv").read_text().splitlines()
+    shutil.rmtree(results)  # as if it had been killed in the cell's third step
+    stopped = copy_until(run_dir, tmp_path / "stopped", step=2)
+    shutil.rmtree(run_dir)
+    stopped.rename(run_dir)
+    assert main(["benchmark", "methods", *keys]) == 0
+    (again,) = json.loads((results / "methods-tiny.json").read_text())["rows"]
+    assert packed_bytes(run_dir) == packed
+    assert {key: value for key, value in again.items() if not key.endswith("_s")} == {
+        key: value for key, value in whole.items() if not key.endswith("_s")
+    }
+    found = (run_dir / "metrics.csv").read_text().splitlines()
+    assert found[:3] == curves[:3]  # with their seconds: the first two steps were not trained again
+    assert [line.split(",")[0] for line in found] == [line.split(",")[0] for line in curves]
 
 
 def test_a_method_that_is_not_there_is_refused_before_anything_trains(
