@@ -10,6 +10,7 @@ from omegaconf.errors import InterpolationKeyError
 
 from qvgen.config.conf_folder import conf_directory
 from qvgen.config.leaf_file import leaf_content
+from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import (
     ActivationSwitchConfig,
     CalibrationConfig,
@@ -26,6 +27,7 @@ from qvgen.errors import UserError, did_you_mean
 SECTIONS: Mapping[str, type] = {
     "phi": PhiConfig,
     "optim": OptimConfig,
+    "loss": LossConfig,
     "strategy": StrategyConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,

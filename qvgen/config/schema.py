@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qvgen.config.bits import Bits
+from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import (
     ActivationSwitchConfig,
     CalibrationConfig,
@@ -59,6 +60,7 @@ class TrainConfig:
         dry_run: True builds and checks everything, says what the run will take, and trains nothing.
         debug: True shows the traceback of an error.
         phi: The low-rank helper that is trained away.
+        loss: Noise levels of training, their weights, and blocks that are compared.
         calibration: How a PTQ method that needs statistics sees the full-precision model.
         activation_switch: A policy that changes activation bits while a video is sampled.
         checkpoint: How often the run's state is saved.
@@ -93,6 +95,7 @@ class TrainConfig:
     dry_run: bool
     debug: bool
     phi: PhiConfig
+    loss: LossConfig
     calibration: CalibrationConfig
     activation_switch: ActivationSwitchConfig
     checkpoint: CheckpointConfig

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from qvgen.config.learning_rate_tail import LearningRateTail
 from qvgen.config.prompt import Prompts
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.errors import UserError
@@ -92,7 +93,7 @@ class PhiConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(LearningRateTail):
     """The optimizer and its schedule.
 
     Attributes:
@@ -121,6 +122,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, section="optim")
+        self.check_tail(warmup_share=self.warmup_share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,6 +133,8 @@ class Method:
     ) -> Float[Tensor, ""]:
         """Loss of a micro-batch, the mean over its samples: here mean |prediction - wanted|^2.
 
+        Where noise levels are weighted (``loss.weighting``) it is asked for each sample by itself.
+
         Args:
             prediction: The student's, float32 [B, ...]; the other tensors are of its shape.
             teacher: The full-precision model's for the same input, without gradient; None unless ``needs_teacher``.

@@ -20,12 +20,18 @@ v-prediction (Salimans and Ho 2202.00512; zero terminal SNR: Lin et al. 2305.088
 
 The same formulas as diffusers' CogVideoXDDIMScheduler.
 
-Left out: weightings of the loss over sigma, logit-normal draws, other beta schedules.
+Noise levels of both are compared by the logarithm of noise over signal, x = log(b / a): log(sigma / (1 - sigma)) with flow
+matching and log(b_t / a_t) with v-prediction. A shift adds log(shift) to it (arXiv 2403.03206, Eq. 23); what
+``snr_shift_scale`` k does to v-prediction's table before its last entry is moved is a shift of sqrt(k).
+
+Other draws of noise levels are :mod:`qvgen.training.noise_level`, weights over them :mod:`qvgen.training.min_snr`. Left out:
+other beta schedules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -76,6 +82,29 @@ class FlowMatching:
         """Draw one noise level, float32 [] in [lowest, highest) but for rounding; the shifted density, cut."""
         start, end = (sigma / (self.shift - (self.shift - 1) * sigma) for sigma in (self.lowest, self.highest))
         return self.shifted(start + (end - start) * torch.rand((), generator=generator))
+
+    @property
+    def log_ratio_ends(self) -> tuple[float, float]:
+        """Logarithm of noise over signal at the lowest and at the highest noise level; minus and plus infinity at 0 and 1."""
+        ends = torch.tensor([self.lowest, self.highest], dtype=torch.float64).logit().tolist()
+        return ends[0], ends[1]
+
+    def sigma_at(self, log_ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return the noise level, float32 [] in [0, 1], of a logarithm of noise over signal; exact but for rounding.
+
+        >>> round(FlowMatching().sigma_at(torch.tensor(3.0).log()).item(), 6)
+        0.75
+        """
+        return log_ratio.sigmoid().float()
+
+    def with_shift(self, shift: float) -> FlowMatching:
+        """Return the same objective whose draws have another shift."""
+        return replace(self, shift=shift)
+
+    def signal_and_noise(self, timestep: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Return what clean samples and noise are multiplied with at timesteps: 1 - sigma and sigma."""
+        sigma = timestep / NUM_TRAIN_TIMESTEPS
+        return 1 - sigma, sigma
 
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert noise levels in [0, 1] to timesteps in [0, 1000], float32 [...]."""
@@ -161,6 +190,37 @@ class VPrediction:
         """Draw one t uniformly from 0..999 and return t / 1000, float32 []."""
         return torch.randint(NUM_TRAIN_TIMESTEPS, (), generator=generator) / NUM_TRAIN_TIMESTEPS
 
+    @property
+    def shift(self) -> float:
+        """The model's own shift of noise over signal: the root of what its signal-to-noise ratio is divided by."""
+        return math.sqrt(self.snr_shift_scale)
+
+    @cached_property
+    def _log_ratios(self) -> Tensor:
+        """log(b_t / a_t) of all t, float64 [1000], rising; infinite where t = 999 is pure noise."""
+        alphas = self.alphas_cumprod.double()
+        return ((1 - alphas) / alphas).log() / 2
+
+    @property
+    def log_ratio_ends(self) -> tuple[float, float]:
+        """Logarithm of noise over signal at the first t and at the last one that has any signal."""
+        finite = self._log_ratios[self._log_ratios.isfinite()]
+        return float(finite[0]), float(finite[-1])
+
+    def sigma_at(self, log_ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return t / 1000, float32 [], of the t whose logarithm of noise over signal is nearest to the given one.
+
+        A t of pure noise is as far as infinity: none is nearest to it.
+        """
+        table = self._log_ratios
+        borders = (table[1:] + table[:-1]) / 2
+        return torch.searchsorted(borders, log_ratio.double()).float() / NUM_TRAIN_TIMESTEPS
+
+    def signal_and_noise(self, timestep: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Return what clean samples and noise are multiplied with at timesteps: a_t and b_t."""
+        alphas = self.alphas_cumprod.to(timestep.device)[timestep.round().long()]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert t / 1000 to t, float32 [...] of whole numbers in 0..999.
 
@@ -205,8 +265,8 @@ class VPrediction:
 
     def _weights(self, sigma: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t of each sample, broadcasting over [B, C, F, H, W]."""
-        alphas = self.alphas_cumprod.to(sigma.device)[self.timestep(sigma).long()]
-        return _per_sample(alphas.sqrt(), like=like), _per_sample((1 - alphas).sqrt(), like=like)
+        signal, spread = self.signal_and_noise(self.timestep(sigma))
+        return _per_sample(signal, like=like), _per_sample(spread, like=like)
 
 
 def _per_sample(sigma: Tensor, *, like: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.stop_request import Stopped
+from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
+from qvgen.training.noise_level import training_objective
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.stop_point import interruptible
 from qvgen.training.training_run import TrainingRun
@@ -67,6 +69,8 @@ class VideoTraining(OptimizerModule):
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         self.family, self.encode, self.method, self.seed = family, encode, method, run.steps.seed
+        self._loss_options, self._objective = run.steps.loss, training_objective(family.objective, run.steps.loss)
+        check_features(self._loss_options, method=method, name=type(method).__name__)
         self._share_out = share_out
         self._validate, self._validate_every_steps = validate, validate_every_steps
         self._last_step = 0
@@ -162,7 +166,7 @@ class VideoTraining(OptimizerModule):
         return add_noise(
             batch["video"],
             batch["caption"],
-            objective=self.family.objective,
+            objective=self._objective,
             generators=generators,
             caption_dropout=self.method.caption_dropout,
         )
@@ -171,7 +175,9 @@ class VideoTraining(OptimizerModule):
         """The method's loss of a micro-batch, float32 []."""
         condition = {key: value.to(self.device) for key, value in self.encode(draw.captions).items()}
         teacher = self._teacher[0] if self._teacher else None
-        return prediction_loss(self.family, self.student, draw, condition, method=self.method, teacher=teacher)
+        return prediction_loss(
+            self.family, self.student, draw, condition, method=self.method, teacher=teacher, options=self._loss_options
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The method's groups."""

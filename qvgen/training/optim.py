@@ -1,4 +1,4 @@
-"""Optimizer and learning rate: AdamW over the groups that a training method names, warm-up and cosine."""
+"""Optimizer and learning rate: AdamW over the groups that a training method names; warm-up, cosine and tail."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ from typing import Any
 
 import torch
 
+from qvgen.config.learning_rate_tail import LearningRateTail
 from qvgen.config.sections import OptimConfig
 
 log = logging.getLogger(__name__)
 
 
-def learning_rate_factor(step: int, *, num_steps: int, warmup_share: float) -> float:
+def learning_rate_factor(
+    step: int, *, num_steps: int, warmup_share: float, tail: LearningRateTail | None = None
+) -> float:
     """Share of the peak learning rate in optimizer step ``step``: linear warm-up from above 0, then cosine to 0.
+
+    With a tail the cosine ends at its rate where it begins; there the rate stays, or falls on to 0 by another cosine.
 
     Example:
         >>> [round(learning_rate_factor(s, num_steps=10, warmup_share=0.2), 3) for s in (0, 1, 2, 6, 9)]
         [0.5, 1.0, 1.0, 0.5, 0.038]
+        >>> tail = LearningRateTail(tail_share=0.2, tail_rate=0.5, tail="constant")
+        >>> [learning_rate_factor(s, num_steps=10, warmup_share=0.2, tail=tail) for s in (0, 2, 5, 8, 9)]
+        [0.5, 1.0, 0.75, 0.5, 0.5]
     """
     warmup = round(warmup_share * num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+    if tail is None or not tail.tail_share:
+        return _cosine(step - warmup, num_steps - warmup)
+    begin = max(warmup, num_steps - math.ceil(tail.tail_share * num_steps))  # as Phi's tail does
+    if step < begin:
+        return tail.tail_rate + (1 - tail.tail_rate) * _cosine(step - warmup, begin - warmup)
+    return tail.tail_rate * (1.0 if tail.tail == "constant" else _cosine(step - begin, num_steps - begin))
+
+
+def _cosine(step: int, num_steps: int) -> float:
+    """From 1 at step 0 to 0 after the last."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / max(1, num_steps)))
 
 
 def build_optimizer(
@@ -34,7 +52,7 @@ def build_optimizer(
 
     Args:
         groups: Mappings of name, params, lr (peak) and weight_decay; see :meth:`qvgen.methods.base.Method.parameter_groups`.
-        optim: Betas, eps and warm-up.
+        optim: Betas, eps, warm-up and tail.
         num_steps: Optimizer steps of the whole run.
     """
     for group in groups:
@@ -50,6 +68,6 @@ def build_optimizer(
     )
 
     def factor(step: int) -> float:
-        return learning_rate_factor(step, num_steps=num_steps, warmup_share=optim.warmup_share)
+        return learning_rate_factor(step, num_steps=num_steps, warmup_share=optim.warmup_share, tail=optim)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from qvgen.config.defaults import load_section
+from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import OptimConfig
 from qvgen.training.micro_batch import StepBatch
+
+
+def _default_loss() -> LossConfig:
+    loss: LossConfig = load_section("loss")
+    return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +23,7 @@ class TrainingSteps:
         num_steps: Optimizer steps.
         batch: Samples of each of them.
         optim: The optimizer and its schedule.
+        loss: Noise levels, their weights, and blocks that are compared; by default those of conf/train.yaml.
         seed: Seed of the order of samples, of noise levels, noises and dropout.
     """
 
@@ -23,3 +31,4 @@ class TrainingSteps:
     batch: StepBatch
     optim: OptimConfig
     seed: int
+    loss: LossConfig = field(default_factory=_default_loss)

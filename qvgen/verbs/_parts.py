@@ -51,7 +51,9 @@ def step_batch(config: TrainConfig) -> StepBatch:
 
 def training_steps(config: TrainConfig) -> TrainingSteps:
     """The optimizer steps."""
-    return TrainingSteps(num_steps=config.steps, batch=step_batch(config), optim=config.optim, seed=config.seed)
+    return TrainingSteps(
+        num_steps=config.steps, batch=step_batch(config), optim=config.optim, loss=config.loss, seed=config.seed
+    )
 
 
 def training_run(config: TrainConfig) -> TrainingRun:

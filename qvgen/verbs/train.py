@@ -9,6 +9,7 @@ from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
+from qvgen.training.loss import check_loss
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
@@ -37,6 +38,7 @@ def run(config: TrainConfig) -> int | None:
     if config.callbacks:
         _check_callbacks(config)
     config.data.check(config.model)
+    check_loss(config.loss, method=config.method, name=config.names.method, family=config.model)
     if not config.method.quantizes:
         refuse_exports(config, why=f"method={config.names.method} quantizes nothing")
     if config.method.trains == "autoencoder":

@@ -79,7 +79,7 @@ def test_a_run_goes_through_it_and_packs_the_bytes_of_its_own_arithmetic(
     packed = []
     for keys in (("strategy.compile=false",), ("strategy.compile=true", "strategy.gradient_checkpointing=true")):
         run_dir = tmp_path / str(len(packed))
-        assert train(run_dir, "steps=6", "phi.ranks=[2]", *keys, *shallow(1), *UNSEEN) == 0
+        assert train(run_dir, "steps=6", "phi.ranks=[2]", "loss.feature_weight=0.1", *keys, *shallow(1), *UNSEEN) == 0
         packed.append(packed_bytes(run_dir))
     assert packed[0] == packed[1]
     assert counter.frame_count == 2  # with Phi and without

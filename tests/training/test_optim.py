@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qvgen.config.defaults import load_section
+from qvgen.config.learning_rate_tail import LearningRateTail
+from qvgen.errors import UserError
 from qvgen.layers.swap import quantized_layers
+from qvgen.lowrank.decay import DecaySchedule
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.methods.phi_decay import forget_moments_
 from qvgen.quant.width_table import WidthTable
@@ -96,6 +101,52 @@ def test_the_rate_warms_up_and_falls(num_steps: int, share: float) -> None:
     assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
     if warmup < num_steps:
         assert factors[warmup] == 1.0
+
+
+@given(
+    st.integers(1, 500), st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1), st.sampled_from(["constant", "cosine"])
+)
+def test_the_tail_begins_when_phi_is_gone(
+    num_steps: int, warmup_share: float, share: float, rate: float, kind: Literal["constant", "cosine"]
+) -> None:
+    tail = LearningRateTail(tail_share=share * (1 - warmup_share), tail_rate=rate, tail=kind)
+    factors = [
+        learning_rate_factor(step, num_steps=num_steps, warmup_share=warmup_share, tail=tail)
+        for step in range(num_steps)
+    ]
+    plain = [learning_rate_factor(step, num_steps=num_steps, warmup_share=warmup_share) for step in range(num_steps)]
+    if not tail.tail_share:
+        assert factors == plain
+        return
+    warmup = round(warmup_share * num_steps)
+    begin = max(warmup, DecaySchedule(ranks=(), kept=1, num_steps=num_steps, tail_share=tail.tail_share).decay_steps)
+    assert factors[:warmup] == plain[:warmup]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    assert all(factor >= rate for factor in factors[warmup:begin])
+    assert factors[begin : begin + 1] == [rate][: num_steps - begin]
+    if kind == "constant":
+        assert set(factors[begin:]) <= {rate}
+    else:
+        length = num_steps - begin
+        assert factors[begin:] == pytest.approx(
+            [rate * (1 + math.cos(math.pi * i / length)) / 2 for i in range(length)]
+        )
+
+
+def test_a_rate_that_falls_in_the_tail_alone_or_never() -> None:
+    def factors(**keys: object) -> list[float]:
+        optim = load_section("optim", learning_rate=1e-3, warmup_share=0.2, **keys)
+        return [learning_rate_factor(step, num_steps=10, warmup_share=0.2, tail=optim) for step in range(10)]
+
+    assert factors(tail_share=0.8, tail_rate=1.0) == [0.5] + [1.0] * 9
+    assert factors(tail_share=0.2, tail_rate=1.0, tail="cosine") == pytest.approx([0.5, *[1.0] * 8, 0.5])
+    with pytest.raises(
+        UserError, match=r"optim.tail_share=0.9 begins before optim.warmup_share=0.2 ends; write .*=0.8"
+    ):
+        factors(tail_share=0.9)
+    with pytest.raises(UserError, match=r"optim.tail_rate=0.0 is outside \(0, 1\]"):
+        factors(tail_rate=0.0)
 
 
 def test_the_rate_is_that_of_the_step() -> None:

@@ -86,6 +86,25 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
             "profile=int8 bits=8 optim.zero_point_gradient=stop",
             "zero_point_gradient=stop says nothing with profile=int8, whose activations have no zero point; leave it out",
         ),
+        (
+            "method=lsq loss.feature_weight=0.5",
+            "loss.feature_weight=0.5 compares blocks with the full-precision model's, which method=lsq has no use for",
+        ),
+        (
+            "loss.feature_weight=1 loss.feature_blocks=[1,3]",
+            "feature_blocks holds 3, and the model has 3 blocks; write",
+        ),
+        ("loss.levels=logit_normal loss.level_mean=90", "loss.level_mean=90.0 is outside [-10, 10]; write for example"),
+        ("loss.weighting=minsnr", "loss.weighting=minsnr is unknown; did you mean 'min_snr'"),
+        ("loss.gamma=5", "unknown key 'loss.gamma'"),
+        (
+            "method=autoencoder loss.weighting=min_snr",
+            "method=autoencoder trains a VAE, which sees no noise levels; leave",
+        ),
+        (
+            "optim.tail_share=0.95",
+            "tail_share=0.95 begins before optim.warmup_share=0.1 ends; write optim.tail_share=0.9",
+        ),
     ],
 )
 def test_a_bad_value_makes_no_folder(

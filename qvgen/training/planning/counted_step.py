@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.block_checkpoint import block_checkpoint
+from qvgen.training.block_features import check_blocks
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.meta_model import build_student, build_teacher, fill_, num_blocks
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
@@ -53,6 +55,7 @@ class StepSettings:
         teacher_dtype: Of the teacher's weights.
         keep_attention: Keep the outputs of attention too, with ``gradient_checkpointing``.
         model_changes: Arguments of the family in place of its own: sizes of clips.
+        loss: Weights and compared blocks; None: neither.
     """
 
     micro_batch: int
@@ -61,6 +64,7 @@ class StepSettings:
     teacher_dtype: torch.dtype
     keep_attention: bool = False
     model_changes: tuple[tuple[str, Any], ...] = ()
+    loss: LossConfig | None = None
 
 
 def count_step(
@@ -80,12 +84,41 @@ def count_step(
     blocks = num_blocks(model.family)
     if blocks <= COUNTED_BLOCKS[-1]:
         return count(blocks=blocks)
+    if settings.loss is not None and settings.loss.feature_blocks is not None:
+        return _count_chosen(model, design, settings, settings.loss, optim=optim, is_checked=is_checked)
     numbers = COUNTED_BLOCKS if is_checked else COUNTED_BLOCKS[:2]
     counts = [astuple(count(blocks=number)) for number in numbers]
     whole = continued(counts, blocks=blocks)
     if whole is None:
         return count(blocks=blocks)
     return StepCount(**{field.name: value for field, value in zip(fields(StepCount), whole, strict=True)})
+
+
+def _count_chosen(
+    model: NamedFamily,
+    design: StudentDesign,
+    settings: StepSettings,
+    loss: LossConfig,
+    *,
+    optim: OptimConfig,
+    is_checked: bool,
+) -> StepCount:
+    """Count where some blocks are compared with the teacher's, which short models may not have.
+
+    Each block keeps as much as its share of all blocks do. The peak is a bound: wherever it lies, no more than that is added.
+    """
+    assert loss.feature_blocks is not None
+    blocks = num_blocks(model.family)
+    check_blocks(loss.feature_blocks, count=blocks)
+    without, every = (
+        replace(loss, feature_weight=weight, feature_blocks=None) for weight in (0.0, loss.feature_weight)
+    )
+    low, high = (
+        count_step(model, design, replace(settings, loss=of), optim=optim, is_checked=is_checked)
+        for of in (without, every)
+    )
+    added = (high.kept_bytes - low.kept_bytes) * len(loss.feature_blocks) // blocks
+    return replace(low, kept_bytes=low.kept_bytes + added, peak_bytes=low.peak_bytes + added)
 
 
 def continued(counts: Sequence[Sequence[int]], *, blocks: int) -> list[int] | None:
@@ -197,7 +230,9 @@ def run_step(
         teacher.register_forward_hook(lambda *_: counter.enter("student"))
     with counter:
         with counter.casts(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
-            loss = prediction_loss(family, student, draw, condition, method=method, teacher=teacher)
+            loss = prediction_loss(
+                family, student, draw, condition, method=method, teacher=teacher, options=settings.loss
+            )
         kept = counter.live
         counter.enter("backward")
         loss.backward()

@@ -226,6 +226,7 @@ def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> S
         autocast=device.on_gpu,
         teacher_dtype=teacher_dtype(run.model.family),
         model_changes=tuple(own.items()),
+        loss=run.steps.loss,
     )
 
 
