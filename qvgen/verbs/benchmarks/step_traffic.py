@@ -65,14 +65,15 @@ def step_traffic_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...
 def count_traffic(run: TrainConfig, variant: str) -> Traffic:
     """One micro-batch of one sample of the whole model."""
     blocks = num_blocks(run.model)
-    counts = [astuple(_count(run, variant, blocks=number)) for number in (1, 2)]
+    counts = [astuple(count_blocks_traffic(run, variant, blocks=number)) for number in (1, 2)]
     whole = continued(counts, blocks=blocks)
     assert whole is not None, "two counts always continue"
     names = list(Traffic.__dataclass_fields__)
     return Traffic(**dict(zip(names, whole, strict=True)))
 
 
-def _count(run: TrainConfig, variant: str, *, blocks: int) -> Traffic:
+def count_blocks_traffic(run: TrainConfig, variant: str, *, blocks: int) -> Traffic:
+    """One micro-batch of one sample of a model of so many blocks."""
     method = load_leaf("method", VARIANTS[variant])
     family: Any = run.model
     student: nn.Module

@@ -75,6 +75,24 @@ def training_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) 
         }
 
 
+def quantize_untrained_(student: nn.Module, config: TrainConfig) -> None:
+    """Prepare a student of random weights for a step of the configured method, where it lies: ranges by round-to-nearest."""
+    chosen = select_linears(student, include=config.model.include, exclude=config.model.exclude)
+    swap_fake_quant_(
+        student,
+        names=chosen.quantized,
+        profile=config.profile,
+        num_noise_bands=PrepareConfig.num_noise_bands,
+        phi_rank=student_design(config).phi_rank,
+        phi_keep=student_design(config).phi_keep,
+    )
+    for layer in quantized_layers(student).values():
+        RoundToNearest().initialize_(layer, statistics=None)
+    set_up_phi_(student, config.phi)
+    config.method.prepare_(student)
+    config.method.start_(student, seed=config.seed)
+
+
 class _Measured:
     """A student, a teacher and an optimizer on a device, and the clocks around their calls."""
 
@@ -84,7 +102,7 @@ class _Measured:
         with torch.device(device):
             teacher = narrow_(family.build(family.transformer_config), dtype=teacher_dtype(family))
             student = family.build(family.transformer_config).float()
-            self._prepare(student)
+            quantize_untrained_(student, config)
         tokens, channels = family.condition_shape
         count = step_batch(config).micro_batch_size
         self.batch = {
@@ -107,23 +125,6 @@ class _Measured:
         teacher.register_forward_pre_hook(lambda *_: began.append(self._now()))
         teacher.register_forward_hook(lambda *_: self._add("teacher", began.pop()))
         student.train()
-
-    def _prepare(self, student: nn.Module) -> None:
-        config = self.config
-        chosen = select_linears(student, include=config.model.include, exclude=config.model.exclude)
-        swap_fake_quant_(
-            student,
-            names=chosen.quantized,
-            profile=config.profile,
-            num_noise_bands=PrepareConfig.num_noise_bands,
-            phi_rank=student_design(config).phi_rank,
-            phi_keep=student_design(config).phi_keep,
-        )
-        for layer in quantized_layers(student).values():
-            RoundToNearest().initialize_(layer, statistics=None)
-        set_up_phi_(student, config.phi)
-        config.method.prepare_(student)
-        config.method.start_(student, seed=config.seed)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -1,0 +1,1 @@
+"""The program behind train_gpu.sh."""
