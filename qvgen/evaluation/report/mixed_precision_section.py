@@ -123,6 +123,7 @@ def _fill(canvas: Canvas, values: Any) -> None:
     mesh = axes.pcolormesh(np.arange(width + 1), np.arange(height + 1), values, cmap="viridis", linewidth=0)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
+    canvas.figure.set_layout_engine("constrained")  # measures the names of rows and the colour bar
     canvas.figure.colorbar(mesh, ax=axes)
 
 
