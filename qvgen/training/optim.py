@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from qvgen.config.learning_rate_tail import LearningRateTail
 from qvgen.config.sections import OptimConfig
@@ -45,6 +47,22 @@ def _cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * step / max(1, num_steps)))
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which steps the local shares of sharded parameters; its state holds sharded tensors, as torch's does.
+
+    AdamW works number by number, so a share needs no other share: the bits are those of sharded tensors. These would ask for
+    each operator, list of tensors and shape how its result is sharded, which takes longer than the arithmetic. The name is
+    torch's, since loggers name learning rates after it.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Fill torch's lists: parameters, gradients, both moments, their maxima, steps."""
+        has_complex: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return has_complex
+
+
 def build_optimizer(
     groups: Sequence[Mapping[str, Any]], optim: OptimConfig, *, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
@@ -63,7 +81,7 @@ def build_optimizer(
     # The CPU's fused kernel rounds the last numbers of a tensor, which fill no vector, in another way than the rest: cut
     # into shares, a parameter would be trained to other bits.
     on_gpu = groups[0]["params"][0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [dict(group) for group in groups], betas=optim.betas, eps=optim.eps, fused=on_gpu, foreach=not on_gpu
     )
 
