@@ -14,8 +14,11 @@ from hypothesis import settings
 # Before the hub's client is imported: no test finds what was downloaded to this machine.
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
 
+from tests.warm_python import WarmPopen, fork_template
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    fork_template()  # before anything has run here
 from tests import runs
-from tests.warm_python import WarmPopen
 
 subprocess.Popen = WarmPopen  # a process of its own need not import all libraries again
 

@@ -10,6 +10,9 @@ every other is started as always. A forked process has its own arguments, enviro
 signals, its parent is the process that asked for it, and waiting for it and ending it is Popen's own code; product code that
 starts workers notices nothing. A forked process has a template of its own for the workers that it may start.
 
+The template is started when the first command is. Processes of pytest-xdist, which run many files, import everything before
+they collect and fork their template at once (:func:`fork_template`): neither imports again what the other has.
+
 Not as in a process that is started: what was imported before, and what libraries read from the environment while they are
 imported (a command with another OMP_NUM_THREADS is started). Use ``[sys.executable, "-c", ...]`` or the console script where
 that is looked at. Linux only; elsewhere every process is started.
@@ -18,13 +21,16 @@ that is looked at. Linux only; elsewhere every process is started.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import faulthandler
 import fcntl
 import gc
 import importlib
 import json
 import os
 import pkgutil
+import re
 import runpy
 import signal
 import socket
@@ -33,6 +39,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -163,17 +170,59 @@ def import_everything() -> None:
     """Import what commands import, so that they find it."""
     checkout = (str(ROOT), str(ROOT / "kernels"))  # which need not be installed
     sys.path += [entry for entry in checkout if entry not in sys.path[1:]]
+    threads = len(os.listdir("/proc/self/task"))
     for room in ROOMS:
         package = importlib.import_module(f"qvgen.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     for name in FURTHER:
         importlib.import_module(name)
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        raise RuntimeError(f"{threads} threads run after the imports: a fork would have only one of them")
+    if (found := len(os.listdir("/proc/self/task"))) != threads:
+        raise RuntimeError(
+            f"{found} threads run after the imports, {threads} before: a fork would have only one of them"
+        )
     gc.collect()
     gc.freeze()  # pages of objects that are never looked at stay shared
+
+
+def fork_template() -> None:
+    """Import everything and fork a template of this process, which pytest has begun and which has run no test yet."""
+    if sys.platform != "linux" or os.environ.get("OMP_NUM_THREADS") != "1" or _templates:
+        return
+    import_everything()
+    ours, its = socket.socketpair()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # Python 3.12 warns of the threads of pytest-xdist, which the template never asks
+        pid = os.fork()
+    if pid == 0:
+        forget_pytest(its.fileno())
+        main(its, imported=True)
+    its.close()
+
+    def end() -> None:
+        ours.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+    atexit.register(end)
+    _templates.append(Template(ours))
+
+
+def forget_pytest(kept: int) -> None:
+    """Give up what pytest has changed in this process: files but for ``kept``, hooks, filters of warnings, path."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+    faulthandler.disable()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
+    sys.breakpointhook = sys.__breakpointhook__
+    threading.excepthook = threading.__excepthook__
+    warnings.showwarning = warnings._showwarning_orig  # type: ignore[attr-defined]
+    warnings.filters[:] = [entry for entry in warnings.filters if entry[0] not in ("error", "always")]  # type: ignore[attr-defined]
+    library = next(index for index, entry in enumerate(sys.path) if re.fullmatch(r"python\d+\.zip", Path(entry).name))
+    sys.path[:] = ["", *sys.path[library:]]
 
 
 def serve(connection: socket.socket) -> tuple[Request, list[int]]:
@@ -267,9 +316,10 @@ def run(words: Sequence[str]) -> NoReturn:
     os._exit((code or 0) & 0xFF)
 
 
-def main(connection: socket.socket) -> NoReturn:
+def main(connection: socket.socket, *, imported: bool = False) -> NoReturn:
     """Be the template; in each forked process, be its command, and fork its template first."""
-    import_everything()
+    if not imported:
+        import_everything()
     while True:
         request, files = serve(connection)
         take_over(request, files)
