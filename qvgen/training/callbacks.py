@@ -219,7 +219,12 @@ def metric_columns(schedule: Schedule | None) -> tuple[str, ...]:
 
 
 def log_for_callbacks(pl_module: lightning.LightningModule, row: Mapping[str, float | int]) -> None:
-    """Put a row into ``trainer.callback_metrics``, where callbacks with a ``monitor`` look; in all processes."""
+    """Put a row into ``trainer.callback_metrics``, where callbacks with a ``monitor`` look; in all processes.
+
+    Left out where all callbacks are ours, which look elsewhere: Lightning takes some milliseconds for it in each step.
+    """
+    if all(type(callback).__module__.startswith("qvgen.") for callback in pl_module.trainer.callbacks):
+        return
     values = {name: torch.tensor(float(value)) for name, value in row.items()}  # not a copy to the GPU for each number
     pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=1)
 
