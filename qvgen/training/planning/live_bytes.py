@@ -54,6 +54,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in known:
             self._follow(tensor, counts=False)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch would call three functions more for each operator to say so."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
