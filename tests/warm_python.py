@@ -50,6 +50,8 @@ PROGRAMS = [
     ROOT / "tests" / "process_facts_program.py",
 ]
 """Programs that use what commands use."""
+READER = "from qvgen.data.clip_process import serve; "
+"""In the program that reads video files for qvgen.data.clip_process."""
 ROOMS = ("config", "training", "data", "evaluation", "deploy", "models", "methods", "initializers", "layers", "verbs")
 FURTHER = ("lightning.pytorch", "torch.distributed.fsdp", "diffusers.pipelines.wan.pipeline_wan", "matplotlib.figure")
 """What commands import besides all modules of qvgen."""
@@ -146,13 +148,16 @@ class WarmPopen(subprocess.Popen):
 
 
 def is_ours(args: Any, environment: Mapping[str, str], folder: Path) -> bool:
-    """Whether a command is Python with a module of qvgen or of tests, or a program of PROGRAMS, and may be forked."""
+    """Whether a command is Python with a module of ours, one of PROGRAMS or the reader of clips, and may be forked."""
     if not isinstance(args, list | tuple) or len(args) < 2 or args[0] != sys.executable:
         return False
     if sys.platform != "linux" or os.environ.get("OMP_NUM_THREADS") != "1":
         return False  # a template would have threads, which a fork lacks
     path = [Path(entry) for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if args[1] == "-m":
+    if args[1] == "-c":
+        if READER not in args[2]:
+            return False
+    elif args[1] == "-m":
         if not str(args[2]).startswith(("qvgen.", "tests.")):
             return False
         path.insert(0, folder)
@@ -271,7 +276,7 @@ def take_over(request: Request, files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     words = request["words"]
-    first = request["folder"] if words[0] == "-m" else str(Path(words[0]).parent)
+    first = {"-m": request["folder"], "-c": ""}.get(words[0], str(Path(words[0]).parent))
     path = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*path, *(entry for entry in sys.path[1:] if entry not in {*before, *path})]
     importlib.invalidate_caches()
@@ -294,6 +299,9 @@ def run(words: Sequence[str]) -> NoReturn:
             sys.argv = ["-m", *words[2:]]
             sys.modules.pop(words[1], None)  # else runpy warns that it was imported
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
         else:
             sys.argv = list(words)
             runpy.run_path(words[0], run_name="__main__")
