@@ -1,4 +1,4 @@
-"""What a C++ compiler makes for tests, kept in pytest's cache: compiling takes longer than running what was compiled."""
+"""What compilers make for tests, kept in pytest's cache: compiling takes longer than running what was compiled."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.kept_build import kept_build
+
 try:
     VERSION = version("triton")
 except PackageNotFoundError:
@@ -42,9 +44,16 @@ def output_of(command, cache):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """Rows of the chosen kernels."""
-    rows = json.loads(output_of(["kernels/bench/gpu_code.py", "-", *CHOSEN], tmp_path_factory.mktemp("triton")))
+def measured(pytestconfig, tmp_path_factory):
+    """Rows of the chosen kernels, kept for as long as neither Triton nor a file of the kernels has changed."""
+
+    def make(folder):
+        command = ["kernels/bench/gpu_code.py", "-", *CHOSEN]
+        (folder / "rows.json").write_text(output_of(command, tmp_path_factory.mktemp("triton")))
+
+    command = [sys.executable, f"triton {VERSION}", f"torch {version('torch')}", *CHOSEN]
+    made = kept_build(pytestconfig, "triton_code", command=command, inputs=(ROOT / "kernels").rglob("*.py"), make=make)
+    rows = json.loads((made / "rows.json").read_text())
     return {f"{row['capability']}:{row['kernel']}": row for row in rows}
 
 
