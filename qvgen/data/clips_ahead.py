@@ -25,10 +25,10 @@ from qvgen.data.video import Frames
 
 @dataclass(frozen=True, eq=False)
 class ReadClip:
-    """What a clip's bytes gave.
+    """The frames of a clip, read from its bytes.
 
     Attributes:
-        sha256: Of the bytes.
+        sha256: Checksum of the bytes.
         cut: Which frames and which part of them.
         frames: uint8 [F, H, W, 3].
     """
