@@ -17,8 +17,8 @@ from qvgen.config.sections import (
     Names,
     OptimConfig,
     PhiConfig,
-    StrategyConfig,
 )
+from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.verb_schema import GenerateConfig, InspectConfig
 from qvgen.errors import UserError, did_you_mean
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from qvgen.config.conf_folder import conf_directory
+from qvgen.config.ema_section import EmaConfig
 from qvgen.config.leaf_file import leaf_content
 from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import (
@@ -18,8 +19,8 @@ from qvgen.config.sections import (
     EvaluationConfig,
     OptimConfig,
     PhiConfig,
-    StrategyConfig,
 )
+from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.config.typed import from_plain
 from qvgen.errors import UserError, did_you_mean
@@ -29,6 +30,7 @@ SECTIONS: Mapping[str, type] = {
     "optim": OptimConfig,
     "loss": LossConfig,
     "strategy": StrategyConfig,
+    "ema": EmaConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
     "calibration": CalibrationConfig,

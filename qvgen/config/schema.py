@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qvgen.config.bits import Bits
+from qvgen.config.ema_section import EmaConfig
 from qvgen.config.loss_options import LossConfig
+from qvgen.config.memory_rules import check_memory_options
 from qvgen.config.sections import (
     ActivationSwitchConfig,
     CalibrationConfig,
@@ -21,10 +23,10 @@ from qvgen.config.sections import (
     Names,
     OptimConfig,
     PhiConfig,
-    StrategyConfig,
     TrainingConfig,
     require,
 )
+from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.config.value_range import Range, check_ranges
 
@@ -64,6 +66,7 @@ class TrainConfig:
         calibration: How a PTQ method that needs statistics sees the full-precision model.
         activation_switch: A policy that changes activation bits while a video is sampled.
         checkpoint: How often the run's state is saved.
+        ema: An average of the student over its last steps.
         training: How the processes of a run are watched.
         trainer: Options of Lightning's Trainer.
         evaluation: Measurements and videos of the run.
@@ -99,6 +102,7 @@ class TrainConfig:
     calibration: CalibrationConfig
     activation_switch: ActivationSwitchConfig
     checkpoint: CheckpointConfig
+    ema: EmaConfig
     training: TrainingConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
@@ -130,6 +134,9 @@ class TrainConfig:
             widths is None or self.bits.activation in widths,
             f"activation_switch.widths={list(widths or ())} lacks the {self.bits.activation} activation bits of "
             f"bits={self.bits.label}; write for example bits=w{self.bits.weight}a4 activation_switch.widths=[4,8]",
+        )
+        check_memory_options(
+            optim=self.optim, strategy=self.strategy, ema=self.ema, trains=getattr(self.method, "trains", None)
         )
         parts = self.devices * self.accumulate
         require(

@@ -97,7 +97,14 @@ class OptimConfig(LearningRateTail):
     """The optimizer and its schedule.
 
     Attributes:
-        name: The optimizer.
+        name: ``adamw``, or ``adamw_8bit``: the same with two moments of 8 bits each for the weights of quantized layers, one
+            scale for up to 256 of them in a row (torchao's; ``pip install 'torchao>=0.18,<0.19'``).
+        masters: Type of the weights of quantized layers between steps. ``bfloat16`` halves them: a step is computed in
+            float32 and rounded up or down at random, so that small steps are not lost. The draw depends on seed, step and
+            weight alone.
+        gradients: Type in which the gradients of these weights are added up over micro-batches.
+        offload: Keep the moments in the host's memory; in each step they come to the device tensor by tensor and go back, for
+            the same bits.
         learning_rate: Peak learning rate of weights, scales, zero points, L and R.
         clip_learning_rate: Peak learning rate of the activations' learned clip factors.
         betas: Decay rates of the two moments of AdamW.
@@ -110,7 +117,10 @@ class OptimConfig(LearningRateTail):
             run time. ``through``: straight through the rounding; ``stop``: none, as in the QVGen release.
     """
 
-    name: Literal["adamw"]
+    name: Literal["adamw", "adamw_8bit"]
+    masters: Literal["float32", "bfloat16"]
+    gradients: Literal["float32", "bfloat16"]
+    offload: bool
     learning_rate: Annotated[float, Range("> 0")]
     clip_learning_rate: Annotated[float, Range("> 0")]
     betas: Annotated[tuple[float, float], Range("[0, 1)", write="[0.9,0.95]")]
@@ -123,39 +133,6 @@ class OptimConfig(LearningRateTail):
     def __post_init__(self) -> None:
         check_ranges(self, section="optim")
         self.check_tail(warmup_share=self.warmup_share)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyConfig:
-    """How processes share the work, and what they give for memory.
-
-    Attributes:
-        name: ``single``, ``ddp`` (every process holds everything) or ``fsdp`` (weights, gradients, moments and teacher are
-            shared out over the processes).
-        gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
-            for about a third more time.
-        keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
-            bits, for tokens x channels numbers of each attention layer. A plan (``dry_run``) shows what it saves and costs.
-        compile: Run the blocks under ``torch.compile``, one graph for all of them: minutes of compilation at the first step,
-            other bits than eager runs, the same among compiled ones. Not run on a GPU yet.
-        threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
-            threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
-            of threads trains other bits.
-    """
-
-    name: Literal["single", "ddp", "fsdp"]
-    gradient_checkpointing: bool
-    keep_attention: bool
-    compile: bool
-    threads: Annotated[int, Range("> 0")]
-
-    def __post_init__(self) -> None:
-        check_ranges(self, section="strategy")
-        if self.compile and self.gradient_checkpointing and self.keep_attention:
-            raise ValueError(
-                "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "
-                "leave one of them out"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,9 +75,8 @@ class AutoencoderTraining(OptimizerModule):
     """
 
     def __init__(self, *, vae: nn.Module, kl_weight: float, optim: OptimConfig, num_steps: int, seed: int) -> None:
-        super().__init__(optim=optim, num_steps=num_steps)
-        self.vae = vae
-        self.kl_weight, self.seed = kl_weight, seed
+        super().__init__(optim=optim, num_steps=num_steps, seed=seed)
+        self.vae, self.kl_weight = vae, kl_weight
 
     @property
     def trained(self) -> nn.Module:

@@ -167,8 +167,9 @@ def collect_facts(
 
 def code_facts(plain: Mapping[str, Any]) -> dict[str, str]:
     """Of the sources and libraries, and of the packages of others whose classes the sections of a configuration name."""
-    versions = collect_versions(_LIBRARIES)
-    libraries = {f"code.{name}": versions[name] for name in _LIBRARIES}
+    names = (*_LIBRARIES, *(("torchao",) if plain.get("optim", {}).get("name") == "adamw_8bit" else ()))
+    versions = collect_versions(names)
+    libraries = {f"code.{name}": versions[name] for name in names}
     foreign = {f"code.{name}": f"source {checksum}" for name, checksum in foreign_sources(plain).items()}
     return {"code.qvgen": f"{__version__}, source {_own_sources()}", **libraries, **foreign}
 

@@ -1,12 +1,14 @@
 """The LightningModule of every method that trains a transformer; the loss is the method's (:mod:`qvgen.training.loss`).
 
-The student's parameters are float32 masters; the teacher is frozen, in no checkpoint, and not a submodule. All
-randomness of a step comes from (seed, step, sample id): see :mod:`qvgen.data.noise`.
+The student's parameters are float32 masters, or what ``optim.masters`` says (:mod:`qvgen.training.master_precision`); the
+teacher is frozen, in no checkpoint, and not a submodule. All randomness of a step comes from (seed, step, sample id): see
+:mod:`qvgen.data.noise`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
+from qvgen.training.master_precision import narrow_masters_
 from qvgen.training.noise_level import training_objective
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.stop_point import interruptible
+from qvgen.training.teacher_offload import OffloadedBlocks
 from qvgen.training.training_run import TrainingRun
 
 
@@ -44,6 +48,7 @@ class VideoTraining(OptimizerModule):
 
     Attributes:
         relative_error: What was measured last, in all processes.
+        averaged: While it is entered with the student, the student is what is to be measured: itself, or an average.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class VideoTraining(OptimizerModule):
         validate_every_steps: int | None = None,
         share_out: Callable[[DeviceMesh, torch.device], None] | None = None,
     ) -> None:
-        super().__init__(optim=run.steps.optim, num_steps=run.steps.num_steps)
+        super().__init__(optim=run.steps.optim, num_steps=run.steps.num_steps, seed=run.steps.seed)
         method: Method = run.design.method
         family: VideoDiT = run.model.family
         self.student = student
@@ -68,7 +73,7 @@ class VideoTraining(OptimizerModule):
             )
         # In a tuple, so that it is no submodule: no checkpoint, optimizer or wrapper may see it.
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.family, self.encode, self.method, self.seed = family, encode, method, run.steps.seed
+        self.family, self.encode, self.method = family, encode, method
         self._loss_options, self._objective = run.steps.loss, training_objective(family.objective, run.steps.loss)
         check_features(self._loss_options, method=method, name=type(method).__name__)
         self._share_out = share_out
@@ -76,7 +81,11 @@ class VideoTraining(OptimizerModule):
         self._last_step = 0
         self.relative_error: float | None = None
         freeze_the_rest_(student, method=method, optim=self.optim)
+        narrow_masters_(student, masters=self.optim.masters, gradients=self.optim.gradients)
         self._handles: list[RemovableHandle] = []
+        self._offloads_teacher = run.strategy.teacher_offload
+        self._offloaded: OffloadedBlocks | None = None
+        self.averaged: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
 
     @property
     def trained(self) -> nn.Module:
@@ -88,7 +97,10 @@ class VideoTraining(OptimizerModule):
         del stage
         if self._share_out is None:
             for teacher in self._teacher:
-                teacher.to(self.device)
+                if self._offloads_teacher:
+                    self._offloaded = OffloadedBlocks(teacher, self.device)
+                else:
+                    teacher.to(self.device)
 
     def configure_model(self) -> None:
         """Shard the models, where the strategy made a mesh; before there is an optimizer."""
@@ -103,6 +115,8 @@ class VideoTraining(OptimizerModule):
         del stage
         while self._handles:
             self._handles.pop().remove()
+        if self._offloaded is not None:
+            self._offloaded.remove()
 
     def is_measured(self, step: int) -> bool:
         """Every so many steps, after the last one, and after one that a callback ends the run with."""
@@ -147,6 +161,7 @@ class VideoTraining(OptimizerModule):
         sharded, error = self._share_out is not None, None
         try:
             with (
+                self.averaged(self.student),
                 torch.autocast(self.device.type, enabled=False),
                 uncompiled(self.student),
                 interruptible(self.student, together=sharded),

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from qvgen.config.learning_rate_tail import LearningRateTail
 from qvgen.config.sections import OptimConfig
+from qvgen.training.eight_bit import torchao_modules
+from qvgen.training.streamed_adamw import StreamedAdamW
 
 log = logging.getLogger(__name__)
 
@@ -64,28 +66,51 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    groups: Sequence[Mapping[str, Any]], optim: OptimConfig, *, num_steps: int
+    groups: Sequence[Mapping[str, Any]], optim: OptimConfig, *, num_steps: int, seed: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over groups of parameters, and its schedule, to be stepped once per optimizer step.
 
     Args:
         groups: Mappings of name, params, lr (peak) and weight_decay; see :meth:`qvgen.methods.base.Method.parameter_groups`.
-        optim: Betas, eps, warm-up and tail.
+        optim: Which optimizer, its betas, eps, warm-up and tail.
         num_steps: Optimizer steps of the whole run.
+        seed: Of what is drawn where masters are rounded by chance.
+
+    Raises:
+        UserError: A library that the optimizer needs is not there.
     """
     for group in groups:
         log.info(
             "optimizer group %s: %d tensors, %d parameters, peak learning rate %g, weight decay %g",
             group["name"], len(group["params"]), sum(p.numel() for p in group["params"]), group["lr"], group["weight_decay"],
         )  # fmt: skip
-    # The CPU's fused kernel rounds the last numbers of a tensor, which fill no vector, in another way than the rest: cut
-    # into shares, a parameter would be trained to other bits.
-    on_gpu = groups[0]["params"][0].device.type == "cuda"
-    optimizer = AdamW(
-        [dict(group) for group in groups], betas=optim.betas, eps=optim.eps, fused=on_gpu, foreach=not on_gpu
-    )
+    optimizer = _adamw(groups, optim, seed=seed)
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, num_steps=num_steps, warmup_share=optim.warmup_share, tail=optim)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _adamw(groups: Sequence[Mapping[str, Any]], optim: OptimConfig, *, seed: int) -> torch.optim.Optimizer:
+    """Torch's own where everything is float32 and on the device, which takes all tensors at once."""
+    if optim.name == "adamw_8bit" or optim.offload or "bfloat16" in (optim.masters, optim.gradients):
+        check_optimizer(optim)
+        return StreamedAdamW(
+            groups,
+            betas=optim.betas,
+            eps=optim.eps,
+            eight_bit=optim.name == "adamw_8bit",
+            offload=optim.offload,
+            seed=seed,
+        )
+    # The CPU's fused kernel rounds the last numbers of a tensor, which fill no vector, in another way than the rest: cut
+    # into shares, a parameter would be trained to other bits.
+    on_gpu = groups[0]["params"][0].device.type == "cuda"
+    return AdamW([dict(group) for group in groups], betas=optim.betas, eps=optim.eps, fused=on_gpu, foreach=not on_gpu)
+
+
+def check_optimizer(optim: OptimConfig) -> None:
+    """Raise UserError where a library that the optimizer needs is not there, before anything is computed."""
+    if optim.name == "adamw_8bit":
+        torchao_modules()

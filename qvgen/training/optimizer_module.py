@@ -29,6 +29,7 @@ class OptimizerModule(lightning.LightningModule):
     Args:
         optim: Optimizer and schedule.
         num_steps: Optimizer steps of the whole run.
+        seed: Of the run.
 
     Attributes:
         step_losses: Of the micro-batches since the last optimizer step.
@@ -37,9 +38,9 @@ class OptimizerModule(lightning.LightningModule):
         learning_rate: Of the last step.
     """
 
-    def __init__(self, *, optim: OptimConfig, num_steps: int) -> None:
+    def __init__(self, *, optim: OptimConfig, num_steps: int, seed: int) -> None:
         super().__init__()
-        self.optim, self.num_steps = optim, num_steps
+        self.optim, self.num_steps, self.seed = optim, num_steps, seed
         self.step_losses: list[Tensor] = []
         self.gradient_norm: Tensor | None = None
         self.group_norms: dict[str, Tensor] = {}
@@ -112,7 +113,9 @@ class OptimizerModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, stepped with its schedule once per optimizer step."""
-        optimizer, schedule = build_optimizer(self.parameter_groups(), self.optim, num_steps=self.num_steps)
+        optimizer, schedule = build_optimizer(
+            self.parameter_groups(), self.optim, num_steps=self.num_steps, seed=self.seed
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

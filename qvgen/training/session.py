@@ -20,6 +20,7 @@ from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
 from qvgen.run_directory import write_plain
+from qvgen.training.average import AVERAGE_KEY, Average
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.callback_rules import CallbackRules, first_end
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
@@ -30,6 +31,7 @@ from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
+from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
@@ -37,8 +39,14 @@ from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.validation import validation_videos
 
 
-def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None) -> int:
+def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None, averaged: bool = False) -> int:
     """Bring a prepared student to the newest checkpoint of a run, and to what the method's schedule says there.
+
+    Args:
+        student: Prepared.
+        run_dir: The run's folder.
+        schedule: The method's.
+        averaged: Take the average that the checkpoint holds in place of the student itself.
 
     Returns:
         The optimizer step of that checkpoint.
@@ -53,9 +61,14 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
     state = check_checkpoint(found[-1], run=run_key(run_dir))
     try:
         prefix = "student."
-        student.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}, strict=True
-        )
+        trained = {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}
+        student.load_state_dict(trained, strict=True)
+        if (
+            averaged
+        ):  # after the student's own: layers that share a tensor have it under several names there, here under one
+            unknown = student.load_state_dict(state[AVERAGE_KEY], strict=False).unexpected_keys
+            if unknown:
+                raise KeyError(unknown[0])
     except (RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{found[-1]} is of another model ({type(error).__name__}); delete it") from error
     step = int(state["global_step"])
@@ -186,13 +199,14 @@ def _fit(
     if run.strategy.compile:
         compile_blocks_(student)
     student.train()
+    average = _average(run)
     found = checkpoints(output.run_dir / CHECKPOINT_DIRECTORY)
     with restored_settings():
         trainer = build_trainer(
             steps=steps.num_steps,
             accumulate=accumulate,
             processes=processes,
-            callbacks=_callbacks(run, output, split, teacher=teacher),
+            callbacks=_callbacks(run, output, split, teacher=teacher, average=average),
             loggers=list(output.loggers),
             options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=output.run_dir),
             measured=measured_every is not None,
@@ -201,18 +215,36 @@ def _fit(
             fit(trainer, module, data, checkpoint=found[-1] if found else None)
         finally:
             release_blocks_(student)
+    widen_masters_(student)
+    if average is not None and run.ema.fold:
+        average.write_(student)
     return trainer.global_step
 
 
+def _average(run: TrainingRun) -> Average | None:
+    """What keeps the student's average, where there is to be one."""
+    schedule = run.design.schedule(run.steps.num_steps)
+    if run.ema.decay is None:
+        return None
+    return Average(run.ema, begins=[step for _, step in (() if schedule is None else schedule.phases)])
+
+
 def _callbacks(
-    run: TrainingRun, output: TrainingOutput, split: Split, *, teacher: nn.Module | None
+    run: TrainingRun,
+    output: TrainingOutput,
+    split: Split,
+    *,
+    teacher: nn.Module | None,
+    average: Average | None,
 ) -> list[lightning.Callback]:
-    """In their order: signs of life; the method's schedule, before the step; metrics, the user's, checkpoint, videos."""
+    """In order: signs of life; the method's schedule, before the step; average; metrics, the user's, checkpoint, videos."""
     num_steps, run_dir = run.steps.num_steps, output.run_dir
     schedule = run.design.schedule(num_steps)
     callbacks: list[lightning.Callback] = [Heartbeat()]
     if schedule is not None:
         callbacks.append(MethodSchedule(schedule))
+    if average is not None:
+        callbacks.append(average)
     videos = validation_videos(run, output, teacher=teacher, encode=split.encode)
     callbacks += [
         StepMetrics(run_dir / "metrics.csv", schedule=schedule, num_steps=num_steps),

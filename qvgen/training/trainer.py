@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qvgen.config.trainer_options import TrainerConfig
@@ -28,6 +28,7 @@ from qvgen.training.distributed.cluster import OneMachine
 from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.guarded_logger import guard_
+from qvgen.training.strategies import DataParallel, OneDevice
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def build_trainer(
 
 def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
     if processes.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if on_gpu else "cpu")
+        return OneDevice(device="cuda:0" if on_gpu else "cpu")
     backend = "nccl" if on_gpu else "gloo"
     cluster = OneMachine(rank=processes.rank, world_size=processes.world_size, port=processes.port)
     if processes.sharded:
@@ -130,7 +131,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         )
         strategy.cluster_environment = cluster  # no argument of it
         return strategy
-    return DDPStrategy(
+    return DataParallel(
         cluster_environment=cluster,
         process_group_backend=backend,
         timeout=COLLECTIVE_TIMEOUT,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qvgen.config.sections import CheckpointConfig, EvaluationConfig, StrategyConfig
+from qvgen.config.ema_section import EmaConfig
+from qvgen.config.sections import CheckpointConfig, EvaluationConfig
+from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.data.source import DataSource
 from qvgen.models.named_family import NamedFamily
@@ -30,6 +32,7 @@ class TrainingRun:
         design: The student's layers, and the method that trains them.
         steps: The optimizer steps.
         strategy: How processes share the work.
+        ema: The average of the student.
         data: The data. None, for a plan alone: clips of the model's own size, without a cache.
     """
 
@@ -37,6 +40,7 @@ class TrainingRun:
     design: StudentDesign
     steps: TrainingSteps
     strategy: StrategyConfig
+    ema: EmaConfig
     data: DataSource | None = None
 
     @property

@@ -135,7 +135,8 @@ class ValidationVideos(lightning.Callback):
         if not self.is_due(step):
             return
         assert isinstance(pl_module, VideoTraining)
-        self.write_videos(pl_module.student, step=step, rank=trainer.global_rank, world_size=trainer.world_size)
+        with pl_module.averaged(pl_module.student):
+            self.write_videos(pl_module.student, step=step, rank=trainer.global_rank, world_size=trainer.world_size)
         if trainer.is_global_zero:
             self.publish(trainer.loggers, step=step)
 

@@ -63,6 +63,7 @@ def training_run(config: TrainConfig) -> TrainingRun:
         design=student_design(config),
         steps=training_steps(config),
         strategy=config.strategy,
+        ema=config.ema,
         data=config.data,
     )
 

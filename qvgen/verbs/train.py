@@ -9,7 +9,10 @@ from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
-from qvgen.training.loss import check_loss
+from qvgen.training.loss import check_loss, freeze_the_rest_
+from qvgen.training.master_precision import check_masters
+from qvgen.training.meta_model import Prepared
+from qvgen.training.optim import check_optimizer
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
@@ -35,6 +38,8 @@ def run(config: TrainConfig) -> int | None:
         from qvgen.training.compiled_blocks import check_compiler
 
         check_compiler()
+    if not config.dry_run:
+        check_optimizer(config.optim)
     if config.callbacks:
         _check_callbacks(config)
     config.data.check(config.model)
@@ -46,13 +51,7 @@ def run(config: TrainConfig) -> int | None:
 
         train_autoencoder(config)
         return None
-    student = None
-    if config.method.quantizes:
-        student = check_student(
-            config.model, student_design(config), ptq_method(config), num_steps=config.steps, kernel=config.kernel
-        )
-        check_exports(config, student)
-        check_sampling_parts(config)
+    student = _checked_student(config) if config.method.quantizes else None
     if config.dry_run:
         plan = plan_training(
             training_run(config),
@@ -78,6 +77,19 @@ def run(config: TrainConfig) -> int | None:
 
     pretrain(config)
     return None
+
+
+def _checked_student(config: TrainConfig) -> Prepared | None:
+    """The student without weights, where no widths change while sampling; all that is known of it before a run is checked."""
+    student = check_student(
+        config.model, student_design(config), ptq_method(config), num_steps=config.steps, kernel=config.kernel
+    )
+    check_exports(config, student)
+    check_sampling_parts(config)
+    if student is not None:
+        freeze_the_rest_(student[0], method=config.method, optim=config.optim)
+        check_masters(student[0], masters=config.optim.masters, gradients=config.optim.gradients)
+    return student
 
 
 def _kernel_line(student: nn.Module, kernel: str) -> str:

@@ -21,7 +21,9 @@ from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import quantized_layers
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
+from qvgen.training.streamed_adamw import StreamedAdamW
 from qvgen.training.student import fold_student, set_up_student_
+from qvgen.training.teacher_offload import OffloadedBlocks
 from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
 from qvgen.verbs._parts import named_family, ptq_method, sampled_teacher, student_design, training_run
 from tests.conformance.initializer_cases import initialize_, initialized, made_layer, make_weight
@@ -201,3 +203,47 @@ def test_calibration_watches_a_model_there(tmp_path):
                 file.unlink()  # what the CPU has sampled is not taken over
     assert scales[0]
     assert all(torch.equal(*pair) for pair in zip(*scales, strict=True))
+
+
+def test_blocks_and_moments_that_lie_on_the_host_give_the_same_bits_there():
+    """The teacher's blocks are on the device while they compute, and on the host else; moments come tensor by tensor."""
+    cfg = config()
+    clip = torch.randn(2, *cfg.model.sample_shape)
+    condition = cfg.model.encode(["", "a red three moving up left"])
+    timestep = torch.tensor([10.0, 700.0])
+    teacher = cfg.model.load_teacher().requires_grad_(False).eval()
+    expected = cfg.model.predict(teacher, clip, timestep, condition)
+    weights = [torch.randn(8, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    with stand_in_device() as device, reading_allowed():
+        offloaded, seen = OffloadedBlocks(teacher, device), []
+        for block in teacher.blocks:
+            parameters = list(block.parameters())
+            assert {parameter.device for parameter in parameters} == {CPU}
+            block.register_forward_pre_hook(lambda block, _: seen.append({p.device for p in block.parameters()}))
+        there = {name: value.to(device) for name, value in condition.items()}
+        for _ in range(2):
+            found = cfg.model.predict(teacher, clip.to(device), timestep.to(device), there)
+            assert torch.equal(found.cpu(), expected)
+        assert seen == [{device}] * 2 * len(teacher.blocks)
+        assert {p.device for block in teacher.blocks for p in block.parameters()} == {CPU}
+        offloaded.remove()
+
+        results = []
+        for offload in (False, True):
+            trained = [torch.nn.Parameter(weight.to(device)) for weight in weights]
+            group = {"name": "weights", "params": trained, "lr": 1e-2, "weight_decay": 1e-2}
+            optimizer = StreamedAdamW([group], betas=(0.9, 0.95), eps=1e-8, offload=offload)
+            for step in range(3):
+                for index, parameter in enumerate(trained):
+                    gradient = torch.randn(8, 5, generator=torch.Generator().manual_seed(10 * step + index))
+                    parameter.grad = gradient.to(device)
+                optimizer.step()
+            places = {
+                value.device for state in optimizer.state.values() for name, value in state.items() if name != "step"
+            }
+            assert places == {CPU if offload else device}
+            results.append([parameter.detach().cpu() for parameter in trained])
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        again = StreamedAdamW([group], betas=(0.9, 0.95), eps=1e-8, offload=True)
+        again.load_state_dict(optimizer.state_dict())
+        assert {value.device for state in again.state.values() for value in state.values()} == {CPU}

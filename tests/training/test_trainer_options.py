@@ -109,7 +109,7 @@ def test_gradients_are_clipped_together_or_one_by_one_or_not(
         def trained(self) -> torch.nn.Module:
             return self.net
 
-    module = Module(optim=replace(train_config().optim, gradient_clip=limit), num_steps=1)
+    module = Module(optim=replace(train_config().optim, gradient_clip=limit), num_steps=1, seed=0)
     module.net = torch.nn.Linear(2, 1, bias=False)
     module.net.weight.grad = torch.tensor([[3.0, 4.0]])
     module.configure_gradient_clipping(torch.optim.SGD(module.net.parameters(), lr=0.1), limit, algorithm)

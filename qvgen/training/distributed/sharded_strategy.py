@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qvgen.lowrank.sharded import whole
-from qvgen.training.distributed.sharding import share_of
+from qvgen.training.distributed.sharding import sharded_as, share_of
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -44,7 +44,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """As the optimizer's own state dict, of whole tensors on the host of rank 0. A collective."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
         state = optimizer.state_dict()
-        return {**state, "state": {index: self._whole_tensors(entry) for index, entry in state["state"].items()}}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = {
+            index: self._whole_tensors({name: _sharded(value, like=parameters[index]) for name, value in entry.items()})
+            for index, entry in state["state"].items()
+        }
+        return {**state, "state": found}
 
     def _whole_tensors(self, values: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
@@ -83,7 +88,14 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _share(value: Any, *, like: Any) -> Any:
-    """The rows of a tensor that is sharded; anything else (a step count, a buffer) as it is."""
-    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
+    """The rows of a tensor that is sharded, or has a row for each of its rows; else (a step count, a buffer) as it is."""
+    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape[:1] == like.shape[:1]:
         return share_of(value, like=like)
+    return value
+
+
+def _sharded(value: Any, *, like: Any) -> Any:
+    """A plain share of something that has a row for each row of a sharded parameter, as the sharded tensor that it is."""
+    if isinstance(like, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim:
+        return sharded_as(value, like=like)
     return value

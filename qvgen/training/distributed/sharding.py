@@ -132,15 +132,22 @@ def rows_of(size: int, *, rank: int, world_size: int) -> slice:
 
 
 def share_of(value: Tensor, *, like: DTensor) -> DTensor:
-    """This process's rows of a whole tensor, as a tensor that is sharded as another of its shape; no collective.
+    """This process's rows of a whole tensor, as a tensor that is sharded as another of as many rows; no collective.
 
     Only the rows are read: ``value`` may be a file that is mapped to memory.
     """
-    assert value.shape == like.shape, f"{list(value.shape)} for {list(like.shape)}"
+    assert value.shape[0] == like.shape[0], f"{list(value.shape)} for {list(like.shape)}"
     mesh = like.device_mesh
     rows = value[rows_of(value.shape[0], rank=mesh.get_local_rank(), world_size=mesh.size())]
-    local = rows.to(device=like.to_local().device, copy=True)
-    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return sharded_as(rows.to(device=like.to_local().device, copy=True), like=like)
+
+
+def sharded_as(rows: Tensor, *, like: DTensor) -> DTensor:
+    """This process's rows of a tensor that has a row for each row of another one, as a tensor that is sharded as that one."""
+    shape = torch.Size([like.shape[0], *rows.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    rows = rows.to(like.to_local().device)
+    return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def add_gradients_by_block_(model: nn.Module) -> list[RemovableHandle]:

@@ -1,7 +1,7 @@
 """What to change where a run does not fit: each change is counted again, and only those that fit are named.
 
-First every change alone, each as small as fits (sharding over as few devices as fit); if none does, the ones that cost no
-quality together; then smaller clips too.
+First every change alone, each as small as fits (sharding over as few devices as fit); if none does, those together that cost
+no quality, or the least; then smaller clips too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.memory import USABLE_SHARE, MemoryCounter
+from qvgen.training.planning.stored_state import StoredState
 from qvgen.training.training_run import TrainingRun
 
 _SHARES = (0.75, 0.5, 0.25)
@@ -39,6 +40,7 @@ class _Step:
     overrides: tuple[str, ...]
     settings: StepSettings
     shards: int
+    stored: StoredState
 
 
 def find_changes(
@@ -61,21 +63,24 @@ def find_changes(
         ]
 
     def total(step: _Step) -> int:
-        return counter.total(step.settings, shards=step.shards)
+        return counter.total(step.settings, shards=step.shards, stored=step.stored)
 
-    start = _Step(overrides=(), settings=base, shards=run.shards)
-    axes = [_checkpointed(start), _accumulated(run, start), _teacher(run, start), _sharded(run, start)]
-    smallest = start
+    start = _Step(overrides=(), settings=base, shards=run.shards, stored=counter.stored)
+    axes = [_checkpointed(start), _accumulated(run, start), _teacher(run, start), _on_host(run, start)]
+    axes.append(_sharded(run, start))
+    small = start
     for axis in (_checkpointed, lambda step: _accumulated(run, step), lambda step: _teacher(run, step)):
-        smallest = (axis(smallest) or [smallest])[-1]
+        small = (axis(small) or [small])[-1]
+    smallest = (_on_host(run, small) or [small])[-1]
     needed = int(total(smallest) / USABLE_SHARE)
-    if counter.weight_bytes(smallest.settings, shards=smallest.shards) > usable_bytes:
-        return first_fit(_sharded(run, start)) or first_fit(_sharded(run, smallest)), needed
+    if counter.weight_bytes(smallest.settings, shards=smallest.shards, stored=smallest.stored) > usable_bytes:
+        return first_fit(_sharded(run, start)) or first_fit(_sharded(run, small)), needed
     changes = [change for axis in axes for change in first_fit(axis)]
     if not changes:
         without_teacher = (_accumulated(run, (_checkpointed(start) or [start])[-1]) or [])[-1:]
-        changes = first_fit(without_teacher) or first_fit([smallest] if smallest.overrides else [])
-        changes += first_fit(_sharded(run, smallest))
+        together = [small, *_on_host(run, small)]
+        changes = first_fit(without_teacher) or first_fit([step for step in together if step.overrides])
+        changes += first_fit(_sharded(run, small))
     cut_from = start if changes else smallest
     changes += [change for axis in clip_steps(run, cut_from) for change in first_fit(axis)]
     return changes, needed
@@ -108,6 +113,24 @@ def _teacher(run: TrainingRun, step: _Step) -> list[_Step]:
         return []
     settings = replace(step.settings, teacher_dtype=torch.bfloat16)
     return [replace(step, overrides=(*step.overrides, "model.dtype=bfloat16"), settings=settings)]
+
+
+def _on_host(run: TrainingRun, step: _Step) -> list[_Step]:
+    """Moments, then the teacher's blocks too, on the host, for the same bits; gradients of half the bytes at last."""
+    if not step.settings.autocast or step.shards > 1 or not run.design.method.quantizes:
+        return []
+    found, overrides, stored = [], step.overrides, step.stored
+    if not stored.moments_on_host:
+        overrides, stored = (*overrides, "optim.offload=true"), replace(stored, moments_on_host=True)
+        found.append(replace(step, overrides=overrides, stored=stored))
+    if run.design.method.needs_teacher and not stored.teacher_on_host:
+        overrides, stored = (*overrides, "strategy.teacher_offload=true"), replace(stored, teacher_on_host=True)
+        found.append(replace(step, overrides=overrides, stored=stored))
+    if run.devices == 1 and stored.masters == stored.gradients == "float32":
+        overrides, stored = (*overrides, "optim.gradients=bfloat16"), replace(stored, gradients="bfloat16")
+        settings = replace(step.settings, gradients="bfloat16")
+        found.append(replace(step, overrides=overrides, stored=stored, settings=settings))
+    return found
 
 
 def _sharded(run: TrainingRun, step: _Step) -> list[_Step]:

@@ -34,6 +34,7 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.block_features import check_blocks
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
+from qvgen.training.master_precision import narrow_masters_
 from qvgen.training.meta_model import build_student, build_teacher, fill_, num_blocks
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
 from qvgen.training.planning.shape_operators import ShapeOperators
@@ -59,6 +60,8 @@ class StepSettings:
         keep_attention: Keep the outputs of attention too, with ``gradient_checkpointing``.
         model_changes: Arguments of the family in place of its own: sizes of clips.
         loss: Weights and compared blocks; None: neither.
+        masters: Type of trained weights of quantized layers.
+        gradients: Type of their gradients.
     """
 
     micro_batch: int
@@ -68,6 +71,8 @@ class StepSettings:
     keep_attention: bool = False
     model_changes: tuple[tuple[str, Any], ...] = ()
     loss: LossConfig | None = None
+    masters: str = "float32"
+    gradients: str = "float32"
 
 
 def count_step(
@@ -220,8 +225,9 @@ def run_step(
     known = [draw.noisy, draw.target, draw.timestep, *condition.values()]
     known += [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     freeze_the_rest_(student, method=method, optim=optim)
+    narrow_masters_(student, masters=settings.masters, gradients=settings.gradients)
     for parameter in student.parameters():
-        parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
         known.append(parameter.grad)
     counter = OperationCounter(known, autocast=settings.autocast, operators=operators)
     if settings.gradient_checkpointing:

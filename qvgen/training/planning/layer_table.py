@@ -16,7 +16,7 @@ from qvgen.data.source import DataSource
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
-from qvgen.training.planning.memory import moment_bytes
+from qvgen.training.planning.stored_state import StoredState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +101,21 @@ def packed_bytes(student: nn.Module, *, phi_kept_rank: int = 0) -> int:
     return packed + state_bytes(student) - sum(state_bytes(layer) for layer in layers.values())
 
 
-def checkpoint_bytes(student: nn.Module) -> int:
-    """Of one training checkpoint: the student's state and the optimizer's."""
-    return state_bytes(student) + moment_bytes(student)
+def checkpoint_bytes(student: nn.Module, *, stored: StoredState | None = None) -> int:
+    """Of one training checkpoint: the student's state and the optimizer's, and an average if there is one."""
+    stored = stored or StoredState()
+    parameters = stored.master_bytes(student) - sum(parameter.nbytes for parameter in student.parameters())
+    return state_bytes(student) + parameters + stored.moment_bytes(student) + stored.average_bytes(student)
 
 
-def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool, phi_kept_rank: int = 0) -> list[DiskPart]:
+def run_files(
+    student: nn.Module,
+    *,
+    checkpoints_kept: int,
+    is_packed: bool,
+    phi_kept_rank: int = 0,
+    stored: StoredState | None = None,
+) -> list[DiskPart]:
     """What a run writes to its folder, besides videos, logs and the report.
 
     Args:
@@ -114,14 +123,16 @@ def run_files(student: nn.Module, *, checkpoints_kept: int, is_packed: bool, phi
         checkpoints_kept: How many of the newest checkpoints are kept.
         is_packed: Whether the result is folded and packed.
         phi_kept_rank: Rank of the Phi that stays in it.
+        stored: Types of the run's state; None: float32 throughout.
     """
-    checkpoint = checkpoint_bytes(student)
+    checkpoint = checkpoint_bytes(student, stored=stored)
     files = checkpoints_kept + 1
+    average = ", average" if stored is not None and stored.has_average else ""
     parts = [
         DiskPart(
             name="checkpoints",
             nbytes=files * checkpoint,
-            note=f"{checkpoints_kept} kept and the one that is written: masters, moments",
+            note=f"{checkpoints_kept} kept and the one that is written: masters, moments{average}",
         ),
         DiskPart(name="start.safetensors", nbytes=state_bytes(student), note="what training starts from"),
     ]

@@ -1,11 +1,13 @@
 """The memory that a run needs, by part, and the memory that is there.
 
-    masters 4 + gradients 4 + AdamW's moments 8 bytes per trained parameter, the teacher in its dtype, buffers: from the
-    models on the meta device; with strategy=fsdp a share of each, and what is gathered. What the forward and backward pass
-    keep alive: from :mod:`qvgen.training.planning.counted_step`.
+    masters, gradients, moments, teacher (:mod:`qvgen.training.planning.stored_state`), buffers: from the models on the meta
+    device; with strategy=fsdp a share of each, and what is gathered. What the forward and backward pass keep alive: from
+    :mod:`qvgen.training.planning.counted_step`.
 
-Left out: the CUDA context, workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host,
-Python itself, the decomposition that starts Phi (one layer in float64 at a time) and the data loader.
+Left out: temporaries of the optimizer step, which takes one tensor at a time when activations are gone; the CUDA context,
+workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host, Python itself, the
+decomposition that starts Phi (one layer in float64 at a time), a copy of what is trained while an average is measured,
+and the data loader.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 
 from qvgen.models.base import VideoDiT
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.distributed.sharding import blocks_of, rows_of
+from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.meta_model import build_student, build_teacher, num_blocks
 from qvgen.training.planning.counted_step import COUNTED_BLOCKS, StepSettings, continued, count_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
+from qvgen.training.planning.stored_state import StoredState, sized_bytes
 from qvgen.training.student_design import StudentDesign
+from qvgen.training.teacher_offload import BLOCKS_ON_DEVICE
 from qvgen.training.training_run import TrainingRun
 
 USABLE_SHARE = 0.92
@@ -101,15 +105,7 @@ def teacher_dtype(family: Any) -> torch.dtype:
 
 def share_bytes(tensors: Iterable[Tensor], *, shards: int) -> int:
     """Bytes of the largest share of tensors that are cut along their rows."""
-    if shards == 1:
-        return tensor_bytes(tensors)
-    return sum(t[rows_of(t.shape[0], rank=0, world_size=shards)].numel() * t.element_size() for t in tensors)
-
-
-def moment_bytes(student: nn.Module, *, shards: int = 1) -> int:
-    """AdamW's two moments and the step count of each trained tensor, all float32."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return 2 * share_bytes(trained, shards=shards) + 4 * len(trained)
+    return sized_bytes(tensors, lambda tensor: tensor.element_size(), shards=shards)
 
 
 def gathered_bytes(student: nn.Module) -> int:
@@ -125,7 +121,12 @@ def gathered_bytes(student: nn.Module) -> int:
 
 
 def weight_parts(
-    student: nn.Module, *, teacher: nn.Module | None, dtype: torch.dtype, shards: int = 1
+    student: nn.Module,
+    *,
+    teacher: nn.Module | None,
+    dtype: torch.dtype,
+    shards: int = 1,
+    stored: StoredState | None = None,
 ) -> list[MemoryPart]:
     """What lies on every device from the first step to the last.
 
@@ -134,23 +135,27 @@ def weight_parts(
         teacher: On the meta device; None for a method without one.
         dtype: Of the teacher's weights.
         shards: Over how many devices all but the buffers is shared out.
+        stored: Types and places; None: float32 throughout, all of it on the device.
     """
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    stored = stored or StoredState()
     share = "" if shards == 1 else f", 1/{shards}"
-    weights = share_bytes(student.parameters(), shards=shards)
-    parts = [
-        MemoryPart(name=f"student: float32 masters{share}", nbytes=weights),
-        MemoryPart(name=f"student: gradients, float32{share}", nbytes=share_bytes(trained, shards=shards)),
-        MemoryPart(name=f"optimizer: two moments, float32{share}", nbytes=moment_bytes(student, shards=shards)),
-        MemoryPart(name="student: buffers", nbytes=tensor_bytes(student.buffers())),
-    ]
+    sizes = {
+        f"student: {stored.masters} masters{share}": stored.master_bytes(student, shards=shards),
+        f"student: gradients, {stored.gradients}{share}": stored.gradient_bytes(student, shards=shards),
+    }
+    if not stored.moments_on_host:
+        name = f"optimizer: two moments, {stored.moments_name}{share}"
+        sizes[name] = stored.moment_bytes(student, shards=shards)
+    if stored.has_average and not stored.average_on_host:
+        sizes[f"average, float32{share}"] = stored.average_bytes(student, shards=shards)
     if teacher is not None:
-        name = f"teacher: weights, {str(dtype).removeprefix('torch.')}{share}"
-        nbytes = share_bytes(teacher.parameters(), shards=shards) + tensor_bytes(teacher.buffers())
-        parts.insert(3, MemoryPart(name=name, nbytes=nbytes))
+        what = f"blocks on the host, {BLOCKS_ON_DEVICE} of them here" if stored.teacher_on_host else "weights"
+        name = f"teacher: {what}, {str(dtype).removeprefix('torch.')}{share}"
+        sizes[name] = stored.teacher_bytes(teacher, shards=shards)
+    sizes["student: buffers"] = tensor_bytes(student.buffers())
     if shards > 1:
-        parts.append(MemoryPart(name="gathered: a block, its gradients, buffers", nbytes=gathered_bytes(student)))
-    return parts
+        sizes["gathered: a block, its gradients, buffers"] = gathered_bytes(student)
+    return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
 
 
 def activation_parts(count: StepCount) -> list[MemoryPart]:
@@ -175,7 +180,7 @@ class MemoryCounter:
     """
 
     def __init__(self, run: TrainingRun, student: nn.Module) -> None:
-        self.run, self.student = run, student
+        self.run, self.student, self.stored = run, student, StoredState.of(run, student)
         self._counts: dict[StepSettings, StepCount] = {}
         self._teachers: dict[torch.dtype, nn.Module] = {}
 
@@ -188,20 +193,34 @@ class MemoryCounter:
             )
         return self._counts[settings]
 
-    def weight_bytes(self, settings: StepSettings, *, shards: int) -> int:
-        """All but activations, shared out over so many devices."""
-        return total_bytes(self.weight_parts(settings, shards=shards))
+    def weight_bytes(self, settings: StepSettings, *, shards: int, stored: StoredState | None = None) -> int:
+        """All but activations, shared out over so many devices; ``stored`` stands in place of the run's own."""
+        return total_bytes(self.weight_parts(settings, shards=shards, stored=stored))
 
-    def weight_parts(self, settings: StepSettings, *, shards: int) -> list[MemoryPart]:
+    def weight_parts(
+        self, settings: StepSettings, *, shards: int, stored: StoredState | None = None
+    ) -> list[MemoryPart]:
         """All but activations, by part."""
         dtype = settings.teacher_dtype
+        return weight_parts(
+            self.student, teacher=self.teacher(dtype), dtype=dtype, shards=shards, stored=stored or self.stored
+        )
+
+    def teacher(self, dtype: torch.dtype) -> nn.Module | None:
+        """The teacher on the meta device; None for a method without one."""
         if self.run.design.method.needs_teacher and dtype not in self._teachers:
             self._teachers[dtype] = build_teacher(self.run.model.rebuild(), dtype=dtype)
-        return weight_parts(self.student, teacher=self._teachers.get(dtype), dtype=dtype, shards=shards)
+        return self._teachers.get(dtype)
 
-    def total(self, settings: StepSettings, *, shards: int) -> int:
+    def total(self, settings: StepSettings, *, shards: int, stored: StoredState | None = None) -> int:
         """Bytes of everything."""
-        return self.weight_bytes(settings, shards=shards) + self.count(settings).peak_bytes
+        return self.weight_bytes(settings, shards=shards, stored=stored) + self.count(settings).peak_bytes
+
+    def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
+        """What all processes together keep on the host while they train."""
+        found = self.stored.host_parts(self.student, teacher=self.teacher(settings.teacher_dtype))
+        copies = 1 if self.run.is_sharded else self.run.devices
+        return [MemoryPart(name=name, nbytes=copies * nbytes) for name, nbytes in found.items()]
 
 
 def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
@@ -230,15 +249,23 @@ def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tup
     return peak, kept
 
 
-def host_bytes(run: TrainingRun, student: nn.Module) -> int:
+def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
     """Most bytes of tensors on the host at once, over all processes.
 
     With strategy=fsdp only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
+
+    Args:
+        run: What is planned.
+        student: On the meta device.
+        stored: Types and places of the run's state.
+        kept_bytes: What lies there from the first step to the last.
     """
     preparation = preparation_bytes(run.model, run.design)
     if run.shards == 1:
-        return run.devices * preparation
+        return max(run.devices * preparation, kept_bytes)
     family = run.model.rebuild()
     teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
-    return max(preparation, kept + tensor_bytes([*student.parameters(), *student.buffers()]) + moment_bytes(student))
+    whole = tensor_bytes([*student.parameters(), *student.buffers()])
+    checkpoint = whole + stored.moment_bytes(student) + stored.average_bytes(student)
+    return max(preparation, kept + checkpoint + kept_bytes)

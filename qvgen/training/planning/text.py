@@ -142,13 +142,18 @@ def _memory(plan: TrainingPlan) -> list[str]:
     lines.append(
         f"  {'sum':<{width}}  {format_bytes(total):>10}  of {format_bytes(plan.device.nbytes)}, {plan.device.name}"
     )
+    if plan.host_parts:
+        kept = ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in plan.host_parts)
+        lines.append(f"host memory while it trains: {kept}")
     left = f"this host has {format_bytes(plan.host_available_bytes)} left"
     if plan.shards > 1:
         what = "student and teacher before training, or teacher and a checkpoint; the other processes hold no weights"
         return [*lines, f"host memory of rank 0: {format_bytes(plan.host_bytes)} ({what}); {left}"]
     each = f", {plan.schedule.devices} processes together" if plan.schedule.devices > 1 else ""
     what = "student while its layers are swapped, or student and teacher"
-    return [*lines, f"host memory before training: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]
+    when = "" if plan.host_parts else " before training"
+    what += ", or what stays there" if plan.host_parts else ""
+    return [*lines, f"host memory{when}: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]
 
 
 def _work(plan: TrainingPlan) -> list[str]:
@@ -227,7 +232,7 @@ def _verdict(plan: TrainingPlan) -> list[str]:
             shared = f"sharing the model out over {max(SHARDED_DEVICES)} GPUs (strategy=fsdp) is not enough either"
         lines.append(
             f"  nothing that can be set makes it fit: each device needs {needed} GiB even with gradient checkpointing, "
-            f"micro-batches of 1 and a bfloat16 teacher; {shared}"
+            f"micro-batches of 1, a bfloat16 teacher and moments and teacher on the host; {shared}"
         )
     if not plan.device.on_gpu:
         lines.append("  this is a plan for the CPU; write device_memory_gib=80 to plan for a GPU of 80 GiB")

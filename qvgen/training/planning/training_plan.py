@@ -86,6 +86,7 @@ class TrainingPlan:
         clip: (C, F, H, W) of the largest samples.
         device: What trains.
         memory: Parts on each device.
+        host_parts: What lies on the host, of all processes, while the steps are computed.
         host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
@@ -109,6 +110,7 @@ class TrainingPlan:
     clip: tuple[int, int, int, int]
     device: Device
     memory: list[MemoryPart]
+    host_parts: list[MemoryPart]
     host_bytes: int
     host_available_bytes: int
     run_bytes: int
@@ -186,8 +188,8 @@ def plan_training(
     counter = MemoryCounter(run, prepared)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
-    is_packed, kept = run.design.method.quantizes, run.design.phi_kept_rank
-    files = run_files(prepared, checkpoints_kept=checkpoints_kept, is_packed=is_packed, phi_kept_rank=kept)
+    files = _files(run, counter, checkpoints_kept=checkpoints_kept)
+    on_host = counter.host_parts(settings)
     changes, needed = [], None
     if total_bytes(memory) > device.usable_bytes:
         changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
@@ -197,13 +199,14 @@ def plan_training(
         parameters=_parameters(run, prepared),
         schedule=schedule,
         shards=run.shards,
-        precision="bfloat16 autocast over float32 masters" if device.on_gpu else "float32",
+        precision=_precision(run, device),
         gradient_checkpointing=settings.gradient_checkpointing,
         keep_attention=settings.keep_attention,
         clip=family.sample_shape,
         device=device,
         memory=memory,
-        host_bytes=host_bytes(run, prepared),
+        host_parts=on_host,
+        host_bytes=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
         disk_available_bytes=free_bytes(run_dir),
@@ -213,6 +216,16 @@ def plan_training(
         num_clips=num_clips,
         changes=changes,
         needed_bytes=needed,
+    )
+
+
+def _files(run: TrainingRun, counter: MemoryCounter, *, checkpoints_kept: int) -> list[DiskPart]:
+    return run_files(
+        counter.student,
+        checkpoints_kept=checkpoints_kept,
+        is_packed=run.design.method.quantizes,
+        phi_kept_rank=run.design.phi_kept_rank,
+        stored=counter.stored,
     )
 
 
@@ -227,7 +240,16 @@ def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> S
         teacher_dtype=teacher_dtype(run.model.family),
         model_changes=tuple(own.items()),
         loss=run.steps.loss,
+        masters=run.steps.optim.masters,
+        gradients=run.steps.optim.gradients,
     )
+
+
+def _precision(run: TrainingRun, device: Device) -> str:
+    masters = run.steps.optim.masters
+    if device.on_gpu:
+        return f"bfloat16 autocast over {masters} masters"
+    return "float32" if masters == "float32" else f"float32 over {masters} masters"
 
 
 def _time(schedule: Schedule, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
