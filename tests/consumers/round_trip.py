@@ -31,7 +31,7 @@ from qvgen.layers.swap import packed_layers
 from tests.consumers.conftest import run_program
 from tests.models.hub_folders import COGVIDEOX_VARIANTS, TEXT_SIZE, make_cogvideox_folder, make_wan_folder
 
-PACKAGES = ("comfy-kitchen==0.2.40", "cache-dit==1.5.3")
+PACKAGES = ("comfy-kitchen==0.2.40", "cache-dit==1.5.3", "torchao==0.18.0", "sdnq==0.2.8")
 TRAIN_STEPS, SAMPLING_STEPS = 3, 4
 PHI_RANK = 3
 """Of the Phi that is kept where the profile's runtime has a branch."""
@@ -65,6 +65,13 @@ class Trip:
 _OURS = {"loaded_by": "diffusers from_pretrained", "products": "qvgen's kernel"}
 _PLAIN = {"loaded_by": "diffusers from_pretrained", "products": "diffusers (torch)"}
 _COMFY = {"loaded_by": "diffusers' converter, comfy-kitchen", "products": "comfy-kitchen's eager functions"}
+_TORCHAO = {"loaded_by": "diffusers from_pretrained", "products": "torchao (dequantized, torch)"}
+_SDNQ = {"loaded_by": "diffusers from_pretrained", "products": "SDNQ (dequantized, torch)"}
+_SDNQ_8 = {
+    "words": ("export.quantized_inputs=true",),
+    "loaded_by": "diffusers from_pretrained",
+    "products": "SDNQ in 8 bits",
+}
 _REFERENCE = "reference arithmetic (its kernels need a GPU)"
 _SVDQ = {"profile": "svdq_g64", "bits": "w4a4", "dtype": "bfloat16"}
 
@@ -88,6 +95,10 @@ TRIPS = (
     Trip(family="wan", profile="convrot", bits="w4a4", target="comfy", dtype="bfloat16", **_COMFY),
     Trip(family="wan", profile="convrot", bits="w4a4", target="bf16", dtype="bfloat16", **_PLAIN),
     Trip(family="wan", profile="int8", bits="w3a8", target="int8", dtype=None, **_COMFY),
+    Trip(family="wan", profile="int8", bits="w4a8", target="sdnq", dtype="float32", **_SDNQ_8),
+    Trip(family="wan", profile="w4a8_row", bits="w4a8", target="qvgen", dtype=None, **_OURS),
+    Trip(family="wan", profile="w4a8_row", bits="w4a8", target="torchao", dtype="float32", **_TORCHAO),
+    Trip(family="wan", profile="w4a8_row", bits="w4a8", target="sdnq", dtype="float32", **_SDNQ),
     *_both("cogvideox-5b"),
 )
 REFUSED = (("cogvideox-5b", "comfy"), ("cogvideox-5b", "int8"))
@@ -217,10 +228,11 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
         *lines,
         "",
         f"Refused: {refused}, which ComfyUI's core does not have.",
-        "The target `qvgen` is the packed folder itself in diffusers. `bf16` leaves inputs unquantized: what it differs by",
-        "is what quantized inputs cost. The kernels of cache-dit and nunchaku_lite need a GPU: cache-dit's own loader made",
-        "the layers, diffusers' configuration class named them, and their products were replaced by qvgen's reference of the",
-        "same formula: in float32, and in the last column but one with the kernels' sums in half precision, whose effect on",
+        "The target `qvgen` is the packed folder itself in diffusers. `bf16`, `torchao` and `sdnq` (but where it multiplies",
+        "in 8 bits) leave inputs unquantized: what they differ by is what quantized inputs cost. The kernels of cache-dit",
+        "and nunchaku_lite need a GPU: cache-dit's own loader made the layers, diffusers' configuration class named them,",
+        "and their products were replaced by qvgen's reference of the same formula: in float32, and in the last column but",
+        "one with the kernels' sums in half precision, whose effect on",
         "layers is in [svdq-accumulation](svdq-accumulation-tiny.md). comfy-kitchen's eager functions are what ComfyUI runs",
         "without a GPU; they rotate by a matrix product, which sums in another order and may change a code.",
     ]

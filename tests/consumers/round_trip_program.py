@@ -6,7 +6,8 @@ A row is {family, target, dtype, layers, steps, model, packed, export}: a model 
 transformer, and what `qvgen export` made of that. Both videos come from diffusers' own pipeline, with one prompt and seed.
 
     qvgen           from_pretrained of the packed folder
-    bf16            from_pretrained of the exported folder
+    bf16, torchao   from_pretrained of the exported folder
+    sdnq            the same, once SDNQ has told diffusers of itself
     comfy, int8     diffusers' converter from the original names, comfy-kitchen's QuantizedTensor of every marked layer, and
                     its eager functions for the CPU
     cache_dit       cache-dit's loader puts its layers into the exported folder's transformer
@@ -73,6 +74,13 @@ def from_qvgen(row: Mapping[str, Any]) -> nn.Module:
 
 def from_bf16(row: Mapping[str, Any]) -> nn.Module:
     """The dequantized folder."""
+    return transformer_of(row, row["export"])
+
+
+def from_sdnq(row: Mapping[str, Any]) -> nn.Module:
+    """SDNQ's layers, which diffusers makes once SDNQ is imported."""
+    import sdnq  # noqa: F401 # registers itself
+
     return transformer_of(row, row["export"])
 
 
@@ -144,6 +152,8 @@ def with_half_sums(row: Mapping[str, Any], model: nn.Module) -> nn.Module:
 CONSUMERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "qvgen": from_qvgen,
     "bf16": from_bf16,
+    "torchao": from_bf16,
+    "sdnq": from_sdnq,
     "comfy": from_comfy,
     "int8": from_comfy,
     "cache_dit": from_cache_dit,

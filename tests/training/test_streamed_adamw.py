@@ -256,4 +256,5 @@ def test_the_default_is_torchs_own() -> None:
     config = train_config()
     trained = parameters()
     optimizer, _ = build_optimizer(parameter_groups(nn.ParameterList(trained), config.optim), config.optim, num_steps=2)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert not isinstance(optimizer, StreamedAdamW)
