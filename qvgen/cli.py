@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qvgen import __version__, stop_request
+from qvgen.config import launched_world
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
@@ -87,6 +88,17 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     if verb not in (known := verbs()):
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     _own_the_environment(verb)
+    if (world := launched_world.current()) is None:
+        return _read_and_run(verb, arguments, show=show)
+    from qvgen.verbs._launched import follow, lead
+
+    def run() -> int:
+        return _read_and_run(verb, arguments, show=show)
+
+    return follow(world, run) if world.rank else lead(world, lambda: _guarded(run, name=verb, show_traceback=show))
+
+
+def _read_and_run(verb: str, arguments: list[str], *, show: bool) -> int:
     from qvgen.config.flags import parse_flags
     from qvgen.config.positional import name_positionals
 
@@ -123,12 +135,19 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
     if len(jobs) > 1:
         group_sweep(plains)
+    launched_world.check_world(plains)
     for plain, job in zip(plains, jobs, strict=True):
         if "typed" in plain and flags.config_dir:
             plain["typed"] = ["--config-dir", flags.config_dir, *plain["typed"]]
         check(verb, plain)
         _check_resume(plain, job)
+    if (world := launched_world.current()) is not None and world.rank:
+        from qvgen.verbs._launched import take_part
+
+        return take_part(verb, plains[0])
     _log_to_stderr()
+    if world is not None and not any(plain["dry_run"] for plain in plains):
+        logging.getLogger(__name__).info(world.label)
     if flags.launcher and (codes := _launch(verb, flags, jobs, plains)):
         return _after_jobs(verb, plains, codes, show=show)
     run = import_verb(verb).run
@@ -201,10 +220,13 @@ def _log_to_stderr() -> None:
 
 def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
-    from qvgen.training.distributed.foreign_launcher import forget_ranks, refuse_foreign_launcher
+    from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
-    if verb in _TRAINING_VERBS:  # tasks of others may share out seeds, or precompute's shards
-        refuse_foreign_launcher(os.environ)
+    # Of other verbs, tasks may share out seeds, or precompute's shards.
+    world = find_world(os.environ) if verb in _TRAINING_VERBS else None
+    launched_world.enter(world if verb == "train" else None)
+    if verb != "train":
+        refuse_world(verb, world)
     forget_ranks(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar
 

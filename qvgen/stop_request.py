@@ -39,9 +39,7 @@ GRACE_SECONDS = 10.0
 """How long the main thread has to end what it does, where stopping is not postponed."""
 
 POLL_MS = 200
-_CLOSED = 0
-"""Written to the pipe to end the thread; no signal has this number."""
-
+_CLOSED = 0  # written to the pipe to end the thread; no signal has this number
 _NOTHING = "before it was done"
 
 
@@ -59,22 +57,25 @@ class _Listener:
 
     Attributes:
         number: The first signal that came; None so far.
+        num_forwarded: Signals that this process sent itself, see :func:`forward`.
         saved: What a stop leaves behind: "before it was done", "after step 9, saved".
         changes: Overrides of the command that continues; None: it begins again.
         how: What the command is said to do; None: to continue, or to start again where there are no changes.
         not_begun: Commands of the sweep's further jobs.
         is_postponed: Whether the first signal only sets a flag.
+        is_said: Held once the last line was said.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.num_forwarded = 0
         self.is_postponed = self._is_raised = False
         self._since = 0.0
         self.saved = _NOTHING
         self.changes: dict[str, Value] | None = None
         self.how: str | None = None
         self.not_begun: tuple[str, ...] = ()
-        self._is_said = threading.Lock()
+        self.is_said = threading.Lock()
 
     def start(self) -> None:
         """Take over the signals; only the main thread can."""
@@ -105,7 +106,7 @@ class _Listener:
 
     def last_line(self) -> str:
         """What is said at the end, and a line for each job that was not begun; nothing when it has been said."""
-        if not self._is_said.acquire(blocking=False):
+        if not self.is_said.acquire(blocking=False):
             return ""
         how = self.how or ("start again" if self.changes is None else "continue")
         lines = [f"stopped {self.saved}; {how} with: {job_command(changes=self.changes)}"]
@@ -142,7 +143,7 @@ class _Listener:
                 continue
             assert self.number is not None
             is_late = not self.is_postponed and time.monotonic() - self._since > GRACE_SECONDS
-            if count > 1 or is_late:
+            if count - self.num_forwarded > 1 or is_late:
                 self.end(exit_code(self.number))
 
 
@@ -188,31 +189,38 @@ def _in_forked_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_forked_child)
 
 
-def ignore_in_worker() -> None:
-    """Leave stopping to the process that the user started: Ctrl-C reaches all of a terminal's processes."""
-
-    def do_nothing(number: int, frame: FrameType | None) -> None:
-        """A handler, and not SIG_IGN, which further processes would inherit."""
-        del number, frame
-
-    for number in SIGNALS:
-        signal.signal(number, do_nothing)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Start processes in here: they begin with the signals blocked, until :func:`ignore_in_worker`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def is_requested() -> bool:
     """Whether a signal came."""
-    return _listener is not None and _listener.number is not None
+    return number() is not None
+
+
+def number() -> int | None:
+    """The first signal that came; None so far."""
+    return None if _listener is None else _listener.number
+
+
+def forward(number: int) -> None:
+    """From any thread: stop as by the signal that another process was sent; one's own that comes too is no second one."""
+    if _listener is not None and _listener.number is None:
+        _listener.num_forwarded = 1
+        os.kill(os.getpid(), number)
+
+
+def adopt(number: int) -> None:
+    """End with the exit code of the signal that another process was sent, where this one was sent none."""
+    if _listener is not None and _listener.number is None:
+        _listener.number = number
+
+
+def be_silent() -> None:
+    """Leave it to another process of the run to say what is saved and how to go on."""
+    if _listener is not None:
+        _listener.is_said.acquire(blocking=False)
+
+
+def saved() -> str:
+    """What a stop leaves behind at present, for example ``after step 9, saved``."""
+    return _NOTHING if _listener is None else _listener.saved
 
 
 def is_postponed_request() -> bool:

@@ -31,6 +31,8 @@ def _commands() -> list[list[str]]:
                 words = shlex.split(line, comments=True)
                 if words[:2] == ["python", "train.py"]:
                     found.append(["train", *words[2:]])
+                elif words[:1] in (["torchrun"], ["srun"]):
+                    found.append(["train", *words[words.index("train.py") + 1 :]])
                 elif words[:1] == ["qvgen"]:
                     found.append(words[1:])
     return found

@@ -46,6 +46,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = [
+    ROOT / "train.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
     ROOT / "tests" / "process_facts_program.py",
 ]

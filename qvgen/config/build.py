@@ -40,8 +40,8 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
     values: dict[str, Any] = dict(plain)
     if verb in ("train", "ptq", "precompute", "import"):
         values["plain"] = dict(plain)
-        if verb in ("train", "ptq"):  # a run of a version without exports has neither key
-            values = {"export": None, **values, "names": {"export": None, **values["names"]}}
+        if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
+            values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
     elif verb == "benchmark":

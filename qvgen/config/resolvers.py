@@ -2,7 +2,8 @@
 
 ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
 ``${start_time:}`` -> 20260131-235959-123456, different for every job of a process, ``${model_data:wan}`` -> clips, the data
-that the model's recipe names, ``${micro_batches:64,8,1}`` -> 8, so many of 1 sample on each of 8 devices make a batch of 64,
+that the model's recipe names, ``${micro_batches:64,8,1,1}`` -> 8, so many of 1 sample on each of 8 devices of 1 node are 64,
+``${launched_devices:}`` -> 1 and ``${launched_nodes:}`` -> 1, processes of a node and nodes that another launcher started,
 ``${chosen:init}`` -> mse, the file that was chosen from the group, ``${chosen_targets:}`` -> [comfy], those of ``export=``.
 """
 
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qvgen.config.bits import Bits
+from qvgen.config.launched_world import launched_devices, launched_nodes
 from qvgen.config.leaf_file import leaf_content, leaf_names, leaf_target
 from qvgen.config.run_exports import chosen_targets
 
@@ -44,9 +46,9 @@ def _chosen(group: str, *, _root_: DictConfig) -> str | None:
     return str(target).rpartition(".")[2]
 
 
-def _micro_batches(batch_size: Any, devices: Any, size: Any) -> int:
+def _micro_batches(batch_size: Any, devices: Any, nodes: Any, size: Any) -> int:
     """Micro-batches of a device per optimizer step; 1 where nothing says how large they may be, or they don't divide."""
-    return max(1, int(batch_size) // (int(devices) * int(size))) if size is not None else 1
+    return max(1, int(batch_size) // (int(devices) * int(nodes) * int(size))) if size is not None else 1
 
 
 def _chosen_targets() -> list[str] | None:
@@ -62,6 +64,8 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "model_data": _model_data,
     "chosen": _chosen,
     "micro_batches": _micro_batches,
+    "launched_devices": launched_devices,
+    "launched_nodes": launched_nodes,
     "chosen_targets": _chosen_targets,
 }
 

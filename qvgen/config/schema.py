@@ -52,7 +52,8 @@ class TrainConfig:
         steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
         batch_size: Samples per optimizer step, over all devices and micro-batches.
         accumulate: Micro-batches of each device per optimizer step; more of them take less memory.
-        devices: Number of processes, one for each GPU.
+        devices: Processes of a node, one for each GPU: 1 unless written, or as many as torchrun or SLURM started.
+        num_nodes: Machines, each with ``devices`` processes that torchrun or SLURM starts: 1, or as many as they did.
         device_memory_gib: Memory in GiB of each device that will train, which the plan of dry_run=true counts with;
             None: this machine's.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
@@ -91,6 +92,7 @@ class TrainConfig:
     batch_size: Annotated[int, Range("> 0")]
     accumulate: Annotated[int, Range("> 0")]
     devices: Annotated[int, Range("> 0")]
+    num_nodes: Annotated[int, Range("> 0")]
     device_memory_gib: Annotated[float | None, Range("> 0")]
     kernel: str
     run_dir: Path
@@ -121,11 +123,11 @@ class TrainConfig:
             "evaluation.samples=0 must be greater than 0; only qvgen ptq can leave measuring out",
         )
         require(
-            self.devices == 1 or self.strategy.name != "single",
-            f"devices={self.devices} needs more than one process; write devices={self.devices} strategy=ddp",
+            self.world_size == 1 or self.strategy.name != "single",
+            f"{self._world} needs more than one process; write {self._world.replace(' x ', ' ')} strategy=ddp",
         )
         require(
-            self.devices > 1 or self.strategy.name != "fsdp",
+            self.world_size > 1 or self.strategy.name != "fsdp",
             "strategy=fsdp shares one model out over several devices, and devices=1; write devices=8 strategy=fsdp for "
             "example, or strategy=single",
         )
@@ -138,12 +140,22 @@ class TrainConfig:
         check_memory_options(
             optim=self.optim, strategy=self.strategy, ema=self.ema, trains=getattr(self.method, "trains", None)
         )
-        parts = self.devices * self.accumulate
+        parts = self.world_size * self.accumulate
         require(
             self.batch_size % parts == 0,
-            f"batch_size={self.batch_size} cannot be divided by devices={self.devices} x accumulate={self.accumulate}; "
+            f"batch_size={self.batch_size} cannot be divided by {self._world} x accumulate={self.accumulate}; "
             f"write for example batch_size={max(1, round(self.batch_size / parts)) * parts}",
         )
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run, over all nodes."""
+        return self.devices * self.num_nodes
+
+    @property
+    def _world(self) -> str:
+        """The processes as they are written."""
+        return f"devices={self.devices}" + (f" x num_nodes={self.num_nodes}" if self.num_nodes > 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ REFUSED: Mapping[str, str] = {
     "accelerator": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= to train on the CPU",
     "strategy": "it is a group of its own; write strategy=ddp or strategy=fsdp",
     "devices": "it is a key of its own; write devices=2 strategy=ddp for example",
-    "num_nodes": "a run has the devices of one machine; write devices=...",
+    "num_nodes": "it is a key of its own; write num_nodes=2 for example",
     "logger": "it is a group of its own; write logger=csv, or +logger.NAME._target_=... for one of Lightning's",
     "callbacks": "they are a section of their own; write +callbacks.NAME._target_=...",
     "fast_dev_run": "dry_run=true checks everything, and steps=2 makes a short run",

@@ -32,7 +32,7 @@ from qvgen.data.clips import BadClip, Bucket, ClipCut, CutSettings, cut_clip
 from qvgen.data.video import Frames
 from qvgen.data.video_reader import VideoInfo, probe_video
 from qvgen.errors import UnfitEnvironmentError, one_line
-from qvgen.stop_request import held_back
+from qvgen.worker_signals import held_back
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qvgen import stop_request
+from qvgen.config import launched_world
 from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
@@ -29,14 +30,25 @@ from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
-from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
+from qvgen.training.trainer import (
+    COLLECTIVE_TIMEOUT,
+    Processes,
+    build_trainer,
+    fit,
+    restored_settings,
+    trainer_arguments,
+)
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.validation import validation_videos
+
+WORKER_FILE = "worker.yaml"
+"""In the run's folder of logs: the configuration, as the other processes read it."""
 
 
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None, averaged: bool = False) -> int:
@@ -110,9 +122,13 @@ def train_all(
         return share()
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
-    write_plain(logs / "worker.yaml", {**settings, "run_dir": str(run_dir)})
+    write_plain(logs / WORKER_FILE, {**settings, "run_dir": str(run_dir)})
+    if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
+        meeting.announce(run_dir)
+        with meeting.group(timeout=COLLECTIVE_TIMEOUT):
+            return share(processes=processes_of(run, rank=0, port=meeting.world.port))
     with WorkerGroup(
-        worker_command("train", logs / "worker.yaml", settings),
+        worker_command("train", logs / WORKER_FILE, settings),
         world_size=run.devices,
         log_directory=logs,
         hang_minutes=hang_minutes,
@@ -122,7 +138,9 @@ def train_all(
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
     """A run's processes, as one of them sees them."""
-    return Processes(rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded)
+    return Processes(
+        rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded, launched=launched_world.current()
+    )
 
 
 def train_share(

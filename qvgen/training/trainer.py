@@ -21,10 +21,11 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
-from qvgen.training.distributed.cluster import OneMachine
+from qvgen.training.distributed.cluster import GivenRanks
 from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.guarded_logger import guard_
@@ -55,12 +56,19 @@ class Processes:
         world_size: All processes; more than one trains by DDP, or FSDP2.
         port: Where they find each other.
         sharded: Share parameters, gradients and moments out over them (FSDP2).
+        launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
     """
 
     rank: int = 0
     world_size: int = 1
     port: int = 0
     sharded: bool = False
+    launched: LaunchedWorld | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+        return 1 if self.launched is None else self.launched.nodes
 
 
 def build_trainer(
@@ -90,9 +98,10 @@ def build_trainer(
         placed = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
         given = placed | {"strategy": _strategy(processes, on_gpu=on_gpu), "log_every_n_steps": 1} | dict(options or {})
         # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
-        alone = [OneMachine(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
+        alone = [GivenRanks(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
         trainer = lightning.Trainer(
-            devices=processes.world_size,
+            devices=processes.world_size // processes.num_nodes,
+            num_nodes=processes.num_nodes,
             plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
             **given,
             max_steps=steps,
@@ -121,7 +130,9 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
     if processes.world_size == 1:
         return OneDevice(device="cuda:0" if on_gpu else "cpu")
     backend = "nccl" if on_gpu else "gloo"
-    cluster = OneMachine(rank=processes.rank, world_size=processes.world_size, port=processes.port)
+    cluster = GivenRanks(
+        rank=processes.rank, world_size=processes.world_size, port=processes.port, world=processes.launched
+    )
     if processes.sharded:
         strategy = ShardedStrategy(
             data_parallel_size=processes.world_size,  # Lightning's "auto" is the number of machines: 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qvgen.config import launched_world
 from qvgen.config.schema import TrainConfig
 from qvgen.data.assets import find_asset
 from qvgen.data.pixel_clips import PixelClips
@@ -86,7 +87,11 @@ def _check(config: TrainConfig) -> None:
         )
     if not hasattr(config.data, "fill"):
         raise UserError(f"method=autoencoder needs clips, which data={config.names.data} has not; use data=clips")
-    if config.devices != 1:
+    if (world := launched_world.current()) is not None:
+        raise UserError(
+            f"{world.launcher} started {world.size} processes, and a VAE is trained by one; start it once, with plain python"
+        )
+    if config.world_size != 1:
         raise UserError(f"devices={config.devices}: a VAE is trained by one process; write devices=1")
     config.data.check(config.model)
 

@@ -46,7 +46,7 @@ def student_design(config: TrainConfig) -> StudentDesign:
 
 def step_batch(config: TrainConfig) -> StepBatch:
     """The samples of an optimizer step."""
-    return StepBatch(size=config.batch_size, accumulate=config.accumulate, devices=config.devices)
+    return StepBatch(size=config.batch_size, accumulate=config.accumulate, devices=config.world_size)
 
 
 def training_steps(config: TrainConfig) -> TrainingSteps:

@@ -71,7 +71,7 @@ def quantize(config: TrainConfig) -> None:
 
 def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Train as another process of a run than the one that the user started."""
-    assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
+    assert world_size == config.world_size, f"{world_size} processes for {config.world_size}"
     set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)

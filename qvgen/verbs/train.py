@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from qvgen.config import launched_world
 from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
@@ -61,9 +62,11 @@ def run(config: TrainConfig) -> int | None:
             num_clips=config.data.num_clips(),
             student=student,
         )
+        world = launched_world.current()
         kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
         plan_lines = format_plan(plan, title=title(config))
-        for line in [*config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
+        started = [] if world is None else [world.label]
+        for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
     del student

@@ -147,9 +147,10 @@ with stop_request.listening():
 def test_a_signal_while_a_process_is_started_is_not_lost_and_not_the_childs() -> None:
     done = run(f"""
 import subprocess
+from qvgen.worker_signals import held_back
 with stop_request.listening():
     try:
-        with stop_request.held_back():
+        with held_back():
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
             os.kill(child.pid, {int(signal.SIGINT)})
             os.kill(os.getpid(), {int(signal.SIGINT)})

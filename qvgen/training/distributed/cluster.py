@@ -1,25 +1,28 @@
-"""What Lightning has to know about the processes that launcher.py started: ranks by constructor, nothing to guess."""
+"""What Lightning has to know about the processes of a run, whoever started them: ranks by constructor, nothing to guess."""
 
 from __future__ import annotations
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
+from qvgen.config.launched_world import LaunchedWorld
 from qvgen.training.distributed.launcher import guard_world_size
 
 
-class OneMachine(ClusterEnvironment):
-    """Ranks of the processes of one machine.
+class GivenRanks(ClusterEnvironment):
+    """Ranks of the processes of one machine; of those that another launcher started, on one or several, where it is given.
 
     Args:
         rank: This process, 0 .. world_size-1.
         world_size: All processes.
         port: TCP port where they find each other.
+        world: The launcher's, whose ranks these are; None: they are all on this machine.
     """
 
-    def __init__(self, *, rank: int, world_size: int, port: int) -> None:
+    def __init__(self, *, rank: int, world_size: int, port: int, world: LaunchedWorld | None = None) -> None:
         self._rank = rank
         self._world_size = world_size
         self._port = port
+        self._world = world
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -28,8 +31,8 @@ class OneMachine(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        """This machine."""
-        return "127.0.0.1"
+        """Of rank 0's machine."""
+        return "127.0.0.1" if self._world is None else self._world.address
 
     @property
     def main_port(self) -> int:
@@ -54,13 +57,16 @@ class OneMachine(ClusterEnvironment):
         return self._rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Check what Lightning computed against what was given."""
-        assert rank == self._rank, f"Lightning calls this rank {rank}, it was started as rank {self._rank}"
+        """Check what Lightning computed; a launcher may deal out ranks over the nodes in an order of its own."""
+        is_ours = self._world is None
+        assert not is_ours or rank == self._rank, (
+            f"Lightning calls this rank {rank}, it was started as rank {self._rank}"
+        )
 
     def local_rank(self) -> int:
-        """This process, among those of the machine: the same."""
-        return self._rank
+        """This process, among those of its machine."""
+        return self._rank if self._world is None else self._world.local_rank
 
     def node_rank(self) -> int:
-        """0: there is one machine."""
-        return 0
+        """This machine."""
+        return 0 if self._world is None else self._world.node_rank

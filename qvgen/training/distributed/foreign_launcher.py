@@ -1,7 +1,9 @@
-"""Other launchers around this process: what they leave in the environment is forgotten, several of their tasks are refused.
+"""Other launchers around this process: torchrun's and SLURM's tasks become one training, those of others are refused.
 
-qvgen starts the processes of one machine itself (launcher.py). A launcher that starts the program several times would have
-every task train the same run alone. One task is no harm: an allocation of SLURM's, `srun --ntasks=1`, one pod.
+qvgen starts the processes of one machine itself (launcher.py). torchrun and srun start them on one or several machines, and
+say which is which: :func:`find_world` reads it (SLURM's in slurm.py). MPI and Kubeflow do not say which of their tasks share
+a machine, or not in variables that one can rely on; every task of theirs would train the same run alone, so they are refused
+and told to start torchrun on each machine. One task is no harm: an allocation, `srun --ntasks=1`, one pod.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from qvgen.config.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError
+from qvgen.training.distributed.slurm import number, slurm_world
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +27,11 @@ RANK_VARIABLES = (
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
 )
-"""Variables by which torch and Lightning guess ranks; ours are given explicitly."""
-
-_OWN_STEPS = 4_294_967_280
-"""Numbers from here on are SLURM's own steps (batch script, interactive shell, extern): no `srun` started this process."""
+"""Variables by which torch and Lightning guess ranks, and by which a child would take itself for a task of torchrun's; ours
+are given explicitly."""
 
 
 @dataclass(frozen=True)
@@ -57,54 +61,79 @@ _LAUNCHERS = (
 )
 
 
-def refuse_foreign_launcher(environment: Mapping[str, str]) -> None:
-    """Refuse to be one of several tasks of another launcher: each would train the same run alone.
+def find_world(environment: Mapping[str, str]) -> LaunchedWorld | None:
+    """The processes that torchrun or SLURM started for this command; None where this is the only one.
 
     Raises:
-        RuntimeError: torchrun started this process, or another launcher started several; task and variables are named.
+        RuntimeError: Another launcher started several processes, or this one did not say all; variables are named.
     """
-    if "TORCHELASTIC_RUN_ID" in environment:
+    world = _torchrun_world(environment) or (None if "TORCHELASTIC_RUN_ID" in environment else slurm_world(environment))
+    if world is not None:
+        return world
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        _refuse_others(environment)
+    return None
+
+
+def refuse_world(verb: str, world: LaunchedWorld | None) -> None:
+    """Refuse to do alone, in each process of a world, what one process does.
+
+    Raises:
+        RuntimeError: There is a world.
+    """
+    if world is not None:
         raise UnfitEnvironmentError(
-            "this process was started by torchrun (TORCHELASTIC_RUN_ID is set); "
-            "start it with plain python and devices=N strategy=ddp, it starts the other processes itself"
+            f"{world.launcher} started {world.size} processes, and qvgen {verb} is the work of one: each would do all of it; "
+            "start it once, with plain python"
         )
-    _refuse_slurm(environment)
-    for launcher in _LAUNCHERS:
-        if all(name in environment for name in launcher.needs):
-            rank, rank_name = _number(environment, launcher.rank)
-            size, size_name = _number(environment, launcher.size)
-            if max(rank or 0, (size or 1) - 1) > 0:
-                _refuse(launcher.name, {rank_name: rank, size_name: size}, fix="start it once")
 
 
-def _refuse_slurm(environment: Mapping[str, str]) -> None:
-    """An allocation of several tasks may hold one process; a step of several, or a task that is not the first, may not."""
-    rank, rank_name = _number(environment, ("SLURM_PROCID",))
-    step, _ = _number(environment, ("SLURM_STEP_ID", "SLURM_STEPID"))
-    size, size_name = _number(environment, ("SLURM_STEP_NUM_TASKS",))
-    if size is None and step is not None:
-        size, size_name = _number(environment, ("SLURM_NTASKS", "SLURM_NPROCS"))
-    if step is not None and step >= _OWN_STEPS:
-        size = None
-    if (rank or 0) > 0 or (size or 1) > 1:
-        _refuse("SLURM", {rank_name: rank, size_name: size}, fix="use srun --ntasks=1, or sbatch without srun")
-
-
-def _refuse(name: str, found: Mapping[str, int | None], *, fix: str) -> None:
-    shown = ", ".join(f"{variable}={value}" for variable, value in found.items() if variable and value is not None)
-    raise UnfitEnvironmentError(
-        f"this is one of several tasks that {name} started ({shown}), and each would train the whole run alone: {fix}, "
-        "with devices=N strategy=ddp for the N devices of one machine; several machines do not work yet"
+def _torchrun_world(environment: Mapping[str, str]) -> LaunchedWorld | None:
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_PORT")
+    found = {name: number(environment, name) for name in names}
+    missing = [name for name in (*names, "MASTER_ADDR") if not environment.get(name)]
+    rank, size, local_rank, local_size, node_rank, nodes, port = (value or 0 for value in found.values())
+    if missing or not size:
+        raise UnfitEnvironmentError(
+            f"torchrun started this process (TORCHELASTIC_RUN_ID is set), but {', '.join(missing)} is not in its "
+            "environment; start it with torchrun itself, or unset TORCHELASTIC_RUN_ID"
+        )
+    if size == 1:
+        return None
+    if nodes * local_size != size:
+        raise UnfitEnvironmentError(
+            f"torchrun started {size} processes on {nodes} nodes, {local_size} of them here; every node must have as many: "
+            "give all the same --nproc-per-node"
+        )
+    return LaunchedWorld(
+        launcher="torchrun",
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        node_rank=node_rank,
+        nodes=nodes,
+        address=environment["MASTER_ADDR"],
+        port=port,
+        session=f"{environment['TORCHELASTIC_RUN_ID']}.{number(environment, 'TORCHELASTIC_RESTART_COUNT') or 0}",
+        has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
-def _number(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[int | None, str]:
-    """The first of some variables that holds a number, and its name."""
-    for name in names:
-        text = environment.get(name, "")
-        if text.isdigit():
-            return int(text), name
-    return None, ""
+def _refuse_others(environment: Mapping[str, str]) -> None:
+    for launcher in _LAUNCHERS:
+        if all(name in environment for name in launcher.needs):
+            found = {name: number(environment, name) for name in (*launcher.rank, *launcher.size)}
+            shown = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+            ranks, sizes = ([found[name] or 0 for name in names] for names in (launcher.rank, launcher.size))
+            if max(*ranks, *(size - 1 for size in sizes)) > 0:
+                raise UnfitEnvironmentError(
+                    f"this is one of several tasks that {launcher.name} started ({shown}), and each would train the whole "
+                    "run alone: start it once, with devices=N strategy=ddp for the N devices of one machine, or torchrun "
+                    "on each of several machines"
+                )
 
 
 def forget_ranks(environment: MutableMapping[str, str]) -> None:

@@ -37,6 +37,7 @@ from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.foreign_launcher import forget_ranks
+from qvgen.worker_signals import held_back, ignore_in_worker
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def follow_parent(parent: int, *, beats: int | None = None) -> None:
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked to be told
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()
-    stop_request.ignore_in_worker()
+    ignore_in_worker()
 
 
 def worker_command(verb: str, config_file: Path, plain: Mapping[str, Any]) -> list[str]:
@@ -154,7 +155,7 @@ class WorkerGroup:
         ends = self._pulse.open(self.world_size)
         self._own_end = ends[0]
         heartbeat.report_to(self._own_end)
-        with stop_request.held_back():
+        with held_back():
             for rank in range(1, self.world_size):
                 with self._log_file(rank).open("wb") as log_file:
                     self._children[rank] = self._start(rank, log_file, beats=ends[rank])

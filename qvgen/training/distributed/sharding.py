@@ -11,7 +11,7 @@ is a share, so whatever acts between optimizer steps sees shares alone (``reshar
 What is gathered has the parameters' own dtype: the quantizers' arithmetic needs the float32 masters, and a
 MixedPrecisionPolicy would hand them bfloat16.
 
-Left out: offloading to the host, more than one machine, tensor parallelism.
+Left out: offloading to the host, shares inside a machine alone, tensor parallelism.
 """
 
 from __future__ import annotations

@@ -1,0 +1,276 @@
+"""Where the processes that another launcher started meet: a store of torch.distributed, beside the group that trains.
+
+    rank 0    claims the run's folder, makes the start, announces both -- trains -- folds, reports, says how it ended
+    others    wait (seconds or hours) ----------------- take part --- end, with rank 0's exit code where it failed
+
+A thread of each process looks at the store twice a second. It passes on a request to stop, which may reach any process
+alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is torchrun,
+srun only with ``--kill-on-bad-exit``. Waiting has no time limit: preparing a large model takes hours; a rank 0 that is gone
+is seen by the store, which is served by it or by torchrun's own process beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import torch
+from torch import distributed
+from torch.distributed import PrefixStore
+
+from qvgen import stop_request
+from qvgen.config.launched_world import LaunchedWorld
+from qvgen.errors import UnfitEnvironmentError, one_line
+from qvgen.run_directory import atomic_write
+from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+VERDICT_SECONDS = 10.0
+"""How long a process that failed waits for rank 0 to fail in the same way and to say so."""
+GRACE_SECONDS = 10.0
+"""How long a process has to notice by itself that another one failed (a collective that fails) before it is ended."""
+FAREWELL_SECONDS = 5.0
+"""How long rank 0, where it serves the store, stays for the others to read how it ended."""
+BAD_ENVIRONMENT = 2
+MARK_FILE = "launch.txt"
+"""In the folder of logs; what stands there tells this start from others."""
+_RUN, _END, _STOP, _FAILED, _READ = "run", "end", "stop", "failed", "read"
+
+
+class RankZeroEndedError(Exception):
+    """Rank 0 has ended, and said so or not; this process has nothing left to do.
+
+    Attributes:
+        code: Its exit code.
+    """
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Meeting:
+    """The store that the processes of a world share, as one of them uses it; a context manager.
+
+    Args:
+        world: This process and the others.
+
+    Attributes:
+        world: The same.
+        me: This process in words.
+
+    Raises:
+        RuntimeError: Rank 0 can't serve the store, or is not reached.
+    """
+
+    def __init__(self, world: LaunchedWorld) -> None:
+        self.world = world
+        self.me = process_name(world)
+        self._serves = world.rank == 0 and not world.has_store
+        if not self._serves:
+            wait_for_server(world)
+        self._store = open_store(world, serves=self._serves)
+        self._watched = open_store(world)  # a connection of its own: what waits in the other one holds it
+        self._left = threading.Event()
+        self._stop_told = False
+        self._watcher = threading.Thread(target=self._watch, name="watch_meeting", daemon=True)
+
+    def __enter__(self) -> Self:
+        global _current
+        _current = self
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = None
+        self._left.set()
+        self._watcher.join()
+
+    # Rank 0
+
+    def announce(self, run_dir: Path) -> None:
+        """As rank 0, when the run's folder holds all that the others need: let them begin.
+
+        Args:
+            run_dir: The run's folder, with ``logs/worker.yaml``.
+        """
+        mark = uuid.uuid4().hex
+        atomic_write(run_dir / "logs" / MARK_FILE, mark.encode())
+        self._store.set(
+            _RUN, json.dumps({"folder": str(run_dir.absolute()), "mark": mark, "host": socket.gethostname()})
+        )
+
+    def end(self, code: int) -> None:
+        """As rank 0: say how the command ended, and stay until the others have read it."""
+        try:
+            self._store.set(_END, str(code))
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while self._serves and self._store.add(_READ, 0) < self.world.size - 1 and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 4)
+        except RuntimeError:
+            log.debug("the store is gone")
+
+    # The others
+
+    def wait_for_run(self) -> Path:
+        """As another rank: wait until rank 0 lets begin; the run's folder.
+
+        Raises:
+            RankZeroEndedError: It ended before.
+            UnfitEnvironmentError: Its files are not seen here.
+        """
+        while not self._store_has(_RUN):
+            if (code := self.ended()) is not None:
+                raise RankZeroEndedError(
+                    code, f"{self.me} ends: rank 0 ended with exit code {code} before training began"
+                )
+            time.sleep(POLL_SECONDS)
+        said = json.loads(self._store.get(_RUN))
+        folder = Path(said["folder"])
+        check_shared(folder / "logs" / MARK_FILE, mark=said["mark"], me=self.me, host=said["host"])
+        return folder
+
+    def ended(self) -> int | None:
+        """Rank 0's exit code, once it has said that it ends."""
+        return int(self._store.get(_END)) if self._store_has(_END) else None
+
+    def _store_has(self, key: str) -> bool:
+        try:
+            return bool(self._store.check([key]))
+        except RuntimeError as error:
+            address = f"{self.world.address}:{self.world.port}"
+            raise RankZeroEndedError(
+                BAD_ENVIRONMENT, f"{self.me} ends: rank 0 at {address} is gone; see its output"
+            ) from error
+
+    def verdict(self, *, timeout_s: float = VERDICT_SECONDS) -> int | None:
+        """As another rank that can't go on: rank 0's exit code, if it ends within a time; None: it goes on."""
+        deadline = time.monotonic() + timeout_s
+        while (code := self.ended()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS / 2)
+        return code
+
+    def fail(self, message: str) -> None:
+        """As another rank: tell all why this one ends."""
+        self._store.set(_FAILED, message)
+
+    def leave(self) -> None:
+        """As another rank: say that rank 0 need not stay for this one."""
+        try:
+            self._store.add(_READ, 1)
+        except RuntimeError:
+            log.debug("the store is gone")
+
+    # All
+
+    @contextmanager
+    def group(self, *, timeout: timedelta) -> Iterator[None]:
+        """The process group of torch while a block trains; what breaks in it is explained.
+
+        Raises:
+            UnfitEnvironmentError: Another process failed or is gone.
+        """
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = PrefixStore("group", open_store(self.world))
+        store.set_timeout(timeout)
+        rank, size = self.world.rank, self.world.size
+        try:
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            yield
+        except stop_request.Stopped:
+            self._adopt_stop()
+            raise
+        except RuntimeError as error:
+            if isinstance(error, UnfitEnvironmentError) or not _is_of_network(error):
+                raise
+            why = self._failure(wait_seconds=2.0) or f"another process is gone ({one_line(error)})"
+            step = stop_request.saved()
+            raise UnfitEnvironmentError(f"{self.me} lost the others, {step}: {why}") from error
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+    def _adopt_stop(self) -> None:
+        """End with the exit code of the signal that another process was sent."""
+        try:
+            deadline = time.monotonic() + 2.0
+            while not self._store.check([_STOP]) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 4)
+            if self._store.check([_STOP]):
+                stop_request.adopt(int(self._store.get(_STOP)))
+        except RuntimeError:
+            log.debug("the store is gone")
+
+    def _failure(self, *, wait_seconds: float) -> str | None:
+        deadline = time.monotonic() + wait_seconds
+        try:
+            while not self._store.check([_FAILED]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(POLL_SECONDS)
+            return self._store.get(_FAILED).decode()
+        except RuntimeError:
+            return None
+
+    def _watch(self) -> None:
+        """Pass on requests to stop; end this process where another failed and it waits for it in a collective."""
+        while not self._left.wait(POLL_SECONDS):
+            try:
+                self._pass_on_stop()
+                why = self._end_of_another()
+            except RuntimeError as error:
+                why = f"rank 0 at {self.world.address}:{self.world.port} is gone ({one_line(error)})"
+            if why and not self._left.wait(GRACE_SECONDS):
+                self._end_now(why)
+
+    def _pass_on_stop(self) -> None:
+        own = stop_request.number()
+        if own is not None and not self._stop_told:
+            self._stop_told = True
+            self._watched.set(_STOP, str(own))
+        elif own is None and self._watched.check([_STOP]):
+            stop_request.forward(int(self._watched.get(_STOP)))
+
+    def _end_of_another(self) -> str | None:
+        if self._watched.check([_FAILED]):
+            return self._watched.get(_FAILED).decode()
+        if self.world.rank and self._watched.check([_END]) and (code := int(self._watched.get(_END))):
+            return f"rank 0 ended with exit code {code}"
+        return None
+
+    def _end_now(self, why: str) -> NoReturn:
+        if self.world.rank == 0:
+            self._watched.set(_END, str(BAD_ENVIRONMENT))
+        sys.stderr.write(f"qvgen: {self.me} ends, {stop_request.saved()}: {why}\n")
+        sys.stderr.flush()
+        os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that another process is gone: gloo has no type for that."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
+_current: Meeting | None = None
+
+
+def current() -> Meeting | None:
+    """Where this process meets those that another launcher started with it; None after a plain start."""
+    return _current

@@ -1,0 +1,116 @@
+"""A command that another launcher started several times, as one training: rank 0 does it, the others take part in it.
+
+What rank 0 does is what a plain start does. The others compose the same command, for its errors and for the classes that it
+may name, and train with the configuration that rank 0 wrote to the run's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from qvgen import stop_request
+from qvgen.config.build import build
+from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.leaf_file import foreign_targets
+from qvgen.config.run_config import read_plain
+from qvgen.errors import UnfitEnvironmentError, one_line
+from qvgen.training.distributed.meeting import Meeting, RankZeroEndedError, current
+from qvgen.training.session import WORKER_FILE
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT
+from qvgen.verbs import import_verb
+
+log = logging.getLogger(__name__)
+
+_BUG = 1
+
+
+def lead(world: LaunchedWorld, run: Callable[[], int]) -> int:
+    """Run a command as rank 0; ``run`` says what is wrong, and returns its exit code."""
+    _check_devices(world)
+    with Meeting(world) as meeting:
+        code = _BUG
+        try:
+            code = run()
+        finally:
+            meeting.end(code)
+        return code
+
+
+def follow(world: LaunchedWorld, run: Callable[[], int]) -> int:
+    """Run a command as another rank: ``run`` takes part in rank 0's training.
+
+    Returns:
+        The exit code; rank 0's, where it failed or was stopped.
+
+    Raises:
+        UnfitEnvironmentError: What went wrong here and not in rank 0, or that rank 0 ended before training.
+    """
+    stop_request.be_silent()
+    _check_devices(world)
+    with Meeting(world) as meeting:
+        try:
+            try:
+                return run()
+            except RankZeroEndedError:
+                raise
+            except stop_request.Stopped:
+                code = meeting.verdict()
+                return stop_request.say_end() if code is None else code
+            except Exception as error:
+                code = meeting.verdict()
+                if code:
+                    return code
+                meeting.fail(f"{meeting.me} failed: {one_line(error)}")
+                if isinstance(error, ValueError | OSError | UnfitEnvironmentError):
+                    raise UnfitEnvironmentError(f"{meeting.me}: {one_line(error)}") from error
+                raise
+        except RankZeroEndedError as end:
+            if end.code == 2:
+                raise UnfitEnvironmentError(str(end)) from end
+            return end.code
+        finally:
+            meeting.leave()
+
+
+def take_part(verb: str, plain: Mapping[str, Any]) -> int:
+    """Train as another rank than 0; returns an exit code.
+
+    Args:
+        verb: The verb.
+        plain: The configuration that this process composed.
+    """
+    meeting = current()
+    assert meeting is not None, "follow() has entered it"
+    if plain.get("dry_run"):  # rank 0 says the plan
+        return meeting.verdict(timeout_s=float("inf")) or 0
+    world, folder = meeting.world, meeting.wait_for_run()
+    _log_to(folder / "logs" / f"rank{world.rank}.log")
+    config = build(verb, read_plain(folder / "logs" / WORKER_FILE), trusted=foreign_targets(plain))
+    with meeting.group(timeout=COLLECTIVE_TIMEOUT):
+        import_verb(verb).run_worker(config, rank=world.rank, world_size=world.size, port=world.port)
+    return 0
+
+
+def _check_devices(world: LaunchedWorld) -> None:
+    """Each process takes the GPU of its local rank, of all that its node has."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
+    if seen < world.local_size:
+        raise UnfitEnvironmentError(
+            f"rank {world.rank} on {socket.gethostname()} sees {seen} GPUs (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}), and {world.launcher} started {world.local_size} processes on "
+            "each node, of which each takes the one of its local rank; let all see all: srun --gpus-per-node=N and neither "
+            "--gpus-per-task nor --gpu-bind"
+        )
+
+
+def _log_to(file: Any) -> None:
+    """Write what this rank logs to the run's folder, with time and host; rank 0 alone speaks on the terminal."""
+    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {socket.gethostname()} %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
