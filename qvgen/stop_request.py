@@ -218,11 +218,6 @@ def be_silent() -> None:
         _listener.is_said.acquire(blocking=False)
 
 
-def saved() -> str:
-    """What a stop leaves behind at present, for example ``after step 9, saved``."""
-    return _NOTHING if _listener is None else _listener.saved
-
-
 def is_postponed_request() -> bool:
     """Whether a signal came and waits for the end of a step."""
     return _listener is not None and _listener.number is not None and _listener.is_postponed

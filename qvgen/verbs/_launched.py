@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from qvgen.verbs import import_verb
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 20.0
+"""How long a process that was stopped waits for rank 0, which has ten seconds to end what it does, to say how it ended."""
 _BUG = 1
 
 
@@ -60,8 +63,11 @@ def follow(world: LaunchedWorld, run: Callable[[], int]) -> int:
             except RankZeroEndedError:
                 raise
             except stop_request.Stopped:
-                code = meeting.verdict()
-                return stop_request.say_end() if code is None else code
+                code = meeting.verdict(timeout_s=STOP_SECONDS)
+                if code is None:
+                    print(f"qvgen: {meeting.me} was stopped, and rank 0 did not end: see its output", file=sys.stderr)
+                    return stop_request.say_end()
+                return code
             except Exception as error:
                 code = meeting.verdict()
                 if code:

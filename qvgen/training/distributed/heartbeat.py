@@ -56,6 +56,11 @@ def report(what: int, *, step: int | None = None) -> None:
             return
 
 
+def last_step() -> int:
+    """The optimizer step that this process reported last, whether anybody reads that or not."""
+    return _step
+
+
 @dataclass
 class Beat:
     """What is known of a process.

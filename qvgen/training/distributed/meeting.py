@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -34,6 +35,7 @@ from qvgen import stop_request
 from qvgen.config.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.run_directory import atomic_write
+from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
 
 log = logging.getLogger(__name__)
@@ -200,9 +202,8 @@ class Meeting:
         except RuntimeError as error:
             if isinstance(error, UnfitEnvironmentError) or not _is_of_network(error):
                 raise
-            why = self._failure(wait_seconds=2.0) or f"another process is gone ({one_line(error)})"
-            step = stop_request.saved()
-            raise UnfitEnvironmentError(f"{self.me} lost the others, {step}: {why}") from error
+            why = self._failure(wait_seconds=2.0) or f"another process is gone ({_short(error)})"
+            raise UnfitEnvironmentError(f"{self.me} lost the others in step {heartbeat.last_step()}: {why}") from error
         finally:
             if distributed.is_initialized():
                 distributed.destroy_process_group()
@@ -258,7 +259,7 @@ class Meeting:
     def _end_now(self, why: str) -> NoReturn:
         if self.world.rank == 0:
             self._watched.set(_END, str(BAD_ENVIRONMENT))
-        sys.stderr.write(f"qvgen: {self.me} ends, {stop_request.saved()}: {why}\n")
+        sys.stderr.write(f"qvgen: {self.me} ends in step {heartbeat.last_step()}: {why}\n")
         sys.stderr.flush()
         os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
 
@@ -266,6 +267,11 @@ class Meeting:
 def _is_of_network(error: RuntimeError) -> bool:
     """Whether an error of torch's says that another process is gone: gloo has no type for that."""
     return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
+def _short(error: RuntimeError) -> str:
+    """What gloo says, without the line of its source before it and the advice behind it."""
+    return re.sub(r"^\[.*?\.cc:\d+\] ", "", one_line(error)).partition(". ")[0]
 
 
 _current: Meeting | None = None

@@ -34,7 +34,7 @@ def check_same(run_dir: Path, plain: Path) -> None:
 
 def own_lines(text: str) -> list[str]:
     """What qvgen said of an end, and tracebacks."""
-    return [line for line in text.splitlines() if line.startswith(("qvgen", "stopped", "Traceback"))]
+    return [line for line in text.splitlines() if line.startswith(("qvgen:", "qvgen train:", "stopped", "Traceback"))]
 
 
 def test_torchrun_on_one_node_is_one_training(plain: Path, tmp_path: Path) -> None:
@@ -97,6 +97,16 @@ def test_bad_input_ends_all_tasks_with_one_line(wrong: str, message: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_says_the_world_once(tmp_path: Path) -> None:
+    words = (*KEYS, "strategy=ddp", "dry_run=true", f"run_dir={tmp_path / 'run'}")
+    assert codes(srun(tmp_path, *words, nodes=2)) == [DONE, DONE], said(tmp_path)
+    lines = said(tmp_path).splitlines()
+    world = "world: 2 processes, 1 on each of 2 nodes, started by SLURM; rank 0 at localhost:"
+    assert [line for line in lines if line.startswith("world: ")] == [lines[0]]
+    assert lines[0].startswith(world)
+    assert any(line.startswith(f"steps: {STEPS} of 4 samples = 2 devices x ") for line in lines)
+
+
 def test_tasks_that_wait_say_that_rank_0_failed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").touch()
@@ -126,4 +136,6 @@ def test_a_task_that_dies_in_training_is_named_by_the_others(tmp_path: Path) -> 
     tasks[1].kill()
     assert codes(tasks) == [BAD_INPUT, -signal.SIGKILL]
     (line,) = own_lines(said(tmp_path))
-    assert re.match(r"qvgen train: rank 0 on \S+ lost the others, .*: another process is gone", line)
+    assert re.match(
+        r"qvgen train: rank 0 on \S+ lost the others in step \d+: another process is gone \(Connection [^.]* peer", line
+    )
