@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -37,33 +37,27 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def workers() -> list[int]:
-    """Numbers of the processes that read clips for this one."""
-    children = [task.read_text().split() for task in Path("/proc/self/task").glob("*/children")]
-    return [int(child) for some in children for child in some if b"clip_process" in command(int(child))]
-
-
-def command(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:  # it has ended meanwhile
-        return b""
+def children() -> set[int]:
+    """Numbers of this process's children."""
+    tasks = [task.read_text().split() for task in Path("/proc/self/task").glob("*/children")]
+    return {int(child) for some in tasks for child in some}
 
 
 @pytest.mark.parametrize("readers", [1, 3])
 def test_a_cache_has_the_same_bytes_with_any_number_of_readers(table: Path, tmp_path: Path, readers: int) -> None:
     seen: list[int] = []
+    fill_with_pooling(table, tmp_path / "one")
+    before = children()
 
     def encode(pixels: Tensor) -> Tensor:
-        seen.append(len(workers()))
+        seen.append(len(children() - before))
         return encode_video(pixels)
 
-    fill_with_pooling(table, tmp_path / "one")
     fill_with_pooling(table, tmp_path / "other", options=FillOptions(readers=readers), encode_video=encode)
     assert files(tmp_path / "one") == files(tmp_path / "other")
     assert len(seen) == NUM_CLIPS
     assert max(seen) == readers
-    assert not workers()
+    assert not children() - before
 
 
 def test_the_next_clips_are_read_while_one_is_used(table: Path) -> None:
@@ -92,23 +86,31 @@ def test_the_next_clips_are_read_while_one_is_used(table: Path) -> None:
 
 
 def test_rows_that_are_known_do_not_wait(table: Path) -> None:
-    clips = list(read_table(table))
+    clips, before = list(read_table(table)), children()
     with ClipsAhead(SETTINGS.cut, readers=2) as ahead:
         given = ahead.in_order((clip, "known") for clip in clips)
         assert [next(given)[1] for _ in range(NUM_CLIPS)] == ["known"] * NUM_CLIPS
-        assert not workers()
+        assert not children() - before
 
 
-def test_leaving_ends_readers_at_work(table: Path) -> None:
-    clip = next(iter(read_table(table)))
-    with ClipsAhead(SETTINGS.cut, readers=2) as ahead:
+def test_leaving_ends_readers_at_work(tmp_path: Path) -> None:
+    path = tmp_path / "sleeps"
+    path.write_bytes(b"")
+    clip, before = Clip(name="sleeps", caption="x", path=path, data=None), children()
+    with ClipsAhead(SETTINGS.cut, readers=2, timeout_s=900) as ahead:
+        for reader in ahead._readers:
+            reader._answer = "tests.data.failing_worker:answer"
         _, reading = next(ahead.in_order((clip, None) for _ in range(4)))
         assert isinstance(reading, Future)
-        while not workers():
-            os.sched_yield()
-    assert not workers()
+        began = time.monotonic()
+        while len(children() - before) < 2:
+            assert time.monotonic() - began < 300, "no reader was started"
+            time.sleep(0.01)
+    assert not children() - before
     assert reading.done()
-    assert isinstance(reading.result(), Unreadable)  # their imports alone take longer
+    read = reading.result()
+    assert isinstance(read, Unreadable)
+    assert not read.again
 
 
 def test_bad_clips_and_files_that_may_be_mended_are_told_apart(table: Path, tmp_path: Path) -> None:
