@@ -32,7 +32,7 @@ class TrainingRun:
         design: The student's layers, and the method that trains them.
         steps: The optimizer steps.
         strategy: How processes share the work.
-        ema: The average of the student.
+        ema: The average of the student; none by default.
         data: The data. None, for a plan alone: clips of the model's own size, without a cache.
     """
 
@@ -40,7 +40,7 @@ class TrainingRun:
     design: StudentDesign
     steps: TrainingSteps
     strategy: StrategyConfig
-    ema: EmaConfig
+    ema: EmaConfig = EmaConfig(decay=None, host=False, fold=True)
     data: DataSource | None = None
 
     @property

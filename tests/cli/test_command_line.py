@@ -120,7 +120,7 @@ def test_our_own_runtime_errors_are_about_the_environment(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert main(["train"]) == BAD_INPUT
-    assert "started by torchrun" in capsys.readouterr().err
+    assert "torchrun started this process" in capsys.readouterr().err
 
 
 def test_ranks_that_another_launcher_left_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
