@@ -25,3 +25,7 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, section="ema")
+
+
+NO_AVERAGE = EmaConfig(decay=None, host=False, fold=True)
+"""What a training does unless it is told otherwise."""

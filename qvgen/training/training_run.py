@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qvgen.config.ema_section import EmaConfig
+from qvgen.config.ema_section import NO_AVERAGE, EmaConfig
 from qvgen.config.sections import CheckpointConfig, EvaluationConfig
 from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.trainer_options import TrainerConfig
@@ -40,7 +40,7 @@ class TrainingRun:
     design: StudentDesign
     steps: TrainingSteps
     strategy: StrategyConfig
-    ema: EmaConfig = EmaConfig(decay=None, host=False, fold=True)
+    ema: EmaConfig = NO_AVERAGE
     data: DataSource | None = None
 
     @property
