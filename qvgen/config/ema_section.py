@@ -28,4 +28,4 @@ class EmaConfig:
 
 
 NO_AVERAGE = EmaConfig(decay=None, host=False, fold=True)
-"""What a training does unless it is told otherwise."""
+"""The section of a training that is told nothing: there is no average."""
