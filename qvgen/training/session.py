@@ -75,9 +75,8 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
         prefix = "student."
         trained = {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}
         student.load_state_dict(trained, strict=True)
-        if (
-            averaged
-        ):  # after the student's own: layers that share a tensor have it under several names there, here under one
+        if averaged:
+            # After the student's own: tensors that layers share have several names there and one here.
             unknown = student.load_state_dict(state[AVERAGE_KEY], strict=False).unexpected_keys
             if unknown:
                 raise KeyError(unknown[0])
