@@ -103,24 +103,56 @@ def cases(setting: Setting, *, warm: bool = False) -> Iterator[Case]:
         ways: list[Way] = [None, *(((4, 4), kernel) for kernel in kernels), ((3, 3), kernels[0])]
         for way in ways if setting.rehearse else [*ways, ((4, 8), kernels[0])]:
             yield f"{model.name} {_label(way)}", partial(_rows, setting, model, way, warm)
+            if not (warm or setting.rehearse):
+                yield f"{model.name} {_label(way)} as a CUDA graph", partial(_replayed, setting, model, way)
 
 
 def _label(way: Way) -> str:
     return "bf16" if way is None else f"{way[1]} w{way[0][0]}a{way[0][1]}"
 
 
-def _rows(setting: Setting, model: Model, way: Way, warm: bool) -> Iterator[Row]:
+def _made(setting: Setting, model: Model, way: Way) -> tuple[Block, tuple[Tensor, Tensor, Tensor]]:
+    """A block with random weights, and its inputs: rows, rows of the caption, modulation."""
     device = setting.device
 
     def linear(layer: Layer) -> Linear:
         return _Dense(layer, device) if way is None else _Quantized(layer, *way, device)
 
-    torch.compiler.reset()  # what was compiled for the blocks before is not needed any more
     torch.manual_seed(0)
     block = Block(model, linear).eval()
     x = torch.randn(model.tokens, model.width, device=device).bfloat16()
     text = torch.randn(max(model.text_tokens, 1), model.width, device=device).bfloat16()
-    modulation = torch.randn(6, model.width, device=device).bfloat16() * 0.1
+    return block, (x, text, torch.randn(6, model.width, device=device).bfloat16() * 0.1)
+
+
+def _replayed(setting: Setting, model: Model, way: Way) -> Iterator[Row]:
+    """Capture a block as a CUDA graph, which a synchronization or a copy from the host would refuse, and replay it.
+
+    The replay with other inputs in the same place has to give the bytes of ordinary calls.
+    """
+    block, inputs = _made(setting, model, way)
+    with torch.no_grad():
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # kernels are compiled and weights prepared before anything is captured
+            block(*inputs)
+            block(*inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = block(*inputs)
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+        graph.replay()
+        row: Row = {"model": model.name, "way": _label(way), "tokens": model.tokens}
+        row["equal"] = torch.equal(y, block(*inputs))
+        calls: dict[str, Callable[[], Any]] = {"replayed": graph.replay, "called, not compiled": lambda: block(*inputs)}
+        for name, found in compare(calls, timer=by_events).items():
+            yield row | {"part": name} | found
+
+
+def _rows(setting: Setting, model: Model, way: Way, warm: bool) -> Iterator[Row]:
+    torch.compiler.reset()  # what was compiled for the blocks before is not needed any more
+    block, (x, text, modulation) = _made(setting, model, way)
     compiled = setting.compiled(block)
     row: Row = {"model": model.name, "way": _label(way), "tokens": model.tokens}
     timer: Timer = by_wall if setting.rehearse else by_events

@@ -17,6 +17,7 @@ from gpu.layer import Canonical
 from gpu.models import Layer
 from gpu.products import torch_products
 from gpu.setting import WIDTHS, Case, Row, Setting
+from gpu.torchao_products import torchao_products
 from qvgen_kernels import LinearSpec, LinearTensors
 
 __all__ = ["cases", "packed_calls"]
@@ -36,6 +37,8 @@ def cases(setting: Setting, *, warm: bool = False) -> Iterator[Case]:
 def _rows(setting: Setting, model: str, layer: Layer, warm: bool) -> Iterator[Row]:
     x = torch.randn(layer.rows, layer.columns, device=setting.device).bfloat16()
     calls = torch_products(x, layer.outputs, setting)
+    if layer.name == "qkv":  # one shape of each model: all of them would take minutes to compile
+        calls |= torchao_products(x, layer.outputs, setting)
     memory: dict[str, float] = {}
     for bits in WIDTHS[2:] if setting.rehearse else WIDTHS:
         for name, call, per_weight in packed_calls(x, layer, bits, setting):
