@@ -233,7 +233,7 @@ def _own_the_environment(verb: str) -> None:
 
 def _worker(arguments: list[str]) -> None:
     """One further process of a verb's run; started by qvgen.training.distributed.launcher, never by hand."""
-    from qvgen.training.distributed.launcher import follow_parent
+    from qvgen.training.distributed.child import follow_parent
 
     parser = ArgumentParser(prog="qvgen worker")
     parser.add_argument("verb", choices=sorted(verbs()))

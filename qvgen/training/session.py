@@ -1,26 +1,21 @@
-"""One training session: this process's share of a run, and the processes that share it.
+"""One training session: this process's share of a run.
 
 All begin with the state that start_file.py wrote; a later session of the same run continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.config import launched_world
 from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
-from qvgen.run_directory import write_plain
 from qvgen.training.average import AVERAGE_KEY, Average
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.callback_rules import CallbackRules, first_end
@@ -29,15 +24,12 @@ from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
-from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import (
-    COLLECTIVE_TIMEOUT,
     Processes,
     build_trainer,
     fit,
@@ -46,9 +38,6 @@ from qvgen.training.trainer import (
 )
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 from qvgen.training.validation import validation_videos
-
-WORKER_FILE = "worker.yaml"
-"""In the run's folder of logs: the configuration, as the other processes read it."""
 
 
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None, averaged: bool = False) -> int:
@@ -86,60 +75,6 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
     if schedule is not None:
         schedule.apply_(student, None, step=step)
     return step
-
-
-def train_all(
-    run: TrainingRun,
-    output: TrainingOutput,
-    *,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    settings: Mapping[str, Any],
-    hang_minutes: float | None = None,
-) -> int:
-    """Train as rank 0, with as many other processes as the run has.
-
-    Args:
-        run: What is trained.
-        output: What it leaves behind.
-        student: Holds the state that training starts from; holds the trained state afterwards.
-        teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
-        settings: The run's configuration as plain values, all of it: what the other processes read.
-        hang_minutes: The run ends after so long in which no process reported anything; None: never.
-
-    Returns:
-        The optimizer step that training ended with: the last one, or where a callback ended it.
-
-    Raises:
-        UserError: The newest checkpoint is damaged, not finite or of another run.
-    """
-    run_dir = output.run_dir
-    if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):  # once, for all processes
-        check_checkpoint(found[-1], run=run_key(run_dir))
-    share = partial(train_share, run, output, student=student, teacher=teacher)
-    if run.devices == 1:
-        return share()
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    write_plain(logs / WORKER_FILE, {**settings, "run_dir": str(run_dir)})
-    if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
-        meeting.announce(run_dir)
-        with meeting.group(timeout=COLLECTIVE_TIMEOUT):
-            return share(processes=processes_of(run, rank=0, port=meeting.world.port))
-    with WorkerGroup(
-        worker_command("train", logs / WORKER_FILE, settings),
-        world_size=run.devices,
-        log_directory=logs,
-        hang_minutes=hang_minutes,
-    ) as group:
-        return share(processes=processes_of(run, rank=0, port=group.port))
-
-
-def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
-    """A run's processes, as one of them sees them."""
-    return Processes(
-        rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded, launched=launched_world.current()
-    )
 
 
 def train_share(

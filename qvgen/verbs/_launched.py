@@ -22,8 +22,8 @@ from qvgen.config.leaf_file import foreign_targets
 from qvgen.config.run_config import read_plain
 from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.training.distributed.meeting import Meeting, RankZeroEndedError, current
-from qvgen.training.session import WORKER_FILE
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT
+from qvgen.training.whole_run import WORKER_FILE
 from qvgen.verbs import import_verb
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from qvgen.models.tiny_family import TinyFamily
 from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.session import train_all
 from qvgen.training.start_file import has_start, load_start, save_start
+from qvgen.training.whole_run import train_all
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import rerun_command
 from qvgen.verbs._parts import claim, open_log, step_batch, training_output, training_run

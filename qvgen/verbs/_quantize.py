@@ -12,9 +12,10 @@ from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.identity import check_worker
-from qvgen.training.session import processes_of, train_all, train_share
+from qvgen.training.session import train_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
+from qvgen.training.whole_run import early_workers, processes_of, train_all
 from qvgen.verbs._deliver import deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
@@ -36,7 +37,12 @@ def quantize(config: TrainConfig) -> None:
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     inputs, design = open_inputs(config), student_design(config)
     student, swapped = prepare_student(config.model, design, seed=config.seed)
-    with claim(config) as run_dir, open_log(config, run_dir.path) as loggers:
+    run = training_run(config)
+    with (
+        claim(config) as run_dir,
+        open_log(config, run_dir.path) as loggers,
+        early_workers(run, run_dir.path, settings=config.plain, hang_minutes=config.training.hang_minutes) as workers,
+    ):
         _show_plan(config, student, swapped)
         teacher = config.model.load_teacher()
         held_out = inputs(teacher)
@@ -52,12 +58,13 @@ def quantize(config: TrainConfig) -> None:
         steps = config.steps
         if config.steps:
             steps = train_all(
-                training_run(config),
+                run,
                 training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
                 student=student,
                 teacher=teacher,
                 settings=config.plain,
                 hang_minutes=config.training.hang_minutes,
+                workers=workers,
             )
         if not held_out.num_samples:
             deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)

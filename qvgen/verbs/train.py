@@ -111,6 +111,9 @@ def _check_callbacks(config: TrainConfig) -> None:
 
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
+    from qvgen.training.distributed.child import wait_for_group
     from qvgen.verbs._quantize import take_part
 
+    if launched_world.current() is None:
+        wait_for_group()  # with everything imported, while rank 0 makes the start
     take_part(config, rank=rank, world_size=world_size, port=port)

@@ -15,8 +15,8 @@ from qvgen.cli import DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
 from qvgen.models.weight_file import save_weights
-from qvgen.training.session import train_all
 from qvgen.training.wandb_run import flat_numbers
+from qvgen.training.whole_run import train_all
 from qvgen.verbs._parts import training_output, training_run
 from qvgen.verbs.benchmarks.base import cpu_kernel
 from tests.runs import SHORT, read_metrics, shallow, train, train_config

@@ -104,6 +104,12 @@ class Pulse:
             self.beats.append(Beat(descriptor=read_end, at=now, ticked_at=now))
         return [write_end for _, write_end in ends]
 
+    def begin(self) -> None:
+        """Forget the time that went by before the processes began."""
+        now = time.monotonic()
+        for beat in self.beats:
+            beat.at = beat.ticked_at = now
+
     def close(self) -> None:
         """Close what is read from."""
         for beat in self.beats:

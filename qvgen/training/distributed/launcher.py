@@ -16,7 +16,6 @@ no torch; what Lightning has to know is in cluster.py.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, Self
@@ -36,8 +36,9 @@ from qvgen.config.conf_folder import user_directory
 from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed.child import GO
 from qvgen.training.distributed.foreign_launcher import forget_ranks
-from qvgen.worker_signals import held_back, ignore_in_worker
+from qvgen.worker_signals import held_back
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ GRACE_SECONDS = 10.0
 """How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
 JOIN_SECONDS = 60.0
 """How long the children have to end after rank 0 is done."""
-_PR_SET_PDEATHSIG = 1
 
 
 def guard_world_size(actual: int, *, expected: int) -> None:
@@ -74,31 +74,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def follow_parent(parent: int, *, beats: int | None = None) -> None:
-    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child.
-
-    Requests to stop are left to the parent.
-
-    Args:
-        parent: Its number.
-        beats: Where this process reports what it does.
-    """
-    heartbeat.report_to(beats)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(heartbeat.TICK_SECONDS / 2)
-            heartbeat.report(heartbeat.TICK)
-        os._exit(1)
-
-    if os.getppid() != parent:
-        os._exit(1)  # it died before we asked to be told
-    threading.Thread(target=watch, name="follow_parent", daemon=True).start()
-    ignore_in_worker()
 
 
 def worker_command(verb: str, config_file: Path, plain: Mapping[str, Any]) -> list[str]:
@@ -119,7 +94,8 @@ class WorkerGroup:
     """The processes of ranks 1 .. world_size-1 while the block of a ``with`` statement runs rank 0's share.
 
     The block runs in the thread that the group was entered in, which must outlive it (Linux ties the children to that
-    thread). Leaving it normally waits for the children; leaving it by an exception ends them.
+    thread). Leaving it normally waits for the children; leaving it by an exception ends them. :meth:`start` starts them
+    before that: they import what they need, and wait (child.py) until the group is entered.
 
     Args:
         command: Of a child; its ranks are added.
@@ -147,19 +123,31 @@ class WorkerGroup:
         self._left = threading.Event()
         self._hang_minutes = hang_minutes
         self._pulse = heartbeat.Pulse()
+        self._own_end: int | None = None
         self._said_seconds = 0.0
         self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Start the children; whoever calls it enters the group, or ends them by :meth:`end`."""
         self._log_directory.mkdir(parents=True, exist_ok=True)
         ends = self._pulse.open(self.world_size)
         self._own_end = ends[0]
-        heartbeat.report_to(self._own_end)
         with held_back():
             for rank in range(1, self.world_size):
                 with self._log_file(rank).open("wb") as log_file:
                     self._children[rank] = self._start(rank, log_file, beats=ends[rank])
                 os.close(ends[rank])
+
+    def __enter__(self) -> Self:
+        if not self._children:
+            self.start()
+        heartbeat.report_to(self._own_end)
+        self._pulse.begin()
+        for child in self._children.values():
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # it died, which the watcher reports
+                child.stdin.write(GO)
+                child.stdin.close()
         self._watcher.start()
         return self
 
@@ -169,15 +157,13 @@ class WorkerGroup:
         self._left.set()
         self._watcher.join()
         heartbeat.report_to(None)
-        os.close(self._own_end)
         try:
             if error is None:
                 self.join(timeout_s=JOIN_SECONDS)
             elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
                 raise UnfitEnvironmentError(last_words) from error  # a collective failed because a child is gone
         finally:
-            self._end()
-            self._pulse.close()
+            self.end()
             _leave_process_group()
 
     def _start(self, rank: int, log_file: BinaryIO, *, beats: int) -> subprocess.Popen[bytes]:
@@ -189,7 +175,7 @@ class WorkerGroup:
         return subprocess.Popen(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log_file,
             stderr=subprocess.STDOUT,
             pass_fds=[beats],
@@ -204,7 +190,7 @@ class WorkerGroup:
             elif not self._left.wait(GRACE_SECONDS):
                 sys.stderr.write(f"qvgen: {self._first_failure()}\n")
                 sys.stderr.flush()
-                self._end()
+                self.end()
                 os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
 
     def _watch_silence(self) -> None:
@@ -273,11 +259,18 @@ class WorkerGroup:
         if last_words := self._first_failure():
             raise UnfitEnvironmentError(last_words)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the children that still run."""
         for child in self._children.values():
             if child.poll() is None:
                 child.kill()
             child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+        self._pulse.close()
+        if self._own_end is not None:
+            os.close(self._own_end)
+            self._own_end = None
 
     def _log_file(self, rank: int) -> Path:
         return self._log_directory / f"rank{rank}.log"

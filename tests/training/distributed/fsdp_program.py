@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.sharded import whole
 from qvgen.methods.parameter_group import parameter_groups
-from qvgen.training.distributed.launcher import WorkerGroup, follow_parent
+from qvgen.training.distributed.child import follow_parent
+from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
 from qvgen.training.module import VideoTraining

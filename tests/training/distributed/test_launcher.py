@@ -91,7 +91,7 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
 def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     worker = (
-        "import os, sys, time; from qvgen.training.distributed.launcher import follow_parent; "
+        "import os, sys, time; from qvgen.training.distributed.child import follow_parent; "
         "follow_parent(int(sys.argv[-1])); "
         f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     )
@@ -160,7 +160,7 @@ def wait_like_a_collective():
 """
 HANGING = (
     "import os, sys, signal; from qvgen.training.distributed import heartbeat; "
-    "from qvgen.training.distributed.launcher import follow_parent; "
+    "from qvgen.training.distributed.child import follow_parent; "
     "follow_parent(int(sys.argv[-1]), beats=int(sys.argv[-3])); heartbeat.report(heartbeat.COMPUTING, step=3); "
     "os.kill(os.getpid(), signal.SIGSTOP)"
 )
@@ -219,7 +219,7 @@ def test_a_second_signal_ends_at_once_while_a_collective_waits(tmp_path: Path) -
 
 def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
     program = (
-        "import os, sys, signal, time; from qvgen.training.distributed.launcher import follow_parent; "
+        "import os, sys, signal, time; from qvgen.training.distributed.child import follow_parent; "
         "print('started', flush=True); follow_parent(int(sys.argv[-1])); print('follows', flush=True); "
         "time.sleep(0.2); print('lives', flush=True)"
     )
@@ -230,3 +230,40 @@ def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
                 os.kill(group._children[1].pid, number)
         group.join()
     assert (tmp_path / "rank1.log").read_text().split() == ["started", "follows", "lives"]
+
+
+WAITING = (
+    "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; wait_for_group(); "
+    "print('begins', flush=True)"
+)
+
+
+def test_children_that_were_started_early_begin_when_the_group_is_entered(tmp_path: Path) -> None:
+    group = WorkerGroup(child(WAITING), world_size=3, log_directory=tmp_path)
+    group.start()
+    logs = [tmp_path / f"rank{rank}.log" for rank in (1, 2)]
+    for log in logs:
+        wait_until(lambda log=log: "imported" in log.read_text())
+    assert [process.poll() for process in group._children.values()] == [None, None]
+    with group:
+        group.join()
+    assert [log.read_text().split() for log in logs] == [["imported", "begins"]] * 2
+
+
+def test_children_that_never_begin_are_ended(tmp_path: Path) -> None:
+    group = WorkerGroup(child(WAITING), world_size=2, log_directory=tmp_path)
+    group.start()
+    process = group._children[1]
+    wait_until(lambda: "imported" in (tmp_path / "rank1.log").read_text())
+    group.end()
+    assert process.poll() == -signal.SIGKILL
+    alone = subprocess.run(child(WAITING), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (alone.returncode, alone.stdout.split()) == (1, [b"imported"])
+
+
+def test_a_child_that_died_before_the_group_was_entered_is_named(tmp_path: Path) -> None:
+    group = WorkerGroup(child("sys.exit('no module named x')"), world_size=2, log_directory=tmp_path)
+    group.start()
+    group._children[1].wait()
+    with pytest.raises(RuntimeError, match="rank 1 ended with exit code 1: no module named x"), group:
+        pass

@@ -1,0 +1,48 @@
+"""The side of a child that launcher.py starts: it ends with its parent, and waits for it to begin."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+from qvgen.training.distributed import heartbeat
+from qvgen.worker_signals import ignore_in_worker
+
+GO = b"go\n"
+"""A child reads this from its standard input once rank 0 begins to train."""
+_PR_SET_PDEATHSIG = 1
+
+
+def follow_parent(parent: int, *, beats: int | None = None) -> None:
+    """Make this process end when process ``parent`` does, however that one ends; call it first thing in a child.
+
+    Requests to stop are left to the parent.
+
+    Args:
+        parent: Its number.
+        beats: Where this process reports what it does.
+    """
+    heartbeat.report_to(beats)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(heartbeat.TICK_SECONDS / 2)
+            heartbeat.report(heartbeat.TICK)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+    threading.Thread(target=watch, name="follow_parent", daemon=True).start()
+    ignore_in_worker()
+
+
+def wait_for_group() -> None:
+    """Wait until rank 0 enters the group of processes that this one belongs to; end where it never will."""
+    if sys.stdin.readline() != GO.decode():
+        sys.exit(1)

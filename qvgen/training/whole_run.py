@@ -1,0 +1,110 @@
+"""A whole training as rank 0 leads it: its own share, and the processes that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qvgen.config import launched_world
+from qvgen.run_directory import write_plain
+from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
+from qvgen.training.checkpoint_writer import checkpoints
+from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.meeting import current as current_meeting
+from qvgen.training.session import train_share
+from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
+from qvgen.training.training_run import TrainingOutput, TrainingRun
+
+WORKER_FILE = "worker.yaml"
+"""In the run's folder of logs: the configuration, as the other processes read it."""
+
+
+def train_all(
+    run: TrainingRun,
+    output: TrainingOutput,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    settings: Mapping[str, Any],
+    hang_minutes: float | None = None,
+    workers: WorkerGroup | None = None,
+) -> int:
+    """Train as rank 0, with as many other processes as the run has.
+
+    Args:
+        run: What is trained.
+        output: What it leaves behind.
+        student: Holds the state that training starts from; holds the trained state afterwards.
+        teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
+        settings: The run's configuration as plain values, all of it: what the other processes read.
+        hang_minutes: The run ends after so long in which no process reported anything; None: never.
+        workers: The other processes, where :func:`early_workers` started them.
+
+    Returns:
+        The optimizer step that training ended with: the last one, or where a callback ended it.
+
+    Raises:
+        UserError: The newest checkpoint is damaged, not finite or of another run.
+    """
+    run_dir = output.run_dir
+    if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):  # once, for all processes
+        check_checkpoint(found[-1], run=run_key(run_dir))
+    share = partial(train_share, run, output, student=student, teacher=teacher)
+    if run.devices == 1:
+        return share()
+    if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
+        _write_settings(run_dir, settings)
+        meeting.announce(run_dir)
+        with meeting.group(timeout=COLLECTIVE_TIMEOUT):
+            return share(processes=processes_of(run, rank=0, port=meeting.world.port))
+    with workers or _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes) as group:
+        return share(processes=processes_of(run, rank=0, port=group.port))
+
+
+@contextmanager
+def early_workers(
+    run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], hang_minutes: float | None
+) -> Iterator[WorkerGroup | None]:
+    """Start a training's other processes before rank 0 has its start: they import meanwhile, and wait.
+
+    Yields:
+        What :func:`train_all` takes as ``workers``; None where there are no others, or another launcher started them.
+    """
+    if run.devices == 1 or not run.steps.num_steps or current_meeting() is not None:
+        yield None
+        return
+    group = _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes)
+    try:
+        group.start()
+        yield group
+    finally:
+        group.end()
+
+
+def _worker_group(
+    run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], hang_minutes: float | None
+) -> WorkerGroup:
+    """The processes that a plain start has beside rank 0."""
+    logs = _write_settings(run_dir, settings)
+    command = worker_command("train", logs / WORKER_FILE, settings)
+    return WorkerGroup(command, world_size=run.devices, log_directory=logs, hang_minutes=hang_minutes)
+
+
+def _write_settings(run_dir: Path, settings: Mapping[str, Any]) -> Path:
+    """Write the configuration for the other processes; returns the run's folder of logs."""
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    write_plain(logs / WORKER_FILE, {**settings, "run_dir": str(run_dir)})
+    return logs
+
+
+def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
+    """A run's processes, as one of them sees them."""
+    return Processes(
+        rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded, launched=launched_world.current()
+    )
