@@ -53,7 +53,7 @@ def test_the_student_is_itself_again_after_it_was_shown() -> None:
 
 OPTIONS = (
     *shallow(1), *UNSEEN, "steps=6", "phi.ranks=[4,2]", "phi.tail_share=0.3", "checkpoint.every_steps=3",
-    "checkpoint.keep=9", "evaluation.every_steps=3", "evaluation.samples=2", "ema.decay=0.5",
+    "checkpoint.keep=9", "evaluation.every_steps=2", "evaluation.samples=2", "ema.decay=0.5",
 )  # fmt: skip
 TWO = ("accumulate=2",)
 """One process that adds two parts has the bits of two processes with one."""
@@ -74,7 +74,7 @@ def test_a_run_measures_and_folds_its_average_and_goes_on_to_the_same_bytes(aver
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in others]
     assert packed_bytes(averaged) != packed_bytes(plain)
     errors = [[row["val/relative_error"] for row in table] for table in (rows, others)]
-    assert errors[0][2] != errors[1][2]
+    assert errors[0][1] != errors[1][1]
     report = json.loads((averaged / "report.json").read_text())
     assert report["relative_error"]["qat"] == float(errors[0][-1])
     assert report["packed_codes_equal"] is True
