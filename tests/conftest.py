@@ -18,7 +18,6 @@ from tests.warm_python import WarmPopen, fork_template
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     fork_template()  # before anything has run here
-from tests import runs
 
 subprocess.Popen = WarmPopen  # a process of its own need not import all libraries again
 
@@ -29,9 +28,25 @@ settings.load_profile("any machine")
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run, W3A3 with Phi and two micro-batches per step; read it, or change a copy."""
+    from tests import runs  # not above: the process that only hands out the tests has no use for torch
+
     run_dir = tmp_path_factory.mktemp("short") / "run"
     assert runs.train(run_dir, "accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9") == 0
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed folder of the first block of the small model, for what is tried on many damaged copies; copy it."""
+    from qvgen.training.student import fold_student
+    from qvgen.verbs._parts import named_family
+    from tests import parts, runs
+
+    folder = tmp_path_factory.mktemp("block") / "packed"
+    config = runs.train_config(*runs.shallow(1), "method=lsq")
+    student, _ = parts.prepared(config)
+    fold_student(student.eval(), folder, model=named_family(config), training={"steps": 2, "method": "lsq"})
+    return folder
 
 
 LONGEST_FIRST = (
@@ -59,8 +74,7 @@ def pytest_collection_finish() -> None:
 
 
 ONLY_WHEN_ASKED = (
-    "test_launched_runs.py", "test_whole_runs.py", "test_average.py", "test_streamed_adamw.py", "test_every_method.py",
-    "test_train_gpu_script.py",
+    "test_launched_runs.py", "test_whole_runs.py", "test_average.py", "test_every_method.py", "test_train_gpu_script.py",
 )  # fmt: skip
 """Files of whole runs that QVGEN_LONG_TESTS=1 asks for: with them all tests together take too long on two busy cores."""
 

@@ -19,7 +19,6 @@ from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
@@ -83,8 +82,32 @@ class _Factories(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _leaves(value, found):
+    """Everything in an operator's arguments; they are lists of lists at most, and torch's own function is slow."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _leaves(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _leaves(item, found)
+    else:
+        found.append(value)
+    return found
+
+
+def _changed(value, function):
+    """An operator's arguments or results with each tensor replaced by what a function makes of it."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_changed(item, function) for item in value])
+    if isinstance(value, dict):
+        return {name: _changed(item, function) for name, item in value.items()}
+    return value
+
+
 def _run(func, args, kwargs):
-    leaves = tree_leaves((args, kwargs))
+    leaves = _leaves((args, kwargs), [])
     here = [leaf for leaf in leaves if isinstance(leaf, StandIn)]
     asked = kwargs.get("device")
     target = torch.device(asked) if asked is not None else None
@@ -100,7 +123,7 @@ def _run(func, args, kwargs):
     plain = {name: value for name, value in kwargs.items() if name != "device"}
     if target is not None:
         plain["device"] = torch.device("cpu") if target.type == NAME else target
-    inner_args, inner = tree_map(lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf, (args, plain))
+    inner_args, inner = _changed((args, plain), lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf)
     result = func(*inner_args, **inner)
     if func is _aten.copy_.default:
         return args[0]
@@ -109,7 +132,7 @@ def _run(func, args, kwargs):
         for leaf in here:
             if leaf.elem is result:
                 return leaf
-    return tree_map(lambda leaf: _wrapped(leaf, func) if leaves_here else leaf, result)
+    return _changed(result, lambda leaf: _wrapped(leaf, func)) if leaves_here else result
 
 
 def _note_read(func):
@@ -125,7 +148,7 @@ def _note_read(func):
 
 
 def _wrapped(leaf, func):
-    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, StandIn):
+    if isinstance(leaf, StandIn):
         return leaf
     if leaf.dtype == torch.float64 and not _state["float64"]:
         raise RuntimeError(f"{func} makes a float64 tensor, which {NAME} does not have")

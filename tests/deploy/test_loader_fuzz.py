@@ -96,11 +96,11 @@ CHANGES: list[Change] = [
 
 
 @pytest.fixture(scope="module")
-def original(short_run: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
+def original(packed_block: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
     """Header and data of a packed file, and its manifest."""
-    content = (short_run / "packed" / "model.safetensors").read_bytes()
+    content = (packed_block / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    manifest = json.loads((short_run / "packed" / "manifest.json").read_text())
+    manifest = json.loads((packed_block / "manifest.json").read_text())
     return json.loads(content[8 : 8 + length]), content[8 + length :], manifest
 
 

@@ -110,18 +110,19 @@ def test_any_layer_of_up_to_4_bits(emulated, seed):
 @pytest.mark.parametrize("weight_zero_point", ["integer", "real", "none"])
 @pytest.mark.parametrize("activation_zero_point", ["integer", "none"])
 def test_all_pairs_of_bits(emulated, weight_zero_point, activation_zero_point):
+    """With each pair of zero points every width of both sides; all pairs of widths in three of these tests together."""
     kinds = {"weight_zero_point": weight_zero_point, "activation_zero_point": activation_zero_point}
+    turn = ["integer", "real", "none"].index(weight_zero_point)
     for weight_bits in (2, 3, 4):
-        for activation_bits in (2, 3, 4):
-            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-            layer = make_layer(seed=weight_bits, in_features=200, out_features=40, **bits, **kinds)
-            case = Case(layer, make_rows(9, 200, seed=1, dtype=torch.bfloat16))
-            compare(case, probe(emulated, case))
+        bits = {"weight_bits": weight_bits, "activation_bits": 2 + (weight_bits + turn) % 3}
+        layer = make_layer(seed=weight_bits, in_features=200, out_features=40, **bits, **kinds)
+        case = Case(layer, make_rows(9, 200, seed=1, dtype=torch.bfloat16))
+        compare(case, probe(emulated, case))
 
 
 def test_several_blocks_each_way_and_a_long_row(emulated):
-    layer = make_layer(seed=3, in_features=896, out_features=300, weight_bits=4, activation_bits=4)
-    case = Case(layer, make_rows(150, 896, seed=2, dtype=torch.bfloat16), LinearTensors(bias=layer.bias))
+    layer = make_layer(seed=3, in_features=640, out_features=140, weight_bits=4, activation_bits=4)
+    case = Case(layer, make_rows(130, 640, seed=2, dtype=torch.bfloat16), LinearTensors(bias=layer.bias))
     compare(case, probe(emulated, case))
 
 

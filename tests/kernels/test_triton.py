@@ -42,9 +42,13 @@ def test_any_layer_and_input(seed):
 
 @pytest.mark.parametrize("weight_zero_point", ["integer", "real", "none"])
 def test_all_pairs_of_bits(weight_zero_point):
+    """All pairs in these tests together: each kind of zero point meets a third of them, and every width of both sides."""
+    turn = ["integer", "real", "none"].index(weight_zero_point)
     for bits in itertools.product(range(2, 9), repeat=2):
+        if (bits[0] + bits[1]) % 3 != turn:
+            continue
         options = {"weight_bits": bits[0], "activation_bits": bits[1], "weight_zero_point": weight_zero_point}
-        zero = ["integer", "none"][sum(bits) % 2]
+        zero = ["integer", "none"][bits[0] % 2]
         layer = make_layer(in_features=70, out_features=37, activation_zero_point=zero, **options)
         x = make_rows(5, 70, seed=bits[0] * 8 + bits[1])
         check(Case(layer, x, LinearTensors(bias=layer.bias)))

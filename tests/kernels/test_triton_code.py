@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not VERSION.startswith("3.9."), reason=f"asserte
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = (
     "80:w4a4", "89:w3a3", "90:w4a4", "90:w4a4-groups", "100:w4a4", "120:w8a8-symmetric",
-    "90:gluon-w4a4", "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
+    "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
     "90:norm-modulate-quantize", "80:gelu-quantize",
     "80:fake-quantize", "90:fake-gradient", "120:fake-gradient-weight",
 )  # fmt: skip

@@ -13,7 +13,7 @@ CHECKS = ("layers/other_device_checks.py", "deploy/moved_model_checks.py", "trai
 
 def test_no_tensor_is_left_on_the_cpu_and_nothing_needs_float64_or_waits():
     files = [str(TESTS / name) for name in CHECKS]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "tests.pytest_program", "-q", "--no-header", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

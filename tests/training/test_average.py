@@ -53,7 +53,7 @@ def test_the_student_is_itself_again_after_it_was_shown() -> None:
 
 OPTIONS = (
     *shallow(1), *UNSEEN, "steps=6", "phi.ranks=[4,2]", "phi.tail_share=0.3", "checkpoint.every_steps=3",
-    "checkpoint.keep=9", "evaluation.every_steps=2", "ema.decay=0.5",
+    "checkpoint.keep=9", "evaluation.every_steps=2", "evaluation.samples=2", "ema.decay=0.5",
 )  # fmt: skip
 TWO = ("accumulate=2",)
 """One process that adds two parts has the bits of two processes with one."""

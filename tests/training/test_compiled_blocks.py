@@ -28,8 +28,12 @@ pytestmark = [  # of torch's tracer, about its own ways
 ]
 
 
+KINDS = "model.include=['*.attn1.to_q','*.attn1.to_k','*.ffn.net.2']"
+"""Layers with Phi that share their input's quantizer, and one that does not: the more layers, the longer is a trace."""
+
+
 def student_of(blocks: int) -> nn.Module:
-    config = train_config(*shallow(blocks), "phi.rank=4")
+    config = train_config(*shallow(blocks), "phi.rank=4", KINDS)
     return prepare_student(config.model, student_design(config), seed=0)[0].train()
 
 
@@ -79,7 +83,8 @@ def test_a_run_goes_through_it_and_packs_the_bytes_of_its_own_arithmetic(
     packed = []
     for keys in (("strategy.compile=false",), ("strategy.compile=true", "strategy.gradient_checkpointing=true")):
         run_dir = tmp_path / str(len(packed))
-        assert train(run_dir, "steps=6", "phi.ranks=[2]", "loss.feature_weight=0.1", *keys, *shallow(1), *UNSEEN) == 0
+        options = ("steps=6", "phi.ranks=[2]", "loss.feature_weight=0.1", *keys, *shallow(1), *UNSEEN, KINDS)
+        assert train(run_dir, *options) == 0
         packed.append(packed_bytes(run_dir))
     assert packed[0] == packed[1]
     assert counter.frame_count == 2  # with Phi and without

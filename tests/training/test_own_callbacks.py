@@ -28,12 +28,12 @@ from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.session import train_share
 from qvgen.training.student import prepare_student
 from qvgen.verbs._parts import training_output, training_run
-from tests.runs import method_schedule, read_metrics, train_config
+from tests.runs import method_schedule, read_metrics, shallow, train_config
 
 NUM_STEPS, WITHOUT_PHI = 6, 3
 CONFIG = (
     f"steps={NUM_STEPS}", "batch_size=2", "phi.ranks=[2]", "phi.tail_share=0.5", "evaluation.every_steps=1",
-    "evaluation.videos=0", "checkpoint.every_steps=1", "checkpoint.keep=9",
+    "evaluation.videos=0", "checkpoint.every_steps=1", "checkpoint.keep=9", *shallow(1),
 )  # fmt: skip
 MONITOR = "val/relative_error"
 

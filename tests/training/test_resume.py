@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shlex
@@ -44,14 +43,14 @@ EVERY = "checkpoint.every_steps=4"
 """No multiple of where the runs are killed, nor of Phi's phases."""
 
 
-def start(run_dir: Path, *overrides: str, threads: int = 1) -> subprocess.Popen[bytes]:
-    """The same command in a process of its own, whose environment asks for so many threads."""
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The same command in a process of its own."""
     command = [sys.executable, "-m", "qvgen.cli", "train", *SHORT, f"run_dir='{run_dir}'", *overrides]
     # A suite that runs in the background of a shell ignores Ctrl-C, and its children would inherit that.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with (run_dir.parent / f"{run_dir.name}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            return subprocess.Popen(command, stdout=log, stderr=log)
     finally:
         signal.signal(signal.SIGINT, ours)
 
@@ -67,16 +66,16 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -
 
 
 def test_a_killed_run_continues_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
-    """Killed in the first step of a phase, and told to use two threads."""
+    """Killed in the first step of a phase."""
     run_dir = tmp_path / "run"
-    with start(run_dir, ACCUMULATE, EVERY, threads=2) as process:
+    with start(run_dir, ACCUMULATE, EVERY, *UNSEEN) as process:
         wait_for_rows(run_dir, BOUNDARIES[1], process)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert BOUNDARIES[1] <= len(read_metrics(run_dir)) < STEPS
     assert not (run_dir / "packed").exists()
     (run_dir / ".manifest.json.1.tmp").write_bytes(b"half")
-    assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
+    assert train(run_dir, ACCUMULATE, EVERY, *UNSEEN, "resume=true") == DONE
     assert packed_bytes(run_dir) == packed_bytes(short_run)
     assert read_metrics(run_dir) == read_metrics(short_run)
     assert not list(run_dir.rglob("*.tmp"))
@@ -180,7 +179,7 @@ def test_a_damaged_checkpoint_is_named(
 
 def test_the_printed_command_continues_a_stopped_run_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
-    with start(run_dir, ACCUMULATE, "checkpoint.every_steps=50", "checkpoint.keep=1") as process:
+    with start(run_dir, ACCUMULATE, "checkpoint.every_steps=50", "checkpoint.keep=1", *UNSEEN) as process:
         wait_for_rows(run_dir, BOUNDARIES[0] + 1, process)
         process.send_signal(signal.SIGTERM)
     assert process.returncode == TERMINATED

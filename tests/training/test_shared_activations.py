@@ -26,7 +26,7 @@ from qvgen.training.session import load_trained
 from qvgen.training.start_file import load_start
 from tests.models.hub_folders import make_cogvideox_folder
 from tests.parts import planned_student, prepared, training_module
-from tests.runs import UNSEEN, load_state, method_schedule, packed_bytes, read_metrics, train, train_config
+from tests.runs import UNSEEN, load_state, method_schedule, packed_bytes, read_metrics, shallow, train, train_config
 from tests.training.test_module import make_batch
 from tests.verbs.test_hub_models import train_keys, write_clips
 
@@ -162,9 +162,9 @@ def test_smoothing_that_stays_a_multiplication_keeps_layers_apart(
     """In Wan each of q, k and v has a vector of its own."""
     caplog.set_level("INFO")
     calibration = ("calibration.videos=1", "calibration.steps=2", f"calibration.cache={tmp_path / 'calibration'}")
-    keys = ("init=smoothquant", *calibration, "steps=2", "phi.ranks=[2]", "phi.tail_share=0", "evaluation.videos=0")
+    keys = (*shallow(1), "init=smoothquant", *calibration, "steps=2", "phi.ranks=[2]", "phi.tail_share=0", *UNSEEN)
     assert train(tmp_path / "run", *keys) == DONE
     (line,) = [message for message in caplog.messages if "sets of layers" in message]
-    assert line.startswith(f"0 of {SETS} sets")
+    assert line.startswith("0 of 2 sets")
     assert line.endswith("the others differ in grid, smoothing or ranges")
     assert merged_layers(load_packed(tmp_path / "run" / "packed")) == 0

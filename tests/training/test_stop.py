@@ -30,7 +30,7 @@ from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.trainer import Processes, build_trainer, fit
 from tests.parts import prepared, training_module, video_callback
-from tests.runs import SHORT, load_state, method_schedule, read_metrics, train_config
+from tests.runs import SHORT, load_state, method_schedule, read_metrics, shallow, train_config
 from tests.training.validated import contents
 
 NUM_STEPS = 6
@@ -40,6 +40,7 @@ CONFIG = (
     "phi.tail_share=0.4",
     "evaluation.videos=1",
     "evaluation.video_every_steps=2",
+    *shallow(1),
 )
 RARELY = CheckpointConfig(every_steps=50, every_minutes=None, keep=1)
 

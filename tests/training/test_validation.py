@@ -25,7 +25,7 @@ from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from qvgen.training.validation import ValidationVideos
 from qvgen.verbs._parts import open_log
 from tests.parts import prepared, video_callback
-from tests.runs import train_config
+from tests.runs import shallow, train_config
 from tests.training.validated import contents, times
 
 PROMPTS = 5
@@ -33,17 +33,19 @@ PROMPTS = 5
 
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    return train_config().model.load_teacher()
+    return train_config(*shallow(1)).model.load_teacher()
 
 
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
-    return prepared(train_config("phi.rank=2"))[0].train()
+    return prepared(train_config("phi.rank=2", *shallow(1)))[0].train()
 
 
-def five_prompts(directory: Path, *, encode: Any = None, teacher: nn.Module | None) -> ValidationVideos:
+def five_prompts(
+    directory: Path, *, encode: Any = None, teacher: nn.Module | None, prompts: int = PROMPTS
+) -> ValidationVideos:
     config = train_config()
-    files = ValidationFiles(directory, prompts=config.model.prompts[:PROMPTS], seeds=range(7, 7 + PROMPTS), fps=8)
+    files = ValidationFiles(directory, prompts=config.model.prompts[:prompts], seeds=range(7, 7 + prompts), fps=8)
     videos = ValidationVideos(
         files=files, family=config.model, teacher=teacher, encode=encode, every_steps=2, num_steps=3
     )
@@ -55,9 +57,17 @@ def index_of(name: str) -> int:
     return int(Path(name).name[:2])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.fixture(scope="module")
+def alone(teacher: nn.Module, student: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> ValidationVideos:
+    """Videos of one process, for step 2."""
+    videos = five_prompts(tmp_path_factory.mktemp("alone"), teacher=teacher)
+    videos.write_videos(student, step=2, rank=0, world_size=1)
+    return videos
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_out_the_prompts(
-    world_size: int, teacher: nn.Module, student: nn.Module, tmp_path: Path
+    world_size: int, teacher: nn.Module, student: nn.Module, alone: ValidationVideos, tmp_path: Path
 ) -> None:
     before: dict[str, int] = {}
     for rank in reversed(range(world_size)):  # in any order: none waits for another
@@ -67,9 +77,7 @@ def test_processes_share_out_the_prompts(
         assert before.items() <= after.items()  # what others wrote is as it was
         assert {index_of(name) for name in after.keys() - before.keys()} == set(range(rank, PROMPTS, world_size))
         before = after
-    alone = five_prompts(tmp_path / "alone", teacher=teacher)
-    alone.write_videos(student, step=2, rank=0, world_size=1)
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert contents(tmp_path / "shared") == contents(alone.files.directory)
     names = [path.name for path in (tmp_path / "shared" / "step-000002").glob("*-student.mp4")]
     assert sorted(map(index_of, names)) == list(range(PROMPTS))
     assert alone.files.missing(2) == []
@@ -211,7 +219,8 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
     teacher: nn.Module, student: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    videos = five_prompts(tmp_path / "validation", teacher=teacher)
+    prompts = 2
+    videos = five_prompts(tmp_path / "validation", teacher=teacher, prompts=prompts)
     with open_log(train_config("logger=wandb"), tmp_path) as loggers:
         run = loggers[0]._run
         videos.write_videos(student, step=0, rank=0, world_size=2)
@@ -229,7 +238,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
     found = [video for video in read_validation(videos.files.directory, verify=True) if video.step == 2]
     assert summary["validation/step"] == 2
     for name in ("psnr_db", "ssim"):
-        mean = sum(getattr(video, name) for video in found) / PROMPTS
+        mean = sum(getattr(video, name) for video in found) / prompts
         assert summary[f"validation/{name}"] == pytest.approx(mean, rel=1e-12)  # the order of a float64 sum
     for video in found:
         panel = summary[f"validation/{video.prompt_index:02d}"]
@@ -239,7 +248,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
     while b"validation/*" not in record.read_bytes() and time.monotonic() < until:
         time.sleep(0.2)
     assert b"validation/*" in record.read_bytes()
-    for index in range(PROMPTS):
+    for index in range(prompts):
         logged = [path.read_bytes() for path in record.parent.glob(f"files/media/videos/validation/{index:02d}_*.mp4")]
         made = [videos.files.path(index, step=step, variant="side-by-side").read_bytes() for step in (0, 2)]
         assert sorted(logged) == sorted(made)

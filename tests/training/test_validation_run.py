@@ -19,7 +19,7 @@ from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.trainer import Processes, build_trainer, fit
 from qvgen.training.validation import ValidationVideos
 from tests.parts import prepared, training_module, video_callback
-from tests.runs import load_state, method_schedule, read_metrics, train_config
+from tests.runs import load_state, method_schedule, read_metrics, shallow, train_config
 from tests.training.validated import contents, times
 
 NUM_STEPS = 5
@@ -29,6 +29,7 @@ OPTIONS = (
     "phi.tail_share=0.4",
     "evaluation.videos=2",
     "evaluation.video_every_steps=2",
+    *shallow(1),
 )
 DUE = (0, 2, 4, 5)
 """Steps that are validated: the start, every second one, the last."""
@@ -77,7 +78,7 @@ def train(run_dir: Path, videos: ValidationVideos | None) -> None:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished session; read it, or change a copy."""
     path = tmp_path_factory.mktemp("validated") / "run"
-    train(path, make_videos(path, teacher=train_config().model.load_teacher()))
+    train(path, make_videos(path, teacher=train_config(*OPTIONS).model.load_teacher()))
     return path
 
 

@@ -224,10 +224,10 @@ def test_a_folder_that_cannot_be_written_leaves_metrics_alone(
 def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a program that lost its disk and then its wandb process, and what it said of wandb."""
     folder = tmp_path_factory.mktemp("faults")
-    program = Path(__file__).with_name("wandb_faults.py")
     paths = {"PYTHONPATH": ":".join(filter(None, sys.path)), "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, str(program), str(folder)],
+        [sys.executable, "-m", "tests.training.wandb_faults", str(folder)],
+        cwd=Path(__file__).resolve().parents[2],
         env=os.environ | paths,
         capture_output=True,
         text=True,

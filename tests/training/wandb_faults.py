@@ -1,6 +1,7 @@
 """A program whose files can't grow while wandb logs, as on a full disk, and whose wandb process is killed then.
 
-Run by test_wandb_run.py as `wandb_faults.py FOLDER`; the two trainings lie in FOLDER/full and FOLDER/killed.
+Run by test_wandb_run.py as `python -m tests.training.wandb_faults FOLDER`; the two trainings lie in FOLDER/full and
+FOLDER/killed.
 """
 
 import logging
@@ -39,10 +40,10 @@ def full(run_dir: Path) -> None:
         (run_dir / ("whole" if loggers[0]._run is not None else "ended")).touch()
 
 
-def killed(run_dir: Path) -> None:
+def killed(run_dir: Path, *, others: list[int]) -> None:
     with open_log(train_config("logger=wandb"), run_dir) as loggers:
         loggers[0].log_metrics({"train/loss": 1.0}, step=0)
-        (service,) = children()
+        (service,) = set(children()) - set(others)
         os.kill(service, signal.SIGKILL)
         deadline = time.monotonic() + 60
         step = 1
@@ -60,8 +61,9 @@ def main() -> None:
     for name in ("full", "killed"):
         (folder / name).mkdir()
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE_BYTES, LARGEST_FILE_BYTES))  # wandb's process inherits it
+    others = children()
     full(folder / "full")
-    killed(folder / "killed")
+    killed(folder / "killed", others=others)
 
 
 if __name__ == "__main__":

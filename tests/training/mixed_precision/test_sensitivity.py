@@ -115,11 +115,17 @@ def direct_model(config, layers, *, side: str, window: int, windows):
     return model
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A configuration that judges videos of the feed-forward layers by both metrics, and its measurement."""
+    config = configured(tmp_path_factory.mktemp("judged"), "init.metrics.ffn=[visual,motion]")
+    return config, measurement(config)
+
+
 @pytest.mark.parametrize("side", ["weight", "activation"])
 @pytest.mark.parametrize("unit", ["ffn:blocks.1", "cross_attention:blocks.0", "other:proj_out"])
-def test_a_measurement_is_what_direct_evaluation_gives(tmp_path, unit, side):
-    config = configured(tmp_path, "init.metrics.ffn=[visual,motion]")
-    made = measurement(config)
+def test_a_measurement_is_what_direct_evaluation_gives(judged, unit, side):
+    config, made = judged
     asked = wanted(config, unit, sides=(side,))
     measured = made.measure(asked)
     family, init = config.model, config.init
@@ -286,7 +292,7 @@ def test_another_setting_is_another_file(tmp_path):
 
 
 def test_more_bits_and_full_precision_lose_less(tmp_path):
-    config = configured(tmp_path)
+    config = configured(tmp_path, *FEWEST)
     measured = measurement(config).measure(wanted(config, "ffn:blocks.0", "cross_attention:blocks.1", widths=(2, 4, 8)))
     for side in ("weight", "activation"):
         for group, block in (("ffn", "blocks.0"), ("cross_attention", "blocks.1")):
