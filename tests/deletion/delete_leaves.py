@@ -115,7 +115,7 @@ def run(root: Path) -> int:
     """Look at all leaves; 0 if nothing missed any of them."""
     os.chdir(root)
     sys.path[:0] = [str(root), str(root / "kernels")]
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = False  # else each process compiles all modules again
     for library in (
         "diffusers",
         "lightning",
