@@ -199,6 +199,9 @@ def import_everything() -> None:
     compose = importlib.import_module("qvgen.config.compose").compose_plain
     for verb, *files in COMPOSED:
         compose(verb, files, resolve=False)
+    leaf_file = importlib.import_module("qvgen.config.leaf_file")
+    for group in importlib.import_module("qvgen.config.leaves").LEAF_GROUPS:
+        leaf_file.group_targets(group)
     # A command may have other plug-ins on its path.
     importlib.import_module("qvgen.config.plugins").find_plugins.cache_clear()
     instances = importlib.import_module("hydra.core.singleton").Singleton._instances
