@@ -52,6 +52,7 @@ PROGRAMS = [
     ROOT / "train.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
     ROOT / "tests" / "process_facts_program.py",
+    ROOT / "tests" / "deletion" / "delete_leaves.py",
     *(ROOT / "tests" / "consumers" / f"{name}_program.py" for name in CONSUMERS),
 ]
 """Programs that use what commands use."""
