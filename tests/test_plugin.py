@@ -23,7 +23,7 @@ from qvgen.deploy.packed_fusion import fuse_packed_
 from qvgen.layers import block_fusion
 from qvgen.models.published import known_models
 from qvgen_kernels import kernel_names, registry
-from tests.runs import packed_bytes, train
+from tests.runs import UNSEEN, packed_bytes, train
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "tests" / "plugin"
@@ -53,7 +53,7 @@ def installed() -> Iterator[None]:
 def run_dir(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of all that the package brings."""
     folder = tmp_path_factory.mktemp("plugin") / "run"
-    assert train(folder, *BROUGHT, "steps=2", "evaluation.videos=0", "model.notes=/somewhere/else") == 0
+    assert train(folder, *BROUGHT, "steps=2", *UNSEEN, "model.notes=/somewhere/else") == 0
     return folder
 
 
@@ -121,7 +121,7 @@ def test_the_conformance_suite_takes_them() -> None:
     files = [f"tests/conformance/test_{name}.py" for name in ("initializers", "kernels", "leaves")]
     chosen = ["-k", "(shrunk and paper) or distilled or still_digits or in_blocks"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *chosen],
+        [sys.executable, "-m", "tests.conformance_program", "-q", "-p", "no:cacheprovider", *files, *chosen],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

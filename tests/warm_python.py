@@ -1,6 +1,7 @@
 """Python processes that need not import torch, diffusers and qvgen again: forks of one process that has.
 
-    pytest process --- socket --- template: has imported everything, computed nothing, has one thread
+    pytest process --- socket --- template: has imported everything, composed configurations,
+          |                          | computed nothing, has one thread
           |                          | fork, twice; the process between ends at once
           +------ child <------------+     `python -m qvgen.cli ...`: by then a child of the process that asked
 
@@ -45,17 +46,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+CONSUMERS = ("adamw_8bit", "cache_dit", "comfy_export", "comfy_kitchen", "humming")
+"""Programs of other people's packages. Not those whose package diffusers looks for while it is imported: torchao, SDNQ."""
 PROGRAMS = [
     ROOT / "train.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
     ROOT / "tests" / "process_facts_program.py",
+    ROOT / "tests" / "deletion" / "delete_leaves.py",
+    *(ROOT / "tests" / "consumers" / f"{name}_program.py" for name in CONSUMERS),
 ]
 """Programs that use what commands use."""
+FOLLOWER = "qvgen.config.hydra_program"
+"""The module whose function a job of a launcher calls before its command."""
 READER = "from qvgen.data.clip_process import serve; "
 """In the program that reads video files for qvgen.data.clip_process."""
 ROOMS = ("config", "training", "data", "evaluation", "deploy", "models", "methods", "initializers", "layers", "verbs")
-FURTHER = ("lightning.pytorch", "torch.distributed.fsdp", "diffusers.pipelines.wan.pipeline_wan", "matplotlib.figure")
+FURTHER = (
+    "lightning.pytorch", "torch.distributed.fsdp", "diffusers.pipelines.wan.pipeline_wan", "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+)  # fmt: skip
 """What commands import besides all modules of qvgen."""
+COMPOSED = (("train", "logger=csv"), ("ptq", "logger=csv"), ("fold",), ("export",), ("generate",))
+"""Verbs and files whose configuration is composed in advance: hydra reads them for a quarter of a second."""
 AT_IMPORT = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "HF_HUB_CACHE", "HF_HOME", "TRITON_INTERPRET")
 """Variables that libraries read when they are imported."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -124,8 +136,9 @@ class WarmPopen(subprocess.Popen):
         gid, gids, uid, umask, start_new_session, process_group.
         """
         environment, folder = dict(os.environ if env is None else env), Path(cwd or Path.cwd()).absolute()
+        follows = getattr(preexec_fn, "__module__", None) == FOLLOWER
         plain = (
-            not (preexec_fn or executable)
+            not (executable or (preexec_fn and not follows))
             and close_fds
             and (*further[10:14], further[15]) == (None, None, None, -1, -1)
         )
@@ -139,6 +152,7 @@ class WarmPopen(subprocess.Popen):
             "folder": str(folder),
             "places": [0, 1, 2, *pass_fds],
             "session": bool(further[14]),
+            "follows": follows,
             "parent": os.getpid(),
             "ignored": [int(number) for number in STOPS if signal.getsignal(number) is signal.SIG_IGN],
             "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
@@ -183,6 +197,16 @@ def import_everything() -> None:
             importlib.import_module(module.name)
     for name in FURTHER:
         importlib.import_module(name)
+    compose = importlib.import_module("qvgen.config.compose").compose_plain
+    for verb, *files in COMPOSED:
+        compose(verb, files, resolve=False)
+    leaf_file = importlib.import_module("qvgen.config.leaf_file")
+    for group in importlib.import_module("qvgen.config.leaves").LEAF_GROUPS:
+        leaf_file.group_targets(group)
+    # A command may have other plug-ins on its path.
+    importlib.import_module("qvgen.config.plugins").find_plugins.cache_clear()
+    instances = importlib.import_module("hydra.core.singleton").Singleton._instances
+    instances.pop(importlib.import_module("hydra.core.plugins").Plugins)
     if (found := len(os.listdir("/proc/self/task"))) != threads:
         raise RuntimeError(
             f"{found} threads run after the imports, {threads} before: a fork would have only one of them"
@@ -263,6 +287,8 @@ def take_over(request: Request, files: Sequence[int]) -> None:
     """Give this process the session, files, streams, signals, folder, environment and path of its command."""
     if request["session"]:
         os.setsid()
+    if request["follows"]:
+        importlib.import_module(FOLLOWER).follow_parent()()
     spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _SPARE_FILE) for file in files]
     for file in files:
         os.close(file)

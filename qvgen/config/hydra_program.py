@@ -106,7 +106,7 @@ def run_job(command: Sequence[str], *, python_path: str, code_file: Path) -> int
     Ctrl-C does not reach it a second time, and it is asked to stop when this process dies.
     """
     environment = {**os.environ, "PYTHONPATH": python_path}
-    child = subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=_follow_parent())
+    child = subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=follow_parent())
     try:
         code = child.wait()
     except BaseException:
@@ -118,7 +118,7 @@ def run_job(command: Sequence[str], *, python_path: str, code_file: Path) -> int
     return code
 
 
-def _follow_parent() -> Callable[[], None] | None:
+def follow_parent() -> Callable[[], None] | None:
     """A function that a child calls before its command: it has the kernel ask it to stop when its parent dies."""
     if sys.platform != "linux":
         return None

@@ -18,6 +18,9 @@ from qvgen.config.conf_folder import FileState, conf_directory, user_directory
 from qvgen.config.plugins import find_plugins, plugin_targets
 from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same values ten times as fast, where PyYAML has libyaml: all files of a group are read to know their classes."""
+
 
 def leaf_names(group: str) -> list[str]:
     """Names of all files of a group that can be chosen: ours, those of plug-ins, and the command's own."""
@@ -107,7 +110,7 @@ def _is_users(group: str, name: str) -> bool:
 def _own_targets(group: str) -> tuple[str, ...]:
     named = []
     for path in sorted((conf_directory() / group).glob("*.yaml")):
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+        spec = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
         named += [spec["_target_"]] if isinstance(spec, dict) and "_target_" in spec else []
     return tuple(dict.fromkeys(named))
 

@@ -19,11 +19,15 @@ Left out: more than one digit, other starts, finer steps, longer clips: a few mi
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -254,10 +258,23 @@ class _SplitMix64:
 @lru_cache(maxsize=len(SPLITS))
 def _handwriting(split: str) -> tuple[Tensor, tuple[int, ...]]:
     """Read one split of scikit-learn's digits: ink float32 [n, 8, 8] in [0, 1], and n labels."""
-    # Imported here: scikit-learn takes a second to import and only this data needs it.
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    table = _digits()
     part = slice(0, TRAIN_IMAGES) if split == "train" else slice(TRAIN_IMAGES, None)
-    ink = torch.tensor(digits.images[part], dtype=torch.float32) / 16  # the set has 17 levels of ink, 0..16
-    return ink, tuple(int(label) for label in digits.target[part])
+    ink = (
+        torch.tensor(table[part, :-1], dtype=torch.float32).unflatten(1, (8, 8)) / 16
+    )  # the set has 17 levels of ink, 0..16
+    return ink, tuple(int(label) for label in table[part, -1])
+
+
+def _digits() -> np.ndarray:
+    """Scikit-learn's digits, float64 [1797, 65]: 64 pixels and the label.
+
+    They are read from the file that its ``load_digits`` reads: importing scikit-learn takes a second, in each process.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise RuntimeError(
+            "scikit-learn, whose digits the data set is made of, is not installed; pip install scikit-learn"
+        )
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt", encoding="utf-8") as file:
+        return np.loadtxt(file, delimiter=",")

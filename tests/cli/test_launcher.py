@@ -21,7 +21,7 @@ from qvgen.config.compose import expand_sweep
 from qvgen.config.flags import parse_flags
 from qvgen.config.hydra_program import run_job
 from qvgen.errors import UserError
-from tests.runs import SHORT, UNSEEN
+from tests.runs import SHORT, UNSEEN, shallow
 
 PLUGIN = Path(__file__).resolve().parents[1] / "launcher"
 BACKWARDS = "hydra/launcher=backwards"
@@ -38,7 +38,7 @@ def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_each_job_is_a_command_of_its_own_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     short = [word for word in SHORT if not word.startswith(("steps", "phi"))]
-    done = sweep(tmp_path, "ptq", "-m", "seed=1,2", "init=rtn", "run_dir=runs", *short, *UNSEEN, BACKWARDS)
+    done = sweep(tmp_path, "ptq", "-m", "seed=1,2", "init=rtn", "run_dir=runs", *short, *UNSEEN, *shallow(1), BACKWARDS)
     assert done.returncode == DONE, done.stderr
     reports = [json.loads((tmp_path / "runs" / f"seed-{seed}" / "report.json").read_text()) for seed in (1, 2)]
     assert [report["seed"] for report in reports] == [1, 2]

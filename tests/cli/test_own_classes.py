@@ -27,7 +27,7 @@ from qvgen.training import source_checksum
 from qvgen.training.distributed.launcher import worker_command
 from qvgen.training.source_checksum import foreign_sources
 from qvgen_kernels import get_backend, registry
-from tests.runs import UNSEEN, copy_until, packed_bytes, snapshot, train
+from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, snapshot, train
 
 SOURCE = """
 from pathlib import Path
@@ -229,7 +229,7 @@ def test_the_present_folder_is_searched_last_also_by_an_installed_command(mine: 
 def test_a_run_of_the_users_own_classes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One process and two give the same bytes; videos need the class's name again; changed source is another run."""
     own = [f"{group}._target_=mine.leaves.{LEAVES[group]}" for group in ("model", "data", "init")]
-    keys = (*own, *UNSEEN, "method=lsq", "steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9")
+    keys = (*own, *UNSEEN, *shallow(1), "method=lsq", "steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9")
     assert train(mine / "one", *keys) == DONE
     assert train(mine / "two", *keys, "devices=2", "strategy=ddp") == DONE
     assert packed_bytes(mine / "two") == packed_bytes(mine / "one")

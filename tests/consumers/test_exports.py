@@ -18,10 +18,10 @@ from torch import nn
 
 from qvgen.cli import DONE, main
 from tests.deploy.exporters.packed_models import save, svdquant, tiny_cogvideox, tiny_wan
-from tests.runs import UNSEEN, train
+from tests.runs import UNSEEN, shallow, train
 
 CASES = {
-    "trained": ("comfy", ["convrot_w4a4"], 36),
+    "trained": ("comfy", ["convrot_w4a4"], 16),
     "convrot w4a8": ("comfy", ["convrot_w4a4"], 10),
     "int8 w3a8": ("int8", ["int8_tensorwise"], 10),
     "convrot w3a8": ("int8", ["int8_tensorwise"], 10),
@@ -30,7 +30,7 @@ CASES = {
 
 def test_comfy_kitchen_computes_the_packed_model(run_consumer: Any, tmp_path: Path) -> None:
     """From training, or PTQ, over the packed checkpoint and its export to the consumer: equal codes and outputs."""
-    words = ("profile=convrot", "bits=w4a4", "method=lsq", "steps=2", *UNSEEN)
+    words = ("profile=convrot", "bits=w4a4", "method=lsq", "steps=2", *UNSEEN, *shallow(1))
     assert train(tmp_path / "run", *words) == DONE
     paths = []
     for case, (target, _, _) in CASES.items():

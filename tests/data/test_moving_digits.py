@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from qvgen.data import moving_digits
 from qvgen.data.moving_digits import COLORS, DIGITS, MOTIONS, TRAIN_IMAGES, MovingDigits, caption_of
 
 SIZE, FRAMES, STEP = 16, 8, 4
@@ -71,3 +72,9 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 def test_index_outside_ends_a_loop() -> None:
     assert len(list(MovingDigits(length=3))) == 3
+
+
+def test_without_scikit_learn_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving_digits, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="scikit-learn, whose digits the data set is made of, is not installed"):
+        moving_digits._digits()

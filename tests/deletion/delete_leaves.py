@@ -59,6 +59,7 @@ def import_all() -> None:
 def look(choice: str, root: Path) -> None:
     """Raise unless everything works without the leaf."""
     import_all()
+    assert all(Path(str(sys.modules[name].__file__)).is_relative_to(root) for name in ("qvgen", "qvgen_kernels"))
     from qvgen.cli import main, verbs
     from qvgen.config.compose import compose_plain
     from qvgen.config.leaves import group_targets, leaf_names
@@ -111,11 +112,23 @@ def without(choice: str, root: Path) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+def forget_imported() -> None:
+    """Keep of what this process has imported the libraries alone: it may be a fork of one that had imported qvgen."""
+    if "qvgen" in sys.modules:
+        checkout = Path(str(sys.modules["qvgen"].__file__)).resolve().parents[1]
+        sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (checkout, checkout / "kernels")]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("qvgen", "qvgen_kernels", "tests")]:
+        library = getattr(sys.modules.pop(name), "_library", None)
+        if library is not None:
+            library._destroy()  # its operators are defined again
+
+
 def run(root: Path) -> int:
     """Look at all leaves; 0 if nothing missed any of them."""
+    forget_imported()
     os.chdir(root)
     sys.path[:0] = [str(root), str(root / "kernels")]
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = False  # else each process compiles all modules again
     for library in (
         "diffusers",
         "lightning",

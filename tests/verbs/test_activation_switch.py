@@ -16,7 +16,7 @@ SWITCH = ("bits=w4a4", "activation_switch.widths=[4,8]", "activation_switch.delt
 
 
 def test_a_ptq_checkpoint_switches_and_says_how_often(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = [key for key in SHORT if not key.startswith(("steps", "phi", "model.num"))]
+    keys = [*(key for key in SHORT if not key.startswith(("steps", "phi", "model.num"))), *shallow(2)]
     steps = "model.num_inference_steps=8"
     assert main(["ptq", *keys, *SWITCH, steps, "init=dvd_quant", f"run_dir={tmp_path / 'run'}"]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
-from tests.runs import SHORT, packed_bytes, shallow, train
+from tests.runs import SHORT, UNSEEN, packed_bytes, shallow, train
 
 QUICK = ("init=vidit_q_mp", "init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=2", "calibration.videos=1",
          "calibration.steps=2")  # fmt: skip
@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def ptq(run_dir: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi"))]
-    return main(["ptq", *keys, *QUICK, *shallow(1), f"run_dir={run_dir}", *overrides])
+    return main(["ptq", *keys, *QUICK, *UNSEEN, *shallow(1), f"run_dir={run_dir}", *overrides])
 
 
 def test_a_run_holds_table_allocation_and_heat_maps(

@@ -22,7 +22,7 @@ from qvgen.training.student import Measured, fold_student, start_student
 from qvgen.verbs._inputs import open_inputs
 from qvgen.verbs._parts import named_family, packed_record, ptq_method, sampled_teacher, student_design
 from tests.parts import prepared
-from tests.runs import SHORT, copy_until, packed_bytes, shallow, train, train_config
+from tests.runs import SHORT, UNSEEN, copy_until, packed_bytes, shallow, train, train_config
 
 INITIALIZERS = leaf_names("init")
 
@@ -38,7 +38,9 @@ test_activation_switch.py (svdquant), test_mixed_precision.py (vidit_q_mp), belo
 
 def ptq(run_dir: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi"))]
-    return main(["ptq", *keys, "calibration.videos=2", "calibration.steps=3", f"run_dir={run_dir}", *overrides])
+    return main(
+        ["ptq", *keys, "calibration.videos=2", "calibration.steps=3", f"run_dir={run_dir}", *UNSEEN, *overrides]
+    )
 
 
 @pytest.mark.parametrize("name", INITIALIZERS)

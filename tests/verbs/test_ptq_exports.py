@@ -18,7 +18,7 @@ from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import UserError
 from qvgen.layers.swap import packed_layers
 from tests.models.hub_folders import TEXT_SIZE, make_cogvideox_folder, make_wan_folder
-from tests.runs import SHORT, UNSEEN
+from tests.runs import SHORT, UNSEEN, shallow
 from tests.verbs.test_hub_models import tiny_keys
 
 
@@ -134,7 +134,7 @@ def test_a_dry_run_says_where_exports_go(wan: Path, tmp_path: Path, capsys: pyte
 
 
 def test_training_exports_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = [*SHORT, *UNSEEN, "steps=1", "method=lsq", "evaluation.samples=2"]
+    short = [*SHORT, *UNSEEN, "steps=1", "method=lsq", "evaluation.samples=2", *shallow(1)]
     assert main(["train", *short, "bits=w4a8", "export=hub", "export.repo=me/tiny", f"run_dir={tmp_path / 'run'}"]) == 0
     folder = tmp_path / "run" / "exported" / "hub"
     text, report = (folder / "README.md").read_text(), json.loads((tmp_path / "run" / "report.json").read_text())

@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[Any, str]] = {
 
 def keys(name: str, folder: Path, tmp_path: Path, *more: str) -> list[str]:
     return [
-        *tiny_keys(name, folder), "logger=csv", "bits=w4a6", "evaluation.samples=4", "evaluation.videos=1",
+        *tiny_keys(name, folder), "logger=csv", "bits=w4a6", "evaluation.samples=4", "evaluation.videos=0",
         "evaluation.quality_videos=1", "calibration.videos=2", "calibration.steps=3",
         f"calibration.cache={tmp_path / 'statistics'}", f"data.cache={tmp_path / 'cache'}", *more,
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_prompts_of_a_file_are_those_of_a_list_and_clips_change_no_weight(tmp_pa
     folder = make_wan_folder(tmp_path / "model")
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n\n  two boats \n", encoding="utf-8")
-    common = keys("wan", folder, tmp_path, "init=vidit_q", "evaluation.videos=0")
+    common = keys("wan", folder, tmp_path, "init=smoothquant")
     clips = write_clips(tmp_path / "clips", fps=16)
     unmeasured = "evaluation.samples=0"
     runs = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import read_manifest
-from tests.runs import SHORT, copy_until, packed_bytes, shallow, train
+from tests.runs import SHORT, UNSEEN, copy_until, packed_bytes, shallow, train
 
 STEPS = 4
 STATIC = ("init=static", "init.alpha=0.5", "bits=8", f"model.num_inference_steps={STEPS}", "calibration.videos=1")
@@ -19,7 +19,9 @@ STATIC = ("init=static", "init.alpha=0.5", "bits=8", f"model.num_inference_steps
 
 def ptq(run_dir: Path, cache: Path, *overrides: str) -> int:
     keys = [key for key in SHORT if not key.startswith(("steps", "phi", "model.num"))]
-    return main(["ptq", *keys, *STATIC, *shallow(1), f"calibration.cache={cache}", f"run_dir={run_dir}", *overrides])
+    return main(
+        ["ptq", *keys, *STATIC, *UNSEEN, *shallow(1), f"calibration.cache={cache}", f"run_dir={run_dir}", *overrides]
+    )
 
 
 def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,9 +60,9 @@ def test_training_starts_from_the_tables_and_learns_them(tmp_path: Path) -> None
     keys = (*STATIC, f"calibration.cache={tmp_path / 'cache'}", "steps=6", "phi.ranks=[2]", "checkpoint.every_steps=2")
     keys += shallow(1)
     first, again = tmp_path / "first", tmp_path / "again"
-    assert train(first, *keys, "evaluation.videos=1") == 0
+    assert train(first, *keys, *UNSEEN) == 0
     copy_until(first, again, step=2)
-    assert train(again, *keys, "evaluation.videos=1", "resume=true") == 0
+    assert train(again, *keys, *UNSEEN, "resume=true") == 0
     assert packed_bytes(again) == packed_bytes(first)
     report = json.loads((first / "report.json").read_text())
     assert report["packed_vs_fake_max_abs"] == 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import INTERRUPTED, main
+from tests.runs import shallow
 from tests.stops import run_stopped
 
 SHORT = (
@@ -22,7 +23,7 @@ def test_every_cell_is_a_run_and_its_row_has_the_figures_of_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = ["profiles=[svdq_g64,paper]", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}"]
-    keys = [*cells, *SHORT, f"out={tmp_path / 'results'}"]
+    keys = [*cells, *SHORT, *shallow(1), f"out={tmp_path / 'results'}"]
     assert main(["benchmark", "profiles", *keys, "dry_run=true"]) == 0
     assert "profiles on tiny: 2 runs of qvgen train (svdq_g64, paper)" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
