@@ -111,28 +111,18 @@ def _read_and_run(verb: str, arguments: list[str], *, show: bool) -> int:
 def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) -> int:
     """Check all jobs, then run them one after another; return the worst exit code."""
     from qvgen.config.build import check, group_sweep
-    from qvgen.config.compose import compose_plain, expand_sweep
+    from qvgen.config.compose import compose_job, expand_sweep
+    from qvgen.config.device_choice import check_presence
     from qvgen.config.run_exports import with_profile
-    from qvgen.config.sweep import folder_of_job, separate_folders
+    from qvgen.config.sweep import separate_folders
+    from qvgen.config.visible_gpus import only_gpus
 
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     jobs = [with_profile(verb, job) for job in expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))]
     if about:
-        if not flags.shell_completion:
-            for job in jobs:
-                if job or flags.config_dir:  # nothing can be wrong where nothing was written
-                    compose_plain(verb, job, resolve=False)
-        if flags.help:
-            from qvgen.config.help_page import help_page
-
-            print(help_page(verb, jobs[0], header=verbs()[verb]))
-            return DONE
-        from qvgen.config.hydra_program import answer
-
-        own_flags = [argument for argument in arguments if argument not in flags.overrides]
-        answer(verb, [*own_flags, *with_profile(verb, flags.overrides)])
-        return DONE
-    plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
+        return _answer(verb, arguments, flags, jobs)
+    composed = [compose_job(verb, job) for job in jobs]
+    plains, choices = separate_folders(verb, [plain for plain, _ in composed], jobs), [choice for _, choice in composed]
     if len(jobs) > 1:
         group_sweep(plains)
     launched_world.check_world(plains)
@@ -150,8 +140,57 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         logging.getLogger(__name__).info(world.label)
     if flags.launcher and (codes := _launch(verb, flags, jobs, plains)):
         return _after_jobs(verb, plains, codes, show=show)
+    with only_gpus(check_presence(plains, choices)):
+        lines = [None if choice is None else choice.line for choice in choices]
+        codes = _run_here(verb, flags, jobs, plains, lines=lines, show=show)
+    return _after_jobs(verb, plains, codes, show=show)
+
+
+def _answer(verb: str, arguments: Sequence[str], flags: Namespace, jobs: Sequence[Sequence[str]]) -> int:
+    """Show what is asked about a verb, its options or its configuration."""
+    from qvgen.config.compose import compose_plain
+    from qvgen.config.run_exports import with_profile
+
+    if not flags.shell_completion:
+        for job in jobs:
+            if job or flags.config_dir:  # nothing can be wrong where nothing was written
+                compose_plain(verb, job, resolve=False)
+    if flags.help:
+        from qvgen.config.help_page import help_page
+
+        print(help_page(verb, jobs[0], header=verbs()[verb]))
+        return DONE
+    from qvgen.config.hydra_program import answer
+
+    own_flags = [argument for argument in arguments if argument not in flags.overrides]
+    answer(verb, [*own_flags, *with_profile(verb, flags.overrides)])
+    return DONE
+
+
+def _run_here(
+    verb: str,
+    flags: Namespace,
+    jobs: Sequence[Sequence[str]],
+    plains: Sequence[dict[str, Any]],
+    *,
+    lines: Sequence[str | None],
+    show: bool,
+) -> list[int]:
+    """Run jobs one after another in this process, until one is stopped; their exit codes.
+
+    Args:
+        verb: Their verb.
+        flags: Of the command.
+        jobs: Overrides of each.
+        plains: Configuration of each.
+        lines: What each chose by itself, said when it begins and differs from the job before.
+        show: Show the traceback of an error.
+    """
+    from qvgen.config.sweep import folder_of_job
+
     run = import_verb(verb).run
-    folder, codes = ["--config-dir", flags.config_dir] if flags.config_dir else [], []
+    codes: list[int] = []
+    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
     commands = [
         command_line(verb, [*folder, *job], changes=folder_of_job(verb, plain))
         for plain, job in zip(plains, jobs, strict=True)
@@ -161,10 +200,12 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         stop_request.note()
         stop_request.continue_with(folder_of_job(verb, plain) if len(jobs) > 1 else None, how="start again")
         stop_request.not_begun(commands[index + 1 :])
+        if lines[index] is not None and lines[index] not in lines[max(0, index - 1) : index]:
+            logging.getLogger(__name__).info(lines[index])
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break
-    return _after_jobs(verb, plains, codes, show=show)
+    return codes
 
 
 def _launch(

@@ -20,13 +20,14 @@ from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
+from qvgen.verbs._strategy import settle_strategy
 
 
 def run(config: TrainConfig) -> int | None:
     """Do the whole way of one run.
 
     Returns:
-        The exit code of a dry run that does not fit; None otherwise.
+        The exit code of a dry run that does not fit, or of a run with ``strategy=auto`` that fits nowhere; None otherwise.
     """
     if config.method.trains == "nothing":
         raise ValueError(f"method={config.names.method} trains nothing; use qvgen ptq with the same keys")
@@ -53,6 +54,9 @@ def run(config: TrainConfig) -> int | None:
         train_autoencoder(config)
         return None
     student = _checked_student(config) if config.method.quantizes else None
+    config, counter, refusal = settle_strategy(config, student)
+    if refusal is not None:
+        return refusal
     if config.dry_run:
         plan = plan_training(
             training_run(config),
@@ -61,6 +65,7 @@ def run(config: TrainConfig) -> int | None:
             checkpoints_kept=config.checkpoint.keep,
             num_clips=config.data.num_clips(),
             student=student,
+            counter=counter,
         )
         world = launched_world.current()
         kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
@@ -69,7 +74,7 @@ def run(config: TrainConfig) -> int | None:
         for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
             print(line)
         return None if plan.can_run else DOES_NOT_FIT
-    del student
+    del student, counter
     if config.method.quantizes:
         from qvgen.verbs._quantize import quantize
 

@@ -184,6 +184,12 @@ class MemoryCounter:
         self._counts: dict[StepSettings, StepCount] = {}
         self._teachers: dict[torch.dtype, nn.Module] = {}
 
+    def of_run(self, run: TrainingRun) -> MemoryCounter:
+        """The same counts for a run that differs in its strategy alone."""
+        other = MemoryCounter(run, self.student)
+        other._counts, other._teachers = self._counts, self._teachers
+        return other
+
     def count(self, settings: StepSettings) -> StepCount:
         """The micro-batch."""
         if settings not in self._counts:

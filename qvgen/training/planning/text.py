@@ -30,7 +30,7 @@ def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
         *_memory(plan),
         *_work(plan),
         *_disk(plan),
-        *_verdict(plan),
+        *verdict(plan),
     ]
 
 
@@ -202,7 +202,8 @@ def _disk(plan: TrainingPlan) -> list[str]:
     return lines
 
 
-def _verdict(plan: TrainingPlan) -> list[str]:
+def verdict(plan: TrainingPlan) -> list[str]:
+    """Whether it fits, and what would make it fit."""
     usable = f"{format_bytes(plan.device.usable_bytes)} ({USABLE_SHARE:.0%} of {format_bytes(plan.device.nbytes)})"
     host = []
     if plan.host_is_short:

@@ -6,7 +6,6 @@ tensors that nobody computes. docs/planning.md says how each number is got and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +164,7 @@ def plan_training(
     checkpoints_kept: int = 2,
     num_clips: int | None = None,
     student: Prepared | None = None,
+    counter: MemoryCounter | None = None,
 ) -> TrainingPlan:
     """Plan a run; reads no weights and writes nothing.
 
@@ -175,6 +175,7 @@ def plan_training(
         checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
+        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`, which has counted it; None: it is counted.
 
     Raises:
         ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
@@ -184,8 +185,8 @@ def plan_training(
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
-    settings = _settings(run, device, size=size)
-    counter = MemoryCounter(run, prepared)
+    settings = step_settings(run, device)
+    counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
@@ -229,9 +230,9 @@ def _files(run: TrainingRun, counter: MemoryCounter, *, checkpoints_kept: int) -
     )
 
 
-def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> StepSettings:
-    """What one of the run's micro-batches depends on, for clips of a size."""
-    own = {key: value for key, value in size.items() if value != getattr(run.model.family, key)}
+def step_settings(run: TrainingRun, device: Device) -> StepSettings:
+    """What one of the run's micro-batches depends on, for its largest clips."""
+    own = {key: value for key, value in clip_size(run).items() if value != getattr(run.model.family, key)}
     return StepSettings(
         micro_batch=run.steps.batch.micro_batch_size,
         gradient_checkpointing=run.strategy.gradient_checkpointing,
