@@ -121,7 +121,9 @@ def _checked_list(written: Sequence[Any]) -> tuple[int, ...]:
     return numbers
 
 
-def check_presence(plains: Sequence[Mapping[str, Any]], choices: Sequence[DeviceChoice | None]) -> tuple[int, ...] | None:
+def check_presence(
+    plains: Sequence[Mapping[str, Any]], choices: Sequence[DeviceChoice | None]
+) -> tuple[int, ...] | None:
     """The GPUs that all jobs of a command train on here, None: those that are visible.
 
     Raises:
@@ -132,8 +134,11 @@ def check_presence(plains: Sequence[Mapping[str, Any]], choices: Sequence[Device
         raise UserError("the jobs of one command train on the same GPUs; start those with another list by themselves")
     gpus = found.pop() if found else None
     for plain, choice in zip(plains, choices, strict=True):
-        is_here = choice is not None and gpus is None and launched_world.current() is None and not plain.get("dry_run")
-        if is_here and choice.number > 1 and 0 < visible_gpus.count_gpus() < choice.number:
+        if choice is None or gpus is not None or launched_world.current() is not None or plain.get("dry_run"):
+            continue
+        if choice.number > 1 and 0 < visible_gpus.count_gpus() < choice.number:
             began = f", as the run in {plain['run_dir']} began" if choice.line else ""
-            raise UserError(f"devices={choice.number}{began}: {visible_gpus.describe_gpus()}, and each process needs one")
+            raise UserError(
+                f"devices={choice.number}{began}: {visible_gpus.describe_gpus()}, and each process needs one"
+            )
     return gpus

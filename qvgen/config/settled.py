@@ -73,7 +73,7 @@ def _alone(config: DictConfig) -> str | None:
     if config.strategy.name == "single":
         return "strategy=single is one process"
     target = str(config.method.get("_target_"))
-    if target.partition(".")[0] in OWN_PACKAGES:
-        if getattr(find_class(target, key="method", is_users=False), "trains", None) == "autoencoder":
-            return f"{target.rpartition('.')[2]} trains in one process"
+    is_ours = target.partition(".")[0] in OWN_PACKAGES
+    if is_ours and getattr(find_class(target, key="method", is_users=False), "trains", None) == "autoencoder":
+        return f"{target.rpartition('.')[2]} trains in one process"
     return one_process_reason(gradients=config.optim.gradients, masters=config.optim.masters)

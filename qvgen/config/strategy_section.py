@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from qvgen.config.value_range import Range, check_ranges
 
-
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """What ``auto`` can stand for."""
 
@@ -47,8 +46,8 @@ class StrategyConfig:
         check_ranges(self, section="strategy")
         if self.shard_size is not None and self.name != "hsdp":
             raise ValueError(
-                f"strategy.shard_size={self.shard_size} is of strategy=hsdp, and strategy={self.name}; leave it out, or write "
-                "strategy=hsdp"
+                f"strategy.shard_size={self.shard_size} is of strategy=hsdp, and strategy={self.name}; leave it out, or "
+                "write strategy=hsdp"
             )
         if self.compile and self.gradient_checkpointing and self.keep_attention:
             raise ValueError(

@@ -137,9 +137,7 @@ def train_all(
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
     """A run's processes, as one of them sees them."""
-    return Processes(
-        rank=rank, world_size=run.devices, port=port, shards=run.shards, launched=launched_world.current()
-    )
+    return Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards, launched=launched_world.current())
 
 
 def train_share(

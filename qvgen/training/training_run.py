@@ -56,6 +56,11 @@ class TrainingRun:
         return self.steps.batch.devices
 
     @property
+    def node_devices(self) -> int:
+        """Processes of each machine."""
+        return self.devices // self.num_nodes
+
+    @property
     def is_sharded(self) -> bool:
         """Whether parameters are shared out over the devices; else every device holds all of them."""
         return self.shards > 1
@@ -63,7 +68,7 @@ class TrainingRun:
     @property
     def shards(self) -> int:
         """Over how many devices parameters are shared out; 1: every device holds all of them."""
-        return self.strategy.shards(devices=self.devices // self.num_nodes, nodes=self.num_nodes)
+        return self.strategy.shards(devices=self.node_devices, nodes=self.num_nodes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

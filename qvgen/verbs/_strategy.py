@@ -18,7 +18,9 @@ from qvgen.verbs._parts import training_run
 log = logging.getLogger(__name__)
 
 
-def settle_strategy(config: TrainConfig, student: Prepared | None) -> tuple[TrainConfig, MemoryCounter | None, int | None]:
+def settle_strategy(
+    config: TrainConfig, student: Prepared | None
+) -> tuple[TrainConfig, MemoryCounter | None, int | None]:
     """A configuration whose strategy has a name.
 
     Args:
@@ -32,7 +34,7 @@ def settle_strategy(config: TrainConfig, student: Prepared | None) -> tuple[Trai
         return config, None, None
     given = config.device_memory_gib if config.dry_run else None  # which describes another device for a plan alone
     run = training_run(config)
-    device = find_device(given, devices=config.devices)
+    device = find_device(given, devices=run.node_devices)
     choice = choose_strategy(run, device, student=student)
     log.info(choice.line)
     plain = {**config.plain, "strategy": {**config.plain["strategy"], "name": choice.strategy.name}}

@@ -161,7 +161,9 @@ def share_of(value: Tensor, *, like: DTensor) -> DTensor:
     """
     assert value.shape[0] == like.shape[0], f"{list(value.shape)} for {list(like.shape)}"
     group = shard_group(like)
-    rows = value[rows_of(value.shape[0], rank=distributed.get_rank(group), world_size=distributed.get_world_size(group))]
+    rows = value[
+        rows_of(value.shape[0], rank=distributed.get_rank(group), world_size=distributed.get_world_size(group))
+    ]
     return sharded_as(rows.to(device=like.to_local().device, copy=True), like=like)
 
 

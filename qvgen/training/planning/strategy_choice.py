@@ -1,9 +1,9 @@
 """``strategy=auto``: the first strategy whose plan fits, in the order of what it sends over the network.
 
-    single     one process
-    ddp        where every device holds everything; on a CPU always, whose processes share one memory anyway
-    hsdp       several nodes, and the devices of one hold a whole: blocks are gathered inside a node
-    fsdp       else; where it does not fit either, nothing does
+single     one process
+ddp        where every device holds everything; on a CPU always, whose processes share one memory anyway
+hsdp       several nodes, and the devices of one hold a whole: blocks are gathered inside a node
+fsdp       else; where it does not fit either, nothing does
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def choose_strategy(run: TrainingRun, device: Device, *, student: Prepared | Non
         return StrategyChoice(strategy=named(run.strategy, "single"), line="strategy=auto: single, one process")
     ddp = named(run.strategy, "ddp")
     if not device.on_gpu:
-        return StrategyChoice(strategy=ddp, line=f"strategy=auto: ddp, the {run.devices} processes share a CPU's memory")
+        return StrategyChoice(
+            strategy=ddp, line=f"strategy=auto: ddp, the {run.devices} processes share a CPU's memory"
+        )
     prepared, _ = student or build_student(run.model.rebuild(), run.design)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     counter, settings, found = MemoryCounter(run, prepared), step_settings(run, device), []

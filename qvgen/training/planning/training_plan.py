@@ -52,6 +52,7 @@ class Schedule:
         steps: Optimizer steps.
         batch_size: Samples per step, over all devices.
         devices: Processes.
+        nodes: Machines that they are on.
         micro_batches: Of each process per step.
         micro_batch: Samples that a process works on at once.
         phases: (rank of Phi, first step with it); rank 0 is the tail. Empty without Phi.
@@ -62,6 +63,7 @@ class Schedule:
     steps: int
     batch_size: int
     devices: int
+    nodes: int
     micro_batches: int
     micro_batch: int
     phases: tuple[tuple[int, int], ...]
@@ -175,12 +177,12 @@ def plan_training(
         checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
-        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`, which has counted it; None: it is counted.
+        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`, which counted it; None: it is counted.
 
     Raises:
         ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
     """
-    schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.devices)
+    schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     size = clip_size(run)
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
@@ -284,6 +286,7 @@ def _schedule(run: TrainingRun) -> Schedule:
         steps=num_steps,
         batch_size=batch.size,
         devices=batch.devices,
+        nodes=run.num_nodes,
         micro_batches=batch.num_micro_batches,
         micro_batch=batch.micro_batch_size,
         phases=() if changing is None else changing.phases,
