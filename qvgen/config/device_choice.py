@@ -37,7 +37,7 @@ class DeviceChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a number of processes has to divide.
+    """Samples and parts that a number of processes has to divide.
 
     Attributes:
         size: ``batch_size``.

@@ -177,10 +177,10 @@ def plan_training(
         checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
-        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`, which counted it; None: it is counted.
+        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`; None: it counts anew.
 
     Raises:
-        ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
+        ValueError: What the run itself would refuse.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     size = clip_size(run)
@@ -193,9 +193,8 @@ def plan_training(
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host = counter.host_parts(settings)
-    changes, needed = [], None
-    if total_bytes(memory) > device.usable_bytes:
-        changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
+    fits = total_bytes(memory) <= device.usable_bytes
+    changes, needed = ([], None) if fits else find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
         quantized=collapse(prepared, swapped.quantized),
         skipped=collapse(prepared, swapped.skipped),

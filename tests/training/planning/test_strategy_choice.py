@@ -14,7 +14,7 @@ from qvgen.training.training_run import TrainingRun
 from qvgen.verbs._parts import training_run
 from tests.runs import train_config
 
-SMALL = ("batch_size=8", "strategy=auto", "model.num_layers=1", "phi.rank=2")
+SMALL = ("batch_size=8", "strategy=auto", "model.num_layers=2", "phi.rank=2")
 
 
 def card(nbytes: float) -> Device:
