@@ -1,7 +1,7 @@
 """The benchmark ``strategies``: bytes on each device for every number of GPUs and nodes, by the plan of the model's recipe.
 
 Nothing is measured and no weight is read. A row is a world; its columns are the strategies. Micro-batches have the recipe's
-size, and worlds that do not divide its batch are left out.
+size, and worlds that do not divide its batch are left out. The method is ``qvgen`` unless one that trains is chosen.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.training.loss import freeze_the_rest_
@@ -33,7 +34,9 @@ def worlds_of(config: TrainConfig) -> list[tuple[int, int]]:
 
 def strategies_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per world."""
-    run, device = config.run, find_device(CARDS_GIB[-1], devices=1)
+    device, run = find_device(CARDS_GIB[-1], devices=1), replace(config.run, steps=config.run.steps or 100)
+    if run.method.trains == "nothing":
+        run = replace(run, method=load_leaf("method", "qvgen"))
     counter: MemoryCounter | None = None
     size = run.batch_size // (run.accumulate * run.world_size)  # samples that a device works on at once
     for nodes, devices in worlds_of(run):
