@@ -98,7 +98,11 @@ def test_commands_have_one_form_which_the_first_page_explains() -> None:
 )
 def test_make_demo_takes_two_processes_where_there_are_two_cores(given: tuple[str, ...], expected: str) -> None:
     done = subprocess.run(
-        ["make", "--no-print-directory", "-n", "demo", "GPUS=", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "demo", "GPUS=", *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1].split() == [".venv/bin/python", *expected.split()]
     on_gpus = subprocess.run(

@@ -16,7 +16,7 @@ def one_process_reason(*, gradients: str, masters: str) -> str | None:
 
 
 def refused_sharding(*, optim: OptimConfig, strategy: StrategyConfig) -> str | None:
-    """What keeps a model from being shared out over processes, in a line that says what to write; None: nothing."""
+    """The line that says why a model can't be shared out over processes, and what to write; None where it can."""
     shown = f"strategy={strategy.name}"
     for name in ("masters", "gradients"):
         if getattr(optim, name) == "bfloat16":

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from qvgen.config.value_range import Range, check_ranges
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
-"""What ``auto`` can stand for."""
+"""The strategies that ``auto`` can stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class StrategyConfig:
 
 
 def _good_size(devices: int, world: int) -> str:
-    """What to write in place of a size of groups that is none."""
+    """The words that name a good size in place of one that is none."""
     sizes = [size for size in range(2, world) if world % size == 0 and (devices % size == 0 or size % devices == 0)]
     inside = [size for size in sizes if size <= devices]
     return f"for example strategy.shard_size={(inside or sizes)[-1]}, or strategy=fsdp" if sizes else "strategy=fsdp"

@@ -135,7 +135,9 @@ def test_all_files_of_conf_compose() -> None:
         if file.parent.name == "export":  # a group of the verb of that name
             check("export", compose_plain("export", ["packed=packed", "out=out", f"export={file.stem}"]))
             continue
-        processes = {"fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}.get(file.stem, ["devices=1"])
+        processes = {"fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}.get(
+            file.stem, ["devices=1"]
+        )
         assert train(f"{file.parent.name}={file.stem}", *processes).bits.label == "3"
 
 

@@ -229,6 +229,15 @@ def test_what_was_chosen_is_said_once_a_job_begins(
     assert [number for number, _ in started] == [4, 4]
 
 
+def test_gpus_that_cuda_cannot_use_are_no_cpu(
+    machine: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    machine(2)
+    assert main(["train", *KEYS, "batch_size=4", f"run_dir={tmp_path / 'run'}"]) == BAD_INPUT
+    assert "2 GPUs are visible, and torch can't use them here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_verbs_stay_one_process(machine: Machine) -> None:
     machine(8)
     for verb in ("ptq", "benchmark"):

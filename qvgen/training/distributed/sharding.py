@@ -20,6 +20,7 @@ Left out: offloading to the host, tensor parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,8 +55,19 @@ def grouped_mesh(device_type: str, *, shards: int, node_rank: int) -> DeviceMesh
     """
     nodes: list[int] = [0] * distributed.get_world_size()
     distributed.all_gather_object(nodes, node_rank)
-    ordered = sorted(range(len(nodes)), key=lambda rank: (nodes[rank], rank))
-    return DeviceMesh(device_type, torch.tensor(ordered).reshape(-1, shards), mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh(
+        device_type, torch.tensor(by_node(nodes)).reshape(-1, shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def by_node(nodes: Sequence[int]) -> list[int]:
+    """Ranks, those of a node side by side, from the node of each rank.
+
+    Example:
+        >>> by_node([0, 1, 0, 1])
+        [0, 2, 1, 3]
+    """
+    return sorted(range(len(nodes)), key=lambda rank: (nodes[rank], rank))
 
 
 def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device) -> None:

@@ -171,7 +171,7 @@ def plan_training(
     """Plan a run; reads no weights and writes nothing.
 
     Args:
-        run: What is planned.
+        run: The run.
         device_memory_gib: Memory in GiB of each device that will train; None: this machine's.
         run_dir: The folder that the run will write to, which need not be there; its disk is looked at.
         checkpoints_kept: How many of the newest checkpoints are kept there.
@@ -179,8 +179,7 @@ def plan_training(
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
         counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`; None: it counts anew.
 
-    Raises:
-        ValueError: What the run itself would refuse.
+    Raises what the run itself would.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     size = clip_size(run)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from qvgen.cli import DONE, main
 from qvgen.training.meta_model import build_student
 from qvgen.training.planning.memory import USABLE_SHARE, Device, MemoryCounter
 from qvgen.training.planning.strategy_choice import StrategyChoice, choose_strategy
@@ -87,3 +90,15 @@ def test_a_group_shares_what_fsdp_shares_over_as_many() -> None:
     halves = run_of("devices=4", "strategy=hsdp", "strategy.shard_size=2")
     names = [part.name for part in plan_training(halves, device_memory_gib=1).memory]
     assert "student: float32 masters, 1/2" in names
+
+
+def test_the_table_of_a_model_has_the_bytes_of_its_plans(sizes: dict[int, int], tmp_path: Path) -> None:
+    words = ["model=tiny", "model.num_layers=2", "batch_size=8", "accumulate=8", "phi.rank=2", f"out={tmp_path}"]
+    assert main(["benchmark", "strategies", *words]) == DONE
+    rows = json.loads((tmp_path / "strategies-tiny.json").read_text())["rows"]
+    assert [(row["nodes"], row["devices"]) for row in rows] == [(1, 1), (1, 2), (1, 4), (1, 8)]
+    assert rows[2]["bytes"] == {"ddp": sizes[1], "fsdp": sizes[4]}
+    assert rows[0]["bytes"] == {"single": sizes[1]}
+    page = (tmp_path / "strategies-tiny.md").read_text()
+    assert "predicted, not measured" in page.splitlines()[0]
+    assert "| 1 x 2 | 1 | fsdp |" in page
