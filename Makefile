@@ -12,8 +12,10 @@ ARGS ?=
 # Two processes train the same bits as one (docs/reliability.md). The demo takes them where there are two cores, unless ARGS
 # says how many there shall be, or something that need not divide by two.
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# GPUs are all taken by devices=auto.
+GPUS ?= $(wildcard /dev/nvidiactl /dev/dxg)
 CHOSEN := $(strip $(foreach key,devices= strategy= batch_size= accumulate=,$(findstring $(key),$(ARGS))))
-TWO_PROCESSES = $(if $(CHOSEN)$(filter 1,$(CORES)),,devices=2 strategy=ddp)
+TWO_PROCESSES = $(if $(CHOSEN)$(GPUS)$(filter 1,$(CORES)),,devices=2 strategy=ddp)
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test lint venv shell docs reference peers mutants

@@ -20,7 +20,7 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -111,28 +111,20 @@ def _read_and_run(verb: str, arguments: list[str], *, show: bool) -> int:
 def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) -> int:
     """Check all jobs, then run them one after another; return the worst exit code."""
     from qvgen.config.build import check, group_sweep
-    from qvgen.config.compose import compose_plain, expand_sweep
+    from qvgen.config.compose import compose_job, expand_sweep
+    from qvgen.config.device_choice import check_presence
     from qvgen.config.run_exports import with_profile
-    from qvgen.config.sweep import folder_of_job, separate_folders
+    from qvgen.config.sweep import separate_folders
+    from qvgen.config.visible_gpus import only_gpus
+    from qvgen.verbs._other_ways import answer, launch
 
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     jobs = [with_profile(verb, job) for job in expand_sweep(flags.overrides, multirun=bool(flags.multirun or about))]
     if about:
-        if not flags.shell_completion:
-            for job in jobs:
-                if job or flags.config_dir:  # nothing can be wrong where nothing was written
-                    compose_plain(verb, job, resolve=False)
-        if flags.help:
-            from qvgen.config.help_page import help_page
-
-            print(help_page(verb, jobs[0], header=verbs()[verb]))
-            return DONE
-        from qvgen.config.hydra_program import answer
-
-        own_flags = [argument for argument in arguments if argument not in flags.overrides]
-        answer(verb, [*own_flags, *with_profile(verb, flags.overrides)])
+        answer(verb, arguments, flags, jobs, header=verbs()[verb])
         return DONE
-    plains = separate_folders(verb, [compose_plain(verb, job) for job in jobs], jobs)
+    composed = [compose_job(verb, job) for job in jobs]
+    plains, choices = separate_folders(verb, [plain for plain, _ in composed], jobs), [choice for _, choice in composed]
     if len(jobs) > 1:
         group_sweep(plains)
     launched_world.check_world(plains)
@@ -148,10 +140,32 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     _log_to_stderr()
     if world is not None and not any(plain["dry_run"] for plain in plains):
         logging.getLogger(__name__).info(world.label)
-    if flags.launcher and (codes := _launch(verb, flags, jobs, plains)):
-        return _after_jobs(verb, plains, codes, show=show)
+    if flags.launcher and (found := launch(verb, flags, jobs, plains)):
+        return _after_jobs(verb, plains, [code if code in _SEVERITY else BUG for code in found], show=show)
+    with only_gpus(check_presence(plains, choices)):
+        lines = [None if choice is None else choice.line for choice in choices]
+        codes = _run_here(verb, flags, jobs, plains, lines=lines, show=show)
+    return _after_jobs(verb, plains, codes, show=show)
+
+
+def _run_here(
+    verb: str,
+    flags: Namespace,
+    jobs: Sequence[Sequence[str]],
+    plains: Sequence[dict[str, Any]],
+    *,
+    lines: Sequence[str | None],
+    show: bool,
+) -> list[int]:
+    """Run jobs one after another in this process, until one is stopped; their exit codes.
+
+    Each of ``lines`` is what a job chose by itself, said when it begins unless the one before said the same.
+    """
+    from qvgen.config.sweep import folder_of_job
+
     run = import_verb(verb).run
-    folder, codes = ["--config-dir", flags.config_dir] if flags.config_dir else [], []
+    codes: list[int] = []
+    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
     commands = [
         command_line(verb, [*folder, *job], changes=folder_of_job(verb, plain))
         for plain, job in zip(plains, jobs, strict=True)
@@ -161,28 +175,12 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         stop_request.note()
         stop_request.continue_with(folder_of_job(verb, plain) if len(jobs) > 1 else None, how="start again")
         stop_request.not_begun(commands[index + 1 :])
+        if lines[index] is not None and lines[index] not in lines[max(0, index - 1) : index]:
+            logging.getLogger(__name__).info(lines[index])
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break
-    return _after_jobs(verb, plains, codes, show=show)
-
-
-def _launch(
-    verb: str, flags: Namespace, jobs: Sequence[Sequence[str]], plains: Sequence[Mapping[str, Any]]
-) -> list[int]:
-    """Run the jobs through the launcher that was asked for; their exit codes, none where it is the built-in one."""
-    from qvgen.config.hydra_program import launch, launcher_name
-    from qvgen.config.sweep import launch_folder, words_of_job
-
-    if launcher_name(flags.launcher) is None:
-        return []
-    folder = ["--config-dir", flags.config_dir] if flags.config_dir else []
-    commands = [[verb, *folder, *words_of_job(verb, job, plain)] for job, plain in zip(jobs, plains, strict=True)]
-    found = launch(verb, [*folder, *flags.overrides, *flags.launcher], commands, folder=launch_folder())
-    for number, code in enumerate(found):
-        if code is None:
-            print(f"qvgen {verb}: the launcher did not bring job {number} to its end", file=sys.stderr)
-    return [code if code in _SEVERITY else BUG for code in found]
+    return codes
 
 
 def _after_jobs(verb: str, plains: Sequence[dict[str, Any]], codes: list[int], *, show: bool) -> int:

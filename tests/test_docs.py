@@ -98,9 +98,17 @@ def test_commands_have_one_form_which_the_first_page_explains() -> None:
 )
 def test_make_demo_takes_two_processes_where_there_are_two_cores(given: tuple[str, ...], expected: str) -> None:
     done = subprocess.run(
-        ["make", "--no-print-directory", "-n", "demo", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "demo", "GPUS=", *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1].split() == [".venv/bin/python", *expected.split()]
+    on_gpus = subprocess.run(
+        ["make", "-n", "demo", "CORES=2", "GPUS=x"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert on_gpus.stdout.splitlines()[-1].split() == [".venv/bin/python", "train.py"]  # devices=auto
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "qvgen").exists(), reason="make venv has not made .venv here")

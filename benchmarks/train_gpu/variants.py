@@ -63,7 +63,15 @@ class Case:
 def configured(case: Case, variant: str) -> TrainConfig:
     """The run of a variant: one sample at a time; Phi starts at random, which costs no decomposition and steps the same."""
     words = ["data=moving_digits"] if case.model.startswith("tiny") else []
-    words += [f"model={case.model}", "bits=4", "batch_size=1", "steps=100", "logger=csv", "phi.start=random"]
+    words += [
+        f"model={case.model}",
+        "bits=4",
+        "batch_size=1",
+        "steps=100",
+        "logger=csv",
+        "phi.start=random",
+        "devices=1",
+    ]
     config: TrainConfig = build("train", compose_plain("train", [*words, *case.words]))
     return replace(config, method=load_leaf("method", METHODS[variant]))
 

@@ -42,6 +42,8 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         values["plain"] = dict(plain)
         if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
             values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}
+            if isinstance(values.get("strategy"), dict):
+                values["strategy"] = {"shard_size": None, **values["strategy"]}
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
     elif verb == "benchmark":

@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from qvgen.config.bits import Bits
 from qvgen.config.composition import choices_of, compose_known
 from qvgen.config.conf_folder import conf_directory, using_directory
+from qvgen.config.device_choice import DeviceChoice
 from qvgen.config.leaf_file import check_choice
 from qvgen.config.leaves import LEAF_GROUPS
 from qvgen.config.named_leaves import NAMED_GROUPS
@@ -31,6 +32,7 @@ from qvgen.config.prompt import without_files
 from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
 from qvgen.config.search_path import register_folders
+from qvgen.config.settled import settle_
 from qvgen.config.trainer_options import refuse_option
 from qvgen.errors import UserError, did_you_mean, one_line, unknown_key
 
@@ -101,6 +103,13 @@ def compose_plain(
     Raises:
         UserError: Anything wrong with an override.
     """
+    return compose_job(verb, overrides, extra_directory=extra_directory, resolve=resolve)[0]
+
+
+def compose_job(
+    verb: str, overrides: Sequence[str], *, extra_directory: Path | None = None, resolve: bool = True
+) -> tuple[dict[str, Any], DeviceChoice | None]:
+    """As :func:`compose_plain`, and how its number of processes was chosen, where the verb trains and it is resolved."""
     register_resolvers()
     register_folders()
     GlobalHydra.instance().clear()
@@ -109,10 +118,12 @@ def compose_plain(
         with using_directory(extra_directory), initialize_config_dir(version_base="1.3", config_dir=folder):
             written = [as_written(parse_override(text)) for text in overrides]
             config = _compose_checked(verb, written)
+            HydraConfig.instance().set_config(config)
+            choice = settle_(config) if resolve else None
             plain = _to_plain(config, overrides, resolve=resolve)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"cannot compose the configuration: {_cause(error)}") from error
-    return without_files(plain) if resolve else plain
+    return (without_files(plain) if resolve else plain), choice
 
 
 def group_options(verb: str) -> dict[str, list[str]]:
@@ -123,7 +134,6 @@ def group_options(verb: str) -> dict[str, list[str]]:
 
 
 def _to_plain(config: DictConfig, overrides: Sequence[str], *, resolve: bool) -> dict[str, Any]:
-    HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]
     if "bits" in config:

@@ -70,11 +70,6 @@ def current() -> LaunchedWorld | None:
     return _current
 
 
-def launched_devices() -> int:
-    """Processes of each node; 1 after a plain start."""
-    return 1 if _current is None else _current.local_size
-
-
 def launched_nodes() -> int:
     """Machines; 1 after a plain start."""
     return 1 if _current is None else _current.nodes

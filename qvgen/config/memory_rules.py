@@ -10,6 +10,28 @@ from qvgen.errors import UserError
 ONE_PROCESS = "its processes send gradients in the type of the weights"
 
 
+def one_process_reason(*, gradients: str, masters: str) -> str | None:
+    """Why a run with such types is one process, neither ``ddp`` nor sharded; None where it may be several."""
+    return None if gradients == masters else f"optim.gradients={gradients} is for one process with {masters} masters"
+
+
+def refused_sharding(*, optim: OptimConfig, strategy: StrategyConfig) -> str | None:
+    """The line that says why a model can't be shared out over processes, and what to write; None where it can."""
+    shown = f"strategy={strategy.name}"
+    for name in ("masters", "gradients"):
+        if getattr(optim, name) == "bfloat16":
+            return (
+                f"optim.{name}=bfloat16 and {shown}: FSDP2 shares out tensors of one type together, and scales are "
+                f"float32; write optim.{name}=float32, a share of which is smaller already, or strategy=ddp"
+            )
+    if strategy.teacher_offload:
+        return (
+            f"strategy.teacher_offload=true and {shown}: the teacher is shared out already, and FSDP2 gathers its "
+            "blocks from devices; leave one of them out"
+        )
+    return None
+
+
 def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: EmaConfig, trains: str | None) -> None:
     """Raise UserError for options that no run can have together.
 
@@ -19,21 +41,12 @@ def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: E
         ema: The average.
         trains: What the method trains (:data:`qvgen.methods.base.Trains`); None where the method is not built yet.
     """
-    for name in ("masters", "gradients"):
-        if getattr(optim, name) == "bfloat16" and strategy.name == "fsdp":
-            raise UserError(
-                f"optim.{name}=bfloat16 and strategy=fsdp: FSDP2 shares out tensors of one type together, and scales are "
-                f"float32; write optim.{name}=float32, a share of which is smaller already, or strategy=ddp"
-            )
-    if optim.gradients != optim.masters and strategy.name == "ddp":
+    if refusal := refused_sharding(optim=optim, strategy=strategy) if strategy.is_sharded else None:
+        raise UserError(refusal)
+    if strategy.name in ("ddp", "auto") and one_process_reason(gradients=optim.gradients, masters=optim.masters):
         raise UserError(
-            f"optim.gradients={optim.gradients} with optim.masters={optim.masters} and strategy=ddp: {ONE_PROCESS}; write "
-            f"optim.gradients={optim.masters}, or strategy=single"
-        )
-    if strategy.teacher_offload and strategy.name == "fsdp":
-        raise UserError(
-            "strategy.teacher_offload=true and strategy=fsdp: the teacher is shared out already, and FSDP2 gathers its "
-            "blocks from devices; leave one of them out"
+            f"optim.gradients={optim.gradients} with optim.masters={optim.masters} and strategy={strategy.name}: "
+            f"{ONE_PROCESS}; write optim.gradients={optim.masters}, or strategy=single"
         )
     if trains is None or trains == "student":
         return

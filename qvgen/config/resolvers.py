@@ -3,7 +3,7 @@
 ``${bits_label:w4a8}`` -> w4a8, ``${weight_bits:w4a8}`` -> 4, ``${activation_bits:w4a8}`` -> 8,
 ``${start_time:}`` -> 20260131-235959-123456, different for every job of a process, ``${model_data:wan}`` -> clips, the data
 that the model's recipe names, ``${micro_batches:64,8,1,1}`` -> 8, so many of 1 sample on each of 8 devices of 1 node are 64,
-``${launched_devices:}`` -> 1 and ``${launched_nodes:}`` -> 1, processes of a node and nodes that another launcher started,
+``${launched_nodes:}`` -> 1, nodes that another launcher started,
 ``${chosen:init}`` -> mse, the file that was chosen from the group, ``${chosen_targets:}`` -> [comfy], those of ``export=``.
 """
 
@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qvgen.config.bits import Bits
-from qvgen.config.launched_world import launched_devices, launched_nodes
+from qvgen.config.device_choice import Batch, choose_devices
+from qvgen.config.launched_world import launched_nodes
 from qvgen.config.leaf_file import leaf_content, leaf_names, leaf_target
 from qvgen.config.run_exports import chosen_targets
 
@@ -48,7 +49,12 @@ def _chosen(group: str, *, _root_: DictConfig) -> str | None:
 
 def _micro_batches(batch_size: Any, devices: Any, nodes: Any, size: Any) -> int:
     """Micro-batches of a device per optimizer step; 1 where nothing says how large they may be, or they don't divide."""
-    return max(1, int(batch_size) // (int(devices) * int(nodes) * int(size))) if size is not None else 1
+    if size is None:
+        return 1
+    if not isinstance(devices, int):  # shown as it is written (--cfg job --resolve); a run has settled it before
+        batch = Batch(size=int(batch_size), parts=int(nodes))
+        devices = choose_devices(devices, batch=lambda: batch, alone=lambda: None).number
+    return max(1, int(batch_size) // (int(devices) * int(nodes) * int(size)))
 
 
 def _chosen_targets() -> list[str] | None:
@@ -64,7 +70,6 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "model_data": _model_data,
     "chosen": _chosen,
     "micro_batches": _micro_batches,
-    "launched_devices": launched_devices,
     "launched_nodes": launched_nodes,
     "chosen_targets": _chosen_targets,
 }

@@ -43,7 +43,7 @@ class TrainConfig:
         init: The PTQ method that chooses the first scales and zero points.
         data: The data set that is trained and measured on.
         optim: The optimizer and its schedule.
-        strategy: One process or several.
+        strategy: How processes share the work.
         logger: Where metrics go besides metrics.csv.
         export: Targets that the packed model is written for when it is done, to run_dir/exported/NAME: NAME or
             [NAME,NAME], files of conf/export; without ``profile`` the one that they execute is chosen.
@@ -52,7 +52,8 @@ class TrainConfig:
         steps: Optimizer steps; greater than 0, and 0 only where nothing is trained (method=ptq).
         batch_size: Samples per optimizer step, over all devices and micro-batches.
         accumulate: Micro-batches of each device per optimizer step; more of them take less memory.
-        devices: Processes of a node, one for each GPU: 1 unless written, or as many as torchrun or SLURM started.
+        devices: Processes of a node, one for each GPU. ``auto``: as many as torchrun or SLURM started, else all visible GPUs
+            or the most of them that divide the batch, and 1 without a GPU. A number, or a list of visible GPUs ([0,2]).
         num_nodes: Machines, each with ``devices`` processes that torchrun or SLURM starts: 1, or as many as they did.
         device_memory_gib: Memory in GiB of each device that will train, which the plan of dry_run=true counts with;
             None: this machine's.
@@ -124,13 +125,15 @@ class TrainConfig:
         )
         require(
             self.world_size == 1 or self.strategy.name != "single",
-            f"{self._world} needs more than one process; write {self._world.replace(' x ', ' ')} strategy=ddp",
+            f"{self._world} needs more than one process; write {self._world.replace(' x ', ' ')} strategy=auto",
         )
+        name = self.strategy.name
         require(
-            self.world_size > 1 or self.strategy.name != "fsdp",
-            "strategy=fsdp shares one model out over several devices, and devices=1; write devices=8 strategy=fsdp for "
+            self.world_size > 1 or not self.strategy.is_sharded,
+            f"strategy={name} shares one model out over several devices, and devices=1; write devices=8 strategy={name} for "
             "example, or strategy=single",
         )
+        self.strategy.shards(devices=self.devices, nodes=self.num_nodes)
         widths = self.activation_switch.widths
         require(
             widths is None or self.bits.activation in widths,

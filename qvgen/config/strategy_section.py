@@ -7,14 +7,20 @@ from typing import Annotated, Literal
 
 from qvgen.config.value_range import Range, check_ranges
 
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
+"""The strategies that ``auto`` can stand for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """How processes share the work, and what they give for memory.
 
     Attributes:
-        name: ``single``, ``ddp`` (every process holds everything) or ``fsdp`` (weights, gradients, moments and teacher are
-            shared out over the processes).
+        name: ``single``, ``ddp`` (every process holds everything), ``fsdp`` (weights, gradients, moments and teacher are
+            shared out over the processes), ``hsdp`` (shared out over the devices of a group, and each group holds
+            everything) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
+        shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
+            all devices of a node.
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
         keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
@@ -28,7 +34,8 @@ class StrategyConfig:
             of threads trains other bits.
     """
 
-    name: Literal["single", "ddp", "fsdp"]
+    name: Literal["auto", "single", "ddp", "fsdp", "hsdp"]
+    shard_size: Annotated[int | None, Range("> 0")]
     gradient_checkpointing: bool
     keep_attention: bool
     teacher_offload: bool
@@ -37,8 +44,63 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, section="strategy")
+        if self.shard_size is not None and self.name != "hsdp":
+            raise ValueError(
+                f"strategy.shard_size={self.shard_size} is of strategy=hsdp, and strategy={self.name}; leave it out, or "
+                "write strategy=hsdp"
+            )
         if self.compile and self.gradient_checkpointing and self.keep_attention:
             raise ValueError(
                 "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "
                 "leave one of them out"
             )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are shared out over processes; ``auto`` shares out nothing until a plan has chosen."""
+        return self.name in ("fsdp", "hsdp")
+
+    def shards(self, *, devices: int, nodes: int) -> int:
+        """Over how many processes parameters are shared out; 1: each holds all of them.
+
+        Args:
+            devices: Processes of a node.
+            nodes: Machines.
+
+        Raises:
+            ValueError: ``hsdp`` and no group of that size; the message says what to write.
+
+        Example:
+            >>> def shards(name, size, **world):
+            ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
+            ...         teacher_offload=False, compile=False, threads=1).shards(**world)
+            >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
+            [1, 32, 8, 2]
+        """
+        world = devices * nodes
+        if self.name != "hsdp":
+            return world if self.is_sharded else 1
+        size = devices if self.shard_size is None else self.shard_size
+        if nodes == 1 and self.shard_size is None:
+            raise ValueError(
+                f"strategy=hsdp shares a model out inside a node and repeats it over nodes, and num_nodes=1; write "
+                f"{_good_size(devices, world)}"
+            )
+        if not 1 < size < world:
+            which = "one process shares nothing" if size < 2 else "that is all of them, strategy=fsdp"
+            raise ValueError(
+                f"strategy=hsdp with groups of {size} of {world} processes: {which}; write {_good_size(devices, world)}"
+            )
+        if world % size or (devices % size and size % devices):
+            raise ValueError(
+                f"strategy.shard_size={size} neither divides the {devices} devices of a node nor is a multiple of them that "
+                f"divides all {world} processes; write {_good_size(devices, world)}"
+            )
+        return size
+
+
+def _good_size(devices: int, world: int) -> str:
+    """The words that name a good size in place of one that is none."""
+    sizes = [size for size in range(2, world) if world % size == 0 and (devices % size == 0 or size % devices == 0)]
+    inside = [size for size in sizes if size <= devices]
+    return f"for example strategy.shard_size={(inside or sizes)[-1]}, or strategy=fsdp" if sizes else "strategy=fsdp"

@@ -198,7 +198,8 @@ class BenchmarkConfig:
             steps), ``training`` (optimizer steps), ``training_ratios`` (what quantization adds to a step), ``kernels``
             (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of
             the transformer, bfloat16 and packed), ``profiles`` (quality of every profile), ``loading`` (of a packed
-            directory), ``svdq_accumulation`` (sums in half precision) or ``clips`` (where clips of inputs lose least).
+            directory), ``svdq_accumulation`` (sums in half precision), ``clips`` (where clips of inputs lose least) or
+            ``strategies`` (which strategy fits how many GPUs, planned).
         encoder: A text encoder that ``ptq`` measures in place of the model: ``minilm``, the one that `qvgen assets` fetches
             (model=minilm means the same), or the folder of a BertModel and its tokenizer. None: the model.
         methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N. None: all, those of

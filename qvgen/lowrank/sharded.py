@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard_group(tensor: DTensor) -> ProcessGroup:
+    """The processes that have a sharded tensor between them; there may be more such groups that have the same."""
+    place = next(place for place, placement in enumerate(tensor.placements) if placement.is_shard())
+    return tensor.device_mesh.get_group(place)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from qvgen.models.base import Encode, VideoDiT
 from qvgen.stop_request import Stopped
 from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
+from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.master_precision import narrow_masters_
@@ -107,8 +108,9 @@ class VideoTraining(OptimizerModule):
         if self._share_out is None:
             self._handles = add_gradients_by_block_(self.student)
             return
-        assert self.device_mesh is not None
-        self._share_out(self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ShardedStrategy)
+        self._share_out(strategy.sharing_mesh(), strategy.root_device)
 
     def teardown(self, stage: str) -> None:
         """Leave the student without the hooks of training."""

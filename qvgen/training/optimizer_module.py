@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from qvgen.config.sections import OptimConfig
+from qvgen.lowrank.sharded import shard_group
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.quant.precision import has_float64
 from qvgen.training.optim import build_optimizer
@@ -133,7 +134,7 @@ def gradient_norms(gradients: Sequence[Tensor], parts: Sequence[Sequence[int]]) 
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if sharded:
         assert len(sharded) == len(gradients), "some gradients are sharded and some are not"
-        distributed.all_reduce(squares, group=sharded[0].device_mesh.get_group())
+        distributed.all_reduce(squares, group=shard_group(sharded[0]))
     found = iter(squares.sqrt().float())
     return [next(found), *(next(found) if part else torch.zeros_like(squares[0]).float() for part in parts)]
 

@@ -85,7 +85,7 @@ def train_share(
     teacher: nn.Module | None,
     processes: Processes | None = None,
 ) -> int:
-    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks with strategy=fsdp.
+    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks where they are sharded.
 
     Returns:
         The optimizer step that training ended with.
@@ -191,6 +191,7 @@ def _callbacks(
 ) -> list[lightning.Callback]:
     """In order: signs of life; the method's schedule, before the step; average; metrics, the user's, checkpoint, videos."""
     num_steps, run_dir = run.steps.num_steps, output.run_dir
+    is_ddp = run.devices > 1 and not run.is_sharded
     schedule = run.design.schedule(num_steps)
     callbacks: list[lightning.Callback] = [Heartbeat()]
     if schedule is not None:
@@ -215,7 +216,7 @@ def _callbacks(
             run_dir / CHECKPOINT_DIRECTORY,
             config=output.checkpoint,
             num_steps=num_steps,
-            before=lambda step: videos is not None and run.strategy.name == "ddp" and videos.is_due(step),
+            before=lambda step: videos is not None and is_ddp and videos.is_due(step),
         ),
     ]
     return callbacks if videos is None else [*callbacks, videos]

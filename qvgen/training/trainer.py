@@ -55,15 +55,21 @@ class Processes:
         rank: This process.
         world_size: All processes; more than one trains by DDP, or FSDP2.
         port: Where they find each other.
-        sharded: Share parameters, gradients and moments out over them (FSDP2).
+        shards: Over how many of them parameters, gradients and moments are shared out (FSDP2): groups of so many hold a
+            whole each; 1: each process holds all.
         launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
     """
 
     rank: int = 0
     world_size: int = 1
     port: int = 0
-    sharded: bool = False
+    shards: int = 1
     launched: LaunchedWorld | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds a whole model."""
+        return self.shards > 1
 
     @property
     def num_nodes(self) -> int:
@@ -141,6 +147,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
             timeout=COLLECTIVE_TIMEOUT,
         )
         strategy.cluster_environment = cluster  # no argument of it
+        strategy.shards, strategy.node_rank = processes.shards, cluster.node_rank()
         return strategy
     return DataParallel(
         cluster_environment=cluster,

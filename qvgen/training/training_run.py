@@ -31,7 +31,9 @@ class TrainingRun:
         model: The model. A plan rebuilds it for every size of clips that it tries.
         design: The student's layers, and the method that trains them.
         steps: The optimizer steps.
-        strategy: How processes share the work.
+        strategy: How processes share the work; ``auto`` as ``single`` or ``ddp``, unless a plan has chosen another
+            (:func:`qvgen.training.planning.strategy_choice.choose_strategy`).
+        num_nodes: Machines, each with as many of the processes.
         ema: The average of the student; none by default.
         data: The data. None, for a plan alone: clips of the model's own size, without a cache.
     """
@@ -42,6 +44,11 @@ class TrainingRun:
     strategy: StrategyConfig
     ema: EmaConfig = NO_AVERAGE
     data: DataSource | None = None
+    num_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.devices % self.num_nodes == 0, f"{self.devices} processes on {self.num_nodes} nodes"
+        assert self.shards  # a ValueError says why there is no such group
 
     @property
     def devices(self) -> int:
@@ -49,14 +56,19 @@ class TrainingRun:
         return self.steps.batch.devices
 
     @property
+    def node_devices(self) -> int:
+        """Processes of each machine."""
+        return self.devices // self.num_nodes
+
+    @property
     def is_sharded(self) -> bool:
         """Whether parameters are shared out over the devices; else every device holds all of them."""
-        return self.strategy.name == "fsdp"
+        return self.shards > 1
 
     @property
     def shards(self) -> int:
         """Over how many devices parameters are shared out; 1: every device holds all of them."""
-        return self.devices if self.is_sharded else 1
+        return self.strategy.shards(devices=self.node_devices, nodes=self.num_nodes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -105,6 +105,4 @@ def _write_settings(run_dir: Path, settings: Mapping[str, Any]) -> Path:
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
     """A run's processes, as one of them sees them."""
-    return Processes(
-        rank=rank, world_size=run.devices, port=port, sharded=run.is_sharded, launched=launched_world.current()
-    )
+    return Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards, launched=launched_world.current())

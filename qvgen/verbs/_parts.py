@@ -65,6 +65,7 @@ def training_run(config: TrainConfig) -> TrainingRun:
         strategy=config.strategy,
         ema=config.ema,
         data=config.data,
+        num_nodes=config.num_nodes,
     )
 
 

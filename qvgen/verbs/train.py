@@ -14,19 +14,21 @@ from qvgen.training.loss import check_loss, freeze_the_rest_
 from qvgen.training.master_precision import check_masters
 from qvgen.training.meta_model import Prepared
 from qvgen.training.optim import check_optimizer
+from qvgen.training.planning.memory import MemoryCounter
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
+from qvgen.verbs._strategy import settle_strategy
 
 
 def run(config: TrainConfig) -> int | None:
     """Do the whole way of one run.
 
     Returns:
-        The exit code of a dry run that does not fit; None otherwise.
+        The exit code of a dry run that does not fit, or of a run with ``strategy=auto`` that fits nowhere; None otherwise.
     """
     if config.method.trains == "nothing":
         raise ValueError(f"method={config.names.method} trains nothing; use qvgen ptq with the same keys")
@@ -53,23 +55,12 @@ def run(config: TrainConfig) -> int | None:
         train_autoencoder(config)
         return None
     student = _checked_student(config) if config.method.quantizes else None
+    config, counter, refusal = settle_strategy(config, student)
+    if refusal is not None:
+        return refusal
     if config.dry_run:
-        plan = plan_training(
-            training_run(config),
-            device_memory_gib=config.device_memory_gib,
-            run_dir=config.run_dir,
-            checkpoints_kept=config.checkpoint.keep,
-            num_clips=config.data.num_clips(),
-            student=student,
-        )
-        world = launched_world.current()
-        kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
-        plan_lines = format_plan(plan, title=title(config))
-        started = [] if world is None else [world.label]
-        for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
-            print(line)
-        return None if plan.can_run else DOES_NOT_FIT
-    del student
+        return _print_plan(config, student, counter)
+    del student, counter
     if config.method.quantizes:
         from qvgen.verbs._quantize import quantize
 
@@ -80,6 +71,26 @@ def run(config: TrainConfig) -> int | None:
 
     pretrain(config)
     return None
+
+
+def _print_plan(config: TrainConfig, student: Prepared | None, counter: MemoryCounter | None) -> int | None:
+    """Say what the run will do and take; the exit code where it does not fit."""
+    plan = plan_training(
+        training_run(config),
+        device_memory_gib=config.device_memory_gib,
+        run_dir=config.run_dir,
+        checkpoints_kept=config.checkpoint.keep,
+        num_clips=config.data.num_clips(),
+        student=student,
+        counter=counter,
+    )
+    world = launched_world.current()
+    kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
+    plan_lines = format_plan(plan, title=title(config))
+    started = [] if world is None else [world.label]
+    for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
+        print(line)
+    return None if plan.can_run else DOES_NOT_FIT
 
 
 def _checked_student(config: TrainConfig) -> Prepared | None:

@@ -148,7 +148,8 @@ def test_a_training_without_data_is_refused(tmp_path: Path) -> None:
 def test_sections_have_the_defaults_of_the_command_line() -> None:
     config = train_config()  # of a few steps: `phi.rank` and numbers of the evaluation are given there
     for name in SECTIONS:
-        given = {"optim": {"learning_rate": 2e-3}, "phi": {"rank": 4}}.get(name, {})
+        settled = {"strategy": {"name": "single"}}  # a command's auto, of one process
+        given = {"optim": {"learning_rate": 2e-3}, "phi": {"rank": 4}, **settled}.get(name, {})
         if name != "evaluation":
             assert load_section(name, **given) == getattr(config, name), name
     assert load_section("evaluation", samples=7).quality_videos == 7

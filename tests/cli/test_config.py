@@ -91,7 +91,7 @@ def test_jobs_started_together_get_different_folders() -> None:
         ("dry_run=1", "dry_run=1 is not true or false"),
         ("optim.learning_rate=-1e-3", "optim.learning_rate=-0.001 must be greater than 0"),
         ("optim.betas=[0.9]", r"optim.betas=\[0.9\] has 1 entries; give 2"),
-        ("devices=2", "devices=2 needs more than one process; write devices=2 strategy=ddp"),
+        ("devices=2 strategy=single", "devices=2 needs more than one process; write devices=2 strategy=auto"),
         ("strategy=fsdp", "strategy=fsdp shares one model .*devices=8 strategy=fsdp .*or strategy=single"),
         ("batch_size=30 accumulate=4", "batch_size=30 cannot be divided by .*accumulate=4; .*batch_size=32"),
         ("batch_size=1 devices=2 strategy=ddp", "batch_size=1 cannot .*batch_size=2"),
@@ -135,8 +135,10 @@ def test_all_files_of_conf_compose() -> None:
         if file.parent.name == "export":  # a group of the verb of that name
             check("export", compose_plain("export", ["packed=packed", "out=out", f"export={file.stem}"]))
             continue
-        devices = 2 if file.stem == "fsdp" else 1
-        assert train(f"{file.parent.name}={file.stem}", f"devices={devices}").bits.label == "3"
+        processes = {"fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}.get(
+            file.stem, ["devices=1"]
+        )
+        assert train(f"{file.parent.name}={file.stem}", *processes).bits.label == "3"
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,29 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qvgen.lowrank.sharded import whole
-from qvgen.training.distributed.sharding import sharded_as, share_of
+from qvgen.training.distributed.sharding import grouped_mesh, sharded_as, share_of
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Data parallel over sharded parameters; arguments as Lightning's, ``data_parallel_size`` must be given."""
+    """Data parallel over sharded parameters; arguments as Lightning's, ``data_parallel_size`` must be given.
+
+    Attributes:
+        shards: Processes of a group that holds a whole model together; 0: all of them.
+        node_rank: The node of this process.
+    """
+
+    shards, node_rank = 0, 0
+
+    def sharing_mesh(self) -> DeviceMesh:
+        """Over which processes parameters are shared out: all, or groups that hold the same; a collective."""
+        if self.shards in (0, self.world_size):
+            assert self.device_mesh is not None
+            return self.device_mesh["data_parallel"]
+        return grouped_mesh(self.root_device.type, shards=self.shards, node_rank=self.node_rank)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

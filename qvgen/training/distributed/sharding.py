@@ -11,11 +11,16 @@ is a share, so whatever acts between optimizer steps sees shares alone (``reshar
 What is gathered has the parameters' own dtype: the quantizers' arithmetic needs the float32 masters, and a
 MixedPrecisionPolicy would hand them bfloat16.
 
-Left out: offloading to the host, shares inside a machine alone, tensor parallelism.
+With ``strategy=hsdp`` a group of processes shares the rows, and every group holds all of them: a unit is gathered inside
+the group alone, and its gradients are averaged inside the group and then, share by share, over the groups. R is the size of
+a group then.
+
+Left out: offloading to the host, tensor parallelism.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +32,42 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
-from qvgen.lowrank.sharded import whole, write_whole_
+from qvgen.lowrank.sharded import shard_group, whole, write_whole_
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """A transformer's blocks: the entries of the lists that are its direct children."""
     return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def grouped_mesh(device_type: str, *, shards: int, node_rank: int) -> DeviceMesh:
+    """Groups of processes that are as near to each other as they can be, beside groups of their like; a collective.
+
+    Ranks are ordered by node: a launcher may deal them out over the nodes in turn.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        shards: Processes of a group.
+        node_rank: The node of this process.
+
+    Returns:
+        Dimensions ``replicate`` (the same shares) and ``shard`` (of one whole).
+    """
+    nodes: list[int] = [0] * distributed.get_world_size()
+    distributed.all_gather_object(nodes, node_rank)
+    return DeviceMesh(
+        device_type, torch.tensor(by_node(nodes)).reshape(-1, shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def by_node(nodes: Sequence[int]) -> list[int]:
+    """Ranks, those of a node side by side, from the node of each rank.
+
+    Example:
+        >>> by_node([0, 1, 0, 1])
+        [0, 2, 1, 3]
+    """
+    return sorted(range(len(nodes)), key=lambda rank: (nodes[rank], rank))
 
 
 def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device) -> None:
@@ -137,8 +172,10 @@ def share_of(value: Tensor, *, like: DTensor) -> DTensor:
     Only the rows are read: ``value`` may be a file that is mapped to memory.
     """
     assert value.shape[0] == like.shape[0], f"{list(value.shape)} for {list(like.shape)}"
-    mesh = like.device_mesh
-    rows = value[rows_of(value.shape[0], rank=mesh.get_local_rank(), world_size=mesh.size())]
+    group = shard_group(like)
+    rows = value[
+        rows_of(value.shape[0], rank=distributed.get_rank(group), world_size=distributed.get_world_size(group))
+    ]
     return sharded_as(rows.to(device=like.to_local().device, copy=True), like=like)
 
 

@@ -184,6 +184,12 @@ class MemoryCounter:
         self._counts: dict[StepSettings, StepCount] = {}
         self._teachers: dict[torch.dtype, nn.Module] = {}
 
+    def of_run(self, run: TrainingRun) -> MemoryCounter:
+        """The same counts for a run that differs in its strategy alone."""
+        other = MemoryCounter(run, self.student)
+        other._counts, other._teachers = self._counts, self._teachers
+        return other
+
     def count(self, settings: StepSettings) -> StepCount:
         """The micro-batch."""
         if settings not in self._counts:
@@ -217,10 +223,10 @@ class MemoryCounter:
         return self.weight_bytes(settings, shards=shards, stored=stored) + self.count(settings).peak_bytes
 
     def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
-        """What all processes together keep on the host while they train."""
+        """What all processes of a node together keep on its host while they train."""
         found = self.stored.host_parts(self.student, teacher=self.teacher(settings.teacher_dtype))
-        copies = 1 if self.run.is_sharded else self.run.devices
-        return [MemoryPart(name=name, nbytes=copies * nbytes) for name, nbytes in found.items()]
+        devices, shards = self.run.node_devices, self.run.shards
+        return [MemoryPart(name=name, nbytes=devices * nbytes // shards) for name, nbytes in found.items()]
 
 
 def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
@@ -250,9 +256,9 @@ def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tup
 
 
 def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
-    """Most bytes of tensors on the host at once, over all processes.
+    """Most bytes of tensors on a host at once, over all processes of a node.
 
-    With strategy=fsdp only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
+    Where models are sharded only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
 
     Args:
         run: What is planned.
@@ -262,7 +268,7 @@ def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kep
     """
     preparation = preparation_bytes(run.model, run.design)
     if run.shards == 1:
-        return max(run.devices * preparation, kept_bytes)
+        return max(run.node_devices * preparation, kept_bytes)
     family = run.model.rebuild()
     teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])

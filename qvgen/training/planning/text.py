@@ -30,7 +30,7 @@ def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
         *_memory(plan),
         *_work(plan),
         *_disk(plan),
-        *_verdict(plan),
+        *verdict(plan),
     ]
 
 
@@ -149,7 +149,8 @@ def _memory(plan: TrainingPlan) -> list[str]:
     if plan.shards > 1:
         what = "student and teacher before training, or teacher and a checkpoint; the other processes hold no weights"
         return [*lines, f"host memory of rank 0: {format_bytes(plan.host_bytes)} ({what}); {left}"]
-    each = f", {plan.schedule.devices} processes together" if plan.schedule.devices > 1 else ""
+    here = plan.schedule.devices // plan.schedule.nodes
+    each = f", {here} processes together" if here > 1 else ""
     what = "student while its layers are swapped, or student and teacher"
     when = "" if plan.host_parts else " before training"
     what += ", or what stays there" if plan.host_parts else ""
@@ -202,7 +203,8 @@ def _disk(plan: TrainingPlan) -> list[str]:
     return lines
 
 
-def _verdict(plan: TrainingPlan) -> list[str]:
+def verdict(plan: TrainingPlan) -> list[str]:
+    """Whether it fits, and what would make it fit."""
     usable = f"{format_bytes(plan.device.usable_bytes)} ({USABLE_SHARE:.0%} of {format_bytes(plan.device.nbytes)})"
     host = []
     if plan.host_is_short:

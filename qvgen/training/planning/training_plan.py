@@ -6,7 +6,6 @@ tensors that nobody computes. docs/planning.md says how each number is got and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ class Schedule:
         steps: Optimizer steps.
         batch_size: Samples per step, over all devices.
         devices: Processes.
+        nodes: Machines that they are on.
         micro_batches: Of each process per step.
         micro_batch: Samples that a process works on at once.
         phases: (rank of Phi, first step with it); rank 0 is the tail. Empty without Phi.
@@ -63,6 +63,7 @@ class Schedule:
     steps: int
     batch_size: int
     devices: int
+    nodes: int
     micro_batches: int
     micro_batch: int
     phases: tuple[tuple[int, int], ...]
@@ -165,34 +166,34 @@ def plan_training(
     checkpoints_kept: int = 2,
     num_clips: int | None = None,
     student: Prepared | None = None,
+    counter: MemoryCounter | None = None,
 ) -> TrainingPlan:
     """Plan a run; reads no weights and writes nothing.
 
     Args:
-        run: What is planned.
+        run: The run.
         device_memory_gib: Memory in GiB of each device that will train; None: this machine's.
         run_dir: The folder that the run will write to, which need not be there; its disk is looked at.
         checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
+        counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`; None: it counts anew.
 
-    Raises:
-        ValueError: What the run itself would refuse: patterns that match nothing, ranks or steps that do not fit.
+    Raises what the run itself would.
     """
-    schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.devices)
+    schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     size = clip_size(run)
     family: Any = run.model.rebuild(size)
     prepared, swapped = student or build_student(family, run.design)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
-    settings = _settings(run, device, size=size)
-    counter = MemoryCounter(run, prepared)
+    settings = step_settings(run, device)
+    counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host = counter.host_parts(settings)
-    changes, needed = [], None
-    if total_bytes(memory) > device.usable_bytes:
-        changes, needed = find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
+    fits = total_bytes(memory) <= device.usable_bytes
+    changes, needed = ([], None) if fits else find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
         quantized=collapse(prepared, swapped.quantized),
         skipped=collapse(prepared, swapped.skipped),
@@ -229,9 +230,9 @@ def _files(run: TrainingRun, counter: MemoryCounter, *, checkpoints_kept: int) -
     )
 
 
-def _settings(run: TrainingRun, device: Device, *, size: Mapping[str, int]) -> StepSettings:
-    """What one of the run's micro-batches depends on, for clips of a size."""
-    own = {key: value for key, value in size.items() if value != getattr(run.model.family, key)}
+def step_settings(run: TrainingRun, device: Device) -> StepSettings:
+    """What one of the run's micro-batches depends on, for its largest clips."""
+    own = {key: value for key, value in clip_size(run).items() if value != getattr(run.model.family, key)}
     return StepSettings(
         micro_batch=run.steps.batch.micro_batch_size,
         gradient_checkpointing=run.strategy.gradient_checkpointing,
@@ -283,6 +284,7 @@ def _schedule(run: TrainingRun) -> Schedule:
         steps=num_steps,
         batch_size=batch.size,
         devices=batch.devices,
+        nodes=run.num_nodes,
         micro_batches=batch.num_micro_batches,
         micro_batch=batch.micro_batch_size,
         phases=() if changing is None else changing.phases,

@@ -81,7 +81,8 @@ def run_of_cell(
     own = {field.name for field in fields(BenchmarkConfig)} | {"run_dir", "resume", *cell}
     words = [(word.lstrip("+").partition("=")[0], word) for word in parse_flags(config.run.typed).overrides]
     typed = [word for key, word in words if key not in own and key.partition(".")[0] not in without]
-    further = {**cell, "run_dir": config.run.run_dir / name, "resume": "true"}
+    alone = {} if verb != "train" or any(key == "devices" for key, _ in words) else {"devices": 1}
+    further = {**alone, **cell, "run_dir": config.run.run_dir / name, "resume": "true"}
     return compose_plain(verb, [*typed, *(f"{key}={value}" for key, value in further.items())])
 
 

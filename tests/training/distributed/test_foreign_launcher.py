@@ -158,7 +158,10 @@ def test_a_rank_0_that_is_not_reached_is_named_with_its_address() -> None:
             ["devices=3", "num_nodes=2", "batch_size=32", "strategy=ddp", "dry_run=true"],
             "batch_size=32 cannot .*devices=3 x",
         ),
-        (["num_nodes=2", "dry_run=true"], "devices=1 x num_nodes=2 needs more than one process; write .*strategy=ddp"),
+        (
+            ["num_nodes=2", "strategy=single", "dry_run=true"],
+            "devices=1 x num_nodes=2 needs more than one process; write .*strategy=auto",
+        ),
     ],
 )
 def test_a_plain_start_has_one_node(keys: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +208,7 @@ def test_torchrun_knows_the_options_of_the_docs() -> None:
     found = [get_args_parser().parse_args(shlex.split(line)[1:]) for line in lines]
     assert [(line.nnodes, line.nproc_per_node, line.training_script) for line in found] == [
         ("1:1", "8", "train.py"),
+        ("4", "8", "train.py"),
         ("2", "8", "train.py"),
     ]
 

@@ -181,7 +181,7 @@ def test_blocks_are_the_lists_of_the_transformer() -> None:
 
 
 def test_sharded_processes_wait_for_a_slow_one() -> None:
-    processes = Processes(rank=0, world_size=2, port=1, sharded=True)
+    processes = Processes(rank=0, world_size=2, port=1, shards=2)
     strategy = build_trainer(steps=1, accumulate=1, processes=processes, callbacks=[], loggers=[]).strategy
     assert isinstance(strategy, ShardedStrategy)
     assert strategy._timeout == COLLECTIVE_TIMEOUT

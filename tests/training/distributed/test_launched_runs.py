@@ -39,7 +39,7 @@ def own_lines(text: str) -> list[str]:
 
 def test_torchrun_on_one_node_is_one_training(plain: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert codes(torchrun(tmp_path, *KEYS, "strategy=ddp", f"run_dir={run_dir}")) == [0], said(tmp_path)
+    assert codes(torchrun(tmp_path, *KEYS, f"run_dir={run_dir}")) == [0], said(tmp_path)
     check_same(run_dir, plain)
     assert "world: 2 processes, on one node, started by torchrun" in said(tmp_path)
     assert said(tmp_path).count("report: ") == 1  # rank 0 alone speaks
