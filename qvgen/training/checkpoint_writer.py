@@ -15,8 +15,12 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from qvgen import stop_request
 from qvgen.config.sections import CheckpointConfig
 from qvgen.run_directory import atomic_write
+from qvgen.training.checkpoint_folder import CheckpointFolder
 from qvgen.training.distributed import heartbeat
+from qvgen.training.micro_batch import count_micro_batches_
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
+from qvgen.training.replaced_folder import put_in_place, remove
+from qvgen.training.saved_tensor import whole_values
 from qvgen.training.stop_point import agreed
 
 
@@ -30,7 +34,7 @@ class CheckpointWriter(lightning.Callback):
     behind every step whether it was asked to. Put the callback behind the one that writes the step's row.
 
     Args:
-        directory: Where ``step-00000050.ckpt`` go.
+        directory: Where ``step-00000050.ckpt`` go: files, or folders where a model is sharded.
         config: How often, and how many are kept.
         num_steps: Optimizer steps of the run; the last one is saved.
         before: Also saved after steps for which it is True: something long follows, which one process may have to leave
@@ -48,6 +52,13 @@ class CheckpointWriter(lightning.Callback):
         self.directory, self.config, self.num_steps, self.before = directory, config, num_steps, before
         self._last_step = self._saved_step = 0
         self._saved_at = 0.0
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the steps that are done in the micro-batches that a step has now."""
+        del pl_module
+        count_micro_batches_(checkpoint, per_step=trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count the present state as saved, since the run came from a checkpoint of it; signals now wait for a step's end."""
@@ -116,7 +127,7 @@ class CheckpointWriter(lightning.Callback):
         if isinstance(exception, TrainingDivergedError) and trainer.is_global_zero:
             found = checkpoints(self.directory)
             if len(found) > 1 and found[-1] == self._path(trainer.global_step):
-                found[-1].unlink()
+                remove(found[-1])
 
     def _is_time(self, trainer: lightning.Trainer) -> bool:
         """Whether rank 0's clock asks for a checkpoint; the others follow it."""
@@ -139,7 +150,7 @@ class CheckpointWriter(lightning.Callback):
     def _remove_old(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero:
             for old in checkpoints(self.directory)[: -self.config.keep]:
-                old.unlink()
+                remove(old)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -161,24 +172,31 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write beside, force to the disk, rename."""
         del storage_options
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():  # of the same step, written by other processes
+            whole = Path(path).with_name(f".{Path(path).name}.file.tmp")
+            atomic_write(whole, lambda temporary: _save(checkpoint, temporary))
+            put_in_place(whole, Path(path))
+            return
         atomic_write(Path(path), lambda temporary: _save(checkpoint, temporary))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain values only."""
+        """Read tensors and plain values only; mapped, tensors of a folder are :class:`SavedTensor`."""
         del weights_only
+        state: dict[str, Any]
+        if Path(path).is_dir():
+            state = CheckpointFolder(Path(path)).state
+            return state if self.mapped else whole_values(state)
         try:
-            state: dict[str, Any] = torch.load(
-                path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped
-            )
+            state = torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped)
         except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
             raise ValueError(f"{path} is no checkpoint or damaged; delete it to resume from the one before") from error
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one."""
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
