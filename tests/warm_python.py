@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = [
     ROOT / "train.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
+    ROOT / "tests" / "training" / "distributed" / "world_program.py",
     ROOT / "tests" / "process_facts_program.py",
 ]
 """Programs that use what commands use."""

@@ -1,0 +1,109 @@
+"""A program that trains some steps of a run from its newest checkpoint, with any number of processes; run by its test.
+
+`world_program.py RUN_DIR` is rank 0, `world_program.py RUN_DIR --rank 1 ...` another. RUN_DIR/part.json says overrides of the
+run, the step it is stopped after, and a name: rank 0 writes the state that training begins with, put together, to
+RUN_DIR/NAME.loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from argparse import ArgumentParser
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch.distributed.tensor import DTensor
+
+from qvgen import stop_request
+from qvgen.lowrank.sharded import whole
+from qvgen.training.average import Average
+from qvgen.training.distributed.child import follow_parent
+from qvgen.training.distributed.launcher import WorkerGroup
+from qvgen.training.distributed.sharding import sharded_as
+from qvgen.training.session import train_share
+from qvgen.training.start_file import load_start, save_start
+from qvgen.training.whole_run import processes_of
+from qvgen.verbs._parts import training_output, training_run
+from tests.parts import prepared
+from tests.runs import train_config
+
+
+class Look(lightning.Callback):
+    """Writes what training begins with, and asks to stop in a step."""
+
+    def __init__(self, file: Path, *, stop_in: int) -> None:
+        self.file, self.stop_in = file, stop_in
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        state = {f"state_dict/{name}": whole(value) for name, value in pl_module.state_dict().items()}
+        optimizer: Any = trainer.optimizers[0]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                state[f"moments/{index}/{name}"] = self._together(value, parameter)
+        average = next(callback for callback in trainer.callbacks if isinstance(callback, Average))
+        for name, parameter in pl_module.student.named_parameters():
+            if name in average.tensors:
+                state[f"average/{name}"] = self._together(average.tensors[name], parameter)
+        if trainer.is_global_zero:
+            torch.save({name: value.clone() for name, value in state.items()}, self.file)
+
+    def _together(self, value: torch.Tensor, parameter: Any) -> torch.Tensor:
+        if isinstance(parameter, DTensor) and value.ndim and not isinstance(value, DTensor):
+            value = sharded_as(value, like=parameter)
+        return whole(value)
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *further: Any) -> None:
+        if trainer.global_step == self.stop_in - 1 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.stop_in = 0
+
+
+def work(run_dir: Path, part: dict[str, Any], *, rank: int, port: int) -> None:
+    config = train_config(*part["overrides"])
+    run = training_run(config)
+    output = replace(
+        training_output(config, run_dir),
+        callbacks=[Look(run_dir / f"{part['name']}.loaded", stop_in=part["stop_after"])],
+    )
+    student = teacher = None
+    if rank == 0 or not run.is_sharded:
+        student, _ = prepared(config)
+        if not (run_dir / "start.safetensors").exists():
+            save_start(student, run_dir)
+        load_start(student, run_dir)
+        teacher = config.model.load_teacher()
+    with suppress(stop_request.Stopped):
+        train_share(run, output, student=student, teacher=teacher, processes=processes_of(run, rank=rank, port=port))
+
+
+def main() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    for name in ("rank", "world-size", "port", "parent", "beats"):
+        parser.add_argument(f"--{name}", type=int)
+    given = parser.parse_args()
+    part = json.loads((given.run_dir / "part.json").read_text())
+    if given.rank is not None:
+        follow_parent(given.parent, beats=given.beats)
+        work(given.run_dir, part, rank=given.rank, port=given.port)
+        return
+    command = [sys.executable, __file__, str(given.run_dir)]
+    with ExitStack() as stack:
+        stack.enter_context(stop_request.listening())
+        port = 0
+        if part["world_size"] > 1:
+            group = WorkerGroup(command, world_size=part["world_size"], log_directory=given.run_dir / "logs")
+            port = stack.enter_context(group).port
+        work(given.run_dir, part, rank=0, port=port)
+
+
+if __name__ == "__main__":
+    main()
