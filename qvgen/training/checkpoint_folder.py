@@ -37,7 +37,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qvgen.errors import UserError
+from qvgen.errors import UnfitEnvironmentError, UserError, one_line
 from qvgen.quant.finite import check_finite
 from qvgen.training.checkpoint_part import Part, Share, force, part_name, write_part
 from qvgen.training.exact_json import decode, encode
@@ -117,6 +117,7 @@ def write_folder(path: Path, snapshot: Snapshot, *, rank: int, world_size: int, 
     Raises:
         OSError: A process can't write; ``path`` is as it was, and nothing is left beside it. All processes raise it.
         UserError: A tensor is of a type that no checkpoint keeps; likewise.
+        RuntimeError: A process fails in another way; likewise.
     """
     temporary = temporary_folder(path)
     with unfinished(temporary):
@@ -141,24 +142,35 @@ def temporary_folder(path: Path) -> Path:
 
 def _together(exchange: Exchange, work: Callable[[], Any], path: Path) -> list[Any]:
     """What work gives in each process; where it fails in one, all raise that."""
-    result, said, error = None, None, None
+    result, error = None, None
     try:
         result = work()
-    except OSError as failure:
+    except Exception as failure:  # the others would wait for this process
         error = failure
-        said = {"errno": failure.errno, "what": failure.strerror or str(failure), "file": str(failure.filename or "")}
-    except UserError as failure:
-        error, said = failure, {"errno": None, "what": str(failure), "file": ""}
-    answers = exchange({"result": result, "error": said})
-    for answer in answers:
-        if (said := answer["error"]) is None:
-            continue
-        if said["errno"] is None:
-            raise UserError(said["what"]) from error
+    answers = exchange({"result": result, "error": None if error is None else _said(error)})
+    for rank, answer in enumerate(answers):
+        if answer["error"] is not None:
+            raise _heard(answer["error"], rank=rank, path=path) from error
+    return [answer["result"] for answer in answers]
+
+
+def _said(error: Exception) -> dict[str, Any]:
+    """An error for the other processes."""
+    if isinstance(error, OSError):
+        what, file = error.strerror or str(error), str(error.filename or "")
+        return {"kind": "file", "errno": error.errno, "what": what, "file": file}
+    return {"kind": "user" if isinstance(error, UserError) else "other", "what": one_line(error)}
+
+
+def _heard(said: Mapping[str, Any], *, rank: int, path: Path) -> Exception:
+    """The error of another process, or this one's own, in words that fit both."""
+    if said["kind"] == "file":
         name = Path(said["file"]).name
         where = f" ({name})" if name.startswith("rank-") else ""
-        raise OSError(said["errno"], f"cannot write it, {said['what']}{where}", str(path)) from error
-    return [answer["result"] for answer in answers]
+        return OSError(said["errno"], f"cannot write it, {said['what']}{where}", str(path))
+    if said["kind"] == "user":
+        return UserError(said["what"])
+    return UnfitEnvironmentError(f"{path}: rank {rank} cannot write its part ({said['what']})")
 
 
 def _begin(path: Path, temporary: Path, *, is_first: bool) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,12 +96,11 @@ def write_part(folder: Path, shares: Mapping[str, Share], *, rank: int, world_si
     ordered = dict(sorted(shares.items(), key=lambda item: (-item[1].rows.itemsize, item[0])))
     header = _header(ordered)
     tensors = {}
-    with (folder / f"{name}.safetensors").open("wb") as file:
+    with _written(folder / f"{name}.safetensors") as file:
         file.write(header)
         for tensor, share in ordered.items():
             checksum = _write_rows(file, share.rows)
             tensors[tensor] = {"shape": list(share.shape), "first_row": share.first_row, "sha256": checksum}
-        force(file)
     about = {
         "format": PART_FORMAT,
         "file": f"{name}.safetensors",
@@ -108,10 +108,20 @@ def write_part(folder: Path, shares: Mapping[str, Share], *, rank: int, world_si
         "tensors": tensors,
     }
     content = json.dumps(about, indent=1).encode()
-    with (folder / f"{name}.json").open("wb") as file:
+    with _written(folder / f"{name}.json") as file:
         file.write(content)
-        force(file)
     return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A new file, forced to the disk at the end; an error names it, which Python's own does not while it is written."""
+    try:
+        with path.open("wb") as file:
+            yield file
+            force(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def force(file: BinaryIO) -> None:

@@ -236,6 +236,24 @@ def test_a_full_disk_of_any_process_is_said_by_all_and_nothing_is_left(
     assert {file: file.read_bytes() for file in path.iterdir()} == before
 
 
+def test_any_other_failure_of_a_process_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_part = checkpoint_folder.write_part
+
+    def lost(folder: Path, shares: Any, *, rank: int, world_size: int) -> str:
+        if rank == 1:
+            raise RuntimeError("device lost\nmore")
+        return write_part(folder, shares, rank=rank, world_size=world_size)
+
+    monkeypatch.setattr(checkpoint_folder, "write_part", lost)
+    raised = write(tmp_path / NAME, world_size=2)
+    assert {str(error) for error in raised} == {f"{tmp_path / NAME}: rank 1 cannot write its part (device lost more)"}
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    raised = write(tmp_path / NAME, world_size=2, saved={"sparse": torch.eye(2).to_sparse()})
+    assert len(raised) == 2
+    assert "sparse is a tensor of torch.float32, torch.sparse_coo, which no checkpoint keeps" in str(raised[0])
+
+
 def test_what_a_killed_run_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
     left = temporary_folder(tmp_path / "step-00000003.ckpt")
     left.mkdir()

@@ -1,15 +1,16 @@
 """Lightning's strategy for sharded models, with checkpoints that all processes write together.
 
 Each process writes its own rows of weights, moments and average (:mod:`qvgen.training.checkpoint_folder`): none ever holds
-more than its share, on the device or on the host. When a run goes on, every process maps the files and reads the rows that
-are its own now, whoever wrote them; it reads the files of a single process or of ``strategy=ddp`` in the same way.
+more than its share on the device, nor more than one copy of it on the host, from which a thread writes. When a run goes on,
+every process maps the files and reads the rows that are its own now, whoever wrote them; it reads the files of a single
+process or of ``strategy=ddp`` in the same way.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qvgen.training.background_save import BackgroundSave
 from qvgen.training.checkpoint_file import RUN_KEY
 from qvgen.training.checkpoint_folder import take_snapshot, write_folder
 from qvgen.training.distributed.sharding import share_of
@@ -25,9 +27,18 @@ from qvgen.training.distributed.store_exchange import StoreExchange, default_sto
 from qvgen.training.distributed.written_rows import written_rows
 from qvgen.training.saved_tensor import SavedTensor
 
+IN_BACKGROUND = "in background"
+"""Has a checkpoint written while training goes on."""
+
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Data parallel over sharded parameters; arguments as Lightning's, ``data_parallel_size`` must be given."""
+    """Data parallel over sharded parameters; arguments as Lightning's, ``data_parallel_size`` must be given.
+
+    Attributes:
+        saving: The checkpoint that a thread writes, or wrote last; None before the first.
+    """
+
+    saving: BackgroundSave | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -56,12 +67,20 @@ class ShardedStrategy(ModelParallelStrategy):
         return {**state, "state": found}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a folder, together with all other processes."""
-        del storage_options
+        """Write a folder, together with all other processes.
+
+        With :data:`IN_BACKGROUND` for ``storage_options`` a thread writes a copy of the state, :attr:`saving`. An earlier one
+        is waited for.
+        """
+        if self.saving is not None:
+            self.saving.wait()
         snapshot = take_snapshot(_shares(checkpoint), run=checkpoint.get(RUN_KEY), rank=self.global_rank)
-        write_folder(
-            Path(filepath), snapshot, rank=self.global_rank, world_size=self.world_size, exchange=self._exchange
-        )
+        ranks = {"rank": self.global_rank, "world_size": self.world_size}
+        if storage_options != IN_BACKGROUND:
+            write_folder(Path(filepath), snapshot, **ranks, exchange=self._exchange)
+            return
+        write = partial(write_folder, Path(filepath), snapshot.on_host(), **ranks, exchange=self._exchange)
+        self.saving = BackgroundSave(Path(filepath), write)
 
     @cached_property
     def _exchange(self) -> StoreExchange:

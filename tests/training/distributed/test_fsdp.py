@@ -121,19 +121,14 @@ def test_a_checkpoint_of_shares_is_folded_by_one_process(both: tuple[Path, Path]
     assert (out / "model.safetensors").read_bytes() == packed_bytes(both[1])
 
 
-def test_one_process_goes_on_to_the_same_bytes_and_the_report_says_so(
-    both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_other_processes_cannot_continue_is_refused(
+    both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = copy_until(both[1], tmp_path / "run", step=6)
-    assert train(run_dir, *OPTIONS, AGAIN, "resume=true", "devices=3", "strategy=fsdp") == BAD_INPUT
+    options = (*OPTIONS, AGAIN, "resume=true")
+    assert train(both[1], *options, "devices=3", "strategy=fsdp") == BAD_INPUT
     assert "a batch of 4 can't be divided by 3 devices" in capsys.readouterr().err
-    assert train(run_dir, *OPTIONS, AGAIN, "resume=true") == DONE
-    assert "goes on at step 6 with other processes: config.devices was 2 and is 1; config" in capsys.readouterr().err
-    assert packed_bytes(run_dir) == packed_bytes(both[1])
-    assert read_metrics(run_dir) == read_metrics(both[1])
-    changes = json.loads((run_dir / "report.json").read_text())["changes"]
-    assert {"step": 6, "name": "config.strategy.name", "before": "fsdp", "after": "single"} in changes
-    assert {"step": 6, "name": "config.devices", "before": "2", "after": "1"} in changes
+    assert train(both[1], *options, "strategy=ddp", "devices=4", "seed=43") == BAD_INPUT
+    assert "configuration's run: seed is 42 there and 43 here; choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from argparse import ArgumentParser
@@ -22,7 +23,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from qvgen import stop_request
+from qvgen.data import moving_digits
 from qvgen.lowrank.sharded import whole
+from qvgen.training import checkpoint_folder, checkpoint_part
 from qvgen.training.average import Average
 from qvgen.training.distributed.child import follow_parent
 from qvgen.training.distributed.launcher import WorkerGroup
@@ -66,8 +69,38 @@ class Look(lightning.Callback):
             self.stop_in = 0
 
 
+def spoil_the_second_save(fault: str) -> None:
+    """Have this process killed while it writes its part, or its disk full."""
+    write_part, write_rows, calls = checkpoint_folder.write_part, checkpoint_part._write_rows, iter(range(99))
+
+    def killed(file: Any, rows: Any) -> str:
+        checksum = write_rows(file, rows)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return checksum
+
+    def spoiled(*arguments: Any, **ranks: Any) -> str:
+        if (call := next(calls)) == 1 and fault == "killed":
+            checkpoint_part._write_rows = killed
+        elif call == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        return write_part(*arguments, **ranks)
+
+    checkpoint_folder.write_part = spoiled
+
+
+def drawn(split: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """In the place of scikit-learn's handwriting, which takes each process more than a second to import."""
+    count = moving_digits.TRAIN_IMAGES
+    ink = torch.rand(count, 8, 8, generator=torch.Generator().manual_seed(len(split)))
+    return ink, tuple(number % 10 for number in range(count))
+
+
 def work(run_dir: Path, part: dict[str, Any], *, rank: int, port: int) -> None:
+    moving_digits._handwriting = drawn  # type: ignore[assignment]
     config = train_config(*part["overrides"])
+    if rank == 1 and part["fault"] is not None:
+        spoil_the_second_save(part["fault"])
     run = training_run(config)
     output = replace(
         training_output(config, run_dir),
@@ -76,8 +109,6 @@ def work(run_dir: Path, part: dict[str, Any], *, rank: int, port: int) -> None:
     student = teacher = None
     if rank == 0 or not run.is_sharded:
         student, _ = prepared(config)
-        if not (run_dir / "start.safetensors").exists():
-            save_start(student, run_dir)
         load_start(student, run_dir)
         teacher = config.model.load_teacher()
     with suppress(stop_request.Stopped):
@@ -98,6 +129,8 @@ def main() -> None:
     command = [sys.executable, __file__, str(given.run_dir)]
     with ExitStack() as stack:
         stack.enter_context(stop_request.listening())
+        if not (given.run_dir / "start.safetensors").exists():
+            save_start(prepared(train_config(*part["overrides"]))[0], given.run_dir)
         port = 0
         if part["world_size"] > 1:
             group = WorkerGroup(command, world_size=part["world_size"], log_directory=given.run_dir / "logs")
