@@ -39,7 +39,7 @@ from torch import Tensor
 
 from qvgen.errors import UnfitEnvironmentError, UserError, one_line
 from qvgen.quant.finite import check_finite
-from qvgen.training.checkpoint_part import Part, Share, force, part_name, write_part
+from qvgen.training.checkpoint_part import Part, Share, check_kept, force, part_name, write_part
 from qvgen.training.exact_json import decode, encode
 from qvgen.training.replaced_folder import put_in_place
 from qvgen.training.saved_tensor import SavedTensor
@@ -83,7 +83,7 @@ def take_snapshot(checkpoint: Mapping[str, Any], *, run: str | None, rank: int) 
         rank: This process.
 
     Raises:
-        UserError: A value is of a kind that no checkpoint keeps.
+        UserError: A value or a tensor is of a kind that no checkpoint keeps.
     """
     shares: dict[str, Share] = {}
 
@@ -91,6 +91,7 @@ def take_snapshot(checkpoint: Mapping[str, Any], *, run: str | None, rank: int) 
         if isinstance(value, Share):
             shares[name] = value
         elif isinstance(value, Tensor):
+            check_kept(name, value)
             if rank == 0:
                 shares[name] = Share(rows=value.detach(), shape=value.shape)
         else:
@@ -116,7 +117,6 @@ def write_folder(path: Path, snapshot: Snapshot, *, rank: int, world_size: int, 
 
     Raises:
         OSError: A process can't write; ``path`` is as it was, and nothing is left beside it. All processes raise it.
-        UserError: A tensor is of a type that no checkpoint keeps; likewise.
         RuntimeError: A process fails in another way; likewise.
     """
     temporary = temporary_folder(path)

@@ -70,6 +70,12 @@ def part_name(rank: int, world_size: int) -> str:
     return f"rank-{rank + 1:05d}-of-{world_size:05d}"
 
 
+def check_kept(name: str, tensor: Tensor) -> None:
+    """Raise UserError for a tensor of a kind that no part holds."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        raise UserError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout}, which no sharded checkpoint keeps")
+
+
 def write_part(folder: Path, shares: Mapping[str, Share], *, rank: int, world_size: int) -> str:
     """Write both files of a part and force them to the disk.
 
@@ -84,7 +90,6 @@ def write_part(folder: Path, shares: Mapping[str, Share], *, rank: int, world_si
 
     Raises:
         OSError: They can't be written.
-        UserError: A tensor is of a type that is not kept.
     """
     name = part_name(rank, world_size)
     for tensor, share in shares.items():

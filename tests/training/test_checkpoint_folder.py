@@ -139,9 +139,11 @@ def test_plain_values_come_back_as_they_were() -> None:
     assert nan[0] != nan[0]
 
 
-@pytest.mark.parametrize("value", [object(), Path("a"), [torch.nn.Linear(1, 1)], {"a": {3: lambda: 0}}])
+@pytest.mark.parametrize(
+    "value", [torch.eye(2).to_sparse(), object(), Path("a"), [torch.nn.Linear(1, 1)], {"a": {3: lambda: 0}}]
+)
 def test_a_value_that_is_not_kept_is_refused_where_it_stands(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^callbacks/Mine[/a#03]* is a .*, which a checkpoint does not keep"):
+    with pytest.raises(UserError, match=r"^callbacks/Mine[/a#03]* is a .*, which (a|no) .*checkpoint"):
         take_snapshot(state(dict(tensors())) | {"callbacks": {"Mine": value}}, run=RUN, rank=0)
 
 
@@ -248,10 +250,6 @@ def test_any_other_failure_of_a_process_ends_the_others(tmp_path: Path, monkeypa
     raised = write(tmp_path / NAME, world_size=2)
     assert {str(error) for error in raised} == {f"{tmp_path / NAME}: rank 1 cannot write its part (device lost more)"}
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    raised = write(tmp_path / NAME, world_size=2, saved={"sparse": torch.eye(2).to_sparse()})
-    assert len(raised) == 2
-    assert "sparse is a tensor of torch.float32, torch.sparse_coo, which no checkpoint keeps" in str(raised[0])
 
 
 def test_what_a_killed_run_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
