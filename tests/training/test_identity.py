@@ -187,10 +187,7 @@ def test_a_run_goes_on_with_other_processes_and_its_record_says_so(
         go_on(run_dir, "accumulate=1")
     assert snapshot(run_dir) == before
     go_on(run_dir, "devices=2", "strategy=fsdp", "accumulate=1")
-    assert (
-        "goes on at step 6 with other processes: config.accumulate was 2 and is 1; config.devices was 1 and is 2"
-        in (caplog.text)
-    )
+    assert "goes on at step 6 with other processes: config.devices was 1 and is 2; config" in caplog.text
     wanted = {"accumulate": ("2", "1"), "devices": ("1", "2"), "strategy.name": ("single", "fsdp")}
     changes = {change.name.removeprefix("config."): change for change in read_changes(run_dir)}
     assert {name: (changes[name].before, changes[name].after) for name in wanted} == wanted
