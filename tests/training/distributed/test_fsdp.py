@@ -126,7 +126,7 @@ def test_what_other_processes_cannot_continue_is_refused(
 ) -> None:
     options = (*OPTIONS, AGAIN, "resume=true")
     assert train(both[1], *options, "devices=3", "strategy=fsdp") == BAD_INPUT
-    assert "a batch of 4 can't be divided by 3 devices" in capsys.readouterr().err
+    assert "batch_size=4 cannot be divided by devices=3 x accumulate=1" in capsys.readouterr().err
     assert train(both[1], *options, "strategy=ddp", "devices=4", "seed=43") == BAD_INPUT
     assert "configuration's run: seed is 42 there and 43 here; choose another" in capsys.readouterr().err
 
