@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ FREE_KEYS = (
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""
 
+WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "names.strategy")
+"""Keys of the processes that share a run out, which may be others when it is continued, and which its record names then: the
+state that it goes on from is the same bit for bit, later sums are added in another order."""
+
+FOLLOWING_KEYS = ("accumulate",)
+"""Keys that may be others together with a number of processes, from which their defaults follow."""
 
 _LONGEST_PREFIX = 50
 """Characters of a file's name that its temporary file's name repeats: a name has 255 bytes at most, 4 a character."""
@@ -122,12 +129,16 @@ class RunDirectory:
         path: The folder.
         resumed: Whether it held this run already.
         new_keys: Keys that the version which began the run did not know, or that this one does not know any more.
+        world: Key of :data:`WORLD_KEYS` -> values there and here, of those that are others now.
     """
 
-    def __init__(self, path: Path, *, resumed: bool, new_keys: tuple[str, ...], lock: int) -> None:
+    def __init__(
+        self, path: Path, *, resumed: bool, new_keys: tuple[str, ...], world: Mapping[str, tuple[str, str]], lock: int
+    ) -> None:
         self.path = path
         self.resumed = resumed
         self.new_keys = new_keys
+        self.world = world
         self._lock = lock
 
     @classmethod
@@ -142,24 +153,28 @@ class RunDirectory:
 
         Raises:
             UserError: Another process works there, it holds another configuration's run or something else, or
-                the same run without ``resume``. Nothing in it is changed then.
+                the same run without ``resume``. Nothing in it is changed then. (Another world, :data:`WORLD_KEYS`, is the
+                same run.)
         """
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path, key="run_dir", value=path)
         try:
-            resumed, new_keys = _check_content(path, _plain(plain), resume=resume, force=force)
+            resumed, new_keys, world = _check_content(path, _plain(plain), resume=resume, force=force)
             stop_request.note("in the preparation, nothing is lost")
             stop_request.continue_with({"run_dir": path, "resume": True})
-            if not resumed or new_keys:
+            if not resumed or new_keys or world:
                 write_plain(path / CONFIG_FILE, plain)
-            for left_by_a_killed_process in path.rglob(".*.tmp"):
-                left_by_a_killed_process.unlink(missing_ok=True)
+            for left_by_a_killed_process in list(path.rglob(".*.tmp")):
+                if left_by_a_killed_process.is_dir():
+                    shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+                else:
+                    left_by_a_killed_process.unlink(missing_ok=True)
         except BaseException:
             os.close(lock)
             raise
         if resume and not resumed:
             log.warning("%s holds no run yet; starting from the first step", path)
-        return cls(path, resumed=resumed, new_keys=new_keys, lock=lock)
+        return cls(path, resumed=resumed, new_keys=new_keys, world=world, lock=lock)
 
     def save_stage(self, name: str, result: Mapping[str, Any]) -> None:
         """Record that a stage is done, with its result: what JSON can hold."""
@@ -230,28 +245,37 @@ def take_lock(path: Path, *, key: str, value: Path) -> int:
     return descriptor
 
 
-def _check_content(path: Path, plain: dict[str, Any], *, resume: bool, force: bool) -> tuple[bool, tuple[str, ...]]:
-    """Whether the folder holds this very run, and the keys that only one configuration has; raises UserError."""
+def _check_content(
+    path: Path, plain: dict[str, Any], *, resume: bool, force: bool
+) -> tuple[bool, tuple[str, ...], dict[str, tuple[str, str]]]:
+    """Whether the folder holds this very run, keys that only one configuration has, and another world; raises UserError."""
     if not (path / CONFIG_FILE).exists():
         others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         if others:
             raise UserError(f"run_dir={path} is not empty ({others[0]}) and holds no run; choose another")
-        return False, ()
+        return False, (), {}
     found = list(_differences(read_config(path), plain))
-    refused = [text for _, text, is_new in found if not (force and is_new)]
+    world = {key: values for key, values, is_new in found if key in WORLD_KEYS and not is_new}
+    if "devices" in world or "num_nodes" in world:
+        world |= {key: values for key, values, is_new in found if key in FOLLOWING_KEYS and not is_new}
+    further = [(key, values, is_new) for key, values, is_new in found if key not in world]
+    refused = [(key, values) for key, values, is_new in further if not (force and is_new)]
     if refused:
-        shown = "; ".join(refused[:4]) + (f"; and {len(refused) - 4} more" if len(refused) > 4 else "")
+        texts = [f"{key} is {there} there and {here} here" for key, (there, here) in refused]
+        shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
         remedy = "choose another run_dir"
-        if all(is_new for _, _, is_new in found):
+        if all(is_new for _, _, is_new in further):
             remedy += "; if it began with another version of qvgen write resume=force"
         raise UserError(f"run_dir={path} holds another configuration's run: {shown}; {remedy}")
     if not resume:
         raise UserError(f"run_dir={path} holds this very run; continue it with resume=true or choose another run_dir")
-    return True, tuple(key for key, _, _ in found)
+    return True, tuple(key for key, _, _ in further), world
 
 
-def _differences(there: Any, asked: Any, key: str = "", *, is_new: bool = False) -> Iterator[tuple[str, str, bool]]:
-    """Key, `key is VALUE there and VALUE here`, and whether one side lacks it, of every value that differs; no free keys."""
+def _differences(
+    there: Any, asked: Any, key: str = "", *, is_new: bool = False
+) -> Iterator[tuple[str, tuple[str, str], bool]]:
+    """Key, values there and here, and whether one side lacks it, of every value that differs; no free keys."""
     if key in FREE_KEYS or there == asked:
         return
     if isinstance(there, dict) and isinstance(asked, dict):
@@ -261,7 +285,7 @@ def _differences(there: Any, asked: Any, key: str = "", *, is_new: bool = False)
                 there.get(name), asked.get(name), f"{key}.{name}" if key else str(name), is_new=not both
             )
     else:
-        yield key, f"{key} is {_shown(there)} there and {_shown(asked)} here", is_new
+        yield key, (_shown(there), _shown(asked)), is_new
 
 
 def lasting(plain: Mapping[str, Any]) -> dict[str, Any]:

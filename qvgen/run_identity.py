@@ -142,7 +142,13 @@ class RunIdentity:
 
 
 def continue_run(
-    run_dir: Path, facts: Mapping[str, str], *, force: bool, step: int, new_keys: Iterable[str] = ()
+    run_dir: Path,
+    facts: Mapping[str, str],
+    *,
+    force: bool,
+    step: int,
+    new_keys: Iterable[str] = (),
+    world: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[Change]:
     """Compare what a run depends on before it goes on; with ``force`` what differs is recorded and goes.
 
@@ -152,9 +158,10 @@ def continue_run(
         force: ``resume=force``.
         step: Optimizer steps that the run has behind it.
         new_keys: Of the configuration, which another version began the run without, or with.
+        world: Keys of the configuration that say which processes share the run out -> values before and now.
 
     Returns:
-        What changed since it was stopped, which ``force`` allowed.
+        What changed since it was stopped, which ``force`` allowed, or which may: the world.
 
     Raises:
         UserError: A fact differs, or nothing is known of the run, and force is not given.
@@ -177,14 +184,24 @@ def continue_run(
             run_dir=run_dir,
             remedy="bring back what was there, choose another run_dir, or write resume=force, which the report will say",
         )
+    others = [
+        Change(step=step, name=f"config.{key}", before=before, after=after)
+        for key, (before, after) in (world or {}).items()
+    ]
+    if others:
+        log.warning(
+            "%s goes on at step %d with other processes: %s; it begins with the same bits, and adds in another order",
+            run_dir, step, shown(others),
+        )  # fmt: skip
     changes = [replace(change, step=step) for change in known.differences(facts)]
     changes += [
         Change(step=step, name=f"config.{key}", before="another version's", after="this one's") for key in new_keys
     ]
     if changes:
         log.warning("%s goes on at step %d with other facts, as told: %s", run_dir, step, shown(changes))
-        replace(known, facts=facts, changes=(*known.changes, *changes)).write(run_dir)
-    return changes
+    if changes or others:
+        replace(known, facts=facts, changes=(*known.changes, *others, *changes)).write(run_dir)
+    return [*others, *changes]
 
 
 def read_changes(run_dir: Path) -> tuple[Change, ...]:

@@ -21,6 +21,8 @@ from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
 from qvgen.config.leaves import load_leaf
 from qvgen.models.weight_file import save_weights
+from qvgen.training.checkpoint_writer import AtomicCheckpointIO
+from qvgen.training.replaced_folder import remove
 
 STEPS = 12
 BOUNDARIES = (3, 6, 10)
@@ -107,13 +109,18 @@ def copy_until(run_dir: Path, target: Path, *, step: int) -> Path:
     shutil.copytree(run_dir, target, ignore=shutil.ignore_patterns("packed", "report.*", "videos", ".lock"))
     for file in (target / "checkpoints").iterdir():
         if int(file.stem.removeprefix("step-")) > step:
-            file.unlink()
+            remove(file)
     return target
 
 
 def load_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The module's tensors in a training checkpoint."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    return load_checkpoint(checkpoint)["state_dict"]
+
+
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """A training checkpoint, a file or a folder, with whole tensors."""
+    return AtomicCheckpointIO().load_checkpoint(checkpoint)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ Phi's rank falls, L and R are decomposed anew and the weights have to carry more
 at the end it is one of the steps without Phi (``phi.tail_share``), or of those with the rank that stays. It is a function of
 the steps' numbers and the weights alone, so a run that goes on has the same bits.
 
-Each process averages its own share of a sharded student. In a checkpoint it stands as whole tensors under ``average``.
+Each process averages its own share of a sharded student. In a checkpoint it stands under ``average``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qvgen.config.ema_section import EmaConfig
-from qvgen.lowrank.sharded import whole
-from qvgen.training.distributed.sharding import sharded_as, share_of
+from qvgen.training.distributed.sharding import share_of
+from qvgen.training.distributed.written_rows import written_rows
 from qvgen.training.host_stream import to_host
 from qvgen.training.module import VideoTraining
 from qvgen.training.streamed_adamw import local
@@ -58,7 +58,7 @@ class Average(lightning.Callback):
         assert config.decay is not None, "there is no average to keep"
         self.config, self.decay, self.begins = config, config.decay, tuple(begins)
         self.tensors: dict[str, Tensor] = {}
-        self._saved: Mapping[str, Tensor] | None = None
+        self._saved: Mapping[str, Any] | None = None
         self._last_step = 0
 
     def on_load_checkpoint(
@@ -113,14 +113,14 @@ class Average(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the average, as rank 0; a collective where the student is sharded."""
+        """Add the average: rank 0 all of it, or each process its rows where the student is sharded."""
         assert isinstance(pl_module, VideoTraining)
-        found = {}
+        found: dict[str, Any] = {}
         for name, parameter in _trained(pl_module.student):
             value = self.tensors[name]
             if isinstance(parameter, DTensor):
-                value = whole(sharded_as(value, like=parameter))
-            if trainer.is_global_zero:
+                found[name] = written_rows(value, like=parameter)
+            elif trainer.is_global_zero:
                 found[name] = value.cpu()
         checkpoint[AVERAGE_KEY] = found
 

@@ -7,7 +7,7 @@
 
 1 GB takes 0.65 s of one core for the CRCs (several cores share the entries) and 0.15 s for the values, at 2.8 GHz and with
 the file in memory; it is mapped and not read. What torch writes between the entries (padding, dates) is covered by no CRC
-and decides nothing.
+and decides nothing. A folder that several processes wrote has checksums of its own: checkpoint_folder.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,6 +30,7 @@ from torch import Tensor
 from qvgen.errors import UserError
 from qvgen.quant.finite import check_finite
 from qvgen.run_identity import RunIdentity
+from qvgen.training.checkpoint_folder import CheckpointFolder
 
 CHECKPOINT_DIRECTORY = "checkpoints"
 """Where a run's checkpoints lie, in its folder."""
@@ -53,20 +54,27 @@ def checkpoint_step(path: Path) -> int:
     return int(digits)
 
 
-def check_checkpoint(path: Path, *, run: str | None) -> dict[str, Any]:
+def check_checkpoint(path: Path, *, run: str | None, only: Collection[str] | None = None) -> dict[str, Any]:
     """Read a checkpoint, mapped to memory, after looking at every byte of it.
 
     Args:
-        path: A file ``step-00000050.ckpt``.
+        path: A file or folder ``step-00000050.ckpt``.
         run: The mark of its run; None where none was recorded.
+        only: Entries whose tensors are wanted, for example ``state_dict``: a folder's other tensors are not read.
 
     Returns:
-        Its content: tensors and plain values.
+        Its content: tensors and plain values; a folder's tensors are
+        :class:`~qvgen.training.saved_tensor.SavedTensor`, which read what they are asked for.
 
     Raises:
         UserError: It is damaged, not finite, of another run or of another step; the message says what to do.
     """
     remedy = "delete it to resume from the one before"
+    if path.is_dir():
+        folder = CheckpointFolder(path)
+        _check_which(path, step=folder.step, mark=folder.run, run=run, remedy=remedy)
+        folder.check(only=only)
+        return folder.state
     try:
         _check_entries(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -80,6 +88,14 @@ def check_checkpoint(path: Path, *, run: str | None) -> dict[str, Any]:
         TypeError, AttributeError, OverflowError,
     ) as error:  # fmt: skip
         raise _damaged(path, remedy, error) from error
+    _check_which(path, step=step, mark=mark, run=run, remedy=remedy)
+    own = {name: value for name, value in state.items() if name != "callbacks"}  # a best value so far may be infinite
+    check_finite(_tensors(own), source=str(path), remedy=remedy)
+    return state
+
+
+def _check_which(path: Path, *, step: int, mark: Any, run: str | None, remedy: str) -> None:
+    """Raise UserError for a checkpoint of another step or run."""
     if step != checkpoint_step(path):
         raise UserError(
             f"{path} holds optimizer step {step}, its name says another; give it back its own name or {remedy}"
@@ -87,9 +103,6 @@ def check_checkpoint(path: Path, *, run: str | None) -> dict[str, Any]:
     if run is not None and mark != run:
         whose = "no run's mark" if mark is None else f"the mark of another run ({str(mark)[:12]}, here {run[:12]})"
         raise UserError(f"{path} holds {whose}; {remedy}")
-    own = {name: value for name, value in state.items() if name != "callbacks"}  # a best value so far may be infinite
-    check_finite(_tensors(own), source=str(path), remedy=remedy)
-    return state
 
 
 class RunMark(lightning.Callback):

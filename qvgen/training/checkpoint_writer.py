@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,13 +16,26 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from qvgen import stop_request
 from qvgen.config.sections import CheckpointConfig
 from qvgen.run_directory import atomic_write
+from qvgen.training.background_save import BackgroundSave
+from qvgen.training.checkpoint_folder import CheckpointFolder
 from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed.sharded_strategy import IN_BACKGROUND, ShardedStrategy
+from qvgen.training.micro_batch import count_micro_batches_
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
+from qvgen.training.replaced_folder import put_in_place, remove
+from qvgen.training.saved_tensor import whole_values
 from qvgen.training.stop_point import agreed
+
+PATIENCE_SECONDS = 60.0
+"""How long a process that ends by an error of its own waits until a checkpoint is there that all are writing."""
 
 
 class CheckpointWriter(lightning.Callback):
     """Saves the whole training state every so many optimizer steps or minutes, keeps the newest few, and stops on request.
+
+    A sharded model's state is copied, and written while training goes on: the next one, a stop, an error and the end of
+    training wait for it, it counts as saved once it is there, and what kept it from being written ends training behind the
+    step in which that is known.
 
     A state is good once the step after it had a finite loss: older ones are removed only then, and a state from which
     training diverged at once is removed itself.
@@ -30,7 +44,7 @@ class CheckpointWriter(lightning.Callback):
     behind every step whether it was asked to. Put the callback behind the one that writes the step's row.
 
     Args:
-        directory: Where ``step-00000050.ckpt`` go.
+        directory: Where ``step-00000050.ckpt`` go: files, or folders where a model is sharded.
         config: How often, and how many are kept.
         num_steps: Optimizer steps of the run; the last one is saved.
         before: Also saved after steps for which it is True: something long follows, which one process may have to leave
@@ -47,12 +61,20 @@ class CheckpointWriter(lightning.Callback):
     ) -> None:
         self.directory, self.config, self.num_steps, self.before = directory, config, num_steps, before
         self._last_step = self._saved_step = 0
+        self._said_step = 0
         self._saved_at = 0.0
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the steps that are done in the micro-batches that a step has now."""
+        del pl_module
+        count_micro_batches_(checkpoint, per_step=trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count the present state as saved, since the run came from a checkpoint of it; signals now wait for a step's end."""
         del pl_module
-        self._last_step = self._saved_step = trainer.global_step
+        self._last_step = self._saved_step = self._said_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._note()
         stop_request.postpone(True)
@@ -86,19 +108,29 @@ class CheckpointWriter(lightning.Callback):
             self._finish_step(trainer)
 
     def _finish_step(self, trainer: lightning.Trainer) -> None:
-        step = self._last_step
-        is_stop, is_time = agreed(stop_request.is_requested(), self._is_time(trainer), together=trainer.world_size > 1)
+        step, saving = self._last_step, _saving(trainer)
+        is_stop, is_time, has_failed = agreed(
+            stop_request.is_requested(),
+            self._is_time(trainer),
+            saving is not None and saving.has_failed,
+            together=trainer.world_size > 1,
+        )
+        if has_failed:
+            self._wait(trainer)
+        self._note(trainer)
         is_due = (
             step % self.config.every_steps == 0 or step == self.num_steps or trainer.should_stop or self.before(step)
         )
         if is_stop or is_time or is_due:
             self._save(trainer)
         if is_stop:
+            self._wait(trainer)
             raise stop_request.Stopped
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Nothing comes after the last state that could fail."""
+        """Nothing comes after the last state that could fail, once it is there."""
         del pl_module
+        self._wait(trainer)
         self._remove_old(trainer)
         stop_request.postpone(False)
 
@@ -110,13 +142,18 @@ class CheckpointWriter(lightning.Callback):
         The state that training diverged from stays if it is the only one.
         """
         del pl_module
+        is_common = isinstance(exception, stop_request.Stopped | TrainingDivergedError)
         if isinstance(exception, stop_request.Stopped) and self._last_step > self._saved_step:
             self._save(trainer)
-        stop_request.postpone(False)
+        # An error of one process alone: the others may be gone, and whoever waits for them would wait in vain.
+        try:
+            self._wait(trainer, timeout_s=None if is_common else PATIENCE_SECONDS, is_failing=not is_common)
+        finally:
+            stop_request.postpone(False)
         if isinstance(exception, TrainingDivergedError) and trainer.is_global_zero:
             found = checkpoints(self.directory)
             if len(found) > 1 and found[-1] == self._path(trainer.global_step):
-                found[-1].unlink()
+                remove(found[-1])
 
     def _is_time(self, trainer: lightning.Trainer) -> bool:
         """Whether rank 0's clock asks for a checkpoint; the others follow it."""
@@ -124,13 +161,27 @@ class CheckpointWriter(lightning.Callback):
         return trainer.is_global_zero and every is not None and time.monotonic() - self._saved_at >= 60 * every
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        self._wait(trainer)  # for the one before
         heartbeat.report(heartbeat.SAVING)
-        trainer.save_checkpoint(self._path(self._last_step))
+        trainer.save_checkpoint(self._path(self._last_step), storage_options=IN_BACKGROUND)
         self._saved_step, self._saved_at = self._last_step, time.monotonic()
-        self._note()
+        self._note(trainer)
 
-    def _note(self) -> None:
-        step = self._saved_step
+    def _wait(self, trainer: lightning.Trainer, *, timeout_s: float | None = None, is_failing: bool = False) -> None:
+        """Wait until the checkpoint that is being written is there; an error of it is raised unless there is another."""
+        if (saving := _saving(trainer)) is None:
+            return
+        heartbeat.report(heartbeat.SAVING)
+        with suppress(Exception) if is_failing else nullcontext():
+            saving.wait(timeout_s)
+        self._note(trainer)
+
+    def _note(self, trainer: lightning.Trainer | None = None) -> None:
+        """Say which step is saved."""
+        saving = None if trainer is None else _saving(trainer)
+        if saving is None or (saving.is_done and not saving.has_failed):
+            self._said_step = self._saved_step
+        step = self._said_step
         stop_request.note(f"after step {step}, saved" if step else "before the first step was done")
 
     def _path(self, step: int) -> Path:
@@ -139,7 +190,12 @@ class CheckpointWriter(lightning.Callback):
     def _remove_old(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero:
             for old in checkpoints(self.directory)[: -self.config.keep]:
-                old.unlink()
+                remove(old)
+
+
+def _saving(trainer: lightning.Trainer) -> BackgroundSave | None:
+    """The checkpoint that a thread writes or has written."""
+    return trainer.strategy.saving if isinstance(trainer.strategy, ShardedStrategy) else None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -161,24 +217,31 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write beside, force to the disk, rename."""
         del storage_options
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():  # of the same step, written by other processes
+            whole = Path(path).with_name(f".{Path(path).name}.file.tmp")
+            atomic_write(whole, lambda temporary: _save(checkpoint, temporary))
+            put_in_place(whole, Path(path))
+            return
         atomic_write(Path(path), lambda temporary: _save(checkpoint, temporary))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain values only."""
+        """Read tensors and plain values only; mapped, tensors of a folder are :class:`SavedTensor`."""
         del weights_only
+        state: dict[str, Any]
+        if Path(path).is_dir():
+            state = CheckpointFolder(Path(path)).state
+            return state if self.mapped else whole_values(state)
         try:
-            state: dict[str, Any] = torch.load(
-                path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped
-            )
+            state = torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=self.mapped)
         except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
             raise ValueError(f"{path} is no checkpoint or damaged; delete it to resume from the one before") from error
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one."""
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:

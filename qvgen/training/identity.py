@@ -85,7 +85,7 @@ def _identify(run_dir: RunDirectory, settings: Mapping[str, Any], facts: Mapping
         RunIdentity.begin(settings, facts, commit=commit).write(run_dir.path)
         return
     step = checkpoint_step(found[-1]) if found else 0
-    changes = continue_run(run_dir.path, facts, force=force, step=step, new_keys=run_dir.new_keys)
+    changes = continue_run(run_dir.path, facts, force=force, step=step, new_keys=run_dir.new_keys, world=run_dir.world)
     if any(change.name.startswith("model.") for change in changes):  # its validation videos are another model's
         shutil.rmtree(run_dir.path / VALIDATION_DIRECTORY / "teacher", ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 STEP_PARTS = 2
 """A step's batch is computed in at least so many parts, whose gradients are added. One process that goes through two
@@ -47,3 +48,21 @@ class StepBatch:
     def micro_batch_size(self) -> int:
         """Samples that a process works on at once."""
         return self.size // (self.num_micro_batches * self.devices)
+
+
+def count_micro_batches_(checkpoint: dict[str, Any], *, per_step: int) -> None:
+    """Give Lightning's progress in a checkpoint the counts of a run whose steps all had as many micro-batches as now.
+
+    A run that goes on with more processes may go through fewer micro-batches in each of them. Lightning steps the optimizer
+    after every ``per_step``-th one that it has counted since training began.
+
+    Args:
+        checkpoint: As Lightning has it, written after a whole step.
+        per_step: Micro-batches of each process per step.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    steps = int(checkpoint["global_step"])
+    for counts in (progress["total"], progress["current"]):
+        behind = {name: counts["ready"] - count for name, count in counts.items()}  # the last one is not completed yet
+        if counts["ready"]:
+            counts.update({name: steps * per_step - behind[name] for name in counts})

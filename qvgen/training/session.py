@@ -28,6 +28,7 @@ from qvgen.training.distributed.sharded_models import ShardedModels, uses_teache
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
+from qvgen.training.saved_tensor import load_tensors_
 from qvgen.training.start_file import restore_layers_
 from qvgen.training.trainer import (
     Processes,
@@ -59,16 +60,15 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
     if not found:
         raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
     restore_layers_(student, run_dir)
-    state = check_checkpoint(found[-1], run=run_key(run_dir))
+    wanted = ("state_dict", AVERAGE_KEY) if averaged else ("state_dict",)
+    state = check_checkpoint(found[-1], run=run_key(run_dir), only=wanted)
     try:
         prefix = "student."
         trained = {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}
-        student.load_state_dict(trained, strict=True)
+        load_tensors_(student, trained)
         if averaged:
             # After the student's own: tensors that layers share have several names there and one here.
-            unknown = student.load_state_dict(state[AVERAGE_KEY], strict=False).unexpected_keys
-            if unknown:
-                raise KeyError(unknown[0])
+            load_tensors_(student, state[AVERAGE_KEY], strict=False)
     except (RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{found[-1]} is of another model ({type(error).__name__}); delete it") from error
     step = int(state["global_step"])

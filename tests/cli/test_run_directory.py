@@ -63,6 +63,8 @@ def test_resume_of_an_empty_folder_starts_and_clears_what_a_killed_process_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / ".config.yaml.123.tmp").write_text("half")
+    (tmp_path / ".step-00000003.ckpt.tmp").mkdir()
+    (tmp_path / ".step-00000003.ckpt.tmp" / ".index.json.tmp").write_text("half")
     with RunDirectory.claim(tmp_path, PLAIN, resume=True) as run:
         assert not run.resumed
     assert "starting from the first step" in caplog.text

@@ -12,7 +12,7 @@ from torch import nn
 from qvgen.cli import DONE, main
 from qvgen.config.defaults import load_section
 from qvgen.training.average import Average, kept_share
-from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, shallow, train
+from tests.runs import UNSEEN, copy_until, load_checkpoint, packed_bytes, read_metrics, shallow, train
 
 
 def test_it_is_the_formula_and_begins_again_with_each_phase() -> None:
@@ -94,9 +94,7 @@ def test_shares_are_averaged_like_a_whole_student(averaged: Path, tmp_path: Path
     assert train(two, *options) == DONE
     assert packed_bytes(two) == packed_bytes(averaged)
     assert read_metrics(two) == read_metrics(averaged)
-    states = [
-        torch.load(run / "checkpoints" / "step-00000003.ckpt", weights_only=True)["average"] for run in (averaged, two)
-    ]
+    states = [load_checkpoint(run / "checkpoints" / "step-00000003.ckpt")["average"] for run in (averaged, two)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     again = copy_until(two, tmp_path / "again", step=3)

@@ -124,7 +124,7 @@ def test_what_is_no_checkpoint_is_named(kind: str, path: Path) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED) as archive:
             for name, content in contents.items() if kind == "deflated" else {"a": b"b"}.items():
                 archive.writestr(name, content)
-    with pytest.raises(UserError, match=f"{path.name}.*(damaged; delete it|can't be read)"):
+    with pytest.raises(UserError, match=f"{path.name}.*(damaged; delete it|is missing.*; delete the folder)"):
         check_checkpoint(path, run=RUN)
 
 

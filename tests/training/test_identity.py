@@ -23,7 +23,7 @@ from qvgen.data.clip_source import ClipSource
 from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
 from qvgen.run_directory import write_plain
-from qvgen.run_identity import IDENTITY_FILE, RunIdentity
+from qvgen.run_identity import IDENTITY_FILE, RunIdentity, read_changes
 from qvgen.training.checkpoint_file import RUN_KEY
 from qvgen.training.identity import check_worker
 from qvgen.training.source_checksum import sources_checksum
@@ -175,6 +175,26 @@ def test_a_run_of_another_version_goes_on_with_its_keys_once_it_is_told_to(run_d
     assert known is not None
     assert [change.name for change in known.changes] == ["config.a_key_that_was", "config.strategy.threads"]
     go_on(run_dir)
+
+
+def test_a_run_goes_on_with_other_processes_and_its_record_says_so(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = snapshot(run_dir)
+    with pytest.raises(UserError, match=r"run: seed is 42 there and 1 here; choose another run_dir$"):
+        go_on(run_dir, "seed=1", "devices=2", "strategy=fsdp")
+    with pytest.raises(UserError, match=r"run: accumulate is 2 there and 1 here; choose another run_dir$"):
+        go_on(run_dir, "accumulate=1")
+    assert snapshot(run_dir) == before
+    go_on(run_dir, "devices=2", "strategy=fsdp", "accumulate=1")
+    assert "goes on at step 6 with other processes: config.devices was 1 and is 2; config" in caplog.text
+    wanted = {"accumulate": ("2", "1"), "devices": ("1", "2"), "strategy.name": ("single", "fsdp")}
+    changes = {change.name.removeprefix("config."): change for change in read_changes(run_dir)}
+    assert {name: (changes[name].before, changes[name].after) for name in wanted} == wanted
+    assert {change.step for change in changes.values()} == {6}
+    assert read_config(run_dir)["devices"] == 2
+    go_on(run_dir, "devices=2", "strategy=fsdp", "accumulate=1")
+    assert len(read_changes(run_dir)) == len(changes)
 
 
 def test_validation_videos_of_another_teacher_are_made_again(run_dir: Path) -> None:

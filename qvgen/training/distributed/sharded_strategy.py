@@ -1,26 +1,35 @@
-"""Lightning's strategy for sharded models, with the checkpoints of the other strategies.
+"""Lightning's strategy for sharded models, with checkpoints that all processes write together.
 
-Checkpoints are those of one process: one file of whole tensors and plain values, written by rank 0, whole or not there,
-readable without executing anything. Rank 0 gathers tensor by tensor, so that no device holds more than one whole; its host
-holds 12 bytes per trained parameter while it writes (173 GB for 14.4 x 10^9). Every process maps the file and reads its own
-rows when it resumes. torch's distributed checkpoint would write in parallel and need no such host memory, but its index is a
-pickle, which reading executes, and ``qvgen fold`` would need a reader of its own (docs/log.md).
+Each process writes its own rows of weights, moments and average (:mod:`qvgen.training.checkpoint_folder`): none ever holds
+more than its share on the device, nor more than one copy of it on the host, from which a thread writes. When a run goes on,
+every process maps the files and reads the rows that are its own now, whoever wrote them; it reads the files of a single
+process or of ``strategy=ddp`` in the same way.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qvgen.lowrank.sharded import whole
-from qvgen.training.distributed.sharding import grouped_mesh, sharded_as, share_of
+from qvgen.training.background_save import BackgroundSave
+from qvgen.training.checkpoint_file import RUN_KEY
+from qvgen.training.checkpoint_folder import take_snapshot, write_folder
+from qvgen.training.distributed.sharding import grouped_mesh, share_of
+from qvgen.training.distributed.store_exchange import StoreExchange, default_store
+from qvgen.training.distributed.written_rows import written_rows
+from qvgen.training.saved_tensor import SavedTensor
+
+IN_BACKGROUND = "in background"
+"""Has a checkpoint written while training goes on."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -29,9 +38,11 @@ class ShardedStrategy(ModelParallelStrategy):
     Attributes:
         shards: Processes of a group that holds a whole model together; 0: all of them.
         node_rank: The node of this process.
+        saving: The checkpoint that a thread writes, or wrote last; None before the first.
     """
 
     shards, node_rank = 0, 0
+    saving: BackgroundSave | None = None
 
     def sharing_mesh(self) -> DeviceMesh:
         """Over which processes parameters are shared out: all, or groups that hold the same; a collective."""
@@ -51,32 +62,40 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the host of rank 0; nothing elsewhere. A collective."""
+        """Sharded tensors, and whole buffers."""
         assert self.lightning_module is not None
-        return self._whole_tensors(self.lightning_module.state_dict())
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """As the optimizer's own state dict, of whole tensors on the host of rank 0. A collective."""
+        """As the optimizer's own state dict, with this process's shares of the moments where they lie."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
         state = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         found = {
-            index: self._whole_tensors({name: _sharded(value, like=parameters[index]) for name, value in entry.items()})
+            index: {name: _moment(value, like=parameters[index]) for name, value in entry.items()}
             for index, entry in state["state"].items()
         }
         return {**state, "state": found}
 
-    def _whole_tensors(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        found = {}
-        for name, value in values.items():
-            complete = whole(value) if isinstance(value, Tensor) else value
-            if self.is_global_zero:
-                found[name] = complete.cpu() if isinstance(complete, Tensor) else complete
-        return found
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write one file, as rank 0."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)
+        """Write a folder, together with all other processes.
+
+        With :data:`IN_BACKGROUND` for ``storage_options`` a thread writes a copy of the state, :attr:`saving`. An earlier one
+        is waited for.
+        """
+        if self.saving is not None:
+            self.saving.wait()
+        snapshot = take_snapshot(_shares(checkpoint), run=checkpoint.get(RUN_KEY), rank=self.global_rank)
+        ranks = {"rank": self.global_rank, "world_size": self.world_size}
+        if storage_options != IN_BACKGROUND:
+            write_folder(Path(filepath), snapshot, **ranks, exchange=self._exchange)
+            return
+        write = partial(write_folder, Path(filepath), snapshot.on_host(), **ranks, exchange=self._exchange)
+        self.saving = BackgroundSave(Path(filepath), write)
+
+    @cached_property
+    def _exchange(self) -> StoreExchange:
+        return StoreExchange(default_store(), rank=self.global_rank, world_size=self.world_size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Map the file; tensors are read when their rows are copied."""
@@ -103,14 +122,25 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _share(value: Any, *, like: Any) -> Any:
-    """The rows of a tensor that is sharded, or has a row for each of its rows; else (a step count, a buffer) as it is."""
-    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape[:1] == like.shape[:1]:
+    """The rows of a tensor that is sharded, or has a row for each of its rows; else (a step count, a buffer) all of it."""
+    is_tensor = isinstance(value, Tensor | SavedTensor)
+    if isinstance(like, DTensor) and is_tensor and value.shape[:1] == like.shape[:1]:
         return share_of(value, like=like)
-    return value
+    return value.whole() if isinstance(value, SavedTensor) else value
 
 
-def _sharded(value: Any, *, like: Any) -> Any:
-    """A plain share of something that has a row for each row of a sharded parameter, as the sharded tensor that it is."""
-    if isinstance(like, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim:
-        return sharded_as(value, like=like)
+def _moment(value: Any, *, like: Any) -> Any:
+    """What is written of something that may have a row for each row of a sharded parameter."""
+    is_share = isinstance(like, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim
+    return written_rows(value, like=like) if is_share else value
+
+
+def _shares(value: Any) -> Any:
+    """Nested values with what this process writes of each sharded tensor in its place."""
+    if isinstance(value, DTensor):
+        return written_rows(value.to_local(), like=value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _shares(entry)) for key, entry in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_shares(entry) for entry in value)
     return value

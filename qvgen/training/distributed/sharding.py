@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.lowrank.sharded import shard_group, whole, write_whole_
+from qvgen.training.saved_tensor import SavedTensor
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -166,10 +167,10 @@ def rows_of(size: int, *, rank: int, world_size: int) -> slice:
     return slice(min(rank * share, size), min((rank + 1) * share, size))
 
 
-def share_of(value: Tensor, *, like: DTensor) -> DTensor:
+def share_of(value: Tensor | SavedTensor, *, like: DTensor) -> DTensor:
     """This process's rows of a whole tensor, as a tensor that is sharded as another of as many rows; no collective.
 
-    Only the rows are read: ``value`` may be a file that is mapped to memory.
+    Only the rows are read: ``value`` may be a file that is mapped to memory, or lie in several.
     """
     assert value.shape[0] == like.shape[0], f"{list(value.shape)} for {list(like.shape)}"
     group = shard_group(like)

@@ -21,7 +21,7 @@ from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
-from tests.runs import WATCHED, copy_until, packed_bytes, read_metrics, shallow, train, train_config
+from tests.runs import WATCHED, copy_until, load_checkpoint, packed_bytes, read_metrics, shallow, train, train_config
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
@@ -85,9 +85,7 @@ def test_losses_norms_and_errors_are_those_of_one_process(both: tuple[Path, Path
 
 def test_weights_and_moments_are_those_of_one_process(both: tuple[Path, Path]) -> None:
     for step in (3, 6, STEPS):  # within a phase, on a boundary, and the last
-        one, two = (
-            torch.load(run_dir / "checkpoints" / f"step-{step:08d}.ckpt", weights_only=True) for run_dir in both
-        )
+        one, two = (load_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}.ckpt") for run_dir in both)
         assert one.keys() == two.keys()
         assert list(one["state_dict"]) == list(two["state_dict"])
         assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
@@ -123,14 +121,14 @@ def test_a_checkpoint_of_shares_is_folded_by_one_process(both: tuple[Path, Path]
     assert (out / "model.safetensors").read_bytes() == packed_bytes(both[1])
 
 
-def test_other_processes_are_refused_when_it_is_continued(
+def test_what_other_processes_cannot_continue_is_refused(
     both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (*OPTIONS, AGAIN, "resume=true")
-    assert train(both[1], *options, "devices=4", "strategy=fsdp") == BAD_INPUT
-    assert "devices is 2 there and 4 here" in capsys.readouterr().err
-    assert train(both[1], *options, "devices=2", "strategy=ddp") == BAD_INPUT
-    assert "strategy.name is fsdp there and ddp here" in capsys.readouterr().err
+    assert train(both[1], *options, "devices=3", "strategy=fsdp") == BAD_INPUT
+    assert "batch_size=4 cannot be divided by devices=3 x accumulate=1" in capsys.readouterr().err
+    assert train(both[1], *options, "strategy=ddp", "devices=4", "seed=43") == BAD_INPUT
+    assert "configuration's run: seed is 42 there and 43 here; choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", CASES)
