@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from qvgen.config.run_comparison import lasting
 from qvgen.errors import UserError
-from qvgen.run_directory import atomic_write, lasting
+from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -184,15 +185,7 @@ def continue_run(
             run_dir=run_dir,
             remedy="bring back what was there, choose another run_dir, or write resume=force, which the report will say",
         )
-    others = [
-        Change(step=step, name=f"config.{key}", before=before, after=after)
-        for key, (before, after) in (world or {}).items()
-    ]
-    if others:
-        log.warning(
-            "%s goes on at step %d with other processes: %s; it begins with the same bits, and adds in another order",
-            run_dir, step, shown(others),
-        )  # fmt: skip
+    others = _other_processes(run_dir, world or {}, step=step)
     changes = [replace(change, step=step) for change in known.differences(facts)]
     changes += [
         Change(step=step, name=f"config.{key}", before="another version's", after="this one's") for key in new_keys
@@ -202,6 +195,19 @@ def continue_run(
     if changes or others:
         replace(known, facts=facts, changes=(*known.changes, *others, *changes)).write(run_dir)
     return [*others, *changes]
+
+
+def _other_processes(run_dir: Path, world: Mapping[str, tuple[str, str]], *, step: int) -> list[Change]:
+    """Say with which other processes a run goes on."""
+    others = [
+        Change(step=step, name=f"config.{key}", before=before, after=after) for key, (before, after) in world.items()
+    ]
+    if others:
+        log.warning(
+            "%s goes on at step %d with other processes: %s; it begins with the same bits, and adds in another order",
+            run_dir, step, shown(others),
+        )  # fmt: skip
+    return others
 
 
 def read_changes(run_dir: Path) -> tuple[Change, ...]:

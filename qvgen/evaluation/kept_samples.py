@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvgen.config.run_comparison import lasting
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.deploy.manifest import read_manifest
 from qvgen.evaluation.quality_data import SamplingCost
-from qvgen.run_directory import lasting
 from qvgen.run_identity import read_changes
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from torch import Tensor
 from qvgen.errors import UserError
 from qvgen.quant.finite import check_finite
 from qvgen.run_identity import RunIdentity
-from qvgen.training.checkpoint_folder import CheckpointFolder
+from qvgen.training.checkpoint_folder_reader import CheckpointFolder
 
 CHECKPOINT_DIRECTORY = "checkpoints"
 """Where a run's checkpoints lie, in its folder."""

@@ -17,7 +17,7 @@ from qvgen import stop_request
 from qvgen.config.sections import CheckpointConfig
 from qvgen.run_directory import atomic_write
 from qvgen.training.background_save import BackgroundSave
-from qvgen.training.checkpoint_folder import CheckpointFolder
+from qvgen.training.checkpoint_folder_reader import CheckpointFolder
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.sharded_strategy import IN_BACKGROUND, ShardedStrategy
 from qvgen.training.micro_batch import count_micro_batches_

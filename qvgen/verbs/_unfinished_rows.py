@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.run_comparison import lasting
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.evaluation.environment import collect_machine
 from qvgen.evaluation.sentence_encoder import revision
-from qvgen.run_directory import lasting
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._ptq_encoder import encoder_folder

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from qvgen.config.run_comparison import FREE_KEYS
 from qvgen.data.cache_fill import FillOptions
 from qvgen.data.captions import Clip, read_table
 from qvgen.data.clips_ahead import ClipsAhead, ReadClip, Unreadable
-from qvgen.run_directory import FREE_KEYS
 from tests.data.pooling_encoder import SETTINGS, encode_video, fill_with_pooling
 from tests.data.video_files import write_clip
 

@@ -22,7 +22,7 @@ from torch.distributed import HashStore, Store
 
 from qvgen.config import UserError
 from qvgen.errors import UnfitEnvironmentError
-from qvgen.training import checkpoint_folder, replaced_folder
+from qvgen.training import checkpoint_folder, checkpoint_folder_reader, replaced_folder
 from qvgen.training.checkpoint_file import RUN_KEY, check_checkpoint
 from qvgen.training.checkpoint_folder import take_snapshot, temporary_folder, write_folder
 from qvgen.training.checkpoint_part import Share
@@ -205,7 +205,7 @@ def test_another_name_run_or_version_is_refused(path: Path, monkeypatch: pytest.
     renamed = path.rename(path.with_name("step-00000009.ckpt"))
     with pytest.raises(UserError, match="holds optimizer step 6, its name says another"):
         check_checkpoint(renamed, run=RUN)
-    monkeypatch.setattr(checkpoint_folder, "VERSION", 2)
+    monkeypatch.setattr(checkpoint_folder_reader, "VERSION", 2)
     with pytest.raises(UserError, match="its version is 1, and this qvgen reads 2"):
         check_checkpoint(renamed, run=RUN)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qvgen.config.run_comparison import FREE_KEYS
 from qvgen.config.run_config import CONFIG_FILE, read_config
 from qvgen.errors import UserError, one_line
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import read_history
-from qvgen.run_directory import FREE_KEYS
 
 REPORT_FILE = "report.json"
 
