@@ -258,7 +258,8 @@ def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tup
 def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
     """Most bytes of tensors on a host at once, over all processes of a node.
 
-    Where models are sharded only rank 0 holds whole models, and later puts a checkpoint together beside the teacher.
+    Where models are sharded only rank 0 holds whole models. Later it keeps the teacher, and the processes of one group
+    copy their shares of a checkpoint to their hosts, from which threads write it.
 
     Args:
         run: What is planned.
@@ -274,4 +275,5 @@ def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kep
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     whole = tensor_bytes([*student.parameters(), *student.buffers()])
     checkpoint = whole + stored.moment_bytes(student) + stored.average_bytes(student)
-    return max(preparation, kept + checkpoint + kept_bytes)
+    copied = checkpoint * min(run.node_devices, run.shards) // run.shards
+    return max(preparation, kept + copied + kept_bytes)

@@ -147,8 +147,8 @@ def _memory(plan: TrainingPlan) -> list[str]:
         lines.append(f"host memory while it trains: {kept}")
     left = f"this host has {format_bytes(plan.host_available_bytes)} left"
     if plan.shards > 1:
-        what = "student and teacher before training, or teacher and a checkpoint; the other processes hold no weights"
-        return [*lines, f"host memory of rank 0: {format_bytes(plan.host_bytes)} ({what}); {left}"]
+        what = "student and teacher before training, or teacher and the shares of a checkpoint that is written"
+        return [*lines, f"host memory of the first node: {format_bytes(plan.host_bytes)} ({what}); {left}"]
     here = plan.schedule.devices // plan.schedule.nodes
     each = f", {here} processes together" if here > 1 else ""
     what = "student while its layers are swapped, or student and teacher"
