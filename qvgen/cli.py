@@ -161,6 +161,7 @@ def _run_here(
 
     Each of ``lines`` is what a job chose by itself, said when it begins unless the one before said the same.
     """
+    from qvgen.config.device_choice import say_later
     from qvgen.config.sweep import folder_of_job
 
     run = import_verb(verb).run
@@ -175,8 +176,7 @@ def _run_here(
         stop_request.note()
         stop_request.continue_with(folder_of_job(verb, plain) if len(jobs) > 1 else None, how="start again")
         stop_request.not_begun(commands[index + 1 :])
-        if lines[index] is not None and lines[index] not in lines[max(0, index - 1) : index]:
-            logging.getLogger(__name__).info(lines[index])
+        say_later(None if lines[index] in lines[max(0, index - 1) : index] else lines[index])
         codes.append(_run_job(run, verb, plain, show=show))
         if codes[-1] in (INTERRUPTED, TERMINATED):
             break

@@ -106,7 +106,11 @@ def test_make_demo_takes_two_processes_where_there_are_two_cores(given: tuple[st
     )
     assert done.stdout.splitlines()[-1].split() == [".venv/bin/python", *expected.split()]
     on_gpus = subprocess.run(
-        ["make", "-n", "demo", "CORES=2", "GPUS=x"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "demo", "CORES=2", "GPUS=x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert on_gpus.stdout.splitlines()[-1].split() == [".venv/bin/python", "train.py"]  # devices=auto
 

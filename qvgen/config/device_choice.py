@@ -10,6 +10,7 @@ as many as that one started, and a run that goes on has as many as it began with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,11 @@ from typing import Any
 from qvgen.config import launched_world, visible_gpus
 from qvgen.errors import UserError
 
+log = logging.getLogger(__name__)
+
 AUTO = "auto"
+
+_unsaid: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +147,14 @@ def check_presence(
                 f"devices={choice.number}{began}: {visible_gpus.describe_gpus()}, and each process needs one"
             )
     return gpus
+
+
+def say_later(line: str | None) -> None:
+    """Keep what was chosen for a job until it is known that the job can begin: what is wrong with one is said alone."""
+    _unsaid[:] = [] if line is None else [line]
+
+
+def say_chosen() -> None:
+    """Say what was chosen for the job that begins now, once."""
+    while _unsaid:
+        log.info(_unsaid.pop())

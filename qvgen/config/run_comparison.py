@@ -19,7 +19,7 @@ FREE_KEYS = (
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""
 
-WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "names.strategy")
+WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "strategy.shard_size", "names.strategy")
 """Keys of the processes that share a run out, which may be others when it is continued, and which its record names then: the
 state that it goes on from is the same bit for bit, later sums are added in another order."""
 

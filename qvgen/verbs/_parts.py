@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qvgen.config.device_choice import say_chosen
 from qvgen.config.schema import TrainConfig
 from qvgen.initializers.base import Need
 from qvgen.models.base import Encode
@@ -110,7 +111,9 @@ def claim(config: TrainConfig) -> RunDirectory:
     """Take the run's folder; see :func:`qvgen.training.identity.claim_run`."""
     from qvgen.training.identity import claim_run
 
-    return claim_run(config.run_dir, config.plain, facts=lambda: run_facts(config), resume=config.resume)
+    run_dir = claim_run(config.run_dir, config.plain, facts=lambda: run_facts(config), resume=config.resume)
+    say_chosen()
+    return run_dir
 
 
 def run_facts(config: TrainConfig) -> dict[str, str]:

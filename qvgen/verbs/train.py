@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qvgen.config import launched_world
+from qvgen.config.device_choice import say_chosen
 from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
@@ -59,6 +60,7 @@ def run(config: TrainConfig) -> int | None:
     if refusal is not None:
         return refusal
     if config.dry_run:
+        say_chosen()
         return _print_plan(config, student, counter)
     del student, counter
     if config.method.quantizes:

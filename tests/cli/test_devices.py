@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from qvgen.config import TrainConfig, launched_world, visible_gpus
+from qvgen.config import TrainConfig, device_choice, launched_world, visible_gpus
 from qvgen.config.build import check
 from qvgen.config.compose import compose_job, compose_plain
 from qvgen.config.launched_world import LaunchedWorld
@@ -158,6 +158,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
     found: list[tuple[int, str | None]] = []
 
     def run(config: TrainConfig) -> None:
+        device_choice.say_chosen()
         found.append((config.devices, os.environ.get(visible_gpus.VARIABLE)))
 
     monkeypatch.setattr(train_verb, "run", run)
@@ -223,7 +224,7 @@ def test_what_was_chosen_is_said_once_a_job_begins(
     machine: Machine, started: list[tuple[int, str | None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     machine(4)
-    with caplog.at_level(logging.INFO, logger="qvgen.cli"):
+    with caplog.at_level(logging.INFO, logger="qvgen.config.device_choice"):
         assert main(["train", "-m", *KEYS, "seed=1,2", "batch_size=32"]) in (DONE, BAD_INPUT)  # nothing to compare
     assert [line for line in caplog.messages if line.startswith("devices=")] == ["devices=auto: all 4 GPUs"]
     assert [number for number, _ in started] == [4, 4]
