@@ -63,7 +63,7 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             else:
                 temporary.write_bytes(content)
             temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
-            _force_to_disk(temporary)
+            force_to_disk(temporary)
             temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             # torch and safetensors report a full disk in their own ways
             raise OSError(f"cannot write {path}: {error}") from error
         raise
-    _force_to_disk(path.parent)
+    force_to_disk(path.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -92,7 +92,7 @@ def _umask() -> int:
     return mask
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
     """Flush a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from qvgen.run_directory import force_to_disk
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -21,7 +23,7 @@ def put_in_place(new: Path, path: Path) -> None:
         new: It; if this process is killed, another one deletes what has its name.
         path: Its place, in the same folder.
     """
-    _force(new)
+    force_to_disk(new)
     if not path.exists():
         new.replace(path)
     elif _exchange(new, path):
@@ -31,7 +33,7 @@ def put_in_place(new: Path, path: Path) -> None:
         path.replace(old)
         new.replace(path)
         remove(old)
-    _force(path.parent)
+    force_to_disk(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -57,11 +59,3 @@ def _exchange(left: Path, right: Path) -> bool:
         return False
     names = [os.fsencode(path) for path in (left, right)]
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
-
-
-def _force(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
