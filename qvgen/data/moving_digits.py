@@ -260,21 +260,31 @@ def _handwriting(split: str) -> tuple[Tensor, tuple[int, ...]]:
     """Read one split of scikit-learn's digits: ink float32 [n, 8, 8] in [0, 1], and n labels."""
     table = _digits()
     part = slice(0, TRAIN_IMAGES) if split == "train" else slice(TRAIN_IMAGES, None)
-    ink = (
-        torch.tensor(table[part, :-1], dtype=torch.float32).unflatten(1, (8, 8)) / 16
-    )  # the set has 17 levels of ink, 0..16
+    pixels = torch.tensor(table[part, :-1], dtype=torch.float32)
+    ink = pixels.unflatten(1, (8, 8)) / 16  # the set has 17 levels of ink, 0..16
     return ink, tuple(int(label) for label in table[part, -1])
+
+
+_DIGITS_FILE = "datasets/data/digits.csv.gz"
+"""Where scikit-learn keeps its digits, in its own folder."""
 
 
 def _digits() -> np.ndarray:
     """Scikit-learn's digits, float64 [1797, 65]: 64 pixels and the label.
 
-    They are read from the file that its ``load_digits`` reads: importing scikit-learn takes a second, in each process.
+    They are read from the file that its ``load_digits`` reads: importing scikit-learn takes a second, in each process. A
+    version that keeps them elsewhere is asked itself.
     """
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise RuntimeError(
             "scikit-learn, whose digits the data set is made of, is not installed; pip install scikit-learn"
         )
-    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt", encoding="utf-8") as file:
-        return np.loadtxt(file, delimiter=",")
+    file = Path(package.origin).parent / _DIGITS_FILE
+    if not file.is_file():
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        return np.column_stack([found.data, found.target])
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        return np.loadtxt(text, delimiter=",")

@@ -78,3 +78,9 @@ def test_without_scikit_learn_it_says_what_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(moving_digits, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="scikit-learn, whose digits the data set is made of, is not installed"):
         moving_digits._digits()
+
+
+def test_digits_that_lie_elsewhere_are_asked_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from_file = moving_digits._digits()
+    monkeypatch.setattr(moving_digits, "_DIGITS_FILE", "elsewhere.csv.gz")
+    assert np.array_equal(moving_digits._digits(), from_file)
