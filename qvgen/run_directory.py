@@ -113,7 +113,7 @@ class RunDirectory:
         path: The folder.
         resumed: Whether it held this run already.
         new_keys: Keys that the version which began the run did not know, or that this one does not know any more.
-        world: Key of ``WORLD_KEYS`` (config/run_comparison.py) -> values there and here, of those that are others now.
+        world: Key of the processes that share the run out (``MayDiffer.WORLD``) -> values there and here, where they differ.
     """
 
     def __init__(

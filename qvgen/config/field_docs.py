@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,12 +37,14 @@ class FieldDoc:
         limits: Text of its range; empty where it has none.
         meaning: The docstring's sentence, on one line, as it is written there; empty where there is none.
         section: ``module.Class`` whose fields are the keys below this one; None: it is no section.
+        may_differ: The value of its :class:`qvgen.config.may_differ.MayDiffer`; None: it has none.
     """
 
     kind: str
     limits: str
     meaning: str
     section: str | None
+    may_differ: str | None = None
 
 
 @cache
@@ -73,11 +75,15 @@ def _of_definition(module: str, node: Definition) -> dict[str, FieldDoc]:
         kind, limits, section = _described(annotation, module)
         meaning = meanings.get(name, fields[name].meaning if name in fields else "")
         fields[name] = FieldDoc(
-            kind=kind, limits=limits, meaning=meaning, section=section or _referred(meaning, module)
+            kind=kind,
+            limits=limits,
+            meaning=meaning,
+            section=section or _referred(meaning, module),
+            may_differ=_may_differ(annotation),
         )
     for name in meanings.keys() & fields.keys():  # a derived class may say more of an inherited field
         old = fields[name]
-        fields[name] = FieldDoc(kind=old.kind, limits=old.limits, meaning=meanings[name], section=old.section)
+        fields[name] = replace(old, meaning=meanings[name])
     return fields
 
 
@@ -138,6 +144,17 @@ def _subscripted(outer: str, inner: ast.expr, module: str) -> tuple[str, str, st
         kind = f"({kind})" if " or " in kind and "wXaY" not in kind else kind
         return f"list of {kind}".removesuffix(" of "), limits, None
     return ("section" if outer in ("Mapping", "dict") else ""), "", None
+
+
+def _may_differ(annotation: ast.expr) -> str | None:
+    """The mark ``MayDiffer.NAME`` inside of ``Annotated[...]``, in lower case; None where there is none."""
+    is_annotated = isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated"
+    inner = annotation.slice if isinstance(annotation, ast.Subscript) and is_annotated else None
+    extras = inner.elts[1:] if isinstance(inner, ast.Tuple) else []
+    marks = [
+        extra.attr for extra in extras if isinstance(extra, ast.Attribute) and ast.unparse(extra.value) == "MayDiffer"
+    ]
+    return marks[0].lower() if marks else None
 
 
 def _range_text(node: ast.expr, module: str) -> str:

@@ -6,25 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.may_differ import MayDiffer, keys_with, marks_of
 from qvgen.config.run_config import CONFIG_FILE, read_config
 from qvgen.errors import UserError
-
-FREE_KEYS = (
-    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
-    "trainer.profiler", "trainer.detect_anomaly", "trainer.log_every_n_steps",
-    "names.experiment", "names.export", "export", "typed",
-    "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
-    "data.videos", "data.cache", "data.readers", "calibration.cache",
-)  # fmt: skip
-"""Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
-places of things whose content is compared (:mod:`qvgen.run_identity`)."""
-
-WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "strategy.shard_size", "names.strategy")
-"""Keys of the processes that share a run out, which may be others when it is continued, and which its record names then: the
-state that it goes on from is the same bit for bit, later sums are added in another order."""
-
-FOLLOWING_KEYS = ("accumulate",)
-"""Keys that may be others together with a number of processes, from which their defaults follow."""
 
 
 def check_content(
@@ -36,10 +20,13 @@ def check_content(
         if others:
             raise UserError(f"run_dir={path} is not empty ({others[0]}) and holds no run; choose another")
         return False, (), {}
-    found = list(_differences(read_config(path), plain))
-    world = {key: values for key, values, is_new in found if key in WORLD_KEYS and not is_new}
+    marks = marks_of(plain)
+    free = frozenset(key for key, mark in marks.items() if mark is MayDiffer.FREE)
+    found = list(_differences(read_config(path), plain, free=free))
+    world = {key: values for key, values, is_new in found if marks.get(key) is MayDiffer.WORLD and not is_new}
     if "devices" in world or "num_nodes" in world:
-        world |= {key: values for key, values, is_new in found if key in FOLLOWING_KEYS and not is_new}
+        following = (entry for entry in found if marks.get(entry[0]) is MayDiffer.FOLLOWING)
+        world |= {key: values for key, values, is_new in following if not is_new}
     further = [(key, values, is_new) for key, values, is_new in found if key not in world]
     refused = [(key, values) for key, values, is_new in further if not (force and is_new)]
     if refused:
@@ -55,29 +42,29 @@ def check_content(
 
 
 def _differences(
-    there: Any, asked: Any, key: str = "", *, is_new: bool = False
+    there: Any, asked: Any, key: str = "", *, free: frozenset[str], is_new: bool = False
 ) -> Iterator[tuple[str, tuple[str, str], bool]]:
     """Key, values there and here, and whether one side lacks it, of every value that differs; no free keys."""
-    if key in FREE_KEYS or there == asked:
+    if key in free or there == asked:
         return
     if isinstance(there, dict) and isinstance(asked, dict):
         for name in sorted(there.keys() | asked.keys(), key=str):
             both = name in there and name in asked
-            yield from _differences(
-                there.get(name), asked.get(name), f"{key}.{name}" if key else str(name), is_new=not both
-            )
+            below = f"{key}.{name}" if key else str(name)
+            yield from _differences(there.get(name), asked.get(name), below, free=free, is_new=not both)
     else:
         yield key, (_shown(there), _shown(asked)), is_new
 
 
 def lasting(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that stays for as long as a run lasts: all but :data:`FREE_KEYS`."""
+    """The part of a configuration that stays for as long as a run lasts: all but the keys that are ``MayDiffer.FREE``."""
+    free = keys_with(MayDiffer.FREE, plain)
 
     def kept(value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             return value
         names = {name: f"{key}.{name}" if key else name for name in value}
-        return {name: kept(value[name], full) for name, full in names.items() if full not in FREE_KEYS}
+        return {name: kept(value[name], full) for name, full in names.items() if full not in free}
 
     result: dict[str, Any] = kept(as_plain(plain), "")
     return result

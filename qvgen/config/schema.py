@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from qvgen.config.bits import Bits
 from qvgen.config.ema_section import EmaConfig
 from qvgen.config.loss_options import LossConfig
+from qvgen.config.may_differ import MayDiffer
 from qvgen.config.memory_rules import check_memory_options
 from qvgen.config.sections import (
     ActivationSwitchConfig,
@@ -85,32 +86,32 @@ class TrainConfig:
     data: Any
     optim: OptimConfig
     strategy: StrategyConfig
-    logger: LoggerConfig
-    export: Any
+    logger: Annotated[LoggerConfig, MayDiffer.FREE]
+    export: Annotated[Any, MayDiffer.FREE]
     callbacks: Any
     seed: Annotated[int, Range("0..4294967295")]
     steps: Annotated[int, Range(">= 0")]
     batch_size: Annotated[int, Range("> 0")]
-    accumulate: Annotated[int, Range("> 0")]
-    devices: Annotated[int, Range("> 0")]
-    num_nodes: Annotated[int, Range("> 0")]
-    device_memory_gib: Annotated[float | None, Range("> 0")]
+    accumulate: Annotated[int, Range("> 0"), MayDiffer.FOLLOWING]
+    devices: Annotated[int, Range("> 0"), MayDiffer.WORLD]
+    num_nodes: Annotated[int, Range("> 0"), MayDiffer.WORLD]
+    device_memory_gib: Annotated[float | None, Range("> 0"), MayDiffer.FREE]
     kernel: str
-    run_dir: Path
-    resume: Literal[False, True, "force"]
-    dry_run: bool
-    debug: bool
+    run_dir: Annotated[Path, MayDiffer.FREE]
+    resume: Annotated[Literal[False, True, "force"], MayDiffer.FREE]
+    dry_run: Annotated[bool, MayDiffer.FREE]
+    debug: Annotated[bool, MayDiffer.FREE]
     phi: PhiConfig
     loss: LossConfig
     calibration: CalibrationConfig
     activation_switch: ActivationSwitchConfig
-    checkpoint: CheckpointConfig
+    checkpoint: Annotated[CheckpointConfig, MayDiffer.FREE]
     ema: EmaConfig
-    training: TrainingConfig
+    training: Annotated[TrainingConfig, MayDiffer.FREE]
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     names: Names
-    typed: tuple[str, ...]
+    typed: Annotated[tuple[str, ...], MayDiffer.FREE]
     plain: dict[str, Any]
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from qvgen.config.learning_rate_tail import LearningRateTail
+from qvgen.config.may_differ import MayDiffer
 from qvgen.config.prompt import Prompts
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.errors import UserError
@@ -38,8 +39,8 @@ class Names:
     method: str
     init: str
     data: str
-    export: tuple[str, ...] | None
-    experiment: str | None
+    export: Annotated[tuple[str, ...] | None, MayDiffer.FREE]
+    experiment: Annotated[str | None, MayDiffer.FREE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ class CalibrationConfig:
     videos: Annotated[int, Range("> 0")]
     steps: Annotated[int, Range("> 0")]
     memory_gib: Annotated[float, Range("> 0")]
-    cache: str
+    cache: Annotated[str, MayDiffer.FREE]
     clips: Literal["auto", "search", "table"]
 
     def __post_init__(self) -> None:

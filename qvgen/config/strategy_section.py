@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.config.value_range import Range, check_ranges
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
@@ -34,8 +35,8 @@ class StrategyConfig:
             of threads trains other bits.
     """
 
-    name: Literal["auto", "single", "ddp", "fsdp", "hsdp"]
-    shard_size: Annotated[int | None, Range("> 0")]
+    name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp"], MayDiffer.WORLD]
+    shard_size: Annotated[int | None, Range("> 0"), MayDiffer.WORLD]
     gradient_checkpointing: bool
     keep_attention: bool
     teacher_offload: bool

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.errors import UserError
 
@@ -74,10 +75,10 @@ class TrainerConfig:
 
     precision: Literal["32-true", "bf16-mixed"] | None
     gradient_clip_algorithm: Literal["norm", "value"]
-    profiler: Literal["simple", "advanced", "pytorch"] | None
-    detect_anomaly: bool
+    profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, MayDiffer.FREE]
+    detect_anomaly: Annotated[bool, MayDiffer.FREE]
     deterministic: Literal[False, True, "warn"]
-    log_every_n_steps: Annotated[int, Range("> 0")]
+    log_every_n_steps: Annotated[int, Range("> 0"), MayDiffer.FREE]
     min_steps: Annotated[int | None, Range("> 0")]
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.data.cache_fill import MAX_BAD, FillOptions, fill
 from qvgen.data.cached_clips import CachedClips
@@ -75,9 +76,9 @@ class ClipSource(EncodedSource):
             change no bit. Each holds the frames of one clip.
     """
 
-    path: str | None
-    videos: str | None
-    cache: str
+    path: Annotated[str | None, MayDiffer.FREE]
+    videos: Annotated[str | None, MayDiffer.FREE]
+    cache: Annotated[str, MayDiffer.FREE]
     fps: float | None
     buckets: Sequence[str] | None
     max_bad: Annotated[float, MAX_BAD]
@@ -85,7 +86,7 @@ class ClipSource(EncodedSource):
     timeout_s: Annotated[float, Range("> 0")]
     video_column: str | None = None
     caption_column: str | None = None
-    readers: Annotated[int, Range("> 0")] = 2
+    readers: Annotated[int, Range("> 0"), MayDiffer.FREE] = 2
 
     def __post_init__(self) -> None:
         check_ranges(self, section="data")

@@ -22,6 +22,7 @@ import diffusers
 import torch
 from torch import nn
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.models.clip_size import check_sizes
 from qvgen.models.finetune_place import find_finetune
 from qvgen.models.folder_identity import settings_identity, weights_identity
@@ -84,9 +85,9 @@ class FolderFamily(abc.ABC):
     dtype: str
     vae_dtype: str
     text_encoder_dtype: str
-    path: str | Path | None = None
-    transformer: str | Path | None = None
-    lora: Any = None
+    path: Annotated[str | Path | None, MayDiffer.FREE] = None
+    transformer: Annotated[str | Path | None, MayDiffer.FREE] = None
+    lora: Annotated[Any, MayDiffer.FREE] = None
     lora_scale: Any = 1.0
     negative_prompt: str = ""
 

@@ -23,6 +23,7 @@ from diffusers import WanTransformer3DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
@@ -104,7 +105,7 @@ class TinyFamily:
         num_inference_steps: Annotated[int, NUM_STEPS],
         guidance_scale: Annotated[float, GUIDANCE],
         negative_prompt: str = "",
-        weights: str | None = None,
+        weights: Annotated[str | None, MayDiffer.FREE] = None,
     ) -> None:
         for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
             if value % divisor:

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
+from qvgen.config.may_differ import MayDiffer
 from qvgen.models.lora import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
 
@@ -58,8 +59,8 @@ class WanExpert(Wan):
 
     expert: str
     guidance_scale_low: float
-    lora_high: Any = None
-    lora_low: Any = None
+    lora_high: Annotated[Any, MayDiffer.FREE] = None
+    lora_low: Annotated[Any, MayDiffer.FREE] = None
 
     transformer_folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 

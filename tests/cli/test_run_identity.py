@@ -11,7 +11,9 @@ from qvgen.config import UserError
 from qvgen.run_identity import IDENTITY_FILE, Change, RunIdentity, continue_run, read_changes
 
 FACTS = {"code.torch": "2.9.0", "model.transformer": "a" * 64, "data.clips": f"96 clips, {'b' * 64}"}
-PLAIN = {"bits": 3, "run_dir": "a", "data": {"cache": "x", "fps": 8}, "model": {"path": "m", "lora": None}}
+DATA = {"_target_": "qvgen.data.clip_source.ClipSource", "cache": "x", "fps": 8}
+MODEL = {"_target_": "qvgen.models.wan.Wan", "path": "m", "lora": None}
+PLAIN = {"bits": 3, "run_dir": "a", "data": DATA, "model": MODEL}
 
 
 def begin(run_dir: Path) -> None:
@@ -104,10 +106,10 @@ def test_the_mark_depends_on_what_counts_and_not_on_places() -> None:
     def mark(**changes: object) -> str | None:
         return RunIdentity.begin(PLAIN | changes, FACTS, commit=None).run
 
-    moved = {"run_dir": "b", "data": {"cache": "y", "fps": 8}, "model": {"path": "n", "lora": None}}
+    moved = {"run_dir": "b", "data": {**DATA, "cache": "y"}, "model": {**MODEL, "path": "n"}}
     assert mark() == mark(**moved)
     assert mark() != mark(bits=4)
-    assert mark() != mark(data={"cache": "x", "fps": 16})
+    assert mark() != mark(data={**DATA, "fps": 16})
     assert RunIdentity.begin(PLAIN, FACTS, commit=None).run != RunIdentity.begin(PLAIN, {}, commit=None).run
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qvgen.config.run_comparison import FREE_KEYS
+from qvgen.config.may_differ import MayDiffer, keys_with
 from qvgen.config.run_config import CONFIG_FILE, read_config
 from qvgen.errors import UserError, one_line
 from qvgen.evaluation.report.canvas import Series
@@ -122,7 +122,8 @@ def _read_run(path: Path, name: str) -> RunRecord:
     if not path.is_dir():
         return _record(path, name, state="unfinished", wrong=["it was not begun"])
     try:
-        settings = _flat(read_config(path))
+        config = read_config(path)
+        settings = _flat(config, free=keys_with(MayDiffer.FREE, config, only_own=True))
     except (UserError, OSError, RecursionError) as error:
         state = "damaged"
         wrong.append(f"{CONFIG_FILE}: {_cause(error, path)}")
@@ -170,15 +171,15 @@ def _read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, without keys that change no number."""
+def _flat(value: Mapping[str, Any], *, free: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, without the keys ``free``."""
     flat: dict[str, Any] = {}
     for name, entry in value.items():
         key = f"{prefix}{name}"
-        if key in FREE_KEYS:
+        if key in free:
             continue
         if isinstance(entry, Mapping) and entry:
-            flat.update(_flat(entry, f"{key}."))
+            flat.update(_flat(entry, free=free, prefix=f"{key}."))
         else:
             flat[key] = entry
     return flat
