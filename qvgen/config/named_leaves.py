@@ -12,10 +12,13 @@ A section that itself has a ``_target_`` is one object. Whose classes are follow
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 from qvgen.config.leaf_class import check_made
+from qvgen.config.leaf_file import leaf_content
 from qvgen.config.leaves import build_leaf
+from qvgen.config.sections import LoggerConfig
 from qvgen.errors import UserError, one_line, unknown_key
 
 NAMED_GROUPS: Mapping[str, str] = {
@@ -24,7 +27,7 @@ NAMED_GROUPS: Mapping[str, str] = {
 }
 """Sections of named objects -> the class of each of them."""
 
-_LOGGER_KEYS = ("name", "project", "group", "tags")
+_LOGGER_KEYS = tuple(field.name for field in fields(LoggerConfig) if field.name != "further")
 
 _WEIGHTS = "training changes the weights by its method alone, which has to know of Phi and of the quantizers"
 _STEPS = "the samples of an optimizer step are given by batch_size and accumulate"
@@ -55,7 +58,7 @@ def split_logger(section: object) -> object:
     if not isinstance(section, Mapping) or "further" in section:
         return section
     if "_target_" in section:
-        return {"name": "csv", "project": None, "group": None, "tags": (), "further": {"logger": dict(section)}}
+        return {**leaf_content("logger", "csv"), "further": {"logger": dict(section)}}
     further = {key: value for key, value in section.items() if key not in _LOGGER_KEYS}
     for key, value in further.items():
         if not isinstance(value, Mapping):

@@ -145,6 +145,8 @@ class LoggerConfig:
         project: Project name at Weights & Biases.
         group: Group of the runs at Weights & Biases; None: one group for each sweep (-m), none for a single run.
         tags: Tags of the run besides its model, bits, method, init and profile, which it always has.
+        upload: Files that wandb gets when the run is done: ``report`` (report.html, report.json, and the names and checksums
+            of the packed files), ``packed`` (those files too, as large as the packed model is) or ``nothing``.
         further: Lightning loggers: sections with a ``_target_`` by name, the objects once they are built.
     """
 
@@ -152,6 +154,7 @@ class LoggerConfig:
     project: str | None
     group: str | None
     tags: tuple[str, ...]
+    upload: Literal["nothing", "report", "packed"]
     further: Any
 
     @property

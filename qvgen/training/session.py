@@ -26,6 +26,7 @@ from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
+from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.saved_tensor import load_tensors_
@@ -201,6 +202,7 @@ def _callbacks(
     videos = validation_videos(run, output, teacher=teacher, encode=split.encode)
     callbacks += [
         StepMetrics(run_dir / "metrics.csv", schedule=schedule, num_steps=num_steps),
+        LayerMetrics(run_dir, num_steps=num_steps),
         *output.callbacks,
         CallbackRules(
             output.callbacks,

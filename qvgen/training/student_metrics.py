@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.swap import quantized_layers
+from qvgen.lowrank.phi import Phi
 from qvgen.lowrank.sharded import whole
 from qvgen.quant.precision import to_float64
 from qvgen.quantizers.activation_dynamic import ActivationDynamic
@@ -39,9 +40,9 @@ STUDENT_COLUMNS = (
 """Names of the numbers, which are columns of metrics.csv."""
 
 
-def is_looked_at(step: int, *, num_steps: int) -> bool:
-    """Whether an optimizer step is one of the about :data:`POINTS`; the first and the last always are."""
-    return step % max(1, num_steps // POINTS) == 0 or step == num_steps - 1
+def is_looked_at(step: int, *, num_steps: int, points: int = POINTS) -> bool:
+    """Whether an optimizer step is one of about so many; the first and the last always are."""
+    return step % max(1, num_steps // points) == 0 or step == num_steps - 1
 
 
 @torch.no_grad()
@@ -55,14 +56,26 @@ def _small_share(layers: Sequence[FakeQuantLinear]) -> dict[str, float]:
     helpers = [layer.phi for layer in layers if layer.phi is not None and layer.phi.rank]
     if not helpers:
         return {}
+    values = torch.tensor(phi_singular_values(helpers), dtype=torch.float64)
+    small = values < SMALL * values.amax(-1, keepdim=True)
+    return {"phi/small_share": float(small.double().mean())}
+
+
+@torch.no_grad()
+def phi_singular_values(helpers: Sequence[Phi]) -> list[list[float]]:
+    """Singular values of L R of each helper, rising, without gates; all have the same rank.
+
+    A collective where they are sharded; a device is waited for once.
+    """
+    if not helpers:
+        return []
     grams = []
     for phi in helpers:  # one by one: a factor in float64 is freed before the next one comes
         columns, rows = to_float64(whole(phi.left)[:, : phi.rank]), to_float64(whole(phi.right)[: phi.rank])
         grams.append(torch.stack([columns.mT @ columns, rows @ rows.mT]))
     left, right = torch.stack(grams, dim=1).cpu()
-    values = singular_values(left, right)
-    small = values < SMALL * values.amax(-1, keepdim=True)
-    return {"phi/small_share": float(small.double().mean())}
+    found: list[list[float]] = singular_values(left, right).tolist()
+    return found
 
 
 def singular_values(left: Tensor, right: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from qvgen.training.checkpoint_writer import AtomicCheckpointIO
 from qvgen.training.distributed.cluster import GivenRanks
 from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
-from qvgen.training.guarded_logger import guard_
 from qvgen.training.strategies import DataParallel, OneDevice
+from qvgen.training.tracking.guarded_logger import guard_
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def build_trainer(
         accumulate: Micro-batches per optimizer step.
         processes: This one and the others.
         callbacks: See :mod:`qvgen.training.callbacks`.
-        loggers: See :func:`qvgen.training.wandb_run.training_log`; rank 0 only.
+        loggers: See :func:`qvgen.training.tracking.wandb_run.training_log`; rank 0 only.
         options: Further arguments of Lightning's Trainer, see :func:`trainer_arguments`; an accelerator and a strategy for
             another kind of device stand here, too.
         measured: The module is measured between its steps (``validation_step``).

@@ -42,8 +42,9 @@ from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.module import VideoTraining
 from qvgen.training.stop_point import interruptible
+from qvgen.training.tracking.sections import VIDEO_STEP
+from qvgen.training.tracking.wandb_run import WandbRun
 from qvgen.training.training_run import TrainingOutput, TrainingRun
-from qvgen.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -276,16 +277,14 @@ def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo
     import wandb
 
     step = videos[0].step
-    content: dict[str, Any] = {"validation/step": step}
+    content: dict[str, Any] = {VIDEO_STEP: step}
     for video in videos:
         index, both = video.prompt_index, video.psnr_db is not None
         path = files.path(index, step=step, variant="side-by-side") if both else video.student
         caption = f"{video.prompt} (seed {video.seed}, step {step}{'; teacher, student' if both else ''})"
-        content[f"validation/{index:02d}"] = wandb.Video(str(path), format="mp4", caption=caption)
+        content[f"video/{index:02d}"] = wandb.Video(str(path), format="mp4", caption=caption)
     for name in ("psnr_db", "ssim"):
         values = [value for video in videos if (value := getattr(video, name)) is not None]
         if values:
-            content[f"validation/{name}"] = fmean(values)
-    run.define_metric("validation/step", hidden=True)
-    run.define_metric("validation/*", step_metric="validation/step")
+            content[f"video/{name}"] = fmean(values)
     run.log(content, step=row)

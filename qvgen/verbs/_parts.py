@@ -144,7 +144,7 @@ def _sampled_prompts(config: TrainConfig) -> dict[str, Sequence[Any]]:
 
 def open_log(config: TrainConfig, run_dir: Path) -> AbstractContextManager[list[Logger]]:
     """The loggers of a run besides metrics.csv, while a block trains and reports; none where nothing is trained."""
-    from qvgen.training.wandb_run import training_log
+    from qvgen.training.tracking.wandb_run import training_log
 
     return training_log(config.logger, run_dir, run_label(config)) if config.steps else nullcontext([])
 

@@ -35,7 +35,7 @@ def run(config: TrainConfig) -> int | None:
         raise ValueError(f"method={config.names.method} trains nothing; use qvgen ptq with the same keys")
     set_threads(config.strategy.threads)
     if not config.dry_run:  # what trains is imported when something is: a plan takes a third of the seconds without
-        from qvgen.training.wandb_run import check_wandb
+        from qvgen.training.tracking.service import check_wandb
 
         check_wandb(config.logger)
     if config.strategy.compile:

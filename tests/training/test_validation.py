@@ -226,7 +226,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
         videos.write_videos(student, step=0, rank=0, world_size=2)
         videos.publish(loggers, step=0)
         loggers[0].log_metrics({"train/loss": 1.0}, step=1)
-        assert "validation/00" not in run.summary.keys()  # noqa: SIM118 - a summary is no dict
+        assert "video/00" not in run.summary.keys()  # noqa: SIM118 - a summary is no dict
         videos.write_videos(student, step=2, rank=0, world_size=2)
         for step in (0, 2):
             videos.write_videos(student, step=step, rank=1, world_size=2)
@@ -236,20 +236,20 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
             loggers[0].log_metrics({"train/loss": 2.0}, step=step)
         summary = dict(run.summary)
     found = [video for video in read_validation(videos.files.directory, verify=True) if video.step == 2]
-    assert summary["validation/step"] == 2
+    assert summary["video/step"] == 2
     for name in ("psnr_db", "ssim"):
         mean = sum(getattr(video, name) for video in found) / prompts
-        assert summary[f"validation/{name}"] == pytest.approx(mean, rel=1e-12)  # the order of a float64 sum
+        assert summary[f"video/{name}"] == pytest.approx(mean, rel=1e-12)  # the order of a float64 sum
     for video in found:
-        panel = summary[f"validation/{video.prompt_index:02d}"]
+        panel = summary[f"video/{video.prompt_index:02d}"]
         assert panel["caption"] == f"{video.prompt} (seed {video.seed}, step 2; teacher, student)"
     (record,) = tmp_path.rglob("*.wandb")
     until = time.monotonic() + 600  # another process writes it, and on a busy machine after run.finish() has returned
-    while b"validation/*" not in record.read_bytes() and time.monotonic() < until:
+    while b"video/*" not in record.read_bytes() and time.monotonic() < until:
         time.sleep(0.2)
-    assert b"validation/*" in record.read_bytes()
+    assert b"video/*" in record.read_bytes()
     for index in range(prompts):
-        logged = [path.read_bytes() for path in record.parent.glob(f"files/media/videos/validation/{index:02d}_*.mp4")]
+        logged = [path.read_bytes() for path in record.parent.glob(f"files/media/videos/video/{index:02d}_*.mp4")]
         made = [videos.files.path(index, step=step, variant="side-by-side").read_bytes() for step in (0, 2)]
         assert sorted(logged) == sorted(made)
 

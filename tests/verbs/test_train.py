@@ -15,12 +15,13 @@ from qvgen.cli import DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
 from qvgen.models.weight_file import save_weights
-from qvgen.training.wandb_run import flat_numbers
+from qvgen.training.tracking.report_panels import flat_numbers
 from qvgen.training.whole_run import train_all
 from qvgen.verbs._parts import training_output, training_run
 from qvgen.verbs.benchmarks.base import cpu_kernel
 from tests.runs import SHORT, read_metrics, shallow, train, train_config
-from tests.training.wandb_records import history, read_records, run_record, summary
+from tests.training.tracking.dashboard_checks import check_every_section
+from tests.training.tracking.wandb_records import history, read_records, run_record, summary
 
 KEYS = {
     "model", "bits", "profile", "method", "init", "seed", "steps", "layers_quantized", "layers_skipped",
@@ -135,7 +136,8 @@ def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = f"run_dir={tmp_path}/w${{bits}}"
-    assert main(["train", "-m", *SHORT, *shallow(1), "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
+    videos = ("evaluation.videos=1", "evaluation.video_every_steps=4")
+    assert main(["train", "-m", *SHORT, *shallow(1), *videos, "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
     groups = set()
     for bits in ("4", "3"):
         run_dir = tmp_path / f"w{bits}"
@@ -144,7 +146,8 @@ def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
         (record,) = offline.glob("*.wandb")
         assert record.stat().st_size > 0
         records = read_records(offline)
-        assert [row["_step"] for row in history(records)] == list(range(5))
+        assert [row["_step"] for row in history(records) if "train/loss" in row] == list(range(5))
+        check_every_section(records, offline / "files" / "media", report=read_report(run_dir))
         groups.add(run_record(records).run_group)
         numbers = {key: value for key, value in summary(records).items() if key.startswith("report/")}
         report = read_report(run_dir)

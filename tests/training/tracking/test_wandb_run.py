@@ -19,13 +19,15 @@ import pytest
 
 from qvgen.config import TrainConfig
 from qvgen.config.sections import LoggerConfig
-from qvgen.training import wandb_run
-from qvgen.training.wandb_run import WandbRun, check_wandb, flat_numbers, wandb_problem
+from qvgen.training.tracking import service, wandb_run
+from qvgen.training.tracking.report_panels import flat_numbers
+from qvgen.training.tracking.service import check_wandb, wandb_problem
+from qvgen.training.tracking.wandb_run import WandbRun
 from qvgen.verbs._parts import open_log, run_label
 from tests.runs import train_config
-from tests.training.wandb_records import configuration, history, read_records, run_record, summary
+from tests.training.tracking.wandb_records import configuration, history, read_records, run_record, summary
 
-WANDB = LoggerConfig(name="wandb", project="qvgen", group=None, tags=(), further=())
+WANDB = LoggerConfig(name="wandb", project="qvgen", group=None, tags=(), upload="report", further=())
 REPORT = {
     "relative_error": {"ptq": 0.5, "qat": 0.25},
     "packed_codes_equal": True,
@@ -108,7 +110,7 @@ def test_a_key_is_tried_before_the_work_begins(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(wandb_run, "PROBE_SECONDS", 0.3 if answer is None else 20.0)
+    monkeypatch.setattr(service, "PROBE_SECONDS", 0.3 if answer is None else 20.0)
     server.answer = answer
     for _ in range(2):  # asked and said once
         check_wandb(WANDB)
@@ -226,8 +228,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("faults")
     paths = {"PYTHONPATH": ":".join(filter(None, sys.path)), "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.wandb_faults", str(folder)],
-        cwd=Path(__file__).resolve().parents[2],
+        [sys.executable, "-m", "tests.training.tracking.wandb_faults", str(folder)],
+        cwd=Path(__file__).resolve().parents[3],
         env=os.environ | paths,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """A program whose files can't grow while wandb logs, as on a full disk, and whose wandb process is killed then.
 
-Run by test_wandb_run.py as `python -m tests.training.wandb_faults FOLDER`; the two trainings lie in FOLDER/full and
+Run by test_wandb_run.py as `python -m tests.training.tracking.wandb_faults FOLDER`; the two trainings lie in FOLDER/full and
 FOLDER/killed.
 """
 
