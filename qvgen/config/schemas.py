@@ -9,6 +9,7 @@ from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.verb_schema import (
     BenchmarkConfig,
     CompareConfig,
+    DashboardConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
@@ -18,6 +19,7 @@ VerbConfig = (
     AssetsConfig
     | BenchmarkConfig
     | CompareConfig
+    | DashboardConfig
     | DoctorConfig
     | ExportConfig
     | ImportConfig
@@ -31,6 +33,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
+    "dashboard": DashboardConfig,
     "doctor": DoctorConfig,
     "export": ExportConfig,
     "import": ImportConfig,

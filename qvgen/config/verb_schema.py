@@ -121,6 +121,25 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DashboardConfig:
+    """Everything that `qvgen dashboard` needs.
+
+    Attributes:
+        project: Project at Weights & Biases that gets the workspace, as logger.project of its runs.
+        entity: Team or user that the project belongs to; None: the one that WANDB_API_KEY belongs to.
+        name: Name of the workspace: a saved view of the project.
+        dry_run: True shows sections and panels, and sends nothing.
+        debug: True shows the traceback of an error.
+    """
+
+    project: str
+    entity: str | None
+    name: str
+    dry_run: bool
+    debug: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Everything that `qvgen compare` needs.
 

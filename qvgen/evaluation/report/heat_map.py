@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from qvgen.evaluation.layer_history import LayerHistory
 from qvgen.evaluation.report.canvas import Canvas, Chart
 
+PICTURES = {
+    "weight_sqnr_db": "Weight SQNR in dB, by layer",
+    "clip_low": "Factor on the minimum of inputs, by layer",
+    "clip_high": "Factor on the maximum of inputs, by layer",
+    "phi_sigma_max": "Largest singular value of Phi, by layer",
+}
+"""Numbers of the layers that are drawn over the steps of a run, and their titles."""
+
 _MAX_NAMES = 48
 """Names of layers that have room beside a picture; of more layers each so-manyth one is named."""
 
 _INCHES_OF_NAME, _INCHES_AROUND, _MAX_INCHES = 0.16, 0.7, 8.4
+
+
+def draw_layers(histories: Mapping[str, LayerHistory]) -> dict[str, Chart]:
+    """Draw the numbers of :data:`PICTURES` that a run has; column -> its picture."""
+    return {name: draw_heat_map(histories[name], title=title) for name, title in PICTURES.items() if name in histories}
 
 
 def draw_heat_map(history: LayerHistory, *, title: str) -> Chart:

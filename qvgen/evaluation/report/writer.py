@@ -13,16 +13,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
+from qvgen.evaluation.layer_history import LAYER_FILE, LayerHistory, layer_histories, read_layer_rows
 from qvgen.evaluation.metrics import psnr_db
 from qvgen.evaluation.mixed_precision_files import Allocation, read_allocation
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import draw_charts, read_history
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
 from qvgen.evaluation.report.first_screen import build_first_screen
+from qvgen.evaluation.report.heat_map import draw_layers
 from qvgen.evaluation.report.json_content import to_json_dict
 from qvgen.evaluation.report.mixed_precision_section import build_bit_section, section_json
 from qvgen.evaluation.report.page import render_page
@@ -43,7 +46,8 @@ WIDE_PIXELS = 256
 def write_report(run_dir: Path, data: ReportData) -> Path:
     """Write run_dir/report.json and run_dir/report.html; each is there whole or as it was.
 
-    The curves are read from run_dir/metrics.csv; without that file the page says so. What was sampled while training is
+    The curves are read from run_dir/metrics.csv; without that file the page says so. Pictures of all layers are drawn from
+    run_dir/layer_metrics.csv, where there is one. What was sampled while training is
     read from run_dir/validation; without that folder there is no such section. Bits that were allocated to layers are read
     from run_dir/mixed_precision, likewise; and what changed in the run while it was stopped, from run_dir/identity.json.
 
@@ -62,7 +66,9 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     validation = read_validation(run_dir / DIRECTORY, verify=True)
     allocation = read_allocation(run_dir)
     changes = read_changes(run_dir)
-    page = render_html(data, read_history(run_dir / "metrics.csv"), validation, allocation, changes)
+    history = read_history(run_dir / "metrics.csv")
+    layers = layer_histories(read_layer_rows(run_dir / LAYER_FILE)[0])
+    page = render_html(data, history, validation, allocation, changes, layers=layers)
     content = {
         **to_json_dict(data, validation),
         "mixed_precision": section_json(allocation),
@@ -81,6 +87,8 @@ def render_html(
     validation: Sequence[ValidationVideo] = (),
     allocation: Allocation | None = None,
     changes: Sequence[Change] = (),
+    *,
+    layers: Mapping[str, LayerHistory] = MappingProxyType({}),
 ) -> str:
     """Return the page as text.
 
@@ -90,6 +98,7 @@ def render_html(
         validation: what was sampled while training, in order of step and prompt; its videos are read.
         allocation: which bits every layer got, and of what; None where all have the same.
         changes: facts that were others when the run went on, as it was told to; the page says so on top.
+        layers: numbers of all layers over the steps, by name.
     """
     error = data.relative_error
     agrees = data.checks.trajectory_psnr_db >= TRAJECTORY_PSNR_FLOOR_DB
@@ -98,7 +107,7 @@ def render_html(
         data=data,
         first=build_first_screen(data, trajectory_agrees=agrees),
         verdicts=judge_all(data.quality),
-        charts=draw_charts(history, ptq_error=error.ptq),
+        charts=[*draw_charts(history, ptq_error=error.ptq), *draw_layers(layers).values()],
         validation=build_section(validation, last_step=data.run.steps),
         mixed=build_bit_section(allocation),
         changes=changes,

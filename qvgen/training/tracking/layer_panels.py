@@ -6,20 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvgen.evaluation.layer_history import LAYER_COLUMNS, LAYER_FILE, LayerHistory, layer_histories, read_layer_rows
-from qvgen.evaluation.report.heat_map import draw_heat_map
+from qvgen.evaluation.layer_history import LAYER_COLUMNS, LAYER_FILE, layer_histories, read_layer_rows
+from qvgen.evaluation.report.heat_map import draw_layers
 from qvgen.training.tracking.sections import STEP
 
 TABLE = "quant/layers"
-PICTURES = {
-    "weight_sqnr_db": "Weight SQNR in dB, by layer",
-    "clip_low": "Factor on the minimum of inputs, by layer",
-    "clip_high": "Factor on the maximum of inputs, by layer",
-    "phi_sigma_max": "Largest singular value of Phi, by layer",
-}
-"""Numbers of the layers that are drawn over the steps, and their titles."""
-
-
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
 :root {{ color-scheme: light dark; --text-soft: light-dark(#5b6472, #98a2b1); --line: light-dark(#e3e6ea, #2a303a); }}
 body {{ margin: 0; font: 14px system-ui, sans-serif; }} svg {{ width: 100%; max-width: 60rem; }}
@@ -46,15 +37,7 @@ def log_layer_pictures(run: Any, run_dir: Path) -> None:
     """Log a picture of each number in a run's table of layers; nothing where there is no table."""
     import wandb
 
-    histories = layer_histories(read_layer_rows(run_dir / LAYER_FILE)[0])
-    pictures = {
-        f"quant/{column}_by_layer": wandb.Html(_page(histories[column], title=title), inject=False)
-        for column, title in PICTURES.items()
-        if column in histories
-    }
-    if pictures:
-        run.log(pictures)
-
-
-def _page(history: LayerHistory, *, title: str) -> str:
-    return _PAGE.format(title=title, svg=draw_heat_map(history, title=title).svg)
+    drawn = draw_layers(layer_histories(read_layer_rows(run_dir / LAYER_FILE)[0]))
+    pages = {name: _PAGE.format(title=chart.title, svg=chart.svg) for name, chart in drawn.items()}
+    if pages:
+        run.log({f"quant/{name}_by_layer": wandb.Html(page, inject=False) for name, page in pages.items()})

@@ -9,7 +9,7 @@ from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
-from qvgen.training.tracking.layer_panels import PICTURES
+from qvgen.evaluation.report.heat_map import PICTURES
 from tests.training.tracking.wandb_records import history
 
 NUMBERS = {
