@@ -58,7 +58,8 @@ def _log_files(run: Any, run_dir: Path, report: Mapping[str, Any], *, whole: boo
         if whole:
             model.add_dir(str(packed))
         else:
-            model.add_reference(packed.resolve().as_uri())
+            for path in sorted(packed.iterdir()):  # a folder as one would be announced on stderr
+                model.add_reference(path.resolve().as_uri(), name=path.name)
         run.log_artifact(model)
     page = wandb.Artifact(f"report-{run.id}", type="report", metadata={**facts, **report.get("relative_error", {})})
     for name in REPORT_FILES:
