@@ -63,7 +63,7 @@ def verbs() -> dict[str, str]:
     lines = {}
     for file in sorted(_VERBS_DIRECTORY.glob("[a-z]*.py")):
         docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        lines[file.stem.removesuffix("_")] = docstring.partition("\n")[0]
+        lines[file.stem.removesuffix("_").replace("_", "-")] = docstring.partition("\n")[0]
     return lines
 
 

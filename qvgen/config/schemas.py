@@ -13,6 +13,7 @@ from qvgen.config.verb_schema import (
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
+    ReportCardConfig,
 )
 
 VerbConfig = (
@@ -28,6 +29,7 @@ VerbConfig = (
     | GenerateConfig
     | InspectConfig
     | PrecomputeConfig
+    | ReportCardConfig
 )
 SCHEMAS: dict[str, type[VerbConfig]] = {
     "assets": AssetsConfig,
@@ -43,5 +45,6 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "inspect": InspectConfig,
     "precompute": PrecomputeConfig,
     "ptq": TrainConfig,
+    "report-card": ReportCardConfig,
 }
 """Verb -> what its ``run`` receives."""

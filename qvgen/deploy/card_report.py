@@ -146,6 +146,25 @@ def measured_text(report: Mapping[str, Any] | None) -> str:
     return text
 
 
+def speed_text(report: Mapping[str, Any] | None) -> str:
+    """Seconds and memory of a video, of the full-precision model and the packed one, with the machine and the kernels."""
+    sampling = (report or {}).get("sampling") or {}
+    costs = sampling.get("variants") or {}
+    rows = [
+        f"| {name} | {', '.join(cost.get('kernels') or ()) or cost.get('dtype')} | {_shown(cost.get('seconds_per_video'))} | "
+        f"{_gigabytes(cost.get('weight_bytes'))} | {_gigabytes(cost.get('peak_bytes'))} |"
+        for name, cost in costs.items()
+    ]
+    if not rows:
+        return "No video was timed in the run that made this folder, or its report is not at hand."
+    head = ["| model | runs on | seconds a video | GB of weights | GB at the peak |", "|---" * 5 + "|"]
+    return "\n".join([*head, *rows]) + f"\n\n{sampling.get('device')}; {sampling.get('conditions')}."
+
+
+def _gigabytes(count: object) -> str:
+    return f"{count / 1e9:.3g}" if isinstance(count, int | float) and not isinstance(count, bool) else ""
+
+
 def _videos(quality: Mapping[str, Any]) -> str:
     columns = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS"}
     rows = [

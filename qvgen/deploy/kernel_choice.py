@@ -43,7 +43,7 @@ def kernel_line(layers: nn.Module | Manifest, *, kernel: str, device: torch.devi
     Raises:
         RuntimeError: A kernel that was asked for by name does not run there.
     """
-    specs = _specs_in(layers) if isinstance(layers, Manifest) else _specs_of(layers)
+    specs = manifest_specs(layers) if isinstance(layers, Manifest) else _specs_of(layers)
     return describe_choice(specs, kernel=kernel, device=device)
 
 
@@ -67,9 +67,9 @@ def waits_for_device(manifest: Manifest, *, kernel: str, device: torch.device) -
         return None
     places = [torch.device(name) for name in types]
     for place in places:
-        if all(get_backend(kernel).refusal(spec, device=place) is None for spec in _specs_in(manifest)):
+        if all(get_backend(kernel).refusal(spec, device=place) is None for spec in manifest_specs(manifest)):
             return place
-    for spec in _specs_in(manifest):
+    for spec in manifest_specs(manifest):
         resolve_kernel(kernel, spec, device=places[0])
     return None
 
@@ -79,7 +79,8 @@ def _specs_of(model: nn.Module) -> Counter[LinearSpec]:
     return _specs([(form, layer.in_features, layer.out_features) for form, layer in layers])
 
 
-def _specs_in(manifest: Manifest) -> Counter[LinearSpec]:
+def manifest_specs(manifest: Manifest) -> Counter[LinearSpec]:
+    """The specs of a packed model's layers, and how many layers have each; one of changing widths counts for each width."""
     return _specs([(entry.form, entry.in_features, entry.out_features) for entry in manifest.layers])
 
 

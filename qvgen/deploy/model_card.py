@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import yaml
 
+from qvgen.deploy.card_evaluation import evaluated_text, read_card_evaluation
 from qvgen.deploy.card_facts import base_repository, license_name, license_of, papers_of
-from qvgen.deploy.card_report import measured_text, read_report, recipe_text
+from qvgen.deploy.card_report import measured_text, read_report, recipe_text, speed_text
 from qvgen.deploy.card_table import card_table
 from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, read_manifest
 from qvgen.run_directory import atomic_write
@@ -27,50 +29,88 @@ _SHOWN = 12
 """Names of layers that are written out; of more, the rest is counted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardSources:
+    """Files that a card's numbers come from.
+
+    Attributes:
+        report: The run's report.json; None: the one beside the packed folder, if there is one.
+        evaluation: evaluation.json, or its folder; None: the card says that nothing was evaluated.
+    """
+
+    report: Path | None = None
+    evaluation: Path | None = None
+
+
 def write_model_card(
-    packed: Path, *, out: Path | None = None, report: Path | None = None, repository: str | None = None
+    packed: Path,
+    *,
+    out: Path | None = None,
+    sources: CardSources | None = None,
+    repository: str | None = None,
+    times: str = "",
 ) -> Path:
     """Write the README.md of a packed folder.
 
     Args:
         packed: Its manifest is read.
         out: Folder that gets the file; None: the packed folder itself.
-        report: The run's report.json; None: the one beside the packed folder, if there is one.
+        sources: Where numbers come from; None: the report beside the packed folder alone.
         repository: ORG/NAME that the folder is going to have on the hub, for the lines that load it.
+        times: Markdown on how fast its layers are, of whoever measured it.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: No manifest, or a report.json that is no report, or another run's.
+        ValueError: No manifest, a report.json that is no report, or another run's, or another model's evaluation.
     """
     target = (out or packed) / CARD_FILE
-    atomic_write(target, card_of(packed, report=report, repository=repository).encode())
+    text = card_of(packed, sources=sources or CardSources(), repository=repository, times=times)
+    atomic_write(target, text.encode())
     return target
 
 
-def card_of(packed: Path, *, report: Path | None, repository: str | None, part: str = ".") -> str:
+def card_of(packed: Path, *, sources: CardSources, repository: str | None, part: str = ".", times: str = "") -> str:
     """The text of the README.md that :func:`write_model_card` writes; raises as that does.
 
     Args:
         packed: The packed folder.
-        report: See :func:`write_model_card`.
+        sources: See :func:`write_model_card`.
         repository: See :func:`write_model_card`.
         part: Folder of the packed model in the repository; "." where it has no other parts.
+        times: See :func:`write_model_card`.
     """
     manifest, size = read_manifest(packed), (packed / WEIGHTS_FILE).stat().st_size
-    data = read_report(report, packed, manifest, size=size)
-    return model_card(manifest, report=data, repository=repository or PLACEHOLDER, size=size, part=part)
+    measured = Measured(
+        report=read_report(sources.report, packed, manifest, size=size),
+        evaluation=None if sources.evaluation is None else read_card_evaluation(sources.evaluation, packed, manifest),
+        times=times,
+    )
+    return model_card(manifest, measured, repository=repository or PLACEHOLDER, size=size, part=part)
 
 
-def model_card(
-    manifest: Manifest, *, report: Mapping[str, Any] | None, repository: str, size: int, part: str = "."
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All that is known of a packed model besides its manifest.
+
+    Attributes:
+        report: Content of the run's report.json; None: nothing was measured.
+        evaluation: Content of evaluation.json; None: it was not evaluated.
+        times: Markdown on how fast its layers are; empty where they were not timed.
+    """
+
+    report: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    times: str = ""
+
+
+def model_card(manifest: Manifest, measured: Measured, *, repository: str, size: int, part: str = ".") -> str:
     """The text of a model card, with the header that the hub reads.
 
     Args:
         manifest: The packed model's.
-        report: Content of the run's report.json; None: nothing was measured.
+        measured: What is known of it.
         repository: ORG/NAME on the hub.
         size: Bytes of the weights.
         part: Folder of the packed model in the repository; "." where it has no other parts.
@@ -104,9 +144,13 @@ def model_card(
         "## In full precision",
         _listed(manifest.skipped) + " Norms, embeddings, convolutions and biases are in full precision too.",
         "## Recipe",
-        recipe_text(report),
-        "## Measured",
-        measured_text(report),
+        recipe_text(measured.report),
+        "## Quality",
+        evaluated_text(measured.evaluation),
+        "## Measured in the run",
+        measured_text(measured.report),
+        "## Speed and memory",
+        "\n\n".join(filter(None, [speed_text(measured.report), measured.times])),
         "## Cite",
         _cite(training),
     ]

@@ -27,8 +27,8 @@ atexit.register(_end_quietly)  # before the verbs' libraries are imported, so th
 
 
 def module_name(verb: str) -> str:
-    """The name of a verb's file; a verb that is a keyword of Python has an underscore behind it: ``import_``."""
-    return f"{verb}_" if keyword.iskeyword(verb) else verb
+    """The name of a verb's file: ``report_card`` of report-card, and ``import_`` of import, which is a word of Python."""
+    return f"{verb}_" if keyword.iskeyword(verb) else verb.replace("-", "_")
 
 
 def import_verb(verb: str) -> ModuleType:

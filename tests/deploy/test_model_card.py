@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 import qvgen
 from qvgen.config.leaf_file import installed_names
 from qvgen.deploy.card_facts import LICENSES, base_repository
-from qvgen.deploy.model_card import model_card, write_model_card
+from qvgen.deploy.model_card import CardSources, Measured, model_card, write_model_card
 from tests.deploy.test_packed_fusion import make_fake
 
 
@@ -41,7 +41,7 @@ def test_a_run_gives_its_card(short_run: Path, tmp_path: Path) -> None:
     assert "Nothing was measured" in alone
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is no report of a run"):
-        write_model_card(tmp_path / "alone", report=tmp_path / "other.json")
+        write_model_card(tmp_path / "alone", sources=CardSources(report=tmp_path / "other.json"))
     with pytest.raises(ValueError, match=r"manifest.json is missing"):
         write_model_card(tmp_path)
 
@@ -56,7 +56,7 @@ def test_the_lines_that_load_it_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         base_revision="sha256:abc",
         training={"init": "gptq", "seed": 3},
     )
-    text = model_card(manifest, report=None, repository="me/wan-w4", size=12_345_678)
+    text = model_card(manifest, Measured(), repository="me/wan-w4", size=12_345_678)
     header = ModelCard(text).data
     assert (header.license, header.base_model) == ("apache-2.0", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     assert header.to_dict()["base_model_relation"] == "quantized"

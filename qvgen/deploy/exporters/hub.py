@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from qvgen.deploy.exporters.base import ExportFile
 from qvgen.deploy.exporters.packed_copy import PackedCopy
 from qvgen.deploy.manifest import Manifest
-from qvgen.deploy.model_card import CARD_FILE, card_of
+from qvgen.deploy.model_card import CARD_FILE, CardSources, card_of
 from qvgen.errors import UnfitEnvironmentError, UserError, one_line
 
 
@@ -32,12 +32,14 @@ class Hub(PackedCopy):
     Attributes:
         repo: ORG/NAME that the folder has on the hub, for the card's lines that load it; None: a placeholder stands there.
         report: The run's report.json, whose numbers the card shows; None: the one beside the packed folder, if there is one.
+        evaluation: Folder of `qvgen evaluate`, or its evaluation.json, whose intervals the card shows; None: it shows none.
         upload: True also uploads the folder to ``repo``, which is made if need be.
         private: Whether a repository that is made is private.
     """
 
     repo: str | None
     report: str | None
+    evaluation: str | None
     upload: bool
     private: bool
 
@@ -57,7 +59,7 @@ class Hub(PackedCopy):
         files = super().packed_files(packed, manifest)
         card = card_of(
             packed,
-            report=None if self.report is None else Path(self.report),
+            sources=CardSources(report=_path(self.report), evaluation=_path(self.evaluation)),
             repository=self.repo,
             part=self.packed_folder(manifest),
         )
@@ -92,3 +94,7 @@ class Hub(PackedCopy):
                 f"`hf upload {self.repo} {folder} .`"
             ) from error
         return f"uploaded: {commit.commit_url}"
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

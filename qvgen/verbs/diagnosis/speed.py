@@ -40,10 +40,10 @@ def speed_rows(
             x = torch.randn(rows, shape[0], device=device).bfloat16()
             if shape not in baselines:
                 weight = torch.randn(shape[1], shape[0], device=device).bfloat16()
-                baselines[shape] = _milliseconds(lambda x=x, weight=weight: functional.linear(x, weight), device)
+                baselines[shape] = milliseconds(lambda x=x, weight=weight: functional.linear(x, weight), device)
                 del weight
-            kernel, call, kept = _packed(spec, x, device)
-            found = _milliseconds(call, device)
+            kernel, call, kept = packed_call(spec, x, device)
+            found = milliseconds(call, device)
             yield {
                 "device": str(device), "kind": kind.name, "shape": f"{rows}x{shape[0]}-{shape[1]}", "kernel": kernel,
                 "bf16_ms": baselines[shape], "packed_ms": found, "times_bf16": baselines[shape] / found,
@@ -51,7 +51,7 @@ def speed_rows(
             }  # fmt: skip
 
 
-def _packed(spec: LinearSpec, x: torch.Tensor, device: torch.device) -> tuple[str, Callable[[], torch.Tensor], int]:
+def packed_call(spec: LinearSpec, x: torch.Tensor, device: torch.device) -> tuple[str, Callable[[], torch.Tensor], int]:
     """Name of the kernel, the call, and the bytes that it keeps of the weight besides the checkpoint's own."""
     kernel = resolve_kernel("auto", spec, device=device).name
     codes = torch.randint(0, 2**spec.weight_bits, (spec.out_features, spec.in_features), dtype=torch.uint8)
@@ -65,7 +65,7 @@ def _packed(spec: LinearSpec, x: torch.Tensor, device: torch.device) -> tuple[st
     return kernel, lambda: packed_linear(x, weight=weight, spec=spec, kernel=kernel), kept
 
 
-def _milliseconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:
+def milliseconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:
     """Median of some calls after one that does not count."""
 
     def timed() -> float:
