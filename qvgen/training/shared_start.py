@@ -48,6 +48,8 @@ from qvgen.training.student_design import StudentDesign
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+COPIES_PER_WEIGHT = 8
+"""Bytes for each weight of a layer that a process without a model sets up: the layer's, and what it had from the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
