@@ -6,12 +6,12 @@ Swap the chosen Linears, let a PTQ method choose the first scales and zero point
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.initializers.base import Initializer, LayerStatistics, Smoothing
 from qvgen.initializers.clip_search import start_clips_
@@ -39,6 +39,7 @@ class PrepareConfig:
         phi_rank: Rank of the low-rank helper; 0 for none.
         phi_keep: Whether it stays as a branch of the packed layers.
         seed: Seed of the randomized decomposition that starts Phi.
+        starts_phi: Whether Phi starts here; False leaves it at 0, for a start or a state that follows.
         statistics: A layer's name -> what calibration saw of it; None is enough for a data-free method.
         folds: Where the model lets smoothing vectors disappear (a family's ``smoothing_folds``); none: each stays a
             multiplication.
@@ -54,6 +55,7 @@ class PrepareConfig:
     phi_rank: int = 0
     phi_keep: bool = False
     seed: int = 0
+    starts_phi: bool = True
     statistics: Callable[[str], LayerStatistics] | None = None
     folds: Sequence[SmoothingFold] = ()
     search_clips: bool = False
@@ -84,20 +86,35 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         phi_rank=config.phi_rank,
         phi_keep=config.phi_keep,
     )
-    seen = initialize_(model, config.initializer, seed=config.seed, statistics=config.statistics, folds=config.folds)
+    seed = config.seed if config.starts_phi else None
+    seen = initialize_(model, config.initializer, seed=seed, statistics=config.statistics, folds=config.folds)
     if seen is not None and config.search_clips:
         start_clips_(quantized_layers(model), (), statistics=seen)
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """The layers of a model that this process sets up, where several processes share them out.
+
+    Attributes:
+        names: Names of the layers.
+        neighbours: Processes of this host that set up layers at the same time, this one included: they share its cores.
+    """
+
+    names: Collection[str]
+    neighbours: int
 
 
 def initialize_(
     model: nn.Module,
     initializer: Initializer,
     *,
-    seed: int,
+    seed: int | None,
     statistics: Callable[[str], LayerStatistics] | None = None,
     folds: Sequence[SmoothingFold] = (),
     done: Callable[[], object] = lambda: None,
+    share: LayerShare | None = None,
 ) -> Callable[[str], LayerStatistics] | None:
     """Let a PTQ method set up all layers of a prepared model, and start its Phis from what each of them loses.
 
@@ -106,10 +123,11 @@ def initialize_(
     Args:
         model: Its master weights are those of the full-precision model.
         initializer: An object of :mod:`qvgen.initializers`.
-        seed: Seed of the randomized decomposition that starts Phi.
+        seed: Seed of the randomized decomposition that starts Phi; None: Phis stay as they are.
         statistics: A layer's name -> its statistics; not called for a data-free method.
         folds: Where smoothing vectors go into what stands before, if the method has any and is asked to.
         done: Called after each layer.
+        share: The layers that are set up here, where :func:`are_independent` says that they may be shared out; None: all.
 
     Returns:
         A layer's name -> the statistics of its inputs as they are now, smoothing that was folded included; None where there
@@ -133,22 +151,58 @@ def initialize_(
         return of_layer.folded(folded[name]) if name in folded else of_layer
 
     layers = quantized_layers(model)
-
-    def set_up_(name: str, layer: FakeQuantLinear, of_layer: LayerStatistics | None) -> None:
-        target = initializer.initialize_(layer, statistics=of_layer)
-        layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
+    if share is not None:
+        layers = {name: layer for name, layer in layers.items() if name in share.names}
 
     def jobs() -> Iterator[Callable[[], None]]:
         for name, layer in layers.items():  # statistics are read, and sampled, in this thread
-            yield partial(set_up_, name, layer, seen(name) if initializer.needs else None)
+            statistics = seen(name) if initializer.needs else None
+            yield partial(initialize_layer_, layer, initializer, name=name, seed=seed, statistics=statistics)
 
-    threads = 1
-    if getattr(initializer, "concurrent", False):
-        weights = (layer.weight for layer in layers.values())
-        threads = num_threads(weights, scratch_per_weight=SCRATCH_PER_WEIGHT)
+    weights = (layer.weight for layer in layers.values())
+    threads = setup_threads(weights, initializer, neighbours=1 if share is None else share.neighbours)
     for _ in in_threads(jobs(), threads=threads):
         done()
     return None if statistics is None else seen
+
+
+def initialize_layer_(
+    layer: FakeQuantLinear,
+    initializer: Initializer,
+    *,
+    name: str,
+    seed: int | None,
+    statistics: LayerStatistics | None,
+) -> None:
+    """Let a PTQ method set up one layer, and start its Phi; the same bits whichever process does it.
+
+    Args:
+        layer: Its master weight is that of the full-precision model.
+        initializer: An object of :mod:`qvgen.initializers`.
+        name: Name of the layer in its model: it keys what is drawn.
+        seed: Seed of the randomized decomposition that starts Phi; None: Phi stays as it is.
+        statistics: Statistics of its inputs; None for a data-free method.
+    """
+    target = initializer.initialize_(layer, statistics=statistics)
+    if seed is not None:
+        layer.start_phi_(generator=_layer_generator(name, seed=seed), target=target)
+
+
+def setup_threads(weights: Iterable[Tensor], initializer: Initializer, *, neighbours: int = 1) -> int:
+    """How many layers of these weights a process sets up at a time, beside ``neighbours - 1`` others on its host."""
+    if not getattr(initializer, "concurrent", False):
+        return 1
+    return num_threads(weights, scratch_per_weight=SCRATCH_PER_WEIGHT, neighbours=neighbours)
+
+
+def are_independent(initializer: Initializer, *, folds: Sequence[SmoothingFold]) -> bool:
+    """Whether a method sets up each layer by itself, so that processes may share the layers out.
+
+    A smoothing vector that is folded changes the layer before, and a method that does not say ``concurrent`` may keep
+    something from one layer to the next.
+    """
+    is_folded = isinstance(initializer, Smoothing) and initializer.fold_smoothing and bool(folds)
+    return bool(getattr(initializer, "concurrent", False)) and not is_folded
 
 
 def _layer_generator(name: str, *, seed: int) -> torch.Generator:

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 SCRATCH_BYTES = 8 << 30
-"""Memory that layers which are worked on at the same time may take, beside the model."""
+"""Memory that the layers on which a process works at the same time may take, beside the model."""
 
 Result = TypeVar("Result")
 
 
-def num_threads(weights: Iterable[Tensor], *, scratch_per_weight: int) -> int:
+def num_threads(weights: Iterable[Tensor], *, scratch_per_weight: int, neighbours: int = 1) -> int:
     """How many layers are worked on at a time: what the cores that this process may use, and memory, allow.
 
     Args:
         weights: The layers' weights. On another device than the CPU, which does one thing after the other, it is one.
         scratch_per_weight: Bytes that a layer takes while it is worked on, for each of its weights.
+        neighbours: Processes that work on layers on the same cores, this one included; each has its own scratch memory.
     """
     weights = list(weights)
     if any(weight.device.type != "cpu" for weight in weights):
@@ -34,7 +35,7 @@ def num_threads(weights: Iterable[Tensor], *, scratch_per_weight: int) -> int:
     largest = scratch_per_weight * max((weight.numel() for weight in weights), default=0)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, min(cores // torch.get_num_threads(), SCRATCH_BYTES // max(1, largest)))
+    return max(1, min(cores // (neighbours * torch.get_num_threads()), SCRATCH_BYTES // max(1, largest)))
 
 
 def in_threads(jobs: Iterable[Callable[[], Result]], *, threads: int) -> Iterator[Result]:

@@ -19,6 +19,9 @@ from qvgen.layers.smoothing_fold import SmoothingFold
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> what a transformer is conditioned on, one row for each: a family's ``encode``, or embeddings from a cache."""
 
+TensorReader = Callable[[str], Tensor]
+"""Name of a parameter of the trained transformer -> its values in float32, on the CPU, read when they are asked for."""
+
 
 LOCAL_ARGUMENTS = ("_target_", "recipe", "weights", "path", "transformer", "lora", "lora_high", "lora_low")
 """Arguments of families that are of the machine where a run is made; no manifest holds them."""
@@ -55,8 +58,10 @@ class Objective(Protocol):
 class VideoDiT(Protocol):
     """A family of video diffusion transformers.
 
-    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; and ``original_names``, by which
-    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`.
+    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``original_names``, by which
+    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`; and
+    ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or None where its weights have to be
+    loaded whole.
 
     Attributes:
         name: Name as in ``model=NAME`` and in a packed model's manifest.

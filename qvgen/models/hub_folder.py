@@ -158,6 +158,10 @@ class HubFolder:
         headers = (read_header(file)[1] for file in self._weights(component).files)
         return sum(math.prod(entry["shape"]) for entries in headers for entry in entries.values())
 
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """The safetensors files of a component, whole as far as headers say; raises ValueError without weights."""
+        return self._weights(component).files
+
     def check_parts(self, components: Sequence[str]) -> None:
         """Find out from headers whether components with weights are there and whole.
 

@@ -20,10 +20,11 @@ from diffusers.video_processor import VideoProcessor
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from qvgen.models.base import Encode, Objective
+from qvgen.models.base import Encode, Objective, TensorReader
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import negative_texts
 from qvgen.models.sampled_video import SampledVideo
+from qvgen.models.tensor_reader import read_tensors_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,6 +112,13 @@ class PipelineFamily(FolderFamily):
                 f"a clip of {frames}x{height}x{width} does not fit {self.name}: frames must be {temporal} n + 1, "
                 f"height and width multiples of {multiple}"
             )
+
+    def tensor_reader(self) -> TensorReader | None:
+        """What reads single tensors of the transformer that is trained; None where a LoRA or a finetune changes it."""
+        if self._finetune is not None or self._loras:
+            return None
+        folder, part = self._require_folder(), self.transformer_folder
+        return read_tensors_of(folder.weight_files(part), remedy=folder.remedy(f"{part}/*"))
 
     @torch.no_grad()
     def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:

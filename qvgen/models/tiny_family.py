@@ -12,25 +12,24 @@ everything that a model needs is this file and some megabytes of weights.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from diffusers import WanTransformer3DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from qvgen.config.may_differ import MayDiffer
 from qvgen.layers.smoothing_fold import SmoothingFold
-from qvgen.models.base import Encode
+from qvgen.models.base import Encode, TensorReader
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
+from qvgen.models.transformer_build import build_transformer
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
 
@@ -157,20 +156,13 @@ class TinyFamily:
         """(3, text_size): one token per word that counts."""
         return (NUM_TOKENS, int(self.transformer_config["text_dim"]))
 
-    def build(self, config: Mapping[str, Any]) -> WanTransformer3DModel:
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a float32 transformer from its diffusers config, with PyTorch's random weights.
 
         Raises:
             ValueError: for a key that the transformer does not have.
         """
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' own annotations
-        known = inspect.signature(WanTransformer3DModel.__init__).parameters
-        for key in plain:
-            if key not in known:
-                raise ValueError(
-                    f"transformer config has the unknown key {key!r}; {self.transformer_class} has none such"
-                )
-        return WanTransformer3DModel(**plain)
+        return build_transformer(self.transformer_class, config)
 
     def initial_transformer(self, seed: int) -> nn.Module:
         """Build an untrained transformer, the start of pretraining.
@@ -202,11 +194,16 @@ class TinyFamily:
             transformer.to(dtype)
         return transformer.requires_grad_(False).eval()
 
+    def tensor_reader(self) -> TensorReader:
+        """What reads single tensors of the trained transformer; its small file is read at once."""
+        tensors = load_weights(self.weights)
+        return lambda name: tensors[name].float()
+
+    @torch.no_grad()
     def round_to_stored(self, transformer: nn.Module) -> None:
         """Round a transformer's weights, in place, to what the file of weights will hold."""
-        with torch.no_grad():
-            for parameter in transformer.parameters():
-                parameter.copy_(parameter.to(self.teacher_dtype))
+        for parameter in transformer.parameters():
+            parameter.copy_(parameter.to(self.teacher_dtype))
 
     def save_teacher(self, transformer: nn.Module, directory: Path, *, card: Mapping[str, Any]) -> Path:
         """Write the weights and a card that says how they were made (:mod:`qvgen.models.weight_file`); gives their path."""

@@ -95,34 +95,28 @@ class CalibratedModel:
         Raises:
             ValueError: It was never called, or its inputs were not finite.
         """
-        tensors = self._read(name)
-        if tensors is None:
+        found = self._read(name)
+        if found is None:
             (names,) = (names for names in self._passes if name in names)
             self._collect([other for other in names if other == name or self._read(other) is None])
-            tensors = read_sealed(self._path(name), key=self._key_of(name))
-        return LayerStatistics(
-            abs_max=tensors["abs_max"],
-            second_moment=tensors.get("second_moment"),
-            inputs=tensors.get("inputs"),
-            num_rows=int(tensors["num_rows"]),
-            ranges=_read_ranges(tensors),
-        )
+            found = read_statistics(self.folder, name)
+        return found
 
-    def _read(self, name: str) -> dict[str, Tensor] | None:
-        """A layer's tensors in the cache; None where they are missing, or damaged, which is said."""
+    def sample_missing(self) -> None:
+        """Sample what is not in the cache, of all layers: other processes will read it there."""
+        for names in self._passes:
+            if missing := [name for name in names if self._read(name) is None]:
+                self._collect(missing)
+
+    def _read(self, name: str) -> LayerStatistics | None:
+        """A layer's statistics in the cache; None where they are missing, or damaged, which is said."""
         try:
-            return read_sealed(self._path(name), key=self._key_of(name))
+            return read_statistics(self.folder, name)
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
             log.warning("%s; it is sampled again", error)
             return None
-
-    def _key_of(self, name: str) -> str:
-        return f"{self.key}/{name}"
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
 
     def _collect(self, names: list[str]) -> None:
         teacher, family, videos = self.teacher, self.teacher.family, self._videos()
@@ -154,7 +148,32 @@ class CalibratedModel:
             if found.ranges is not None:
                 tensors["timesteps"] = torch.tensor(found.ranges.timesteps, dtype=torch.float64)
                 tensors |= {"low": found.ranges.low, "high": found.ranges.high}
-            write_sealed(self._path(name), tensors, key=self._key_of(name))
+            write_sealed(_file(self.folder, name), tensors, key=_key(self.folder, name))
+
+
+def read_statistics(folder: Path, name: str) -> LayerStatistics:
+    """A layer's statistics, as a :class:`CalibratedModel` wrote them to its folder.
+
+    Raises:
+        DamagedFileError: The file is not what it was when it was written.
+        OSError: It is missing, or can't be read.
+    """
+    tensors = read_sealed(_file(folder, name), key=_key(folder, name))
+    return LayerStatistics(
+        abs_max=tensors["abs_max"],
+        second_moment=tensors.get("second_moment"),
+        inputs=tensors.get("inputs"),
+        num_rows=int(tensors["num_rows"]),
+        ranges=_read_ranges(tensors),
+    )
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _key(folder: Path, name: str) -> str:
+    return f"{folder.name}/{name}"
 
 
 def _read_ranges(tensors: Mapping[str, Tensor]) -> StepRanges | None:

@@ -30,7 +30,7 @@ from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.saved_tensor import load_tensors_
-from qvgen.training.start_file import restore_layers_
+from qvgen.training.start_file import START_FILE, restore_layers_
 from qvgen.training.trainer import (
     Processes,
     build_trainer,
@@ -104,9 +104,8 @@ def train_share(
     trained, shown = student, teacher
     if processes.sharded:
         has_teacher = uses_teacher(method, shows_videos=output.evaluation.video_every_steps is not None)
-        models = ShardedModels(
-            family, run.design, has_teacher=has_teacher, whole_student=student, whole_teacher=teacher
-        )
+        wholes = {"whole_student": student, "whole_teacher": teacher}
+        models = ShardedModels(family, run.design, has_teacher=has_teacher, **wholes, start=run_dir / START_FILE)
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"

@@ -21,7 +21,7 @@ from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.clip_search import start_clips_
-from qvgen.initializers.prepare import PrepareConfig, initialize_, prepare
+from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.branch import kept_rank
 from qvgen.layers.shared_input import activation_sharing, unshare_activations_
 from qvgen.layers.swap import (
@@ -47,13 +47,14 @@ from qvgen.training.layer_setup import (
 from qvgen.training.mixed_precision.allocation import allocate_bits_
 from qvgen.training.progress import progress_bar
 from qvgen.training.ptq_method import PTQMethod
+from qvgen.training.shared_start import StartHelpers, initialize_together_
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 
 
-def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tuple[nn.Module, SwapReport]:
+def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int | None) -> tuple[nn.Module, SwapReport]:
     """The teacher's weights in float32 with quantized layers, their scales by round-to-nearest.
 
     Layers that read the same input share their activation quantizers, if the method says so.
@@ -61,7 +62,7 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
     Args:
         family: The model family; its trained weights are loaded.
         design: The student's layers.
-        seed: Seed of the decomposition that starts Phi.
+        seed: Seed of the decomposition that starts Phi; None: Phi is left at 0, for a start or a state that follows.
 
     Returns:
         The student, and the names of its Linears that are quantized and of those that are not.
@@ -79,7 +80,8 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int) -> tu
             exclude=family.exclude,
             phi_rank=design.phi_rank,
             phi_keep=design.phi_keep,
-            seed=seed,
+            seed=seed or 0,
+            starts_phi=seed is not None,
         ),
     )
     set_up_phi_(student, design.phi)
@@ -118,7 +120,12 @@ def calibrate_(
 
 
 def set_up_student_(
-    student: nn.Module, *, design: StudentDesign, ptq: PTQMethod, teacher: SampledTeacher
+    student: nn.Module,
+    *,
+    design: StudentDesign,
+    ptq: PTQMethod,
+    teacher: SampledTeacher,
+    helpers: StartHelpers | None = None,
 ) -> Allocation | None:
     """Let a PTQ method choose where a prepared student's training starts, with the calibration that it needs.
 
@@ -127,18 +134,20 @@ def set_up_student_(
         design: Its layers.
         ptq: The PTQ method.
         teacher: The full-precision model; its seed also starts Phi.
+        helpers: The other processes, which set up layers too; None: there are none.
 
     Returns:
         The allocation of bits; None where all layers have the same.
 
     Raises:
         UserError: See :func:`calibrate_`.
+        UnfitEnvironmentError: Another process failed or is gone.
     """
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
     statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher)
-    folds = teacher.family.smoothing_folds(student)
+    chosen = {"family": teacher.family, "seed": teacher.seed, "statistics": statistics, "helpers": helpers}
     with progress_bar(desc=f"start by {ptq.name}", unit="layer", total=len(quantized_layers(student))) as bar:
-        seen = initialize_(student, ptq.init, seed=teacher.seed, statistics=statistics, folds=folds, done=bar.update)
+        seen = initialize_together_(student, ptq.init, **chosen, done=bar.update)
     if design.switch_widths is not None:
         add_switch_widths_(student, design.switch_widths)
     if seen is not None and ptq.searches_clips:
@@ -173,6 +182,7 @@ def start_student(
     ptq: PTQMethod,
     teacher: SampledTeacher,
     measured: Measured,
+    helpers: StartHelpers | None = None,
 ) -> Mapping[str, float]:
     """Let the PTQ method choose where training starts, or read what it chose before.
 
@@ -183,6 +193,7 @@ def start_student(
         ptq: The PTQ method.
         teacher: The full-precision model.
         measured: What the start is measured on.
+        helpers: The run's other processes, which set up layers too; None: there are none.
 
     Returns:
         The errors without training: of round-to-nearest ``rtn`` and of the method ``ptq``; and ``seconds``.
@@ -208,7 +219,7 @@ def start_student(
     unshare_activations_(quantized_layers(student))  # as the method will find it
     with phi_suspended(student):
         result = {"rtn": measured.error(student)}
-        allocation = set_up_student_(student, design=design, ptq=ptq, teacher=teacher)
+        allocation = set_up_student_(student, design=design, ptq=ptq, teacher=teacher, helpers=helpers)
         if allocation is not None:
             write_allocation(run_dir.path, allocation)
             write_heat_maps(run_dir.path, allocation)

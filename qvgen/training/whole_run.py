@@ -17,6 +17,7 @@ from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.session import train_share
+from qvgen.training.shared_start import StartHelpers
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 
@@ -84,6 +85,30 @@ def early_workers(
         yield group
     finally:
         group.end()
+
+
+def start_helpers(
+    run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], workers: WorkerGroup | None
+) -> StartHelpers | None:
+    """The processes that take part in a training's start; None where rank 0 makes it by itself.
+
+    Args:
+        run: What is trained.
+        run_dir: Its folder.
+        settings: See :func:`train_all`.
+        workers: The other processes, where :func:`early_workers` started them.
+    """
+    sizes = {"world_size": run.devices, "neighbours": run.node_devices}
+    if workers is not None:
+        return StartHelpers(**sizes, run_dir=run_dir, ask=workers.ask, check=workers.check)
+    if (meeting := current_meeting()) is None or run.devices == 1 or not run.steps.num_steps:
+        return None
+
+    def ask() -> None:
+        _write_settings(run_dir, settings)
+        meeting.announce(run_dir, start_only=True)
+
+    return StartHelpers(**sizes, run_dir=run_dir, ask=ask, check=meeting.start_watch().check)
 
 
 def _worker_group(

@@ -11,6 +11,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,11 +97,17 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
     assert meeting is not None, "follow() has entered it"
     if plain.get("dry_run"):  # rank 0 says the plan
         return meeting.verdict(timeout_s=float("inf")) or 0
-    world, folder = meeting.world, meeting.wait_for_run()
-    _log_to(folder / "logs" / f"rank{world.rank}.log")
-    config = build(verb, read_plain(folder / "logs" / WORKER_FILE), trusted=foreign_targets(plain))
+    world, module = meeting.world, import_verb(verb)
+
+    @cache
+    def config(folder: Path) -> Any:
+        _log_to(folder / "logs" / f"rank{world.rank}.log")
+        return build(verb, read_plain(folder / "logs" / WORKER_FILE), trusted=foreign_targets(plain))
+
+    folder = meeting.wait_for_run(help_start=lambda folder: module.help_start(config(folder), rank=world.rank))
+    given = config(folder)
     with meeting.group(timeout=COLLECTIVE_TIMEOUT):
-        import_verb(verb).run_worker(config, rank=world.rank, world_size=world.size, port=world.port)
+        module.run_worker(given, rank=world.rank, world_size=world.size, port=world.port)
     return 0
 
 

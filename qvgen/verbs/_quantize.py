@@ -13,9 +13,10 @@ from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
+from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
-from qvgen.training.whole_run import early_workers, processes_of, train_all
+from qvgen.training.whole_run import early_workers, processes_of, start_helpers, train_all
 from qvgen.verbs._deliver import deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
@@ -36,7 +37,7 @@ def quantize(config: TrainConfig) -> None:
     """From the PTQ start over training, if the method has any, to a packed checkpoint and a report."""
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     inputs, design = open_inputs(config), student_design(config)
-    student, swapped = prepare_student(config.model, design, seed=config.seed)
+    student, swapped = prepare_student(config.model, design, seed=None)
     run = training_run(config)
     with (
         claim(config) as run_dir,
@@ -54,6 +55,7 @@ def quantize(config: TrainConfig) -> None:
             ptq=ptq_method(config),
             teacher=sampled_teacher(config, teacher, encode=held_out.split.encode),
             measured=measured,
+            helpers=start_helpers(run, run_dir.path, settings=config.plain, workers=workers),
         )
         steps = config.steps
         if config.steps:
@@ -76,6 +78,20 @@ def quantize(config: TrainConfig) -> None:
         forget_samples(run_dir.path)
 
 
+def set_up_layers(config: TrainConfig, *, rank: int) -> None:
+    """Set up layers for the start as another process of a run than the one that the user started."""
+    set_threads(config.strategy.threads)
+    check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
+    set_up_share(
+        config.run_dir,
+        rank=rank,
+        family=config.model,
+        design=student_design(config),
+        init=config.init,
+        seed=config.seed,
+    )
+
+
 def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Train as another process of a run than the one that the user started."""
     assert world_size == config.world_size, f"{world_size} processes for {config.world_size}"
@@ -91,7 +107,7 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
         return
     teacher: nn.Module | None = None
     if config.method.quantizes:
-        student, _ = prepare_student(config.model, run.design, seed=config.seed)
+        student, _ = prepare_student(config.model, run.design, seed=None)
         if config.method.needs_teacher or config.evaluation.video_every_steps is not None:
             teacher = config.model.load_teacher()
     else:

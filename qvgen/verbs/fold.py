@@ -41,7 +41,7 @@ def run(config: FoldConfig) -> int | None:
     set_threads(run_config.strategy.threads)
     _say_what_a_stop_leaves(config.out)
     check_fold(config.run_dir, run_config.plain, family=run_config.model, force=config.force)
-    student, _ = prepare_student(run_config.model, design, seed=run_config.seed)
+    student, _ = prepare_student(run_config.model, design, seed=None)
     averaged = run_config.ema.decay is not None and run_config.ema.fold
     step = load_trained(student, config.run_dir, schedule=design.schedule(run_config.steps), averaged=averaged)
     design.method.finish_(student)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from qvgen.config import launched_world
@@ -122,11 +124,18 @@ def _check_callbacks(config: TrainConfig) -> None:
     check_monitors(config.callbacks, columns=metric_columns(schedule)[1:], is_measured=is_measured)
 
 
+def help_start(config: TrainConfig, *, rank: int) -> None:
+    """Set up layers for a start that rank 0 makes, as another process of the run, before :func:`run_worker`."""
+    from qvgen.verbs._quantize import set_up_layers
+
+    set_up_layers(config, rank=rank)
+
+
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     from qvgen.training.distributed.child import wait_for_group
     from qvgen.verbs._quantize import take_part
 
-    if launched_world.current() is None:
-        wait_for_group()  # with everything imported, while rank 0 makes the start
+    if launched_world.current() is None:  # wait with everything imported, and help with the start where rank 0 asks
+        wait_for_group(help_start=partial(help_start, config, rank=rank))
     take_part(config, rank=rank, world_size=world_size, port=port)

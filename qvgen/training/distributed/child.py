@@ -8,12 +8,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from qvgen.training.distributed import heartbeat
 from qvgen.worker_signals import ignore_in_worker
 
 GO = b"go\n"
 """A child reads this from its standard input once rank 0 begins to train."""
+START = b"start\n"
+"""A child may read this before: rank 0 has begun with the start, and asks for help."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,7 +45,13 @@ def follow_parent(parent: int, *, beats: int | None = None) -> None:
     ignore_in_worker()
 
 
-def wait_for_group() -> None:
-    """Wait until rank 0 enters the group of processes that this one belongs to; end where it never will."""
-    if sys.stdin.readline() != GO.decode():
-        sys.exit(1)
+def wait_for_group(*, help_start: Callable[[], None]) -> None:
+    """Wait until rank 0 enters the group of processes that this one belongs to; end where it never will.
+
+    Args:
+        help_start: Called where rank 0 asks for help with the start before that.
+    """
+    while (line := sys.stdin.readline()) != GO.decode():
+        if line != START.decode():
+            sys.exit(1)
+        help_start()

@@ -36,7 +36,7 @@ from qvgen.config.conf_folder import user_directory
 from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.child import GO
+from qvgen.training.distributed.child import GO, START
 from qvgen.training.distributed.foreign_launcher import forget_ranks
 from qvgen.worker_signals import held_back
 
@@ -143,13 +143,29 @@ class WorkerGroup:
             self.start()
         heartbeat.report_to(self._own_end)
         self._pulse.begin()
+        self._tell(GO)
         for child in self._children.values():
             assert child.stdin is not None
-            with suppress(BrokenPipeError):  # it died, which the watcher reports
-                child.stdin.write(GO)
+            with suppress(BrokenPipeError):
                 child.stdin.close()
         self._watcher.start()
         return self
+
+    def ask(self) -> None:
+        """Let the children take part in the start, before the group is entered."""
+        self._tell(START)
+
+    def check(self) -> None:
+        """Raise UnfitEnvironmentError where a child is gone that was asked."""
+        if last_words := self._first_failure():
+            raise UnfitEnvironmentError(last_words)
+
+    def _tell(self, message: bytes) -> None:
+        for child in self._children.values():
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # it died, which whoever looks after the children reports
+                child.stdin.write(message)
+                child.stdin.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -256,8 +272,7 @@ class WorkerGroup:
                     f"the process of rank {rank} did not end within {timeout_s:.0f} s of rank 0; "
                     f"see {self._log_file(rank)}"
                 ) from expired
-        if last_words := self._first_failure():
-            raise UnfitEnvironmentError(last_words)
+        self.check()
 
     def end(self) -> None:
         """End the children that still run."""

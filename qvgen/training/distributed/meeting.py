@@ -1,7 +1,7 @@
 """Where the processes that another launcher started meet: a store of torch.distributed, beside the group that trains.
 
     rank 0    claims the run's folder, makes the start, announces both -- trains -- folds, reports, says how it ended
-    others    wait (seconds or hours) ----------------- take part --- end, with rank 0's exit code where it failed
+    others    wait (seconds or hours); help with the start where rank 0 asks -- take part --- end, with rank 0's exit code
 
 A thread of each process looks at the store twice a second. It passes on a request to stop, which may reach any process
 alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is torchrun,
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
+from qvgen.training.distributed.start_watch import StartWatch, give_sign
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ FAREWELL_SECONDS = 5.0
 BAD_ENVIRONMENT = 2
 MARK_FILE = "launch.txt"
 """In the folder of logs; what stands there tells this start from others."""
-_RUN, _END, _STOP, _FAILED, _READ = "run", "end", "stop", "failed", "read"
+_START, _RUN, _END, _STOP, _FAILED, _READ = "start", "run", "end", "stop", "failed", "read"
 
 
 class RankZeroEndedError(Exception):
@@ -88,7 +89,8 @@ class Meeting:
         self._store = open_store(world, serves=self._serves)
         self._watched = open_store(world)  # a connection of its own: what waits in the other one holds it
         self._left = threading.Event()
-        self._stop_told = False
+        self._stop_told = self._waits = False
+        self._mark = uuid.uuid4().hex
         self._watcher = threading.Thread(target=self._watch, name="watch_meeting", daemon=True)
 
     def __enter__(self) -> Self:
@@ -107,17 +109,20 @@ class Meeting:
 
     # Rank 0
 
-    def announce(self, run_dir: Path) -> None:
+    def announce(self, run_dir: Path, *, start_only: bool = False) -> None:
         """As rank 0, when the run's folder holds all that the others need: let them begin.
 
         Args:
             run_dir: The run's folder, with ``logs/worker.yaml``.
+            start_only: Let them help with the start, and wait again.
         """
-        mark = uuid.uuid4().hex
-        atomic_write(run_dir / "logs" / MARK_FILE, mark.encode())
-        self._store.set(
-            _RUN, json.dumps({"folder": str(run_dir.absolute()), "mark": mark, "host": socket.gethostname()})
-        )
+        said = {"folder": str(run_dir.absolute()), "mark": self._mark, "host": socket.gethostname()}
+        atomic_write(run_dir / "logs" / MARK_FILE, self._mark.encode())
+        self._store.set(_START if start_only else _RUN, json.dumps(said))
+
+    def start_watch(self) -> StartWatch:
+        """As rank 0: who tells whether those that help with the start are still there."""
+        return StartWatch(self._store, ranks=range(1, self.world.size), failure=self._failure)
 
     def end(self, code: int) -> None:
         """As rank 0: say how the command ended, and stay until the others have read it."""
@@ -131,20 +136,31 @@ class Meeting:
 
     # The others
 
-    def wait_for_run(self) -> Path:
+    def wait_for_run(self, *, help_start: Callable[[Path], None]) -> Path:
         """As another rank: wait until rank 0 lets begin; the run's folder.
+
+        Args:
+            help_start: Called once, with the same folder, where rank 0 asks for help with the start before that.
 
         Raises:
             RankZeroEndedError: It ended before.
             UnfitEnvironmentError: Its files are not seen here.
         """
+        helped, self._waits = False, True
         while not self._store_has(_RUN):
             if (code := self.ended()) is not None:
                 raise RankZeroEndedError(
                     code, f"{self.me} ends: rank 0 ended with exit code {code} before training began"
                 )
+            if not helped and self._store_has(_START):
+                helped = True
+                help_start(self._seen_folder(_START))
             time.sleep(POLL_SECONDS)
-        said = json.loads(self._store.get(_RUN))
+        self._waits = False
+        return self._seen_folder(_RUN)
+
+    def _seen_folder(self, key: str) -> Path:
+        said = json.loads(self._store.get(key))
         folder = Path(said["folder"])
         check_shared(folder / "logs" / MARK_FILE, mark=said["mark"], me=self.me, host=said["host"])
         return folder
@@ -219,7 +235,7 @@ class Meeting:
         except RuntimeError:
             log.debug("the store is gone")
 
-    def _failure(self, *, wait_seconds: float) -> str | None:
+    def _failure(self, *, wait_seconds: float = 0.0) -> str | None:
         deadline = time.monotonic() + wait_seconds
         try:
             while not self._store.check([_FAILED]):
@@ -235,6 +251,8 @@ class Meeting:
         while not self._left.wait(POLL_SECONDS):
             try:
                 self._pass_on_stop()
+                if self._waits:
+                    give_sign(self._watched, rank=self.world.rank)
                 why = self._end_of_another()
             except RuntimeError as error:
                 why = f"rank 0 at {self.world.address}:{self.world.port} is gone ({one_line(error)})"

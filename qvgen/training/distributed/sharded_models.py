@@ -1,7 +1,8 @@
 """Student and teacher of a run with strategy=fsdp: whole on the host of rank 0, shares of them on every device.
 
     before training   rank 0 prepares the student and loads the teacher; the others build both on the meta device
-    configure_model   each tensor goes from rank 0 to the shares; then rank 0's student gives its memory back
+    configure_model   rank 0's student gives its memory back, every rank reads its rows of the start's file; the teacher's
+                      tensors go from rank 0 to the shares
     after training    rank 0's student is put together again, on its host
 
 No process but rank 0 ever holds a weight that is not its own share.
@@ -9,8 +10,10 @@ No process but rank 0 ever holds a weight that is not its own share.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
@@ -34,6 +37,8 @@ class ShardedModels:
         has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
         whole_student: On rank 0, prepared, with the weights that training starts from; None elsewhere.
         whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
+        start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
+            stands in for it: where rank 0 does not find it, it sends what it has.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -48,14 +53,19 @@ class ShardedModels:
         has_teacher: bool,
         whole_student: nn.Module | None,
         whole_teacher: nn.Module | None,
+        start: Path,
     ) -> None:
+        self._start = start
         self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
         self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Give every process its shares, on its device; a collective."""
-        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device)
+        found = [self._start.is_file()]
+        distributed.broadcast_object_list(found, src=0)
+        file = self._start if found[0] else None
+        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, file=file)
         if self._whole_student is not None:
             self._whole_student.to("meta")
         if self.teacher is not None:

@@ -2,7 +2,8 @@
 
     rank 0     a model with its weights, on the host
                  |  the same model on the meta device, on every rank: its blocks become units, then the rest is one
-                 |  rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
+                 |  each rank reads its rows from a file that all see, once rank 0 has given its memory back; or, where there
+                 |  is none, rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
     rank r     rows [r n/R, (r + 1) n/R) of each parameter [n, ...]; buffers whole
 
 A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left; gradients are
@@ -20,10 +21,12 @@ Left out: offloading to the host, tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -71,7 +74,9 @@ def by_node(nodes: Sequence[int]) -> list[int]:
     return sorted(range(len(nodes)), key=lambda rank: (nodes[rank], rank))
 
 
-def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device) -> None:
+def share_out_(
+    model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device, file: Path | None = None
+) -> None:
     """Shard a model over a mesh and give it the tensors of another; a collective.
 
     Args:
@@ -79,6 +84,8 @@ def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, 
         source: On rank 0, the model whose tensors it gets; None elsewhere.
         mesh: The processes.
         device: Where this process's shares go.
+        file: A safetensors file of the source's parameters that all processes see: each reads its rows there, and the source
+            goes to the meta device before. None: rank 0 sends them, and the source stays.
 
     Raises:
         ValueError: The model has no blocks.
@@ -91,7 +98,31 @@ def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, 
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    buffers = {} if source is None else dict(source.named_buffers())
+    if file is not None and source is not None:
+        source.to("meta")
     model.to_empty(device=device)
+    if file is not None:
+        _read_rows_(model, file)
+    else:
+        _send_rows_(model, source, device=device)
+    _take_buffers_(model, buffers, device=device)
+
+
+@torch.no_grad()
+def _read_rows_(model: nn.Module, file: Path) -> None:
+    """Read this process's rows of every parameter; no collective."""
+    with safe_open(file, framework="pt") as content:
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not sharded"
+            share, group = parameter.to_local(), shard_group(parameter)
+            place = {"rank": distributed.get_rank(group), "world_size": distributed.get_world_size(group)}
+            if share.numel():
+                share.copy_(content.get_slice(name)[rows_of(parameter.shape[0], **place)])
+
+
+def _send_rows_(model: nn.Module, source: nn.Module | None, *, device: torch.device) -> None:
+    """Send every parameter from rank 0, one after another; a collective."""
     given = {} if source is None else dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         if source is not None:
@@ -99,7 +130,6 @@ def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, 
         else:  # receives its rows; nobody reads these numbers
             value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         write_whole_(parameter, value)
-    _take_buffers_(model, source, device=device)
 
 
 def _take_dtypes_(model: nn.Module, source: nn.Module | None) -> None:
@@ -115,12 +145,11 @@ def _take_dtypes_(model: nn.Module, source: nn.Module | None) -> None:
         parameter.data = parameter.data.to(wanted[name][1])
 
 
-def _take_buffers_(model: nn.Module, source: nn.Module | None, *, device: torch.device) -> None:
-    """The source's buffers, also those that are in no state dict (positions that a model computes when it is built)."""
-    found = {} if source is None else dict(source.named_buffers())
+def _take_buffers_(model: nn.Module, found: Mapping[str, Tensor], *, device: torch.device) -> None:
+    """Rank 0's buffers, also those that are in no state dict (positions that a model computes when it is built)."""
     for name, shape, dtype in _from_rank_zero([(name, b.shape, b.dtype) for name, b in found.items()]):
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        if source is not None:
+        if name in found:
             buffer.copy_(found[name])
         distributed.broadcast(buffer, src=0)
         parent, _, leaf = name.rpartition(".")

@@ -15,9 +15,10 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.meta_model import build_student, build_teacher
+from qvgen.training.planning.host_memory import preparation_bytes
 from qvgen.training.planning.layer_table import checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.planning.live_bytes import tensor_bytes
-from qvgen.training.planning.memory import host_memory, preparation_bytes, teacher_dtype
+from qvgen.training.planning.memory import host_memory, teacher_dtype
 from qvgen.training.planning.text import format_bytes, format_count
 from qvgen.training.student_design import StudentDesign
 

@@ -5,9 +5,7 @@
     :mod:`qvgen.training.planning.counted_step`.
 
 Left out: temporaries of the optimizer step, which takes one tensor at a time when activations are gone; the CUDA context,
-workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room; on the host, Python itself, the
-decomposition that starts Phi (one layer in float64 at a time), a copy of what is trained while an average is measured,
-and the data loader.
+workspaces of libraries and fragmentation, for which ``USABLE_SHARE`` leaves room. The host's: :mod:`host_memory`.
 """
 
 from __future__ import annotations
@@ -21,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.models.base import VideoDiT
-from qvgen.models.named_family import NamedFamily
 from qvgen.training.distributed.sharding import blocks_of
-from qvgen.training.meta_model import build_student, build_teacher, num_blocks
-from qvgen.training.planning.counted_step import COUNTED_BLOCKS, StepSettings, continued, count_step
-from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.meta_model import build_teacher
+from qvgen.training.planning.counted_step import StepSettings, count_step
+from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.stored_state import StoredState, sized_bytes
-from qvgen.training.student_design import StudentDesign
 from qvgen.training.teacher_offload import BLOCKS_ON_DEVICE
 from qvgen.training.training_run import TrainingRun
 
@@ -227,53 +222,3 @@ class MemoryCounter:
         found = self.stored.host_parts(self.student, teacher=self.teacher(settings.teacher_dtype))
         devices, shards = self.run.node_devices, self.run.shards
         return [MemoryPart(name=name, nbytes=devices * nbytes // shards) for name, nbytes in found.items()]
-
-
-def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
-    """Most bytes of tensors on the host at once before training starts, of a process that holds whole models.
-
-    The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
-    their weights before the old ones go), then the teacher is loaded in its dtype.
-    """
-    blocks = num_blocks(model.family)
-    if blocks > COUNTED_BLOCKS[-1]:
-        short = [_preparation(model.rebuild(), design, blocks=number) for number in COUNTED_BLOCKS]
-        if (whole := continued(short, blocks=blocks)) is not None:
-            return max(whole)
-    return max(_preparation(model.rebuild(), design, blocks=blocks))
-
-
-def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tuple[int, int]:
-    """Most bytes while a student of so many blocks is prepared, and bytes of student and teacher."""
-    with LiveBytes() as live:
-        student, _ = build_student(family, design, blocks=blocks)
-        peak, kept = live.peak, live.live
-    if design.method.quantizes:
-        teacher = build_teacher(family, dtype=teacher_dtype(family), blocks=blocks)
-        kept += tensor_bytes([*teacher.parameters(), *teacher.buffers()])
-    del student
-    return peak, kept
-
-
-def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
-    """Most bytes of tensors on a host at once, over all processes of a node.
-
-    Where models are sharded only rank 0 holds whole models. Later it keeps the teacher, and the processes of one group
-    copy their shares of a checkpoint to their hosts, from which threads write it.
-
-    Args:
-        run: What is planned.
-        student: On the meta device.
-        stored: Types and places of the run's state.
-        kept_bytes: What lies there from the first step to the last.
-    """
-    preparation = preparation_bytes(run.model, run.design)
-    if run.shards == 1:
-        return max(run.node_devices * preparation, kept_bytes)
-    family = run.model.rebuild()
-    teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
-    kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
-    whole = tensor_bytes([*student.parameters(), *student.buffers()])
-    checkpoint = whole + stored.moment_bytes(student) + stored.average_bytes(student)
-    copied = checkpoint * min(run.node_devices, run.shards) // run.shards
-    return max(preparation, kept + copied + kept_bytes)

@@ -17,6 +17,7 @@ from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
+from qvgen.training.planning.host_memory import host_bytes
 from qvgen.training.planning.layer_table import DiskPart, LayerGroup, cache_files, collapse, free_bytes, run_files
 from qvgen.training.planning.memory import (
     Device,
@@ -24,7 +25,6 @@ from qvgen.training.planning.memory import (
     MemoryPart,
     activation_parts,
     find_device,
-    host_bytes,
     host_memory,
     teacher_dtype,
     total_bytes,

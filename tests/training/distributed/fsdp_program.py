@@ -67,6 +67,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         has_teacher=True,
         whole_student=given,
         whole_teacher=teacher if rank == 0 else None,
+        start=config.run_dir / "start.safetensors",  # which is not there: rank 0 sends what it has
     )
     facts: dict[str, Any] = {"meta_before": all(p.is_meta for p in models.student.parameters())}
     if config.strategy.gradient_checkpointing:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, TERMINATED
+from qvgen.training.start_file import START_FILE
 from tests.runs import SHORT, UNSEEN, packed_bytes, read_metrics, shallow, train
 from tests.training.distributed.launchers import codes, said, srun, torchrun
 
@@ -27,6 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(run_dir: Path, plain: Path) -> None:
+    assert (run_dir / START_FILE).read_bytes() == (plain / START_FILE).read_bytes()
     assert packed_bytes(run_dir) == packed_bytes(plain)
     assert read_metrics(run_dir) == read_metrics(plain)
     assert "Traceback" not in (run_dir / "logs" / "rank1.log").read_text()
@@ -43,6 +45,7 @@ def test_torchrun_on_one_node_is_one_training(plain: Path, tmp_path: Path) -> No
     check_same(run_dir, plain)
     assert "world: 2 processes, on one node, started by torchrun" in said(tmp_path)
     assert said(tmp_path).count("report: ") == 1  # rank 0 alone speaks
+    assert re.search(r"the start: \d+ layers, set up by 2 processes", said(tmp_path))
     assert "Traceback" not in said(tmp_path)
 
 

@@ -233,7 +233,8 @@ def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
 
 
 WAITING = (
-    "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; wait_for_group(); "
+    "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; "
+    "wait_for_group(help_start=lambda: print('helps', flush=True)); "
     "print('begins', flush=True)"
 )
 

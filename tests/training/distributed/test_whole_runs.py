@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import DONE
+from qvgen.training.start_file import START_FILE
 from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, shallow, train
 
 STEPS = 8
@@ -40,6 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_pack_and_report_what_one_does(runs: Path, method: str) -> None:
     one, two = runs / method / "one", runs / method / "two"
     assert len(read_metrics(two)) == STEPS
+    assert (two / START_FILE).read_bytes() == (one / START_FILE).read_bytes()
     assert read_metrics(two) == read_metrics(one)
     assert packed_bytes(two) == packed_bytes(one)
     reports = [json.loads((run_dir / "report.json").read_text()) for run_dir in (one, two)]

@@ -1,0 +1,43 @@
+"""Reading single tensors of a folder's weights: what sets up one layer needs no model around it.
+
+A safetensors file says where each tensor lies, so that nothing else of it is read. Values are copied: pages of a mapped file
+would count as memory of the process for as long as the file is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qvgen.errors import UserError
+from qvgen.models.base import TensorReader
+from qvgen.models.safetensors_header import read_header
+from qvgen.quant.finite import check_finite
+
+
+def read_tensors_of(files: Iterable[Path], *, remedy: str) -> TensorReader:
+    """What reads single tensors of a set of files, in float32; it may be called from several threads.
+
+    Args:
+        files: safetensors files that hold each tensor once.
+        remedy: how to get the weights again, the end of a message.
+
+    Raises:
+        ValueError: A file is none. The reader raises it for a tensor that is not there, or not finite.
+    """
+    files = list(files)
+    place = {name: file for file in files for name in read_header(file)[1]}
+
+    def read(name: str) -> Tensor:
+        if name not in place:
+            raise UserError(f"{files[0].parent} lacks {name}; {remedy}")
+        with safe_open(place[name], framework="pt") as content:
+            value: Tensor = content.get_tensor(name).to(torch.float32, copy=True)
+        check_finite([(name, value)], source=str(place[name]), remedy=remedy)
+        return value
+
+    return read

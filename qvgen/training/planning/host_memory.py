@@ -1,0 +1,108 @@
+"""The memory that a run needs on its hosts, by what happens there; the devices' is :mod:`memory`.
+
+    preparation   the student in float32 while its Linears are swapped, then student and teacher: rank 0's, or with
+                  strategy=ddp every process's
+    setting up    layers that a process works on at the same time, several copies of each: every process's
+    checkpoint    a copy of the shares that a thread writes, with fsdp
+
+Counted are tensors, as most of them are there at once. Left out: Python and the libraries (0.5 GiB of each process),
+statistics of a calibration (``calibration.memory_gib``), a copy of what is trained while an average is measured, the data
+loader, and pages of mapped files, which the system takes back. Measured: docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qvgen.initializers.prepare import SCRATCH_PER_WEIGHT
+from qvgen.layers.layer_threads import num_threads
+from qvgen.layers.swap import quantized_layers
+from qvgen.models.base import VideoDiT
+from qvgen.models.named_family import NamedFamily
+from qvgen.training.distributed.layer_shares import balanced_shares, setup_costs
+from qvgen.training.meta_model import build_student, build_teacher, num_blocks
+from qvgen.training.planning.counted_step import COUNTED_BLOCKS, continued
+from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
+from qvgen.training.planning.memory import teacher_dtype
+from qvgen.training.planning.stored_state import StoredState
+from qvgen.training.shared_start import COPIES_PER_WEIGHT
+from qvgen.training.student_design import StudentDesign
+from qvgen.training.training_run import TrainingRun
+
+DECOMPOSED_PER_WEIGHT = 16
+"""Bytes for each weight of a layer whose grid is searched and whose loss is decomposed: the loss in float32 and float64, and
+the rounded weight. Methods that compare several starts take more: svdquant 32; gptq 24 for each number of [K, K] besides."""
+
+
+def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
+    """Most bytes of tensors on the host at once before training starts, of a process that holds whole models.
+
+    The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
+    their weights before the old ones go), then the teacher is loaded in its dtype.
+    """
+    blocks = num_blocks(model.family)
+    if blocks > COUNTED_BLOCKS[-1]:
+        short = [_preparation(model.rebuild(), design, blocks=number) for number in COUNTED_BLOCKS]
+        if (whole := continued(short, blocks=blocks)) is not None:
+            return max(whole)
+    return max(_preparation(model.rebuild(), design, blocks=blocks))
+
+
+def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tuple[int, int]:
+    """Most bytes while a student of so many blocks is prepared, and bytes of student and teacher."""
+    with LiveBytes() as live:
+        student, _ = build_student(family, design, blocks=blocks)
+        peak, kept = live.peak, live.live
+    if design.method.quantizes:
+        teacher = build_teacher(family, dtype=teacher_dtype(family), blocks=blocks)
+        kept += tensor_bytes([*teacher.parameters(), *teacher.buffers()])
+    del student
+    return peak, kept
+
+
+def setup_bytes(student: nn.Module, *, rank: int, world_size: int, neighbours: int) -> int:
+    """Most bytes that a process takes, beside models, while it sets up its share of the layers for a PTQ start.
+
+    Args:
+        student: On the meta device.
+        rank: The process; those above 0 hold no model and read their layers one by one.
+        world_size: All processes.
+        neighbours: Processes of a host: they share the cores of this machine, for want of another one to ask.
+    """
+    layers = quantized_layers(student)
+    names = balanced_shares(setup_costs(layers, needs=()), world_size)[rank]
+    sizes = [torch.empty(()).expand(layers[name].weight.shape) for name in names]
+    threads = num_threads(sizes, scratch_per_weight=SCRATCH_PER_WEIGHT, neighbours=neighbours)
+    each = DECOMPOSED_PER_WEIGHT + (COPIES_PER_WEIGHT if rank else 0)
+    return sum(sorted((each * size.numel() for size in sizes), reverse=True)[:threads])
+
+
+def saved_bytes(student: nn.Module, *, stored: StoredState) -> int:
+    """Bytes of a checkpoint's tensors, of which each process of a sharded run copies its share to its host."""
+    whole = tensor_bytes([*student.parameters(), *student.buffers()])
+    return whole + stored.moment_bytes(student) + stored.average_bytes(student)
+
+
+def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
+    """Most bytes of tensors on a host at once, over all processes of a node.
+
+    Where models are sharded only rank 0 holds whole models. Later it keeps the teacher, and the processes of one group
+    copy their shares of a checkpoint to their hosts, from which threads write it.
+
+    Args:
+        run: What is planned.
+        student: On the meta device.
+        stored: Types and places of the run's state.
+        kept_bytes: What lies there from the first step to the last.
+    """
+    preparation, devices = preparation_bytes(run.model, run.design), run.node_devices
+    shares = (setup_bytes(student, rank=rank, world_size=run.devices, neighbours=devices) for rank in range(devices))
+    start = preparation + sum(shares)
+    if run.shards == 1:
+        return max(start, devices * preparation, kept_bytes)
+    family = run.model.rebuild()
+    teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
+    kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
+    copied = saved_bytes(student, stored=stored) * min(devices, run.shards) // run.shards
+    return max(start, kept + copied + kept_bytes)

@@ -1,0 +1,93 @@
+"""A start that several processes make together, against that of one: the same bits of every tensor and every form.
+
+The shares of other ranks are made in this process, by the function that they call; whole runs of two processes, and what
+happens where one of them dies, stand in tests/training/distributed/test_shared_starts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qvgen.config.bits import Bits
+from qvgen.config.defaults import load_section
+from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.evaluation.sampled_teacher import SampledTeacher
+from qvgen.layers.swap import forms
+from qvgen.models.named_family import NamedFamily
+from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
+from qvgen.training.ptq_method import PTQMethod
+from qvgen.training.shared_start import StartHelpers, set_up_share
+from qvgen.training.student import prepare_student, set_up_student_
+from qvgen.training.student_design import StudentDesign
+from tests.runs import shallow
+
+WORLD = 3
+UNFOLDED = {"fold_smoothing": False}
+
+
+def design_of(profile: str, bits: str, method: str) -> StudentDesign:
+    phi = load_section("phi", rank=2)
+    return StudentDesign(profile=load_profile(profile, Bits.parse(bits)), method=load_leaf("method", method), phi=phi)
+
+
+def make_start(
+    tmp_path: Path,
+    *,
+    init: tuple[str, dict[str, object]],
+    design: StudentDesign,
+    helped: Callable[[Path, NamedFamily, PTQMethod], StartHelpers] | None,
+) -> nn.Module:
+    """A start of the tiny model's first block, with other ranks' help or without it."""
+    blocks, weights = (key.partition("=")[2] for key in shallow(1))
+    model = NamedFamily.load("tiny", num_inference_steps=2, num_layers=int(blocks), weights=weights)
+    calibration = load_section("calibration", videos=1, steps=2, cache=str(tmp_path / "cache"))
+    ptq = PTQMethod(name=init[0], init=load_leaf("init", init[0], **init[1]), calibration=calibration)
+    student, _ = prepare_student(model.family, design, seed=None)
+    family = model.family
+    teacher = SampledTeacher(model=model, transformer=family.load_teacher(), encode=family.encode, seed=7)
+    helpers = None if helped is None else helped(tmp_path, model, ptq)
+    set_up_student_(student, design=design, ptq=ptq, teacher=teacher, helpers=helpers)
+    return student
+
+
+def helpers_of(run_dir: Path, ask: Callable[[], object]) -> StartHelpers:
+    return StartHelpers(world_size=WORLD, neighbours=WORLD, run_dir=run_dir, ask=ask, check=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("init", "options", "profile", "bits", "method"),
+    [
+        ("mse", {}, "paper", "w4a4", "qvgen"),
+        ("rtn", {}, "convrot", "w4a4", "efficientdm"),
+        ("svdquant", UNFOLDED, "svdq_g64", "w4a4", "qvgen"),
+        ("gptq", {}, "paper", "w4a4", "qvgen"),
+        ("static", UNFOLDED, "int8", "w8a8", "lsq"),
+    ],
+)
+def test_shared_layers_have_the_bits_of_one_process(
+    tmp_path: Path, init: str, options: dict[str, object], profile: str, bits: str, method: str
+) -> None:
+    design, done = design_of(profile, bits, method), []
+
+    def helped(run_dir: Path, model: NamedFamily, ptq: PTQMethod) -> StartHelpers:
+        def ask() -> None:
+            for rank in range(1, WORLD):
+                set_up_share(run_dir, rank=rank, family=model.rebuild(), design=design, init=ptq.init, seed=7)
+                done.append(rank)
+
+        return helpers_of(run_dir, ask)
+
+    how = {"init": (init, options), "design": design}
+    alone = make_start(tmp_path, **how, helped=None)  # type: ignore[arg-type]
+    together = make_start(tmp_path, **how, helped=helped)  # type: ignore[arg-type]
+    assert done == [1, 2]
+    assert forms(together) == forms(alone)
+    wanted, found = alone.state_dict(), together.state_dict()
+    assert list(found) == list(wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert not (tmp_path / SHARES_DIRECTORY).exists()
