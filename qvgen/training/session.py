@@ -85,7 +85,7 @@ def train_share(
     teacher: nn.Module | None,
     processes: Processes | None = None,
 ) -> int:
-    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks where they are sharded.
+    """Train as one of the run's processes; arguments as in whole_run.py, no models on other ranks where they are sharded.
 
     Returns:
         The optimizer step that training ended with.
