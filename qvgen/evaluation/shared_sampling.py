@@ -161,6 +161,7 @@ class SharedSampling:
                         at = None
                         model, at = self._open(models[batch.model], opened), batch.model
                     self.kept.write(batch.name, self._sampled(batch, model, is_warm=is_warm))
+                    log.log(logging.INFO if self._is_helper else logging.DEBUG, "sampled %s", batch.words)
                 except (ModelAbsentError, UnusableVideoError) as error:
                     if not self._is_helper:
                         raise
