@@ -10,7 +10,7 @@ from qvgen.config.run_config import CONFIG_FILE, read_config
 from qvgen.errors import UserError
 
 FREE_KEYS = (
-    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "checkpoint", "training", "logger",
+    "run_dir", "resume", "dry_run", "debug", "device_memory_gib", "network_gbits", "checkpoint", "training", "logger",
     "trainer.profiler", "trainer.detect_anomaly", "trainer.log_every_n_steps",
     "names.experiment", "names.export", "export", "typed",
     "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",

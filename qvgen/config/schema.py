@@ -57,6 +57,8 @@ class TrainConfig:
         num_nodes: Machines, each with ``devices`` processes that torchrun or SLURM starts: 1, or as many as they did.
         device_memory_gib: Memory in GiB of each device that will train, which the plan of dry_run=true counts with;
             None: this machine's.
+        network_gbits: Speed of each node's network in Gbit/s, which that plan counts with where there are several nodes;
+            None: it says bytes alone.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         run_dir: The run's folder.
         resume: True continues the run in run_dir; ``force`` also where code, models or data are no longer what it began
@@ -95,6 +97,7 @@ class TrainConfig:
     devices: Annotated[int, Range("> 0")]
     num_nodes: Annotated[int, Range("> 0")]
     device_memory_gib: Annotated[float | None, Range("> 0")]
+    network_gbits: Annotated[float | None, Range("> 0")]
     kernel: str
     run_dir: Path
     resume: Literal[False, True, "force"]

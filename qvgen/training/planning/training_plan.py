@@ -29,6 +29,7 @@ from qvgen.training.planning.memory import (
     teacher_dtype,
     total_bytes,
 )
+from qvgen.training.planning.network import NetworkTraffic, network_traffic
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.training_run import TrainingRun
 
@@ -94,6 +95,7 @@ class TrainingPlan:
         disk_available_bytes: What is free where that folder will be.
         count: Operations and bytes of one micro-batch.
         time: The estimate.
+        network: What each node sends in a step; None: there is one node.
         disk: Files.
         num_clips: As given.
         changes: What would make it fit; empty if it fits, or if nothing would.
@@ -118,6 +120,7 @@ class TrainingPlan:
     disk_available_bytes: int
     count: StepCount
     time: TimeEstimate
+    network: NetworkTraffic | None
     disk: list[DiskPart]
     num_clips: int | None
     changes: list[Change]
@@ -213,6 +216,7 @@ def plan_training(
         disk_available_bytes=free_bytes(run_dir),
         count=count,
         time=_time(schedule, device, count, settings),
+        network=network_traffic(run, prepared, teacher=counter.teacher(settings.teacher_dtype), stored=counter.stored),
         disk=cache_files(run.data, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,
