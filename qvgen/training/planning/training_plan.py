@@ -191,7 +191,7 @@ def plan_training(
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = step_settings(run, device)
     counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
-    count = counter.count(settings)
+    count, teacher = counter.count(settings), counter.teacher(settings.teacher_dtype)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host = counter.host_parts(settings)
@@ -216,7 +216,7 @@ def plan_training(
         disk_available_bytes=free_bytes(run_dir),
         count=count,
         time=_time(schedule, device, count, settings),
-        network=network_traffic(run, prepared, teacher=counter.teacher(settings.teacher_dtype), stored=counter.stored),
+        network=network_traffic(run, prepared, teacher=teacher, stored=counter.stored),
         disk=cache_files(run.data, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,
