@@ -185,8 +185,7 @@ def plan_training(
     Raises what the run itself would.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
-    size = clip_size(run)
-    family: Any = run.model.rebuild(size)
+    family: Any = run.model.rebuild(clip_size(run))
     prepared, swapped = student or build_student(family, run.design)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = step_settings(run, device)
