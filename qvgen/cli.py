@@ -36,8 +36,9 @@ DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _VERBS_DIRECTORY = Path(__file__).parent / "verbs"
-_TRAINING_VERBS = ("train", "ptq", "fold")
-"""Verbs that work on one run's folder: a second task of another launcher would do the same work again."""
+_KNOWING_VERBS = ("train", "ptq", "fold", "precompute")
+"""Verbs that have to know of other tasks of a launcher: those that work on one run's folder, where a second task would do the
+same work again, and the one whose tasks share out the clips."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     if verb not in (known := verbs()):
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     _own_the_environment(verb)
-    if (world := launched_world.current()) is None:
+    if (world := launched_world.current()) is None or verb != "train":
         return _read_and_run(verb, arguments, show=show)
     from qvgen.verbs._launched import follow, lead
 
@@ -127,18 +128,19 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     plains, choices = separate_folders(verb, [plain for plain, _ in composed], jobs), [choice for _, choice in composed]
     if len(jobs) > 1:
         group_sweep(plains)
-    launched_world.check_world(plains)
+    if verb == "train":
+        launched_world.check_world(plains)
     for plain, job in zip(plains, jobs, strict=True):
         if "typed" in plain and flags.config_dir:
             plain["typed"] = ["--config-dir", flags.config_dir, *plain["typed"]]
         check(verb, plain)
         _check_resume(plain, job)
-    if (world := launched_world.current()) is not None and world.rank:
+    if (world := launched_world.current()) is not None and world.rank and verb == "train":
         from qvgen.verbs._launched import take_part
 
         return take_part(verb, plains[0])
     _log_to_stderr()
-    if world is not None and not any(plain["dry_run"] for plain in plains):
+    if world is not None and not world.rank and not any(plain["dry_run"] for plain in plains):
         logging.getLogger(__name__).info(world.label)
     if flags.launcher and (found := launch(verb, flags, jobs, plains)):
         return _after_jobs(verb, plains, [code if code in _SEVERITY else BUG for code in found], show=show)
@@ -220,10 +222,10 @@ def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
-    # Of other verbs, tasks may share out seeds, or precompute's shards.
-    world = find_world(os.environ) if verb in _TRAINING_VERBS else None
-    launched_world.enter(world if verb == "train" else None)
-    if verb != "train":
+    # Of other verbs, tasks may share out seeds.
+    world = find_world(os.environ, refuses=verb != "precompute") if verb in _KNOWING_VERBS else None
+    launched_world.enter(world if verb in ("train", "precompute") else None)
+    if verb not in ("train", "precompute"):
         refuse_world(verb, world)
     forget_ranks(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar

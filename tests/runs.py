@@ -94,9 +94,13 @@ def method_schedule(config: TrainConfig) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv without the column that measures time."""
+    """Rows of metrics.csv without the columns that measure time."""
     with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "train/seconds"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [
+        {key: value for key, value in row.items() if key != "train/seconds" and not key.startswith("system/")}
+        for row in rows
+    ]
 
 
 def packed_bytes(run_dir: Path) -> bytes:

@@ -31,8 +31,11 @@ def _commands() -> list[list[str]]:
                 words = shlex.split(line, comments=True)
                 if words[:2] == ["python", "train.py"]:
                     found.append(["train", *words[2:]])
-                elif words[:1] in (["torchrun"], ["srun"]):
+                elif words[:1] in (["torchrun"], ["srun"]) and "train.py" in words:
                     found.append(["train", *words[words.index("train.py") + 1 :]])
+                elif words[:1] in (["torchrun"], ["srun"]):
+                    program = "qvgen.cli" if "qvgen.cli" in words else "qvgen"
+                    found.append(words[words.index(program) + 1 :])
                 elif words[:1] == ["qvgen"]:
                     found.append(words[1:])
     return found

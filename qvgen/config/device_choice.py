@@ -45,7 +45,7 @@ class Batch:
     """Samples and parts that a number of processes has to divide.
 
     Attributes:
-        size: ``batch_size``.
+        size: ``batch_size``; 0: what any number of processes divides.
         parts: ``num_nodes``, and ``accumulate`` where that is written.
     """
 
@@ -96,6 +96,26 @@ def choose_devices(
         parts = f" / {divided.parts}" if divided.parts > 1 else ""
         line = f"devices=auto: {used} of {number} GPUs, the most that divide batch_size={divided.size}{parts}"
     return DeviceChoice(number=used, line=line)
+
+
+def choose_shares(written: Any, *, is_shard: bool) -> DeviceChoice:
+    """How many processes share out a list of items, of any number: all GPUs; a task of another launcher is one by itself.
+
+    Args:
+        written: ``devices`` as it stands in the configuration.
+        is_shard: The command says which share of the items is this machine's, whoever started it.
+
+    Raises:
+        UserError: No number, no list of GPUs, or a number of processes that a launcher has started already.
+    """
+    world = launched_world.current()
+    if world is None:
+        return choose_devices(written, batch=lambda: Batch(size=0), alone=lambda: None)
+    if not is_shard and written not in (AUTO, 1):
+        raise UserError(
+            f"devices={written}: {world.launcher} started {world.size} processes, which share out the clips; leave it out"
+        )
+    return DeviceChoice(number=1 if written == AUTO else _checked_number(written))
 
 
 def _checked_number(written: Any) -> int:

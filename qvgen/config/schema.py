@@ -58,6 +58,8 @@ class TrainConfig:
         num_nodes: Machines, each with ``devices`` processes that torchrun or SLURM starts: 1, or as many as they did.
         device_memory_gib: Memory in GiB of each device that will train, which the plan of dry_run=true counts with;
             None: this machine's.
+        network_gbits: Speed of each node's network in Gbit/s, which that plan counts with where there are several nodes;
+            None: it says bytes alone.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         run_dir: The run's folder.
         resume: True continues the run in run_dir; ``force`` also where code, models or data are no longer what it began
@@ -96,6 +98,7 @@ class TrainConfig:
     devices: Annotated[int, Range("> 0"), MayDiffer.WORLD]
     num_nodes: Annotated[int, Range("> 0"), MayDiffer.WORLD]
     device_memory_gib: Annotated[float | None, Range("> 0"), MayDiffer.FREE]
+    network_gbits: Annotated[float | None, Range("> 0"), MayDiffer.FREE]
     kernel: str
     run_dir: Annotated[Path, MayDiffer.FREE]
     resume: Annotated[Literal[False, True, "force"], MayDiffer.FREE]

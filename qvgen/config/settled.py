@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qvgen.config.device_choice import AUTO, Batch, DeviceChoice, choose_devices
+from qvgen.config.device_choice import AUTO, Batch, DeviceChoice, choose_devices, choose_shares
 from qvgen.config.leaf_class import find_class
 from qvgen.config.memory_rules import one_process_reason
 from qvgen.config.run_config import read_config
@@ -25,11 +25,15 @@ def settle_(config: DictConfig) -> DeviceChoice | None:
     """Replace ``auto``, and a list of GPUs, in place.
 
     Returns:
-        The processes; None for a verb that trains nothing.
+        The processes; None for a verb that neither trains nor shares out clips.
 
     Raises:
         UserError: ``devices`` can't be read.
     """
+    if "num_shards" in config:
+        choice = choose_shares(config.devices, is_shard=config.num_shards != 1)
+        OmegaConf.update(config, "devices", choice.number)
+        return choice
     if "devices" not in config or "strategy" not in config:
         return None
     begun = _begun(config)

@@ -210,9 +210,10 @@ class PrecomputeConfig:
         data: The clips and their cache.
         prompts: Further captions to encode: a list, or a file of them (:mod:`qvgen.config.prompt`), whose negative
             prompts are encoded too; None: the model's own.
-        devices: Processes on this machine that share the clips, one for each GPU.
+        devices: Processes on this machine that share the clips, one for each GPU. ``auto``: all visible GPUs, and 1 without
+            one. A number, or a list of visible GPUs ([0,2]). Tasks of torchrun or SLURM are the processes themselves.
         shard: This machine's share of the clips, 0 .. num_shards - 1, where several machines fill one cache.
-        num_shards: Number of machines that share the clips.
+        num_shards: Number of machines that share the clips; 1: all processes that fill the cache share them out themselves.
         threads: CPU threads of each process, as ``strategy.threads`` of training; another number may encode other last
             bits.
         run_dir: Folder of the logs of the further processes.

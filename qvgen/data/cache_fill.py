@@ -5,53 +5,41 @@
         -> record; all rows have one -> report of bad clips, index
 
 Process r of n takes rows r, r + n, r + 2n, ...; who comes last finds a record for every row and writes the index, with the
-same bytes whoever it is. A killed process loses the clip that it was at: what is on the disk is whole, and records come last.
-
-One clip and one caption are encoded at a time: a content never depends on batch mates.
+same bytes whoever it is. Processes that take the same rows, because they were started by themselves, share them out by
+claims (:mod:`qvgen.data.claims`): each clip and each caption is encoded once. A killed process loses the clip that it was
+at: what is on the disk is whole, and records come last.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
+from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, Encoders, EncodeVideo
 from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
+from qvgen.data.claims import POLL_SECONDS, Claims
 from qvgen.data.clip_process import TIMEOUT_S
 from qvgen.data.clip_report import (
     CountTokens,
     FillReport,
     describe_left_out,
-    left_out,
     left_out_path,
     report_bad,
     too_many_bad,
-    warn_of_cut_captions,
     write_left_out,
 )
-from qvgen.data.clips import to_pixels
 from qvgen.data.clips_ahead import ClipsAhead, ReadClip, Unreadable
 from qvgen.data.latent_cache import LatentCache
 
 log = logging.getLogger(__name__)
-
-EncodeVideo = Callable[[Tensor], Tensor]
-"""float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]."""
-
-EncodeCaptions = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Captions -> named tensors with a row for each."""
-
-_Encoders = tuple[EncodeVideo, EncodeCaptions, CountTokens]
 
 STALE_S = 3600.0
 """Half-written files older than this were left by a killed process."""
@@ -119,24 +107,12 @@ def fill(
     remove_stale(cache.folder)
     index_path = cache.index_path(table)
     report_path = index_path.with_suffix(".bad.csv")
-    encoders = (encode_video, encode_captions, tokens_left_out)
-    _ensure_prompts(cache, options.captions, encoders=encoders)
-    counts = {"encoded": 0, "reused": 0}
-    checked: dict[str, str | None] = {}
-    bad: list[tuple[str, str]] = []
-    mine = range(options.shard, len(table), options.num_shards)
-    last_log = time.monotonic()
-    with ClipsAhead(cache.settings.cut, readers=options.readers, timeout_s=options.timeout_s) as ahead:
-        rows = ((clip, _record(cache, clip, checked=checked)) for clip in map(table.__getitem__, mine))
-        for done, (clip, known) in enumerate(ahead.in_order(rows)):
-            record = _settle(cache, clip, known, encoders=encoders, counts=counts)
-            if "bad" in record:
-                bad.append((clip.name, record["bad"]))
-                if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
-                    break  # nothing that follows can mend it
-            if time.monotonic() - last_log > _LOG_EVERY_S:
-                last_log = time.monotonic()
-                log.info("%d of %d clips: %d encoded, %d bad", done + 1, len(mine), counts["encoded"], len(bad))
+    encoders = Encoders(video=encode_video, captions=encode_captions, tokens_left_out=tokens_left_out)
+    mine = [table[row] for row in range(options.shard, len(table), options.num_shards)]
+    with Claims(cache.folder) as claims:
+        writer = CacheWriter(cache, claims, encoders)
+        writer.make_prompts(options.captions)
+        bad = _settle_all(writer, mine, total=len(table), options=options)
     if too_many_bad(len(bad), total=len(table), max_bad=options.max_bad):
         report_bad(bad, total=len(table), max_bad=options.max_bad, report=report_path)
     rows = _write_index(cache, table, index_path=index_path, report=report_path, max_bad=options.max_bad)
@@ -146,8 +122,59 @@ def fill(
         bad_report=report_path,
         left_out="" if rows is None else describe_left_out(rows),
         left_out_report=left_out_path(index_path),
-        **counts,
+        encoded=writer.encoded,
+        reused=writer.reused,
     )
+
+
+def _settle_all(
+    writer: CacheWriter, clips: Sequence[Clip], *, total: int, options: FillOptions
+) -> list[tuple[str, str]]:
+    """Do what is missing of some rows, until all are settled, here or by other processes; (name, reason) of the bad ones.
+
+    A row that another process works on is left out, and looked at again behind all others: its record is there then, or
+    the process is gone and the row is free.
+    """
+    bad: list[tuple[str, str]] = []
+    last_log = time.monotonic()
+    done, left = 0, list(clips)
+    with ClipsAhead(writer.cache.settings.cut, readers=options.readers, timeout_s=options.timeout_s) as ahead:
+        while left:
+            elsewhere: list[Clip] = []
+            for clip, known in ahead.in_order(_known_rows(writer, left, elsewhere=elsewhere)):
+                record = _settle(writer, clip, known)
+                done += 1
+                if "bad" in record:
+                    bad.append((clip.name, record["bad"]))
+                    if too_many_bad(len(bad), total=total, max_bad=options.max_bad):
+                        return bad  # nothing that follows can mend it
+                if time.monotonic() - last_log > _LOG_EVERY_S:
+                    last_log = time.monotonic()
+                    log.info("%d of %d clips: %d encoded, %d bad", done, len(clips), writer.encoded, len(bad))
+            if elsewhere and len(elsewhere) < len(left):
+                log.info("waiting for %d clips that other processes encode at the moment", len(elsewhere))
+            elif elsewhere:
+                time.sleep(POLL_SECONDS)
+            left = elsewhere
+    return bad
+
+
+def _known_rows(
+    writer: CacheWriter, clips: Sequence[Clip], *, elsewhere: list[Clip]
+) -> Iterator[tuple[Clip, dict[str, Any] | None]]:
+    """Rows with their record, or None for one that this process has claimed; appends to ``elsewhere`` the others'."""
+    checked: dict[str, str] = {}
+    for clip in clips:
+        key = writer.cache.row_key(clip)
+        record = _record(writer.cache, clip, checked=checked)
+        if record is None and writer.claims.take(key):
+            record = _record(writer.cache, clip, checked=checked)  # another process may have been done since
+            if record is not None:
+                writer.claims.give_back(key)
+        elif record is None:
+            elsewhere.append(clip)
+            continue
+        yield clip, record
 
 
 def remove_stale(folder: Path) -> None:
@@ -160,101 +187,41 @@ def remove_stale(folder: Path) -> None:
             continue
 
 
-def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, checked: dict[str, str | None]) -> bool:
+def _is_settled(cache: LatentCache, record: Mapping[str, Any], clip: Clip, *, checked: dict[str, str]) -> bool:
     """Whether a row needs nothing any more: its files are as they were written, or it is bad for a reason in the clip.
 
     Args:
         cache: The cache.
         record: The row's record: all that is known of it.
         clip: The row.
-        checked: Seals of files that were read before: clips and captions of several rows are read once.
+        checked: Seals of whole files that were read before: clips and captions of several rows are read once.
     """
     if "bad" in record:
         return not record["again"]
     key, text_key = record["latents"], cache.text_key(clip.caption)
-    if key not in checked:
-        checked[key] = cache.latent_seal(key, verify=True)
-    if text_key not in checked:
-        checked[text_key] = cache.text_seal(clip.caption, verify=True)
-    return checked[key] == record["latents_sha256"] and checked[text_key] == record["text_sha256"]
+    if key not in checked and (seal := cache.latent_seal(key, verify=True)) is not None:
+        checked[key] = seal
+    if text_key not in checked and (seal := cache.text_seal(clip.caption, verify=True)) is not None:
+        checked[text_key] = seal
+    return checked.get(key) == record["latents_sha256"] and checked.get(text_key) == record["text_sha256"]
 
 
-def _record(cache: LatentCache, clip: Clip, *, checked: dict[str, str | None]) -> dict[str, Any] | None:
+def _record(cache: LatentCache, clip: Clip, *, checked: dict[str, str]) -> dict[str, Any] | None:
     """A row's record where the row needs nothing any more; None where its clip has to be read."""
     record = cache.read_record(cache.row_key(clip))
     return record if record is not None and _is_settled(cache, record, clip, checked=checked) else None
 
 
-def _settle(
-    cache: LatentCache,
-    clip: Clip,
-    known: dict[str, Any] | Future[ReadClip | Unreadable],
-    *,
-    encoders: _Encoders,
-    counts: dict[str, int],
-) -> dict[str, Any]:
+def _settle(writer: CacheWriter, clip: Clip, known: dict[str, Any] | Future[ReadClip | Unreadable]) -> dict[str, Any]:
     """Do what is missing of a row, whose record is known or whose clip is read; returns its record."""
     if not isinstance(known, Future):
-        counts["reused"] += "latents" in known
+        writer.reused += "latents" in known
         return known
-    record = _make(cache, clip, known.result(), encoders=encoders, counts=counts)
-    cache.write_record(cache.row_key(clip), record)
+    key = writer.cache.row_key(clip)
+    record = writer.make(clip, known.result())
+    writer.cache.write_record(key, record)
+    writer.claims.give_back(key)
     return record
-
-
-def _make(
-    cache: LatentCache, clip: Clip, read: ReadClip | Unreadable, *, encoders: _Encoders, counts: dict[str, int]
-) -> dict[str, Any]:
-    """Latents and embedding of a clip, unless they are there; returns its record."""
-    encode_video, encode_captions, tokens_left_out = encoders
-    if isinstance(read, Unreadable):
-        log.warning("%s: %s", clip.name, read.reason)
-        return {"bad": read.reason, "again": read.again}
-    key = cache.latent_key(read.sha256, read.cut)
-    seal = cache.latent_seal(key, verify=True)
-    if seal is not None:
-        counts["reused"] += 1
-    else:
-        latents = encode_video(to_pixels(read.frames)[None])
-        _check(latents, what=f"encode_video, on {clip.name},")
-        seal = cache.write_latents(key, latents[0])
-        counts["encoded"] += 1
-    text_seal = _ensure_text(cache, clip.caption, encode_captions=encode_captions)
-    return {
-        "clip": read.sha256,
-        "latents": key,
-        "bucket": read.cut.bucket.label,
-        "latents_sha256": seal,
-        "text_sha256": text_seal,
-        "left_out": left_out(read.cut, tokens=tokens_left_out(clip.caption)),
-    }
-
-
-def _ensure_prompts(cache: LatentCache, captions: Sequence[str], *, encoders: _Encoders) -> None:
-    """Encode captions that belong to no clip, the empty one too; says which ones are too long."""
-    _, encode_captions, tokens_left_out = encoders
-    warn_of_cut_captions(captions, tokens_left_out=tokens_left_out)
-    for caption in dict.fromkeys(["", *captions]):
-        _ensure_text(cache, caption, encode_captions=encode_captions)
-
-
-def _ensure_text(cache: LatentCache, caption: str, *, encode_captions: EncodeCaptions) -> str:
-    """Encode a caption unless its embedding is there, as it was written; returns its seal."""
-    seal = cache.text_seal(caption, verify=True)
-    if seal is not None:
-        return seal
-    tensors = encode_captions([caption])
-    for name, tensor in tensors.items():
-        _check(tensor, what=f"encode_captions, on {caption!r}, in {name}")
-    return cache.write_text(caption, {name: tensor[0] for name, tensor in tensors.items()})
-
-
-def _check(tensor: Tensor, *, what: str) -> None:
-    """One row, all finite: a VAE in float16 may overflow, and one such clip would spoil a whole training."""
-    if len(tensor) != 1:
-        raise ValueError(f"{what} gave {list(tensor.shape)}; its first size must be 1")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{what} gave values that are not finite; run it in float32 or bfloat16")
 
 
 def _write_index(

@@ -12,35 +12,28 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvgen.config.prompt import PromptedVideo
-from qvgen.data.source import Split
 from qvgen.data.video import write_video
-from qvgen.deploy.delta_switch import find_switch
-from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
-from qvgen.evaluation.kept_samples import KeptSamples, Sampled
 from qvgen.evaluation.packed_checks import check_packed
-from qvgen.evaluation.placement import placed
-from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost
+from qvgen.evaluation.quality_data import Quality, Sampling
 from qvgen.evaluation.report_data import Checks, VideoComparison
-from qvgen.evaluation.sampling_cost import describe_device, measured, memory_source, weight_bytes, weights_dtype
+from qvgen.evaluation.sampling_cost import describe_device, memory_source
+from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, OpenModel, Sampled, SharedSampling
 from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
-from qvgen.layers.swap import phi_suspended
-from qvgen.models.base import Encode, VideoDiT
 
 log = logging.getLogger(__name__)
 
-VARIANTS = ("teacher", "fake-quantized", "packed")
 START = "ptq-start"
-BATCH_SIZE = 32
+COMPARED_STAGE, START_STAGE = "compared", "start"
+"""The start is sampled when nothing needs the trained student any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,131 +46,91 @@ class Comparison:
     sampling: Sampling
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """The PTQ start of a run.
-
-    Attributes:
-        restore: Brings the student to it and returns it; None: there is none to sample.
-        absent: Why there is none; None: there is.
-    """
-
-    restore: Callable[[], nn.Module] | None
-    absent: str | None
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ComparedModels:
     """The models that stand side by side.
 
     Attributes:
         teacher: The full-precision model.
-        fake: The trained model, its Phi gone; where the start is sampled it holds the start afterwards.
+        fake: The trained model, its Phi gone; where the start is sampled it may hold the start afterwards.
         packed: The same, read back from its packed directory.
-        start: The PTQ start, or why it is not sampled.
+        start_absent: Why the PTQ start is not sampled; None: it is.
     """
 
     teacher: nn.Module
     fake: nn.Module
     packed: nn.Module
-    start: Start
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """The videos that are shown, and the table's, whose items are of the data, with their seeds."""
-
-    family: VideoDiT
-    encode: Encode
-    shown: Sequence[PromptedVideo]
-    items: Sequence[Mapping[str, Any]]
-    seeds: Sequence[int]
-
-    @property
-    def captions(self) -> list[str]:
-        return [item["caption"] for item in self.items]
+    start_absent: str | None
 
 
 def compare_models(
-    family: VideoDiT,
-    models: ComparedModels,
-    *,
-    held_out: MeasuredInputs,
-    shown: Sequence[PromptedVideo],
-    quality_videos: int,
-    kept: KeptSamples,
+    models: ComparedModels, *, held_out: MeasuredInputs, sampling: SharedSampling, to_start: OpenModel
 ) -> Comparison:
     """Generate with all models, write the shown videos to run_dir/videos, and compare.
 
     What is sampled is kept in the run's folder until the report is written (:mod:`qvgen.evaluation.kept_samples`).
 
     Args:
-        family: The model family.
         models: What is compared.
-        held_out: Inputs on which the outputs of fake and packed are compared; captions of the table's videos.
-        shown: The videos that the report shows.
-        quality_videos: Number of the table's videos; their seeds begin with that of the held-out inputs.
-        kept: The samples in the run's folder.
+        held_out: Inputs on which the outputs of fake and packed are compared.
+        sampling: The videos, and which of the run's processes samples which.
+        to_start: Brings the student to the run's start while its videos are sampled.
     """
-    items = held_out_items(held_out.split, quality_videos)
-    seeds = [held_out.seed + index for index in range(len(items))]
-    asked = _Asked(family=family, encode=held_out.split.encode, shown=shown, items=items, seeds=seeds)
-    sampled_models = dict(zip(VARIANTS, (models.teacher, models.fake, models.packed), strict=True))
-    sampled = {name: kept.get(name, partial(_sample, name, model, asked)) for name, model in sampled_models.items()}
+    asked = sampling.asked
+    compared = open_compared(teacher=lambda: models.teacher, fake=models.fake, packed=lambda: models.packed)
+    sampling.sample(COMPARED_STAGE, compared)
+    sampled = sampling.gather(COMPARED_STAGE, compared)
     tables = {name: one.table for name, one in sampled.items()}
     checks = check_packed(models.fake, models.packed, held_out=held_out, videos=tables)
-    start = models.start
-    start_videos = None if start.restore is None else kept.read(START)
-    if start_videos is None:
-        start, start_videos = _sample_start(start, asked)
+    absent, start_videos = sample_start(sampling, to_start, absent=models.start_absent)
     if start_videos is not None:
-        kept.write(START, start_videos)
         sampled = {"teacher": sampled.pop("teacher"), START: start_videos, **sampled}  # as tables and pages show them
     frames = {name: one.shown for name, one in sampled.items()}
-    _write_videos(frames, shown, fps=family.fps, directory=kept.run_dir / "videos")
+    _write_videos(frames, asked.shown, fps=asked.family.fps, directory=sampling.kept.run_dir / "videos")
     return Comparison(
         checks=checks,
         videos=_comparisons(frames, asked),
-        quality=_quality(sampled, asked, start=start),
-        sampling=_sampling(sampled, asked),
+        quality=_quality(sampled, asked, start_absent=absent),
+        sampling=_sampling(sampled, asked, num_processes=sampling.queue.num_processes),
     )
 
 
-def _sample_start(start: Start, asked: _Asked) -> tuple[Start, Sampled | None]:
-    """The PTQ start's videos; a start that cannot be read any more costs these alone, and never the report of a run."""
-    if start.restore is None:
-        return start, None
+def open_compared(
+    *, teacher: Callable[[], nn.Module], fake: nn.Module, packed: Callable[[], nn.Module]
+) -> dict[str, OpenModel]:
+    """The models of the first stage, as any process of the run samples them.
+
+    Args:
+        teacher: Gives the full-precision model.
+        fake: The trained model.
+        packed: Gives the packed model.
+    """
+    return {
+        "teacher": lambda: nullcontext(teacher()),
+        "fake-quantized": lambda: nullcontext(fake),
+        "packed": lambda: nullcontext(packed()),
+    }
+
+
+def sample_start(
+    sampling: SharedSampling, to_start: OpenModel, *, absent: str | None
+) -> tuple[str | None, Sampled | None]:
+    """The PTQ start's videos; a start that cannot be read any more costs these alone, and never the report of a run.
+
+    Returns:
+        Why there are none, or None; and the videos.
+    """
+    if absent is not None:
+        return absent, None
     try:
-        student = start.restore()
-    except (ValueError, OSError) as error:
+        sampling.sample(START_STAGE, {START: to_start})
+        return None, sampling.gather(START_STAGE, {START: to_start})[START]
+    except ModelAbsentError as error:
         log.warning("the videos of the PTQ start are left out: %s", error)
-        return Start(restore=None, absent=str(error)), None
-    with phi_suspended(student):
-        return start, _sample(START, student, asked)
+        return str(error), None
 
 
-def _sample(name: str, model: nn.Module, asked: _Asked) -> Sampled:
-    """One model's videos; the table's are timed, when the shown ones have warmed the model up."""
-    family, encode, switch = asked.family, asked.encode, find_switch(model)
-    with placed(model) as device:
-        shown = _sample_shown(family, model, asked.shown, encode=encode)
-        if switch is not None:
-            switch.history.clear()
-        with measured(device) as spent:
-            table = generate_videos(family, model, asked.captions, asked.seeds, encode=encode)
-        cost = SamplingCost(
-            name=name,
-            dtype=weights_dtype(model),
-            kernels=kernel_names(model),
-            seconds_per_video=spent.seconds / len(table),
-            weight_bytes=weight_bytes(model),
-            working_bytes=spent.working_bytes,
-        )
-    bits = None if switch is None else switch.mean_bits()
-    return Sampled(shown=shown, table=table, cost=cost, activation_bits=bits)
-
-
-def _comparisons(videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComparison, ...]:
+def _comparisons(videos: Mapping[str, Tensor], asked: Asked) -> tuple[VideoComparison, ...]:
     start = videos.get(START)
     return tuple(
         VideoComparison(
@@ -194,7 +147,7 @@ def _comparisons(videos: Mapping[str, Tensor], asked: _Asked) -> tuple[VideoComp
     )
 
 
-def _quality(sampled: Mapping[str, Sampled], asked: _Asked, *, start: Start) -> Quality:
+def _quality(sampled: Mapping[str, Sampled], asked: Asked, *, start_absent: str | None) -> Quality:
     family, lpips_state = asked.family, find_lpips()
     rows = {
         name: video_quality(
@@ -211,63 +164,22 @@ def _quality(sampled: Mapping[str, Sampled], asked: _Asked, *, start: Start) -> 
         guidance_scale=family.guidance_scale,
         negative_prompt=None if family.guidance_scale == 1 else family.negative_prompt,
         lpips_absent=lpips_state.absent,
-        start_absent=start.absent,
+        start_absent=start_absent,
     )
 
 
-def _sampling(sampled: Mapping[str, Sampled], asked: _Asked) -> Sampling:
+def _sampling(sampled: Mapping[str, Sampled], asked: Asked, *, num_processes: int) -> Sampling:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    warm = "after the shown ones" if asked.shown else "the first use included"
+    warm = "after the shown ones" if num_processes == 1 and asked.shown else "after others of the same model"
+    warm = warm if all(one.is_warm for one in sampled.values()) else "the first use included"
+    together = f", by {num_processes} processes at once" if num_processes > 1 else ""
     return Sampling(
         costs=tuple(one.cost for one in sampled.values()),
         device=describe_device(device),
         conditions=(
-            f"{len(asked.items)} videos, {warm}; peak memory: all tensors of the model, and {memory_source(device)} "
-            "while it sampled beyond what was there before"
+            f"{len(asked.items)} videos, {warm}{together}; peak memory: all tensors of the model, and "
+            f"{memory_source(device)} while it sampled beyond what was there before"
         ),
-    )
-
-
-@torch.no_grad()
-def generate_videos(
-    family: VideoDiT,
-    model: nn.Module,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    negative_prompts: Sequence[str | None] | None = None,
-    encode: Encode | None = None,
-) -> Tensor:
-    """One video per caption and seed, as the family usually samples: uint8 [B, F, H, W, 3]."""
-    with placed(model):
-        parts = [
-            family.generate(
-                model,
-                captions[start : start + BATCH_SIZE],
-                seeds[start : start + BATCH_SIZE],
-                num_steps=family.num_inference_steps,
-                guidance_scale=family.guidance_scale,
-                negative_prompts=None if negative_prompts is None else negative_prompts[start : start + BATCH_SIZE],
-                encode=encode,
-            )
-            for start in range(0, len(captions), BATCH_SIZE)
-        ]
-    return torch.cat(parts) if parts else torch.empty(0, 1, 1, 1, 3, dtype=torch.uint8)
-
-
-def held_out_items(split: Split, count: int) -> list[Mapping[str, Any]]:
-    """The first items of a split, from its beginning again where it has fewer."""
-    return [split.samples[index % len(split)] for index in range(count)]
-
-
-def _sample_shown(family: VideoDiT, model: nn.Module, videos: Sequence[PromptedVideo], *, encode: Encode) -> Tensor:
-    return generate_videos(
-        family,
-        model,
-        [video.caption for video in videos],
-        [video.seed for video in videos],
-        negative_prompts=[video.negative for video in videos],
-        encode=encode,
     )
 
 

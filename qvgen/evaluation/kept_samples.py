@@ -1,9 +1,9 @@
-"""Videos of each model, kept until the report is written: a run that is stopped in between does not sample them again.
+"""Batches of videos, kept until the report is written: a run that is stopped in between does not sample them again.
 
-    run_dir/sampled/NAME.safetensors    shown, table: uint8 [B, F, H, W, 3]; facts: JSON as bytes; sealed with a key
+    run_dir/sampled/MODEL-PART-NNNN.safetensors    frames: uint8 [B, F, H, W, 3]; facts: JSON as bytes; sealed with a key
 
 The key says what they were made from: configuration, packed weights, full-precision weights, what changed under
-``resume=force``. A file with another key, or a damaged one, is sampled again.
+``resume=force``. A file with another key, or a damaged one, is sampled again. Any process of the run may write one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor
 from qvgen.config.run_comparison import lasting
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.deploy.manifest import read_manifest
-from qvgen.evaluation.quality_data import SamplingCost
 from qvgen.run_identity import read_changes
 
 log = logging.getLogger(__name__)
@@ -32,13 +31,36 @@ DIRECTORY = "sampled"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """One model's videos, uint8 [B, F, H, W, 3], and what they took."""
+class BatchFacts:
+    """What sampling a batch of videos took, and with what.
 
-    shown: Tensor
-    table: Tensor
-    cost: SamplingCost
-    activation_bits: float | None
+    Attributes:
+        dtype: Type of the model's unquantized weights.
+        kernels: Backends that ran its packed layers.
+        seconds: Wall clock.
+        weight_bytes: All tensors that the model holds.
+        working_bytes: Largest memory besides the weights; None where it cannot be measured.
+        is_warm: Whether the process had sampled with the model before.
+        widths_sum: Sum of the activation widths that a policy chose, over samples and calls.
+        widths_count: Number of those choices; 0 without a policy.
+    """
+
+    dtype: str
+    kernels: tuple[str, ...]
+    seconds: float
+    weight_bytes: int
+    working_bytes: int | None
+    is_warm: bool
+    widths_sum: int
+    widths_count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledBatch:
+    """Some videos of one model, uint8 [B, F, H, W, 3], and what they took."""
+
+    frames: Tensor
+    facts: BatchFacts
 
 
 class KeptSamples:
@@ -46,60 +68,57 @@ class KeptSamples:
 
     Args:
         run_dir: The run's folder.
-        settings: The run's configuration as plain values, all of it: what decides the videos and what does not is told apart
-            here.
-        revision: Revision of the full-precision model.
+        key: What they are made from; see :func:`samples_key`.
 
     Attributes:
         run_dir: The run's folder.
     """
 
-    def __init__(self, run_dir: Path, *, settings: Mapping[str, Any], revision: str) -> None:
-        parts = [
-            lasting(settings),
-            read_manifest(run_dir / "packed").sha256,
-            revision,
-            [asdict(change) for change in read_changes(run_dir)],
-        ]
-        self.run_dir, self.folder = run_dir, run_dir / DIRECTORY
-        self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def __init__(self, run_dir: Path, *, key: str) -> None:
+        self.run_dir, self.folder, self.key = run_dir, run_dir / DIRECTORY, key
 
-    def get(self, name: str, sample: Callable[[], Sampled]) -> Sampled:
-        """A model's videos: those that are kept, else ``sample``'s, which are kept from then on."""
-        sampled = self.read(name)
-        if sampled is None:
-            sampled = sample()
-            self.write(name, sampled)
-        return sampled
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file of a batch, whole or not."""
+        return self._path(name).is_file()
 
-    def read(self, name: str) -> Sampled | None:
-        """The videos that are kept of a model."""
+    def read(self, name: str) -> SampledBatch | None:
+        """A batch that is kept; None where there is none, or a damaged one, which is said."""
         try:
-            tensors = read_sealed(self.folder / f"{name}.safetensors", key=self._key)
+            tensors = read_sealed(self._path(name), key=self.key)
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
             log.warning("%s; its videos are sampled again", error)
             return None
         facts = json.loads(tensors["facts"].numpy().tobytes())
-        cost = {**facts["cost"], "kernels": tuple(facts["cost"]["kernels"])}
-        log.info("videos of %s: kept from before the run was stopped", name)
-        return Sampled(
-            shown=tensors["shown"],
-            table=tensors["table"],
-            cost=SamplingCost(**cost),
-            activation_bits=facts["activation_bits"],
-        )
+        return SampledBatch(frames=tensors["frames"], facts=BatchFacts(**{**facts, "kernels": tuple(facts["kernels"])}))
 
-    def write(self, name: str, sampled: Sampled) -> None:
-        """Keep a model's videos."""
-        facts = json.dumps({"cost": asdict(sampled.cost), "activation_bits": sampled.activation_bits}).encode()
-        tensors = {
-            "shown": sampled.shown,
-            "table": sampled.table,
-            "facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8),
-        }
-        write_sealed(self.folder / f"{name}.safetensors", tensors, key=self._key)
+    def write(self, name: str, sampled: SampledBatch) -> None:
+        """Keep a batch."""
+        facts = json.dumps(asdict(sampled.facts)).encode()
+        tensors = {"frames": sampled.frames, "facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8)}
+        write_sealed(self._path(name), tensors, key=self.key)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def samples_key(run_dir: Path, *, settings: Mapping[str, Any], revision: str) -> str:
+    """What the videos of a run are made from, as one checksum; its packed directory is written.
+
+    Args:
+        run_dir: The run's folder.
+        settings: The run's configuration as plain values, all of it: what decides the videos and what does not is told apart
+            here.
+        revision: Revision of the full-precision model.
+    """
+    parts = [
+        lasting(settings),
+        read_manifest(run_dir / "packed").sha256,
+        revision,
+        [asdict(change) for change in read_changes(run_dir)],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def forget_samples(run_dir: Path) -> None:

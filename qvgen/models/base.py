@@ -190,6 +190,9 @@ class VideoDiT(Protocol):
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Sample one video per caption.
 
+        A family that computes one after another says so by an attribute ``samples_apart = True``: the processes of a run then
+        share out single videos, in place of batches.
+
         Args:
             transformer: teacher, student or packed model.
             captions: B texts.

@@ -37,6 +37,7 @@ class PipelineFamily(FolderFamily):
     pipeline_class: ClassVar[str]
     scheduler_classes: ClassVar[tuple[str, ...]]
     max_text_tokens: ClassVar[int]
+    samples_apart: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod

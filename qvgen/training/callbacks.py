@@ -23,6 +23,7 @@ from qvgen.methods.base import Schedule
 from qvgen.run_directory import atomic_write, set_aside
 from qvgen.training.module import VideoTraining
 from qvgen.training.progress import progress_bar
+from qvgen.training.step_figures import FIGURE_COLUMNS, StepFigures
 from qvgen.training.student_metrics import STUDENT_COLUMNS, is_looked_at, student_metrics
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ METRIC_COLUMNS = (
     "phi/rank",
     "phi/gamma_min",
     *STUDENT_COLUMNS,
+    *FIGURE_COLUMNS,
     "val/relative_error",
 )
 """Columns of metrics.csv. train/gradient_norm is the norm before clipping, of all gradients and of two of the optimizer's
 groups apart, train/seconds counts from the run's first step over all its sessions, val/* is held out; numbers of the layers
-(:mod:`qvgen.training.student_metrics`) stand at about a hundred steps of a run."""
+(:mod:`qvgen.training.student_metrics`) stand at about a hundred steps of a run. system/* is in
+:mod:`qvgen.training.step_figures`."""
 
 
 class MethodSchedule(lightning.Callback):
@@ -77,10 +80,13 @@ class StepMetrics(lightning.Callback):
         path: metrics.csv; rows that are there from before a resume are kept up to the step that is resumed.
         schedule: The training method's, whose numbers are columns too; None without one.
         num_steps: Optimizer steps of the run.
+        figures: What a step reaches; None: its columns are empty.
     """
 
-    def __init__(self, path: Path, *, schedule: Schedule | None, num_steps: int) -> None:
-        self.path, self.schedule, self.num_steps = path, schedule, num_steps
+    def __init__(
+        self, path: Path, *, schedule: Schedule | None, num_steps: int, figures: StepFigures | None = None
+    ) -> None:
+        self.path, self.schedule, self.num_steps, self.figures = path, schedule, num_steps, figures
         self.columns = metric_columns(schedule)
         self._bar: tqdm[Any] | None = None
         self._last_step = 0
@@ -119,6 +125,14 @@ class StepMetrics(lightning.Callback):
                 rank=trainer.global_rank if trainer.world_size > 1 else None,
             )
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure a step."""
+        del trainer, pl_module, batch_idx
+        if self.figures is not None:
+            self.figures.begin(batch)
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -141,6 +155,8 @@ class StepMetrics(lightning.Callback):
             "train/learning_rate": pl_module.learning_rate,
             "train/seconds": time.monotonic() - self._started,
         }
+        if self.figures is not None:  # the device has been waited for: the row's numbers are read
+            row.update(self.figures.end())
         if self.schedule is not None:
             row.update(self.schedule.metrics(step))
         if is_looked_at(step, num_steps=self.num_steps):
@@ -208,6 +224,9 @@ class StepMetrics(lightning.Callback):
                 shown |= {
                     name.rpartition("/")[2].removesuffix("_min"): f"{row[name]:.3g}" for name in self.schedule.columns
                 }
+            for name, label in (("system/clips_per_second", "clips/s"), ("system/mfu", "mfu")):
+                if name in row:
+                    shown[label] = f"{row[name]:.3g}"
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 

@@ -24,6 +24,7 @@ from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
+from qvgen.training.distributed.pace import PaceCallback
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.layer_metrics import LayerMetrics
@@ -31,6 +32,7 @@ from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.saved_tensor import load_tensors_
 from qvgen.training.start_file import START_FILE, restore_layers_
+from qvgen.training.step_figures import StepFigures, speed_of
 from qvgen.training.trainer import (
     Processes,
     build_trainer,
@@ -86,7 +88,7 @@ def train_share(
     teacher: nn.Module | None,
     processes: Processes | None = None,
 ) -> int:
-    """Train as one of the run's processes; arguments as :func:`train_all`, no models on other ranks where they are sharded.
+    """Train as one of the run's processes; arguments as in whole_run.py, no models on other ranks where they are sharded.
 
     Returns:
         The optimizer step that training ended with.
@@ -158,7 +160,7 @@ def _fit(
             steps=steps.num_steps,
             accumulate=accumulate,
             processes=processes,
-            callbacks=_callbacks(run, output, split, teacher=teacher, average=average),
+            callbacks=_callbacks(run, output, split, teacher=teacher, average=average, is_first=processes.rank == 0),
             loggers=list(output.loggers),
             options=trainer_arguments(output.trainer, gradient_clip=steps.optim.gradient_clip, run_dir=output.run_dir),
             measured=measured_every is not None,
@@ -188,8 +190,9 @@ def _callbacks(
     *,
     teacher: nn.Module | None,
     average: Average | None,
+    is_first: bool,
 ) -> list[lightning.Callback]:
-    """In order: signs of life; the method's schedule, before the step; average; metrics, the user's, checkpoint, videos."""
+    """In order: signs of life; the method's schedule, before the step; average; metrics, pace; the user's; files."""
     num_steps, run_dir = run.steps.num_steps, output.run_dir
     is_ddp = run.devices > 1 and not run.is_sharded
     schedule = run.design.schedule(num_steps)
@@ -200,7 +203,13 @@ def _callbacks(
         callbacks.append(average)
     videos = validation_videos(run, output, teacher=teacher, encode=split.encode)
     callbacks += [
-        StepMetrics(run_dir / "metrics.csv", schedule=schedule, num_steps=num_steps),
+        StepMetrics(
+            run_dir / "metrics.csv",
+            schedule=schedule,
+            num_steps=num_steps,
+            figures=StepFigures(speed_of(run, is_first=is_first)),
+        ),
+        *([PaceCallback()] if is_ddp else []),
         LayerMetrics(run_dir, num_steps=num_steps),
         *output.callbacks,
         CallbackRules(

@@ -14,8 +14,11 @@ from qvgen.config import launched_world
 from qvgen.run_directory import write_plain
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import checkpoints
+from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.distributed.meeting import current as current_meeting
+from qvgen.training.distributed.store_exchange import default_store
+from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.session import train_share
 from qvgen.training.shared_start import StartHelpers
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
@@ -25,7 +28,8 @@ WORKER_FILE = "worker.yaml"
 """In the run's folder of logs: the configuration, as the other processes read it."""
 
 
-def train_all(
+@contextmanager
+def trained(
     run: TrainingRun,
     output: TrainingOutput,
     *,
@@ -34,8 +38,8 @@ def train_all(
     settings: Mapping[str, Any],
     hang_minutes: float | None = None,
     workers: WorkerGroup | None = None,
-) -> int:
-    """Train as rank 0, with as many other processes as the run has.
+) -> Iterator[int]:
+    """Train as rank 0, with as many other processes as the run has, which are there until the block ends.
 
     Args:
         run: What is trained.
@@ -46,7 +50,7 @@ def train_all(
         hang_minutes: The run ends after so long in which no process reported anything; None: never.
         workers: The other processes, where :func:`early_workers` started them.
 
-    Returns:
+    Yields:
         The optimizer step that training ended with: the last one, or where a callback ended it.
 
     Raises:
@@ -57,14 +61,32 @@ def train_all(
         check_checkpoint(found[-1], run=run_key(run_dir))
     share = partial(train_share, run, output, student=student, teacher=teacher)
     if run.devices == 1:
-        return share()
+        yield share()
+        return
     if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
         _write_settings(run_dir, settings)
         meeting.announce(run_dir)
         with meeting.group(timeout=COLLECTIVE_TIMEOUT):
-            return share(processes=processes_of(run, rank=0, port=meeting.world.port))
+            yield _at_the_end(share(processes=processes_of(run, rank=0, port=meeting.world.port)))
+        return
     with workers or _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes) as group:
-        return share(processes=processes_of(run, rank=0, port=group.port))
+        yield _at_the_end(share(processes=processes_of(run, rank=0, port=group.port)))
+
+
+def _at_the_end(step: int) -> int:
+    """Say that training is over: what follows takes as long as it takes."""
+    heartbeat.report(heartbeat.DELIVERING)
+    return step
+
+
+def sharing_queue(run: TrainingRun) -> StoreQueue | None:
+    """What the run's processes share out by when training is over; None: rank 0 does it alone.
+
+    A model that is shared out over the processes is no process's but rank 0's then.
+    """
+    if run.devices == 1 or run.is_sharded or not run.steps.num_steps:
+        return None
+    return StoreQueue(default_store(), num_processes=run.devices)
 
 
 @contextmanager
@@ -74,7 +96,7 @@ def early_workers(
     """Start a training's other processes before rank 0 has its start: they import meanwhile, and wait.
 
     Yields:
-        What :func:`train_all` takes as ``workers``; None where there are no others, or another launcher started them.
+        What :func:`trained` takes as ``workers``; None where there are no others, or another launcher started them.
     """
     if run.devices == 1 or not run.steps.num_steps or current_meeting() is not None:
         yield None
@@ -95,7 +117,7 @@ def start_helpers(
     Args:
         run: What is trained.
         run_dir: Its folder.
-        settings: See :func:`train_all`.
+        settings: See :func:`trained`.
         workers: The other processes, where :func:`early_workers` started them.
     """
     sizes = {"world_size": run.devices, "neighbours": run.node_devices}

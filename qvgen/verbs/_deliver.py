@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,19 +16,31 @@ from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
-from qvgen.evaluation.comparison import ComparedModels, Start, compare_models
+from qvgen.evaluation.comparison import ComparedModels, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
-from qvgen.evaluation.kept_samples import KeptSamples
 from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
-from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.training.callbacks import total_seconds
-from qvgen.training.start_file import START_FILE, load_start
+from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.student import fold_student
 from qvgen.verbs._parts import named_family, packed_record
+from qvgen.verbs._sampling import at_start, begin_sampling, start_absent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEnd:
+    """What is there when training is over.
+
+    Attributes:
+        steps: Optimizer steps that were trained: all, or fewer where a callback ended the run.
+        queue: What the run's processes share the sampling out by; None: rank 0 samples alone.
+    """
+
+    steps: int
+    queue: StoreQueue | None
 
 
 def deliver(
@@ -38,19 +51,19 @@ def deliver(
     teacher: nn.Module,
     student: nn.Module,
     held_out: MeasuredInputs,
-    steps: int,
+    ended: TrainingEnd,
 ) -> ReportData:
     """Fold, pack, read back, generate with all models and compare: all that the report says.
 
-    ``steps`` were trained: all, or fewer where a callback ended the run.
-
-    Afterwards the student holds the run's start where its videos were sampled.
+    Afterwards the student may hold the run's start.
     """
+    steps = ended.steps
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
         record = packed_record(config, steps=steps)
         fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
+    sampling = begin_sampling(config, path, split=held_out.split, queue=ended.queue)  # the others begin here
     reference = list(held_out.predictions(teacher))
     error = HeldOutError(
         rtn=start["rtn"],
@@ -64,12 +77,10 @@ def deliver(
     )
     with _timed(seconds, "generate"):
         comparison = compare_models(
-            config.model,
-            ComparedModels(teacher=teacher, fake=student, packed=packed, start=_start(config, student, path)),
+            ComparedModels(teacher=teacher, fake=student, packed=packed, start_absent=start_absent(config, path)),
             held_out=held_out,
-            shown=shown_videos(config.evaluation, config.model, seed=config.seed),
-            quality_videos=config.evaluation.quality_videos,
-            kept=KeptSamples(path, settings=config.plain, revision=config.model.revision),
+            sampling=sampling,
+            to_start=partial(at_start, config, student, path),
         )
     return ReportData(
         run=replace(run_info(config), steps=steps),
@@ -140,24 +151,6 @@ def rerun_command(config: TrainConfig) -> str:
     """The command that does the same again, in a folder of its own: what was typed, but for run_dir and resume."""
     kept = [text for text in config.typed if text.lstrip("+~").partition("=")[0] not in ("run_dir", "resume")]
     return command_line("ptq" if config.method.trains == "nothing" else "train", kept)
-
-
-def _start(config: TrainConfig, student: nn.Module, path: Path) -> Start:
-    """How the student comes back to where training began, or why it does not."""
-    if not config.steps:
-        return Start(restore=None, absent="nothing was trained: the model is the PTQ start itself")
-    if not config.evaluation.start_videos:
-        return Start(restore=None, absent="evaluation.start_videos=false")
-    if not (path / START_FILE).is_file():
-        return Start(restore=None, absent=f"{START_FILE} is no longer in the run's folder")
-
-    def restore() -> nn.Module:
-        config.method.prepare_(student)  # what it adds belongs to the start
-        load_start(student, path)
-        config.method.finish_(student)
-        return student
-
-    return Start(restore=restore, absent=None)
 
 
 @contextmanager

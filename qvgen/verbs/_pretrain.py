@@ -25,7 +25,7 @@ from qvgen.models.weight_file import save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.start_file import has_start, load_start, save_start
-from qvgen.training.whole_run import train_all
+from qvgen.training.whole_run import trained
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import rerun_command
 from qvgen.verbs._parts import claim, open_log, step_batch, training_output, training_run
@@ -61,15 +61,18 @@ def pretrain(config: TrainConfig) -> None:
             save_start(student, run_dir.path)
             run_dir.save_stage("start", {})
         load_start(student, run_dir.path)
-        with open_log(config, run_dir.path) as loggers:
-            steps = train_all(
+        with (
+            open_log(config, run_dir.path) as loggers,
+            trained(
                 training_run(config),
                 training_output(config, run_dir.path, loggers=loggers),
                 student=student,
                 teacher=None,
                 settings=config.plain,
                 hang_minutes=config.training.hang_minutes,
-            )
+            ) as steps,
+        ):
+            pass  # what follows is rank 0's
         card: dict[str, Any] = {
             "command": rerun_command(config),
             "seed": config.seed,

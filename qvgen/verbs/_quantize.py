@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -16,8 +17,8 @@ from qvgen.training.session import train_share
 from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
-from qvgen.training.whole_run import early_workers, processes_of, start_helpers, train_all
-from qvgen.verbs._deliver import deliver, show_result
+from qvgen.training.whole_run import early_workers, processes_of, sharing_queue, start_helpers, trained
+from qvgen.verbs._deliver import TrainingEnd, deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
 from qvgen.verbs._parts import (
@@ -29,6 +30,7 @@ from qvgen.verbs._parts import (
     training_output,
     training_run,
 )
+from qvgen.verbs._sampling import help_sampling
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +59,9 @@ def quantize(config: TrainConfig) -> None:
             measured=measured,
             helpers=start_helpers(run, run_dir.path, settings=config.plain, workers=workers),
         )
-        steps = config.steps
+        training = nullcontext(0)
         if config.steps:
-            steps = train_all(
+            training = trained(
                 run,
                 training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
                 student=student,
@@ -68,12 +70,21 @@ def quantize(config: TrainConfig) -> None:
                 hang_minutes=config.training.hang_minutes,
                 workers=workers,
             )
-        if not held_out.num_samples:
-            deliver_unmeasured(config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source)
-            return
-        data = deliver(
-            config, run_dir.path, start=start, teacher=teacher, student=student, held_out=held_out, steps=steps
-        )
+        with training as steps:
+            if not held_out.num_samples:
+                deliver_unmeasured(
+                    config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source
+                )
+                return
+            data = deliver(
+                config,
+                run_dir.path,
+                start=start,
+                teacher=teacher,
+                student=student,
+                held_out=held_out,
+                ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
+            )
         show_result(data, write_report(run_dir.path, data))
         forget_samples(run_dir.path)
 
@@ -115,6 +126,8 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     load_start(student, config.run_dir)
     output = training_output(config, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
+    if config.method.quantizes and (queue := sharing_queue(run)) is not None:
+        help_sampling(config, student=student, teacher=teacher, queue=queue)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qvgen import stop_request
+from qvgen.config import launched_world
 from qvgen.config.build import build
+from qvgen.config.device_choice import say_chosen
+from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import PrecomputeConfig
@@ -24,17 +27,19 @@ log = logging.getLogger(__name__)
 
 
 def run(config: PrecomputeConfig) -> None:
-    """Fill the cache with what is missing of this machine's share."""
+    """Fill the cache with what is missing of this machine's share, or, as one of several tasks, of the task's own."""
     set_threads(config.threads)
-    source = _clips(config)
+    source, world = _clips(config), _world(config)
     if config.dry_run:
-        processes = f"{config.devices} process{'es' if config.devices > 1 else ''}"
-        print(f"model {config.names.model}, {processes}")
-        for line in source.describe_share(config.model, shard=config.shard, num_shards=config.num_shards):
-            print(line)
+        if world is None or world.rank == 0:
+            _show_plan(config, source, world)
         return
+    say_chosen()
     began = time.monotonic()
-    encoded, report = fill_all(config, source)
+    encoded, report = fill_all(config, source, world=world)
+    if world is not None and world.rank:
+        print(f"rank {world.rank} of {world.size}: {encoded} clips encoded by this process")
+        return
     print(
         f"{report.encoded + report.reused} clips ready ({encoded} encoded by this process), {len(report.bad)} unusable, "
         f"{time.monotonic() - began:.1f} s; cache: {source.cache}"
@@ -45,6 +50,19 @@ def run(config: PrecomputeConfig) -> None:
         print(f"{report.left_out}; see {report.left_out_report}")
     else:
         print(f"not complete yet: other shares of num_shards={config.num_shards} are missing")
+
+
+def _show_plan(config: PrecomputeConfig, source: EncodedSource, world: LaunchedWorld | None) -> None:
+    processes = config.devices if world is None else world.size
+    print(f"model {config.names.model}, {processes} process{'es' if processes > 1 else ''}")
+    for line in source.describe_share(config.model, shard=config.shard, num_shards=config.num_shards):
+        print(line)
+
+
+def _world(config: PrecomputeConfig) -> LaunchedWorld | None:
+    """The tasks of torchrun or SLURM that share out the clips; None: there is one, or num_shards says which are whose."""
+    world = launched_world.current()
+    return world if config.num_shards == 1 else None
 
 
 def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
@@ -74,11 +92,18 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
     stop_request.note("after encoding, which is kept")
 
 
-def fill_all(config: PrecomputeConfig, source: EncodedSource) -> tuple[int, FillReport]:
-    """Fill a machine's share with all its processes.
+def fill_all(
+    config: PrecomputeConfig, source: EncodedSource, *, world: LaunchedWorld | None = None
+) -> tuple[int, FillReport]:
+    """Fill a machine's share with all its processes, or one task's share of everything.
+
+    Args:
+        config: The verb's.
+        source: The clips.
+        world: The tasks that share them out; None: this process starts the others itself.
 
     Returns:
-        How many clips this process encoded, and the report of the whole share.
+        How many clips this process encoded; and the report of the machine's share, in another task than rank 0 of its own.
 
     Raises:
         UserError: See :func:`qvgen.data.cache_fill.fill`.
@@ -86,19 +111,26 @@ def fill_all(config: PrecomputeConfig, source: EncodedSource) -> tuple[int, Fill
     """
     stop_request.note("while encoding, what is encoded is kept")
     stop_request.continue_with({})
+    rest = {"captions": _texts(config), "shard": config.shard, "num_shards": config.num_shards}
+    if world is not None:
+        mine = _fill_share(config, source, rank=world.rank, size=world.size)
+        if world.rank:
+            return mine.encoded, mine
+        # What the others have not begun yet is rank 0's now; it waits for what they have, and for nobody who is gone.
+        report = _on_gpu(config, 0, lambda: source.fill(config.model, **rest))
+        return mine.encoded + report.encoded, report
     if config.devices == 1:
-        report = _fill_share(config, source, rank=0)
+        report = _fill_share(config, source, rank=0, size=1)
         return report.encoded, report
     logs = config.run_dir
     logs.mkdir(parents=True, exist_ok=True)
     write_plain(logs / "worker.yaml", config.plain)
     command = worker_command("precompute", logs / "worker.yaml", config.plain)
     with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
-        mine = _fill_share(config, source, rank=0)
+        mine = _fill_share(config, source, rank=0, size=config.devices)
         group.join()
     # Every clip of this machine has a record now: going through them once more encodes nothing.
-    shares = {"shard": config.shard, "num_shards": config.num_shards}
-    return mine.encoded, source.fill(config.model, captions=_texts(config), **shares)
+    return mine.encoded, source.fill(config.model, **rest)
 
 
 def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: int) -> None:
@@ -106,7 +138,7 @@ def run_worker(config: PrecomputeConfig, *, rank: int, world_size: int, port: in
     del port  # they need not speak to each other
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     set_threads(config.threads)
-    _fill_share(config, _clips(config), rank=rank)
+    _fill_share(config, _clips(config), rank=rank, size=world_size)
 
 
 def _clips(config: PrecomputeConfig) -> EncodedSource:
@@ -124,17 +156,27 @@ def _texts(config: PrecomputeConfig) -> list[str]:
     return list(dict.fromkeys([*prompts.texts(), config.model.negative_prompt]))
 
 
-def _fill_share(config: PrecomputeConfig, source: EncodedSource, *, rank: int) -> FillReport:
-    """One process's share: clips shard, shard + num_shards, ..., of which every devices-th."""
-    family = config.model
-    if torch.cuda.is_available():
-        family.to(torch.device("cuda", rank % torch.cuda.device_count()))
-    try:
-        return source.fill(
-            family,
+def _fill_share(config: PrecomputeConfig, source: EncodedSource, *, rank: int, size: int) -> FillReport:
+    """One process's share: clips shard, shard + num_shards, ..., of which every size-th."""
+    world = launched_world.current()
+    return _on_gpu(
+        config,
+        rank if world is None else world.local_rank,
+        lambda: source.fill(
+            config.model,
             captions=_texts(config),
             shard=config.shard + config.num_shards * rank,
-            num_shards=config.num_shards * config.devices,
-        )
+            num_shards=config.num_shards * size,
+        ),
+    )
+
+
+def _on_gpu(config: PrecomputeConfig, number: int, fill: Callable[[], FillReport]) -> FillReport:
+    """Fill with the encoders on a GPU, where there is one, and let go of them."""
+    family = config.model
+    if torch.cuda.is_available():
+        family.to(torch.device("cuda", number % torch.cuda.device_count()))
+    try:
+        return fill()
     finally:
         family.release()

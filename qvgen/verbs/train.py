@@ -90,7 +90,7 @@ def _print_plan(config: TrainConfig, student: Prepared | None, counter: MemoryCo
     )
     world = launched_world.current()
     kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
-    plan_lines = format_plan(plan, title=title(config))
+    plan_lines = format_plan(plan, title=title(config), network_gbits=config.network_gbits)
     started = [] if world is None else [world.label]
     for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
         print(line)

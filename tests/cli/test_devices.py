@@ -99,6 +99,25 @@ def test_hidden_gpus_are_not_counted(machine: Machine, monkeypatch: pytest.Monke
     assert chosen()[0]["devices"] == 2
 
 
+def test_clips_are_shared_out_over_any_number(machine: Machine) -> None:
+    def processes(*words: str) -> int:
+        number: int = compose_plain("precompute", ["data.path=x", *words])["devices"]
+        return number
+
+    machine(7)
+    assert (processes(), processes("devices=3"), processes("devices=[0,2]")) == (7, 3, 2)
+    machine(0)
+    assert processes() == 1
+    launched_world.enter(WORLD)  # its tasks are the processes, unless each was given a share
+    try:
+        machine(8)
+        assert (processes(), processes("devices=4", "num_shards=6")) == (1, 4)
+        with pytest.raises(UserError, match="devices=4: torchrun started 6 processes, which share out the clips"):
+            processes("devices=4")
+    finally:
+        launched_world.enter(None)
+
+
 def test_another_launcher_says_how_many(machine: Machine) -> None:
     machine(8)
     launched_world.enter(WORLD)

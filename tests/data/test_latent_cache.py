@@ -27,6 +27,7 @@ from qvgen.data.cache_fill import FillOptions, fill
 from qvgen.data.cache_index import COLUMNS, IndexRows
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import read_table
+from qvgen.data.claims import Claims
 from qvgen.data.clips import Bucket, CutSettings, cut_clip, to_pixels
 from qvgen.data.latent_cache import CacheSettings, LatentCache, narrowest
 from qvgen.data.sealed_tensors import read_seal, seal_of
@@ -122,6 +123,46 @@ def test_two_processes_fill_the_same_cache_as_one(table: Path, filled: Path, tmp
     assert [process.returncode for process in processes] == [0, 0]
     assert made == [3, 3]
     assert content(tmp_path / "two") == content(filled)
+
+
+def test_two_fills_by_themselves_encode_each_clip_once(table: Path, filled: Path, tmp_path: Path) -> None:
+    """Nobody told them of each other; one is killed, and the others do what it had begun."""
+    records = tmp_path / "cache" / "records"
+    with start(table, tmp_path / "cache", delay_s=600) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "clip\n"  # the next one is being read ahead, and is its own too
+        processes = [start(table, tmp_path / "cache") for _ in range(2)]
+        while len(list(records.rglob("*.json"))) < len(CLIPS) - 2 and None in [one.poll() for one in processes]:
+            time.sleep(0.02)
+        killed.kill()
+    made = [process.communicate()[0].count("clip") for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(made) == len(CLIPS)
+    assert content(tmp_path / "cache") == content(filled)
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from qvgen.data.claims import Claims
+with Claims(Path(sys.argv[1])) as claims:
+    print(claims.take("1" * 64), flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as holder,
+        Claims(tmp_path) as claims,
+    ):
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        assert not claims.take("1" * 64)
+        assert claims.take("2" * 64)
+        holder.kill()
+        holder.wait()
+        assert claims.take("1" * 64)
 
 
 def test_a_share_alone_is_not_complete(table: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import qvgen
 from qvgen.data.datamodule import MeasuredData
 from qvgen.deploy.packed_fusion import kernel_names
-from qvgen.evaluation.comparison import generate_videos
 from qvgen.evaluation.held_out import HeldOut
+from qvgen.evaluation.sampling import generate_videos
 from qvgen.layers.swap import quantized_layers
 from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,12 @@ def test_a_run_writes_one_row_per_step_with_the_plan_of_phi(short_run: Path) -> 
         assert float(row["train/loss"]) > 0
         assert float(row["train/gradient_norm"]) > 0
         assert row["val/relative_error"] == ""
+    names = ("system/step_seconds", "system/clips_per_second", "system/mfu")
+    with (short_run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        figures = [[row[name] for name in names] for row in csv.DictReader(file)]
+    for seconds, clips, mfu in figures:
+        assert float(clips) == train_config().batch_size / float(seconds)
+        assert mfu == ""  # of a CPU no peak is known
     rates = [float(row["train/learning_rate"]) for row in rows]
     peak = train_config().optim.learning_rate
     assert rates[0] == peak  # the step's own rate: one step of warm-up ends at the peak

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qvgen.cli import main
+from qvgen.cli import BAD_INPUT, main
+from qvgen.config import launched_world
 from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
@@ -79,6 +80,40 @@ def train_keys(name: str, folder: Path, clips: Path, tmp_path: Path) -> list[str
 def latent_dates(cache_folder: Path) -> dict[str, int]:
     """When each file of latents was written."""
     return {path.name: path.stat().st_mtime_ns for path in (cache_folder / "latents").rglob("*") if path.is_file()}
+
+
+def test_tasks_of_slurm_share_out_the_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three tasks for eight clips, one after another; another command finds everything encoded, once."""
+    folder, clips = make_wan_folder(tmp_path / "model", "2.1"), write_clips(tmp_path / "clips", fps=16)
+    keys = [*tiny_keys("wan", folder), f"data.path={clips}", f"data.cache={tmp_path / 'cache'}"]
+    step = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    found = []
+    try:
+        with monkeypatch.context() as tasks:
+            for name, value in step.items():
+                tasks.setenv(name, value)
+            for rank in (2, 1, 0):
+                tasks.setenv("SLURM_PROCID", str(rank))
+                tasks.setenv("SLURM_LOCALID", str(rank))
+                assert main(["precompute", *keys]) == 0
+                found.append(capsys.readouterr().out.splitlines()[0].partition(",")[0])
+            assert main(["precompute", *keys, "devices=3"]) == BAD_INPUT
+            assert capsys.readouterr().err.startswith("qvgen precompute: devices=3: SLURM started 3 processes")
+        assert main(["precompute", *keys]) == 0
+    finally:
+        launched_world.enter(None)
+    assert found == [
+        "rank 2 of 3: 2 clips encoded by this process",
+        "rank 1 of 3: 3 clips encoded by this process",
+        "8 clips ready (3 encoded by this process)",
+    ]
+    assert "8 clips ready (0 encoded by this process)" in capsys.readouterr().out
+    assert len(latent_dates(tmp_path / "cache")) == len(CAPTIONS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ import pytest
 from qvgen.cli import DONE
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_video
-from qvgen.evaluation.comparison import START, Start, _Asked, _sample_start, generate_videos
+from qvgen.evaluation.comparison import START, sample_start
+from qvgen.evaluation.item_queue import OneProcess
+from qvgen.evaluation.kept_samples import KeptSamples
 from qvgen.evaluation.prompts import shown_videos
+from qvgen.evaluation.sampling import generate_videos
+from qvgen.evaluation.shared_sampling import Asked, SharedSampling
 from qvgen.layers.swap import phi_suspended
 from qvgen.training.start_file import load_start
+from qvgen.verbs._sampling import at_start
 from tests.parts import prepared
 from tests.runs import STEPS, copy_until, packed_bytes, train, train_config
 
@@ -69,14 +75,12 @@ def test_a_start_that_cannot_be_read_costs_its_videos_alone(
     config = train_config()
     student, _ = prepared(config)
 
-    def restore():
-        load_start(student, run_dir)
-        return student
-
-    asked = _Asked(family=config.model, encode=config.model.encode, shown=[], items=[], seeds=[])
-    start, found = _sample_start(Start(restore=restore, absent=None), asked)
+    shown = shown_videos(config.evaluation, config.model, seed=config.seed)
+    asked = Asked(family=config.model, encode=config.model.encode, shown=shown, items=[], seeds=[])
+    sampling = SharedSampling(asked, kept=KeptSamples(run_dir, key="0"), queue=OneProcess())
+    absent, found = sample_start(sampling, partial(at_start, config, student, run_dir), absent=None)
     assert found is None
-    assert "start.safetensors" in str(start.absent)
+    assert "start.safetensors" in str(absent)
     assert "start.safetensors" in caplog.text
 
 

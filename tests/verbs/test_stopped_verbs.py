@@ -204,7 +204,7 @@ def test_ptq_goes_on_from_each_phase(
     phases = [
         ("os.rename", "blocks.1.", kept),  # the calibration
         ("os.rename", "packed/model.safetensors", after),
-        ("os.rename", "sampled/fake-quantized.safetensors", after),
+        ("os.rename", "sampled/fake-quantized-table-0000.safetensors", after),
         ("os.rename", "report.json", after),
     ]
     for event, part, saved in phases:
@@ -215,8 +215,8 @@ def test_ptq_goes_on_from_each_phase(
         assert line.startswith(f"stopped {saved}; continue with: "), line
         assert printed_command(line) == [*command, "resume=true"]
         assert half_files(tmp_path) == []
-    assert "videos of teacher: kept from before the run was stopped" in caplog.messages
-    damaged = run_dir / "sampled" / "packed.safetensors"
+    assert "videos of teacher, shown 0 to 0: kept from before the run was stopped" in caplog.messages
+    damaged = run_dir / "sampled" / "packed-table-0000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     caplog.clear()
     packed = snapshot(run_dir / "packed")
@@ -225,8 +225,14 @@ def test_ptq_goes_on_from_each_phase(
     assert (run_dir / "start.safetensors").stat().st_mtime_ns == start
     said = [text for text in caplog.messages if "videos" in text]
     assert [text.partition(":")[0] for text in said if "kept from" in text] == [
-        "videos of teacher",
-        "videos of fake-quantized",
+        f"videos of {batch} 0 to 0"
+        for batch in (
+            "teacher, shown",
+            "teacher, table",
+            "fake-quantized, shown",
+            "fake-quantized, table",
+            "packed, shown",
+        )
     ]
     assert any(text.startswith(f"{damaged} is damaged") and text.endswith("sampled again") for text in said)
     assert not (run_dir / "sampled").exists()

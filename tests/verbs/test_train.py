@@ -16,7 +16,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
 from qvgen.models.weight_file import save_weights
 from qvgen.training.tracking.report_panels import flat_numbers
-from qvgen.training.whole_run import train_all
+from qvgen.training.whole_run import trained
 from qvgen.verbs._parts import training_output, training_run
 from qvgen.verbs.benchmarks.base import cpu_kernel
 from tests.runs import SHORT, read_metrics, shallow, train, train_config
@@ -178,7 +178,8 @@ def test_a_model_that_was_pretrained_can_be_quantized(tmp_path: Path) -> None:
     student = config.model.initial_transformer(config.seed)
     before = student.proj_out.weight.detach().clone()
     run, output = training_run(config), training_output(config, tmp_path)
-    train_all(run, output, student=student, teacher=None, settings=config.plain)
+    with trained(run, output, student=student, teacher=None, settings=config.plain) as steps:
+        assert steps == 2
     assert not torch.equal(student.proj_out.weight, before)
     assert all(float(row["train/loss"]) > 0 and row["phi/rank"] == "" for row in read_metrics(tmp_path))
     weights = save_weights(student.state_dict(), tmp_path / "mine.safetensors", card={"seed": config.seed})

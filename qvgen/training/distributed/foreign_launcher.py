@@ -61,8 +61,12 @@ _LAUNCHERS = (
 )
 
 
-def find_world(environment: Mapping[str, str]) -> LaunchedWorld | None:
+def find_world(environment: Mapping[str, str], *, refuses: bool = True) -> LaunchedWorld | None:
     """The processes that torchrun or SLURM started for this command; None where this is the only one.
+
+    Args:
+        environment: The process's.
+        refuses: Raise for several tasks of another launcher, too.
 
     Raises:
         RuntimeError: Another launcher started several processes, or this one did not say all; variables are named.
@@ -70,7 +74,7 @@ def find_world(environment: Mapping[str, str]) -> LaunchedWorld | None:
     world = _torchrun_world(environment) or (None if "TORCHELASTIC_RUN_ID" in environment else slurm_world(environment))
     if world is not None:
         return world
-    if "TORCHELASTIC_RUN_ID" not in environment:
+    if refuses and "TORCHELASTIC_RUN_ID" not in environment:
         _refuse_others(environment)
     return None
 

@@ -18,10 +18,21 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING = range(7)
-"""What a process does; DONE is the end of an optimizer step, MEASURING also samples videos."""
+TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING = range(9)
+"""What a process does; DONE is the end of an optimizer step, MEASURING also samples videos. When training is over, rank 0 is
+DELIVERING until it has nothing left to do but WAITING for the others' videos."""
 
-_NAMES = ("", "starting", "computing", "in the backward pass", "done", "saving", "measuring or sampling")
+_NAMES = (
+    "",
+    "starting",
+    "computing",
+    "in the backward pass",
+    "done",
+    "saving",
+    "measuring or sampling",
+    "waiting for the others",
+    "at the end of the run",
+)
 _RECORD = struct.Struct("<bq")
 TICK_SECONDS = 1.0
 LOST_SECONDS = 4.0
@@ -34,7 +45,7 @@ KEPT_STEPS = 31
 """So many step times make the median."""
 
 _descriptor: int | None = None
-_step = 0
+_step, _what = 0, STARTING
 
 
 def report_to(descriptor: int | None) -> None:
@@ -47,13 +58,20 @@ def report_to(descriptor: int | None) -> None:
 
 def report(what: int, *, step: int | None = None) -> None:
     """Say what this process does now, in the optimizer step that it said last unless another one is given."""
-    global _step
+    global _step, _what
     _step = _step if step is None else step
+    _what = _what if what == TICK else what
     if _descriptor is not None:
         try:
             os.write(_descriptor, _RECORD.pack(what, _step))
         except OSError:  # nobody reads at the moment, or any more: whoever waits for the reader sees that
             return
+
+
+def report_change(what: int) -> None:
+    """Say what this process does now, unless it said so last: who waits does not report for those that it waits for."""
+    if what != _what:
+        report(what)
 
 
 def last_step() -> int:
@@ -151,7 +169,7 @@ class Pulse:
             if self._step_began is not None:
                 self.step_seconds.append(now - self._step_began)
             self._step_began = now
-        elif what in (SAVING, MEASURING, STARTING):
+        elif what in (SAVING, MEASURING, STARTING, WAITING, DELIVERING):
             self._step_began = None
 
     def median_seconds(self) -> float | None:
@@ -161,6 +179,14 @@ class Pulse:
     def silent_seconds(self) -> float:
         """Since any process reported something: all wait for each other."""
         return time.monotonic() - max(beat.at for beat in self.beats)
+
+    def is_at_the_end(self) -> bool:
+        """Whether rank 0 does what comes behind training, and waits for nobody."""
+        return self.beats[0].what == DELIVERING
+
+    def is_slow(self) -> bool:
+        """Whether a process does what takes longer than a step, and reports only now and then."""
+        return any(beat.what in (SAVING, WAITING) for beat in self.beats)
 
     def is_left_alone(self) -> bool:
         """Whether rank 0 computes, while another one still samples videos of the step before, and has said so since."""

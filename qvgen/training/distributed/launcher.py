@@ -50,7 +50,7 @@ SILENT_STEPS, SILENT_SECONDS = 10, 5.0
 """After so many times the median step, and at least so many seconds, without a report of any rank it is said who is silent;
 again whenever it has become twice as long. A request to stop waits no longer than that for the end of a step."""
 FIRST_SECONDS, SAVING_SECONDS = 60.0, 900.0
-"""The same before a step was measured, and while a checkpoint is written."""
+"""The same before a step was measured, and while a checkpoint is written or rank 0 waits for the others' last videos."""
 START_SECONDS = 1800.0
 """``hang_minutes`` is at least so long before a step was measured: reading large models and compiling report nothing."""
 GRACE_SECONDS = 10.0
@@ -212,9 +212,11 @@ class WorkerGroup:
     def _watch_silence(self) -> None:
         """Say who is silent; end this process where it was asked to stop, or told not to wait longer, and no step ends."""
         pulse, silent = self._pulse, self._pulse.silent_seconds()
-        median, is_saving = pulse.median_seconds(), any(beat.what == heartbeat.SAVING for beat in pulse.beats)
+        if pulse.is_at_the_end():
+            return
+        median = pulse.median_seconds()
         patience = FIRST_SECONDS if median is None else max(SILENT_SECONDS, SILENT_STEPS * median)
-        patience = max(patience, SAVING_SECONDS) if is_saving else patience
+        patience = max(patience, SAVING_SECONDS) if pulse.is_slow() else patience
         if stop_request.is_postponed_request() and (silent > patience or pulse.is_left_alone()):
             self._end_now(why="" if pulse.is_left_alone() else f"{self._silence()}; ")
         if median is not None and silent > max(patience, 2 * self._said_seconds):

@@ -14,12 +14,13 @@ _REFERENCE_SPEED = 1e14
 """Operations per second that a time is named for where nothing can be measured."""
 
 
-def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
+def format_plan(plan: TrainingPlan, *, title: str, network_gbits: float | None = None) -> list[str]:
     """All lines.
 
     Args:
         plan: The plan.
         title: What is planned, for people.
+        network_gbits: Speed of each node's network in Gbit/s; None: not known.
     """
     return [
         f"plan of {title}",
@@ -29,6 +30,7 @@ def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
         *_schedule(plan),
         *_memory(plan),
         *_work(plan),
+        *_network(plan, network_gbits),
         *_disk(plan),
         *verdict(plan),
     ]
@@ -192,6 +194,25 @@ def _time(plan: TrainingPlan, flops: float) -> list[str]:
     return [
         f"time (an estimate): {format_seconds(estimate.seconds)}, from matrix products measured here ({speeds}) at an "
         f"assumed {estimate.efficiency:.0%} of that speed; loading, validation and the report come on top"
+    ]
+
+
+def _network(plan: TrainingPlan, gbits: float | None) -> list[str]:
+    traffic = plan.network
+    if traffic is None:
+        return []
+    parts = {"weights": traffic.gathered_bytes, "gradients": traffic.gradient_bytes}
+    shown = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    line = (
+        f"network (predicted): each of {plan.schedule.nodes} nodes sends and receives {format_bytes(traffic.nbytes)} per "
+        f"step ({shown})"
+    )
+    if gbits is None:
+        return [f"{line}; write network_gbits=SPEED for its time"]
+    seconds = traffic.seconds(gbits)
+    return [
+        f"{line}; {seconds:.3g} s per step at {gbits:g} Gbit/s, {format_seconds(plan.schedule.steps * seconds)} of the whole "
+        "run if none of it goes on beside computing"
     ]
 
 

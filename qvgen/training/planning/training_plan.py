@@ -29,6 +29,7 @@ from qvgen.training.planning.memory import (
     teacher_dtype,
     total_bytes,
 )
+from qvgen.training.planning.network import NetworkTraffic, network_traffic
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.training_run import TrainingRun
 
@@ -94,6 +95,7 @@ class TrainingPlan:
         disk_available_bytes: What is free where that folder will be.
         count: Operations and bytes of one micro-batch.
         time: The estimate.
+        network: What each node sends in a step; None: there is one node.
         disk: Files.
         num_clips: As given.
         changes: What would make it fit; empty if it fits, or if nothing would.
@@ -118,6 +120,7 @@ class TrainingPlan:
     disk_available_bytes: int
     count: StepCount
     time: TimeEstimate
+    network: NetworkTraffic | None
     disk: list[DiskPart]
     num_clips: int | None
     changes: list[Change]
@@ -182,13 +185,12 @@ def plan_training(
     Raises what the run itself would.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
-    size = clip_size(run)
-    family: Any = run.model.rebuild(size)
+    family: Any = run.model.rebuild(clip_size(run))
     prepared, swapped = student or build_student(family, run.design)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = step_settings(run, device)
     counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
-    count = counter.count(settings)
+    count, teacher = counter.count(settings), counter.teacher(settings.teacher_dtype)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host = counter.host_parts(settings)
@@ -213,6 +215,7 @@ def plan_training(
         disk_available_bytes=free_bytes(run_dir),
         count=count,
         time=_time(schedule, device, count, settings),
+        network=network_traffic(run, prepared, teacher=teacher, stored=counter.stored),
         disk=cache_files(run.data, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,

@@ -5,7 +5,7 @@
     quant     clips of inputs; tables and pictures of all   over optimizer steps
               layers
     eval      held-out error; the report's videos           over optimizer steps
-    system    seconds                                       over optimizer steps
+    system    clips per second, MFU, seconds                over optimizer steps
     video     validation videos, their PSNR and SSIM        over the step that they show, which may be written later
     report    every number of report.json                   in the summary alone
 

@@ -74,6 +74,9 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(title="Videos of the report, by model", names=("eval/videos",), kind="table"),
     ),
     "system": (
+        Panel(title="Clips per second", names=("system/clips_per_second",)),
+        Panel(title="Seconds of a step", names=("system/step_seconds",)),
+        Panel(title="Model FLOPs utilization (MFU)", names=("system/mfu",)),
         Panel(title="Seconds of training", names=("system/seconds",)),
         Panel(title="Bytes of the packed model", names=("report/bytes/packed",), kind="number"),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -78,6 +79,17 @@ def test_two_processes_make_the_validation_videos_of_one(both: tuple[Path, Path]
     assert len([name for name in one if name.endswith("student.mp4")]) == 2 * len((0, STEPS))
     assert one == two
     assert "validation prompts 1" in (both[1] / "logs" / "rank1.log").read_text()
+
+
+def test_two_processes_make_the_videos_of_the_end_of_one(both: tuple[Path, Path]) -> None:
+    """Which process samples which batch is left to chance; none is sampled twice."""
+    one, two = (contents(run_dir / "videos") for run_dir in both)
+    assert len(one) == 2 * len(("teacher", "fake-quantized", "packed"))
+    assert one == two
+    sampled = re.findall(r"sampled (\S+, \w+ \d+ to \d+)", (both[1] / "logs" / "rank1.log").read_text())
+    assert len(set(sampled)) == len(sampled)
+    for run_dir, said in zip(both, ("after the shown ones", "by 2 processes at once"), strict=True):
+        assert said in json.loads((run_dir / "report.json").read_text())["sampling"]["conditions"]
 
 
 def test_two_processes_continue_where_they_were_whatever_ranks_the_environment_holds(

@@ -209,6 +209,7 @@ def test_torchrun_knows_the_options_of_the_docs() -> None:
     assert [(line.nnodes, line.nproc_per_node, line.training_script) for line in found] == [
         ("1:1", "8", "train.py"),
         ("4", "8", "train.py"),
+        ("4", "8", "qvgen.cli"),
         ("2", "8", "train.py"),
     ]
 

@@ -1,0 +1,79 @@
+"""Who makes what in a cache that several processes fill: claims, which end with the process that holds them.
+
+    cache/.claims    an empty file; a claim is a record lock on the byte whose number the key gives
+
+The kernel lifts a lock when its process ends, however it ends, on a local disk and on a network's: what a killed process had
+claimed is free at once, and there is nothing to clean up. Claims are for other processes; one process can take a key twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qvgen.errors import UserError
+
+CLAIMS_FILE = ".claims"
+POLL_SECONDS = 0.1
+_DIGITS = 15
+"""Hexadecimal digits of a key that number its byte: 60 bits, within what a lock's offset can be. Two keys of one number only
+wait for each other."""
+
+
+class Claims:
+    """The claims of this process in a cache; a context manager that gives all of them back.
+
+    Args:
+        folder: The cache's; it is made.
+
+    Raises:
+        UserError: The disk knows no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / CLAIMS_FILE
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def take(self, key: str) -> bool:
+        """Claim a key, a SHA-256 in hexadecimal digits; False where another process holds it."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:_DIGITS], 16))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise UserError(
+                f"{self._path} can't be locked ({error.strerror}): processes that fill one cache tell each other by locks "
+                "what they encode; give data.cache=FOLDER on a disk with locks (NFS with its lock service, Lustre mounted "
+                "with flock)"
+            ) from error
+        return True
+
+    def give_back(self, key: str) -> None:
+        """Let others claim a key again."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, int(key[:_DIGITS], 16))
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[None]:
+        """Hold a key while the block runs; wait for it where another process holds it."""
+        while not self.take(key):
+            time.sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:
+            self.give_back(key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
