@@ -60,7 +60,7 @@ def train_all(
     if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
         _write_settings(run_dir, settings)
         meeting.announce(run_dir)
-        with meeting.group(timeout=COLLECTIVE_TIMEOUT):
+        with meeting.group(timeout=COLLECTIVE_TIMEOUT, hang_minutes=hang_minutes):
             return share(processes=processes_of(run, rank=0, port=meeting.world.port))
     with workers or _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes) as group:
         return share(processes=processes_of(run, rank=0, port=group.port))

@@ -98,7 +98,7 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
     world, folder = meeting.world, meeting.wait_for_run()
     _log_to(folder / "logs" / f"rank{world.rank}.log")
     config = build(verb, read_plain(folder / "logs" / WORKER_FILE), trusted=foreign_targets(plain))
-    with meeting.group(timeout=COLLECTIVE_TIMEOUT):
+    with meeting.group(timeout=COLLECTIVE_TIMEOUT, hang_minutes=config.training.hang_minutes):
         import_verb(verb).run_worker(config, rank=world.rank, world_size=world.size, port=world.port)
     return 0
 

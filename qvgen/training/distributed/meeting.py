@@ -3,10 +3,10 @@
     rank 0    claims the run's folder, makes the start, announces both -- trains -- folds, reports, says how it ended
     others    wait (seconds or hours) ----------------- take part --- end, with rank 0's exit code where it failed
 
-A thread of each process looks at the store twice a second. It passes on a request to stop, which may reach any process
-alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is torchrun,
-srun only with ``--kill-on-bad-exit``. Waiting has no time limit: preparing a large model takes hours; a rank 0 that is gone
-is seen by the store, which is served by it or by torchrun's own process beside it.
+A thread of each process looks at the store several times a second. It passes on a request to stop, which may reach any
+process alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is
+torchrun, srun only with ``--kill-on-bad-exit``. Waiting has no time limit: preparing a large model takes hours. Who is gone,
+can't be reached or hangs is told by connections beside the store (:mod:`qvgen.training.distributed.peer_links`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import torch
 from torch import distributed
@@ -37,20 +36,20 @@ from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
+from qvgen.training.distributed.network_errors import gone_words, is_of_network
+from qvgen.training.distributed.peer_links import GRACE_SECONDS, Links, LinksToOthers, LinkToRankZero
+from qvgen.training.distributed.silence import BAD_ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 VERDICT_SECONDS = 10.0
 """How long a process that failed waits for rank 0 to fail in the same way and to say so."""
-GRACE_SECONDS = 10.0
-"""How long a process has to notice by itself that another one failed (a collective that fails) before it is ended."""
 FAREWELL_SECONDS = 5.0
 """How long rank 0, where it serves the store, stays for the others to read how it ended."""
-BAD_ENVIRONMENT = 2
 MARK_FILE = "launch.txt"
 """In the folder of logs; what stands there tells this start from others."""
-_RUN, _END, _STOP, _FAILED, _READ = "run", "end", "stop", "failed", "read"
+_RUN, _END, _STOP, _FAILED, _READ, _LINK = "run", "end", "stop", "failed", "read", "link"
 
 
 class RankZeroEndedError(Exception):
@@ -89,12 +88,15 @@ class Meeting:
         self._watched = open_store(world)  # a connection of its own: what waits in the other one holds it
         self._left = threading.Event()
         self._stop_told = False
+        self._ending = threading.Lock()
+        self._links = self._open_links()
         self._watcher = threading.Thread(target=self._watch, name="watch_meeting", daemon=True)
 
     def __enter__(self) -> Self:
         global _current
         _current = self
         self._watcher.start()
+        self._links.start()
         return self
 
     def __exit__(
@@ -104,15 +106,24 @@ class Meeting:
         _current = None
         self._left.set()
         self._watcher.join()
+        self._links.close()
+
+    def _open_links(self) -> Links:
+        if self.world.rank == 0:
+            others = LinksToOthers(self.world.size, end=self._end_now)
+            self._store.set(_LINK, others.told)
+            return others
+        return LinkToRankZero(self.world.rank, address=self.world.address, ask=self._link, end=self._end_now)
+
+    def _link(self) -> str | None:
+        with suppress(RuntimeError):  # the store is gone, which the other threads see
+            return self._watched.get(_LINK).decode() if self._watched.check([_LINK]) else None
+        return None
 
     # Rank 0
 
     def announce(self, run_dir: Path) -> None:
-        """As rank 0, when the run's folder holds all that the others need: let them begin.
-
-        Args:
-            run_dir: The run's folder, with ``logs/worker.yaml``.
-        """
+        """As rank 0, when the run's folder holds all that the others need (``logs/worker.yaml``): let them begin."""
         mark = uuid.uuid4().hex
         atomic_write(run_dir / "logs" / MARK_FILE, mark.encode())
         self._store.set(
@@ -183,8 +194,12 @@ class Meeting:
     # All
 
     @contextmanager
-    def group(self, *, timeout: timedelta) -> Iterator[None]:
-        """The process group of torch while a block trains; what breaks in it is explained.
+    def group(self, *, timeout: timedelta, hang_minutes: float | None) -> Iterator[None]:
+        """The process group of torch while a block trains; what breaks in it is explained, and who is silent is said.
+
+        Args:
+            timeout: Of a collective.
+            hang_minutes: This process is ended after so long in which no process reported anything; None: never.
 
         Raises:
             UnfitEnvironmentError: Another process failed or is gone.
@@ -192,19 +207,21 @@ class Meeting:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = PrefixStore("group", open_store(self.world))
         store.set_timeout(timeout)
-        rank, size = self.world.rank, self.world.size
+        ranks = {"rank": self.world.rank, "world_size": self.world.size}
         try:
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            distributed.init_process_group(backend, store=store, timeout=timeout, **ranks)
+            self._links.watch_silence(hang_minutes=hang_minutes, end=self._end_stopped)
             yield
         except stop_request.Stopped:
             self._adopt_stop()
             raise
         except RuntimeError as error:
-            if isinstance(error, UnfitEnvironmentError) or not _is_of_network(error):
+            if isinstance(error, UnfitEnvironmentError) or not is_of_network(error):
                 raise
-            why = self._failure(wait_seconds=2.0) or f"another process is gone ({_short(error)})"
+            why = self._failure(wait_seconds=2.0) or self._links.lost or gone_words(error)
             raise UnfitEnvironmentError(f"{self.me} lost the others in step {heartbeat.last_step()}: {why}") from error
         finally:
+            self._links.stop_watching_silence()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
@@ -256,22 +273,21 @@ class Meeting:
             return f"rank 0 ended with exit code {code}"
         return None
 
-    def _end_now(self, why: str) -> NoReturn:
-        if self.world.rank == 0:
-            self._watched.set(_END, str(BAD_ENVIRONMENT))
+    def _end_now(self, why: str) -> None:
+        self._ending.acquire()  # for good: one line is said, while the main thread waits in compiled code
+        self._say_end(BAD_ENVIRONMENT)
         sys.stderr.write(f"qvgen: {self.me} ends in step {heartbeat.last_step()}: {why}\n")
         sys.stderr.flush()
-        os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+        os._exit(BAD_ENVIRONMENT)
 
+    def _end_stopped(self, code: int | None, why: str) -> None:
+        self._say_end(stop_request.exit_code(stop_request.number() or 0) if code is None else code)
+        stop_request.end_now(code, why=why)
 
-def _is_of_network(error: RuntimeError) -> bool:
-    """Whether an error of torch's says that another process is gone: gloo has no type for that."""
-    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
-
-
-def _short(error: RuntimeError) -> str:
-    """What gloo says, without the line of its source before it and the advice behind it."""
-    return re.sub(r"^\[.*?\.cc:\d+\] ", "", one_line(error)).partition(". ")[0]
+    def _say_end(self, code: int) -> None:
+        if self.world.rank == 0:
+            with suppress(RuntimeError):
+                self._watched.set(_END, str(code))
 
 
 _current: Meeting | None = None
