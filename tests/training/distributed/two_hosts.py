@@ -39,6 +39,7 @@ class TwoHosts:
 
     def __init__(self, folder: Path) -> None:
         self.names = tuple(f"qvgen{os.getpid()}{side}" for side in "ab")
+        self._started: list[subprocess.Popen[bytes]] = []
         self._hosts_file = folder / "hosts"
         known = ("127.0.0.1 localhost", f"{ADDRESSES[0]} host-a", f"{ADDRESSES[1]} host-b")
         self._hosts_file.write_text("".join(f"{line}\n" for line in known))
@@ -59,7 +60,15 @@ class TwoHosts:
         """Start a command on a host."""
         shell = f'mount --bind {self._hosts_file} /etc/hosts && hostname host-{"ab"[side]} && exec "$@"'
         inside = ["ip", "netns", "exec", self.names[side], "unshare", "--uts", "--mount"]
-        return start([*inside, "sh", "-c", shell, "sh", *command], log, {"GLOO_SOCKET_IFNAME": DEVICE})
+        process = start([*inside, "sh", "-c", shell, "sh", *command], log, {"GLOO_SOCKET_IFNAME": DEVICE})
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """End what still runs there."""
+        for process in self._started:
+            process.terminate()
+            process.wait()
 
     def torchrun(self, folder: Path, *words: str) -> list[subprocess.Popen[bytes]]:
         """An agent on each host, which starts one process of ``train.py``; logs as of ``launchers.torchrun``."""
@@ -90,6 +99,7 @@ def two_hosts(folder: Path, *, delay_s: float = 0.0) -> Iterator[TwoHosts]:
                 hosts.ip(side, "link", "set", DEVICE, "up")
             yield hosts
     finally:
+        hosts.end()
         for name in hosts.names:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
