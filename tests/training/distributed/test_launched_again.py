@@ -10,15 +10,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvgen.cli import BAD_INPUT, DONE
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.distributed.launcher import free_port
-from tests.runs import BOUNDARIES, SHORT, UNSEEN, packed_bytes, read_metrics, shallow, train
-from tests.training.distributed.launchers import codes, said, srun, start, torchrun
+from tests.runs import BOUNDARIES, SHORT, UNSEEN, load_state, packed_bytes, read_metrics, shallow, train
+from tests.training.distributed.launchers import TRAIN, codes, said, srun, start, torchrun
 from tests.training.distributed.test_launched_runs import own_lines, wait_for_rows
 from tests.warm_python import ROOT
 
@@ -108,3 +110,22 @@ def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(strategy: str, step: in
     assert {path.name for path in last} <= saved  # that of a sharded model is written while training goes on
     assert codes(srun(tmp_path, *words)) == [DONE, DONE], said(tmp_path)
     check_same(run_dir, plain)
+
+
+def test_pretraining_under_torchrun_trains_what_a_plain_start_trains(tmp_path: Path) -> None:
+    words = ("method=pretrain", "model.num_layers=1", "steps=4", "batch_size=4", "logger=csv", "evaluation.samples=4")
+    words += ("strategy=ddp", "checkpoint.every_steps=2")
+    own, launched = tmp_path / "own", tmp_path / "launched"
+    (agent,) = torchrun(tmp_path, *words, f"run_dir={launched}")
+    runs = {launched: agent, own: start([*TRAIN, *words, "devices=2", f"run_dir={own}"], tmp_path / "own.log")}
+    for run_dir, process in runs.items():
+        while not (run_dir / "checkpoints" / "step-00000004.ckpt").exists():
+            assert process.poll() is None, said(tmp_path)
+            time.sleep(0.05)
+        process.terminate()  # a classifier is trained for what is measured then, which takes minutes
+        process.wait()
+    assert "world: 2 processes, on one node, started by torchrun" in said(tmp_path)
+    assert read_metrics(own) == read_metrics(launched)
+    first, second = (load_state(run_dir / "checkpoints" / "step-00000004.ckpt") for run_dir in runs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
