@@ -227,10 +227,10 @@ class Pulse:
         return "; ".join(sentences)
 
 
-def process_words(pid: int) -> str:
-    """A process of this machine, with what Linux says about it where that explains something."""
+def process_words(pid: int, *, host: str = "") -> str:
+    """A process of this machine, with what Linux says about it where that explains something; with its host, if given."""
     letter = ""
     with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
         letter = file.read().rpartition(")")[2].split()[0]
     state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}
-    return f"process {pid}{state.get(letter, '')}"
+    return f"process {pid}{f' on {host}' if host else ''}{state.get(letter, '')}"

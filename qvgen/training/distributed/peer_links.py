@@ -213,7 +213,7 @@ class LinksToOthers(Links):
         if rank not in self._told:
             return "not connected"
         host, pid = self._told[rank]["host"], self._told[rank]["pid"]
-        return f"{heartbeat.process_words(pid) if host == socket.gethostname() else f'process {pid}'} on {host}"
+        return heartbeat.process_words(pid, host=host) if host == socket.gethostname() else f"process {pid} on {host}"
 
     def _close(self) -> None:
         self._listener.close()

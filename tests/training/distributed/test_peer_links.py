@@ -115,7 +115,7 @@ def test_a_stopped_process_is_named_and_goes_on(
             os.kill(process.pid, signal.SIGCONT)
             heartbeat.report(heartbeat.COMPUTING, step=4)
             wait_until(lambda: "all ranks report again" in caplog.text)
-    assert f"rank 1 (process {process.pid}, stopped by a signal on {socket.gethostname()}) has not" in caplog.text
+    assert f"rank 1 (process {process.pid} on {socket.gethostname()}, stopped by a signal) has not" in caplog.text
     assert ends == []
 
 
