@@ -5,7 +5,8 @@
 
 All processes wait for each other in every step, so that a rank that hangs makes all of them silent. Who is to blame is told
 by what came last: the rank whose process gives no tick any more (stopped, swapped out, lost in the kernel), else the one
-that came least far. A process that nobody reads (there is only one, or a test) reports nothing.
+that came least far. A process that nobody reads (there is only one, or a test) reports nothing. Between machines a TCP
+connection stands in the place of the pipe (:mod:`qvgen.training.distributed.peer_links`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import os
 import statistics
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING = range(9)
+TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING, LEFT = range(10)
 """What a process does; DONE is the end of an optimizer step, MEASURING also samples videos. When training is over, rank 0 is
-DELIVERING until it has nothing left to do but WAITING for the others' videos."""
+DELIVERING until it has nothing left to do but WAITING for the others' videos. LEFT: it takes part no more, and is not
+missed."""
 
 _NAMES = (
     "",
@@ -32,6 +36,7 @@ _NAMES = (
     "measuring or sampling",
     "waiting for the others",
     "at the end of the run",
+    "left",
 )
 _RECORD = struct.Struct("<bq")
 TICK_SECONDS = 1.0
@@ -46,26 +51,32 @@ KEPT_STEPS = 31
 
 _descriptor: int | None = None
 _step, _what = 0, STARTING
+_unsent = b""  # a connection whose reader was stopped for hours may take part of a record
+_writing = threading.Lock()
 
 
 def report_to(descriptor: int | None) -> None:
     """From now on this process writes its reports there; None: nowhere."""
-    global _descriptor, _step
-    _descriptor, _step = descriptor, 0
+    global _descriptor, _step, _unsent
+    _descriptor, _step, _unsent = descriptor, 0, b""
     if descriptor is not None:
         os.set_blocking(descriptor, False)
 
 
 def report(what: int, *, step: int | None = None) -> None:
     """Say what this process does now, in the optimizer step that it said last unless another one is given."""
-    global _step, _what
+    global _step, _what, _unsent
     _step = _step if step is None else step
     _what = _what if what == TICK else what
     if _descriptor is not None:
-        try:
-            os.write(_descriptor, _RECORD.pack(what, _step))
-        except OSError:  # nobody reads at the moment, or any more: whoever waits for the reader sees that
-            return
+        with _writing, suppress(OSError):  # nobody reads now, or any more: whoever waits for the reader sees that
+            data = _unsent + _RECORD.pack(what, _step)
+            _unsent = data[os.write(_descriptor, data) :]
+
+
+def record(what: int) -> bytes:
+    """A report of this process as it is written, for who has several readers."""
+    return _RECORD.pack(what, _step)
 
 
 def report_change(what: int) -> None:
@@ -88,15 +99,22 @@ class Beat:
         what: One of the module's words.
         at: When it reported that, in seconds of the clock of :class:`Pulse`.
         ticked_at: When it gave any sign.
-        descriptor: What its reports are read from.
+        descriptor: What its reports are read from; None: nothing yet.
+        end: Why no more reports can come, without an error's words where the other side closed; None: they can.
     """
 
-    descriptor: int
+    descriptor: int | None
     at: float
     ticked_at: float
     step: int = 0
     what: int = STARTING
     rest: bytes = b""
+    end: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What it did last, in words."""
+        return f"{_NAMES[self.what]}, step {self.step}"
 
 
 @dataclass
@@ -122,6 +140,16 @@ class Pulse:
             self.beats.append(Beat(descriptor=read_end, at=now, ticked_at=now))
         return [write_end for _, write_end in ends]
 
+    def expect(self, world_size: int) -> None:
+        """Wait for so many ranks, each of which comes by :meth:`connect`."""
+        now = time.monotonic()
+        self.beats += [Beat(descriptor=None, at=now, ticked_at=now) for _ in range(world_size)]
+
+    def connect(self, rank: int, descriptor: int) -> None:
+        """Read a rank's reports from a descriptor, which is closed with the others."""
+        os.set_blocking(descriptor, False)
+        self.beats[rank].descriptor, self.beats[rank].ticked_at = descriptor, time.monotonic()
+
     def begin(self) -> None:
         """Forget the time that went by before the processes began."""
         now = time.monotonic()
@@ -131,7 +159,8 @@ class Pulse:
     def close(self) -> None:
         """Close what is read from."""
         for beat in self.beats:
-            os.close(beat.descriptor)
+            if beat.descriptor is not None:
+                os.close(beat.descriptor)
         self.beats.clear()
 
     def read(self) -> None:
@@ -146,12 +175,18 @@ class Pulse:
                 beat.at, beat.ticked_at = beat.at + pause, beat.ticked_at + pause
         self._read_at = now
         for rank, beat in enumerate(self.beats):
+            if beat.descriptor is None or beat.end is not None:
+                continue
             try:
                 received = os.read(beat.descriptor, 1 << 16)
             except BlockingIOError:
                 continue
+            except OSError as error:
+                beat.end = os.strerror(error.errno or 0)
+                continue
             if not received:
-                continue  # it has ended, which the launcher sees
+                beat.end = ""  # it has ended, which the launcher sees
+                continue
             beat.ticked_at = now
             data = beat.rest + received
             whole = len(data) - len(data) % _RECORD.size
@@ -196,36 +231,33 @@ class Pulse:
     def who(self) -> list[int]:
         """The ranks that the others wait for."""
         now = time.monotonic()
-        lost = [rank for rank, beat in enumerate(self.beats) if now - beat.ticked_at > LOST_SECONDS and rank != 0]
+        others = [(rank, beat) for rank, beat in enumerate(self.beats) if rank != 0 and beat.what != LEFT]
+        lost = [rank for rank, beat in others if now - beat.ticked_at > LOST_SECONDS]
         if lost:
             return lost
         least = min((beat.step, beat.what) for beat in self.beats)
         return [rank for rank, beat in enumerate(self.beats) if (beat.step, beat.what) == least]
 
-    def describe(self, pids: Sequence[int]) -> str:
+    def describe(self, names: Sequence[str]) -> str:
         """One sentence about the ranks that the others wait for: since when, and where they were.
 
         Args:
-            pids: Process numbers of all ranks.
+            names: The processes of all ranks, as :func:`process_words` has them.
         """
         wall, now, sentences = time.time(), time.monotonic(), []
         for rank in self.who():
             beat = self.beats[rank]
             clock = time.strftime("%H:%M:%S", time.localtime(wall - (now - beat.at)))
             sentences.append(
-                f"rank {rank} (process {pids[rank]}{_state(pids[rank])}) has not reported since {clock}, "
-                f"{now - beat.at:.0f} s ago: {_NAMES[beat.what]}, step {beat.step}"
+                f"rank {rank} ({names[rank]}) has not reported since {clock}, {now - beat.at:.0f} s ago: {beat.where}"
             )
         return "; ".join(sentences)
 
 
-def _state(pid: int) -> str:
-    """What Linux says about a process, where that explains something."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            letter = file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-    return {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}.get(
-        letter, ""
-    )
+def process_words(pid: int, *, host: str = "") -> str:
+    """A process of this machine, with what Linux says about it where that explains something; with its host, if given."""
+    letter = ""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        letter = file.read().rpartition(")")[2].split()[0]
+    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}
+    return f"process {pid}{f' on {host}' if host else ''}{state.get(letter, '')}"

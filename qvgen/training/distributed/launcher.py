@@ -38,21 +38,12 @@ from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.child import GO, START
 from qvgen.training.distributed.foreign_launcher import forget_ranks
+from qvgen.training.distributed.silence import BAD_ENVIRONMENT, SilenceWatch
 from qvgen.worker_signals import held_back
 
 log = logging.getLogger(__name__)
 
-BAD_ENVIRONMENT = 2
-"""Exit code where a process died or hangs."""
-
 POLL_SECONDS = 0.1
-SILENT_STEPS, SILENT_SECONDS = 10, 5.0
-"""After so many times the median step, and at least so many seconds, without a report of any rank it is said who is silent;
-again whenever it has become twice as long. A request to stop waits no longer than that for the end of a step."""
-FIRST_SECONDS, SAVING_SECONDS = 60.0, 900.0
-"""The same before a step was measured, and while a checkpoint is written or rank 0 waits for the others' last videos."""
-START_SECONDS = 1800.0
-"""``hang_minutes`` is at least so long before a step was measured: reading large models and compiling report nothing."""
 GRACE_SECONDS = 10.0
 """How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
 JOIN_SECONDS = 60.0
@@ -121,10 +112,11 @@ class WorkerGroup:
         self._log_directory = log_directory
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._left = threading.Event()
-        self._hang_minutes = hang_minutes
         self._pulse = heartbeat.Pulse()
+        self._silence = SilenceWatch(
+            self._pulse, hang_minutes=hang_minutes, describe=self._describe_silence, end=self._end_now
+        )
         self._own_end: int | None = None
-        self._said_seconds = 0.0
         self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
 
     def start(self) -> None:
@@ -202,41 +194,18 @@ class WorkerGroup:
         while not self._left.wait(POLL_SECONDS):
             self._pulse.read()
             if self._first_failure() is None:
-                self._watch_silence()
+                self._silence.look()
             elif not self._left.wait(GRACE_SECONDS):
                 sys.stderr.write(f"qvgen: {self._first_failure()}\n")
                 sys.stderr.flush()
                 self.end()
                 os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
 
-    def _watch_silence(self) -> None:
-        """Say who is silent; end this process where it was asked to stop, or told not to wait longer, and no step ends."""
-        pulse, silent = self._pulse, self._pulse.silent_seconds()
-        if pulse.is_at_the_end():
-            return
-        median = pulse.median_seconds()
-        patience = FIRST_SECONDS if median is None else max(SILENT_SECONDS, SILENT_STEPS * median)
-        patience = max(patience, SAVING_SECONDS) if pulse.is_slow() else patience
-        if stop_request.is_postponed_request() and (silent > patience or pulse.is_left_alone()):
-            self._end_now(why="" if pulse.is_left_alone() else f"{self._silence()}; ")
-        if median is not None and silent > max(patience, 2 * self._said_seconds):
-            self._said_seconds = silent
-            log.warning("%s; a step takes %.1f s", self._silence(), median)
-        elif self._said_seconds and silent < patience:
-            log.warning("all ranks report again, after %.0f s or more", self._said_seconds)
-            self._said_seconds = 0.0
-        limit = (
-            None if self._hang_minutes is None else max(60 * self._hang_minutes, START_SECONDS if median is None else 0)
-        )
-        if limit is not None and silent > limit:
-            why = f"{self._silence()}: ended after training.hang_minutes={self._hang_minutes:g}; "
-            self._end_now(BAD_ENVIRONMENT, why=why)
-
-    def _silence(self) -> str:
+    def _describe_silence(self) -> str:
         children = [self._children[rank].pid for rank in range(1, self.world_size)]
-        return self._pulse.describe([os.getpid(), *children])
+        return self._pulse.describe([heartbeat.process_words(pid) for pid in [os.getpid(), *children]])
 
-    def _end_now(self, code: int | None = None, *, why: str) -> NoReturn:
+    def _end_now(self, code: int | None, why: str) -> NoReturn:
         """Without waiting for the children: one that the kernel holds may not end before a disk answers."""
         for child in self._children.values():
             child.kill()

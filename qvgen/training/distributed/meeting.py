@@ -3,10 +3,10 @@
     rank 0    claims the run's folder, makes the start, announces both -- trains -- folds, reports, says how it ended
     others    wait (seconds or hours); help with the start where rank 0 asks -- take part --- end, with rank 0's exit code
 
-A thread of each process looks at the store twice a second. It passes on a request to stop, which may reach any process
-alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is torchrun,
-srun only with ``--kill-on-bad-exit``. Waiting has no time limit: preparing a large model takes hours; a rank 0 that is gone
-is seen by the store, which is served by it or by torchrun's own process beside it.
+A thread of each process looks at the store several times a second. It passes on a request to stop, which may reach any
+process alone, and it ends a process that waits in a collective for one that failed: the launcher does that too where it is
+torchrun, srun only with ``--kill-on-bad-exit``. Waiting has no time limit: preparing a large model takes hours. Who is gone,
+can't be reached or hangs is told by connections beside the store (:mod:`qvgen.training.distributed.peer_links`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import torch
 from torch import distributed
@@ -33,25 +32,26 @@ from torch.distributed import PrefixStore
 
 from qvgen import stop_request
 from qvgen.config.launched_world import LaunchedWorld
-from qvgen.errors import UnfitEnvironmentError, one_line
+from qvgen.errors import UnfitEnvironmentError
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
-from qvgen.training.distributed.start_watch import StartWatch, give_sign
+from qvgen.training.distributed.network_errors import gone_words, is_of_network
+from qvgen.training.distributed.peer_links import Links, LinksToOthers, LinkToRankZero
+from qvgen.training.distributed.silence import BAD_ENVIRONMENT
+from qvgen.training.distributed.start_watch import StartWatch
+from qvgen.training.distributed.store_watch import END, FAILED, STOP, StoreWatch
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 VERDICT_SECONDS = 10.0
 """How long a process that failed waits for rank 0 to fail in the same way and to say so."""
-GRACE_SECONDS = 10.0
-"""How long a process has to notice by itself that another one failed (a collective that fails) before it is ended."""
 FAREWELL_SECONDS = 5.0
 """How long rank 0, where it serves the store, stays for the others to read how it ended."""
-BAD_ENVIRONMENT = 2
 MARK_FILE = "launch.txt"
 """In the folder of logs; what stands there tells this start from others."""
-_START, _RUN, _END, _STOP, _FAILED, _READ = "start", "run", "end", "stop", "failed", "read"
+_START, _RUN, _READ, _LINK = "start", "run", "read", "link"
 
 
 class RankZeroEndedError(Exception):
@@ -88,15 +88,16 @@ class Meeting:
             wait_for_server(world)
         self._store = open_store(world, serves=self._serves)
         self._watched = open_store(world)  # a connection of its own: what waits in the other one holds it
-        self._left = threading.Event()
-        self._stop_told = self._waits = False
         self._mark = uuid.uuid4().hex
-        self._watcher = threading.Thread(target=self._watch, name="watch_meeting", daemon=True)
+        self._ending = threading.Lock()
+        self._links = self._open_links()
+        self._watcher = StoreWatch(self._watched, world=world, end=self._end_now)
 
     def __enter__(self) -> Self:
         global _current
         _current = self
         self._watcher.start()
+        self._links.start()
         return self
 
     def __exit__(
@@ -104,8 +105,20 @@ class Meeting:
     ) -> None:
         global _current
         _current = None
-        self._left.set()
-        self._watcher.join()
+        self._watcher.close()
+        self._links.close()
+
+    def _open_links(self) -> Links:
+        if self.world.rank == 0:
+            others = LinksToOthers(self.world.size, end=self._end_now)
+            self._store.set(_LINK, others.told)
+            return others
+        return LinkToRankZero(self.world.rank, address=self.world.address, ask=self._link, end=self._end_now)
+
+    def _link(self) -> str | None:
+        with suppress(RuntimeError):  # the store is gone, which the other threads see
+            return self._watched.get(_LINK).decode() if self._watched.check([_LINK]) else None
+        return None
 
     # Rank 0
 
@@ -122,12 +135,13 @@ class Meeting:
 
     def start_watch(self) -> StartWatch:
         """As rank 0: who tells whether those that help with the start are still there."""
-        return StartWatch(self._store, ranks=range(1, self.world.size), failure=self._failure)
+        assert isinstance(self._links, LinksToOthers), "rank 0 has them"
+        return StartWatch(self._links, failure=self._failure)
 
     def end(self, code: int) -> None:
         """As rank 0: say how the command ended, and stay until the others have read it."""
         try:
-            self._store.set(_END, str(code))
+            self._store.set(END, str(code))
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self._serves and self._store.add(_READ, 0) < self.world.size - 1 and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 4)
@@ -146,7 +160,7 @@ class Meeting:
             RankZeroEndedError: It ended before.
             UnfitEnvironmentError: Its files are not seen here.
         """
-        helped, self._waits = False, True
+        helped = False
         while not self._store_has(_RUN):
             if (code := self.ended()) is not None:
                 raise RankZeroEndedError(
@@ -156,7 +170,6 @@ class Meeting:
                 helped = True
                 help_start(self._seen_folder(_START))
             time.sleep(POLL_SECONDS)
-        self._waits = False
         return self._seen_folder(_RUN)
 
     def _seen_folder(self, key: str) -> Path:
@@ -167,7 +180,7 @@ class Meeting:
 
     def ended(self) -> int | None:
         """Rank 0's exit code, once it has said that it ends."""
-        return int(self._store.get(_END)) if self._store_has(_END) else None
+        return int(self._store.get(END)) if self._store_has(END) else None
 
     def _store_has(self, key: str) -> bool:
         try:
@@ -187,7 +200,7 @@ class Meeting:
 
     def fail(self, message: str) -> None:
         """As another rank: tell all why this one ends."""
-        self._store.set(_FAILED, message)
+        self._store.set(FAILED, message)
 
     def leave(self) -> None:
         """As another rank: say that rank 0 need not stay for this one."""
@@ -199,8 +212,12 @@ class Meeting:
     # All
 
     @contextmanager
-    def group(self, *, timeout: timedelta) -> Iterator[None]:
-        """The process group of torch while a block trains; what breaks in it is explained.
+    def group(self, *, timeout: timedelta, hang_minutes: float | None) -> Iterator[None]:
+        """The process group of torch while a block trains; what breaks in it is explained, and who is silent is said.
+
+        Args:
+            timeout: Of a collective.
+            hang_minutes: This process is ended after so long in which no process reported anything; None: never.
 
         Raises:
             UnfitEnvironmentError: Another process failed or is gone.
@@ -208,19 +225,21 @@ class Meeting:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = PrefixStore("group", open_store(self.world))
         store.set_timeout(timeout)
-        rank, size = self.world.rank, self.world.size
+        ranks = {"rank": self.world.rank, "world_size": self.world.size}
         try:
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            distributed.init_process_group(backend, store=store, timeout=timeout, **ranks)
+            self._links.watch_silence(hang_minutes=hang_minutes, end=self._end_stopped)
             yield
         except stop_request.Stopped:
             self._adopt_stop()
             raise
         except RuntimeError as error:
-            if isinstance(error, UnfitEnvironmentError) or not _is_of_network(error):
+            if isinstance(error, UnfitEnvironmentError) or not is_of_network(error):
                 raise
-            why = self._failure(wait_seconds=2.0) or f"another process is gone ({_short(error)})"
+            why = self._failure(wait_seconds=2.0) or self._links.lost or gone_words(error)
             raise UnfitEnvironmentError(f"{self.me} lost the others in step {heartbeat.last_step()}: {why}") from error
         finally:
+            self._links.stop_watching_silence()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
@@ -228,68 +247,39 @@ class Meeting:
         """End with the exit code of the signal that another process was sent."""
         try:
             deadline = time.monotonic() + 2.0
-            while not self._store.check([_STOP]) and time.monotonic() < deadline:
+            while not self._store.check([STOP]) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 4)
-            if self._store.check([_STOP]):
-                stop_request.adopt(int(self._store.get(_STOP)))
+            if self._store.check([STOP]):
+                stop_request.adopt(int(self._store.get(STOP)))
         except RuntimeError:
             log.debug("the store is gone")
 
     def _failure(self, *, wait_seconds: float = 0.0) -> str | None:
         deadline = time.monotonic() + wait_seconds
         try:
-            while not self._store.check([_FAILED]):
+            while not self._store.check([FAILED]):
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(POLL_SECONDS)
-            return self._store.get(_FAILED).decode()
+            return self._store.get(FAILED).decode()
         except RuntimeError:
             return None
 
-    def _watch(self) -> None:
-        """Pass on requests to stop; end this process where another failed and it waits for it in a collective."""
-        while not self._left.wait(POLL_SECONDS):
-            try:
-                self._pass_on_stop()
-                if self._waits:
-                    give_sign(self._watched, rank=self.world.rank)
-                why = self._end_of_another()
-            except RuntimeError as error:
-                why = f"rank 0 at {self.world.address}:{self.world.port} is gone ({one_line(error)})"
-            if why and not self._left.wait(GRACE_SECONDS):
-                self._end_now(why)
-
-    def _pass_on_stop(self) -> None:
-        own = stop_request.number()
-        if own is not None and not self._stop_told:
-            self._stop_told = True
-            self._watched.set(_STOP, str(own))
-        elif own is None and self._watched.check([_STOP]):
-            stop_request.forward(int(self._watched.get(_STOP)))
-
-    def _end_of_another(self) -> str | None:
-        if self._watched.check([_FAILED]):
-            return self._watched.get(_FAILED).decode()
-        if self.world.rank and self._watched.check([_END]) and (code := int(self._watched.get(_END))):
-            return f"rank 0 ended with exit code {code}"
-        return None
-
-    def _end_now(self, why: str) -> NoReturn:
-        if self.world.rank == 0:
-            self._watched.set(_END, str(BAD_ENVIRONMENT))
+    def _end_now(self, why: str) -> None:
+        self._ending.acquire()  # for good: one line is said, while the main thread waits in compiled code
+        self._say_end(BAD_ENVIRONMENT)
         sys.stderr.write(f"qvgen: {self.me} ends in step {heartbeat.last_step()}: {why}\n")
         sys.stderr.flush()
-        os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+        os._exit(BAD_ENVIRONMENT)
 
+    def _end_stopped(self, code: int | None, why: str) -> None:
+        self._say_end(stop_request.exit_code(stop_request.number() or 0) if code is None else code)
+        stop_request.end_now(code, why=why)
 
-def _is_of_network(error: RuntimeError) -> bool:
-    """Whether an error of torch's says that another process is gone: gloo has no type for that."""
-    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
-
-
-def _short(error: RuntimeError) -> str:
-    """What gloo says, without the line of its source before it and the advice behind it."""
-    return re.sub(r"^\[.*?\.cc:\d+\] ", "", one_line(error)).partition(". ")[0]
+    def _say_end(self, code: int) -> None:
+        if self.world.rank == 0:
+            with suppress(RuntimeError):
+                self._watched.set(END, str(code))
 
 
 _current: Meeting | None = None

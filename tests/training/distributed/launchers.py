@@ -22,30 +22,40 @@ def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = 
         return subprocess.Popen(list(command), stdout=file, stderr=file, cwd=ROOT, env=environment)
 
 
-def torchrun(folder: Path, *words: str, nodes: int = 1, each: int = 2) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    folder: Path,
+    *words: str,
+    nodes: int = 1,
+    each: int = 2,
+    restarts: int = 0,
+    variables: dict[str, str] | None = None,
+) -> list[subprocess.Popen[bytes]]:
     """The agents of torchrun, one for each node, which start ``train.py`` with these words.
 
     Their logs are ``torchrun0.log`` and so on, their tasks' too.
     """
     agent = [sys.executable, "-m", "tests.torchrun_program", "--nnodes", str(nodes), "--nproc-per-node", str(each)]
+    agent += ["--max-restarts", str(restarts)]
     endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost"]
     return [
-        start([*agent, *endpoint, "--no-python", *TRAIN, *words], folder / f"torchrun{node}.log")
+        start([*agent, *endpoint, "--no-python", *TRAIN, *words], folder / f"torchrun{node}.log", variables)
         for node in range(nodes)
     ]
 
 
-def srun(folder: Path, *words: str, tasks: int = 2, nodes: int = 1) -> list[subprocess.Popen[bytes]]:
+def srun(
+    folder: Path, *words: str, tasks: int = 2, nodes: int = 1, variables: dict[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
     """The tasks of a step, with the variables that srun gives them; their logs are ``task0.log`` and so on."""
     port, each, processes = str(free_port()), tasks // nodes, []
     for rank in range(tasks):
-        variables = {
+        own = {
             "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(tasks),
             "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_LOCALID": str(rank % each), "SLURM_NODEID": str(rank // each),
             "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port,
             "SLURM_STEP_TASKS_PER_NODE": f"{each}(x{nodes})" if nodes > 1 else str(each), "SLURM_JOB_NUM_NODES": str(nodes),
         }  # fmt: skip
-        processes.append(start([*TRAIN, *words], folder / f"task{rank}.log", variables))
+        processes.append(start([*TRAIN, *words], folder / f"task{rank}.log", {**own, **(variables or {})}))
     return processes
 
 

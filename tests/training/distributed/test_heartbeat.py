@@ -42,7 +42,7 @@ def test_the_rank_that_came_least_far_is_named(pulse: tuple[Pulse, list[int]]) -
     say(ends[2], COMPUTING, 8)
     read.read()
     assert read.who() == [0, 1]
-    assert "rank 0 (process 11) has not reported since" in read.describe([11, 12, 13])
+    assert "rank 0 (process 11) has not reported since" in read.describe(["process 11", "process 12", "process 13"])
 
 
 def test_a_process_without_a_tick_is_to_blame(pulse: tuple[Pulse, list[int]]) -> None:

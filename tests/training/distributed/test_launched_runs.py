@@ -139,5 +139,19 @@ def test_a_task_that_dies_in_training_is_named_by_the_others(tmp_path: Path) -> 
     tasks[1].kill()
     assert codes(tasks) == [BAD_INPUT, -signal.SIGKILL]
     (line,) = own_lines(said(tmp_path))
-    gone = r"another process is gone \(.*peer"  # gloo has several words for it
-    assert re.match(rf"qvgen train: rank 0 on \S+ lost the others in step \d+: {gone}", line)
+    gone = r"rank 1 \(process \d+ on \S+\) is gone; last seen (computing|in the backward pass|done), step \d+"
+    assert re.match(rf"qvgen train: rank 0 on \S+ lost the others in step \d+: {gone}", line), line
+
+
+def test_a_task_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = (*KEYS, "strategy=ddp", f"run_dir={run_dir}", "steps=200", "training.hang_minutes=0.15")
+    zero, one = srun(tmp_path, *words)
+    wait_for_rows(run_dir, 3, [zero, one])
+    one.send_signal(signal.SIGSTOP)
+    assert zero.wait() == BAD_INPUT, said(tmp_path)
+    one.kill()
+    one.wait()
+    silent = rf"rank 1 \(process {one.pid} on \S+, stopped by a signal\) has not reported since [\d:]+, \d+ s ago: "
+    line = rf"^{silent}.*, step \d+: ended after training\.hang_minutes=0\.15; stopped "
+    assert re.search(line, (tmp_path / "task0.log").read_text(), re.MULTILINE), said(tmp_path)

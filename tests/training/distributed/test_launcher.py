@@ -140,8 +140,8 @@ import ctypes
 from pathlib import Path
 from qvgen import stop_request
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed import launcher
-launcher.SILENT_STEPS, launcher.SILENT_SECONDS = 0, 0.5  # whatever a step takes on a busy machine
+from qvgen.training.distributed import launcher, silence
+silence.SILENT_STEPS, silence.SILENT_SECONDS = 0, 0.5  # whatever a step takes on a busy machine
 
 def wait_for_stop(process):
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
 
 from qvgen.cli import BAD_INPUT, DONE
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import start_watch
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
-from qvgen.training.distributed.start_watch import StartWatch, give_sign
+from qvgen.training.distributed.start_watch import StartWatch
 from qvgen.training.start_file import START_FILE
 from tests.runs import UNSEEN, shallow, train
 
@@ -37,24 +36,34 @@ def test_a_process_that_dies_in_the_start_is_named_and_the_run_begins_again(
     assert not (tmp_path / "run" / SHARES_DIRECTORY).exists()
 
 
+class Signs:
+    """Rank 0's connections to two others."""
+
+    lost: str | None = None
+
+    def __init__(self) -> None:
+        self.at = {1: 0.0, 2: 0.0}
+
+    def signs(self) -> dict[int, float]:
+        return self.at
+
+
 def test_a_process_of_another_launcher_that_gives_no_sign_any_more_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+    now = [100.0]
     monkeypatch.setattr(start_watch.time, "monotonic", lambda: now[0])
-    store, said = HashStore(), []
-    watch = StartWatch(store, ranks=(1, 2), failure=lambda: said[0] if said else None)
-    for second in range(0, 200, 10):  # both compute
-        now[0] = second
-        give_sign(store, rank=1)
-        give_sign(store, rank=2)
-        watch.check()
-    for second in range(200, 250, 10):
-        now[0] = second
-        give_sign(store, rank=1)
-        watch.check()
-    now[0] = 260.0
+    links, said = Signs(), []
+    watch = StartWatch(links, failure=lambda: said[0] if said else None)  # type: ignore[arg-type]
+    now[0] = 159.0
+    watch.check()  # what lies before the start does not count
+    links.at = {1: 200.0, 2: 150.0}
+    now[0] = 205.0
+    watch.check()
+    now[0] = 220.0
     with pytest.raises(UnfitEnvironmentError, match="rank 2 has given no sign of life for 70 s"):
         watch.check()
     said.append("rank 1 on n1 failed: no such file")
-    now[0] = 262.0
     with pytest.raises(UnfitEnvironmentError, match="rank 1 on n1 failed"):
+        watch.check()
+    links.lost = "rank 2 (process 7 on n2) is gone"
+    with pytest.raises(UnfitEnvironmentError, match=r"rank 2 \(process 7 on n2\) is gone"):
         watch.check()
