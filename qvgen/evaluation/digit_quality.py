@@ -9,8 +9,8 @@ from torch import nn
 
 from qvgen.evaluation.classifier import MovingDigitClassifier
 from qvgen.evaluation.comparison import generate_videos, held_out_items
+from qvgen.evaluation.distance import flicker
 from qvgen.evaluation.held_out import HeldOut
-from qvgen.evaluation.metrics import flicker
 from qvgen.evaluation.video_quality import attribute_labels
 from qvgen.models.base import VideoDiT
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qvgen.evaluation.metrics import psnr_db
+from qvgen.evaluation.distance import psnr_db
 from qvgen.evaluation.mixed_precision_files import Allocation, read_allocation
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import draw_charts, read_history
