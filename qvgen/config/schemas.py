@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qvgen.config.evaluate_schema import EvaluateConfig
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.machine_schema import AssetsConfig, DoctorConfig
@@ -19,6 +20,7 @@ VerbConfig = (
     | BenchmarkConfig
     | CompareConfig
     | DoctorConfig
+    | EvaluateConfig
     | ExportConfig
     | ImportConfig
     | TrainConfig
@@ -32,6 +34,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
     "doctor": DoctorConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "train": TrainConfig,

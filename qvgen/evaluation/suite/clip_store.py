@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvgen.checksum import file_sha256
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import VideoInfo, probe_video, read_frames
+from qvgen.deploy.manifest import file_sha256
 from qvgen.errors import UserError
 from qvgen.evaluation.suite.case import Case
 

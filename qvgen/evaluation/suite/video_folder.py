@@ -50,7 +50,9 @@ def read_folder(folder: Path, *, key: str) -> FolderClips:
     return FolderClips(files)
 
 
-def folder_cases(clips: FolderClips, prompts: Prompts | None, *, key: str, seeds: int | None, negative: str) -> list[Case]:
+def folder_cases(
+    clips: FolderClips, prompts: Prompts | None, *, key: str, seeds: int | None, negative: str
+) -> list[Case]:
     """The cases of a folder's files, in the order of their names.
 
     Args:
@@ -70,7 +72,12 @@ def folder_cases(clips: FolderClips, prompts: Prompts | None, *, key: str, seeds
             return [Case(name=name, prompt=number, seed=None, caption=None) for number, name in enumerate(found)]
         numbers: dict[str, int] = {}
         return [
-            Case(name=name, prompt=numbers.setdefault(match["prompt"], len(numbers)), seed=int(match["seed"]), caption=None)
+            Case(
+                name=name,
+                prompt=numbers.setdefault(match["prompt"], len(numbers)),
+                seed=int(match["seed"]),
+                caption=None,
+            )
             for name, match in found.items()
             if match is not None
         ]
@@ -90,7 +97,7 @@ def _matched(
     for name, match in found.items():
         assert match is not None, "odd names were refused"
         if match["prompt"] not in lines:
-            raise UserError(f"{key}: {name} is of no line of prompts; its name would begin with one of {_some(lines)}")
+            raise UserError(f"{key}: {name} is of no line of prompts; they would begin with {shown_names(list(lines))}")
         number, line = lines[match["prompt"]]
         asked = PromptedVideo(
             caption=line.caption,
@@ -106,15 +113,17 @@ def _matched(
     return cases
 
 
-def _some(names: dict[str, object] | Sequence[str]) -> str:
-    return shown_names(list(names))
+def check_names(names: Sequence[str], files: FolderClips, *, key: str) -> None:
+    """Raise UserError where a folder lacks videos of these names, or has others."""
+    if missing := [name for name in names if name not in files.files]:
+        raise UserError(f"{key} lacks {len(missing)} of the {len(names)} videos: {shown_names(missing)}")
+    if extra := [name for name in files.files if name not in set(names)]:
+        raise UserError(f"{key} holds {len(extra)} videos that belong to nothing: {shown_names(extra)}")
 
 
 def check_same(videos: FolderClips, reference: FolderClips) -> None:
     """Raise UserError, by name, where two folders hold different cases, or videos of other sizes, lengths or rates."""
-    for wanted, there, word in ((videos, reference, "reference"), (reference, videos, "videos")):
-        if missing := [name for name in wanted.files if name not in there.files]:
-            raise UserError(f"{word} lacks {len(missing)} of the {len(wanted.files)} videos: {shown_names(missing)}")
+    check_names(list(videos.files), reference, key="reference")
     for name in videos.files:
         one, other = videos.probe(name), reference.probe(name)
         facts = {
