@@ -19,11 +19,11 @@ from qvgen.evaluation.environment import DISTRIBUTIONS, collect_versions
 from qvgen.evaluation.metrics.base import Metric, ModelMetric
 from qvgen.evaluation.metrics.clip_model import ClipMetric
 from qvgen.evaluation.report.evaluation_page import evaluation_lines, render_evaluation
+from qvgen.evaluation.report.evaluation_row import csv_rows, latex_row, markdown_row
 from qvgen.evaluation.suite.case import Case
 from qvgen.evaluation.suite.clip_store import FolderClips, SampledClips
 from qvgen.evaluation.suite.measuring import measure_case
 from qvgen.evaluation.suite.summary import MeasuredCase, against, read_evaluation, summarize
-from qvgen.evaluation.suite.table_row import csv_rows, latex_row, markdown_row
 from qvgen.evaluation.suite.value_file import ValueFiles
 from qvgen.run_directory import atomic_write
 from qvgen.verbs._evaluated_models import Compared, Side, read_compared

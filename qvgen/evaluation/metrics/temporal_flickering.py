@@ -17,6 +17,7 @@ class TemporalFlickering(VideoMetric):
     source = "VBench, arXiv 2311.17982, temporal flickering"
     high = 1.0
     better, paired = "higher", False
+    blind_to = ("frozen", "blur", "color")
 
     def measure(self, pair: Pair) -> float:
         """See the module."""

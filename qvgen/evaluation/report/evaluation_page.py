@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qvgen.evaluation.report.canvas import FIRST, SECOND, Canvas, Chart
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
+from qvgen.evaluation.report.evaluation_row import heading, latex_row, markdown_row, with_interval
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.page_format import format_number
-from qvgen.evaluation.suite.table_row import heading, latex_row, markdown_row, with_interval
 
 NUM_PAIRS = 3
 """Best and worst videos that a page shows, of each."""
