@@ -48,6 +48,7 @@ def summarize(
         skipped: Name -> why it was not measured.
         about: What was compared, and how.
     """
+    empty = {name: why for name, metric in metrics.items() if (why := _why_empty(name, metric, cases)) is not None}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -55,10 +56,19 @@ def summarize(
         "num_videos": len(cases),
         "num_prompts": len({one.case.prompt for one in cases}),
         "intervals": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "drawn": "prompts"},
-        "metrics": {name: _entry(name, metric, cases) for name, metric in metrics.items()},
-        "skipped": dict(skipped),
+        "metrics": {name: _entry(name, metric, cases) for name, metric in metrics.items() if name not in empty},
+        "skipped": {**skipped, **empty},
         "videos": [_video(one) for one in cases],
     }
+
+
+def _why_empty(name: str, metric: Metric, cases: Sequence[MeasuredCase]) -> str | None:
+    """Why a metric has no value although it could be measured; None: it has one."""
+    if isinstance(metric, SetMetric):
+        return None if len(cases) > 1 else "it compares sets of videos, and there is one"
+    if any(name in one.values for one in cases):
+        return None
+    return "no video has a value; of a prediction error: no sampling step lies in its band of noise"
 
 
 def _entry(name: str, metric: Metric, cases: Sequence[MeasuredCase]) -> dict[str, Any]:
