@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.bits import Bits
+from qvgen.config.evaluate_schema import EvaluateConfig
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
-from qvgen.config.leaves import build_leaves
+from qvgen.config.leaves import build_leaf, build_leaves
 from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
@@ -66,7 +67,7 @@ def group_sweep(plains: Sequence[dict[str, Any]]) -> None:
             plain["logger"]["group"] = group
 
 
-_WITH_LEAVES = (PrecomputeConfig, ExportConfig, ImportConfig, TrainConfig, BenchmarkConfig, FoldConfig)
+_WITH_LEAVES = (EvaluateConfig, PrecomputeConfig, ExportConfig, ImportConfig, TrainConfig, BenchmarkConfig, FoldConfig)
 """Configurations with sections that are built; the other verbs may do without torch."""
 
 
@@ -97,6 +98,8 @@ def build(verb: str, plain: Mapping[str, Any], *, trusted: Collection[str] | Non
 def _built(config: Any, *, trusted: Collection[str]) -> Any:
     if isinstance(config, PrecomputeConfig | ExportConfig | ImportConfig):
         return build_leaves(config, trusted=trusted)
+    if isinstance(config, EvaluateConfig):
+        return replace(config, suite=build_leaf(config.suite, key="suite", trusted=trusted))
     if isinstance(config, TrainConfig):
         exports = build_exports(config, trusted=trusted)
         built = replace(_with_named(build_leaves(config, trusted=trusted), trusted=trusted), export=exports)

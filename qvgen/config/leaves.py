@@ -47,6 +47,8 @@ LEAF_GROUPS: Mapping[str, str] = {
     "init": "qvgen.initializers.base.Initializer",
     "data": "qvgen.data.source.DataSource",
     "export": "qvgen.deploy.exporters.base.Target",
+    "metric": "qvgen.evaluation.metrics.base.Metric",
+    "suite": "qvgen.evaluation.suite.metric_list.Suite",
 }
 """Groups whose sections are built by their `_target_` -> the class or protocol of what is built."""
 

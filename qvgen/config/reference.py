@@ -25,7 +25,19 @@ from qvgen.config.conf_folder import conf_directory
 from qvgen.config.field_docs import FieldDoc, field_docs
 
 SCHEMAS = {verb: f"{kind.__module__}.{kind.__qualname__}" for verb, kind in schemas.SCHEMAS.items()}
-FIRST_VERBS = ("train", "ptq", "fold", "precompute", "generate", "inspect", "compare", "benchmark", "assets", "doctor")
+FIRST_VERBS = (
+    "train",
+    "ptq",
+    "fold",
+    "precompute",
+    "generate",
+    "evaluate",
+    "inspect",
+    "compare",
+    "benchmark",
+    "assets",
+    "doctor",
+)
 FIRST_GROUPS = ("model", "data", "method", "init", "profile", "optim", "strategy", "logger")
 """Order of the page; what is not named here follows by name."""
 INTERNAL = ("names", "typed", "defaults")
@@ -143,7 +155,9 @@ def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
 def _verb_table(verb: str, target: str) -> str:
     known = groups()
     own = {
-        key: value for key, value in _values(_conf(f"{verb}.yaml")).items() if key not in known or verb == "generate"
+        key: value
+        for key, value in _values(_conf(f"{verb}.yaml")).items()
+        if key not in known or (key == "model" and verb in ("generate", "evaluate"))
     }
     rows = list(section_rows(own, target))
     chosen = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qvgen.config.evaluate_schema import EvaluateConfig
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.machine_schema import AssetsConfig, DoctorConfig
@@ -22,6 +23,7 @@ VerbConfig = (
     | CompareConfig
     | DashboardConfig
     | DoctorConfig
+    | EvaluateConfig
     | ExportConfig
     | ImportConfig
     | TrainConfig
@@ -37,6 +39,7 @@ SCHEMAS: dict[str, type[VerbConfig]] = {
     "compare": CompareConfig,
     "dashboard": DashboardConfig,
     "doctor": DoctorConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "train": TrainConfig,

@@ -20,7 +20,13 @@ from typing import Any
 
 from qvgen.config.command_line import hydra_value
 
-FOLDER_KEYS: Mapping[str, str] = {"train": "run_dir", "ptq": "run_dir", "generate": "out", "fold": "out"}
+FOLDER_KEYS: Mapping[str, str] = {
+    "train": "run_dir",
+    "ptq": "run_dir",
+    "generate": "out",
+    "evaluate": "out",
+    "fold": "out",
+}
 """Verb -> the key of the folder that a job writes to and shares with no other."""
 
 MOST_CHARACTERS = 100

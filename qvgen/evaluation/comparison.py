@@ -199,8 +199,13 @@ def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:
     >>> video_name(0, "A red boat, at sea", seed=1, variant="packed")
     '00-a-red-boat--at-sea-c14f0adb-seed1-packed.mp4'
     """
+    return f"{prompt_name(index, prompt)}-seed{seed}-{variant}.mp4"
+
+
+def prompt_name(index: int, prompt: str) -> str:
+    """The part of a video's name that says which prompt of a list it was made from."""
     words = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60]
     words = words.encode()[:180].decode(errors="ignore").strip("-")  # a name has room for 255 bytes in all
     if words.replace("-", " ") != prompt:  # another prompt could give the same words
         words = f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
-    return f"{index:02d}-{words}-seed{seed}-{variant}.mp4"
+    return f"{index:02d}-{words}"

@@ -18,25 +18,21 @@ change is seen even where a score happens to rise. Left out: the text substitute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from qvgen.data.asset_table import ASSETS
-from qvgen.data.assets import find_asset
 from qvgen.errors import UserError
-from qvgen.evaluation.metrics import ssim
-from qvgen.evaluation.networks import i3d, lpips, raft
+from qvgen.evaluation.distance import ssim
+from qvgen.evaluation.networks import fetched
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.text_similarity import TextSimilarity
 
 VisualKind = Literal["lpips", "i3d", "ssim"]
 MotionKind = Literal["raft", "differences"]
-
-_FRAMES_AT_ONCE = 8
 
 
 Judge = Callable[[Tensor], float]
@@ -89,33 +85,24 @@ def _ssim_damage() -> Damage:
 
 
 def _lpips_damage() -> Damage:
-    network = lpips.Lpips.load(_file(lpips.ASSET, lpips.FILE, substitute="init.visual=ssim")).to(_device())
+    network = fetched.load_lpips(_path(fetched.LPIPS, substitute="init.visual=ssim"))
 
     def against(reference: Tensor, captions: Sequence[str]) -> Judge:
         del captions
+        return lambda videos: float(fetched.lpips_of_frames(network, videos, reference).mean())
 
-        def judge(videos: Tensor) -> float:
-            frames = (_frames(x).split(_FRAMES_AT_ONCE) for x in (videos, reference))
-            return _mean(network(*map(_pixels, pair)) for pair in zip(*frames, strict=True))
-
-        return judge
-
-    return Damage(name="lpips", key=f"lpips {_checksum(lpips.ASSET)}", against=against)
+    return Damage(name="lpips", key=f"lpips {fetched.LPIPS.sha256}", against=against)
 
 
 def _i3d_damage() -> Damage:
-    network = i3d.I3d.load(_file(i3d.ASSET, i3d.FILE, substitute="init.visual=ssim")).to(_device())
-
-    def logits(videos: Tensor) -> Tensor:
-        parts = videos.permute(0, 4, 1, 2, 3).split(1)  # for memory: 49 frames are 80 MB behind the first layer
-        return torch.cat([network(_pixels(part)).cpu() for part in parts]).double()
+    network = fetched.load_i3d(_path(fetched.I3D, substitute="init.visual=ssim"))
 
     def against(reference: Tensor, captions: Sequence[str]) -> Judge:
         del captions
-        exact = logits(reference)
-        return lambda videos: float((logits(videos) - exact).square().sum(1).mean())
+        exact = fetched.i3d_logits(network, reference)
+        return lambda videos: float((fetched.i3d_logits(network, videos) - exact).square().sum(1).mean())
 
-    return Damage(name="i3d", key=f"i3d {_checksum(i3d.ASSET)}", against=against)
+    return Damage(name="i3d", key=f"i3d {fetched.I3D.sha256}", against=against)
 
 
 def _differences_damage() -> Damage:
@@ -129,19 +116,16 @@ def _differences_damage() -> Damage:
 
 
 def _raft_damage() -> Damage:
-    network = raft.Raft.load(_file(raft.ASSET, raft.FILE, substitute="init.motion=differences")).to(_device())
-
-    def flow(video: Tensor) -> Tensor:
-        pairs = (_frames(part).split(_FRAMES_AT_ONCE) for part in (video[:, :-1], video[:, 1:]))
-        return torch.cat([network(*map(_pixels, pair)).cpu() for pair in zip(*pairs, strict=True)]).double()
+    network = fetched.load_raft(_path(fetched.RAFT, substitute="init.motion=differences"))
 
     def against(reference: Tensor, captions: Sequence[str]) -> Judge:
         del captions
         _check_frames(reference)
-        exact, diagonal = flow(reference), (reference.shape[-3] ** 2 + reference.shape[-2] ** 2) ** 0.5
-        return lambda videos: float((flow(videos) - exact).norm(dim=1).mean()) / diagonal
+        exact = fetched.optical_flow(network, reference)
+        diagonal = (reference.shape[-3] ** 2 + reference.shape[-2] ** 2) ** 0.5
+        return lambda videos: float((fetched.optical_flow(network, videos) - exact).norm(dim=1).mean()) / diagonal
 
-    return Damage(name="raft", key=f"raft {_checksum(raft.ASSET)}", against=against)
+    return Damage(name="raft", key=f"raft {fetched.RAFT.sha256}", against=against)
 
 
 def text_damage(folder: str | Path) -> Damage:
@@ -150,7 +134,7 @@ def text_damage(folder: str | Path) -> Damage:
 
     def against(reference: Tensor, captions: Sequence[str]) -> Judge:
         def cosine(videos: Tensor) -> Tensor:
-            return network(videos, captions, device=_device()).double()
+            return network(videos, captions, device=sampling_device()).double()
 
         exact = cosine(reference)
         return lambda videos: float((cosine(videos) - exact).abs().mean())
@@ -158,39 +142,15 @@ def text_damage(folder: str | Path) -> Damage:
     return Damage(name="clip", key=f"clip {network.revision}", against=against)
 
 
-def _mean(parts: Iterable[Tensor]) -> float:
-    return float(torch.cat([part.cpu() for part in parts]).double().mean())
-
-
 def _check_frames(video: Tensor) -> None:
     if video.shape[1] < 2:
         raise ValueError(f"a video of {video.shape[1]} frame has no motion; use another metric for the group")
 
 
-def _frames(videos: Tensor) -> Tensor:
-    """All frames uint8 [B F, 3, H, W]."""
-    return videos.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _pixels(frames: Tensor) -> Tensor:
-    """Videos as float32 in [-1, 1], on the device where networks run."""
-    return frames.to(_device()).float() / 127.5 - 1
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _file(asset: str, file: str, *, substitute: str) -> Path:
-    folder = find_asset(asset)
-    if folder is None:
+def _path(weights: fetched.Weights, *, substitute: str) -> Path:
+    if weights.path is None:
         raise UserError(
-            f"the network {asset} is not there; fetch it with `qvgen assets names=[{asset}]`, or write {substitute} "
-            "for a distance without a network"
+            f"the network {weights.asset} is not there; fetch it with `qvgen assets names=[{weights.asset}]`, or write "
+            f"{substitute} for a distance without a network"
         )
-    return folder / file
-
-
-def _checksum(asset: str) -> str:
-    (found,) = (entry for entry in ASSETS if entry.name == asset)
-    return found.sha256
+    return weights.path

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qvgen.evaluation.classifier import MovingDigitClassifier
+from qvgen.evaluation.distance import flicker
 from qvgen.evaluation.held_out import HeldOut
-from qvgen.evaluation.metrics import flicker
 from qvgen.evaluation.sampling import generate_videos, held_out_items
 from qvgen.evaluation.video_quality import attribute_labels
 from qvgen.models.base import VideoDiT

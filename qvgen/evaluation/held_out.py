@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.data.source import Split
-from qvgen.evaluation.metrics import RelativeError
+from qvgen.evaluation.distance import RelativeError
 from qvgen.evaluation.placement import placed
 from qvgen.layers.swap import not_sampling
 from qvgen.models.base import VideoDiT

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.deploy.merged_linear import MergedPackedLinear
+from qvgen.evaluation.distance import FlipCount, count_flips, psnr_db
 from qvgen.evaluation.held_out import MeasuredInputs
-from qvgen.evaluation.metrics import FlipCount, count_flips, psnr_db
 from qvgen.evaluation.report_data import Checks, LayerReport
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_input import LayerInput, entered_input

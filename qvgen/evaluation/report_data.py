@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from qvgen.evaluation.distance import FlipCount
 from qvgen.evaluation.environment import Environment
 from qvgen.evaluation.held_out import too_few_held_out
-from qvgen.evaluation.metrics import FlipCount
 from qvgen.evaluation.quality_data import Quality, Sampling
 
 Frames = UInt8[np.ndarray, "frames height width 3"]

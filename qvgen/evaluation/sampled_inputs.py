@@ -110,7 +110,7 @@ class SampledInputs(MeasuredInputs):
                 def to_model(value: Tensor, *, device: torch.device = device) -> Tensor:
                     return value.to(device, model.dtype if value.dtype == self._dtype else value.dtype)
 
-                outputs = model(*_mapped(arguments, to_model), **_mapped(named, to_model))
+                outputs = model(*mapped(arguments, to_model), **mapped(named, to_model))
                 yield outputs[0].float().cpu()
 
 
@@ -145,7 +145,7 @@ def _record(teacher: SampledTeacher, prompt: Prompt, *, index: int, num_steps: i
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         del module
-        calls.append((_mapped(arguments, _stored), _mapped(named, _stored)))
+        calls.append((mapped(arguments, on_cpu), mapped(named, on_cpu)))
 
     handle = teacher.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -164,18 +164,19 @@ def _record(teacher: SampledTeacher, prompt: Prompt, *, index: int, num_steps: i
     return calls
 
 
-def _stored(value: Tensor) -> Tensor:
+def on_cpu(value: Tensor) -> Tensor:
+    """A copy on the CPU."""
     return value.detach().cpu().clone()
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def mapped(value: Any, change: Any) -> Any:
     """A structure of tuples, lists and dicts with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(entry, change) for entry in value)
+        return type(value)(mapped(entry, change) for entry in value)
     if isinstance(value, dict):
-        return {key: _mapped(entry, change) for key, entry in value.items()}
+        return {key: mapped(entry, change) for key, entry in value.items()}
     return value
 
 

@@ -73,12 +73,18 @@ class TextSimilarity:
         self.model.to(device)
         tokens = self.tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
         texts = _features(self.model.get_text_features(**tokens))
-        rows = []
-        for video, text in zip(videos, texts, strict=True):
-            parts = video.split(_FRAMES_AT_ONCE)
-            images = [_features(self.model.get_image_features(pixel_values=self._prepare(p, device))) for p in parts]
-            rows.append((torch.cat(images) @ text).cpu())
+        rows = [
+            self.image_features(video, device=device) @ text.cpu() for video, text in zip(videos, texts, strict=True)
+        ]
         return torch.stack(rows)
+
+    @torch.no_grad()
+    def image_features(self, frames: UInt8[Tensor, "F H W 3"], *, device: torch.device) -> Float[Tensor, "F D"]:
+        """The features of frames as unit vectors, float32 [F, D], on the CPU."""
+        self.model.to(device)
+        parts = frames.split(_FRAMES_AT_ONCE)
+        images = [_features(self.model.get_image_features(pixel_values=self._prepare(p, device))) for p in parts]
+        return torch.cat(images).cpu()
 
     def _prepare(self, frames: Tensor, device: torch.device) -> Tensor:
         """Frames uint8 [F, H, W, 3] as the image tower takes them, float32 [F, 3, side, side]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from qvgen.data.assets import find_asset
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
 from qvgen.evaluation.damage import Damage, visual_damage
-from qvgen.evaluation.metrics import flicker, psnr_db, ssim
+from qvgen.evaluation.distance import flicker, psnr_db, ssim
 from qvgen.evaluation.networks import lpips
 from qvgen.evaluation.quality_data import VariantQuality
 

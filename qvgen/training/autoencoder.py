@@ -30,7 +30,7 @@ from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.noise import sample_generator
 from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
-from qvgen.evaluation.metrics import psnr_db
+from qvgen.evaluation.distance import psnr_db
 from qvgen.training.callback_rules import CallbackRules
 from qvgen.training.callbacks import begin_table, log_for_callbacks, log_row
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key

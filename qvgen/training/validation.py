@@ -32,7 +32,7 @@ from torch import distributed, nn
 
 from qvgen import stop_request
 from qvgen.data.video import Frames
-from qvgen.evaluation.metrics import psnr_db, ssim
+from qvgen.evaluation.distance import psnr_db, ssim
 from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.sampling import generate_videos

@@ -1,4 +1,4 @@
-"""The model family of a packed directory, for the verb ``generate``: what its manifest and the command line say of it."""
+"""The model family of a packed directory, for verbs that sample videos: what its manifest and the command line say of it."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.exported_model import open_packed
 from qvgen.deploy.parity import ExportedLinear
-from qvgen.evaluation.metrics import psnr_db
+from qvgen.evaluation.distance import psnr_db
 from qvgen.layers.swap import packed_layers
 
 PIPELINES = {"wan": "WanPipeline", "cogvideox-5b": "CogVideoXPipeline"}

@@ -6,8 +6,6 @@ fetched weights; without them those tests skip and say so.
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -21,6 +19,7 @@ from qvgen.evaluation.networks import i3d, lpips, raft
 from qvgen.evaluation.networks.lpips import Lpips
 from qvgen.evaluation.networks.raft import Raft
 from qvgen.evaluation.text_similarity import TextSimilarity
+from tests.evaluation.small_clip import make_clip_folder
 
 needs_lpips = pytest.mark.skipif(
     find_asset(lpips.ASSET) is None, reason=f"not fetched: qvgen assets names=[{lpips.ASSET}]"
@@ -170,23 +169,7 @@ def test_raft_tells_a_changed_motion_from_changed_looks():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP of random weights as the hub has it: config, safetensors, tokenizer, preprocessor."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(words), "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    prepared = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_mean": [0.4] * 3,
-                "image_std": [0.3] * 3}  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
-    return folder
+    return make_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 def test_text_similarity_is_the_model_s_own_cosine(clip_folder):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
-from qvgen.evaluation.metrics import psnr_db, ssim
+from qvgen.evaluation.distance import psnr_db, ssim
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from qvgen.training.validation import ValidationVideos

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qvgen.evaluation.distance import FlipCount
 from qvgen.evaluation.json_number import json_number
-from qvgen.evaluation.metrics import FlipCount
 from qvgen.evaluation.quality_data import Quality, Sampling
 from qvgen.evaluation.report.verdict import judge_all, rule
 from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison

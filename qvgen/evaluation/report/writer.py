@@ -18,8 +18,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from qvgen.evaluation.distance import psnr_db
 from qvgen.evaluation.layer_history import LAYER_FILE, LayerHistory, layer_histories, read_layer_rows
-from qvgen.evaluation.metrics import psnr_db
 from qvgen.evaluation.mixed_precision_files import Allocation, read_allocation
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import draw_charts, read_history

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from qvgen.evaluation.metrics import RelativeError
+from qvgen.evaluation.distance import RelativeError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import row_grid, row_qparams, to_grid_input

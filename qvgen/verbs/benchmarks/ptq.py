@@ -16,8 +16,8 @@ from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.evaluation.distance import psnr_db
 from qvgen.evaluation.held_out import HeldOut
-from qvgen.evaluation.metrics import psnr_db
 from qvgen.evaluation.sampling import generate_videos, held_out_items
 from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import initialize_

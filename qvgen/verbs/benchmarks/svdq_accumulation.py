@@ -23,7 +23,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.deploy.exporters.svdq_layer import SvdqForm, svdq_half_output, svdq_output
 from qvgen.deploy.exporters.svdq_tiles import GROUP
-from qvgen.evaluation.metrics import psnr_db
+from qvgen.evaluation.distance import psnr_db
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand

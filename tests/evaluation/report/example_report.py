@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qvgen.evaluation.distance import FlipCount
 from qvgen.evaluation.environment import Environment, Machine
-from qvgen.evaluation.metrics import FlipCount
 from qvgen.evaluation.quality_data import Quality, Sampling, SamplingCost, VariantQuality
 from qvgen.evaluation.report_data import (
     Checks,

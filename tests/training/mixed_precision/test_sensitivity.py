@@ -15,7 +15,7 @@ import torch
 from qvgen.config.prompt import Prompts
 from qvgen.data.assets import find_asset
 from qvgen.evaluation.damage import motion_damage, visual_damage
-from qvgen.evaluation.metrics import relative_error, ssim
+from qvgen.evaluation.distance import relative_error, ssim
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, combined_scores
 from qvgen.evaluation.networks import i3d, raft
 from qvgen.layers.layer_group import layer_units

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvgen.evaluation.metrics import (
+from qvgen.evaluation.distance import (
     SSIM_FRAMES_AT_ONCE,
     FlipCount,
     RelativeError,

@@ -12,8 +12,8 @@
 Everything is summed in float64: a float32 sum of 10^8 squares is off in the third digit. Identical inputs give an
 infinite PSNR or SQNR, which is the truth and sorts correctly; the report writes it to JSON as the string "inf".
 
-Left out: metrics that need a network (LPIPS, FVD, VBench), and the Frechet distance of a few hundred videos, which
-cannot rank models.
+Left out: what needs a network, or sets of videos; those are leaves (:mod:`qvgen.evaluation.metrics`), and so is what is
+said of each: its source, range and direction.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Metrics of generated videos, one leaf a file: its formula, source, range and direction."""
