@@ -32,6 +32,8 @@ from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
 log = logging.getLogger(__name__)
 
 START = "ptq-start"
+VARIANTS = ("teacher", START, "fake-quantized", "packed")
+"""The models of a run that are sampled, as tables and pages show them."""
 COMPARED_STAGE, START_STAGE = "compared", "start"
 """The start is sampled when nothing needs the trained student any more."""
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.errors import UserError
-from qvgen.evaluation.comparison import START, VARIANTS, prompt_name
+from qvgen.evaluation.comparison import VARIANTS, prompt_name
 from qvgen.evaluation.suite.case import Case, shown_names
 from qvgen.evaluation.suite.clip_store import FolderClips
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 
-_KIND = re.compile(rf"-({'|'.join((*VARIANTS, START))})$")
+_KIND = re.compile(rf"-({'|'.join(VARIANTS)})$")
 _NAMED = re.compile(r"(?P<prompt>\d+-.+)-seed(?P<seed>\d+)$")
 
 

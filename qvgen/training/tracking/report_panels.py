@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qvgen.evaluation.comparison import START, video_name
+from qvgen.evaluation.comparison import VARIANTS, video_name
 
 REPORT_FILES = ("report.html", "report.json")
-VARIANTS = ("teacher", START, "fake-quantized", "packed")
-"""Columns of the table of videos, in the report's order; the models that a run sampled."""
 
 Uploaded = Literal["nothing", "report", "packed"]
 
