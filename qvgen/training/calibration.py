@@ -3,7 +3,8 @@
     FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment, inputs, and ranges by timestep where they were asked for
 
 KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
-``calibration.memory_gib`` makes necessary; every pass samples the same videos again.
+``calibration.memory_gib`` makes necessary; every pass samples the same videos again. A pass is one process's: its sums and
+samples depend on the order of the calls. Processes on one cache sample each pass once, and wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qvgen.config.prompt import PromptedVideo
 from qvgen.config.sections import CalibrationConfig
+from qvgen.data.claims import Claims
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
@@ -97,8 +99,7 @@ class CalibratedModel:
         """
         tensors = self._read(name)
         if tensors is None:
-            (names,) = (names for names in self._passes if name in names)
-            self._collect([other for other in names if other == name or self._read(other) is None])
+            self._sample(name)
             tensors = read_sealed(self._path(name), key=self._key_of(name))
         return LayerStatistics(
             abs_max=tensors["abs_max"],
@@ -107,6 +108,15 @@ class CalibratedModel:
             num_rows=int(tensors["num_rows"]),
             ranges=_read_ranges(tensors),
         )
+
+    def _sample(self, name: str) -> None:
+        """Sample the pass of a layer, unless another process on the same cache has done so meanwhile."""
+        (names,) = (names for names in self._passes if name in names)
+        key = hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
+        with Claims(self.folder, key="calibration.cache") as claims, claims.held(key) as waited:
+            if waited and self._read(name) is not None:
+                return
+            self._collect([other for other in names if other == name or self._read(other) is None])
 
     def _read(self, name: str) -> dict[str, Tensor] | None:
         """A layer's tensors in the cache; None where they are missing, or damaged, which is said."""
