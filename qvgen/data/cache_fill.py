@@ -109,7 +109,7 @@ def fill(
     report_path = index_path.with_suffix(".bad.csv")
     encoders = Encoders(video=encode_video, captions=encode_captions, tokens_left_out=tokens_left_out)
     mine = [table[row] for row in range(options.shard, len(table), options.num_shards)]
-    with Claims(cache.folder) as claims:
+    with Claims(cache.folder, key="data.cache") as claims:
         writer = CacheWriter(cache, claims, encoders)
         writer.make_prompts(options.captions)
         bad = _settle_all(writer, mine, total=len(table), options=options)

@@ -3,7 +3,8 @@
     cache/.claims    an empty file; a claim is a record lock on the byte whose number the key gives
 
 The kernel lifts a lock when its process ends, however it ends, on a local disk and on a network's: what a killed process had
-claimed is free at once, and there is nothing to clean up. Claims are for other processes; one process can take a key twice.
+claimed is free at once, and there is nothing to clean up. Claims are for other processes; one process can take a key twice,
+and gives all its claims back where it closes the file: it may have one :class:`Claims` of a folder at a time.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ class Claims:
 
     Args:
         folder: The cache's; it is made.
+        key: Key of the configuration that names the cache, for messages.
 
     Raises:
         UserError: The disk knows no locks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / CLAIMS_FILE
+        self._path, self._key = folder / CLAIMS_FILE, key
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def take(self, key: str) -> bool:
@@ -51,7 +53,7 @@ class Claims:
                 return False
             raise UserError(
                 f"{self._path} can't be locked ({error.strerror}): processes that fill one cache tell each other by locks "
-                "what they encode; give data.cache=FOLDER on a disk with locks (NFS with its lock service, Lustre mounted "
+                f"what they make; give {self._key}=FOLDER on a disk with locks (NFS with its lock service, Lustre mounted "
                 "with flock)"
             ) from error
         return True
@@ -61,12 +63,18 @@ class Claims:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, int(key[:_DIGITS], 16))
 
     @contextmanager
-    def held(self, key: str) -> Iterator[None]:
-        """Hold a key while the block runs; wait for it where another process holds it."""
+    def held(self, key: str) -> Iterator[bool]:
+        """Hold a key while the block runs; wait for it where another process holds it.
+
+        Yields:
+            Whether another process held it.
+        """
+        waited = False
         while not self.take(key):
+            waited = True
             time.sleep(POLL_SECONDS)
         try:
-            yield
+            yield waited
         finally:
             self.give_back(key)
 

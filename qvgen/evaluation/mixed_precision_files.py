@@ -78,10 +78,13 @@ class SensitivityStore:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[Key, Sensitivity]:
+    def read(self, *, warns: bool = True) -> dict[Key, Sensitivity]:
         """The rows by their key; lines that are damaged are left out with a warning: they are measured again.
 
         The last line may be half a row of a killed process; it is left out without a warning.
+
+        Args:
+            warns: Say which lines are damaged.
         """
         if not self.path.is_file():
             return {}
@@ -93,7 +96,7 @@ class SensitivityStore:
             row = _read_sensitivity(line)
             if row is not None:
                 rows[row.key] = row
-            elif number < len(lines):  # it ends with a newline, so it was written whole
+            elif warns and number < len(lines):  # it ends with a newline, so it was written whole
                 log.warning("%s, line %d is damaged; what it said is measured again", self.path, number)
         return rows
 

@@ -3,7 +3,8 @@
     FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment, inputs, and ranges by timestep where they were asked for
 
 KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
-``calibration.memory_gib`` makes necessary; every pass samples the same videos again.
+``calibration.memory_gib`` makes necessary; every pass samples the same videos again. A pass is one process's: its sums and
+samples depend on the order of the calls. Processes on one cache sample each pass once, and wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qvgen.config.prompt import PromptedVideo
 from qvgen.config.sections import CalibrationConfig
+from qvgen.data.claims import Claims
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
@@ -98,15 +100,23 @@ class CalibratedModel:
         found = self._read(name)
         if found is None:
             (names,) = (names for names in self._passes if name in names)
-            self._collect([other for other in names if other == name or self._read(other) is None])
+            self._sample(names, due=lambda other: other == name or self._read(other) is None)
             found = read_statistics(self.folder, name)
         return found
 
     def sample_missing(self) -> None:
         """Sample what is not in the cache, of all layers: other processes will read it there."""
         for names in self._passes:
-            if missing := [name for name in names if self._read(name) is None]:
-                self._collect(missing)
+            if any(self._read(name) is None for name in names):
+                self._sample(names, due=lambda name: self._read(name) is None)
+
+    def _sample(self, names: Sequence[str], *, due: Callable[[str], bool]) -> None:
+        """Sample those layers of a pass that are due, unless another process on the same cache has done so meanwhile."""
+        key = hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
+        with Claims(self.folder, key="calibration.cache") as claims, claims.held(key) as waited:
+            if waited and all(self._read(name) is not None for name in names):
+                return
+            self._collect([name for name in names if due(name)])
 
     def _read(self, name: str) -> LayerStatistics | None:
         """A layer's statistics in the cache; None where they are missing, or damaged, which is said."""

@@ -146,7 +146,7 @@ def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from qvgen.data.claims import Claims
-with Claims(Path(sys.argv[1])) as claims:
+with Claims(Path(sys.argv[1]), key="data.cache") as claims:
     print(claims.take("1" * 64), flush=True)
     sys.stdin.read()
 """
@@ -154,7 +154,7 @@ with Claims(Path(sys.argv[1])) as claims:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as holder,
-        Claims(tmp_path) as claims,
+        Claims(tmp_path, key="data.cache") as claims,
     ):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"

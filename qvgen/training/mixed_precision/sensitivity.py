@@ -10,7 +10,8 @@ once in all of them, all else in full precision. Measured is
 The error of single predictions was tried in place of the videos' and allocates worse (docs/log.md).
 
 Cost of a measurement: one sampling with decoding, and the calls of one window for that substitute. Their number is units x
-widths x sides x (windows and all), said before it starts. Rows are keyed by content; a killed run continues.
+widths x sides x (windows and all), said before it starts. Rows are keyed by content; a killed run continues, and processes on
+one cache measure each row once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qvgen.data.claims import Claims
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
@@ -40,6 +42,7 @@ from qvgen.quant.grid import Profile
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import OUTPUT, GroupMetrics
 from qvgen.training.mixed_precision.layer_probe import LayerProbe, Side
+from qvgen.training.mixed_precision.shared_rows import SharedRows
 from qvgen.training.mixed_precision.trajectory import Call, Sampling, record, sampling_of
 from qvgen.training.progress import progress_bar
 
@@ -176,13 +179,12 @@ class SensitivityMeasurement:
         prompts = calibration_prompts(self.statistics.calibration, self.teacher.family)
         sampling = sampling_of(self.teacher, prompts, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET)
         store = SensitivityStore(self._path(metrics, sampling))
-        rows = store.read()
         keys = list(wanted.keys(init.windows))
-        missing = [key for key in keys if _row_key(*key) not in rows]
+        missing = len(keys) - len({_row_key(*key) for key in keys} & store.read(warns=False).keys())
         log.info(
             "sensitivity: %d measurements (%d units x bits x sides x (%d windows and all)), %d of them stored; each samples "
             "%d videos of %d steps; metrics: %s",
-            len(keys), len(wanted.units), init.windows, len(keys) - len(missing), init.videos, init.steps,
+            len(keys), len(wanted.units), init.windows, len(keys) - missing, init.videos, init.steps,
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
         )  # fmt: skip
         names = [name for unit in wanted.units for name in unit.layers]
@@ -201,13 +203,14 @@ class SensitivityMeasurement:
                     videos=videos,
                     metrics=metrics,
                 )
-                for row in self._rows(session, missing, band):
-                    store.add(row)
-                    rows[row.key] = row
+                with Claims(store.path.parent, key="calibration.cache") as claims:
+                    shared = SharedRows(store, claims)
+                    for row in self._rows(session, keys, shared=shared, band=band):
+                        shared.add(row)
         finally:
             handle.remove()
         return Measured(
-            rows={_row_key(*key): rows[_row_key(*key)] for key in keys},
+            rows={_row_key(*key): shared.rows[_row_key(*key)] for key in keys},
             window_of_band=windows,
             window_calls=tuple(session.call_windows.count(window) for window in range(init.windows)),
             values={name: sum(call.values.get(name, 0) for call in calls) for name in names},
@@ -215,10 +218,20 @@ class SensitivityMeasurement:
         )
 
     def _rows(
-        self, session: Session, missing: Sequence[tuple[LayerUnit, int, Side, int]], band: NoiseBand
+        self,
+        session: Session,
+        keys: Sequence[tuple[LayerUnit, int, Side, int]],
+        *,
+        shared: SharedRows,
+        band: NoiseBand,
     ) -> Iterator[Sensitivity]:
+        """Measure what neither is known nor measured by another process."""
+        places = {_row_key(*key): key for key in keys}
+        missing = [key for key in places if key not in shared.rows]
         built, layers = None, {}
-        for unit, bits, side, window in progress_bar(missing, desc="sensitivity", unit="measurement"):
+        turns = shared.missing(missing)
+        bar = progress_bar(turns, desc="sensitivity", unit="measurement", total=len(missing)) if missing else turns
+        for unit, bits, side, window in map(places.__getitem__, bar):
             if built != (unit.name, bits):
                 built, layers = (unit.name, bits), self.layers(unit, bits, band)
             began = time.monotonic()

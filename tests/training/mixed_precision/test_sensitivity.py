@@ -7,6 +7,9 @@ activations, a hook that rounds a layer's input by the grid's definition. Neithe
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +19,7 @@ from qvgen.config.prompt import Prompts
 from qvgen.data.assets import find_asset
 from qvgen.evaluation.damage import motion_damage, visual_damage
 from qvgen.evaluation.distance import relative_error, ssim
-from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, combined_scores
+from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, SensitivityStore, combined_scores
 from qvgen.evaluation.networks import i3d, raft
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -351,3 +354,39 @@ def test_every_step_can_be_a_window(tmp_path):
     config = configured(tmp_path, "init.steps=4", "init.windows=4")
     measured = measurement(config).measure(wanted(config, "other:proj_out"))
     assert measured.window_calls == (1, 1, 1, 1)
+
+
+MEASURES = """
+import sys
+from pathlib import Path
+from qvgen.data.claims import Claims
+from qvgen.evaluation.mixed_precision_files import Sensitivity, SensitivityStore
+from qvgen.training.mixed_precision.shared_rows import SharedRows
+path, keys = Path(sys.argv[1]), [("ffn", str(block), "weight", 4, 0) for block in range(5)]
+with Claims(path.parent, key="calibration.cache") as claims:
+    shared = SharedRows(SensitivityStore(path), claims)
+    for key in shared.missing(keys):
+        print(key[1], flush=True)
+        sys.stdin.readline()
+        place = dict(zip(("group", "block", "side", "bits", "window"), key))
+        shared.add(Sensitivity(**place, output_error=0.5, scores={}, seconds=0))
+    assert set(shared.rows) == set(keys)
+"""
+
+
+def test_processes_on_one_cache_measure_each_row_once(tmp_path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", MEASURES, str(tmp_path / "rows.jsonl")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as slow, subprocess.Popen(command, **pipes) as other:
+        first = {process.stdout.readline() for process in (slow, other)}
+        assert len(first) == 2  # both at once, and not the same
+        slow.stdin.write("\n" * 9)
+        slow.stdin.flush()
+        made, _ = other.communicate("\n" * 9)
+        slow_made, _ = slow.communicate()
+    assert (slow.returncode, other.returncode) == (0, 0)
+    assert sorted([*first, *made.splitlines(keepends=True), *slow_made.splitlines(keepends=True)]) == [
+        f"{block}\n" for block in range(5)
+    ]
+    assert len(SensitivityStore(tmp_path / "rows.jsonl").read()) == 5
