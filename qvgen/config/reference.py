@@ -42,6 +42,10 @@ FIRST_GROUPS = ("model", "data", "method", "init", "profile", "optim", "strategy
 """Order of the page; what is not named here follows by name."""
 INTERNAL = ("names", "typed", "defaults")
 """Keys of conf/ that hydra or qvgen fills in."""
+_WRITTEN = {"metric": "metric.NAME"}
+"""Groups of which a command takes several options -> how the keys of one of them are written."""
+_SHOWN_GROUPS = {"generate": ("model",), "evaluate": ("model", "metric")}
+"""Verb -> keys of its own file that are groups, and say something of their own there."""
 _OWN_NAMES = {SCHEMAS["assets"]: ("names",)}
 
 _RECIPE = "qvgen.config.recipe.Recipe"
@@ -154,11 +158,9 @@ def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
 
 def _verb_table(verb: str, target: str) -> str:
     known = groups()
-    own = {
-        key: value
-        for key, value in _values(_conf(f"{verb}.yaml")).items()
-        if key not in known or (key == "model" and verb in ("generate", "evaluate"))
-    }
+    shown_groups = _SHOWN_GROUPS.get(verb, ())
+    values = _values(_conf(f"{verb}.yaml"))
+    own = {key: value for key, value in values.items() if key not in known or key in shown_groups}
     rows = list(section_rows(own, target))
     chosen = [
         entry for entry in yaml.safe_load(_text(_conf(f"{verb}.yaml"))).get("defaults", []) if isinstance(entry, dict)
@@ -176,7 +178,7 @@ def _group(group: str) -> Iterator[str]:
     for file in files:
         section = _values(file)
         for row in section_rows(section, str(section.get("_target_", _group_schema(group)))):
-            without = replace(row, key=f"{group}.{row.key}", default="")
+            without = replace(row, key=f"{_WRITTEN.get(group, group)}.{row.key}", default="")
             defaults.setdefault(without, {})[file.stem] = row.default
     rows = [(row, _defaults(of, files)) for row, of in defaults.items()]
     if rows:

@@ -20,12 +20,14 @@ from qvgen.evaluation.metrics.base import Metric, ModelMetric
 from qvgen.evaluation.metrics.clip_model import ClipMetric
 from qvgen.evaluation.report.evaluation_page import evaluation_lines, render_evaluation
 from qvgen.evaluation.report.evaluation_row import csv_rows, latex_row, markdown_row
-from qvgen.evaluation.suite.case import Case
+from qvgen.evaluation.suite.case import Case, spread
 from qvgen.evaluation.suite.clip_store import FolderClips, SampledClips
 from qvgen.evaluation.suite.measuring import measure_case
 from qvgen.evaluation.suite.summary import MeasuredCase, against, read_evaluation, summarize
 from qvgen.evaluation.suite.value_file import ValueFiles
 from qvgen.run_directory import atomic_write
+from qvgen.training.identity import code_facts
+from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._evaluated_models import Compared, Side, read_compared
 
 log = logging.getLogger(__name__)
@@ -92,9 +94,14 @@ def _why_not(metric: Metric, compared: Compared) -> str | None:
 
 def _key(metrics: Mapping[str, Metric], compared: Compared) -> str:
     """What decides evaluation.json."""
-    files = ValueFiles(Path(), [[name, metric.key()] for name, metric in metrics.items()])
+    files = ValueFiles(Path(), _measured_by(metrics))
     sides = [side.clips for side in (compared.model, compared.reference) if side is not None]
     return files.key(*[[case.name, case.prompt, *(clips.key(case) for clips in sides)] for case in compared.cases])
+
+
+def _measured_by(metrics: Mapping[str, Metric]) -> list[Any]:
+    """What decides values: the code and its libraries, and each metric with its arguments and weights."""
+    return [code_facts({}), [[name, metric.key(), sources_of(metric)] for name, metric in metrics.items()]]
 
 
 def _refuse_other(config: EvaluateConfig, key: str) -> None:
@@ -150,8 +157,8 @@ def _measure_models(
     if not chosen:
         return found
     assert compared.reference is not None, "they compare"
-    files = ValueFiles(config.out / "measured" / "models", [[name, metric.key()] for name, metric in chosen.items()])
-    cases = compared.cases[: max(metric.videos for metric in chosen.values())]
+    files = ValueFiles(config.out / "measured" / "models", _measured_by(chosen))
+    cases = spread(compared.cases)[: max(metric.videos for metric in chosen.values())]
     for number, case in enumerate(cases):
         key = files.key(compared.model.clips.key(case), compared.reference.clips.key(case))
         values = files.read(case.name, key=key)
@@ -180,7 +187,7 @@ def _measure_videos(
 ) -> list[MeasuredCase]:
     """Every case with its values, in order."""
     own = {name: metric for name, metric in metrics.items() if not isinstance(metric, ModelMetric)}
-    files = ValueFiles(config.out / "measured" / "videos", [[name, metric.key()] for name, metric in own.items()])
+    files = ValueFiles(config.out / "measured" / "videos", _measured_by(own))
     reference, found = compared.reference, []
     for done, case in enumerate(compared.cases, 1):
         key = files.key(compared.model.clips.key(case), reference and reference.clips.key(case), case.caption)

@@ -100,7 +100,7 @@ def was_imported(folder: Path) -> bool:
     return (folder / "mine" / "imported").exists()
 
 
-@pytest.mark.parametrize("group", sorted(set(LEAF_GROUPS) - {"export"}))
+@pytest.mark.parametrize("group", sorted(set(LEAF_GROUPS) - {"export", "metric", "suite"}))
 def test_a_class_on_the_command_line_is_followed_in_every_group(group: str, mine: Path) -> None:
     words = ["method=lsq", f"{group}._target_=mine.leaves.{LEAVES[group]}"]
     config = build("train", compose_plain("train", words))

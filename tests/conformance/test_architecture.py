@@ -14,7 +14,10 @@ from qvgen.config.schemas import SCHEMAS
 from tests.conftest import LONGEST_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"init": "initializers", "method": "methods", "model": "models", "export": "deploy.exporters"}
+PACKAGES = {
+    "init": "initializers", "method": "methods", "model": "models", "export": "deploy.exporters",
+    "metric": "evaluation.metrics",
+}  # fmt: skip
 """Group of conf/ -> package of its leaves."""
 NOT_LEAVES = {"__init__", "base", "calibration", "named_family", "objectives", "prepare"}
 """Modules of those packages that are no leaves by their purpose; nor is any that a sibling imports, as its part."""

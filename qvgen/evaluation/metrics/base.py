@@ -147,7 +147,8 @@ class ModelMetric(Metric):
     """A metric of the model itself.
 
     Attributes:
-        videos: So many videos, the first ones, are sampled again by the reference model to record its calls.
+        videos: So many videos are sampled again by the reference model to record its calls: the first of each prompt, then
+            the second of each.
     """
 
     paired = True

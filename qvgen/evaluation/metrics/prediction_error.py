@@ -21,7 +21,7 @@ class PredictionError(ModelMetric):
 
     Args:
         band: First timestep of the band, and the first one behind it; 0 is no noise, 1000 is noise alone.
-        videos: Number of videos whose sampling is recorded, from the first one.
+        videos: Number of videos whose sampling is recorded: the first of each prompt, then the second of each.
     """
 
     source = "relative error of the transformer's output on the inputs of the reference's own sampling"

@@ -8,7 +8,7 @@ A place is visible where it lands inside of the frame and the flow back agrees w
     |flow_f(x) + back_f(x + flow_f(x))|^2 <= 0.01 (|flow_f(x)|^2 + |back_f(x + flow_f(x))|^2) + 0.5     (in pixels^2)
 
 (Lai et al. 2018, arXiv 1808.00449, Eq. 12; the rule of occlusion is Ruder et al. 2016, arXiv 1604.08610, Eq. 5.)
-A pair of frames without a visible place counts nothing; a video of such pairs alone has the error 1, the largest there is.
+A pair of frames without a visible place has no motion that both flows agree on; its frames are compared as they are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class WarpingError(VideoMetric):
     source = "Lai et al. 2018, arXiv 1808.00449, Eq. 12, with RAFT's flow"
     high = 1.0
     better, paired = "lower", False
+    blind_to = ("frozen", "blur", "color")
     weights = (fetched.RAFT,)
 
     def measure(self, pair: Pair) -> float:
@@ -54,10 +55,9 @@ def warping_error(frames: Tensor, flow: Float[Tensor, "F-1 2 H W"], backward: Fl
     visible = inside & (disagreement <= 0.01 * lengths + 0.5)
     squared = (pixels[:-1] - moved).square().mean(1)
     counts = visible.sum((1, 2))
-    if not bool(counts.any()):
-        return 1.0
     sums = torch.where(visible, squared, 0.0).sum((1, 2))
-    return float((sums[counts > 0] / counts[counts > 0]).mean())
+    unmoved = pixels.diff(dim=0).square().mean((1, 2, 3))
+    return float(torch.where(counts > 0, sums / counts.clamp(min=1), unmoved).mean())
 
 
 def _warp(images: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from qvgen.evaluation.report.evaluation_row import heading, latex_row, markdown_
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.page_format import format_number
 
-NUM_PAIRS = 3
+NUM_PAIRS = 4
 """Best and worst videos that a page shows, of each."""
 
 Frames = Callable[[str], tuple[Tensor, Tensor | None]]

@@ -64,6 +64,15 @@ def sampled_cases(prompts: Prompts, *, seeds: int, negative: str) -> list[Case]:
     return cases
 
 
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """All cases in another order: the first of each prompt, then the second of each, so that the first ones are of many."""
+    places, seen = [], dict.fromkeys((case.prompt for case in cases), 0)
+    for case in cases:
+        places.append(seen[case.prompt])
+        seen[case.prompt] += 1
+    return [case for _, case in sorted(zip(places, cases, strict=True), key=lambda pair: pair[0])]
+
+
 def shown_names(names: Sequence[str], *, most: int = 3) -> str:
     """Some names for a message, and how many more there are."""
     more = len(names) - most

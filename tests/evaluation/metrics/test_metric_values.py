@@ -121,9 +121,8 @@ def warping_error_by_loops(frames: np.ndarray, flow: np.ndarray, backward: np.nd
                 if ((ahead + back) ** 2).sum() > 0.01 * ((ahead**2).sum() + (back**2).sum()) + 0.5:
                     continue
                 errors.append(((now[:, row, column] - at(after, row + dy, column + dx)) ** 2).mean())
-        if errors:
-            means.append(np.mean(errors))
-    return float(np.mean(means)) if means else 1.0
+        means.append(np.mean(errors) if errors else ((now - after) ** 2).mean())
+    return float(np.mean(means))
 
 
 def test_warping_error_is_its_definition() -> None:
@@ -134,7 +133,12 @@ def test_warping_error_is_its_definition() -> None:
     backward = -flow + 0.4 * torch.randn(2, 2, 7, 9, generator=generator, dtype=torch.float64)
     found = warping_error(frames, flow, backward)
     assert found == pytest.approx(warping_error_by_loops(frames.numpy(), flow.numpy(), backward.numpy()), rel=1e-9)
-    assert warping_error(frames, flow + 100, backward) == 1.0  # nothing is visible
+    nothing = flow + torch.tensor([100.0, 0.0], dtype=torch.float64).view(
+        2, 1, 1, 1
+    )  # between the first two is visible
+    assert warping_error(frames, nothing, backward) == pytest.approx(
+        warping_error_by_loops(frames.numpy(), nothing.numpy(), backward.numpy()), rel=1e-9
+    )
     still = frames[:1].expand(3, -1, -1, -1)
     assert warping_error(still, torch.zeros_like(flow), torch.zeros_like(flow)) < 1e-30
 

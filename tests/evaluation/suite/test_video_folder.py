@@ -10,7 +10,7 @@ import pytest
 from qvgen.config.prompt import Prompts
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
-from qvgen.evaluation.suite.case import noise_seed, sampled_cases
+from qvgen.evaluation.suite.case import noise_seed, sampled_cases, spread
 from qvgen.evaluation.suite.video_folder import check_same, folder_cases, read_folder
 
 PROMPTS = Prompts.parse(["a red boat", {"prompt": "a dog", "seed": [7], "negative_prompt": "blurred"}], key="prompts")
@@ -28,6 +28,7 @@ def test_noise_belongs_to_prompt_and_index_alone() -> None:
         (0, noise_seed("a red boat", 0)), (0, noise_seed("a red boat", 1)), (1, 7),
     ]  # fmt: skip
     assert [case.asked.negative for case in cases if case.asked] == ["own", "own", "blurred"]
+    assert [case.seed for case in spread(cases)] == [cases[0].seed, 7, cases[1].seed]
     turned = sampled_cases(Prompts(PROMPTS.lines[::-1]), seeds=1, negative="own")
     assert turned[1].asked == cases[0].asked
     with pytest.raises(UserError, match="prompts holds 'a dog' twice with the seed 7; leave one out"):
