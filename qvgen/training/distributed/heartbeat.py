@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING = range(9)
+TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING, ENDED = range(10)
 """What a process does; DONE is the end of an optimizer step, MEASURING also samples videos. When training is over, rank 0 is
-DELIVERING until it has nothing left to do but WAITING for the others' videos."""
+DELIVERING, and WAITING when nothing is left but videos of the others, which are ENDED when no video is left to take."""
 
 _NAMES = (
     "",
@@ -32,6 +32,7 @@ _NAMES = (
     "measuring or sampling",
     "waiting for the others",
     "at the end of the run",
+    "at its end",
 )
 _RECORD = struct.Struct("<bq")
 TICK_SECONDS = 1.0
@@ -195,12 +196,12 @@ class Pulse:
 
     def who(self) -> list[int]:
         """The ranks that the others wait for."""
-        now = time.monotonic()
-        lost = [rank for rank, beat in enumerate(self.beats) if now - beat.ticked_at > LOST_SECONDS and rank != 0]
+        now, there = time.monotonic(), [rank for rank, beat in enumerate(self.beats) if beat.what != ENDED]
+        lost = [rank for rank in there if now - self.beats[rank].ticked_at > LOST_SECONDS and rank != 0]
         if lost:
             return lost
-        least = min((beat.step, beat.what) for beat in self.beats)
-        return [rank for rank, beat in enumerate(self.beats) if (beat.step, beat.what) == least]
+        came = {rank: (self.beats[rank].step, self.beats[rank].what) for rank in there}
+        return [rank for rank in there if came[rank] == min(came.values())]
 
     def describe(self, pids: Sequence[int]) -> str:
         """One sentence about the ranks that the others wait for: since when, and where they were.
