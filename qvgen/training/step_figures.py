@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from qvgen.errors import one_line
 from qvgen.training.planning.advice import clip_size
 from qvgen.training.planning.counted_step import count_step
 from qvgen.training.planning.memory import Device, find_device
@@ -128,7 +129,11 @@ def speed_of(run: TrainingRun, *, is_first: bool) -> Speed:
     if peak is None:
         log.info("system/mfu is left out: no peak speed is known of %s", device.name)
         return known
-    return counted_speed(run, device, peak=peak)
+    try:
+        return counted_speed(run, device, peak=peak)
+    except (RuntimeError, ValueError, TypeError) as error:  # a model that trains need not run without values
+        log.info("system/mfu is left out: the operations of a step can't be counted (%s)", one_line(error))
+        return known
 
 
 def counted_speed(run: TrainingRun, device: Device, *, peak: float) -> Speed:

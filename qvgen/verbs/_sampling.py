@@ -20,6 +20,7 @@ from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.sampling import held_out_items
 from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, SharedSampling
 from qvgen.layers.swap import phi_suspended
+from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.start_file import START_FILE, load_start
 from qvgen.training.stop_point import interruptible
@@ -70,6 +71,7 @@ def help_sampling(config: TrainConfig, *, student: nn.Module, teacher: nn.Module
     sampling.sample(COMPARED_STAGE, open_compared(teacher=whole_teacher, fake=student, packed=packed))
     if start_absent(config, path) is None:
         sampling.sample(START_STAGE, {START: partial(at_start, config, student, path)})
+    heartbeat.report(heartbeat.LEFT)
 
 
 def start_absent(config: TrainConfig, path: Path) -> str | None:

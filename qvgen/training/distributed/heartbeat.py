@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING, LEFT = range(10)
 """What a process does; DONE is the end of an optimizer step, MEASURING also samples videos. When training is over, rank 0 is
-DELIVERING until it has nothing left to do but WAITING for the others' videos. LEFT: it takes part no more, and is not
-missed."""
+DELIVERING, and WAITING when nothing is left but videos of the others. LEFT: it takes part no more, since no video is left to
+take or it ends, and is not missed."""
 
 _NAMES = (
     "",
@@ -230,13 +230,12 @@ class Pulse:
 
     def who(self) -> list[int]:
         """The ranks that the others wait for."""
-        now = time.monotonic()
-        others = [(rank, beat) for rank, beat in enumerate(self.beats) if rank != 0 and beat.what != LEFT]
-        lost = [rank for rank, beat in others if now - beat.ticked_at > LOST_SECONDS]
+        now, there = time.monotonic(), [rank for rank, beat in enumerate(self.beats) if beat.what != LEFT]
+        lost = [rank for rank in there if now - self.beats[rank].ticked_at > LOST_SECONDS and rank != 0]
         if lost:
             return lost
-        least = min((beat.step, beat.what) for beat in self.beats)
-        return [rank for rank, beat in enumerate(self.beats) if (beat.step, beat.what) == least]
+        came = {rank: (self.beats[rank].step, self.beats[rank].what) for rank in there}
+        return [rank for rank in there if came[rank] == min(came.values())]
 
     def describe(self, names: Sequence[str]) -> str:
         """One sentence about the ranks that the others wait for: since when, and where they were.

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 import pytest
 
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.heartbeat import BACKWARD, COMPUTING, DONE, MEASURING, SAVING, Pulse
+from qvgen.training.distributed.heartbeat import (
+    BACKWARD,
+    COMPUTING,
+    DELIVERING,
+    DONE,
+    LEFT,
+    MEASURING,
+    SAVING,
+    WAITING,
+    Pulse,
+)
 
 
 @pytest.fixture
@@ -56,6 +66,29 @@ def test_a_process_without_a_tick_is_to_blame(pulse: tuple[Pulse, list[int]]) ->
     read.read()
     assert read.who() == [2]
     assert (read.beats[1].what, read.beats[1].step) == (BACKWARD, 7)  # a tick is no progress
+
+
+def test_rank_0_waits_at_the_end_for_who_still_samples(pulse: tuple[Pulse, list[int]]) -> None:
+    """What rank 0 does by itself behind training has no limit; what it waits for has one."""
+    read, ends = pulse
+    for end in ends:
+        say(end, MEASURING, 7)
+    say(ends[0], DELIVERING)
+    say(ends[2], LEFT)
+    read.read()
+    assert read.is_at_the_end()
+    for beat in read.beats:
+        beat.ticked_at -= 2 * heartbeat.LOST_SECONDS
+    say(ends[1], heartbeat.TICK)
+    say(ends[0], WAITING, 7)
+    read.read()
+    assert not read.is_at_the_end()
+    assert read.is_slow()
+    assert read.who() == [1]
+    before = read.beats[0].at
+    heartbeat.report_change(WAITING)  # who waits does not report for those that it waits for
+    read.read()
+    assert read.beats[0].at == before
 
 
 def test_rank_0_is_left_alone_while_another_one_samples(pulse: tuple[Pulse, list[int]]) -> None:
