@@ -160,7 +160,7 @@ def test_the_reference_is_sampled_once_for_all(
     assert (found["value"], found["p"], found["videos_to_settle"]) == (0.0, 1.0, None)
 
 
-def test_folders_of_files_are_measured_too(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_files_are_measured_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos, reference = tmp_path / "mine", tmp_path / "theirs"
     frames = np.random.default_rng(0).integers(0, 256, (3, 2, 16, 16, 3), dtype=np.uint8)
     for folder, shift in ((videos, 3), (reference, 0)):
@@ -182,6 +182,35 @@ def test_folders_of_files_are_measured_too(short_run: Path, tmp_path: Path, caps
     write_video(reference / "clip1.mp4", frames[1], fps=8, scale=2)
     assert main([*words, "suite.metrics=[psnr]", "overwrite=true"]) == BAD_INPUT
     assert "clip1: the video has 64x64 pixels and the reference 32x32" in only_line(capsys)
+
+
+def test_a_metric_of_the_user_s_own_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class beside the command and a file in its --config-dir, as for every other leaf; measured again if it changes."""
+    monkeypatch.chdir(tmp_path)
+    source = """
+from qvgen.evaluation.metrics.base import VideoMetric
+
+class Brightness(VideoMetric):
+    title, unit, source = "brightness", "levels", "mean of all values"
+    high, better, paired = 255.0, "neither", False
+
+    def __init__(self, *, factor: float) -> None:
+        self.factor = factor
+
+    def measure(self, pair):
+        return float(pair.video.frames.double().mean()) * self.factor
+"""
+    Path("my_metrics.py").write_text(source)
+    Path("conf/metric").mkdir(parents=True)
+    Path("conf/metric/brightness.yaml").write_text("_target_: my_metrics.Brightness\nfactor: 1.0\n")
+    write_video("videos/a.mp4", np.full((2, 32, 32, 3), 80, dtype=np.uint8), fps=8, scale=1)
+    words = ["evaluate", "videos=videos", "reference=null", "suite.metrics=[brightness]", "--config-dir", "conf"]
+    for further, expected in (([], 80), (["+metric.brightness.factor=2", "overwrite=true"], 160)):
+        assert main([*words, *further]) == DONE
+        entry = json.loads(Path("evaluation/evaluation.json").read_text())["metrics"]["brightness"]
+        assert entry["value"] == pytest.approx(expected, abs=4)
+        assert (entry["unit"], entry["range"], entry["low"]) == ("levels", [0.0, 255.0], None)
+    assert main([word for word in words if word not in ("--config-dir", "conf")]) == BAD_INPUT
 
 
 @pytest.mark.parametrize(
