@@ -13,7 +13,7 @@ from qvgen.config.verb_schema import GenerateConfig, ModelName
 from qvgen.deploy.manifest import read_manifest
 from qvgen.evaluation.suite.case import Case, sampled_cases
 from qvgen.evaluation.suite.clip_store import Clips, FolderClips, SampledClips
-from qvgen.evaluation.suite.video_folder import check_names, check_same, folder_cases, read_folder
+from qvgen.evaluation.suite.video_folder import check_names, check_rate, check_same, folder_cases, read_folder
 from qvgen.verbs._packed_family import check_sampler, load_family
 from qvgen.verbs._video_request import Request, read_request
 from qvgen.verbs._video_sampler import VideoSampler, made_from
@@ -98,6 +98,8 @@ def read_compared(config: EvaluateConfig) -> Compared:
     negative = "" if family is None else family.negative_prompt
     if config.videos is not None:
         files = read_folder(config.videos, key="videos")
+        if family is not None:
+            check_rate(files, family.fps, key="videos")
         cases = folder_cases(files, config.prompts, key="videos", seeds=config.seeds, negative=negative)
         model = Side(label=_label(config.videos), facts={"videos": str(config.videos)}, clips=files)
     else:
@@ -112,6 +114,9 @@ def read_compared(config: EvaluateConfig) -> Compared:
         reference = _teacher_side(config, packed, family, _with_cases(request, cases))
     elif config.reference is not None:
         reference = _folder_side(config, model, cases)
+        if family is not None:
+            assert isinstance(reference.clips, FolderClips), "it is a folder"
+            check_rate(reference.clips, family.fps, key="reference")
     settings = {} if request is None else {"num_steps": request.num_steps, "guidance_scale": request.guidance_scale}
     return Compared(cases=tuple(cases), model=model, reference=reference, settings=settings, family=family)
 

@@ -18,8 +18,11 @@ import torch
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
+from qvgen.data.video_reader import read_video
 from qvgen.deploy.checkpoint import load_packed
+from qvgen.evaluation.comparison import video_name
 from qvgen.evaluation.distance import RelativeError, psnr_db
+from qvgen.evaluation.placement import placed
 from qvgen.evaluation.suite.case import noise_seed
 from tests.stops import run_stopped
 
@@ -160,7 +163,7 @@ def test_the_reference_is_sampled_once_for_all(
     assert (found["value"], found["p"], found["videos_to_settle"]) == (0.0, 1.0, None)
 
 
-def test_folders_of_files_are_measured_too(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_files_are_measured_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos, reference = tmp_path / "mine", tmp_path / "theirs"
     frames = np.random.default_rng(0).integers(0, 256, (3, 2, 16, 16, 3), dtype=np.uint8)
     for folder, shift in ((videos, 3), (reference, 0)):
@@ -182,6 +185,65 @@ def test_folders_of_files_are_measured_too(short_run: Path, tmp_path: Path, caps
     write_video(reference / "clip1.mp4", frames[1], fps=8, scale=2)
     assert main([*words, "suite.metrics=[psnr]", "overwrite=true"]) == BAD_INPUT
     assert "clip1: the video has 64x64 pixels and the reference 32x32" in only_line(capsys)
+
+
+def test_files_are_measured_beside_the_model_that_their_names_ask_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompt and seed are in the names; the reference is sampled with them, and what does not fit it is refused."""
+    family, videos = load_leaf("model", "tiny"), tmp_path / "videos"
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 16, 3), dtype=np.uint8)
+    paths = [videos / video_name(index, caption, seed=5, variant="packed") for index, caption in enumerate(PROMPTS)]
+    for path, frames in zip(paths, drawn, strict=True):
+        write_video(path, frames, fps=family.fps, scale=1)
+    words = [
+        "evaluate", f"videos={videos}", "model=tiny", f"prompts=[{','.join(PROMPTS)}]", "num_steps=2",
+        "suite.metrics=[psnr]", f"references={tmp_path / 'references'}", f"out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert main(words) == DONE
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [(video["caption"], video["seed"]) for video in content["videos"]] == [(caption, 5) for caption in PROMPTS]
+    with placed(teacher := family.load_teacher()):
+        theirs = family.generate(teacher, [PROMPTS[1]], [5], num_steps=2, guidance_scale=family.guidance_scale)[0]
+    found = content["videos"][1]["values"]["psnr"]
+    assert found == pytest.approx(psnr_db(torch.from_numpy(read_video(paths[1])), theirs, max_value=255), rel=1e-9)
+    capsys.readouterr()
+    for frames, rate, message in (
+        (drawn[0], 2 * family.fps, f"has {2 * family.fps} frames a second, and the model's videos {family.fps}"),
+        (drawn[0, :4], family.fps, "seed5: the video is 4 frames of 16x16 and the reference 8 frames of 16x16"),
+    ):
+        write_video(paths[0], frames, fps=rate, scale=1)
+        assert main([*words, "overwrite=true"]) == BAD_INPUT
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_metric_of_the_user_s_own_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class beside the command and a file in its --config-dir, as for every other leaf; measured again if it changes."""
+    monkeypatch.chdir(tmp_path)
+    source = """
+from qvgen.evaluation.metrics.base import VideoMetric
+
+class Brightness(VideoMetric):
+    title, unit, source = "brightness", "levels", "mean of all values"
+    high, better, paired = 255.0, "neither", False
+
+    def __init__(self, *, factor: float) -> None:
+        self.factor = factor
+
+    def measure(self, pair):
+        return float(pair.video.frames.double().mean()) * self.factor
+"""
+    Path("my_metrics.py").write_text(source)
+    Path("conf/metric").mkdir(parents=True)
+    Path("conf/metric/brightness.yaml").write_text("_target_: my_metrics.Brightness\nfactor: 1.0\n")
+    write_video("videos/a.mp4", np.full((2, 32, 32, 3), 80, dtype=np.uint8), fps=8, scale=1)
+    words = ["evaluate", "videos=videos", "reference=null", "suite.metrics=[brightness]", "--config-dir", "conf"]
+    for further, expected in (([], 80), (["+metric.brightness.factor=2", "overwrite=true"], 160)):
+        assert main([*words, *further]) == DONE
+        entry = json.loads(Path("evaluation/evaluation.json").read_text())["metrics"]["brightness"]
+        assert entry["value"] == pytest.approx(expected, abs=4)
+        assert (entry["unit"], entry["range"], entry["low"]) == ("levels", [0.0, 255.0], None)
+    assert main([word for word in words if word not in ("--config-dir", "conf")]) == BAD_INPUT
 
 
 @pytest.mark.parametrize(

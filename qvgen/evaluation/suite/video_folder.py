@@ -20,6 +20,9 @@ from qvgen.evaluation.suite.clip_store import FolderClips
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 
+_RATE_TOLERANCE = 1e-3
+"""Rates are fractions of whole numbers in some containers: 29.97 is 30000/1001."""
+
 _KIND = re.compile(rf"-({'|'.join(VARIANTS)})$")
 _NAMED = re.compile(r"(?P<prompt>\d+-.+)-seed(?P<seed>\d+)$")
 
@@ -119,6 +122,14 @@ def check_names(names: Sequence[str], files: FolderClips, *, key: str) -> None:
         raise UserError(f"{key} lacks {len(missing)} of the {len(names)} videos: {shown_names(missing)}")
     if extra := [name for name in files.files if name not in set(names)]:
         raise UserError(f"{key} holds {len(extra)} videos that belong to nothing: {shown_names(extra)}")
+
+
+def check_rate(files: FolderClips, fps: float, *, key: str) -> None:
+    """Raise UserError, by name, where a file has another rate than the videos of the model that it is compared with."""
+    for name in files.files:
+        found = float(files.probe(name).fps)
+        if abs(found - fps) > _RATE_TOLERANCE * fps:
+            raise UserError(f"{key}: {name} has {found:g} frames a second, and the model's videos {fps:g}")
 
 
 def check_same(videos: FolderClips, reference: FolderClips) -> None:
