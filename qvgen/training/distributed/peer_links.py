@@ -25,31 +25,16 @@ from typing import Any
 
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.silence import SilenceWatch
+from qvgen.training.distributed.watched_connection import UNREACHABLE_SECONDS, how_it_ended, watch_connection
 
 log = logging.getLogger(__name__)
 
-UNREACHABLE_SECONDS = 60
-"""A machine that answers nothing for so long is not reachable; a network that comes back sooner harms nobody."""
-_IDLE_SECONDS, _PROBE_SECONDS = 15, 5
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
 """How long a process has to notice by itself that another one is gone (a collective that fails) before it is ended."""
-HELLO_SECONDS, _HELLO_BYTES = 2.0, 1024
+_HELLO_BYTES = 1024
 SILENT_SECONDS = 30.0
 """After so long without a tick of rank 0 the others say so, and again whenever it has become twice as long."""
-_CUT = ("timed out", "No route to host", "Network is unreachable", "Host is down")
-
-
-def watch_connection(connection: socket.socket) -> None:
-    """Have the kernel give a connection up once the other machine answers nothing for UNREACHABLE_SECONDS."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probes = (UNREACHABLE_SECONDS - _IDLE_SECONDS) // _PROBE_SECONDS
-    options = {"TCP_KEEPIDLE": _IDLE_SECONDS, "TCP_KEEPINTVL": _PROBE_SECONDS, "TCP_KEEPCNT": probes} | {
-        "TCP_USER_TIMEOUT": 1000 * UNREACHABLE_SECONDS  # where something is under way
-    }
-    for name, value in options.items():
-        if hasattr(socket, name):  # not everywhere but on Linux
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Links(ABC):
@@ -78,14 +63,12 @@ class Links(ABC):
 
     def close(self) -> None:
         """Say goodbye to whoever is there, so that nobody takes this process for lost."""
-        if not self._thread.is_alive():
-            return
         self._left.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._say(heartbeat.LEFT)
         heartbeat.report_to(None)
         self._pulse.read()  # what is closed with something unread in it is broken off
-        self._close()
         self._pulse.close()
 
     def watch_silence(self, *, hang_minutes: float | None, end: Callable[[int | None, str], None]) -> None:
@@ -132,21 +115,11 @@ class Links(ABC):
     def _name(self, place: int) -> str:
         """The process of a beat, in words."""
 
-    @abstractmethod
-    def _close(self) -> None:
-        """Close what is this side's alone."""
-
     def _lose(self) -> None:
         """Notice whose connection has ended without a goodbye."""
         for place, beat in enumerate(self._pulse.beats):
             if beat.end is not None and beat.what != heartbeat.LEFT and self.lost is None:
-                self.lost = f"{self._name(place)} {_how(beat.end)}; last seen {beat.where}"
-
-
-def _how(end: str) -> str:
-    if not any(word in end for word in _CUT):
-        return "is gone"
-    return f"can't be reached: its machine has answered nothing for {UNREACHABLE_SECONDS} s ({end})"
+                self.lost = f"{self._name(place)} {how_it_ended(beat.end)}; last seen {beat.where}"
 
 
 class LinksToOthers(Links):
@@ -162,13 +135,14 @@ class LinksToOthers(Links):
 
     def __init__(self, world_size: int, *, end: Callable[[str], None]) -> None:
         super().__init__(end)
-        self._listener = socket.create_server(("", 0), backlog=world_size)
+        ipv6 = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        self._listener = socket.create_server(("", 0), backlog=world_size, **ipv6)
         self._listener.setblocking(False)
         self._token = uuid.uuid4().hex
         port, host = self._listener.getsockname()[1], socket.gethostname()
         self.told = json.dumps({"port": port, "token": self._token, "host": host, "pid": os.getpid()})
         self._told: dict[int, dict[str, Any]] = {0: {"host": host, "pid": os.getpid()}}
-        self._sockets: dict[int, socket.socket] = {}
+        self._strangers: dict[socket.socket, float] = {}
         self._pulse.expect(world_size)
         read_end, self._own_end = os.pipe()
         self._pulse.connect(0, read_end)
@@ -179,30 +153,48 @@ class LinksToOthers(Links):
         return {rank: beat.ticked_at for rank, beat in enumerate(self._pulse.beats) if rank}
 
     def _meet(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                break  # nobody
+            connection.setblocking(False)
+            self._strangers[connection] = time.monotonic()
+        for connection, since in list(self._strangers.items()):
+            try:
+                hello = connection.recv(_HELLO_BYTES, socket.MSG_PEEK)
+                is_whole = not hello or b"\n" in hello
+            except BlockingIOError:
+                is_whole = False
+            except OSError:
+                hello, is_whole = b"", True
+            if is_whole or time.monotonic() - since > UNREACHABLE_SECONDS:
+                del self._strangers[connection]
+                if not is_whole or not self._take_in(connection, hello.partition(b"\n")[0]):
+                    connection.close()
+
+    def _take_in(self, connection: socket.socket, hello: bytes) -> bool:
+        """Take whoever said this for one of the others; False: it is a stranger, who looks for open ports."""
         try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return  # nobody
-        try:
-            connection.settimeout(HELLO_SECONDS)
-            hello = json.loads(connection.recv(_HELLO_BYTES, socket.MSG_PEEK).partition(b"\n")[0])
-            rank, host, pid = int(hello["rank"]), str(hello["host"]), int(hello["pid"])
-            is_ours = hello["token"] == self._token and 0 < rank < len(self._pulse.beats) and rank not in self._sockets
-            connection.recv(connection.recv(_HELLO_BYTES, socket.MSG_PEEK).index(b"\n") + 1)
-        except (OSError, ValueError, TypeError, KeyError):
-            is_ours = False  # a stranger, who looks for open ports
-        if not is_ours:
-            connection.close()
-            return
-        watch_connection(connection)
-        self._told[rank], self._sockets[rank] = {"host": host, "pid": pid}, connection
-        self._pulse.connect(rank, os.dup(connection.fileno()))
+            said = json.loads(hello)
+            rank, host, pid = int(said["rank"]), str(said["host"]), int(said["pid"])
+            is_ours = said["token"] == self._token and 0 < rank < len(self._pulse.beats) and rank not in self._told
+        except (ValueError, TypeError, KeyError):
+            return False
+        if is_ours:
+            connection.recv(len(hello) + 1)
+            watch_connection(connection)
+            self._told[rank] = {"host": host, "pid": pid}
+            self._pulse.connect(rank, connection.detach())
+        return is_ours
 
     def _say(self, what: int) -> None:
         record = heartbeat.record(what)
-        for connection in self._sockets.values():
+        for rank in self._told.keys() - {0}:
+            descriptor = self._pulse.beats[rank].descriptor
+            assert descriptor is not None
             with suppress(OSError):
-                connection.send(record)
+                os.write(descriptor, record)
 
     def _look(self, silence: SilenceWatch) -> None:
         silence.look()
@@ -219,10 +211,12 @@ class LinksToOthers(Links):
         host, pid = self._told[rank]["host"], self._told[rank]["pid"]
         return heartbeat.process_words(pid, host=host) if host == socket.gethostname() else f"process {pid} on {host}"
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Say goodbye, and take nobody in any more."""
+        super().close()
         self._listener.close()
         os.close(self._own_end)
-        for connection in self._sockets.values():
+        for connection in self._strangers:
             connection.close()
 
 
@@ -239,12 +233,11 @@ class LinkToRankZero(Links):
     def __init__(self, rank: int, *, address: str, ask: Callable[[], str | None], end: Callable[[str], None]) -> None:
         super().__init__(end)
         self._rank, self._address, self._ask = rank, address, ask
-        self._connection: socket.socket | None = None
         self._zero = "rank 0"
         self._said_seconds = 0.0
 
     def _meet(self) -> None:
-        if self._connection is not None or self.lost or (found := self._ask()) is None:
+        if self._pulse.beats or self.lost or (found := self._ask()) is None:
             return
         told = json.loads(found)
         self._zero = f"rank 0 (process {told['pid']} on {told['host']})"
@@ -256,10 +249,10 @@ class LinkToRankZero(Links):
             self.lost = f"{self._zero} can't be reached at {self._address}:{told['port']} ({error})"
             return
         watch_connection(connection)
-        self._connection = connection
+        descriptor = connection.detach()
         self._pulse.expect(1)
-        self._pulse.connect(0, os.dup(connection.fileno()))
-        heartbeat.report_to(connection.fileno())
+        self._pulse.connect(0, descriptor)
+        heartbeat.report_to(descriptor)
 
     def _say(self, what: int) -> None:
         heartbeat.report(what)
@@ -285,7 +278,3 @@ class LinkToRankZero(Links):
     def _name(self, place: int) -> str:
         del place
         return self._zero
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()

@@ -154,7 +154,8 @@ def test_a_stranger_takes_nobodys_place(links: tuple[LinksToOthers, list[str]]) 
             connection.sendall(words)
             with suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
-    with rank_one(zero.told) as process:
+    with socket.create_connection(("localhost", port)) as silent, rank_one(zero.told) as process:
+        silent.sendall(b'{"token"')  # one that says nothing whole keeps nobody waiting
         wait_until(lambda: zero._pulse.beats[1].step == 3)
         assert process.communicate("\n") == ("", "")
     assert (zero.lost, ends) == (None, [])
