@@ -15,11 +15,12 @@ FREE_KEYS = (
     "names.experiment", "names.export", "export", "typed",
     "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "data.readers", "calibration.cache",
+    "strategy.reshard_after_forward", "strategy.prefetch",
 )  # fmt: skip
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""
 
-WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "strategy.shard_size", "names.strategy")
+WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "strategy.shard_size", "strategy.cpu_offload", "names.strategy")
 """Keys of the processes that share a run out, which may be others when it is continued, and which its record names then: the
 state that it goes on from is the same bit for bit, later sums are added in another order."""
 

@@ -24,6 +24,7 @@ from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.master_precision import widen_masters_
@@ -104,7 +105,12 @@ def train_share(
     if processes.sharded:
         has_teacher = uses_teacher(method, shows_videos=output.evaluation.video_every_steps is not None)
         models = ShardedModels(
-            family, run.design, has_teacher=has_teacher, whole_student=student, whole_teacher=teacher
+            family,
+            run.design,
+            has_teacher=has_teacher,
+            whole_student=student,
+            whole_teacher=teacher,
+            how=Gathering.of(run.strategy),
         )
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)

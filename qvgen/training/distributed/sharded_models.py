@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
 from qvgen.training.student_design import StudentDesign
@@ -34,6 +35,7 @@ class ShardedModels:
         has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
         whole_student: On rank 0, prepared, with the weights that training starts from; None elsewhere.
         whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
+        how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -48,18 +50,21 @@ class ShardedModels:
         has_teacher: bool,
         whole_student: nn.Module | None,
         whole_teacher: nn.Module | None,
+        how: Gathering | None = None,
     ) -> None:
+        self._how = how or Gathering()
         self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
         self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Give every process its shares, on its device; a collective."""
-        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device)
+        """Give every process its shares, on its device or its host; a collective."""
+        how = self._how
+        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, how=how)
         if self._whole_student is not None:
             self._whole_student.to("meta")
         if self.teacher is not None:
-            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device)
+            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device, how=how.without_backward)
 
     def gather_(self) -> None:
         """Give rank 0's student the trained weights; a collective."""

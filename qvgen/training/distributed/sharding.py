@@ -5,9 +5,10 @@
                  |  rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
     rank r     rows [r n/R, (r + 1) n/R) of each parameter [n, ...]; buffers whole
 
-A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left; gradients are
-averaged and shared out by unit, after every micro-batch (whole ones would not fit). Outside of both passes every parameter
-is a share, so whatever acts between optimizer steps sees shares alone (``reshard_after_forward`` is on for the root too).
+A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left
+(:mod:`qvgen.training.distributed.gathering` has other ways); gradients are averaged and shared out by unit, after every
+micro-batch (whole ones would not fit). Outside of both passes every parameter is a share, so whatever acts between optimizer
+steps sees shares alone (``reshard_after_forward`` is on for the root too).
 What is gathered has the parameters' own dtype: the quantizers' arithmetic needs the float32 masters, and a
 MixedPrecisionPolicy would hand them bfloat16.
 
@@ -15,7 +16,7 @@ With ``strategy=hsdp`` a group of processes shares the rows, and every group hol
 the group alone, and its gradients are averaged inside the group and then, share by share, over the groups. R is the size of
 a group then.
 
-Left out: offloading to the host, tensor parallelism.
+Left out: tensor parallelism.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.lowrank.sharded import shard_group, whole, write_whole_
+from qvgen.training.distributed.gathering import Gathering, gather_by_block_
 from qvgen.training.saved_tensor import SavedTensor
 
 
@@ -71,14 +72,22 @@ def by_node(nodes: Sequence[int]) -> list[int]:
     return sorted(range(len(nodes)), key=lambda rank: (nodes[rank], rank))
 
 
-def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device) -> None:
+def share_out_(
+    model: nn.Module,
+    *,
+    source: nn.Module | None,
+    mesh: DeviceMesh,
+    device: torch.device,
+    how: Gathering | None = None,
+) -> None:
     """Shard a model over a mesh and give it the tensors of another; a collective.
 
     Args:
         model: On the meta device; each process keeps its rows of every parameter, and all of every buffer.
         source: On rank 0, the model whose tensors it gets; None elsewhere.
         mesh: The processes.
-        device: Where this process's shares go.
+        device: Where this process computes, and its shares go unless ``how`` keeps them on the host.
+        how: How blocks are gathered; None: each when it is entered.
 
     Raises:
         ValueError: The model has no blocks.
@@ -88,10 +97,9 @@ def share_out_(model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, 
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no list of blocks to shard; use strategy=ddp")
     _take_dtypes_(model, source)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    model.to_empty(device=device)
+    how = how or Gathering()
+    gather_by_block_(model, blocks=blocks, mesh=mesh, how=how)
+    model.to_empty(device=torch.device("cpu") if how.on_host else device)
     given = {} if source is None else dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         if source is not None:

@@ -67,18 +67,18 @@ def find_changes(
 
     start = _Step(overrides=(), settings=base, shards=run.shards, stored=counter.stored)
     axes = [_checkpointed(start), _accumulated(run, start), _teacher(run, start), _on_host(run, start)]
-    axes.append(_sharded(run, start))
+    axes += [_regathered(start), _sharded(run, start)]
     small = start
     for axis in (_checkpointed, lambda step: _accumulated(run, step), lambda step: _teacher(run, step)):
         small = (axis(small) or [small])[-1]
-    smallest = (_on_host(run, small) or [small])[-1]
+    smallest = [small, *_on_host(run, small), *_regathered(small)][-1]
     needed = int(total(smallest) / USABLE_SHARE)
     if counter.weight_bytes(smallest.settings, shards=smallest.shards, stored=smallest.stored) > usable_bytes:
         return first_fit(_sharded(run, start)) or first_fit(_sharded(run, small)), needed
     changes = [change for axis in axes for change in first_fit(axis)]
     if not changes:
         without_teacher = (_accumulated(run, (_checkpointed(start) or [start])[-1]) or [])[-1:]
-        together = [small, *_on_host(run, small)]
+        together = [small, *_on_host(run, small), *_regathered(small)]
         changes = first_fit(without_teacher) or first_fit([step for step in together if step.overrides])
         changes += first_fit(_sharded(run, small))
     cut_from = start if changes else smallest
@@ -130,6 +130,23 @@ def _on_host(run: TrainingRun, step: _Step) -> list[_Step]:
         overrides, stored = (*overrides, "optim.gradients=bfloat16"), replace(stored, gradients="bfloat16")
         settings = replace(step.settings, gradients="bfloat16")
         found.append(replace(step, overrides=overrides, stored=stored, settings=settings))
+    return found
+
+
+def _regathered(step: _Step) -> list[_Step]:
+    """Blocks that are gathered again for the backward pass, then all shares on the host: what it costs is time."""
+    if step.shards == 1:
+        return []
+    found, overrides, how = [], step.overrides, step.stored.gathering
+    if how.reshard_after_forward is not True:
+        how = replace(how, reshard_after_forward=True)
+        overrides = (*overrides, "strategy.reshard_after_forward=true")
+        found.append(replace(step, overrides=overrides, stored=replace(step.stored, gathering=how)))
+    if not how.on_host:
+        stored = replace(
+            step.stored, gathering=replace(how, on_host=True), moments_on_host=True, average_on_host=True
+        )
+        found.append(replace(step, overrides=(*overrides, "strategy.cpu_offload=true"), stored=stored))
     return found
 
 

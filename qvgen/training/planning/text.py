@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qvgen.training.planning.advice import SHARDED_DEVICES
 from qvgen.training.planning.layer_table import LayerGroup
-from qvgen.training.planning.memory import USABLE_SHARE
+from qvgen.training.planning.memory import USABLE_SHARE, total_bytes
 from qvgen.training.planning.training_plan import TrainingPlan
 
 _REFERENCE_SPEED = 1e14
@@ -28,6 +28,7 @@ def format_plan(plan: TrainingPlan, *, title: str) -> list[str]:
         *_parameters(plan),
         *_schedule(plan),
         *_memory(plan),
+        *_network(plan),
         *_work(plan),
         *_disk(plan),
         *verdict(plan),
@@ -155,6 +156,16 @@ def _memory(plan: TrainingPlan) -> list[str]:
     when = "" if plan.host_parts else " before training"
     what += ", or what stays there" if plan.host_parts else ""
     return [*lines, f"host memory{when}: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]
+
+
+def _network(plan: TrainingPlan) -> list[str]:
+    if not plan.network:
+        return []
+    parts = ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in plan.network)
+    lines = [f"network: each device receives {format_bytes(total_bytes(plan.network))} a step ({parts})"]
+    if plan.host_traffic_bytes:
+        lines.append(f"  between each device and its host: {format_bytes(plan.host_traffic_bytes)} a step")
+    return lines
 
 
 def _work(plan: TrainingPlan) -> list[str]:

@@ -29,6 +29,7 @@ from qvgen.training.planning.memory import (
     teacher_dtype,
     total_bytes,
 )
+from qvgen.training.planning.network import host_traffic, network_parts
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.training_run import TrainingRun
 
@@ -88,6 +89,8 @@ class TrainingPlan:
         device: What trains.
         memory: Parts on each device.
         host_parts: What lies on the host, of all processes, while the steps are computed.
+        network: What each device receives from the others in an optimizer step, by part; it sends as much.
+        host_traffic_bytes: What goes between a device and its host in an optimizer step because shares lie there.
         host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
@@ -112,6 +115,8 @@ class TrainingPlan:
     device: Device
     memory: list[MemoryPart]
     host_parts: list[MemoryPart]
+    network: list[MemoryPart]
+    host_traffic_bytes: int
     host_bytes: int
     host_available_bytes: int
     run_bytes: int
@@ -191,7 +196,7 @@ def plan_training(
     count = counter.count(settings)
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
-    on_host = counter.host_parts(settings)
+    on_host, teacher = counter.host_parts(settings), counter.teacher(settings.teacher_dtype)
     fits = total_bytes(memory) <= device.usable_bytes
     changes, needed = ([], None) if fits else find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
@@ -207,6 +212,8 @@ def plan_training(
         device=device,
         memory=memory,
         host_parts=on_host,
+        network=network_parts(run, prepared, teacher=teacher),
+        host_traffic_bytes=host_traffic(run, prepared, teacher=teacher),
         host_bytes=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),

@@ -1,6 +1,6 @@
-"""A program that shards models over two processes and looks at them; run by test_fsdp.py.
+"""A program that shards models over two or more processes and looks at them; run by test_fsdp.py and test_gathering.py.
 
-`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` the other. RUN_DIR/cases.json names runs by their
+`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` another one. RUN_DIR/cases.json names runs by their
 overrides. Each process writes RUN_DIR/rankR.json: named facts, compared with models that were never sharded.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.sharded import whole
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.distributed.child import follow_parent
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
@@ -55,9 +58,29 @@ def same(sharded: nn.Module, plain: nn.Module) -> bool:
     return list(found) == list(wanted) and all(torch.equal(whole(found[name]), wanted[name]) for name in wanted)
 
 
-def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
-    """Everything that is to be said about two processes with shares of one model."""
-    config = train_config("devices=2", "strategy=fsdp", *overrides)
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that FSDP2's collectives bring to this process, by kind."""
+    found, plain = {"gathered": 0, "reduced": 0}, (distributed.all_gather_single, distributed.reduce_scatter_single)
+
+    def gather(output: Tensor, given: Tensor, **options: Any) -> Any:
+        found["gathered"] += output.nbytes - given.nbytes
+        return plain[0](output, given, **options)
+
+    def reduce(**options: Any) -> Any:
+        found["reduced"] += options["input"].nbytes - options["output"].nbytes
+        return plain[1](**options)
+
+    distributed.all_gather_single, distributed.reduce_scatter_single = gather, reduce
+    try:
+        yield found
+    finally:
+        distributed.all_gather_single, distributed.reduce_scatter_single = plain
+
+
+def look(overrides: list[str], *, rank: int, world_size: int) -> dict[str, Any]:
+    """Everything that is to be said about processes with shares of one model."""
+    config = train_config(f"devices={world_size}", "strategy=fsdp", *overrides)
     plain, _ = prepared(config)
     teacher = config.model.load_teacher()
     given, _ = prepared(config) if rank == 0 else (None, None)
@@ -67,11 +90,12 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         has_teacher=True,
         whole_student=given,
         whole_teacher=teacher if rank == 0 else None,
+        how=Gathering.of(config.strategy),
     )
     facts: dict[str, Any] = {"meta_before": all(p.is_meta for p in models.student.parameters())}
     if config.strategy.gradient_checkpointing:
         models.student.enable_gradient_checkpointing()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (world_size,))
     models.share_out_(mesh, torch.device("cpu"))
     assert models.teacher is not None
     facts["memory_given_back"] = given is None or all(p.is_meta for p in given.parameters())
@@ -98,12 +122,19 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         facts["teacher_in_state"] = any("teacher" in name for name in module.state_dict())
         facts["teacher_is_submodule"] = frozen in list(module.modules())
         optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)
-        pairs.append((student, optimizer, [one_step(module, optimizer) for _ in range(2)]))
+        with counted() as received:
+            found = [one_step(module, optimizer) for _ in range(2)]
+        facts.setdefault("received", received)
+        pairs.append((student, optimizer, found))
     (sharded, mine, found), (_, other, wanted) = pairs
     facts["losses_same"] = [float(a[0]) for a in found] == [float(a[0]) for a in wanted]
     facts["norms_same"] = [float(a[1]) for a in found] == [float(a[1]) for a in wanted]
     facts["trained_same"] = same(sharded, plain)
     facts["shares_outside"] = all(isinstance(p, DTensor) for p in sharded.parameters())
+    sampling = {"num_steps": 2, "guidance_scale": 3.0}
+    with torch.no_grad():  # leaves nothing behind that the next call would take for what is written now
+        config.model.generate(sharded.eval(), config.model.prompts[:1], [3], **sampling)
+    facts["shares_after_sampling"] = all(isinstance(p, DTensor) for p in sharded.parameters())
     schedule = method_schedule(config)
     assert schedule is not None
     kept = {name: (id(p), local(p).data_ptr()) for name, p in sharded.named_parameters()}
@@ -118,7 +149,6 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         float(local(v).abs().sum()) for n, s in moments.items() if ".phi." in n for v in s.values()
     )
     facts["weight_moments"] = all(whole(s["exp_avg"]).any() for n, s in moments.items() if n.endswith("to_q.weight"))
-    sampling = {"num_steps": 2, "guidance_scale": 3.0}
     videos = [config.model.generate(m.eval(), config.model.prompts[:1], [3], **sampling) for m in (sharded, plain)]
     facts["videos_same"] = torch.equal(*videos)
     models.gather_()
@@ -130,22 +160,23 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
     for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
 
     def work(*, rank: int, port: int) -> None:
-        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=given.processes)
         cases = json.loads((given.run_dir / "cases.json").read_text())
-        facts = {name: look(overrides, rank=rank) for name, overrides in cases.items()}
+        facts = {name: look(overrides, rank=rank, world_size=given.processes) for name, overrides in cases.items()}
         (given.run_dir / f"rank{rank}.json").write_text(json.dumps(facts))
 
     if given.rank is not None:
         follow_parent(given.parent, beats=given.beats)
         work(rank=given.rank, port=given.port)
         return
-    command = [sys.executable, __file__, str(given.run_dir)]
-    with WorkerGroup(command, world_size=2, log_directory=given.run_dir / "logs") as group:
+    command = [sys.executable, __file__, str(given.run_dir), "--processes", str(given.processes)]
+    with WorkerGroup(command, world_size=given.processes, log_directory=given.run_dir / "logs") as group:
         work(rank=0, port=group.port)
 
 
