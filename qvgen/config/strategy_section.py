@@ -25,9 +25,9 @@ class StrategyConfig:
             everything) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
-        reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block from its forward to its backward pass. True:
-            this process's share, and the block is gathered again; false: all of it, one gathering less for the memory of
-            the whole student; a number: a share of groups of so many processes, gathered again inside of them.
+        reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
+            and the block is gathered again; false: all of it, one gathering less for the memory of the whole
+            student; a number: a share of groups of so many processes, gathered again inside of them.
         prefetch: How many blocks ``fsdp`` and ``hsdp`` gather ahead of the one that computes, in both passes, each in memory
             of its own; null: as FSDP2 does by itself, one ahead in the backward pass.
         cpu_offload: With ``fsdp`` and ``hsdp``, keep every process's share of weights, gradients and moments, and of the

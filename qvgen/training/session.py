@@ -5,6 +5,7 @@ All begin with the state that start_file.py wrote; a later session of the same r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -23,8 +24,8 @@ from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
-from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.gathering import Gathering
+from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.master_precision import widen_masters_
@@ -94,7 +95,7 @@ def train_share(
     set_threads(run.strategy.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    processes = processes or Processes()
+    processes = replace(processes or Processes(), shares_on_host=run.strategy.cpu_offload)
     family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
     schedule = run.design.schedule(steps.num_steps)
     if run.data is None:

@@ -1,6 +1,6 @@
-"""A program that shards models over two or more processes and looks at them; run by test_fsdp.py and test_gathering.py.
+"""A program that shards models over two processes and looks at them; run by test_fsdp.py.
 
-`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` another one. RUN_DIR/cases.json names runs by their
+`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` the other. RUN_DIR/cases.json names runs by their
 overrides. Each process writes RUN_DIR/rankR.json: named facts, compared with models that were never sharded.
 """
 
@@ -32,7 +32,8 @@ from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.planning.memory import share_bytes
-from qvgen.verbs._parts import student_design
+from qvgen.training.planning.network import network_parts
+from qvgen.verbs._parts import student_design, training_run
 from tests.parts import prepared, training_module
 from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
@@ -78,9 +79,9 @@ def counted() -> Iterator[dict[str, int]]:
         distributed.all_gather_single, distributed.reduce_scatter_single = plain
 
 
-def look(overrides: list[str], *, rank: int, world_size: int) -> dict[str, Any]:
-    """Everything that is to be said about processes with shares of one model."""
-    config = train_config(f"devices={world_size}", "strategy=fsdp", *overrides)
+def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
+    """Everything that is to be said about two processes with shares of one model."""
+    config = train_config("devices=2", "strategy=fsdp", *overrides)
     plain, _ = prepared(config)
     teacher = config.model.load_teacher()
     given, _ = prepared(config) if rank == 0 else (None, None)
@@ -95,7 +96,7 @@ def look(overrides: list[str], *, rank: int, world_size: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"meta_before": all(p.is_meta for p in models.student.parameters())}
     if config.strategy.gradient_checkpointing:
         models.student.enable_gradient_checkpointing()
-    mesh = init_device_mesh("cpu", (world_size,))
+    mesh = init_device_mesh("cpu", (2,))
     models.share_out_(mesh, torch.device("cpu"))
     assert models.teacher is not None
     facts["memory_given_back"] = given is None or all(p.is_meta for p in given.parameters())
@@ -115,6 +116,11 @@ def look(overrides: list[str], *, rank: int, world_size: int) -> dict[str, Any]:
     facts["shares_of_files"] = all(
         torch.equal(share_of(whole(p), like=p).to_local(), p.to_local()) for p in models.student.parameters()
     )
+    run = training_run(config)
+    times = run.steps.batch.num_micro_batches
+    parts = {part.name: part.nbytes // times for part in network_parts(run, plain, teacher=teacher)}
+    facts["planned"] = {"reduced": parts.pop("gradients, shared out"), "gathered": sum(parts.values())}
+    facts["gathered_again"] = "student's weights, backward" in parts
     pairs = []
     add_gradients_by_block_(plain)
     for student, frozen in ((models.student, models.teacher), (plain, teacher)):
@@ -160,23 +166,22 @@ def look(overrides: list[str], *, rank: int, world_size: int) -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
     for name in ("rank", "world-size", "port", "parent", "beats"):
         parser.add_argument(f"--{name}", type=int)
     given = parser.parse_args()
 
     def work(*, rank: int, port: int) -> None:
-        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=given.processes)
+        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
         cases = json.loads((given.run_dir / "cases.json").read_text())
-        facts = {name: look(overrides, rank=rank, world_size=given.processes) for name, overrides in cases.items()}
+        facts = {name: look(overrides, rank=rank) for name, overrides in cases.items()}
         (given.run_dir / f"rank{rank}.json").write_text(json.dumps(facts))
 
     if given.rank is not None:
         follow_parent(given.parent, beats=given.beats)
         work(rank=given.rank, port=given.port)
         return
-    command = [sys.executable, __file__, str(given.run_dir), "--processes", str(given.processes)]
-    with WorkerGroup(command, world_size=given.processes, log_directory=given.run_dir / "logs") as group:
+    command = [sys.executable, __file__, str(given.run_dir)]
+    with WorkerGroup(command, world_size=2, log_directory=given.run_dir / "logs") as group:
         work(rank=0, port=group.port)
 
 
