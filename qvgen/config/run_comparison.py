@@ -15,7 +15,7 @@ FREE_KEYS = (
     "names.experiment", "names.export", "export", "typed",
     "model.path", "model.transformer", "model.weights", "model.lora", "model.lora_high", "model.lora_low", "data.path",
     "data.videos", "data.cache", "data.readers", "calibration.cache",
-    "strategy.reshard_after_forward", "strategy.prefetch",
+    "strategy.reshard_after_forward", "strategy.prefetch", "strategy.gather",
 )  # fmt: skip
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""

@@ -11,7 +11,7 @@ STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """The strategies that ``auto`` can stand for."""
 
 
-SHARDED_DEFAULTS = {"reshard_after_forward": True, "prefetch": None, "cpu_offload": False}
+SHARDED_DEFAULTS = {"reshard_after_forward": True, "prefetch": None, "cpu_offload": False, "gather": "weights"}
 """Keys that say how shared parameters are gathered, which other strategies refuse, and what stands there by default."""
 
 
@@ -32,6 +32,8 @@ class StrategyConfig:
             of its own; null: as FSDP2 does by itself, one ahead in the backward pass.
         cpu_offload: With ``fsdp`` and ``hsdp``, keep every process's share of weights, gradients and moments, and of the
             teacher, in the host's memory, where the optimizer step is computed.
+        gather: What ``fsdp`` and ``hsdp`` send of quantized layers for a forward pass: ``weights``, 4 bytes of each, or
+            ``codes``, half a byte (up to 4 bits) or one, from which the same values are made; the backward pass gets weights.
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
         keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
@@ -50,6 +52,7 @@ class StrategyConfig:
     reshard_after_forward: bool | int
     prefetch: Annotated[int | None, Range("> 0")]
     cpu_offload: bool
+    gather: Literal["weights", "codes"]
     gradient_checkpointing: bool
     keep_attention: bool
     teacher_offload: bool
@@ -65,11 +68,16 @@ class StrategyConfig:
             )
         for key, default in SHARDED_DEFAULTS.items():
             value = getattr(self, key)
-            if not self.is_sharded and value is not default:
+            if not self.is_sharded and (type(value), value) != (type(default), default):  # 1 == True
                 raise ValueError(
                     f"strategy.{key}={_written(value)} is of strategies that share a model out, fsdp and hsdp, and "
                     f"strategy={self.name}; leave it out, or write strategy=fsdp"
                 )
+        if self.gather == "codes" and self.reshard_after_forward is not True:
+            raise ValueError(
+                f"strategy.gather=codes and strategy.reshard_after_forward={_written(self.reshard_after_forward)}: what is "
+                "kept of a forward pass are codes, and the backward pass needs weights; leave one of them out"
+            )
         if self.compile and self.gradient_checkpointing and self.keep_attention:
             raise ValueError(
                 "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "

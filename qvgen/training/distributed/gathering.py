@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from qvgen.config.strategy_section import StrategyConfig
+from qvgen.training.distributed.codes_gather import gather_codes_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,13 @@ class Gathering:
         reshard_after_forward: Whether a block is forgotten after its forward pass, or in how many shares it is kept.
         prefetch: Blocks that are gathered ahead of the one that computes; None: FSDP2's own choice.
         on_host: Whether shares lie in the host's memory.
+        as_codes: Whether the forward pass gets codes in place of quantized layers' weights.
     """
 
     reshard_after_forward: bool | int = True
     prefetch: int | None = None
     on_host: bool = False
+    as_codes: bool = False
 
     @classmethod
     def of(cls, strategy: StrategyConfig) -> Gathering:
@@ -43,6 +46,7 @@ class Gathering:
             reshard_after_forward=strategy.reshard_after_forward,
             prefetch=strategy.prefetch,
             on_host=strategy.cpu_offload,
+            as_codes=strategy.gather == "codes",
         )
 
     def __str__(self) -> str:
@@ -57,8 +61,8 @@ class Gathering:
 
     @property
     def without_backward(self) -> Gathering:
-        """The same for a model that has no backward pass."""
-        return replace(self, reshard_after_forward=True)
+        """The same for a model that has no backward pass, and no codes."""
+        return replace(self, reshard_after_forward=True, as_codes=False)
 
 
 def gather_by_block_(model: nn.Module, *, blocks: list[nn.Module], mesh: DeviceMesh, how: Gathering) -> None:
@@ -79,6 +83,8 @@ def gather_by_block_(model: nn.Module, *, blocks: list[nn.Module], mesh: DeviceM
         for index, unit in enumerate(units):
             unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + how.prefetch])
             unit.set_modules_to_backward_prefetch(units[max(0, index - how.prefetch) : index][::-1])
+    if how.as_codes:
+        gather_codes_(model, (*blocks, model))
     if how.reshard_after_forward is not True:
         model.register_forward_hook(_forget_without_backward)
 

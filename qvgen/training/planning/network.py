@@ -7,8 +7,9 @@ R - 1 of R places, whatever way a library takes through a network:
                    a step of hsdp     2 G / R (D - 1) / D between D groups, after each micro-batch too
     ddp            a step             2 G (W - 1) / W over all W processes
 
-A share is as large as the largest one: FSDP2 fills shorter ones up. With ``strategy.cpu_offload`` a share of all that is
-gathered comes from the host besides, and one of the gradients goes there.
+A share is as large as the largest one: FSDP2 fills shorter ones up. With ``strategy.gather=codes`` P is smaller in the
+forward pass. With ``strategy.cpu_offload`` a share of all that is gathered comes from the host besides, and one of the
+gradients goes there.
 
 Left out: losses, norms and the halving of Phi, which are small or rare; the latency of each collective.
 """
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from qvgen.layers.swap import quantized_layers
+from qvgen.training.distributed.codes_gather import code_bytes, sends_codes
 from qvgen.training.planning.memory import MemoryPart, share_bytes
-from qvgen.training.planning.stored_state import trained
+from qvgen.training.planning.stored_state import share_numel, trained
 from qvgen.training.training_run import TrainingRun
 
 
@@ -39,14 +42,22 @@ def network_parts(run: TrainingRun, student: nn.Module, *, teacher: nn.Module | 
     groups = run.devices // shards
     share, gradients = share_bytes(student.parameters(), shards=shards), share_bytes(trained(student), shards=shards)
     frozen = 0 if teacher is None else share_bytes(teacher.parameters(), shards=shards)
+    saved = saved_by_codes(student, shards=shards) if run.strategy.gather == "codes" else 0
     sizes = {
-        "student's weights, forward": times * share * (shards - 1),
+        "student's weights, forward": times * (share - saved) * (shards - 1),
         "student's weights, backward": times * _backward_bytes(share * shards, again, shards=shards),
         "teacher's weights": times * frozen * (shards - 1),
         "gradients, shared out": times * gradients * (shards - 1),
         "gradients, between groups": times * 2 * gradients * (groups - 1) // groups,
     }
     return _parts(sizes)
+
+
+def saved_by_codes(student: nn.Module, *, shards: int) -> int:
+    """Bytes by which a share is shorter where codes stand for weights."""
+    layers = [layer for layer in quantized_layers(student).values() if sends_codes(layer)]
+    sizes = [(share_numel(layer.weight.shape, shards=shards), layer.profile.weight.bits) for layer in layers]
+    return sum(4 * numel - code_bytes(bits, numel) for numel, bits in sizes)
 
 
 def host_traffic(run: TrainingRun, student: nn.Module, *, teacher: nn.Module | None) -> int:

@@ -25,7 +25,7 @@ from tests.runs import WATCHED, copy_until, load_checkpoint, packed_bytes, read_
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
-TWO = ("devices=2", "strategy=fsdp", *WATCHED)
+TWO = ("devices=2", "strategy=fsdp", "strategy.gather=codes", *WATCHED)
 STEPS = 7
 OPTIONS = (
     f"steps={STEPS}",
@@ -41,14 +41,14 @@ OPTIONS = (
 """Two steps in each phase of Phi: its rank falls before the steps 2, 4 and 6."""
 AGAIN = "strategy.gradient_checkpointing=true"
 KEPT = ("strategy.reshard_after_forward=false", "strategy.prefetch=1")
-ON_HOST = "strategy.cpu_offload=true"
+ON_HOST = ("strategy.cpu_offload=true", "strategy.gather=codes")
 CASES = ("wan", "cogvideox")
 """Models that fsdp_program.py shards: tiny sizes of two diffusers classes; the runs above are of a third model."""
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same run on one process, and sharded over two that compute their blocks again."""
+    """The same run on one process, and sharded over two that compute their blocks again, and get codes the first time."""
     folder = tmp_path_factory.mktemp("fsdp")
     assert train(folder / "one", *OPTIONS) == DONE
     assert train(folder / "two", *OPTIONS, *TWO, AGAIN) == DONE
@@ -64,7 +64,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     cases = {
         # a teacher of two dtypes; the other cases share the quantizers of layers that read one input
         "wan": [*tiny_keys("wan", wan), *clips, "model.dtype=bfloat16", "method.share_activations=false", *KEPT],
-        "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true", ON_HOST],
+        "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true", *ON_HOST],
     }
     assert set(cases) == set(CASES)
     (run_dir / "cases.json").write_text(json.dumps(cases))

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qvgen.config.strategy_section import SHARDED_DEFAULTS, StrategyConfig
 from qvgen.errors import UserError
+from qvgen.quant.grid import Grid
+from qvgen.quantizers.weight_lsq import WeightLSQ
+from qvgen.training.distributed.codes_gather import code_bytes, from_bytes, gather_codes_, to_bytes
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.planning.memory import gathered_bytes
 from qvgen.training.planning.network import network_parts
@@ -84,12 +88,53 @@ def test_the_plan_has_memory_for_what_is_kept() -> None:
         (4, "fsdp", "reshard_after_forward=3", r"=3 is no group .* the 4 .* write one of 2, or"),
         (2, "fsdp", "reshard_after_forward=2", r"=2 is no group .* the 2 .* write true or false"),
         (2, "fsdp", "reshard_after_forward=some", r"=some is not true or false or a whole number"),
+        (2, "ddp", "gather=codes", r"strategy\.gather=codes is of strategies that share"),
+        (2, "fsdp", "gather=code", r"strategy\.gather=code is unknown.* \(there are: weights, codes\)"),
         (2, "fsdp", "prefetch=0", r"strategy\.prefetch=0 must be greater than 0"),
     ],
 )
 def test_what_no_run_can_have_is_refused(devices: int, strategy: str, key: str, message: str) -> None:
     with pytest.raises((UserError, ValueError), match=message):
         train_config(f"devices={devices}", f"strategy={strategy}", f"strategy.{key}")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("zero_point", ["integer", "real", "none"])
+def test_what_is_made_of_codes_has_these_codes(bits: int, granularity: str, zero_point: str) -> None:
+    """Also beyond the grid's ends, in rows of zeros, and of scales from the smallest to large ones."""
+    grid = Grid(
+        bits=bits, granularity=granularity, zero_point=zero_point, group_size=5 if granularity == "per_group" else None
+    )
+    quantizer = WeightLSQ(out_features=7, in_features=15, grid=grid)
+    generator = torch.Generator().manual_seed(bits)
+    with torch.no_grad():
+        quantizer.scale.copy_(10 ** torch.linspace(-9, 3, quantizer.scale.numel()).reshape(quantizer.scale.shape))
+        if quantizer.zero_point is not None:
+            quantizer.zero_point.uniform_(-3.0, 2.0**bits + 3.0, generator=generator)
+    scale, zero_point_used = quantizer.qparams()
+    weight = scale.repeat_interleave(quantizer.columns, dim=1) * torch.randn(7, 15, generator=generator) * 2**bits
+    weight[3] = 0.0
+    options = {"scale": scale, "zero_point": zero_point_used, "grid": grid}
+    part = to_bytes(weight, **options)
+    assert part.numel() == code_bytes(bits, weight.numel())
+    made = from_bytes(part, **options, columns=15)
+    assert torch.equal(quantizer.codes(made), quantizer.codes(weight))
+    assert torch.equal(quantizer.fake_quantize(made), quantizer.fake_quantize(weight))
+
+
+def test_codes_are_refused_where_weights_must_be_kept_or_say_more() -> None:
+    two = ("devices=2", "strategy=fsdp", "strategy.gather=codes")
+    with pytest.raises(ValueError, match=r"codes and strategy\.reshard_after_forward=false: what is kept"):
+        train_config(*two, "strategy.reshard_after_forward=false")
+    with pytest.raises(UserError, match=r"strategy\.gather=codes is for methods that train quantized layers"):
+        train_config(*two, "method=pretrain")
+    with pytest.raises(UserError, match=r"codes and no layer whose weight is what its codes say: adapters"):
+        gather_codes_(torch.nn.Linear(2, 2), [])
+    run = training_run(train_config(*two, "bits=4"))
+    student = planned_student(train_config(*two, "bits=4"))[0]
+    parts = {part.name: part.nbytes for part in network_parts(run, student, teacher=None)}
+    assert parts["student's weights, forward"] < 0.3 * parts["student's weights, backward"]
 
 
 def test_a_run_of_an_earlier_version_gathers_as_it_did() -> None:
