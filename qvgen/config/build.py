@@ -44,7 +44,12 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
             values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}
             if isinstance(values.get("strategy"), dict):
-                values["strategy"] = {"shard_size": None, **SHARDED_DEFAULTS, **values["strategy"]}
+                values["strategy"] = {
+                    "shard_size": None,
+                    "context_parallel": 1,
+                    **SHARDED_DEFAULTS,
+                    **values["strategy"],
+                }
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
     elif verb == "benchmark":

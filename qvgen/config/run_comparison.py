@@ -20,7 +20,15 @@ FREE_KEYS = (
 """Keys (with all below them) that may differ when a run is continued: they change no number that it computes, or they are
 places of things whose content is compared (:mod:`qvgen.run_identity`)."""
 
-WORLD_KEYS = ("devices", "num_nodes", "strategy.name", "strategy.shard_size", "strategy.cpu_offload", "names.strategy")
+WORLD_KEYS = (
+    "devices",
+    "num_nodes",
+    "strategy.name",
+    "strategy.shard_size",
+    "strategy.cpu_offload",
+    "strategy.context_parallel",
+    "names.strategy",
+)
 """Keys of the processes that share a run out, which may be others when it is continued, and which its record names then: the
 state that it goes on from is the same bit for bit, later sums are added in another order."""
 
@@ -39,7 +47,7 @@ def check_content(
         return False, (), {}
     found = list(_differences(read_config(path), plain))
     world = {key: values for key, values, is_new in found if key in WORLD_KEYS and not is_new}
-    if "devices" in world or "num_nodes" in world:
+    if world.keys() & {"devices", "num_nodes", "strategy.context_parallel"}:
         world |= {key: values for key, values, is_new in found if key in FOLLOWING_KEYS and not is_new}
     further = [(key, values, is_new) for key, values, is_new in found if key not in world]
     refused = [(key, values) for key, values, is_new in further if not (force and is_new)]

@@ -151,7 +151,9 @@ def _fit(
         share_out=None if models is None else models.share_out_,
     )
     accumulate = steps.batch.num_micro_batches
-    data = MeasuredData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
+    data = MeasuredData(
+        split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed, context=steps.batch.context
+    )
     if run.strategy.gradient_checkpointing:
         how = block_checkpoint(keep_attention=run.strategy.keep_attention)
         student.enable_gradient_checkpointing(how)  # type: ignore[operator] # every diffusers transformer has it
