@@ -34,9 +34,9 @@ class StrategyConfig:
             teacher, in the host's memory, where the optimizer step is computed.
         gather: What ``fsdp`` and ``hsdp`` send of quantized layers for a forward pass: ``weights``, 4 bytes of each, or
             ``codes``, half a byte (up to 4 bits) or one, from which the same values are made; the backward pass gets weights.
-        context_parallel: Processes that share one sample's tokens out (Ulysses), for videos too long for one device: each keeps
-            and computes its part of the activations, and heads of attention change places. A divisor of the processes, of
-            the attention heads and of the tokens. Wan's transformers have it.
+        context_parallel: Processes that share one sample's tokens out (Ulysses), for videos too long for one device: each has
+            its part of the activations, and heads of attention change places. A divisor of the processes, of the attention
+            heads and of the tokens. Wan's transformers have it.
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
         keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
@@ -85,8 +85,8 @@ class StrategyConfig:
         for key in ("compile", "keep_attention"):
             if self.context_parallel > 1 and getattr(self, key):
                 raise ValueError(
-                    f"strategy.context_parallel={self.context_parallel} and strategy.{key}=true: diffusers' shared attention is "
-                    "no operator that it knows; leave one of them out"
+                    f"strategy.context_parallel={self.context_parallel} and strategy.{key}=true: attention over a shared "
+                    "sequence is no operator that it knows; leave one of them out"
                 )
         if self.compile and self.gradient_checkpointing and self.keep_attention:
             raise ValueError(
@@ -113,7 +113,8 @@ class StrategyConfig:
         Example:
             >>> def shards(name, size, **world):
             ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
-            ...         teacher_offload=False, compile=False, threads=1, context_parallel=1, **SHARDED_DEFAULTS).shards(**world)
+            ...         teacher_offload=False, compile=False, threads=1, context_parallel=1,
+            ...         **SHARDED_DEFAULTS).shards(**world)
             >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
             [1, 32, 8, 2]
         """

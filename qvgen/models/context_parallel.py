@@ -47,8 +47,8 @@ def check_context(
     given = f"strategy.context_parallel={processes} and model={name}"
     if class_name not in CONTEXT_CLASSES:
         raise UserError(
-            f"{given}: a {class_name} can't share its sequence out; models of {', '.join(CONTEXT_CLASSES)} can (wan, "
-            "wan-14b, wan2.2-ti2v, wan2.2-a14b, small); leave it out"
+            f"{given}: a {class_name} can't share its sequence out; models of {', '.join(CONTEXT_CLASSES)} (wan, wan-14b, "
+            "wan2.2-ti2v, wan2.2-a14b, small, tiny) can; leave it out"
         )
     heads = int(config["num_attention_heads"])
     if heads % processes:

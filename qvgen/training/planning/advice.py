@@ -95,7 +95,7 @@ def _checkpointed(step: _Step) -> list[_Step]:
 
 
 def _accumulated(run: TrainingRun, step: _Step) -> list[_Step]:
-    share = run.steps.batch.size // run.devices
+    share = run.steps.batch.size // run.steps.batch.groups
     sizes = [size for size in range(step.settings.micro_batch - 1, 0, -1) if share % size == 0]
     return [
         replace(
@@ -154,15 +154,20 @@ def _sharded(run: TrainingRun, step: _Step) -> list[_Step]:
         return []
     fewest = step.shards + 1 if step.shards > 1 else max(2, run.devices)
     others = [override for override in step.overrides if not override.startswith("accumulate=")]
-    micro_batch, size = step.settings.micro_batch, run.steps.batch.size
+    micro_batch, size, context = step.settings.micro_batch, run.steps.batch.size, run.steps.batch.context
     return [
         replace(
             step,
-            overrides=(*others, f"devices={count}", "strategy=fsdp", f"accumulate={size // (count * micro_batch)}"),
+            overrides=(
+                *others,
+                f"devices={count}",
+                "strategy=fsdp",
+                f"accumulate={size * context // (count * micro_batch)}",
+            ),
             shards=count,
         )
         for count in SHARDED_DEVICES
-        if count >= fewest and size % (count * micro_batch) == 0
+        if count >= fewest and count % context == 0 and size * context % (count * micro_batch) == 0
     ]
 
 

@@ -165,11 +165,13 @@ def weight_parts(
     return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
 
 
-def activation_parts(count: StepCount) -> list[MemoryPart]:
-    """What a micro-batch adds, at the moment when it is most."""
+def activation_parts(count: StepCount, *, context: int = 1) -> list[MemoryPart]:
+    """What a micro-batch adds, at the moment when it is most, to each of the processes that share its tokens out."""
+    share = "" if context == 1 else f", 1/{context}"
+    kept, peak = (-(-nbytes // context) for nbytes in (count.kept_bytes, count.peak_bytes))
     return [
-        MemoryPart(name="activations: kept for the backward pass", nbytes=count.kept_bytes),
-        MemoryPart(name="activations: more at the peak", nbytes=count.peak_bytes - count.kept_bytes),
+        MemoryPart(name=f"activations: kept for the backward pass{share}", nbytes=kept),
+        MemoryPart(name=f"activations: more at the peak{share}", nbytes=peak - kept),
     ]
 
 
@@ -227,7 +229,8 @@ class MemoryCounter:
 
     def total(self, settings: StepSettings, *, shards: int, stored: StoredState | None = None) -> int:
         """Bytes of everything."""
-        return self.weight_bytes(settings, shards=shards, stored=stored) + self.count(settings).peak_bytes
+        activations = activation_parts(self.count(settings), context=self.run.strategy.context_parallel)
+        return self.weight_bytes(settings, shards=shards, stored=stored) + total_bytes(activations)
 
     def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
         """What all processes of a node together keep on its host while they train."""

@@ -116,8 +116,11 @@ def _parameters(plan: TrainingPlan) -> list[str]:
 
 def _schedule(plan: TrainingPlan) -> list[str]:
     schedule = plan.schedule
+    groups = f"{schedule.devices} devices"
+    if schedule.context > 1:
+        groups = f"{schedule.devices // schedule.context} groups of {schedule.context} devices that share tokens out"
     lines = [
-        f"steps: {schedule.steps} of {schedule.batch_size} samples = {schedule.devices} devices x "
+        f"steps: {schedule.steps} of {schedule.batch_size} samples = {groups} x "
         f"{schedule.micro_batches} micro-batches x {schedule.micro_batch}; {schedule.recipe}"
     ]
     if plan.num_clips:

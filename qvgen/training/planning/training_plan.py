@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from qvgen.training.loss import freeze_the_rest_
 from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
@@ -31,18 +29,8 @@ from qvgen.training.planning.memory import (
 )
 from qvgen.training.planning.network import host_traffic, network_parts
 from qvgen.training.planning.operation_counter import StepCount
+from qvgen.training.planning.optimizer_group import ParameterGroup, planned_groups
 from qvgen.training.training_run import TrainingRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterGroup:
-    """One group of the optimizer."""
-
-    name: str
-    tensors: int
-    parameters: int
-    learning_rate: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +41,7 @@ class Schedule:
         steps: Optimizer steps.
         batch_size: Samples per step, over all devices.
         devices: Processes.
+        context: Of these, how many share a sample's tokens out.
         nodes: Machines that they are on.
         micro_batches: Of each process per step.
         micro_batch: Samples that a process works on at once.
@@ -64,6 +53,7 @@ class Schedule:
     steps: int
     batch_size: int
     devices: int
+    context: int
     nodes: int
     micro_batches: int
     micro_batch: int
@@ -194,7 +184,7 @@ def plan_training(
     settings = step_settings(run, device)
     counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
     count = counter.count(settings)
-    memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
+    memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count, context=schedule.context)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host, teacher = counter.host_parts(settings), counter.teacher(settings.teacher_dtype)
     fits = total_bytes(memory) <= device.usable_bytes
@@ -202,7 +192,7 @@ def plan_training(
     return TrainingPlan(
         quantized=collapse(prepared, swapped.quantized),
         skipped=collapse(prepared, swapped.skipped),
-        parameters=_parameters(run, prepared),
+        parameters=planned_groups(run, prepared),
         schedule=schedule,
         shards=run.shards,
         precision=_precision(run, device),
@@ -261,21 +251,8 @@ def _precision(run: TrainingRun, device: Device) -> str:
 
 
 def _time(schedule: Schedule, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
-    micro_batches = schedule.steps * schedule.micro_batches
+    micro_batches = schedule.steps * schedule.micro_batches / schedule.context
     return estimate_time(device, count, num_micro_batches=micro_batches, teacher_dtype=settings.teacher_dtype)
-
-
-def _parameters(run: TrainingRun, student: nn.Module) -> list[ParameterGroup]:
-    return [
-        ParameterGroup(
-            name=group["name"],
-            tensors=len(group["params"]),
-            parameters=sum(parameter.numel() for parameter in group["params"]),
-            learning_rate=group["lr"],
-            weight_decay=group["weight_decay"],
-        )
-        for group in run.design.method.parameter_groups(student, run.steps.optim)
-    ]
 
 
 def _schedule(run: TrainingRun) -> Schedule:
@@ -291,6 +268,7 @@ def _schedule(run: TrainingRun) -> Schedule:
         steps=num_steps,
         batch_size=batch.size,
         devices=batch.devices,
+        context=batch.context,
         nodes=run.num_nodes,
         micro_batches=batch.num_micro_batches,
         micro_batch=batch.micro_batch_size,
