@@ -16,11 +16,12 @@ that, it offers Ulysses alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.errors import UserError
@@ -61,12 +62,12 @@ def check_context(
                 f"{given}: latents of {' x '.join(map(str, sides))} are {tokens} tokens, which {processes} does not divide; "
                 f"write {_divisors(math.gcd(tokens, heads))}, or train on clips of another size"
             )
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     backend, _ = _AttentionBackendRegistry.get_active_backend()
-    if not _AttentionBackendRegistry._is_context_parallel_available(backend):
+    if backend != AttentionBackendName.NATIVE:
         raise UserError(
-            f"{given}: diffusers' attention backend {backend.value} can't; write DIFFUSERS_ATTN_BACKEND=native"
+            f"{given}: diffusers' attention backend is {backend.value}; write DIFFUSERS_ATTN_BACKEND=native"
         )
 
 
@@ -98,13 +99,17 @@ class SharedSequence:
         )
         self._config.setup(distributed.get_rank(), world, device, mesh=mesh)
         self._models: list[Any] = list(models)
+        self._attention: Any = None
         self._is_on = False
 
     def apply_(self) -> None:
         """Share sequences out from the next call on; until :meth:`remove_`, also in calls of a backward pass."""
         from diffusers.hooks.context_parallel import apply_context_parallel
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
         if not self._is_on:
+            self._attention = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+            _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = partial(_of_one_type, self._attention)
             for model in self._models:
                 self._tell(model, self._config)
                 apply_context_parallel(model, self._config.context_parallel_config, _plan(model))
@@ -113,8 +118,10 @@ class SharedSequence:
     def remove_(self) -> None:
         """Leave the models as they were."""
         from diffusers.hooks.context_parallel import remove_context_parallel
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
         if self._is_on:
+            _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE] = self._attention
             for model in self._models:
                 remove_context_parallel(model, _plan(model))
                 self._tell(model, None)
@@ -126,6 +133,17 @@ class SharedSequence:
             processor = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = config
+
+
+def _of_one_type(attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attention of inputs in autocast's type, to which it would cast them itself: its backward pass has no autocast.
+
+    On a GPU queries and keys come in float32 from their norm, and values in bfloat16 from their Linear.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return attention(query=query, key=key, value=value, **options)
 
 
 def _plan(model: Any) -> dict[str, Any]:

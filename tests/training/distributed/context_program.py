@@ -19,9 +19,12 @@ from qvgen.verbs._parts import training_output, training_run
 from tests.parts import prepared
 from tests.runs import shallow, train_config
 
+HALF = "trainer.precision=bf16-mixed"
 CASES = {
     "one": (),
     "ddp": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", "strategy.gradient_checkpointing=true"),
+    "one-half": (HALF,),
+    "ddp-half": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", HALF),
     "fsdp": ("devices=4", "strategy=fsdp", "strategy.context_parallel=2", "strategy.gather=codes"),
 }
 
@@ -33,6 +36,12 @@ def train(folder: Path, case: str, *, rank: int, port: int) -> None:
     holds_models = rank == 0 or not run.is_sharded
     student = prepared(config)[0] if holds_models else None
     teacher = config.model.load_teacher() if holds_models else None
+    if (
+        HALF in CASES[case] and student is not None
+    ):  # as CUDA's autocast has it: queries and keys in float32, values in half
+        for name, module in student.named_modules():
+            if name.endswith(("norm_q", "norm_k")):
+                module.register_forward_hook(lambda module, inputs, output: output.float())
     if case == "one":
         save_start(student, config.run_dir)
     processes = Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards)

@@ -21,11 +21,10 @@ from qvgen.verbs._parts import training_run
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import planned
 from tests.runs import load_state, read_metrics, train_config
-from tests.training.distributed.context_program import CASES
 from tests.verbs.test_hub_models import tiny_keys
 
 STEPS = 3
-SHARED = sorted(CASES.keys() - {"one"})
+SHARED = ("ddp", "fsdp")
 TWO = ("devices=2", "strategy=ddp", "strategy.context_parallel=2")
 
 
@@ -57,6 +56,14 @@ def test_weights_are_those_of_one_process(runs: Path, case: str) -> None:
         assert one.keys() == shared.keys()
         for name, value in one.items():
             torch.testing.assert_close(shared[name], value, rtol=0, atol=5e-6, msg=f"{name}, step {step}")
+
+
+def test_autocast_trains_what_it_does_in_one_process(runs: Path) -> None:
+    """At its first step: a bfloat16 gradient that is added in parts moves codes of the steps that follow."""
+    one, shared = (read_metrics(runs / f"{name}-half") for name in ("one", "ddp"))
+    assert len(shared) == STEPS
+    assert float(shared[0]["train/loss"]) == pytest.approx(float(one[0]["train/loss"]), rel=1e-3)
+    assert float(shared[0]["train/gradient_norm"]) == pytest.approx(float(one[0]["train/gradient_norm"]), rel=2e-2)
 
 
 def test_models_and_sizes_that_cannot_are_refused(tmp_path: Path) -> None:
