@@ -22,11 +22,13 @@ from tests.runs import shallow, train_config
 HALF = "trainer.precision=bf16-mixed"
 CASES = {
     "one": (),
-    "ddp": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", "strategy.gradient_checkpointing=true"),
+    "fsdp": (
+        "devices=4", "strategy=fsdp", "strategy.context_parallel=2", "strategy.gather=codes",
+        "strategy.gradient_checkpointing=true",
+    ),
     "one-half": (HALF,),
     "ddp-half": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", HALF),
-    "fsdp": ("devices=4", "strategy=fsdp", "strategy.context_parallel=2", "strategy.gather=codes"),
-}
+}  # fmt: skip
 
 
 def train(folder: Path, case: str, *, rank: int, port: int) -> None:

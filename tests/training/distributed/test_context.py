@@ -1,8 +1,8 @@
 """Processes that share the tokens of each sample out, against one process with all of them.
 
-context_program.py trains Wan's class: two processes with one sample (ddp), and two groups of two (fsdp, codes gathered). Both
-compute every token as one process does. What differs is the order in which gradients of tokens are added, in float32: at most
-2e-6 of a loss and 2e-5 of a norm were allowed for, and 1e-9 and 2e-7 were seen.
+context_program.py trains a model of Wan's class: two groups of two processes (fsdp, codes gathered) in float32, and two
+processes with one sample (ddp) under autocast. They compute every token as one process does. What differs is the order in
+which gradients of tokens are added: in float32 at most 2e-6 of a loss, 2e-5 of a norm and 5e-6 of a weight are allowed for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tests.runs import load_state, read_metrics, train_config
 from tests.verbs.test_hub_models import tiny_keys
 
 STEPS = 3
-SHARED = ("ddp", "fsdp")
 TWO = ("devices=2", "strategy=ddp", "strategy.context_parallel=2")
 
 
@@ -38,9 +37,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", SHARED)
-def test_losses_and_norms_are_those_of_one_process(runs: Path, case: str) -> None:
-    one, shared = (read_metrics(runs / name) for name in ("one", case))
+def test_losses_and_norms_are_those_of_one_process(runs: Path) -> None:
+    one, shared = (read_metrics(runs / name) for name in ("one", "fsdp"))
     assert len(shared) == STEPS
     for row, wanted in zip(shared, one, strict=True):
         assert row["phi/rank"] == wanted["phi/rank"]
@@ -49,10 +47,9 @@ def test_losses_and_norms_are_those_of_one_process(runs: Path, case: str) -> Non
             assert float(row[name]) == pytest.approx(float(wanted[name]), rel=2e-5), name
 
 
-@pytest.mark.parametrize("case", SHARED)
-def test_weights_are_those_of_one_process(runs: Path, case: str) -> None:
+def test_weights_are_those_of_one_process(runs: Path) -> None:
     for step in range(1, STEPS + 1):
-        one, shared = (load_state(runs / name / "checkpoints" / f"step-{step:08d}.ckpt") for name in ("one", case))
+        one, shared = (load_state(runs / name / "checkpoints" / f"step-{step:08d}.ckpt") for name in ("one", "fsdp"))
         assert one.keys() == shared.keys()
         for name, value in one.items():
             torch.testing.assert_close(shared[name], value, rtol=0, atol=5e-6, msg=f"{name}, step {step}")
