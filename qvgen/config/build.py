@@ -23,6 +23,7 @@ from qvgen.config.run_exports import build_exports
 from qvgen.config.runtime_check import check_runtime
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.schemas import SCHEMAS, VerbConfig
+from qvgen.config.strategy_section import SHARDED_DEFAULTS
 from qvgen.config.trainer_options import check_options
 from qvgen.config.typed import from_plain
 from qvgen.config.verb_schema import BenchmarkConfig, PrecomputeConfig
@@ -44,7 +45,12 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
             values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}
             if isinstance(values.get("strategy"), dict):
-                values["strategy"] = {"shard_size": None, **values["strategy"]}
+                values["strategy"] = {
+                    "shard_size": None,
+                    "context_parallel": 1,
+                    **SHARDED_DEFAULTS,
+                    **values["strategy"],
+                }
     elif verb == "fold":
         values["run"] = check("train", read_config(Path(str(values.get("run_dir")))))
     elif verb == "benchmark":

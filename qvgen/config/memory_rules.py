@@ -54,6 +54,7 @@ def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: E
         "optim.masters=bfloat16": optim.masters != "float32",
         "optim.gradients=bfloat16": optim.gradients != "float32",
         "strategy.teacher_offload=true": strategy.teacher_offload,
+        "strategy.gather=codes": strategy.gather == "codes",
         f"ema.decay={ema.decay}": ema.decay is not None,
     }
     for option, is_given in given.items():

@@ -47,14 +47,15 @@ def _chosen(group: str, *, _root_: DictConfig) -> str | None:
     return str(target).rpartition(".")[2]
 
 
-def _micro_batches(batch_size: Any, devices: Any, nodes: Any, size: Any) -> int:
+def _micro_batches(batch_size: Any, devices: Any, nodes: Any, size: Any, context: Any = 1) -> int:
     """Micro-batches of a device per optimizer step; 1 where nothing says how large they may be, or they don't divide."""
     if size is None:
         return 1
     if not isinstance(devices, int):  # shown as it is written (--cfg job --resolve); a run has settled it before
         batch = Batch(size=int(batch_size), parts=int(nodes))
         devices = choose_devices(devices, batch=lambda: batch, alone=lambda: None).number
-    return max(1, int(batch_size) // (int(devices) * int(nodes) * int(size)))
+    groups = max(1, int(devices) * int(nodes) // int(context))  # with samples of their own
+    return max(1, int(batch_size) // (groups * int(size)))
 
 
 def _chosen_targets() -> list[str] | None:

@@ -24,7 +24,7 @@ def check_content(
     free = frozenset(key for key, mark in marks.items() if mark is MayDiffer.FREE)
     found = list(_differences(read_config(path), plain, free=free))
     world = {key: values for key, values, is_new in found if marks.get(key) is MayDiffer.WORLD and not is_new}
-    if "devices" in world or "num_nodes" in world:
+    if world.keys() & {"devices", "num_nodes", "strategy.context_parallel"}:
         following = (entry for entry in found if marks.get(entry[0]) is MayDiffer.FOLLOWING)
         world |= {key: values for key, values, is_new in following if not is_new}
     further = [(key, values, is_new) for key, values, is_new in found if key not in world]

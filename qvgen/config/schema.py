@@ -147,10 +147,19 @@ class TrainConfig:
         check_memory_options(
             optim=self.optim, strategy=self.strategy, ema=self.ema, trains=getattr(self.method, "trains", None)
         )
-        parts = self.world_size * self.accumulate
+        context = self.strategy.context_parallel
+        require(
+            self.world_size % context == 0,
+            f"strategy.context_parallel={context} does not divide the {self.world_size} processes of {self._world}; write "
+            f"for example devices={context}",
+        )
+        parts, shared = (
+            self.world_size // context * self.accumulate,
+            "" if context == 1 else f" / context_parallel={context}",
+        )
         require(
             self.batch_size % parts == 0,
-            f"batch_size={self.batch_size} cannot be divided by {self._world} x accumulate={self.accumulate}; "
+            f"batch_size={self.batch_size} cannot be divided by {self._world}{shared} x accumulate={self.accumulate}; "
             f"write for example batch_size={max(1, round(self.batch_size / parts)) * parts}",
         )
 

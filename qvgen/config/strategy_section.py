@@ -12,6 +12,10 @@ STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """The strategies that ``auto`` can stand for."""
 
 
+SHARDED_DEFAULTS = {"reshard_after_forward": True, "prefetch": None, "cpu_offload": False, "gather": "weights"}
+"""Keys that say how shared parameters are gathered, which other strategies refuse, and what stands there by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """How processes share the work, and what they give for memory.
@@ -22,6 +26,18 @@ class StrategyConfig:
             everything) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
+        reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
+            and the block is gathered again; false: all of it, one gathering less for the memory of the whole
+            student; a number: a share of groups of so many processes, gathered again inside of them.
+        prefetch: How many blocks ``fsdp`` and ``hsdp`` gather ahead of the one that computes, in both passes, each in memory
+            of its own; null: as FSDP2 does by itself, one ahead in the backward pass.
+        cpu_offload: With ``fsdp`` and ``hsdp``, keep every process's share of weights, gradients and moments, and of the
+            teacher, in the host's memory, where the optimizer step is computed.
+        gather: What ``fsdp`` and ``hsdp`` send of quantized layers for a forward pass: ``weights``, 4 bytes of each, or
+            ``codes``, half a byte (up to 4 bits) or one, from which the same values are made; the backward pass gets weights.
+        context_parallel: Processes that share one sample's tokens out (Ulysses), for videos too long for one device: each has
+            its part of the activations, and heads of attention change places. A divisor of the processes, of the attention
+            heads and of the tokens. Wan's transformers have it.
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again in the backward pass: the same bits
             for about a third more time.
         keep_attention: With gradient checkpointing, keep the outputs of attention too, so that it is computed once: the same
@@ -37,6 +53,11 @@ class StrategyConfig:
 
     name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp"], MayDiffer.WORLD]
     shard_size: Annotated[int | None, Range("> 0"), MayDiffer.WORLD]
+    reshard_after_forward: Annotated[bool | int, MayDiffer.FREE]
+    prefetch: Annotated[int | None, Range("> 0"), MayDiffer.FREE]
+    cpu_offload: Annotated[bool, MayDiffer.WORLD]
+    gather: Annotated[Literal["weights", "codes"], MayDiffer.FREE]
+    context_parallel: Annotated[int, Range("> 0"), MayDiffer.WORLD]
     gradient_checkpointing: bool
     keep_attention: bool
     teacher_offload: bool
@@ -50,6 +71,24 @@ class StrategyConfig:
                 f"strategy.shard_size={self.shard_size} is of strategy=hsdp, and strategy={self.name}; leave it out, or "
                 "write strategy=hsdp"
             )
+        for key, default in SHARDED_DEFAULTS.items():
+            value = getattr(self, key)
+            if not self.is_sharded and (type(value), value) != (type(default), default):  # 1 == True
+                raise ValueError(
+                    f"strategy.{key}={_written(value)} is of strategies that share a model out, fsdp and hsdp, and "
+                    f"strategy={self.name}; leave it out, or write strategy=fsdp"
+                )
+        if self.gather == "codes" and self.reshard_after_forward is not True:
+            raise ValueError(
+                f"strategy.gather=codes and strategy.reshard_after_forward={_written(self.reshard_after_forward)}: what is "
+                "kept of a forward pass are codes, and the backward pass needs weights; leave one of them out"
+            )
+        for key in ("compile", "keep_attention"):
+            if self.context_parallel > 1 and getattr(self, key):
+                raise ValueError(
+                    f"strategy.context_parallel={self.context_parallel} and strategy.{key}=true: attention over a shared "
+                    "sequence is no operator that it knows; leave one of them out"
+                )
         if self.compile and self.gradient_checkpointing and self.keep_attention:
             raise ValueError(
                 "strategy.keep_attention=true looks at operators one by one, and strategy.compile=true makes one of a block; "
@@ -69,15 +108,32 @@ class StrategyConfig:
             nodes: Machines.
 
         Raises:
-            ValueError: ``hsdp`` and no group of that size; the message says what to write.
+            ValueError: ``hsdp`` and no group of that size, or no such group for ``reshard_after_forward``; the message says
+                what to write.
 
         Example:
             >>> def shards(name, size, **world):
             ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
-            ...         teacher_offload=False, compile=False, threads=1).shards(**world)
+            ...         teacher_offload=False, compile=False, threads=1, context_parallel=1,
+            ...         **SHARDED_DEFAULTS).shards(**world)
             >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
             [1, 32, 8, 2]
         """
+        size = self._group_size(devices=devices, nodes=nodes)
+        group = self.reshard_after_forward
+        if isinstance(group, bool):
+            return size
+        if not 1 < group < size or size % group:
+            sizes = [str(number) for number in range(2, size) if size % number == 0]
+            fitting = f"write one of {', '.join(sizes)}, or true or false" if sizes else "write true or false"
+            raise ValueError(
+                f"strategy.reshard_after_forward={group} is no group of processes that divides the {size} which share the "
+                f"model out; {fitting}"
+            )
+        return size
+
+    def _group_size(self, *, devices: int, nodes: int) -> int:
+        """See :meth:`shards`."""
         world = devices * nodes
         if self.name != "hsdp":
             return world if self.is_sharded else 1
@@ -98,6 +154,11 @@ class StrategyConfig:
                 f"divides all {world} processes; write {_good_size(devices, world)}"
             )
         return size
+
+
+def _written(value: object) -> str:
+    """A value as a command has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _good_size(devices: int, world: int) -> str:

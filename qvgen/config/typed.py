@@ -62,8 +62,13 @@ def _convert(hint: Any, value: Any, *, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(inner, value, key=key)
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if len(inner) == 1:
+            return _convert(inner[0], value, key=key)
+        if type(value) in inner:  # True is an int, too
+            return value
+        names = " or ".join(_NAMES[kind] for kind in inner)
+        raise UserError(f"{key}={'null' if value is None else value} is not {names}; give {names}")
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):  # 1 == True
             choices = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in arguments]

@@ -20,10 +20,12 @@ class StepKeyedData(lightning.LightningDataModule):
         batch_size: Samples per optimizer step, over all ranks and micro-batches.
         accumulate: Micro-batches per optimizer step.
         seed: Seed of the permutations.
+        context: Ranks that follow each other and have the same samples.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, accumulate: int, seed: int) -> None:
+    def __init__(self, split: Split, *, batch_size: int, accumulate: int, seed: int, context: int = 1) -> None:
         super().__init__()
+        self.context = context
         self.split = split
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
 
@@ -35,8 +37,8 @@ class StepKeyedData(lightning.LightningDataModule):
             buckets=self.split.buckets,
             batch_size=self.batch_size,
             accumulate=self.accumulate,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=trainer.global_rank // self.context,
+            world_size=trainer.world_size // self.context,
             seed=self.seed,
             first_step=lambda: trainer.global_step,
         )

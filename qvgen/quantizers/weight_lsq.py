@@ -60,10 +60,14 @@ class WeightLSQ(nn.Module):
     @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point as the grid uses them: positive; integer zero points rounded, and inside [0, qmax]."""
-        scale = round_scale(self.scale.detach().float().clamp(min=MIN_SCALE), self.grid)
-        if self.zero_point is None:
+        return self.usable(self.scale.detach(), None if self.zero_point is None else self.zero_point.detach())
+
+    def usable(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows of both Parameters as the grid uses them; see :meth:`qparams`."""
+        scale = round_scale(scale.float().clamp(min=MIN_SCALE), self.grid)
+        if zero_point is None:
             return scale, torch.zeros_like(scale)
-        return scale, usable_zero_point(self.zero_point.detach().float(), self.grid)
+        return scale, usable_zero_point(zero_point.float(), self.grid)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ class StepBatch:
     """The samples of an optimizer step.
 
     Attributes:
-        size: Samples per step, over all devices and micro-batches; a multiple of ``devices`` x ``accumulate``.
+        size: Samples per step, over all devices and micro-batches; a multiple of ``groups`` x ``accumulate``.
         accumulate: Micro-batches of each device per step that were asked for.
         devices: Processes.
+        context: Processes that share a sample's tokens out, and have the same samples; they divide ``devices``.
 
     Example:
         >>> StepBatch(size=8).num_micro_batches, StepBatch(size=8, devices=4).micro_batch_size
@@ -29,25 +30,33 @@ class StepBatch:
     size: int
     accumulate: int = 1
     devices: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.size, self.accumulate, self.devices) < 1 or self.size % (self.accumulate * self.devices):
+        if self.devices % self.context:
+            raise ValueError(f"groups of {self.context} do not divide {self.devices} devices")
+        if min(self.size, self.accumulate, self.devices) < 1 or self.size % (self.accumulate * self.groups):
             raise ValueError(
-                f"a batch of {self.size} can't be divided by {self.devices} devices x {self.accumulate} micro-batches; use a "
+                f"a batch of {self.size} can't be divided by {self.groups} devices x {self.accumulate} micro-batches; use a "
                 "multiple of their product"
             )
 
     @property
+    def groups(self) -> int:
+        """Processes, or groups of them, that have samples of their own."""
+        return self.devices // self.context
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches per step of each process: ``accumulate``, or more where :data:`STEP_PARTS` asks for it."""
-        if self.accumulate * self.devices < STEP_PARTS and self.size % STEP_PARTS == 0:
+        if self.accumulate * self.groups < STEP_PARTS and self.size % STEP_PARTS == 0:
             return STEP_PARTS
         return self.accumulate
 
     @property
     def micro_batch_size(self) -> int:
         """Samples that a process works on at once."""
-        return self.size // (self.num_micro_batches * self.devices)
+        return self.size // (self.num_micro_batches * self.groups)
 
 
 def count_micro_batches_(checkpoint: dict[str, Any], *, per_step: int) -> None:

@@ -20,6 +20,7 @@ from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.models.context_parallel import SharedSequence
 from qvgen.stop_request import Stopped
 from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
@@ -84,6 +85,8 @@ class VideoTraining(OptimizerModule):
         freeze_the_rest_(student, method=method, optim=self.optim)
         narrow_masters_(student, masters=self.optim.masters, gradients=self.optim.gradients)
         self._handles: list[RemovableHandle] = []
+        self._context = run.strategy.context_parallel
+        self._sequence: SharedSequence | None = None
         self._offloads_teacher = run.strategy.teacher_offload
         self._offloaded: OffloadedBlocks | None = None
         self.averaged: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
@@ -117,6 +120,8 @@ class VideoTraining(OptimizerModule):
         del stage
         while self._handles:
             self._handles.pop().remove()
+        if self._sequence is not None:
+            self._sequence.remove_()
         if self._offloaded is not None:
             self._offloaded.remove()
 
@@ -129,6 +134,9 @@ class VideoTraining(OptimizerModule):
     def on_train_start(self) -> None:
         """Have Lightning go back to a measurement that a stop has cut short."""
         self._last_step = self.global_step
+        if self._context > 1:
+            models = [self.student, *self._teacher]
+            self._sequence = SharedSequence(models, processes=self._context, device=self.device)
         self._measure_next(self.is_measured(self.global_step))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -209,9 +217,20 @@ class VideoTraining(OptimizerModule):
             switch.band.policy_bits = tuple(widths[int(torch.randint(2, (), generator=draw))] for draw in draws)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Loss of one micro-batch; one that is not finite stops the run before the step changes anything."""
+        """Loss of one micro-batch; one that is not finite stops the run before the step changes anything.
+
+        Where processes share a sequence out, each has a part of the gradient, and the mean of all processes is taken: the
+        loss counts as often as there are parts (:mod:`qvgen.training.distributed.context`).
+        """
         del batch_index
         self._draw_widths(batch, step=self.global_step)
+        if self._sequence is not None:
+            self._sequence.apply_()
         loss = self.loss(self.draw(batch, step=self.global_step))
         self.step_losses.append(loss.detach())
-        return loss
+        return loss * self._context if self._context > 1 else loss
+
+    def on_after_backward(self) -> None:
+        """Whoever calls the models between micro-batches, perhaps in one process alone, has them whole."""
+        if self._sequence is not None:
+            self._sequence.remove_()

@@ -5,6 +5,7 @@ All begin with the state that start_file.py wrote; a later session of the same r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -23,6 +24,7 @@ from qvgen.training.callbacks import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.pace import PaceCallback
 from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
@@ -96,7 +98,7 @@ def train_share(
     set_threads(run.strategy.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    processes = processes or Processes()
+    processes = replace(processes or Processes(), shares_on_host=run.strategy.cpu_offload)
     family, method, steps, run_dir = run.model.family, run.design.method, run.steps, output.run_dir
     schedule = run.design.schedule(steps.num_steps)
     if run.data is None:
@@ -106,8 +108,15 @@ def train_share(
     trained, shown = student, teacher
     if processes.sharded:
         has_teacher = uses_teacher(method, shows_videos=output.evaluation.video_every_steps is not None)
-        wholes = {"whole_student": student, "whole_teacher": teacher}
-        models = ShardedModels(family, run.design, has_teacher=has_teacher, **wholes, start=run_dir / START_FILE)
+        models = ShardedModels(
+            family,
+            run.design,
+            has_teacher=has_teacher,
+            whole_student=student,
+            whole_teacher=teacher,
+            start=run_dir / START_FILE,
+            how=Gathering.of(run.strategy),
+        )
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
@@ -146,7 +155,9 @@ def _fit(
         share_out=None if models is None else models.share_out_,
     )
     accumulate = steps.batch.num_micro_batches
-    data = MeasuredData(split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed)
+    data = MeasuredData(
+        split, batch_size=steps.batch.size, accumulate=accumulate, seed=steps.seed, context=steps.batch.context
+    )
     if run.strategy.gradient_checkpointing:
         how = block_checkpoint(keep_attention=run.strategy.keep_attention)
         student.enable_gradient_checkpointing(how)  # type: ignore[operator] # every diffusers transformer has it

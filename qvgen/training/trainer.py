@@ -57,6 +57,7 @@ class Processes:
         port: Where they find each other.
         shards: Over how many of them parameters, gradients and moments are shared out (FSDP2): groups of so many hold a
             whole each; 1: each process holds all.
+        shares_on_host: Whether shares lie in the host's memory, so that processes of GPUs talk about tensors there, too.
         launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
     """
 
@@ -64,6 +65,7 @@ class Processes:
     world_size: int = 1
     port: int = 0
     shards: int = 1
+    shares_on_host: bool = False
     launched: LaunchedWorld | None = None
 
     @property
@@ -143,7 +145,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         strategy = ShardedStrategy(
             data_parallel_size=processes.world_size,  # Lightning's "auto" is the number of machines: 1
             tensor_parallel_size=1,
-            process_group_backend=backend,
+            process_group_backend="cpu:gloo,cuda:nccl" if on_gpu and processes.shares_on_host else backend,
             timeout=COLLECTIVE_TIMEOUT,
         )
         strategy.cluster_environment = cluster  # no argument of it
@@ -216,6 +218,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
+        warnings.filterwarnings("ignore", message=".*_functional_collectives.* is deprecated.*")  # diffusers calls it
         # A prediction that is a view may not be changed in place: no family does, and the loss computes out of place.
         warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*")
         try:

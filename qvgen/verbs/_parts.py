@@ -47,7 +47,8 @@ def student_design(config: TrainConfig) -> StudentDesign:
 
 def step_batch(config: TrainConfig) -> StepBatch:
     """The samples of an optimizer step."""
-    return StepBatch(size=config.batch_size, accumulate=config.accumulate, devices=config.world_size)
+    context = config.strategy.context_parallel
+    return StepBatch(size=config.batch_size, accumulate=config.accumulate, devices=config.world_size, context=context)
 
 
 def training_steps(config: TrainConfig) -> TrainingSteps:

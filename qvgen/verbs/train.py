@@ -13,6 +13,7 @@ from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
+from qvgen.training.distributed.context import check_run_context
 from qvgen.training.loss import check_loss, freeze_the_rest_
 from qvgen.training.master_precision import check_masters
 from qvgen.training.meta_model import Prepared
@@ -50,6 +51,8 @@ def run(config: TrainConfig) -> int | None:
         _check_callbacks(config)
     config.data.check(config.model)
     check_loss(config.loss, method=config.method, name=config.names.method, family=config.model)
+    if config.strategy.context_parallel > 1:
+        check_run_context(training_run(config))
     if not config.method.quantizes:
         refuse_exports(config, why=f"method={config.names.method} quantizes nothing")
     if config.method.trains == "autoencoder":

@@ -61,7 +61,8 @@ def test_places_of_our_leaves_may_differ(group: str, name: str, free: set[str]) 
 def test_keys_of_the_world_and_of_the_run_itself() -> None:
     marks = marks_of({})
     world = {key for key, mark in marks.items() if mark is MayDiffer.WORLD}
-    assert world == {"devices", "num_nodes", "strategy.name", "strategy.shard_size"}
+    of_strategy = {f"strategy.{key}" for key in ("name", "shard_size", "cpu_offload", "context_parallel")}
+    assert world == {"devices", "num_nodes", *of_strategy}
     assert marks["accumulate"] is MayDiffer.FOLLOWING
     assert {"run_dir", "resume", "checkpoint", "trainer.profiler", "calibration.cache"} <= keys_with(MayDiffer.FREE, {})
     assert not {"seed", "steps", "bits", "trainer.precision", "strategy.threads", "optim"} & marks.keys()

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
 from qvgen.training.student_design import StudentDesign
@@ -39,6 +40,7 @@ class ShardedModels:
         whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
         start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
             stands in for it: where rank 0 does not find it, it sends what it has.
+        how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -54,22 +56,23 @@ class ShardedModels:
         whole_student: nn.Module | None,
         whole_teacher: nn.Module | None,
         start: Path,
+        how: Gathering | None = None,
     ) -> None:
-        self._start = start
+        self._start, self._how = start, how or Gathering()
         self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
         self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Give every process its shares, on its device; a collective."""
-        found = [self._start.is_file()]
+        """Give every process its shares, on its device or its host; a collective."""
+        found, how = [self._start.is_file()], self._how
         distributed.broadcast_object_list(found, src=0)
         file = self._start if found[0] else None
-        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, file=file)
+        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, file=file, how=how)
         if self._whole_student is not None:
             self._whole_student.to("meta")
         if self.teacher is not None:
-            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device)
+            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device, how=how.without_backward)
 
     def gather_(self) -> None:
         """Give rank 0's student the trained weights; a collective."""

@@ -6,9 +6,10 @@
                  |  is none, rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
     rank r     rows [r n/R, (r + 1) n/R) of each parameter [n, ...]; buffers whole
 
-A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left; gradients are
-averaged and shared out by unit, after every micro-batch (whole ones would not fit). Outside of both passes every parameter
-is a share, so whatever acts between optimizer steps sees shares alone (``reshard_after_forward`` is on for the root too).
+A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left
+(:mod:`qvgen.training.distributed.gathering` has other ways); gradients are averaged and shared out by unit, after every
+micro-batch (whole ones would not fit). Outside of both passes every parameter is a share, so whatever acts between optimizer
+steps sees shares alone (``reshard_after_forward`` is on for the root too).
 What is gathered has the parameters' own dtype: the quantizers' arithmetic needs the float32 masters, and a
 MixedPrecisionPolicy would hand them bfloat16.
 
@@ -16,7 +17,7 @@ With ``strategy=hsdp`` a group of processes shares the rows, and every group hol
 the group alone, and its gradients are averaged inside the group and then, share by share, over the groups. R is the size of
 a group then.
 
-Left out: offloading to the host, tensor parallelism.
+Left out: tensor parallelism.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.lowrank.sharded import shard_group, whole, write_whole_
+from qvgen.training.distributed.gathering import Gathering, gather_by_block_
 from qvgen.training.saved_tensor import SavedTensor
 
 
@@ -75,7 +76,13 @@ def by_node(nodes: Sequence[int]) -> list[int]:
 
 
 def share_out_(
-    model: nn.Module, *, source: nn.Module | None, mesh: DeviceMesh, device: torch.device, file: Path | None = None
+    model: nn.Module,
+    *,
+    source: nn.Module | None,
+    mesh: DeviceMesh,
+    device: torch.device,
+    file: Path | None = None,
+    how: Gathering | None = None,
 ) -> None:
     """Shard a model over a mesh and give it the tensors of another; a collective.
 
@@ -83,9 +90,10 @@ def share_out_(
         model: On the meta device; each process keeps its rows of every parameter, and all of every buffer.
         source: On rank 0, the model whose tensors it gets; None elsewhere.
         mesh: The processes.
-        device: Where this process's shares go.
+        device: Where this process computes, and its shares go unless ``how`` keeps them on the host.
         file: A safetensors file of the source's parameters that all processes see: each reads its rows there, and the source
             goes to the meta device before. None: rank 0 sends them, and the source stays.
+        how: How blocks are gathered; None: each when it is entered.
 
     Raises:
         ValueError: The model has no blocks.
@@ -95,13 +103,12 @@ def share_out_(
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no list of blocks to shard; use strategy=ddp")
     _take_dtypes_(model, source)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    how = how or Gathering()
+    gather_by_block_(model, blocks=blocks, mesh=mesh, how=how)
     buffers = {} if source is None else dict(source.named_buffers())
     if file is not None and source is not None:
         source.to("meta")
-    model.to_empty(device=device)
+    model.to_empty(device=torch.device("cpu") if how.on_host else device)
     if file is not None:
         _read_rows_(model, file)
     else:

@@ -67,18 +67,18 @@ def find_changes(
 
     start = _Step(overrides=(), settings=base, shards=run.shards, stored=counter.stored)
     axes = [_checkpointed(start), _accumulated(run, start), _teacher(run, start), _on_host(run, start)]
-    axes.append(_sharded(run, start))
+    axes += [_regathered(start), _sharded(run, start)]
     small = start
     for axis in (_checkpointed, lambda step: _accumulated(run, step), lambda step: _teacher(run, step)):
         small = (axis(small) or [small])[-1]
-    smallest = (_on_host(run, small) or [small])[-1]
+    smallest = [small, *_on_host(run, small), *_regathered(small)][-1]
     needed = int(total(smallest) / USABLE_SHARE)
     if counter.weight_bytes(smallest.settings, shards=smallest.shards, stored=smallest.stored) > usable_bytes:
         return first_fit(_sharded(run, start)) or first_fit(_sharded(run, small)), needed
     changes = [change for axis in axes for change in first_fit(axis)]
     if not changes:
         without_teacher = (_accumulated(run, (_checkpointed(start) or [start])[-1]) or [])[-1:]
-        together = [small, *_on_host(run, small)]
+        together = [small, *_on_host(run, small), *_regathered(small)]
         changes = first_fit(without_teacher) or first_fit([step for step in together if step.overrides])
         changes += first_fit(_sharded(run, small))
     cut_from = start if changes else smallest
@@ -95,7 +95,7 @@ def _checkpointed(step: _Step) -> list[_Step]:
 
 
 def _accumulated(run: TrainingRun, step: _Step) -> list[_Step]:
-    share = run.steps.batch.size // run.devices
+    share = run.steps.batch.size // run.steps.batch.groups
     sizes = [size for size in range(step.settings.micro_batch - 1, 0, -1) if share % size == 0]
     return [
         replace(
@@ -133,21 +133,41 @@ def _on_host(run: TrainingRun, step: _Step) -> list[_Step]:
     return found
 
 
+def _regathered(step: _Step) -> list[_Step]:
+    """Blocks that are gathered again for the backward pass, then all shares on the host: what it costs is time."""
+    if step.shards == 1:
+        return []
+    found, overrides, how = [], step.overrides, step.stored.gathering
+    if how.reshard_after_forward is not True:
+        how = replace(how, reshard_after_forward=True)
+        overrides = (*overrides, "strategy.reshard_after_forward=true")
+        found.append(replace(step, overrides=overrides, stored=replace(step.stored, gathering=how)))
+    if not how.on_host:
+        stored = replace(step.stored, gathering=replace(how, on_host=True), moments_on_host=True, average_on_host=True)
+        found.append(replace(step, overrides=(*overrides, "strategy.cpu_offload=true"), stored=stored))
+    return found
+
+
 def _sharded(run: TrainingRun, step: _Step) -> list[_Step]:
     """FSDP2 over ever more GPUs, with the same micro-batches; the CPU's processes share one memory anyway."""
     if not step.settings.autocast:
         return []
     fewest = step.shards + 1 if step.shards > 1 else max(2, run.devices)
     others = [override for override in step.overrides if not override.startswith("accumulate=")]
-    micro_batch, size = step.settings.micro_batch, run.steps.batch.size
+    micro_batch, size, context = step.settings.micro_batch, run.steps.batch.size, run.steps.batch.context
     return [
         replace(
             step,
-            overrides=(*others, f"devices={count}", "strategy=fsdp", f"accumulate={size // (count * micro_batch)}"),
+            overrides=(
+                *others,
+                f"devices={count}",
+                "strategy=fsdp",
+                f"accumulate={size * context // (count * micro_batch)}",
+            ),
             shards=count,
         )
         for count in SHARDED_DEVICES
-        if count >= fewest and size % (count * micro_batch) == 0
+        if count >= fewest and count % context == 0 and size * context % (count * micro_batch) == 0
     ]
 
 

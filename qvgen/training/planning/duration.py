@@ -34,14 +34,14 @@ class TimeEstimate:
 
 
 def estimate_time(
-    device: Device, count: StepCount, *, num_micro_batches: int, teacher_dtype: torch.dtype
+    device: Device, count: StepCount, *, num_micro_batches: float, teacher_dtype: torch.dtype
 ) -> TimeEstimate:
     """Operations over measured speed; the teacher's in its own dtype.
 
     Args:
         device: What trains.
         count: Operations of one micro-batch.
-        num_micro_batches: Micro-batches that each process goes through in the whole run.
+        num_micro_batches: Micro-batches that each process goes through in the whole run; shared ones count by their share.
         teacher_dtype: Of the teacher's weights.
     """
     efficiency = GPU_EFFICIENCY if device.on_gpu else CPU_EFFICIENCY

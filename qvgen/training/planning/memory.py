@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.meta_model import build_teacher
 from qvgen.training.planning.counted_step import StepSettings, count_step
@@ -103,16 +104,22 @@ def share_bytes(tensors: Iterable[Tensor], *, shards: int) -> int:
     return sized_bytes(tensors, lambda tensor: tensor.element_size(), shards=shards)
 
 
-def gathered_bytes(student: nn.Module) -> int:
+def gathered_bytes(student: nn.Module, how: Gathering | None = None) -> int:
     """Most bytes of whole parameters and gradients on a device at once, besides its shares; an estimate.
 
     From what torch 2.13's fully_shard does, not measured. In the backward pass of a block: its parameters, its gradients, the
-    buffer that they are shared out from, and the buffer into which the next block is gathered. What is in no block (the root
-    unit) is whole from the beginning of a pass to its end, parameters and gradients.
+    buffer that they are shared out from, and the buffer into which the next block is gathered (``prefetch`` of them). What is
+    in no block (the root unit) is whole from the beginning of a pass to its end, parameters and gradients. Blocks that are
+    kept for the backward pass are all whole when it begins, with the gradients of one and their buffer; of blocks that are
+    kept in g shares there is a share of each besides.
     """
+    how = how or Gathering()
     blocks = [tensor_bytes(block.parameters()) for block in blocks_of(student)]
     root = tensor_bytes(student.parameters()) - sum(blocks)
-    return 4 * max(blocks) + 2 * root
+    if how.reshard_after_forward is False:
+        return sum(blocks) + 2 * max(blocks) + 2 * root
+    kept = 0 if how.reshard_after_forward is True else (sum(blocks) + root) // how.reshard_after_forward
+    return kept + (3 + (how.prefetch or 1)) * max(blocks) + 2 * root
 
 
 def weight_parts(
@@ -133,31 +140,33 @@ def weight_parts(
         stored: Types and places; None: float32 throughout, all of it on the device.
     """
     stored = stored or StoredState()
-    share = "" if shards == 1 else f", 1/{shards}"
-    sizes = {
-        f"student: {stored.masters} masters{share}": stored.master_bytes(student, shards=shards),
-        f"student: gradients, {stored.gradients}{share}": stored.gradient_bytes(student, shards=shards),
-    }
+    share, on_host = "" if shards == 1 else f", 1/{shards}", stored.gathering.on_host
+    sizes = {}
+    if not on_host:
+        sizes[f"student: {stored.masters} masters{share}"] = stored.master_bytes(student, shards=shards)
+        sizes[f"student: gradients, {stored.gradients}{share}"] = stored.gradient_bytes(student, shards=shards)
     if not stored.moments_on_host:
         name = f"optimizer: two moments, {stored.moments_name}{share}"
         sizes[name] = stored.moment_bytes(student, shards=shards)
     if stored.has_average and not stored.average_on_host:
         sizes[f"average, float32{share}"] = stored.average_bytes(student, shards=shards)
-    if teacher is not None:
+    if teacher is not None and not on_host:
         what = f"blocks on the host, {BLOCKS_ON_DEVICE} of them here" if stored.teacher_on_host else "weights"
         name = f"teacher: {what}, {str(dtype).removeprefix('torch.')}{share}"
         sizes[name] = stored.teacher_bytes(teacher, shards=shards)
     sizes["student: buffers"] = tensor_bytes(student.buffers())
     if shards > 1:
-        sizes["gathered: a block, its gradients, buffers"] = gathered_bytes(student)
+        sizes[f"gathered: {stored.gathering}, gradients, buffers"] = gathered_bytes(student, stored.gathering)
     return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
 
 
-def activation_parts(count: StepCount) -> list[MemoryPart]:
-    """What a micro-batch adds, at the moment when it is most."""
+def activation_parts(count: StepCount, *, context: int = 1) -> list[MemoryPart]:
+    """What a micro-batch adds, at the moment when it is most, to each of the processes that share its tokens out."""
+    share = "" if context == 1 else f", 1/{context}"
+    kept, peak = (-(-nbytes // context) for nbytes in (count.kept_bytes, count.peak_bytes))
     return [
-        MemoryPart(name="activations: kept for the backward pass", nbytes=count.kept_bytes),
-        MemoryPart(name="activations: more at the peak", nbytes=count.peak_bytes - count.kept_bytes),
+        MemoryPart(name=f"activations: kept for the backward pass{share}", nbytes=kept),
+        MemoryPart(name=f"activations: more at the peak{share}", nbytes=peak - kept),
     ]
 
 
@@ -215,7 +224,8 @@ class MemoryCounter:
 
     def total(self, settings: StepSettings, *, shards: int, stored: StoredState | None = None) -> int:
         """Bytes of everything."""
-        return self.weight_bytes(settings, shards=shards, stored=stored) + self.count(settings).peak_bytes
+        activations = activation_parts(self.count(settings), context=self.run.strategy.context_parallel)
+        return self.weight_bytes(settings, shards=shards, stored=stored) + total_bytes(activations)
 
     def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
         """What all processes of a node together keep on its host while they train."""

@@ -5,6 +5,8 @@ gradients   4 or 2 bytes, the same way                                       the
 moments     8 bytes, or 2 and two scales per block of up to 256 (weights)    the device's or the host's, a share
 average     4 bytes, where there is one                                      the device's or the host's, a share
 teacher     in its dtype, where the method has one                           the device's, or three blocks of it; a share
+
+With ``strategy.cpu_offload`` the shares of all of them lie on the host.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import blocks_of, rows_of
 from qvgen.training.master_precision import trained_weights
 from qvgen.training.planning.live_bytes import tensor_bytes
@@ -36,6 +39,7 @@ class StoredState:
         teacher_on_host: Whether the teacher's blocks do.
         has_average: Whether an average is kept.
         average_on_host: Whether it lies on the host.
+        gathering: How shared models are gathered, and whether their shares lie on the host.
     """
 
     masters: str = "float32"
@@ -45,6 +49,7 @@ class StoredState:
     teacher_on_host: bool = False
     has_average: bool = False
     average_on_host: bool = False
+    gathering: Gathering = field(default_factory=Gathering)
 
     @classmethod
     def of(cls, run: TrainingRun, student: nn.Module) -> StoredState:
@@ -58,10 +63,11 @@ class StoredState:
             masters=optim.masters,
             gradients=optim.gradients,
             eight_bit=eight_bit,
-            moments_on_host=optim.offload,
+            moments_on_host=optim.offload or run.strategy.cpu_offload,
             teacher_on_host=run.strategy.teacher_offload,
             has_average=run.ema.decay is not None,
-            average_on_host=run.ema.host,
+            average_on_host=run.ema.host or run.strategy.cpu_offload,
+            gathering=Gathering.of(run.strategy),
         )
 
     def master_bytes(self, student: nn.Module, *, shards: int = 1) -> int:
@@ -106,6 +112,11 @@ class StoredState:
     def host_parts(self, student: nn.Module, *, teacher: nn.Module | None) -> dict[str, int]:
         """What a whole student keeps on the host while it trains, in bytes."""
         parts = {}
+        if self.gathering.on_host:
+            parts[f"{self.masters} masters"] = self.master_bytes(student)
+            parts[f"gradients, {self.gradients}"] = self.gradient_bytes(student)
+            if teacher is not None:
+                parts["the teacher's weights"] = tensor_bytes(teacher.parameters())
         if self.moments_on_host:
             parts[f"moments, {self.moments_name}"] = self.moment_bytes(student)
         if self.has_average and self.average_on_host:

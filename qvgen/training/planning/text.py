@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qvgen.training.planning.advice import SHARDED_DEVICES
 from qvgen.training.planning.layer_table import LayerGroup
-from qvgen.training.planning.memory import USABLE_SHARE
+from qvgen.training.planning.memory import USABLE_SHARE, total_bytes
 from qvgen.training.planning.training_plan import TrainingPlan
 
 _REFERENCE_SPEED = 1e14
@@ -117,8 +117,11 @@ def _parameters(plan: TrainingPlan) -> list[str]:
 
 def _schedule(plan: TrainingPlan) -> list[str]:
     schedule = plan.schedule
+    groups = f"{schedule.devices} devices"
+    if schedule.context > 1:
+        groups = f"{schedule.devices // schedule.context} groups of {schedule.context} devices that share tokens out"
     lines = [
-        f"steps: {schedule.steps} of {schedule.batch_size} samples = {schedule.devices} devices x "
+        f"steps: {schedule.steps} of {schedule.batch_size} samples = {groups} x "
         f"{schedule.micro_batches} micro-batches x {schedule.micro_batch}; {schedule.recipe}"
     ]
     if plan.num_clips:
@@ -198,22 +201,25 @@ def _time(plan: TrainingPlan, flops: float) -> list[str]:
 
 
 def _network(plan: TrainingPlan, gbits: float | None) -> list[str]:
-    traffic = plan.network
-    if traffic is None:
+    if not plan.network:
         return []
-    parts = {"weights": traffic.gathered_bytes, "gradients": traffic.gradient_bytes}
-    shown = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
-    line = (
-        f"network (predicted): each of {plan.schedule.nodes} nodes sends and receives {format_bytes(traffic.nbytes)} per "
-        f"step ({shown})"
-    )
+    parts = ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in plan.network)
+    lines = [f"network (predicted): each device receives {format_bytes(total_bytes(plan.network))} a step ({parts})"]
+    if plan.host_traffic_bytes:
+        lines.append(f"  between each device and its host: {format_bytes(plan.host_traffic_bytes)} a step")
+    if (traffic := plan.node_network) is None:
+        return lines
+    sizes = {"weights": traffic.gathered_bytes, "gradients": traffic.gradient_bytes}
+    shown = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in sizes.items() if nbytes)
+    line = f"  each of {plan.schedule.nodes} nodes sends and receives {format_bytes(traffic.nbytes)} a step ({shown})"
     if gbits is None:
-        return [f"{line}; write network_gbits=SPEED for its time"]
+        return [*lines, f"{line}; write network_gbits=SPEED for its time"]
     seconds = traffic.seconds(gbits)
-    return [
-        f"{line}; {seconds:.3g} s per step at {gbits:g} Gbit/s, {format_seconds(plan.schedule.steps * seconds)} of the whole "
-        "run if none of it goes on beside computing"
-    ]
+    whole = format_seconds(plan.schedule.steps * seconds)
+    timed = (
+        f"{seconds:.3g} s a step at {gbits:g} Gbit/s, {whole} of the whole run if none of it goes on beside computing"
+    )
+    return [*lines, f"{line}; {timed}"]
 
 
 def _disk(plan: TrainingPlan) -> list[str]:

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from qvgen.training.loss import freeze_the_rest_
 from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
@@ -29,20 +27,11 @@ from qvgen.training.planning.memory import (
     teacher_dtype,
     total_bytes,
 )
-from qvgen.training.planning.network import NetworkTraffic, network_traffic
+from qvgen.training.planning.network import host_traffic, network_parts
+from qvgen.training.planning.node_traffic import NodeTraffic, node_traffic
 from qvgen.training.planning.operation_counter import StepCount
+from qvgen.training.planning.optimizer_group import ParameterGroup, planned_groups
 from qvgen.training.training_run import TrainingRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterGroup:
-    """One group of the optimizer."""
-
-    name: str
-    tensors: int
-    parameters: int
-    learning_rate: float
-    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +42,7 @@ class Schedule:
         steps: Optimizer steps.
         batch_size: Samples per step, over all devices.
         devices: Processes.
+        context: Of these, how many share a sample's tokens out.
         nodes: Machines that they are on.
         micro_batches: Of each process per step.
         micro_batch: Samples that a process works on at once.
@@ -64,6 +54,7 @@ class Schedule:
     steps: int
     batch_size: int
     devices: int
+    context: int
     nodes: int
     micro_batches: int
     micro_batch: int
@@ -89,13 +80,15 @@ class TrainingPlan:
         device: What trains.
         memory: Parts on each device.
         host_parts: What lies on the host, of all processes, while the steps are computed.
+        network: What each device receives from the others in an optimizer step, by part; it sends as much.
+        host_traffic_bytes: What goes between a device and its host in an optimizer step because shares lie there.
         host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
         disk_available_bytes: What is free where that folder will be.
         count: Operations and bytes of one micro-batch.
         time: The estimate.
-        network: What each node sends in a step; None: there is one node.
+        node_network: What each node sends in a step; None: there is one node.
         disk: Files.
         num_clips: As given.
         changes: What would make it fit; empty if it fits, or if nothing would.
@@ -114,13 +107,15 @@ class TrainingPlan:
     device: Device
     memory: list[MemoryPart]
     host_parts: list[MemoryPart]
+    network: list[MemoryPart]
+    host_traffic_bytes: int
     host_bytes: int
     host_available_bytes: int
     run_bytes: int
     disk_available_bytes: int
     count: StepCount
     time: TimeEstimate
-    network: NetworkTraffic | None
+    node_network: NodeTraffic | None
     disk: list[DiskPart]
     num_clips: int | None
     changes: list[Change]
@@ -191,15 +186,15 @@ def plan_training(
     settings = step_settings(run, device)
     counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)
     count, teacher = counter.count(settings), counter.teacher(settings.teacher_dtype)
-    memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count)
+    memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count, context=schedule.context)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
-    on_host = counter.host_parts(settings)
+    on_host, network = counter.host_parts(settings), network_parts(run, prepared, teacher=teacher)
     fits = total_bytes(memory) <= device.usable_bytes
     changes, needed = ([], None) if fits else find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
         quantized=collapse(prepared, swapped.quantized),
         skipped=collapse(prepared, swapped.skipped),
-        parameters=_parameters(run, prepared),
+        parameters=planned_groups(run, prepared),
         schedule=schedule,
         shards=run.shards,
         precision=_precision(run, device),
@@ -209,13 +204,15 @@ def plan_training(
         device=device,
         memory=memory,
         host_parts=on_host,
+        network=network,
+        host_traffic_bytes=host_traffic(run, prepared, teacher=teacher),
         host_bytes=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
         disk_available_bytes=free_bytes(run_dir),
         count=count,
         time=_time(schedule, device, count, settings),
-        network=network_traffic(run, prepared, teacher=teacher, stored=counter.stored),
+        node_network=node_traffic(run, network),
         disk=cache_files(run.data, family, num_clips=num_clips) + files,
         num_clips=num_clips,
         changes=changes,
@@ -257,21 +254,8 @@ def _precision(run: TrainingRun, device: Device) -> str:
 
 
 def _time(schedule: Schedule, device: Device, count: StepCount, settings: StepSettings) -> TimeEstimate:
-    micro_batches = schedule.steps * schedule.micro_batches
+    micro_batches = schedule.steps * schedule.micro_batches / schedule.context
     return estimate_time(device, count, num_micro_batches=micro_batches, teacher_dtype=settings.teacher_dtype)
-
-
-def _parameters(run: TrainingRun, student: nn.Module) -> list[ParameterGroup]:
-    return [
-        ParameterGroup(
-            name=group["name"],
-            tensors=len(group["params"]),
-            parameters=sum(parameter.numel() for parameter in group["params"]),
-            learning_rate=group["lr"],
-            weight_decay=group["weight_decay"],
-        )
-        for group in run.design.method.parameter_groups(student, run.steps.optim)
-    ]
 
 
 def _schedule(run: TrainingRun) -> Schedule:
@@ -287,6 +271,7 @@ def _schedule(run: TrainingRun) -> Schedule:
         steps=num_steps,
         batch_size=batch.size,
         devices=batch.devices,
+        context=batch.context,
         nodes=run.num_nodes,
         micro_batches=batch.num_micro_batches,
         micro_batch=batch.micro_batch_size,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.sharded import whole
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.distributed.child import follow_parent
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
@@ -29,7 +32,8 @@ from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.planning.memory import share_bytes
-from qvgen.verbs._parts import student_design
+from qvgen.training.planning.network import network_parts
+from qvgen.verbs._parts import student_design, training_run
 from tests.parts import prepared, training_module
 from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
@@ -55,6 +59,26 @@ def same(sharded: nn.Module, plain: nn.Module) -> bool:
     return list(found) == list(wanted) and all(torch.equal(whole(found[name]), wanted[name]) for name in wanted)
 
 
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that FSDP2's collectives bring to this process, by kind."""
+    found, plain = {"gathered": 0, "reduced": 0}, (distributed.all_gather_single, distributed.reduce_scatter_single)
+
+    def gather(output: Tensor, given: Tensor, **options: Any) -> Any:
+        found["gathered"] += output.nbytes - given.nbytes
+        return plain[0](output, given, **options)
+
+    def reduce(**options: Any) -> Any:
+        found["reduced"] += options["input"].nbytes - options["output"].nbytes
+        return plain[1](**options)
+
+    distributed.all_gather_single, distributed.reduce_scatter_single = gather, reduce
+    try:
+        yield found
+    finally:
+        distributed.all_gather_single, distributed.reduce_scatter_single = plain
+
+
 def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
     """Everything that is to be said about two processes with shares of one model."""
     config = train_config("devices=2", "strategy=fsdp", *overrides)
@@ -68,6 +92,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         whole_student=given,
         whole_teacher=teacher if rank == 0 else None,
         start=config.run_dir / "start.safetensors",  # which is not there: rank 0 sends what it has
+        how=Gathering.of(config.strategy),
     )
     facts: dict[str, Any] = {"meta_before": all(p.is_meta for p in models.student.parameters())}
     if config.strategy.gradient_checkpointing:
@@ -92,6 +117,11 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
     facts["shares_of_files"] = all(
         torch.equal(share_of(whole(p), like=p).to_local(), p.to_local()) for p in models.student.parameters()
     )
+    run = training_run(config)
+    times = run.steps.batch.num_micro_batches
+    parts = {part.name: part.nbytes // times for part in network_parts(run, plain, teacher=teacher)}
+    facts["planned"] = {"reduced": parts.pop("gradients, shared out"), "gathered": sum(parts.values())}
+    facts["gathered_again"] = "student's weights, backward" in parts
     pairs = []
     add_gradients_by_block_(plain)
     for student, frozen in ((models.student, models.teacher), (plain, teacher)):
@@ -99,12 +129,19 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         facts["teacher_in_state"] = any("teacher" in name for name in module.state_dict())
         facts["teacher_is_submodule"] = frozen in list(module.modules())
         optimizer, _ = build_optimizer(parameter_groups(student, config.optim), config.optim, num_steps=STEPS)
-        pairs.append((student, optimizer, [one_step(module, optimizer) for _ in range(2)]))
+        with counted() as received:
+            found = [one_step(module, optimizer) for _ in range(2)]
+        facts.setdefault("received", received)
+        pairs.append((student, optimizer, found))
     (sharded, mine, found), (_, other, wanted) = pairs
     facts["losses_same"] = [float(a[0]) for a in found] == [float(a[0]) for a in wanted]
     facts["norms_same"] = [float(a[1]) for a in found] == [float(a[1]) for a in wanted]
     facts["trained_same"] = same(sharded, plain)
     facts["shares_outside"] = all(isinstance(p, DTensor) for p in sharded.parameters())
+    sampling = {"num_steps": 2, "guidance_scale": 3.0}
+    with torch.no_grad():  # leaves nothing behind that the next call would take for what is written now
+        config.model.generate(sharded.eval(), config.model.prompts[:1], [3], **sampling)
+    facts["shares_after_sampling"] = all(isinstance(p, DTensor) for p in sharded.parameters())
     schedule = method_schedule(config)
     assert schedule is not None
     kept = {name: (id(p), local(p).data_ptr()) for name, p in sharded.named_parameters()}
@@ -119,7 +156,6 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         float(local(v).abs().sum()) for n, s in moments.items() if ".phi." in n for v in s.values()
     )
     facts["weight_moments"] = all(whole(s["exp_avg"]).any() for n, s in moments.items() if n.endswith("to_q.weight"))
-    sampling = {"num_steps": 2, "guidance_scale": 3.0}
     videos = [config.model.generate(m.eval(), config.model.prompts[:1], [3], **sampling) for m in (sharded, plain)]
     facts["videos_same"] = torch.equal(*videos)
     models.gather_()

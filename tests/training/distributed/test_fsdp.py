@@ -25,7 +25,7 @@ from tests.runs import WATCHED, copy_until, load_checkpoint, packed_bytes, read_
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
-TWO = ("devices=2", "strategy=fsdp", *WATCHED)
+TWO = ("devices=2", "strategy=fsdp", "strategy.gather=codes", *WATCHED)
 STEPS = 7
 OPTIONS = (
     f"steps={STEPS}",
@@ -40,13 +40,15 @@ OPTIONS = (
 )
 """Two steps in each phase of Phi: its rank falls before the steps 2, 4 and 6."""
 AGAIN = "strategy.gradient_checkpointing=true"
+KEPT = ("strategy.reshard_after_forward=false", "strategy.prefetch=1")
+ON_HOST = ("strategy.cpu_offload=true", "strategy.gather=codes")
 CASES = ("wan", "cogvideox")
 """Models that fsdp_program.py shards: tiny sizes of two diffusers classes; the runs above are of a third model."""
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same run on one process, and sharded over two that compute their blocks again."""
+    """The same run on one process, and sharded over two that compute their blocks again, and get codes the first time."""
     folder = tmp_path_factory.mktemp("fsdp")
     assert train(folder / "one", *OPTIONS) == DONE
     assert train(folder / "two", *OPTIONS, *TWO, AGAIN) == DONE
@@ -61,8 +63,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     clips = [f"data.path={run_dir}", "phi.rank=4"]
     cases = {
         # a teacher of two dtypes; the other cases share the quantizers of layers that read one input
-        "wan": [*tiny_keys("wan", wan), *clips, "model.dtype=bfloat16", "method.share_activations=false"],
-        "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true"],
+        "wan": [*tiny_keys("wan", wan), *clips, "model.dtype=bfloat16", "method.share_activations=false", *KEPT],
+        "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true", *ON_HOST],
     }
     assert set(cases) == set(CASES)
     (run_dir / "cases.json").write_text(json.dumps(cases))
@@ -157,6 +159,7 @@ def test_shares_train_and_halve_like_a_whole_model(facts: dict[str, list[dict[st
         for name in ("losses", "norms", "trained", "halved", "videos", "gathered"):
             assert rank[f"{name}_same"], name
         assert rank["shares_outside"]
+        assert rank["shares_after_sampling"]
         assert rank["parameters_kept"]
         assert rank["ranks"] == [1]
         assert rank["gathered_rank"] == 1
@@ -170,6 +173,13 @@ def test_the_plan_counts_the_larger_share(facts: dict[str, list[dict[str, Any]]]
     assert first["student_share_bytes"] == second["student_share_bytes"] == 4 * first["student_numel"]
     uneven = first["student_numel"] > second["student_numel"]
     assert uneven is (case == "wan")  # it has a tensor of one row, which lies on rank 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_counts_what_comes_over_the_network(facts: dict[str, list[dict[str, Any]]], case: str) -> None:
+    for rank in facts[case]:  # two micro-batches; planned is one
+        assert rank["received"] == {kind: 2 * nbytes for kind, nbytes in rank["planned"].items()}
+        assert rank["gathered_again"] is (case != "wan")  # whose blocks are kept
 
 
 def test_blocks_are_the_lists_of_the_transformer() -> None:

@@ -8,8 +8,8 @@ from torch import nn
 from qvgen.training.loss import freeze_the_rest_
 from qvgen.training.meta_model import build_student, build_teacher
 from qvgen.training.planning.memory import teacher_dtype
-from qvgen.training.planning.network import NetworkTraffic, network_traffic
-from qvgen.training.planning.stored_state import StoredState
+from qvgen.training.planning.network import network_parts
+from qvgen.training.planning.node_traffic import NodeTraffic, node_traffic
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.training_run import TrainingRun
@@ -51,7 +51,7 @@ def test_bytes_of_a_step(
         wan("num_nodes=2", "devices=4", f"accumulate={MICRO_BATCHES}", *words),
         models,
     )
-    found = network_traffic(run, student, teacher=teacher, stored=StoredState.of(run, student))
+    found = node_traffic(run, network_parts(run, student, teacher=teacher))
     assert found is not None
     assert found.gathered_bytes == pytest.approx(gathered, rel=0.01)
     assert found.gradient_bytes == pytest.approx(gradients, rel=0.01)
@@ -60,10 +60,12 @@ def test_bytes_of_a_step(
 def test_a_plan_of_several_nodes_says_bytes_and_time() -> None:
     run = training_run(train_config("num_nodes=2", "devices=2", "strategy=ddp", *shallow(1)))
     plan = plan_training(run, device_memory_gib=80)
-    assert isinstance(plan.network, NetworkTraffic)
-    (line,) = (line for line in format_plan(plan, title="a run", network_gbits=0.001) if line.startswith("network"))
-    assert f"; {8 * plan.network.nbytes / 1e6:.3g} s per step at 0.001 Gbit/s, " in line
+    assert isinstance(plan.node_network, NodeTraffic)
+    (line,) = (
+        line for line in format_plan(plan, title="a run", network_gbits=0.001) if "each of 2 nodes sends" in line
+    )
+    assert f"; {8 * plan.node_network.nbytes / 1e6:.3g} s a step at 0.001 Gbit/s, " in line
     assert "network_gbits=SPEED" in "\n".join(format_plan(plan, title="a run"))
     alone = training_run(train_config("devices=2", "strategy=ddp", *shallow(1)))
     student, _ = build_student(alone.model.rebuild(), alone.design)
-    assert network_traffic(alone, student, teacher=None, stored=StoredState.of(alone, student)) is None
+    assert node_traffic(alone, network_parts(alone, student, teacher=None)) is None

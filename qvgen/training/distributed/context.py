@@ -1,0 +1,48 @@
+"""Context parallelism of a training: which processes work on one sample, and whether a run can have it.
+
+    ranks          0 1 | 2 3 | 4 5 | 6 7        strategy.context_parallel=2, devices=8
+    samples         a     b     c     d         the same noise and timestep in a group: both follow from the sample's number
+    loss            whole in every process, the same in a group
+    gradients      each its tokens' part; averaged over all 8 as ever, so that 2 times the loss gives the mean of 4 samples
+
+Ranks of a group follow each other: a launcher that deals ranks out over nodes in turn would put a group's attention on the
+network.
+"""
+
+from __future__ import annotations
+
+from qvgen.errors import UserError
+from qvgen.models.context_parallel import check_context
+from qvgen.training.training_run import TrainingRun
+
+
+def check_run_context(run: TrainingRun) -> None:
+    """Refuse what can't be trained with a shared sequence; reads no weights.
+
+    Raises:
+        UserError: See :func:`qvgen.models.context_parallel.check_context`, or an option that looks at whole sequences.
+    """
+    processes = run.strategy.context_parallel
+    if processes == 1:
+        return
+    if run.steps.loss.feature_weight:
+        raise UserError(
+            f"strategy.context_parallel={processes} and loss.feature_weight={run.steps.loss.feature_weight}: a process has a "
+            "part of the tokens inside of the blocks whose outputs are compared; leave one of them out"
+        )
+    family = run.model.family
+    check_context(
+        getattr(family, "transformer_class", type(family).__name__),
+        config=getattr(family, "transformer_config", {}),
+        shapes=[run.model.rebuild(size).sample_shape for size in _sizes(run)],
+        processes=processes,
+        name=run.model.name,
+    )
+
+
+def _sizes(run: TrainingRun) -> list[dict[str, int]]:
+    """Sizes of clips, as arguments of the family; one without any stands for the family's own."""
+    if run.data is None or not hasattr(run.data, "cut_settings") or not hasattr(run.model.family, "height"):
+        return [{}]
+    buckets = run.data.cut_settings(run.model.family).buckets
+    return [{"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width} for bucket in buckets]
