@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
-from torch.nn import functional
 
 from qvgen.config.verb_schema import ReportCardConfig
 from qvgen.deploy.kernel_choice import manifest_specs
@@ -15,8 +13,7 @@ from qvgen.deploy.model_card import CARD_FILE, CardSources, card_of
 from qvgen.evaluation.environment import collect_machine
 from qvgen.evaluation.placement import sampling_device
 from qvgen.run_directory import atomic_write
-from qvgen.verbs.diagnosis.speed import ROWS, milliseconds, packed_call
-from qvgen_kernels import LinearSpec
+from qvgen.verbs.diagnosis.speed import ROWS, layer_time
 
 
 def run(config: ReportCardConfig) -> None:
@@ -64,22 +61,13 @@ def layer_times(manifest: Manifest, *, seconds: float) -> str:
         if place and time.monotonic() > until:
             left_out += count
         else:
-            lines.append(f"| {count} | {_timed(spec, rows=rows, device=device)} |")
+            found = layer_time(spec, rows=rows, device=device)
+            shape, bits = f"{spec.in_features} to {spec.out_features}", f"W{spec.weight_bits}A{spec.activation_bits}"
+            times = [f"{found.full:.3g}", f"{found.packed:.3g}", f"{found.full / found.packed:.2f}"]
+            lines.append(f"| {' | '.join([str(count), shape, bits, found.kernel, *times])} |")
     machine = collect_machine()
     name = machine.cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
-    threads = f", {count} thread{'s' if count > 1 else ''}" if device.type == "cpu" else ""
+    used = torch.get_num_threads()
+    threads = f", {used} thread{'s' if used > 1 else ''}" if device.type == "cpu" else ""
     text = f"Medians of 7 calls on {name}{threads}, inputs of {rows} tokens in bfloat16; without low-rank branches."
     return "\n".join(lines) + f"\n\n{text}" + (f" {left_out} layers were not timed." if left_out else "")
-
-
-def _timed(spec: LinearSpec, *, rows: int, device: torch.device) -> str:
-    """The cells of a kind of layer."""
-    spec = replace(spec, branch_rank=0, activation_range="dynamic")
-    x = torch.randn(rows, spec.in_features, device=device).bfloat16()
-    weight = torch.randn(spec.out_features, spec.in_features, device=device).bfloat16()
-    full = milliseconds(lambda: functional.linear(x, weight), device)
-    kernel, call, _ = packed_call(spec, x, device)
-    packed = milliseconds(call, device)
-    bits = f"W{spec.weight_bits}A{spec.activation_bits}"
-    return f"{spec.in_features} to {spec.out_features} | {bits} | {kernel} | {full:.3g} | {packed:.3g} | {full / packed:.2f}"

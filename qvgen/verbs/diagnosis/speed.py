@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -49,6 +50,25 @@ def speed_rows(
                 "bf16_ms": baselines[shape], "packed_ms": found, "times_bf16": baselines[shape] / found,
                 "bytes_per_weight": kept / (shape[0] * shape[1]),
             }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Median milliseconds of a layer in bfloat16 and packed, and the kernel that runs it packed."""
+
+    kernel: str
+    full: float
+    packed: float
+
+
+def layer_time(spec: LinearSpec, *, rows: int, device: torch.device) -> LayerTime:
+    """Time a layer of random codes, without a low-rank branch, and with ranges of inputs that are taken at run time."""
+    spec = replace(spec, branch_rank=0, activation_range="dynamic")
+    x = torch.randn(rows, spec.in_features, device=device).bfloat16()
+    weight = torch.randn(spec.out_features, spec.in_features, device=device).bfloat16()
+    full = milliseconds(lambda: functional.linear(x, weight), device)
+    kernel, call, _ = packed_call(spec, x, device)
+    return LayerTime(kernel=kernel, full=full, packed=milliseconds(call, device))
 
 
 def packed_call(spec: LinearSpec, x: torch.Tensor, device: torch.device) -> tuple[str, Callable[[], torch.Tensor], int]:
