@@ -1,4 +1,4 @@
-"""What a step sends between nodes: bytes that leave each node, by what they are; a prediction, no run was measured.
+"""The traffic of a step between nodes: bytes that leave each node, by what they are; a prediction, no run was measured.
 
     all-reduce of n bytes over R processes in a ring        each process sends 2 (R - 1) / R n
     all-gather, reduce-scatter (n: the whole)               each process sends   (R - 1) / R n
@@ -47,7 +47,7 @@ class NetworkTraffic:
 def network_traffic(
     run: TrainingRun, student: nn.Module, *, teacher: nn.Module | None, stored: StoredState
 ) -> NetworkTraffic | None:
-    """What a run's steps send; None on one node.
+    """The traffic of a run's steps; None on one node.
 
     Args:
         run: What is planned.
@@ -73,5 +73,5 @@ def network_traffic(
 
 
 def _ring(nbytes: int, processes: int) -> int:
-    """What one process of a ring sends of so many bytes."""
+    """Bytes that one process of a ring sends, of so many."""
     return nbytes * (processes - 1) // processes
