@@ -31,7 +31,7 @@ EncodeCaptions = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """What a cache is filled with.
+    """The functions that a cache is filled with.
 
     Attributes:
         video: Pure function of a clip.
@@ -49,7 +49,7 @@ class CacheWriter:
 
     Args:
         cache: The cache.
-        claims: Of this process, in the cache.
+        claims: The claims of this process in the cache.
         encoders: What it is filled with.
 
     Attributes:

@@ -32,7 +32,7 @@ DIRECTORY = "sampled"
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFacts:
-    """What sampling a batch of videos took, and with what.
+    """The cost of sampling a batch of videos, and the kernels that did.
 
     Attributes:
         dtype: Type of the model's unquantized weights.
@@ -104,7 +104,7 @@ class KeptSamples:
 
 
 def samples_key(run_dir: Path, *, settings: Mapping[str, Any], revision: str) -> str:
-    """What the videos of a run are made from, as one checksum; its packed directory is written.
+    """A checksum of all that the videos of a run are made from; its packed directory is written.
 
     Args:
         run_dir: The run's folder.

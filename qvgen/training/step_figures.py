@@ -1,4 +1,4 @@
-"""What a training step reaches: seconds, clips per second, and the share of the devices' peak (MFU).
+"""The speed of a training step: seconds, clips per second, and the share of the devices' peak (MFU).
 
     system/step_seconds        from the step's first forward pass until its numbers are known: without loading, checkpoints,
                                measurements and videos
@@ -44,7 +44,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What decides the figures of a run's steps.
+    """The numbers that the figures of a run's steps follow from.
 
     Attributes:
         batch_size: Samples of a step, over all devices.
@@ -115,7 +115,7 @@ def peak_flops(name: str) -> float | None:
 
 
 def speed_of(run: TrainingRun, *, is_first: bool) -> Speed:
-    """What decides the figures of a run on this machine; says why there is no MFU.
+    """The numbers for a run on this machine; says why there is no MFU.
 
     Args:
         run: The run.

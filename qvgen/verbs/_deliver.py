@@ -32,7 +32,7 @@ from qvgen.verbs._sampling import at_start, begin_sampling, start_absent
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEnd:
-    """What is there when training is over.
+    """The end of a training.
 
     Attributes:
         steps: Optimizer steps that were trained: all, or fewer where a callback ended the run.

@@ -34,7 +34,7 @@ FACTOR = 1.5
 
 
 class Pace:
-    """What the ranks tell each other of their forward passes.
+    """The exchange of the ranks' times.
 
     Args:
         store: The processes' own.

@@ -16,11 +16,11 @@ from qvgen.evaluation.mixed_precision_files import Key, Sensitivity, Sensitivity
 
 
 class SharedRows:
-    """What is known of a store's rows, and what this process measures of them.
+    """The known rows of a store, and the share that this process measures.
 
     Args:
         store: The file.
-        claims: Of this process, in the file's folder.
+        claims: The claims of this process in the file's folder.
 
     Attributes:
         rows: All that are known.

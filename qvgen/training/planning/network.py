@@ -1,4 +1,4 @@
-"""What each device of a run sends to the others in an optimizer step, and receives from them, by part.
+"""The traffic of an optimizer step: bytes that each device sends to the others, and receives from them, by part.
 
 R processes share a model of P bytes out, of which each trains G bytes of gradients; T are the teacher's. Each part goes to
 R - 1 of R places, whatever way a library takes through a network:

@@ -1,4 +1,4 @@
-"""What a step sends between nodes: bytes that leave each node, by what they are; a prediction, no run was measured.
+"""The traffic of a step between nodes: bytes that leave each node, by what they are; a prediction, no run was measured.
 
 Processes of a node stand side by side in a ring, so that one of them sends to the next node what the ring moves: what one
 process sends (:mod:`qvgen.training.planning.network`) leaves the node for each ring that has members elsewhere. (Other
