@@ -58,7 +58,7 @@ LONGEST_FIRST = (
     "test_faults.py", "test_config.py", "test_wandb_run.py", "test_plugin.py", "test_triton_code.py", "test_other_device.py",
     "test_validation_run.py", "test_classifier.py", "test_manifest_fuzz.py", "test_deletion.py", "test_smoothing_fold.py",
     "test_live_bytes.py", "test_initializers.py", "test_own_callbacks.py", "test_own_classes.py", "test_autoencoder.py",
-    "test_cpu_threads.py", "test_hsdp.py", "test_devices.py",
+    "test_cpu_threads.py", "test_hsdp.py", "test_devices.py", "test_evaluate.py",
 )  # fmt: skip
 """Files of more than ten seconds, which two processes begin with: one that comes last would leave the other process idle."""
 

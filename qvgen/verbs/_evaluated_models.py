@@ -1,4 +1,4 @@
-"""What an evaluation compares: its cases, the videos of the judged model and of the reference, and who samples them."""
+"""The sides of an evaluation: its cases, the videos of the judged model and of the reference, and who samples them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Side:
 
     Attributes:
         label: In tables.
-        facts: What it is, for evaluation.json.
-        clips: Its videos.
+        facts: The model or folder that it is, for evaluation.json.
+        clips: The videos.
         load: Loads the model that samples them; None where they are files.
     """
 
@@ -83,7 +83,7 @@ class Compared:
 
 
 def read_compared(config: EvaluateConfig) -> Compared:
-    """What a command compares; nothing is loaded yet.
+    """Everything that a command compares; nothing is loaded yet.
 
     Raises:
         ValueError: A folder, a model, prompts and videos that do not fit each other, by name.

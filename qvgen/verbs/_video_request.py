@@ -1,4 +1,4 @@
-"""What the verbs that sample videos are asked for: captions, seeds and negative prompts, steps and guidance."""
+"""The request of a verb that samples videos: captions, seeds and negative prompts, steps and guidance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qvgen.config.verb_schema import GenerateConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is sampled, and how.
+    """The videos that are sampled, and how.
 
     Attributes:
         videos: One file each; their negative prompts are set.
@@ -31,7 +31,7 @@ class Request:
 
     @property
     def texts(self) -> list[str]:
-        """What has to be encoded, each once; without guidance no negative prompt."""
+        """The texts that have to be encoded, each once; without guidance no negative prompt."""
         negatives = [video.negative or "" for video in self.videos] if self.guidance_scale != 1 else []
         return list(dict.fromkeys([*(video.caption for video in self.videos), *negatives]))
 
@@ -54,7 +54,7 @@ class Request:
 
 
 def read_request(config: GenerateConfig, family: Any) -> Request:
-    """What the command line asks for, with what it leaves open filled in from the model.
+    """The request of the command line, with what it leaves open filled in from the model.
 
     Raises:
         ValueError: A negative prompt without guidance.

@@ -34,7 +34,7 @@ class VideoSampler:
 
     Args:
         config: Says which, and how it runs.
-        family: Its family.
+        family: The model family.
         request: What will be sampled: all its texts are encoded at once, and the text encoder is freed.
 
     Attributes:

@@ -93,14 +93,14 @@ def _why_not(metric: Metric, compared: Compared) -> str | None:
 
 
 def _key(metrics: Mapping[str, Metric], compared: Compared) -> str:
-    """What decides evaluation.json."""
+    """Checksum of all that decides evaluation.json."""
     files = ValueFiles(Path(), _measured_by(metrics))
     sides = [side.clips for side in (compared.model, compared.reference) if side is not None]
     return files.key(*[[case.name, case.prompt, *(clips.key(case) for clips in sides)] for case in compared.cases])
 
 
 def _measured_by(metrics: Mapping[str, Metric]) -> list[Any]:
-    """What decides values: the code and its libraries, and each metric with its arguments and weights."""
+    """The parts that decide values: the code and its libraries, and each metric with its arguments and weights."""
     return [code_facts({}), [[name, metric.key(), sources_of(metric)] for name, metric in metrics.items()]]
 
 

@@ -106,7 +106,7 @@ class Metric(abc.ABC):
         return next((why for weights in self.weights if (why := weights.absent) is not None), None)
 
     def key(self) -> str:
-        """What decides its values: the class, its arguments, and the checksums of its weights."""
+        """The parts that decide its values: the class, its arguments, and the checksums of its weights."""
         arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         checksums = [weights.sha256 for weights in self.weights]
         return json.dumps([f"{type(self).__module__}.{type(self).__qualname__}", arguments, checksums], default=str)

@@ -24,7 +24,7 @@ from qvgen.evaluation.networks import fetched
 
 
 class WarpingError(VideoMetric):
-    """What motion does not explain; smaller is steadier, 0 where each frame is the one before, moved."""
+    """The change that motion does not explain; smaller is steadier, 0 where each frame is the one before, moved."""
 
     title = "warping error"
     source = "Lai et al. 2018, arXiv 1808.00449, Eq. 12, with RAFT's flow"

@@ -28,10 +28,10 @@ class Clips(Protocol):
     """Videos by case."""
 
     def key(self, case: Case) -> str:
-        """What decides the pixels of its video."""
+        """Checksum of all that decides the pixels of a case's video."""
 
     def read(self, case: Case) -> Tensor:
-        """Its video, uint8 [F, H, W, 3]."""
+        """The video of a case, uint8 [F, H, W, 3]."""
 
 
 class SampledClips:

@@ -43,7 +43,7 @@ def summarize(
     """The content of evaluation.json.
 
     Args:
-        metrics: Those that were measured, by name.
+        metrics: The metrics that were measured, by name.
         cases: All videos.
         skipped: Name -> why it was not measured.
         about: What was compared, and how.

@@ -1,4 +1,4 @@
-"""What was measured of each video, kept so that an evaluation that was stopped does not measure it again.
+"""The values that were measured of each video, kept so that an evaluation that was stopped does not measure it again.
 
     FOLDER/NAME.json    {"key": what it was measured from and by, "values": ...}
 
