@@ -16,7 +16,7 @@ that, it offers Ulysses alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,13 +31,18 @@ CONTEXT_CLASSES = ("WanTransformer3DModel",)
 
 
 def check_context(
-    class_name: str, *, config: Any, shapes: Sequence[tuple[int, int, int, int]], processes: int, name: str
+    class_name: str,
+    *,
+    numbers: Mapping[str, Any],
+    shapes: Sequence[tuple[int, int, int, int]],
+    processes: int,
+    name: str,
 ) -> None:
     """Refuse a model whose sequence can't be shared out over so many processes.
 
     Args:
         class_name: The transformer's class.
-        config: Its configuration, where it is one of :data:`CONTEXT_CLASSES`.
+        numbers: Its ``num_attention_heads`` and ``patch_size``, where it is one of :data:`CONTEXT_CLASSES`.
         shapes: Latents of one sample [C, F, H, W], of every size that is trained on.
         processes: Of a group with one sample.
         name: The model's, for people.
@@ -51,10 +56,10 @@ def check_context(
             f"{given}: a {class_name} can't share its sequence out; models of {', '.join(CONTEXT_CLASSES)} (wan, wan-14b, "
             "wan2.2-ti2v, wan2.2-a14b, small, tiny) can; leave it out"
         )
-    heads = int(config["num_attention_heads"])
+    heads = int(numbers["num_attention_heads"])
     if heads % processes:
         raise UserError(f"{given}: {heads} attention heads can't be divided by {processes}; write {_divisors(heads)}")
-    patch = config["patch_size"]
+    patch = numbers["patch_size"]
     for _, *sides in shapes:
         tokens = math.prod(side // size for side, size in zip(sides, patch, strict=True))
         if tokens % processes:
@@ -128,11 +133,11 @@ class SharedSequence:
         self._is_on = False
 
     @staticmethod
-    def _tell(model: nn.Module, config: Any) -> None:
+    def _tell(model: nn.Module, parallel: Any) -> None:
         for module in model.modules():
             processor = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):
-                processor._parallel_config = config
+                processor._parallel_config = parallel
 
 
 def _of_one_type(attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

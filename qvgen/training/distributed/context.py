@@ -33,7 +33,7 @@ def check_run_context(run: TrainingRun) -> None:
     family = run.model.family
     check_context(
         getattr(family, "transformer_class", type(family).__name__),
-        config=getattr(family, "transformer_config", {}),
+        numbers=getattr(family, "transformer_config", {}),
         shapes=[run.model.rebuild(size).sample_shape for size in _sizes(run)],
         processes=processes,
         name=run.model.name,

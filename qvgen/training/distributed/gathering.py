@@ -54,10 +54,12 @@ class Gathering:
 
         Example:
             >>> [str(Gathering(reshard_after_forward=kept)) for kept in (True, False, 8)]
-            ['a block', 'all blocks', 'a block and 1/8 of all']
+            ['a block, its gradients', 'all blocks, gradients of one', 'a block, its gradients, 1/8 of all']
         """
         kept = self.reshard_after_forward
-        return ("a block" if kept else "all blocks") if isinstance(kept, bool) else f"a block and 1/{kept} of all"
+        if kept is False:
+            return "all blocks, gradients of one"
+        return "a block, its gradients" + ("" if kept is True else f", 1/{kept} of all")
 
     @property
     def without_backward(self) -> Gathering:

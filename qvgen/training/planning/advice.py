@@ -142,7 +142,7 @@ def _regathered(step: _Step) -> list[_Step]:
         how = replace(how, reshard_after_forward=True)
         overrides = (*overrides, "strategy.reshard_after_forward=true")
         found.append(replace(step, overrides=overrides, stored=replace(step.stored, gathering=how)))
-    if not how.on_host:
+    if not how.on_host and step.settings.autocast:  # a CPU's memory is the host's
         stored = replace(step.stored, gathering=replace(how, on_host=True), moments_on_host=True, average_on_host=True)
         found.append(replace(step, overrides=(*overrides, "strategy.cpu_offload=true"), stored=stored))
     return found

@@ -156,7 +156,7 @@ def weight_parts(
         sizes[name] = stored.teacher_bytes(teacher, shards=shards)
     sizes["student: buffers"] = tensor_bytes(student.buffers())
     if shards > 1:
-        sizes[f"gathered: {stored.gathering}, gradients, buffers"] = gathered_bytes(student, stored.gathering)
+        sizes[f"gathered: {stored.gathering}, buffers"] = gathered_bytes(student, stored.gathering)
     return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
 
 

@@ -166,7 +166,7 @@ def plan_training(
     student: Prepared | None = None,
     counter: MemoryCounter | None = None,
 ) -> TrainingPlan:
-    """Plan a run; reads no weights and writes nothing.
+    """Plan a run; reads no weights, writes nothing, and raises what the run itself would.
 
     Args:
         run: The run.
@@ -176,8 +176,6 @@ def plan_training(
         num_clips: Clips of the training data; None: not known.
         student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
         counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`; None: it counts anew.
-
-    Raises what the run itself would.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     family: Any = run.model.rebuild(clip_size(run))

@@ -76,11 +76,11 @@ def test_models_and_sizes_that_cannot_are_refused(tmp_path: Path) -> None:
         check_run_context(training_run(train_config(*keys, "model.num_frames=1", "model.height=16", "model.width=16")))
     with pytest.raises(UserError, match=r"context_parallel=2 and loss\.feature_weight=0\.5: a process has a part"):
         check_run_context(training_run(train_config(*keys, "loss.feature_weight=0.5")))
-    config = {"num_attention_heads": 40, "patch_size": (1, 2, 2)}
+    numbers = {"num_attention_heads": 40, "patch_size": (1, 2, 2)}
     with pytest.raises(
         UserError, match=r"40 attention heads can't be divided by 3; write strategy\.context_parallel=2"
     ):
-        check_context("WanTransformer3DModel", config=config, shapes=[], processes=3, name="wan-14b")
+        check_context("WanTransformer3DModel", numbers=numbers, shapes=[], processes=3, name="wan-14b")
 
 
 @pytest.mark.parametrize(
