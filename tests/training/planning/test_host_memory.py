@@ -30,8 +30,8 @@ def test_each_rank_holds_copies_of_the_largest_layers_of_its_share(monkeypatch: 
         monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
         return setup_bytes(student, rank=rank, world_size=world_size, neighbours=world_size)
 
-    assert of(0, cores=1, world_size=1) == 16 * MODULATION
-    assert of(0, cores=64, world_size=1) == 16 * MODULATION  # 8 GiB are not enough for two of its size
-    assert [of(rank, cores=2, world_size=2) for rank in (0, 1)] == [16 * MODULATION, 24 * FEED_FORWARD]
-    assert of(1, cores=4, world_size=2) == 2 * 24 * FEED_FORWARD
-    assert of(1, cores=64, world_size=2) == 3 * 24 * FEED_FORWARD
+    assert of(0, cores=1, world_size=1) == 14 * MODULATION
+    assert of(0, cores=64, world_size=1) == 14 * MODULATION  # 8 GiB are not enough for two of its size
+    assert [of(rank, cores=2, world_size=2) for rank in (0, 1)] == [14 * MODULATION, 22 * FEED_FORWARD]
+    assert of(1, cores=4, world_size=2) == 2 * 22 * FEED_FORWARD
+    assert of(1, cores=64, world_size=2) == 3 * 22 * FEED_FORWARD
