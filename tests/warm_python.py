@@ -51,6 +51,7 @@ CONSUMERS = ("adamw_8bit", "cache_dit", "comfy_export", "comfy_kitchen", "hummin
 PROGRAMS = [
     ROOT / "train.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
+    ROOT / "tests" / "training" / "distributed" / "host_memory_program.py",
     ROOT / "tests" / "training" / "distributed" / "world_program.py",
     ROOT / "tests" / "process_facts_program.py",
     ROOT / "tests" / "deletion" / "delete_leaves.py",

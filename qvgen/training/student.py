@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from qvgen.models.named_family import NamedFamily
 from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
 from qvgen.training.calibration import CalibratedModel
+from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
 from qvgen.training.layer_setup import (
     add_configured_switch,
     choose_gradient_path_,
@@ -226,6 +228,7 @@ def start_student(
         result["ptq"] = measured.error(student)
     _say_sharing(student, family=family, method=method)
     save_start(student, run_dir.path)
+    shutil.rmtree(run_dir.path / SHARES_DIRECTORY, ignore_errors=True)  # what a start that was stopped had made
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
     stop_request.note("after the PTQ start, saved")

@@ -30,9 +30,10 @@ from qvgen.training.shared_start import COPIES_PER_WEIGHT
 from qvgen.training.student_design import StudentDesign
 from qvgen.training.training_run import TrainingRun
 
-DECOMPOSED_PER_WEIGHT = 16
+DECOMPOSED_PER_WEIGHT = 14
 """Bytes for each weight of a layer whose grid is searched and whose loss is decomposed: the loss in float32 and float64, and
-the rounded weight. Methods that compare several starts take more: svdquant 32; gptq 24 for each number of [K, K] besides."""
+thin factors (13 measured of Wan 14B's layers). Methods that compare several starts take more: svdquant 32; gptq 24 for each
+number of [K, K] besides."""
 
 
 def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:

@@ -152,11 +152,11 @@ def _memory(plan: TrainingPlan) -> list[str]:
         lines.append(f"host memory while it trains: {kept}")
     left = f"this host has {format_bytes(plan.host_available_bytes)} left"
     if plan.shards > 1:
-        what = "student and teacher before training, or teacher and the shares of a checkpoint that is written"
+        what = "student, teacher and layers that are set up, or teacher and the shares of a checkpoint that is written"
         return [*lines, f"host memory of the first node: {format_bytes(plan.host_bytes)} ({what}); {left}"]
     here = plan.schedule.devices // plan.schedule.nodes
     each = f", {here} processes together" if here > 1 else ""
-    what = "student while its layers are swapped, or student and teacher"
+    what = "student while its layers are swapped, or student and teacher; layers that are set up"
     when = "" if plan.host_parts else " before training"
     what += ", or what stays there" if plan.host_parts else ""
     return [*lines, f"host memory{when}: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]

@@ -2,8 +2,8 @@
 
     python tests/training/distributed/host_memory_program.py --width 5120 --feed-forward 13824 --blocks 1 --out FOLDER
 
-A folder of Wan's class with random weights in bfloat16 is written, of the given width and so many blocks. Then each rank is
-a process, which runs what a run runs there:
+A folder of Wan's class with random weights in bfloat16 is written, of the given width and so many blocks, unless it is there.
+Then each rank is a process, which runs what a run runs there:
 
     start        rank 0 prepares the student, loads the teacher, shares out the layers, gathers them, saves the start;
                  the others set up their layers
@@ -50,6 +50,7 @@ from qvgen.training.student_design import StudentDesign
 HEAD = 128
 RANK, SEED = 32, 0
 LOOK_SECONDS = 0.003
+WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
 
 def main() -> None:
@@ -70,7 +71,8 @@ def main() -> None:
         {"folder": write_model, "start": run_start, "checkpoint": run_checkpoint}[given.parts[0]](given)
         return
     given.out.mkdir(parents=True, exist_ok=True)
-    for part, ranks in {"folder": 1, **dict.fromkeys(given.parts, given.processes)}.items():
+    written = (given.out / "model" / WEIGHTS).is_file()
+    for part, ranks in {"folder": 0 if written else 1, **dict.fromkeys(given.parts, given.processes)}.items():
         processes = [run_rank(part, rank) for rank in range(ranks)]
         if sum(process.wait() != 0 for process in processes):
             sys.exit(1)
@@ -113,7 +115,7 @@ def write_model(given: argparse.Namespace) -> None:
     drawn = {}
     for name, shape in shapes.items():
         drawn[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    save_file(drawn, given.out / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(drawn, given.out / "model" / WEIGHTS)
 
 
 def model_of(given: argparse.Namespace) -> NamedFamily:

@@ -32,7 +32,7 @@ def test_a_process_that_dies_in_the_start_is_named_and_the_run_begins_again(
     assert "the process of rank 1 was killed by signal SIGKILL" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / START_FILE).exists()
     assert (tmp_path / "run" / SHARES_DIRECTORY).is_dir()
-    assert train(tmp_path / "run", *KEYS, "resume=true") == DONE
+    assert train(tmp_path / "run", *KEYS, "devices=1", "strategy=single", "resume=true") == DONE
     assert not (tmp_path / "run" / SHARES_DIRECTORY).exists()
 
 
