@@ -6,15 +6,14 @@ from qvgen.config.evaluate_schema import EvaluateConfig
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.machine_schema import AssetsConfig, DoctorConfig
+from qvgen.config.presentation_schema import DashboardConfig, ReportCardConfig
 from qvgen.config.schema import FoldConfig, TrainConfig
 from qvgen.config.verb_schema import (
     BenchmarkConfig,
     CompareConfig,
-    DashboardConfig,
     GenerateConfig,
     InspectConfig,
     PrecomputeConfig,
-    ReportCardConfig,
 )
 
 VerbConfig = (
