@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qvgen.config.strategy_section import SHARDED_DEFAULTS, StrategyConfig
+from qvgen.config.build import build
+from qvgen.config.strategy_section import SHARDED_DEFAULTS
 from qvgen.errors import UserError
 from qvgen.quant.grid import Grid
 from qvgen.quantizers.weight_lsq import WeightLSQ
@@ -24,7 +26,7 @@ from qvgen.training.planning.memory import gathered_bytes
 from qvgen.training.planning.network import network_parts
 from qvgen.verbs._parts import training_run
 from tests.parts import planned, planned_student
-from tests.runs import train_config
+from tests.runs import composed, train_config
 from tests.training.distributed.gathering_program import WAYS
 
 WEIGHTS = 4 * 4 * (8 * 8 + 8), 4 * (4 * 8 + 4)
@@ -138,8 +140,8 @@ def test_codes_are_refused_where_weights_must_be_kept_or_say_more() -> None:
 
 
 def test_a_run_of_an_earlier_version_gathers_as_it_did() -> None:
-    strategy = StrategyConfig(
-        name="fsdp", shard_size=None, gradient_checkpointing=False, keep_attention=False, teacher_offload=False,
-        compile=False, threads=1, **SHARDED_DEFAULTS,
-    )  # fmt: skip
-    assert Gathering.of(strategy) == Gathering()
+    plain = deepcopy(composed("devices=2", "strategy=fsdp"))
+    for key in (*SHARDED_DEFAULTS, "context_parallel"):
+        del plain["strategy"][key]
+    strategy = build("train", plain).strategy
+    assert (Gathering.of(strategy), strategy.context_parallel) == (Gathering(), 1)
