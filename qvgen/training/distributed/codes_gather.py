@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from qvgen.errors import UserError
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -75,8 +74,14 @@ class _Segment:
         return 4 * self.numel if self.layer is None else code_bytes(self.layer.weight_quantizer.grid.bits, self.numel)
 
 
-class CodesAllGather(AllGather):
-    """FSDP2's gathering of one unit, of float32 parameters.
+def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup, *, async_op: bool = False) -> Any:
+    """torch's gathering into one tensor, which has another name in its older versions."""
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    return gather(output, own, group=group, async_op=async_op)
+
+
+class CodesAllGather:
+    """The gathering of one unit of FSDP2, of float32 parameters (torch's interface ``AllGather``).
 
     Args:
         parameters: Modules, names and numbers in a share of the unit's parameters, in the order in which FSDP2 lays them out;
@@ -99,11 +104,12 @@ class CodesAllGather(AllGather):
         self._segments = self._segments or list(_segments(self._parameters()))
         assert self._segments[-1].end == input_tensor.numel(), "FSDP2 lays parameters out in another way"
         if not self._forward.runs or all(segment.layer is None for segment in self._segments):
-            return distributed.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+            work: distributed.Work | None = _all_gather(output_tensor, input_tensor, group, async_op=async_op)
+            return work
         assert not async_op, "what is gathered is written after it has come"
         sent = torch.cat([_encoded(segment, input_tensor) for segment in self._segments])
         received = sent.new_empty(group.size() * sent.numel())
-        distributed.all_gather_single(received, sent, group=group)
+        _all_gather(received, sent, group)
         for share, whole in zip(received.chunk(group.size()), output_tensor.chunk(group.size()), strict=True):
             self._write_(whole, share)
         return None
@@ -196,8 +202,13 @@ def gather_codes_(model: nn.Module, units: Sequence[Any]) -> None:
         units: Its blocks and itself.
 
     Raises:
-        UserError: No layer of it has codes that stand for its weight.
+        UserError: No layer of it has codes that stand for its weight, or torch does not let others gather.
     """
+    if not all(hasattr(unit, "set_custom_all_gather") for unit in units):
+        raise UserError(
+            f"strategy.gather=codes needs a torch whose FSDP2 lets others gather, and {torch.__version__} does not; install "
+            "a newer one, or write strategy.gather=weights"
+        )
     if not any(sends_codes(module) for module in model.modules()):
         raise UserError(
             "strategy.gather=codes and no layer whose weight is what its codes say: adapters and widths that change over "
