@@ -75,7 +75,7 @@ class _Segment:
 
 
 def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup, *, async_op: bool = False) -> Any:
-    """torch's gathering into one tensor, which has another name in its older versions."""
+    """Gather into one tensor, by a function of torch that has another name in its older versions."""
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     return gather(output, own, group=group, async_op=async_op)
 
