@@ -125,7 +125,8 @@ class CompareConfig:
     """Everything that `qvgen compare` needs.
 
     Attributes:
-        runs: Run folders, or folders that hold run folders; on the command line without a key: qvgen compare RUN RUN.
+        runs: Run folders, or folders that hold run folders, or folders of `qvgen evaluate`; on the command line without a
+            key: qvgen compare RUN RUN.
         out: Folder of compare.html and compare.json; None: the runs' common parent.
         dry_run: True says what would be compared.
         debug: True shows the traceback of an error.

@@ -1,4 +1,4 @@
-"""Compare finished runs: one table, and one page with their curves and videos."""
+"""Compare finished runs, or evaluations: one table and one page, with curves and videos, or with intervals."""
 
 from __future__ import annotations
 
@@ -10,21 +10,55 @@ from typing import Any
 from qvgen.config.command_line import command_line
 from qvgen.config.verb_schema import CompareConfig
 from qvgen.evaluation.report.compare_page import render_comparison
+from qvgen.evaluation.report.evaluation_comparison import (
+    comparison_json,
+    markdown_table,
+    read_models,
+    render_evaluations,
+)
 from qvgen.evaluation.report.run_comparison import build_table, table_json, table_lines
 from qvgen.evaluation.report.run_record import common_parent, find_runs, read_runs
 from qvgen.run_directory import atomic_write
 
-PAGE_FILE, JSON_FILE = "compare.html", "compare.json"
+PAGE_FILE, JSON_FILE, MARKDOWN_FILE = "compare.html", "compare.json", "compare.md"
+EVALUATION_FILE = "evaluation.json"
 
 
 def run(config: CompareConfig) -> None:
-    """Find the runs, print their table, write page and JSON."""
+    """Find the runs or evaluations, print their table, write page and JSON."""
+    evaluations = [path for path in config.runs if _holds_evaluation(path)]
+    if evaluations:
+        if len(evaluations) < len(config.runs):
+            other = next(path for path in config.runs if path not in evaluations)
+            raise ValueError(f"{evaluations[0]} holds an evaluation and {other} does not; compare runs or evaluations")
+        _compare_evaluations(evaluations, config.out or common_parent(evaluations), dry_run=config.dry_run)
+        return
     paths = find_runs(config.runs)
     out = config.out or common_parent(paths)
     if config.dry_run:
         print(f"{len(paths)} runs into {out / PAGE_FILE}: {', '.join(map(str, paths))}")
         return
     _compare(paths, out)
+
+
+def _holds_evaluation(path: Path) -> bool:
+    return (path / EVALUATION_FILE).is_file()
+
+
+def _compare_evaluations(folders: Sequence[Path], out: Path, *, dry_run: bool) -> None:
+    models = read_models(folders)
+    if dry_run:
+        print(f"{len(folders)} evaluations into {out / PAGE_FILE}: {', '.join(map(str, folders))}")
+        return
+    table = markdown_table(models)
+    out.mkdir(parents=True, exist_ok=True)
+    command = command_line("compare", map(str, folders), changes={"out": out})
+    text = json.dumps(comparison_json(models), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(out / JSON_FILE, text.encode())
+    atomic_write(out / MARKDOWN_FILE, table.encode())
+    atomic_write(out / PAGE_FILE, render_evaluations(models, command=command).encode())
+    print(table, end="")
+    print(f"comparison: {out / PAGE_FILE}")
 
 
 def after_sweep(verb: str, plains: Sequence[Mapping[str, Any]]) -> None:
