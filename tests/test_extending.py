@@ -16,6 +16,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.config.plugins import find_plugins
 from qvgen.data.moving_digits import MovingDigits
+from qvgen.data.video import write_video
 from qvgen_kernels import registry
 from tests.runs import SHORT
 
@@ -67,9 +68,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_page_has_an_example_of_each_kind() -> None:
     assert {Path(name).parent.name for name in FILES if name.endswith(".yaml")} == {
-        "init", "method", "model", "data", "callbacks", "logger",
+        "init", "method", "model", "data", "callbacks", "logger", "metric",
     }  # fmt: skip
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     assert all(f'"{group}"' in FILES["pyproject.toml"] for group in ("qvgen.plugins", "qvgen_kernels.backends"))
 
 
@@ -77,6 +78,12 @@ def test_the_page_has_an_example_of_each_kind() -> None:
 def test_a_command_of_the_page_runs(words: list[str], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One of each kind to its end; of the others, which are variants of them, all but the computation."""
     assert words[0] == "qvgen"
+    if words[1] == "evaluate":
+        write_video(project / "videos" / "a.mp4", np.load("clips.npy")[0], fps=4)
+        assert main([*words[1:], f"out={project / 'evaluation'}"]) == 0
+        found = json.loads((project / "evaluation" / "evaluation.json").read_text())["metrics"]
+        assert 10 < found["contrast"]["value"] < 128
+        return
     run_dir = project / "runs" / str(COMMANDS.index(words))
     length = ["steps=2"] if "method=robust" in words else ["steps=2", "phi.ranks=[2]"] if words[1] == "train" else []
     is_variant = any("_target_" in word or word in ("init=mymethod", "model=still", "logger=table") for word in words)
