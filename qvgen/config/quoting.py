@@ -89,13 +89,18 @@ def _unquoted(text: str) -> str:
 
 @cache
 def _text_keys() -> dict[str, bool]:
-    """Dotted keys of the verbs whose values are text -> whether all verbs that have it take one text alone."""
+    """Dotted keys of the verbs whose values are text -> whether all verbs that have it take one text alone.
+
+    A key that is text for one verb and a number for another is none: a word is read before its verb is known.
+    """
     keys: dict[str, bool] = {}
+    numbers: set[str] = set()
     for schema in dict.fromkeys(SCHEMAS.values()):
         for key, single in _texts(schema, ""):
             if key not in _CHOICES and not key.startswith(("run.", "names.")):
                 keys[key] = keys.get(key, True) and single
-    return keys
+        numbers |= {name for name, hint in typing.get_type_hints(schema).items() if hint in (int, float)}
+    return {key: single for key, single in keys.items() if key not in numbers}
 
 
 def _texts(kind: type, prefix: str) -> Iterator[tuple[str, bool]]:

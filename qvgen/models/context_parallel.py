@@ -44,7 +44,7 @@ def check_context(
         class_name: The transformer's class.
         numbers: Its ``num_attention_heads`` and ``patch_size``, where it is one of :data:`CONTEXT_CLASSES`.
         shapes: Latents of one sample [C, F, H, W], of every size that is trained on.
-        processes: Of a group with one sample.
+        processes: Number of processes that share one sample out.
         name: The model's, for people.
 
     Raises:
@@ -86,7 +86,7 @@ class SharedSequence:
 
     Args:
         models: Transformers of one of :data:`CONTEXT_CLASSES`.
-        processes: Of a group with one sample: ranks that follow each other.
+        processes: Size of a group that shares one sample out: ranks that follow each other.
         device: Where they compute.
     """
 

@@ -99,7 +99,8 @@ class OptimizerModule(lightning.LightningModule):
         """Raise TrainingDivergedError before a step with a loss or a gradient that is not finite: its one wait for a GPU."""
         assert self.gradient_norm is not None
         losses = [loss.flatten() for loss in self.step_losses]
-        norm = self.gradient_norm.reshape(1).to(losses[0].device)  # of gradients on the host, perhaps
+        norm = self.gradient_norm.reshape(1)
+        norm = norm.to(losses[0].device) if losses else norm  # gradients may lie on the host
         if torch.isfinite(torch.cat([norm, *losses])).all():
             return
         for loss in losses:

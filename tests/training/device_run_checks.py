@@ -146,7 +146,7 @@ def test_a_run_and_its_packed_model_are_those_of_the_cpu(tmp_path):
         on_cpu.load_state_dict({key: value.cpu() for key, value in student.state_dict().items()})
         # One wait before a step, one for its row, two where layers are looked at: here always, and Phi goes before the end.
         expected = {"OptimizerModule._check_finite": STEPS, "StepMetrics.on_train_batch_end": STEPS}
-        assert found == {**expected, "_small_share": STEPS - 1, "_clips": STEPS}
+        assert found == {**expected, "phi_singular_values": STEPS - 1, "_clips": STEPS}
         student.to(device)
         with reading_allowed():
             predictions = [list(held_out.predictions(model)) for model in (student, on_cpu)]

@@ -90,7 +90,7 @@ def workspace(*, entity: str, project: str, name: str) -> Any:
     Raises:
         UserError: The package is not installed.
     """
-    workspaces, reports = _library()
+    workspaces, reports = _packages()
     sections = [
         workspaces.Section(
             name=section, panels=[_drawn(reports, panel, section=section) for panel in PANELS[section]], is_open=True
@@ -102,7 +102,7 @@ def workspace(*, entity: str, project: str, name: str) -> Any:
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)
 
 
-def _library() -> tuple[Any, Any]:
+def _packages() -> tuple[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the package's own, which nobody here can act on
