@@ -115,7 +115,7 @@ class PipelineFamily(FolderFamily):
             )
 
     def tensor_reader(self) -> TensorReader | None:
-        """What reads single tensors of the transformer that is trained; None where a LoRA or a finetune changes it."""
+        """Give a reader of single tensors of the transformer that is trained; None where a LoRA or a finetune changes it."""
         if self._finetune is not None or self._loras:
             return None
         folder, part = self._require_folder(), self.transformer_folder

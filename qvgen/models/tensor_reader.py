@@ -20,7 +20,7 @@ from qvgen.quant.finite import check_finite
 
 
 def read_tensors_of(files: Iterable[Path], *, remedy: str) -> TensorReader:
-    """What reads single tensors of a set of files, in float32; it may be called from several threads.
+    """Give a reader of single tensors of a set of files, in float32; it may be called from several threads.
 
     Args:
         files: safetensors files that hold each tensor once.

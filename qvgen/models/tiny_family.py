@@ -195,7 +195,7 @@ class TinyFamily:
         return transformer.requires_grad_(False).eval()
 
     def tensor_reader(self) -> TensorReader:
-        """What reads single tensors of the trained transformer; its small file is read at once."""
+        """Give a reader of single tensors of the trained transformer; its small file is read at once."""
         tensors = load_weights(self.weights)
         return lambda name: tensors[name].float()
 
