@@ -72,18 +72,6 @@ def _check_artifacts(records: list[Record]) -> None:
     assert report == {"report.html": "", "report.json": ""}
 
 
-def _check_artifacts(records: list[Record]) -> None:
-    """The packed files by name and checksum alone, which is what ``logger.upload=report`` asks for; the report whole."""
-    found = {
-        record.artifact.type: record.artifact for record in records if record.WhichOneof("record_type") == "artifact"
-    }
-    model = {entry.path: entry.ref for entry in found["model"].manifest.contents}
-    assert model.keys() >= {"model.safetensors", "manifest.json"}
-    assert all(reference.startswith("file://") for reference in model.values())
-    report = {entry.path: entry.ref for entry in found["report"].manifest.contents}
-    assert report == {"report.html": "", "report.json": ""}
-
-
 def _check_layers(table: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     names = [row[table["columns"].index("layer")] for row in table["data"]]
     assert names == [layer["name"] for layer in report["layers"]]
