@@ -10,7 +10,7 @@ from typing import Any
 from qvgen.config.evaluate_schema import TEACHER, EvaluateConfig
 from qvgen.config.prompt import Prompts
 from qvgen.config.verb_schema import GenerateConfig, ModelName
-from qvgen.deploy.manifest import read_manifest
+from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.suite.case import Case, sampled_cases
 from qvgen.evaluation.suite.clip_store import Clips, FolderClips, SampledClips
 from qvgen.evaluation.suite.video_folder import check_names, check_rate, check_same, folder_cases, read_folder
@@ -153,7 +153,11 @@ def _packed_side(config: EvaluateConfig, packed: tuple[Path, ...], family: Any, 
     manifests = [read_manifest(path) for path in packed]
     return Side(
         label=_label(config.run_dir or packed[0]),
-        facts={"packed": [str(path) for path in packed], "sha256": [manifest.sha256 for manifest in manifests]},
+        facts={
+            "packed": [str(path) for path in packed],
+            "sha256": [manifest.sha256 for manifest in manifests],
+            "bytes": sum((path / WEIGHTS_FILE).stat().st_size for path in packed),
+        },
         clips=SampledClips(config.out / "videos", made_from(sampling, family, request)),
         load=lambda: VideoSampler(sampling, family, request),
     )

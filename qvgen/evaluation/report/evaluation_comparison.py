@@ -30,7 +30,7 @@ class EvaluatedModel:
         name: The model's label, with its folder where labels are alike.
         folder: The evaluation's folder.
         content: What its evaluation.json holds.
-        nbytes: Bytes of the packed weights, where they lie where they lay when they were evaluated; None: not known.
+        nbytes: Bytes of the packed weights; None: files were evaluated.
         changes: Metric -> how it differs from the first model's; empty for the first.
     """
 
@@ -69,15 +69,11 @@ def read_models(folders: Sequence[Path]) -> list[EvaluatedModel]:
             raise UserError(f"{folders[0]} and {folder}: {error}") from error
         name = label if labels.count(label) == 1 else f"{label} ({folder})"
         models.append(
-            EvaluatedModel(name=name, folder=folder, content=content, nbytes=_packed_bytes(content), changes=changes)
+            EvaluatedModel(
+                name=name, folder=folder, content=content, nbytes=content["model"].get("bytes"), changes=changes
+            )
         )
     return models
-
-
-def _packed_bytes(content: Mapping[str, Any]) -> int | None:
-    """Bytes of the weights of a packed model that was evaluated."""
-    files = [Path(folder) / "model.safetensors" for folder in content["model"].get("packed") or ()]
-    return sum(file.stat().st_size for file in files) if files and all(file.is_file() for file in files) else None
 
 
 def metrics_of(models: Sequence[EvaluatedModel]) -> dict[str, Mapping[str, Any]]:

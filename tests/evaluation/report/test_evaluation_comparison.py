@@ -25,10 +25,7 @@ def write_evaluation(
     folder.mkdir()
     model: dict[str, Any] = {"label": label}
     if nbytes is not None:
-        packed = folder / "packed"
-        packed.mkdir()
-        (packed / "model.safetensors").write_bytes(bytes(nbytes))
-        model["packed"] = [str(packed)]
+        model["bytes"] = nbytes
     mean = float(np.mean(values))
     videos = [
         {
