@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ class LayerMetrics(lightning.Callback):
 def layer_numbers(student: nn.Module) -> list[Row]:
     """The numbers of each quantized layer, under the names of :data:`LAYER_COLUMNS`, in the model's order.
 
-    A collective where the student is sharded, one layer after another. A device is waited for once for all weights, and once
-    for what else there is.
+    A collective where the student is sharded, one layer after another. A device is waited for once for each kind of number,
+    however many layers there are.
     """
     layers = quantized_layers(student)
     if not layers:
@@ -110,16 +110,24 @@ def layer_numbers(student: nn.Module) -> list[Row]:
     errors = torch.stack([_signal_and_error(layer) for layer in layers.values()]).cpu().double()
     for row, decibels in zip(rows, (10 * (errors[:, 0] / errors[:, 1]).log10()).tolist(), strict=True):
         row["weight_sqnr_db"] = decibels
-    for row, layer in zip(rows, layers.values(), strict=True):
-        row.update(_clips(layer))
+    for side in ("low", "high"):
+        clips = [(row, _mean_clip(layer, side)) for row, layer in zip(rows, layers.values(), strict=True)]
+        _fill(f"clip_{side}", [(row, clip) for row, clip in clips if clip is not None])
     helped = [
         (row, layer.phi) for row, layer in zip(rows, layers.values(), strict=True) if layer.phi and layer.phi.rank
     ]
+    _fill("phi_gate", [(row, whole(phi.rank_gate)[: phi.rank].min()) for row, phi in helped])
     values = phi_singular_values([phi for _, phi in helped])
     for (row, phi), of_layer in zip(helped, values, strict=True):
-        gate = float(whole(phi.rank_gate)[: phi.rank].min())
-        row |= {"phi_rank": phi.rank, "phi_gate": gate, "phi_sigma_max": of_layer[-1], "phi_sigma_min": of_layer[0]}
+        row |= {"phi_rank": phi.rank, "phi_sigma_max": of_layer[-1], "phi_sigma_min": of_layer[0]}
     return rows
+
+
+def _fill(column: str, found: Sequence[tuple[Row, Tensor]]) -> None:
+    """Write one number of several layers into their rows; all come from the device at once."""
+    if found:
+        for (row, _), value in zip(found, torch.stack([value for _, value in found]).cpu().tolist(), strict=True):
+            row[column] = value
 
 
 def _signal_and_error(layer: FakeQuantLinear) -> Tensor:
@@ -132,10 +140,8 @@ def _signal_and_error(layer: FakeQuantLinear) -> Tensor:
     return torch.stack([weight.square().sum(), error.square().sum()])
 
 
-def _clips(layer: FakeQuantLinear) -> Mapping[str, float]:
-    """Mean factors on the ends of a layer's inputs, as far as it has any."""
+def _mean_clip(layer: FakeQuantLinear, side: str) -> Tensor | None:
+    """Mean factor over the noise bands on one end of a layer's inputs, float32 []; None where it cuts no range there."""
     quantizer = layer.activation_quantizer
-    if not isinstance(quantizer, ActivationDynamic):
-        return {}
-    logits = {"clip_low": quantizer.clip_low, "clip_high": quantizer.clip_high}
-    return {side: float(whole(value).double().sigmoid().mean()) for side, value in logits.items() if value is not None}
+    logits = getattr(quantizer, f"clip_{side}") if isinstance(quantizer, ActivationDynamic) else None
+    return None if logits is None else whole(logits).float().sigmoid().mean()

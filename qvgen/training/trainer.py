@@ -25,7 +25,7 @@ from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
-from qvgen.training.distributed.cluster import GivenRanks
+from qvgen.training.distributed.cluster import GivenRanks, group_backend
 from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.strategies import DataParallel, OneDevice
@@ -137,7 +137,6 @@ def build_trainer(
 def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
     if processes.world_size == 1:
         return OneDevice(device="cuda:0" if on_gpu else "cpu")
-    backend = "nccl" if on_gpu else "gloo"
     cluster = GivenRanks(
         rank=processes.rank, world_size=processes.world_size, port=processes.port, world=processes.launched
     )
@@ -145,7 +144,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         strategy = ShardedStrategy(
             data_parallel_size=processes.world_size,  # Lightning's "auto" is the number of machines: 1
             tensor_parallel_size=1,
-            process_group_backend="cpu:gloo,cuda:nccl" if on_gpu and processes.shares_on_host else backend,
+            process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=processes.shares_on_host),
             timeout=COLLECTIVE_TIMEOUT,
         )
         strategy.cluster_environment = cluster  # no argument of it
@@ -153,7 +152,7 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         return strategy
     return DataParallel(
         cluster_environment=cluster,
-        process_group_backend=backend,
+        process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),
         timeout=COLLECTIVE_TIMEOUT,
         broadcast_buffers=False,  # gates and ranks are computed alike everywhere
         gradient_as_bucket_view=True,

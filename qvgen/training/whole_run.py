@@ -66,7 +66,8 @@ def trained(
     if (meeting := current_meeting()) is not None:  # another launcher started the others, and looks after them
         _write_settings(run_dir, settings)
         meeting.announce(run_dir)
-        with meeting.group(timeout=COLLECTIVE_TIMEOUT, hang_minutes=hang_minutes):
+        on_host = run.strategy.cpu_offload
+        with meeting.group(timeout=COLLECTIVE_TIMEOUT, hang_minutes=hang_minutes, shares_on_host=on_host):
             yield _at_the_end(share(processes=processes_of(run, rank=0, port=meeting.world.port)))
         return
     with workers or _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes) as group:

@@ -106,7 +106,8 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
 
     folder = meeting.wait_for_run(help_start=lambda folder: module.help_start(config(folder), rank=world.rank))
     given = config(folder)
-    with meeting.group(timeout=COLLECTIVE_TIMEOUT, hang_minutes=given.training.hang_minutes):
+    options = {"hang_minutes": given.training.hang_minutes, "shares_on_host": given.strategy.cpu_offload}
+    with meeting.group(timeout=COLLECTIVE_TIMEOUT, **options):
         module.run_worker(given, rank=world.rank, world_size=world.size, port=world.port)
     return 0
 

@@ -126,43 +126,45 @@ def front_metric(models: Sequence[EvaluatedModel]) -> str | None:
     return None
 
 
+def _points(models: Sequence[EvaluatedModel], metric: str) -> list[tuple[int, float, EvaluatedModel]]:
+    """Bytes and value of each model whose bytes are known."""
+    return [
+        (model.nbytes, float(model.content["metrics"][metric]["value"]), model)
+        for model in models
+        if model.nbytes is not None
+    ]
+
+
 def pareto_front(models: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
     """The models that no other one beats in bytes and in :func:`front_metric` at once, from the smallest on."""
-    name = front_metric(models)
-    sized = [model for model in models if model.nbytes is not None and name is not None]
-    if name is None or not sized:
+    if (name := front_metric(models)) is None:
         return []
-    sign = 1.0 if sized[0].content["metrics"][name]["better"] == "higher" else -1.0
-    scores = {id(model): sign * float(model.content["metrics"][name]["value"]) for model in sized}
+    sign = 1.0 if metrics_of(models)[name]["better"] == "higher" else -1.0
+    points = [(size, sign * value, model) for size, value, model in _points(models, name)]
 
-    def is_beaten(model: EvaluatedModel) -> bool:
-        own = (model.nbytes, scores[id(model)])
-        return any(
-            other.nbytes <= own[0] and scores[id(other)] >= own[1] and (other.nbytes, scores[id(other)]) != own  # type: ignore[operator]
-            for other in sized
-        )
+    def is_beaten(size: int, score: float) -> bool:
+        return any(s <= size and other >= score and (s, other) != (size, score) for s, other, _ in points)
 
-    return sorted((model for model in sized if not is_beaten(model)), key=lambda model: model.nbytes or 0)
+    front = [(size, model) for size, score, model in points if not is_beaten(size, score)]
+    return [model for _, model in sorted(front, key=lambda entry: entry[0])]
 
 
 def draw_front(models: Sequence[EvaluatedModel]) -> Chart | None:
     """Bytes against a metric, a point for each model with its interval; the front is a line. None without bytes of two."""
     name = front_metric(models)
-    sized = [model for model in models if model.nbytes is not None]
-    if name is None or len(sized) < 2:
+    points = [] if name is None else _points(models, name)
+    if name is None or len(points) < 2:
         return None
-    entries = [model.content["metrics"][name] for model in sized]
-    sizes = np.array([model.nbytes for model in sized], dtype=float) / 1e6
-    with Canvas(f"{heading(entries[0])} against MB of weights", last_step=1) as canvas:
+    sizes = np.array([size for size, _, _ in points]) / 1e6
+    with Canvas(f"{heading(metrics_of(models)[name])} against MB of weights", last_step=1) as canvas:
         axes = canvas.axes
-        for model, size, entry in zip(sized, sizes, entries, strict=True):
+        for size, (_, value, model) in zip(sizes, points, strict=True):
+            entry = model.content["metrics"][name]
             if entry["low"] is not None:
                 axes.plot([size, size], [entry["low"], entry["high"]], color=FIRST, linewidth=1.0)
-            axes.plot([size], [float(entry["value"])], color=FIRST, marker="o", markersize=5)
-            axes.annotate(
-                model.name, (size, float(entry["value"])), fontsize=7, xytext=(4, 4), textcoords="offset points"
-            )
-        front = [(model.nbytes / 1e6, float(model.content["metrics"][name]["value"])) for model in pareto_front(models)]  # type: ignore[operator]
+            axes.plot([size], [value], color=FIRST, marker="o", markersize=5)
+            axes.annotate(model.name, (size, value), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        front = [(size / 1e6, value) for size, value, _ in _points(pareto_front(models), name)]
         axes.plot(*zip(*front, strict=True), color=SECOND, linewidth=1.2, drawstyle="steps-post")
         room = 0.1 * max(float(np.ptp(sizes)), 0.1 * float(sizes.max()))
         axes.set_xlim(sizes.min() - room, sizes.max() + 2 * room)

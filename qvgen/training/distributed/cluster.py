@@ -70,3 +70,19 @@ class GivenRanks(ClusterEnvironment):
     def node_rank(self) -> int:
         """This machine."""
         return 0 if self._world is None else self._world.node_rank
+
+
+def group_backend(*, on_gpu: bool, shares_on_host: bool) -> str:
+    """The backend of a run's process group, as torch names it, whoever started the processes.
+
+    Args:
+        on_gpu: Whether they compute on GPUs.
+        shares_on_host: Whether shares lie in the host's memory, so that processes of GPUs talk about tensors there, too.
+
+    Example:
+        >>> [group_backend(on_gpu=gpu, shares_on_host=host) for gpu, host in ((False, True), (True, False), (True, True))]
+        ['gloo', 'nccl', 'cpu:gloo,cuda:nccl']
+    """
+    if not on_gpu:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if shares_on_host else "nccl"

@@ -35,6 +35,7 @@ from qvgen.config.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed.cluster import group_backend
 from qvgen.training.distributed.launched_store import check_shared, open_store, process_name, wait_for_server
 from qvgen.training.distributed.network_errors import gone_words, is_of_network
 from qvgen.training.distributed.peer_links import Links, LinksToOthers, LinkToRankZero
@@ -212,17 +213,18 @@ class Meeting:
     # All
 
     @contextmanager
-    def group(self, *, timeout: timedelta, hang_minutes: float | None) -> Iterator[None]:
+    def group(self, *, timeout: timedelta, hang_minutes: float | None, shares_on_host: bool) -> Iterator[None]:
         """The process group of torch while a block trains; what breaks in it is explained, and who is silent is said.
 
         Args:
             timeout: Of a collective.
             hang_minutes: This process is ended after so long in which no process reported anything; None: never.
+            shares_on_host: See :func:`qvgen.training.distributed.cluster.group_backend`.
 
         Raises:
             UnfitEnvironmentError: Another process failed or is gone.
         """
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = group_backend(on_gpu=torch.cuda.is_available(), shares_on_host=shares_on_host)
         store = PrefixStore("group", open_store(self.world))
         store.set_timeout(timeout)
         ranks = {"rank": self.world.rank, "world_size": self.world.size}
