@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -202,7 +203,11 @@ def test_minutes_ask_for_checkpoints_and_a_signal_leaves_each_whole(
 
 
 def stop_when(is_time: Callable[[], bool], number: int, command: list[str]) -> int:
-    """Run a command in this process, and send it a signal as soon as something is the case; the exit code."""
+    """Run a command in this process, and send it a signal as soon as something is the case; the exit code.
+
+    The signal may come between the moment that Python opens a file or a folder and the moment that a ``with`` holds it.
+    Nothing can close that one, so what Python says of it is not a fault of the command.
+    """
     has_ended = threading.Event()
 
     def watch() -> None:
@@ -212,7 +217,8 @@ def stop_when(is_time: Callable[[], bool], number: int, command: list[str]) -> i
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=watch)
-    with stop_request.listening():  # whenever it comes, it does not end pytest
+    with stop_request.listening(), warnings.catch_warnings():  # whenever it comes, it does not end pytest
+        warnings.simplefilter("ignore", ResourceWarning)
         thread.start()
         try:
             return main(command)
