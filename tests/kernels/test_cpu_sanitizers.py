@@ -26,7 +26,7 @@ SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 EMULATED = ("-DQV_AMX_EMULATE", "-DQV_AVX512_EMULATE", "-include", str(Path(__file__).with_name("avx512_emulation.h")))
 """Flags for sources that have AVX-512; the header takes long to compile."""
 CROSS = "aarch64-linux-gnu-g++"
-DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search")
+DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search", "attention")
 
 
 def build(compiler, flags, emulated, folder):
@@ -124,6 +124,11 @@ def test_errors_of_ranges_are_those_of_the_definition_and_touch_no_byte_too_far(
     run_alone([sanitized], "range_search_driver")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_attention_is_the_same_on_every_backend_and_touches_no_byte_too_far(sanitized):
+    run_alone([sanitized], "attention_driver")
+
+
 @pytest.fixture(scope="module")
 def arm(pytestconfig):
     if shutil.which(CROSS) is None or shutil.which("qemu-aarch64") is None:
@@ -150,9 +155,13 @@ def test_arm_computes_errors_of_ranges(arm):
     run_alone(["qemu-aarch64", arm], "range_search_driver")
 
 
+def test_arm_computes_attention(arm):
+    run_alone(["qemu-aarch64", arm], "attention_driver")
+
+
 def test_the_sources_never_contract_multiplications(arm):
     # 64-bit ARM has fused multiply-adds in its base set and compilers use them by default: not here
-    objects = [str(Path(arm).with_name(name)) for name in ("neon.o", "fake_quantize.o")]
+    objects = [str(Path(arm).with_name(name)) for name in ("neon.o", "fake_quantize.o", "attention.o")]
     text = subprocess.run(
         ["aarch64-linux-gnu-objdump", "-d", *objects], capture_output=True, text=True, check=True
     ).stdout
