@@ -17,7 +17,7 @@ extern "C" int qv_supported(int32_t);
 int main() {
     std::mt19937 draw(5);
     std::normal_distribution<float> normal(0.3f, 2.0f);
-    for (int trial = 0; trial < 12; ++trial) {
+    for (int trial = 0; trial < 8; ++trial) {
         const int64_t heads = 1 + draw() % 2, queries = 1 + draw() % 70, keys = 1 + draw() % 140, size = 4 * (1 + draw() % 36);
         std::vector<float> q(heads * queries * size), k(heads * keys * size), v(k.size());
         for (auto* piece : {&q, &k, &v})
