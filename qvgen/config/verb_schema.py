@@ -198,10 +198,10 @@ class BenchmarkConfig:
         what: The benchmark, the name of a file or folder of qvgen/verbs/benchmarks: ``ptq`` (held-out error of every PTQ
             method), ``ptq_cost`` (their seconds and memory at the model's size), ``methods`` (training methods in equal
             steps), ``training`` (optimizer steps), ``training_ratios`` (what quantization adds to a step), ``kernels``
-            (packed linears on this CPU), ``fake_quantization`` (passes of a trainable Linear), ``denoising_step`` (a call of
-            the transformer, bfloat16 and packed), ``profiles`` (quality of every profile), ``loading`` (of a packed
-            directory), ``svdq_accumulation`` (sums in half precision), ``clips`` (where clips of inputs lose least) or
-            ``strategies`` (which strategy fits how many GPUs, planned).
+            (packed linears on this CPU), ``attention`` (of one head, in 8 bits), ``fake_quantization`` (passes of a
+            trainable Linear), ``denoising_step`` (a call of the transformer, bfloat16 and packed), ``profiles`` (quality of
+            every profile), ``loading`` (of a packed directory), ``svdq_accumulation`` (sums in half precision), ``clips``
+            (where clips of inputs lose least) or ``strategies`` (which strategy fits how many GPUs, planned).
         encoder: A text encoder that ``ptq`` measures in place of the model: ``minilm``, the one that `qvgen assets` fetches
             (model=minilm means the same), or the folder of a BertModel and its tokenizer. None: the model.
         methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N. None: all, those of
@@ -212,9 +212,10 @@ class BenchmarkConfig:
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
         timed_steps: Optimizer steps of ``training``, repetitions of ``ptq_cost``, rounds of the others that measure time.
         shapes: Shapes of ``kernels``, ``fake_quantization`` and ``training_ratios``: MxK-N, for ``kernels`` also MxK-H-N,
-            for ``training_ratios`` also block@FxHxW and step.
+            for ``training_ratios`` also block@FxHxW and step. Of ``attention``: TOKENSxD.
         tune: True: ``kernels`` looks for the fastest tiles of the GPU's kernels and keeps them in the user's cache.
-        threads: Numbers of threads of ``kernels``, ``fake_quantization``, ``denoising_step`` and ``loading``.
+        threads: Numbers of threads of ``kernels``, ``attention``, ``fake_quantization``, ``denoising_step`` and
+            ``loading``.
         blocks: Transformer blocks that ``denoising_step`` runs, scaled to the whole model, or of the larger file of
             ``loading``.
         out: Folder of the results: NAME.json with every measured value, NAME.md with the table.

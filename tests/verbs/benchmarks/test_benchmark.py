@@ -169,6 +169,25 @@ def test_fused_passes_are_measured_beside_torchs(tmp_path: Path, capsys: pytest.
     assert "| 64x32-16 | 3 | 2 |" in page.read_text()
 
 
+@pytest.mark.skipif(missing_reason() is not None, reason="no C++ compiler")
+def test_attention_is_measured_beside_torchs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["attention", "timed_steps=2", "threads=[1,2]", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "shapes=[70x64]", "dry_run=true"]) == 0
+    assert "attention: shapes 70x64 on [1, 2] threads" in capsys.readouterr().out
+    for shape, words in (("64x32-16", "write TOKENSxD"), ("9x6", "head_size=6 must be a multiple of 4")):
+        assert main(["benchmark", *keys, f"shapes=[{shape}]"]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["benchmark", *keys, "shapes=[70x64,9x8]"]) == 0
+    (page,) = tmp_path.glob("attention-cpu-*.md")
+    rows = json.loads(page.with_suffix(".json").read_text())["rows"]
+    assert [(row["shape"], row["threads"]) for row in rows] == [("70x64", 1), ("70x64", 2), ("9x8", 1), ("9x8", 2)]
+    for row in rows:
+        assert {"torch bfloat16", "torch float32"} < set(row["seconds"])
+        assert all(len(times) == 2 for times in row["seconds"].values())
+        assert row["speedup"]["torch bfloat16"] == [1.0, 1.0, 1.0]
+    assert "| 70x64 | 2 | torch float32 |" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
@@ -178,7 +197,7 @@ def test_fused_passes_are_measured_beside_torchs(tmp_path: Path, capsys: pytest.
         ("threads=[0]", "threads=0"),
         ("seeds=[]", "seeds=[] is empty"),
         ("evaluation.samples=0", "evaluation.samples=0 measures nothing"),
-        ("what=speed", "what=speed is unknown (there are: clips, denoising_step, fake_quantization, kernels, "),
+        ("what=speed", "what=speed is unknown (there are: attention, clips, denoising_step, fake_quantization, "),
     ],
 )
 def test_what_can_not_be_measured_is_refused(
