@@ -27,6 +27,7 @@ from qvgen.evaluation.suite.measuring import measure_case
 from qvgen.evaluation.suite.summary import MeasuredCase, against, read_evaluation, summarize
 from qvgen.evaluation.suite.value_file import ValueFiles
 from qvgen.evaluation.vbench.dimension import Dimension, NetworkDimension
+from qvgen.evaluation.vbench.total import summarized_scores
 from qvgen.run_directory import atomic_write
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
@@ -43,9 +44,9 @@ def run(config: EvaluateConfig) -> None:
     A call that was stopped is continued by the same command; what it leaves is the same to the byte.
     """
     other = None if config.against is None else read_evaluation(config.against, key="against")
-    compared = read_compared(config)
-    metrics, skipped = _metrics(config, compared)
     prompts = None if config.vbench.info is None else read_prompt_list(config.vbench.info)
+    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
+    metrics, skipped = _metrics(config, compared)
     key = _key(metrics, compared, prompts)
     _refuse_other(config, key)
     if config.dry_run:
@@ -59,6 +60,8 @@ def run(config: EvaluateConfig) -> None:
     of_models = _measure_models(config, metrics, compared)
     measured = _measure_videos(config, metrics, compared, of_models, prompts)
     content = summarize(metrics, measured, skipped=skipped, about=_about(config, compared, key))
+    if prompts is not None and any(isinstance(metric, Dimension) for metric in metrics.values()):
+        content["vbench"] = summarized_scores(content["metrics"])
     if other is not None:
         content["against"] = {"label": other["model"]["label"], "metrics": against(content, other)}
     _write(config, compared, content)

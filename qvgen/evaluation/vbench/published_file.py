@@ -142,3 +142,21 @@ VICLIP = PublishedFile(
 
 FILES = (CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, AMT, RAFT, AESTHETIC, MUSIQ, GRIT, UMT, TAG2TEXT, VICLIP)
 """All of them, in the order of `qvgen assets weights=vbench`."""
+
+
+def weight_lines(folder: Path | None) -> list[str]:
+    """A table of all files: name, size, whether it is in a folder, licence, checksum, and where each is published.
+
+    Args:
+        folder: A user's folder; None: nobody named one.
+    """
+    width, weights = max(len(file.name) for file in FILES), None if folder is None else str(folder)
+    lines = []
+    for file in FILES:
+        size = "size not known" if file.megabytes is None else f"{file.megabytes} MB"
+        state = "-" if file.find(weights) is None else "there" if file.absent(weights) is None else "damaged"
+        licence = file.licence or "licence not known"
+        lines.append(f"{file.name:<{width}}  {size:>14}  {state:<7}  {licence}  sha256 {file.sha256 or 'not stated'}")
+        lines.append(f"  {file.source}")
+    where = "name a folder with out=FOLDER to see what is there" if folder is None else f"looked for in {folder}"
+    return [*lines, f"{len(FILES)} files; {where}; qvgen fetches none of them"]
