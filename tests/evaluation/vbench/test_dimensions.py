@@ -14,11 +14,13 @@ from torch import Tensor
 
 from qvgen.config.leaves import load_leaf
 from qvgen.evaluation.metrics.base import Clip, Pair
+from qvgen.evaluation.networks.amt import load_amt
 from qvgen.evaluation.networks.clip import load_tokens
 from qvgen.evaluation.networks.raft import Raft
 from qvgen.evaluation.prompt_list import PromptFacts
-from qvgen.evaluation.vbench.published_file import AESTHETIC, CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, MUSIQ, RAFT
+from qvgen.evaluation.vbench.published_file import AESTHETIC, AMT, CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, MUSIQ, RAFT
 from tests.evaluation.vbench import published_networks as published
+from tests.evaluation.vbench.published_amt import amt, amt_tensors
 
 MEAN, DEVIATION = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 TOLERANCE = 2e-5
@@ -142,6 +144,24 @@ def test_imaging_quality(tmp_path: Path) -> None:
     small = published.resize(frames[0].permute(2, 0, 1).double(), (34, 512), (40 / 34, 600 / 512), cubic=False)
     expected = published.musiq(small / 255, tensors) / 100
     assert metric.measure(pair(frames)) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_motion_smoothness(tmp_path: Path) -> None:
+    """Frames of 120 x 130: the border is repeated to 128 x 144, and cut again; the fourth frame has one neighbour."""
+    tensors = amt_tensors()
+    torch.save({"state_dict": tensors}, tmp_path / AMT.name)
+    metric = load_leaf("metric", "motion_smoothness", weights=str(tmp_path))
+    frames = video(4, 120, 130)
+    a, b = (np.pad(frames[i].numpy(), ((4, 4), (7, 7), (0, 0)), mode="edge").transpose(2, 0, 1) / 255 for i in (0, 2))
+    exact = amt(torch.from_numpy(a), torch.from_numpy(b), tensors)
+    network = load_amt(tmp_path / AMT.name)
+    ours = network(*(torch.from_numpy(x).float()[None] for x in (a, b)))[0]
+    assert float(exact.std()) > 0.05
+    assert float(((exact > 0) & (exact < 1)).double().mean()) > 0.3
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-4)
+    middle = np.floor(exact.numpy()[:, 4:124, 7:137].transpose(1, 2, 0) * 255)
+    expected = 1 - np.abs(frames[1].numpy() - middle).mean() / 255
+    assert metric.measure(pair(frames)) == pytest.approx(expected, abs=2e-4)  # few pixels lie so near a level
 
 
 @pytest.mark.parametrize(("step", "moves"), [(3.10 / 160, 1.0), (2.95 / 160, 0.0)])
