@@ -77,6 +77,10 @@ def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metr
         if name not in config.suite.metrics:
             raise ValueError(f"metric.{name} has no effect: suite.metrics names no {name}")
     every = {name: _load(config, name) for name in config.suite.metrics}
+    for name in ("info", "weights"):
+        given = getattr(config.vbench, name)
+        if given is not None and not any(isinstance(metric, Dimension) for metric in every.values()):
+            raise ValueError(f"vbench.{name}={given} has no effect: suite.metrics names no dimension of VBench")
     reasons = {name: _why_not(metric, config, compared) for name, metric in every.items()}
     found = {name: metric for name, metric in every.items() if reasons[name] is None}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}

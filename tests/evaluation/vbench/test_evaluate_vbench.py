@@ -90,6 +90,13 @@ def test_a_bad_list_is_refused(folder: Path, capsys: pytest.CaptureFixture[str],
     assert message in line
 
 
+@pytest.mark.parametrize("key", ["info=info.json", "weights=weights"])
+def test_a_file_that_nothing_asks_for_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    assert main([*WORDS[:3], "suite.metrics=[flow_score]", f"vbench.{key}"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"vbench.{key} has no effect" in line
+
+
 def test_the_weights_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file in VBench's own place or beside the others is there, one with another checksum is damaged."""
     (folder / "weights/dino_model").mkdir(parents=True)
