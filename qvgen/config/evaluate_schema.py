@@ -22,6 +22,20 @@ class EvaluateNames:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VBenchConfig:
+    """The files that VBench's dimensions need (docs/vbench.md).
+
+    Attributes:
+        info: VBench_full_info.json or a part of it: the prompts, and the dimensions each is measured in; None: every video
+            is measured in the dimensions that need not know what a prompt asks for, and there is no total.
+        weights: Folder of the published weights (`qvgen assets weights=vbench`); None: there are none.
+    """
+
+    info: Path | None
+    weights: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Everything that `qvgen evaluate` needs.
 
@@ -35,6 +49,7 @@ class EvaluateConfig:
             directory says.
         suite: The metrics.
         metric: Arguments of metrics in place of their files', as +metric.clipsim.folder=FOLDER.
+        vbench: The files that VBench's dimensions need.
         prompts: The captions: a file (:mod:`qvgen.config.prompt`) or a list; None: the model's own, for videos=FOLDER none.
         seeds: Videos of each prompt that names no seeds of its own; None: 5, for videos=FOLDER as many as there are.
         num_steps: Sampling steps; None: the model's own.
@@ -58,6 +73,7 @@ class EvaluateConfig:
     model: dict[str, Any] | None
     suite: Any
     metric: dict[str, Any]
+    vbench: VBenchConfig
     prompts: Prompts | None
     seeds: Annotated[int | None, Range("> 0")]
     num_steps: Annotated[int | None, Range("> 0")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from qvgen.config.sections import require
 from qvgen.config.value_range import Range, check_ranges
@@ -22,6 +22,8 @@ class AssetsConfig:
         out: Folder that the assets go to; None: the one that QVGEN_ASSETS names, else ~/.cache/qvgen/assets.
         clips: Folder in which to write metadata.csv too, a table of all fetched clips with captions, for data.path;
             None: no table.
+        weights: vbench lists the files of weights that VBench's dimensions need, which no package registry carries, and says
+            which are in ``out`` (docs/vbench.md); nothing is fetched then. None: assets are fetched.
         dry_run: True shows the table and fetches nothing.
         debug: True shows the traceback of an error.
     """
@@ -29,11 +31,16 @@ class AssetsConfig:
     names: tuple[str, ...] | None
     out: Path | None
     clips: Path | None
+    weights: Literal["vbench"] | None
     dry_run: bool
     debug: bool
 
     def __post_init__(self) -> None:
         require(self.names is None or bool(self.names), "names=[] is empty; write null for all assets")
+        require(
+            self.weights is None or (self.names is None and self.clips is None),
+            "weights=vbench lists files and fetches nothing; leave names and clips out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

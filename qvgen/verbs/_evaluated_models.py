@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,12 @@ class Compared:
         return self.model.load is not None and self.reference is not None and self.reference.load is not None
 
 
-def read_compared(config: EvaluateConfig) -> Compared:
+def read_compared(config: EvaluateConfig, *, captions: Collection[str] = ()) -> Compared:
     """Everything that a command compares; nothing is loaded yet.
+
+    Args:
+        config: The command.
+        captions: Captions of VBench's list of prompts; empty: there is none.
 
     Raises:
         ValueError: A folder, a model, prompts and videos that do not fit each other, by name.
@@ -100,7 +104,9 @@ def read_compared(config: EvaluateConfig) -> Compared:
         files = read_folder(config.videos, key="videos")
         if family is not None:
             check_rate(files, family.fps, key="videos")
-        cases = folder_cases(files, config.prompts, key="videos", seeds=config.seeds, negative=negative)
+        cases = folder_cases(
+            files, config.prompts, key="videos", seeds=config.seeds, negative=negative, captions=captions
+        )
         model = Side(label=_label(config.videos), facts={"videos": str(config.videos)}, clips=files)
     else:
         assert packed is not None, "one of the three is given"

@@ -18,6 +18,7 @@ from qvgen.evaluation.compared_calls import compared_calls
 from qvgen.evaluation.environment import DISTRIBUTIONS, collect_versions
 from qvgen.evaluation.metrics.base import Metric, ModelMetric
 from qvgen.evaluation.metrics.clip_model import ClipMetric
+from qvgen.evaluation.prompt_list import PromptList, read_prompt_list
 from qvgen.evaluation.report.evaluation_page import evaluation_lines, render_evaluation
 from qvgen.evaluation.report.evaluation_row import csv_rows, latex_row, markdown_row
 from qvgen.evaluation.suite.case import Case, spread
@@ -25,6 +26,8 @@ from qvgen.evaluation.suite.clip_store import FolderClips, SampledClips
 from qvgen.evaluation.suite.measuring import measure_case
 from qvgen.evaluation.suite.summary import MeasuredCase, against, read_evaluation, summarize
 from qvgen.evaluation.suite.value_file import ValueFiles
+from qvgen.evaluation.vbench.dimension import Dimension, NetworkDimension
+from qvgen.evaluation.vbench.total import summarized_scores
 from qvgen.run_directory import atomic_write
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
@@ -41,9 +44,10 @@ def run(config: EvaluateConfig) -> None:
     A call that was stopped is continued by the same command; what it leaves is the same to the byte.
     """
     other = None if config.against is None else read_evaluation(config.against, key="against")
-    compared = read_compared(config)
+    prompts = None if config.vbench.info is None else read_prompt_list(config.vbench.info)
+    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
     metrics, skipped = _metrics(config, compared)
-    key = _key(metrics, compared)
+    key = _key(metrics, compared, prompts)
     _refuse_other(config, key)
     if config.dry_run:
         for line in _plan(config, compared, metrics, skipped):
@@ -54,8 +58,10 @@ def run(config: EvaluateConfig) -> None:
         if side is not None:
             _sample(side, compared)
     of_models = _measure_models(config, metrics, compared)
-    measured = _measure_videos(config, metrics, compared, of_models)
+    measured = _measure_videos(config, metrics, compared, of_models, prompts)
     content = summarize(metrics, measured, skipped=skipped, about=_about(config, compared, key))
+    if prompts is not None and any(isinstance(metric, Dimension) for metric in metrics.values()):
+        content["vbench"] = summarized_scores(content["metrics"])
     if other is not None:
         content["against"] = {"label": other["model"]["label"], "metrics": against(content, other)}
     _write(config, compared, content)
@@ -70,8 +76,12 @@ def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metr
     for name in config.metric:
         if name not in config.suite.metrics:
             raise ValueError(f"metric.{name} has no effect: suite.metrics names no {name}")
-    every = {name: load_leaf("metric", name, **config.metric.get(name, {})) for name in config.suite.metrics}
-    reasons = {name: _why_not(metric, compared) for name, metric in every.items()}
+    every = {name: _load(config, name) for name in config.suite.metrics}
+    for name in ("info", "weights"):
+        given = getattr(config.vbench, name)
+        if given is not None and not any(isinstance(metric, Dimension) for metric in every.values()):
+            raise ValueError(f"vbench.{name}={given} has no effect: suite.metrics names no dimension of VBench")
+    reasons = {name: _why_not(metric, config, compared) for name, metric in every.items()}
     found = {name: metric for name, metric in every.items() if reasons[name] is None}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name, reason in skipped.items():
@@ -82,21 +92,43 @@ def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metr
     return found, skipped
 
 
-def _why_not(metric: Metric, compared: Compared) -> str | None:
+def _load(config: EvaluateConfig, name: str) -> Metric:
+    """A metric; a dimension whose weights nobody named looks for them where ``vbench.weights`` says."""
+    metric: Metric = load_leaf("metric", name, **config.metric.get(name, {}))
+    if isinstance(metric, NetworkDimension) and metric.weights_folder is None and config.vbench.weights is not None:
+        metric = load_leaf("metric", name, **config.metric.get(name, {}), weights=str(config.vbench.weights))
+    return metric
+
+
+def _why_not(metric: Metric, config: EvaluateConfig, compared: Compared) -> str | None:
     if metric.paired and compared.reference is None:
         return "it compares with a reference, and reference=null"
     if isinstance(metric, ModelMetric) and not compared.models_are_there:
         return "it looks at the models, and needs packed=DIR or run_dir=RUN with reference=teacher"
     if isinstance(metric, ClipMetric) and any(case.caption is None for case in compared.cases):
         return "it needs the captions of the videos: prompts=FILE"
+    if isinstance(metric, Dimension) and config.vbench.info is None and metric.asks_for:
+        return "it has to know what a prompt asks for: vbench.info=VBench_full_info.json"
+    if isinstance(metric, Dimension) and config.vbench.info is not None and compared.cases[0].caption is None:
+        return "the list of prompts names its videos by their captions: prompts=FILE"
     return metric.absent()
 
 
-def _key(metrics: Mapping[str, Metric], compared: Compared) -> str:
+def _key(metrics: Mapping[str, Metric], compared: Compared, prompts: PromptList | None) -> str:
     """Checksum of all that decides evaluation.json."""
     files = ValueFiles(Path(), _measured_by(metrics))
     sides = [side.clips for side in (compared.model, compared.reference) if side is not None]
-    return files.key(*[[case.name, case.prompt, *(clips.key(case) for clips in sides)] for case in compared.cases])
+    return files.key(
+        *[
+            [case.name, case.prompt, *(clips.key(case) for clips in sides), _asked(case, compared, prompts)]
+            for case in compared.cases
+        ]
+    )
+
+
+def _asked(case: Case, compared: Compared, prompts: PromptList | None) -> list[Any]:
+    """The parts of a case besides its pixels that decide a value: caption, rate, and what the list of prompts says."""
+    return [case.caption, _fps(compared, case), None if prompts is None else prompts.content(case.caption)]
 
 
 def _measured_by(metrics: Mapping[str, Metric]) -> list[Any]:
@@ -184,17 +216,25 @@ def _measure_videos(
     metrics: Mapping[str, Metric],
     compared: Compared,
     of_models: Mapping[Case, Mapping[str, float]],
+    prompts: PromptList | None,
 ) -> list[MeasuredCase]:
     """Every case with its values, in order."""
     own = {name: metric for name, metric in metrics.items() if not isinstance(metric, ModelMetric)}
     files = ValueFiles(config.out / "measured" / "videos", _measured_by(own))
     reference, found = compared.reference, []
     for done, case in enumerate(compared.cases, 1):
-        key = files.key(compared.model.clips.key(case), reference and reference.clips.key(case), case.caption)
+        key = files.key(
+            compared.model.clips.key(case), reference and reference.clips.key(case), _asked(case, compared, prompts)
+        )
         values = files.read(case.name, key=key)
         if values is None:
             values = measure_case(
-                own, case, video=compared.model.clips.read(case), reference=reference and reference.clips.read(case)
+                own,
+                case,
+                video=compared.model.clips.read(case),
+                reference=reference and reference.clips.read(case),
+                fps=_fps(compared, case),
+                prompts=prompts,
             )
             files.write(case.name, values, key=key)
             log.info("measured %d of %d videos", done, len(compared.cases))
@@ -222,11 +262,13 @@ def _about(config: EvaluateConfig, compared: Compared, key: str) -> dict[str, An
     }
 
 
-def _fps(compared: Compared) -> float:
-    """Frames per second of the files that are evaluated."""
+def _fps(compared: Compared, case: Case) -> float:
+    """Frames per second of a video: what the model family says, else the file."""
+    if compared.family is not None:
+        return float(compared.family.fps)
     clips = compared.model.clips
     assert isinstance(clips, FolderClips), "nothing was sampled"
-    return float(clips.probe(compared.cases[0].name).fps)
+    return float(clips.probe(case.name).fps)
 
 
 def _write(config: EvaluateConfig, compared: Compared, content: dict[str, Any]) -> None:
@@ -235,7 +277,7 @@ def _write(config: EvaluateConfig, compared: Compared, content: dict[str, Any]) 
         reference = compared.reference
         return compared.model.clips.read(case), reference and reference.clips.read(case)
 
-    fps = compared.family.fps if compared.family is not None else _fps(compared)
+    fps = _fps(compared, compared.cases[0])
     page = render_evaluation(content, frames=frames, fps=fps)
     files = {
         "evaluation.md": markdown_row(content),

@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qvgen.evaluation.networks.fetched import Weights
+from qvgen.evaluation.prompt_list import PromptFacts
 
 T = TypeVar("T")
 Damage = Literal["noise", "frozen", "flicker", "blur", "color"]
@@ -54,11 +55,17 @@ class Pair:
         reference: The reference's video of the same caption and noise, of the same shape; None where there is none, and
             where the metric is not paired.
         caption: Text that it was made from; None where nobody said it.
+        fps: Frames per second of both; None where nobody said it.
+        prompt: The caption's entry in the list of prompts; None where it is not in the list, or there is no list.
+        has_prompt_list: Whether there is a list of prompts (``vbench.info``).
     """
 
     video: Clip
     reference: Clip | None
     caption: str | None
+    fps: float | None = None
+    prompt: PromptFacts | None = None
+    has_prompt_list: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,13 +118,21 @@ class Metric(abc.ABC):
         checksums = [weights.sha256 for weights in self.weights]
         return json.dumps([f"{type(self).__module__}.{type(self).__qualname__}", arguments, checksums], default=str)
 
+    def weight_facts(self) -> list[dict[str, str]]:
+        """The files of weights that decide its values, for evaluation.json."""
+        return [{"file": f"{w.asset}/{w.file}", "archive_sha256": w.sha256} for w in self.weights]
+
 
 class VideoMetric(Metric):
     """A metric with a number for each video."""
 
+    def concerns(self, pair: Pair) -> bool:  # noqa: ARG002 - others look at the pair
+        """Whether it is measured of this video at all."""
+        return True
+
     @abc.abstractmethod
-    def measure(self, pair: Pair) -> float:
-        """The value of one video, finite.
+    def measure(self, pair: Pair) -> float | None:
+        """The value of one video, finite; None where its definition gives this video none.
 
         Raises:
             ValueError: The video is not one that it can measure, for example of a single frame.

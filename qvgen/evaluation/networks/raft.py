@@ -1,7 +1,7 @@
 """RAFT (arXiv 2003.12039): optical flow between two frames, the large model, trained on FlyingThings.
 
     features of both frames at 1/8 -> all pairs' correlations, pooled to four levels
-    ``NUM_UPDATES`` times: look up 9 x 9 correlations around the present flow, a GRU updates it
+    ``updates`` times: look up 9 x 9 correlations around the present flow, a GRU updates it
     flow at 1/8 -> full size by a learned convex combination of 3 x 3 neighbours
 
 The weights are an asset (:data:`ASSET`): tensors alone, loaded with weights_only; names of modules are the file's. Frames are
@@ -151,12 +151,15 @@ class Raft(nn.Module):
         return network
 
     @torch.no_grad()
-    def forward(self, first: Float[Tensor, "B 3 H W"], second: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2 H W"]:
+    def forward(
+        self, first: Float[Tensor, "B 3 H W"], second: Float[Tensor, "B 3 H W"], *, updates: int = NUM_UPDATES
+    ) -> Float[Tensor, "B 2 H W"]:
         """Say where every pixel of ``first`` went in ``second``.
 
         Args:
             first: float32 in [-1, 1].
             second: The same shape.
+            updates: How often the flow is updated, 1 or more.
 
         Returns:
             float32 [B, 2, H, W]: horizontal and vertical displacement in pixels.
@@ -168,19 +171,19 @@ class Raft(nn.Module):
             first, second = (
                 functional.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in (first, second)
             )
-        flow = self._flow(first, second)
+        flow = self._flow(first, second, updates)
         if size != [height, width]:
             flow = functional.interpolate(flow, size=(height, width), mode="bilinear", align_corners=False)
             flow = flow * flow.new_tensor([width / size[1], height / size[0]]).view(1, 2, 1, 1)
         return flow
 
-    def _flow(self, first: Tensor, second: Tensor) -> Tensor:
+    def _flow(self, first: Tensor, second: Tensor, updates: int) -> Tensor:
         pyramid = _correlations(self.fnet(first), self.fnet(second))
         hidden, context = self.cnet(first).split((HIDDEN, CONTEXT), 1)
         hidden, context = hidden.tanh(), context.relu()
         start = _grid(hidden)
         places = start
-        for _ in range(NUM_UPDATES):
+        for _ in range(updates):
             hidden, change = self.update_block(hidden, context, _look_up(pyramid, places), places - start)
             places = places + change
         return _upsample(places - start, 0.25 * self.update_block.mask(hidden))

@@ -14,6 +14,7 @@ from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
 from qvgen.evaluation.report.evaluation_row import heading, latex_row, markdown_row, with_interval
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.page_format import format_number
+from qvgen.evaluation.report.vbench_scores import missing_line, score_rows
 
 NUM_PAIRS = 4
 """Best and worst videos that a page shows, of each."""
@@ -58,6 +59,8 @@ def render_evaluation(content: Mapping[str, Any], *, frames: Frames, fps: float)
         "evaluation.html.j2",
         content=content,
         rows=[_row(entry) for entry in content["metrics"].values()],
+        scores=score_rows(content),
+        no_total=missing_line(content),
         against=_against_rows(content),
         charts=list(_charts(content)),
         judged_by=None if judge is None else content["metrics"][judge]["title"],
@@ -77,6 +80,10 @@ def evaluation_lines(content: Mapping[str, Any]) -> list[str]:
         beside = f"   {label} {row.reference}" if row.reference else ""
         lines.append(f"  {row.heading:<44} {row.value}{beside}{f'   {row.change}' if row.change else ''}")
         lines += [f"    {row.note}"] if row.note else []
+    for score in score_rows(content):
+        beside = f"   {label} {score.reference_text}" if score.reference_text else ""
+        lines.append(f"  {score.heading:<44} {score.text}{beside}")
+    lines += [f"  {line}" for line in [missing_line(content)] if line is not None]
     for row in _against_rows(content):
         lines.append(f"  against {content['against']['label']}: {row.heading:<30} {row.value}   {row.change}")
     return [*lines, *(f"  skipped: {name}: {reason}" for name, reason in content["skipped"].items())]

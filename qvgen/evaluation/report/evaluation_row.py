@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qvgen.evaluation.report.page_format import format_number
+from qvgen.evaluation.report.vbench_scores import score_rows
 
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", "neither": ""}
 _TEX_ARROWS = {"higher": r" $\uparrow$", "lower": r" $\downarrow$", "neither": ""}
@@ -34,24 +35,27 @@ def with_interval(found: Mapping[str, Any]) -> str:
 
 def markdown_row(content: Mapping[str, Any]) -> str:
     """The table as Markdown: the model, and the reference where a metric is measured of it too."""
-    metrics = content["metrics"]
-    heads = ["model", *(heading(entry) for entry in metrics.values())]
-    rows = [[content["model"]["label"], *(with_interval(entry) for entry in metrics.values())]]
+    metrics, scores = content["metrics"], score_rows(content)
+    heads = ["model", *(heading(entry) for entry in metrics.values()), *(row.heading for row in scores)]
+    cells = [*(with_interval(entry) for entry in metrics.values()), *(row.text for row in scores)]
+    rows = [[content["model"]["label"], *cells]]
     if any("reference" in entry for entry in metrics.values()):
-        cells = (with_interval(entry["reference"]) if "reference" in entry else "" for entry in metrics.values())
-        rows.append([content["reference"]["label"], *cells])
+        theirs = (with_interval(entry["reference"]) if "reference" in entry else "" for entry in metrics.values())
+        rows.append([content["reference"]["label"], *theirs, *(row.reference_text for row in scores)])
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def latex_row(content: Mapping[str, Any]) -> str:
     """The table as LaTeX: the model alone, both ends of each interval written out."""
-    metrics = content["metrics"]
+    metrics, scores = content["metrics"], score_rows(content)
     heads = [_tex(heading(entry).rstrip("".join(ARROWS.values())).strip()) for entry in metrics.values()]
     heads = [head + _TEX_ARROWS[entry["better"]] for head, entry in zip(heads, metrics.values(), strict=True)]
+    heads += [f"VBench {row.name}{_TEX_ARROWS['higher']}" for row in scores]
     cells = [_tex(content["model"]["label"]), *(_tex(with_interval(entry)) for entry in metrics.values())]
+    cells += [row.text for row in scores]
     return (
-        f"\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n"
+        f"\\begin{{tabular}}{{l{'r' * len(heads)}}}\n"
         f"model & {' & '.join(heads)} \\\\\n\\hline\n{' & '.join(cells)} \\\\\n\\end{{tabular}}\n"
     )
 
@@ -71,6 +75,11 @@ def csv_rows(content: Mapping[str, Any]) -> str:
                 entry["value"], entry["low"], entry["high"], theirs.get("value"), change.get("value"), change.get("p"),
             ]
         )  # fmt: skip
+    for row in score_rows(content):
+        name = f"vbench_{row.name}"
+        writer.writerow(
+            [content["model"]["label"], name, "", "higher", "", row.value, None, None, row.reference, None, None]
+        )
     return buffer.getvalue()
 
 

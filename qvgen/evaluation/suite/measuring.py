@@ -10,11 +10,18 @@ from torch import Tensor
 
 from qvgen.errors import UserError
 from qvgen.evaluation.metrics.base import Clip, Metric, Pair, SetMetric, VideoMetric
+from qvgen.evaluation.prompt_list import PromptList
 from qvgen.evaluation.suite.case import Case
 
 
 def measure_case(
-    metrics: Mapping[str, Metric], case: Case, *, video: Tensor, reference: Tensor | None
+    metrics: Mapping[str, Metric],
+    case: Case,
+    *,
+    video: Tensor,
+    reference: Tensor | None,
+    fps: float | None = None,
+    prompts: PromptList | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure one video beside the reference's.
 
@@ -23,6 +30,8 @@ def measure_case(
         case: Which video.
         video: uint8 [F, H, W, 3].
         reference: The reference's of the same case; None: there is none, and metrics that compare are left out.
+        fps: Frames per second of both; None: nobody said it.
+        prompts: The list that says which prompts a dimension looks at; None: there is none.
 
     Returns:
         ``values`` and ``features`` by metric, and ``reference_values`` of the metrics that compare nothing, and
@@ -39,25 +48,31 @@ def measure_case(
     found: dict[str, dict[str, Any]] = {
         "values": {}, "reference_values": {}, "features": {}, "reference_features": {},
     }  # fmt: skip
+    known: dict[str, Any] = {
+        "caption": case.caption, "fps": fps, "has_prompt_list": prompts is not None,
+        "prompt": None if prompts is None else prompts.facts(case.caption),
+    }  # fmt: skip
     for name, metric in metrics.items():
         if isinstance(metric, SetMetric) and theirs is not None:
             for key, clip in (("features", ours), ("reference_features", theirs)):
                 found[key][name] = metric.features(clip).tolist()
         elif isinstance(metric, VideoMetric) and metric.paired and theirs is not None:
-            pair = Pair(video=ours, reference=theirs, caption=case.caption)
-            found["values"][name] = _finite(metric.measure(pair), case=case, name=name)
+            found["values"].update(_value(name, metric, Pair(video=ours, reference=theirs, **known), case=case))
         elif isinstance(metric, VideoMetric) and not metric.paired:
             for key, clip_ in (("values", ours), ("reference_values", theirs)):
                 if clip_ is not None:
-                    alone = Pair(video=clip_, reference=None, caption=case.caption)
-                    found[key][name] = _finite(metric.measure(alone), case=case, name=name)
+                    found[key].update(_value(name, metric, Pair(video=clip_, reference=None, **known), case=case))
     return found
 
 
-def _finite(value: float, *, case: Case, name: str) -> float:
+def _value(name: str, metric: VideoMetric, pair: Pair, *, case: Case) -> dict[str, float]:
+    """The value of one video by its metric's name; empty where the metric does not concern it or gives it none."""
+    value = metric.measure(pair) if metric.concerns(pair) else None
+    if value is None:
+        return {}
     if not math.isfinite(value):
         raise UserError(f"{case.name}: {name} is {value}; look at the video, or leave the metric out (suite.metrics)")
-    return float(value)
+    return {name: float(value)}
 
 
 def _shape(video: Tensor) -> str:

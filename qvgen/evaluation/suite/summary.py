@@ -18,6 +18,7 @@ from qvgen.evaluation.json_number import json_number
 from qvgen.evaluation.metrics.base import Metric, SetMetric
 from qvgen.evaluation.suite.case import Case
 from qvgen.evaluation.suite.statistics import CONFIDENCE, RESAMPLES, Difference, difference, estimate, set_estimate
+from qvgen.evaluation.vbench.dimension import Dimension
 
 FORMAT, VERSION = "qvgen-evaluation", 1
 
@@ -68,6 +69,8 @@ def _why_empty(name: str, metric: Metric, cases: Sequence[MeasuredCase]) -> str 
         return None if len(cases) > 1 else "it compares sets of videos, and there is one"
     if any(name in one.values for one in cases):
         return None
+    if isinstance(metric, Dimension):
+        return "no video has a value; the list of prompts (vbench.info) names none of their captions for it"
     return "no video has a value; of a prediction error: no sampling step lies in its band of noise"
 
 
@@ -80,7 +83,7 @@ def _entry(name: str, metric: Metric, cases: Sequence[MeasuredCase]) -> dict[str
         "better": metric.better,
         "paired": metric.paired,
         "blind_to": list(metric.blind_to),
-        "weights": [{"file": f"{w.asset}/{w.file}", "archive_sha256": w.sha256} for w in metric.weights],
+        "weights": metric.weight_facts(),
     }
     if isinstance(metric, SetMetric):
         return {**facts, **_set_values(name, metric, cases)}

@@ -1,6 +1,7 @@
 """The video files of a folder as cases of an evaluation, and whether two folders hold the same cases.
 
     03-a-red-boat-seed42-packed.mp4      as `qvgen generate` names them: prompt 3 of a list, its words, seed, kind of model
+    a red boat-0.mp4                     as VBench names them, where its list of prompts is given: prompt and number
     anything-else.mp4                    one prompt to each file
 
 The kind of model at the end belongs to no name, so a packed model's videos pair with the teacher's.
@@ -9,7 +10,7 @@ The kind of model at the end belongs to no name, so a packed model's videos pair
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qvgen.config.prompt import PromptedVideo, Prompts
@@ -24,6 +25,7 @@ _RATE_TOLERANCE = 1e-3
 """Rates are fractions of whole numbers in some containers: 29.97 is 30000/1001."""
 
 _KIND = re.compile(rf"-({'|'.join(VARIANTS)})$")
+_NUMBERED = re.compile(r"(?P<caption>.+)-(?P<number>\d+)$")
 _NAMED = re.compile(r"(?P<prompt>\d+-.+)-seed(?P<seed>\d+)$")
 
 
@@ -54,7 +56,13 @@ def read_folder(folder: Path, *, key: str) -> FolderClips:
 
 
 def folder_cases(
-    clips: FolderClips, prompts: Prompts | None, *, key: str, seeds: int | None, negative: str
+    clips: FolderClips,
+    prompts: Prompts | None,
+    *,
+    key: str,
+    seeds: int | None,
+    negative: str,
+    captions: Collection[str] = (),
 ) -> list[Case]:
     """The cases of a folder's files, in the order of their names.
 
@@ -64,6 +72,7 @@ def folder_cases(
         key: Whose value the folder is, for messages.
         seeds: Number of videos that each prompt has to have; None: any, the same for all.
         negative: Negative prompt of the prompts that name none.
+        captions: Captions of VBench's list; empty: there is none.
 
     Raises:
         UserError: Files and prompts do not match, by name.
@@ -71,6 +80,8 @@ def folder_cases(
     found = {name: _NAMED.fullmatch(name) for name in clips.files}
     odd = [name for name, match in found.items() if match is None]
     if prompts is None:
+        if odd and captions:
+            return _of_list(list(found), captions, key=key)
         if odd:
             return [Case(name=name, prompt=number, seed=None, caption=None) for number, name in enumerate(found)]
         numbers: dict[str, int] = {}
@@ -90,6 +101,22 @@ def folder_cases(
             "03-WORDS-seed42.mp4, or leave prompts out"
         )
     return _matched(found, prompts, key=key, seeds=seeds, negative=negative)
+
+
+def _of_list(names: Sequence[str], captions: Collection[str], *, key: str) -> list[Case]:
+    """The cases of files that VBench's list of prompts names, PROMPT-NUMBER."""
+    matches = {name: _NUMBERED.fullmatch(name) for name in names}
+    if odd := [name for name, match in matches.items() if match is None or match["caption"] not in captions]:
+        raise UserError(
+            f"{key}: {shown_names(odd)} can't be matched with vbench.info; name videos as VBench does, PROMPT-0.mp4, or "
+            "as `qvgen generate` does, with prompts=FILE"
+        )
+    numbers: dict[str, int] = {}
+    return [
+        Case(name=name, prompt=numbers.setdefault(match["caption"], len(numbers)), seed=None, caption=match["caption"])
+        for name, match in matches.items()
+        if match is not None
+    ]
 
 
 def _matched(

@@ -1,0 +1,1 @@
+"""VBench's dimensions as published: which prompts each one looks at, its network, its value, and the weighted total."""
