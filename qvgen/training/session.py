@@ -116,6 +116,7 @@ def train_share(
             whole_teacher=teacher,
             start=run_dir / START_FILE,
             how=Gathering.of(run.strategy),
+            from_files=run.strategy.low_host_memory,
         )
         trained, shown = models.student, models.teacher
         restore_layers_(trained, run_dir)

@@ -33,7 +33,7 @@ def trained(
     run: TrainingRun,
     output: TrainingOutput,
     *,
-    student: nn.Module,
+    student: nn.Module | None,
     teacher: nn.Module | None,
     settings: Mapping[str, Any],
     hang_minutes: float | None = None,
@@ -44,7 +44,8 @@ def trained(
     Args:
         run: What is trained.
         output: What it leaves behind.
-        student: Holds the state that training starts from; holds the trained state afterwards.
+        student: Holds the state that training starts from; holds the trained state afterwards. None: no process has a
+            whole student, and the trained state is that of the newest checkpoint.
         teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
         settings: The run's configuration as plain values, all of it: what the other processes read.
         hang_minutes: The run ends after so long in which no process reported anything; None: never.

@@ -100,6 +100,7 @@ def set_up_layers(config: TrainConfig, *, rank: int) -> None:
         design=student_design(config),
         init=config.init,
         seed=config.seed,
+        one_by_one=config.strategy.low_host_memory,
     )
 
 

@@ -72,6 +72,7 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ),
         ("profile.runtime={name:x,weight_bits:[9],activation_bits:[4]}", "weight_bits=9"),
         ("kernel=fast", "kernel='fast' is unknown"),
+        ("strategy=deepspeed", "(docs/log.md); strategy=fsdp shares the same out, with strategy.cpu_offload=true on the"),
         ("evaluation.prompts=[a\\ purple\\ cow]", "caption 'a purple cow' is no 'a COLOR DIGIT MOTION'"),
         ("batch_size=30000", "batch_size=30000 is larger than the training data of 20000"),
         ("data.num_frames=4", "data=moving_digits has videos of shape (3, 4, 16, 16), model=tiny takes (3, 8, 16, 16)"),

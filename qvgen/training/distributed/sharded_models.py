@@ -5,7 +5,8 @@
                       tensors go from rank 0 to the shares
     after training    rank 0's student is put together again, on its host
 
-No process but rank 0 ever holds a weight that is not its own share.
+No process but rank 0 ever holds a weight that is not its own share; with ``strategy.low_host_memory`` not even rank 0 does,
+and nothing is put together again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
+from qvgen.training.distributed.file_shares import computed_buffers, share_student_, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
+from qvgen.training.shared_start import tensor_reader_of
 from qvgen.training.student_design import StudentDesign
 
 
@@ -41,6 +44,7 @@ class ShardedModels:
         start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
             stands in for it: where rank 0 does not find it, it sends what it has.
         how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
+        from_files: No process has a whole model, rank 0 neither: all read their rows from the start and the model's files.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -57,14 +61,20 @@ class ShardedModels:
         whole_teacher: nn.Module | None,
         start: Path,
         how: Gathering | None = None,
+        from_files: bool = False,
     ) -> None:
+        self._family, self._from_files = family, from_files
         self._start, self._how = start, how or Gathering()
         self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
-        self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
+        dtype = getattr(torch, getattr(family, "dtype", "float32")) if from_files else torch.float32
+        self.teacher = build_teacher(family, dtype=dtype) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Give every process its shares, on its device or its host; a collective."""
+        if self._from_files:
+            self._read_(mesh, device)
+            return
         found, how = [self._start.is_file()], self._how
         distributed.broadcast_object_list(found, src=0)
         file = self._start if found[0] else None
@@ -74,6 +84,17 @@ class ShardedModels:
         if self.teacher is not None:
             share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device, how=how.without_backward)
 
+    def _read_(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Read this process's shares; no process has more to give."""
+        given = {"computed": computed_buffers(self._family), "mesh": mesh, "device": device}
+        share_student_(self.student, start=self._start, **given, how=self._how)
+        if self.teacher is not None:
+            read = tensor_reader_of(self._family)
+            assert read is not None, "it was asked before"
+            share_teacher_(self.teacher, read=read, **given, how=self._how.without_backward)
+
     def gather_(self) -> None:
-        """Give rank 0's student the trained weights; a collective."""
+        """Give rank 0's student the trained weights; a collective, and nothing where no process has a whole student."""
+        if self._from_files:
+            return
         gather_(self.student, target=self._whole_student)
