@@ -153,7 +153,14 @@ def _memory(plan: TrainingPlan) -> list[str]:
     left = f"this host has {format_bytes(plan.host_available_bytes)} left"
     if plan.shards > 1:
         what = "student, teacher and layers that are set up, or teacher and the shares of a checkpoint that is written"
-        return [*lines, f"host memory of the first node: {format_bytes(plan.host_bytes)} ({what}); {left}"]
+        where, key = "the first node", "with strategy.low_host_memory=true"
+        if plan.low_host_memory:
+            what = "layers that are set up, one by each process, or the shares of a checkpoint that is written"
+            where, key = "each node", "without strategy.low_host_memory"
+        assert plan.other_host is not None, "a plan of a model that is shared out has both"
+        needed = f"host memory of {where}: {format_bytes(plan.host_bytes)}, {format_bytes(plan.host_start_bytes)} at the start"
+        other = f"{format_bytes(plan.other_host.needed)}, {format_bytes(plan.other_host.start)} at the start"
+        return [*lines, f"{needed} ({what}); {left}", f"  {key}: {other}"]
     here = plan.schedule.devices // plan.schedule.nodes
     each = f", {here} processes together" if here > 1 else ""
     what = "student while its layers are swapped, or student and teacher; layers that are set up"
