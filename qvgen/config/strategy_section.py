@@ -19,7 +19,7 @@ SHARDED_DEFAULTS = {
     "gather": "weights",
     "low_host_memory": False,
 }
-"""Keys that say how shared parameters are held and gathered, which other strategies refuse, and what stands there by default."""
+"""Keys of strategies that share parameters out, which other strategies refuse, and what stands there by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class StrategyConfig:
             teacher, in the host's memory, where the optimizer step is computed.
         gather: What ``fsdp`` and ``hsdp`` send of quantized layers for a forward pass: ``weights``, 4 bytes of each, or
             ``codes``, half a byte (up to 4 bits) or one, from which the same values are made; the backward pass gets weights.
-        low_host_memory: With ``fsdp`` and ``hsdp``, no process ever holds a whole model on its host: the start is made layer by
-            layer, each process reads its rows from files, and the run ends with its last checkpoint, which ``qvgen fold``
+        low_host_memory: With ``fsdp`` and ``hsdp``, no process ever holds a whole model on its host: the start is made layer
+            by layer, each process reads its rows from files, and the run ends with its last checkpoint, which ``qvgen fold``
             packs. The same bits.
         context_parallel: Processes that share one sample's tokens out (Ulysses), for videos too long for one device: each has
             its part of the activations, and heads of attention change places. A divisor of the processes, of the attention

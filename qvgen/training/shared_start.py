@@ -62,6 +62,8 @@ class StartHelpers:
         run_dir: The run's folder, which all of them see.
         ask: Lets them begin: what they read is in that folder.
         check: Raises UnfitEnvironmentError where one of them is gone.
+        ask_calibration: Lets them sample too (:func:`qvgen.training.start_calibration.sample_share`); None: rank 0 samples by
+            itself.
     """
 
     world_size: int
@@ -69,6 +71,7 @@ class StartHelpers:
     run_dir: Path
     ask: Callable[[], object]
     check: Callable[[], object]
+    ask_calibration: Callable[[], object] | None = None
 
 
 def initialize_together_(

@@ -3,8 +3,8 @@
     system/step_seconds        from the step's first forward pass until its numbers are known: without loading, checkpoints,
                                measurements and videos
     system/clips_per_second    samples of the step, over all devices, in each of those seconds
-    system/tokens_per_second   tokens of those clips: patches of their latents, as the transformer's blocks see them; a caption's
-                               are not counted
+    system/tokens_per_second   tokens of those clips: patches of their latents, as the transformer's blocks see them; those of
+                               captions are not counted
     system/mfu                 operations that the step needs, over what all devices could do in those seconds
 
 Operations are the products that a plan counts (:mod:`qvgen.training.planning.operation_counter`), without what gradient

@@ -1,7 +1,7 @@
 """A safetensors file that is written tensor by tensor, so that whoever writes it holds one of them at a time.
 
-``safetensors.torch.save_file`` takes all tensors at once. The format is its own: eight bytes with the length of the header, the
-header (JSON: name, type, shape and place of each tensor), and the tensors' bytes
+``safetensors.torch.save_file`` takes all tensors at once. The format is the same: eight bytes with the length of the header,
+the header (JSON: name, type, shape and place of each tensor), and the tensors' bytes
 (https://github.com/huggingface/safetensors#format). Wide types stand first, so that each tensor begins at a multiple of its
 width.
 """

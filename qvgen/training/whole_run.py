@@ -124,7 +124,10 @@ def start_helpers(
     """
     sizes = {"world_size": run.devices, "neighbours": run.node_devices}
     if workers is not None:
-        return StartHelpers(**sizes, run_dir=run_dir, ask=workers.ask, check=workers.check)
+        # A process of a sharded run has no room for a whole model on its host.
+        sampling = None if run.is_sharded else workers.ask_calibration
+        asked = {"ask": workers.ask, "check": workers.check, "ask_calibration": sampling}
+        return StartHelpers(**sizes, run_dir=run_dir, **asked)
     if (meeting := current_meeting()) is None or run.devices == 1 or not run.steps.num_steps:
         return None
 

@@ -41,7 +41,9 @@ def check_low_host_memory(config: TrainConfig) -> None:
     why = why or why_not_streamed(student_design(config), config.init, name=config.names.init)
     if why is not None:
         raise UserError(f"strategy.low_host_memory=true holds no whole model on a host, and {why}")
-    refuse_exports(config, why="with strategy.low_host_memory=true the run ends with a checkpoint, and qvgen fold packs it")
+    refuse_exports(
+        config, why="with strategy.low_host_memory=true the run ends with a checkpoint, and qvgen fold packs it"
+    )
 
 
 @contextmanager

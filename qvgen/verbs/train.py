@@ -141,11 +141,19 @@ def help_start(config: TrainConfig, *, rank: int) -> None:
     set_up_layers(config, rank=rank)
 
 
+def help_calibration(config: TrainConfig, *, rank: int) -> None:
+    """Sample for a start that rank 0 makes, as another process of the run, before :func:`help_start`."""
+    from qvgen.verbs._quantize import calibrate_share
+
+    calibrate_share(config, rank=rank)
+
+
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     from qvgen.training.distributed.child import wait_for_group
     from qvgen.verbs._quantize import take_part
 
     if launched_world.current() is None:  # wait with everything imported, and help with the start where rank 0 asks
-        wait_for_group(help_start=partial(help_start, config, rank=rank))
+        helps = {"help_start": help_start, "help_calibration": help_calibration}
+        wait_for_group(**{name: partial(help_with, config, rank=rank) for name, help_with in helps.items()})
     take_part(config, rank=rank, world_size=world_size, port=port)

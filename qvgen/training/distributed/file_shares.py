@@ -1,9 +1,9 @@
 """Shares of models that no process holds whole (``strategy.low_host_memory=true``): each rank reads its rows from files.
 
-    student    start.safetensors, rows of each tensor
-    teacher    the files of the model, a tensor at a time, in the type that the teacher has when it is loaded
-    buffers    the student's that are stored: start.safetensors; those that a model computes when it is built (positions of
-               tokens): the model without its blocks
+student    start.safetensors, rows of each tensor
+teacher    the files of the model, a tensor at a time, in the type that the teacher has when it is loaded
+buffers    the student's that are stored: start.safetensors; those that a model computes when it is built (positions of
+           tokens): the model without its blocks
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def computed_buffers(family: VideoDiT) -> dict[str, Tensor]:
     found = {name: buffer for name, buffer in frame.named_buffers() if name in wanted}
     if missing := sorted(wanted - found.keys()):
         raise ValueError(
-            f"strategy.low_host_memory=true: {missing[0]} of {type(whole).__name__} is in no file and in a block; leave it out"
+            f"strategy.low_host_memory=true: {missing[0]} of {type(whole).__name__} lies in a block and in no file; leave it out"
         )
     return found
 

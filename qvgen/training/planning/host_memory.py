@@ -66,9 +66,7 @@ def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tup
     return peak, kept
 
 
-def setup_bytes(
-    student: nn.Module, *, rank: int, world_size: int, neighbours: int, one_by_one: bool = False
-) -> int:
+def setup_bytes(student: nn.Module, *, rank: int, world_size: int, neighbours: int, one_by_one: bool = False) -> int:
     """Most bytes that a process takes, beside models, while it sets up its share of the layers for a PTQ start.
 
     Args:

@@ -158,9 +158,9 @@ def _memory(plan: TrainingPlan) -> list[str]:
             what = "layers that are set up, one by each process, or the shares of a checkpoint that is written"
             where, key = "each node", "without strategy.low_host_memory"
         assert plan.other_host is not None, "a plan of a model that is shared out has both"
-        needed = f"host memory of {where}: {format_bytes(plan.host_bytes)}, {format_bytes(plan.host_start_bytes)} at the start"
+        sizes = f"{format_bytes(plan.host_bytes)}, {format_bytes(plan.host_start_bytes)} at the start"
         other = f"{format_bytes(plan.other_host.needed)}, {format_bytes(plan.other_host.start)} at the start"
-        return [*lines, f"{needed} ({what}); {left}", f"  {key}: {other}"]
+        return [*lines, f"host memory of {where}: {sizes} ({what}); {left}", f"  {key}: {other}"]
     here = plan.schedule.devices // plan.schedule.nodes
     each = f", {here} processes together" if here > 1 else ""
     what = "student while its layers are swapped, or student and teacher; layers that are set up"

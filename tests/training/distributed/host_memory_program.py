@@ -66,9 +66,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--init", default="mse")
     parser.add_argument("--moments", type=int, default=2)
-    parser.add_argument(
-        "--parts", nargs="+", default=["start", "checkpoint"], choices=list(PARTS)
-    )
+    parser.add_argument("--parts", nargs="+", default=["start", "checkpoint"], choices=list(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rank", type=int)
     given = parser.parse_args()

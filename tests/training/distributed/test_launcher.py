@@ -234,7 +234,7 @@ def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
 
 WAITING = (
     "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; "
-    "wait_for_group(help_start=lambda: print('helps', flush=True)); "
+    "wait_for_group(help_start=lambda: print('helps', flush=True), help_calibration=lambda: print('samples', flush=True)); "
     "print('begins', flush=True)"
 )
 
