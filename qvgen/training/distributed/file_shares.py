@@ -36,7 +36,7 @@ def computed_buffers(family: VideoDiT) -> dict[str, Tensor]:
     found = {name: buffer for name, buffer in frame.named_buffers() if name in wanted}
     if missing := sorted(wanted - found.keys()):
         raise ValueError(
-            f"strategy.low_host_memory=true: {missing[0]} of {type(whole).__name__} lies in a block and in no file; leave it out"
+            f"strategy.low_host_memory=true: {missing[0]} lies in a block and in no file; leave the key out"
         )
     return found
 
