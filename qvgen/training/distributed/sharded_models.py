@@ -11,6 +11,7 @@ and nothing is put together again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,19 @@ def uses_teacher(method: Method, *, shows_videos: bool) -> bool:
     return method.quantizes and (method.needs_teacher or shows_videos)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeModels:
+    """The models that a process holds whole: rank 0's, none on the others.
+
+    Attributes:
+        student: Prepared, with the weights that training starts from.
+        teacher: Where it takes part; it stays as it is.
+    """
+
+    student: nn.Module | None
+    teacher: nn.Module | None
+
+
 class ShardedModels:
     """What a process contributes to a sharded run, and its shares.
 
@@ -39,12 +53,11 @@ class ShardedModels:
         family: The model family.
         design: The student's layers.
         has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
-        whole_student: On rank 0, prepared, with the weights that training starts from; None elsewhere.
-        whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
+        whole: What this process holds whole; None: no process has a whole model, rank 0 neither, and all read their rows from
+            the start's file and the model's.
         start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
             stands in for it: where rank 0 does not find it, it sends what it has.
         how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
-        from_files: No process has a whole model, rank 0 neither: all read their rows from the start and the model's files.
 
     Attributes:
         student: On the meta device until :meth:`share_out_`.
@@ -57,32 +70,29 @@ class ShardedModels:
         design: StudentDesign,
         *,
         has_teacher: bool,
-        whole_student: nn.Module | None,
-        whole_teacher: nn.Module | None,
+        whole: WholeModels | None,
         start: Path,
         how: Gathering | None = None,
-        from_files: bool = False,
     ) -> None:
-        self._family, self._from_files = family, from_files
+        self._family, self._whole = family, whole
         self._start, self._how = start, how or Gathering()
-        self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
-        dtype = getattr(torch, getattr(family, "dtype", "float32")) if from_files else torch.float32
+        dtype = getattr(torch, getattr(family, "dtype", "float32")) if whole is None else torch.float32
         self.teacher = build_teacher(family, dtype=dtype) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Give every process its shares, on its device or its host; a collective."""
-        if self._from_files:
+        if (whole_models := self._whole) is None:
             self._read_(mesh, device)
             return
         found, how = [self._start.is_file()], self._how
         distributed.broadcast_object_list(found, src=0)
         file = self._start if found[0] else None
-        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, file=file, how=how)
-        if self._whole_student is not None:
-            self._whole_student.to("meta")
+        share_out_(self.student, source=whole_models.student, mesh=mesh, device=device, file=file, how=how)
+        if whole_models.student is not None:
+            whole_models.student.to("meta")
         if self.teacher is not None:
-            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device, how=how.without_backward)
+            share_out_(self.teacher, source=whole_models.teacher, mesh=mesh, device=device, how=how.without_backward)
 
     def _read_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Read this process's shares; no process has more to give."""
@@ -95,6 +105,5 @@ class ShardedModels:
 
     def gather_(self) -> None:
         """Give rank 0's student the trained weights; a collective, and nothing where no process has a whole student."""
-        if self._from_files:
-            return
-        gather_(self.student, target=self._whole_student)
+        if self._whole is not None:
+            gather_(self.student, target=self._whole.student)

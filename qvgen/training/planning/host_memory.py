@@ -14,7 +14,7 @@ loader, and pages of mapped files, which the system takes back. Measured: docs/d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -98,15 +98,17 @@ class HostBytes:
     Attributes:
         needed: From the beginning of a run to its last checkpoint.
         start: Before training begins.
+        is_low: Whether no process holds a whole model (``strategy.low_host_memory``).
+        otherwise: The same with the other value of ``strategy.low_host_memory``; None where models are not shared out.
     """
 
     needed: int
     start: int
+    is_low: bool = False
+    otherwise: HostBytes | None = None
 
 
-def host_bytes(
-    run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0
-) -> tuple[HostBytes, HostBytes | None]:
+def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> HostBytes:
     """Memory of a host at the start, and while a sharded run saves.
 
     Where models are sharded only rank 0 holds whole models, or no process does. Later rank 0 keeps the teacher, and the
@@ -117,10 +119,6 @@ def host_bytes(
         student: On the meta device.
         stored: Types and places of the run's state.
         kept_bytes: What lies there from the first step to the last.
-
-    Returns:
-        As the run is configured, and with the other value of ``strategy.low_host_memory``; None where models are not shared
-        out.
     """
     preparation, devices = preparation_bytes(run.model, run.design), run.node_devices
 
@@ -131,12 +129,13 @@ def host_bytes(
     start = preparation + share_of_all(one_by_one=False)
     if run.shards == 1:
         start = max(start, devices * preparation)
-        return HostBytes(needed=max(start, kept_bytes), start=start), None
+        return HostBytes(needed=max(start, kept_bytes), start=start)
     family = run.model.rebuild()
     teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     copied = saved_bytes(student, stored=stored) * min(devices, run.shards) // run.shards
     usual = HostBytes(needed=max(start, kept + copied + kept_bytes), start=start)
     start = share_of_all(one_by_one=True)
-    low = HostBytes(needed=max(start, copied + kept_bytes), start=start)
-    return (low, usual) if run.strategy.low_host_memory else (usual, low)
+    low = HostBytes(needed=max(start, copied + kept_bytes), start=start, is_low=True)
+    chosen, other = (low, usual) if run.strategy.low_host_memory else (usual, low)
+    return replace(chosen, otherwise=other)

@@ -82,10 +82,7 @@ class TrainingPlan:
         host_parts: What lies on the host, of all processes, while the steps are computed.
         network: What each device receives from the others in an optimizer step, by part; it sends as much.
         host_traffic_bytes: What goes between a device and its host in an optimizer step because shares lie there.
-        host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
-        host_start_bytes: The same before training alone.
-        other_host: Both with the other value of ``low_host_memory``; None where models are not shared out.
-        low_host_memory: Whether no process holds a whole model on its host.
+        host: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
         disk_available_bytes: What is free where that folder will be.
@@ -112,10 +109,7 @@ class TrainingPlan:
     host_parts: list[MemoryPart]
     network: list[MemoryPart]
     host_traffic_bytes: int
-    host_bytes: int
-    host_start_bytes: int
-    other_host: HostBytes | None
-    low_host_memory: bool
+    host: HostBytes
     host_available_bytes: int
     run_bytes: int
     disk_available_bytes: int
@@ -140,7 +134,7 @@ class TrainingPlan:
     @property
     def host_is_short(self) -> bool:
         """Whether this host has less memory left than the run takes."""
-        return self.host_bytes > self.host_available_bytes
+        return self.host.needed > self.host_available_bytes
 
     @property
     def disk_is_short(self) -> bool:
@@ -193,7 +187,6 @@ def plan_training(
     memory = counter.weight_parts(settings, shards=run.shards) + activation_parts(count, context=schedule.context)
     files = _files(run, counter, checkpoints_kept=checkpoints_kept)
     on_host, network = counter.host_parts(settings), network_parts(run, prepared, teacher=teacher)
-    host, other_host = host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host))
     fits = total_bytes(memory) <= device.usable_bytes
     changes, needed = ([], None) if fits else find_changes(run, settings, counter, usable_bytes=device.usable_bytes)
     return TrainingPlan(
@@ -211,10 +204,7 @@ def plan_training(
         host_parts=on_host,
         network=network,
         host_traffic_bytes=host_traffic(run, prepared, teacher=teacher),
-        host_bytes=host.needed,
-        host_start_bytes=host.start,
-        other_host=other_host,
-        low_host_memory=run.strategy.low_host_memory,
+        host=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
         disk_available_bytes=free_bytes(run_dir),

@@ -262,8 +262,8 @@ def run_rows(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     ranks = {"rank": given.rank, "world_size": given.processes}
     distributed.init_process_group("gloo", init_method=f"file://{given.out.absolute() / 'meet'}", **ranks)
-    parts = {"has_teacher": True, "whole_student": None, "whole_teacher": None, "from_files": True}
-    models = ShardedModels(model_of(given).family, design_of(), start=given.out / START_FILE, **parts)
+    start = given.out / START_FILE
+    models = ShardedModels(model_of(given).family, design_of(), has_teacher=True, whole=None, start=start)
     restore_layers_(models.student, given.out)
     mesh = init_device_mesh("cpu", (given.processes,))
     with Watch() as watch:
