@@ -29,6 +29,7 @@ from qvgen.layers.layer_threads import in_threads
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.base import TensorReader, VideoDiT
+from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.training.calibration import CalibratedModel, read_statistics
 from qvgen.training.distributed.layer_shares import (
     SHARES_DIRECTORY,
@@ -147,12 +148,6 @@ def _why_alone(
     if tensor_reader_of(family) is None:
         return "the weights of the model, or a LoRA in them, can't be read layer by layer"
     return None
-
-
-def tensor_reader_of(family: VideoDiT) -> TensorReader | None:
-    """What reads single tensors of a family's trained transformer; None where it has to be loaded whole."""
-    make = getattr(family, "tensor_reader", None)
-    return None if make is None else make()
 
 
 def set_up_share(

@@ -28,6 +28,7 @@ from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.base import Method
 from qvgen.models.base import TensorReader, VideoDiT
+from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.quant.finite import check_finite
 from qvgen.training.distributed.layer_shares import (
     SHARES_DIRECTORY,
@@ -39,7 +40,7 @@ from qvgen.training.distributed.layer_shares import (
 )
 from qvgen.training.layer_setup import share_inputs_
 from qvgen.training.meta_model import build_student
-from qvgen.training.shared_start import POLL_SECONDS, StartHelpers, set_up_share, tensor_reader_of
+from qvgen.training.shared_start import POLL_SECONDS, StartHelpers, set_up_share
 from qvgen.training.start_file import START_REMEDY, START_SOURCE, save_start_of
 from qvgen.training.student_design import StudentDesign
 

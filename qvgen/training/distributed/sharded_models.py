@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
+from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.training.distributed.file_shares import computed_buffers, share_student_, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
-from qvgen.training.shared_start import tensor_reader_of
 from qvgen.training.student_design import StudentDesign
 
 
