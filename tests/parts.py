@@ -17,7 +17,8 @@ from qvgen.training.module import VideoTraining
 from qvgen.training.planning.counted_step import StepSettings, count_blocks
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.training_plan import TrainingPlan, plan_training
-from qvgen.training.student import calibrate_, prepare_student
+from qvgen.training.start_calibration import calibrate_
+from qvgen.training.student import prepare_student
 from qvgen.training.student_check import check_student
 from qvgen.training.validation import ValidationVideos, validation_videos
 from qvgen.verbs._parts import (

@@ -227,6 +227,12 @@ def _options(config: DictConfig) -> dict[str, list[str]]:
     }
 
 
+NO_DEEPSPEED = (
+    "strategy=deepspeed is none of qvgen's: its checkpoints are read by executing what they say (docs/log.md); "
+    "strategy=fsdp shares the same out, with strategy.cpu_offload=true on the hosts"
+)
+
+
 def _check_option(override: Override, options: list[str]) -> None:
     group, value = override.key_or_group, override.value()
     if override.is_delete():
@@ -235,6 +241,8 @@ def _check_option(override: Override, options: list[str]) -> None:
     for option in chosen:
         optional = option is None and group in ("experiment", "export")
         if not optional and str(option) not in options:
+            if (group, option) == ("strategy", "deepspeed"):
+                raise UserError(NO_DEEPSPEED)
             raise UserError(
                 f"unknown {group}={'null' if option is None else option}"
                 f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"

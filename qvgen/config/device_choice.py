@@ -83,7 +83,7 @@ def choose_devices(
     if (world := launched_world.current()) is not None:
         return DeviceChoice(number=world.local_size)
     if began is not None:
-        return DeviceChoice(number=began, line=f"devices=auto: {began}, as the run began")
+        return _continued(began, batch=batch)
     if (number := visible_gpus.count_gpus()) < 2:
         device = "the GPU that is visible" if number else "the CPU, no GPU is visible"
         return DeviceChoice(number=1, line=f"devices=auto: 1 process on {device}")
@@ -95,6 +95,16 @@ def choose_devices(
     if used < number:
         parts = f" / {divided.parts}" if divided.parts > 1 else ""
         line = f"devices=auto: {used} of {number} GPUs, the most that divide batch_size={divided.size}{parts}"
+    return DeviceChoice(number=used, line=line)
+
+
+def _continued(began: int, *, batch: Callable[[], Batch]) -> DeviceChoice:
+    """As many processes as a run began with, or as many as there are GPUs for now."""
+    number = visible_gpus.count_gpus()
+    if not 0 < number < began:
+        return DeviceChoice(number=began, line=f"devices=auto: {began}, as the run began")
+    used, divided = batch().most(number), "" if number == 1 else f", the most that divide batch_size={batch().size}"
+    line = f"devices=auto: {used}, where the run began with {began}: {visible_gpus.describe_gpus()}{divided}"
     return DeviceChoice(number=used, line=line)
 
 
@@ -162,10 +172,7 @@ def check_presence(
         if choice is None or gpus is not None or launched_world.current() is not None or plain.get("dry_run"):
             continue
         if choice.number > 1 and 0 < visible_gpus.count_gpus() < choice.number:
-            began = f", as the run in {plain['run_dir']} began" if choice.line else ""
-            raise UserError(
-                f"devices={choice.number}{began}: {visible_gpus.describe_gpus()}, and each process needs one"
-            )
+            raise UserError(f"devices={choice.number}: {visible_gpus.describe_gpus()}, and each process needs one")
     return gpus
 
 

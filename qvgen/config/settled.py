@@ -1,7 +1,8 @@
 """``auto`` in a composed configuration, replaced by what it means here, before anything is worked out from it.
 
 ``devices`` becomes a number, from which ``accumulate`` follows. ``strategy`` becomes ``single`` where there is one process,
-and what the run began with where it goes on; else its plan decides, when the models are known (docs/distributed.md).
+and what the run began with where it goes on with as many; else its plan decides, when the models are known
+(docs/distributed.md).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def settle_(config: DictConfig) -> DeviceChoice | None:
     OmegaConf.update(config, "devices", choice.number)
     if config.strategy.name == AUTO:
         name = begun.get("strategy", {}).get("name")
-        if name in STRATEGIES:
+        if name in STRATEGIES and choice.number == number:
             config.strategy.name = name
         elif choice.number == 1 and config.num_nodes == 1:
             config.strategy.name = "single"

@@ -12,8 +12,14 @@ STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """The strategies that ``auto`` can stand for."""
 
 
-SHARDED_DEFAULTS = {"reshard_after_forward": True, "prefetch": None, "cpu_offload": False, "gather": "weights"}
-"""Keys that say how shared parameters are gathered, which other strategies refuse, and what stands there by default."""
+SHARDED_DEFAULTS = {
+    "reshard_after_forward": True,
+    "prefetch": None,
+    "cpu_offload": False,
+    "gather": "weights",
+    "low_host_memory": False,
+}
+"""Keys of strategies that share parameters out, which other strategies refuse, and what stands there by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,9 @@ class StrategyConfig:
             teacher, in the host's memory, where the optimizer step is computed.
         gather: What ``fsdp`` and ``hsdp`` send of quantized layers for a forward pass: ``weights``, 4 bytes of each, or
             ``codes``, half a byte (up to 4 bits) or one, from which the same values are made; the backward pass gets weights.
+        low_host_memory: With ``fsdp`` and ``hsdp``, no process ever holds a whole model on its host: the start is made layer
+            by layer, each process reads its rows from files, and the run ends with its last checkpoint, which ``qvgen fold``
+            packs. The same bits.
         context_parallel: Processes that share one sample's tokens out (Ulysses), for videos too long for one device: each has
             its part of the activations, and heads of attention change places. A divisor of the processes, of the attention
             heads and of the tokens. Wan's transformers have it.
@@ -57,6 +66,7 @@ class StrategyConfig:
     prefetch: Annotated[int | None, Range("> 0"), MayDiffer.FREE]
     cpu_offload: Annotated[bool, MayDiffer.WORLD]
     gather: Annotated[Literal["weights", "codes"], MayDiffer.FREE]
+    low_host_memory: Annotated[bool, MayDiffer.FREE]
     context_parallel: Annotated[int, Range("> 0"), MayDiffer.WORLD]
     gradient_checkpointing: bool
     keep_attention: bool

@@ -14,9 +14,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qvgen.errors import UserError
-from qvgen.models.base import TensorReader
+from qvgen.models.base import TensorReader, VideoDiT
 from qvgen.models.safetensors_header import read_header
 from qvgen.quant.finite import check_finite
+
+
+def tensor_reader_of(family: VideoDiT) -> TensorReader | None:
+    """What reads single tensors of a family's trained transformer; None where it has to be loaded whole."""
+    make = getattr(family, "tensor_reader", None)
+    return None if make is None else make()
 
 
 def read_tensors_of(files: Iterable[Path], *, remedy: str) -> TensorReader:

@@ -4,7 +4,7 @@
 
 KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
 ``calibration.memory_gib`` makes necessary; every pass samples the same videos again. A pass is one process's: its sums and
-samples depend on the order of the calls. Processes on one cache sample each pass once, and wait for it.
+samples depend on the order of the calls. Processes on one cache share the passes out, and sample each of them once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from qvgen.config.prompt import PromptedVideo
 from qvgen.config.sections import CalibrationConfig
-from qvgen.data.claims import Claims
+from qvgen.data.claims import POLL_SECONDS, Claims
 from qvgen.data.sealed_tensors import DamagedFileError, read_sealed, write_sealed
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
@@ -104,16 +105,37 @@ class CalibratedModel:
             found = read_statistics(self.folder, name)
         return found
 
+    def missing_passes(self) -> list[Sequence[str]]:
+        """Layers of each pass that is not in the cache whole."""
+        return [names for names in self._passes if any(self._read(name) is None for name in names)]
+
     def sample_missing(self) -> None:
-        """Sample what is not in the cache, of all layers: other processes will read it there."""
-        for names in self._passes:
-            if any(self._read(name) is None for name in names):
-                self._sample(names, due=lambda name: self._read(name) is None)
+        """Sample what is not in the cache, of all layers: other processes will read it there.
+
+        Processes that do so at the same time share the passes out. One that another process samples is left out and looked
+        at again behind all others: it is in the cache then, or that process is gone.
+        """
+        left = self.missing_passes()
+        with Claims(self.folder, key="calibration.cache") as claims:
+            while left:
+                elsewhere = []
+                for names in left:
+                    if not claims.take(key := self._claim(names)):
+                        elsewhere.append(names)
+                        continue
+                    if due := [name for name in names if self._read(name) is None]:
+                        self._collect(due)
+                    claims.give_back(key)
+                if len(elsewhere) == len(left):
+                    time.sleep(POLL_SECONDS)
+                left = elsewhere
+
+    def _claim(self, names: Sequence[str]) -> str:
+        return hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
 
     def _sample(self, names: Sequence[str], *, due: Callable[[str], bool]) -> None:
         """Sample those layers of a pass that are due, unless another process on the same cache has done so meanwhile."""
-        key = hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
-        with Claims(self.folder, key="calibration.cache") as claims, claims.held(key) as waited:
+        with Claims(self.folder, key="calibration.cache") as claims, claims.held(self._claim(names)) as waited:
             if waited and all(self._read(name) is not None for name in names):
                 return
             self._collect([name for name in names if due(name)])

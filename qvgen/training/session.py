@@ -27,7 +27,7 @@ from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.pace import PaceCallback
-from qvgen.training.distributed.sharded_models import ShardedModels, uses_teacher
+from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
@@ -112,8 +112,7 @@ def train_share(
             family,
             run.design,
             has_teacher=has_teacher,
-            whole_student=student,
-            whole_teacher=teacher,
+            whole=None if run.strategy.low_host_memory else WholeModels(student=student, teacher=teacher),
             start=run_dir / START_FILE,
             how=Gathering.of(run.strategy),
         )

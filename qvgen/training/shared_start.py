@@ -29,6 +29,7 @@ from qvgen.layers.layer_threads import in_threads
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.base import TensorReader, VideoDiT
+from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.training.calibration import CalibratedModel, read_statistics
 from qvgen.training.distributed.layer_shares import (
     SHARES_DIRECTORY,
@@ -62,6 +63,8 @@ class StartHelpers:
         run_dir: The run's folder, which all of them see.
         ask: Lets them begin: what they read is in that folder.
         check: Raises UnfitEnvironmentError where one of them is gone.
+        ask_calibration: Lets them sample too (:func:`qvgen.training.start_calibration.sample_share`); None: rank 0 samples by
+            itself.
     """
 
     world_size: int
@@ -69,6 +72,7 @@ class StartHelpers:
     run_dir: Path
     ask: Callable[[], object]
     check: Callable[[], object]
+    ask_calibration: Callable[[], object] | None = None
 
 
 def initialize_together_(
@@ -141,20 +145,22 @@ def _why_alone(
         return "its layers depend on one another"
     if init.needs and helpers.neighbours != helpers.world_size:
         return "its statistics lie on one node"
-    if _tensor_reader(family) is None:
+    if tensor_reader_of(family) is None:
         return "the weights of the model, or a LoRA in them, can't be read layer by layer"
     return None
 
 
-def _tensor_reader(family: VideoDiT) -> TensorReader | None:
-    make = getattr(family, "tensor_reader", None)
-    return None if make is None else make()
-
-
 def set_up_share(
-    run_dir: Path, *, rank: int, family: VideoDiT, design: StudentDesign, init: Initializer, seed: int
+    run_dir: Path,
+    *,
+    rank: int,
+    family: VideoDiT,
+    design: StudentDesign,
+    init: Initializer,
+    seed: int,
+    one_by_one: bool = False,
 ) -> None:
-    """As another process than rank 0, set up the layers that it asked for.
+    """As a process that holds no model, set up the layers that rank 0 gave it.
 
     Args:
         run_dir: The run's folder.
@@ -163,13 +169,14 @@ def set_up_share(
         design: The student's layers.
         init: The PTQ method.
         seed: The run's.
+        one_by_one: Whether it holds one layer at a time; else as many as its host allows.
 
     Raises:
         ValueError: A weight, or its statistics, can't be read.
     """
     folder = run_dir / SHARES_DIRECTORY
     names, neighbours, statistics = read_share(folder, rank=rank)
-    read = _tensor_reader(family)
+    read = tensor_reader_of(family)
     assert read is not None, "rank 0 would not have asked"
     planned = quantized_layers(build_student(family, design)[0])
 
@@ -184,7 +191,8 @@ def set_up_share(
         yield from (partial(set_up, name) for name in names)
 
     weights = [torch.empty(()).expand(planned[name].weight.shape) for name in names]  # sizes, without memory
-    for _ in in_threads(jobs(), threads=setup_threads(weights, init, neighbours=neighbours)):
+    threads = 1 if one_by_one else setup_threads(weights, init, neighbours=neighbours)
+    for _ in in_threads(jobs(), threads=threads):
         pass
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from qvgen.checksum import file_checksum
 from qvgen.errors import UserError
@@ -26,9 +26,13 @@ from qvgen.run_directory import atomic_write
 from qvgen.run_identity import RunIdentity
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
 from qvgen.training.checkpoint_writer import checkpoints
+from qvgen.training.tensor_stream import write_tensors
 
 START_FILE = "start.safetensors"
 LAYERS_FILE = "layers.json"
+
+START_SOURCE, START_REMEDY = "the start of training", "choose another init"
+"""The words for numbers of a start that are not finite, as :func:`qvgen.quant.finite.check_finite` takes them."""
 
 _REMEDY = "delete it and write resume=true: it is made again, and what was trained stays"
 
@@ -41,7 +45,22 @@ def save_start(student: nn.Module, run_dir: Path) -> None:
     Raises:
         UserError: The start is not finite; or the run has checkpoints, and they continue another start than this one.
     """
-    check_finite(student.state_dict().items(), source="the start of training", remedy="choose another init")
+    state = student.state_dict()
+    check_finite(state.items(), source=START_SOURCE, remedy=START_REMEDY)
+    save_start_of(student, run_dir, value_of=state.__getitem__)
+
+
+def save_start_of(student: nn.Module, run_dir: Path, *, value_of: Callable[[str], Tensor]) -> None:
+    """Do what :func:`save_start` does for a student whose tensors come from elsewhere, one after another.
+
+    Args:
+        student: Its layers have their final form; its tensors may be on the meta device.
+        run_dir: The run's folder.
+        value_of: Gives a tensor of the student's state dict, on the host; whoever gives it has found it finite.
+
+    Raises:
+        UserError: See :func:`save_start`.
+    """
     layers = run_dir / LAYERS_FILE
     known = RunIdentity.read(run_dir)
     before = None if known is None else known.files.get(LAYERS_FILE)
@@ -51,12 +70,8 @@ def save_start(student: nn.Module, run_dir: Path) -> None:
             f"{layers}, made again, is another than the one that the checkpoints continue; start another run"
         )
     atomic_write(layers, content)
-    tensors: dict[str, torch.Tensor] = {}
-    written: set[int] = set()
-    for name, value in student.state_dict().items():
-        tensors[name] = value.clone() if value.data_ptr() in written else value.detach().contiguous()
-        written.add(value.data_ptr())
-    atomic_write(run_dir / START_FILE, lambda temporary: save_file(tensors, temporary))
+    state = student.state_dict()
+    atomic_write(run_dir / START_FILE, lambda temporary: write_tensors(temporary, state, value_of))
     if known is not None:
         known.with_files({name: file_checksum(run_dir / name) for name in (LAYERS_FILE, START_FILE)}).write(run_dir)
 
@@ -65,6 +80,12 @@ def has_start(run_dir: Path) -> bool:
     """Whether a run has all that it needs to go on from: the layers, and the start's tensors or a checkpoint."""
     trained = bool(checkpoints(run_dir / CHECKPOINT_DIRECTORY))
     return (run_dir / LAYERS_FILE).is_file() and (trained or (run_dir / START_FILE).is_file())
+
+
+def check_start(run_dir: Path) -> None:
+    """Raise UserError where a file of the run's start is not the one that was written."""
+    for name in (LAYERS_FILE, START_FILE):
+        _check(run_dir / name)
 
 
 def load_start(student: nn.Module, run_dir: Path) -> None:

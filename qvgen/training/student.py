@@ -20,7 +20,6 @@ from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
 from qvgen.evaluation.sampled_teacher import SampledTeacher
-from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.branch import kept_rank
@@ -35,9 +34,7 @@ from qvgen.layers.swap import (
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT, local_arguments
 from qvgen.models.named_family import NamedFamily
-from qvgen.quant.grid import Profile
 from qvgen.run_directory import RunDirectory
-from qvgen.training.calibration import CalibratedModel
 from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
 from qvgen.training.layer_setup import (
     add_configured_switch,
@@ -46,10 +43,10 @@ from qvgen.training.layer_setup import (
     set_up_phi_,
     share_inputs_,
 )
-from qvgen.training.mixed_precision.allocation import allocate_bits_
 from qvgen.training.progress import progress_bar
 from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.shared_start import StartHelpers, initialize_together_
+from qvgen.training.start_calibration import calibrate_
 from qvgen.training.start_file import START_FILE, has_start, load_start, save_start
 from qvgen.training.student_design import StudentDesign
 
@@ -94,33 +91,6 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int | None
     return student, swapped
 
 
-def calibrate_(
-    student: nn.Module, ptq: PTQMethod, *, profile: Profile, teacher: SampledTeacher
-) -> tuple[CalibratedModel | None, Allocation | None]:
-    """What the PTQ method has to know before it sets layers up; a mixed-precision method's layers get their bits here.
-
-    Args:
-        student: Prepared; its weights are the full-precision ones.
-        ptq: The PTQ method, and what is sampled for it.
-        profile: The student's grids.
-        teacher: The full-precision model.
-
-    Returns:
-        Statistics of the layers, None where nothing is sampled; the allocation of bits, None where all have the same.
-
-    Raises:
-        UserError: A budget of bits that no choice meets, or a network of its metrics that is not there.
-    """
-    needs = ptq.needs(profile)
-    if not needs:
-        return None, None
-    bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
-    statistics = CalibratedModel(teacher, ptq.calibration, needs=needs, num_bands=bands)
-    if not isinstance(ptq.init, BitBudget):
-        return statistics, None
-    return statistics, allocate_bits_(student, ptq.init, profile=profile, teacher=teacher, statistics=statistics)
-
-
 def set_up_student_(
     student: nn.Module,
     *,
@@ -146,7 +116,7 @@ def set_up_student_(
         UnfitEnvironmentError: Another process failed or is gone.
     """
     unshare_activations_(quantized_layers(student))  # a method sets each layer up by itself
-    statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher)
+    statistics, allocation = calibrate_(student, ptq, profile=design.profile, teacher=teacher, helpers=helpers)
     chosen = {"family": teacher.family, "seed": teacher.seed, "statistics": statistics, "helpers": helpers}
     with progress_bar(desc=f"start by {ptq.name}", unit="layer", total=len(quantized_layers(student))) as bar:
         seen = initialize_together_(student, ptq.init, **chosen, done=bar.update)

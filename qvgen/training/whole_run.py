@@ -33,7 +33,7 @@ def trained(
     run: TrainingRun,
     output: TrainingOutput,
     *,
-    student: nn.Module,
+    student: nn.Module | None,
     teacher: nn.Module | None,
     settings: Mapping[str, Any],
     hang_minutes: float | None = None,
@@ -44,7 +44,8 @@ def trained(
     Args:
         run: What is trained.
         output: What it leaves behind.
-        student: Holds the state that training starts from; holds the trained state afterwards.
+        student: Holds the state that training starts from; holds the trained state afterwards. None: no process has a
+            whole student, and the trained state is that of the newest checkpoint.
         teacher: Full-precision model, if there is one: the method's target, and what validation videos stand beside.
         settings: The run's configuration as plain values, all of it: what the other processes read.
         hang_minutes: The run ends after so long in which no process reported anything; None: never.
@@ -123,7 +124,10 @@ def start_helpers(
     """
     sizes = {"world_size": run.devices, "neighbours": run.node_devices}
     if workers is not None:
-        return StartHelpers(**sizes, run_dir=run_dir, ask=workers.ask, check=workers.check)
+        # A process of a sharded run has no room for a whole model on its host.
+        sampling = None if run.is_sharded else workers.ask_calibration
+        asked = {"ask": workers.ask, "check": workers.check, "ask_calibration": sampling}
+        return StartHelpers(**sizes, run_dir=run_dir, **asked)
     if (meeting := current_meeting()) is None or run.devices == 1 or not run.steps.num_steps:
         return None
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
-from qvgen.verbs._parts import sampled_needs
+from qvgen.training.streamed_start import why_not_streamed
+from qvgen.verbs._exports import refuse_exports
+from qvgen.verbs._parts import sampled_needs, student_design
 
 
 def without_clips(config: TrainConfig) -> bool:
@@ -25,6 +27,23 @@ def check_sampling_parts(config: TrainConfig) -> None:
     if measured and hasattr(config.model, "check_sampling_parts"):
         with only_to_measure(config):
             config.model.check_sampling_parts()
+
+
+def check_low_host_memory(config: TrainConfig) -> None:
+    """Raise UserError where a run with ``strategy.low_host_memory`` would need a whole model on a host."""
+    why = None
+    if not config.method.quantizes:
+        why = f"method={config.names.method} begins with a whole model; leave the key out"
+    elif sampled_needs(config):
+        why = f"init={config.names.init} samples the full-precision model; write init=mse or init=rtn"
+    elif config.evaluation.every_steps is not None:
+        why = "evaluation.every_steps compares with the whole full-precision model; leave that out"
+    why = why or why_not_streamed(student_design(config), config.init, name=config.names.init)
+    if why is not None:
+        raise UserError(f"strategy.low_host_memory=true holds no whole model on a host, and {why}")
+    refuse_exports(
+        config, why="with strategy.low_host_memory=true the run ends with a checkpoint, and qvgen fold packs it"
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 
+import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
@@ -15,6 +16,7 @@ from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
 from qvgen.training.shared_start import set_up_share
+from qvgen.training.start_calibration import sample_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
 from qvgen.training.whole_run import early_workers, processes_of, sharing_queue, start_helpers, trained
@@ -100,7 +102,20 @@ def set_up_layers(config: TrainConfig, *, rank: int) -> None:
         design=student_design(config),
         init=config.init,
         seed=config.seed,
+        one_by_one=config.strategy.low_host_memory,
     )
+
+
+def calibrate_share(config: TrainConfig, *, rank: int) -> None:
+    """Take part in what is sampled for the start as another process of a run than the one that the user started."""
+    set_threads(config.strategy.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # all processes are on this machine
+    check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
+    encode = config.data.open(config.model, split="held_out").encode
+    teacher = sampled_teacher(config, config.model.load_teacher(), encode=encode)
+    sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
+    log.info("the calibration is there")
 
 
 def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:

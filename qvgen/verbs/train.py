@@ -22,7 +22,7 @@ from qvgen.training.planning.memory import MemoryCounter
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
-from qvgen.verbs._checks import check_sampling_parts
+from qvgen.verbs._checks import check_low_host_memory, check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
 from qvgen.verbs._strategy import settle_strategy
@@ -60,6 +60,8 @@ def run(config: TrainConfig) -> int | None:
 
         train_autoencoder(config)
         return None
+    if config.strategy.low_host_memory:
+        check_low_host_memory(config)
     student = _checked_student(config) if config.method.quantizes else None
     config, counter, refusal = settle_strategy(config, student)
     if refusal is not None:
@@ -68,6 +70,11 @@ def run(config: TrainConfig) -> int | None:
         say_chosen()
         return _print_plan(config, student, counter)
     del student, counter
+    if config.strategy.low_host_memory:
+        from qvgen.verbs._streamed import train_streamed
+
+        train_streamed(config)
+        return None
     if config.method.quantizes:
         from qvgen.verbs._quantize import quantize
 
@@ -134,11 +141,19 @@ def help_start(config: TrainConfig, *, rank: int) -> None:
     set_up_layers(config, rank=rank)
 
 
+def help_calibration(config: TrainConfig, *, rank: int) -> None:
+    """Sample for a start that rank 0 makes, as another process of the run, before :func:`help_start`."""
+    from qvgen.verbs._quantize import calibrate_share
+
+    calibrate_share(config, rank=rank)
+
+
 def run_worker(config: TrainConfig, *, rank: int, world_size: int, port: int) -> None:
     """Take part in a run as another process than the one that the user started."""
     from qvgen.training.distributed.child import wait_for_group
     from qvgen.verbs._quantize import take_part
 
     if launched_world.current() is None:  # wait with everything imported, and help with the start where rank 0 asks
-        wait_for_group(help_start=partial(help_start, config, rank=rank))
+        helps = {"help_start": help_start, "help_calibration": help_calibration}
+        wait_for_group(**{name: partial(help_with, config, rank=rank) for name, help_with in helps.items()})
     take_part(config, rank=rank, world_size=world_size, port=port)

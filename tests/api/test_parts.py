@@ -22,7 +22,8 @@ from qvgen.training.micro_batch import StepBatch
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.session import train_share
-from qvgen.training.student import calibrate_, fold_student, prepare_student, set_up_student_
+from qvgen.training.start_calibration import calibrate_
+from qvgen.training.student import fold_student, prepare_student, set_up_student_
 from qvgen.training.student_check import check_student
 from qvgen.training.student_design import StudentDesign
 from qvgen.training.training_run import TrainingOutput, TrainingRun

@@ -143,6 +143,21 @@ def test_a_run_goes_on_with_what_it_began_with(machine: Machine, tmp_path: Path,
     assert chosen(f"run_dir={tmp_path / 'new'}", "resume=true")[0]["devices"] == 4
 
 
+def test_a_run_goes_on_with_the_gpus_that_are_there(machine: Machine, tmp_path: Path) -> None:
+    machine(8)
+    write_plain(tmp_path / "config.yaml", compose_plain("train", [*KEYS, "devices=8", "strategy=fsdp"]))
+    machine(3)
+    plain, said = chosen(f"run_dir={tmp_path}", "resume=true")
+    assert (plain["devices"], plain["strategy"]["name"]) == (2, "auto")  # the plan of two says whether it fits
+    assert said.startswith("devices=auto: 2, where the run began with 8: 3 GPUs are visible")
+    assert said.endswith(f", the most that divide batch_size={plain['batch_size']}")
+    machine(1)
+    plain, said = chosen(f"run_dir={tmp_path}", "resume=true")
+    assert (plain["devices"], plain["strategy"]["name"]) == (1, "single")
+    machine(0)  # the processes of a CPU
+    assert chosen(f"run_dir={tmp_path}", "resume=true")[0]["devices"] == 8
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,13 @@ def test_a_run_writes_one_row_per_step_with_the_plan_of_phi(short_run: Path) -> 
         assert float(row["train/loss"]) > 0
         assert float(row["train/gradient_norm"]) > 0
         assert row["val/relative_error"] == ""
-    names = ("system/step_seconds", "system/clips_per_second", "system/mfu")
+    names = ("system/step_seconds", "system/clips_per_second", "system/tokens_per_second", "system/mfu")
     with (short_run / "metrics.csv").open(encoding="utf-8", newline="") as file:
         figures = [[row[name] for name in names] for row in csv.DictReader(file)]
-    for seconds, clips, mfu in figures:
+    tokens = math.prod(a // b for a, b in zip(train_config().model.sample_shape[1:], (1, 4, 4), strict=True))
+    for seconds, clips, per_second, mfu in figures:
         assert float(clips) == train_config().batch_size / float(seconds)
+        assert float(per_second) == pytest.approx(tokens * float(clips))
         assert mfu == ""  # of a CPU no peak is known
     rates = [float(row["train/learning_rate"]) for row in rows]
     peak = train_config().optim.learning_rate

@@ -8,25 +8,32 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from qvgen.config.leaves import load_leaf
 from qvgen.training.distributed.pace import FACTOR, STEPS, Pace
 from qvgen.training.planning.memory import Device
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.training.step_figures import Speed, StepFigures, counted_speed, speed_of
+from qvgen.training.step_figures import Speed, StepFigures, counted_speed, patch_of, speed_of
 from qvgen.verbs._parts import training_run
 from tests.runs import shallow, train_config
 
 
 def test_a_step_of_other_clips_has_no_mfu() -> None:
     times = iter(range(100))
-    speed = Speed(batch_size=4, devices=1, sample_numel=6, sample_flops=1e12, peak_flops=8e12)
+    speed = Speed(batch_size=4, devices=1, patch=(1, 1, 2), sample_numel=6, sample_flops=1e12, peak_flops=8e12)
     figures = StepFigures(speed, clock=lambda: float(next(times)))
     assert figures.end() == {}  # none has begun
     rows = []
-    for shape in ((2, 1, 2, 3), (2, 1, 2, 4), (2, 1, 3, 2)):
+    for shape in ((2, 1, 1, 2, 3), (2, 1, 1, 2, 4), (2, 1, 1, 3, 2)):
         figures.begin({"video": torch.zeros(shape)})
         rows.append(figures.end())
     assert [row.get("system/mfu") for row in rows] == [0.5, None, 0.5]
     assert [row["system/clips_per_second"] for row in rows] == [4.0, 4.0, 4.0]
+    assert [row["system/tokens_per_second"] for row in rows] == [16.0, 16.0, 12.0]  # a last patch is filled up
+
+
+@pytest.mark.parametrize(("model", "patch"), [("tiny", (1, 4, 4)), ("cogvideox", (1, 2, 2)), ("wan-14b", (1, 2, 2))])
+def test_tokens_are_a_models_patches(model: str, patch: tuple[int, int, int]) -> None:
+    assert patch_of(load_leaf("model", model)) == patch
 
 
 def test_operations_are_those_of_the_plan_without_what_is_computed_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,8 @@ from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY
 from tests.runs import copy_until, load_state, snapshot, train
 
+LOW = "devices=2 strategy=fsdp strategy.low_host_memory=true"
+
 
 def only_line(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> str:
     """What a user sees: the one line on stderr. Log records would stand beside it."""
@@ -72,6 +74,25 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         ),
         ("profile.runtime={name:x,weight_bits:[9],activation_bits:[4]}", "weight_bits=9"),
         ("kernel=fast", "kernel='fast' is unknown"),
+        (
+            "strategy.low_host_memory=true",
+            "strategy.low_host_memory=true is of strategies that share a model out, fsdp and",
+        ),
+        (f"{LOW} init=svdquant", "no whole model on a host, and init=svdquant samples the full-precision model; write"),
+        (
+            f"{LOW} method=efficientdm",
+            "the training method starts from the whole student; write method=qvgen, kd or lsq",
+        ),
+        (
+            f"{LOW} method=pretrain",
+            "no whole model on a host, and method=pretrain begins with a whole model; leave the key",
+        ),
+        (f"{LOW} evaluation.every_steps=2", "evaluation.every_steps compares with the whole full-precision model"),
+        (f"{LOW} export=diffusers", "the run ends with a checkpoint, and qvgen fold packs it; leave it out"),
+        (
+            "strategy=deepspeed",
+            "(docs/log.md); strategy=fsdp shares the same out, with strategy.cpu_offload=true on the",
+        ),
         ("evaluation.prompts=[a\\ purple\\ cow]", "caption 'a purple cow' is no 'a COLOR DIGIT MOTION'"),
         ("batch_size=30000", "batch_size=30000 is larger than the training data of 20000"),
         ("data.num_frames=4", "data=moving_digits has videos of shape (3, 4, 16, 16), model=tiny takes (3, 8, 16, 16)"),

@@ -16,7 +16,9 @@ from qvgen.worker_signals import ignore_in_worker
 GO = b"go\n"
 """A child reads this from its standard input once rank 0 begins to train."""
 START = b"start\n"
-"""A child may read this before: rank 0 has begun with the start, and asks for help."""
+"""A child may read this before: rank 0 has begun with the start, and asks for help with the layers."""
+SAMPLE = b"sample\n"
+"""A child may read this before both: rank 0 asks for help with what it samples for the start."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,13 +47,15 @@ def follow_parent(parent: int, *, beats: int | None = None) -> None:
     ignore_in_worker()
 
 
-def wait_for_group(*, help_start: Callable[[], None]) -> None:
+def wait_for_group(*, help_start: Callable[[], None], help_calibration: Callable[[], None]) -> None:
     """Wait until rank 0 enters the group of processes that this one belongs to; end where it never will.
 
     Args:
-        help_start: Called where rank 0 asks for help with the start before that.
+        help_start: Called where rank 0 asks for help with the start's layers before that.
+        help_calibration: Called where it asks for help with what is sampled for them.
     """
+    helps = {START.decode(): help_start, SAMPLE.decode(): help_calibration}
     while (line := sys.stdin.readline()) != GO.decode():
-        if line != START.decode():
+        if line not in helps:
             sys.exit(1)
-        help_start()
+        helps[line]()

@@ -36,7 +36,7 @@ from qvgen.config.conf_folder import user_directory
 from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.child import GO, START
+from qvgen.training.distributed.child import GO, SAMPLE, START
 from qvgen.training.distributed.foreign_launcher import forget_ranks
 from qvgen.training.distributed.silence import BAD_ENVIRONMENT, SilenceWatch
 from qvgen.worker_signals import held_back
@@ -146,6 +146,10 @@ class WorkerGroup:
     def ask(self) -> None:
         """Let the children take part in the start, before the group is entered."""
         self._tell(START)
+
+    def ask_calibration(self) -> None:
+        """Let the children take part in what is sampled for the start."""
+        self._tell(SAMPLE)
 
     def check(self) -> None:
         """Raise UnfitEnvironmentError where a child is gone that was asked."""

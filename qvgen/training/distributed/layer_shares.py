@@ -3,8 +3,8 @@
     RUN_DIR/start_layers/shares.json         who sets up which layers, and where their statistics lie
     RUN_DIR/start_layers/NAME.safetensors    a layer as it was set up: its form, its tensors
 
-A layer's weight is in its file only where the method changed it: rank 0 has the others. Each file is whole or not there, and
-goes as soon as rank 0 has read it, so that the disk never holds the model twice.
+A layer's weight is in its file only where the method changed it: rank 0 has the others, or reads them where the model's are.
+Each file is whole or not there, and goes once rank 0 has read it, so that the disk never holds the model twice.
 """
 
 from __future__ import annotations
@@ -91,14 +91,20 @@ def write_layer(folder: Path, name: str, layer: FakeQuantLinear, *, before: Mapp
     atomic_write(layer_file(folder, name), lambda temporary: save_file(changed, temporary, metadata=metadata))
 
 
+def read_form(file: Path) -> LayerForm:
+    """The form of a layer that was set up."""
+    with safe_open(file, framework="pt") as content:
+        return LayerForm.from_dict(json.loads(content.metadata()[_FORM]))
+
+
 def read_layer_(layer: FakeQuantLinear, file: Path) -> None:
     """Bring a prepared layer to what another process made of it.
 
     Raises:
         ValueError: The file is of another layer.
     """
+    form = read_form(file)
     with safe_open(file, framework="pt") as content:
-        form = LayerForm.from_dict(json.loads(content.metadata()[_FORM]))
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
     if form != LayerForm.of(layer):
         form.declare_(layer)

@@ -5,11 +5,13 @@
                       tensors go from rank 0 to the shares
     after training    rank 0's student is put together again, on its host
 
-No process but rank 0 ever holds a weight that is not its own share.
+No process but rank 0 ever holds a weight that is not its own share; with ``strategy.low_host_memory`` not even rank 0 does,
+and nothing is put together again.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
+from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.distributed.file_shares import computed_buffers, share_student_, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
 from qvgen.training.meta_model import build_student, build_teacher
@@ -29,6 +33,19 @@ def uses_teacher(method: Method, *, shows_videos: bool) -> bool:
     return method.quantizes and (method.needs_teacher or shows_videos)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeModels:
+    """The models that a process holds whole: rank 0's, none on the others.
+
+    Attributes:
+        student: Prepared, with the weights that training starts from.
+        teacher: Where it takes part; it stays as it is.
+    """
+
+    student: nn.Module | None
+    teacher: nn.Module | None
+
+
 class ShardedModels:
     """What a process contributes to a sharded run, and its shares.
 
@@ -36,8 +53,8 @@ class ShardedModels:
         family: The model family.
         design: The student's layers.
         has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
-        whole_student: On rank 0, prepared, with the weights that training starts from; None elsewhere.
-        whole_teacher: On rank 0, where the teacher takes part; stays as it is. None elsewhere.
+        whole: What this process holds whole; None: no process has a whole model, rank 0 neither, and all read their rows from
+            the start's file and the model's.
         start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
             stands in for it: where rank 0 does not find it, it sends what it has.
         how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
@@ -53,27 +70,40 @@ class ShardedModels:
         design: StudentDesign,
         *,
         has_teacher: bool,
-        whole_student: nn.Module | None,
-        whole_teacher: nn.Module | None,
+        whole: WholeModels | None,
         start: Path,
         how: Gathering | None = None,
     ) -> None:
+        self._family, self._whole = family, whole
         self._start, self._how = start, how or Gathering()
-        self._whole_student, self._whole_teacher = whole_student, whole_teacher
         self.student, _ = build_student(family, design)
-        self.teacher = build_teacher(family, dtype=torch.float32) if has_teacher else None
+        dtype = getattr(torch, getattr(family, "dtype", "float32")) if whole is None else torch.float32
+        self.teacher = build_teacher(family, dtype=dtype) if has_teacher else None
 
     def share_out_(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Give every process its shares, on its device or its host; a collective."""
+        if (whole_models := self._whole) is None:
+            self._read_(mesh, device)
+            return
         found, how = [self._start.is_file()], self._how
         distributed.broadcast_object_list(found, src=0)
         file = self._start if found[0] else None
-        share_out_(self.student, source=self._whole_student, mesh=mesh, device=device, file=file, how=how)
-        if self._whole_student is not None:
-            self._whole_student.to("meta")
+        share_out_(self.student, source=whole_models.student, mesh=mesh, device=device, file=file, how=how)
+        if whole_models.student is not None:
+            whole_models.student.to("meta")
         if self.teacher is not None:
-            share_out_(self.teacher, source=self._whole_teacher, mesh=mesh, device=device, how=how.without_backward)
+            share_out_(self.teacher, source=whole_models.teacher, mesh=mesh, device=device, how=how.without_backward)
+
+    def _read_(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Read this process's shares; no process has more to give."""
+        given = {"computed": computed_buffers(self._family), "mesh": mesh, "device": device}
+        share_student_(self.student, start=self._start, **given, how=self._how)
+        if self.teacher is not None:
+            read = tensor_reader_of(self._family)
+            assert read is not None, "it was asked before"
+            share_teacher_(self.teacher, read=read, **given, how=self._how.without_backward)
 
     def gather_(self) -> None:
-        """Give rank 0's student the trained weights; a collective."""
-        gather_(self.student, target=self._whole_student)
+        """Give rank 0's student the trained weights; a collective, and nothing where no process has a whole student."""
+        if self._whole is not None:
+            gather_(self.student, target=self._whole.student)

@@ -6,6 +6,8 @@
                  |  is none, rank 0 sends each tensor, rank by rank its rows: no other process ever holds a whole model
     rank r     rows [r n/R, (r + 1) n/R) of each parameter [n, ...]; buffers whole
 
+Where not even rank 0 holds a model, each rank reads the rows of all (:mod:`qvgen.training.distributed.file_shares`).
+
 A unit's parameters are gathered when it is entered, forward and backward, and given back when it is left
 (:mod:`qvgen.training.distributed.gathering` has other ways); gradients are averaged and shared out by unit, after every
 micro-batch (whole ones would not fit). Outside of both passes every parameter is a share, so whatever acts between optimizer
@@ -22,7 +24,7 @@ Left out: tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +112,27 @@ def share_out_(
         source.to("meta")
     model.to_empty(device=torch.device("cpu") if how.on_host else device)
     if file is not None:
-        _read_rows_(model, file)
+        with safe_open(file, framework="pt") as content:
+            read_rows_(model, content.get_slice)
     else:
         _send_rows_(model, source, device=device)
     _take_buffers_(model, buffers, device=device)
 
 
 @torch.no_grad()
-def _read_rows_(model: nn.Module, file: Path) -> None:
-    """Read this process's rows of every parameter; no collective."""
-    with safe_open(file, framework="pt") as content:
-        for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor), f"{name} is not sharded"
-            share, group = parameter.to_local(), shard_group(parameter)
-            place = {"rank": distributed.get_rank(group), "world_size": distributed.get_world_size(group)}
-            if share.numel():
-                share.copy_(content.get_slice(name)[rows_of(parameter.shape[0], **place)])
+def read_rows_(model: nn.Module, value_of: Callable[[str], Any]) -> None:
+    """Read this process's rows of every parameter; no collective.
+
+    Args:
+        model: Sharded.
+        value_of: Name -> what gives rows for a slice: a tensor, or one that stays in its file.
+    """
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not sharded"
+        share, group = parameter.to_local(), shard_group(parameter)
+        place = {"rank": distributed.get_rank(group), "world_size": distributed.get_world_size(group)}
+        if share.numel():
+            share.copy_(value_of(name)[rows_of(parameter.shape[0], **place)])
 
 
 def _send_rows_(model: nn.Module, source: nn.Module | None, *, device: torch.device) -> None:

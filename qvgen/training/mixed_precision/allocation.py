@@ -69,6 +69,14 @@ def allocate_bits_(
     return allocation
 
 
+def measure_share(init: BitBudget, *, profile: Profile, teacher: SampledTeacher, statistics: CalibratedModel) -> None:
+    """Measure what :func:`allocate_bits_` needs to know beside the process that calls it, which finds it in the cache."""
+    family = teacher.family
+    names = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
+    wanted = wanted_measurements(init, names, profile=profile, family=family)
+    SensitivityMeasurement(teacher=teacher, init=init, profile=profile, statistics=statistics).measure(wanted)
+
+
 def give_bits_(layer: FakeQuantLinear, bits: Mapping[int, tuple[int, int]], *, window_of_band: Sequence[int]) -> None:
     """Set a layer's widths; where they differ between windows of timesteps it has a table by noise band."""
     weights, activations = zip(*bits.values(), strict=True)

@@ -5,12 +5,16 @@
     setting up    layers that a process works on at the same time, several copies of each: every process's
     checkpoint    a copy of the shares that a thread writes, with fsdp
 
+With strategy.low_host_memory no process prepares a whole model, and each sets up one layer at a time.
+
 Counted are tensors, as most of them are there at once. Left out: Python and the libraries (0.5 GiB of each process),
 statistics of a calibration (``calibration.memory_gib``), a copy of what is trained while an average is measured, the data
 loader, and pages of mapped files, which the system takes back. Measured: docs/distributed.md.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -62,7 +66,7 @@ def _preparation(family: VideoDiT, design: StudentDesign, *, blocks: int) -> tup
     return peak, kept
 
 
-def setup_bytes(student: nn.Module, *, rank: int, world_size: int, neighbours: int) -> int:
+def setup_bytes(student: nn.Module, *, rank: int, world_size: int, neighbours: int, one_by_one: bool = False) -> int:
     """Most bytes that a process takes, beside models, while it sets up its share of the layers for a PTQ start.
 
     Args:
@@ -70,12 +74,14 @@ def setup_bytes(student: nn.Module, *, rank: int, world_size: int, neighbours: i
         rank: The process; those above 0 hold no model and read their layers one by one.
         world_size: All processes.
         neighbours: Processes of a host: they share the cores of this machine, for want of another one to ask.
+        one_by_one: Whether no process holds a model, and each sets up one layer at a time.
     """
     layers = quantized_layers(student)
     names = balanced_shares(setup_costs(layers, needs=()), world_size)[rank]
     sizes = [torch.empty(()).expand(layers[name].weight.shape) for name in names]
     threads = num_threads(sizes, scratch_per_weight=SCRATCH_PER_WEIGHT, neighbours=neighbours)
-    each = DECOMPOSED_PER_WEIGHT + (COPIES_PER_WEIGHT if rank else 0)
+    threads = 1 if one_by_one else threads
+    each = DECOMPOSED_PER_WEIGHT + (COPIES_PER_WEIGHT if rank or one_by_one else 0)
     return sum(sorted((each * size.numel() for size in sizes), reverse=True)[:threads])
 
 
@@ -85,11 +91,28 @@ def saved_bytes(student: nn.Module, *, stored: StoredState) -> int:
     return whole + stored.moment_bytes(student) + stored.average_bytes(student)
 
 
-def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> int:
+@dataclass(frozen=True, kw_only=True)
+class HostBytes:
     """Most bytes of tensors on a host at once, over all processes of a node.
 
-    Where models are sharded only rank 0 holds whole models. Later it keeps the teacher, and the processes of one group
-    copy their shares of a checkpoint to their hosts, from which threads write it.
+    Attributes:
+        needed: From the beginning of a run to its last checkpoint.
+        start: Before training begins.
+        is_low: Whether no process holds a whole model (``strategy.low_host_memory``).
+        otherwise: The same with the other value of ``strategy.low_host_memory``; None where models are not shared out.
+    """
+
+    needed: int
+    start: int
+    is_low: bool = False
+    otherwise: HostBytes | None = None
+
+
+def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kept_bytes: int = 0) -> HostBytes:
+    """Memory of a host at the start, and while a sharded run saves.
+
+    Where models are sharded only rank 0 holds whole models, or no process does. Later rank 0 keeps the teacher, and the
+    processes of one group copy their shares of a checkpoint to their hosts, from which threads write it.
 
     Args:
         run: What is planned.
@@ -98,12 +121,21 @@ def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kep
         kept_bytes: What lies there from the first step to the last.
     """
     preparation, devices = preparation_bytes(run.model, run.design), run.node_devices
-    shares = (setup_bytes(student, rank=rank, world_size=run.devices, neighbours=devices) for rank in range(devices))
-    start = preparation + sum(shares)
+
+    def share_of_all(*, one_by_one: bool) -> int:
+        sizes = {"world_size": run.devices, "neighbours": devices}
+        return sum(setup_bytes(student, rank=rank, **sizes, one_by_one=one_by_one) for rank in range(devices))
+
+    start = preparation + share_of_all(one_by_one=False)
     if run.shards == 1:
-        return max(start, devices * preparation, kept_bytes)
+        start = max(start, devices * preparation)
+        return HostBytes(needed=max(start, kept_bytes), start=start)
     family = run.model.rebuild()
     teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     copied = saved_bytes(student, stored=stored) * min(devices, run.shards) // run.shards
-    return max(start, kept + copied + kept_bytes)
+    usual = HostBytes(needed=max(start, kept + copied + kept_bytes), start=start)
+    start = share_of_all(one_by_one=True)
+    low = HostBytes(needed=max(start, copied + kept_bytes), start=start, is_low=True)
+    chosen, other = (low, usual) if run.strategy.low_host_memory else (usual, low)
+    return replace(chosen, otherwise=other)

@@ -153,13 +153,22 @@ def _memory(plan: TrainingPlan) -> list[str]:
     left = f"this host has {format_bytes(plan.host_available_bytes)} left"
     if plan.shards > 1:
         what = "student, teacher and layers that are set up, or teacher and the shares of a checkpoint that is written"
-        return [*lines, f"host memory of the first node: {format_bytes(plan.host_bytes)} ({what}); {left}"]
+        where, key = "the first node", "with strategy.low_host_memory=true"
+        other = plan.host.otherwise
+        assert other is not None, "a plan of a model that is shared out has both"
+        if plan.host.is_low:
+            what = "layers that are set up, one by each process, or the shares of a checkpoint that is written"
+            where, key = "each node", "without strategy.low_host_memory"
+        sizes, others = (
+            f"{format_bytes(host.needed)}, {format_bytes(host.start)} at the start" for host in (plan.host, other)
+        )
+        return [*lines, f"host memory of {where}: {sizes} ({what}); {left}", f"  {key}: {others}"]
     here = plan.schedule.devices // plan.schedule.nodes
     each = f", {here} processes together" if here > 1 else ""
     what = "student while its layers are swapped, or student and teacher; layers that are set up"
     when = "" if plan.host_parts else " before training"
     what += ", or what stays there" if plan.host_parts else ""
-    return [*lines, f"host memory{when}: {format_bytes(plan.host_bytes)}{each} ({what}); {left}"]
+    return [*lines, f"host memory{when}: {format_bytes(plan.host.needed)}{each} ({what}); {left}"]
 
 
 def _work(plan: TrainingPlan) -> list[str]:
@@ -236,7 +245,7 @@ def verdict(plan: TrainingPlan) -> list[str]:
     host = []
     if plan.host_is_short:
         host = [
-            f"HOST MEMORY IS SHORT: {format_bytes(plan.host_bytes)} are needed, "
+            f"HOST MEMORY IS SHORT: {format_bytes(plan.host.needed)} are needed, "
             f"{format_bytes(plan.host_available_bytes)} are left on this host"
         ]
     if plan.disk_is_short:

@@ -15,7 +15,7 @@ from qvgen.training.meta_model import Prepared, build_student
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
-from qvgen.training.planning.host_memory import host_bytes
+from qvgen.training.planning.host_memory import HostBytes, host_bytes
 from qvgen.training.planning.layer_table import DiskPart, LayerGroup, cache_files, collapse, free_bytes, run_files
 from qvgen.training.planning.memory import (
     Device,
@@ -82,7 +82,7 @@ class TrainingPlan:
         host_parts: What lies on the host, of all processes, while the steps are computed.
         network: What each device receives from the others in an optimizer step, by part; it sends as much.
         host_traffic_bytes: What goes between a device and its host in an optimizer step because shares lie there.
-        host_bytes: On the host, over all processes: before training, and of a sharded run also while it saves.
+        host: On the host, over all processes: before training, and of a sharded run also while it saves.
         host_available_bytes: What this host has left.
         run_bytes: Files of the run's folder; the latent cache, which may be full already, is not among them.
         disk_available_bytes: What is free where that folder will be.
@@ -109,7 +109,7 @@ class TrainingPlan:
     host_parts: list[MemoryPart]
     network: list[MemoryPart]
     host_traffic_bytes: int
-    host_bytes: int
+    host: HostBytes
     host_available_bytes: int
     run_bytes: int
     disk_available_bytes: int
@@ -134,7 +134,7 @@ class TrainingPlan:
     @property
     def host_is_short(self) -> bool:
         """Whether this host has less memory left than the run takes."""
-        return self.host_bytes > self.host_available_bytes
+        return self.host.needed > self.host_available_bytes
 
     @property
     def disk_is_short(self) -> bool:
@@ -204,7 +204,7 @@ def plan_training(
         host_parts=on_host,
         network=network,
         host_traffic_bytes=host_traffic(run, prepared, teacher=teacher),
-        host_bytes=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
+        host=host_bytes(run, prepared, stored=counter.stored, kept_bytes=total_bytes(on_host)),
         host_available_bytes=host_memory()[1],
         run_bytes=sum(part.nbytes for part in files),
         disk_available_bytes=free_bytes(run_dir),

@@ -75,6 +75,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "system": (
         Panel(title="Clips per second", names=("system/clips_per_second",)),
+        Panel(title="Tokens per second", names=("system/tokens_per_second",)),
         Panel(title="Seconds of a step", names=("system/step_seconds",)),
         Panel(title="Model FLOPs utilization (MFU)", names=("system/mfu",)),
         Panel(title="Seconds of training", names=("system/seconds",)),

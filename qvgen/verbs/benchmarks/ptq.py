@@ -24,7 +24,8 @@ from qvgen.initializers.prepare import initialize_
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
 from qvgen.training.layer_setup import input_sets
-from qvgen.training.student import calibrate_, prepare_student
+from qvgen.training.start_calibration import calibrate_
+from qvgen.training.student import prepare_student
 from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
 from qvgen.verbs._ptq_encoder import ABOUT_ENCODER, encoder_cells, encoder_folder, encoder_methods, encoder_rows
 from qvgen.verbs.benchmarks.base import Benchmark, Row, cells, methods_of

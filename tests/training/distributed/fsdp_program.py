@@ -26,7 +26,7 @@ from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.distributed.child import follow_parent
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.launcher import WorkerGroup
-from qvgen.training.distributed.sharded_models import ShardedModels
+from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
 from qvgen.training.module import VideoTraining
 from qvgen.training.optim import build_optimizer
@@ -89,8 +89,7 @@ def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
         config.model,
         student_design(config),
         has_teacher=True,
-        whole_student=given,
-        whole_teacher=teacher if rank == 0 else None,
+        whole=WholeModels(student=given, teacher=teacher if rank == 0 else None),
         start=config.run_dir / "start.safetensors",  # which is not there: rank 0 sends what it has
         how=Gathering.of(config.strategy),
     )

@@ -7,6 +7,9 @@ Then each rank is a process, which runs what a run runs there:
 
     start        rank 0 prepares the student, loads the teacher, shares out the layers, gathers them, saves the start;
                  the others set up their layers
+    streamed     the same start with strategy.low_host_memory: no rank has a model
+    rows         every rank reads its rows of student and teacher from files, and keeps them on the host (one with GPUs does
+                 not); behind `streamed`
     checkpoint   shares of the student and of its moments are saved while they stay, by all ranks together
 
 A thread looks at the process's own memory (RssAnon of /proc/self/status: pages of mapped files are the system's to take
@@ -37,13 +40,15 @@ from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint_folder import take_snapshot, write_folder
+from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharded_strategy import _shares
 from qvgen.training.distributed.sharding import blocks_of, sharded_as
 from qvgen.training.distributed.store_exchange import StoreExchange, default_store
 from qvgen.training.meta_model import build_student
 from qvgen.training.planning.host_memory import preparation_bytes, setup_bytes
 from qvgen.training.shared_start import StartHelpers, initialize_together_, set_up_share
-from qvgen.training.start_file import save_start
+from qvgen.training.start_file import START_FILE, restore_layers_, save_start
+from qvgen.training.streamed_start import make_streamed_start
 from qvgen.training.student import prepare_student
 from qvgen.training.student_design import StudentDesign
 
@@ -61,14 +66,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--init", default="mse")
     parser.add_argument("--moments", type=int, default=2)
-    parser.add_argument(
-        "--parts", nargs="+", default=["start", "checkpoint"], choices=["folder", "start", "checkpoint"]
-    )
+    parser.add_argument("--parts", nargs="+", default=["start", "checkpoint"], choices=list(PARTS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rank", type=int)
     given = parser.parse_args()
     if given.rank is not None:
-        {"folder": write_model, "start": run_start, "checkpoint": run_checkpoint}[given.parts[0]](given)
+        PARTS[given.parts[0]](given)
         return
     given.out.mkdir(parents=True, exist_ok=True)
     written = (given.out / "model" / WEIGHTS).is_file()
@@ -230,6 +233,55 @@ def run_checkpoint(given: argparse.Namespace) -> None:
     planned = sum(value.nbytes for value in student.state_dict().values()) * (1 + given.moments) // given.processes
     write_result(given, "checkpoint", watch, planned=planned)
     distributed.destroy_process_group()
+
+
+def run_streamed(given: argparse.Namespace) -> None:
+    """One rank's share of a start for which no rank has a model."""
+    torch.set_num_threads(1)
+    model, design, init = model_of(given), design_of(), load_leaf("init", given.init)
+    asked, how = given.out / "asked", {"family": model.family, "design": design, "init": init, "seed": SEED}
+    while given.rank and not asked.exists():
+        time.sleep(0.1)
+    with Watch() as watch:
+        if given.rank:
+            set_up_share(given.out, rank=given.rank, **how, one_by_one=True)
+        else:
+            size = given.processes
+            helpers = StartHelpers(
+                world_size=size, neighbours=size, run_dir=given.out, ask=asked.touch, check=lambda: None
+            )
+            make_streamed_start(given.out, **how, helpers=helpers)
+            asked.unlink()
+    student, _ = build_student(model.family, design)
+    sizes = {"rank": given.rank, "world_size": given.processes, "neighbours": given.processes}
+    write_result(given, "streamed", watch, planned=setup_bytes(student, **sizes, one_by_one=True))
+
+
+def run_rows(given: argparse.Namespace) -> None:
+    """One rank's rows of student and teacher, which stay on the host here; planned are these and two copies of a tensor."""
+    torch.set_num_threads(1)
+    ranks = {"rank": given.rank, "world_size": given.processes}
+    distributed.init_process_group("gloo", init_method=f"file://{given.out.absolute() / 'meet'}", **ranks)
+    start = given.out / START_FILE
+    models = ShardedModels(model_of(given).family, design_of(), has_teacher=True, whole=None, start=start)
+    restore_layers_(models.student, given.out)
+    mesh = init_device_mesh("cpu", (given.processes,))
+    with Watch() as watch:
+        models.share_out_(mesh, torch.device("cpu"))
+    both = [*models.student.parameters(), *models.teacher.parameters()]
+    shares = sum(value.to_local().nbytes for value in both)
+    largest = max(4 * value.numel() for value in models.teacher.parameters())
+    write_result(given, "rows", watch, planned=shares + 2 * largest)
+    distributed.destroy_process_group()
+
+
+PARTS = {
+    "folder": write_model,
+    "start": run_start,
+    "streamed": run_streamed,
+    "rows": run_rows,
+    "checkpoint": run_checkpoint,
+}
 
 
 if __name__ == "__main__":

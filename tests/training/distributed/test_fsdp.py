@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
+from qvgen.models.tiny_family import TinyFamily
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import blocks_of
+from qvgen.training.start_file import LAYERS_FILE, START_FILE
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
@@ -121,6 +123,26 @@ def test_a_checkpoint_of_shares_is_folded_by_one_process(both: tuple[Path, Path]
     out = tmp_path / "packed"
     assert main(["fold", f"run_dir={both[1]}", f"out={out}"]) == DONE
     assert (out / "model.safetensors").read_bytes() == packed_bytes(both[1])
+
+
+def test_a_run_without_a_whole_model_on_any_host_trains_the_same_bits(
+    both: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, low = tmp_path / "run", ("strategy.low_host_memory=true", "evaluation.every_steps=null")
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyFamily, "load_teacher", refuse)  # in rank 0
+        assert train(run_dir, *OPTIONS, *TWO[:2], *low, "evaluation.video_every_steps=null") == DONE
+    assert (run_dir / START_FILE).read_bytes() == (both[0] / START_FILE).read_bytes()
+    assert (run_dir / LAYERS_FILE).read_bytes() == (both[0] / LAYERS_FILE).read_bytes()
+    unmeasured = [{**row, "val/relative_error": ""} for row in read_metrics(both[0])]
+    assert read_metrics(run_dir) == unmeasured
+    assert not (run_dir / "packed").exists()
+    assert main(["fold", f"run_dir={run_dir}"]) == DONE
+    assert packed_bytes(run_dir) == packed_bytes(both[0])
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a whole model is loaded")
 
 
 def test_what_other_processes_cannot_continue_is_refused(

@@ -234,7 +234,7 @@ def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
 
 WAITING = (
     "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; "
-    "wait_for_group(help_start=lambda: print('helps', flush=True)); "
+    "wait_for_group(help_start=lambda: print('helps', flush=True), help_calibration=lambda: print('samples', flush=True)); "
     "print('begins', flush=True)"
 )
 
@@ -246,9 +246,11 @@ def test_children_that_were_started_early_begin_when_the_group_is_entered(tmp_pa
     for log in logs:
         wait_until(lambda log=log: "imported" in log.read_text())
     assert [process.poll() for process in group._children.values()] == [None, None]
+    group.ask_calibration()
+    group.ask()
     with group:
         group.join()
-    assert [log.read_text().split() for log in logs] == [["imported", "begins"]] * 2
+    assert [log.read_text().split() for log in logs] == [["imported", "samples", "helps", "begins"]] * 2
 
 
 def test_children_that_never_begin_are_ended(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.distributed.file_shares import computed_buffers, share_teacher_
+from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import share_out_
+from qvgen.training.meta_model import build_teacher
+from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.runs import train_config
+from tests.verbs.test_hub_models import tiny_keys
 
 
 class Blocks(nn.Module):
@@ -48,3 +55,23 @@ def test_parameters_are_those_of_the_file_and_the_source_gives_its_memory_back(t
         assert torch.equal(parameter.to_local(), wanted[name])
     assert torch.equal(model.positions, torch.arange(4.0))
     assert all(parameter.is_meta == from_file for parameter in source.parameters())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("model", ["wan", "cogvideox"])
+def test_a_teacher_read_from_its_files_is_the_one_that_is_loaded(tmp_path: Path, model: str) -> None:
+    folder = make_wan_folder(tmp_path) if model == "wan" else make_cogvideox_folder(tmp_path, "2b")
+    family = train_config(*tiny_keys(model, folder), f"data.path={tmp_path}", "model.dtype=bfloat16").model
+    teacher, read = build_teacher(family, dtype=torch.bfloat16), tensor_reader_of(family)
+    assert read is not None
+    place = {"mesh": init_device_mesh("cpu", (1,)), "device": torch.device("cpu"), "how": Gathering()}
+    share_teacher_(teacher, read=read, computed=computed_buffers(family), **place)
+    loaded = family.load_teacher()
+    wanted = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    found = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        mine = found[name]
+        mine = mine.to_local() if isinstance(mine, DTensor) else mine
+        assert (mine.dtype, mine.device) == (value.dtype, value.device), name
+        assert torch.equal(mine, value), name

@@ -69,7 +69,7 @@ def test_planned_bytes_are_those_of_a_real_step(case: str) -> None:
         assert parts["the teacher's blocks"] == blocks
         text = "\n".join(format_plan(plan, title="a run"))
         assert "host memory while it trains: moments, float32" in text
-        assert plan.host_bytes >= total_bytes(plan.host_parts)
+        assert plan.host.needed >= total_bytes(plan.host_parts)
 
 
 def test_14b_trains_on_one_gpu_of_141_gb_with_the_student_on_it_and_on_four_of_80() -> None:

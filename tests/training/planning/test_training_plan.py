@@ -229,19 +229,24 @@ def test_a_model_of_14b_is_shared_out_over_eight_gpus() -> None:
     root = 14.289e9 - 40 * block
     assert parts["gathered: a block, its gradients, buffers"] == pytest.approx(4 * (4 * block + 2 * root), rel=0.1)
     # A checkpoint is 12 bytes for each parameter, all shares of one node together, beside rank 0's bfloat16 teacher.
-    assert shared.host_bytes == pytest.approx(14 * 14.449e9, rel=0.01)
+    assert shared.host.needed == pytest.approx(14 * 14.449e9, rel=0.01)
+    low = shared.host.otherwise
+    assert low is not None
+    assert low.needed == pytest.approx(12 * 14.449e9, rel=0.01)  # a checkpoint's copies; no teacher beside them
+    assert low.start < 0.2 * shared.host.start
     prepared, _ = planned_student(full_size("wan-14b"))
-    assert plan.host_bytes == pytest.approx(
+    assert plan.host.needed == pytest.approx(
         6 * 14.4e9 + setup_bytes(prepared, rank=0, world_size=1, neighbours=1), rel=0.02
     )
     text = "\n".join(format_plan(shared, title="a run"))
     assert "the shares of a checkpoint that is written" in text
+    assert "  with strategy.low_host_memory=true: 161.5 GiB, " in text
     assert "student: float32 masters, 1/8" in text
     two_nodes = planned(
         full_size("wan-14b", "device_memory_gib=80", "num_nodes=2", "devices=4", "strategy=fsdp", "accumulate=6")
     )
     assert two_nodes.memory_bytes == shared.memory_bytes
-    assert two_nodes.host_bytes == pytest.approx((2 + 12 / 2) * 14.449e9, rel=0.01)
+    assert two_nodes.host.needed == pytest.approx((2 + 12 / 2) * 14.449e9, rel=0.01)
 
 
 def test_processes_of_a_cpu_share_its_memory_anyway() -> None:
