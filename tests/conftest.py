@@ -50,17 +50,22 @@ def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONGEST_FIRST = (
-    "test_demo.py", "test_hub_models.py", "test_fsdp.py", "test_ptq.py", "test_cpu_sanitizers.py", "test_training_plan.py",
-    "test_train.py", "test_resume.py", "test_ptq_without_clips.py", "test_activation_switch.py", "test_benchmark.py",
-    "test_cuda_int4.py", "test_ddp.py", "test_layer_types.py", "test_diffusers.py", "test_import.py", "test_launcher.py",
-    "test_dry_run_imports.py", "test_stopped_verbs.py", "test_shared_activations.py", "test_exports.py", "test_static.py",
-    "test_latent_cache.py", "test_allocation.py", "test_mixed_precision.py", "test_identity.py", "test_docs.py",
-    "test_faults.py", "test_config.py", "test_wandb_run.py", "test_plugin.py", "test_triton_code.py", "test_other_device.py",
-    "test_validation_run.py", "test_classifier.py", "test_manifest_fuzz.py", "test_deletion.py", "test_smoothing_fold.py",
-    "test_live_bytes.py", "test_initializers.py", "test_own_callbacks.py", "test_own_classes.py", "test_autoencoder.py",
-    "test_cpu_threads.py", "test_hsdp.py", "test_devices.py", "test_evaluate.py",
+    "test_hub_models.py", "test_ptq.py", "test_train.py", "test_fsdp.py", "test_sensitivity.py", "test_world_changes.py",
+    "test_triton_code.py", "test_context.py", "test_cpu_sanitizers.py", "test_demo.py", "test_activation_switch.py",
+    "test_resume.py", "test_ptq_without_clips.py", "test_training_plan.py", "test_deletion.py", "test_ddp.py",
+    "test_other_device.py", "test_new_process.py", "test_cuda_int4.py", "test_layer_types.py", "test_round_trip.py",
+    "test_weight_exports.py", "test_diffusers.py", "test_stopped_verbs.py", "test_benchmark.py", "test_docs.py",
+    "test_import.py", "test_gpu_script.py", "test_evaluate.py", "test_config.py", "test_mixed_precision.py", "test_i3d.py",
+    "test_hsdp.py", "test_shared_activations.py", "test_profiles.py", "test_compiled_blocks.py", "test_live_bytes.py",
+    "test_allocation.py", "test_whole_runs.py", "test_extending.py", "test_streamed_adamw.py", "test_faults.py",
+    "test_small_model.py", "test_damage.py", "test_static.py", "test_identity.py", "test_plugin.py", "test_package.py",
+    "test_efficientdm.py", "test_validation.py", "test_own_method.py", "test_launcher.py", "test_autoencoder.py",
+    "test_latent_cache.py", "test_wandb_run.py", "test_methods.py", "test_own_classes.py", "test_exports.py",
+    "test_step_traffic.py", "test_devices.py", "test_manifest_fuzz.py", "test_ptq_exports.py", "test_gathering.py",
+    "test_adamw_8bit.py", "test_classifier.py", "test_initializers.py", "test_own_callbacks.py",
+    "test_smoothing_fold.py", "test_validation_run.py",
 )  # fmt: skip
-"""Files of more than ten seconds, which two processes begin with: one that comes last would leave the other process idle."""
+"""Files of seven seconds and more, which two processes begin with: one that comes last would leave the other idle."""
 
 
 def pytest_collection_finish() -> None:

@@ -1,4 +1,8 @@
-"""Real signals that a test sends to its own process, at a point that is named by what Python does there."""
+"""Real signals that a test sends to its own process, at a point that is named by what Python does there.
+
+``python -m tests.stops NUMBER EVENT PART COMMAND ...`` is a process of its own that runs a command of qvgen and gets the
+signal: for one that ends a process at once.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +49,8 @@ def run_stopped(command: list[str], number: int, event: str, part: str) -> int:
     """Run a command in this process and send it a signal; its exit code. Whenever it comes, it does not end pytest."""
     with stop_request.listening(), signal_at(number, event, part):
         return main(command)
+
+
+if __name__ == "__main__":
+    with signal_at(int(sys.argv[1]), *sys.argv[2:4]):
+        sys.exit(main(sys.argv[4:]))

@@ -1,4 +1,4 @@
-"""Exports for humming, torchao and SDNQ in the hands of those, each in a process of its own, on the CPU.
+"""Exports for humming, torchao and SDNQ in the hands of those, in processes of their own, on the CPU.
 
 Of humming, whose operators are GPU kernels, its schemas, its packer and its reference quantizer are run, not its products.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qvgen.cli import DONE, main
+from tests.consumers.conftest import run_program
 from tests.deploy.exporters.packed_models import save, tiny_cogvideox, tiny_wan
 
 NARROW = "blocks.0.ffn.net.2"
@@ -68,11 +69,32 @@ def test_humming_takes_the_configuration_and_the_words(
             assert inputs["codes_differ"] < 0.002, name
 
 
-def test_torchao_dequantizes_our_weights(run_consumer: Any, packed: dict[str, Path], tmp_path: Path) -> None:
-    words = []
-    for name, folder in packed.items():
-        words += exported(folder, tmp_path / name.replace("|", " "), "target=torchao")
-    results = last_line(run_consumer("torchao==0.18.0", "torchao_program.py", *words))
+@pytest.fixture(scope="module")
+def exports(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """For each of torchao and SDNQ the folders of its exports, in the order of ``packed``; then two for SDNQ's products."""
+    folder = tmp_path_factory.mktemp("exports")
+    words: dict[str, list[str]] = {"torchao": [], "sdnq": []}
+    for name, source in packed.items():
+        place = name.replace("|", " ")
+        words["torchao"] += exported(source, folder / "torchao" / place, "target=torchao")
+        words["sdnq"] += exported(source, folder / "sdnq" / place, "target=sdnq", "export.dtype=float32")
+    for bits in ("w4a8", "w8a8"):
+        source = save(tiny_wan(), folder / bits, profile="int8", bits=bits)
+        keys = ("target=sdnq", "export.dtype=float32", "export.quantized_inputs=true")
+        words["sdnq"] += exported(source, folder / "sdnq" / bits, *keys)
+    return words
+
+
+@pytest.fixture(scope="module")
+def dequantized(exports: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """What torchao_program and sdnq_program say of each export."""
+    said = run_program(["torchao==0.18.0", "sdnq==0.2.8"], "dequantizers_program.py", json.dumps(exports))
+    results: dict[str, list[dict[str, Any]]] = json.loads(said.splitlines()[-1])
+    return results
+
+
+def test_torchao_dequantizes_our_weights(dequantized: dict[str, list[dict[str, Any]]], packed: dict[str, Path]) -> None:
+    results = dequantized["torchao"]
     kinds = [["int3", True], ["int4", True]], [["int3", True]], [["int4", False]]
     for name, wanted, result in zip(packed, kinds, results, strict=True):
         assert result["layers"] == 10
@@ -83,21 +105,14 @@ def test_torchao_dequantizes_our_weights(run_consumer: Any, packed: dict[str, Pa
 
 
 def test_sdnq_dequantizes_our_weights_and_multiplies_in_8_bits_what_was_trained_so(
-    run_consumer: Any, packed: dict[str, Path], tmp_path: Path
+    dequantized: dict[str, list[dict[str, Any]]], packed: dict[str, Path], exports: dict[str, list[str]]
 ) -> None:
-    """One process for all, whose imports take most of the time."""
-    words = []
-    for name, folder in packed.items():
-        words += exported(folder, tmp_path / name.replace("|", " "), "target=sdnq", "export.dtype=float32")
-    for bits in ("w4a8", "w8a8"):
-        folder = save(tiny_wan(), tmp_path / bits, profile="int8", bits=bits)
-        out = tmp_path / f"out-{bits}"
-        words += exported(folder, out, "target=sdnq", "export.dtype=float32", "export.quantized_inputs=true")
-        assert json.loads((out / "parity.json").read_text())["exact"] is True
-    results = last_line(run_consumer("sdnq==0.2.8", "sdnq_program.py", *words))
-    dequantized, multiplied = results[: len(packed)], results[len(packed) :]
+    for out in exports["sdnq"][-1:-4:-2]:
+        assert json.loads((Path(out) / "parity.json").read_text())["exact"] is True
+    results = dequantized["sdnq"]
+    weights, multiplied = results[: len(packed)], results[len(packed) :]
     kinds = ["int3", "int4"], ["uint3"], ["int4"]
-    for name, wanted, result in zip(packed, kinds, dequantized, strict=True):
+    for name, wanted, result in zip(packed, kinds, weights, strict=True):
         for way in ("loader", "diffusers"):
             assert result[way]["layers"] == 10
             assert result[way]["kinds"] == wanted, (name, way)

@@ -76,8 +76,8 @@ QUICK = (
 )  # fmt: skip
 STARTS = {
     "switch": SWITCH,
-    "static": ("bits=8", "init=static", "init.alpha=0.5"),
-    "svdquant": ("bits=4", "init=svdquant", "init.rank=8"),
+    "static": ("bits=8", "init=static", "init.alpha=0.5", "steps=2"),
+    "svdquant": ("bits=4", "init=svdquant", "init.rank=8", "steps=2"),
 }
 
 

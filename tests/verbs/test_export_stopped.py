@@ -66,11 +66,8 @@ def test_what_a_killed_export_leaves_is_made_again(
     packed: Path, whole: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    program = (
-        "import signal, sys; from tests.stops import signal_at; from qvgen.cli import main\n"
-        "with signal_at(signal.SIGKILL, 'tempfile.mkstemp', 'parity.html'): main(sys.argv[1:])"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *command(packed, out)], cwd=ROOT, check=False)
+    killed = [sys.executable, "-m", "tests.stops", str(int(signal.SIGKILL)), "tempfile.mkstemp", "parity.html"]
+    done = subprocess.run([*killed, *command(packed, out)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]  # with weights and config.json in it
     assert (tmp_path / ".out.unfinished" / "config.json").is_file()

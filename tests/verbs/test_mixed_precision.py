@@ -55,7 +55,7 @@ def test_a_run_holds_table_allocation_and_heat_maps(
 
 
 def test_training_starts_from_the_allocation_in_one_process_and_in_two(tmp_path: Path, cache: str) -> None:
-    keys = (*QUICK, cache, "bits=6", "steps=4", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false",
+    keys = (*QUICK, cache, "bits=6", "steps=2", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false",
             *shallow(1))  # fmt: skip
     assert train(tmp_path / "one", *keys) == 0
     assert train(tmp_path / "two", *keys, "devices=2", "strategy=ddp") == 0

@@ -57,7 +57,7 @@ def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: p
 
 
 def test_training_starts_from_the_tables_and_learns_them(tmp_path: Path) -> None:
-    keys = (*STATIC, f"calibration.cache={tmp_path / 'cache'}", "steps=6", "phi.ranks=[2]", "checkpoint.every_steps=2")
+    keys = (*STATIC, f"calibration.cache={tmp_path / 'cache'}", "steps=4", "phi.ranks=[2]", "checkpoint.every_steps=2")
     keys += shallow(1)
     first, again = tmp_path / "first", tmp_path / "again"
     assert train(first, *keys, *UNSEEN) == 0
