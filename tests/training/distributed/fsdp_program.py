@@ -1,8 +1,7 @@
 """A program that shards models over two processes and looks at them; run by test_fsdp.py.
 
-`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` the other. RUN_DIR/cases.json names runs and holds
-their configurations, composed once for both. Each process writes RUN_DIR/rankR.json: named facts, compared with models that
-were never sharded.
+`fsdp_program.py RUN_DIR` is rank 0, `fsdp_program.py RUN_DIR --rank 1 ...` the other. RUN_DIR/cases.json names runs by their
+overrides. Each process writes RUN_DIR/rankR.json: named facts, compared with models that were never sharded.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qvgen.config import TrainConfig
-from qvgen.config.build import build
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.sharded import whole
 from qvgen.methods.parameter_group import parameter_groups
@@ -38,7 +35,7 @@ from qvgen.training.planning.memory import share_bytes
 from qvgen.training.planning.network import network_parts
 from qvgen.verbs._parts import student_design, training_run
 from tests.parts import prepared, training_module
-from tests.runs import BOUNDARIES, STEPS, method_schedule
+from tests.runs import BOUNDARIES, STEPS, method_schedule, train_config
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -82,10 +79,9 @@ def counted() -> Iterator[dict[str, int]]:
         distributed.all_gather_single, distributed.reduce_scatter_single = plain
 
 
-def look(plain_config: dict[str, Any], *, rank: int) -> dict[str, Any]:
+def look(overrides: list[str], *, rank: int) -> dict[str, Any]:
     """Everything that is to be said about two processes with shares of one model."""
-    config = build("train", plain_config)
-    assert isinstance(config, TrainConfig)
+    config = train_config("devices=2", "strategy=fsdp", *overrides)
     plain, _ = prepared(config)
     teacher = config.model.load_teacher()
     given, _ = prepared(config) if rank == 0 else (None, None)
@@ -178,7 +174,7 @@ def main() -> None:
     def work(*, rank: int, port: int) -> None:
         distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
         cases = json.loads((given.run_dir / "cases.json").read_text())
-        facts = {name: look(plain, rank=rank) for name, plain in cases.items()}
+        facts = {name: look(overrides, rank=rank) for name, overrides in cases.items()}
         (given.run_dir / f"rank{rank}.json").write_text(json.dumps(facts))
 
     if given.rank is not None:

@@ -21,17 +21,7 @@ from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
-from tests.runs import (
-    WATCHED,
-    composed,
-    copy_until,
-    load_checkpoint,
-    packed_bytes,
-    read_metrics,
-    shallow,
-    train,
-    train_config,
-)
+from tests.runs import WATCHED, copy_until, load_checkpoint, packed_bytes, read_metrics, shallow, train, train_config
 from tests.training.validated import contents
 from tests.verbs.test_hub_models import tiny_keys
 
@@ -77,8 +67,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         "cogvideox": [*tiny_keys("cogvideox", cogvideox), *clips, "strategy.gradient_checkpointing=true", *ON_HOST],
     }
     assert set(cases) == set(CASES)
-    plain = {case: composed("devices=2", "strategy=fsdp", *overrides) for case, overrides in cases.items()}
-    (run_dir / "cases.json").write_text(json.dumps(plain))
+    (run_dir / "cases.json").write_text(json.dumps(cases))
     program = Path(__file__).with_name("fsdp_program.py")
     done = subprocess.run([sys.executable, str(program), str(run_dir)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
