@@ -50,7 +50,9 @@ CONSUMERS = ("adamw_8bit", "cache_dit", "comfy_export", "comfy_kitchen", "hummin
 """Programs of other people's packages. Not those whose package diffusers looks for while it is imported: torchao, SDNQ."""
 PROGRAMS = [
     ROOT / "train.py",
+    ROOT / "tests" / "training" / "distributed" / "context_program.py",
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
+    ROOT / "tests" / "training" / "distributed" / "gathering_program.py",
     ROOT / "tests" / "training" / "distributed" / "host_memory_program.py",
     ROOT / "tests" / "training" / "distributed" / "world_program.py",
     ROOT / "tests" / "process_facts_program.py",
@@ -202,6 +204,7 @@ def import_everything() -> None:
     compose = importlib.import_module("qvgen.config.compose").compose_plain
     for verb, *files in COMPOSED:
         compose(verb, files, resolve=False)
+    importlib.import_module("qvgen.evaluation.report.page")._templates().get_template("report.html.j2")
     leaf_file = importlib.import_module("qvgen.config.leaf_file")
     for group in importlib.import_module("qvgen.config.leaves").LEAF_GROUPS:
         leaf_file.group_targets(group)
@@ -215,6 +218,7 @@ def import_everything() -> None:
         )
     gc.collect()
     gc.freeze()  # pages of objects that are never looked at stay shared
+    gc.set_threshold(20_000, 20, 20)  # as in tests/conftest.py, for the same reason
 
 
 def fork_template() -> None:

@@ -10,6 +10,7 @@ more, and pytest collects the conformance suite.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -141,6 +142,9 @@ def run(root: Path) -> int:
         "peft",
     ):
         importlib.import_module(library)
+    gc.collect()
+    gc.freeze()  # the libraries' objects stay: no collection in a forked process looks at them again
+    gc.set_threshold(20_000, 20, 20)
     failed = []
     for choice, (kind, _) in LEAVES.items():
         if without(choice, root):

@@ -171,9 +171,9 @@ def test_a_long_batch_is_cut_where_it_does_not_matter():
     x[5] = float("nan")
     rotated = hadamard_transform(x, block_size=240)
     assert rotated[5].isnan().all()
-    for rows in (1, 3, 1092, 1093):
-        pieces = torch.cat([hadamard_transform(piece, block_size=240) for piece in x.split(rows)])
-        assert torch.equal(pieces.nan_to_num(), rotated.nan_to_num())
+    for rows, last in ((1, 60), (3, 60), (1092, 1100), (1093, 1100)):  # short pieces of some rows
+        pieces = torch.cat([hadamard_transform(piece, block_size=240) for piece in x[:last].split(rows)])
+        assert torch.equal(pieces.nan_to_num(), rotated[:last].nan_to_num())
     assert hadamard_transform(x[:0], block_size=240).shape == (0, 240)
 
 

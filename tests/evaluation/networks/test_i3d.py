@@ -69,15 +69,12 @@ def test_short_and_small_videos_are_fitted(network):
 @needs_i3d
 def test_the_damage_is_the_squared_distance_of_the_logits_and_sees_time(network):
     damage = visual_damage("i3d")
-    clean = as_bytes(waves(16))
+    clean = as_bytes(waves(9))
     pixels = [video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1 for video in (clean, clean.flip(1))]
-    exact = (network(pixels[0]) - network(pixels[1])).double().square().sum()
-    backwards = damage.measure(clean.flip(1), clean, [""])
-    assert backwards == pytest.approx(float(exact), rel=1e-5)
-    assert backwards > 1  # the same frames in another order: no distance of single frames can see that
-    assert damage.measure(clean, clean, [""]) == 0
+    exact = float((network(pixels[0]) - network(pixels[1])).double().square().sum())
+    assert exact > 1  # the same frames in another order: no distance of single frames can see that
     both = damage.measure(torch.cat((clean, clean.flip(1))), torch.cat((clean, clean)), ["", ""])
-    assert both == pytest.approx(backwards / 2, rel=1e-5)  # the mean over videos, each by itself
+    assert both == pytest.approx(exact / 2, rel=1e-5)  # the mean over videos, each by itself: an equal one has none
 
 
 def test_another_file_is_refused(tmp_path):

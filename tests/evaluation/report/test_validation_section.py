@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,13 @@ def level(step: int, index: int) -> int:
     return 30 + 25 * step + 12 * index
 
 
+def files_of(directory: Path) -> ValidationFiles:
+    return ValidationFiles(directory, prompts=["a red three moving up", INJECTION], seeds=[42, 43], fps=8)
+
+
 def make(directory: Path, *, teacher: bool = True) -> ValidationFiles:
     """Seven steps of two prompts; the PSNR of a step is made up, but for the last one, which is infinite."""
-    files = ValidationFiles(directory, prompts=["a red three moving up", INJECTION], seeds=[42, 43], fps=8)
+    files = files_of(directory)
     for index in (0, 1):
         if teacher:
             files.write_teacher(index, frames(250 - index * 12))
@@ -68,6 +73,12 @@ def shown_levels(page: Page) -> list[int]:
         assert decoded.shape == (4, 256, 256, 3)
         found.append(int(np.median(decoded)))
     return found
+
+
+def copied(run_dir: Path, directory: Path) -> ValidationFiles:
+    """The files of the fixture ``run_dir`` in another folder, where a test damages some."""
+    shutil.copytree(run_dir / "validation", directory)
+    return files_of(directory)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +156,8 @@ def test_few_steps_are_all_shown_and_no_teacher_is_none(tmp_path: Path) -> None:
     assert {row["psnr_db"] for row in rows} == {None}
 
 
-def test_a_damaged_video_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = make(tmp_path / "validation")
+def test_a_damaged_video_is_left_out_and_named(run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = copied(run_dir, tmp_path / "validation")
     damaged = files.path(0, step=2, variant="student")
     damaged.write_bytes(damaged.read_bytes()[:-100])
     files.path(1, step=3, variant="student").with_suffix(".json").write_text("{")
@@ -175,12 +186,13 @@ def test_a_damaged_video_is_left_out_and_named(tmp_path: Path, caplog: pytest.Lo
     ids=["list", "empty", "outside", "checksum", "no measurement", "prompt", "step"],
 )
 def test_a_record_of_another_form_is_one_that_is_not_there(
-    change: Callable[[dict], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    change: Callable[[dict], object], run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = make(tmp_path)
+    directory = tmp_path / "validation"
+    files = copied(run_dir, directory)
     record = files.path(0, step=2, variant="student").with_suffix(".json")
     record.write_text(json.dumps(change(json.loads(record.read_text()))))
     assert not files.has_student(0, step=2)
-    found = read_validation(tmp_path, verify=True)
+    found = read_validation(directory, verify=True)
     assert (2, 0) not in {(video.step, video.prompt_index) for video in found}
     assert f"{record} or a video that it names is damaged" in caplog.text

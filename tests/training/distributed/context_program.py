@@ -33,7 +33,7 @@ CASES = {
 
 def train(folder: Path, case: str, *, rank: int, port: int) -> None:
     """Be one process of a case."""
-    config = train_config(*run_keys(), *CASES[case], f"run_dir={folder / case}")
+    config = train_config(*words(folder, case))
     run = training_run(config)
     holds_models = rank == 0 or not run.is_sharded
     student = prepared(config)[0] if holds_models else None
@@ -52,17 +52,17 @@ def train(folder: Path, case: str, *, rank: int, port: int) -> None:
     )
 
 
-def run_keys() -> list[str]:
-    """What all cases have: the small model of Wan's class, two samples a step, a rank that falls before step 1."""
+def words(folder: Path, case: str) -> list[str]:
+    """Overrides of a case; all have the small model of Wan's class, two samples a step, a rank that falls before step 1."""
     keys = ["steps=3", "batch_size=2", "bits=4", "phi.ranks=[2]", "checkpoint.every_steps=1", "checkpoint.keep=9"]
-    return [*keys, "evaluation.videos=0", *shallow(2)]
+    return [*keys, "evaluation.videos=0", *shallow(2), *CASES[case], f"run_dir={folder / case}"]
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for case, further in CASES.items():
-        count = train_config(*run_keys(), *further).devices
+    for case in CASES:
         (folder / case).mkdir()
+        count = train_config(*words(folder, case)).devices  # read once: the processes find it
         if case != "one":
             shutil.copy(folder / "one" / LAYERS_FILE, folder / case)
         port, children = free_port(), []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qvgen.training.checkpoint_writer import checkpoints
-from tests.runs import SHORT, load_checkpoint, read_metrics, shallow
+from tests.runs import composed, load_checkpoint, read_metrics, shallow
 
 STEPS = 12
 PARTS = (
@@ -30,11 +30,11 @@ def go_on(run_dir: Path, name: str, strategy: str, world_size: int, stop_after: 
     """Train; what rank 0 says on stderr."""
     fault = FAULTS.get(name)
     overrides = [
-        *SHORT, *shallow(1), f"steps={STEPS}", "ema.decay=0.5", "evaluation.videos=0", "checkpoint.keep=9",
+        *shallow(1), f"steps={STEPS}", "ema.decay=0.5", "evaluation.videos=0", "checkpoint.keep=9",
         "evaluation.every_steps=null", f"checkpoint.every_steps={1 if fault else 50}", f"devices={world_size}",
         f"strategy={strategy}",
     ]  # fmt: skip
-    part = {"name": name, "overrides": overrides, "world_size": world_size, "fault": fault}
+    part = {"name": name, "config": composed(*overrides), "world_size": world_size, "fault": fault}
     (run_dir / "part.json").write_text(json.dumps(part | {"stop_after": STEPS if fault else stop_after}))
     program = Path(__file__).with_name("world_program.py")
     done = subprocess.run([sys.executable, str(program), str(run_dir)], capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
 """A program that trains some steps of a run from its newest checkpoint, with any number of processes; run by its test.
 
-`world_program.py RUN_DIR` is rank 0, `world_program.py RUN_DIR --rank 1 ...` another. RUN_DIR/part.json says overrides of the
-run, the step it is stopped after, and a name: rank 0 writes the state that training begins with, put together, to
-RUN_DIR/NAME.loaded.
+`world_program.py RUN_DIR` is rank 0, `world_program.py RUN_DIR --rank 1 ...` another. RUN_DIR/part.json holds the run's
+configuration, composed once for all processes, the step it is stopped after, and a name: rank 0 writes the state that
+training begins with, put together, to RUN_DIR/NAME.loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from qvgen import stop_request
+from qvgen.config import TrainConfig
+from qvgen.config.build import build
 from qvgen.data import moving_digits
 from qvgen.lowrank.sharded import whole
 from qvgen.training import checkpoint_folder, checkpoint_part
@@ -35,7 +37,6 @@ from qvgen.training.start_file import load_start, save_start
 from qvgen.training.whole_run import processes_of
 from qvgen.verbs._parts import training_output, training_run
 from tests.parts import prepared
-from tests.runs import train_config
 
 
 class Look(lightning.Callback):
@@ -96,9 +97,15 @@ def drawn(split: str) -> tuple[torch.Tensor, tuple[int, ...]]:
     return ink, tuple(number % 10 for number in range(count))
 
 
+def configuration(part: dict[str, Any]) -> TrainConfig:
+    config = build("train", part["config"])
+    assert isinstance(config, TrainConfig)
+    return config
+
+
 def work(run_dir: Path, part: dict[str, Any], *, rank: int, port: int) -> None:
     moving_digits._handwriting = drawn  # type: ignore[assignment]
-    config = train_config(*part["overrides"])
+    config = configuration(part)
     if rank == 1 and part["fault"] is not None:
         spoil_the_second_save(part["fault"])
     run = training_run(config)
@@ -130,7 +137,7 @@ def main() -> None:
     with ExitStack() as stack:
         stack.enter_context(stop_request.listening())
         if not (given.run_dir / "start.safetensors").exists():
-            save_start(prepared(train_config(*part["overrides"]))[0], given.run_dir)
+            save_start(prepared(configuration(part))[0], given.run_dir)
         port = 0
         if part["world_size"] > 1:
             group = WorkerGroup(command, world_size=part["world_size"], log_directory=given.run_dir / "logs")

@@ -174,18 +174,20 @@ def test_a_measurement_is_what_direct_evaluation_gives(judged, unit, side):
     reason=f"not fetched: qvgen assets names=[{i3d.ASSET},{raft.ASSET}]",
 )
 def test_attention_over_space_and_time_is_judged_by_i3d_and_raft(tmp_path):
-    config = configured(
-        tmp_path, "init.metrics.self_attention=[visual,motion]", "init.visual=i3d", "init.motion=raft", "init.windows=1"
-    )
+    judges = ("init.metrics.self_attention=[visual,motion]", "init.visual=i3d", "init.motion=raft")
+    config = configured(tmp_path, *judges, "init.windows=1", *FEWEST)
     made = measurement(config)
     unit = "self_attention:blocks.0"
     measured = made.measure(wanted(config, unit, widths=(3, 8), sides=("weight",)))
     assert measured.metrics == {"self_attention": "i3d + raft"}
     family = config.model
-    seeds = [config.seed + SEED_OFFSET, config.seed + SEED_OFFSET + 1]
     exact, videos = (
         family.generate(
-            model, family.prompts[:2], seeds, num_steps=config.init.steps, guidance_scale=family.guidance_scale
+            model,
+            family.prompts[:1],
+            [config.seed + SEED_OFFSET],
+            num_steps=config.init.steps,
+            guidance_scale=family.guidance_scale,
         )
         for model in (
             family.load_teacher(),
@@ -201,7 +203,7 @@ def test_attention_over_space_and_time_is_judged_by_i3d_and_raft(tmp_path):
     low, high = (measured.rows["self_attention", "blocks.0", "weight", bits, 0] for bits in (3, 8))
     for name, damage in (("i3d", visual_damage("i3d")), ("raft", motion_damage("raft"))):
         # a level of a pixel that rounds otherwise moves both networks a little
-        assert low.scores[name] == pytest.approx(damage.measure(videos, exact, config.model.prompts[:2]), rel=0.1)
+        assert low.scores[name] == pytest.approx(damage.measure(videos, exact, config.model.prompts[:1]), rel=0.1)
         assert low.scores[name] > 2 * high.scores[name] > 0
     assert combined_scores(measured.rows.values())[low.key] > 1
 
