@@ -47,7 +47,19 @@ def warping_error(frames: Tensor, flow: Float[Tensor, "F-1 2 H W"], backward: Fl
         flow: float64, from each frame to the next, x then y, in pixels.
         backward: float64, from each next frame to the one before.
     """
-    pixels = frames.permute(0, 3, 1, 2).double() / 255
+    return unexplained_change(frames.permute(0, 3, 1, 2).double() / 255, flow, backward)
+
+
+def unexplained_change(
+    pixels: Float[Tensor, "F C H W"], flow: Float[Tensor, "F-1 2 H W"], backward: Float[Tensor, "F-1 2 H W"]
+) -> float:
+    """The mean squared change along a known motion, of any values: the error above is that of the pixels.
+
+    Args:
+        pixels: float64.
+        flow: float64, from each frame to the next, x then y, in pixels.
+        backward: float64, from each next frame to the one before.
+    """
     moved, inside = _warp(pixels[1:], flow)
     back, _ = _warp(backward, flow)
     disagreement = (flow + back).square().sum(1)
