@@ -33,14 +33,14 @@ def write_folders(folder: Path, count: int) -> list[str]:
     return [f"videos={folder / 'mine'}", f"reference={folder / 'theirs'}"]
 
 
-@pytest.mark.parametrize(("count", "kills", "devices"), [(12, 1, 2), pytest.param(200, 10, 1, marks=LONG)])
+@pytest.mark.parametrize(("count", "kills"), [(12, 1), pytest.param(200, 10, marks=LONG)])
 def test_a_killed_evaluation_equals_an_uninterrupted_one(
-    count: int, kills: int, devices: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    count: int, kills: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", *write_folders(tmp_path, count), "suite.metrics=[psnr,ssim,temporal_flickering]"]
-    assert main([*words, f"out={tmp_path / 'whole'}", "devices=1"]) == DONE
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == DONE
     whole, out, points = tmp_path / "whole", tmp_path / "out", random.Random(7)
-    command = [sys.executable, "-m", "qvgen.cli", *words, f"out={out}", f"devices={devices}"]
+    command = [sys.executable, "-m", "qvgen.cli", *words, f"out={out}"]
     measured = out / "measured" / "videos"
     for left in range(kills, 0, -1):
         there = len([*measured.glob("*.json")]) if measured.is_dir() else 0

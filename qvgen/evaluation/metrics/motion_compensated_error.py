@@ -6,7 +6,8 @@
 That is the warping error (Lai et al. 2018, arXiv 1808.00449, Eq. 12; :mod:`qvgen.evaluation.metrics.warping_error`, which
 has the rule of visible places) of the difference of both videos, with the flow of the reference's: as Bonneel et al. 2015
 (Blind video temporal consistency, Eq. 1) judge a processed video by the motion of the one that it was made from. A difference
-that moves along with what it lies on costs nothing; one that flickers, crawls or stands still on a moving thing does.
+that moves along with what it lies on costs nothing, and a cast of colour only where it is cut at black or white; one that
+flickers, crawls or stands still on a moving thing costs what it changes.
 """
 
 from __future__ import annotations

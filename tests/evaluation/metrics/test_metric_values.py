@@ -245,6 +245,12 @@ def test_clip_metrics_are_the_model_s_own_cosines(tmp_path_factory: pytest.TempP
     images = torch.nn.functional.normalize(found.image_embeds, dim=-1)
     cosines = images @ torch.nn.functional.normalize(found.text_embeds, dim=-1)[0]
     assert sim.measure(pair(video, caption=caption)) == pytest.approx(float(cosines.mean()), rel=1e-5)
+    with torch.no_grad():  # a wrong caption is another text; whether it scores less, only a trained model can say
+        wrong = model.get_text_features(**tokenizer(["zebras"], return_tensors="pt"))
+        wrong = wrong if isinstance(wrong, torch.Tensor) else wrong.pooler_output
+    expected = float((images @ torch.nn.functional.normalize(wrong, dim=-1)[0]).mean())
+    assert sim.measure(pair(video, caption="zebras")) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - float(cosines.mean())) > 1e-3
     steps = [float(images[f] @ images[f + 1]) for f in range(2)]
     assert temp.measure(pair(video)) == pytest.approx(np.mean(steps), rel=1e-5)
     with pytest.raises(ValueError, match="needs the captions"):
