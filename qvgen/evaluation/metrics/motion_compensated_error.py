@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from qvgen.evaluation.metrics.base import Pair, VideoMetric, check_frames
 from qvgen.evaluation.metrics.flow import flow_of
-from qvgen.evaluation.metrics.warping_error import unexplained_change
+from qvgen.evaluation.metrics.motion_compensation import unexplained_change
 from qvgen.evaluation.networks import fetched
 
 

@@ -17,7 +17,8 @@ from qvgen.evaluation.metrics import motion_compensated_error
 from qvgen.evaluation.metrics.base import Clip, ComparedCall, ModelMetric, Pair, SetMetric, VideoMetric
 from qvgen.evaluation.metrics.fvd import frechet_distance
 from qvgen.evaluation.metrics.kvd import kernel_distance
-from qvgen.evaluation.metrics.warping_error import unexplained_change, warping_error
+from qvgen.evaluation.metrics.motion_compensation import unexplained_change
+from qvgen.evaluation.metrics.warping_error import warping_error
 from qvgen.evaluation.networks import fetched
 from tests import oracles_metrics as oracles
 from tests.evaluation.injected_damage import DAMAGE
