@@ -36,9 +36,11 @@ DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _VERBS_DIRECTORY = Path(__file__).parent / "verbs"
-_KNOWING_VERBS = ("train", "ptq", "fold", "precompute")
+_SHARING_VERBS = ("precompute", "evaluate")
+"""Verbs whose tasks share out clips and videos, whoever started them."""
+_KNOWING_VERBS = ("train", "ptq", "fold", *_SHARING_VERBS)
 """Verbs that have to know of other tasks of a launcher: those that work on one run's folder, where a second task would do the
-same work again, and the one whose tasks share out the clips."""
+same work again, and those whose tasks share out the work."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,9 +225,9 @@ def _own_the_environment(verb: str) -> None:
     from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
     # Of other verbs, tasks may share out seeds.
-    world = find_world(os.environ, refuses=verb != "precompute") if verb in _KNOWING_VERBS else None
-    launched_world.enter(world if verb in ("train", "precompute") else None)
-    if verb not in ("train", "precompute"):
+    world = find_world(os.environ, refuses=verb not in _SHARING_VERBS) if verb in _KNOWING_VERBS else None
+    launched_world.enter(world if verb in ("train", *_SHARING_VERBS) else None)
+    if verb not in ("train", *_SHARING_VERBS):
         refuse_world(verb, world)
     forget_ranks(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar

@@ -14,7 +14,7 @@ from qvgen.config.evaluate_schema import EvaluateConfig
 from qvgen.config.export_schema import ExportConfig
 from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
-from qvgen.config.leaves import build_leaf, build_leaves
+from qvgen.config.leaves import build_leaf, build_leaves, load_leaf
 from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
 from qvgen.config.recipe import check_recipe
@@ -40,10 +40,12 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
     """
     values: dict[str, Any] = dict(plain)
-    if verb in ("train", "ptq", "precompute", "import"):
+    if verb in ("train", "ptq", "precompute", "import", "evaluate"):
         values["plain"] = dict(plain)
         if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
             values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}
+            if isinstance(values.get("evaluation"), dict):
+                values["evaluation"] = {"suite": None, **values["evaluation"]}
             if isinstance(values.get("strategy"), dict):
                 values["strategy"] = {
                     "shard_size": None,
@@ -108,6 +110,8 @@ def _built(config: Any, *, trusted: Collection[str]) -> Any:
         return replace(config, suite=build_leaf(config.suite, key="suite", trusted=trusted))
     if isinstance(config, TrainConfig):
         exports = build_exports(config, trusted=trusted)
+        if config.evaluation.suite is not None:
+            load_leaf("suite", config.evaluation.suite)  # a name that is wrong is said before anything is computed
         built = replace(_with_named(build_leaves(config, trusted=trusted), trusted=trusted), export=exports)
         return _with_one_bits(built)
     if isinstance(config, BenchmarkConfig):

@@ -123,7 +123,7 @@ def choose_shares(written: Any, *, is_shard: bool) -> DeviceChoice:
         return choose_devices(written, batch=lambda: Batch(size=0), alone=lambda: None)
     if not is_shard and written not in (AUTO, 1):
         raise UserError(
-            f"devices={written}: {world.launcher} started {world.size} processes, which share out the clips; leave it out"
+            f"devices={written}: {world.launcher} started {world.size} processes, which share out the work; leave it out"
         )
     return DeviceChoice(number=1 if written == AUTO else _checked_number(written))
 

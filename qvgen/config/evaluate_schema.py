@@ -59,11 +59,14 @@ class EvaluateConfig:
         references: Folder in which the reference model's videos are kept for all evaluations.
         overwrite: True replaces another evaluation that is in ``out``; False refuses to.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
-        devices: Processes; an evaluation has one.
+        devices: Processes on this machine that share out videos and measurements, one for each GPU. ``auto``: all visible
+            GPUs, and 1 without one. A number, or a list of visible GPUs ([0,2]). Tasks of torchrun or SLURM are the processes
+            themselves. Their number changes no byte of the results.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
         typed: The command line's overrides.
+        plain: All of the above as a plain dict.
     """
 
     packed: tuple[Path, ...] | None
@@ -88,6 +91,7 @@ class EvaluateConfig:
     debug: bool
     names: EvaluateNames
     typed: tuple[str, ...]
+    plain: dict[str, Any]
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -97,10 +101,6 @@ class EvaluateConfig:
             f"give one of packed=DIR, run_dir=RUN and videos=FOLDER, not {' and '.join(given) or 'none'}",
         )
         require(self.packed is None or 1 <= len(self.packed) <= 2, "packed=[...] takes one directory or two")
-        require(
-            self.devices == 1,
-            f"devices={self.devices}: an evaluation has one process; evaluate parts of the prompts by several commands",
-        )
         for name, value in self.metric.items():
             require(isinstance(value, dict), f"metric.{name}={value} is a section; write +metric.{name}.KEY=VALUE")
         samples_teacher = self.reference == TEACHER

@@ -258,6 +258,8 @@ class EvaluationConfig:
         start_videos: True also samples the PTQ start, before training: a fourth model where there are three.
         every_steps: Measure every so many optimizer steps too; None: only at the end.
         video_every_steps: Sample validation videos of the same prompts every so many optimizer steps; None: never.
+        suite: Measure the validation videos beside the teacher's by the metrics of this suite too (a file of conf/suite);
+            None: PSNR and SSIM alone.
     """
 
     samples: Annotated[int, Range(">= 0", write="64")]
@@ -267,6 +269,7 @@ class EvaluationConfig:
     start_videos: bool
     every_steps: Annotated[int | None, Range("> 0")]
     video_every_steps: Annotated[int | None, Range("> 0")]
+    suite: str | None
 
     def __post_init__(self) -> None:
         check_ranges(self, section="evaluation")

@@ -26,13 +26,13 @@ def settle_(config: DictConfig) -> DeviceChoice | None:
     """Replace ``auto``, and a list of GPUs, in place.
 
     Returns:
-        The processes; None for a verb that neither trains nor shares out clips.
+        The processes; None for a verb that neither trains nor shares out clips or videos.
 
     Raises:
         UserError: ``devices`` can't be read.
     """
-    if "num_shards" in config:
-        choice = choose_shares(config.devices, is_shard=config.num_shards != 1)
+    if "num_shards" in config or "references" in config:
+        choice = choose_shares(config.devices, is_shard=config.get("num_shards", 1) != 1)
         OmegaConf.update(config, "devices", choice.number)
         return choice
     if "devices" not in config or "strategy" not in config:

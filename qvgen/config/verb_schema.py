@@ -128,12 +128,15 @@ class CompareConfig:
         runs: Run folders, or folders that hold run folders, or folders of `qvgen evaluate`; on the command line without a
             key: qvgen compare RUN RUN.
         out: Folder of compare.html and compare.json; None: the runs' common parent.
+        published: Show a paper's numbers beside evaluations, in a table of their own: ``qvgen`` (CogVideoX-2B) or
+            ``dvd_quant`` (HunyuanVideo); None: none.
         dry_run: True says what would be compared.
         debug: True shows the traceback of an error.
     """
 
     runs: tuple[Path, ...]
     out: Path | None
+    published: str | None
     dry_run: bool
     debug: bool
 

@@ -8,7 +8,7 @@ Left out: the training curves (they are read from metrics.csv) and how any numbe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +164,7 @@ class ValidationVideo:
         ssim: SSIM to the same video.
         student: the student's mp4.
         teacher: the teacher's mp4, None if there is none.
+        suite: values of the metrics of evaluation.suite, by their names in conf/metric.
     """
 
     step: int
@@ -175,6 +176,7 @@ class ValidationVideo:
     ssim: float | None
     student: Path
     teacher: Path | None
+    suite: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

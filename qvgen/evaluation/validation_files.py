@@ -6,7 +6,7 @@
         teacher/00-a-red-three-seed42-teacher.json         its record
         step-000500/00-a-red-three-seed42-student.mp4      the student after 500 optimizer steps
         step-000500/00-a-red-three-seed42-side-by-side.mp4 teacher and student
-        step-000500/00-a-red-three-seed42-student.json     its record: prompt, seed, PSNR, SSIM
+        step-000500/00-a-red-three-seed42-student.json     its record: prompt, seed, PSNR, SSIM, suite
         metrics.csv                                        all records as a table
 
 A record is written after the videos and holds their sha256: where it is, they are complete; where a sum differs,
@@ -45,6 +45,9 @@ _FIELDS = {"prompt_index": int, "prompt": str, "seed": int, "fps": int | float, 
 _NUMBERS = int | float | str | None
 """Types of a measured value: JSON has no infinity, which is written as text."""
 TABLE_COLUMNS = ("step", "prompt_index", "seed", "psnr_db", "ssim")
+"""Columns of every table; one for each metric of evaluation.suite follows."""
+SUITE = "suite/"
+"""Begins the names of values of the metrics of evaluation.suite."""
 
 
 class ValidationFiles:
@@ -112,18 +115,25 @@ class ValidationFiles:
         *,
         step: int,
         teacher: Frames | None,
-        psnr_db: float | None,
-        ssim: float | None,
+        measured: Mapping[str, float],
     ) -> None:
-        """Keep the student's video after ``step`` steps, uint8 [F, H, W, 3], and how far it is from the teacher's."""
+        """Keep the student's video after ``step`` steps, uint8 [F, H, W, 3], and how far it is from the teacher's.
+
+        Args:
+            index: Number of the prompt.
+            frames: The student's.
+            step: Optimizer steps.
+            teacher: The teacher's; None: there is none.
+            measured: ``psnr_db`` and ``ssim`` where there is a teacher, and ``suite/NAME`` for each metric of a suite.
+        """
         path = self.path(index, step=step, variant="student")
         written = [write_video(path, frames, fps=self.fps)]
         if teacher is not None:
             both = side_by_side([teacher, frames], ["teacher", f"student, step {step}"])
             target = self.path(index, step=step, variant="side-by-side")
             written.append(write_video(target, both, fps=self.fps, scale=1))
-        measured = {"step": step, "psnr_db": json_number(psnr_db), "ssim": json_number(ssim)}
-        _write_record({**self._identity(index), **measured}, *written)
+        values = {name: json_number(value) for name, value in measured.items()}
+        _write_record({**self._identity(index), "step": step, "psnr_db": None, "ssim": None, **values}, *written)
 
     def leave_out(self, index: int, *, step: int, reason: str) -> None:
         """Say that a prompt has no video after ``step`` steps, and why; nobody waits for it or samples it again."""
@@ -140,10 +150,13 @@ class ValidationFiles:
     def write_table(self) -> None:
         """Bring metrics.csv up to date with all records that are there, in order of step and prompt."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, TABLE_COLUMNS, lineterminator="\n")
+        videos = read_validation(self.directory, verify=False)
+        suite = list(dict.fromkeys(name for video in videos for name in video.suite))
+        writer = csv.DictWriter(text, [*TABLE_COLUMNS, *(f"{SUITE}{name}" for name in suite)], lineterminator="\n")
         writer.writeheader()
-        for video in read_validation(self.directory, verify=False):
-            writer.writerow({name: getattr(video, name) for name in TABLE_COLUMNS})
+        for video in videos:
+            own = {name: getattr(video, name) for name in TABLE_COLUMNS}
+            writer.writerow({**own, **{f"{SUITE}{name}": value for name, value in video.suite.items()}})
         path, content = self.directory / TABLE_FILE, text.getvalue().encode()
         if not path.exists() or path.read_bytes() != content:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -189,6 +202,7 @@ def read_validation(directory: Path, *, verify: bool) -> tuple[ValidationVideo, 
                 ssim=float(content["ssim"]) if measured else None,
                 student=path.with_suffix(".mp4"),
                 teacher=teacher if measured and is_whole(teacher.with_suffix(".json")) else None,
+                suite={name.removeprefix(SUITE): float(content[name]) for name in content if name.startswith(SUITE)},
             )
         )
     return tuple(sorted(videos, key=lambda video: (video.step, video.prompt_index)))
@@ -213,6 +227,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     if any("/" in name or not isinstance(wanted, str) for name, wanted in sums.items()):
         return None
     is_student = path.name.endswith("-student.json")
+    suite = [name for name in content if name.startswith(SUITE)]
+    if any(not isinstance(content[name], int | float) for name in suite):
+        return None
     if is_student and any(not isinstance(content.get(name, []), _NUMBERS) for name in ("step", "psnr_db", "ssim")):
         return None  # a list stands for a name that is missing
     return content

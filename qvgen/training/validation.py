@@ -36,7 +36,8 @@ from qvgen.evaluation.distance import psnr_db, ssim
 from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.sampling import generate_videos
-from qvgen.evaluation.validation_files import DIRECTORY, ValidationFiles, read_validation
+from qvgen.evaluation.suite.paired_metrics import PairedMetrics
+from qvgen.evaluation.validation_files import DIRECTORY, SUITE, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.compiled_blocks import uncompiled
@@ -70,6 +71,7 @@ class ValidationVideos(lightning.Callback):
         sharded: Student and teacher are shared out over the processes.
 
     Attributes:
+        metrics: What is measured of a video besides its PSNR and SSIM; nothing unless it is set.
         wait_seconds: How long rank 0 waits at the end.
     """
 
@@ -86,7 +88,7 @@ class ValidationVideos(lightning.Callback):
     ) -> None:
         self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
         self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, WAIT_SECONDS
-        self.sharded = sharded
+        self.sharded, self.metrics = sharded, PairedMetrics(None)
         self._last_step = 0
         self._unlogged: list[int] = []
 
@@ -160,10 +162,13 @@ class ValidationVideos(lightning.Callback):
                 continue
             if not writes:
                 continue
-            psnr, similarity = None, None
+            measured = {}
             if teacher is not None:  # on the student's device: a large video's SSIM takes minutes on a CPU core
-                psnr, similarity = _distance(frames, teacher, next(student.parameters()).device)
-            self.files.write_student(index, frames, step=step, teacher=teacher, psnr_db=psnr, ssim=similarity)
+                measured = _distance(frames, teacher, next(student.parameters()).device)
+                with isolate_rng():  # networks are made before their weights are read
+                    found = self.metrics.measure(frames, teacher, caption=self.files.prompts[index])
+                measured |= {f"{SUITE}{name}": value for name, value in found.items()}
+            self.files.write_student(index, frames, step=step, teacher=teacher, measured=measured)
 
     def _agreed(self, answer: list[int]) -> list[int]:
         """What rank 0 found, where all processes have to do the same; files come and go while they look."""
@@ -242,7 +247,7 @@ def validation_videos(
     if evaluation.video_every_steps is None or evaluation.videos == 0:
         return None
     shown, own = shown_videos(evaluation, family, seed=run.steps.seed), family.negative_prompt
-    return ValidationVideos(
+    videos = ValidationVideos(
         files=ValidationFiles(
             output.run_dir / DIRECTORY,
             prompts=[video.caption for video in shown],
@@ -257,12 +262,14 @@ def validation_videos(
         num_steps=run.steps.num_steps,
         sharded=run.is_sharded,
     )
+    videos.metrics = PairedMetrics(evaluation.suite)
+    return videos
 
 
-def _distance(frames: Frames, teacher: Frames, device: torch.device) -> tuple[float, float]:
+def _distance(frames: Frames, teacher: Frames, device: torch.device) -> dict[str, float]:
     """PSNR in dB and SSIM of a video to the teacher's."""
     a, b = (torch.from_numpy(video).to(device) for video in (frames, teacher))
-    return psnr_db(a, b, max_value=255), ssim(a, b, max_value=255)
+    return {"psnr_db": psnr_db(a, b, max_value=255), "ssim": ssim(a, b, max_value=255)}
 
 
 def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo], row: int) -> None:
@@ -287,4 +294,7 @@ def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo
         values = [value for video in videos if (value := getattr(video, name)) is not None]
         if values:
             content[f"video/{name}"] = fmean(values)
+    for name in {name: None for video in videos for name in video.suite}:
+        run.define_metric(f"eval/{name}", step_metric=VIDEO_STEP)
+        content[f"eval/{name}"] = fmean(video.suite[name] for video in videos if name in video.suite)
     run.log(content, step=row)

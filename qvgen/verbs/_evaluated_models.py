@@ -76,6 +76,13 @@ class Compared:
     settings: dict[str, Any]
     family: Any = None
 
+    def fps(self, case: Case) -> float:
+        """Frames per second of a video: what the model family says, else the file."""
+        if self.family is not None:
+            return float(self.family.fps)
+        assert isinstance(self.model.clips, FolderClips), "nothing was sampled"
+        return float(self.model.clips.probe(case.name).fps)
+
     @property
     def models_are_there(self) -> bool:
         """Whether both sides are models, whose answers to the same input can be compared."""

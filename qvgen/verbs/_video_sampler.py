@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -57,13 +58,19 @@ class VideoSampler:
 
     def sample(self, videos: Mapping[Place, PromptedVideo]) -> Iterator[tuple[Place, PromptedVideo, np.ndarray]]:
         """The videos one after the other, uint8 [F, H, W, 3]: each alone, so that none depends on the others."""
-        with placed(self.transformer) as device:
-            self._say_kernel(device)
+        with self.in_place():
             for place, asked in videos.items():
                 yield place, asked, self.sample_one(asked).numpy()
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Bring the transformer to where it samples while the block runs, and say by which kernel."""
+        with placed(self.transformer) as device:
+            self._say_kernel(device)
+            yield
+
     def sample_one(self, asked: PromptedVideo) -> Tensor:
-        """One video, uint8 [F, H, W, 3]; the transformer is where it samples (:func:`qvgen.evaluation.placement.placed`)."""
+        """One video, uint8 [F, H, W, 3]; the transformer is in place (:meth:`in_place`)."""
         found: Tensor = self._family.generate(
             self.transformer,
             [asked.caption],

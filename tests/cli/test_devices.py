@@ -112,7 +112,7 @@ def test_clips_are_shared_out_over_any_number(machine: Machine) -> None:
     try:
         machine(8)
         assert (processes(), processes("devices=4", "num_shards=6")) == (1, 4)
-        with pytest.raises(UserError, match="devices=4: torchrun started 6 processes, which share out the clips"):
+        with pytest.raises(UserError, match="devices=4: torchrun started 6 processes, which share out the work"):
             processes("devices=4")
     finally:
         launched_world.enter(None)

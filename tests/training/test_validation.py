@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import random
 import threading
 import time
@@ -17,9 +18,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from qvgen.config.conf_folder import using_directory
+from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
 from qvgen.evaluation.distance import psnr_db, ssim
+from qvgen.evaluation.suite.paired_metrics import PairedMetrics
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
 from qvgen.training.validation import ValidationVideos
@@ -134,6 +138,44 @@ def test_a_file_holds_the_frames_that_the_family_samples(
     assert (float(row["psnr_db"]), float(row["ssim"])) == (video.psnr_db, video.ssim)
 
 
+def test_a_suite_measures_each_video_beside_the_teacher_s(
+    teacher: nn.Module,
+    student: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The values are those of the metrics of `qvgen evaluate`; what a suite has besides is left out by name."""
+    (tmp_path / "conf" / "suite").mkdir(parents=True)
+    (tmp_path / "conf" / "suite" / "own.yaml").write_text(
+        "_target_: qvgen.evaluation.suite.metric_list.Suite\nmetrics: [psnr, ssim, temporal_flickering, fvd]\n"
+    )
+    with caplog.at_level(logging.INFO), using_directory(tmp_path / "conf"):
+        metrics = PairedMetrics("own")
+    assert list(metrics.metrics) == ["psnr", "ssim"]
+    assert "evaluation.suite=own: fvd is left out: it does not compare single videos" in caplog.text
+    videos = five_prompts(tmp_path / "found", teacher=teacher)
+    videos.metrics = metrics
+    before = torch.random.get_rng_state()
+    videos.write_videos(student, step=3, rank=1, world_size=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    videos.publish([], step=3)
+    (video,) = read_validation(tmp_path / "found", verify=True)
+    assert video.suite == {"psnr": video.psnr_db, "ssim": video.ssim}
+    with (tmp_path / "found" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == ["step", "prompt_index", "seed", "psnr_db", "ssim", "suite/psnr", "suite/ssim"]
+    assert (float(row["suite/psnr"]), float(row["suite/ssim"])) == (video.psnr_db, video.ssim)
+    frames = np.zeros((4, 16, 16, 3), dtype=np.uint8)
+
+    def nothing(_: object) -> float:
+        return math.nan
+
+    monkeypatch.setattr(metrics.metrics["ssim"], "measure", nothing)
+    assert metrics.measure(frames, frames, caption="a") == {}  # and training goes on
+    assert "the suite's metrics of a validation video are left out: 'a': ssim is nan" in caplog.text
+
+
 def test_sampling_leaves_modes_gradients_and_random_states_alone(
     teacher: nn.Module, student: nn.Module, tmp_path: Path
 ) -> None:
@@ -221,6 +263,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
     monkeypatch.setenv("WANDB_MODE", "offline")
     prompts = 2
     videos = five_prompts(tmp_path / "validation", teacher=teacher, prompts=prompts)
+    videos.metrics.metrics["psnr"] = load_leaf("metric", "psnr")
     with open_log(train_config("logger=wandb"), tmp_path) as loggers:
         run = loggers[0]._run
         videos.write_videos(student, step=0, rank=0, world_size=2)
@@ -240,6 +283,7 @@ def test_wandb_gets_a_step_as_soon_as_it_is_complete(
     for name in ("psnr_db", "ssim"):
         mean = sum(getattr(video, name) for video in found) / prompts
         assert summary[f"video/{name}"] == pytest.approx(mean, rel=1e-12)  # the order of a float64 sum
+    assert summary["eval/psnr"] == pytest.approx(sum(video.suite["psnr"] for video in found) / prompts, rel=1e-12)
     for video in found:
         panel = summary[f"video/{video.prompt_index:02d}"]
         assert panel["caption"] == f"{video.prompt} (seed {video.seed}, step 2; teacher, student)"

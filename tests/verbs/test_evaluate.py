@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
+from qvgen.config import launched_world
 from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_video
@@ -135,13 +136,50 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
     assert main(words) == DONE
     capsys.readouterr()
     assert results(out) == results(whole)
-    dates = {path: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
+    dates = {path: path.stat().st_mtime_ns for path in (out / "videos").glob("*.safetensors")}
     assert len(dates) == 4
     (next((out / "measured" / "videos").iterdir())).unlink()
     damaged = sorted(own.glob("*/*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-5])
     assert main(words) == DONE  # nothing but what was lost is made again
-    assert {path: path.stat().st_mtime_ns for path in (out / "videos").iterdir()} == dates
+    assert {path: path.stat().st_mtime_ns for path in (out / "videos").glob("*.safetensors")} == dates
+    assert results(out) == results(whole)
+
+
+def test_two_processes_leave_the_bytes_of_one(command: list[str], whole: Path, tmp_path: Path) -> None:
+    """Both sample and measure, whoever is free; nothing is made twice."""
+    out, references = tmp_path / "out", tmp_path / "references"
+    assert main([*command[:-1], f"references={references}", f"out={out}", "devices=2"]) == DONE
+    assert results(out) == results(whole)
+    assert len([*out.glob("videos/*.safetensors"), *references.glob("*/*.safetensors")]) == 8
+    assert (out / "logs" / "rank1.log").is_file()
+
+
+def test_tasks_of_a_launcher_share_out_the_work(
+    command: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 1 comes first, makes everything and writes no result; rank 0 finds it made, and writes it."""
+    out = tmp_path / "out"
+    step = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    try:
+        for name, value in step.items():
+            monkeypatch.setenv(name, value)
+        for rank in (1, 0):
+            monkeypatch.setenv("SLURM_PROCID", str(rank))
+            monkeypatch.setenv("SLURM_LOCALID", str(rank))
+            assert main([*command, f"out={out}"]) == DONE
+            assert (out / "evaluation.json").exists() == (rank == 0)
+        assert main([*command, f"out={out}", "devices=2"]) == BAD_INPUT
+        assert "devices=2: SLURM started 2 processes, which share out the work" in capsys.readouterr().err
+    finally:
+        launched_world.enter(None)
     assert results(out) == results(whole)
 
 
@@ -254,7 +292,7 @@ class Brightness(VideoMetric):
         (["packed=nowhere"], "nowhere/manifest.json is missing"),
         (["videos=nowhere", "reference=null"], "videos=nowhere is no folder"),
         (["videos=nowhere"], "videos=FOLDER reference=teacher needs model=NAME and prompts=FILE"),
-        (["packed=a", "devices=2"], "devices=2: an evaluation has one process"),
+        (["packed=a", "devices=0"], "devices=0 must be greater than 0"),
         (["packed=a", "seeds=0"], "seeds=0 must be greater than 0"),
         (["packed=a", "suite=fats"], "unknown suite=fats; did you mean 'fast'"),
         (["packed=a", "suite.metrics=[]"], "suite.metrics=[] is empty"),

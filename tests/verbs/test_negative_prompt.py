@@ -86,7 +86,7 @@ def test_validation_samples_with_it_and_with_a_lines_own(tmp_path: Path) -> None
     for index, negative in enumerate((NEGATIVE, OTHER)):
         frames = videos._sample(teacher, index)
         assert np.array_equal(frames, sample(config, CAPTION, 7, negative).numpy())
-        videos.files.write_student(index, frames, step=0, teacher=None, psnr_db=None, ssim=None)
+        videos.files.write_student(index, frames, step=0, teacher=None, measured={})
     records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("validation/step-000000/*.json"))]
     assert [record["negative_prompt"] for record in records] == [NEGATIVE, OTHER]
 

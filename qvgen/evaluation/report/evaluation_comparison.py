@@ -17,6 +17,7 @@ from qvgen.errors import UserError
 from qvgen.evaluation.report.canvas import FIRST, SECOND, Canvas, Chart
 from qvgen.evaluation.report.evaluation_row import heading, with_interval
 from qvgen.evaluation.report.page import render_page
+from qvgen.evaluation.report.published import TABLES
 from qvgen.evaluation.suite.summary import against, read_evaluation
 
 NO_NUMBER = "\N{EN DASH}"
@@ -172,14 +173,24 @@ def draw_front(models: Sequence[EvaluatedModel]) -> Chart | None:
         return canvas.chart("The line joins the models that no other one beats in both.")
 
 
-def render_evaluations(models: Sequence[EvaluatedModel], *, command: str) -> str:
-    """Return the page as text."""
+def render_evaluations(
+    models: Sequence[EvaluatedModel], *, table: str, command: str, published: str | None = None
+) -> str:
+    """Return the page as text.
+
+    Args:
+        models: The rows.
+        table: The table as Markdown, for a paper.
+        command: The command that makes the page again.
+        published: Name of a paper's table that is shown too.
+    """
     metrics = metrics_of(models)
     return render_page(
         "evaluations.html.j2",
         models=models,
         heads=[(name, heading(entry), entry["source"]) for name, entry in metrics.items()],
         front=draw_front(models),
-        table=markdown_table(models),
+        table=table,
+        published=None if published is None else TABLES[published],
         command=command,
     )

@@ -85,6 +85,7 @@ def _validation(video: ValidationVideo) -> dict[str, Any]:
         "seed": video.seed,
         "psnr_db": json_number(video.psnr_db),
         "ssim": json_number(video.ssim),
+        "suite": {name: json_number(value) for name, value in video.suite.items()},
     }
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
 from qvgen.data.video_reader import read_video
 from qvgen.evaluation.report.canvas import FIRST, TEXT, Canvas, Chart
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
+from qvgen.evaluation.report.page_format import format_number
 from qvgen.evaluation.report_data import ValidationVideo
 
 MOST_STEPS = 5
@@ -29,6 +31,19 @@ class ShownPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuiteTable:
+    """The means of the suite's metrics over the prompts.
+
+    Attributes:
+        names: of the metrics.
+        rows: each shown step and its values, a dash where a metric has none.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationSection:
     """The content of the section.
 
@@ -37,12 +52,14 @@ class ValidationSection:
         num_steps: at how many steps videos were made.
         shown_steps: the steps whose videos are shown.
         chart: PSNR over the steps; None where there is nothing to draw.
+        suite: values of the metrics of evaluation.suite, a row for each shown step; None where there are none.
     """
 
     prompts: tuple[ShownPrompt, ...]
     num_steps: int
     shown_steps: tuple[int, ...]
     chart: Chart | None
+    suite: SuiteTable | None
 
 
 def build_section(videos: Sequence[ValidationVideo], *, last_step: int) -> ValidationSection | None:
@@ -67,7 +84,19 @@ def build_section(videos: Sequence[ValidationVideo], *, last_step: int) -> Valid
         num_steps=len(steps),
         shown_steps=shown,
         chart=draw_psnr(videos, last_step=last_step),
+        suite=_suite_table(videos, shown),
     )
+
+
+def _suite_table(videos: Sequence[ValidationVideo], steps: Sequence[int]) -> SuiteTable | None:
+    names = tuple(dict.fromkeys(name for video in videos for name in video.suite))
+
+    def mean(step: int, name: str) -> str:
+        values = [video.suite[name] for video in videos if video.step == step and name in video.suite]
+        return format_number(fmean(values) if values else None)
+
+    rows = tuple((step, tuple(mean(step, name) for name in names)) for step in steps)
+    return SuiteTable(names=names, rows=rows) if names else None
 
 
 def choose_steps(steps: Sequence[int]) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 A shape is TOKENSxD, as 4276x64: so many queries, keys and values of one head of D elements. In every round each candidate
 runs once, in turn; a ratio is the median of the rounds' ratios to torch's attention in bfloat16, so that what slows the
-machine down for a while falls on both. Times are processor time of the calling thread where one thread runs, and wall time otherwise.
+machine down for a while falls on both. Times are processor time of the calling thread where one thread runs, and wall time
+otherwise.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def attention_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         "# Attention of one head in 8 bits",
         "",
         f"{head['machine']['cpu']}, torch {head['versions']['torch']}. Quantization of queries, keys and values included. "
-        f"Medians of {head['timed_steps']} interleaved rounds in one process. Operations are 4 D for each pair of tokens. The "
-        "last column is the time of torch's attention in bfloat16 over the candidate's: median of the rounds' ratios (lowest "
-        "to highest).",
+        f"Medians of {head['timed_steps']} interleaved rounds in one process. Operations are 4 D a pair of tokens. "
+        "The last column is the time of torch's attention in bfloat16 over the candidate's: median of the rounds' ratios "
+        "(lowest to highest).",
         "",
         f"    {head['command']}",
         "",

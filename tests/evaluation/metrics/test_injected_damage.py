@@ -16,7 +16,10 @@ from qvgen.evaluation.metrics.base import Clip, Pair
 from tests.evaluation.injected_damage import DAMAGE, STRENGTHS
 from tests.evaluation.metrics.test_metric_values import NETWORKS, needs, walk
 
-QUICK, SLOW = ("psnr", "ssim", "lpips", "temporal_flickering"), ("flow_difference", "warping_error")
+QUICK, SLOW = (
+    ("psnr", "ssim", "lpips", "temporal_flickering"),
+    ("flow_difference", "warping_error", "motion_compensated_error"),
+)
 CLEAN = Clip(walk(6, side=48))
 
 asked = pytest.mark.skipif(os.environ.get("QVGEN_LONG_TESTS") != "1", reason="minutes: QVGEN_LONG_TESTS=1 asks for it")

@@ -13,9 +13,11 @@ from sklearn.datasets import load_sample_image
 
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.errors import UserError
+from qvgen.evaluation.metrics import motion_compensated_error
 from qvgen.evaluation.metrics.base import Clip, ComparedCall, ModelMetric, Pair, SetMetric, VideoMetric
 from qvgen.evaluation.metrics.fvd import frechet_distance
 from qvgen.evaluation.metrics.kvd import kernel_distance
+from qvgen.evaluation.metrics.motion_compensation import unexplained_change
 from qvgen.evaluation.metrics.warping_error import warping_error
 from qvgen.evaluation.networks import fetched
 from tests import oracles_metrics as oracles
@@ -23,7 +25,12 @@ from tests.evaluation.injected_damage import DAMAGE
 from tests.evaluation.small_clip import make_clip_folder
 
 NETWORKS = {"lpips": fetched.LPIPS, "flow_difference": fetched.RAFT, "flow_score": fetched.RAFT}
-NETWORKS |= {"warping_error": fetched.RAFT, "fvd": fetched.I3D, "kvd": fetched.I3D}
+NETWORKS |= {
+    "warping_error": fetched.RAFT,
+    "motion_compensated_error": fetched.RAFT,
+    "fvd": fetched.I3D,
+    "kvd": fetched.I3D,
+}
 
 
 def needs(weights: fetched.Weights) -> pytest.MarkDecorator:
@@ -143,6 +150,33 @@ def test_warping_error_is_its_definition() -> None:
     assert warping_error(still, torch.zeros_like(flow), torch.zeros_like(flow)) < 1e-30
 
 
+def test_motion_compensated_error_is_the_warping_error_of_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under flows that are given: a difference that moves along is free; the definition by loops, of any difference."""
+    generator = torch.Generator().manual_seed(2)
+    videos = torch.randint(0, 256, (2, 3, 7, 9, 3), generator=generator, dtype=torch.uint8)
+    flow = torch.randn(2, 2, 7, 9, generator=generator, dtype=torch.float64)
+    flows = {False: flow, True: -flow}
+    reference = Clip(videos[1])
+
+    def given(clip: Clip, *, backward: bool = False) -> torch.Tensor:
+        assert clip is reference
+        return flows[backward]
+
+    monkeypatch.setattr(motion_compensated_error, "flow_of", given)
+    metric = load_leaf("metric", "motion_compensated_error")
+    difference = videos[0].numpy().astype(float) - videos[1].numpy()
+    expected = warping_error_by_loops(difference, flow.numpy(), -flow.numpy())
+    found = metric.measure(Pair(video=Clip(videos[0]), reference=reference, caption=None))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert metric.measure(Pair(video=reference, reference=reference, caption=None)) == 0
+    moved = torch.zeros(2, 3, 6, 8, dtype=torch.float64)
+    moved[0, :, 2, 2:4], moved[1, :, 2, 3:5] = 1.0, 1.0  # one pixel to the right, as the flow says
+    flow = torch.zeros(1, 2, 6, 8, dtype=torch.float64)
+    flow[:, 0] = 1.0
+    assert unexplained_change(moved, flow, -flow) == 0
+    assert unexplained_change(moved, torch.zeros_like(flow), torch.zeros_like(flow)) > 0.04
+
+
 def features(count: int, *, seed: int, shift: float = 0.0) -> torch.Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
@@ -212,6 +246,12 @@ def test_clip_metrics_are_the_model_s_own_cosines(tmp_path_factory: pytest.TempP
     images = torch.nn.functional.normalize(found.image_embeds, dim=-1)
     cosines = images @ torch.nn.functional.normalize(found.text_embeds, dim=-1)[0]
     assert sim.measure(pair(video, caption=caption)) == pytest.approx(float(cosines.mean()), rel=1e-5)
+    with torch.no_grad():  # a wrong caption is another text; whether it scores less, only a trained model can say
+        wrong = model.get_text_features(**tokenizer(["zebras"], return_tensors="pt"))
+        wrong = wrong if isinstance(wrong, torch.Tensor) else wrong.pooler_output
+    expected = float((images @ torch.nn.functional.normalize(wrong, dim=-1)[0]).mean())
+    assert sim.measure(pair(video, caption="zebras")) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - float(cosines.mean())) > 1e-3
     steps = [float(images[f] @ images[f + 1]) for f in range(2)]
     assert temp.measure(pair(video)) == pytest.approx(np.mean(steps), rel=1e-5)
     with pytest.raises(ValueError, match="needs the captions"):

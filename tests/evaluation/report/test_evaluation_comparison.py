@@ -77,6 +77,28 @@ def test_a_row_for_each_model_with_its_test_against_the_first(
     assert "21.5 [20.5, 22.5]" in page
 
 
+def test_a_paper_s_numbers_stand_beside_them_marked_as_published(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", *map(str, folders), f"out={tmp_path / 'out'}"]
+    assert main([*words, "published=qvgen"]) == DONE
+    printed = capsys.readouterr().out
+    assert "Published, not measured here: QVGen, arXiv 2505.11497 (VBench, %, higher is better)" in printed
+    assert "| QVGen W4A4 | 60.16 | 67.22 | 31.42 | 80.62 |" in printed
+    assert "| QVGen W3A3 | 58.36 | 53.89 | 23.85 | \N{EN DASH} |" in printed
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["published"]["rows"]["Q-DM W4A4"]["total"] == 78.44
+    assert len(found["models"]) == 3
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Not measured here: QVGen, arXiv 2505.11497, CogVideoX-2B" in page
+    assert "<td>60.16</td><td>67.22</td>" in page
+    assert main(words) == DONE  # nobody asked
+    assert "Published" not in (tmp_path / "out" / "compare.html").read_text()
+    capsys.readouterr()
+    assert main([*words, "published=qvgem"]) == BAD_INPUT
+    assert "unknown published=qvgem; did you mean 'qvgen'" in capsys.readouterr().err
+
+
 def test_the_front_holds_what_no_other_one_beats(tmp_path: Path) -> None:
     sizes = {"small": (20.0, 10), "worse": (19.0, 20), "good": (25.0, 30), "same": (25.0, 40), "best": (26.0, 50)}
     folders = [

@@ -40,6 +40,14 @@ def files_of(directory: Path) -> ValidationFiles:
     return ValidationFiles(directory, prompts=["a red three moving up", INJECTION], seeds=[42, 43], fps=8)
 
 
+def made_up(step: int, index: int) -> dict[str, float]:
+    return {
+        "psnr_db": math.inf if step == 6 else 10.0 + step + index,
+        "ssim": 0.5 + step / 100,
+        "suite/lpips": 0.5 / (1 + step),
+    }
+
+
 def make(directory: Path, *, teacher: bool = True) -> ValidationFiles:
     """Seven steps of two prompts; the PSNR of a step is made up, but for the last one, which is infinite."""
     files = files_of(directory)
@@ -52,8 +60,7 @@ def make(directory: Path, *, teacher: bool = True) -> ValidationFiles:
                 frames(level(step, index)),
                 step=step,
                 teacher=frames(250) if teacher else None,
-                psnr_db=(math.inf if step == 6 else 10.0 + step + index) if teacher else None,
-                ssim=0.5 + step / 100 if teacher else None,
+                measured=made_up(step, index) if teacher else {},
             )
     return files
 
@@ -102,6 +109,8 @@ def test_the_page_shows_teacher_and_student_of_each_prompt(run_dir: Path) -> Non
     assert "Shown: steps 0, 2, 3, 4, 6, evenly chosen from 7" in text
     assert "Step 2 12.0 dB" in text.replace("Step 212.0", "Step 2 12.0")
     assert "\N{INFINITY} (identical)" in text
+    cells = "Steplpips 00.500 20.167 30.125 40.100 60.0714"
+    assert f"(evaluation.suite){cells.replace(' ', '')}" in text.replace(" ", "")
     assert "#validation" in [attributes.get("href") for attributes in page.attributes("a")]
     assert len(page.attributes("script")) == 1
     assert page.attributes("img") == []
@@ -129,6 +138,7 @@ def test_json_holds_a_row_for_each_video(run_dir: Path) -> None:
         "seed": 43,
         "psnr_db": 12.0,
         "ssim": 0.51,
+        "suite": {"lpips": 0.25},
     }
     assert float(rows[-1]["psnr_db"]) == math.inf
 

@@ -1,0 +1,197 @@
+"""One process's part in an evaluation: it samples videos and measures models and videos until all are there.
+
+    reference's videos -> model's videos -> predictions of both -> measurements of videos
+
+Each is a file of its own, which is there whole or not at all and claimed while it is made, so that any number of processes
+does the same and a stopped one loses what it was at. Every video is sampled alone, so who makes it changes no bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from qvgen import stop_request
+from qvgen.config.evaluate_schema import EvaluateConfig
+from qvgen.data.claims import Claims
+from qvgen.errors import UserError
+from qvgen.evaluation.compared_calls import compared_calls
+from qvgen.evaluation.metrics.base import Metric, ModelMetric
+from qvgen.evaluation.prompt_list import PromptList
+from qvgen.evaluation.suite.case import Case, spread
+from qvgen.evaluation.suite.clip_store import SampledClips
+from qvgen.evaluation.suite.measuring import measure_case
+from qvgen.evaluation.suite.shared_cases import SharedCases
+from qvgen.evaluation.suite.summary import MeasuredCase
+from qvgen.evaluation.suite.value_file import ValueFiles
+from qvgen.training.identity import code_facts
+from qvgen.training.source_checksum import sources_of
+from qvgen.verbs._evaluated_models import Compared, Side
+
+log = logging.getLogger(__name__)
+
+
+def measured_by(metrics: Mapping[str, Metric]) -> list[Any]:
+    """The parts that decide values: the code and its libraries, and each metric with its arguments and weights."""
+    return [code_facts({}), [[name, metric.key(), sources_of(metric)] for name, metric in metrics.items()]]
+
+
+def asked_of(case: Case, compared: Compared, prompts: PromptList | None) -> list[Any]:
+    """The parts of a case besides its pixels that decide a value: caption, rate, and what the list of prompts says."""
+    return [case.caption, compared.fps(case), None if prompts is None else prompts.content(case.caption)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationShare:
+    """What is sampled and measured, and where it is kept.
+
+    Attributes:
+        config: The verb's.
+        compared: Both sides.
+        metrics: Those that can be measured, by name.
+        prompts: The list that says which prompts a dimension of VBench looks at; None: there is none.
+    """
+
+    config: EvaluateConfig
+    compared: Compared
+    metrics: Mapping[str, Metric]
+    prompts: PromptList | None = None
+
+    def do(self) -> None:
+        """Make what is missing and is not made by another process, until all is there."""
+        for side in (self.compared.reference, self.compared.model):
+            if side is not None and isinstance(side.clips, SampledClips):
+                self._sample(side, side.clips)
+        measured = self.config.out / "measured"
+        with Claims(measured, key="out") as claims:
+            if self._of_models:
+                self._measure_models(claims)
+            self._measure_videos(claims)
+
+    def results(self) -> list[MeasuredCase]:
+        """Every case with its values, in order, when all are there.
+
+        Raises:
+            UserError: What was measured is gone, or of another evaluation that was written over it meanwhile.
+        """
+        found = []
+        models = {case: self._read(self._model_values, case) for case in self._model_cases} if self._of_models else {}
+        for case in self.compared.cases:
+            measured = dict(self._read(self._video_values, case))
+            rows = (measured["values"], models.get(case, {}))
+            measured["values"] = {name: row[name] for name in self.metrics for row in rows if name in row}
+            found.append(MeasuredCase(case=case, **measured))
+        return found
+
+    def _sample(self, side: Side, clips: SampledClips) -> None:
+        key = "out" if side is self.compared.model else "references"
+        with Claims(clips.folder, key=key) as claims, ExitStack() as opened:
+            shared = SharedCases(self.compared.cases, claims=claims, key=clips.key, is_there=clips.holds)
+            count, where, is_ready = len(shared.cases), f"videos of {side.label}, which are in {clips.folder}", False
+            if 0 < shared.num_there < count:
+                log.info("%s: %d of %d videos are there", side.label, shared.num_there, count)
+            stop_request.note(f"after {shared.num_there} of {count} {where}")
+            for case in shared:
+                if not is_ready:
+                    opened.enter_context(side.sampler.in_place())
+                    is_ready = True
+                assert case.asked is not None, "it is sampled"
+                frames = side.sampler.sample_one(case.asked)
+                with stop_request.undivided():
+                    clips.write(case, frames)
+                    log.info("%s: video %d of %d", side.label, shared.num_there + 1, count)
+                    stop_request.note(f"after {shared.num_there + 1} of {count} {where}")
+        side.free()
+
+    @cached_property
+    def _of_models(self) -> dict[str, ModelMetric]:
+        """The metrics that look at the models."""
+        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, ModelMetric)}
+
+    @cached_property
+    def _model_cases(self) -> list[Case]:
+        return spread(self.compared.cases)[: max(metric.videos for metric in self._of_models.values())]
+
+    @cached_property
+    def _model_values(self) -> ValueFiles:
+        return ValueFiles(self.config.out / "measured" / "models", measured_by(self._of_models))
+
+    @cached_property
+    def _video_values(self) -> ValueFiles:
+        own = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, ModelMetric)}
+        return ValueFiles(self.config.out / "measured" / "videos", measured_by(own))
+
+    def _key(self, files: ValueFiles, case: Case) -> str:
+        """Of a case's values: what measures, both videos or what makes them, and what is asked of them."""
+        reference = self.compared.reference
+        asked = asked_of(case, self.compared, self.prompts)
+        return files.key(self.compared.model.clips.key(case), reference and reference.clips.key(case), asked)
+
+    def _read(self, files: ValueFiles, case: Case) -> dict[str, Any]:
+        values = files.read(case.name, key=self._key(files, case))
+        if values is None:
+            raise UserError(
+                f"{files.folder / case.name}.json is gone or of another evaluation since it was measured; let one command "
+                "at a time write to out, or give each of its own"
+            )
+        return values
+
+    def _missing(self, files: ValueFiles, cases: Sequence[Case], claims: Claims, *, what: str) -> Iterator[Case]:
+        """The cases that this process measures; says and notes each that is done."""
+
+        def key(case: Case) -> str:
+            return self._key(files, case)
+
+        def is_there(case: Case) -> bool:
+            return files.read(case.name, key=key(case)) is not None
+
+        shared = SharedCases(cases, claims=claims, key=key, is_there=is_there)
+        for case in shared:
+            yield case
+            log.info("%s of %d of %d videos", what, shared.num_there + 1, len(cases))
+            stop_request.note(f"after the {what} of {shared.num_there + 1} of {len(cases)} videos")
+
+    def _measure_models(self, claims: Claims) -> None:
+        files, chosen, cases = self._model_values, self._of_models, self._model_cases
+        model, reference = self.compared.model, self.compared.reference
+        assert reference is not None, "they compare"
+        for case in self._missing(files, cases, claims, what="predictions"):
+            assert case.asked is not None, "it is sampled"
+            teacher, asked = reference.sampler, case.asked
+            calls = compared_calls(
+                teacher.transformer,
+                model.sampler.transformer,
+                lambda teacher=teacher, asked=asked: teacher.sample_one(asked),
+            )
+            number = cases.index(case)
+            values = {name: metric.measure(calls) for name, metric in chosen.items() if number < metric.videos}
+            found = {name: value for name, value in values.items() if value is not None}
+            files.write(case.name, found, key=self._key(files, case))
+        for side in (reference, model):
+            side.free()
+
+    def _measure_videos(self, claims: Claims) -> None:
+        files, reference = self._video_values, self.compared.reference
+        own = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, ModelMetric)}
+        for case in self._missing(files, self.compared.cases, claims, what="measurement"):
+            values = measure_case(
+                own,
+                case,
+                video=self.compared.model.clips.read(case),
+                reference=reference and reference.clips.read(case),
+                fps=self.compared.fps(case),
+                prompts=self.prompts,
+            )
+            files.write(case.name, values, key=self._key(files, case))
+
+
+def use_own_gpu(rank: int) -> None:
+    """Compute on the GPU of this process's number, where there are any."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
