@@ -1,7 +1,8 @@
 """A PTQ start that all processes of a run make together: each sets up some of the layers, and rank 0 gathers them.
 
-    rank 0    samples statistics, if the method needs any; asks the others; sets up its layers; reads those of the others
-    others    for each layer of theirs: read its weight from the model's files, set it up, write it, forget it
+    rank 0    samples statistics, if the method needs any; asks the others; sets up its layers, then those of theirs that
+              nobody has begun; reads the rest
+    others    for each layer of theirs that is left: read its weight from the model's files, set it up, write it, forget it
 
 A layer's bits depend on its weight, its statistics and its name alone, so that they are the same whoever sets it up. Another
 process than rank 0 holds one layer at a time (one for each of its threads) and never a model. Layers are the work of rank 0
@@ -33,6 +34,7 @@ from qvgen.training.calibration import CalibratedModel, read_statistics
 from qvgen.training.distributed.layer_shares import (
     SHARES_DIRECTORY,
     balanced_shares,
+    claim_layer,
     layer_file,
     read_layer_,
     read_share,
@@ -120,8 +122,16 @@ def initialize_together_(
         helpers.check()
         done()
 
-    seen = alone(done=own_done, share=LayerShare(names=shares[0], neighbours=helpers.neighbours))
-    for name in (name for share in shares[1:] for name in share):
+    def set_up(names: Sequence[str]) -> Callable[[str], LayerStatistics] | None:
+        return alone(done=own_done, share=LayerShare(names=names, neighbours=helpers.neighbours))
+
+    seen, left = set_up(shares[0]), []
+    for name in reversed([name for share in shares[1:] for name in share]):  # they begin with the first
+        if claim_layer(folder, name):
+            set_up([name])
+        else:
+            left.append(name)
+    for name in reversed(left):
         file = layer_file(folder, name)
         while not file.exists():
             helpers.check()
@@ -154,7 +164,7 @@ def _tensor_reader(family: VideoDiT) -> TensorReader | None:
 def set_up_share(
     run_dir: Path, *, rank: int, family: VideoDiT, design: StudentDesign, init: Initializer, seed: int
 ) -> None:
-    """As another process than rank 0, set up the layers that it asked for.
+    """As another process than rank 0, set up the layers that it asked for and has not done itself since.
 
     Args:
         run_dir: The run's folder.
@@ -168,12 +178,17 @@ def set_up_share(
         ValueError: A weight, or its statistics, can't be read.
     """
     folder = run_dir / SHARES_DIRECTORY
-    names, neighbours, statistics = read_share(folder, rank=rank)
+    try:
+        names, neighbours, statistics = read_share(folder, rank=rank)
+    except FileNotFoundError:
+        return  # rank 0 has done without
     read = _tensor_reader(family)
     assert read is not None, "rank 0 would not have asked"
     planned = quantized_layers(build_student(family, design)[0])
 
     def set_up(name: str) -> None:
+        if not claim_layer(folder, name):
+            return
         layer = _prepared_layer(name, planned[name], design=design, read=read)
         before = tensors_of_the_model(layer)
         seen = None if statistics is None else read_statistics(statistics, name)
