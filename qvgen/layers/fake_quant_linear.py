@@ -232,10 +232,8 @@ class FakeQuantLinear(nn.Module):
         """
         quantizer = self.activation_quantizers()[bits]
         shape = (x.shape[0], *([1] * (x.ndim - 1)))
-        tables = quantizer.tables()
-        if tables[0] is None or tables[1] is None:
-            ones = torch.ones(self.noise_band.num_bands, device=x.device)
-            tables = (ones if tables[0] is None else tables[0], ones if tables[1] is None else tables[1])
+        ones = torch.ones(self.noise_band.num_bands, device=x.device)
+        tables = (ones if table is None else table for table in quantizer.tables())
         first, second = (self.noise_band.row_values(table, x) for table in tables)
         if isinstance(quantizer, ActivationStatic):
             second = whole_zero_point(second, quantizer.grid)

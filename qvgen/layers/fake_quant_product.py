@@ -11,21 +11,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvgen.layers.fused_product import (
-    ProductRows,
-    fused_backward,
-    fused_forward,
-    fused_weight_backward,
-    is_fused,
-    product_rows,
-)
+from qvgen.layers.fused_product import RowsOfProduct, fused_backward, fused_forward, fused_weight_backward, is_fused
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.affine import Rounded, choose_qparams, quantize, round_rows, row_extremes, to_rows
 from qvgen.quant.grid import Grid, Profile
@@ -35,7 +27,7 @@ from qvgen.quantizers.weight_lsq import WeightLSQ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ProductConfig:
+class ProductConfig(RowsOfProduct):
     """All that the product reads besides the tensors that it differentiates.
 
     Attributes:
@@ -61,19 +53,6 @@ class ProductConfig:
         """Whether both scales can leave the sum over columns."""
         one_per_row = self.activation.granularity in ("per_token", "per_tensor")
         return self.weight_quantizer.grid.granularity == "per_channel" and one_per_row
-
-    @cached_property
-    def rows(self) -> ProductRows:
-        """What fused operators are told of both sides."""
-        quantizer = self.weight_quantizer
-        return product_rows(
-            self.activation,
-            quantizer.grid,
-            (quantizer.columns * quantizer.scale.shape[1], quantizer.columns),
-            factored=self.factored,
-            through_zero_point=self.through_zero_point,
-            factor=quantizer.gradient_scale,
-        )
 
 
 def rotated(x: Tensor, profile: Profile) -> Tensor:

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,24 @@ class ProductRows:
     input_text: str
     weight_text: str
     operand_text: str
+
+
+class RowsOfProduct:
+    """The part of a product's configuration that the fused operators read, made once for all passes."""
+
+    @cached_property
+    def rows(self) -> ProductRows:
+        """What they are told of both sides."""
+        config = cast("ProductConfig", self)
+        quantizer = config.weight_quantizer
+        return product_rows(
+            config.activation,
+            quantizer.grid,
+            (quantizer.columns * quantizer.scale.shape[1], quantizer.columns),
+            factored=config.factored,
+            through_zero_point=config.through_zero_point,
+            factor=quantizer.gradient_scale,
+        )
 
 
 _CHECKPOINT_MODES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)

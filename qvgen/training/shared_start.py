@@ -125,13 +125,8 @@ def initialize_together_(
     def set_up(names: Sequence[str]) -> Callable[[str], LayerStatistics] | None:
         return alone(done=own_done, share=LayerShare(names=names, neighbours=helpers.neighbours))
 
-    seen, left = set_up(shares[0]), []
-    for name in reversed([name for share in shares[1:] for name in share]):  # they begin with the first
-        if claim_layer(folder, name):
-            set_up([name])
-        else:
-            left.append(name)
-    for name in reversed(left):
+    seen = set_up(shares[0])
+    for name in _left_to_others(folder, shares[1:], set_up=lambda name: set_up([name])):
         file = layer_file(folder, name)
         while not file.exists():
             helpers.check()
@@ -141,6 +136,17 @@ def initialize_together_(
         done()
     shutil.rmtree(folder)
     return seen
+
+
+def _left_to_others(folder: Path, shares: Sequence[Sequence[str]], *, set_up: Callable[[str], object]) -> Sequence[str]:
+    """Set up what nobody has begun of the others' layers; the names of those that somebody has, in the shares' order."""
+    left = []
+    for name in reversed([name for share in shares for name in share]):  # they begin with the first
+        if claim_layer(folder, name):
+            set_up(name)
+        else:
+            left.append(name)
+    return left[::-1]
 
 
 def _why_alone(
