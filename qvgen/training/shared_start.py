@@ -127,12 +127,7 @@ def initialize_together_(
 
     seen = set_up(shares[0])
     for name in _left_to_others(folder, shares[1:], set_up=lambda name: set_up([name])):
-        file = layer_file(folder, name)
-        while not file.exists():
-            helpers.check()
-            time.sleep(POLL_SECONDS)
-        read_layer_(layers[name], file)
-        file.unlink()
+        _await_layer_(layers[name], layer_file(folder, name), helpers=helpers)
         done()
     shutil.rmtree(folder)
     return seen
@@ -147,6 +142,15 @@ def _left_to_others(folder: Path, shares: Sequence[Sequence[str]], *, set_up: Ca
         else:
             left.append(name)
     return left[::-1]
+
+
+def _await_layer_(layer: FakeQuantLinear, file: Path, *, helpers: StartHelpers) -> None:
+    """Bring a layer to what another process makes of it, when it has."""
+    while not file.exists():
+        helpers.check()
+        time.sleep(POLL_SECONDS)
+    read_layer_(layer, file)
+    file.unlink()
 
 
 def _why_alone(
