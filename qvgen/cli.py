@@ -30,7 +30,7 @@ from qvgen.config import launched_world
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
-from qvgen.verbs import import_verb
+from qvgen.verbs import import_verb, import_worker
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
@@ -146,7 +146,9 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
         logging.getLogger(__name__).info(world.label)
     if flags.launcher and (found := launch(verb, flags, jobs, plains)):
         return _after_jobs(verb, plains, [code if code in _SEVERITY else BUG for code in found], show=show)
-    with only_gpus(check_presence(plains, choices)):
+    from qvgen.training.distributed.ahead import started_ahead
+
+    with started_ahead(verb, plains, choices), only_gpus(check_presence(plains, choices)):
         lines = [None if choice is None else choice.line for choice in choices]
         codes = _run_here(verb, flags, jobs, plains, lines=lines, show=show)
     return _after_jobs(verb, plains, codes, show=show)
@@ -224,7 +226,6 @@ def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
-    # Of other verbs, tasks may share out seeds.
     world = find_world(os.environ, refuses=verb not in _SHARING_VERBS) if verb in _KNOWING_VERBS else None
     launched_world.enter(world if verb in ("train", *_SHARING_VERBS) else None)
     if verb not in ("train", *_SHARING_VERBS):
@@ -235,7 +236,7 @@ def _own_the_environment(verb: str) -> None:
 
 def _worker(arguments: list[str]) -> None:
     """One further process of a verb's run; started by qvgen.training.distributed.launcher, never by hand."""
-    from qvgen.training.distributed.child import follow_parent
+    from qvgen.training.distributed.child import follow_parent, wait_for_settings
 
     parser = ArgumentParser(prog="qvgen worker")
     parser.add_argument("verb", choices=sorted(verbs()))
@@ -250,7 +251,8 @@ def _worker(arguments: list[str]) -> None:
     from qvgen.config.run_config import read_plain
 
     _log_to_stderr()
-    run_worker = import_verb(given.verb).run_worker
+    run_worker = import_worker(given.verb).run_worker
+    wait_for_settings()
     with using_directory(given.config_dir), suppress(stop_request.Stopped):  # stopped with all others; rank 0 says so
         config = build(given.verb, read_plain(given.config), trusted=given.trust)
         run_worker(config, rank=given.rank, world_size=given.world_size, port=given.port)

@@ -24,11 +24,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowSpec", "refusal", "register_implementation"]
+__all__ = ["RowSpec", "operators", "refusal", "register_implementation"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXACT = 2**24
@@ -100,10 +102,15 @@ class RowSpec:
 
 _library = torch.library.Library("qvgen", "FRAGMENT")
 _reasons: dict[str, Callable[[], str | None]] = {}
+_direct: dict[str, Any] = {}
 
 
 def register_implementation(
-    device_type: str, functions: dict[str, Callable[..., object]], *, refusal: Callable[[], str | None]
+    device_type: str,
+    functions: dict[str, Callable[..., object]],
+    *,
+    refusal: Callable[[], str | None],
+    direct: bool = False,
 ) -> None:
     """Add a device's implementation of all five operators.
 
@@ -111,11 +118,28 @@ def register_implementation(
         device_type: As in ``torch.device.type``.
         functions: By name of the operator.
         refusal: Why it does not run on this machine; None if it does. Called at the first use.
+        direct: Whether the functions may be called without torch's dispatcher; see :func:`operators`.
     """
     for schema in SCHEMAS:
         name = schema.split("(")[0]
         _library.impl(name, functions[name], device_type.upper())
     _reasons[device_type] = refusal
+    if direct:
+        _direct[device_type] = SimpleNamespace(**functions)
+
+
+def operators(x: Tensor) -> Any:
+    """The five operators for tensors like x, as functions by name.
+
+    Where x is a plain tensor and no mode listens to torch's operators, they are the implementation itself: torch's
+    dispatcher takes longer to pass a list, a text and six results through than a small layer's rows take to be quantized.
+    """
+    if type(x) in _PLAIN and x.device.type in _direct and not torch._C._len_torch_dispatch_stack():
+        return _direct[x.device.type]
+    return torch.ops.qvgen
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def missing_reason(device_type: str) -> str | None:

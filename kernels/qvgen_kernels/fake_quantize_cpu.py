@@ -96,8 +96,9 @@ def _backend() -> int:
 
 
 @lru_cache(maxsize=1024)
-def _template(spec: RowSpec) -> CFakeQuantize:
-    """The part of a call's structure that the spec decides."""
+def _template(text: str) -> CFakeQuantize:
+    """The part of a call's structure that the spec decides, by its text: a text knows its hash, and a spec does not."""
+    spec = RowSpec.from_string(text)
     return CFakeQuantize(
         columns=spec.group,
         floor=spec.floor,
@@ -115,11 +116,12 @@ def _template(spec: RowSpec) -> CFakeQuantize:
     )
 
 
-def _call(spec: RowSpec, rows: int, columns: int, params: Sequence[Tensor]) -> CFakeQuantize:
+def _call(text: str, rows: int, columns: int, params: Sequence[Tensor]) -> CFakeQuantize:
     """A structure without tensors but ``params``, which are dense and which the caller keeps."""
-    call = CFakeQuantize.from_buffer_copy(_template(spec))
-    call.rows, call.groups = rows, columns // spec.group
-    call.params = call.groups if spec.kind == "learned" else 1
+    template = _template(text)
+    call = CFakeQuantize.from_buffer_copy(template)
+    call.rows, call.groups = rows, columns // template.columns
+    call.params = call.groups if template.kind == _KINDS["learned"] else 1
     call.first = params[0].data_ptr()
     if len(params) == 2:
         call.second = params[1].data_ptr()
@@ -146,7 +148,7 @@ def _quantize_rows(
     parsed, params, helper = RowSpec.from_string(spec), [*map(_dense, params)], _dense_or_none(helper)
     made = quantized_outputs(x, parsed, dtype)
     operand, scale, zero, low, high, row_sum = made
-    call = _call(parsed, x.shape[0], x.shape[1], params)
+    call = _call(spec, x.shape[0], x.shape[1], params)
     _give_x(call, x)
     call.operand, call.operand_dtype, call.scale = operand.data_ptr(), _DTYPES[dtype], scale.data_ptr()
     if parsed.zero_point == "real":
@@ -166,7 +168,7 @@ def _row_scales(extremes: Sequence[Tensor], params: Sequence[Tensor], spec: str)
     low, high = map(_dense, extremes)
     scale = torch.empty_like(low)
     groups = low.numel() // max(1, params[0].numel())
-    call = _call(parsed, params[0].numel(), groups * parsed.group, params)
+    call = _call(spec, params[0].numel(), groups * parsed.group, params)
     call.low, call.high, call.known, call.scale = low.data_ptr(), high.data_ptr(), 1, scale.data_ptr()
     _functions().qv_fake_quantize(ctypes.addressof(call))
     return scale
@@ -183,7 +185,7 @@ def _quantize_rows_backward(
     check_gradient(grad, x)
     parsed, params, extremes = RowSpec.from_string(spec), [*map(_dense, params)], [*map(_dense, extremes)]
     operand, grad_first, grad_second = gradient_outputs(x, parsed, dtype)
-    call = _call(parsed, x.shape[0], x.shape[1], params)
+    call = _call(spec, x.shape[0], x.shape[1], params)
     _give_x(call, x)
     if dtype is not None:
         call.operand, call.operand_dtype = operand.data_ptr(), _DTYPES[dtype]
@@ -257,4 +259,5 @@ register_implementation(
         "scale_gradient": _scale_gradient,
     },
     refusal=_refusal,
+    direct=True,
 )

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from qvgen.evaluation.report_data import Checks, VideoComparison
 from qvgen.evaluation.sampling_cost import describe_device, memory_source
 from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, OpenModel, Sampled, SharedSampling
 from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
+from qvgen.layers.layer_threads import idle_threads, in_threads
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +153,10 @@ def _comparisons(videos: Mapping[str, Tensor], asked: Asked) -> tuple[VideoCompa
 
 def _quality(sampled: Mapping[str, Sampled], asked: Asked, *, start_absent: str | None) -> Quality:
     family, lpips_state = asked.family, find_lpips()
-    rows = {
-        name: video_quality(
-            name, one.table, teacher=sampled["teacher"].table, items=asked.items, lpips_state=lpips_state
-        )
-        for name, one in sampled.items()
-    }
+    given = {"teacher": sampled["teacher"].table, "items": asked.items, "lpips_state": lpips_state}
+    jobs = (partial(video_quality, name, one.table, **given) for name, one in sampled.items())
+    threads = 1 if torch.cuda.is_available() else idle_threads()
+    rows = dict(zip(sampled, in_threads(jobs, threads=threads), strict=True))
     return Quality(
         variants=tuple(replace(row, activation_bits=sampled[name].activation_bits) for name, row in rows.items()),
         num_videos=len(asked.items),
@@ -187,10 +187,18 @@ def _sampling(sampled: Mapping[str, Sampled], asked: Asked, *, num_processes: in
 
 def _write_videos(sampled: Mapping[str, Tensor], shown: Sequence[PromptedVideo], *, fps: int, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
-    for name, batch in sampled.items():
-        for index, video in enumerate(shown):
-            path = directory / video_name(index, video.caption, seed=video.seed, variant=name)
-            write_video(path, batch[index].numpy(), fps=fps)
+    jobs = (
+        partial(
+            write_video,
+            directory / video_name(index, video.caption, seed=video.seed, variant=name),
+            batch[index].numpy(),
+            fps=fps,
+        )
+        for name, batch in sampled.items()
+        for index, video in enumerate(shown)
+    )
+    for _ in in_threads(jobs, threads=idle_threads()):
+        pass
 
 
 def video_name(index: int, prompt: str, *, seed: int, variant: str) -> str:

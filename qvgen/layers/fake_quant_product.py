@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvgen.layers.fused_product import fused_backward, fused_forward, fused_weight_backward, is_fused
+from qvgen.layers.fused_product import RowsOfProduct, fused_backward, fused_forward, fused_weight_backward, is_fused
 from qvgen.lowrank.phi import Phi
 from qvgen.quant.affine import Rounded, choose_qparams, quantize, round_rows, row_extremes, to_rows
 from qvgen.quant.grid import Grid, Profile
@@ -27,7 +27,7 @@ from qvgen.quantizers.weight_lsq import WeightLSQ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ProductConfig:
+class ProductConfig(RowsOfProduct):
     """All that the product reads besides the tensors that it differentiates.
 
     Attributes:

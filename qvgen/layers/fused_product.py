@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +29,48 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from qvgen.quant.affine import scale_bounds
 from qvgen.quant.grid import Grid
-from qvgen_kernels.fake_quantize import RowSpec, refusal
+from qvgen_kernels.fake_quantize import RowSpec, operators, refusal
 
 if TYPE_CHECKING:
     from qvgen.layers.fake_quant_product import ProductConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRows:
+    """How the fused operators are told to quantize both sides of a product.
+
+    Attributes:
+        input: The input's rows.
+        weight: The weight's rows, as gradients see them.
+        input_text: ``input`` as the operators' argument.
+        weight_text: ``weight``, likewise.
+        operand_text: The weight's rows as the product takes them: raw codes where their real zero point stays outside.
+    """
+
+    input: RowSpec
+    weight: RowSpec
+    input_text: str
+    weight_text: str
+    operand_text: str
+
+
+class RowsOfProduct:
+    """The part of a product's configuration that the fused operators read, made once for all passes."""
+
+    @cached_property
+    def rows(self) -> ProductRows:
+        """What they are told of both sides."""
+        config = cast("ProductConfig", self)
+        quantizer = config.weight_quantizer
+        return product_rows(
+            config.activation,
+            quantizer.grid,
+            (quantizer.columns * quantizer.scale.shape[1], quantizer.columns),
+            factored=config.factored,
+            through_zero_point=config.through_zero_point,
+            factor=quantizer.gradient_scale,
+        )
+
 
 _CHECKPOINT_MODES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 _switch = {"on": True}
@@ -54,8 +92,8 @@ def is_fused(config: ProductConfig, x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled():  # in a backward pass of which somebody wants the derivative
         return False
-    inputs, own = _input_spec(config, x.shape[1]), _weight_spec(config)
-    return x.device == weight.device and refusal(x, inputs) is None and refusal(weight, own) is None
+    rows = config.rows
+    return x.device == weight.device and refusal(x, rows.input) is None and refusal(weight, rows.weight) is None
 
 
 def _is_watched() -> bool:
@@ -88,14 +126,14 @@ def fused_forward(
     Returns:
         y [M, N] of ``dtype``, and the rows' extremes as :func:`qvgen.quant.affine.row_extremes` has them, or None.
     """
-    text = _text(_input_spec(config, x.shape[1]))
-    left, left_scale, _, low, high, row_sum = torch.ops.qvgen.quantize_rows(x, params, None, text, dtype)
+    fused = operators(x)
+    left, left_scale, _, low, high, row_sum = fused.quantize_rows(x, params, None, config.rows.input_text, dtype)
     right, right_scale, zero = _right(config, weight, dtype=dtype, raw=True)
     y = functional.linear(left, right)
     is_real = config.factored and config.weight_quantizer.grid.zero_point == "real"
     scales = (left_scale, right_scale) if config.factored else (None, None)
     zeros = (row_sum, zero) if is_real else (None, None)
-    torch.ops.qvgen.scale_output(y, *scales, *zeros, *added)
+    fused.scale_output(y, *scales, *zeros, *added)
     if config.activation.granularity == "per_tensor":
         return y, None, None
     if config.activation.granularity == "per_group":
@@ -124,21 +162,19 @@ def fused_backward(
         Gradients, float32, of x [M, K], of the two row parameters [M, 1], and of the effective weight [N, K].
     """
     x, first, second, weight = saved
-    text = _text(_input_spec(config, x.shape[1]))
+    fused, text = operators(x), config.rows.input_text
     right, right_scale, _ = _right(config, weight, dtype=dtype, raw=False)
     if not config.factored:
         by_row = by_column = grad_y.to(dtype)
     else:
-        left_scale = first if extremes is None else torch.ops.qvgen.row_scales(extremes, (first, second), text)
+        left_scale = first if extremes is None else fused.row_scales(extremes, (first, second), text)
         if grad_y.is_contiguous():
-            by_row, by_column = torch.ops.qvgen.scale_gradient(grad_y, left_scale, right_scale, dtype)
+            by_row, by_column = fused.scale_gradient(grad_y, left_scale, right_scale, dtype)
         else:  # BLAS sums other layouts in another order, and torch's products keep them
             by_row, by_column = (grad_y * right_scale.reshape(-1)).to(dtype), (grad_y * left_scale).to(dtype)
     grad = (by_row @ right).float()
     del by_row, right
-    left, grad_first, grad_second = torch.ops.qvgen.quantize_rows_backward(
-        grad, x, (first, second), extremes or (), text, dtype
-    )
+    left, grad_first, grad_second = fused.quantize_rows_backward(grad, x, (first, second), extremes or (), text, dtype)
     grad_w_eff = (by_column.mT @ left).float()
     if extremes is not None:
         grad_first, grad_second = (
@@ -149,9 +185,8 @@ def fused_backward(
 
 def fused_weight_backward(config: ProductConfig, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The weight's gradients, as ``WeightLSQ.gradients`` gives them; ``grad`` [N, K] becomes the first of them."""
-    text = _text(_weight_spec(config))
-    params = _weight_params(config)
-    _, grad_scale, grad_zero = torch.ops.qvgen.quantize_rows_backward(grad, weight, params, (), text, None)
+    params, text = _weight_params(config), config.rows.weight_text
+    _, grad_scale, grad_zero = operators(weight).quantize_rows_backward(grad, weight, params, (), text, None)
     return grad, grad_scale, grad_zero if len(params) == 2 else None
 
 
@@ -164,24 +199,34 @@ def _weight_params(config: ProductConfig) -> list[Tensor]:
 def _right(config: ProductConfig, weight: Tensor, *, dtype: torch.dtype, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The right operand [N, K] with Phi, the weight's scales and (real) zero points [N, G]."""
     helper = None if config.phi is None else config.phi.weight().detach()
-    text = _text(_weight_spec(config, raw=raw))
-    made = torch.ops.qvgen.quantize_rows(weight.detach(), _weight_params(config), helper, text, dtype)
+    text = config.rows.operand_text if raw else config.rows.weight_text
+    made = operators(weight).quantize_rows(weight.detach(), _weight_params(config), helper, text, dtype)
     return made[0], made[1], made[2]
 
 
-def _input_spec(config: ProductConfig, columns: int) -> RowSpec:
-    wants_sums = config.factored and config.weight_quantizer.grid.zero_point == "real"
-    spec = _row_spec(config.activation, columns, config.factored, wants_sums, None)
-    return spec if config.through_zero_point else _stopped(spec)
-
-
-def _weight_spec(config: ProductConfig, *, raw: bool = False) -> RowSpec:
-    quantizer = config.weight_quantizer
-    is_raw = raw and config.factored and quantizer.grid.zero_point == "real"
-    return _row_spec(quantizer.grid, quantizer.columns, config.factored, is_raw, quantizer.gradient_scale)
-
-
 @lru_cache(maxsize=1024)
+def product_rows(
+    activation: Grid, weight: Grid, columns: tuple[int, int], *, factored: bool, through_zero_point: bool, factor: float
+) -> ProductRows:
+    """What the operators are told of a product; it is asked for in each pass, and made once.
+
+    Args:
+        activation: Grid of the input.
+        weight: Grid of the weight.
+        columns: Number of the input's columns, and of those that share a weight's scale.
+        factored: Whether scales stay outside of the product.
+        through_zero_point: Whether the input's gradient takes the path through its zero point.
+        factor: On the gradients of the weight's scale and zero point.
+    """
+    is_real = factored and weight.zero_point == "real"
+    inputs = _row_spec(activation, columns[0], factored, is_real, None)
+    inputs = inputs if through_zero_point else replace(inputs, through_zero_point=False)
+    own = _row_spec(weight, columns[1], factored, False, factor)
+    operand = _row_spec(weight, columns[1], factored, is_real, factor)
+    texts = {"input_text": inputs.to_string(), "weight_text": own.to_string(), "operand_text": operand.to_string()}
+    return ProductRows(input=inputs, weight=own, **texts)
+
+
 def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, factor: float | None) -> RowSpec:
     """How a side is quantized.
 
@@ -209,12 +254,3 @@ def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, fact
         raw=is_weight and zero_outside,
         row_sums=not is_weight and zero_outside,
     )
-
-
-@lru_cache(maxsize=1024)
-def _stopped(spec: RowSpec) -> RowSpec:
-    """The same without a path through the zero point."""
-    return replace(spec, through_zero_point=False)
-
-
-_text = RowSpec.to_string

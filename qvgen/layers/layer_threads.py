@@ -38,6 +38,11 @@ def num_threads(weights: Iterable[Tensor], *, scratch_per_weight: int, neighbour
     return max(1, min(cores // (neighbours * torch.get_num_threads()), SCRATCH_BYTES // max(1, largest)))
 
 
+def idle_threads() -> int:
+    """How many jobs without much memory are done at a time by a process that has all cores for itself."""
+    return num_threads([], scratch_per_weight=0)
+
+
 def in_threads(jobs: Iterable[Callable[[], Result]], *, threads: int) -> Iterator[Result]:
     """Results of jobs in their order, up to ``threads`` of which run at the same time.
 

@@ -193,7 +193,8 @@ class NoiseBand:
                 f"a quantized layer got {x.shape[0]} entries along dimension 0 for {samples} samples; "
                 "exclude this layer, its input is not ordered by sample"
             )
-        return values.to(x.device).repeat_interleave(x.shape[0] // samples)
+        values = values.to(x.device)
+        return values if x.shape[0] == samples else values.repeat_interleave(x.shape[0] // samples)
 
     def row_index(self, x: Tensor) -> Tensor:
         """Band of each entry along the first dimension of a layer's input.

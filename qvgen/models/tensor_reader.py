@@ -20,7 +20,7 @@ from qvgen.quant.finite import check_finite
 
 
 def tensor_reader_of(family: VideoDiT) -> TensorReader | None:
-    """What reads single tensors of a family's trained transformer; None where it has to be loaded whole."""
+    """The reader of single tensors of a family's trained transformer; None where it has to be loaded whole."""
     make = getattr(family, "tensor_reader", None)
     return None if make is None else make()
 

@@ -85,8 +85,12 @@ class OptimizerModule(lightning.LightningModule):
         if limit is None:
             return
         factor = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            _ = _local(gradient).clamp_(-limit, limit) if by_value else _local(gradient).mul_(factor)
+        local = [_local(gradient) for gradient in gradients]
+        if by_value:
+            for gradient in local:
+                gradient.clamp_(-limit, limit)
+        else:
+            torch._foreach_mul_(local, factor)
 
     @property
     def norms(self) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """A PTQ start that all processes of a run make together: each sets up some of the layers, and rank 0 gathers them.
 
-    rank 0    samples statistics, if the method needs any; asks the others; sets up its layers; reads those of the others
-    others    for each layer of theirs: read its weight from the model's files, set it up, write it, forget it
+    rank 0    samples statistics, if the method needs any; asks the others; sets up its layers, then those of theirs that
+              nobody has begun; reads the rest
+    others    for each layer of theirs that is left: read its weight from the model's files, set it up, write it, forget it
 
 A layer's bits depend on its weight, its statistics and its name alone, so that they are the same whoever sets it up. Another
 process than rank 0 holds one layer at a time (one for each of its threads) and never a model. Layers are the work of rank 0
@@ -34,6 +35,7 @@ from qvgen.training.calibration import CalibratedModel, read_statistics
 from qvgen.training.distributed.layer_shares import (
     SHARES_DIRECTORY,
     balanced_shares,
+    claim_layer,
     layer_file,
     read_layer_,
     read_share,
@@ -124,17 +126,35 @@ def initialize_together_(
         helpers.check()
         done()
 
-    seen = alone(done=own_done, share=LayerShare(names=shares[0], neighbours=helpers.neighbours))
-    for name in (name for share in shares[1:] for name in share):
-        file = layer_file(folder, name)
-        while not file.exists():
-            helpers.check()
-            time.sleep(POLL_SECONDS)
-        read_layer_(layers[name], file)
-        file.unlink()
+    def set_up(names: Sequence[str]) -> Callable[[str], LayerStatistics] | None:
+        return alone(done=own_done, share=LayerShare(names=names, neighbours=helpers.neighbours))
+
+    seen = set_up(shares[0])
+    for name in _left_to_others(folder, shares[1:], set_up=lambda name: set_up([name])):
+        _await_layer_(layers[name], layer_file(folder, name), helpers=helpers)
         done()
     shutil.rmtree(folder)
     return seen
+
+
+def _left_to_others(folder: Path, shares: Sequence[Sequence[str]], *, set_up: Callable[[str], object]) -> Sequence[str]:
+    """Set up what nobody has begun of the others' layers; the names of those that somebody has, in the shares' order."""
+    left = []
+    for name in reversed([name for share in shares for name in share]):  # they begin with the first
+        if claim_layer(folder, name):
+            set_up(name)
+        else:
+            left.append(name)
+    return left[::-1]
+
+
+def _await_layer_(layer: FakeQuantLinear, file: Path, *, helpers: StartHelpers) -> None:
+    """Bring a layer to what another process makes of it, when it has."""
+    while not file.exists():
+        helpers.check()
+        time.sleep(POLL_SECONDS)
+    read_layer_(layer, file)
+    file.unlink()
 
 
 def _why_alone(
@@ -160,7 +180,7 @@ def set_up_share(
     seed: int,
     one_by_one: bool = False,
 ) -> None:
-    """As a process that holds no model, set up the layers that rank 0 gave it.
+    """As another process than rank 0, set up the layers that it asked for and has not done itself since.
 
     Args:
         run_dir: The run's folder.
@@ -175,12 +195,17 @@ def set_up_share(
         ValueError: A weight, or its statistics, can't be read.
     """
     folder = run_dir / SHARES_DIRECTORY
-    names, neighbours, statistics = read_share(folder, rank=rank)
+    try:
+        names, neighbours, statistics = read_share(folder, rank=rank)
+    except FileNotFoundError:
+        return  # rank 0 has done without
     read = tensor_reader_of(family)
     assert read is not None, "rank 0 would not have asked"
     planned = quantized_layers(build_student(family, design)[0])
 
     def set_up(name: str) -> None:
+        if not claim_layer(folder, name):
+            return
         layer = _prepared_layer(name, planned[name], design=design, read=read)
         before = tensors_of_the_model(layer)
         seen = None if statistics is None else read_statistics(statistics, name)

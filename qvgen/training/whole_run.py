@@ -15,7 +15,8 @@ from qvgen.run_directory import write_plain
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.ahead import LOG_FOLDER, WORKER_FILE, run_workers
+from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.distributed.store_exchange import default_store
 from qvgen.training.distributed.store_queue import StoreQueue
@@ -23,9 +24,6 @@ from qvgen.training.session import train_share
 from qvgen.training.shared_start import StartHelpers
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
 from qvgen.training.training_run import TrainingOutput, TrainingRun
-
-WORKER_FILE = "worker.yaml"
-"""In the run's folder of logs: the configuration, as the other processes read it."""
 
 
 @contextmanager
@@ -142,17 +140,15 @@ def _worker_group(
     run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], hang_minutes: float | None
 ) -> WorkerGroup:
     """The processes that a plain start has beside rank 0."""
-    logs = _write_settings(run_dir, settings)
-    command = worker_command("train", logs / WORKER_FILE, settings)
-    return WorkerGroup(command, world_size=run.devices, log_directory=logs, hang_minutes=hang_minutes)
+    _write_settings(run_dir, settings)
+    return run_workers(run_dir, settings, world_size=run.devices, hang_minutes=hang_minutes)
 
 
-def _write_settings(run_dir: Path, settings: Mapping[str, Any]) -> Path:
-    """Write the configuration for the other processes; returns the run's folder of logs."""
-    logs = run_dir / "logs"
+def _write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Write the configuration for the other processes."""
+    logs = run_dir / LOG_FOLDER
     logs.mkdir(exist_ok=True)
     write_plain(logs / WORKER_FILE, {**settings, "run_dir": str(run_dir)})
-    return logs
 
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:

@@ -8,6 +8,8 @@ import importlib
 import keyword
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -32,17 +34,38 @@ def module_name(verb: str) -> str:
 
 
 def import_verb(verb: str) -> ModuleType:
-    """Import the file of a verb, and with it torch and diffusers where the verb needs them.
+    """Import the file of a verb, and with it torch and diffusers where the verb needs them."""
+    name = f"{__name__}.{module_name(verb)}"
+    if name in sys.modules:
+        return sys.modules[name]
+    with importing():
+        return importlib.import_module(name)
+
+
+def import_worker(verb: str) -> ModuleType:
+    """Import the file of a verb, and what its further processes need besides."""
+    module = import_verb(verb)
+    for part in _WORKER_PARTS.get(verb, ()):
+        import_verb(part)
+    return module
+
+
+_WORKER_PARTS = {"train": ("_quantize",)}
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import something large in the block.
 
     Python's collector of reference cycles stops meanwhile, and never looks again at what is imported: a million objects of
     which all stay. Looking for garbage among them takes a tenth of the time that a command needs before it begins.
     """
-    name = f"{__name__}.{module_name(verb)}"
-    if name in sys.modules or not gc.isenabled():
-        return importlib.import_module(name)
+    if not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         gc.freeze()
         gc.enable()

@@ -22,6 +22,7 @@ from qvgen.training.planning.memory import MemoryCounter
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
 from qvgen.training.student_check import check_student
+from qvgen.verbs import importing
 from qvgen.verbs._checks import check_low_host_memory, check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
@@ -76,7 +77,8 @@ def run(config: TrainConfig) -> int | None:
         train_streamed(config)
         return None
     if config.method.quantizes:
-        from qvgen.verbs._quantize import quantize
+        with importing():
+            from qvgen.verbs._quantize import quantize
 
         quantize(config)
         write_exports(config)

@@ -5,14 +5,16 @@ Their bits in a layer, over all grids, are held in tests/layers/test_fused_produ
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvgen_kernels import fake_quantize_cpu
 from qvgen_kernels.cpu_library import missing_reason
-from qvgen_kernels.fake_quantize import RowSpec, refusal
+from qvgen_kernels.fake_quantize import RowSpec, operators, refusal
 
 pytestmark = pytest.mark.skipif(missing_reason() is not None, reason="no C++ compiler")
 ops = torch.ops.qvgen
@@ -124,3 +126,31 @@ def test_a_gradient_that_can_not_be_written_over_is_refused():
 
 def test_specs_survive_their_text():
     assert RowSpec.from_string(LEARNED.to_string()) == LEARNED
+
+
+class Listening(TorchDispatchMode):
+    """Sees the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own, which torch's dispatcher may have rules for."""
+
+
+def test_operators_pass_the_dispatcher_only_where_somebody_listens_and_give_the_same_bits() -> None:
+    x, clips = torch.randn(5, 64), [torch.full((5, 1), 0.9), torch.full((5, 1), 0.8)]
+    spec = RowSpec(kind="dynamic", qmin=0, qmax=7, zero_point="integer", group=64, row_sums=True).to_string()
+    direct = operators(x).quantize_rows(x, clips, None, spec, torch.float32)
+    assert operators(x) is not torch.ops.qvgen
+    with Listening() as mode:
+        listened = operators(x).quantize_rows(x, clips, None, spec, torch.float32)
+    assert "qvgen.quantize_rows.default" in mode.seen
+    assert all(torch.equal(a, b) for a, b in zip(direct, listened, strict=True))
+    assert operators(x.as_subclass(Marked)) is torch.ops.qvgen

@@ -91,3 +91,20 @@ def test_shared_layers_have_the_bits_of_one_process(
     assert list(found) == list(wanted)
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     assert not (tmp_path / SHARES_DIRECTORY).exists()
+
+
+def test_rank_0_sets_up_what_nobody_has_begun_and_who_comes_later_does_nothing(tmp_path: Path) -> None:
+    design, asked = design_of("paper", "w4a4", "qvgen"), []
+
+    def helped(run_dir: Path, model: NamedFamily, ptq: PTQMethod) -> StartHelpers:
+        asked.append(
+            lambda: set_up_share(run_dir, rank=1, family=model.rebuild(), design=design, init=ptq.init, seed=7)
+        )
+        return helpers_of(run_dir, lambda: None)
+
+    alone = make_start(tmp_path, init=("mse", {}), design=design, helped=None)
+    late = make_start(tmp_path, init=("mse", {}), design=design, helped=helped)
+    wanted, found = alone.state_dict(), late.state_dict()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    asked[0]()
+    assert not (tmp_path / SHARES_DIRECTORY).exists()

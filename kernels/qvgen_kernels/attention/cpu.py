@@ -17,7 +17,7 @@ from qvgen_kernels.cpu_library import BACKENDS, library
 __all__ = ["VARIANTS", "cpu_attention"]
 
 VARIANTS = ("amx", "vnni", "avx2", "portable")
-"""What the attention is compiled for, the fastest first."""
+"""Processors that the attention is compiled for, the fastest first."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 64

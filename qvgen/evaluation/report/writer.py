@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,6 +34,7 @@ from qvgen.evaluation.report.validation_section import build_section
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import ReportData, ValidationVideo, VideoComparison
 from qvgen.evaluation.validation_files import DIRECTORY, read_validation
+from qvgen.layers.layer_threads import idle_threads, in_threads
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import Change, read_changes
 
@@ -111,7 +113,7 @@ def render_html(
         validation=build_section(validation, last_step=data.run.steps),
         mixed=build_bit_section(allocation),
         changes=changes,
-        comparisons=[(video, _shown_videos(video)) for video in data.videos],
+        comparisons=list(zip(data.videos, _encoded(data.videos), strict=True)),
         wide=any(video.teacher.shape[1] > WIDE_PIXELS for video in data.videos),
         error_rows=[
             ("RTN, no training", error.rtn),
@@ -125,6 +127,11 @@ def render_html(
         trajectory_floor_db=TRAJECTORY_PSNR_FLOOR_DB,
         layer_totals=_layer_totals(data),
     )
+
+
+def _encoded(comparisons: Sequence[VideoComparison]) -> Iterator[list[ShownVideo]]:
+    """The tiles of each comparison; on all cores, which nothing else uses when a page is made."""
+    return in_threads((partial(_shown_videos, comparison) for comparison in comparisons), threads=idle_threads())
 
 
 def _shown_videos(comparison: VideoComparison) -> list[ShownVideo]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from qvgen.training.distributed import heartbeat
 from qvgen.worker_signals import ignore_in_worker
 
+READ = b"read\n"
+"""A child reads this first, once its configuration is there: one that was started ahead has only imported until then."""
 GO = b"go\n"
 """A child reads this from its standard input once rank 0 begins to train."""
 START = b"start\n"
@@ -45,6 +47,12 @@ def follow_parent(parent: int, *, beats: int | None = None) -> None:
         os._exit(1)  # it died before we asked to be told
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()
     ignore_in_worker()
+
+
+def wait_for_settings() -> None:
+    """Wait until this process's configuration is written; end where it never will be."""
+    if sys.stdin.readline() != READ.decode():
+        sys.exit(1)
 
 
 def wait_for_group(*, help_start: Callable[[], None], help_calibration: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -36,9 +36,10 @@ from qvgen.config.conf_folder import user_directory
 from qvgen.config.leaf_file import foreign_targets
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.child import GO, SAMPLE, START
+from qvgen.training.distributed.child import GO, READ, SAMPLE, START
 from qvgen.training.distributed.foreign_launcher import forget_ranks
 from qvgen.training.distributed.silence import BAD_ENVIRONMENT, SilenceWatch
+from qvgen.training.distributed.unnamed_file import name_file, unnamed_files
 from qvgen.worker_signals import held_back
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class WorkerGroup:
 
     The block runs in the thread that the group was entered in, which must outlive it (Linux ties the children to that
     thread). Leaving it normally waits for the children; leaving it by an exception ends them. :meth:`start` starts them
-    before that: they import what they need, and wait (child.py) until the group is entered.
+    before that: they import, and wait (child.py) until the group is entered; :meth:`start_ahead` before they have a folder.
 
     Args:
         command: Of a child; its ranks are added.
@@ -98,6 +99,7 @@ class WorkerGroup:
     Attributes:
         world_size: All processes, rank 0 included.
         port: TCP port where the processes find each other, at 127.0.0.1.
+        given: All that it was made of; groups of which that is equal are of the same processes.
 
     Raises:
         RuntimeError: On leaving, if a child died or did not end; rank, exit code and the end of its log are named.
@@ -110,7 +112,10 @@ class WorkerGroup:
         self.port = free_port()
         self._command = list(command)
         self._log_directory = log_directory
+        self.given = (self._command, world_size, log_directory, hang_minutes)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._unnamed_logs: list[BinaryIO] = []
+        self._is_started = False
         self._left = threading.Event()
         self._pulse = heartbeat.Pulse()
         self._silence = SilenceWatch(
@@ -120,18 +125,39 @@ class WorkerGroup:
         self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
 
     def start(self) -> None:
-        """Start the children; whoever calls it enters the group, or ends them by :meth:`end`."""
+        """Start the children, or let those begin that wait; whoever calls it enters the group, or ends them by :meth:`end`.
+
+        What they read is there when it is called.
+        """
         self._log_directory.mkdir(parents=True, exist_ok=True)
+        if not self._children:
+            self._start_all(lambda rank: self._log_file(rank).open("wb"))
+        for rank, log_file in enumerate(self._unnamed_logs, start=1):
+            name_file(log_file, self._log_file(rank))
+        self._is_started = True
+        self._tell(READ)
+
+    def start_ahead(self) -> bool:
+        """Start the children while this process is still busy: they import, and wait for :meth:`start`.
+
+        Until then their logs have no names: a run that is refused leaves nothing. False where the disk has no such files.
+        """
+        self._unnamed_logs = unnamed_files(self._log_directory, self.world_size - 1)
+        if self._unnamed_logs:
+            self._start_all(lambda rank: os.fdopen(os.dup(self._unnamed_logs[rank - 1].fileno()), "wb"))
+        return bool(self._unnamed_logs)
+
+    def _start_all(self, open_log: Callable[[int], BinaryIO]) -> None:
         ends = self._pulse.open(self.world_size)
         self._own_end = ends[0]
         with held_back():
             for rank in range(1, self.world_size):
-                with self._log_file(rank).open("wb") as log_file:
+                with open_log(rank) as log_file:
                     self._children[rank] = self._start(rank, log_file, beats=ends[rank])
                 os.close(ends[rank])
 
     def __enter__(self) -> Self:
-        if not self._children:
+        if not self._is_started:
             self.start()
         heartbeat.report_to(self._own_end)
         self._pulse.begin()
@@ -185,12 +211,7 @@ class WorkerGroup:
         forget_ranks(environment)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the child imports what we import
         return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            pass_fds=[beats],
+            command, env=environment, stdin=subprocess.PIPE, stdout=log_file, stderr=subprocess.STDOUT, pass_fds=[beats]
         )
 
     def _watch(self) -> None:
@@ -257,6 +278,8 @@ class WorkerGroup:
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
+        for log_file in self._unnamed_logs:
+            log_file.close()
         self._pulse.close()
         if self._own_end is not None:
             os.close(self._own_end)

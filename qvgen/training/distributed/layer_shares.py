@@ -1,7 +1,11 @@
 """The layers of a start that processes share out, and the files by which rank 0 gets what the others made of theirs.
 
     RUN_DIR/start_layers/shares.json         who sets up which layers, and where their statistics lie
+    RUN_DIR/start_layers/NAME.claim          somebody has begun with this layer
     RUN_DIR/start_layers/NAME.safetensors    a layer as it was set up: its form, its tensors
+
+A share is a proposal. Each process claims its layers one by one, and rank 0, when its own are done, claims what nobody has
+begun: it never waits for a process that is late, only for layers that somebody works on.
 
 A layer's weight is in its file only where the method changed it: rank 0 has the others, or reads them where the model's are.
 Each file is whole or not there, and goes once rank 0 has read it, so that the disk never holds the model twice.
@@ -69,6 +73,15 @@ def setup_costs(layers: Mapping[str, FakeQuantLinear], *, needs: Collection[Need
 def layer_file(folder: Path, name: str) -> Path:
     """The file of a layer."""
     return folder / f"{name}.safetensors"
+
+
+def claim_layer(folder: Path, name: str) -> bool:
+    """Whether a layer is this process's from now on; False where another one has it, or the start is made already."""
+    try:
+        (folder / f"{name}.claim").touch(exist_ok=False)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    return True
 
 
 def tensors_of_the_model(layer: FakeQuantLinear) -> dict[str, Tensor]:

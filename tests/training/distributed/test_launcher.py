@@ -233,7 +233,8 @@ def test_a_child_leaves_requests_to_stop_to_its_parent(tmp_path: Path) -> None:
 
 
 WAITING = (
-    "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group; "
+    "print('imported', flush=True); from qvgen.training.distributed.child import wait_for_group, wait_for_settings; "
+    "wait_for_settings(); "
     "wait_for_group(help_start=lambda: print('helps', flush=True), help_calibration=lambda: print('samples', flush=True)); "
     "print('begins', flush=True)"
 )
@@ -251,6 +252,21 @@ def test_children_that_were_started_early_begin_when_the_group_is_entered(tmp_pa
     with group:
         group.join()
     assert [log.read_text().split() for log in logs] == [["imported", "samples", "helps", "begins"]] * 2
+
+
+def test_children_that_were_started_ahead_wait_without_a_folder_and_log_into_it_later(tmp_path: Path) -> None:
+    group = WorkerGroup(child(WAITING), world_size=2, log_directory=tmp_path / "run" / "logs")
+    if not group.start_ahead():
+        pytest.skip("the disk has no files without names")
+    assert list(tmp_path.iterdir()) == []
+    assert group._children[1].poll() is None
+    log = tmp_path / "run" / "logs" / "rank1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of an earlier session")
+    with group:
+        group.join()
+    assert log.read_text().split() == ["imported", "begins"]
+    assert [path.name for path in log.parent.iterdir()] == ["rank1.log"]
 
 
 def test_children_that_never_begin_are_ended(tmp_path: Path) -> None:
