@@ -11,6 +11,7 @@ name that it has in the module; the text is never looked at. What asks for more 
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -108,6 +109,8 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    if math.prod(size) > len(storage):  # a stride of 0 would ask for more memory than the file is large
+        raise pickle.UnpicklingError(f"it asks for a tensor of {size} of {len(storage)} numbers")
     return torch.as_strided(storage, size, stride, offset).contiguous()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.data.video import write_video
+from qvgen.evaluation.networks import published_tensors
 from qvgen.evaluation.networks.published_tensors import read_tensors
 from qvgen.evaluation.vbench.published_file import FILES, PublishedFile
 
@@ -140,9 +143,6 @@ def test_torchscript_is_read_without_running_it(tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_asks_for_code_is_refused(tmp_path: Path) -> None:
-    import pickle
-    import zipfile
-
     class Asks:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return print, ("run",)
@@ -152,3 +152,10 @@ def test_a_pickle_that_asks_for_code_is_refused(tmp_path: Path) -> None:
         archive.writestr("bad/constants.pkl", b"")
     with pytest.raises(ValueError, match=r"it asks for builtins.print"):
         read_tensors(tmp_path / "bad.pt")
+
+
+def test_a_tensor_larger_than_its_file_is_refused() -> None:
+    """A stride of 0 repeats numbers, so that a small file could ask for any amount of memory."""
+    assert published_tensors._rebuild(torch.arange(6), 0, (3, 2), (1, 3)).tolist() == [[0, 3], [1, 4], [2, 5]]
+    with pytest.raises(pickle.UnpicklingError, match=r"\(1000000, 4\) of 4 numbers"):
+        published_tensors._rebuild(torch.zeros(4), 0, (1000000, 4), (0, 1))
