@@ -26,7 +26,7 @@ from qvgen.evaluation.placement import sampling_device
 
 LEVELS, RADIUS, FLOWS, SKIP = 4, 3, 3, 20
 CHANNELS = (20, 32, 44, 56)
-"""Of the pyramid, from 1/2 to 1/16."""
+"""Channels of the pyramid, from 1/2 to 1/16."""
 SIDE_MULTIPLE = 16
 MIN_SIDE = 128
 """Pixels of the shorter side: the coarsest correlations, at 1/64, need two places."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BeamRules:
-    """What a search is told.
+    """The bounds of a search.
 
     Attributes:
         beams: Partial texts of an image.

@@ -37,8 +37,8 @@ class Tag2TextSizes:
     """The sizes of the published network, and of smaller ones of the same kind.
 
     Attributes:
-        swin: The image encoder's.
-        bert: Those of the three transformers over text and labels.
+        swin: Sizes of the image encoder.
+        bert: Sizes of the three transformers over text and labels.
         tags: Labels.
         left_out: Numbers of tags that disturb captions: "quarter" and the words for numbers.
     """
