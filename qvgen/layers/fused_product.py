@@ -59,7 +59,7 @@ class RowsOfProduct:
 
     @cached_property
     def rows(self) -> ProductRows:
-        """What they are told of both sides."""
+        """The facts of both sides, as the operators take them."""
         config = cast("ProductConfig", self)
         quantizer = config.weight_quantizer
         return product_rows(
@@ -208,7 +208,7 @@ def _right(config: ProductConfig, weight: Tensor, *, dtype: torch.dtype, raw: bo
 def product_rows(
     activation: Grid, weight: Grid, columns: tuple[int, int], *, factored: bool, through_zero_point: bool, factor: float
 ) -> ProductRows:
-    """What the operators are told of a product; it is asked for in each pass, and made once.
+    """The facts of a product, as the operators take them; they are asked for in each pass, and made once.
 
     Args:
         activation: Grid of the input.

@@ -6,7 +6,7 @@
                   changed or is in none
 
 The bits are those of the start that rank 0 makes with a model (:mod:`qvgen.training.student`): the same functions set up each
-layer, and they ask for nothing but its weight and its name. What asks for more is refused before (:func:`why_not_streamed`).
+layer, and they ask for nothing but its weight and its name. What asks for more is refused before (:func:`qvgen.training.student_check.why_not_streamed`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qvgen.initializers.base import Initializer
-from qvgen.initializers.prepare import are_independent
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import quantized_layers
-from qvgen.methods.base import Method
 from qvgen.models.base import TensorReader, VideoDiT
 from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.quant.finite import check_finite
@@ -50,23 +48,6 @@ _OF_AN_INPUT = ("activation_quantizer.", "other_activation_quantizers.", "input_
 """What the names of a layer's tensors that decide an input's codes begin with."""
 
 
-def why_not_streamed(design: StudentDesign, init: Initializer, *, name: str) -> str | None:
-    """Why a start can't be made layer by layer without a model, in words that end with what to do; None where it can.
-
-    Args:
-        design: The student's layers.
-        init: The PTQ method, without statistics.
-        name: Its name.
-    """
-    if init.needs or not are_independent(init, folds=()):
-        return f"init={name} looks at the whole model; write init=mse or init=rtn"
-    if type(design.method).start_ is not Method.start_:
-        return "the training method starts from the whole student; write method=qvgen, kd or lsq"
-    if design.activation_switch is not None and design.activation_switch.widths is not None:
-        return "activation_switch.widths are added to a whole student; leave them out"
-    return None
-
-
 def make_streamed_start(
     run_dir: Path, *, family: VideoDiT, design: StudentDesign, init: Initializer, seed: int, helpers: StartHelpers
 ) -> None:
@@ -75,7 +56,7 @@ def make_streamed_start(
     Args:
         run_dir: The run's folder.
         family: The model family.
-        design: The student's layers; :func:`why_not_streamed` found nothing against them.
+        design: The student's layers; ``why_not_streamed`` found nothing against them.
         init: The PTQ method.
         seed: The run's.
         helpers: The other processes.

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from qvgen.deploy.kernel_choice import check_kernel
+from qvgen.initializers.base import Initializer
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.initializers.prepare import are_independent
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import add_switch_widths_, quantized_layers, select_linears
+from qvgen.methods.base import Method
 from qvgen.training.meta_model import Prepared, build_transformer, prepare_
 from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.student_design import StudentDesign
@@ -53,3 +56,20 @@ def check_student(
         add_switch_widths_(skeleton, widths)
     check_kernel(skeleton, kernel=kernel, device=torch.device("cpu"))
     return None if widths is not None else (skeleton, chosen)
+
+
+def why_not_streamed(design: StudentDesign, init: Initializer, *, name: str) -> str | None:
+    """Why a start can't be made layer by layer without a model, in words that end with what to do; None where it can.
+
+    Args:
+        design: The student's layers.
+        init: The PTQ method, without statistics.
+        name: Its name.
+    """
+    if init.needs or not are_independent(init, folds=()):
+        return f"init={name} looks at the whole model; write init=mse or init=rtn"
+    if type(design.method).start_ is not Method.start_:
+        return "the training method starts from the whole student; write method=qvgen, kd or lsq"
+    if design.activation_switch is not None and design.activation_switch.widths is not None:
+        return "activation_switch.widths are added to a whole student; leave them out"
+    return None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
-from qvgen.training.streamed_start import why_not_streamed
+from qvgen.training.student_check import why_not_streamed
 from qvgen.verbs._exports import refuse_exports
 from qvgen.verbs._parts import sampled_needs, student_design
 

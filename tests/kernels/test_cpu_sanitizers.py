@@ -6,6 +6,7 @@ library; every tensor is an allocation of its exact size. The emulation reads an
 see better than the instructions; test_cpu.py runs these. The 64-bit ARM build runs under qemu-user.
 """
 
+import os
 import platform
 import re
 import shutil
@@ -26,20 +27,23 @@ SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 EMULATED = ("-DQV_AMX_EMULATE", "-DQV_AVX512_EMULATE", "-include", str(Path(__file__).with_name("avx512_emulation.h")))
 """Flags for sources that have AVX-512; the header takes long to compile."""
 CROSS = "aarch64-linux-gnu-g++"
-DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search", "attention")
+DRIVERS = ("cpu", "prepack", "fake_quantize", "range_search")
+ATTENTION = ("attention",)
 
 
-def build(compiler, flags, emulated, folder):
-    """Compile the drivers, each a program with all sources.
+def build(compiler, flags, emulated, folder, *, drivers):
+    """Compile the drivers, each a program with all sources; those of the attention are in its own driver alone.
 
     Args:
         compiler: Of C++.
         flags: For it.
         emulated: Further flags for sources that have AVX-512.
         folder: Where objects and programs are put.
+        drivers: Their names.
     """
-    drivers = [Path(__file__).with_name(f"{name}_driver.cpp") for name in DRIVERS]
-    sources = [*sorted(SOURCE.glob("*.cpp")), *drivers]
+    drivers, with_attention = [Path(__file__).with_name(f"{name}_driver.cpp") for name in drivers], drivers == ATTENTION
+    sources = [path for path in sorted(SOURCE.glob("*.cpp")) if with_attention or not path.stem.startswith("attention")]
+    sources += drivers
     common = ["-std=c++17", "-ffp-contract=off", "-I", str(SOURCE), *flags]
 
     def compile_one(source):
@@ -55,7 +59,7 @@ def build(compiler, flags, emulated, folder):
         subprocess.run([compiler, *flags, "-pthread", *map(str, linked), "-o", str(folder / path.stem)], check=True)
 
 
-def program(config, name, compiler, flags, emulated=()):
+def program(config, name, compiler, flags, emulated=(), *, drivers=DRIVERS):
     """The first driver as :func:`build` makes it, the others beside it; compiled again only where a source has changed."""
     here = Path(__file__).parent
     return str(
@@ -64,9 +68,9 @@ def program(config, name, compiler, flags, emulated=()):
             name,
             command=[compiler, *flags, *emulated],
             inputs=[*SOURCE.glob("*.*"), *here.glob("*.cpp"), *here.glob("*.h")],
-            make=lambda folder: build(compiler, flags, emulated, folder),
+            make=lambda folder: build(compiler, flags, emulated, folder, drivers=drivers),
         )
-        / "cpu_driver"
+        / f"{drivers[0]}_driver"
     )
 
 
@@ -124,9 +128,11 @@ def test_errors_of_ranges_are_those_of_the_definition_and_touch_no_byte_too_far(
     run_alone([sanitized], "range_search_driver")
 
 
+@pytest.mark.skipif(os.environ.get("QVGEN_LONG_TESTS") != "1", reason="half a minute: QVGEN_LONG_TESTS=1 asks for it")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_attention_is_the_same_on_every_backend_and_touches_no_byte_too_far(sanitized):
-    run_alone([sanitized], "attention_driver")
+def test_attention_is_the_same_on_every_backend_and_touches_no_byte_too_far(pytestconfig, sanitized):
+    del sanitized  # skipped where the sanitizers can't be linked
+    run_alone([program(pytestconfig, "attention", "g++", SANITIZERS, EMULATED, drivers=ATTENTION)], "attention_driver")
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +161,21 @@ def test_arm_computes_errors_of_ranges(arm):
     run_alone(["qemu-aarch64", arm], "range_search_driver")
 
 
-def test_arm_computes_attention(arm):
-    run_alone(["qemu-aarch64", arm], "attention_driver")
+@pytest.fixture(scope="module")
+def arm_attention(pytestconfig, arm):
+    del arm  # skipped where there is no compiler
+    flags = ("-O2", "-static", "-Wall", "-Wextra", "-Werror")
+    return program(pytestconfig, "arm_attention", CROSS, flags, drivers=ATTENTION)
 
 
-def test_the_sources_never_contract_multiplications(arm):
+def test_arm_computes_attention(arm_attention):
+    run_alone(["qemu-aarch64", arm_attention], "attention_driver")
+
+
+def test_the_sources_never_contract_multiplications(arm, arm_attention):
     # 64-bit ARM has fused multiply-adds in its base set and compilers use them by default: not here
-    objects = [str(Path(arm).with_name(name)) for name in ("neon.o", "fake_quantize.o", "attention.o")]
+    objects = [str(Path(arm).with_name(name)) for name in ("neon.o", "fake_quantize.o")]
+    objects.append(str(Path(arm_attention).with_name("attention.o")))
     text = subprocess.run(
         ["aarch64-linux-gnu-objdump", "-d", *objects], capture_output=True, text=True, check=True
     ).stdout

@@ -166,13 +166,20 @@ class ClipTokens:
         words += ["<|startoftext|>", "<|endoftext|>"]
         self._tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=merges)
 
-    def __call__(self, text: str, *, context: int) -> Int[Tensor, "1 T"]:
+    def __call__(self, text: str, *, context: int, cut: bool = False) -> Int[Tensor, "1 T"]:
         """The tokens of a text between start and end, int64 [1, context], 0 behind the end.
+
+        Args:
+            text: The text.
+            context: So many tokens.
+            cut: Whether a text that has more loses those before its end, instead of being refused.
 
         Raises:
             ValueError: There are more than ``context``.
         """
         found = self._tokenizer(text)["input_ids"]
+        if cut and len(found) > context:
+            found = [*found[: context - 1], found[-1]]
         if len(found) > context:
             raise ValueError(f"{text!r} has {len(found)} tokens, and CLIP takes {context}")
         return torch.tensor([found + [0] * (context - len(found))])

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 _STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
 }  # fmt: skip
+_NAMED = 4
 
 
 def read_tensors(path: Path, *, inside: str | None = None) -> dict[str, Tensor]:
@@ -56,6 +58,40 @@ def read_tensors(path: Path, *, inside: str | None = None) -> dict[str, Tensor]:
     ) as error:  # fmt: skip
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} holds no weights that can be read ({line}); get it again") from error
+
+
+def fill_(network: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, derived: Sequence[str] = ()) -> None:
+    """Give a network all its tensors under the names that they have in the file, in float32.
+
+    Args:
+        network: The network, which may have been built on the meta device; it is in eval mode and frozen afterwards.
+        tensors: The file's tensors by name.
+        path: The file, for error messages.
+        derived: Regular expressions of names that hold what the network computes itself; they are passed over.
+
+    Raises:
+        ValueError: A tensor is missing, unexpected, of another shape, or not finite; it is named.
+    """
+    wanted = network.state_dict()
+    given = {name: value for name, value in tensors.items() if not any(re.search(rule, name) for rule in derived)}
+    both = [name for name in wanted if name in given]
+    complaints = {
+        "misses": [name for name in wanted if name not in given],
+        "has an unexpected": [name for name in given if name not in wanted],
+        "has another shape of": [
+            f"{name} {list(given[name].shape)} where {list(wanted[name].shape)} belongs"
+            for name in both
+            if given[name].shape != wanted[name].shape
+        ],
+        "has values that are not finite in": [name for name in both if not bool(torch.isfinite(given[name]).all())],
+    }
+    for what, names in complaints.items():
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            kind = type(network).__name__
+            raise ValueError(f"{path} {what} {', '.join(names[:_NAMED])}{more}; give the checkpoint of {kind}")
+    network.load_state_dict({name: given[name].float().contiguous() for name in wanted}, assign=True)
+    network.requires_grad_(False).eval()
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -17,7 +17,7 @@ class PublishedTable:
     Attributes:
         model: The model that was quantized.
         source: The paper.
-        unit: Of every value, in words.
+        unit: The unit of every value, in words.
         columns: Headings.
         rows: Name of the method and bits, and a value for each column; None: the source known here gives none.
     """

@@ -47,7 +47,7 @@ class Dimension(VideoMetric):
         )
 
     def asked(self, pair: Pair) -> Any:
-        """What the prompt asks for: this dimension's auxiliary_info, for example ``{"object": "bird and cat"}``."""
+        """The thing that the prompt asks for: this dimension's auxiliary_info, for example ``{"object": "bird and cat"}``."""
         assert pair.prompt is not None, "concerns() was asked first"
         return pair.prompt.auxiliary[self.name]
 

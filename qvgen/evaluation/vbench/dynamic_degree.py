@@ -70,7 +70,7 @@ def moves(lengths: list[float], *, threshold: float, num_frames: int) -> bool:
     """Whether enough pairs of neighbours move.
 
     Args:
-        lengths: Of each pair, the mean of its longest flows in pixels.
+        lengths: Mean of the longest flows of each pair, in pixels.
         threshold: Pixels above which a pair moves.
         num_frames: Number of frames that the pairs are of.
 

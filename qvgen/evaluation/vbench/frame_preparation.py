@@ -2,9 +2,12 @@
 
 Two ways of resizing are published: of tensors, bilinear or bicubic without antialiasing, whose values may leave [0, 255]; and
 of images by Pillow, which antialiases and rounds to whole levels. Both shorten the longer side to a whole number of pixels.
+Where frames are read as whole levels (ViCLIP's), or resized by OpenCV (UMT's), a tensor's values are rounded too.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,6 +29,40 @@ def sizes(height: int, width: int, *, side: int) -> tuple[int, int]:
     if height <= width:
         return side, int(side * width / height)
     return int(side * height / width), side
+
+
+def middle_frames(frames: UInt8[Tensor, "F H W 3"], count: int) -> UInt8[Tensor, "N H W 3"]:
+    """The middle frame of each of ``count`` equal parts of a video; the last one again where there are fewer frames."""
+    parts = min(count, len(frames))
+    borders = np.linspace(0, len(frames), parts + 1).astype(int).tolist()
+    chosen = [(first + last - 1) // 2 for first, last in pairwise(borders)]
+    return frames[chosen + [chosen[-1]] * (count - parts)]
+
+
+def viclip_tensors(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Tensor, "F 3 S S"]:
+    """Frames for ViCLIP: as CLIP's tensors, rounded to whole levels in [0, 255] between resizing and normalizing."""
+    pixels = _resized(frames, side=side, mode="bicubic").round().clamp(0, 255)
+    return _normalized(_middle(pixels, side) / 255, CLIP_MEAN, CLIP_DEVIATION)
+
+
+def umt_tensors(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Tensor, "F 3 S S"]:
+    """Frames for UMT: resized (bilinear) to a shorter side of 8/7 of ``side``, rounded, the square in the middle, normalized.
+
+    OpenCV interpolates in fixed point, which may round a level the other way.
+    """
+    pixels = _resized(frames, side=side * 8 // 7, mode="bilinear").round()
+    return _normalized(_middle(pixels, side) / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
+
+
+def tag2text_images(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Tensor, "F 3 S S"]:
+    """Frames for Tag2Text: resized as images (bilinear) to a square, whatever their shape, and normalized."""
+    from PIL import Image
+
+    resized = [
+        np.asarray(Image.fromarray(frame.numpy()).resize((side, side), Image.Resampling.BILINEAR)) for frame in frames
+    ]
+    pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+    return _normalized(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
 
 
 def clip_tensors(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Tensor, "F 3 S S"]:

@@ -120,11 +120,6 @@ MUSIQ = PublishedFile(
     source="https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
     licence=None, megabytes=None, sha256="358bb6af",
 )  # fmt: skip
-GRIT = PublishedFile(
-    name="grit_b_densecap_objectdet.pth", folder="grit_model",
-    source="https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
-    licence="MIT", megabytes=None, sha256=None,
-)  # fmt: skip
 UMT = PublishedFile(
     name="l16_ptk710_ftk710_ftk400_f16_res224.pth", folder="umt_model",
     source=f"{_VBENCH_HUB}/l16_ptk710_ftk710_ftk400_f16_res224.pth",
@@ -139,8 +134,26 @@ VICLIP = PublishedFile(
     name="ViClip-InternVid-10M-FLT.pth", folder="ViCLIP", source=f"{_VBENCH_HUB}/ViClip-InternVid-10M-FLT.pth",
     licence=None, megabytes=None, sha256=None,
 )  # fmt: skip
+KINETICS_ACTIONS = PublishedFile(
+    name="kinetics_400_categories.txt", folder="umt_model",
+    source="https://github.com/Vchitect/VBench/raw/master/vbench/third_party/umt/kinetics_400_categories.txt",
+    licence="Apache-2.0", megabytes=1, sha256=None,
+)  # fmt: skip
+TAG_LIST = PublishedFile(
+    name="tag2text_ori_tag_list.txt", folder="caption_model",
+    source="https://github.com/xinyu1205/recognize-anything/raw/main/ram/data/tag2text_ori_tag_list.txt",
+    licence="Apache-2.0", megabytes=1, sha256=None,
+)  # fmt: skip
+BERT_VOCABULARY = PublishedFile(
+    name="vocab.txt", folder="caption_model",
+    source="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
+    licence="Apache-2.0", megabytes=1, sha256=None,
+)  # fmt: skip
 
-FILES = (CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, AMT, RAFT, AESTHETIC, MUSIQ, GRIT, UMT, TAG2TEXT, VICLIP)
+FILES = (
+    CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, AMT, RAFT, AESTHETIC, MUSIQ, UMT, KINETICS_ACTIONS, TAG2TEXT, TAG_LIST,
+    BERT_VOCABULARY, VICLIP,
+)  # fmt: skip
 """All of them, in the order of `qvgen assets weights=vbench`."""
 
 
