@@ -6,7 +6,8 @@
                   changed or is in none
 
 The bits are those of the start that rank 0 makes with a model (:mod:`qvgen.training.student`): the same functions set up each
-layer, and they ask for nothing but its weight and its name. What asks for more is refused before (:func:`qvgen.training.student_check.why_not_streamed`).
+layer, and they ask for nothing but its weight and its name. What asks for more is refused before
+(:func:`qvgen.training.student_check.why_not_streamed`).
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class SuiteTable:
     """The means of the suite's metrics over the prompts.
 
     Attributes:
-        names: of the metrics.
-        rows: each shown step and its values, a dash where a metric has none.
+        names: The metrics' names.
+        rows: Each shown step and its values, a dash where a metric has none.
     """
 
     names: tuple[str, ...]
