@@ -29,7 +29,7 @@ class PairedMetrics:
         suite: Name of a file of conf/suite; None: none.
 
     Attributes:
-        metrics: Those that are measured, by name.
+        metrics: The metrics that are measured, by name.
 
     Raises:
         UserError: There is no such suite or metric, or none of the suite's can be measured.

@@ -21,7 +21,7 @@ class SharedCases:
 
     Args:
         cases: All of them, in order.
-        claims: Those of the folder that they are made in.
+        claims: The claims of the folder that they are made in.
         key: A case's own key, a SHA-256 in hexadecimal digits.
         is_there: Whether a case is made, by any process.
 
