@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import settings
 # Before the hub's client is imported: no test finds what was downloaded to this machine.
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
 
+from qvgen.config import launched_world
 from tests.warm_python import WarmPopen, fork_template
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -93,3 +95,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def _no_world_of_a_launcher() -> Iterator[None]:
+    """Forget the tasks of a launcher that a test's command took part with: the next command in this process has none."""
+    yield
+    launched_world.enter(None)
