@@ -9,7 +9,12 @@ from typing import BinaryIO
 
 
 def unnamed_files(folder: Path, number: int) -> list[BinaryIO]:
-    """New files on the disk of a folder that need not be there yet, open for writing; none where it has no such files."""
+    """New files on the disk of a folder that need not be there yet, open for writing.
+
+    There are none where the disk has no such files, or nothing could give them a name later (:func:`name_file`).
+    """
+    if not Path("/proc/self/fd").is_dir():
+        return []
     flag, place = getattr(os, "O_TMPFILE", None), next(part for part in folder.absolute().parents if part.is_dir())
     found: list[BinaryIO] = []
     try:
