@@ -51,7 +51,7 @@ class PairedMetrics:
             log.info("evaluation.suite=%s: %s is left out: %s", suite, name, reason)
         if not self.metrics:
             raise UserError(
-                f"evaluation.suite={suite} has no metric that compares single videos here; write suite fast"
+                f"evaluation.suite={suite} has no metric that compares single videos here; write evaluation.suite=fast"
             )
 
     def measure(self, video: Frames, reference: Frames, *, caption: str) -> Mapping[str, float]:
