@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-CHECKS = ("layers/other_device_checks.py", "deploy/moved_model_checks.py", "training/device_run_checks.py")
+CHECKS = (
+    "layers/other_device_checks.py",
+    "deploy/moved_model_checks.py",
+    "deploy/offloaded_pipeline_checks.py",
+    "training/device_run_checks.py",
+)
 
 
 def test_no_tensor_is_left_on_the_cpu_and_nothing_needs_float64_or_waits():
