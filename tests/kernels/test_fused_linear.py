@@ -3,6 +3,7 @@
 The Triton kernels run in Triton's interpreter and are held to the reference with torch.equal. Nothing here ran on a GPU.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -109,6 +110,13 @@ def test_no_order_of_columns_changes_a_norm(kind):
     assert torch.equal(stated_norm(x, kind=kind)[:, order], stated_norm(x[:, order], kind=kind))
     # an ordinary sum does depend on it
     assert not torch.equal(x.sum(-1), x[:, order].sum(-1))
+
+
+def test_a_norm_divides_by_the_ieee_square_root():
+    """The norm is an RMSNorm, whose sums are exact here; numpy's root is the processor's own."""
+    x = torch.randint(1 << 20, 1 << 21, (20_000, 2), generator=torch.Generator().manual_seed(0)).to(torch.float32)
+    mean_square = (x.numpy().astype("float64") ** 2).sum(1, keepdims=True).astype("float32") / np.float32(2)
+    assert np.array_equal(stated_norm(x, kind="rms").numpy(), x.numpy() * (np.float32(1) / np.sqrt(mean_square)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-30, 5.0, 1e30, 3e38, float("nan"), float("inf")])
