@@ -1,18 +1,27 @@
-"""How many CPU threads compute, and that the first of them finds torch's mathematics ready.
+"""How many CPU threads compute, and that torch's mathematics on the CPU gives the same bits again.
 
 The library of vector functions inside torch's CPU builds (Intel MKL's VML) prepares itself at its first call, and that is
 not safe between threads: where two threads share the first sine of a process, now and then one of them computes its part with
 errors of 1e-4 in place of 1e-7 (docs/log.md has the measurement). So that the same command gives the same bits, each function
 is called once by one thread before anything is computed by several.
+
+The library's products of small matrices have other last bits where a matrix lies elsewhere in memory, but on processors of
+Intel with AVX-512: the same weights read from another file, or the same run again, then differ. MKL_CBWR=AUTO,STRICT ends
+that, and costs no time (docs/log.md); the library reads it at its first call.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
+
+PRODUCTS = "MKL_CBWR"
+"""The variable by which the library is told that its products shall have the same bits wherever matrices lie."""
 
 VECTOR_FUNCTIONS = (
     "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "lgamma", "log", "log10", "log1p", "log2",
@@ -48,7 +57,13 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def prepare_mathematics() -> None:
-    """Call each vector function and a product of matrices once on one thread; the number of threads stays what it is."""
+    """Call each vector function and a product of matrices once on one thread; the number of threads stays what it is.
+
+    Where the processor needs it and the environment does not say otherwise, products are told before that to have the same
+    bits wherever matrices lie; too late where the process has computed one already.
+    """
+    if torch.backends.mkl.is_available() and not _is_intel_with_avx512():
+        os.environ.setdefault(PRODUCTS, "AUTO,STRICT")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,3 +76,11 @@ def prepare_mathematics() -> None:
             torch.bmm(square[None], square[None])
     finally:
         torch.set_num_threads(before)
+
+
+def _is_intel_with_avx512() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "GenuineIntel" in text and "avx512f" in text

@@ -27,6 +27,14 @@ settings.register_profile("any machine", deadline=None)  # no test may fail beca
 settings.load_profile("any machine")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _same_bits_wherever_matrices_lie() -> None:
+    """Prepare torch's mathematics as a command does: tests that call the library alone compare bits too."""
+    from qvgen.cpu_threads import prepare_mathematics  # not above: the process that hands out the tests needs no torch
+
+    prepare_mathematics()
+
+
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run, W3A3 with Phi and two micro-batches per step; read it, or change a copy."""
