@@ -142,7 +142,7 @@ def test_an_environment_that_changes_arithmetic_is_refused(run_dir: Path, monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # decides nothing: strategy.threads does
     go_on(run_dir)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    with pytest.raises(UserError, match=r"machine\.settings was none and is MKL_CBWR=COMPATIBLE"):
+    with pytest.raises(UserError, match=r"machine\.settings was .* and is MKL_CBWR=COMPATIBLE"):
         go_on(run_dir)
 
 
