@@ -73,7 +73,7 @@ scores are not finite."""
 
 
 def _operands(inputs: tuple[Tensor, Tensor, Tensor], *, tensors: AttentionTensors, spec: AttentionSpec) -> Operands:
-    q, k, v = inputs
+    q, k, v = (x.contiguous() for x in inputs)  # so that strides change no order of sums
     query, key, value = rotated(q, spec=spec).float(), rotated(k, spec=spec).float(), v.float()
     key = key - token_mean(key) if spec.smooth_key else key
     value = value - token_mean(value)
@@ -186,7 +186,7 @@ def attention_gradients(
         is no clip, at 1.
     """
     operands = _operands(inputs, tensors=tensors, spec=spec)
-    of_query, of_key, of_value, is_bad = products(grad.float(), operands)
+    of_query, of_key, of_value, is_bad = products(grad.float().contiguous(), operands)
     is_lost = ~(
         torch.isfinite(operands.key.scale).all(2, keepdim=True)
         & torch.isfinite(operands.value.scale).all(3, keepdim=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qvgen_kernels.attention.contract import AttentionSpec, AttentionTensors, check_tensors
-from qvgen_kernels.attention.cpu import VARIANTS, cpu_attention
-from qvgen_kernels.attention.gradient import attention_gradients, reference_products
+from qvgen_kernels.attention.cpu import VARIANTS, cpu_attention, cpu_products
+from qvgen_kernels.attention.gradient import Products, attention_gradients, reference_products
 from qvgen_kernels.attention.reference import reference_attention
 from qvgen_kernels.cpu_library import supported
 from qvgen_kernels.errors import KernelUnavailableError
@@ -92,10 +92,12 @@ def _attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tenso
     check_tensors(q, k, v, mask=mask, tensors=named, spec=spec)
     if not q.numel() or not k.numel():
         return _gradients_like(grad, *call)
-    resolve_attention(kernel, device=q.device)
+    name, inputs = resolve_attention(kernel, device=q.device), (q, k, v)
+    products: Products = partial(reference_products, mask=mask, spec=spec)
+    if name in VARIANTS:
+        products = partial(cpu_products, inputs=inputs, mask=mask, tensors=named, spec=spec, variant=name)
     with without_autocast(q.device):
-        products = partial(reference_products, mask=mask, spec=spec)
-        return attention_gradients(grad, (q, k, v), tensors=named, spec=spec, products=products)
+        return attention_gradients(grad, inputs, tensors=named, spec=spec, products=products)
 
 
 def _gradients_like(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
