@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.kernels.attention_oracle import CUBIC, F, INFINITY, codes_of, mean_of
+from tests.kernels.attention_oracle import CUBIC, INFINITY, F, codes_of, mean_of
 from tests.kernels.oracle import hadamard
 
 
@@ -64,7 +64,11 @@ class Surrogate:
             self.codes.append(torch.tensor(codes, dtype=torch.float64))
             self.inside.append(torch.tensor(np.abs(np.rint(rows * (F(1) / scale))) <= 127))
             scales.append(scale)
-        x = (self.codes[0].numpy() @ self.codes[1].numpy().T).astype(F) * scales[1][:, 0] * (scales[0] * F(spec["factor"]))
+        x = (
+            (self.codes[0].numpy() @ self.codes[1].numpy().T).astype(F)
+            * scales[1][:, 0]
+            * (scales[0] * F(spec["factor"]))
+        )
         self.weights = torch.tensor(probabilities_of(np.where(seen, x, -INFINITY).astype(F)))
         self.rest, self.exponents = [None, None, None], None
         tensors = [torch.tensor(part, dtype=torch.float64) for part in (*point, *clips)]

@@ -1,4 +1,4 @@
-"""Gradient of the quantized attention: the derivative of a smooth float64 function through it, and what exact attention has."""
+"""Gradient of the quantized attention against the derivative of a smooth float64 function and that of exact attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def numbers(shape: tuple[int, ...], *, size: float = 1.0, dtype: torch.dtype = t
 def backward(tensors, *, spec, mask=None, clips=(None, None), kernel="auto"):
     """Outputs and gradients of q, k, v and of those clips that there are."""
     *inputs, grad = tensors
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*inputs, *(clip for clip in clips if clip is not None))]
+    leaves = [
+        tensor.detach().clone().requires_grad_() for tensor in (*inputs, *(clip for clip in clips if clip is not None))
+    ]
     rest = iter(leaves[3:])
     learned = AttentionTensors(*(None if clip is None else next(rest) for clip in clips))
     y = attention(*leaves[:3], spec=spec, mask=mask, tensors=learned, kernel=kernel)
@@ -68,52 +70,54 @@ def test_the_oracle_is_a_derivative() -> None:
             assert abs((ends[0] - ends[1]) / (2 * step) - slope) < 1e-7 * found[number].norm() * direction.norm()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("changed", "size"),
     [({}, 1.0), ({"smooth_key": False}, 3.0), ({"rotation": 12}, 0.2), ({"softmax_scale": 1.5}, 10.0)],
     ids=["default", "not smooth", "rotated", "peaky"],
 )
-def test_gradients_are_those_of_the_oracle(kernel: str, changed: dict[str, object], size: float) -> None:
+def test_gradients_are_those_of_the_oracle(changed: dict[str, object], size: float) -> None:
     """With clips that cut, a mask of each query and one query that sees nothing."""
     tensors, spec = numbers((2, 2, 6, 150, 12), size=size), AttentionSpec(12, **changed)
     seen = torch.rand(1, 2, 6, 150, generator=torch.Generator().manual_seed(3)) > 0.4
     seen[..., 2, :] = False
     clips = torch.tensor([0.7, 1.0]), torch.tensor([1.0, 0.8])
-    y, found = backward(tensors, spec=spec, mask=seen, clips=clips, kernel=kernel)
-    wanted = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in found]
+    results = [backward(tensors, spec=spec, mask=seen, clips=clips, kernel=kernel) for kernel in KERNELS]
+    wanted = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in (*tensors[:3], *clips)]
     for sample in range(2):
         for head in range(2):
             *point, grad = (tensor[sample, head].numpy() for tensor in tensors)
             pair = tuple(clip[head].item() for clip in clips)
             output, parts = gradients(point, grad, clips=pair, seen=seen[0, head].numpy(), spec=as_spec(spec))
-            assert distance(y[sample, head], output) < ROUNDING
+            assert distance(results[0][0][sample, head], output) < ROUNDING
             for total, part in zip(wanted[:3], parts[:3], strict=True):
                 total[sample, head] = part
             for total, part in zip(wanted[3:], parts[3:], strict=True):
                 total[head] += part
-    for tensor, total in zip(found, wanted, strict=True):
-        assert distance(tensor, total) < ROUNDING
-    assert not found[0][:, :, 2].any()
+    for _, found in results:
+        for tensor, total in zip(found, wanted, strict=True):
+            assert distance(tensor, total) < ROUNDING
+        assert not found[0][:, :, 2].any()
+    compiled = [found for name, (_, found) in zip(KERNELS, results, strict=True) if name != "reference"]
+    for found in compiled[1:]:
+        assert all(map(torch.equal, found, compiled[0]))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 1, 530, 65, 64), (1, 2, 129, 300, 72), (1, 2, 33, 1, 96), (1, 1, 64, 700, 128)], ids=str
 )
-def test_shapes_and_types(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_shapes_and_types(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Half precision: the gradient of the rounded inputs in float32, rounded once, to half a unit in its last place."""
     tensors, spec = numbers(shape, dtype=dtype), AttentionSpec(shape[4])
-    _, found = backward(tensors, spec=spec, kernel=kernel)
+    results = [backward(tensors, spec=spec, kernel=kernel)[1] for kernel in KERNELS]
     seen = np.ones((shape[2], shape[3]), dtype=bool)
     for head in range(shape[1]):
         *point, grad = (tensor[0, head].float().numpy() for tensor in tensors)
         _, wanted = gradients(point, grad, seen=seen, spec=as_spec(spec))
-        for tensor, part in zip(found, wanted[:3], strict=True):
+        for tensor, part in ((found[number], wanted[number]) for found in results for number in range(3)):
             assert tensor.dtype is dtype
-            if not part.any():
-                assert not tensor[0, head].any()  # one key: nothing moves its weight
+            if shape[3] == 1 and part is not wanted[2]:
+                assert tensor[0, head].abs().max() < 1e-5  # one key: nothing moves its weight
             else:
                 assert distance(tensor[0, head], part) < ROUNDING + torch.finfo(dtype).eps / 2
 
@@ -228,7 +232,9 @@ def test_nothing_of_queries_times_keys_is_made_or_kept(kernel: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = attention(*leaves, spec=spec, kernel=kernel)
         y.backward(grad)
-    assert {tensor.data_ptr() for tensor in kept} == {leaf.data_ptr() for leaf in leaves}  # the inputs, and nothing else
+    assert {tensor.data_ptr() for tensor in kept} == {
+        leaf.data_ptr() for leaf in leaves
+    }  # the inputs, and nothing else
     assert largest.elements <= 512 * 64 + 512 * 4  # one block of queries and keys; all scores are 128 times as many
 
 

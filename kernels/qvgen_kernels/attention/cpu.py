@@ -45,7 +45,10 @@ class CAttentionGradient(ctypes.Structure):
 
     _fields_ = (
         ("call", CAttention),
-        *((name, c_void_p) for name in ("grad", "query", "key", "value", "grad_query", "grad_key", "grad_value", "bad")),
+        *(
+            (name, c_void_p)
+            for name in ("grad", "query", "key", "value", "grad_query", "grad_key", "grad_value", "bad")
+        ),
     )
 
 
@@ -187,7 +190,5 @@ def cpu_products(
         *(tensor.data_ptr() for tensor in (*read, of_query, of_key, of_value, is_bad)),
     )
     _functions().qv_attention_gradient(ctypes.addressof(call))
-    found = [part[:, :, :tokens, : spec.head_size] for part, tokens in (
-        (of_query, grad.shape[2]), (of_key, inputs[1].shape[2]), (of_value, inputs[1].shape[2]),
-    )]  # fmt: skip
-    return found[0], found[1], found[2], is_bad
+    of_key, of_value = (part[:, :, : inputs[1].shape[2], : spec.head_size] for part in (of_key, of_value))
+    return of_query[..., : spec.head_size], of_key, of_value, is_bad

@@ -4,7 +4,7 @@
     dq^_i = lambda sum over j of W_ij k^_j,   dk^_j = lambda sum over i of W_ij q^_i,   dv^_j = sum over i of P_ij g_i
 
 P are the forward's own codes, computed again: the backward pass keeps the inputs alone. A backend may bring its own
-products (:data:`Products`); what is before and after them costs a pass or two over queries, keys and values and is torch's here.
+products (:data:`Products`); what comes before and after them are passes over queries, keys and values, and torch's here.
 
 The sums over P and its gradient have no 8-bit factor but P: dP and W stay in float32, because most of the error of trained
 low-bit attention comes from there (SageBwd, arXiv 2603.02170). The forward's codes stand in P, and in the sum that is
@@ -123,9 +123,7 @@ def reference_products(
     return of_query, of_key, of_value, is_bad
 
 
-def _through_codes(
-    grad: Tensor, side: Side, *, clip: Tensor | None, axis: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _through_codes(grad: Tensor, side: Side, *, clip: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Straight through the rounding of a side, as qvgen.quant.ste has it for a range from the row itself.
 
     Args:
@@ -209,7 +207,5 @@ def attention_gradients(
         value.masked_fill(is_lost, torch.nan),
     ]
     of_q, of_k, of_v = (row.to(x.dtype) for row, x in zip(rows, inputs, strict=True))
-    query_clip, key_clip = (
-        _clip_gradient(part.masked_fill(is_lost, torch.nan)) for part in (query_clip, key_clip)
-    )
+    query_clip, key_clip = (_clip_gradient(part.masked_fill(is_lost, torch.nan)) for part in (query_clip, key_clip))
     return of_q, of_k, of_v, query_clip, key_clip

@@ -142,8 +142,8 @@ def attention(
 ) -> Tensor:
     """Attention with 8-bit queries, keys, probabilities and values, as kernels/attention.md defines it; with a gradient.
 
-    A backward pass gives q, k, v and the clips the gradients of that file's section "Gradient". It keeps the inputs alone, and
-    memory grows with tokens, not with their square. There is no second derivative.
+    A backward pass gives q, k, v and the clips the gradients of that file's section "Gradient". It keeps the inputs alone,
+    and its memory grows with tokens, not with their square. There is no second derivative.
 
     Args:
         q: float32, bfloat16 or float16 queries [B, H, M, D]; any strides.

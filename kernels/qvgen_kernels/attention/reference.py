@@ -41,10 +41,12 @@ def rotated(x: Tensor, *, spec: AttentionSpec) -> Tensor:
 
 
 def token_sum(x: Tensor) -> Tensor:
-    """Sum over tokens, float32 [B, H, T, D] -> [B, H, 1, D]: 64 tokens one after another, then their sums likewise, from 0."""
+    """Sum over tokens, float32 [B, H, T, D] -> [B, H, 1, D]: sums of 64 one after another, then these likewise, from 0."""
     blocks = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
     parts = blocks[:, :, :, 0].clone()
-    for token in range(1, min(BLOCK, x.shape[2])):  # to add the zeros of the last block changes no sum that began with 0
+    for token in range(
+        1, min(BLOCK, x.shape[2])
+    ):  # to add the zeros of the last block changes no sum that began with 0
         parts += blocks[:, :, :, token]
     total = torch.zeros_like(x[:, :, :1])
     for part in parts.split(1, dim=2):
@@ -133,9 +135,7 @@ def _add_block(total: Tensor, top: Tensor, *, part: Tensor, exponent: Tensor) ->
     return torch.where(is_empty, total, added), torch.where(is_empty, top, highest)
 
 
-def block_exponents(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice
-) -> Tensor:
+def block_exponents(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice) -> Tensor:
     """Exponents of two x float32 [B, H, m, 64] of queries and one block of keys, each codes and scales; hidden ones -inf."""
     (codes, scale), (key_codes, key_scale) = q, k
     x = (codes @ key_codes[:, :, here].mT) * key_scale[:, :, here].mT * scale
