@@ -147,7 +147,7 @@ def block_exponents(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], mask: Te
 def running_sums(
     q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], value_codes: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What some queries have after all blocks of keys.
+    """Add up all blocks of keys for some queries.
 
     Args:
         q: Codes [B, H, m, D] and scales [B, H, m, 1] of :func:`quantize_queries`.

@@ -20,7 +20,8 @@ QV_INLINE void accumulate16(const float* a, int64_t row, int64_t unit, const flo
         for (int part = 0; part < kParts; ++part) memcpy(&sums[r][part], c + r * ldc + part * kColumns, sizeof(Column));
     for (int64_t u = 0; u < units; ++u) {
         Column line[kParts];
-        memcpy(line, b + u * ldb, sizeof line);
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) memcpy(&line[part], b + u * ldb + part * kColumns, sizeof(Column));
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
             const float factor = a[r * row + u * unit];
