@@ -298,6 +298,12 @@ def test_nothing_to_attend(kernel: str) -> None:
         assert not any(tensor.any() for tensor in found)
 
 
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    q, k, v, grad = numbers((1, 2, 3, 5, 8))
+    with pytest.raises(ValueError, match=r"grad is \[1, 2, 2, 8\] on cpu; it must be \[1, 2, 3, 8\]"):
+        torch.ops.qvgen.attention_backward(grad[:, :, :2], q, k, v, None, [], AttentionSpec(8).to_string(), "auto")
+
+
 def test_second_derivatives_are_refused() -> None:
     q, k, v = (tensor.requires_grad_() for tensor in numbers((1, 1, 2, 3, 4))[:3])
     (grad,) = torch.autograd.grad(attention(q, k, v, spec=AttentionSpec(4)).sum(), q, create_graph=True)

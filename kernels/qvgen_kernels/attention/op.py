@@ -90,6 +90,8 @@ def _attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tenso
     q, k, v, mask, tensors, text, kernel = call
     spec, named = AttentionSpec.from_string(text), AttentionTensors(*tensors)
     check_tensors(q, k, v, mask=mask, tensors=named, spec=spec)
+    if grad.shape != q.shape or grad.device != q.device:
+        raise ValueError(f"grad is {list(grad.shape)} on {grad.device}; it must be {list(q.shape)} on {q.device}, as q")
     if not q.numel() or not k.numel():
         return _gradients_like(grad, *call)
     name, inputs = resolve_attention(kernel, device=q.device), (q, k, v)
@@ -152,7 +154,8 @@ def attention(
         spec: The attention.
         mask: bool, [B, H, M, N] or 1 in place of any of these sizes: True where a query sees a key; None: everywhere.
         tensors: Clips.
-        kernel: ``auto`` or one of :func:`attention_kernels`; every one has the same bits.
+        kernel: ``auto`` or one of :func:`attention_kernels`; every one has the same outputs, and those in C++
+            have the same gradients.
 
     Returns:
         [B, H, M, D] of q's dtype, contiguous. A query that sees no key has zeros. A query that is not finite is NaN, and
@@ -162,9 +165,9 @@ def attention(
         ValueError: wrong types, shapes or devices, or an unknown kernel.
         KernelUnavailableError: the kernel does not run here.
     """
-    clips = list(tensors)
-    if any(clip is None for clip in clips):
-        one = None if clips == [None, None] else q.new_ones(q.shape[1], dtype=torch.float32)
-        clips = [] if one is None else [one if clip is None else clip for clip in clips]
+    clips = [clip for clip in tensors if clip is not None]
+    if len(clips) == 1:
+        one = q.new_ones(q.shape[1], dtype=torch.float32)
+        clips = [one if clip is None else clip for clip in tensors]
     y: Tensor = torch.ops.qvgen.attention(q, k, v, mask, clips, spec.to_string(), kernel)
     return y
