@@ -2,7 +2,7 @@
 
 300 steps of recall: 24 tokens carry a random name and a random content, 24 others a name, whose content is asked for. Exact
 attention ends below .01 of the first loss. Keys have a large bias, as video models' have: the run without smooth_key shows
-what that costs. QVGEN_LONG_TESTS=1 asks for it; `python -m tests.kernels.test_attention_training` prints the losses.
+what that costs. QVGEN_LONG_TESTS=1 asks for it; `python -m tests.kernels.test_attention_recall` prints the losses.
 """
 
 from __future__ import annotations
