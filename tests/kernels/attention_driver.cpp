@@ -1,4 +1,4 @@
-// Random calls of the attention without Python: for sanitizers, and for other processors under an emulator.
+// Random calls of the attention and of its gradient without Python: for sanitizers, and for other processors under an emulator.
 //
 // Every piece is an allocation of exactly its size. Every backend that runs here must give the bytes of the plain one.
 #include <cmath>
@@ -12,7 +12,27 @@
 
 extern "C" int64_t qv_attention_work_bytes(const qv::Attention*);
 extern "C" void qv_attention(const qv::Attention*);
+extern "C" void qv_attention_gradient(const qv::AttentionGradient*);
 extern "C" int qv_supported(int32_t);
+
+// Gradients of queries, keys and values, and which queries are lost, as one piece of bytes.
+static std::vector<float> differentiate(const qv::Attention& call) {
+    const int64_t columns = qv::padded_head(call), keys = qv::key_blocks(call) * qv::kKeys;
+    std::mt19937 draw(7);
+    std::normal_distribution<float> normal;
+    std::vector<float> grad(call.heads * call.queries * columns), query(grad.size()), key(call.heads * keys * columns), value(key.size());
+    for (auto* piece : {&grad, &query, &key, &value})
+        for (float& x : *piece) x = normal(draw);
+    std::vector<float> of_query(grad.size()), of_key(key.size()), of_value(key.size());
+    std::vector<uint8_t> bad(call.heads * call.queries);
+    const qv::AttentionGradient gradient{call, grad.data(), query.data(), key.data(), value.data(),
+                                         of_query.data(), of_key.data(), of_value.data(), bad.data()};
+    qv_attention_gradient(&gradient);
+    of_query.insert(of_query.end(), of_key.begin(), of_key.end());
+    of_query.insert(of_query.end(), of_value.begin(), of_value.end());
+    of_query.insert(of_query.end(), bad.begin(), bad.end());
+    return of_query;
+}
 
 int main() {
     std::mt19937 draw(5);
@@ -40,6 +60,8 @@ int main() {
             if (posix_memalign(&work, 64, static_cast<size_t>(qv_attention_work_bytes(&call)))) return 1;
             call.work = static_cast<uint8_t*>(work);
             qv_attention(&call);
+            const std::vector<float> gradients = differentiate(call);
+            y.insert(y.end(), gradients.begin(), gradients.end());
             std::free(work);
             if (plain.empty()) plain = y;
             if (std::memcmp(plain.data(), y.data(), y.size() * sizeof(float))) {

@@ -174,12 +174,6 @@ def test_compiled_whole() -> None:
         assert torch.equal(compiled(q, k, v), model(q, k, v))
 
 
-def test_no_gradient() -> None:
-    q, k, v = (tensor.requires_grad_() for tensor in numbers((1, 1, 2, 3, 4)))
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        attention(q, k, v, spec=AttentionSpec(4)).sum().backward()
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

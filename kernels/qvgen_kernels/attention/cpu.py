@@ -1,4 +1,4 @@
-"""The quantized attention on a CPU: csrc/cpu/attention*, on torch's threads."""
+"""The quantized attention and the sums of its gradient on a CPU: csrc/cpu/attention*, on torch's threads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qvgen_kernels.attention.contract import AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.contract import BLOCK, AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.gradient import Operands
 from qvgen_kernels.attention.reference import rotated
 from qvgen_kernels.cpu_build import BuildError
 from qvgen_kernels.cpu_library import BACKENDS, library
 
-__all__ = ["VARIANTS", "cpu_attention"]
+__all__ = ["VARIANTS", "cpu_attention", "cpu_products"]
 
 VARIANTS = ("amx", "vnni", "avx2", "portable")
 """Processors that the attention is compiled for, the fastest first."""
@@ -38,17 +40,30 @@ class CAttention(ctypes.Structure):
     )
 
 
+class CAttentionGradient(ctypes.Structure):
+    """qv::AttentionGradient."""
+
+    _fields_ = (
+        ("call", CAttention),
+        *(
+            (name, c_void_p)
+            for name in ("grad", "query", "key", "value", "grad_query", "grad_key", "grad_value", "bad")
+        ),
+    )
+
+
 @cache
-def _functions() -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
+def _functions() -> ctypes.CDLL:
     loaded = library()
     loaded.qv_attention_size.restype = c_int64
-    if loaded.qv_attention_size() != ctypes.sizeof(CAttention):
+    if loaded.qv_attention_size() != ctypes.sizeof(CAttentionGradient):
         raise BuildError(f"the CPU library has a structure of {loaded.qv_attention_size()} bytes; remove it")
     loaded.qv_attention_work_bytes.argtypes = [c_void_p]
     loaded.qv_attention_work_bytes.restype = c_int64
-    loaded.qv_attention.argtypes = [c_void_p]
-    loaded.qv_attention.restype = None
-    return loaded.qv_attention_work_bytes, loaded.qv_attention
+    for function in (loaded.qv_attention, loaded.qv_attention_gradient):
+        function.argtypes = [c_void_p]
+        function.restype = None
+    return loaded
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -90,15 +105,33 @@ def cpu_attention(
     """
     if not q.numel() or not k.numel():
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    query, key, value = _dense(rotated(q, spec=spec)), _dense(rotated(k, spec=spec)), _dense(v)
     y = torch.empty(q.shape, dtype=v.dtype, device=v.device)
+    call = _call((q, k, v), y, mask=mask, tensors=tensors, spec=spec, variant=variant)
+    _functions().qv_attention(ctypes.addressof(call))
+    return y
+
+
+def _call(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    y: Tensor | None,
+    *,
+    mask: Tensor | None,
+    tensors: AttentionTensors,
+    spec: AttentionSpec,
+    variant: str,
+) -> CAttention:
+    """A structure that keeps what it points to, y and mask aside, as its attribute ``kept``."""
+    q, k, v = inputs
+    query, key, value = _dense(rotated(q, spec=spec)), _dense(rotated(k, spec=spec)), _dense(v)
     clips = [None if clip is None else clip.contiguous() for clip in tensors]
     call = CAttention(
         *q.shape[:3],
         k.shape[2],
         spec.head_size,
-        *(tensor.data_ptr() for tensor in (query, key, value, y)),
-        *(tensor.stride(axis) for tensor in (query, key, value, y) for axis in range(3)),
+        *(tensor.data_ptr() for tensor in (query, key, value)),
+        None if y is None else y.data_ptr(),
+        *(tensor.stride(axis) for tensor in (query, key, value) for axis in range(3)),
+        *((0, 0, 0) if y is None else y.stride()[:3]),
         None if mask is None else mask.data_ptr(),
         *_strides(mask),
         *(None if clip is None else clip.data_ptr() for clip in clips),
@@ -110,8 +143,52 @@ def cpu_attention(
         BACKENDS[variant],
         torch.get_num_threads(),
     )
-    work_bytes, run = _functions()
-    work = torch.empty(work_bytes(ctypes.addressof(call)) + _ALIGNMENT, dtype=torch.uint8, device=v.device)
+    work_bytes = _functions().qv_attention_work_bytes(ctypes.addressof(call))
+    work = torch.empty(work_bytes + _ALIGNMENT, dtype=torch.uint8, device=v.device)
     call.work = work.data_ptr() + -work.data_ptr() % _ALIGNMENT
-    run(ctypes.addressof(call))
-    return y
+    call.kept = (query, key, value, *clips, work)
+    return call
+
+
+def cpu_products(
+    grad: Tensor,
+    operands: Operands,
+    *,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    tensors: AttentionTensors,
+    spec: AttentionSpec,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of the gradient, as :data:`~qvgen_kernels.attention.gradient.Products`: the same bits by every variant.
+
+    Args:
+        grad: Gradient of the outputs, float32 [B, H, M, D].
+        operands: Quantized queries, keys and values.
+        inputs: q, k and v of the forward pass; the codes of probabilities are made of them as there.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        tensors: Clips.
+        spec: The attention.
+        variant: One of :data:`VARIANTS`.
+
+    Returns:
+        dq^ / lambda, dk^ / lambda, dv^ and whether a query has scores that are not finite.
+
+    Raises:
+        KernelUnavailableError: there is no library.
+    """
+    columns, keys = (-spec.head_size % 16, -inputs[1].shape[2] % BLOCK)  # what is missing to whole registers and blocks
+    query = pad(operands.query.dequantized, (0, columns)).contiguous()
+    key = pad(operands.key.dequantized, (0, columns, 0, keys)).contiguous()
+    value = pad(operands.value.dequantized, (0, columns, 0, keys)).unflatten(2, (-1, BLOCK)).mT.contiguous()
+    of_query, of_key, of_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(key)
+    is_bad = torch.zeros((*grad.shape[:3], 1), dtype=torch.bool, device=grad.device)
+    read = (pad(grad, (0, columns)).contiguous(), query, key, value)
+    forward = _call(inputs, None, mask=mask, tensors=tensors, spec=spec, variant=variant)
+    call = CAttentionGradient(
+        forward,  # copied: what it keeps is kept by this name
+        *(tensor.data_ptr() for tensor in (*read, of_query, of_key, of_value, is_bad)),
+    )
+    _functions().qv_attention_gradient(ctypes.addressof(call))
+    of_key, of_value = (part[:, :, : inputs[1].shape[2], : spec.head_size] for part in (of_key, of_value))
+    return of_query[..., : spec.head_size], of_key, of_value, is_bad

@@ -23,6 +23,16 @@ struct Attention {
     int32_t smooth_key, backend, threads;
 };
 
+// The sums of one call's gradient. Mirrored by CAttentionGradient; "padded" are sizes as padded_head and whole blocks of keys give
+// them, and what is added there is zeros.
+struct AttentionGradient {
+    Attention call;                              // without y
+    const float *grad, *query;                   // [batch, heads, queries, padded head size]: of y; dequantized queries
+    const float *key, *value;                    // [batch, heads, padded keys, padded head size], [.., blocks, padded head size, 64]
+    float *grad_query, *grad_key, *grad_value;   // as query, key and key; zeros when the call begins
+    uint8_t* bad;                                // [batch, heads, queries]: 1 where a query's scores are not finite
+};
+
 // What one head's keys and values become. Codes lie as the products of the processor want them.
 struct HeadCodes {
     uint8_t *keys, *values;
@@ -34,6 +44,7 @@ struct AttentionTarget {
     int64_t code_bytes;
     void (*prepare)(const Attention&, int64_t head);
     void (*attend)(const Attention&, int64_t head, int64_t row);
+    void (*gradient)(const AttentionGradient&, int64_t head);
 };
 
 AttentionTarget attention_portable();

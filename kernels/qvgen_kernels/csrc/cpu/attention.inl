@@ -288,17 +288,13 @@ static const WideMask* hidden_keys(const Attention& p, int64_t head, int64_t m, 
     return place;
 }
 
-// `count` queries from `slot` on against one block of keys.
-static void attend_group(const Attention& p, int64_t head, int64_t m, int64_t slot, int64_t count, int64_t begin, const HeadCodes& h,
-                         const Rows& r) {
-    const int64_t size = p.head_size, columns = padded_head(p);
-    const Code* keys = reinterpret_cast<const Code*>(h.keys) + begin * size;
-    const Code* values = reinterpret_cast<const Code*>(h.values) + begin * columns;
-    const Code* codes = r.codes + slot * columns;
-    scores(codes, columns, keys, size / kPack, r.first + slot, count, r.scores);
+// Codes of the probabilities of `count` queries from `slot` on for one block of keys; their sums and exponents.
+static void code_group(const Attention& p, int64_t head, int64_t m, int64_t slot, int64_t count, int64_t begin, const HeadCodes& h,
+                       const Rows& r, int32_t* weight, float* exponent) {
+    const Code* keys = reinterpret_cast<const Code*>(h.keys) + begin * p.head_size;
+    const int64_t columns = padded_head(p);
+    scores(r.codes + slot * columns, columns, keys, p.head_size / kPack, r.first + slot, count, r.scores);
     WideMask place[4];
-    int32_t weight[kGroup];
-    float exponent[kGroup];
     for (int64_t i = 0; i < count; ++i) {
         const WideMask* hidden = hidden_keys(p, head, m + i, begin, place);
         const float scale = r.scale[slot + i], *key_scale = h.key_scale + begin;
@@ -308,9 +304,27 @@ static void attend_group(const Attention& p, int64_t head, int64_t m, int64_t sl
         if (!weight[i]) memset(out, 0, kKeys * sizeof(Code));
         if (exponent[i] == bits_float(0x7f800000)) r.bad[slot + i] = true;
     }
+}
+
+// `count` queries from `slot` on against one block of keys.
+static void attend_group(const Attention& p, int64_t head, int64_t m, int64_t slot, int64_t count, int64_t begin, const HeadCodes& h,
+                         const Rows& r) {
+    const int64_t columns = padded_head(p);
+    const Code* values = reinterpret_cast<const Code*>(h.values) + begin * columns;
+    int32_t weight[kGroup];
+    float exponent[kGroup];
+    code_group(p, head, m, slot, count, begin, h, r, weight, exponent);
     sums_of_values(r.probabilities, values, columns, count, r.sums);
     for (int64_t i = 0; i < count; ++i)
         if (weight[i]) add_block(r, slot + i, columns, r.sums + i * columns, weight[i], exponent[i]);
+}
+
+// Running sums of `count` queries from `row` on over all blocks of keys.
+static void attend_block(const Attention& p, int64_t head, int64_t row, int64_t count, const HeadCodes& h, const Rows& r) {
+    for (int64_t i = 0; i < count; ++i) quantize_query(p, head, row + i, i, r);
+    for (int64_t begin = 0; begin < p.keys && *h.bad == 0.0f; begin += kKeys)
+        for (int64_t slot = 0; slot < count; slot += kGroup)
+            attend_group(p, head, row + slot, slot, count - slot < kGroup ? count - slot : kGroup, begin, h, r);
 }
 
 static void finish(const Attention& p, int64_t head, int64_t m, int64_t slot, const HeadCodes& h, const Rows& r) {
@@ -328,11 +342,8 @@ static void attend(const Attention& p, int64_t head, int64_t row) {
     const HeadCodes h = head_codes(p, head, sizeof(Code));
     const Rows r = rows_of(p);
     const int64_t count = p.queries - row < kQueryRows ? p.queries - row : kQueryRows;
-    for (int64_t i = 0; i < count; ++i) quantize_query(p, head, row + i, i, r);
     begin_products(p);
-    for (int64_t begin = 0; begin < p.keys && *h.bad == 0.0f; begin += kKeys)
-        for (int64_t slot = 0; slot < count; slot += kGroup)
-            attend_group(p, head, row + slot, slot, count - slot < kGroup ? count - slot : kGroup, begin, h, r);
+    attend_block(p, head, row, count, h, r);
     end_products();
     for (int64_t i = 0; i < count; ++i) finish(p, head, row + i, i, h, r);
 }

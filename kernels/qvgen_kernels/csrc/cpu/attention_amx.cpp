@@ -19,10 +19,11 @@ namespace {
 #define QV_MAX512
 #include "attention_tiles.inl"
 #include "attention.inl"
+#include "attention_gradient.inl"
 }  // namespace
 }  // namespace amx
 
-AttentionTarget attention_amx() { return {sizeof(amx::Code), amx::prepare, amx::attend}; }
+AttentionTarget attention_amx() { return {sizeof(amx::Code), amx::prepare, amx::attend, amx::gradient}; }
 
 }  // namespace qv
 

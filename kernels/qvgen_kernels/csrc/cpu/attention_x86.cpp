@@ -14,12 +14,13 @@ namespace {
 #define QV_MAX512
 #include "attention_quads.inl"
 #include "attention.inl"
+#include "attention_gradient.inl"
 #undef QV_MAX512
 }  // namespace
 }  // namespace wide_attention
 
 AttentionTarget attention_avx512() {
-    return {sizeof(wide_attention::Code), wide_attention::prepare, wide_attention::attend};
+    return {sizeof(wide_attention::Code), wide_attention::prepare, wide_attention::attend, wide_attention::gradient};
 }
 
 }  // namespace qv
@@ -33,11 +34,12 @@ namespace {
 #define QV_MADD
 #include "attention_pairs.inl"
 #include "attention.inl"
+#include "attention_gradient.inl"
 }  // namespace
 }  // namespace narrow_attention
 
 AttentionTarget attention_avx2() {
-    return {sizeof(narrow_attention::Code), narrow_attention::prepare, narrow_attention::attend};
+    return {sizeof(narrow_attention::Code), narrow_attention::prepare, narrow_attention::attend, narrow_attention::gradient};
 }
 
 }  // namespace qv

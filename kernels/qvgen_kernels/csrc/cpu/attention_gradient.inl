@@ -1,0 +1,121 @@
+// The sums of the attention's gradient, included once for each kind of processor after attention.inl.
+//
+// One head is one item of work, its queries 64 at a time and in order, so that each sum has one order whoever computes it. Every sum
+// adds one product after another to each number of a register of its own: registers of any width have the same bits.
+
+#if defined(QV_MAX512)
+typedef Wide Column;
+#else
+typedef Half Column;
+#endif
+constexpr int kColumns = sizeof(Column) / sizeof(float), kParts = 16 / kColumns, kTileRows = 4;
+
+// c[r] += sum over u of a[r * row + u * unit] * b[u] of kRows rows and 16 columns, one u after another.
+template <int kRows>
+QV_INLINE void accumulate16(const float* a, int64_t row, int64_t unit, const float* b, int64_t ldb, int64_t units, float* c, int64_t ldc) {
+    Column sums[kRows][kParts];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) memcpy(&sums[r][part], c + r * ldc + part * kColumns, sizeof(Column));
+    for (int64_t u = 0; u < units; ++u) {
+        Column line[kParts];
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) memcpy(&line[part], b + u * ldb + part * kColumns, sizeof(Column));
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            const float factor = a[r * row + u * unit];
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part) sums[r][part] += line[part] * factor;
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) memcpy(c + r * ldc + part * kColumns, &sums[r][part], sizeof(Column));
+}
+
+// A factor of a product: rows and units (what is summed) by their strides.
+struct Factor {
+    const float* first;
+    int64_t row, unit;
+};
+
+// c [rows][columns] += a b; b is [units][columns], rows of b and c lie `ldb` and `ldc` apart, columns are a multiple of 16.
+static void accumulate(const Factor& a, int64_t rows, const float* b, int64_t ldb, int64_t units, int64_t columns, float* c, int64_t ldc) {
+    for (int64_t column = 0; column < columns; column += 16) {
+        int64_t r = 0;
+        for (; r + kTileRows <= rows; r += kTileRows)
+            accumulate16<kTileRows>(a.first + r * a.row, a.row, a.unit, b + column, ldb, units, c + r * ldc + column, ldc);
+        for (; r < rows; ++r)
+            accumulate16<1>(a.first + r * a.row, a.row, a.unit, b + column, ldb, units, c + r * ldc + column, ldc);
+    }
+}
+
+// What a block of queries has besides Rows.
+struct GradientRows {
+    float *p, *w, *inverse, *expected;  // [64][64] twice, [64] twice
+};
+
+// What belongs to a query alone: 1 / L, and the sum over keys of P dP, which is that over the head's elements of g and its outputs.
+static void weigh_queries(const AttentionGradient& g, int64_t head, int64_t row, int64_t count, const HeadCodes& h, const Rows& r,
+                          const GradientRows& s) {
+    const Attention& p = g.call;
+    const int64_t columns = padded_head(p);
+    for (int64_t i = 0; i < count; ++i) {
+        const float *grad = g.grad + (head * p.queries + row + i) * columns, *total = r.total + i * columns;
+        s.inverse[i] = 1.0f / (r.weight[i] == 0.0f ? 1.0f : r.weight[i]);
+        float sum = 0.0f;
+        for (int64_t d = 0; d < p.head_size; ++d) sum += grad[d] * (total[d] * s.inverse[i] * h.value_scale[d]);
+        s.expected[i] = sum;
+        g.bad[head * p.queries + row + i] = r.bad[i];
+    }
+}
+
+// P of `count` queries for one block of keys, from the codes of the forward pass.
+static void weigh_keys(const Attention& p, int64_t head, int64_t row, int64_t count, int64_t begin, const HeadCodes& h, const Rows& r,
+                       const GradientRows& s) {
+    int32_t weight[kGroup];
+    float exponent[kGroup];
+    for (int64_t slot = 0; slot < count; slot += kGroup) {
+        const int64_t group = count - slot < kGroup ? count - slot : kGroup;
+        code_group(p, head, row + slot, slot, group, begin, h, r, weight, exponent);
+        for (int64_t i = 0; i < group; ++i) {
+            const int64_t query = slot + i;
+            const float factor = weight[i] && !r.bad[query] ? power(exponent[i] - r.top[query]) * s.inverse[query] : 0.0f;
+            for (int64_t j = 0; j < kKeys; ++j) s.p[query * kKeys + j] = static_cast<float>(r.probabilities[i * kKeys + j]) * factor;
+        }
+    }
+}
+
+static void gradient(const AttentionGradient& g, int64_t head) {
+    const Attention& p = g.call;
+    const HeadCodes h = head_codes(p, head, sizeof(Code));
+    if (*h.bad != 0.0f) return;
+    const Rows r = rows_of(p);
+    const int64_t columns = padded_head(p), keys = key_blocks(p) * kKeys;
+    GradientRows s;
+    s.p = static_cast<float*>(scratch(kSlotSums, (2 * kQueryRows * kKeys + 2 * kQueryRows) * sizeof(float)));
+    s.w = s.p + kQueryRows * kKeys;
+    s.inverse = s.w + kQueryRows * kKeys;
+    s.expected = s.inverse + kQueryRows;
+    begin_products(p);
+    for (int64_t row = 0; row < p.queries; row += kQueryRows) {
+        const int64_t count = p.queries - row < kQueryRows ? p.queries - row : kQueryRows, first = (head * p.queries + row) * columns;
+        attend_block(p, head, row, count, h, r);
+        weigh_queries(g, head, row, count, h, r, s);
+        for (int64_t begin = 0; begin < keys; begin += kKeys) {
+            const int64_t place = (head * keys + begin) * columns;
+            weigh_keys(p, head, row, count, begin, h, r, s);
+            memset(s.w, 0, kQueryRows * kKeys * sizeof(float));
+            accumulate({g.grad + first, columns, 1}, count, g.value + place, kKeys, p.head_size, kKeys, s.w, kKeys);
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t j = 0; j < kKeys; ++j)
+                    s.w[i * kKeys + j] = s.p[i * kKeys + j] * (s.w[i * kKeys + j] - s.expected[i]);
+            accumulate({s.p, 1, kKeys}, kKeys, g.grad + first, columns, count, columns, g.grad_value + place, columns);
+            accumulate({s.w, kKeys, 1}, count, g.key + place, columns, kKeys, columns, g.grad_query + first, columns);
+            accumulate({s.w, 1, kKeys}, kKeys, g.query + first, columns, count, columns, g.grad_key + place, columns);
+        }
+    }
+    end_products();
+}
