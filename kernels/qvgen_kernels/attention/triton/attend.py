@@ -1,0 +1,185 @@
+"""Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of a tile of queries, block after block of keys.
+
+Every line of the contract is one float32 operation here too. Where a multiply-add is fused, its product is exact, being one
+with a power of two, so that the sum is rounded as if it stood alone. Sums are rescaled in blocks where a query of the tile
+meets a larger exponent; with a factor of 1 the contract's rescaling changes no bit, because no sum but 0 is below 2^-100: it
+was kept at that size, or it is a number of 24 bits plus a multiple of 2^-64, which leaves nothing below 2^-88.
+
+A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
+all that it adds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, LOWEST, REACH, AttentionSpec
+from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
+from qvgen_kernels.triton.launch import INTERPRETED, launch
+from qvgen_kernels.triton.rounding import MAGIC, to_type
+
+__all__ = ["STAGES", "WARPS", "attend", "attend_kernel", "launch_arguments"]
+
+_BLOCK = tl.constexpr(BLOCK)
+_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in EXP2)
+_LOWEST = tl.constexpr(LOWEST)
+_REACH = tl.constexpr(REACH)
+_FLUSHED = tl.constexpr(FLUSHED)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_SMALLEST = tl.constexpr(-3.4028234663852886e38)
+
+WARPS = 8
+"""Of a program: 16 queries each, or half the columns of 16."""
+STAGES = 3
+"""Blocks of keys and values in flight, and one."""
+
+
+@triton.jit
+def _reach(z):
+    """2^z of whole numbers z <= 0; 0 below -64."""
+    power = (tl.maximum(z, -_REACH).to(tl.int32) + 127) << 23
+    return tl.where(z >= -_REACH, power.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def _dropped(v):
+    return tl.where(tl.abs(v) < _FLUSHED, 0.0, v)
+
+
+@triton.jit
+def _probabilities(x, top):
+    """Codes 0..255 of a block as int32."""
+    t = tl.maximum(x - top[:, None], _LOWEST)
+    shifted = t + MAGIC
+    f = t - (shifted - MAGIC)
+    value = ((f * _C3 + _C2) * f + _C1) * f + _C0
+    # Adding n to the exponent's field is the product with 2^n; the field of MAGIC leaves by the shift.
+    value = (value.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    return (value + MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+
+
+@triton.jit
+def _operand(p, form: tl.constexpr):
+    """Codes less 128 as signed bytes [rows, 64], in the order of the values' tokens."""
+    signed = (p ^ 128).to(tl.int8)
+    parts = tl.permute(tl.reshape(signed, (form.rows, 4, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(parts, (form.rows, _BLOCK))
+
+
+@triton.jit
+def _seen(t, place, block, sizes, form: tl.constexpr):
+    """Which keys of a block a query sees: bool [rows or 1, 64]."""
+    row, start = place
+    key = block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    seen = key < sizes.keys
+    if form.mask == "keys":
+        seen = tl.load(t.mask + start + key.to(tl.int64) * sizes.mask_key, mask=seen, other=0) != 0
+    elif form.mask == "all":
+        inside = seen & (row < sizes.queries)[:, None]
+        place = start + row[:, None].to(tl.int64) * sizes.mask_query + key.to(tl.int64) * sizes.mask_key
+        seen = tl.load(t.mask + place, mask=inside, other=0) != 0
+    return seen
+
+
+@triton.jit
+def _add_block(state, query, head, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
+    """The running sums [rows, width], weights and exponents [rows], with a block of keys added."""
+    total, weight, top = state
+    codes, factor, place = query
+    index = head * sizes.blocks + block
+    column, key = tl.arange(0, form.width), tl.arange(0, _BLOCK)
+    k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column[None, :])
+    scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
+    x = (scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]) * factor[:, None]
+    if masked:
+        x = tl.where(_seen(t, place, block, sizes, form), x, float("-inf"))
+    exponent = tl.maximum(tl.ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
+    p = _probabilities(x, exponent)
+
+    highest = tl.maximum(top, exponent)
+    shrink, grow = _reach(top - highest), _reach(exponent - highest)
+    weight = _dropped(weight * shrink) + tl.reduce(p, 1, tl.standard._sum_combine).to(tl.float32) * grow
+    if tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0:
+        total = _dropped(total * shrink[:, None])
+    v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key[None, :])
+    base = tl.broadcast_to(tl.load(t.codes.base + index * form.width + column)[None, :], (form.rows, form.width))
+    sums = tl.dot(_operand(p, form), v.T, base, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+    total = tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total)
+    return total, weight, highest
+
+
+@triton.jit
+def _finish(state, query, head, t, sizes, form: tl.constexpr):
+    """Outputs of the tile."""
+    total, weight, top = state
+    _, factor, place = query
+    row, column = place[0], tl.arange(0, form.width)
+    lonely = weight == 0.0
+    inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
+    scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+    y = (total * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
+    y = tl.where(lonely[:, None], 0.0, y)
+    largest = tl.full((form.rows,), tl.load(t.codes.largest + head), tl.float32)
+    is_finite = (top < float("inf")) & (tl.abs(factor) < float("inf")) & (largest < float("inf"))
+    y = tl.where(is_finite[:, None], y, float("nan"))
+    target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
+    kind: tl.constexpr = t.y.dtype.element_ty
+    live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
+    tl.store(target, to_type(y, kind, form.interpreted), mask=live)
+
+
+@triton.jit
+def attend_kernel(t, sizes, form: tl.constexpr):
+    """Outputs of ``form.rows`` queries of a head; neighbouring programs share its keys and values."""
+    tiles = (sizes.queries + form.rows - 1) // form.rows
+    program = tl.program_id(0)
+    head = (program // tiles).to(tl.int64)
+    row = (program % tiles) * form.rows + tl.arange(0, form.rows)
+    live = row < sizes.queries
+    column = tl.arange(0, form.width)[None, :]
+    here = head * sizes.queries + row
+    codes = tl.load(t.codes.query + here[:, None] * form.width + column, mask=live[:, None], other=0)
+    factor = tl.load(t.codes.query_scale + here, mask=live, other=0.0)
+    start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
+    query = (codes, factor, (row, start))
+    total = tl.full((form.rows, form.width), 0.0, tl.float32)
+    weight = tl.full((form.rows,), 0.0, tl.float32)
+    top = tl.full((form.rows,), _SMALLEST, tl.float32)
+    state = (total, weight, top)
+    masked: tl.constexpr = form.mask != "none"
+    whole = sizes.blocks - 1 if form.ragged else sizes.blocks
+    for block in range(whole):
+        state = _add_block(state, query, head, block, t, sizes, form, masked)
+    if form.ragged:
+        state = _add_block(state, query, head, whole, t, sizes, form, True)
+    _finish(state, query, head, t, sizes, form)
+
+
+def launch_arguments(
+    codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec
+) -> tuple[AttendTensors, AttendSizes, AttendForm]:
+    """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
+    kind, strides = "none", (0, 0, 0, 0)
+    if mask is not None:
+        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+        kind = "all" if strides[2] else "keys"
+    form = attend_form(spec.head_size, keys=keys, mask=kind, interpreted=INTERPRETED)
+    sizes = AttendSizes(y.shape[1], y.shape[2], keys, codes.value.shape[1], *strides)
+    return AttendTensors(codes, y, mask), sizes, form
+
+
+def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec) -> None:
+    """Fill y with the outputs.
+
+    Args:
+        codes: Quantized queries, keys and values.
+        y: Contiguous [B, H, M, D], M > 0.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        keys: N > 0.
+        spec: The attention.
+    """
+    t, sizes, form = launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
+    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], form.rows),)
+    launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)
