@@ -1,4 +1,4 @@
-"""Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of a tile of queries, block after block of keys.
+"""Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of 64 queries, block after block of keys.
 
 Every line of the contract is one float32 operation here too. Where a multiply-add is fused, its product is exact, being one
 with a power of two, so that the sum is rounded as if it stood alone. Sums are rescaled in blocks where a query of the tile
@@ -20,7 +20,13 @@ from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendT
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
 
-__all__ = ["STAGES", "WARPS", "attend", "attend_kernel", "launch_arguments"]
+__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel", "launch_arguments"]
+
+ROWS = 64
+"""Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
+WARPS = 4
+STAGES = 3
+"""Blocks of keys and values in flight, and one."""
 
 _BLOCK = tl.constexpr(BLOCK)
 _C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in EXP2)
@@ -29,11 +35,15 @@ _REACH = tl.constexpr(REACH)
 _FLUSHED = tl.constexpr(FLUSHED)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _SMALLEST = tl.constexpr(-3.4028234663852886e38)
+_ROWS = tl.constexpr(ROWS)
 
-WARPS = 8
-"""Of a program: 16 queries each, or half the columns of 16."""
-STAGES = 3
-"""Blocks of keys and values in flight, and one."""
+
+@triton.jit
+def _ceil(v):
+    """The smallest whole number that is at least v; Triton's own flushes subnormal numbers."""
+    whole = (v + MAGIC) - MAGIC
+    whole = tl.where(whole < v, whole + 1.0, whole)
+    return tl.where(tl.abs(v) < 4194304.0, whole, v)
 
 
 @triton.jit
@@ -50,22 +60,21 @@ def _dropped(v):
 
 @triton.jit
 def _probabilities(x, top):
-    """Codes 0..255 of a block as int32."""
+    """Codes 0..255 of a block less 128, int32."""
     t = tl.maximum(x - top[:, None], _LOWEST)
     shifted = t + MAGIC
     f = t - (shifted - MAGIC)
     value = ((f * _C3 + _C2) * f + _C1) * f + _C0
     # Adding n to the exponent's field is the product with 2^n; the field of MAGIC leaves by the shift.
     value = (value.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-    return (value + MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+    return (value + (MAGIC - 128.0)).to(tl.int32, bitcast=True) - _MAGIC_BITS
 
 
 @triton.jit
-def _operand(p, form: tl.constexpr):
-    """Codes less 128 as signed bytes [rows, 64], in the order of the values' tokens."""
-    signed = (p ^ 128).to(tl.int8)
-    parts = tl.permute(tl.reshape(signed, (form.rows, 4, 2, 4, 2)), (0, 1, 3, 2, 4))
-    return tl.reshape(parts, (form.rows, _BLOCK))
+def _operand(p):
+    """Codes as signed bytes [rows, 64], in the order of the values' tokens."""
+    parts = tl.permute(tl.reshape(p.to(tl.int8), (_ROWS, 4, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(parts, (_ROWS, _BLOCK))
 
 
 @triton.jit
@@ -84,59 +93,78 @@ def _seen(t, place, block, sizes, form: tl.constexpr):
 
 
 @triton.jit
+def _add_values(totals, p, factors, index, t, form: tl.constexpr):
+    """The running sums of all parts, rescaled, with a block's sums added."""
+    shrink, grow = factors
+    operand = _operand(p)
+    is_rescaled = tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0
+    key = tl.arange(0, _BLOCK)[None, :]
+    added = ()
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
+        base = tl.load(t.codes.base + index * form.width + column)
+        start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
+        sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+        total = totals[part]
+        if is_rescaled:
+            total = _dropped(total * shrink[:, None])
+        added = added + (tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total),)  # noqa: RUF005 - Triton's tuple
+    return added
+
+
+@triton.jit
 def _add_block(state, query, head, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
-    """The running sums [rows, width], weights and exponents [rows], with a block of keys added."""
-    total, weight, top = state
+    """The running sums of all parts [rows, columns], weights and exponents [rows], with a block of keys added."""
+    totals, weight, top = state
     codes, factor, place = query
     index = head * sizes.blocks + block
-    column, key = tl.arange(0, form.width), tl.arange(0, _BLOCK)
-    k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column[None, :])
+    column, key = tl.arange(0, form.width)[None, :], tl.arange(0, _BLOCK)
+    k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column)
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
     x = (scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]) * factor[:, None]
     if masked:
         x = tl.where(_seen(t, place, block, sizes, form), x, float("-inf"))
-    exponent = tl.maximum(tl.ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
+    exponent = tl.maximum(_ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
     p = _probabilities(x, exponent)
 
     highest = tl.maximum(top, exponent)
     shrink, grow = _reach(top - highest), _reach(exponent - highest)
-    weight = _dropped(weight * shrink) + tl.reduce(p, 1, tl.standard._sum_combine).to(tl.float32) * grow
-    if tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0:
-        total = _dropped(total * shrink[:, None])
-    v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key[None, :])
-    base = tl.broadcast_to(tl.load(t.codes.base + index * form.width + column)[None, :], (form.rows, form.width))
-    sums = tl.dot(_operand(p, form), v.T, base, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
-    total = tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total)
-    return total, weight, highest
+    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + 128 * _BLOCK
+    weight = _dropped(weight * shrink) + codes_sum.to(tl.float32) * grow
+    return _add_values(totals, p, (shrink, grow), index, t, form), weight, highest
 
 
 @triton.jit
 def _finish(state, query, head, t, sizes, form: tl.constexpr):
     """Outputs of the tile."""
-    total, weight, top = state
+    totals, weight, top = state
     _, factor, place = query
-    row, column = place[0], tl.arange(0, form.width)
+    row = place[0]
     lonely = weight == 0.0
-    inverse = tl.div_rn(tl.full((form.rows,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
-    scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
-    y = (total * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
-    y = tl.where(lonely[:, None], 0.0, y)
-    largest = tl.full((form.rows,), tl.load(t.codes.largest + head), tl.float32)
+    inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
+    largest = tl.full((_ROWS,), tl.load(t.codes.largest + head), tl.float32)
     is_finite = (top < float("inf")) & (tl.abs(factor) < float("inf")) & (largest < float("inf"))
-    y = tl.where(is_finite[:, None], y, float("nan"))
-    target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
     kind: tl.constexpr = t.y.dtype.element_ty
-    live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
-    tl.store(target, to_type(y, kind, form.interpreted), mask=live)
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+        y = (totals[part] * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
+        y = tl.where(is_finite[:, None], tl.where(lonely[:, None], 0.0, y), float("nan"))
+        target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
+        live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
+        tl.store(target, to_type(y, kind, form.interpreted), mask=live)
 
 
 @triton.jit
 def attend_kernel(t, sizes, form: tl.constexpr):
-    """Outputs of ``form.rows`` queries of a head; neighbouring programs share its keys and values."""
-    tiles = (sizes.queries + form.rows - 1) // form.rows
+    """Outputs of 64 queries of a head; neighbouring programs share its keys and values."""
+    tiles = (sizes.queries + _ROWS - 1) // _ROWS
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
-    row = (program % tiles) * form.rows + tl.arange(0, form.rows)
+    row = (program % tiles) * _ROWS + tl.arange(0, _ROWS)
     live = row < sizes.queries
     column = tl.arange(0, form.width)[None, :]
     here = head * sizes.queries + row
@@ -144,10 +172,13 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     factor = tl.load(t.codes.query_scale + here, mask=live, other=0.0)
     start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
     query = (codes, factor, (row, start))
-    total = tl.full((form.rows, form.width), 0.0, tl.float32)
-    weight = tl.full((form.rows,), 0.0, tl.float32)
-    top = tl.full((form.rows,), _SMALLEST, tl.float32)
-    state = (total, weight, top)
+    totals = ()
+    parts: tl.constexpr = form.parts
+    for _ in tl.static_range(parts):
+        totals = totals + (tl.full((_ROWS, form.part), 0.0, tl.float32),)  # noqa: RUF005 - Triton's tuple
+    weight = tl.full((_ROWS,), 0.0, tl.float32)
+    top = tl.full((_ROWS,), _SMALLEST, tl.float32)
+    state = (totals, weight, top)
     masked: tl.constexpr = form.mask != "none"
     whole = sizes.blocks - 1 if form.ragged else sizes.blocks
     for block in range(whole):
@@ -181,5 +212,5 @@ def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: Att
         spec: The attention.
     """
     t, sizes, form = launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
-    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], form.rows),)
+    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
     launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)

@@ -27,7 +27,9 @@ def _rotated(x: Tensor, spec: AttentionSpec) -> Tensor:
         return x
     from qvgen_kernels.triton.rotate import rotate_rows
 
-    layer = LinearSpec(in_features=spec.head_size, out_features=1, weight_bits=8, activation_bits=8, rotation=spec.rotation)
+    layer = LinearSpec(
+        in_features=spec.head_size, out_features=1, weight_bits=8, activation_bits=8, rotation=spec.rotation
+    )
     return rotate_rows(x.reshape(-1, spec.head_size), spec=layer, input_scale=None).view(x.shape)
 
 

@@ -41,8 +41,12 @@ __all__ = [
 
 _NARROWEST = 32
 """Columns that the smallest matrix instruction for bytes sums over."""
-_TILE = 2048
+_TILE = 4096
 """Elements that a program of the kernels for tokens holds at a time."""
+
+
+_PART = 64
+"""Columns whose integer sums a program holds at a time, beside its float32 sums of all columns."""
 
 
 class Codes(NamedTuple):
@@ -134,7 +138,8 @@ class AttendForm:
     Attributes:
         head_size: D.
         width: Columns of the codes.
-        rows: Queries of a program.
+        parts: The columns of a program's sums are computed in so many parts, one after another.
+        part: Columns of each.
         ragged: Whether 64 does not divide N.
         mask: "none"; "keys": the same for all queries; "all".
         interpreted: For Triton's interpreter.
@@ -142,7 +147,8 @@ class AttendForm:
 
     head_size: int
     width: int
-    rows: int
+    parts: int
+    part: int
     ragged: bool
     mask: str
     interpreted: bool
@@ -190,4 +196,5 @@ def attend_form(head_size: int, *, keys: int, mask: str, interpreted: bool) -> A
         interpreted: For Triton's interpreter.
     """
     width = _width_of(head_size)
-    return AttendForm(head_size, width, 128 if width <= 128 else 64, keys % BLOCK != 0, mask, interpreted)
+    part = min(width, _PART)
+    return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, interpreted)
