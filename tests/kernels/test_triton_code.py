@@ -175,7 +175,9 @@ def test_what_calls_launch_compiles(tmp_path):
     steps = [*plain, *["function_kernel"] * 3, *plain]  # modulated; and three ways of a function, none of which ran
     fake = ["fake_quantize_kernel", "fake_gradient_kernel", "scales_kernel"]
     around = ["scale_output_kernel", "scale_gradient_kernel"]
-    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around]
+    key, value = ["sums_kernel", "means_kernel", "tokens_kernel"], ["sums_kernel", "means_kernel", "values_kernel"]
+    attention = ["tokens_kernel", *key, *value, "attend_kernel"]
+    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around, *attention]
 
 
 def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
