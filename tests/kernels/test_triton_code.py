@@ -163,7 +163,7 @@ def test_attention_fuses_nothing_but_products_with_powers_of_two(measured, name)
     sums = 64 * int(name.rsplit("-", 1)[1]) // 128
     assert row["loop_contractions"] == sums
     assert row["multiply_adds"] == 2 * sums
-    assert row["contractions"] <= 2 * sums + 10 * row["divisions_ieee"]
+    assert row["contractions"] <= 2 * sums + 12 * row["divisions_ieee"]
     assert row["divisions_ieee"] >= 1
     assert (row["divisions_fast"], row["flushed"]) == (0, 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_model import Card, attention_ms, bf16_ms, card_of, packed_ms, quantize_ms
 
-from gpu.attention import BASE as FLASH
+from gpu.attention_times import FLASH
 from gpu.models import Layer
 from gpu.products import BF16
 
@@ -37,7 +37,7 @@ class Results:
         every = [row for rows in self.rows.values() for row in rows]
         return [
             row for row in every if any(row.get(key) is False for key in ("equal", "steady", "bits_equal", "finite"))
-        ] + [row for row in self.rows.get("correctness", []) if "error" in row]
+        ] + [row for name in ("correctness", "attention") for row in self.rows.get(name, []) if "error" in row]
 
 
 def read_results(out: Path) -> Results:
@@ -72,7 +72,7 @@ def write_page(path: Path, results: Results, states: dict[str, str]) -> None:
         ("Wrong", _wrong(wrong)),
         ("Linears", _linears(results.rows.get("table", []), card)),
         ("Blocks", _blocks(results.rows.get("blocks", []))),
-        ("Attention", _attention(results.rows.get("attention", []), card)),
+        ("Attention", _attention(results.rows.get("attention_times", []), card)),
         ("Tiles", _tiles(results.rows.get("tiles", []))),
         ("Fake quantization", _fake_quantization(results.rows.get("fake_quantization", []))),
         ("compute-sanitizer", _sanitizer(results.rows.get("sanitizer", []))),
