@@ -19,7 +19,7 @@ def attention_kernel(name, *, rows):
     head_size, what = ATTENTION_KERNELS[name]
     if what in ("none", "all"):
         return _attend(head_size, what, rows)
-    own = form.token_form(head_size)
+    own = form.token_form(head_size, sums=what == "sums")
     sizes = form.TokenSizes("i32", "i32", "i32:16", "i32:16", "i32", "i32:16", "i32:16", "i32:16", 1, "fp32")
     mean, vector, codes = "*fp32:16", "*fp32:16", "*i8:16"
     kernel, t, tile = {

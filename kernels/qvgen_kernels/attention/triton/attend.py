@@ -28,6 +28,9 @@ WARPS = 4
 STAGES = 3
 """Blocks of keys and values in flight, and one."""
 
+_FARTHEST = 1 << 24
+"""A mask whose queries or keys lie this far apart is copied: 63 times both are an int32."""
+
 _BLOCK = tl.constexpr(BLOCK)
 _C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in EXP2)
 _LOWEST = tl.constexpr(LOWEST)
@@ -78,17 +81,20 @@ def _operand(p):
 
 
 @triton.jit
-def _seen(t, place, block, sizes, form: tl.constexpr):
-    """Which keys of a block a query sees: bool [rows or 1, 64]."""
-    row, start = place
-    key = block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    seen = key < sizes.keys
+def _seen(t, place, index, sizes, form: tl.constexpr):
+    """Which keys of a block a query sees: bool [rows or 1, 64]; ``index`` counts the blocks of all heads."""
+    head, row, start = place
+    step = tl.arange(0, _BLOCK)[None, :]
+    first = (index - head * sizes.blocks) * _BLOCK
+    seen = step < (sizes.keys - first).to(tl.int32)
+    # Far offsets are one number of 64 bits; those inside of the tile are small (launch_arguments).
     if form.mask == "keys":
-        seen = tl.load(t.mask + start + key.to(tl.int64) * sizes.mask_key, mask=seen, other=0) != 0
+        mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
+        seen = tl.load(mask, mask=seen, other=0) != 0
     elif form.mask == "all":
         inside = seen & (row < sizes.queries)[:, None]
-        place = start + row[:, None].to(tl.int64) * sizes.mask_query + key.to(tl.int64) * sizes.mask_key
-        seen = tl.load(t.mask + place, mask=inside, other=0) != 0
+        place = (row % _ROWS)[:, None] * sizes.mask_query + step * sizes.mask_key
+        seen = tl.load(t.mask + start + first * sizes.mask_key + place, mask=inside, other=0) != 0
     return seen
 
 
@@ -115,17 +121,17 @@ def _add_values(totals, p, factors, index, t, form: tl.constexpr):
 
 
 @triton.jit
-def _add_block(state, query, head, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
+def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
     """The running sums of all parts [rows, columns], weights and exponents [rows], with a block of keys added."""
     totals, weight, top = state
     codes, factor, place = query
-    index = head * sizes.blocks + block
+    index = place[0] * sizes.blocks + block
     column, key = tl.arange(0, form.width)[None, :], tl.arange(0, _BLOCK)
     k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column)
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
     x = (scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]) * factor[:, None]
     if masked:
-        x = tl.where(_seen(t, place, block, sizes, form), x, float("-inf"))
+        x = tl.where(_seen(t, place, index, sizes, form), x, float("-inf"))
     exponent = tl.maximum(_ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
     p = _probabilities(x, exponent)
 
@@ -137,11 +143,11 @@ def _add_block(state, query, head, block, t, sizes, form: tl.constexpr, masked: 
 
 
 @triton.jit
-def _finish(state, query, head, t, sizes, form: tl.constexpr):
+def _finish(state, query, t, sizes, form: tl.constexpr):
     """Outputs of the tile."""
     totals, weight, top = state
     _, factor, place = query
-    row = place[0]
+    head, row, _ = place
     lonely = weight == 0.0
     inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
     largest = tl.full((_ROWS,), tl.load(t.codes.largest + head), tl.float32)
@@ -171,7 +177,8 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     codes = tl.load(t.codes.query + here[:, None] * form.width + column, mask=live[:, None], other=0)
     factor = tl.load(t.codes.query_scale + here, mask=live, other=0.0)
     start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
-    query = (codes, factor, (row, start))
+    start += (program % tiles).to(tl.int64) * _ROWS * sizes.mask_query
+    query = (codes, factor, (head, row, start))
     totals = ()
     parts: tl.constexpr = form.parts
     for _ in tl.static_range(parts):
@@ -182,10 +189,10 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     masked: tl.constexpr = form.mask != "none"
     whole = sizes.blocks - 1 if form.ragged else sizes.blocks
     for block in range(whole):
-        state = _add_block(state, query, head, block, t, sizes, form, masked)
+        state = _add_block(state, query, block, t, sizes, form, masked)
     if form.ragged:
-        state = _add_block(state, query, head, whole, t, sizes, form, True)
-    _finish(state, query, head, t, sizes, form)
+        state = _add_block(state, query, whole, t, sizes, form, True)
+    _finish(state, query, t, sizes, form)
 
 
 def launch_arguments(
@@ -194,6 +201,7 @@ def launch_arguments(
     """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
     kind, strides = "none", (0, 0, 0, 0)
     if mask is not None:
+        mask = mask if max(mask.stride()[2:]) < _FARTHEST else mask.contiguous()
         strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
         kind = "all" if strides[2] else "keys"
     form = attend_form(spec.head_size, keys=keys, mask=kind, interpreted=INTERPRETED)

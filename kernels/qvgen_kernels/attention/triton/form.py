@@ -42,15 +42,17 @@ __all__ = [
 _NARROWEST = 32
 """Columns that the smallest matrix instruction for bytes sums over."""
 _TILE = 4096
-"""Elements that a program of the kernels for tokens holds at a time."""
+"""Elements that a program that writes codes holds at a time."""
+_SUMS_TILE = 1024
+"""Sums that a program makes, one token after another: more programs hide that better than larger ones."""
 
 
-_PART = 64
-"""Columns whose integer sums a program holds at a time, beside its float32 sums of all columns."""
+_PART, _MASKED_PART = 64, 32
+"""Columns whose integer sums a program holds at a time, beside its float32 sums of all columns, and with a mask's tile."""
 
 
 class Codes(NamedTuple):
-    """What the attention reads, as described above; Tensors in a call.
+    """Codes, scales and means that the attention reads, as described above; tensors in a call.
 
     Attributes:
         query: Codes.
@@ -180,10 +182,10 @@ def _width_of(head_size: int) -> int:
     return max(_NARROWEST, 1 << (head_size - 1).bit_length())
 
 
-def token_form(head_size: int) -> TokenForm:
-    """The constants of the kernels that quantize."""
+def token_form(head_size: int, *, sums: bool = False) -> TokenForm:
+    """The constants of the kernels that quantize; ``sums``: of those that sum over tokens."""
     width = _width_of(head_size)
-    return TokenForm(head_size, width, _TILE // width)
+    return TokenForm(head_size, width, (_SUMS_TILE if sums else _TILE) // width)
 
 
 def attend_form(head_size: int, *, keys: int, mask: str, interpreted: bool) -> AttendForm:
@@ -196,5 +198,5 @@ def attend_form(head_size: int, *, keys: int, mask: str, interpreted: bool) -> A
         interpreted: For Triton's interpreter.
     """
     width = _width_of(head_size)
-    part = min(width, _PART)
+    part = _MASKED_PART if mask == "all" and width > _PART else min(width, _PART)
     return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, interpreted)

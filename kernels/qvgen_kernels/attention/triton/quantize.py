@@ -143,9 +143,9 @@ def _sizes(x: Tensor, *, padded: int = 0, factor: float = 1.0) -> TokenSizes:
     return TokenSizes(batch * heads, heads, tokens, padded, triton.cdiv(tokens, BLOCK), *x.stride(), factor)
 
 
-def _mean(x: Tensor, form: TokenForm, *, scale: Tensor | None = None) -> Tensor:
+def _mean(x: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """Means over tokens float32 [heads, width]; the scales of columns, of the same shape, are filled in where wanted."""
-    sizes = _sizes(x)
+    form, sizes = token_form(x.shape[3], sums=True), _sizes(x)
     units = sizes.all_heads * sizes.blocks
     shape, dtype = (units, form.width), torch.float32
     low, high = (None if scale is None else x.new_empty(shape, dtype=dtype) for _ in range(2))
@@ -182,11 +182,11 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec
     form = token_form(spec.head_size)
     padded = triton.cdiv(k.shape[2], BLOCK) * BLOCK
     query = _tokens(q, form, padded=q.shape[2], mean=None, clip=tensors.query_clip, factor=spec.score_factor)
-    key_mean = _mean(k, form) if spec.smooth_key else None
+    key_mean = _mean(k) if spec.smooth_key else None
     key, key_scale = _tokens(k, form, padded=padded, mean=key_mean, clip=tensors.key_clip)
     sizes, new = _sizes(v), v.new_empty
     scale = new(sizes.all_heads, form.width, dtype=torch.float32)
-    mean = _mean(v, form, scale=scale)
+    mean = _mean(v, scale=scale)
     value = new(sizes.all_heads, sizes.blocks, form.width, BLOCK, dtype=torch.int8)
     base = new(sizes.all_heads, sizes.blocks, form.width, dtype=torch.int32)
     t = TokenTensors(x=v, mean=mean, scale=scale, codes=value, base=base)
