@@ -20,7 +20,7 @@ from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendT
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
 
-__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel", "launch_arguments"]
+__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel"]
 
 ROWS = 64
 """Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
@@ -87,7 +87,7 @@ def _seen(t, place, index, sizes, form: tl.constexpr):
     step = tl.arange(0, _BLOCK)[None, :]
     first = (index - head * sizes.blocks) * _BLOCK
     seen = step < (sizes.keys - first).to(tl.int32)
-    # Far offsets are one number of 64 bits; those inside of the tile are small (launch_arguments).
+    # Far offsets are one number of 64 bits; those inside of the tile are small (_launch_arguments).
     if form.mask == "keys":
         mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
         seen = tl.load(mask, mask=seen, other=0) != 0
@@ -195,7 +195,7 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     _finish(state, query, t, sizes, form)
 
 
-def launch_arguments(
+def _launch_arguments(
     codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec
 ) -> tuple[AttendTensors, AttendSizes, AttendForm]:
     """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
@@ -219,6 +219,6 @@ def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: Att
         keys: N > 0.
         spec: The attention.
     """
-    t, sizes, form = launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
+    t, sizes, form = _launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
     grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
     launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)
