@@ -100,6 +100,17 @@ def test_keys_that_outweigh_all_before(rise):
     check(q, k, v, spec=AttentionSpec(4, smooth_key=False, softmax_scale=0.2), mask=mask)
 
 
+def test_sums_that_have_become_small_are_dropped():
+    """A column that only the first block has, at 2^-60 and again 2^-62 of the weight of later ones."""
+    q, k, v = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 192, 4), numbers((1, 1, 1, 192, 4))[2]
+    k[:, :, 1:64:2], k[:, :, 64:128], k[:, :, 128:] = 2.0, 54.0, 108.0
+    v[..., 0] = 0.0
+    v[:, :, :64:2, 0], v[:, :, 1:64:2, 0] = -1.0, 1.0
+    spec = AttentionSpec(4, smooth_key=False, softmax_scale=0.2)
+    assert not check(q, k, v, spec=spec)[..., 0].any()
+    assert check(q, k[:, :, :128], v[:, :, :128], spec=spec)[..., 0].all()
+
+
 def test_blocks_without_keys_come_first_too():
     q, k, v = numbers((1, 1, 2, 130, 8))
     mask = torch.ones(1, 1, 1, 130, dtype=torch.bool)
