@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
+from attention_kernels import ATTENTION_KERNELS, attention_kernel
 from fake_kernels import FAKE_KERNELS, fake_kernel
 from machine_code import EMPTYING, MATRIX, disassembled, inner_loop, operation
 from triton.backends.compiler import GPUTarget
@@ -205,6 +206,9 @@ def measure(capability, name):
     elif name in FAKE_KERNELS:
         kernel, arguments, tile = fake_kernel(name, rows=ROWS)
         found = compiled(kernel, arguments, capability=capability, num_warps=WARPS)
+    elif name in ATTENTION_KERNELS:
+        kernel, arguments, tile, launched = attention_kernel(name, rows=ROWS)
+        found = compiled(kernel, arguments, capability=capability, **launched)
     else:
         found, tile = row_kernel(name, ROW_KERNELS[name], capability)
     head = {"capability": capability, "kernel": name, "tile": tile, "warps": found.metadata.num_warps}
@@ -228,6 +232,7 @@ def measure(capability, name):
         "loop_products": count(inside, "IMMA", "IGMMA", "UTCIMMA"),
         "loop_permutes": count(inside, "PRMT"),
         "loop_local": count(inside, "LDL", "STL"),
+        "loop_contractions": count(inside, "FFMA"),
         "loop_waits": sum(bool(EMPTYING.search(text)) for text in loop),
         "loop_partial_waits": count(inside, "WARPGROUP.DEPBAR") - sum(bool(EMPTYING.search(text)) for text in loop),
         "loop_barriers": count(inside, "BAR.SYNC"),
@@ -251,13 +256,25 @@ docs/benchmarks/gpu-code.md`, for {rows} rows of [1920 -> 5760], bfloat16 in and
 bytes. A loop is the innermost one that holds matrix products; permutes are byte permutations (`PRMT`) in it; waits are those
 for all matrix products under way in it (Hopper: Triton {triton} does so in every tile of columns for sums of integers). Rows
 `gluon-...` are the Gluon kernel, whose loop leaves one product under way; its warps are eight that multiply, one that copies
-and three that fill up a group.
+and three that fill up a group. Rows `attention-...` are the attention in 8 bits of {rows} tokens: a tile is queries x keys,
+its loop holds a thread's 32 scores and, in a branch that most blocks skip, the rescaling of its sums.
 """
 
 COLUMNS = (
     "card", "kernel", "tile", "warps", "matrix instruction", "registers", "stack", "shared memory",
     "loop: instructions / products / permutes / waits",
 )  # fmt: skip
+
+
+def table_row(m):
+    """A line of the table."""
+    keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")
+    loop = " / ".join(str(m[key]) for key in keys) if m["loop_instructions"] else ""
+    card = f"gfx{m['capability']}" if m["capability"] in AMD else f"sm_{m['capability']}"
+    return (
+        f"| {card} ({NAMES[m['capability']]}) | {m['kernel']} | {m['tile']} | {m['warps']} | "
+        f"{m['matrix_instruction']} | {m['registers']} | {m['stack_bytes']} | {m['shared_bytes']} | {loop} |\n"
+    )
 
 
 def main() -> None:
@@ -269,18 +286,10 @@ def main() -> None:
         return
     rows = []
     for capability in CARDS:
-        for name in (
-            *PRODUCTS, *ROW_KERNELS, *FAKE_KERNELS, *(f"gluon-{name}" for name in GLUON if capability == 90)
-        ):  # fmt: skip
+        gluon = [f"gluon-{name}" for name in GLUON if capability == 90]
+        for name in (*PRODUCTS, *ROW_KERNELS, *FAKE_KERNELS, *ATTENTION_KERNELS, *gluon):
             print(f"sm_{capability} {name}", file=sys.stderr)
-            m = measure(capability, name)
-            keys = ("loop_instructions", "loop_products", "loop_permutes", "loop_waits")
-            loop = " / ".join(str(m[key]) for key in keys) if m["loop_instructions"] else ""
-            card = f"gfx{capability}" if capability in AMD else f"sm_{capability}"
-            rows.append(
-                f"| {card} ({NAMES[capability]}) | {name} | {m['tile']} | {m['warps']} | "
-                f"{m['matrix_instruction']} | {m['registers']} | {m['stack_bytes']} | {m['shared_bytes']} | {loop} |\n"
-            )
+            rows.append(table_row(measure(capability, name)))
     text = HEADER.format(triton=triton.__version__, rows=f"{ROWS:,}".replace(",", " "))
     table = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
     Path(target).write_text(text + table + "".join(rows))

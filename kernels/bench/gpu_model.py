@@ -13,6 +13,11 @@ quantize and product, one after the other. Memory reaches 0.9 of what the datash
 at its peak and all other operations, 10 % of the bfloat16 model's products. Attention's scores in 8 bits run at the integer
 peak, its second product, whose sums are of probabilities, at twice bfloat16's.
 
+Attention in 8 bits as kernels/attention.md defines it is bound otherwise. What it asks for each score, apart from products,
+are 17 instructions: a conversion, two scales, a maximum, a difference, a clamp, three for the whole part and the fraction,
+six for the cubic, two for its power of two and rounding. One more packs the code and adds it up, and every D / 64 of the
+block's sums costs an addition and a multiply-add: 18 + D / 32, of which 13 + D / 32 are float32 additions and products.
+
 What it leaves out: launches, the last wave of tiles, epilogues, and that no kernel reaches a peak.
 """
 
@@ -24,7 +29,7 @@ from pathlib import Path
 
 from gpu.models import NAMES, Layer, Model, read_model
 
-__all__ = ["CARDS", "Card", "bf16_ms", "card_of", "packed_ms", "page_text", "quantize_ms", "step_ms"]
+__all__ = ["CARDS", "Card", "attention_ms", "bf16_ms", "card_of", "packed_ms", "page_text", "quantize_ms", "step_ms"]
 
 REACHED = 0.9
 """Share of a memory's rate that a kernel reaches: 4.3 of the H200's 4.8 TB/s."""
@@ -42,6 +47,8 @@ class Card:
         bf16: Operations per second, sums in float32.
         int8: Operations per second.
         int4: Operations per second; 0 where 4-bit operands are none of the matrix units'.
+        float32: Float32 operations per second outside of the matrix units, a multiply-add being two.
+        issued: Instructions per second, of all lanes: four warps a multiprocessor and clock.
         memory: Bytes per second.
         source: Where the numbers stand.
     """
@@ -50,6 +57,8 @@ class Card:
     bf16: float
     int8: float
     int4: float
+    float32: float
+    issued: float
     memory: float
     source: str
 
@@ -60,6 +69,8 @@ CARDS = (
         bf16=989.5e12,
         int8=1979e12,
         int4=0.0,
+        float32=66.9e12,
+        issued=33.45e12,
         memory=4.8e12,
         source="NVIDIA H200 Tensor Core GPU datasheet (SXM; its rates with sparsity, halved)",
     ),
@@ -68,6 +79,8 @@ CARDS = (
         bf16=312e12,
         int8=624e12,
         int4=1248e12,
+        float32=19.5e12,
+        issued=19.5e12,
         memory=2.039e12,
         source="NVIDIA A100 80GB Tensor Core GPU datasheet (SXM), INT4: NVIDIA A100 architecture whitepaper",
     ),
@@ -76,6 +89,8 @@ CARDS = (
         bf16=165.2e12,
         int8=660.6e12,
         int4=1321.2e12,
+        float32=82.6e12,
+        issued=41.3e12,
         memory=1.008e12,
         source="NVIDIA Ada GPU architecture whitepaper, appendix A",
     ),
@@ -119,6 +134,25 @@ def packed_ms(layer: Layer, weight_bits: int, card: Card, *, four: bool = False)
     return quantize_ms(layer, card, four=four) + product
 
 
+def attention_ms(card: Card, *, heads: int, scores: int, head_size: int) -> tuple[float, float, float]:
+    """Milliseconds of attention: in bfloat16; its products in 8 bits; the instructions around those.
+
+    Args:
+        card: The card.
+        heads: Heads of all samples.
+        scores: Queries times keys of a head.
+        head_size: D.
+    """
+    operations, sums = 4.0 * heads * scores * head_size, head_size / 32
+    around = heads * scores * max((18 + sums) / card.issued, 2 * (13 + sums) / card.float32)
+    return 1e3 * operations / card.bf16, 1e3 * operations / card.int8, 1e3 * around
+
+
+def _of_block(model: Model, card: Card) -> tuple[float, float, float]:
+    scores = model.tokens * (model.tokens + model.text_tokens)
+    return attention_ms(card, heads=model.heads, scores=scores, head_size=model.width // model.heads)
+
+
 @dataclass(frozen=True)
 class Step:
     """Milliseconds of a whole denoising step: one pass of one sample through all blocks.
@@ -128,12 +162,14 @@ class Step:
         linears: With packed linears.
         scores: And attention's scores in 8-bit integers.
         attention: And its second product in 8 bits too.
+        contract: With packed linears and attention in 8 bits as kernels/attention.md defines it.
     """
 
     bf16: float
     linears: float
     scores: float
     attention: float
+    contract: float
 
 
 def step_ms(model: Model, weight_bits: int, card: Card, *, four: bool = False) -> Step:
@@ -148,6 +184,7 @@ def step_ms(model: Model, weight_bits: int, card: Card, *, four: bool = False) -
         packed + attention + others,
         packed + half * (1 + share) + others,
         packed + half * (share + max(share, 0.5)) + others,
+        packed + model.blocks * max(_of_block(model, card)[1:]) + others,
     )
 
 
@@ -160,8 +197,8 @@ time is predicted the same way. Packed layers include the quantization of their 
 
 Per second:
 
-| card | bfloat16 | int8 | int4 | memory | source |
-|---|---|---|---|---|---|
+| card | bfloat16 | int8 | int4 | float32 | instructions | memory | source |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -170,7 +207,8 @@ def page_text() -> str:
     lines = [HEADER]
     for card in CARDS:
         four = f"{card.int4 / 1e12:g} T" if card.int4 else "emulated"
-        rates = f"{card.bf16 / 1e12:g} T | {card.int8 / 1e12:g} T | {four} | {card.memory / 1e12:g} TB"
+        rates = f"{card.bf16 / 1e12:g} T | {card.int8 / 1e12:g} T | {four} | {card.float32 / 1e12:g} T | "
+        rates += f"{card.issued / 1e12:g} T | {card.memory / 1e12:g} TB"
         lines.append(f"| {card.name} | {rates} | {card.source} |\n")
     models = [read_model(name) for name in NAMES]
     for card in CARDS:
@@ -196,11 +234,26 @@ STEPS = """
 ## A whole step
 
 One pass of one sample through all blocks, 4-bit weights and inputs (on a card with 4-bit matrix units: by those). Other
-operations count as 10 % of bfloat16's products. Share: attention's of all products. Attention in 8 bits is not written;
-its scores count at the int8 peak, its second product at twice bfloat16's.
+operations count as 10 % of bfloat16's products. Share: attention's of all products. Scores in int8 and all of attention:
+what the matrix units allow, its scores at the int8 peak, its second product at twice bfloat16's. By the contract: attention
+as `kernels/attention.md` defines it, which the table after this one explains.
 
-| card | model | tokens | share | bf16 | packed linears | and scores in int8 | and all of attention |
-|---|---|---|---|---|---|---|---|
+| card | model | tokens | share | bf16 | packed linears | and scores in int8 | and all of attention | by the contract |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+ATTENTION = """
+## Attention in 8 bits
+
+Of one block, at the matrix units' peaks in bfloat16 and in int8, and the instructions that `kernels/attention.md` asks for
+around the products: 18 + D / 32 for each score, of which 13 + D / 32 are float32 additions and products (an A100 issues
+twice as many instructions as it adds numbers). The compiled loops (`gpu-code.md`) have 27 for D = 64. The longer one of the
+two bounds attention in 8 bits; in brackets times bfloat16 at its peak, of which flash attention is published to reach half
+to three quarters on an H100 or A100. So on those this contract gains nothing with heads of 64, whatever the kernel, and
+little with heads of 128; a card whose matrix units are slower beside its other ones, as a 4090, gains.
+
+| card | model | heads x D | bf16 | int8 products | instructions | attention in 8 bits |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -211,9 +264,18 @@ def _steps(models: list[Model]) -> str:
             step = step_ms(model, 4, card, four=bool(card.int4))
             linears = sum(layer.count * layer.operations for layer in model.layers)
             share = model.attention_operations / (model.attention_operations + linears)
-            times = [f"{time:.0f} ({step.bf16 / time:.2f})" for time in (step.linears, step.scores, step.attention)]
+            four = (step.linears, step.scores, step.attention, step.contract)
+            times = [f"{time:.0f} ({step.bf16 / time:.2f})" for time in four]
             head = f"{card.name} | {model.name} | {model.tokens} | {100 * share:.0f} % | {step.bf16:.0f}"
             lines.append(f"| {head} | {' | '.join(times)} |\n")
+    lines.append(ATTENTION)
+    for card in CARDS:
+        for model in models:
+            dense, products, instructions = _of_block(model, card)
+            longer = max(products, instructions)
+            shape = f"{card.name} | {model.name} | {model.heads} x {model.width // model.heads}"
+            times = f"{dense:.2f} | {products:.2f} | {instructions:.2f} | {longer:.2f} ({dense / longer:.2f})"
+            lines.append(f"| {shape} | {times} |\n")
     return "".join(lines)
 
 

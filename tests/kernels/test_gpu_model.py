@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gpu.models import NAMES, Layer, read_model
-from gpu_model import CARDS, bf16_ms, card_of, packed_ms, page_text, quantize_ms, step_ms
+from gpu_model import CARDS, attention_ms, bf16_ms, card_of, packed_ms, page_text, quantize_ms, step_ms
 
 ROOT = Path(__file__).resolve().parents[2]
 H200, A100, ADA = CARDS
@@ -35,6 +35,18 @@ def test_few_rows_are_bound_by_the_weights_bytes():
     expected = 1e3 * moved / 4.32e12 + quantize_ms(layer, H200)
     assert math.isclose(packed_ms(layer, 3, H200), expected)
     assert bf16_ms(layer, H200) / packed_ms(layer, 3, H200) > 4
+
+
+def test_attention_is_bound_by_its_instructions_or_its_products():
+    scores = 17776 * 17776
+    dense, products, around = attention_ms(H200, heads=30, scores=scores, head_size=64)
+    assert math.isclose(dense, 1e3 * 4 * 30 * scores * 64 / 989.5e12)
+    assert math.isclose(products, 1e3 * 4 * 30 * scores * 64 / 1979e12)
+    assert math.isclose(around, 1e3 * 30 * scores * 20 / 33.45e12)
+    _, _, around = attention_ms(A100, heads=30, scores=scores, head_size=64)  # it issues more than it adds
+    assert math.isclose(around, 1e3 * 30 * scores * 15 / 9.75e12)
+    _, products, around = attention_ms(ADA, heads=12, scores=scores, head_size=128)
+    assert products > around
 
 
 LIMITS = {

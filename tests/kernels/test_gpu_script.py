@@ -1,7 +1,7 @@
 """kernels/bench/gpu.sh without a GPU: its rehearsal on the CPU, what it writes, and the shapes that it measures.
 
 The rehearsal runs with nothing installed but what the script asks for. Parts whose interpreted kernels take long are left to
-a rehearsal by hand; here run correctness and the training step.
+a rehearsal by hand; here run correctness, attention and the training step.
 """
 
 import json
@@ -55,7 +55,13 @@ def rehearsed(tmp_path_factory):
     pytest.importorskip("triton", minversion="3.6")
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "sitecustomize.py").write_text(BLOCKER.format(allowed=ALLOWED))
-    done = call(folder / "out", "--rehearse", "--parts", "correctness,fake_quantization,tiles", path=folder)
+    done = call(
+        folder / "out",
+        "--rehearse",
+        "--parts",
+        "correctness,attention,attention_times,fake_quantization,tiles",
+        path=folder,
+    )
     logs = "\n".join(path.read_text()[-2000:] for path in (folder / "out").glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + logs
     return folder / "out"
@@ -72,6 +78,15 @@ def test_a_rehearsal_holds_the_kernels_to_the_reference_without_other_packages(r
     assert all(row["equal"] and row["steady"] and row["kernel"] == "triton" for row in rows)
     kinds = {row["case"].split()[0] for row in rows}
     assert kinds == {"real", "pair", "row", "largest", "smallest", "random"}
+
+
+def test_a_rehearsal_holds_attention_to_the_reference_and_times_it(rehearsed):
+    rows = rows_of(rehearsed, "attention")
+    assert len(rows) == 2
+    assert all(row["equal"] and row["steady"] for row in rows)
+    timed = {row["candidate"] for row in rows_of(rehearsed, "attention_times") if "ms" in row}
+    assert timed >= {"torch bf16, flash", "triton int8", "quantize alone", "attend alone"}
+    assert re.search(r"\| 20 tokens, 1 x 64 \| triton int8 \| \d", (rehearsed / "gpu.md").read_text())
 
 
 def test_a_rehearsal_times_the_training_step_and_says_what_is_not_there(rehearsed):

@@ -27,6 +27,7 @@ CHOSEN = (
     "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
     "90:norm-modulate-quantize", "80:gelu-quantize",
     "80:fake-quantize", "90:fake-gradient", "120:fake-gradient-weight",
+    "80:attention-64", "90:attention-128",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
@@ -142,6 +143,31 @@ def test_fake_quantization_is_ieees_and_fits_into_registers(measured, name):
     assert row["registers"] <= 168  # three programs of four warps on a multiprocessor, at least
 
 
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "attention" in name])
+def test_attention_multiplies_integers_twice_and_keeps_probabilities_in_registers(measured, name):
+    """A program multiplies 64 x D x 64 and 64 x 64 x D, an instruction 64 x 64 x 32, or 16 x 8 x 32 in each of four warps."""
+    row = measured[name]
+    head_size, per_warp = int(name.rsplit("-", 1)[1]), 1 if row["capability"] == 90 else 8
+    assert all(part.startswith(INSTRUCTION[row["capability"]]) for part in row["matrix_instruction"].split(", "))
+    assert row["loop_products"] == 2 * per_warp * head_size // 32
+    scores = 32  # of a thread: 64 x 64 by 128 threads
+    assert row["loop_permutes"] <= 0.75 * scores  # four codes into a register; none to move bytes between threads
+    assert row["loop_instructions"] <= (24 + head_size // 8) * scores
+    assert (row["loop_local"], row["stack_bytes"]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "attention" in name])
+def test_attention_fuses_nothing_but_products_with_powers_of_two(measured, name):
+    """One multiply-add for each of a thread's sums, in the loop and in the last block after it; the rest are divisions'."""
+    row = measured[name]
+    sums = 64 * int(name.rsplit("-", 1)[1]) // 128
+    assert row["loop_contractions"] == sums
+    assert row["multiply_adds"] == 2 * sums
+    assert row["contractions"] <= 2 * sums + 12 * row["divisions_ieee"]
+    assert row["divisions_ieee"] >= 1
+    assert (row["divisions_fast"], row["flushed"]) == (0, 0)
+
+
 def test_what_calls_launch_compiles(tmp_path):
     lines = output_of(["-m", "tests.kernels.triton_calls_program"], tmp_path).split("\n")
     names = [line.split()[0] for line in lines if line]
@@ -149,14 +175,16 @@ def test_what_calls_launch_compiles(tmp_path):
     steps = [*plain, *["function_kernel"] * 3, *plain]  # modulated; and three ways of a function, none of which ran
     fake = ["fake_quantize_kernel", "fake_gradient_kernel", "scales_kernel"]
     around = ["scale_output_kernel", "scale_gradient_kernel"]
-    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around]
+    key, value = ["sums_kernel", "means_kernel", "tokens_kernel"], ["sums_kernel", "means_kernel", "values_kernel"]
+    attention = ["tokens_kernel", *key, *value, "attend_kernel"]
+    assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around, *attention]
 
 
 def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
     text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
     assert "**Compiled only: nothing of this has run on a GPU.**" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
-    assert len(rows) == 6 * 19 + 6
+    assert len(rows) == 6 * 25 + 6
     assert all(row[6] == "0" for row in rows if row[4].strip()), "a product spills"
     loops = [row[8].strip(" |").split(" / ") for row in rows if "gluon" in row[1]]
     assert [loop[3] for loop in loops] == ["0"] * 6, "a product is waited for"

@@ -11,6 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
+from qvgen_kernels.attention import AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.triton import attend
+from qvgen_kernels.attention.triton import quantize as attention_quantize
+from qvgen_kernels.attention.triton.backend import triton_attention
 from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.gluon import gemm as gluon_gemm
 from qvgen_kernels.input_steps import InputSteps, InputTensors
@@ -64,7 +68,7 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm):
+    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm, attention_quantize, attend):
         module.launch = compile_only
     name = sys.argv[1] if len(sys.argv) > 1 else "triton"
     backend = get_backend(name)
@@ -89,6 +93,15 @@ def main():
     if name == "triton":
         steps_too(backend)
         call_fake_quantization()
+        call_attention()
+
+
+def call_attention():
+    """One query of one head, whose sizes are constants of the compiled code, and a mask that all queries share."""
+    q, k = torch.ones(1, 1, 1, 72, dtype=torch.float16), torch.ones(1, 1, 70, 72, dtype=torch.float16)
+    clips = AttentionTensors(query_clip=torch.ones(1), key_clip=torch.ones(1))
+    mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
+    triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72))
 
 
 def steps_too(backend):

@@ -17,6 +17,8 @@ def _import_interpreted():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        from qvgen_kernels.attention.triton import attend  # noqa: F401 - seen by the backend's own import
+        from qvgen_kernels.attention.triton import quantize as attention_quantize
         from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate, steps
     finally:
         if before is None:
@@ -24,10 +26,10 @@ def _import_interpreted():
         else:
             os.environ["TRITON_INTERPRET"] = before
     assert launch.INTERPRETED
-    return fake_operators, function_choice, gemm, quantize, rotate, steps
+    return attention_quantize, fake_operators, function_choice, gemm, quantize, rotate, steps
 
 
-fake_operators, function_choice, gemm, quantize, rotate, steps = _import_interpreted()
+attention_quantize, fake_operators, function_choice, gemm, quantize, rotate, steps = _import_interpreted()
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,8 @@ PARTS = (
     Part("correctness", 120.0, workers=14),
     Part("table", 150.0, warmers=8),
     Part("blocks", 110.0, warmers=6),
+    Part("attention", 60.0, workers=14),
+    Part("attention_times", 30.0, warmers=4),
     Part("fake_quantization", 40.0),
     Part("sanitizer", 50.0),
     Part("tiles", 200.0, warmers=14),

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_model import Card, bf16_ms, card_of, packed_ms, quantize_ms
+from gpu_model import Card, attention_ms, bf16_ms, card_of, packed_ms, quantize_ms
 
+from gpu.attention_times import FLASH
 from gpu.models import Layer
 from gpu.products import BF16
 
@@ -36,7 +37,7 @@ class Results:
         every = [row for rows in self.rows.values() for row in rows]
         return [
             row for row in every if any(row.get(key) is False for key in ("equal", "steady", "bits_equal", "finite"))
-        ] + [row for row in self.rows.get("correctness", []) if "error" in row]
+        ] + [row for name in ("correctness", "attention") for row in self.rows.get(name, []) if "error" in row]
 
 
 def read_results(out: Path) -> Results:
@@ -71,6 +72,7 @@ def write_page(path: Path, results: Results, states: dict[str, str]) -> None:
         ("Wrong", _wrong(wrong)),
         ("Linears", _linears(results.rows.get("table", []), card)),
         ("Blocks", _blocks(results.rows.get("blocks", []))),
+        ("Attention", _attention(results.rows.get("attention_times", []), card)),
         ("Tiles", _tiles(results.rows.get("tiles", []))),
         ("Fake quantization", _fake_quantization(results.rows.get("fake_quantization", []))),
         ("compute-sanitizer", _sanitizer(results.rows.get("sanitizer", []))),
@@ -150,6 +152,34 @@ def _blocks(rows: Sequence[Row]) -> list[str]:
             times = "" if first is None else f"{first / row['ms']:.2f}"
             lines.append((row["model"], row["way"], row["part"], f"{row['ms']:.3f}", times, *memory))
     columns = ("model", "way", "part", "ms", "times bf16", "weights MiB", "peak beside them MiB")
+    return _table(columns, lines)
+
+
+def _attention(rows: Sequence[Row], card: Card | None) -> list[str]:
+    base = {row["case"]: row["ms"] for row in rows if row.get("candidate") == FLASH and "ms" in row}
+    lines = []
+    for row in rows:
+        if "ms" not in row:
+            continue
+        expected = None
+        if card is not None and row["candidate"] in (FLASH, "triton int8"):
+            dense, *bounds = attention_ms(
+                card, heads=row["heads"], scores=row["tokens"] ** 2, head_size=row["head_size"]
+            )
+            expected = dense if row["candidate"] == FLASH else max(bounds)
+        first = base.get(row["case"])
+        lines.append(
+            (
+                f"{row['tokens']} tokens, {row['heads']} x {row['head_size']}", row["candidate"],
+                f"{row['ms']:.3f} ({row['low_ms']:.3f} to {row['high_ms']:.3f})",
+                "" if expected is None else f"{expected:.3f}",
+                "" if first is None else f"{first / row['ms']:.2f}",
+                f"{row['tops']:.0f}" if "tops" in row else "",
+            )
+        )  # fmt: skip
+    columns = (
+        "attention", "candidate", "ms (lowest to highest)", "predicted", "times flash", "10^12 operations/s"
+    )  # fmt: skip
     return _table(columns, lines)
 
 

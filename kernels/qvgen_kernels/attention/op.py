@@ -21,6 +21,7 @@ from qvgen_kernels.attention.contract import AttentionSpec, AttentionTensors, ch
 from qvgen_kernels.attention.cpu import VARIANTS, cpu_attention, cpu_products
 from qvgen_kernels.attention.gradient import Products, attention_gradients, reference_products
 from qvgen_kernels.attention.reference import reference_attention
+from qvgen_kernels.attention.triton import backend as triton_backend
 from qvgen_kernels.cpu_library import supported
 from qvgen_kernels.errors import KernelUnavailableError
 from qvgen_kernels.reference import without_autocast
@@ -46,7 +47,8 @@ _library.define(
 def attention_kernels(device: torch.device) -> dict[str, str | None]:
     """Every kernel by name, the fastest first, with the reason why it does not run on a device; None where it does."""
     elsewhere = None if device.type == "cpu" else f"it runs on a CPU, and the tensors are on {device.type}"
-    return {**{name: elsewhere or supported(name) for name in VARIANTS}, _REFERENCE: None}
+    on_a_cpu = {name: elsewhere or supported(name) for name in VARIANTS}
+    return {**on_a_cpu, triton_backend.NAME: triton_backend.refusal(device), _REFERENCE: None}
 
 
 def resolve_attention(kernel: str, *, device: torch.device) -> str:
@@ -75,6 +77,8 @@ def _attention(
     if name == _REFERENCE:
         with without_autocast(q.device):
             return reference_attention(q, k, v, mask=mask, tensors=named, spec=parsed)
+    if name == triton_backend.NAME:
+        return triton_backend.triton_attention(q, k, v, mask=mask, tensors=named, spec=parsed)
     return cpu_attention(q, k, v, mask=mask, tensors=named, spec=parsed, variant=name)
 
 

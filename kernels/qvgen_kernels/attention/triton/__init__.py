@@ -1,0 +1,12 @@
+"""The quantized attention in Triton, to the bit of kernels/attention.md; there is no gradient yet.
+
+    form      constants, pointers and sizes of the kernels, and how codes lie in memory
+    quantize  means over tokens; queries, keys and values to codes and scales
+    attend    scores, probabilities and the running sums of a tile of queries
+    backend   a call from q, k and v to outputs; what is missing on a machine
+
+Memory besides the outputs: the codes of q, k and v (a byte a number, columns padded to a power of two), their scales, and
+three float32 numbers for every 64 tokens and column while values are quantized. Nothing grows with tokens times tokens.
+
+Importing the package does not import Triton.
+"""

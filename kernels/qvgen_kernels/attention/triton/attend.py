@@ -1,0 +1,224 @@
+"""Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of 64 queries, block after block of keys.
+
+Every line of the contract is one float32 operation here too. Where a multiply-add is fused, its product is exact, being one
+with a power of two, so that the sum is rounded as if it stood alone. Sums are rescaled in blocks where a query of the tile
+meets a larger exponent; with a factor of 1 the contract's rescaling changes no bit, because no sum but 0 is below 2^-100: it
+was kept at that size, or it is a number of 24 bits plus a multiple of 2^-64, which leaves nothing below 2^-88.
+
+A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
+all that it adds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, LOWEST, REACH, AttentionSpec
+from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
+from qvgen_kernels.triton.launch import INTERPRETED, launch
+from qvgen_kernels.triton.rounding import MAGIC, to_type
+
+__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel"]
+
+ROWS = 64
+"""Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
+WARPS = 4
+STAGES = 3
+"""Blocks of keys and values in flight, and one."""
+
+_FARTHEST = 1 << 24
+"""A mask whose queries or keys lie this far apart is copied: 63 times both are an int32."""
+
+_BLOCK = tl.constexpr(BLOCK)
+_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in EXP2)
+_LOWEST = tl.constexpr(LOWEST)
+_REACH = tl.constexpr(REACH)
+_FLUSHED = tl.constexpr(FLUSHED)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_SMALLEST = tl.constexpr(-3.4028234663852886e38)
+_ROWS = tl.constexpr(ROWS)
+
+
+@triton.jit
+def _ceil(v):
+    """The smallest whole number that is at least v; Triton's own flushes subnormal numbers."""
+    whole = (v + MAGIC) - MAGIC
+    whole = tl.where(whole < v, whole + 1.0, whole)
+    return tl.where(tl.abs(v) < 4194304.0, whole, v)
+
+
+@triton.jit
+def _reach(z):
+    """2^z of whole numbers z <= 0; 0 below -64."""
+    power = (tl.maximum(z, -_REACH).to(tl.int32) + 127) << 23
+    return tl.where(z >= -_REACH, power.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def _dropped(v):
+    return tl.where(tl.abs(v) < _FLUSHED, 0.0, v)
+
+
+@triton.jit
+def _probabilities(x, top):
+    """Codes 0..255 of a block less 128, int32."""
+    t = tl.maximum(x - top[:, None], _LOWEST)
+    shifted = t + MAGIC
+    f = t - (shifted - MAGIC)
+    value = ((f * _C3 + _C2) * f + _C1) * f + _C0
+    # Adding n to the exponent's field is the product with 2^n; the field of MAGIC leaves by the shift.
+    value = (value.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    return (value + (MAGIC - 128.0)).to(tl.int32, bitcast=True) - _MAGIC_BITS
+
+
+@triton.jit
+def _operand(p):
+    """Codes as signed bytes [rows, 64], in the order of the values' tokens."""
+    parts = tl.permute(tl.reshape(p.to(tl.int8), (_ROWS, 4, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(parts, (_ROWS, _BLOCK))
+
+
+@triton.jit
+def _seen(t, place, index, sizes, form: tl.constexpr):
+    """Which keys of a block a query sees: bool [rows or 1, 64]; ``index`` counts the blocks of all heads."""
+    head, row, start = place
+    step = tl.arange(0, _BLOCK)[None, :]
+    first = (index - head * sizes.blocks) * _BLOCK
+    seen = step < (sizes.keys - first).to(tl.int32)
+    # Far offsets are one number of 64 bits; those inside of the tile are small (_launch_arguments).
+    if form.mask == "keys":
+        mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
+        seen = tl.load(mask, mask=seen, other=0) != 0
+    elif form.mask == "all":
+        inside = seen & (row < sizes.queries)[:, None]
+        place = (row % _ROWS)[:, None] * sizes.mask_query + step * sizes.mask_key
+        seen = tl.load(t.mask + start + first * sizes.mask_key + place, mask=inside, other=0) != 0
+    return seen
+
+
+@triton.jit
+def _add_values(totals, p, factors, index, t, form: tl.constexpr):
+    """The running sums of all parts, rescaled, with a block's sums added."""
+    shrink, grow = factors
+    operand = _operand(p)
+    is_rescaled = tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0
+    key = tl.arange(0, _BLOCK)[None, :]
+    added = ()
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
+        base = tl.load(t.codes.base + index * form.width + column)
+        start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
+        sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+        total = totals[part]
+        if is_rescaled:
+            total = _dropped(total * shrink[:, None])
+        added = added + (tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total),)  # noqa: RUF005 - Triton's tuple
+    return added
+
+
+@triton.jit
+def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
+    """The running sums of all parts [rows, columns], weights and exponents [rows], with a block of keys added."""
+    totals, weight, top = state
+    codes, factor, place = query
+    index = place[0] * sizes.blocks + block
+    column, key = tl.arange(0, form.width)[None, :], tl.arange(0, _BLOCK)
+    k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column)
+    scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
+    x = (scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]) * factor[:, None]
+    if masked:
+        x = tl.where(_seen(t, place, index, sizes, form), x, float("-inf"))
+    exponent = tl.maximum(_ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
+    p = _probabilities(x, exponent)
+
+    highest = tl.maximum(top, exponent)
+    shrink, grow = _reach(top - highest), _reach(exponent - highest)
+    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + 128 * _BLOCK
+    weight = _dropped(weight * shrink) + codes_sum.to(tl.float32) * grow
+    return _add_values(totals, p, (shrink, grow), index, t, form), weight, highest
+
+
+@triton.jit
+def _finish(state, query, t, sizes, form: tl.constexpr):
+    """Outputs of the tile."""
+    totals, weight, top = state
+    _, factor, place = query
+    head, row, _ = place
+    lonely = weight == 0.0
+    inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
+    largest = tl.full((_ROWS,), tl.load(t.codes.largest + head), tl.float32)
+    is_finite = (top < float("inf")) & (tl.abs(factor) < float("inf")) & (largest < float("inf"))
+    kind: tl.constexpr = t.y.dtype.element_ty
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+        y = (totals[part] * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
+        y = tl.where(is_finite[:, None], tl.where(lonely[:, None], 0.0, y), float("nan"))
+        target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
+        live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
+        tl.store(target, to_type(y, kind, form.interpreted), mask=live)
+
+
+@triton.jit
+def attend_kernel(t, sizes, form: tl.constexpr):
+    """Outputs of 64 queries of a head; neighbouring programs share its keys and values."""
+    tiles = (sizes.queries + _ROWS - 1) // _ROWS
+    program = tl.program_id(0)
+    head = (program // tiles).to(tl.int64)
+    row = (program % tiles) * _ROWS + tl.arange(0, _ROWS)
+    live = row < sizes.queries
+    column = tl.arange(0, form.width)[None, :]
+    here = head * sizes.queries + row
+    codes = tl.load(t.codes.query + here[:, None] * form.width + column, mask=live[:, None], other=0)
+    factor = tl.load(t.codes.query_scale + here, mask=live, other=0.0)
+    start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
+    start += (program % tiles).to(tl.int64) * _ROWS * sizes.mask_query
+    query = (codes, factor, (head, row, start))
+    totals = ()
+    parts: tl.constexpr = form.parts
+    for _ in tl.static_range(parts):
+        totals = totals + (tl.full((_ROWS, form.part), 0.0, tl.float32),)  # noqa: RUF005 - Triton's tuple
+    weight = tl.full((_ROWS,), 0.0, tl.float32)
+    top = tl.full((_ROWS,), _SMALLEST, tl.float32)
+    state = (totals, weight, top)
+    masked: tl.constexpr = form.mask != "none"
+    whole = sizes.blocks - 1 if form.ragged else sizes.blocks
+    for block in range(whole):
+        state = _add_block(state, query, block, t, sizes, form, masked)
+    if form.ragged:
+        state = _add_block(state, query, whole, t, sizes, form, True)
+    _finish(state, query, t, sizes, form)
+
+
+def _launch_arguments(
+    codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec
+) -> tuple[AttendTensors, AttendSizes, AttendForm]:
+    """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
+    kind, strides = "none", (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask if max(mask.stride()[2:]) < _FARTHEST else mask.contiguous()
+        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+        kind = "all" if strides[2] else "keys"
+    form = attend_form(spec.head_size, keys=keys, mask=kind, interpreted=INTERPRETED)
+    sizes = AttendSizes(y.shape[1], y.shape[2], keys, codes.value.shape[1], *strides)
+    return AttendTensors(codes, y, mask), sizes, form
+
+
+def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec) -> None:
+    """Fill y with the outputs.
+
+    Args:
+        codes: Quantized queries, keys and values.
+        y: Contiguous [B, H, M, D], M > 0.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        keys: N > 0.
+        spec: The attention.
+    """
+    t, sizes, form = _launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
+    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
+    launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)
