@@ -177,7 +177,6 @@ def _check_class(module: nn.Module, *, name: str) -> None:
 @cache
 def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of an attention whose product is quantized: its own class in all but the product, name included."""
-
     plain = kind.forward
 
     @wraps(plain)
