@@ -51,7 +51,7 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionProduct(nn.Module):
-    """The product of one attention module; a submodule of it that is never called as one.
+    """The product of one attention module, and a submodule of it.
 
     Args:
         form: Its form.
@@ -69,7 +69,7 @@ class AttentionProduct(nn.Module):
         """Factors of the largest magnitude of queries and of keys, float32 [num_bands, H] each; None: there are none."""
         return None
 
-    def attend(self, call: AttentionCall) -> Tensor:
+    def forward(self, call: AttentionCall) -> Tensor:
         """The product for q [B * n, H, M, D] and k, v [B * n, H or fewer with enable_gqa, N, D], ordered by sample.
 
         Returns:
@@ -245,7 +245,8 @@ class TakesAttention(TorchFunctionMode):
         del types
         if func is _TORCH_ATTENTION:
             self.taken.append(True)
-            return self.product.attend(AttentionCall(*args, **(kwargs or {})))
+            found: Tensor = self.product(AttentionCall(*args, **(kwargs or {})))
+            return found
         if func in _SOFTMAXES:
             raise ValueError(
                 f"{self.product.name} computes a softmax of its own, not torch's attention; {self.product._instead}"

@@ -54,18 +54,18 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("options", [{}, {"smooth_key": False}, {"rotation": True}])
 def test_a_call_is_the_operator_of_its_form(options: dict[str, Any]) -> None:
     product, (q, k, v) = make_product(**options), make_inputs()
-    found = product.attend(AttentionCall(q, k, v))
+    found = product(AttentionCall(q, k, v))
     assert torch.equal(found, attention(q, k, v, spec=product.form.spec()))
     assert 0 < error(found, exact(q, k, v)) < BOUND
-    scaled = product.attend(AttentionCall(q, k, v, scale=0.5))
+    scaled = product(AttentionCall(q, k, v, scale=0.5))
     assert error(scaled, exact(q, k, v, scale=0.5)) < 2 * BOUND
     assert not torch.equal(scaled, found)
 
 
 def test_fewer_heads_of_keys_are_repeated() -> None:
     product, (q, k, v) = make_product(), make_inputs()
-    found = product.attend(AttentionCall(q, k[:, :1], v[:, :1], enable_gqa=True))
-    assert torch.equal(found, product.attend(AttentionCall(q, k[:, :1].expand_as(k), v[:, :1].expand_as(v))))
+    found = product(AttentionCall(q, k[:, :1], v[:, :1], enable_gqa=True))
+    assert torch.equal(found, product(AttentionCall(q, k[:, :1].expand_as(k), v[:, :1].expand_as(v))))
 
 
 @pytest.mark.parametrize("hidden", [-10000.0, float("-inf")])
@@ -73,21 +73,21 @@ def test_numbers_that_hide_keys_are_a_mask(hidden: float) -> None:
     product, (q, k, v) = make_product(), make_inputs()
     seen = torch.ones(2, 1, 1, 37, dtype=torch.bool)
     seen[0, ..., 20:] = False
-    found = product.attend(AttentionCall(q, k, v, attn_mask=seen))
+    found = product(AttentionCall(q, k, v, attn_mask=seen))
     bias = torch.zeros(seen.shape).masked_fill(~seen, hidden)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(product.attend(AttentionCall(q, k, v, attn_mask=bias.to(dtype))), found)
+        assert torch.equal(product(AttentionCall(q, k, v, attn_mask=bias.to(dtype))), found)
     assert error(found, exact(q, k, v, bias=bias)) < BOUND
-    assert torch.equal(product.attend(AttentionCall(q, k, v, attn_mask=bias[0, 0]))[0], found[0])  # two dimensions
+    assert torch.equal(product(AttentionCall(q, k, v, attn_mask=bias[0, 0]))[0], found[0])  # two dimensions
 
 
 def test_one_number_for_all_keys_hides_none() -> None:
     product, (q, k, v) = make_product(), make_inputs()
     bias = torch.zeros(2, 1, 1, 37)
     bias[1] = -10000.0
-    assert torch.equal(product.attend(AttentionCall(q, k, v, attn_mask=bias)), product.attend(AttentionCall(q, k, v)))
+    assert torch.equal(product(AttentionCall(q, k, v, attn_mask=bias)), product(AttentionCall(q, k, v)))
     bias[1] = float("-inf")
-    assert not product.attend(AttentionCall(q, k, v, attn_mask=bias))[1].any()
+    assert not product(AttentionCall(q, k, v, attn_mask=bias))[1].any()
 
 
 def test_what_it_has_no_meaning_for_is_refused_by_name() -> None:
@@ -100,7 +100,7 @@ def test_what_it_has_no_meaning_for_is_refused_by_name() -> None:
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
-            product.attend(call)
+            product(call)
         assert "blocks.0.attn1" in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
 
@@ -108,9 +108,9 @@ def test_what_it_has_no_meaning_for_is_refused_by_name() -> None:
 def test_it_computes_in_autocasts_type() -> None:
     product, (q, k, v) = make_product(), make_inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        found = product.attend(AttentionCall(q, k.bfloat16(), v))
+        found = product(AttentionCall(q, k.bfloat16(), v))
     assert found.dtype is torch.bfloat16
-    assert torch.equal(found, product.attend(AttentionCall(q.bfloat16(), k.bfloat16(), v.bfloat16())))
+    assert torch.equal(found, product(AttentionCall(q.bfloat16(), k.bfloat16(), v.bfloat16())))
 
 
 def test_factors_start_at_one_and_belong_to_a_sample_and_a_head() -> None:
@@ -118,12 +118,12 @@ def test_factors_start_at_one_and_belong_to_a_sample_and_a_head() -> None:
     mask = torch.rand(2, 1, 70, 37, generator=torch.Generator().manual_seed(1)) < 0.7
     product.noise_band.set_timestep(torch.tensor([10.0, 990.0]))
     call = AttentionCall(q, k, v, attn_mask=mask)
-    assert torch.equal(product.attend(call), plain.attend(call))
+    assert torch.equal(product(call), plain(call))
     with torch.no_grad():
         for logits in product.parameters():
             logits.normal_(generator=torch.Generator().manual_seed(2))
-    found, packed = product.attend(call), PackedAttention.from_fake_quant(product)
-    assert torch.equal(packed.attend(call), found)
+    found, packed = product(call), PackedAttention.from_fake_quant(product)
+    assert torch.equal(packed(call), found)
     tables = product.tables()
     assert tables is not None
     for sample, band in ((0, 0), (1, BANDS - 1)):
@@ -135,8 +135,8 @@ def test_factors_start_at_one_and_belong_to_a_sample_and_a_head() -> None:
     with torch.no_grad():
         assert product.query_clip is not None
         product.query_clip[BANDS - 1] -= 1
-    assert torch.equal(product.attend(call)[0], before)
-    assert not torch.equal(product.attend(call)[1], found[1])
+    assert torch.equal(product(call)[0], before)
+    assert not torch.equal(product(call)[1], found[1])
 
 
 def test_factors_between_steps_of_a_table_are_interpolated() -> None:
@@ -151,7 +151,7 @@ def test_factors_between_steps_of_a_table_are_interpolated() -> None:
     tables = product.tables()
     assert tables is not None
     clips = AttentionTensors(*(table[0] * 0.5 + table[1] * 0.5 for table in tables))
-    assert torch.equal(product.attend(AttentionCall(q, k, v)), attention(q, k, v, spec=product.spec, tensors=clips))
+    assert torch.equal(product(AttentionCall(q, k, v)), attention(q, k, v, spec=product.spec, tensors=clips))
 
 
 class Model(nn.Module):
