@@ -98,6 +98,12 @@ class AttentionProduct(nn.Module):
         tables = self.tables()
         if tables is None:
             return attention(query, key, value, spec=spec, mask=mask, kernel=self.kernel)
+        samples = 1 if self.noise_band.current is None else self.noise_band.current.numel()
+        if query.shape[0] % samples:
+            raise ValueError(
+                f"{self.name} attends for {query.shape[0]} of {samples} samples at a time, and learned factors are of a "
+                "sample's noise band; quantize without profile.attention.clips, or give it one sample at a time"
+            )
         query_clip, key_clip = (self.noise_band.row_values(table, query).flatten() for table in tables)
         return _by_sample(query, key, value, mask=mask, spec=spec, clips=(query_clip, key_clip), kernel=self.kernel)
 
