@@ -15,7 +15,7 @@ from qvgen.layers.swap import folded_copy
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.student import prepare_student
 from qvgen.verbs._parts import student_design
-from tests.runs import UNSEEN, shallow, train, train_config
+from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, train, train_config
 from tests.training.test_block_checkpoint import WAYS, Calls, gradients
 
 KEYS = ("profile.attention={kind:int8,clips:true}",)
@@ -65,7 +65,7 @@ def test_factors_are_trained_with_the_other_clips() -> None:
 
 
 def test_a_step_changes_the_factors_and_fold_keeps_their_bits() -> None:
-    student, batch = student_and_batch(*KEYS, "phi.rank=0")
+    student, batch = student_and_batch(*KEYS, "method=lsq")
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     gradients(student, batch, None)
     optimizer.step()
@@ -82,9 +82,12 @@ def test_a_step_changes_the_factors_and_fold_keeps_their_bits() -> None:
 
 
 def test_a_run_and_a_resumed_one_pack_what_was_trained(tmp_path: Path) -> None:
-    keys = ("steps=4", "phi.ranks=[2]", *shallow(1), *UNSEEN, *KEYS)
+    keys = ("steps=4", "phi.ranks=[2]", "checkpoint.every_steps=2", "checkpoint.keep=3", *shallow(1), *UNSEEN, *KEYS)
     assert train(tmp_path / "run", *keys) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["attentions_quantized"] == ["blocks.0.attn1", "blocks.0.attn2"]
     assert (report["packed_codes_equal"], report["packed_vs_fake_max_abs"]) == (True, 0.0)
     assert list(packed_attentions(load_packed(tmp_path / "run" / "packed"))) == report["attentions_quantized"]
+    again = copy_until(tmp_path / "run", tmp_path / "again", step=2)
+    assert train(again, *keys, "resume=true") == 0
+    assert packed_bytes(again) == packed_bytes(tmp_path / "run")
