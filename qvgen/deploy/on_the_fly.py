@@ -64,7 +64,7 @@ class OnTheFly:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError for a model that can't be quantized, before its weights are read."""
         check_can_save(model)
-        self.names(model)
+        attention_forms(model, self.profile.attention, quantized=self.names(model))
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
         """The Linears to quantize."""

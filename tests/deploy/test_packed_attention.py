@@ -19,6 +19,7 @@ from qvgen.deploy.attention_entry import ATTENTION_VERSION
 from qvgen.deploy.checkpoint import check_packed, load_packed, save_packed
 from qvgen.deploy.exported_model import find_fits, open_packed
 from qvgen.deploy.manifest import file_sha256, read_manifest
+from qvgen.deploy.model_card import CardSources, card_of
 from qvgen.deploy.packed_fusion import fuse_packed_
 from qvgen.errors import UserError
 from qvgen.layers.attention_swap import packed_attentions, quantized_attentions
@@ -126,6 +127,26 @@ def test_the_manifest_says_all_of_it(saved: Any) -> None:
     lines = table(check_packed(folder), file_bytes=1)
     assert sum("attention" in line and "2 x 32" in line for line in lines) == 4
     assert "attention in 8 bits: 4" in lines
+    assert "| attention | 4 in 8 bits |" in card_of(folder, sources=CardSources(), repository=None)
+
+
+def test_from_pretrained_makes_it_of_full_precision_weights(tmp_path: Path) -> None:
+    model_class, config, _ = MODELS["cogvideox"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(**config)
+    model.save_pretrained(tmp_path)
+    profile = make_profile("paper", weight_bits=4, activation_bits=8)
+    attentive = replace(profile, attention=AttentionProfile(kind="int8", rotation=True))
+    loaded = model_class.from_pretrained(tmp_path, quantization_config=qvgen.QvgenConfig(profile=attentive, init="rtn"))
+    qvgen.prepare(model, profile=attentive, init="rtn")
+    assert list(packed_attentions(loaded)) == ATTENTIONS["cogvideox"]
+    assert torch.equal(call("cogvideox", loaded), call("cogvideox", model.eval()))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(call("cogvideox", model_class.from_pretrained(tmp_path / "again")), call("cogvideox", loaded))
+    odd = replace(profile, attention=AttentionProfile(kind="int8", include=("*.attn7",)))
+    with pytest.raises(ValueError, match="matches none of the 2 attentions"):
+        model_class.from_pretrained(tmp_path, quantization_config=qvgen.QvgenConfig(profile=odd, init="rtn"))
 
 
 def test_a_model_without_it_is_as_before(tmp_path: Path) -> None:
