@@ -13,9 +13,10 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.attention_swap import packed_attentions, quantized_attentions
 from qvgen.layers.swap import folded_copy
 from qvgen.methods.parameter_group import parameter_groups
+from qvgen.training.planning.operation_counter import OperationCounter
 from qvgen.training.student import prepare_student
 from qvgen.verbs._parts import student_design
-from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, train, train_config
+from tests.runs import UNSEEN, shallow, train, train_config
 from tests.training.test_block_checkpoint import WAYS, Calls, gradients
 
 KEYS = ("profile.attention={kind:int8,clips:true}",)
@@ -81,13 +82,23 @@ def test_a_step_changes_the_factors_and_fold_keeps_their_bits() -> None:
         assert not any(bool((table[[5, 45]] == 1).all()) for table in tables)
 
 
-def test_a_run_and_a_resumed_one_pack_what_was_trained(tmp_path: Path) -> None:
-    keys = ("steps=4", "phi.ranks=[2]", "checkpoint.every_steps=2", "checkpoint.keep=3", *shallow(1), *UNSEEN, *KEYS)
+def test_a_run_packs_what_was_trained(tmp_path: Path) -> None:
+    keys = ("steps=4", "phi.ranks=[2]", *shallow(1), *UNSEEN, *KEYS)
     assert train(tmp_path / "run", *keys) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["attentions_quantized"] == ["blocks.0.attn1", "blocks.0.attn2"]
     assert (report["packed_codes_equal"], report["packed_vs_fake_max_abs"]) == (True, 0.0)
     assert list(packed_attentions(load_packed(tmp_path / "run" / "packed"))) == report["attentions_quantized"]
-    again = copy_until(tmp_path / "run", tmp_path / "again", step=2)
-    assert train(again, *keys, "resume=true") == 0
-    assert packed_bytes(again) == packed_bytes(tmp_path / "run")
+
+
+def test_its_products_are_counted_as_many_as_torchs() -> None:
+    counts = []
+    for keys in ((), KEYS):
+        student, batch = student_and_batch(*keys)
+        with OperationCounter() as counter:
+            output = student(batch[0], timestep=batch[1], encoder_hidden_states=batch[2], return_dict=False)[0]
+            counter.enter("backward")
+            output.square().mean().backward()
+        counts.append((counter.flops, counter.attention_flops))
+    assert counts[0] == counts[1]
+    assert counts[0][1]["backward"] == 2.5 * counts[0][1]["student"] > 0
