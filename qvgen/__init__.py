@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qvgen.lowrank.decay import DecaySchedule as DecaySchedule
     from qvgen.methods.base import Method as Method
     from qvgen.methods.phi_decay import PhiDecay as PhiDecay
+    from qvgen.quant.attention_profile import AttentionProfile as AttentionProfile
     from qvgen.quant.grid import Grid as Grid
     from qvgen.quant.grid import Profile as Profile
 
@@ -49,6 +50,7 @@ _HOMES: dict[str, str] = {
     "Manifest": "qvgen.deploy.manifest",
     "Profile": "qvgen.quant.grid",
     "Grid": "qvgen.quant.grid",
+    "AttentionProfile": "qvgen.quant.attention_profile",
     "Initializer": "qvgen.initializers.base",
     "LayerStatistics": "qvgen.initializers.base",
     "Method": "qvgen.methods.base",

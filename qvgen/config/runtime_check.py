@@ -19,6 +19,7 @@ _WORDS = {
     "branch": "adds a low-rank branch",
     "static": "takes ranges from a table",
     "widths": "gives layers or steps other widths",
+    "attention": "computes attention with integers",
 }
 
 
@@ -43,6 +44,9 @@ def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str 
             f"profile.{key} out, or add profile.runtime=null to keep the grid for qvgen's own kernels"
         )
     missing = [name for name in additions if name not in runtime.additions]
+    if profile.attention is not None and "attention" not in runtime.additions:
+        missing, additions = ["attention"], ["attention"]
+        what = f"profile.attention={profile.attention.kind}"
     if runtime.has(*bits) and not missing:
         return
     others = [name for name in leaf_names("profile") if _takes(name, bits, additions)]

@@ -6,7 +6,7 @@ Layers are read from the mapped file one after another, and what is made of each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,17 +67,30 @@ def open_packed(directory: Path, *, names: OriginalNames | None) -> PackedSource
 
 def find_fits(source: PackedSource, target: Target) -> dict[str, Fit]:
     """How the target carries each layer; see :func:`fits_of`."""
-    return fits_of(source.layers, target, base_name=source.manifest.base_name, names=source.names)
+    attentions = tuple(entry.name for entry in source.manifest.attentions)
+    named = {"base_name": source.manifest.base_name, "names": source.names, "attentions": attentions}
+    return fits_of(source.layers, target, **named)
 
 
 def fits_of(
-    layers: Mapping[str, PackedLinear], target: Target, *, base_name: str, names: OriginalNames | None
+    layers: Mapping[str, PackedLinear],
+    target: Target,
+    *,
+    base_name: str,
+    names: OriginalNames | None,
+    attentions: Sequence[str] = (),
 ) -> dict[str, Fit]:
     """How the target carries each layer, of which no values are needed: they may lie on the meta device.
 
     Raises:
-        UserError: A layer that it can't carry at all, by name; or it needs original names and the family has none.
+        UserError: A layer that it can't carry at all, or an attention in 8 bits where qvgen does not run it, by name; or it
+            needs original names and the family has none.
     """
+    if attentions and isinstance(target, Exporter):
+        raise UserError(
+            f"{target.runtime} computes attention in floating point, and {attentions[0]} and {len(attentions) - 1} others "
+            "compute it in 8 bits; export=diffusers or export=hub keeps them, or train with profile.attention=none"
+        )
     if target.needs_original_names and names is None:
         family = (
             f"{base_name!r} has none: {target.runtime} has no such model"

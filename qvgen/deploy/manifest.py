@@ -2,8 +2,8 @@
 
     {"format": "qvgen-packed", "version": 1,
      "base": {"name", "revision", "arguments", "transformer", "config"},     transformer: a class of diffusers
-     "num_noise_bands", "timesteps", "strict_timesteps", "guided", "activation_switch", "layers": [...], "skipped": [...],
-     "training": {...}, "sha256": of model.safetensors}
+     "num_noise_bands", "timesteps", "strict_timesteps", "guided", "activation_switch", "layers": [...],
+     "attentions": [...] (:mod:`qvgen.deploy.attention_entry`), "skipped": [...], "training": {...}, "sha256": of the file}
 
 Every layer says {name, shape [N, K], bits, granularity, group_size, zero_point, scale_dtype, bias, activation {bits,
 granularity, group_size, zero_point, scale_dtype, arithmetic, clip, range "dynamic" or "static", clip_table},
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.plain_json import flag, items, mapping, number, parse_json, read_bytes, text, whole
+from qvgen.deploy.attention_entry import ATTENTION_VERSION, AttentionEntry, read_attentions
 from qvgen.deploy.delta_switch import DeltaSwitchConfig
 from qvgen.deploy.transformer_class import transformer_class
 from qvgen.layers.layer_form import LayerForm
@@ -141,6 +142,7 @@ class Manifest:
             calls without them.
         activation_switch: The policy that chooses activation widths while sampling; None: there is none.
         layers: Packed layers, in the model's order.
+        attentions: Quantized attentions, likewise.
         skipped: Names of the Linears that stayed in full precision.
         training: How it was made: method, init, seed, steps; free-form, for people.
         sha256: Checksum of the file model.safetensors.
@@ -160,6 +162,7 @@ class Manifest:
     skipped: tuple[str, ...]
     training: dict[str, Any]
     sha256: str
+    attentions: tuple[AttentionEntry, ...] = ()
 
     def __post_init__(self) -> None:
         if local := sorted(set(self.base_arguments) & set(LOCAL_ARGUMENTS)):
@@ -169,7 +172,7 @@ class Manifest:
         """The file's content, in plain values."""
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": ATTENTION_VERSION if self.attentions else VERSION,
             "base": {
                 "name": self.base_name,
                 "revision": self.base_revision,
@@ -183,6 +186,7 @@ class Manifest:
             **({"guided": True} if self.guided else {}),
             "activation_switch": None if self.activation_switch is None else self.activation_switch.to_dict(),
             "layers": [layer.to_dict(num_noise_bands=self.num_noise_bands) for layer in self.layers],
+            **({"attentions": [entry.to_dict() for entry in self.attentions]} if self.attentions else {}),
             "skipped": list(self.skipped),
             "training": self.training,
             "sha256": self.sha256,
@@ -205,8 +209,9 @@ class Manifest:
             raise ValueError(f"{error}; export the checkpoint again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{source} is no manifest of format {FORMAT!r}; give the folder that fold wrote")
-        if type(version := data.get("version")) is not int or version != VERSION:
-            raise ValueError(f"{source} has version {version!r}; this qvgen reads version {VERSION}")
+        wanted = ATTENTION_VERSION if data.get("attentions") else VERSION
+        if type(version := data.get("version")) is not int or version != wanted:
+            raise ValueError(f"{source} has version {version!r}; this qvgen reads version {wanted}")
         try:
             manifest = _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -250,6 +255,7 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         guided=guided,
         activation_switch=None if switch is None else DeltaSwitchConfig.from_dict(switch),
         layers=layers,
+        attentions=read_attentions(data),
         skipped=tuple(text(name, "skipped") for name in items(data["skipped"], "skipped")),
         training=mapping(data["training"], "training"),
         sha256=sha256,

@@ -134,6 +134,7 @@ def model_card(manifest: Manifest, measured: Measured, *, repository: str, size:
                 "transformer": manifest.transformer,
                 "bits": bits,
                 "profile": ", ".join(sorted({layer.form.profile.name for layer in manifest.layers})),
+                "attention": f"{len(manifest.attentions)} in 8 bits" if manifest.attentions else None,
                 "method": training.get("method"),
                 "start (PTQ)": training.get("init"),
                 "steps": training.get("steps"),

@@ -6,7 +6,7 @@ Layer by layer, so that only one master weight in float32 is there at a time: wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import nn
@@ -18,6 +18,7 @@ from qvgen.deploy.quantization_config import QvgenConfig
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.initializers.base import Initializer
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.layers.attention_swap import attention_forms, pack_attentions, swap_attentions_
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
@@ -63,7 +64,7 @@ class OnTheFly:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError for a model that can't be quantized, before its weights are read."""
         check_can_save(model)
-        self.names(model)
+        attention_forms(model, self.profile.attention, quantized=self.names(model))
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
         """The Linears to quantize."""
@@ -79,7 +80,8 @@ def quantize_(model: nn.Module, plan: OnTheFly) -> None:
     """
     check_finite(model.named_parameters(), source=type(model).__name__, remedy="download the weights again")
     names, band = plan.names(model), NoiseBand(plan.asked.num_noise_bands)
-    profile = plan.profile.fitted(_linear(model, name).in_features for name in names)
+    attentions = attention_forms(model, plan.profile.attention, quantized=names)
+    profile = replace(plan.profile.fitted(_linear(model, name).in_features for name in names), attention=None)
     watch_timestep(model, band)
     kinds = input_kinds(model, names)
     for name in names:
@@ -89,6 +91,9 @@ def quantize_(model: nn.Module, plan: OnTheFly) -> None:
             raise ValueError(f"{name}: {error}, or exclude the layer") from error
         plan.initializer.initialize_(layer, statistics=None)
         model.set_submodule(name, PackedLinear.from_fake_quant(layer))
+    swap_attentions_(model, attentions, noise_band=band)
+    for name, product in pack_attentions(model, kernel="auto").items():
+        model.set_submodule(name, product)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qvgen.deploy.attention_entry import put_attentions_
 from qvgen.deploy.delta_switch import add_switch, check_switch
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest
 from qvgen.deploy.packed_file import TensorForm, read_header
@@ -20,10 +21,14 @@ from qvgen.layers.guidance_call import watch_calls
 from qvgen.layers.noise_band import NoiseBand, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.packed_weight import PackedWeight
+from qvgen.layers.quant_attention import PackedAttention
 from qvgen.quant.finite import check_finite
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 _FLOATS = ("F32", "BF16", "F16")
+
+AS_STORED = (PackedWeight, PackedAttention)
+"""Modules whose tensors keep the types and the bits that a file has, whatever dtype a model is loaded in."""
 
 
 def build_packed(directory: Path, manifest: Manifest, *, kernel: str, empty: bool) -> nn.Module:
@@ -86,6 +91,7 @@ def put_packed_layers_(model: nn.Module, manifest: Manifest, *, kernel: str, sou
         raise ValueError(f"{source}: {error}") from error
     for entry in manifest.layers:
         _swap(model, entry, band=band, kernel=kernel, source=source)
+    put_attentions_(model, manifest.attentions, band=band, kernel=kernel, source=source)
     watch_timestep(model, band)
     if manifest.guided:
         try:
@@ -110,15 +116,15 @@ def check_values(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Pat
     """
     check_finite(tensors.items(), source=str(source), remedy=DAMAGED)
     for prefix, module in model.named_modules():
-        for name in module.value_ranges() if isinstance(module, PackedWeight) else ():
+        for name in module.value_ranges() if isinstance(module, AS_STORED) else ():
             check_range(module, name, tensors[f"{prefix}.{name}"], shown=f"{prefix}.{name}", source=source)
 
 
-def check_range(module: PackedWeight, name: str, values: Tensor, *, shown: str, source: Path) -> None:
-    """Raise ValueError where a tensor of a packed layer holds values that can't mean anything.
+def check_range(module: PackedWeight | PackedAttention, name: str, values: Tensor, *, shown: str, source: Path) -> None:
+    """Raise ValueError where a tensor of a packed module holds values that can't mean anything.
 
     Args:
-        module: The layer, or the codes of one of its widths.
+        module: The layer, the codes of one of its widths, or the product of an attention.
         name: The tensor's name in it; one that may hold any values is accepted.
         values: Its values.
         shown: Its name in the model, for the message.
@@ -165,7 +171,7 @@ def check_tensors(model: nn.Module, header: Mapping[str, TensorForm], *, source:
             raise ValueError(
                 f"{source}: {name!r} has shape {list(stored.shape)}, the manifest asks for {list(value.shape)}"
             )
-        exact = isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
+        exact = isinstance(model.get_submodule(name.rpartition(".")[0]), AS_STORED)
         wanted = _FLOATS if value.is_floating_point() and not exact else (_NAMES.get(value.dtype, str(value.dtype)),)
         if stored.dtype not in wanted:
             raise ValueError(f"{source}: {name!r} is {stored.dtype}, {' or '.join(wanted)} is needed")

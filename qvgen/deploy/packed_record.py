@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
+from qvgen.deploy.attention_entry import attention_entries
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.manifest import Manifest, layer_entry
 from qvgen.deploy.quantization_config import QvgenConfig
@@ -49,6 +50,7 @@ def describe(
         guided=band.guided,
         activation_switch=None if switch is None else switch.config,
         layers=tuple(layer_entry(key, layer) for key, layer in packed.items()),
+        attentions=attention_entries(model),
         skipped=tuple(key for key, module in model.named_modules() if isinstance(module, nn.Linear)),
         training=dict(training or {}),
         sha256=sha256,

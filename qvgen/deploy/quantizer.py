@@ -22,7 +22,14 @@ from qvgen.deploy.manifest import Manifest
 from qvgen.deploy.on_the_fly import OnTheFly, quantize_
 from qvgen.deploy.packed_file import TensorForm, read_header
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
-from qvgen.deploy.packed_model import check_bytes, check_range, check_skipped, check_tensors, put_packed_layers_
+from qvgen.deploy.packed_model import (
+    AS_STORED,
+    check_bytes,
+    check_range,
+    check_skipped,
+    check_tensors,
+    put_packed_layers_,
+)
 from qvgen.deploy.packed_record import (
     CONFIG_FILE,
     describe,
@@ -34,7 +41,6 @@ from qvgen.deploy.prepacked_copies import watch_copies_
 from qvgen.deploy.quantization_config import QvgenConfig
 from qvgen.deploy.size_check import DAMAGED
 from qvgen.deploy.transformer_class import check_can_save
-from qvgen.layers.packed_weight import PackedWeight
 from qvgen.quant.finite import check_finite
 
 
@@ -144,9 +150,9 @@ class QvgenQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers has 
         stored: Tensor = further[0][param_name]
         prefix, _, name = param_name.rpartition(".")
         module = model.get_submodule(prefix)
-        value = stored if isinstance(module, PackedWeight) or options.get("dtype") is None else param_value
+        value = stored if isinstance(module, AS_STORED) or options.get("dtype") is None else param_value
         check_finite([(param_name, value)], source=str(self._source), remedy=DAMAGED)
-        if isinstance(module, PackedWeight):
+        if isinstance(module, AS_STORED):
             check_range(module, name, value, shown=param_name, source=self._source)
         value = value.to(target_device)
         if name in module._parameters:

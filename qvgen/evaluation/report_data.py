@@ -229,6 +229,7 @@ class ReportData:
         sampling: seconds and memory of each variant; None where nothing was sampled.
         layers: the quantized layers, in the model's order.
         skipped: the Linears that were not quantized.
+        attentions: names of the attentions that compute in 8 bits, in the model's order.
         seconds: wall-clock seconds by stage, in order; holds at least init, train, fold and generate.
         environment: versions, git revision, machine.
 
@@ -247,6 +248,7 @@ class ReportData:
     skipped: tuple[SkippedLayer, ...]
     seconds: Mapping[str, float]
     environment: Environment
+    attentions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         missing = [stage for stage in STAGES if stage not in self.seconds]

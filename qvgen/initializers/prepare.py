@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qvgen.initializers.base import Initializer, LayerStatistics, Smoothing
 from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.smoothing import fold_smoothing_
+from qvgen.layers.attention_swap import follow_bands_
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_threads import in_threads, num_threads
 from qvgen.layers.smoothing_fold import SmoothingFold
@@ -163,6 +164,7 @@ def initialize_(
     threads = setup_threads(weights, initializer, neighbours=1 if share is None else share.neighbours)
     for _ in in_threads(jobs(), threads=threads):
         done()
+    follow_bands_(model)
     return None if statistics is None else seen
 
 

@@ -180,10 +180,11 @@ class NoiseBand:
         return self.current
 
     def row_values(self, table: Tensor, x: Tensor) -> Tensor:
-        """A table's entry for each entry along the first dimension of x, interpolated between steps; float32 [B * n]."""
+        """A table's entry for each entry along the first dimension of x, interpolated between steps; float32 [B * n, ...]."""
         if self._between is None:
             return table[self.row_index(x)]
         lower, upper, share = (self._repeat(value, x) for value in self._between)
+        share = share.reshape(-1, *[1] * (table.ndim - 1))
         return table[lower] * (1.0 - share) + table[upper] * share
 
     def _repeat(self, values: Tensor, x: Tensor) -> Tensor:

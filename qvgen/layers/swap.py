@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
@@ -18,6 +18,14 @@ from typing import Any
 from torch import nn
 
 from qvgen.config.plain_json import flag, items, mapping, number, text
+from qvgen.layers.attention_swap import (
+    attention_forms,
+    attention_records,
+    check_attention_records,
+    follow_bands_,
+    pack_attentions,
+    swap_attentions_,
+)
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_form import LayerForm
@@ -110,7 +118,7 @@ def swap_fake_quant_(
     phi_rank: int = 0,
     phi_keep: bool = False,
 ) -> NoiseBand:
-    """Replace the named Linears by FakeQuantLinears and make the model read its timesteps.
+    """Replace the named Linears by FakeQuantLinears and make the model read its timesteps; attentions as the profile says.
 
     Nothing is changed when a layer is refused.
 
@@ -118,15 +126,16 @@ def swap_fake_quant_(
         The noise bands that the layers share.
 
     Raises:
-        ValueError: Names the layer that the profile or the rank does not fit.
+        ValueError: Names the layer or the attention that the profile or the rank does not fit.
     """
     band = NoiseBand(num_noise_bands)
+    attentions = attention_forms(model, profile.attention, quantized=names)
     linears, fitting = {}, set()
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         linears[name] = linear
-    profile = profile.fitted(linear.in_features for linear in linears.values())
+    profile = replace(profile.fitted(linear.in_features for linear in linears.values()), attention=None)
     for name, linear in linears.items():
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         if sizes in fitting:
@@ -145,6 +154,7 @@ def swap_fake_quant_(
             input_kind=kinds[name],
         )  # fmt: skip
         model.set_submodule(name, layer)
+    swap_attentions_(model, attentions, noise_band=band)
     return band
 
 
@@ -161,6 +171,7 @@ def forms(model: nn.Module) -> dict[str, Any]:
         "strict_timesteps": bool(bands) and bands[0].strict,
         "shared_activations": [list(names) for names in activation_sharing(layers)],
         "layers": {name: LayerForm.of(layer).to_dict() for name, layer in layers.items()},
+        **({"attentions": records} if (records := attention_records(model)) else {}),
     }
 
 
@@ -173,10 +184,12 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     layers, forms_by_name = quantized_layers(model), mapping(stored["layers"], "layers")
     if set(layers) != set(forms_by_name):
         raise ValueError(f"{len(forms_by_name)} stored layers are not the {len(layers)} of the model")
+    check_attention_records(model, items(stored.get("attentions", []), "attentions"))
     for band in [layer.noise_band for layer in layers.values()][:1]:
         if stored["timesteps"] is not None:
             band.use_timesteps_([number(t, "timesteps") for t in items(stored["timesteps"], "timesteps")])
         band.strict = flag(stored["strict_timesteps"], "strict_timesteps")
+    follow_bands_(model)
     unshare_activations_(layers)
     for name, layer in layers.items():
         LayerForm.from_dict(mapping(forms_by_name[name], name)).declare_(layer)
@@ -228,7 +241,7 @@ def not_sampling(model: nn.Module) -> Iterator[None]:
 
 
 def fold(model: nn.Module, *, kernel: str = "auto") -> int:
-    """Replace every FakeQuantLinear by its PackedLinear, in place; a model without any is left as it is.
+    """Replace every FakeQuantLinear by its PackedLinear, and attentions' products, in place; a model without any stays.
 
     Returns:
         The number of layers that were folded.
@@ -238,7 +251,7 @@ def fold(model: nn.Module, *, kernel: str = "auto") -> int:
             is not finite; nothing is changed then.
     """
     packed = _pack(model, kernel=kernel)
-    for name, module in packed.items():
+    for name, module in {**packed, **pack_attentions(model, kernel=kernel)}.items():
         model.set_submodule(name, module)
     return len(packed)
 
@@ -249,9 +262,9 @@ def folded_copy(model: nn.Module, *, kernel: str = "auto") -> nn.Module:
     Raises:
         ValueError: See :func:`fold`.
     """
-    layers = quantized_layers(model)
     packed = _pack(model, kernel=kernel)
-    memo: dict[int, object] = {id(layers[name]): module for name, module in packed.items()}
+    products = pack_attentions(model, kernel=kernel)
+    memo: dict[int, object] = {id(model.get_submodule(name)): made for name, made in {**packed, **products}.items()}
     for module in packed.values():
         memo[id(module.noise_band)] = module.noise_band  # the copy's hook sets the bands that its layers read
     return copy.deepcopy(model, memo)

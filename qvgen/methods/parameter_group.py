@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         modules = set(name.split("."))
         if modules & {"weight_quantizer", "other_weight_quantizers"}:
             groups["scales"].append(parameter)
-        elif modules & {"activation_quantizer", "other_activation_quantizers"}:
+        elif modules & {"activation_quantizer", "other_activation_quantizers", "attention_product"}:
             groups["clips"].append(parameter)
         elif "phi" in modules:
             groups["phi"].append(parameter)

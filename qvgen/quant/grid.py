@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from qvgen.config.plain_json import options_of, whole
+from qvgen.quant.attention_profile import NO_ATTENTION, AttentionProfile
 from qvgen.quant.hadamard import KINDS, check_rotation, nearest_sizes, read_rotation
 from qvgen.quant.runtime import Runtime
 
@@ -38,7 +39,8 @@ MAX_ROTATION = 2**20
 MIN_SPAN = 1e-10
 """Smallest largest magnitude of a row where codes are quotients by the scale (arithmetic ``division``)."""
 
-_OF_NO_LAYER = ("rotations", "runtime")
+_BITS = ("bits",)
+_OF_NO_LAYER = ("rotations", "runtime", "attention")
 _SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,6 +156,7 @@ class Profile:
             ``rotation`` is the only one.
         rotation_kind: ``sylvester``, or ``regular``: other matrices, of sizes 4, 16, 64, 256 (:mod:`qvgen.quant.hadamard`).
         runtime: The kernels that the profile is for, where they have limits; it changes no number.
+        attention: Attention in 8 bits, of the model and not of a Linear; None: as the model computes it.
 
     Raises:
         ValueError: A granularity that does not belong to that side, or a rotation that has no Hadamard matrix here.
@@ -166,13 +169,14 @@ class Profile:
     rotations: tuple[int, ...] = ()
     rotation_kind: RotationKind = "sylvester"
     runtime: Runtime | None = field(default=None, compare=False)
+    attention: AttentionProfile | None = None
 
     def __post_init__(self) -> None:
         if self.weight.granularity not in ("per_channel", "per_group"):
             raise ValueError(f"weight granularity {self.weight.granularity!r}; use per_channel or per_group")
         if self.activation.granularity not in ("per_token", "per_group", "per_tensor"):
-            kinds = "per_token, per_group or per_tensor (static)"
-            raise ValueError(f"activation granularity {self.activation.granularity!r}; use {kinds}")
+            kind = self.activation.granularity
+            raise ValueError(f"activation granularity {kind!r}; use per_token, per_group or per_tensor (static)")
         if self.activation.granularity == "per_tensor" and self.activation.scale_dtype != "float32":
             raise ValueError("static activation scales (per_tensor) are float32; write scale_dtype: float32")
         if self.activation.zero_point == "real":
@@ -181,17 +185,13 @@ class Profile:
             raise ValueError(
                 "arithmetic and clip are of activations: a weight's codes are stored; leave them out of weight"
             )
-        self._check_rotation()
+        if self.rotation_kind not in KINDS:
+            raise ValueError(f"rotation_kind={self.rotation_kind!r} is unknown; use one of {', '.join(KINDS)}")
+        for size in (self.rotation, *self.rotations):
+            check_rotation(whole(size, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION), self.rotation_kind)
         w_group, a_group = self.weight.group_size, self.activation.group_size
         if w_group and a_group and w_group != a_group:
             raise ValueError(f"weight group_size={w_group} and activation group_size={a_group} differ; make them equal")
-
-    def _check_rotation(self) -> None:
-        kind = self.rotation_kind
-        if kind not in KINDS:
-            raise ValueError(f"rotation_kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-        for size in (self.rotation, *self.rotations):
-            check_rotation(whole(size, "rotation", low=-MAX_ROTATION, high=MAX_ROTATION), kind)
 
     @property
     def label(self) -> str:
@@ -203,9 +203,8 @@ class Profile:
         self.weight.num_groups(in_features)
         self.activation.num_groups(in_features)
         if self.rotation and in_features % self.rotation:
-            sizes = " or ".join(
-                map(str, [0, *nearest_sizes(self.rotation, columns=in_features, kind=self.rotation_kind)])
-            )
+            nearest = nearest_sizes(self.rotation, columns=in_features, kind=self.rotation_kind)
+            sizes = " or ".join(map(str, [0, *nearest]))
             raise ValueError(f"rotation={self.rotation} does not divide in_features={in_features}; use {sizes}")
 
     def fitted(self, in_features: Iterable[int]) -> Profile:
@@ -240,8 +239,7 @@ class Profile:
         Raises:
             ValueError: A missing or unknown key, or a value that :class:`Grid` refuses.
         """
-        given = dict(data)
-        names = {field.name for field in fields(cls)} - {*_OF_NO_LAYER}
+        given, names = dict(data), {field.name for field in fields(cls)} - {*_OF_NO_LAYER}
         if set(given) != names:
             raise ValueError(f"profile keys {sorted(given)} differ from {sorted(names)}")
         try:
@@ -260,6 +258,7 @@ def profile_from_bits(
     activation: Mapping[str, Any],
     rotation: int | Mapping[str, Any] = 0,
     runtime: Mapping[str, Any] | None = None,
+    attention: str | Mapping[str, Any] = NO_ATTENTION,
 ) -> Profile:
     """Build a profile from the two bit-widths and the grid options of a ``conf/profile`` file.
 
@@ -274,6 +273,8 @@ def profile_from_bits(
             matrices, of the first size that divides them all.
         runtime: The kernels that it is for: name, weight_bits, activation_bits, additions (:class:`Runtime`). Bits and
             methods that they lack are refused. None: qvgen's own, which take all.
+        attention: ``none``, or ``int8``: softmax(q k^T) v with 8-bit integers in every attention that has a quantized Linear;
+            ``{kind: int8, smooth_key: true, rotation: false, clips: false, include: [], exclude: []}`` are all its options.
 
     Raises:
         ValueError: See :class:`Grid` and :class:`Profile`.
@@ -289,12 +290,11 @@ def profile_from_bits(
     kind, sizes = read_rotation(rotation)
     return Profile(
         name=name,
-        weight=Grid(bits=weight_bits, **options_of(Grid, weight, name="profile.weight", given=["bits"])),
-        activation=Grid(
-            bits=activation_bits, **options_of(Grid, activation, name="profile.activation", given=["bits"])
-        ),
+        weight=Grid(bits=weight_bits, **options_of(Grid, weight, name="profile.weight", given=_BITS)),
+        activation=Grid(bits=activation_bits, **options_of(Grid, activation, name="profile.activation", given=_BITS)),
         rotation=sizes[0],
         rotations=sizes if len(sizes) > 1 else (),
         rotation_kind=kind,
         runtime=None if runtime is None else Runtime.from_dict(runtime),
+        attention=AttentionProfile.read(attention),
     )

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from qvgen.config.plain_json import items, mapping, text, whole
 
-Addition = Literal["rotation", "smoothing", "branch", "static", "widths"]
+Addition = Literal["rotation", "smoothing", "branch", "static", "widths", "attention"]
 """Things that a method can add to a layer: a rotation that the profile does not have, a vector that inputs are multiplied
-by, a low-rank branch in floating point, ranges from a table, widths that differ between layers or change over sampling."""
+by, a low-rank branch in floating point, ranges from a table, widths that differ between layers or change over sampling;
+and attention in 8 bits, which a profile adds to the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

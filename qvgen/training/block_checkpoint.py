@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from qvgen.layers.quant_attention import ATTENTION_OPERATOR
+
 CheckpointBlock = Callable[..., Any]
 """A block and its inputs -> its outputs; what diffusers' ``enable_gradient_checkpointing`` takes."""
 
-_ATTENTION = frozenset(
+_ATTENTION = {ATTENTION_OPERATOR} | frozenset(
     operator.default
     for name in (
         "_scaled_dot_product_flash_attention",
@@ -29,8 +31,8 @@ _ATTENTION = frozenset(
     )
     if (operator := getattr(torch.ops.aten, name, None)) is not None
 )
-"""The forms that torch's attention takes on one device or another. Its plain form (of masks and odd types) is matrix products
-and a softmax of tokens x tokens numbers, which nobody wants to keep."""
+"""Attention in 8 bits, and the forms that torch's attention takes on one device or another. Its plain form (of masks and odd
+types) is matrix products and a softmax of tokens x tokens numbers, which nobody wants to keep."""
 
 
 def block_checkpoint(*, keep_attention: bool) -> CheckpointBlock:

@@ -23,6 +23,7 @@ from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
 from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
+from qvgen.layers.attention_swap import packed_attentions
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.student import fold_student
@@ -91,6 +92,7 @@ def deliver(
         quality=comparison.quality,
         sampling=comparison.sampling,
         layers=layer_reports(packed),
+        attentions=tuple(packed_attentions(packed)),
         skipped=tuple(
             SkippedLayer(name=name, reason="excluded by the model's patterns")
             for name in read_manifest(path / "packed").skipped

@@ -11,6 +11,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.deploy.exported_model import fits_of
 from qvgen.deploy.exporters.base import Publisher, Target
 from qvgen.errors import UserError
+from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
@@ -43,11 +44,11 @@ def check_exports(config: TrainConfig, student: Prepared | None) -> None:
         return
     skeleton, _ = student or build_student(config.model, student_design(config))
     layers = {name: _as_packed(layer, config) for name, layer in quantized_layers(skeleton).items()}
-    names = getattr(type(config.model), "original_names", None)
+    names, attentions = getattr(type(config.model), "original_names", None), tuple(quantized_attentions(skeleton))
     for name, target in config.export.items():
         if isinstance(target, Publisher):
             target.check_upload()
-        fits = fits_of(layers, target, base_name=config.names.model, names=names)
+        fits = fits_of(layers, target, base_name=config.names.model, names=names, attentions=attentions)
         misfits = {layer: fit.reasons for layer, fit in fits.items() if fit.reasons}
         if misfits:
             raise UserError(_refusal(name, target, misfits, config))

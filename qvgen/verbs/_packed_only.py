@@ -15,6 +15,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.packed_checks import bf16_bytes, codes_equal, layer_reports
+from qvgen.layers.attention_swap import packed_attentions
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import read_changes
 from qvgen.training.student import fold_student
@@ -56,6 +57,7 @@ def deliver_unmeasured(
         "config": config_yaml,
         "layers_quantized": [layer.name for layer in layer_reports(packed)],
         "layers_skipped": list(read_manifest(path / "packed").skipped),
+        "attentions_quantized": list(packed_attentions(packed)),
         "relative_error": dict.fromkeys(("rtn", "ptq", "qat", "packed")),
         "relative_error_measured_on": {"num_samples": 0, "split": why, "seed": config.seed},
         "packed_codes_equal": equal,

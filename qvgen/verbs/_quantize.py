@@ -12,6 +12,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
+from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
@@ -153,6 +154,8 @@ def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> 
         config.names.model, len(swapped.quantized), config.profile.label, config.profile.name, weights,
         ", ".join(swapped.skipped) or "none",
     )  # fmt: skip
+    if (attention := config.profile.attention) is not None:
+        log.info("attention in 8 bits (%s): %s", attention.kind, ", ".join(quantized_attentions(student)))
     for name in swapped.quantized:
         log.debug("quantized: %s", name)
     ranks = list(config.method.phi_ranks(config.phi))

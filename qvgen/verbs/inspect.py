@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qvgen.config.verb_schema import InspectConfig
+from qvgen.deploy.attention_entry import AttentionEntry
 from qvgen.deploy.checkpoint import check_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
 
@@ -37,6 +38,7 @@ def table(manifest: Manifest, *, file_bytes: int) -> list[str]:
     """Lines of the table: one per layer, then the total."""
     rows = [HEADER, *(_row(layer) for layer in manifest.layers)]
     rows += [(f"({name})", "", "full", "", "", "") for name in manifest.skipped]
+    rows += [_attention_row(entry) for entry in manifest.attentions]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = [_aligned(row, widths) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -48,6 +50,7 @@ def table(manifest: Manifest, *, file_bytes: int) -> list[str]:
         f"{len(manifest.layers)} layers of {manifest.transformer} ({manifest.base_name}), {weights} weights, "
         f"{layers} bytes ({8 * layers / weights:.2f} bits per weight with scales, clips and biases); file {file_bytes} bytes",
         f"weight error: |Q(W) - W|^2 / |W|^2 against the trained master weight; {training}",
+        *([f"attention in 8 bits: {len(manifest.attentions)}"] if manifest.attentions else []),
         "whole: sha256, names, shapes and values are right",
     ]
     return [_printable(line) for line in lines]
@@ -57,6 +60,10 @@ def _row(layer: LayerEntry) -> tuple[str, ...]:
     error = "-" if layer.weight_error is None else f"{layer.weight_error:.5f}"
     shape = f"{layer.out_features} x {layer.in_features}"
     return (layer.name, shape, layer.form.label, layer.form.profile.name, str(layer.nbytes), error)
+
+
+def _attention_row(entry: AttentionEntry) -> tuple[str, ...]:
+    return (entry.name, f"{entry.form.heads} x {entry.form.head_size}", "a8", "attention", "", "")
 
 
 def _printable(line: str) -> str:

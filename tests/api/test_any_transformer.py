@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qvgen
+from qvgen.config.bits import Bits
+from qvgen.config.leaves import load_profile
+from qvgen.layers.attention_swap import attention_records, packed_attentions
 from qvgen.layers.swap import packed_layers, quantized_layers
 
 BATCH = 2
@@ -174,6 +178,50 @@ def test_prepare_train_fold_save_and_load(name: str, tmp_path: Path) -> None:
     into, _ = make(name)
     with torch.no_grad():
         assert torch.equal(call(qvgen.load_packed(tmp_path / "packed", into, kernel="reference"), batch), trained)
+
+
+def attentive(**options: Any) -> qvgen.Profile:
+    return replace(load_profile("paper", Bits.parse("w4a8")), attention=qvgen.AttentionProfile(kind="int8", **options))
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("name", ["ltx", "latte", "mochi"])
+def test_attention_in_8_bits(name: str, tmp_path: Path) -> None:
+    """Spatial and temporal attention, to captions too, and captions that are cut off by numbers added to scores."""
+    model, inputs = make(name)
+    teacher, _ = make(name)
+    qvgen.prepare(model, profile=attentive(clips=name != "mochi"), init="rtn")
+    batch = inputs(torch.Generator().manual_seed(2))
+    if name == "ltx":
+        batch["encoder_attention_mask"] = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        found, exact = call(model.eval(), batch), call(teacher.eval(), batch)
+    assert 0 < float((found - exact).square().sum() / exact.square().sum()) < 0.05
+    names = [entry["name"] for entry in attention_records(model)]
+    assert len(names) == {"ltx": 4, "latte": 6, "mochi": 2}[name]
+    qvgen.fold(model)
+    with torch.no_grad():
+        assert torch.equal(call(model, batch), found)
+    qvgen.save_packed(model, tmp_path)
+    loaded = qvgen.load_packed(tmp_path)
+    assert list(packed_attentions(loaded)) == names
+    with torch.no_grad():
+        assert torch.equal(call(loaded, batch), found)
+
+
+def test_heads_that_no_kernel_has_are_refused_before_anything_changes() -> None:
+    model, _ = make("hunyuan_video")
+    with pytest.raises(ValueError, match=r"refiner_blocks.0.attn: head_size=10 must be a multiple of 4"):
+        qvgen.prepare(model, profile=attentive(), init="rtn")
+    assert not quantized_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_an_attention_that_takes_samples_one_by_one_has_no_factors_for_them() -> None:
+    model, inputs = make("mochi")
+    qvgen.prepare(model, profile=attentive(clips=True), init="rtn")
+    with torch.no_grad(), pytest.raises(ValueError, match="attn1 attends for 1 of 2 samples.*without .*clips"):
+        call(model.eval(), inputs(torch.Generator().manual_seed(2)))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec.*is deprecated")

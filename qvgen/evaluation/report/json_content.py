@@ -32,6 +32,7 @@ def to_json_dict(data: ReportData, validation: Sequence[ValidationVideo] = ()) -
         "steps": run.steps,
         "layers_quantized": [layer.name for layer in data.layers],
         "layers_skipped": [layer.name for layer in data.skipped],
+        "attentions_quantized": list(data.attentions),
         "relative_error": {name: json_number(getattr(error, name)) for name in ("rtn", "ptq", "qat", "packed")},
         "relative_error_measured_on": {
             "num_samples": error.num_samples,

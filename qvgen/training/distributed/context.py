@@ -30,6 +30,11 @@ def check_run_context(run: TrainingRun) -> None:
             f"strategy.context_parallel={processes} and loss.feature_weight={run.steps.loss.feature_weight}: a process has a "
             "part of the tokens inside of the blocks whose outputs are compared; leave one of them out"
         )
+    if (attention := run.design.profile.attention) is not None:
+        raise UserError(
+            f"strategy.context_parallel={processes} and profile.attention={attention.kind}: attention of a shared sequence "
+            "is diffusers' own, with a backward pass of its own; leave one of them out"
+        )
     family = run.model.family
     check_context(
         getattr(family, "transformer_class", type(family).__name__),

@@ -32,6 +32,14 @@ _FLOPS: dict[Any, Callable[..., int]] = {
         *_shapes(args[:4])
     ),
 }
+_FLOPS |= {  # of attention in 8 bits the products are as many
+    getattr(torch.ops.qvgen, name): formula
+    for name, formula in (
+        ("attention", lambda *args, **_: sdpa_flop_count(*_shapes(args[:3]))),
+        ("attention_backward", lambda *args, **_: sdpa_backward_flop_count(*_shapes(args[:4]))),
+    )
+    if hasattr(torch.ops.qvgen, name)
+}
 _CUDA_FLOAT32 = frozenset(
     ("layer_norm", "group_norm", "rms_norm", "pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "softplus", "norm")
 )
@@ -104,7 +112,7 @@ class OperationCounter(LiveBytes):
         result = func(*args, **kwargs) if self._operators is None else self._operators(func, args, kwargs)
         if (flops := flops_of(func, args, kwargs, result)) is not None:
             self.flops[self.phase] += flops
-            self.attention_flops[self.phase] += flops if "scaled_dot_product" in func._schema.name else 0
+            self.attention_flops[self.phase] += flops if _is_attention(func._schema.name) else 0
         return result
 
     def enter(self, phase: str) -> None:
@@ -159,6 +167,11 @@ class _CudaAutocast(TorchFunctionMode):
 
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _is_attention(operator: str) -> bool:
+    """Whether an operator of this name makes attention's products, in floating point or in 8 bits."""
+    return "scaled_dot_product" in operator or operator.startswith("qvgen::attention")
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
