@@ -38,7 +38,6 @@ _FLOPS |= {  # of attention in 8 bits the products are as many
         ("attention", lambda *args, **_: sdpa_flop_count(*_shapes(args[:3]))),
         ("attention_backward", lambda *args, **_: sdpa_backward_flop_count(*_shapes(args[:4]))),
     )
-    if hasattr(torch.ops.qvgen, name)
 }
 _CUDA_FLOAT32 = frozenset(
     ("layer_norm", "group_norm", "rms_norm", "pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "softplus", "norm")
