@@ -46,6 +46,15 @@ class SmoothingFold:
     producers: tuple[Producer, ...]
 
 
+def behind_values(attention: str) -> SmoothingFold:
+    """The place behind an attention's values: it mixes tokens, so that channel j of its output is channel j of the values.
+
+    Args:
+        attention: Name of one of diffusers' attentions, with ``to_v`` and ``to_out.0``.
+    """
+    return SmoothingFold(consumers=(f"{attention}.to_out.0",), producers=(Producer(module=f"{attention}.to_v"),))
+
+
 @torch.no_grad()
 def fold_input_scale_(model: nn.Module, fold: SmoothingFold, input_scale: Float[Tensor, " K"]) -> None:
     """Scale what makes x by m and divide the columns of what reads it by m; computed in float32 and rounded once.
