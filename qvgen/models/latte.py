@@ -1,19 +1,19 @@
 """Latte-1, text to video (arXiv 2401.03048): spatial and temporal blocks in turns.
 
-    transformer   LatteTransformer3DModel; latents as [B, C, F, H, W]. A spatial block attends within a frame and to the text, a
-                  temporal one within a place of all frames, of which there are as many as its positions (16)
+    transformer   LatteTransformer3DModel; latents as [B, C, F, H, W]. A spatial block attends within a frame and to the text,
+                  a temporal one within a place of all frames, of which there are as many as its positions (16)
     objective     prediction of the noise, betas linear in t (qvgen.models.objectives); the channels behind the noise's are a
                   variance that DDIM does not use, and neither do training and calibration
     text          T5, 120 tokens, a caption lower-cased and stripped. Tokens behind a caption's own are left out: by the
                   pipeline in sampling, which cuts the negative prompt's to the same number, and by a mask in training
     latents       of an image VAE: each frame alone, times scaling_factor
 
-[ours] The pipeline's further cleaning of captions (links, HTML, odd punctuation), which the authors use, needs beautifulsoup4
-and is off: the text that is encoded does not depend on what is installed.
+[ours] The pipeline's further cleaning of captions (links, HTML, odd punctuation), which the authors use, needs
+beautifulsoup4 and is off: the text that is encoded does not depend on what is installed.
 
-Where smoothing vectors disappear: to_out <- to_v, of all attentions. Where they stay a multiplication: attn1.to_q, to_k, to_v,
-ff.net.0.proj and proj_out (their modulations are a table plus an output of adaln_single that all blocks share); attn2.to_q (it
-reads the residual stream); attn2.to_k and to_v (the text, one for all blocks); ff.net.2 and the embedders.
+Where smoothing vectors disappear: to_out <- to_v, of all attentions. Where they stay a multiplication: attn1.to_q, to_k,
+to_v, ff.net.0.proj and proj_out (their modulations are a table plus an output of adaln_single that all blocks share);
+attn2.to_q (it reads the residual stream); attn2.to_k and to_v (the text, one for all blocks); ff.net.2 and the embedders.
 
 Left out: LoRA loaders (diffusers has none for it), the temporal decoder that its repository holds beside the VAE, joint
 training on images.
@@ -168,7 +168,7 @@ class Latte(PipelineFamily):
         """Run the text encoder as the pipeline does, each caption alone.
 
         Returns:
-            ``encoder_hidden_states`` float32 [B, 120, D] and ``encoder_attention_mask`` [B, 120], 1 at a caption's own tokens.
+            ``encoder_hidden_states`` float32 [B, 120, D]; ``encoder_attention_mask`` [B, 120], 1 at a caption's own tokens.
 
         Raises:
             ValueError: tokenizer or weights are missing.

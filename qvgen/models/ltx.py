@@ -1,9 +1,9 @@
 """LTX-Video, text to video: 2B (arXiv 2501.00103, 0.9.0 to 0.9.5) and 13B (0.9.7 and 0.9.8).
 
-    transformer   LTXVideoTransformer3DModel; latents as tokens [B, F H W, C] of one latent pixel each, text by cross-attention
-                  with a mask of the caption's own tokens
-    positions     rotary, of seconds and pixels: the frame rate is part of them. 2B is told a scale of its latent grid; 13B the
-                  coordinates themselves, in which the first latent frame is one frame long
+    transformer   LTXVideoTransformer3DModel; latents as tokens [B, F H W, C] of one latent pixel each, text by
+                  cross-attention with a mask of the caption's own tokens
+    positions     rotary, of seconds and pixels: the frame rate is part of them. 2B is told a scale of its latent grid; 13B
+                  the coordinates themselves, in which the first latent frame is one frame long
     objective     rectified flow. 2B: shift exp(mu), mu linear in the tokens of a sampled video (the scheduler's dynamic
                   shift). 13B: its sampler spends half of the steps above sigma = 0.975 (linear, then quadratic), and
                   training draws with the shift that puts half of the draws there, 0.975 / 0.025 = 39
@@ -241,6 +241,22 @@ class LTXCondition(LTX):
 
     pipeline_class: ClassVar[str] = "LTXConditionPipeline"
     max_text_tokens: ClassVar[int] = 256
+
+    def scheduler(self) -> Any:
+        """The folder's scheduler, new; see the base class.
+
+        Its pipeline tells it timesteps alone, of which it makes the noise levels itself, with a warning for every video: here
+        both are told, the same ones.
+        """
+        scheduler = super().scheduler()
+        set_timesteps = scheduler.set_timesteps
+
+        def set_both(*, timesteps: Tensor, device: torch.device) -> None:
+            told = timesteps.float().cpu().numpy()
+            set_timesteps(timesteps=told, sigmas=told / NUM_TRAIN_TIMESTEPS, device=device)
+
+        scheduler.set_timesteps = set_both
+        return scheduler
 
     def _shift(self, config: Any) -> float:
         if config["use_dynamic_shifting"] or config["shift"] != 1:

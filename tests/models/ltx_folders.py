@@ -1,4 +1,4 @@
-"""Complete model folders of LTX-Video and Latte in the hub's layout, of the real classes at tiny sizes with random weights."""
+"""Complete model folders of LTX-Video and Latte in the hub's layout: the real classes at tiny sizes, random weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LATTE_TRANSFORMER: dict[str, Any] = {
 def make_ltx_folder(path: Path, variant: str = "0.9.0", *, seed: int = 0) -> Path:
     """LTX: 2 blocks of width 32, a VAE of 8 latent channels with the real compression of 8 x 32 x 32.
 
-    The decoder of 0.9.1 is told a timestep and adds noise; that of 13b is told one, and its pipeline is the one of conditions.
+    The decoder of 0.9.1 is told a timestep and adds noise; 13b's is told one, and its pipeline is the one of conditions.
     """
     return _copy(_save_ltx, path, variant, seed)
 
@@ -76,7 +76,8 @@ def _decoder(adds_noise: bool | None) -> dict[str, Any]:
         return {"decoder_block_out_channels": (8, 8, 8, 8), "decoder_layers_per_block": (1, 1, 1, 1, 1)}
     return {
         "decoder_block_out_channels": (8, 16, 32), "decoder_layers_per_block": (1, 1, 1, 1), "timestep_conditioning": True,
-        "decoder_spatio_temporal_scaling": (True, True, True), "decoder_inject_noise": (adds_noise, adds_noise, adds_noise, False),
+        "decoder_spatio_temporal_scaling": (True, True, True),
+        "decoder_inject_noise": (adds_noise, adds_noise, adds_noise, False),
         "upsample_residual": (True, True, True), "upsample_factor": (2, 2, 2),
     }  # fmt: skip
 

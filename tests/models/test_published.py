@@ -20,15 +20,23 @@ TRANSFORMERS = {
     "cogvideox": "CogVideoXTransformer3DModel",
     "wan": "WanTransformer3DModel",
     "small": "WanTransformer3DModel",
+    "ltx": "LTXVideoTransformer3DModel",
+    "latte": "LatteTransformer3DModel",
 }
-PIPELINES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline"}
-ENCODERS = {"cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel"}
+PIPELINES = {
+    "cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline", "ltx": "LTXPipeline",
+    "latte": "LattePipeline",
+}  # fmt: skip
+ENCODERS = {
+    "cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel", "ltx": "T5EncoderModel",
+    "latte": "T5EncoderModel",
+}  # fmt: skip
 NO_FOLDER = {"tiny", "tiny_wide"}
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 
 def kin(name: str) -> str:
-    return next(key for key in ("cogvideox", "wan", "small") if name.startswith(key))
+    return next(key for key in TRANSFORMERS if name.startswith(key))
 
 
 def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = None, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 import qvgen
@@ -22,6 +22,7 @@ from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
 from qvgen.layers.swap import packed_layers, quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
 from tests.models.hub_folders import COGVIDEOX_VARIANTS
+from tests.models.ltx_folders import LATTE_TRANSFORMER, LTX_TRANSFORMER
 from tests.profiles import make_profile
 
 ROUNDING = 1e-5
@@ -53,6 +54,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], set[tuple[str, ...]]]] = {
     "cogvideox without affine norms": (
         "cogvideox", {**COGVIDEOX_VARIANTS["2b"], "norm_elementwise_affine": False}, {("attn1.to_out.0",)},
     ),
+    "ltx": ("ltx", LTX_TRANSFORMER, VALUES_ALONE),
+    "latte": ("latte", LATTE_TRANSFORMER, {*VALUES_ALONE, ("temporal.attn1.to_out.0",)}),
 }  # fmt: skip
 
 
@@ -68,6 +71,8 @@ def make(name: str) -> tuple[VideoDiT, nn.Module, dict[str, Any]]:
             model = family.build({**family.transformer_config, **changes})
         elif family.transformer_class == "WanTransformer3DModel":
             model = WanTransformer3DModel(**WAN, **changes)
+        elif family_name in ("ltx", "latte"):
+            model = family.build(changes)
         else:
             model = CogVideoXTransformer3DModel(**COGVIDEOX, **changes)
         for parameter in model.parameters():
@@ -78,6 +83,8 @@ def make(name: str) -> tuple[VideoDiT, nn.Module, dict[str, Any]]:
 
 def call_of(model: Any) -> dict[str, Any]:
     config = model.config
+    if "caption_channels" in config:
+        return call_with_mask(model)
     frames = 2 if config.get("patch_size_t") else 3
     if isinstance(model, WanTransformer3DModel):
         text = torch.randn(2, 512 if config.image_dim else 5, config.text_dim)
@@ -97,6 +104,21 @@ def call_of(model: Any) -> dict[str, Any]:
     return {**call, "timestep": torch.tensor([900.0, 100.0]), "return_dict": False}
 
 
+def call_with_mask(model: Any) -> dict[str, Any]:
+    """A call of LTX or Latte: the second caption has two tokens fewer."""
+    config, own = model.config, torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+    call = {
+        "encoder_hidden_states": torch.randn(2, 5, config.caption_channels) * torch.logspace(-1, 1, config.caption_channels),
+        "timestep": torch.tensor([900.0, 100.0]), "return_dict": False,
+    }  # fmt: skip
+    if isinstance(model, LTXVideoTransformer3DModel):
+        tokens = {"hidden_states": torch.randn(2, 12, config.in_channels), "encoder_attention_mask": own}
+        return {**call, **tokens, "num_frames": 3, "height": 2, "width": 2, "rope_interpolation_scale": (0.3, 32, 32)}
+    frames = config.video_length
+    mask = ((1 - own) * -1e4).unsqueeze(1).repeat_interleave(frames, dim=0)
+    return {**call, "hidden_states": torch.randn(2, config.in_channels, frames, 4, 6), "encoder_attention_mask": mask}
+
+
 def run(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**call)[0]
@@ -114,7 +136,8 @@ def random_factor(size: int, seed: int) -> torch.Tensor:
 
 
 def short(fold: SmoothingFold) -> tuple[str, ...]:
-    return tuple(".".join(name.split(".")[2:]) if "blocks." in name else name for name in fold.consumers)
+    short = [".".join(name.split(".")[2:]) if "blocks." in name else name for name in fold.consumers]
+    return tuple(f"temporal.{end}" if fold.consumers[0].startswith("temporal") else end for end in short)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -23,6 +23,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
 from tests.runs import UNSEEN, packed_bytes, read_metrics, snapshot
 
 MODELS: dict[str, tuple[Any, str]] = {
@@ -32,6 +33,8 @@ MODELS: dict[str, tuple[Any, str]] = {
     "wan": (make_wan_folder, "2.1"),
     "wan2.2-a14b": (make_wan_folder, "a14b"),
     "wan2.2-ti2v": (make_wan_folder, "ti2v"),
+    "ltx": (make_ltx_folder, "0.9.0"),
+    "latte": (make_latte_folder, "1"),
 }
 CAPTIONS = ("a red boat", "two dogs run", "a dog", "a boat", "red dogs", "boats run", "a red dog", "two boats")
 
@@ -59,7 +62,7 @@ def _clips_written_once(fps: float) -> Path:
 
 def tiny_keys(name: str, folder: Path) -> list[str]:
     """Overrides that fit a configuration to a tiny folder."""
-    height = 64 if name == "wan2.2-ti2v" else 32
+    height = 64 if name in ("wan2.2-ti2v", "ltx") else 32
     return [
         f"model={name}", f"model.path={folder}", f"model.height={height}", f"model.width={3 * height // 2}",
         "model.num_frames=9", "model.sampling_frames=9", "model.text_encoder_dtype=float32", "model.dtype=float32",
