@@ -217,7 +217,12 @@ class Latte(PipelineFamily):
         return latents
 
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
-        return {**super()._call_options(guidance_scale), "negative_prompt": None, "clean_caption": False}
+        return {
+            **super()._call_options(guidance_scale),
+            "negative_prompt": None,
+            "clean_caption": False,
+            "mask_feature": False,
+        }
 
     def _prompt_arguments(
         self, condition: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None

@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from qvgen.config.value_range import Range
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
-from qvgen.models.original_names import OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 
 _SHARE = Range("[0, 1]")
@@ -84,11 +83,6 @@ class LTX(PipelineFamily):
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = (
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn2.to_k", "attn2.to_v"),  # the text
-    )
-    original_names: ClassVar[OriginalNames] = (
-        (r"^proj_in", "patchify_proj"),
-        (r"^time_embed", "adaln_single"),
-        (r"\.norm_([qk])", r".\1_norm"),
     )
 
     def __post_init__(self) -> None:
