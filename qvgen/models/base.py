@@ -35,24 +35,20 @@ def local_arguments(family: object) -> frozenset[str]:
     return frozenset((*LOCAL_ARGUMENTS, *getattr(family, "local_arguments", ())))
 
 
-def placeholder_condition(
-    family: VideoDiT, size: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """A condition of the right shapes without a text encoder, for plans and benchmarks: normal embeddings, and ones besides.
+def example_condition(family: Any, *, count: int, make: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Make stand-ins of the tensors that a family's ``encode`` returns, without running a text encoder.
+
+    Their shapes are ``condition_shape`` and, where a family's transformer is told more than ``encoder_hidden_states``, those
+    of an attribute ``further_condition_shapes``: name -> shape for one caption.
 
     Args:
         family: The family.
-        size: B, the number of captions.
-        device: Where the tensors are made; None: the default device.
-        dtype: Type of all of them.
-
-    Returns:
-        ``encoder_hidden_states`` [B, T, D] of ``condition_shape``, and what the family's ``further_conditions`` names.
+        count: Captions.
+        make: Makes a tensor of a size, such as ``torch.randn``; masks, whose names end in ``_mask``, are ones of its kind.
     """
-    text = torch.randn(size, *family.condition_shape, device=device, dtype=dtype)
-    further: Mapping[str, Sequence[int]] = getattr(family, "further_conditions", {})
-    ones = {name: torch.ones(size, *shape, device=device, dtype=dtype) for name, shape in further.items()}
-    return {"encoder_hidden_states": text, **ones}
+    shapes = {"encoder_hidden_states": family.condition_shape, **getattr(family, "further_condition_shapes", {})}
+    made = {name: make(count, *shape) for name, shape in shapes.items()}
+    return {name: torch.ones_like(value) if name.endswith("_mask") else value for name, value in made.items()}
 
 
 class Objective(Protocol):
@@ -78,11 +74,11 @@ class Objective(Protocol):
 class VideoDiT(Protocol):
     """A family of video diffusion transformers.
 
-    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``original_names``, by which
-    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`;
-    ``further_conditions``, the shapes without B of what ``encode`` gives besides ``encoder_hidden_states``, by name: see
-    :func:`placeholder_condition`; and ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or
-    None where its weights have to be loaded whole.
+    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``further_condition_shapes``, of
+    what a caption becomes besides ``encoder_hidden_states``: see :func:`example_condition`; ``original_names``, by which
+    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`; and
+    ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or None where its weights have to be
+    loaded whole.
 
     Attributes:
         name: Name as in ``model=NAME`` and in a packed model's manifest.

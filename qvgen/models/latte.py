@@ -133,7 +133,7 @@ class Latte(PipelineFamily):
         return (self.max_text_tokens, int(self.transformer_config["caption_channels"]))
 
     @property
-    def further_conditions(self) -> Mapping[str, tuple[int, ...]]:
+    def further_condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The mask of a caption's own tokens."""
         return {"encoder_attention_mask": (self.max_text_tokens,)}
 

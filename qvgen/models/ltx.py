@@ -135,7 +135,7 @@ class LTX(PipelineFamily):
         return (self.max_text_tokens, int(self.transformer_config.get("caption_channels", 4096)))  # the class's default
 
     @property
-    def further_conditions(self) -> Mapping[str, tuple[int, ...]]:
+    def further_condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The mask of a caption's own tokens."""
         return {"encoder_attention_mask": (self.max_text_tokens,)}
 

@@ -39,8 +39,8 @@ class PipelineFamily(FolderFamily):
     max_text_tokens: ClassVar[int]
     samples_apart: ClassVar[bool] = True
     condition_arguments: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
-    """The parts of a caption's encoding, in the order in which ``encode_prompt`` returns them -> names of the pipeline's
-    arguments; ``negative_`` stands before those of the negative prompt."""
+    """Tensors that a caption becomes, in the order in which ``encode_prompt`` returns them -> the pipeline's names for them;
+    ``negative_`` stands before those of the negative prompt."""
     encode_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
     """Arguments of ``encode_prompt`` besides caption, device and number of tokens."""
     frames_argument: ClassVar[str] = "num_frames"
@@ -195,7 +195,8 @@ class PipelineFamily(FolderFamily):
         texts = list(dict.fromkeys([*captions, *(negatives if is_guided else ())]))
         encoded = (encode or self.encode)(texts)
         rows = {
-            text: {key: value[[row]].to(**like) for key, value in encoded.items()} for row, text in enumerate(texts)
+            text: {key: value[row : row + 1].to(**like) for key, value in encoded.items()}
+            for row, text in enumerate(texts)
         }
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []

@@ -11,7 +11,7 @@ import torch
 from diffusers import LattePipeline
 
 from qvgen.config.leaves import load_leaf
-from qvgen.models.base import VideoDiT, placeholder_condition
+from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.objectives import EpsilonPrediction
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
@@ -31,7 +31,9 @@ def latte(tmp_path_factory: pytest.TempPathFactory):
     family = tiny_family("latte", folder)
     pipeline = LattePipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae = family._module("vae")  # two loads of it differ in the last bit: their weights lie elsewhere in memory
+    pipeline.vae = family._module(
+        "vae"
+    )  # two loads of it differ in the last bit: their weights lie elsewhere in memory
     return family, family.load_teacher(), pipeline
 
 
@@ -42,7 +44,7 @@ def test_it_is_a_family_and_loads_what_was_saved(latte) -> None:
     assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
     assert family.sample_shape == (4, 9, 4, 6)
     assert family.objective == EpsilonPrediction(beta_start=0.0001, beta_end=0.02)
-    made, encoded = placeholder_condition(family, 2), family.encode(CAPTIONS)
+    made, encoded = example_condition(family, count=2, make=torch.randn), family.encode(CAPTIONS)
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in encoded.items()}
 
 

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from qvgen.config.leaves import load_leaf
-from qvgen.models.base import VideoDiT, placeholder_condition
+from qvgen.models.base import VideoDiT, example_condition
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,
@@ -51,7 +51,7 @@ def test_it_is_a_family_and_loads_what_was_saved(variant) -> None:
     saved = pipeline.transformer.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
     assert family.sample_shape == (8, 2, 2, 3)
-    made, encoded = placeholder_condition(family, 2), family.encode(CAPTIONS)
+    made, encoded = example_condition(family, count=2, make=torch.randn), family.encode(CAPTIONS)
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in encoded.items()}
 
 
