@@ -234,9 +234,8 @@ class EpsilonPrediction(DiscreteSchedule):
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """abar, float32 [1000]; computed in float64, as the products of a thousand factors need."""
-        betas = torch.linspace(self.beta_start, self.beta_end, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
-        return torch.cumprod(1 - betas, dim=0).float()
+        """abar, float32 [1000]; computed in float32 as the scheduler does, with whose table the model is sampled."""
+        return torch.cumprod(1 - torch.linspace(self.beta_start, self.beta_end, NUM_TRAIN_TIMESTEPS), dim=0)
 
     def target(
         self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]

@@ -129,6 +129,7 @@ def test_one_ddim_step_with_the_velocity_reaches_the_clean_sample() -> None:
 def test_epsilon_prediction_equals_the_scheduler() -> None:
     """Noise at every timestep, each sample with another one; and one DDIM step with the target reaches the clean sample."""
     objective, scheduler = EpsilonPrediction(), DDIMScheduler(clip_sample=False)
+    assert torch.equal(objective.alphas_cumprod, scheduler.alphas_cumprod)
     clean, noise = torch.randn(1000, 2, 1, 2, 2), torch.randn(1000, 2, 1, 2, 2)
     timesteps = torch.arange(1000)
     noisy = objective.add_noise(clean, noise, sigma=timesteps / 1000)
