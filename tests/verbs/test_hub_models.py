@@ -295,6 +295,15 @@ def test_clips_of_two_shapes_and_bad_ones(tmp_path: Path, capsys: pytest.Capture
     assert packed_bytes(tmp_path / "run") == packed_bytes(tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["ltx", "latte"])
+def test_a_plan_at_full_size_needs_no_weights(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["data.path=clips", "bits=4", "dry_run=true", "devices=1", "device_memory_gib=141"]
+    assert main(["train", f"model={name}", *keys]) == 0
+    plan = capsys.readouterr().out
+    assert "DOES NOT FIT" not in plan
+    assert " x ".join(map(str, load_leaf("model", name).sample_shape)) in plan
+
+
 def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, names in (("precompute", MODELS), ("train", ("cogvideox", "wan2.2-a14b"))):
         for name in names:
