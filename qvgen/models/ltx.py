@@ -16,8 +16,9 @@ to_v, ff.net.0.proj and proj_out (their modulations are a table plus an output o
 norms have no affine part); attn2.to_q (it reads the residual stream); attn2.to_k and to_v (the text, one for all blocks);
 ff.net.2, the embedders and proj_in.
 
-Left out: image and video conditions, the second, larger scale of 13B's multi-scale pipeline and its spatio-temporal guidance,
-LTX-2.
+Left out: image and video conditions; the second, larger scale of 13B's multi-scale pipeline and its spatio-temporal guidance;
+LTX-2; and in training's draws the stretch of a sampler's last noise levels to ``shift_terminal`` (0.1), below which 1 in 120
+draws of 2B lies.
 """
 
 from __future__ import annotations
@@ -107,14 +108,14 @@ class LTX(PipelineFamily):
                 raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
         return FlowMatching(shift=self._shift(config))
 
-    def _shift(self, config: Any) -> float:
-        if not config["use_dynamic_shifting"]:
-            return float(config["shift"])
+    def _shift(self, levels: Mapping[str, Any]) -> float:
+        if not levels["use_dynamic_shifting"]:
+            return float(levels["shift"])
         tokens = math.prod(self._sampled_grid)
-        slope = (config["max_shift"] - config["base_shift"]) / (
-            config["max_image_seq_len"] - config["base_image_seq_len"]
+        slope = (levels["max_shift"] - levels["base_shift"]) / (
+            levels["max_image_seq_len"] - levels["base_image_seq_len"]
         )
-        return math.exp(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
+        return math.exp(levels["base_shift"] + slope * (tokens - levels["base_image_seq_len"]))
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -252,11 +253,11 @@ class LTXCondition(LTX):
         scheduler.set_timesteps = set_both
         return scheduler
 
-    def _shift(self, config: Any) -> float:
-        if config["use_dynamic_shifting"] or config["shift"] != 1:
+    def _shift(self, levels: Mapping[str, Any]) -> float:
+        if levels["use_dynamic_shifting"] or levels["shift"] != 1:
             raise ValueError(
-                f"{self.name}'s scheduler has use_dynamic_shifting={config['use_dynamic_shifting']} and shift="
-                f"{config['shift']}; its pipeline lays out the noise levels itself, which needs false and 1"
+                f"{self.name}'s scheduler has use_dynamic_shifting={levels['use_dynamic_shifting']} and shift="
+                f"{levels['shift']}; its pipeline lays out the noise levels itself, which needs false and 1"
             )
         return _LINEAR_STEPS_END / (1 - _LINEAR_STEPS_END)
 
