@@ -5,8 +5,7 @@
     positions     rotary, of seconds and pixels: the frame rate is part of them. 2B is told a scale of its latent grid; 13B
                   the coordinates themselves, in which the first latent frame is one frame long
     objective     rectified flow. 2B: shift exp(mu), mu linear in the tokens of a sampled video (the scheduler's dynamic
-                  shift). 13B: its sampler spends half of the steps above sigma = 0.975 (linear, then quadratic), and
-                  training draws with the shift that puts half of the draws there, 0.975 / 0.025 = 39
+                  shift). 13B: drawn as its sampler's steps lie (:mod:`qvgen.models.linear_quadratic`), half above 0.975
     latents       (z - latents_mean) scaling_factor / latents_std per channel; buffers of the VAE
     VAE           from 0.9.1 on its decoder is told a timestep and does the last step of denoising itself, of latents with a
                   little noise mixed in; 0.9.1's adds noise of its own, which is the same for every video here
@@ -37,12 +36,11 @@ from torch import Tensor, nn
 
 from qvgen.config.value_range import Range
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
+from qvgen.models.linear_quadratic import LinearQuadraticFlow
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 
 _SHARE = Range("[0, 1]")
-_LINEAR_STEPS_END = 0.975
-"""The noise level at which half of the steps of LTXConditionPipeline are done (1 - threshold_noise)."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +94,7 @@ class LTX(PipelineFamily):
 
     @cached_property
     def objective(self) -> FlowMatching:
-        """Flow matching with the shift that the scheduler gives a sampled video.
+        """Flow matching with the noise levels that a video is sampled with.
 
         Raises:
             ValueError: The scheduler is of another kind.
@@ -106,16 +104,15 @@ class LTX(PipelineFamily):
         for key, value in wanted.items():
             if config[key] != value:
                 raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
-        return FlowMatching(shift=self._shift(config))
+        return self._flow(config)
 
-    def _shift(self, levels: Mapping[str, Any]) -> float:
+    def _flow(self, levels: Mapping[str, Any]) -> FlowMatching:
+        """The objective of a scheduler's noise levels."""
         if not levels["use_dynamic_shifting"]:
-            return float(levels["shift"])
-        tokens = math.prod(self._sampled_grid)
-        slope = (levels["max_shift"] - levels["base_shift"]) / (
-            levels["max_image_seq_len"] - levels["base_image_seq_len"]
-        )
-        return math.exp(levels["base_shift"] + slope * (tokens - levels["base_image_seq_len"]))
+            return FlowMatching(shift=float(levels["shift"]))
+        tokens, first = math.prod(self._sampled_grid), levels["base_image_seq_len"]
+        slope = (levels["max_shift"] - levels["base_shift"]) / (levels["max_image_seq_len"] - first)
+        return FlowMatching(shift=math.exp(levels["base_shift"] + slope * (tokens - first)))
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -253,13 +250,13 @@ class LTXCondition(LTX):
         scheduler.set_timesteps = set_both
         return scheduler
 
-    def _shift(self, levels: Mapping[str, Any]) -> float:
+    def _flow(self, levels: Mapping[str, Any]) -> FlowMatching:
         if levels["use_dynamic_shifting"] or levels["shift"] != 1:
             raise ValueError(
                 f"{self.name}'s scheduler has use_dynamic_shifting={levels['use_dynamic_shifting']} and shift="
                 f"{levels['shift']}; its pipeline lays out the noise levels itself, which needs false and 1"
             )
-        return _LINEAR_STEPS_END / (1 - _LINEAR_STEPS_END)
+        return LinearQuadraticFlow()
 
     def _positions(self, noisy: Tensor) -> dict[str, Any]:
         temporal, spatial = self.compression
