@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT, example_condition
+from qvgen.models.linear_quadratic import LinearQuadraticFlow, linear_quadratic_level
+from qvgen.models.objectives import FlowMatching
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,
@@ -156,11 +158,16 @@ def test_the_shift_is_that_of_the_sampled_video() -> None:
     ours = family.objective.add_noise(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), sigma=scheduler.sigmas[10:11])
     assert torch.allclose(noisy, ours, rtol=0, atol=1e-6)
     assert load_leaf("model", "ltx", sampling_frames=9).objective.shift < family.objective.shift
-    # 13B's sampler and its objective are at the same level when half of the steps are done.
-    objective = load_leaf("model", "ltx-13b").objective
-    assert float(objective.shifted(torch.tensor(0.5))) == pytest.approx(
-        float(linear_quadratic_schedule(40)[20]), abs=1e-6
-    )
+
+
+def test_the_draws_of_13b_lie_as_its_samplers_steps_do() -> None:
+    levels = linear_quadratic_level(torch.arange(40) / 40)
+    assert torch.allclose(levels, linear_quadratic_schedule(40), rtol=0, atol=1e-6)
+    objective, generator = load_leaf("model", "ltx-13b").objective, torch.Generator().manual_seed(0)
+    assert objective == LinearQuadraticFlow()
+    draws = torch.stack([objective.sample_sigma(generator=generator) for _ in range(2000)])
+    assert abs(float((draws > 0.975).float().mean()) - 0.5) < 0.05  # 4.5 standard deviations
+    assert objective.with_shift(3.0) == FlowMatching(shift=3.0)
 
 
 def test_a_lora_of_the_pipelines_loader_is_merged_as_it_would_apply_it(tmp_path: Path) -> None:
