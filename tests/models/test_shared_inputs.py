@@ -57,7 +57,10 @@ def test_every_block_of_the_published_models_has_its_sets(model):
     names = select_linears(transformer, include=["*"], exclude=[]).quantized
     sets = shared_input_sets(names, family.shared_inputs)
     blocks = family.transformer_config["num_layers"]
-    counts = {2: blocks, 3: blocks} if family.transformer_class == "WanTransformer3DModel" else {3: blocks}
+    sides = {"hunyuanvideo": 2 * blocks + 40 + 2, "mochi": 2 * blocks}  # the text's too; single blocks, the refiner's
+    counts = (
+        {2: blocks, 3: blocks} if family.transformer_class == "WanTransformer3DModel" else {3: sides.get(model, blocks)}
+    )
     assert Counter(map(len, sets)) == counts
     places = [names.index(entry[0]) for entry in sets]
     assert places == sorted(places)
