@@ -36,7 +36,7 @@ HUNYUAN = {
     "rope_axes_dim": (4, 6, 6),
 }  # fmt: skip
 MOCHI = {
-    "in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
+    "in_channels": 12, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
     "text_embed_dim": TEXT_SIZE, "time_embed_dim": 8,
 }  # fmt: skip
 
@@ -102,7 +102,7 @@ def _save_hunyuan(path: Path, variant: str) -> None:
 
 
 def make_mochi_folder(path: Path, variant: str = "", *, seed: int = 0) -> Path:
-    """Mochi: 2 blocks of width 32 and 16, a VAE of 4 latent channels with the real compression of 6 x 8 x 8.
+    """Mochi: 2 blocks of width 32 and 16, a VAE of 12 latent channels (the pipeline knows no others) and the real compression of 6 x 8 x 8.
 
     Args:
         path: Where it is made.
@@ -117,9 +117,9 @@ def _save_mochi(path: Path, variant: str) -> None:
     MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=AutoencoderKLMochi(
-            encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32), latent_channels=4,
+            encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32), latent_channels=12,
             layers_per_block=(1, 1, 1, 1, 1), add_attention_block=(False, False, False, False, True),
-            latents_mean=[0.1 * i - 0.2 for i in range(4)], latents_std=[0.5 + 0.1 * i for i in range(4)],
+            latents_mean=[0.1 * i - 0.2 for i in range(12)], latents_std=[0.5 + 0.1 * i for i in range(12)],
         ),
         text_encoder=T5EncoderModel(T5Config(**_text_sizes(), feed_forward_proj="gated-gelu")).eval(),
         tokenizer=tokenizer,

@@ -44,7 +44,7 @@ def test_it_is_a_family_and_loads_what_was_saved(made) -> None:
     assert isinstance(family, VideoDiT)
     saved = pipeline.transformer.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
-    assert family.sample_shape == (4, 2, 4, 6)
+    assert family.sample_shape == (12, 2, 4, 6)
 
 
 def test_captions_are_encoded_as_the_pipeline_does(made, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_objective_is_what_the_scheduler_undoes(made) -> None:
     assert torch.allclose(1 - sigma, scheduler.sigmas[:-1], atol=1e-6)
     assert torch.allclose(objective.timestep(sigma), scheduler.timesteps, atol=1e-3)
     generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(8, 4, 2, 4, 6, generator=generator) for _ in range(2))
+    clean, noise = (torch.randn(8, 12, 2, 4, 6, generator=generator) for _ in range(2))
     noisy, target = objective.add_noise(clean, noise, sigma=sigma), objective.target(clean, noise, sigma=sigma)
     plain = FlowMatchEulerDiscreteScheduler()  # its own scale_noise does not know that the levels are inverted
     plain.set_timesteps(sigmas=linear_quadratic_schedule(8, 0.025))

@@ -36,6 +36,7 @@ def called_alike(model, call):
     return {frozenset(names) for names in readers.values() if len(names) > 1}
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_declared_set_is_called_with_one_tensor_and_nothing_else_is(name):
     family, model, call = make(name)
