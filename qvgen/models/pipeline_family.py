@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import diffusers
@@ -58,8 +59,9 @@ class PipelineFamily(FolderFamily):
             ValueError: the autoencoder, the text encoder or the tokenizer is missing, cut off or quantized already.
         """
         if self.folder is not None:
-            self.folder.check_parts(("vae", "text_encoder"))
-            self.folder.check_tokenizer()
+            self.folder.check_parts(("vae", *self.text_encoders))
+            for name in self._tokenizers:
+                self.folder.check_tokenizer(name)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -71,12 +73,18 @@ class PipelineFamily(FolderFamily):
         Raises:
             ValueError: tokenizer or weights are missing.
         """
-        pipeline = self._pipeline(tokenizer=self._tokenizer(), text_encoder=self._module("text_encoder"))
+        parts = {name: self._tokenizer(name) for name in self._tokenizers}
+        pipeline = self._pipeline(**parts, **{name: self._module(name) for name in self.text_encoders})
         options = {**self.encode_options, "device": self._device, "max_sequence_length": self.max_text_tokens}
         rows = [pipeline.encode_prompt(caption, **options) for caption in captions]
         return {
             name: torch.cat([row[place] for row in rows]).float() for place, name in enumerate(self.condition_arguments)
         }
+
+    @property
+    def _tokenizers(self) -> list[str]:
+        """Names of the tokenizers: ``tokenizer_2`` is that of ``text_encoder_2``."""
+        return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
     def tokens_left_out(self, caption: str) -> int:
         """How many of a caption's tokens :meth:`encode` leaves out: those beyond ``max_text_tokens``.
@@ -109,9 +117,9 @@ class PipelineFamily(FolderFamily):
         Raises:
             ValueError: there are no weights.
         """
-        tokenizer = self._require_folder().files_revision("tokenizer")
-        encoder = self.component_revision("text_encoder")
-        return f"{encoder} {tokenizer} {self.text_encoder_dtype} {self.max_text_tokens}"
+        encoders = [self.component_revision(name) for name in self.text_encoders]
+        tokenizers = [self._require_folder().files_revision(name) for name in self._tokenizers]
+        return " ".join([*encoders, *tokenizers, self.text_encoder_dtype, str(self.max_text_tokens)])
 
     def check_clip(self, *, frames: int, height: int, width: int) -> None:
         """Raise ValueError for a size that VAE and patches do not divide."""
@@ -234,6 +242,21 @@ class PipelineFamily(FolderFamily):
             )
         return getattr(diffusers, name).from_config(config)
 
+    def _tokenizer(self, name: str = "tokenizer") -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._require_folder().load_tokenizer(name)
+        return self._loaded[name]
+
+    def _module(self, component: str, *, device: torch.device | None = None) -> Any:
+        """A text encoder or the VAE, loaded once, on ``device`` or where :meth:`to` says."""
+        if component not in self._loaded:
+            is_vae = component == "vae"
+            library, name = ("diffusers", self.vae_class) if is_vae else ("transformers", self.text_encoders[component])
+            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
+            dtype = getattr(torch, self.vae_dtype if is_vae else self.text_encoder_dtype)
+            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
+        return self._loaded[component].to(device or self._device)
+
     @abc.abstractmethod
     def _normalize(self, latents: Tensor) -> Tensor:
         """From the VAE's latents [B, C, f, h, w] to the transformer's."""
@@ -248,7 +271,7 @@ class PipelineFamily(FolderFamily):
 
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
-        none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+        none = dict.fromkeys((*self._tokenizers, *self.text_encoders, "vae", "transformer"))
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)

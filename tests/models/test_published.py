@@ -22,14 +22,16 @@ TRANSFORMERS = {
     "small": "WanTransformer3DModel",
     "ltx": "LTXVideoTransformer3DModel",
     "latte": "LatteTransformer3DModel",
+    "hunyuanvideo": "HunyuanVideoTransformer3DModel",
+    "mochi": "MochiTransformer3DModel",
 }
 PIPELINES = {
     "cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline", "ltx": "LTXPipeline",
-    "latte": "LattePipeline",
+    "latte": "LattePipeline", "hunyuanvideo": "HunyuanVideoPipeline", "mochi": "MochiPipeline",
 }  # fmt: skip
 ENCODERS = {
     "cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel", "ltx": "T5EncoderModel",
-    "latte": "T5EncoderModel",
+    "latte": "T5EncoderModel", "hunyuanvideo": "LlamaModel", "mochi": "T5EncoderModel",
 }  # fmt: skip
 NO_FOLDER = {"tiny", "tiny_wide"}
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
@@ -99,6 +101,10 @@ IMAGE = {
         {"_class_name": "CogVideoXImageToVideoPipeline"}, "ofs_embed_dim is 512", "cogvideox1.5"),
     "CogVideoX-Fun-2b": ("cogvideox", {"in_channels": 33}, {"_class_name": "CogVideoXFunControlPipeline"},
         "takes 33 channels", "cogvideox"),
+    "HunyuanVideo-I2V": ("hunyuanvideo", {"in_channels": 33, "image_condition_type": "latent_concat"},
+        {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "takes 33 channels and its VAE makes 16", "hunyuanvideo"),
+    "HunyuanVideo-I2V-33ch": ("hunyuanvideo", {"image_condition_type": "token_replace"},
+        {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 import qvgen
@@ -21,10 +27,12 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
 from qvgen.layers.swap import packed_layers, quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
+from tests.models.further_folders import HUNYUAN, MOCHI
 from tests.models.hub_folders import COGVIDEOX_VARIANTS
 from tests.models.ltx_folders import LATTE_TRANSFORMER, LTX_TRANSFORMER
 from tests.profiles import make_profile
 
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
 ROUNDING = 1e-5
 """Relative, of outputs in float32 after two or three blocks whose weights were multiplied and divided."""
 
@@ -39,6 +47,23 @@ COGVIDEOX = {
 
 WAN_FOLDS = {("attn1.to_out.0",), ("attn2.to_out.0",), ("attn2.to_q",)}
 COGVIDEOX_FOLDS = {("attn1.to_out.0",), ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("ff.net.0.proj",), ("proj_out",)}
+VIDEO = ("to_q", "to_k", "to_v")
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
+REFINER_FOLDS = {
+    tuple(f"refiner_blocks.0.{name}" for name in names)
+    for names in (("attn.to_out.0",), ("attn.to_q", "attn.to_k", "attn.to_v"), ("ff.net.0.proj",))
+}
+HUNYUAN_FOLDS = REFINER_FOLDS | {
+    tuple(f"attn.{name}" for name in VIDEO), tuple(f"attn.{name}" for name in TEXT), ("ff.net.0.proj",),
+    ("ff_context.net.0.proj",), (*(f"attn.{name}" for name in VIDEO), "proj_mlp"), ("proj_out",),
+}  # fmt: skip
+MOCHI_TEXT_FOLDS = {("ff_context.net.0.proj",), ("ff_context.net.2",)}
+MOCHI_FOLDS = MOCHI_TEXT_FOLDS | {
+    tuple(f"attn1.{name}" for name in VIDEO), tuple(f"attn1.{name}" for name in TEXT), ("ff.net.0.proj",), ("ff.net.2",),
+    ("proj_out",),
+}  # fmt: skip
+ONCE = {"hunyuanvideo": REFINER_FOLDS | {("proj_out",)}, "mochi": MOCHI_TEXT_FOLDS | {("proj_out",)}}
+"""Folds that are not in every block: HunyuanVideo's refiner has one, and Mochi's last block no net for the text."""
 VALUES_ALONE = {("attn1.to_out.0",), ("attn2.to_out.0",)}
 
 # variant: family, changes of the class's tiny configuration, what is folded (names without their block's)
@@ -56,6 +81,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], set[tuple[str, ...]]]] = {
     ),
     "ltx": ("ltx", LTX_TRANSFORMER, VALUES_ALONE),
     "latte": ("latte", LATTE_TRANSFORMER, {*VALUES_ALONE, ("temporal.attn1.to_out.0",)}),
+    "hunyuanvideo": ("hunyuanvideo", HUNYUAN, HUNYUAN_FOLDS),
+    "mochi": ("mochi", MOCHI, MOCHI_FOLDS),
 }  # fmt: skip
 
 
@@ -71,10 +98,10 @@ def make(name: str) -> tuple[VideoDiT, nn.Module, dict[str, Any]]:
             model = family.build({**family.transformer_config, **changes})
         elif family.transformer_class == "WanTransformer3DModel":
             model = WanTransformer3DModel(**WAN, **changes)
-        elif family_name in ("ltx", "latte"):
-            model = family.build(changes)
-        else:
+        elif family.transformer_class == "CogVideoXTransformer3DModel":
             model = CogVideoXTransformer3DModel(**COGVIDEOX, **changes)
+        else:
+            model = family.build(changes)
         for parameter in model.parameters():
             if parameter.ndim < 2 or parameter.ndim == 3:
                 parameter.data += 0.3 * torch.randn(parameter.shape)
@@ -86,7 +113,17 @@ def call_of(model: Any) -> dict[str, Any]:
     if "caption_channels" in config:
         return call_with_mask(model)
     frames = 2 if config.get("patch_size_t") else 3
-    if isinstance(model, WanTransformer3DModel):
+    if isinstance(model, HunyuanVideoTransformer3DModel | MochiTransformer3DModel):
+        call = {
+            "hidden_states": torch.randn(2, config.in_channels, frames, 4, 6),
+            "encoder_hidden_states": torch.randn(2, 5, config.text_embed_dim)
+            * torch.logspace(-1, 1, config.text_embed_dim),
+            "encoder_attention_mask": torch.tensor([[1.0, 1, 1, 1, 1], [1.0, 1, 1, 0, 0]]),
+        }
+        if isinstance(model, HunyuanVideoTransformer3DModel):
+            call["pooled_projections"] = torch.randn(2, config.pooled_projection_dim)
+            call["guidance"] = torch.tensor([6000.0, 6000.0])
+    elif isinstance(model, WanTransformer3DModel):
         text = torch.randn(2, 512 if config.image_dim else 5, config.text_dim)
         call = {
             "hidden_states": torch.randn(2, config.in_channels, frames, 8, 8),
@@ -147,7 +184,8 @@ def test_a_fold_changes_no_output(name: str) -> None:
     folds = family.smoothing_folds(model)
     assert {short(fold) for fold in folds} == VARIANTS[name][2]
     num_blocks = model.config.num_layers
-    assert len(folds) == sum(1 if fold == ("proj_out",) else num_blocks for fold in VARIANTS[name][2])
+    once = ONCE.get(name, {("proj_out",)})
+    assert len(folds) == sum(1 if fold in once else num_blocks for fold in VARIANTS[name][2])
     folded = copy.deepcopy(model)
     for index, fold in enumerate(folds):
         factor = random_factor(model.get_submodule(fold.consumers[0]).in_features, index)
