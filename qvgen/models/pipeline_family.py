@@ -66,7 +66,7 @@ class PipelineFamily(FolderFamily):
         """Run the text encoder as the pipeline does, each caption alone: an embedding has no batch mates.
 
         Returns:
-            What ``condition_arguments`` names, float32, at least ``encoder_hidden_states`` [B, T, D], where :meth:`to` says.
+            Tensors of ``condition_arguments``, float32, at least ``encoder_hidden_states`` [B, T, D], where :meth:`to` says.
 
         Raises:
             ValueError: tokenizer or weights are missing.
