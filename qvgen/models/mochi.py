@@ -32,11 +32,9 @@ from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.flow_scheduler import FLOW_SCHEDULER, check_plain_flow
+from qvgen.models.linear_quadratic import linear_quadratic_level
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
-
-THRESHOLD = 0.025
-"""Share of the noise that the first half of the sampling steps removes: MochiPipeline's ``threshold_noise``."""
 
 _VIDEO = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 _TEXT = ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj")
@@ -50,32 +48,12 @@ class ReversedFlow:
         t       = 1000 (1 - sigma)                    the transformer is told how much of it is video
         v       = x_0 - noise                         the target
 
-    Noise levels are drawn as MochiPipeline's linear-quadratic steps lie. With c = :data:`THRESHOLD`, step i of N, an even
-    number, has removed, at u = i / N,
-
-        2 c u                                       in the first half
-        4 (1 - 2 c) u^2 - (4 - 10 c) u + 1 - 2 c    in the second: as much and as fast at u = 1/2, and all at u = 1
+    Noise levels are drawn as MochiPipeline's steps lie (:mod:`qvgen.models.linear_quadratic`).
     """
-
-    def level(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Noise level that sampling has reached after a share of its steps.
-
-        Args:
-            u: float32 [...] in [0, 1].
-
-        Returns:
-            sigma: float32 [...], from 1 to 0.
-
-        >>> ReversedFlow().level(torch.tensor([0.0, 0.25, 0.5, 1.0])).tolist()
-        [1.0, 0.987500011920929, 0.9750000238418579, 0.0]
-        """
-        curve = 1 - 2 * THRESHOLD
-        late = 4 * curve * u**2 - (4 - 10 * THRESHOLD) * u + curve
-        return 1 - torch.where(u < 0.5, 2 * THRESHOLD * u, late)
 
     def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:
         """Draw one noise level, float32 [] in (0, 1]; half of the draws are above 0.975, as half of the steps are."""
-        return self.level(torch.rand((), generator=generator))
+        return linear_quadratic_level(torch.rand((), generator=generator))
 
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert noise levels in [0, 1] to timesteps in [0, 1000], float32 [...]; noise is 0."""

@@ -44,6 +44,8 @@ class PipelineFamily(FolderFamily):
     ``negative_`` stands before those of the negative prompt."""
     encode_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
     """Arguments of ``encode_prompt`` besides caption, device and number of tokens."""
+    frames_argument: ClassVar[str] = "num_frames"
+    """Name of the pipeline's argument that says how many frames a video has."""
 
     @property
     @abc.abstractmethod
@@ -201,28 +203,26 @@ class PipelineFamily(FolderFamily):
         texts = list(dict.fromkeys([*captions, *(negatives if is_guided else ())]))
         encoded = (encode or self.encode)(texts)
         rows = {
-            text: {key: encoded[key][row : row + 1].to(**like) for key in self.condition_arguments}
+            text: {key: value[row : row + 1].to(**like) for key, value in encoded.items()}
             for row, text in enumerate(texts)
         }
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for caption, negative, seed in zip(captions, negatives, seeds, strict=True):
             sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
-            given = {self.condition_arguments[key]: value for key, value in rows[caption].items()}
-            if is_guided:
-                given |= {f"negative_{self.condition_arguments[key]}": value for key, value in rows[negative].items()}
+            generator = torch.Generator().manual_seed(seed)
             latents = pipeline(
-                **given,
+                **self._prompt_arguments(rows[caption], rows[negative] if is_guided else None),
+                **{self.frames_argument: self.sampling_frames},
                 height=self.height,
                 width=self.width,
-                num_frames=self.sampling_frames,
                 num_inference_steps=num_steps,
                 **self._call_options(guidance_scale),
-                generator=torch.Generator().manual_seed(seed),
+                generator=generator,
                 output_type="latent",
             ).frames
             sampled.check_finite(latents, name="latents")
-            pixels = self.decode(self._from_pipeline(latents), num_frames=self.sampling_frames)
+            pixels = self._decode_sampled(self._from_pipeline(latents), generator=generator)
             sampled.check_finite(pixels, name="pixels")
             video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
             videos.append(torch.from_numpy((video * 255).round().astype("uint8")))
@@ -284,3 +284,17 @@ class PipelineFamily(FolderFamily):
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
         """Arguments of a call of the pipeline that say its guidance."""
         return {"guidance_scale": guidance_scale}
+
+    def _prompt_arguments(
+        self, condition: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """Arguments of a call of the pipeline that say its prompt, from rows [1, ...] of :meth:`encode`."""
+        given = {argument: condition[key] for key, argument in self.condition_arguments.items()}
+        if negative is not None:
+            given |= {f"negative_{argument}": negative[key] for key, argument in self.condition_arguments.items()}
+        return given
+
+    def _decode_sampled(self, latents: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Turn what the pipeline sampled into pixels; ``generator`` is the one that the pipeline drew its noise from."""
+        del generator
+        return self.decode(latents, num_frames=self.sampling_frames)

@@ -13,6 +13,7 @@ from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT, example_condition
+from qvgen.models.linear_quadratic import linear_quadratic_level
 from qvgen.models.mochi import ReversedFlow
 from tests.models.family_checks import (
     check_generation_equals_the_pipeline,
@@ -111,7 +112,7 @@ def test_the_objective_is_what_the_scheduler_undoes(made) -> None:
     scheduler.set_timesteps(sigmas=linear_quadratic_schedule(8, 0.025))
     objective = family.objective
     assert isinstance(objective, ReversedFlow)
-    sigma = objective.level(torch.arange(8) / 8)
+    sigma = linear_quadratic_level(torch.arange(8) / 8)
     assert torch.allclose(1 - sigma, scheduler.sigmas[:-1], atol=1e-6)
     assert torch.allclose(objective.timestep(sigma), scheduler.timesteps, atol=1e-3)
     generator = torch.Generator().manual_seed(0)
