@@ -48,7 +48,7 @@ class ReversedFlow:
         t       = 1000 (1 - sigma)                    the transformer is told how much of it is video
         v       = x_0 - noise                         the target
 
-    Noise levels are drawn as MochiPipeline's linear-quadratic steps lie (:mod:`qvgen.models.linear_quadratic`).
+    Noise levels are drawn as MochiPipeline's steps lie (:mod:`qvgen.models.linear_quadratic`).
     """
 
     def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:

@@ -102,7 +102,7 @@ def _save_hunyuan(path: Path, variant: str) -> None:
 
 
 def make_mochi_folder(path: Path, variant: str = "", *, seed: int = 0) -> Path:
-    """Mochi: 2 blocks of width 32 and 16, a VAE of 12 latent channels (the pipeline knows no others) and the real compression of 6 x 8 x 8.
+    """Mochi: 2 blocks of width 32 and 16, a VAE of 12 latent channels (the pipeline knows no others), compressing 6 x 8 x 8.
 
     Args:
         path: Where it is made.
