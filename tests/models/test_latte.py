@@ -82,7 +82,6 @@ def test_latents_are_those_of_the_pipeline(latte) -> None:
 def test_prediction_is_the_transformers_without_its_variance(latte) -> None:
     family, teacher, _ = latte
     noisy, timestep, condition = draw(family)
-    found = None
     with torch.no_grad():
         found = family.predict(teacher, noisy, timestep, condition)
         for row in range(2):
