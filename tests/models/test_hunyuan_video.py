@@ -220,3 +220,21 @@ def test_the_authors_sampling(made) -> None:
     found = family.objective.shift, family.num_inference_steps, family.embedded_guidance, family.guidance_scale
     assert (*found, family.sampling_frames, family.fps) == (7.0, 50, 6.0, 1.0, 129, 24)
     assert family.scheduler().config.shift == 7.0
+
+
+def test_clip_s_tokenizer_may_be_the_files_of_its_repository(made, tmp_path: Path) -> None:
+    """Without tokenizer.json: vocab.json and merges.txt, from which the same tokens come."""
+    folder = make_hunyuan_folder(tmp_path / "hub")
+    place = folder / "tokenizer_2"
+    model = json.loads((place / "tokenizer.json").read_text())["model"]
+    (place / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    (place / "tokenizer.json").unlink()
+    family = tiny_family("hunyuanvideo", folder)
+    family.check_sampling_parts()
+    found, wanted = (each.encode(CAPTIONS)["pooled_projections"] for each in (family, made[0]))
+    assert torch.equal(found, wanted)
+    for name in ("vocab.json", "merges.txt"):
+        (place / name).unlink()
+    with pytest.raises(ValueError, match=r"tokenizer_2 holds none of tokenizer.json, .*--include 'tokenizer_2/\*'"):
+        tiny_family("hunyuanvideo", folder).check_sampling_parts()
