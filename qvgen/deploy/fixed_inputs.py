@@ -1,12 +1,14 @@
 """Small fixed inputs of a transformer, by which two forms of the same weights are compared without a family or a clip.
 
-    latents [1, C, F, H, W] of two patches in time and 2 x 4 in space, normal; a caption of eight tokens, normal; one timestep
+    latents [1, C, F, H, W] of two patches in time (Latte: as many as it has positions for) and 2 x 4 in space, normal; a
+    caption of eight tokens, normal; one timestep
 
 They are drawn on the CPU from a fixed seed, so that a report can be made again. Only the classes of our families are known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +62,34 @@ def _cogvideox(config: Mapping[str, Any], timestep: float, generator: torch.Gene
     }
 
 
+def _ltx(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    tokens = math.prod(NUM_PATCHES)
+    axes = [torch.arange(float(size)) for size in NUM_PATCHES]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    return {
+        "hidden_states": torch.randn(1, tokens, config["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["caption_channels"], generator=generator),
+        "encoder_attention_mask": torch.ones(1, NUM_TEXT_TOKENS),
+        "timestep": torch.tensor([timestep]),
+        "video_coords": (places * torch.tensor([[0.32], [32.0], [32.0]]))[
+            None
+        ],  # seconds at 25 frames of 8, and pixels
+    }
+
+
+def _latte(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    _, height, width = NUM_PATCHES
+    sizes = config["video_length"], height * config["patch_size"], width * config["patch_size"]
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["caption_channels"], generator=generator),
+        "timestep": torch.tensor([timestep]),
+    }
+
+
 _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor] | None]] = {
     "WanTransformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
+    "LTXVideoTransformer3DModel": _ltx,
+    "LatteTransformer3DModel": _latte,
 }

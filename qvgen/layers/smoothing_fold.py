@@ -6,6 +6,9 @@ Scaling output channel j of what makes x by m_j and dividing column j of every L
 but by rounding, if nothing between the two mixes channels or bends them, and nobody else reads x. Which places of a model
 are like that is a family's declaration (``smoothing_folds`` of :mod:`qvgen.models.base`).
 
+A modulation's scale s is added to 1 before it multiplies: (1 + s) m = 1 + (m s + m - 1). Where a Linear with a bias makes s,
+its rows are scaled by m and its bias takes the m - 1.
+
 A scaled row of a Linear that is quantized per channel or per group quantizes as before: its scales grow by m_j.
 """
 
@@ -26,11 +29,13 @@ class Producer:
 
     Attributes:
         module: Name of a Linear, quantized or not, or of a norm with an affine part.
-        start: First of the K rows; of a modulation's Linear, where its shift begins.
+        start: First of the K rows; of a modulation's Linear, where its shift or scale begins.
+        is_added_to_one: Whether the rows make a modulation's scale; the module then has a bias.
     """
 
     module: str
     start: int = 0
+    is_added_to_one: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,15 @@ class SmoothingFold:
 
     consumers: tuple[str, ...]
     producers: tuple[Producer, ...]
+
+
+def behind_values(attention: str) -> SmoothingFold:
+    """The place behind an attention's values: it mixes tokens, so that channel j of its output is channel j of the values.
+
+    Args:
+        attention: Name of one of diffusers' attentions, with ``to_v`` and ``to_out.0``.
+    """
+    return SmoothingFold(consumers=(f"{attention}.to_out.0",), producers=(Producer(module=f"{attention}.to_v"),))
 
 
 @torch.no_grad()
@@ -77,7 +91,12 @@ def fold_input_scale_(model: nn.Module, fold: SmoothingFold, input_scale: Float[
             assert isinstance(module, nn.Linear), f"{type(module).__name__} among {fold.consumers}"
             module.weight.copy_(module.weight.float() / input_scale.to(module.weight.device))
     for producer in fold.producers:
-        scale_rows_(model.get_submodule(producer.module), input_scale, start=producer.start)
+        module = model.get_submodule(producer.module)
+        scale_rows_(module, input_scale, start=producer.start)
+        if producer.is_added_to_one:
+            assert isinstance(module.bias, Tensor), f"{producer.module} makes a scale and has no bias"
+            bias = module.bias[producer.start : producer.start + input_scale.numel()]
+            bias.copy_(bias.float() + (input_scale.to(bias.device) - 1))
 
 
 def scale_rows_(module: nn.Module, factor: Tensor, *, start: int) -> None:

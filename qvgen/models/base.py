@@ -35,6 +35,22 @@ def local_arguments(family: object) -> frozenset[str]:
     return frozenset((*LOCAL_ARGUMENTS, *getattr(family, "local_arguments", ())))
 
 
+def example_condition(family: Any, *, count: int, make: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Make stand-ins of the tensors that a family's ``encode`` returns, without running a text encoder.
+
+    Their shapes are ``condition_shape`` and, where a family's transformer is told more than ``encoder_hidden_states``, those
+    of an attribute ``further_condition_shapes``: name -> shape for one caption.
+
+    Args:
+        family: The family.
+        count: Captions.
+        make: Makes a tensor of a size, such as ``torch.randn``; masks, whose names end in ``_mask``, are ones of its kind.
+    """
+    shapes = {"encoder_hidden_states": family.condition_shape, **getattr(family, "further_condition_shapes", {})}
+    made = {name: make(count, *shape) for name, shape in shapes.items()}
+    return {name: torch.ones_like(value) if name.endswith("_mask") else value for name, value in made.items()}
+
+
 class Objective(Protocol):
     """A formula of :mod:`qvgen.models.objectives`."""
 
@@ -58,7 +74,8 @@ class Objective(Protocol):
 class VideoDiT(Protocol):
     """A family of video diffusion transformers.
 
-    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``original_names``, by which
+    A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``further_condition_shapes``, of
+    what a caption becomes besides ``encoder_hidden_states``: see :func:`example_condition`; ``original_names``, by which
     a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`; and
     ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or None where its weights have to be
     loaded whole.

@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -98,6 +97,8 @@ class FolderFamily(abc.ABC):
     transformer_folders: ClassVar[tuple[str, ...]] = ("transformer",)
     vae_class: ClassVar[str]
     text_encoder_class: ClassVar[str]
+    further_text_encoders: ClassVar[Mapping[str, str]] = {}
+    """Folder -> class of transformers, of text encoders besides ``text_encoder``; each has a tokenizer of its own."""
 
     _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False)
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -197,7 +198,8 @@ class FolderFamily(abc.ABC):
             return {}
         chosen = ", ".join(lora.revision.replace(" ", " times ", 1) for lora in self._loras)
         own = {"lora": chosen} if chosen else {}
-        names = [self.transformer_folder] if transformer_only else [*self.transformer_folders, "vae", "text_encoder"]
+        others = ("vae", *self.text_encoders)
+        names = [self.transformer_folder] if transformer_only else [*self.transformer_folders, *others]
         if self._finetune is not None:
             names.remove(self.transformer_folder)
             own[self.transformer_folder] = self._finetune.checksum
@@ -283,17 +285,7 @@ class FolderFamily(abc.ABC):
             )
         return self.folder
 
-    def _tokenizer(self) -> Any:
-        if "tokenizer" not in self._loaded:
-            self._loaded["tokenizer"] = self._require_folder().load_tokenizer()
-        return self._loaded["tokenizer"]
-
-    def _module(self, component: str, *, device: torch.device | None = None) -> Any:
-        """Text encoder or VAE, loaded once, on ``device`` or where :meth:`to` says."""
-        if component not in self._loaded:
-            of_vae = ("diffusers", self.vae_class)
-            library, name = of_vae if component == "vae" else ("transformers", self.text_encoder_class)
-            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
-            dtype = _DTYPES[getattr(self, f"{component}_dtype")]
-            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
-        return self._loaded[component].to(device or self._device)
+    @property
+    def text_encoders(self) -> dict[str, str]:
+        """Folder -> class of transformers, of all text encoders; their dtype is ``text_encoder_dtype``."""
+        return {"text_encoder": self.text_encoder_class, **self.further_text_encoders}

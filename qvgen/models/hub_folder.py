@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _BYTES_PER_TENSOR = 4096
 _CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,23 +218,24 @@ class HubFolder:
         check_finite_weights(module, files=list(weights.files), remedy=remedy)
         return module.requires_grad_(False).eval()
 
-    def load_tokenizer(self) -> Any:
-        """Load ``tokenizer/``: tokenizer.json, or spiece.model alone (CogVideoX's repositories), which sentencepiece reads.
+    def load_tokenizer(self, name: str = "tokenizer") -> Any:
+        """Load a tokenizer's folder: tokenizer.json, or spiece.model alone (CogVideoX's), which sentencepiece reads.
 
         Raises:
             ValueError: it is missing or damaged, or names code.
             RuntimeError: sentencepiece is needed and not installed.
         """
-        self.check_tokenizer()
-        return load_tokenizer(self.path / "tokenizer", remedy=self.remedy("tokenizer/*"))
+        self.check_tokenizer(name)
+        return load_tokenizer(self.path / name, remedy=self.remedy(f"{name}/*"))
 
-    def check_tokenizer(self) -> None:
-        """Find out whether the tokenizer is there; raises ValueError or RuntimeError where it can't be used."""
-        folder = self.path / "tokenizer"
+    def check_tokenizer(self, name: str = "tokenizer") -> None:
+        """Find out whether a tokenizer is there; raises ValueError or RuntimeError where it can't be used."""
+        folder = self.path / name
         if not any((folder / name).is_file() for name in _VOCABULARIES):
             what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"
-            raise ValueError(f"{folder} {what}; {self.remedy('tokenizer/*')}")
-        if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+            raise ValueError(f"{folder} {what}; {self.remedy(f'{name}/*')}")
+        is_spiece_alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+        if is_spiece_alone and find_spec("sentencepiece") is None:
             raise UnfitEnvironmentError(
                 f"{folder} needs the package sentencepiece, which is not installed: pip install sentencepiece"
             )

@@ -23,7 +23,7 @@ from typing import Literal
 
 from torch import nn
 
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_module_name
+from qvgen.models.original_names import LTX_ORIGINAL_NAMES, WAN_ORIGINAL_NAMES, OriginalNames, original_module_name
 
 Kind = Literal["down", "up", "bias", "alpha", "diff", "diff_b", "diff_m"]
 
@@ -38,6 +38,8 @@ _PREFIXES = (
 )  # fmt: skip
 _SECOND = ("transformer_2.", "pipe.dit2.")
 """Prefixes of Wan2.2's low-noise transformer."""
+_RULES: Mapping[str, OriginalNames] = {"LTXVideoTransformer3DModel": LTX_ORIGINAL_NAMES}
+"""Class -> the original code's names; Wan's for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,11 @@ class LayerNames:
 
     def __init__(self, transformer: nn.Module) -> None:
         places: set[str] = set()
+        rules = _RULES.get(type(transformer).__name__, WAN_ORIGINAL_NAMES)
         for parameter, _ in transformer.named_parameters():
             module, _, last = parameter.rpartition(".")
             places.add(module if last in ("weight", "bias") else parameter)
-        self._found = _without_doubles((alias, name) for name in places for alias in _aliases(name))
+        self._found = _without_doubles((alias, name) for name in places for alias in _aliases(name, rules))
 
     def find(self, key: LoraKey) -> str | None:
         """Name of the module, or for ``diff_m`` of the parameter, that a key is about; None where there is none."""
@@ -101,9 +104,9 @@ class LayerNames:
         return self._found.get(f"{key.name}.modulation") or self._found.get(f"{key.name}_modulation")
 
 
-def _aliases(name: str) -> set[str]:
+def _aliases(name: str, rules: OriginalNames) -> set[str]:
     """A name, the original code's name of it, and both with _ for dots."""
-    original = original_module_name(name, WAN_ORIGINAL_NAMES)
+    original = original_module_name(name, rules)
     return {alias for dotted in (name, original) for alias in (dotted, dotted.replace(".", "_"))}
 
 

@@ -20,8 +20,11 @@ v-prediction (Salimans and Ho 2202.00512; zero terminal SNR: Lin et al. 2305.088
 
 The same formulas as diffusers' CogVideoXDDIMScheduler.
 
-Noise levels of both are compared by the logarithm of noise over signal, x = log(b / a): log(sigma / (1 - sigma)) with flow
-matching and log(b_t / a_t) with v-prediction. A shift adds log(shift) to it (arXiv 2403.03206, Eq. 23); what
+Prediction of the noise (epsilon; Ho et al. 2006.11239; Latte 2401.03048): x_t as with v-prediction, beta linear in t, and the
+target is the noise itself. The same formulas as diffusers' DDIMScheduler.
+
+Noise levels of all are compared by the logarithm of noise over signal, x = log(b / a): log(sigma / (1 - sigma)) with flow
+matching and log(b_t / a_t) with the two others. A shift adds log(shift) to it (arXiv 2403.03206, Eq. 23); what
 ``snr_shift_scale`` k does to v-prediction's table before its last entry is moved is a shift of sqrt(k).
 
 Other draws of noise levels are :mod:`qvgen.training.noise_level`, weights over them :mod:`qvgen.training.min_snr`. Left out:
@@ -33,12 +36,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
+from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS as NUM_TRAIN_TIMESTEPS
+from qvgen.models.discrete_schedule import DiscreteSchedule, check_betas, per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,7 @@ class FlowMatching:
         Returns:
             x_sigma: float [B, C, F, H, W]; sigma = 0 gives clean and sigma = 1 noise, exactly.
         """
-        weight = _per_sample(sigma, like=clean)
+        weight = per_sample(sigma, like=clean)
         return (1 - weight) * clean + weight * noise
 
     def target(
@@ -141,11 +146,11 @@ class FlowMatching:
         timestep: Float[Tensor, " B"],
     ) -> Float[Tensor, "B C F H W"]:
         """Return the noise that a prediction for noisy samples implies, x_sigma + (1 - sigma) v."""
-        return noisy + (1 - _per_sample(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)) * prediction
+        return noisy + (1 - per_sample(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)) * prediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class VPrediction:
+class VPrediction(DiscreteSchedule):
     """v-prediction on a schedule of 1000 steps.
 
     Attributes:
@@ -164,11 +169,7 @@ class VPrediction:
     zero_terminal_snr: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_start < self.beta_end < 1:
-            raise ValueError(
-                f"beta_start={self.beta_start} and beta_end={self.beta_end} do not rise within (0, 1); "
-                "CogVideoX uses 0.00085 and 0.012"
-            )
+        check_betas(self.beta_start, self.beta_end, example="CogVideoX uses 0.00085 and 0.012")
         if not self.snr_shift_scale > 0:
             raise ValueError(
                 f"snr_shift_scale={self.snr_shift_scale} is not positive; CogVideoX uses 3 (2b) and 1 (5b)"
@@ -186,70 +187,16 @@ class VPrediction:
             table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         return table.float()
 
-    def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Draw one t uniformly from 0..999 and return t / 1000, float32 []."""
-        return torch.randint(NUM_TRAIN_TIMESTEPS, (), generator=generator) / NUM_TRAIN_TIMESTEPS
-
     @property
     def shift(self) -> float:
         """The model's own shift of noise over signal: the root of what its signal-to-noise ratio is divided by."""
         return math.sqrt(self.snr_shift_scale)
 
-    @cached_property
-    def _log_ratios(self) -> Tensor:
-        """log(b_t / a_t) of all t, float64 [1000], rising; infinite where t = 999 is pure noise."""
-        alphas = self.alphas_cumprod.double()
-        return ((1 - alphas) / alphas).log() / 2
-
-    @property
-    def log_ratio_ends(self) -> tuple[float, float]:
-        """Logarithm of noise over signal at the first t and at the last one that has any signal."""
-        finite = self._log_ratios[self._log_ratios.isfinite()]
-        return float(finite[0]), float(finite[-1])
-
-    def sigma_at(self, log_ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return t / 1000, float32 [], of the t whose logarithm of noise over signal is nearest to the given one.
-
-        A t of pure noise is as far as infinity: none is nearest to it.
-        """
-        table = self._log_ratios
-        borders = (table[1:] + table[:-1]) / 2
-        return torch.searchsorted(borders, log_ratio.double()).float() / NUM_TRAIN_TIMESTEPS
-
-    def signal_and_noise(self, timestep: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """Return what clean samples and noise are multiplied with at timesteps: a_t and b_t."""
-        alphas = self.alphas_cumprod.to(timestep.device)[timestep.round().long()]
-        return alphas.sqrt(), (1 - alphas).sqrt()
-
-    def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Convert t / 1000 to t, float32 [...] of whole numbers in 0..999.
-
-        >>> VPrediction().timestep(torch.tensor([0.0, 0.007, 0.999])).tolist()
-        [0.0, 7.0, 999.0]
-        """
-        return (sigma * NUM_TRAIN_TIMESTEPS).round()
-
-    def add_noise(
-        self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]
-    ) -> Float[Tensor, "B C F H W"]:
-        """Mix clean samples with noise.
-
-        Args:
-            clean: float [B, C, F, H, W], x_0.
-            noise: float [B, C, F, H, W], standard normal.
-            sigma: float [B] in [0, 0.999], t / 1000 of each sample.
-
-        Returns:
-            x_t: float [B, C, F, H, W]; with zero_terminal_snr, t = 999 gives noise exactly.
-        """
-        signal, spread = self._weights(sigma, like=clean)
-        return signal * clean + spread * noise
-
     def target(
         self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]
     ) -> Float[Tensor, "B C F H W"]:
         """Return what a perfect model predicts on average, v = a_t noise - b_t clean."""
-        signal, spread = self._weights(sigma, like=clean)
+        signal, spread = self.weights(sigma, like=clean)
         return signal * noise - spread * clean
 
     def noise(
@@ -260,19 +207,50 @@ class VPrediction:
         timestep: Float[Tensor, " B"],
     ) -> Float[Tensor, "B C F H W"]:
         """Return the noise that a prediction for noisy samples implies, a_t v + b_t x_t."""
-        signal, spread = self._weights(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)
+        signal, spread = self.weights(timestep / NUM_TRAIN_TIMESTEPS, like=noisy)
         return signal * prediction + spread * noisy
 
-    def _weights(self, sigma: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and b_t of each sample, broadcasting over [B, C, F, H, W]."""
-        signal, spread = self.signal_and_noise(self.timestep(sigma))
-        return _per_sample(signal, like=like), _per_sample(spread, like=like)
 
+@dataclass(frozen=True, kw_only=True)
+class EpsilonPrediction(DiscreteSchedule):
+    """Prediction of the noise on a schedule of 1000 steps whose betas are linear in t.
 
-def _per_sample(sigma: Tensor, *, like: Tensor) -> Tensor:
-    """Reshape [B] so that it broadcasts over [B, C, F, H, W]."""
-    if sigma.shape != like.shape[:1]:
-        raise ValueError(
-            f"sigma has shape {list(sigma.shape)} for samples {list(like.shape)}; give one noise level per sample"
-        )
-    return sigma.to(like).view(-1, *(1,) * (like.ndim - 1))
+    Attributes:
+        beta_start: beta of t = 0, in (0, 1).
+        beta_end: beta of t = 999, in (0, 1).
+
+    Raises:
+        ValueError: for betas that do not rise within (0, 1).
+    """
+
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+
+    predicts_noise: ClassVar[bool] = True
+    shift: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_betas(self.beta_start, self.beta_end, example="Latte uses 0.0001 and 0.02")
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar, float32 [1000]; computed in float32 as the scheduler does, with whose table the model is sampled."""
+        return torch.cumprod(1 - torch.linspace(self.beta_start, self.beta_end, NUM_TRAIN_TIMESTEPS), dim=0)
+
+    def target(
+        self, clean: Float[Tensor, "B C F H W"], noise: Float[Tensor, "B C F H W"], *, sigma: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B C F H W"]:
+        """Return what a perfect model predicts on average: the noise, at every t."""
+        del clean, sigma
+        return noise
+
+    def noise(
+        self,
+        prediction: Float[Tensor, "B C F H W"],
+        *,
+        noisy: Float[Tensor, "B C F H W"],
+        timestep: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B C F H W"]:
+        """Return the noise that a prediction implies: it is one."""
+        del noisy, timestep
+        return prediction

@@ -35,6 +35,13 @@ WAN_ORIGINAL_NAMES: OriginalNames = (
 )
 """Names of diffusers' WanTransformer3DModel -> those of Wan's own code (text to video)."""
 
+LTX_ORIGINAL_NAMES: OriginalNames = (
+    (r"^proj_in", "patchify_proj"),
+    (r"^time_embed", "adaln_single"),
+    (r"\.norm_([qk])$", r".\1_norm"),
+)
+"""Names of diffusers' LTXVideoTransformer3DModel -> those of the authors' own code."""
+
 
 def original_module_name(name: str, rules: OriginalNames) -> str:
     """The original name of a module, or of a parameter that is no weight or bias of one.

@@ -10,8 +10,9 @@ first needed, stay until :meth:`~qvgen.models.folder_family.FolderFamily.release
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import diffusers
@@ -38,6 +39,13 @@ class PipelineFamily(FolderFamily):
     scheduler_classes: ClassVar[tuple[str, ...]]
     max_text_tokens: ClassVar[int]
     samples_apart: ClassVar[bool] = True
+    condition_arguments: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
+    """Tensors that a caption becomes, in the order in which ``encode_prompt`` returns them -> the pipeline's names for them;
+    ``negative_`` stands before those of the negative prompt."""
+    encode_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}
+    """Arguments of ``encode_prompt`` besides caption, device and number of tokens."""
+    frames_argument: ClassVar[str] = "num_frames"
+    """Name of the pipeline's argument that says how many frames a video has."""
 
     @property
     @abc.abstractmethod
@@ -51,23 +59,32 @@ class PipelineFamily(FolderFamily):
             ValueError: the autoencoder, the text encoder or the tokenizer is missing, cut off or quantized already.
         """
         if self.folder is not None:
-            self.folder.check_parts(("vae", "text_encoder"))
-            self.folder.check_tokenizer()
+            self.folder.check_parts(("vae", *self.text_encoders))
+            for name in self._tokenizers:
+                self.folder.check_tokenizer(name)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Run the text encoder as the pipeline does, each caption alone: an embedding has no batch mates.
 
         Returns:
-            ``encoder_hidden_states`` float32 [B, T, D], where :meth:`to` says.
+            Tensors of ``condition_arguments``, float32, at least ``encoder_hidden_states`` [B, T, D], where :meth:`to` says.
 
         Raises:
             ValueError: tokenizer or weights are missing.
         """
-        pipeline = self._pipeline(tokenizer=self._tokenizer(), text_encoder=self._module("text_encoder"))
-        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.max_text_tokens}
-        embeddings = [pipeline.encode_prompt(caption, device=self._device, **options)[0] for caption in captions]
-        return {"encoder_hidden_states": torch.cat(embeddings).float()}
+        parts = {name: self._tokenizer(name) for name in self._tokenizers}
+        pipeline = self._pipeline(**parts, **{name: self._module(name) for name in self.text_encoders})
+        options = {**self.encode_options, "device": self._device, "max_sequence_length": self.max_text_tokens}
+        rows = [pipeline.encode_prompt(caption, **options) for caption in captions]
+        return {
+            name: torch.cat([row[place] for row in rows]).float() for place, name in enumerate(self.condition_arguments)
+        }
+
+    @property
+    def _tokenizers(self) -> list[str]:
+        """Names of the tokenizers: ``tokenizer_2`` is that of ``text_encoder_2``."""
+        return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
     def tokens_left_out(self, caption: str) -> int:
         """How many of a caption's tokens :meth:`encode` leaves out: those beyond ``max_text_tokens``.
@@ -100,9 +117,9 @@ class PipelineFamily(FolderFamily):
         Raises:
             ValueError: there are no weights.
         """
-        tokenizer = self._require_folder().files_revision("tokenizer")
-        encoder = self.component_revision("text_encoder")
-        return f"{encoder} {tokenizer} {self.text_encoder_dtype} {self.max_text_tokens}"
+        encoders = [self.component_revision(name) for name in self.text_encoders]
+        tokenizers = [self._require_folder().files_revision(name) for name in self._tokenizers]
+        return " ".join([*encoders, *tokenizers, self.text_encoder_dtype, str(self.max_text_tokens)])
 
     def check_clip(self, *, frames: int, height: int, width: int) -> None:
         """Raise ValueError for a size that VAE and patches do not divide."""
@@ -182,29 +199,30 @@ class PipelineFamily(FolderFamily):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
         like = {"device": next(transformer.parameters()).device, "dtype": transformer.dtype}
         negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
-        texts = list(
-            dict.fromkeys([*captions, *(negatives if guidance_scale > 1 else ())])
-        )  # the pipelines' own condition
-        rows = (encode or self.encode)(texts)["encoder_hidden_states"].to(**like).split(1)
-        embeddings = dict(zip(texts, rows, strict=True))
+        is_guided = guidance_scale > 1  # the pipelines' own condition
+        texts = list(dict.fromkeys([*captions, *(negatives if is_guided else ())]))
+        encoded = (encode or self.encode)(texts)
+        rows = {
+            text: {key: value[row : row + 1].to(**like) for key, value in encoded.items()}
+            for row, text in enumerate(texts)
+        }
         pipeline = self._pipeline(transformer=transformer, vae=self._module("vae", device=like["device"]))
         videos = []
         for caption, negative, seed in zip(captions, negatives, seeds, strict=True):
             sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
+            generator = torch.Generator().manual_seed(seed)
             latents = pipeline(
-                prompt_embeds=embeddings[caption],
-                negative_prompt_embeds=embeddings.get(negative) if guidance_scale > 1 else None,
+                **self._prompt_arguments(rows[caption], rows[negative] if is_guided else None),
+                **{self.frames_argument: self.sampling_frames},
                 height=self.height,
                 width=self.width,
-                num_frames=self.sampling_frames,
                 num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                **self._call_options(),
-                generator=torch.Generator().manual_seed(seed),
+                **self._call_options(guidance_scale),
+                generator=generator,
                 output_type="latent",
             ).frames
             sampled.check_finite(latents, name="latents")
-            pixels = self.decode(self._from_pipeline(latents), num_frames=self.sampling_frames)
+            pixels = self._decode_sampled(self._from_pipeline(latents), generator=generator)
             sampled.check_finite(pixels, name="pixels")
             video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
             videos.append(torch.from_numpy((video * 255).round().astype("uint8")))
@@ -224,6 +242,21 @@ class PipelineFamily(FolderFamily):
             )
         return getattr(diffusers, name).from_config(config)
 
+    def _tokenizer(self, name: str = "tokenizer") -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._require_folder().load_tokenizer(name)
+        return self._loaded[name]
+
+    def _module(self, component: str, *, device: torch.device | None = None) -> Any:
+        """A text encoder or the VAE, loaded once, on ``device`` or where :meth:`to` says."""
+        if component not in self._loaded:
+            is_vae = component == "vae"
+            library, name = ("diffusers", self.vae_class) if is_vae else ("transformers", self.text_encoders[component])
+            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
+            dtype = getattr(torch, self.vae_dtype if is_vae else self.text_encoder_dtype)
+            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
+        return self._loaded[component].to(device or self._device)
+
     @abc.abstractmethod
     def _normalize(self, latents: Tensor) -> Tensor:
         """From the VAE's latents [B, C, f, h, w] to the transformer's."""
@@ -238,7 +271,7 @@ class PipelineFamily(FolderFamily):
 
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
-        none = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+        none = dict.fromkeys((*self._tokenizers, *self.text_encoders, "vae", "transformer"))
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class(**none | components, scheduler=self.scheduler(), **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
@@ -248,6 +281,20 @@ class PipelineFamily(FolderFamily):
         """Arguments of the pipeline that are no components."""
         return {}
 
-    def _call_options(self) -> dict[str, Any]:
-        """Further arguments of a call of the pipeline."""
-        return {}
+    def _call_options(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of a call of the pipeline that say its guidance."""
+        return {"guidance_scale": guidance_scale}
+
+    def _prompt_arguments(
+        self, condition: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """Arguments of a call of the pipeline that say its prompt, from rows [1, ...] of :meth:`encode`."""
+        given = {argument: condition[key] for key, argument in self.condition_arguments.items()}
+        if negative is not None:
+            given |= {f"negative_{argument}": negative[key] for key, argument in self.condition_arguments.items()}
+        return given
+
+    def _decode_sampled(self, latents: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Turn what the pipeline sampled into pixels; ``generator`` is the one that the pipeline drew its noise from."""
+        del generator
+        return self.decode(latents, num_frames=self.sampling_frames)

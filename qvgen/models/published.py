@@ -32,6 +32,7 @@ _CONDITIONS = (
     "pos_embed_seq_len",
     "ofs_embed_dim",
     "use_learned_positional_embeddings",
+    "image_condition_type",
 )
 """Keys of a transformer that is given an image besides the text."""
 

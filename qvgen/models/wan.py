@@ -142,5 +142,5 @@ class WanExpert(Wan):
     def _pipeline_options(self) -> dict[str, Any]:
         return {**super()._pipeline_options(), "boundary_ratio": self._boundary}
 
-    def _call_options(self) -> dict[str, Any]:
-        return {"guidance_scale_2": self.guidance_scale_low}
+    def _call_options(self, guidance_scale: float) -> dict[str, Any]:
+        return {**super()._call_options(guidance_scale), "guidance_scale_2": self.guidance_scale_low}

@@ -65,13 +65,15 @@ def weighted_loss(
         loss: The loss of the samples in a slice. A method's is the mean over its samples: one by one they are known apart.
         timestep: Of each sample, in [0, 1000].
         objective: The model's.
-        compares: What the method compares.
+        compares: What the method compares; predictions of an objective that ``predicts_noise`` are noise.
         limit: gamma.
 
     Raises:
         UserError: The objective does not say how much signal and noise there is.
     """
     check_weighting(objective)
+    if getattr(objective, "predicts_noise", False):
+        compares = "noise"
     weights = min_snr_weights(*objective.signal_and_noise(timestep), compares=compares, limit=limit)
     losses = [loss(slice(index, index + 1)) for index in range(len(weights))]
     return (weights * torch.stack(losses)).mean()

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from qvgen.data.noise import add_noise
 from qvgen.errors import UserError
-from qvgen.models.objectives import FlowMatching, VPrediction
+from qvgen.models.objectives import EpsilonPrediction, FlowMatching, VPrediction
 from qvgen.training.loss import prediction_loss
 from tests.runs import train_config
 
-OBJECTIVES = {"flow": FlowMatching(shift=3.0), "v": VPrediction(snr_shift_scale=3.0)}
+OBJECTIVES = {"flow": FlowMatching(shift=3.0), "v": VPrediction(snr_shift_scale=3.0), "noise": EpsilonPrediction()}
 
 
 class Family:
@@ -47,7 +47,7 @@ def test_a_perfect_prediction_implies_the_noise_that_was_added(name: str) -> Non
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_is_the_distance_of_noises(name: str) -> None:
-    """With flow matching errors of velocities count (1 - sigma)^2, with v-prediction abar_t."""
+    """With flow matching errors of velocities count (1 - sigma)^2, with v-prediction abar_t; those of noise 1."""
     objective, method = OBJECTIVES[name], train_config("method=qdm").method
     assert method.needs_teacher
     _, batch = draw(objective)
@@ -56,7 +56,8 @@ def test_the_loss_is_the_distance_of_noises(name: str) -> None:
     with torch.no_grad():
         apart = (student(batch.noisy).double() - teacher(batch.noisy).double()).square().mean((1, 2, 3, 4))
     steps = batch.timestep.double()
-    weight = (1 - steps / 1000) ** 2 if name == "flow" else objective.alphas_cumprod.double()[steps.long()]
+    weights = {"flow": (1 - steps / 1000) ** 2, "noise": torch.ones_like(steps)}
+    weight = weights[name] if name in weights else objective.alphas_cumprod.double()[steps.long()]
     assert float(found.detach()) == pytest.approx(float((weight * apart).mean()), rel=1e-5)
     found.backward()
     assert student.weight.grad.abs().max() > 0

@@ -23,9 +23,38 @@ SIZES = {
     "wan-14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "wan2.2-a14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "wan2.2-ti2v": (5.000, 306, 300, 4.907, 0, 0.0),
+    "ltx": (1.923, 287, 280, 1.879, 0, 0.0),
+    "ltx-13b": (13.043, 487, 480, 12.885, 0, 0.0),
+    "latte": (1.057, 454, 448, 1.040, 0, 0.0),
+    "hunyuanvideo": (12.821, 547, 440, 9.060, 81, 3.416),
+    "mochi": (10.028, 677, 573, 7.224, 97, 2.723),
 }
-BLOCK_PATTERNS = ("transformer_blocks.*.attn1.*", "transformer_blocks.*.ff.*", "blocks.*.attn?.*", "blocks.*.ffn.*")
-ADALN_PATTERNS = ("transformer_blocks.*.norm?.linear", "norm_out.linear")
+_CAPTION = ("caption_projection.linear_1", "caption_projection.linear_2")
+_TIME = ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
+ENDS = {
+    "CogVideoXTransformer3DModel": (
+        "patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "proj_out",
+    ),
+    "WanTransformer3DModel": (
+        "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2",
+        "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1",
+        "condition_embedder.text_embedder.linear_2", "proj_out",
+    ),
+    "LTXVideoTransformer3DModel": (*_CAPTION, *(f"time_embed.{name}" for name in _TIME), "proj_in", "proj_out"),
+    "LatteTransformer3DModel": (*_CAPTION, *(f"adaln_single.{name}" for name in _TIME), "proj_out"),
+}  # fmt: skip
+"""The Linears around the blocks of each class."""
+BLOCK_PATTERNS = (
+    "*transformer_blocks.*.attn?.*", "*transformer_blocks.*.ff.*", "blocks.*.attn?.*", "blocks.*.ffn.*",
+    "transformer_blocks.*.attn.*", "transformer_blocks.*.ff_context.*", "single_transformer_blocks.*.attn.*",
+    "single_transformer_blocks.*.proj_*",
+)  # fmt: skip
+ADALN_PATTERNS = (
+    "transformer_blocks.*.norm?.linear", "norm_out.linear", "transformer_blocks.*.norm1_context.linear*",
+    "single_transformer_blocks.*.norm.linear",
+)  # fmt: skip
+ONLY_BLOCKS = {"hunyuanvideo": (520, 12.457), "mochi": (669, 9.928)}
+"""Families that leave embedders and the last projection alone: Linears that are quantized and their weights (10^9)."""
 
 
 def linears(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -59,14 +88,15 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
     """QVGen's released code quantizes every Linear; the patch embedding is one in CogVideoX1.5 alone."""
     family, model = full_size
     report = select_linears(model, include=family.include, exclude=family.exclude)
+    if family.name in ONLY_BLOCKS:
+        chosen = linears(model, BLOCK_PATTERNS + ADALN_PATTERNS)
+        assert set(report.quantized) == set(chosen) - {"norm_out.linear"}
+        weights = sum(chosen[name].weight.numel() for name in report.quantized) / 1e9
+        assert (len(report.quantized), weights) == pytest.approx(ONLY_BLOCKS[family.name], abs=0.0006)
+        return
     assert len(report.quantized) == SIZES[family.name][1]
     assert not report.skipped
-    wan = family.transformer_class.startswith("Wan")
-    ends = {
-        "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2",
-        "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1",
-        "condition_embedder.text_embedder.linear_2", "proj_out",
-    } if wan else {"patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "proj_out"}  # fmt: skip
+    ends = set(ENDS[family.transformer_class])
     ends |= {"patch_embed.proj"} if family.name == "cogvideox1.5" else set()
     blocks = linears(model, BLOCK_PATTERNS + ADALN_PATTERNS)
     assert set(report.quantized) == ends | set(blocks)
@@ -82,6 +112,11 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "wan-14b": (16, 13, 60, 104),
         "wan2.2-a14b": (16, 13, 60, 104),
         "wan2.2-ti2v": (48, 13, 44, 80),
+        "ltx": (128, 16, 16, 22),
+        "ltx-13b": (128, 16, 16, 24),
+        "latte": (4, 16, 64, 64),
+        "hunyuanvideo": (16, 13, 68, 120),
+        "mochi": (12, 9, 60, 106),
     }.items(),
 )
 def test_plan_without_weights(name: str, shape: tuple[int, ...]) -> None:

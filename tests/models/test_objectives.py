@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from qvgen.models.objectives import FlowMatching, VPrediction
+from qvgen.models.objectives import EpsilonPrediction, FlowMatching, VPrediction
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -119,6 +124,27 @@ def test_one_ddim_step_with_the_velocity_reaches_the_clean_sample() -> None:
     start, target = objective.add_noise(clean, noise, sigma=sigma), objective.target(clean, noise, sigma=sigma)
     found = scheduler.step(target, scheduler.timesteps[0], start, return_dict=False)[1]
     assert torch.allclose(found, clean, atol=1e-6)
+
+
+def test_epsilon_prediction_equals_the_scheduler() -> None:
+    """Noise at every timestep, each sample with another one; and one DDIM step with the target reaches the clean sample."""
+    objective, scheduler = EpsilonPrediction(), DDIMScheduler(clip_sample=False)
+    assert torch.equal(objective.alphas_cumprod, scheduler.alphas_cumprod)
+    clean, noise = torch.randn(1000, 2, 1, 2, 2), torch.randn(1000, 2, 1, 2, 2)
+    timesteps = torch.arange(1000)
+    noisy = objective.add_noise(clean, noise, sigma=timesteps / 1000)
+    assert torch.allclose(noisy, scheduler.add_noise(clean, noise, timesteps), rtol=0, atol=1e-6)
+    assert torch.equal(objective.target(clean, noise, sigma=timesteps / 1000), noise)
+    assert torch.equal(objective.noise(noise, noisy=noisy, timestep=timesteps.float()), noise)
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [500, 0]
+    found = scheduler.step(noise[500:501], scheduler.timesteps[0], noisy[500:501], return_dict=False)[1]
+    assert torch.allclose(found, clean[500:501], atol=1e-5)  # noise is 3.5 times the signal there
+    low, high = objective.log_ratio_ends
+    assert (low, high) == pytest.approx((-4.605, 5.0588), abs=1e-3)  # log(b / a) of abar = 0.9999 and 4.036e-5
+    assert float(objective.sigma_at(torch.tensor(high))) == pytest.approx(0.999)
+    with pytest.raises(ValueError, match=r"beta_start=0\.5 and beta_end=0\.1 .*; Latte uses 0.0001 and 0.02"):
+        EpsilonPrediction(beta_start=0.5, beta_end=0.1)
 
 
 def test_v_prediction_draws_whole_timesteps_uniformly() -> None:

@@ -20,15 +20,25 @@ TRANSFORMERS = {
     "cogvideox": "CogVideoXTransformer3DModel",
     "wan": "WanTransformer3DModel",
     "small": "WanTransformer3DModel",
+    "ltx": "LTXVideoTransformer3DModel",
+    "latte": "LatteTransformer3DModel",
+    "hunyuanvideo": "HunyuanVideoTransformer3DModel",
+    "mochi": "MochiTransformer3DModel",
 }
-PIPELINES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline"}
-ENCODERS = {"cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel"}
+PIPELINES = {
+    "cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline", "ltx": "LTXPipeline",
+    "latte": "LattePipeline", "hunyuanvideo": "HunyuanVideoPipeline", "mochi": "MochiPipeline",
+}  # fmt: skip
+ENCODERS = {
+    "cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel", "ltx": "T5EncoderModel",
+    "latte": "T5EncoderModel", "hunyuanvideo": "LlamaModel", "mochi": "T5EncoderModel",
+}  # fmt: skip
 NO_FOLDER = {"tiny", "tiny_wide"}
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 
 def kin(name: str) -> str:
-    return next(key for key in ("cogvideox", "wan", "small") if name.startswith(key))
+    return next(key for key in TRANSFORMERS if name.startswith(key))
 
 
 def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -91,6 +101,10 @@ IMAGE = {
         {"_class_name": "CogVideoXImageToVideoPipeline"}, "ofs_embed_dim is 512", "cogvideox1.5"),
     "CogVideoX-Fun-2b": ("cogvideox", {"in_channels": 33}, {"_class_name": "CogVideoXFunControlPipeline"},
         "takes 33 channels", "cogvideox"),
+    "HunyuanVideo-I2V": ("hunyuanvideo", {"in_channels": 33, "image_condition_type": "latent_concat"},
+        {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "takes 33 channels and its VAE makes 16", "hunyuanvideo"),
+    "HunyuanVideo-I2V-33ch": ("hunyuanvideo", {"image_condition_type": "token_replace"},
+        {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
 

@@ -49,7 +49,9 @@ def test_the_experts_have_a_guidance_each() -> None:
     assert family.component_config("model_index")["boundary_ratio"] == 0.875
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "cogvideox-5b", "cogvideox1.5", "small", "tiny"])
+@pytest.mark.parametrize(
+    "name", ["cogvideox", "cogvideox-5b", "cogvideox1.5", "small", "tiny", "hunyuanvideo", "mochi", "latte"]
+)
 def test_the_others_lead_away_from_the_empty_caption(name: str) -> None:
     assert load_leaf("model", name).negative_prompt == ""
 

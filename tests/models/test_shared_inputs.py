@@ -36,6 +36,7 @@ def called_alike(model, call):
     return {frozenset(names) for names in readers.values() if len(names) > 1}
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_declared_set_is_called_with_one_tensor_and_nothing_else_is(name):
     family, model, call = make(name)
@@ -57,7 +58,14 @@ def test_every_block_of_the_published_models_has_its_sets(model):
     names = select_linears(transformer, include=["*"], exclude=[]).quantized
     sets = shared_input_sets(names, family.shared_inputs)
     blocks = family.transformer_config["num_layers"]
-    counts = {2: blocks, 3: blocks} if family.transformer_class == "WanTransformer3DModel" else {3: blocks}
+    sides = {"hunyuanvideo": 2 * blocks + 40 + 2, "mochi": 2 * blocks}  # the text's too; single blocks, the refiner's
+    pairs = {
+        "WanTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "LatteTransformer3DModel",
+    }  # keys and values of the text
+    sides |= {"latte": 2 * blocks}  # a spatial and a temporal block each
+    counts = {3: sides.get(model, blocks)} | ({2: blocks} if family.transformer_class in pairs else {})
     assert Counter(map(len, sets)) == counts
     places = [names.index(entry[0]) for entry in sets]
     assert places == sorted(places)

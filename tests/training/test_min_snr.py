@@ -22,7 +22,7 @@ def signal_and_noise(name: str, timestep: torch.Tensor) -> tuple[torch.Tensor, t
     steps = timestep.double().view(-1, 1, 1, 1, 1)
     if name == "flow":
         return 1 - steps / 1000, steps / 1000
-    alphas = OBJECTIVES["v"].alphas_cumprod.double()[steps.long()]
+    alphas = OBJECTIVES[name].alphas_cumprod.double()[steps.long()]
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
@@ -30,6 +30,8 @@ def implied(name: str, compares: str, output: torch.Tensor, batch: NoisyBatch) -
     """The clean sample that a model's output, a velocity, implies, float64; for noise by way of the noise."""
     a, b = signal_and_noise(name, batch.timestep)
     output, x = output.double(), batch.noisy.double()
+    if name == "noise":
+        return (x - b * output) / a
     if compares == "prediction":
         return x - b * output if name == "flow" else a * x - b * output
     noise = x + a * output if name == "flow" else a * output + b * x

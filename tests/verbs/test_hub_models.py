@@ -7,6 +7,7 @@ procedural. Checked against: the fake-quantized model's own videos (PSNR), the c
 from __future__ import annotations
 
 import atexit
+import csv
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config import launched_world
@@ -23,6 +25,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
 from tests.runs import UNSEEN, packed_bytes, read_metrics, snapshot
 
 MODELS: dict[str, tuple[Any, str]] = {
@@ -33,6 +36,10 @@ MODELS: dict[str, tuple[Any, str]] = {
     "wan2.2-a14b": (make_wan_folder, "a14b"),
     "wan2.2-ti2v": (make_wan_folder, "ti2v"),
 }
+FEW = (
+    "calibration.videos=1", "calibration.steps=2", "evaluation.samples=2", "evaluation.quality_videos=1",
+    "evaluation.videos=0", "evaluation.start_videos=false", "logger=csv",
+)  # fmt: skip
 CAPTIONS = ("a red boat", "two dogs run", "a dog", "a boat", "red dogs", "boats run", "a red dog", "two boats")
 
 
@@ -59,7 +66,7 @@ def _clips_written_once(fps: float) -> Path:
 
 def tiny_keys(name: str, folder: Path) -> list[str]:
     """Overrides that fit a configuration to a tiny folder."""
-    height = 64 if name == "wan2.2-ti2v" else 32
+    height = 64 if name in ("wan2.2-ti2v", "ltx", "ltx-13b") else 32
     return [
         f"model={name}", f"model.path={folder}", f"model.height={height}", f"model.width={3 * height // 2}",
         "model.num_frames=9", "model.sampling_frames=9", "model.text_encoder_dtype=float32", "model.dtype=float32",
@@ -121,7 +128,11 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, variant = MODELS[name]
-    folder = make(tmp_path / "model", variant)
+    check_whole_way(name, make(tmp_path / "model", variant), tmp_path, capsys)
+
+
+def check_whole_way(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video."""
     clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
     keys = train_keys(name, folder, clips, tmp_path)
 
@@ -154,6 +165,51 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     (line,) = capsys.readouterr().out.splitlines()
     (of_the_run,) = (run_dir / "videos").glob("*-packed.mp4")
     assert Path(line).read_bytes() == of_the_run.read_bytes()
+
+
+def test_ltx_starts_from_a_calibrated_method_with_its_folds(tmp_path: Path) -> None:
+    folder = make_ltx_folder(tmp_path / "model", "13b")
+    keys = [*tiny_keys("ltx-13b", folder), f"calibration.cache={tmp_path}", *FEW, "init=smoothquant", "bits=w4a8"]
+    assert main(["ptq", *keys, f"run_dir={tmp_path / 'run'}"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert float(report["trajectory_psnr_db"]) >= 50
+    layers = json.loads((tmp_path / "run" / "packed" / "manifest.json").read_text())["layers"]
+    assert len(layers) == 27
+    tensors = load_file(tmp_path / "run" / "packed" / "model.safetensors").keys()
+    smoothed = {name.removesuffix(".input_scale") for name in tensors if name.endswith(".input_scale")}
+    assert len(smoothed) == 23
+    assert not any(name.endswith("to_out.0") for name in smoothed)
+
+
+def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path) -> None:
+    folder = make_latte_folder(tmp_path / "model")
+    metrics = ("init.visual=ssim", "init.motion=differences", "init.videos=1", "init.steps=1", "init.windows=1")
+    keys = [
+        *tiny_keys("latte", folder),
+        f"calibration.cache={tmp_path}",
+        *FEW,
+        "init=vidit_q_mp",
+        *metrics,
+        "bits=w4a8",
+    ]
+    assert main(["ptq", *keys, "init.candidates=[4,8]", f"run_dir={tmp_path / 'run'}"]) == 0
+    with (tmp_path / "run" / "mixed_precision" / "sensitivity.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    blocks = {"transformer_blocks.0", "transformer_blocks.1"}
+    temporal = {f"temporal_{name}" for name in blocks}
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["group"], set()).add(row["block"])
+    assert found.pop("other") == {"caption_projection", "adaln_single", "proj_out"}
+    assert found == {
+        "self_attention": blocks, "cross_attention": blocks, "temporal_attention": temporal, "ffn": blocks | temporal,
+    }  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["mixed_precision"]["metrics"] == {
+        "cross_attention": "attention output", "temporal_attention": "differences", "self_attention": "ssim", "ffn": "ssim",
+        "other": "output error",
+    }  # fmt: skip
+    assert float(report["trajectory_psnr_db"]) >= 50
 
 
 def test_two_packed_experts_sample_in_one_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

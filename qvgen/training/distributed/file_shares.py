@@ -31,6 +31,8 @@ def computed_buffers(family: VideoDiT) -> dict[str, Tensor]:
     with torch.device("meta"):
         whole = family.build(family.transformer_config)
     wanted = {name for name, _ in whole.named_buffers()} - whole.state_dict().keys()
+    if not wanted:
+        return {}
     with torch.random.fork_rng(devices=[]):
         frame = family.build({**family.transformer_config, "num_layers": 0})
     found = {name: buffer for name, buffer in frame.named_buffers() if name in wanted}

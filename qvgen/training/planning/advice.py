@@ -7,7 +7,7 @@ no quality, or the least; then smaller clips too.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,7 +182,19 @@ def clip_steps(run: TrainingRun, step: _Step) -> list[list[_Step]]:
         frames = round(share * (size["num_frames"] - 1) / temporal) * temporal + 1
         fewer.append({**size, "num_frames": frames})
         smaller.append({**size, **{side: max(1, round(share * size[side] / multiple)) * multiple for side in sides}})
-    return [[_resized(run, step, changed) for changed in axis if changed != size] for axis in (fewer, smaller)]
+    return [
+        [_resized(run, step, changed) for changed in axis if changed != size and _takes(run, changed)]
+        for axis in (fewer, smaller)
+    ]
+
+
+def _takes(run: TrainingRun, size: Mapping[str, int]) -> bool:
+    """Whether the family is made for clips of a size: one may have positions for a fixed number of frames."""
+    try:
+        run.model.rebuild(size)
+    except ValueError:
+        return False
+    return True
 
 
 def clip_size(run: TrainingRun) -> dict[str, int]:

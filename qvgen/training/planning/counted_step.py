@@ -29,7 +29,7 @@ from qvgen.config.loss_options import LossConfig
 from qvgen.config.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
 from qvgen.methods.base import Method
-from qvgen.models.base import VideoDiT
+from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.block_features import check_blocks
@@ -251,4 +251,4 @@ def run_step(
 def _batch(family: Any, size: int) -> tuple[NoisyBatch, dict[str, Tensor]]:
     shape = (size, *family.sample_shape)
     draw = NoisyBatch(noisy=torch.empty(shape), target=torch.empty(shape), timestep=torch.zeros(size), captions=[])
-    return draw, {"encoder_hidden_states": torch.empty(size, *family.condition_shape)}
+    return draw, example_condition(family, count=size, make=torch.empty)

@@ -98,7 +98,7 @@ def plan_generate(family: Any, *, packed: Sequence[Path], kernel: str = "auto") 
         transformer = tensor_bytes([*teacher.parameters(), *teacher.buffers()])
         lines.append(f"memory of the transformer: {format_bytes(transformer)} in {str(dtype).removeprefix('torch.')}")
     component_lines, sizes = _components(family)
-    needed = max(transformer + sizes.get("vae", 0), sizes.get("text_encoder", 0))
+    needed = max(transformer + sizes.get("vae", 0), sum(size for name, size in sizes.items() if name != "vae"))
     available, device = _free_device_memory()
     if needed > available:
         component_lines.append(
@@ -116,14 +116,14 @@ def _free_device_memory() -> tuple[int, str]:
 
 
 def _components(family: Any) -> tuple[list[str], dict[str, int]]:
-    """Memory of VAE and text encoder, from the files' sizes: lines of text, and bytes by name."""
+    """Memory of VAE and text encoders, from the files' sizes: lines of text, and bytes by name."""
     if not hasattr(family, "vae_dtype"):
         return ["memory of VAE and text encoder: none"], {}
     if family.folder is None:
         return ["memory of VAE and text encoder: not known without model.path"], {}
     lines, sizes = [], {}
-    for component in ("vae", "text_encoder"):
-        dtype: torch.dtype = getattr(torch, getattr(family, f"{component}_dtype"))
+    for component in ("vae", *getattr(family, "text_encoders", ("text_encoder",))):
+        dtype: torch.dtype = getattr(torch, family.vae_dtype if component == "vae" else family.text_encoder_dtype)
         sizes[component] = family.folder.num_values(component) * dtype.itemsize
         lines.append(f"memory of {component}: {format_bytes(sizes[component])} in {str(dtype).removeprefix('torch.')}")
     return lines, sizes

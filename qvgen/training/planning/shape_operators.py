@@ -9,8 +9,10 @@ if operators computed: its device, its storage and who shares it, what autograd 
 torch's FakeTensorMode does the same at five times the cost: it builds a Python object with a device of its own for each
 result, and asks each operator through several layers of Python.
 
-Left out, and refused with :class:`UnknownResultError`: operators that return numbers or whose shapes depend on values, and
-memory that the host does not even promise (a tensor larger than all of it, ``vm.overcommit_memory=2``).
+Places that are not zero, as Mochi's attention asks for those of a caption's mask, are taken to be all: the most there can be.
+
+Left out, and refused with :class:`UnknownResultError`: operators that return numbers, others whose shapes depend on values,
+and memory that the host does not even promise (a tensor larger than all of it, ``vm.overcommit_memory=2``).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as shape_config
 
 
 class UnknownResultError(RuntimeError):
@@ -108,7 +111,8 @@ def _described(value: Any) -> Any:
 def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Shape | None]:
     """Of each tensor that an operator returns, from one run on the meta device."""
     try:
-        made = func(*_on_meta(args), **_on_meta(kwargs))
+        with shape_config.patch(meta_nonzero_assume_all_nonzero=True):
+            made = func(*_on_meta(args), **_on_meta(kwargs))
     except (NotImplementedError, RuntimeError) as error:  # shapes that depend on values among them
         raise UnknownResultError(f"{func}: {error}") from error
     results = [made] if isinstance(made, Tensor) else list(made)

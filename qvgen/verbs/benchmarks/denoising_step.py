@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +39,7 @@ from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import fold, packed_layers
+from qvgen.models.base import example_condition
 from qvgen.training.meta_model import num_blocks
 from qvgen.training.planning.live_bytes import LiveBytes
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel
@@ -82,9 +84,8 @@ class _Call:
 
     def __init__(self, config: TrainConfig, dtype: torch.dtype) -> None:
         self.family = config.model
-        tokens, channels = self.family.condition_shape
         self.noisy = torch.randn(1, *self.family.sample_shape, dtype=dtype)
-        self.condition = {"encoder_hidden_states": torch.randn(1, tokens, channels, dtype=dtype)}
+        self.condition = example_condition(self.family, count=1, make=partial(torch.randn, dtype=dtype))
 
     def __call__(self, model: nn.Module) -> Tensor:
         timestep = torch.full((1,), 500.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
+from qvgen.models.base import example_condition
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.layer_setup import set_up_phi_
 from qvgen.training.meta_model import narrow_
@@ -103,14 +105,13 @@ class _Measured:
             teacher = narrow_(family.build(family.transformer_config), dtype=teacher_dtype(family))
             student = family.build(family.transformer_config).float()
             quantize_untrained_(student, config)
-        tokens, channels = family.condition_shape
         count = step_batch(config).micro_batch_size
         self.batch = {
             "video": torch.randn(count, *family.sample_shape, device=device),
             "caption": [""] * count,
             "sample_id": torch.arange(count),
         }
-        condition = {"encoder_hidden_states": torch.randn(count, tokens, channels, device=device)}
+        condition = example_condition(family, count=count, make=partial(torch.randn, device=device))
         self.module = VideoTraining(
             training_run(config), student=student, teacher=teacher, encode=lambda _: condition
         ).to(device)

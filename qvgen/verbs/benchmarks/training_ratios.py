@@ -32,6 +32,7 @@ from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.noise_band import NoiseBand
+from qvgen.models.base import example_condition
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.verbs._parts import step_batch, training_run
@@ -134,7 +135,7 @@ def _block(run: TrainConfig, variant: str, *, sizes: tuple[int, ...]) -> Candida
         torch.manual_seed(run.seed)
         model = family.build({**family.transformer_config, "num_layers": 1})
         noisy = torch.randn(1, family.sample_shape[0], *sizes)
-        condition = {"encoder_hidden_states": torch.randn(1, *family.condition_shape)}
+        condition = example_condition(family, count=1, make=torch.randn)
     (block,) = next(child for child in model.children() if isinstance(child, nn.ModuleList))
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -172,7 +173,7 @@ def _step(run: TrainConfig, variant: str) -> Candidate:
         teacher, student = (family.build(family.transformer_config).float() for _ in range(2))
         count = step_batch(run).micro_batch_size
         video = torch.randn(count, *family.sample_shape)
-        condition = {"encoder_hidden_states": torch.randn(count, *family.condition_shape)}
+        condition = example_condition(family, count=count, make=torch.randn)
     _quantize_(student, run, variant)
     module = VideoTraining(training_run(run), student=student, teacher=teacher, encode=lambda _: condition)
     module.setup("fit")

@@ -1,0 +1,128 @@
+"""Complete folders of further families in the hub's layout, of the real classes at tiny sizes with random weights."""
+
+from pathlib import Path
+
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLMochi,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.models.hub_folders import PIECES, TEXT_SIZE, _copy, _text_sizes
+
+POOLED_SIZE = 8
+WORDS = ["a", "red", "boat", "boats", "two", "dog", "dogs", "run"]
+
+HUNYUAN = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
+    "num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": TEXT_SIZE, "pooled_projection_dim": POOLED_SIZE,
+    "rope_axes_dim": (4, 6, 6),
+}  # fmt: skip
+MOCHI = {
+    "in_channels": 12, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
+    "text_embed_dim": TEXT_SIZE, "time_embed_dim": 8,
+}  # fmt: skip
+
+
+def make_hunyuan_folder(path: Path, variant: str = "", *, seed: int = 0) -> Path:
+    """HunyuanVideo: 2 + 2 blocks of width 32 and a refiner of one, a VAE of 4 latent channels, Llama, CLIP.
+
+    Args:
+        path: Where it is made.
+        variant: ``undistilled`` for weights that are told no guidance.
+        seed: Seed of the weights.
+    """
+    return _copy(_save_hunyuan, path, variant, seed)
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of the template and of tests' captions; the template's head has 95 tokens, as with Llama's own tokenizer."""
+    head = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
+    special = ["<|pad|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    words = dict.fromkeys(word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(head))
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*special, "[UNK]", *WORDS, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    missing = DEFAULT_PROMPT_TEMPLATE["crop_start"] - len(tokenizer.encode(head).ids)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([special[1]] * missing + ["$A"]), special_tokens=[(special[1], vocabulary[special[1]])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], padding_side="right")
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Letters, and letters at a word's end; 77 tokens at most."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def _save_hunyuan(path: Path, variant: str) -> None:
+    llama, clip = llama_tokenizer(), clip_tokenizer()
+    HunyuanVideoPipeline(
+        text_encoder=LlamaModel(
+            LlamaConfig(
+                vocab_size=len(llama), hidden_size=TEXT_SIZE, intermediate_size=24, num_hidden_layers=3,
+                num_attention_heads=2, pad_token_id=llama.pad_token_id,
+            )
+        ).eval(),
+        tokenizer=llama,
+        text_encoder_2=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip), hidden_size=POOLED_SIZE, intermediate_size=12, num_hidden_layers=1,
+                num_attention_heads=2, projection_dim=POOLED_SIZE, bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+            )
+        ).eval(),
+        tokenizer_2=clip,
+        transformer=HunyuanVideoTransformer3DModel(**HUNYUAN, guidance_embeds=variant != "undistilled"),
+        vae=AutoencoderKLHunyuanVideo(
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    ).save_pretrained(path)  # fmt: skip
+
+
+def make_mochi_folder(path: Path, variant: str = "", *, seed: int = 0) -> Path:
+    """Mochi: 2 blocks of width 32 and 16, a VAE of 12 latent channels (the pipeline knows no others), compressing 6 x 8 x 8.
+
+    Args:
+        path: Where it is made.
+        variant: ``zeros`` for a pipeline that encodes the empty caption as zeros.
+        seed: Seed of the weights.
+    """
+    return _copy(_save_mochi, path, variant, seed)
+
+
+def _save_mochi(path: Path, variant: str) -> None:
+    tokenizer = T5Tokenizer(vocab=PIECES, extra_ids=0)
+    MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=AutoencoderKLMochi(
+            encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32), latent_channels=12,
+            layers_per_block=(1, 1, 1, 1, 1), add_attention_block=(False, False, False, False, True),
+            latents_mean=[0.1 * i - 0.2 for i in range(12)], latents_std=[0.5 + 0.1 * i for i in range(12)],
+        ),
+        text_encoder=T5EncoderModel(T5Config(**_text_sizes(), feed_forward_proj="gated-gelu")).eval(),
+        tokenizer=tokenizer,
+        transformer=MochiTransformer3DModel(**MOCHI),
+        force_zeros_for_empty_prompt=variant == "zeros",
+    ).save_pretrained(path)  # fmt: skip

@@ -1,0 +1,32 @@
+"""Whole runs of LTX-Video and Latte over tiny folders, and plans of both at full size; QVGEN_LONG_TESTS=1 asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvgen.cli import main
+from qvgen.config.leaves import load_leaf
+from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
+from tests.verbs.test_hub_models import check_whole_way, write_clips
+
+MODELS: dict[str, Any] = {"ltx": make_ltx_folder, "latte": make_latte_folder}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_from_mp4_files_to_videos_of_the_packed_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_whole_way(name, MODELS[name](tmp_path / "model"), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_at_full_size_needs_no_weights(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
+    keys = [f"data.path={clips}", "bits=4", "dry_run=true", "devices=1", "device_memory_gib=141"]
+    assert main(["train", f"model={name}", *keys]) == 0
+    plan = capsys.readouterr().out
+    assert "DOES NOT FIT" not in plan
+    assert " x ".join(map(str, load_leaf("model", name).sample_shape)) in plan
