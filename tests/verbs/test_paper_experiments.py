@@ -1,4 +1,4 @@
-"""The papers' settings of conf/experiment: against values that are written out here, planned at full size, and one of them run.
+"""The papers' settings of conf/experiment: against values written out here, planned at full size, and one of them run.
 
 The values are those of QVGen (arXiv 2505.11497), DVD-Quant (2505.18663) and ViDiT-Q (2406.02540) and of their authors' code.
 No weights are needed for a plan; the run has a tiny CogVideoX folder of the hub's layout.
@@ -81,7 +81,9 @@ def test_the_setting_is_the_papers(name: str) -> None:
     found = OmegaConf.create(compose_plain(verb_of(name), [f"experiment={name}"]))
     missing = object()
     values = {key: OmegaConf.select(found, key, default=missing) for key in SETTINGS[name]}
-    plain = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in values.items()}
+    plain = {
+        key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in values.items()
+    }
     assert plain == SETTINGS[name]
 
 
@@ -133,7 +135,8 @@ def test_qvgens_own_setting_trains_a_tiny_cogvideox(tmp_path: Path) -> None:
     sizes = [key for key in tiny_keys("cogvideox", folder) if not key.startswith("model=")]
     words = [
         "experiment=qvgen_cogvideox", *sizes, f"data.path={clips}", f"data.cache={tmp_path / 'cache'}", "logger=csv",
-        "phi.rank=16", "phi.ranks=[16,8,4,2,1]", "steps=10", "batch_size=2", "evaluation.samples=2", "evaluation.videos=0", "evaluation.quality_videos=1",
+        "phi.rank=16", "phi.ranks=[16,8,4,2,1]", "steps=10", "batch_size=2", "evaluation.samples=2", "evaluation.videos=0",
+        "evaluation.quality_videos=1",
         "evaluation.start_videos=false", "evaluation.video_every_steps=null", f"run_dir={run_dir}",
     ]  # fmt: skip
     assert main(["train", *words]) == 0
