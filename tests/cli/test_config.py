@@ -143,7 +143,8 @@ def test_all_files_of_conf_compose() -> None:
         processes = {"fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}.get(
             file.stem, ["devices=1"]
         )
-        assert train(f"{file.parent.name}={file.stem}", *processes).bits.label == "3"
+        config = train(f"{file.parent.name}={file.stem}", *processes)
+        assert config.bits.label == "3" or file.parent.name == "experiment"  # an experiment may have bits of its own
 
 
 @pytest.mark.parametrize(
