@@ -29,7 +29,7 @@ def in_a_clean_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train phi.foo=1", "(phi has: anneal, decay, "),
         (
             "train +profile.foo=1",
-            "unknown key 'profile.foo' (profile has: activation, activation_bits, name, rotation, ",
+            "unknown key 'profile.foo' (profile has: activation, activation_bits, attention, name, rotation, ",
         ),
         (
             "train +profile.weight.clp=1",
