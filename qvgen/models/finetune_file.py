@@ -136,9 +136,7 @@ class FinetuneFile(Finetune):
         check_finite_weights(model, files=[self.path], remedy=AGAIN)
         return model.requires_grad_(False).eval()
 
-    def _to_diffusers(
-        self, state: dict[str, Tensor], class_name: str, base: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def _to_diffusers(self, state: dict[str, Tensor], class_name: str, base: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors under diffusers' names; the message of a ValueError is a clause that follows on the file's name."""
         if self.original is None:
             return state

@@ -214,7 +214,7 @@ def original_sources(keys: Iterable[str], names: OriginalNames) -> dict[str, tup
 
 
 def join_original(whole: str, parts: Sequence[Tensor], names: OriginalNames) -> Tensor:
-    """The tensor of an original key, of the tensors of :func:`original_sources` [rows, ...]; one that is as it was is no copy."""
+    """The tensor of an original key, of the tensors [rows, ...] of :func:`original_sources`; a lone one is itself."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return _swap(joined) if _is_swapped(whole, names) else joined
 

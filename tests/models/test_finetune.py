@@ -196,7 +196,9 @@ def test_what_is_no_transformer_of_the_model_is_named(root: Path, tmp_path: Path
         assert message in refused(root, file)
     save_file(original(state, ""), file)
     assert "has the names of Wan's own code, and the model is a CogVideoX" in refused(root, file, name="cogvideox")
-    assert "has the names of Wan's own code, and the model is a HunyuanVideo" in refused(root, file, name="hunyuanvideo")
+    assert "has the names of Wan's own code, and the model is a HunyuanVideo" in refused(
+        root, file, name="hunyuanvideo"
+    )
     state = original(load_file(root / "tuned-hunyuanvideo" / "transformer" / WEIGHTS), "", "hunyuanvideo")
     for key, rows in (("double_blocks.0.txt_attn_qkv.weight", 96), ("single_blocks.1.linear1.weight", 224)):
         save_file(state | {key: state[key][:-1].clone()}, file)

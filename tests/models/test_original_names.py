@@ -96,5 +96,7 @@ def test_cogvideox_has_none_and_two_equal_names_and_lost_parts_are_refused() -> 
     with pytest.raises(UserError, match="'b.weight' and 'a.weight' are both 'c.weight'"):
         original_names(["a.weight", "b.weight"], names)
     keys = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "qv"]
-    with pytest.raises(UserError, match=r"has q, k, v as one tensor 'double_blocks.0.img_attn_qkv.weight'.*nothing for k"):
+    with pytest.raises(
+        UserError, match=r"has q, k, v as one tensor 'double_blocks.0.img_attn_qkv.weight'.*nothing for k"
+    ):
         original_sources(keys, HUNYUAN_VIDEO_ORIGINAL_NAMES)

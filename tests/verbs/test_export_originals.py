@@ -7,6 +7,8 @@ here first, at its own.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.exporters.nibbles import unpack_signed_nibbles
 from qvgen.deploy.exporters.plain_weight import plain_weight
+from qvgen.initializers.mse import MeanSquaredError
+from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.swap import packed_layers
 from tests.deploy.exporters.packed_models import save, tiny_hunyuan_video, tiny_ltx
 
@@ -35,9 +39,11 @@ MAKE = {"ltx": tiny_ltx, "hunyuanvideo": tiny_hunyuan_video}
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> packed model with 4-bit codes and inputs after a rotation."""
+    """Family -> packed model with 4-bit codes and inputs after a rotation; a part of a fused layer has 3-bit codes."""
     root = tmp_path_factory.mktemp("packed")
-    return {name: save(make(), root / name, profile="convrot", bits="w4a4", name=name) for name, make in MAKE.items()}
+    narrow = {"ltx": "", "hunyuanvideo": "single_transformer_blocks.0.proj_mlp"}
+    words = {"profile": "convrot", "bits": "w4a4"}
+    return {name: save(make(), root / name, name=name, narrow=narrow[name], **words) for name, make in MAKE.items()}
 
 
 def export(packed: Path, out: Path, *words: str) -> int:
@@ -130,22 +136,57 @@ def test_ltx_has_the_sizes_in_its_header(packed: dict[str, Path], tmp_path: Path
         }  # fmt: skip
 
 
-def mixed(folder: Path, **other: Any) -> Path:
-    """HunyuanVideo with a single block whose proj_mlp has other bits than to_q, to_k and to_v, or none."""
+def prepared(*, include: Sequence[str], exclude: Sequence[str] = ()) -> nn.Module:
+    """HunyuanVideo of which some layers are quantized, not folded yet."""
     model: nn.Module = tiny_hunyuan_video()
-    qvgen.prepare(model, profile="convrot", init="rtn", **other)
+    options = qvgen.PrepareOptions(include=include, exclude=exclude)
+    qvgen.prepare(model, bits="w4a4", profile="convrot", init="rtn", options=options)
+    return model
+
+
+def saved(model: nn.Module, folder: Path) -> Path:
     qvgen.fold(model)
     qvgen.save_packed(model, folder, base_name="hunyuanvideo")
     return folder
 
 
 def test_parts_of_one_layer_are_quantized_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    half = mixed(tmp_path / "half", bits="w4a4", exclude=["*.proj_mlp"])
-    assert export(half, tmp_path / "out", "target=comfy") == BAD_INPUT
+    half = saved(prepared(include=["*transformer_blocks.*"], exclude=["*.proj_mlp"]), tmp_path / "half")
+    assert export(half, tmp_path / "out", "target=comfy", "approximate=true") == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
-    assert "of a layer that ComfyUI (comfy-kitchen, convrot_w4a4) has as one, a part is quantized and another is not" in line
+    assert (
+        "of a layer that ComfyUI (comfy-kitchen, convrot_w4a4) has as one, a part is quantized and another is not"
+        in line
+    )
     assert "has q, k, v, mlp as one tensor 'single_blocks.0.linear1.weight'" in line
     assert "nothing for mlp" in line
     assert export(half, tmp_path / "plain", "target=bf16", "export.layout=original") == DONE
     state = load_file(tmp_path / "plain" / FILE)
     assert state["single_blocks.0.linear1.weight"].shape == (7 * WIDTH, WIDTH)
+
+
+def test_parts_of_one_layer_have_inputs_of_one_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = prepared(include=["*transformer_blocks.*"])
+    layer = model.get_submodule("single_transformer_blocks.0.proj_mlp")
+    assert isinstance(layer, FakeQuantLinear)
+    wide = replace(layer.profile, activation=replace(layer.profile.activation, bits=8))
+    layer.declare_(profile=wide, input_scale=None)
+    MeanSquaredError().initialize_(layer, statistics=None)
+    assert export(saved(model, tmp_path / "wide"), tmp_path / "out", "target=comfy") == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "quantizes the input of 'single_blocks.0.linear1' once, and its parts have inputs of 4 bits after regular rotation "
+        "by 64 ('single_transformer_blocks.0.attn.to_q') and inputs of 8 bits" in line
+    )
+
+
+def test_a_quantized_layer_whose_halves_change_places(tmp_path: Path) -> None:
+    source = saved(prepared(include=["norm_out.linear"]), tmp_path / "packed")
+    assert export(source, tmp_path / "out", "target=comfy", "export.dtype=null") == DONE
+    tensors = load_file(tmp_path / "out" / FILE)
+    name, (layer,) = "final_layer.adaLN_modulation.1", packed_layers(load_packed(source, kernel="reference")).values()
+    scale, shift = layer.integer_codes().chunk(2)
+    assert torch.equal(unpack_signed_nibbles(tensors[f"{name}.weight"]), torch.cat([shift, scale]))
+    scale, shift = layer.weight_scale.flatten().chunk(2)
+    assert torch.equal(tensors[f"{name}.weight_scale"], torch.cat([shift, scale]))
+    assert json.loads(bytes(tensors[f"{name}.comfy_quant"].tolist()))["format"] == "convrot_w4a4"
