@@ -20,7 +20,7 @@ from qvgen.deploy.packed_model import build_packed, check_values
 from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.original_names import OriginalNames
+from qvgen.models.original_names import OriginalNames, original_sources
 from qvgen.quant.finite import check_finite
 
 NO_NAMES = "name its family when it is saved (base_name=...), or choose another target"
@@ -34,7 +34,7 @@ class PackedSource:
         directory: Its folder.
         manifest: Its manifest.
         model: The transformer with packed layers, not fused, on the CPU.
-        names: Rules to the original names of its family; None where it has none.
+        names: The original names of its family; None where it has none.
     """
 
     directory: Path
@@ -104,7 +104,38 @@ def fits_of(
             fits[name] = target.fit(layer)
         except ValueError as error:
             raise UserError(f"{target.runtime} can't carry {name!r}: {error}") from error
+    if target.needs_original_names and names is not None:
+        _check_fused(layers, fits, target=target, names=names)
     return fits
+
+
+def _check_fused(
+    layers: Mapping[str, PackedLinear], fits: Mapping[str, Fit], *, target: Target, names: OriginalNames
+) -> None:
+    """Hold layers that the runtime has as one, whose input it quantizes once, to one way of quantizing it."""
+    weights = [f"{name}.weight" for name in layers if fits[name].quantizes_inputs]
+    try:
+        sources = original_sources(weights, names)
+    except UserError as error:
+        raise UserError(
+            f"of a layer that {target.runtime} has as one, a part is quantized and another is not: {error}; quantize both "
+            "(model.include, model.exclude) or neither"
+        ) from error
+    for whole, keys in sources.items():
+        first, *others = (key.removesuffix(".weight") for key in keys)
+        wanted = _input_way(layers[first])
+        for other in others:
+            if (found := _input_way(layers[other])) != wanted:
+                raise UserError(
+                    f"{target.runtime} quantizes the input of {whole.removesuffix('.weight')!r} once, and its parts have "
+                    f"{wanted} ({first!r}) and {found} ({other!r}); give them one profile"
+                )
+
+
+def _input_way(layer: PackedLinear) -> str:
+    profile = layer.profile
+    turned = f"{profile.rotation_kind} rotation by {profile.rotation}" if profile.rotation else "no rotation"
+    return f"inputs of {profile.activation.bits} bits after {turned}"
 
 
 def convert(source: PackedSource, exporter: Exporter, *, spool: TensorSpool) -> ExportedModel:
@@ -138,4 +169,4 @@ def convert(source: PackedSource, exporter: Exporter, *, spool: TensorSpool) -> 
             tensor = cast(value, exporter.dtype)
             check_finite([(key, tensor)], source=origin, remedy=remedy)
             rest |= {key: tensor} if tensor is value else spool.keep({key: tensor})
-    return ExportedModel(manifest=source.manifest, layers=layers, rest=rest, names=source.names)
+    return ExportedModel(manifest=source.manifest, layers=layers, rest=rest, names=source.names, spool=spool)

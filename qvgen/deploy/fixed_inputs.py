@@ -77,6 +77,20 @@ def _ltx(config: Mapping[str, Any], timestep: float, generator: torch.Generator)
     }
 
 
+def _hunyuan_video(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    patches = (config["patch_size_t"], config["patch_size"], config["patch_size"])
+    sizes = [count * size for count, size in zip(NUM_PATCHES, patches, strict=True)]
+    told = {"guidance": torch.tensor([6000.0])} if config["guidance_embeds"] else {}
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_dim"], generator=generator),
+        "encoder_attention_mask": torch.ones(1, NUM_TEXT_TOKENS),
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"], generator=generator),
+        **told,
+    }
+
+
 def _latte(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
     _, height, width = NUM_PATCHES
     sizes = config["video_length"], height * config["patch_size"], width * config["patch_size"]
@@ -91,5 +105,6 @@ _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict
     "WanTransformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
     "LTXVideoTransformer3DModel": _ltx,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "LatteTransformer3DModel": _latte,
 }

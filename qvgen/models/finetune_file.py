@@ -19,19 +19,16 @@ from torch import Tensor, nn
 from qvgen.checksum import file_checksum
 from qvgen.models.finetune import AGAIN, Finetune
 from qvgen.models.finite_weights import check_finite_weights
+from qvgen.models.original_names import ORIGINAL_NAMES, from_original
 from qvgen.models.safetensors_header import first_bytes, read_header
-from qvgen.models.transformer_build import check_weights
+from qvgen.models.transformer_build import build_empty, check_weights
 from qvgen.models.weight_set import PICKLES, quantized_already
 
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.")
 _OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "cond_stage_model.")
-_WAN_SIGN = "blocks.0.self_attn.q.weight"
 _SAT_SIGN = "attention.query_key_value.weight"
-_CONVERTERS = {"WanTransformer3DModel": "convert_wan_transformer_to_diffusers"}
-"""Class -> function of diffusers.loaders.single_file_utils."""
-
 _BYTES_PER_TENSOR = 4096
 
 
@@ -43,13 +40,13 @@ class FinetuneFile(Finetune):
         path: The file.
         given: What the user wrote, for messages.
         kept: Name in the file -> name without prefix, of the transformer's own tensors.
-        original: Whether the names are those of the model's own code.
+        original: Class of diffusers of the model whose own code has these names; None: they are diffusers' names.
     """
 
     path: Path
     given: str
     kept: Mapping[str, str]
-    original: bool
+    original: str | None
 
     @classmethod
     def read(cls, path: Path, *, given: str) -> Self:
@@ -83,7 +80,9 @@ class FinetuneFile(Finetune):
                 f"{given} is in CogVideoX's original layout (SAT), for which diffusers has no converter of files; its script "
                 "scripts/convert_cogvideox_to_diffusers.py makes a folder of the original checkpoint: give its transformer/"
             )
-        return cls(path=path, given=given, kept=kept, original=any(n.endswith(_WAN_SIGN) for n in kept.values()))
+        signs = {class_name: names.sign for class_name, names in ORIGINAL_NAMES.items()}
+        known = (one for one, sign in signs.items() if any(name.endswith(sign) for name in kept.values()))
+        return cls(path=path, given=given, kept=kept, original=next(known, None))
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Finetune`."""
@@ -107,8 +106,9 @@ class FinetuneFile(Finetune):
         """See :class:`Finetune`."""
         entries = read_header(self.path)[1]
         meta = {name: torch.empty(entries[key]["shape"], device="meta") for key, name in self.kept.items()}
-        shapes = {name: tuple(value.shape) for name, value in self._to_diffusers(meta, class_name).items()}
         try:
+            state = self._to_diffusers(meta, class_name, base)
+            shapes = {name: tuple(value.shape) for name, value in state.items()}
             check_weights(class_name, base, shapes, size=self.path.stat().st_size)
         except ValueError as error:
             raise ValueError(f"{self.given} {error}; choose the model that it was made from") from error
@@ -120,7 +120,7 @@ class FinetuneFile(Finetune):
             stored = load_file(self.path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.given} can't be read ({' '.join(str(error).split())}); {AGAIN}") from error
-        state = self._to_diffusers({name: stored.pop(key) for key, name in self.kept.items()}, class_name)
+        state = self._to_diffusers({name: stored.pop(key) for key, name in self.kept.items()}, class_name, base)
         from accelerate import init_empty_weights
 
         transformer_class: Any = getattr(diffusers, class_name)
@@ -136,17 +136,14 @@ class FinetuneFile(Finetune):
         check_finite_weights(model, files=[self.path], remedy=AGAIN)
         return model.requires_grad_(False).eval()
 
-    def _to_diffusers(self, state: dict[str, Tensor], class_name: str) -> dict[str, Tensor]:
-        if not self.original:
+    def _to_diffusers(self, state: dict[str, Tensor], class_name: str, base: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors under diffusers' names; the message of a ValueError is a clause that follows on the file's name."""
+        if self.original is None:
             return state
-        if class_name not in _CONVERTERS:
-            raise ValueError(
-                f"{self.given} has the names of Wan's own code, and the model is a {class_name}; choose a Wan"
-            )
-        from diffusers.loaders import single_file_utils  # seconds, and most runs do without
-
-        converted: dict[str, Tensor] = getattr(single_file_utils, _CONVERTERS[class_name])(state)
-        return converted
+        names = ORIGINAL_NAMES[self.original]
+        if class_name != self.original:
+            raise ValueError(f"has the names of {names.code}'s own code, and the model is a {class_name}")
+        return from_original(state, build_empty(class_name, base).state_dict(), names)
 
 
 def _without_prefix(names: Iterable[str]) -> dict[str, str]:

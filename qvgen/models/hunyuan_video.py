@@ -27,7 +27,7 @@ Where it stays a multiplication: behind a GELU or SiLU (the second Linear of a f
                                 add_v_proj together: one m for both would have to be chosen from the tokens of one of them
     single proj_out             reads the attention's output beside the MLP's, which stands behind a GELU
 
-Left out: image to video (``image_condition_type``), the original code's names of weights, packed blocks with fused norms.
+Left out: image to video (``image_condition_type``), packed blocks with fused norms.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.flow_scheduler import FLOW_SCHEDULER, check_plain_flow
 from qvgen.models.guidance import GUIDANCE, SHIFT, require_number
 from qvgen.models.objectives import FlowMatching
+from qvgen.models.original_names import HUNYUAN_VIDEO_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 
 _VIDEO = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -94,6 +95,7 @@ class HunyuanVideo(PipelineFamily):
         ),
     }
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = (_VIDEO, _TEXT)
+    original_names: ClassVar[OriginalNames] = HUNYUAN_VIDEO_ORIGINAL_NAMES
 
     def __post_init__(self) -> None:
         super().__post_init__()

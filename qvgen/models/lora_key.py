@@ -38,7 +38,7 @@ _PREFIXES = (
 )  # fmt: skip
 _SECOND = ("transformer_2.", "pipe.dit2.")
 """Prefixes of Wan2.2's low-noise transformer."""
-_RULES: Mapping[str, OriginalNames] = {"LTXVideoTransformer3DModel": LTX_ORIGINAL_NAMES}
+_NAMES: Mapping[str, OriginalNames] = {"LTXVideoTransformer3DModel": LTX_ORIGINAL_NAMES}
 """Class -> the original code's names; Wan's for all others."""
 
 
@@ -91,11 +91,11 @@ class LayerNames:
 
     def __init__(self, transformer: nn.Module) -> None:
         places: set[str] = set()
-        rules = _RULES.get(type(transformer).__name__, WAN_ORIGINAL_NAMES)
+        names = _NAMES.get(type(transformer).__name__, WAN_ORIGINAL_NAMES)
         for parameter, _ in transformer.named_parameters():
             module, _, last = parameter.rpartition(".")
             places.add(module if last in ("weight", "bias") else parameter)
-        self._found = _without_doubles((alias, name) for name in places for alias in _aliases(name, rules))
+        self._found = _without_doubles((alias, name) for name in places for alias in _aliases(name, names))
 
     def find(self, key: LoraKey) -> str | None:
         """Name of the module, or for ``diff_m`` of the parameter, that a key is about; None where there is none."""
@@ -104,9 +104,9 @@ class LayerNames:
         return self._found.get(f"{key.name}.modulation") or self._found.get(f"{key.name}_modulation")
 
 
-def _aliases(name: str, rules: OriginalNames) -> set[str]:
+def _aliases(name: str, names: OriginalNames) -> set[str]:
     """A name, the original code's name of it, and both with _ for dots."""
-    original = original_module_name(name, rules)
+    original = original_module_name(name, names)
     return {alias for dotted in (name, original) for alias in (dotted, dotted.replace(".", "_"))}
 
 

@@ -38,6 +38,7 @@ from qvgen.config.value_range import Range
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
 from qvgen.models.linear_quadratic import LinearQuadraticFlow
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
+from qvgen.models.original_names import LTX_CAUSAL_ORIGINAL_NAMES, LTX_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 
 _SHARE = Range("[0, 1]")
@@ -83,6 +84,7 @@ class LTX(PipelineFamily):
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn2.to_k", "attn2.to_v"),  # the text
     )
+    original_names: ClassVar[OriginalNames] = LTX_ORIGINAL_NAMES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +235,7 @@ class LTXCondition(LTX):
 
     pipeline_class: ClassVar[str] = "LTXConditionPipeline"
     max_text_tokens: ClassVar[int] = 256
+    original_names: ClassVar[OriginalNames] = LTX_CAUSAL_ORIGINAL_NAMES
 
     def scheduler(self) -> Any:
         """The folder's scheduler, new; see the base class.

@@ -1,61 +1,161 @@
 """Names of diffusers' transformers -> those of the code that the model was published with, as data.
 
-ComfyUI, LightX2V and DiffSynth-Studio read checkpoints with the original names. diffusers' converters
-(``convert_wan_transformer_to_diffusers`` in ``diffusers.loaders.single_file_utils``) go the other way; a family that can go
-back says so by an attribute ``original_names`` of its class. Every rule renames a module or a lone parameter, and a name may
-pass through several rules; tensors themselves stay as they are.
+ComfyUI, LightX2V and DiffSynth-Studio read checkpoints with the original names, and finetunes come with them. A family whose
+names are known says so by an attribute ``original_names`` of its class. Sources: the converters of
+``diffusers.loaders.single_file_utils`` for Wan, LTX-Video and HunyuanVideo, which go the other way.
+
+    rules      rename a module or a lone parameter; a name may pass through several
+    fused      layers that the original code has as one: its rows are theirs, one layer after another
+    swapped    modules whose two halves of rows change places (diffusers has scale before shift, HunyuanVideo's code after it)
+
+Rows of a weight go with rows of its scales and its bias, so that layers with one scale for each row are fused exactly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from qvgen.errors import UserError
 
-OriginalNames = Sequence[tuple[str, str]]
-"""(regular expression, replacement), applied in order to the name of a module, or of a parameter of no module of its own."""
 
-WAN_ORIGINAL_NAMES: OriginalNames = (
-    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
-    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
-    (r"^condition_embedder\.time_proj", "time_projection.1"),
-    (r"^proj_out", "head.head"),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_([qkv])$", r".\1"),
-    (r"\.to_out\.0$", ".o"),
-    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"),
-    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+@dataclass(frozen=True, kw_only=True)
+class OriginalNames:
+    """How the code that a model was published with names its tensors.
+
+    Attributes:
+        code: Name of the model, for messages.
+        sign: End of a tensor's name by which a file with these names is known.
+        rules: (regular expression, replacement), applied in order to the name of a module, or of a parameter of no module of
+            its own. A layer that is a part of a fused one gets the name LAYER.PART.
+        fused: (regular expression, parts): names of fused layers, and their parts in the order of their rows.
+        swapped: Regular expressions of the original names of modules whose halves of rows change places.
+        header: The settings besides sizes that the authors' files have in their header's ``config``; None: theirs have none.
+    """
+
+    code: str
+    sign: str
+    rules: Sequence[tuple[str, str]]
+    fused: Sequence[tuple[str, Sequence[str]]] = ()
+    swapped: Sequence[str] = ()
+    header: Mapping[str, bool] | None = None
+
+
+WAN_ORIGINAL_NAMES = OriginalNames(
+    code="Wan",
+    sign="blocks.0.self_attn.q.weight",
+    rules=(
+        (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+        (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+        (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+        (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+        (r"^condition_embedder\.time_proj", "time_projection.1"),
+        (r"^proj_out", "head.head"),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"\.scale_shift_table$", ".modulation"),
+        (r"\.attn1\.", ".self_attn."),
+        (r"\.attn2\.", ".cross_attn."),
+        (r"\.to_([qkv])$", r".\1"),
+        (r"\.to_out\.0$", ".o"),
+        (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+        (r"\.ffn\.net\.2$", ".ffn.2"),
+        (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+    ),
 )
 """Names of diffusers' WanTransformer3DModel -> those of Wan's own code (text to video)."""
 
-LTX_ORIGINAL_NAMES: OriginalNames = (
-    (r"^proj_in", "patchify_proj"),
-    (r"^time_embed", "adaln_single"),
-    (r"\.norm_([qk])$", r".\1_norm"),
+LTX_ORIGINAL_NAMES = OriginalNames(
+    code="LTX-Video",
+    sign="patchify_proj.weight",
+    rules=(
+        (r"^proj_in", "patchify_proj"),
+        (r"^time_embed", "adaln_single"),
+        (r"\.norm_([qk])$", r".\1_norm"),
+    ),
+    header={"causal_temporal_positioning": False},
 )
-"""Names of diffusers' LTXVideoTransformer3DModel -> those of the authors' own code."""
+"""Names of diffusers' LTXVideoTransformer3DModel -> those of the authors' own code, 0.9.0 and 0.9.1."""
+
+LTX_CAUSAL_ORIGINAL_NAMES = replace(LTX_ORIGINAL_NAMES, header={"causal_temporal_positioning": True})
+"""The same for 13B, in whose positions the first latent frame is one frame long."""
+
+_REFINER = r"^(context_embedder\.token_refiner\.refiner_blocks\.\d+)"
+_DOUBLE = r"^(transformer_blocks\.\d+)"
+_SINGLE = r"^(single_transformer_blocks\.\d+)"
+
+HUNYUAN_VIDEO_ORIGINAL_NAMES = OriginalNames(
+    code="HunyuanVideo",
+    sign="double_blocks.0.img_attn_qkv.weight",
+    rules=(
+        (r"^x_embedder", "img_in"),
+        (r"^time_text_embed\.timestep_embedder\.linear_1", "time_in.mlp.0"),
+        (r"^time_text_embed\.timestep_embedder\.linear_2", "time_in.mlp.2"),
+        (r"^time_text_embed\.guidance_embedder\.linear_1", "guidance_in.mlp.0"),
+        (r"^time_text_embed\.guidance_embedder\.linear_2", "guidance_in.mlp.2"),
+        (r"^time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+        (r"^time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+        (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1", "txt_in.t_embedder.mlp.0"),
+        (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_2", "txt_in.t_embedder.mlp.2"),
+        (r"^context_embedder\.time_text_embed\.text_embedder", "txt_in.c_embedder"),
+        (r"^context_embedder\.proj_in", "txt_in.input_embedder"),
+        (_REFINER + r"\.attn\.to_([qkv])$", r"\1.self_attn_qkv.\2"),
+        (_REFINER + r"\.attn\.to_out\.0$", r"\1.self_attn_proj"),
+        (_REFINER + r"\.ff\.net\.0\.proj$", r"\1.mlp.fc1"),
+        (_REFINER + r"\.ff\.net\.2$", r"\1.mlp.fc2"),
+        (_REFINER + r"\.norm_out\.linear$", r"\1.adaLN_modulation.1"),
+        (r"^context_embedder\.token_refiner\.refiner_blocks", "txt_in.individual_token_refiner.blocks"),
+        (_DOUBLE + r"\.norm1\.linear$", r"\1.img_mod.linear"),
+        (_DOUBLE + r"\.norm1_context\.linear$", r"\1.txt_mod.linear"),
+        (_DOUBLE + r"\.attn\.to_([qkv])$", r"\1.img_attn_qkv.\2"),
+        (_DOUBLE + r"\.attn\.add_([qkv])_proj$", r"\1.txt_attn_qkv.\2"),
+        (_DOUBLE + r"\.attn\.norm_([qk])$", r"\1.img_attn_\2_norm"),
+        (_DOUBLE + r"\.attn\.norm_added_([qk])$", r"\1.txt_attn_\2_norm"),
+        (_DOUBLE + r"\.attn\.to_out\.0$", r"\1.img_attn_proj"),
+        (_DOUBLE + r"\.attn\.to_add_out$", r"\1.txt_attn_proj"),
+        (_DOUBLE + r"\.ff\.net\.0\.proj$", r"\1.img_mlp.fc1"),
+        (_DOUBLE + r"\.ff\.net\.2$", r"\1.img_mlp.fc2"),
+        (_DOUBLE + r"\.ff_context\.net\.0\.proj$", r"\1.txt_mlp.fc1"),
+        (_DOUBLE + r"\.ff_context\.net\.2$", r"\1.txt_mlp.fc2"),
+        (r"^transformer_blocks", "double_blocks"),
+        (_SINGLE + r"\.attn\.to_([qkv])$", r"\1.linear1.\2"),
+        (_SINGLE + r"\.proj_mlp$", r"\1.linear1.mlp"),
+        (_SINGLE + r"\.attn\.norm_([qk])$", r"\1.\2_norm"),
+        (_SINGLE + r"\.norm\.linear$", r"\1.modulation.linear"),
+        (_SINGLE + r"\.proj_out$", r"\1.linear2"),
+        (r"^single_transformer_blocks", "single_blocks"),
+        (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
+        (r"^proj_out", "final_layer.linear"),
+    ),
+    fused=((r"_attn_qkv$", ("q", "k", "v")), (r"^single_blocks\.\d+\.linear1$", ("q", "k", "v", "mlp"))),
+    swapped=(r"^final_layer\.adaLN_modulation\.1$",),
+)
+"""Names of diffusers' HunyuanVideoTransformer3DModel -> those of the authors' own code."""
+
+ORIGINAL_NAMES: Mapping[str, OriginalNames] = {
+    "WanTransformer3DModel": WAN_ORIGINAL_NAMES,
+    "LTXVideoTransformer3DModel": LTX_ORIGINAL_NAMES,
+    "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO_ORIGINAL_NAMES,
+}
+"""Class of diffusers -> names of its tensors in the original code."""
 
 
-def original_module_name(name: str, rules: OriginalNames) -> str:
+def original_module_name(name: str, names: OriginalNames) -> str:
     """The original name of a module, or of a parameter that is no weight or bias of one.
 
     Example:
         >>> original_module_name("blocks.3.attn2.to_out.0", WAN_ORIGINAL_NAMES)
         'blocks.3.cross_attn.o'
     """
-    for pattern, replacement in rules:
+    for pattern, replacement in names.rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def original_name(key: str, rules: OriginalNames) -> str:
+def original_name(key: str, names: OriginalNames) -> str:
     """The original name of a tensor; what follows a module's name (weight, bias, weight_scale, ...) stays.
 
     Example:
@@ -65,20 +165,97 @@ def original_name(key: str, rules: OriginalNames) -> str:
         'blocks.0.ffn.2.weight_scale'
     """
     module, _, last = key.rpartition(".")
-    renamed = f"{original_module_name(module, rules)}.{last}" if module else key
-    return original_module_name(renamed, rules)  # a parameter of a block itself
+    renamed = f"{original_module_name(module, names)}.{last}" if module else key
+    return original_module_name(renamed, names)  # a parameter of a block itself
 
 
-def original_names(keys: Iterable[str], rules: OriginalNames) -> dict[str, str]:
-    """Key -> original key, of all tensors of a file.
+def original_names(keys: Iterable[str], names: OriginalNames) -> dict[str, str]:
+    """Key -> original key, of all tensors of a file; that of a fused layer's part is LAYER.PART and the key's end.
 
     Raises:
         UserError: Two keys have the same original name.
     """
-    found = {key: original_name(key, rules) for key in keys}
+    found = {key: original_name(key, names) for key in keys}
     taken: dict[str, str] = {}
     for key, name in found.items():
         if name in taken:
             raise UserError(f"{key!r} and {taken[name]!r} are both {name!r} in the original code; it has no such model")
         taken[name] = key
     return found
+
+
+def original_sources(keys: Iterable[str], names: OriginalNames) -> dict[str, tuple[str, ...]]:
+    """Original key -> the keys of diffusers whose rows it holds, in their order; one key where nothing is fused.
+
+    Example:
+        >>> keys = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "vqk"]
+        >>> original_sources(keys, HUNYUAN_VIDEO_ORIGINAL_NAMES)["double_blocks.0.img_attn_qkv.bias"]
+        ('transformer_blocks.0.attn.to_q.bias', 'transformer_blocks.0.attn.to_k.bias', 'transformer_blocks.0.attn.to_v.bias')
+
+    Raises:
+        UserError: Two keys have the same original name, or a part of a fused layer is missing.
+    """
+    found: dict[str, dict[str, str]] = {}
+    wanted: dict[str, Sequence[str]] = {}
+    for key, name in original_names(keys, names).items():
+        module, _, end = name.rpartition(".")
+        layer, _, part = module.rpartition(".")
+        parts = next((parts for pattern, parts in names.fused if re.search(pattern, layer)), ())
+        whole, part = (f"{layer}.{end}", part) if part in parts else (name, "")
+        found.setdefault(whole, {})[part] = key
+        wanted[whole] = parts if part else ("",)
+    for whole, parts in found.items():
+        if missing := [part for part in wanted[whole] if part not in parts]:
+            raise UserError(
+                f"{names.code}'s own code has {', '.join(wanted[whole])} as one tensor {whole!r}, and here is "
+                f"{next(iter(parts.values()))!r} and nothing for {', '.join(missing)}"
+            )
+    return {whole: tuple(parts[part] for part in wanted[whole]) for whole, parts in found.items()}
+
+
+def join_original(whole: str, parts: Sequence[Tensor], names: OriginalNames) -> Tensor:
+    """The tensor of an original key, of the tensors [rows, ...] of :func:`original_sources`; a lone one is itself."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return _swap(joined) if _is_swapped(whole, names) else joined
+
+
+def from_original(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: OriginalNames
+) -> dict[str, Tensor]:
+    """Tensors of a file with original names under diffusers' names; unknown ones keep the name that they have.
+
+    Args:
+        state: The file's.
+        expected: A transformer's state, on any device, ``meta`` too.
+        names: The original names.
+
+    Raises:
+        ValueError: A fused tensor has another number of rows, or one tensor is there under both names; the message is a
+            clause that follows on the file's name.
+    """
+    rest, found = dict(state), {}
+    for whole, keys in original_sources(expected, names).items():
+        if whole in rest:
+            parts = _split(whole, rest.pop(whole), [expected[key] for key in keys], names)
+            found |= dict(zip(keys, parts, strict=True))
+    if both := [name for name in rest if name in found]:
+        raise ValueError(f"holds {both[0]!r} under this name of diffusers and under the original one")
+    return {**rest, **found}
+
+
+def _split(whole: str, tensor: Tensor, like: Sequence[Tensor], names: OriginalNames) -> list[Tensor]:
+    """The way back of :func:`join_original`: views, and a copy where halves are swapped."""
+    if len(like) == 1:
+        return [_swap(tensor) if _is_swapped(whole, names) else tensor]
+    rows = [len(part) for part in like]
+    if tensor.ndim == 0 or len(tensor) != sum(rows):
+        raise ValueError(f"holds {whole!r} of shape {list(tensor.shape)}, and the model's has {sum(rows)} rows")
+    return list(tensor.split(rows))
+
+
+def _is_swapped(whole: str, names: OriginalNames) -> bool:
+    return any(re.search(pattern, whole.rpartition(".")[0]) for pattern in names.swapped)
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])

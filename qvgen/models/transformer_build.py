@@ -33,6 +33,20 @@ def build_transformer(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     return transformer
 
 
+def build_empty(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build a transformer on the device ``meta``.
+
+    Raises:
+        ValueError: The configuration builds none; the message is a clause that follows on its file's name.
+    """
+    try:
+        with torch.device("meta"):
+            return build_transformer(class_name, config)
+    except Exception as error:  # whatever a class of diffusers raises for sizes that nobody has tried
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"has a configuration that builds no {class_name}: {reason}") from error
+
+
 def check_numbers(config: Mapping[str, Any], *, num_tensors: int) -> None:
     """Refuse a configuration that asks for more than its file of weights can hold, before anything is built from it.
 
@@ -64,12 +78,7 @@ def check_weights(
     Raises:
         ValueError: The message is a clause that follows on the file's name.
     """
-    try:
-        with torch.device("meta"):
-            model = build_transformer(class_name, config)
-    except Exception as error:  # whatever a class of diffusers raises for sizes that nobody has tried
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"has a configuration that builds no {class_name}: {reason}") from error
+    model = build_empty(class_name, config)
     expected = model.state_dict()
     for name, value in expected.items():
         if name not in shapes:

@@ -1,4 +1,4 @@
-"""The rules to the original names of a packed checkpoint's family: what its class says (qvgen.models.original_names)."""
+"""The original names of a packed checkpoint's family: what its class says (qvgen.models.original_names)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def original_names_of(packed: Path) -> OriginalNames | None:
-    """The rules of the family that a packed directory names; None where it names none, or one without such names.
+    """Those of the family that a packed directory names; None where it names none, or one without such names.
 
     The manifest chooses among the files of conf/model, ours, a plug-in's and the command's own, and names no class.
 
@@ -32,5 +32,5 @@ def original_names_of(packed: Path) -> OriginalNames | None:
     if target is None:
         return None
     family = find_class(target, key="model", is_users=bool(users_targets("model", name)))
-    rules: OriginalNames | None = getattr(family, "original_names", None)
-    return rules
+    names: OriginalNames | None = getattr(family, "original_names", None)
+    return names

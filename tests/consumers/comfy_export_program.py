@@ -2,8 +2,9 @@
 
     comfy_export_program.py PACKED FILE [PACKED FILE ...]
 
-For every marked layer: comfy-kitchen's QuantizedTensor of the stored tensors, its dequantized weight against the packed
-layer's, and its linear function against the packed layer on inputs that are rotated alike.
+For every marked layer, which may be several of diffusers' layers: comfy-kitchen's QuantizedTensor of the stored tensors, its
+dequantized weight against the packed layers', and its linear function against the packed layers on inputs that are rotated
+alike.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from qvgen.deploy.exporters.plain_weight import plain_weight
 from qvgen.layers.fake_quant_product import rotated
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_module_name
+from qvgen.models.original_names import ORIGINAL_NAMES, original_sources
 
 
-def quantized(tensors: dict[str, Tensor], name: str, layer: PackedLinear) -> tuple[QuantizedTensor, dict[str, Any]]:
+def quantized(tensors: dict[str, Tensor], name: str, rows: int, columns: int) -> tuple[QuantizedTensor, dict[str, Any]]:
     """The tensor that ComfyUI makes of a layer's entries, and the layer's marker."""
     marker = json.loads(bytes(tensors[f"{name}.comfy_quant"].tolist()))
     common = {
         "scale": tensors[f"{name}.weight_scale"],
         "orig_dtype": torch.float32,
-        "orig_shape": (layer.out_features, layer.in_features),
+        "orig_shape": (rows, columns),
     }
     if marker["format"] == "convrot_w4a4":
         params = TensorCoreConvRotW4A4Layout.Params(
@@ -76,17 +77,26 @@ def main(packed: Path, file: Path) -> dict[str, Any]:
         "linear": 0.0,
         "formats": set(),
     }
-    for name, layer in packed_layers(load_packed(packed, kernel="reference")).items():
-        key = original_module_name(name, WAN_ORIGINAL_NAMES)
-        weight, marker = quantized(tensors, key, layer)
-        layer.bias.data = tensors[f"{key}.bias"].float()
-        layer.noise_band.set_timestep(torch.tensor([500.0]))
+    model = load_packed(packed, kernel="reference")
+    layers = packed_layers(model)
+    sources = original_sources([f"{name}.bias" for name in layers], ORIGINAL_NAMES[type(model).__name__])
+    for key, parts in (
+        (bias.removesuffix(".bias"), [layers[name.removesuffix(".bias")] for name in names])
+        for bias, names in sources.items()
+    ):
+        layer = parts[0]
+        weight, marker = quantized(tensors, key, sum(part.out_features for part in parts), layer.in_features)
+        biases = tensors[f"{key}.bias"].float().split([part.out_features for part in parts])
+        for part, bias in zip(parts, biases, strict=True):
+            part.bias.data = bias
+            part.noise_band.set_timestep(torch.tensor([500.0]))
         x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(layer.in_features))
-        ours = layer(x)[0]
+        ours = torch.cat([part(x)[0] for part in parts], -1)
+        plain = torch.cat([plain_weight(part) for part in parts])
         codes = input_codes(marker, rotated(x[0], layer.profile))
         found["codes_equal"] &= torch.equal(codes, layer.input_codes(x))
         differences = {
-            "weight": (weight.dequantize() - plain_weight(layer)).abs().max() / plain_weight(layer).abs().max(),
+            "weight": (weight.dequantize() - plain).abs().max() / plain.abs().max(),
             "output": (outputs(tensors, key, layer, marker, x[0]) - ours).abs().max() / ours.abs().max(),
         }
         if marker.get("linear_dtype") != "int8":  # the CPU's whole function knows 4-bit inputs alone

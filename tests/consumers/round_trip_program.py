@@ -50,8 +50,7 @@ class ComfyLinear(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor], name: str, linear: nn.Linear) -> None:
         super().__init__()
-        shape = {"out_features": linear.out_features, "in_features": linear.in_features}
-        self.weight, self.marker = quantized(tensors, name, type("Shape", (), shape)())
+        self.weight, self.marker = quantized(tensors, name, linear.out_features, linear.in_features)
         self.bias = tensors[f"{name}.bias"].float()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """``model.transformer``: a finetune as its owner has it, against the same weights as a whole folder of the base model.
 
-Original names are written by our own rules (:mod:`qvgen.models.original_names`, tested against diffusers' converter).
+Original names are written by our own rules (:mod:`qvgen.models.original_names`, tested against diffusers' converters).
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from torch import Tensor
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_names
+from qvgen.models.original_names import ORIGINAL_NAMES, join_original, original_sources
 from tests.models.family_checks import CAPTIONS, tiny_family
+from tests.models.further_folders import make_hunyuan_folder
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
+from tests.models.ltx_folders import make_ltx_folder
 
-MAKE = {"wan": make_wan_folder, "cogvideox": make_cogvideox_folder}
+MAKE = {
+    "wan": make_wan_folder,
+    "cogvideox": make_cogvideox_folder,
+    "ltx": make_ltx_folder,
+    "hunyuanvideo": make_hunyuan_folder,
+}
+SIZES: dict[str, dict[str, Any]] = {"ltx": {"height": 64, "width": 96}}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -39,9 +47,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def original(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    names = original_names(state, WAN_ORIGINAL_NAMES)
-    return {prefix + names[key]: value for key, value in state.items()}
+def original(state: dict[str, Tensor], prefix: str, name: str = "wan") -> dict[str, Tensor]:
+    names = ORIGINAL_NAMES[load_leaf("model", name).transformer_class]
+    sources = original_sources(state, names)
+    return {prefix + key: join_original(key, [state[one] for one in own], names) for key, own in sources.items()}
 
 
 def written(form: str, root: Path, name: str, place: Path) -> Path:
@@ -53,7 +62,7 @@ def written(form: str, root: Path, name: str, place: Path) -> Path:
     file = place / "style.safetensors"
     prefix = form.partition(":")[2]
     is_original = form.startswith("original")
-    state = original(state, prefix) if is_original else {prefix + key: value for key, value in state.items()}
+    state = original(state, prefix, name) if is_original else {prefix + key: value for key, value in state.items()}
     if form.endswith("+vae:model.diffusion_model."):
         state["vae.decoder.weight"] = torch.ones(1)
     save_file(state, file)
@@ -66,6 +75,8 @@ FORMS = [
     ("wan", "original:diffusion_model."),
     ("wan", "original+vae:model.diffusion_model."),
     ("wan", "diffusers:"),
+    ("ltx", "original+vae:model.diffusion_model."),
+    ("hunyuanvideo", "original:"),
     ("cogvideox", "folder"),
     ("cogvideox", "diffusers:model.diffusion_model."),
 ]
@@ -74,8 +85,8 @@ FORMS = [
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_every_form_loads_what_the_whole_folder_loads(name: str, form: str, root: Path, tmp_path: Path) -> None:
     place = written(form, root, name, tmp_path)
-    whole = tiny_family(name, root / f"tuned-{name}")
-    family = tiny_family(name, root / name, transformer=str(place))
+    whole = tiny_family(name, root / f"tuned-{name}", **SIZES.get(name, {}))
+    family = tiny_family(name, root / name, transformer=str(place), **SIZES.get(name, {}))
     for dtype in (torch.float32, torch.bfloat16):
         wanted, model = whole.load_teacher(dtype=dtype), family.load_teacher(dtype=dtype)
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -87,7 +98,7 @@ def test_every_form_loads_what_the_whole_folder_loads(name: str, form: str, root
     assert plain[0] == plain[1]
     family.check_transformer(family.build(family.transformer_config))
     # The rest comes from the base model.
-    base = tiny_family(name, root / name)
+    base = tiny_family(name, root / name, **SIZES.get(name, {}))
     assert family.text_revision == base.text_revision
     assert family.latent_revision == base.latent_revision
     assert family.revision != base.revision
@@ -185,6 +196,17 @@ def test_what_is_no_transformer_of_the_model_is_named(root: Path, tmp_path: Path
         assert message in refused(root, file)
     save_file(original(state, ""), file)
     assert "has the names of Wan's own code, and the model is a CogVideoX" in refused(root, file, name="cogvideox")
+    assert "has the names of Wan's own code, and the model is a HunyuanVideo" in refused(
+        root, file, name="hunyuanvideo"
+    )
+    state = original(load_file(root / "tuned-hunyuanvideo" / "transformer" / WEIGHTS), "", "hunyuanvideo")
+    for key, rows in (("double_blocks.0.txt_attn_qkv.weight", 96), ("single_blocks.1.linear1.weight", 224)):
+        save_file(state | {key: state[key][:-1].clone()}, file)
+        message = f"holds '{key}' of shape [{rows - 1}, 32], and the model's has {rows} rows"
+        assert message in refused(root, file, name="hunyuanvideo")
+    save_file(state | {"x_embedder.proj.weight": torch.ones(1)}, file)
+    message = "holds 'x_embedder.proj.weight' under this name of diffusers and under the original one"
+    assert message in refused(root, file, name="hunyuanvideo")
     for suffix, message in ((".ckpt", "is a pickle, which runs code"), (".zip", "is no .safetensors file")):
         (tmp_path / f"x{suffix}").write_bytes(b"x")
         assert message in refused(root, tmp_path / f"x{suffix}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import AllegroTransformer3DModel, CogVideoXTransformer3DModel, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file
 
@@ -304,8 +304,8 @@ def test_a_target_is_chosen_and_named(convrot: Path, tmp_path: Path, capsys: pyt
 
 def test_a_class_without_fixed_inputs_is_compared_by_layers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64,
+    model = AllegroTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64,
         num_layers=1, caption_channels=64,
     )  # fmt: skip
     packed = save(model, tmp_path / "packed", profile="svdq_g64", bits="w4a4", name="")
@@ -314,7 +314,7 @@ def test_a_class_without_fixed_inputs_is_compared_by_layers(tmp_path: Path) -> N
     assert content["model"] is None
     assert content["exact"] is True
     assert len(content["layers"]) == 10
-    assert "no fixed inputs are known for LTXVideoTransformer3DModel" in (tmp_path / "out" / "parity.html").read_text()
+    assert "no fixed inputs are known for AllegroTransformer3DModel" in (tmp_path / "out" / "parity.html").read_text()
 
 
 def test_a_target_of_ones_own(convrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qvgen.deploy.manifest import Manifest
+from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.models.original_names import OriginalNames
@@ -63,13 +64,15 @@ class ExportedModel:
         manifest: The packed checkpoint's.
         layers: Layer -> what the target's ``tensors`` made of it, by the ends of their names.
         rest: All other tensors, by name, in the precision that the target writes.
-        names: Rules to the original names; None where the family has none.
+        names: The original names; None where the family has none.
+        spool: Keeps what files make of these tensors until the export is written.
     """
 
     manifest: Manifest
     layers: Mapping[str, Mapping[str, Tensor]]
     rest: Mapping[str, Tensor]
     names: OriginalNames | None
+    spool: TensorSpool
 
     @property
     def all_tensors(self) -> dict[str, Tensor]:

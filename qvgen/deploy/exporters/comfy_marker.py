@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MARKER = "comfy_quant"
+"""End of a marker's name."""
+
 
 def marker_tensor(marker: Mapping[str, object]) -> Tensor:
     """A layer's marker, JSON in UTF-8, as uint8 [bytes].

@@ -1,4 +1,4 @@
-"""Packed checkpoints of a tiny Wan and a tiny CogVideoX, and single packed layers, for the tests of exporters."""
+"""Packed checkpoints of tiny models, and single packed layers, for the tests of exporters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 
 import qvgen
@@ -36,6 +41,24 @@ def tiny_cogvideox() -> nn.Module:
     return CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=128,
         text_embed_dim=32, num_layers=1, max_text_seq_length=8, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+
+
+def tiny_ltx() -> nn.Module:
+    """One block of width 128."""
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128, num_layers=1,
+        caption_channels=32,
+    )  # fmt: skip
+
+
+def tiny_hunyuan_video() -> nn.Module:
+    """One block of two streams, one of a single one and a refiner of one block, of width 128."""
+    torch.manual_seed(0)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=32, rope_axes_dim=(16, 24, 24),
     )  # fmt: skip
 
 
