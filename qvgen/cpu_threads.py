@@ -55,15 +55,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@cache
-def prepare_mathematics() -> None:
-    """Call each vector function and a product of matrices once on one thread; the number of threads stays what it is.
+def settle_products() -> None:
+    """Tell the library of products to give the same bits wherever matrices lie, where the processor needs to be told.
 
-    Where the processor needs it and the environment does not say otherwise, products are told before that to have the same
-    bits wherever matrices lie; too late where the process has computed one already.
+    What the environment says already is kept. It is too late where this process has computed a product.
     """
     if torch.backends.mkl.is_available() and not _is_intel_with_avx512():
         os.environ.setdefault(PRODUCTS, "AUTO,STRICT")
+
+
+@cache
+def prepare_mathematics() -> None:
+    """Settle products, and call each vector function and a product once on one thread; the number of threads stays."""
+    settle_products()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

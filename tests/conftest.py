@@ -27,14 +27,6 @@ settings.register_profile("any machine", deadline=None)  # no test may fail beca
 settings.load_profile("any machine")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _same_bits_wherever_matrices_lie() -> None:
-    """Prepare torch's mathematics as a command does: tests that call the library alone compare bits too."""
-    from qvgen.cpu_threads import prepare_mathematics  # not above: the process that hands out the tests needs no torch
-
-    prepare_mathematics()
-
-
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run, W3A3 with Phi and two micro-batches per step; read it, or change a copy."""
@@ -76,6 +68,14 @@ LONGEST_FIRST = (
     "test_smoothing_fold.py", "test_validation_run.py",
 )  # fmt: skip
 """Files of seven seconds and more, which two processes begin with: one that comes last would leave the other idle."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle products as a command does, before anything is computed: tests that call the library alone compare bits too."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        from qvgen.cpu_threads import settle_products  # not above: the process that hands out the tests needs no torch
+
+        settle_products()
 
 
 def pytest_collection_finish() -> None:

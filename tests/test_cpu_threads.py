@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from qvgen.cpu_threads import PRODUCTS, one_thread, prepare_mathematics, set_threads
+from qvgen.cpu_threads import PRODUCTS, one_thread, set_threads, settle_products
 
 
 def test_the_number_of_threads_is_what_was_asked_for_and_comes_back() -> None:
@@ -45,7 +45,7 @@ with one_thread():
 
 def test_products_of_matrices_have_the_same_bits_wherever_these_lie_in_memory() -> None:
     """In a process of its own: the library reads what it is told at its first product."""
-    prepare_mathematics()
+    settle_products()
     if PRODUCTS not in os.environ:
         pytest.skip("products are left as they are on this processor")
     environment = {name: value for name, value in os.environ.items() if name != PRODUCTS}
@@ -57,5 +57,5 @@ def test_products_of_matrices_have_the_same_bits_wherever_these_lie_in_memory() 
 
 def test_the_environment_s_word_on_products_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PRODUCTS, "COMPATIBLE")
-    prepare_mathematics.__wrapped__()
+    settle_products()
     assert os.environ[PRODUCTS] == "COMPATIBLE"
