@@ -13,6 +13,10 @@ LICENSES: Mapping[str, tuple[str, str]] = {
     "Wan-AI": ("apache-2.0", ""),
     "zai-org/CogVideoX-2b": ("apache-2.0", ""),
     "zai-org/CogVideoX": ("other", "cogvideox-license"),
+    "Lightricks/LTX-Video": ("other", "ltx-video-open-weights-license"),
+    "hunyuanvideo-community/HunyuanVideo": ("other", "tencent-hunyuan-community"),
+    "genmo/mochi-1": ("apache-2.0", ""),
+    "maxin-cn/Latte": ("apache-2.0", ""),
 }
 """Beginning of a repository's name -> the hub's identifier of its licence, and its name where that is ``other``."""
 

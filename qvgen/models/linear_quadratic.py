@@ -31,8 +31,8 @@ def linear_quadratic_level(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"
     Returns:
         sigma: float32 [...], from 1 to 0.
 
-    >>> linear_quadratic_level(torch.tensor([0.0, 0.25, 0.5, 1.0])).tolist()
-    [1.0, 0.987500011920929, 0.9750000238418579, 0.0]
+    >>> (linear_quadratic_level(torch.tensor([0.0, 0.25, 0.5, 1.0])) * 10_000).round().int().tolist()
+    [10000, 9875, 9750, 0]
     """
     curve = 1 - 2 * THRESHOLD
     late = 4 * curve * u**2 - (4 - 10 * THRESHOLD) * u + curve
