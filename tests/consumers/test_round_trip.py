@@ -10,14 +10,15 @@ from tests.consumers.round_trip import PACKAGES, TRIPS, travel
 
 EXPECTED = {
     # (family, profile, target, dtype): lowest PSNR to our packed video, and to ours with its other weights rounded alike
-    ("wan", "svdq_g64", "cache_dit", "bfloat16"): (40, math.inf),
+    # The branch is two products of padded matrices, whose sums have other last bits on some processors: a code may differ.
+    ("wan", "svdq_g64", "cache_dit", "bfloat16"): (40, 60),
     # comfy-kitchen rotates by a product, which sums in another order: some inputs fall on the other side of a tie.
     ("wan", "convrot", "comfy", None): (60, 60),
     ("wan", "int8", "int8", None): (60, 60),
     ("wan", "int8", "sdnq", "float32"): (60, 60),
     ("wan", "w4a8_row", "torchao", "float32"): (40, 40),
     ("cogvideox-5b", "svdq_g64", "qvgen", None): (math.inf, math.inf),
-    ("cogvideox-5b", "svdq_g64", "nunchaku_lite", "bfloat16"): (35, math.inf),
+    ("cogvideox-5b", "svdq_g64", "nunchaku_lite", "bfloat16"): (35, 60),
 }
 """A model that forgets a branch, a rotation or a scale has less than 35 dB here."""
 
