@@ -52,22 +52,27 @@ def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONGEST_FIRST = (
-    "test_hub_models.py", "test_ptq.py", "test_train.py", "test_fsdp.py", "test_sensitivity.py", "test_world_changes.py",
-    "test_triton_code.py", "test_context.py", "test_cpu_sanitizers.py", "test_demo.py", "test_activation_switch.py",
-    "test_resume.py", "test_ptq_without_clips.py", "test_training_plan.py", "test_deletion.py", "test_ddp.py",
-    "test_other_device.py", "test_new_process.py", "test_cuda_int4.py", "test_layer_types.py", "test_round_trip.py",
-    "test_weight_exports.py", "test_diffusers.py", "test_stopped_verbs.py", "test_benchmark.py", "test_docs.py",
-    "test_import.py", "test_gpu_script.py", "test_evaluate.py", "test_config.py", "test_mixed_precision.py", "test_i3d.py",
-    "test_hsdp.py", "test_shared_activations.py", "test_profiles.py", "test_compiled_blocks.py", "test_live_bytes.py",
-    "test_allocation.py", "test_whole_runs.py", "test_extending.py", "test_streamed_adamw.py", "test_faults.py",
-    "test_small_model.py", "test_damage.py", "test_static.py", "test_identity.py", "test_plugin.py", "test_package.py",
-    "test_efficientdm.py", "test_validation.py", "test_own_method.py", "test_launcher.py", "test_autoencoder.py",
-    "test_latent_cache.py", "test_wandb_run.py", "test_methods.py", "test_own_classes.py", "test_exports.py",
-    "test_step_traffic.py", "test_devices.py", "test_manifest_fuzz.py", "test_ptq_exports.py", "test_gathering.py",
-    "test_adamw_8bit.py", "test_classifier.py", "test_initializers.py", "test_own_callbacks.py",
-    "test_smoothing_fold.py", "test_validation_run.py",
+    "test_hub_models.py", "test_fsdp.py", "test_train.py", "test_ptq.py", "test_other_device.py", "test_world_changes.py",
+    "test_demo.py", "test_new_process.py", "test_gpu_script.py", "test_round_trip.py", "test_resume.py",
+    "test_activation_switch.py", "test_training_plan.py", "test_cuda_int4.py", "test_live_bytes.py",
+    "test_ptq_without_clips.py", "test_deletion.py", "test_context.py", "test_benchmark.py", "test_triton_code.py",
+    "test_whole_runs.py", "test_stopped_verbs.py", "test_ddp.py", "test_weight_exports.py", "test_shared_activations.py",
+    "test_compiled_blocks.py", "test_hsdp.py", "test_layer_types.py", "test_extending.py", "test_config.py",
+    "test_paper_experiments.py", "test_sensitivity.py", "test_stored_state.py", "test_mixed_precision.py",
+    "test_ptq_exports.py", "test_identity.py", "test_validation.py", "test_allocation.py", "test_streamed_adamw.py",
+    "test_small_model.py", "test_exports.py", "test_package.py", "test_step_traffic.py", "test_methods.py",
+    "test_autoencoder.py", "test_faults.py", "test_import.py", "test_profiles.py", "test_further_models.py",
+    "test_evaluate.py", "test_own_classes.py", "test_static.py", "test_kernels.py", "test_own_method.py",
+    "test_adamw_8bit.py", "test_launcher.py", "test_ptq_encoder.py", "test_plugin.py", "test_side_files.py",
+    "test_efficientdm.py", "test_block_checkpoint.py", "test_packed_fusion.py", "test_validation_run.py", "test_wan.py",
+    "test_manifest_fuzz.py", "test_gluon.py", "test_export_publish.py", "test_triton_blocks.py",
+    "test_triton_fake_quantize.py", "test_fake_cuda.py", "test_command_line.py", "test_trainer_options.py",
+    "test_triton.py", "test_cpu_sanitizers.py", "test_classifier.py", "test_dimensions.py", "test_host_memory.py",
+    "test_gathering.py", "test_stop.py", "test_kept_phi.py", "test_packed_attention.py", "test_evaluate_killed.py",
+    "test_wandb_run.py", "test_attention.py", "test_diffusers.py", "test_docs.py", "test_i3d.py", "test_damage.py",
+    "test_latent_cache.py", "test_devices.py", "test_initializers.py", "test_own_callbacks.py", "test_smoothing_fold.py",
 )  # fmt: skip
-"""Files of seven seconds and more, which two processes begin with: one that comes last would leave the other idle."""
+"""Files of a few seconds and more, which two processes begin with: one that comes last would leave the other idle."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
