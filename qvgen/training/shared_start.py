@@ -12,7 +12,6 @@ alone where one depends on another, or the model's weights can't be read one by 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from qvgen.training.distributed.layer_shares import (
     layer_file,
     read_layer_,
     read_share,
+    remove_shares,
     setup_costs,
     tensors_of_the_model,
     write_layer,
@@ -115,7 +115,7 @@ def initialize_together_(
         statistics.sample_missing()
     layers, folder = quantized_layers(student), helpers.run_dir / SHARES_DIRECTORY
     shares = balanced_shares(setup_costs(layers, needs=init.needs), helpers.world_size)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_shares(folder)
     folder.mkdir()
     kept = statistics.folder if init.needs and statistics is not None else None
     write_shares(folder, shares, neighbours=helpers.neighbours, statistics=kept)
@@ -133,7 +133,7 @@ def initialize_together_(
     for name in _left_to_others(folder, shares[1:], set_up=lambda name: set_up([name])):
         _await_layer_(layers[name], layer_file(folder, name), helpers=helpers)
         done()
-    shutil.rmtree(folder)
+    remove_shares(folder)
     return seen
 
 

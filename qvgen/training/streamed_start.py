@@ -13,7 +13,6 @@ layer, and they ask for nothing but its weight and its name. What asks for more 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from qvgen.training.distributed.layer_shares import (
     balanced_shares,
     layer_file,
     read_form,
+    remove_shares,
     setup_costs,
     write_shares,
 )
@@ -69,7 +69,7 @@ def make_streamed_start(
     student, folder = build_student(family, design)[0], run_dir / SHARES_DIRECTORY
     layers = quantized_layers(student)
     shares = balanced_shares(setup_costs(layers, needs=()), helpers.world_size)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_shares(folder)
     folder.mkdir()
     write_shares(folder, shares, neighbours=helpers.neighbours, statistics=None)
     helpers.ask()
@@ -84,7 +84,7 @@ def make_streamed_start(
     read = tensor_reader_of(family)
     assert read is not None, "it was asked before"
     save_start_of(student, run_dir, value_of=_values(student, folder, read=read))
-    shutil.rmtree(folder)
+    remove_shares(folder)
 
 
 def _take_forms_(layers: dict[str, FakeQuantLinear], folder: Path) -> None:

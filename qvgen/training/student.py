@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT, local_arguments
 from qvgen.models.named_family import NamedFamily
 from qvgen.run_directory import RunDirectory
-from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
+from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY, remove_shares
 from qvgen.training.layer_setup import (
     add_configured_switch,
     choose_gradient_path_,
@@ -198,7 +197,7 @@ def start_student(
         result["ptq"] = measured.error(student)
     _say_sharing(student, family=family, method=method)
     save_start(student, run_dir.path)
-    shutil.rmtree(run_dir.path / SHARES_DIRECTORY, ignore_errors=True)  # what a start that was stopped had made
+    remove_shares(run_dir.path / SHARES_DIRECTORY)  # what a start that was stopped had made
     result["seconds"] = time.monotonic() - began
     run_dir.save_stage("start", result)
     stop_request.note("after the PTQ start, saved")

@@ -6,6 +6,7 @@ happens where one of them dies, stand in tests/training/distributed/test_shared_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.swap import forms
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
+from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY, claim_layer, remove_shares
 from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.shared_start import StartHelpers, set_up_share
 from qvgen.training.student import prepare_student, set_up_student_
@@ -108,3 +109,32 @@ def test_rank_0_sets_up_what_nobody_has_begun_and_who_comes_later_does_nothing(t
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     asked[0]()
     assert not (tmp_path / SHARES_DIRECTORY).exists()
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_late_process_can_claim_no_layer_while_the_shares_are_deleted(
+    left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for each layer whenever a file or folder is deleted; in its place, the folder would then not be empty."""
+    folder = tmp_path / SHARES_DIRECTORY
+    folder.mkdir()
+    assert claim_layer(folder, "a")
+    assert claim_layer(folder, "b")
+    if left:  # by a process that was killed while it deleted
+        (tmp_path / f".{SHARES_DIRECTORY}.old.tmp").mkdir()
+    claims = []
+
+    def asked_after(delete: Callable[..., None]) -> Callable[..., None]:
+        def deletes(*args: object, **keys: object) -> None:
+            delete(*args, **keys)
+            claims.append(claim_layer(folder, "a") or claim_layer(folder, "b"))
+
+        return deletes
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, asked_after(getattr(os, name)))
+    remove_shares(folder)
+    monkeypatch.undo()
+    assert claims == [False] * (3 + left)
+    assert list(tmp_path.iterdir()) == []
+    remove_shares(folder)  # there is none

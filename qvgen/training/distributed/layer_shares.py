@@ -27,6 +27,7 @@ from qvgen.initializers.base import Need
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.run_directory import atomic_write
+from qvgen.training.replaced_folder import remove
 
 SHARES_DIRECTORY = "start_layers"
 """In the run's folder, while a start is made."""
@@ -141,6 +142,15 @@ def write_shares(folder: Path, shares: Sequence[Sequence[str]], *, neighbours: i
         "statistics": None if statistics is None else str(statistics.absolute()),
     }
     atomic_write(folder / "shares.json", json.dumps(plain).encode())
+
+
+def remove_shares(folder: Path) -> None:
+    """Delete a run's shares, if there are any, so that a process that is late can claim no layer of them any more.
+
+    The folder is renamed first. Deleted in its place, it could get the claim of a late process between its files and itself.
+    """
+    if folder.exists():
+        remove(folder)
 
 
 def read_share(folder: Path, *, rank: int) -> tuple[list[str], int, Path | None]:
