@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from qvgen.checksum import file_checksum
 from qvgen.models.finetune import AGAIN, Finetune
 from qvgen.models.finite_weights import check_finite_weights
-from qvgen.models.original_names import ORIGINAL_NAMES, from_original
+from qvgen.models.original_names import ORIGINAL_NAMES, comfy_names
+from qvgen.models.original_tensors import from_original
 from qvgen.models.safetensors_header import first_bytes, read_header
 from qvgen.models.transformer_build import build_empty, check_weights
 from qvgen.models.weight_set import PICKLES, quantized_already
 
 log = logging.getLogger(__name__)
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.")
+_PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "module.", "model.")
 _OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "cond_stage_model.")
 _SAT_SIGN = "attention.query_key_value.weight"
 _BYTES_PER_TENSOR = 4096
@@ -80,8 +81,8 @@ class FinetuneFile(Finetune):
                 f"{given} is in CogVideoX's original layout (SAT), for which diffusers has no converter of files; its script "
                 "scripts/convert_cogvideox_to_diffusers.py makes a folder of the original checkpoint: give its transformer/"
             )
-        signs = {class_name: names.sign for class_name, names in ORIGINAL_NAMES.items()}
-        known = (one for one, sign in signs.items() if any(name.endswith(sign) for name in kept.values()))
+        signs = {one: (names.sign, *comfy_names(names.sign, names)) for one, names in ORIGINAL_NAMES.items()}
+        known = (one for one, ends in signs.items() if any(name.endswith(ends) for name in kept.values()))
         return cls(path=path, given=given, kept=kept, original=next(known, None))
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ names are known says so by an attribute ``original_names`` of its class. Sources
     rules      rename a module or a lone parameter; a name may pass through several
     fused      layers that the original code has as one: its rows are theirs, one layer after another
     swapped    modules whose two halves of rows change places (diffusers has scale before shift, HunyuanVideo's code after it)
-
-Rows of a weight go with rows of its scales and its bias, so that layers with one scale for each row are fused exactly.
+    comfy      names that ComfyUI gives tensors of the original code as it loads them, and saves them and trains LoRAs with
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 from qvgen.errors import UserError
 
@@ -34,6 +30,7 @@ class OriginalNames:
             its own. A layer that is a part of a fused one gets the name LAYER.PART.
         fused: (regular expression, parts): names of fused layers, and their parts in the order of their rows.
         swapped: Regular expressions of the original names of modules whose halves of rows change places.
+        comfy: (regular expression, replacement), applied in order to the original name of a tensor: ComfyUI's name of it.
         header: The settings besides sizes that the authors' files have in their header's ``config``; None: theirs have none.
     """
 
@@ -42,6 +39,7 @@ class OriginalNames:
     rules: Sequence[tuple[str, str]]
     fused: Sequence[tuple[str, Sequence[str]]] = ()
     swapped: Sequence[str] = ()
+    comfy: Sequence[tuple[str, str]] = ()
     header: Mapping[str, bool] | None = None
 
 
@@ -89,7 +87,7 @@ _SINGLE = r"^(single_transformer_blocks\.\d+)"
 
 HUNYUAN_VIDEO_ORIGINAL_NAMES = OriginalNames(
     code="HunyuanVideo",
-    sign="double_blocks.0.img_attn_qkv.weight",
+    sign="txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight",
     rules=(
         (r"^x_embedder", "img_in"),
         (r"^time_text_embed\.timestep_embedder\.linear_1", "time_in.mlp.0"),
@@ -132,6 +130,19 @@ HUNYUAN_VIDEO_ORIGINAL_NAMES = OriginalNames(
     ),
     fused=((r"_attn_qkv$", ("q", "k", "v")), (r"^single_blocks\.\d+\.linear1$", ("q", "k", "v", "mlp"))),
     swapped=(r"^final_layer\.adaLN_modulation\.1$",),
+    comfy=(  # ComfyUI's comfy/supported_models.py, class HunyuanVideo
+        (r"(_in|t_embedder)\.mlp\.0\.", r"\1.in_layer."),
+        (r"(_in|t_embedder)\.mlp\.2\.", r"\1.out_layer."),
+        (r"c_embedder\.linear_1\.", "c_embedder.in_layer."),
+        (r"c_embedder\.linear_2\.", "c_embedder.out_layer."),
+        (r"(_mod|\.modulation)\.linear\.", r"\1.lin."),
+        (r"_attn_(qkv|proj)\.", r"_attn.\1."),
+        (r"mlp\.fc1\.", "mlp.0."),
+        (r"mlp\.fc2\.", "mlp.2."),
+        (r"(_attn_|\.)q_norm\.weight$", r"\1norm.query_norm.scale"),
+        (r"(_attn_|\.)k_norm\.weight$", r"\1norm.key_norm.scale"),
+        (r"_attn_norm\.", "_attn.norm."),
+    ),
 )
 """Names of diffusers' HunyuanVideoTransformer3DModel -> those of the authors' own code."""
 
@@ -184,78 +195,30 @@ def original_names(keys: Iterable[str], names: OriginalNames) -> dict[str, str]:
     return found
 
 
-def original_sources(keys: Iterable[str], names: OriginalNames) -> dict[str, tuple[str, ...]]:
-    """Original key -> the keys of diffusers whose rows it holds, in their order; one key where nothing is fused.
+def fused_layer(module: str, names: OriginalNames) -> tuple[str, str, Sequence[str]]:
+    """The layer that a module of :func:`original_module_name` is a part of, which part, and all parts in the rows' order.
+
+    A module that is no part of another one is itself, part "", and has no parts.
+    """
+    layer, _, part = module.rpartition(".")
+    parts = next((parts for pattern, parts in names.fused if re.search(pattern, layer)), ())
+    return (layer, part, parts) if part in parts else (module, "", ())
+
+
+def comfy_names(name: str, names: OriginalNames) -> set[str]:
+    """The names under which ComfyUI has a tensor of the original code, this one too where it keeps it.
+
+    Its versions differ in whether the factor of a norm ends in ``scale`` or in ``weight``.
 
     Example:
-        >>> keys = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "vqk"]
-        >>> original_sources(keys, HUNYUAN_VIDEO_ORIGINAL_NAMES)["double_blocks.0.img_attn_qkv.bias"]
-        ('transformer_blocks.0.attn.to_q.bias', 'transformer_blocks.0.attn.to_k.bias', 'transformer_blocks.0.attn.to_v.bias')
-
-    Raises:
-        UserError: Two keys have the same original name, or a part of a fused layer is missing.
+        >>> sorted(comfy_names("double_blocks.0.img_attn_q_norm.weight", HUNYUAN_VIDEO_ORIGINAL_NAMES))
+        ['double_blocks.0.img_attn.norm.query_norm.scale', 'double_blocks.0.img_attn.norm.query_norm.weight']
     """
-    found: dict[str, dict[str, str]] = {}
-    wanted: dict[str, Sequence[str]] = {}
-    for key, name in original_names(keys, names).items():
-        module, _, end = name.rpartition(".")
-        layer, _, part = module.rpartition(".")
-        parts = next((parts for pattern, parts in names.fused if re.search(pattern, layer)), ())
-        whole, part = (f"{layer}.{end}", part) if part in parts else (name, "")
-        found.setdefault(whole, {})[part] = key
-        wanted[whole] = parts if part else ("",)
-    for whole, parts in found.items():
-        if missing := [part for part in wanted[whole] if part not in parts]:
-            raise UserError(
-                f"{names.code}'s own code has {', '.join(wanted[whole])} as one tensor {whole!r}, and here is "
-                f"{next(iter(parts.values()))!r} and nothing for {', '.join(missing)}"
-            )
-    return {whole: tuple(parts[part] for part in wanted[whole]) for whole, parts in found.items()}
+    for pattern, replacement in names.comfy:
+        name = re.sub(pattern, replacement, name)
+    return {name, re.sub(r"_norm\.scale$", "_norm.weight", name)}
 
 
-def join_original(whole: str, parts: Sequence[Tensor], names: OriginalNames) -> Tensor:
-    """The tensor of an original key, of the tensors [rows, ...] of :func:`original_sources`; a lone one is itself."""
-    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return _swap(joined) if _is_swapped(whole, names) else joined
-
-
-def from_original(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: OriginalNames
-) -> dict[str, Tensor]:
-    """Tensors of a file with original names under diffusers' names; unknown ones keep the name that they have.
-
-    Args:
-        state: The file's.
-        expected: A transformer's state, on any device, ``meta`` too.
-        names: The original names.
-
-    Raises:
-        ValueError: A fused tensor has another number of rows, or one tensor is there under both names; the message is a
-            clause that follows on the file's name.
-    """
-    rest, found = dict(state), {}
-    for whole, keys in original_sources(expected, names).items():
-        if whole in rest:
-            parts = _split(whole, rest.pop(whole), [expected[key] for key in keys], names)
-            found |= dict(zip(keys, parts, strict=True))
-    if both := [name for name in rest if name in found]:
-        raise ValueError(f"holds {both[0]!r} under this name of diffusers and under the original one")
-    return {**rest, **found}
-
-
-def _split(whole: str, tensor: Tensor, like: Sequence[Tensor], names: OriginalNames) -> list[Tensor]:
-    """The way back of :func:`join_original`: views, and a copy where halves are swapped."""
-    if len(like) == 1:
-        return [_swap(tensor) if _is_swapped(whole, names) else tensor]
-    rows = [len(part) for part in like]
-    if tensor.ndim == 0 or len(tensor) != sum(rows):
-        raise ValueError(f"holds {whole!r} of shape {list(tensor.shape)}, and the model's has {sum(rows)} rows")
-    return list(tensor.split(rows))
-
-
-def _is_swapped(whole: str, names: OriginalNames) -> bool:
-    return any(re.search(pattern, whole.rpartition(".")[0]) for pattern in names.swapped)
-
-
-def _swap(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
+def has_swapped_halves(module: str, names: OriginalNames) -> bool:
+    """Whether the two halves of the rows of a module with an original name stand the other way round in diffusers."""
+    return any(re.search(pattern, module) for pattern in names.swapped)

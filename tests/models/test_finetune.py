@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
-from qvgen.models.original_names import ORIGINAL_NAMES, join_original, original_sources
+from qvgen.models.original_names import ORIGINAL_NAMES
+from qvgen.models.original_tensors import join_original, original_sources
 from tests.models.family_checks import CAPTIONS, tiny_family
 from tests.models.further_folders import make_hunyuan_folder
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
@@ -53,6 +54,23 @@ def original(state: dict[str, Tensor], prefix: str, name: str = "wan") -> dict[s
     return {prefix + key: join_original(key, [state[one] for one in own], names) for key, own in sources.items()}
 
 
+def comfy(key: str, end: str) -> str:
+    """The name that ComfyUI's class HunyuanVideo gives a tensor of the original code, written down one by one."""
+    for ours, theirs in {
+        "txt_in.t_embedder.mlp.0.": "txt_in.t_embedder.in_layer.", "txt_in.t_embedder.mlp.2.": "txt_in.t_embedder.out_layer.",
+        "txt_in.c_embedder.linear_1.": "txt_in.c_embedder.in_layer.",
+        "txt_in.c_embedder.linear_2.": "txt_in.c_embedder.out_layer.",
+        "time_in.mlp.0.": "time_in.in_layer.", "time_in.mlp.2.": "time_in.out_layer.",
+        "guidance_in.mlp.0.": "guidance_in.in_layer.", "guidance_in.mlp.2.": "guidance_in.out_layer.",
+        "_mod.linear.": "_mod.lin.", ".modulation.linear.": ".modulation.lin.",
+        "_attn_qkv.": "_attn.qkv.", "_attn_proj.": "_attn.proj.", "mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.2.",
+        "_attn_q_norm.weight": f"_attn.norm.query_norm.{end}", "_attn_k_norm.weight": f"_attn.norm.key_norm.{end}",
+        ".q_norm.weight": f".norm.query_norm.{end}", ".k_norm.weight": f".norm.key_norm.{end}",
+    }.items():  # fmt: skip
+        key = key.replace(ours, theirs)
+    return key
+
+
 def written(form: str, root: Path, name: str, place: Path) -> Path:
     """The finetune in one of its forms."""
     folder = root / f"tuned-{name}" / "transformer"
@@ -61,8 +79,13 @@ def written(form: str, root: Path, name: str, place: Path) -> Path:
         return Path(shutil.copytree(folder, place / "style"))
     file = place / "style.safetensors"
     prefix = form.partition(":")[2]
-    is_original = form.startswith("original")
-    state = original(state, prefix, name) if is_original else {prefix + key: value for key, value in state.items()}
+    if form.startswith("comfy"):
+        end = "weight" if "weight" in form else "scale"
+        state = {prefix + comfy(key, end): value for key, value in original(state, "", name).items()}
+    elif form.startswith("original"):
+        state = original(state, prefix, name)
+    else:
+        state = {prefix + key: value for key, value in state.items()}
     if form.endswith("+vae:model.diffusion_model."):
         state["vae.decoder.weight"] = torch.ones(1)
     save_file(state, file)
@@ -77,6 +100,8 @@ FORMS = [
     ("wan", "diffusers:"),
     ("ltx", "original+vae:model.diffusion_model."),
     ("hunyuanvideo", "original:"),
+    ("hunyuanvideo", "comfy:model.model."),
+    ("hunyuanvideo", "comfy, weight:model.diffusion_model."),
     ("cogvideox", "folder"),
     ("cogvideox", "diffusers:model.diffusion_model."),
 ]

@@ -22,11 +22,9 @@ from qvgen.models.original_names import (
     ORIGINAL_NAMES,
     WAN_ORIGINAL_NAMES,
     OriginalNames,
-    from_original,
-    join_original,
     original_names,
-    original_sources,
 )
+from qvgen.models.original_tensors import from_original, join_original, original_sources
 from tests.deploy.exporters.packed_models import tiny_hunyuan_video, tiny_ltx, tiny_wan
 
 CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
