@@ -23,12 +23,12 @@ from torch import nn
 
 from qvgen.config.may_differ import MayDiffer
 from qvgen.models.clip_size import check_sizes
-from qvgen.models.finetune_place import find_finetune
+from qvgen.models.finetune.place import find_finetune
 from qvgen.models.folder_identity import settings_identity, weights_identity
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, require_number
 from qvgen.models.hub_cache import cached_snapshot
 from qvgen.models.hub_folder import HubFolder, download_remedy
-from qvgen.models.lora import Lora, merge_loras_, read_loras
+from qvgen.models.lora.merge import Lora, merge_loras_, read_loras
 from qvgen.models.published import check_is_of, check_text_to_video
 from qvgen.models.transformer_build import build_transformer
 

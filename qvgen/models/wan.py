@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from qvgen.config.may_differ import MayDiffer
-from qvgen.models.lora import Lora, read_loras
+from qvgen.models.lora.merge import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
 
 log = logging.getLogger(__name__)

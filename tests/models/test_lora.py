@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvgen.models.base import LOCAL_ARGUMENTS
-from qvgen.models.lora import Lora, merge_loras_
-from qvgen.models.lora_file import LoraFile
+from qvgen.models.lora.file import LoraFile
+from qvgen.models.lora.merge import Lora, merge_loras_
 from tests.models.family_checks import draw
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.lora_files import (

@@ -1,23 +1,12 @@
-"""A finetune as its owner has it: the transformer alone, in the place of the base model's own.
-
-    FOLDER with config.json and safetensors     as save_pretrained of a transformer leaves it; its config.json counts
-    FILE.safetensors, diffusers' names          the base model's configuration counts
-    FILE.safetensors, names of Wan's, LTX-Video's
-      or HunyuanVideo's own code                likewise; its tensors get diffusers' names (qvgen.models.original_names)
-
-Names may have a prefix (``model.diffusion_model.``), and a file may hold a VAE and text encoders beside it, which are not
-read. Everything else comes from the base model's folder. Nothing is unpickled and no configuration names code.
-
-CogVideoX's original layout (SAT) is refused: diffusers has no converter of a file of it, but a script that writes a folder.
-"""
+"""The finetune that a path is of, whichever of its forms it has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qvgen.models.finetune import Finetune
-from qvgen.models.finetune_file import FinetuneFile
-from qvgen.models.finetune_folder import FinetuneFolder, LoneFolder
+from qvgen.models.finetune.base import Finetune
+from qvgen.models.finetune.file import FinetuneFile
+from qvgen.models.finetune.folder import FinetuneFolder, LoneFolder
 
 
 def find_finetune(path: str | Path, *, repository: str, model: str) -> Finetune:

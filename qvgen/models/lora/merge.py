@@ -22,10 +22,10 @@ from typing import Any
 
 from torch import nn
 
-from qvgen.models.lora_choice import read_choice
-from qvgen.models.lora_file import LoraFile
-from qvgen.models.lora_key import LoraKey, read_key
-from qvgen.models.lora_plan import MergePlan, Planner
+from qvgen.models.lora.choice import read_choice
+from qvgen.models.lora.file import LoraFile
+from qvgen.models.lora.key import LoraKey, read_key
+from qvgen.models.lora.plan import MergePlan, Planner
 from qvgen.quant.finite import check_finite
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def read_loras(
     """The LoRAs that a key of the configuration names.
 
     Args:
-        value: what the key holds; see :mod:`qvgen.models.lora_choice`.
+        value: what the key holds; see :mod:`qvgen.models.lora.choice`.
         scale: ``model.lora_scale``.
         components: the model's transformers.
         trained: the one that is trained.

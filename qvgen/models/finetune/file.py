@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qvgen.checksum import file_checksum
-from qvgen.models.finetune import AGAIN, Finetune
+from qvgen.models.finetune.base import AGAIN, Finetune
 from qvgen.models.finite_weights import check_finite_weights
 from qvgen.models.original_names import ORIGINAL_NAMES, comfy_names
 from qvgen.models.original_tensors import from_original

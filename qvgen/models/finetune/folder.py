@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from qvgen.models.finetune import AGAIN, Finetune
+from qvgen.models.finetune.base import AGAIN, Finetune
 from qvgen.models.hub_folder import HubFolder
 from qvgen.models.safetensors_header import read_header
 from qvgen.models.transformer_build import check_numbers, check_weights

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.models.lora_file import LoraConfig, LoraFile, one_line
-from qvgen.models.lora_key import LayerNames, LoraKey, Place
+from qvgen.models.lora.file import LoraConfig, LoraFile, one_line
+from qvgen.models.lora.key import LayerNames, LoraKey, Place
 
 _PRODUCT = {"down", "up", "alpha", "bias"}
 """Kinds of keys that belong to B A."""

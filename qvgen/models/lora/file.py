@@ -1,6 +1,6 @@
 """A LoRA's file on this machine: which file it is, what its header and its configuration say.
 
-    FILE.safetensors                                         as trainers write it; see :mod:`qvgen.models.lora_key`
+    FILE.safetensors                                         as trainers write it; see :mod:`qvgen.models.lora.key`
     FOLDER/pytorch_lora_weights.safetensors                  the same, by diffusers' ``save_lora_weights``
     FOLDER/{adapter_config.json,adapter_model.safetensors}   peft's adapter, by ``save_pretrained``
 
