@@ -55,9 +55,13 @@ def imports_of(path):
 
 def leaf_modules(package):
     """Modules that stand by themselves: what only conf/ leads to."""
-    files = {path.stem: path for path in (ROOT / "qvgen" / package.replace(".", "/")).glob("*.py")}
-    parts = {name for path in files.values() for name in imports_of(path)}
-    return {name for name in files if name not in NOT_LEAVES and f"qvgen.{package}.{name}" not in parts}
+    folder = ROOT / "qvgen" / package.replace(".", "/")
+    parts = {name for path in folder.rglob("*.py") for name in imports_of(path)}
+    return {
+        path.stem
+        for path in folder.glob("*.py")
+        if path.stem not in NOT_LEAVES and f"qvgen.{package}.{path.stem}" not in parts
+    }
 
 
 @pytest.mark.parametrize(("group", "packages"), PACKAGES.items())
