@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.training.distributed.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
 from qvgen.training.shared_start import set_up_share
@@ -64,9 +66,10 @@ def quantize(config: TrainConfig) -> None:
         )
         training = nullcontext(0)
         if config.steps:
+            validate = _shared_measurement(config, run_dir.path, measured) if run.devices > 1 else measured.error
             training = trained(
                 run,
-                training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
+                training_output(config, run_dir.path, validate=validate, loggers=loggers),
                 student=student,
                 teacher=teacher,
                 settings=config.plain,
@@ -74,6 +77,7 @@ def quantize(config: TrainConfig) -> None:
                 workers=workers,
             )
         with training as steps:
+            (run_dir.path / REFERENCE_FILE).unlink(missing_ok=True)
             if not held_out.num_samples:
                 deliver_unmeasured(
                     config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source
@@ -85,7 +89,7 @@ def quantize(config: TrainConfig) -> None:
                 start=start,
                 teacher=teacher,
                 student=student,
-                held_out=held_out,
+                measured=measured,
                 ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
             )
         show_result(data, write_report(run_dir.path, data))
@@ -125,11 +129,12 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)
-    processes = processes_of(run, rank=rank, port=port)
+    processes, validate = processes_of(run, rank=rank, port=port), None
+    if config.method.quantizes and config.evaluation.every_steps is not None:
+        reference = read_reference(config.run_dir)
+        validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
+    output = training_output(config, config.run_dir, validate=validate)
     if processes.sharded:  # its shares come from rank 0
-        held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
-        validate = None if held_out is None else held_out.take_part
-        output = training_output(config, config.run_dir, validate=validate)
         train_share(run, output, student=None, teacher=None, processes=processes)
         return
     teacher: nn.Module | None = None
@@ -140,10 +145,18 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     else:
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)
-    output = training_output(config, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
     if config.method.quantizes and (queue := sharing_queue(run)) is not None:
         help_sampling(config, student=student, teacher=teacher, queue=queue)
+
+
+def _shared_measurement(config: TrainConfig, path: Path, measured: Measured) -> SharedError | None:
+    """As rank 0, what measures a student on the way together with the other processes, which find the reference's file."""
+    if config.evaluation.every_steps is None:
+        return None
+    write_reference(path, measured.reference, key=config.model.revision)
+    is_shared = training_run(config).is_sharded
+    return SharedError(measured.inputs, reference=measured.reference.__getitem__, together=is_shared)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:
