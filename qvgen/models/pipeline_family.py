@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from qvgen.models.base import Encode, Objective, TensorReader
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import negative_texts
+from qvgen.models.lora import LoraMerge
 from qvgen.models.sampled_video import SampledVideo
-from qvgen.models.tensor_reader import read_tensors_of
+from qvgen.models.tensor_reader import MergedReader, read_tensors_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -132,11 +133,16 @@ class PipelineFamily(FolderFamily):
             )
 
     def tensor_reader(self) -> TensorReader | None:
-        """Give a reader of single tensors of the transformer that is trained; None where a LoRA or a finetune changes it."""
-        if self._finetune is not None or self._loras:
+        """Give a reader of single tensors of the transformer that is trained, LoRAs in them; None for a finetune of it."""
+        if self._finetune is not None:
             return None
         folder, part = self._require_folder(), self.transformer_folder
-        return read_tensors_of(folder.weight_files(part), remedy=folder.remedy(f"{part}/*"))
+        read = read_tensors_of(folder.weight_files(part), remedy=folder.remedy(f"{part}/*"))
+        if not self._loras:
+            return read
+        with torch.device("meta"):
+            transformer = self.build(self.transformer_config)
+        return MergedReader(read, LoraMerge(transformer, self._loras, component=part))
 
     @torch.no_grad()
     def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:

@@ -31,8 +31,8 @@ def train_streamed(config: TrainConfig) -> None:
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     if tensor_reader_of(config.model) is None:
         raise UserError(
-            f"strategy.low_host_memory=true reads model={config.names.model} tensor by tensor, and a LoRA or a finetune "
-            "of it takes the whole model; leave the key out"
+            f"strategy.low_host_memory=true reads model={config.names.model} tensor by tensor, which its weights or a "
+            "finetune of them can't be; leave the key out"
         )
     open_inputs(config)
     run, design = training_run(config), student_design(config)
