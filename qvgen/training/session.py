@@ -28,6 +28,7 @@ from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.pace import PaceCallback
 from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels, uses_teacher
+from qvgen.training.distributed.shared_error import SharedError
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
@@ -117,6 +118,8 @@ def train_share(
             how=Gathering.of(run.strategy),
         )
         trained, shown = models.student, models.teacher
+        if shown is not None and isinstance(output.validate, SharedError):
+            output.validate.take_reference_of(shown)
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
     step = _fit(run, output, split, student=trained, teacher=shown, processes=processes, models=models)

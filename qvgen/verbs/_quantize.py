@@ -9,12 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qvgen.config import launched_world
 from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.kept_samples import forget_samples
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.training.distributed.ahead import LOG_FOLDER
+from qvgen.training.distributed.launched_store import is_shared
+from qvgen.training.distributed.meeting import MARK_FILE
 from qvgen.training.distributed.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
@@ -114,11 +119,18 @@ def set_up_layers(config: TrainConfig, *, rank: int) -> None:
 def calibrate_share(config: TrainConfig, *, rank: int) -> None:
     """Take part in what is sampled for the start as another process of a run than the one that the user started."""
     set_threads(config.strategy.threads)
+    world, cache = launched_world.current(), Path(config.calibration.cache).expanduser()
+    if world is not None and world.node_rank and not is_shared(cache, like=config.run_dir / LOG_FOLDER / MARK_FILE):
+        log.info("calibration.cache=%s is not the folder of rank 0's node: this node samples nothing", cache)
+        return
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)  # all processes are on this machine
+        torch.cuda.set_device(rank if world is None else world.local_rank)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     encode = config.data.open(config.model, split="held_out").encode
-    teacher = sampled_teacher(config, config.model.load_teacher(), encode=encode)
+    transformer = config.model.load_teacher()
+    if training_run(config).is_sharded:  # its host has room for shares; what is mapped of the files is given back
+        transformer.to(sampling_device())
+    teacher = sampled_teacher(config, transformer, encode=encode)
     sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
     log.info("the calibration is there")
 
@@ -131,7 +143,7 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     run = training_run(config)
     processes, validate = processes_of(run, rank=rank, port=port), None
     if config.method.quantizes and config.evaluation.every_steps is not None:
-        reference = read_reference(config.run_dir)
+        reference = None if config.strategy.low_host_memory else read_reference(config.run_dir)
         validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
     output = training_output(config, config.run_dir, validate=validate)
     if processes.sharded:  # its shares come from rank 0

@@ -12,11 +12,14 @@ A row has one process's numbers and zeros of all others, so that the all-reduce 
 error has the bits of one process that works on the same batches. Nobody waits for another one between batches, except inside
 of a model that is shared out (fsdp, hsdp): there each forward pass gathers blocks from all processes, all of which call it
 equally often. What a process computes in the place of a batch that is not there is dropped.
+
+The reference is what rank 0's full-precision model gave for each batch. Where no process holds that model whole, each process
+computes the reference of its own batches, once, with the shares that take part in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +41,18 @@ class SharedError:
 
     Args:
         inputs: The inputs, the same in all processes.
-        reference: Number of a batch -> the full-precision model's output for it, float32.
+        reference: Number of a batch -> the full-precision model's output for it, float32; None: :meth:`take_reference_of`
+            comes before the first call.
         together: The model is shared out over the processes, which call it together.
     """
 
-    def __init__(self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor], together: bool) -> None:
+    def __init__(self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor] | None, together: bool) -> None:
         self._inputs, self._reference, self._together = inputs, reference, together
+        self._teacher: tuple[nn.Module, ...] = ()
+
+    def take_reference_of(self, teacher: nn.Module) -> None:
+        """Have the first call compute the reference of this process's batches, where none was given, with a shared model."""
+        self._teacher = (teacher,)
 
     def __call__(self, model: nn.Module) -> float:
         """Measure.
@@ -51,15 +60,13 @@ class SharedError:
         Raises:
             Stopped: In all processes, where any was asked to stop.
         """
-        count = self._inputs.num_batches
-        numbers, own = _shared_out(
-            count, rank=distributed.get_rank(), world_size=distributed.get_world_size(), together=self._together
-        )
-        table, is_stopped = torch.zeros(count, 2, dtype=torch.float64), False
+        if self._reference is None:  # before the model is called: a process without a batch takes part in this, too
+            (teacher,) = self._teacher
+            self._reference = dict(self._outputs(teacher)).__getitem__
+        table, is_stopped = torch.zeros(self._inputs.num_batches, 2, dtype=torch.float64), False
         try:
-            for index, predicted in enumerate(self._inputs.predictions(model, numbers)):
-                if index < own:
-                    table[numbers[index]] = squares(predicted, self._reference(numbers[index]))
+            for number, predicted in self._outputs(model):
+                table[number] = squares(predicted, self._reference(number))
         except Stopped:
             if self._together:  # all have left at the same call
                 raise
@@ -71,19 +78,22 @@ class SharedError:
             error.add(row)
         return error.compute()
 
+    def _outputs(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """The numbers of this process's batches, each with a model's output; what it computes besides is dropped."""
+        count, world_size = self._inputs.num_batches, distributed.get_world_size()
+        own = range(distributed.get_rank(), count, world_size)
+        rounds = -(-count // world_size) if self._together else len(own)
+        numbers = [*own, *[0] * (rounds - len(own))]
+        for index, predicted in enumerate(self._inputs.predictions(model, numbers)):
+            if index < len(own):
+                yield numbers[index], predicted
+
 
 def _added_up(table: Tensor) -> Tensor:
     """The sum of a table over all processes, on the CPU."""
     summed = table.to("cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(summed, op=distributed.ReduceOp.SUM)
     return summed.cpu()
-
-
-def _shared_out(count: int, *, rank: int, world_size: int, together: bool) -> tuple[list[int], int]:
-    """The batches that a process works on, and how many of them are its own; the rest it works on for the others' sake."""
-    own = list(range(rank, count, world_size))
-    rounds = -(-count // world_size) if together else len(own)
-    return own + [rank % count] * (rounds - len(own)), len(own)
 
 
 def write_reference(run_dir: Path, reference: Sequence[Tensor], *, key: str) -> None:

@@ -52,8 +52,8 @@ def models() -> tuple[nn.Module, nn.Module]:
     return Blocks(), Blocks()
 
 
-def held(mesh: tuple[int, ...] | None) -> nn.Module:
-    model = models()[0]
+def held(mesh: tuple[int, ...] | None, *, reference: bool = False) -> nn.Module:
+    model = models()[reference]
     if mesh is not None:
         names = ("replicate", "shard")[-len(mesh) :]
         shared = init_device_mesh("cpu", mesh, mesh_dim_names=names)
@@ -74,6 +74,10 @@ def look(folder: Path) -> dict[str, Any]:
             inputs.calls = 0
             error = SharedError(inputs, reference=read_reference(folder), together=mesh is not None)(model)
             found[f"{way} {count}"] = [error.hex(), inputs.calls]
+            if mesh is not None:  # no process has a whole model
+                alone = SharedError(inputs, reference=None, together=True)
+                alone.take_reference_of(held(mesh, reference=True))
+                found[f"{way} {count} streamed"] = [alone(model).hex(), alone(model).hex()]
     return found
 
 

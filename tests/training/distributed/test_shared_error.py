@@ -33,6 +33,8 @@ def test_all_processes_have_the_error_of_one(facts: list[dict[str, Any]], way: s
     wanted = inputs.relative_error(model, list(inputs.predictions(other)))
     assert wanted > 0.1
     assert [float.fromhex(rank[f"{way} {count}"][0]) for rank in facts] == [wanted] * 4
+    for rank in facts if way != "ddp" else ():
+        assert [float.fromhex(error) for error in rank[f"{way} {count} streamed"]] == [wanted] * 2
 
 
 @pytest.mark.parametrize("count", COUNTS)
