@@ -8,16 +8,16 @@ LoRAs are added to each tensor as it is read, whole: rows of B A by themselves c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvgen.errors import UserError
 from qvgen.models.base import TensorReader, VideoDiT
-from qvgen.models.lora import LoraMerge
+from qvgen.models.lora import Lora, LoraMerge
 from qvgen.models.safetensors_header import read_header
 from qvgen.quant.finite import check_finite
 
@@ -46,6 +46,24 @@ class MergedReader:
     def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor as a model has it that was loaded in a type: rounded to it before LoRAs are added, and behind that."""
         return self._merge.merged(name, self._read(name).to(dtype))
+
+
+def with_loras(
+    read: TensorReader, loras: Sequence[Lora], *, component: str, build: Callable[[], nn.Module]
+) -> TensorReader:
+    """Give a reader of single tensors with LoRAs in them.
+
+    Args:
+        read: Reads them without.
+        loras: May be none.
+        component: Which of the model's transformers it is.
+        build: Makes the transformer, without weights.
+    """
+    if not loras:
+        return read
+    with torch.device("meta"):
+        transformer = build()
+    return MergedReader(read, LoraMerge(transformer, loras, component=component))
 
 
 def read_as(read: TensorReader, name: str, dtype: torch.dtype) -> Tensor:
