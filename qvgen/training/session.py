@@ -28,12 +28,12 @@ from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.pace import PaceCallback
 from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels, uses_teacher
-from qvgen.training.distributed.shared_error import SharedError
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.saved_tensor import load_tensors_
+from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import START_FILE, restore_layers_
 from qvgen.training.step_figures import StepFigures, speed_of
 from qvgen.training.trainer import (

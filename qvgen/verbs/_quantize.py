@@ -20,9 +20,9 @@ from qvgen.layers.swap import SwapReport, quantized_layers
 from qvgen.training.distributed.ahead import LOG_FOLDER
 from qvgen.training.distributed.launched_store import is_shared
 from qvgen.training.distributed.meeting import MARK_FILE
-from qvgen.training.distributed.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
+from qvgen.training.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
 from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_calibration import sample_share
 from qvgen.training.start_file import load_start

@@ -13,7 +13,7 @@ from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.models.tensor_reader import tensor_reader_of
-from qvgen.training.distributed.shared_error import SharedError
+from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import LAYERS_FILE, START_FILE, check_start
 from qvgen.training.streamed_start import make_streamed_start
 from qvgen.training.whole_run import early_workers, start_helpers, trained

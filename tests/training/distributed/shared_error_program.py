@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.stop_request import Stopped
 from qvgen.training.distributed.gathering import Gathering, gather_by_block_
-from qvgen.training.distributed.shared_error import SharedError, read_reference, write_reference
+from qvgen.training.shared_error import SharedError, read_reference, write_reference
 from tests.training.distributed.gathering_program import Blocks
 
 COUNTS = (1, 3, 5)
