@@ -100,7 +100,7 @@ class Batch:
     @property
     def words(self) -> str:
         """The batch in words."""
-        return f"{self.model}, {self.part} {self.start} to {self.stop - 1}"
+        return f"{self.model}, {self.part.rstrip('0123456789')} {self.start} to {self.stop - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
