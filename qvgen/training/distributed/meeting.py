@@ -131,7 +131,7 @@ class Meeting:
         Args:
             run_dir: The run's folder, with ``logs/worker.yaml``.
             asks: For what: training, or help before that (``SAMPLE``, ``START``), behind which they wait again.
-            marked: A further folder that gets what tells this start from others; see :meth:`sees`.
+            marked: A further folder that gets what tells this start from others (:func:`launched_store.is_shared`).
         """
         said = {"folder": str(run_dir.absolute()), "mark": self._mark, "host": socket.gethostname()}
         for folder in (run_dir / "logs", *([] if marked is None else [marked])):
