@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "sampled"
 
+OUTPUTS = "outputs"
+"""In the names of batches of outputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFacts:
@@ -89,7 +92,8 @@ class KeptSamples:
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
-            log.warning("%s; its videos are sampled again", error)
+            what = "outputs are computed" if f"-{OUTPUTS}" in name else "videos are sampled"
+            log.warning("%s; its %s again", error, what)
             return None
         facts = json.loads(tensors["facts"].numpy().tobytes())
         return SampledBatch(frames=tensors["frames"], facts=BatchFacts(**{**facts, "kernels": tuple(facts["kernels"])}))

@@ -24,7 +24,7 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.item_queue import ItemQueue
-from qvgen.evaluation.kept_samples import BatchFacts, KeptSamples, SampledBatch
+from qvgen.evaluation.kept_samples import OUTPUTS, BatchFacts, KeptSamples, SampledBatch
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.quality_data import SamplingCost
 from qvgen.evaluation.sampling import batch_size, generate_videos, joined
@@ -34,7 +34,7 @@ from qvgen.models.sampled_video import UnusableVideoError
 
 log = logging.getLogger(__name__)
 
-SHOWN, TABLE, OUTPUTS = "shown", "table", "outputs"
+SHOWN, TABLE = "shown", "table"
 
 OpenModel = Callable[[], AbstractContextManager[nn.Module]]
 """Gives a model while its videos are sampled."""
@@ -170,7 +170,8 @@ class SharedSampling:
             while (number := self.queue.take(stage)) < len(todo):
                 batch = todo[number]
                 if self.kept.read(batch.name) is not None:
-                    log.info("videos of %s: kept from before the run was stopped", batch.words)
+                    what = "" if batch.part.startswith(OUTPUTS) else "videos of "
+                    log.info("%s%s: kept from before the run was stopped", what, batch.words)
                     continue
                 try:
                     is_warm = batch.model == at
