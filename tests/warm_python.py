@@ -54,6 +54,7 @@ PROGRAMS = [
     ROOT / "tests" / "training" / "distributed" / "fsdp_program.py",
     ROOT / "tests" / "training" / "distributed" / "gathering_program.py",
     ROOT / "tests" / "training" / "distributed" / "host_memory_program.py",
+    ROOT / "tests" / "training" / "distributed" / "shared_error_program.py",
     ROOT / "tests" / "training" / "distributed" / "world_program.py",
     ROOT / "tests" / "process_facts_program.py",
     ROOT / "tests" / "deletion" / "delete_leaves.py",

@@ -34,7 +34,9 @@ from qvgen.layers.layer_threads import idle_threads, in_threads
 log = logging.getLogger(__name__)
 
 START = "ptq-start"
-VARIANTS = ("teacher", START, "fake-quantized", "packed")
+MEASURED = ("fake-quantized", "packed")
+"""The models whose outputs for the held-out inputs are computed at the end of a run."""
+VARIANTS = ("teacher", START, *MEASURED)
 """The models of a run that are sampled, as tables and pages show them."""
 COMPARED_STAGE, START_STAGE = "compared", "start"
 """The start is sampled when nothing needs the trained student any more."""
@@ -42,8 +44,13 @@ COMPARED_STAGE, START_STAGE = "compared", "start"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The results of :func:`compare_models`."""
+    """The results of :func:`compare_models`.
 
+    Attributes:
+        outputs: A run's own model -> its outputs for each batch of the held-out inputs.
+    """
+
+    outputs: Mapping[str, Sequence[Tensor]]
     checks: Checks
     videos: tuple[VideoComparison, ...]
     quality: Quality
@@ -70,14 +77,14 @@ class ComparedModels:
 def compare_models(
     models: ComparedModels, *, held_out: MeasuredInputs, sampling: SharedSampling, to_start: OpenModel
 ) -> Comparison:
-    """Generate with all models, write the shown videos to run_dir/videos, and compare.
+    """Compute videos and outputs with all models, write the shown videos to run_dir/videos, and compare.
 
     What is sampled is kept in the run's folder until the report is written (:mod:`qvgen.evaluation.kept_samples`).
 
     Args:
         models: What is compared.
-        held_out: Inputs on which the outputs of fake and packed are compared.
-        sampling: The videos, and which of the run's processes samples which.
+        held_out: Inputs on which codes of fake and packed are compared.
+        sampling: The videos and outputs, and which of the run's processes computes which.
         to_start: Brings the student to the run's start while its videos are sampled.
     """
     asked = sampling.asked
@@ -85,13 +92,15 @@ def compare_models(
     sampling.sample(COMPARED_STAGE, compared)
     sampled = sampling.gather(COMPARED_STAGE, compared)
     tables = {name: one.table for name, one in sampled.items()}
-    checks = check_packed(models.fake, models.packed, held_out=held_out, videos=tables)
+    outputs = {name: sampled[name].outputs for name in MEASURED}
+    checks = check_packed(models.fake, models.packed, held_out=held_out, outputs=outputs, videos=tables)
     absent, start_videos = sample_start(sampling, to_start, absent=models.start_absent)
     if start_videos is not None:
         sampled = {"teacher": sampled.pop("teacher"), START: start_videos, **sampled}  # as tables and pages show them
     frames = {name: one.shown for name, one in sampled.items()}
     _write_videos(frames, asked.shown, fps=asked.family.fps, directory=sampling.kept.run_dir / "videos")
     return Comparison(
+        outputs=outputs,
         checks=checks,
         videos=_comparisons(frames, asked),
         quality=_quality(sampled, asked, start_absent=absent),

@@ -53,6 +53,17 @@ def _ratio_db(signal: float, noise: float) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
+def squares(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, " 2"]:
+    """The two sums of a relative error over one batch, float64: |student - teacher|^2 and |teacher|^2.
+
+    Raises:
+        ValueError: the shapes differ or are empty.
+    """
+    _check_pair(student, teacher, ("student", "teacher"))
+    reference = teacher.detach().double()
+    return torch.stack(((student.detach().double() - reference).square().sum(), reference.square().sum()))
+
+
 class RelativeError:
     """Relative error over any number of batches, each element weighted alike.
 
@@ -82,11 +93,13 @@ class RelativeError:
         Raises:
             ValueError: the shapes differ or are empty.
         """
-        _check_pair(student, teacher, ("student", "teacher"))
-        reference = teacher.detach().double()
+        self.add(squares(student, teacher))
+
+    def add(self, sums: Float[Tensor, " 2"]) -> None:
+        """Add what :func:`squares` says of one batch."""
         # The sums stay on the device: reading them here would wait for the device in every batch.
-        self._squared_error = self._squared_error + (student.detach().double() - reference).square().sum()
-        self._squared_norm = self._squared_norm + reference.square().sum()
+        self._squared_error = self._squared_error + sums[0]
+        self._squared_norm = self._squared_norm + sums[1]
 
     def compute(self) -> float:
         """Return the relative error of all batches so far, >= 0 (NaN where a prediction was NaN).

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import abc
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,25 +50,39 @@ class MeasuredInputs(abc.ABC):
     Attributes:
         split: Captions of the videos that are compared, and what turns captions into conditions.
         num_samples: Inputs.
+        num_batches: Parts of them, each of which a model works on at once.
+        batch_size: Most inputs of a part.
         seed: Seed of the noise and noise levels in them; no run has another one.
         source: The inputs in words, for the report.
     """
 
     split: Split
     num_samples: int
+    num_batches: int
+    batch_size: int
     seed: int = HELD_OUT_SEED
     source: str
 
     @abc.abstractmethod
-    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
-        """A model's outputs float32 on the CPU, batch by batch; mode and place are restored afterwards."""
+    def predictions(self, model: nn.Module, batches: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """A model's outputs float32 on the CPU, batch by batch; mode and place are restored afterwards.
+
+        Args:
+            model: Any model of the family.
+            batches: Numbers of the batches, in any order; None: all.
+        """
 
     def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:
         """|y - y_ref|^2 / |y_ref|^2 over all samples, against stored predictions of another model."""
-        error = RelativeError()
-        for predicted, wanted in zip(self.predictions(model), reference, strict=True):
-            error.update(predicted, wanted)
-        return error.compute()
+        return relative_error_of(self.predictions(model), reference)
+
+
+def relative_error_of(predictions: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """|y - y_ref|^2 / |y_ref|^2 over all batches, added in their order."""
+    error = RelativeError()
+    for predicted, wanted in zip(predictions, reference, strict=True):
+        error.update(predicted, wanted)
+    return error.compute()
 
 
 class HeldOut(MeasuredInputs):
@@ -92,8 +105,9 @@ class HeldOut(MeasuredInputs):
         return min(self.num_samples, self.split.num_clips or len(self.split))
 
     def __init__(self, family: VideoDiT, split: Split, *, num_samples: int, batch_size: int) -> None:
-        self.family, self.split, self.num_samples = family, split, num_samples
+        self.family, self.split, self.num_samples, self.batch_size = family, split, num_samples, batch_size
         self._batches = [self._draw(indices) for indices in self._cut(batch_size)]
+        self.num_batches = len(self._batches)
 
     def warn_if_few(self) -> None:
         """Log a warning where there are too few clips."""
@@ -123,22 +137,17 @@ class HeldOut(MeasuredInputs):
         )
 
     @torch.no_grad()
-    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+    def predictions(self, model: nn.Module, batches: Iterable[int] | None = None) -> Iterator[Tensor]:
         """A model's outputs float32 [b, C, F, H, W] on the CPU, batch by batch; mode and place are restored afterwards."""
+        chosen = self._batches if batches is None else [self._batches[number] for number in batches]
         with placed(model) as device, not_sampling(model):
-            for batch in self._batches:
+            for batch in chosen:
                 condition = {key: value.to(device) for key, value in self.split.encode(batch.captions).items()}
                 yield (
                     self.family.predict(model, batch.noisy.to(device), batch.timestep.to(device), condition)
                     .float()
                     .cpu()
                 )
-
-    def take_part(self, model: nn.Module) -> float:
-        """Run a model of which another process measures the error, and whose shares lie here; returns nan."""
-        for _ in self.predictions(model):
-            pass
-        return math.nan
 
     def loss(self, model: nn.Module) -> float:
         """Mean |v - target|^2 against the data's own target, over all samples."""

@@ -1,6 +1,7 @@
-"""Batches of videos, kept until the report is written: a run that is stopped in between does not sample them again.
+"""Batches of videos and of outputs, kept until the report is written: a run that was stopped does not compute them again.
 
-    run_dir/sampled/MODEL-PART-NNNN.safetensors    frames: uint8 [B, F, H, W, 3]; facts: JSON as bytes; sealed with a key
+    run_dir/sampled/MODEL-PART-NNNN.safetensors    frames: uint8 [B, F, H, W, 3], or outputs float32 [B, C, F, H, W];
+                                                   facts: JSON as bytes; sealed with a key
 
 The key says what they were made from: configuration, packed weights, full-precision weights, what changed under
 ``resume=force``. A file with another key, or a damaged one, is sampled again. Any process of the run may write one.
@@ -28,6 +29,9 @@ from qvgen.run_identity import read_changes
 log = logging.getLogger(__name__)
 
 DIRECTORY = "sampled"
+
+OUTPUTS = "outputs"
+"""In the names of batches of outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class BatchFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledBatch:
-    """Some videos of one model, uint8 [B, F, H, W, 3], and what they took."""
+    """Some videos of one model, uint8 [B, F, H, W, 3], or outputs float32 [B, C, F, H, W], and what they took."""
 
     frames: Tensor
     facts: BatchFacts
@@ -88,7 +92,8 @@ class KeptSamples:
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
-            log.warning("%s; its videos are sampled again", error)
+            what = "outputs are computed" if f"-{OUTPUTS}" in name else "videos are sampled"
+            log.warning("%s; its %s again", error, what)
             return None
         facts = json.loads(tensors["facts"].numpy().tobytes())
         return SampledBatch(frames=tensors["frames"], facts=BatchFacts(**{**facts, "kernels": tuple(facts["kernels"])}))

@@ -5,7 +5,7 @@ Differences are counted, not only bounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,17 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
 
 
 def check_packed(
-    fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, videos: Mapping[str, Tensor]
+    fake: nn.Module,
+    packed: nn.Module,
+    *,
+    held_out: MeasuredInputs,
+    outputs: Mapping[str, Sequence[Tensor]],
+    videos: Mapping[str, Tensor],
 ) -> Checks:
-    """Whether the packed model is the trained one: codes, outputs on the same inputs, and the table's videos."""
+    """Whether the packed model is the trained one: codes, outputs for the same inputs, and the table's videos."""
     equal, count = codes_equal(fake, packed)
     largest = 0.0
-    for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
+    for ours, theirs in zip(outputs["packed"], outputs["fake-quantized"], strict=True):
         largest = max(largest, float((ours - theirs).abs().max()))
     helpers = [layer.phi for layer in quantized_layers(fake).values() if layer.phi is not None]
     return Checks(

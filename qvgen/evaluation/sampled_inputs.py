@@ -11,7 +11,7 @@ not to be compared with errors on held-out clips.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,17 +95,19 @@ class SampledInputs(MeasuredInputs):
         count = min(len(calls), math.ceil(num_samples * len(calls) / rows))
         kept = torch.linspace(0, len(calls) - 1, count).round().long().tolist()
         self._calls = [calls[index] for index in kept]
-        self.num_samples = sum(map(_num_rows, self._calls))
+        self.num_samples, self.num_batches = sum(map(_num_rows, self._calls)), len(self._calls)
+        self.batch_size = max(map(_num_rows, self._calls))
         self.source = (
             f"no clips: inputs of the full-precision model in {videos} "
             f"sampled video{'s' if videos > 1 else ''} of {num_steps} steps"
         )
 
     @torch.no_grad()
-    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+    def predictions(self, model: nn.Module, batches: Iterable[int] | None = None) -> Iterator[Tensor]:
         """See the base class; a batch is one recorded call."""
+        chosen = self._calls if batches is None else [self._calls[number] for number in batches]
         with placed(model) as device:
-            for arguments, named in self._calls:
+            for arguments, named in chosen:
 
                 def to_model(value: Tensor, *, device: torch.device = device) -> Tensor:
                     return value.to(device, model.dtype if value.dtype == self._dtype else value.dtype)
@@ -122,14 +124,14 @@ class NothingMeasured(MeasuredInputs):
     """
 
     source = "nothing: evaluation.samples=0"
-    num_samples = 0
+    num_samples = num_batches = batch_size = 0
 
     def __init__(self, *, encode: Encode) -> None:
         self.split = captions_split([], encode)
 
-    def predictions(self, model: nn.Module) -> Iterator[Tensor]:
+    def predictions(self, model: nn.Module, batches: Iterable[int] | None = None) -> Iterator[Tensor]:
         """The predictions for no inputs."""
-        del model
+        del model, batches
         return iter(())
 
     def relative_error(self, model: nn.Module, reference: Sequence[Tensor]) -> float:

@@ -3,6 +3,8 @@
     rank 0   teacher shown   fake-quantized shown    packed shown     ...
     rank 1   teacher table           fake-quantized table             ...      each batch into a file of its own
 
+So are the outputs of a run's own models for its held-out inputs, batch by batch, behind a model's videos.
+
 A batch is what is computed together, and depends on the configuration alone: the files are the same bytes for any number of
 processes. Models are sampled in stages, because the start's videos take the student back to where training began.
 """
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from qvgen.config.prompt import PromptedVideo
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.packed_fusion import kernel_names
+from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.item_queue import ItemQueue
-from qvgen.evaluation.kept_samples import BatchFacts, KeptSamples, SampledBatch
+from qvgen.evaluation.kept_samples import OUTPUTS, BatchFacts, KeptSamples, SampledBatch
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.quality_data import SamplingCost
 from qvgen.evaluation.sampling import batch_size, generate_videos, joined
@@ -46,13 +49,28 @@ class ModelAbsentError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The videos that are shown, and the table's, whose items are of the data, with their seeds."""
+    """The videos that are shown, and the table's, whose items are of the data, with their seeds.
+
+    Attributes:
+        inputs: Held-out inputs, for which outputs are asked, too; None: none are.
+        measured: Models whose outputs are asked.
+    """
 
     family: VideoDiT
     encode: Encode
     shown: Sequence[PromptedVideo]
     items: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
+    inputs: MeasuredInputs | None = None
+    measured: Sequence[str] = ()
+
+    def parts_of(self, model: str) -> list[tuple[str, int, int]]:
+        """A model's parts in the order in which one process computes them, each with its items and how many at once."""
+        size = batch_size(self.family)
+        parts = [(SHOWN, len(self.shown), size), (TABLE, len(self.items), size)]  # the shown ones warm a model up
+        if self.inputs is not None and model in self.measured:  # after a resume they may be cut otherwise
+            parts.append((f"{OUTPUTS}{self.inputs.batch_size}", self.inputs.num_batches, 1))
+        return parts
 
     @property
     def captions(self) -> list[str]:
@@ -62,7 +80,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Batch:
-    """Videos ``start`` .. ``stop - 1`` of one model's, shown or the table's.
+    """Videos ``start`` .. ``stop - 1`` of one model's, shown or the table's; of outputs, those for so many batches of inputs.
 
     Example:
         >>> Batch("teacher", TABLE, 32, 40).name
@@ -82,12 +100,12 @@ class Batch:
     @property
     def words(self) -> str:
         """The batch in words."""
-        return f"{self.model}, {self.part} {self.start} to {self.stop - 1}"
+        return f"{self.model}, {self.part.rstrip('0123456789')} {self.start} to {self.stop - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """One model's videos, uint8 [B, F, H, W, 3], and what the table's took.
+    """One model's videos, uint8 [B, F, H, W, 3], what the table's took, and its outputs.
 
     Attributes:
         shown: The shown ones.
@@ -95,6 +113,7 @@ class Sampled:
         cost: Time and memory.
         activation_bits: Mean width that a policy chose; None without one.
         is_warm: Whether the time is without a process's first use of the model.
+        outputs: Float32, for each batch of held-out inputs; none where none were asked.
     """
 
     shown: Tensor
@@ -102,16 +121,15 @@ class Sampled:
     cost: SamplingCost
     activation_bits: float | None
     is_warm: bool
+    outputs: tuple[Tensor, ...]
 
 
 def batches(models: Sequence[str], asked: Asked) -> list[Batch]:
-    """All batches of some models, in the order in which one process samples them: the shown ones warm a model up."""
-    size = batch_size(asked.family)
-    counts = ((SHOWN, len(asked.shown)), (TABLE, len(asked.items)))
+    """All batches of some models, in the order in which one process computes them."""
     return [
         Batch(model, part, start, min(start + size, count))
         for model in models
-        for part, count in counts
+        for part, count, size in asked.parts_of(model)
         for start in range(0, count, size)
     ]
 
@@ -152,7 +170,8 @@ class SharedSampling:
             while (number := self.queue.take(stage)) < len(todo):
                 batch = todo[number]
                 if self.kept.read(batch.name) is not None:
-                    log.info("videos of %s: kept from before the run was stopped", batch.words)
+                    what = "" if batch.part.startswith(OUTPUTS) else "videos of "
+                    log.info("%s%s: kept from before the run was stopped", what, batch.words)
                     continue
                 try:
                     is_warm = batch.model == at
@@ -199,20 +218,12 @@ class SharedSampling:
         return model
 
     def _sampled(self, batch: Batch, model: nn.Module, *, is_warm: bool) -> SampledBatch:
-        asked, part = self.asked, slice(batch.start, batch.stop)
-        shown = asked.shown[part]
-        captions, seeds, negatives = asked.captions[part], asked.seeds[part], None
-        if batch.part == SHOWN:
-            captions, seeds = [video.caption for video in shown], [video.seed for video in shown]
-            negatives = [video.negative for video in shown]
         switch = find_switch(model)
         if switch is not None:
             switch.history.clear()
         device = next(model.parameters()).device
         with measured(device) as spent:
-            frames = generate_videos(
-                asked.family, model, captions, seeds, negative_prompts=negatives, encode=asked.encode
-            )
+            frames = self._computed(batch, model)
         widths = [] if switch is None else switch.history
         facts = BatchFacts(
             dtype=weights_dtype(model),
@@ -225,6 +236,18 @@ class SharedSampling:
             widths_count=len(widths),
         )
         return SampledBatch(frames=frames, facts=facts)
+
+    def _computed(self, batch: Batch, model: nn.Module) -> Tensor:
+        asked, part = self.asked, slice(batch.start, batch.stop)
+        if batch.part.startswith(OUTPUTS):
+            assert asked.inputs is not None, "they were asked for"
+            return next(asked.inputs.predictions(model, [batch.start]))
+        shown = asked.shown[part]
+        captions, seeds, negatives = asked.captions[part], asked.seeds[part], None
+        if batch.part == SHOWN:
+            captions, seeds = [video.caption for video in shown], [video.seed for video in shown]
+            negatives = [video.negative for video in shown]
+        return generate_videos(asked.family, model, captions, seeds, negative_prompts=negatives, encode=asked.encode)
 
 
 def _joined(model: str, found: Mapping[Batch, SampledBatch]) -> Sampled:
@@ -248,4 +271,5 @@ def _joined(model: str, found: Mapping[Batch, SampledBatch]) -> Sampled:
         ),
         activation_bits=sum(fact.widths_sum for fact in facts) / chosen if chosen else None,
         is_warm=bool(warm),
+        outputs=tuple(sampled.frames for batch, sampled in found.items() if batch.part.startswith(OUTPUTS)),
     )

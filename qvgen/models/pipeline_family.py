@@ -25,7 +25,7 @@ from qvgen.models.base import Encode, Objective, TensorReader
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import negative_texts
 from qvgen.models.sampled_video import SampledVideo
-from qvgen.models.tensor_reader import read_tensors_of
+from qvgen.models.tensor_reader import read_tensors_of, with_loras
 
 
 @dataclass(kw_only=True, eq=False)
@@ -132,11 +132,12 @@ class PipelineFamily(FolderFamily):
             )
 
     def tensor_reader(self) -> TensorReader | None:
-        """Give a reader of single tensors of the transformer that is trained; None where a LoRA or a finetune changes it."""
-        if self._finetune is not None or self._loras:
+        """Give a reader of single tensors of the transformer that is trained, LoRAs in them; None for a finetune of it."""
+        if self._finetune is not None:
             return None
         folder, part = self._require_folder(), self.transformer_folder
-        return read_tensors_of(folder.weight_files(part), remedy=folder.remedy(f"{part}/*"))
+        read = read_tensors_of(folder.weight_files(part), remedy=folder.remedy(f"{part}/*"))
+        return with_loras(read, self._loras, component=part, build=lambda: self.build(self.transformer_config))
 
     @torch.no_grad()
     def encode_video(self, pixels: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C f h w"]:
@@ -155,8 +156,7 @@ class PipelineFamily(FolderFamily):
         self.check_clip(frames=frames, height=height, width=width)
         vae = self._module("vae")
         latents = self._normalize(vae.encode(pixels.to(self._device, vae.dtype)).latent_dist.mode()).float()
-        padding = self.frame_padding(frames)
-        return torch.cat([latents[:, :, :1]] * padding + [latents], dim=2)
+        return torch.cat([latents[:, :, :1]] * self.frame_padding(frames) + [latents], dim=2)
 
     @torch.no_grad()
     def decode(

@@ -21,7 +21,6 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.context_parallel import SharedSequence
-from qvgen.stop_request import Stopped
 from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
@@ -43,7 +42,7 @@ class VideoTraining(OptimizerModule):
         student: The transformer that is trained (quantized, or not for pretraining).
         teacher: The frozen full-precision transformer; None if the method has no use for it.
         encode: Turns captions into conditions: the data's, so that no text encoder runs while training.
-        validate: Measures the held-out relative error of the student; None where another process does.
+        validate: Measures the held-out relative error of the student, in all processes; None: it is never measured.
         validate_every_steps: Optimizer steps between two measurements, in all processes; also after the last. None: never.
         share_out: Shards both models, which are on the meta device until then, over the processes' mesh; None: they stay
             whole.
@@ -168,22 +167,14 @@ class VideoTraining(OptimizerModule):
         Raises:
             Stopped: In all processes, where any of them was asked to stop; Lightning measures again when the run goes on.
         """
-        sharded, error = self._share_out is not None, None
-        try:
-            with (
-                self.averaged(self.student),
-                torch.autocast(self.device.type, enabled=False),
-                uncompiled(self.student),
-                interruptible(self.student, together=sharded),
-            ):
-                error = None if self._validate is None else self._validate(self.student)
-        except Stopped:
-            if sharded:  # they all left at the same call
-                raise
-        error = self.trainer.strategy.broadcast(error)  # rank 0's
-        if error is None:
-            raise Stopped
-        self.relative_error = error
+        assert self._validate is not None, "validate_every_steps needs it"
+        with (
+            self.averaged(self.student),
+            torch.autocast(self.device.type, enabled=False),
+            uncompiled(self.student),
+            interruptible(self.student, together=self._share_out is not None),
+        ):
+            self.relative_error = self._validate(self.student)
 
     def draw(self, batch: dict[str, Any], *, step: int) -> NoisyBatch:
         """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step."""

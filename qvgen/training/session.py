@@ -33,6 +33,7 @@ from qvgen.training.layer_metrics import LayerMetrics
 from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
 from qvgen.training.saved_tensor import load_tensors_
+from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import START_FILE, restore_layers_
 from qvgen.training.step_figures import StepFigures, speed_of
 from qvgen.training.trainer import (
@@ -117,6 +118,8 @@ def train_share(
             how=Gathering.of(run.strategy),
         )
         trained, shown = models.student, models.teacher
+        if shown is not None and isinstance(output.validate, SharedError):
+            output.validate.take_reference_of(shown)
         restore_layers_(trained, run_dir)
     assert trained is not None, "a process that trains a whole model needs it"
     step = _fit(run, output, split, student=trained, teacher=shown, processes=processes, models=models)

@@ -166,7 +166,7 @@ def _why_alone(
     if init.needs and helpers.neighbours != helpers.world_size:
         return "its statistics lie on one node"
     if tensor_reader_of(family) is None:
-        return "the weights of the model, or a LoRA in them, can't be read layer by layer"
+        return "the model's weights, or those of a finetune, can't be read layer by layer"
     return None
 
 

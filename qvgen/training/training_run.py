@@ -80,7 +80,7 @@ class TrainingOutput:
         checkpoint: How often the run's state is saved.
         evaluation: How often it is measured, and the validation videos.
         trainer: Options of Lightning's Trainer.
-        validate: Measures the held-out relative error of the student; None: it is not measured.
+        validate: Measures the held-out relative error of the student, in all processes; None: it is not measured.
         loggers: Where metrics go besides metrics.csv.
         callbacks: Lightning callbacks of the user's, which all processes have.
     """

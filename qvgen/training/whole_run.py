@@ -17,6 +17,7 @@ from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.ahead import LOG_FOLDER, WORKER_FILE, run_workers
 from qvgen.training.distributed.launcher import WorkerGroup
+from qvgen.training.distributed.meeting import SAMPLE, START
 from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.distributed.store_exchange import default_store
 from qvgen.training.distributed.store_queue import StoreQueue
@@ -122,18 +123,18 @@ def start_helpers(
     """
     sizes = {"world_size": run.devices, "neighbours": run.node_devices}
     if workers is not None:
-        # A process of a sharded run has no room for a whole model on its host.
-        sampling = None if run.is_sharded else workers.ask_calibration
-        asked = {"ask": workers.ask, "check": workers.check, "ask_calibration": sampling}
+        asked = {"ask": workers.ask, "check": workers.check, "ask_calibration": workers.ask_calibration}
         return StartHelpers(**sizes, run_dir=run_dir, **asked)
     if (meeting := current_meeting()) is None or run.devices == 1 or not run.steps.num_steps:
         return None
 
-    def ask() -> None:
+    def ask(what: str, *, marked: Path | None = None) -> None:
         _write_settings(run_dir, settings)
-        meeting.announce(run_dir, start_only=True)
+        meeting.announce(run_dir, asks=what, marked=marked)
 
-    return StartHelpers(**sizes, run_dir=run_dir, ask=ask, check=meeting.start_watch().check)
+    cache = Path(settings["calibration"]["cache"]).expanduser()
+    asked = {"ask": partial(ask, START), "ask_calibration": partial(ask, SAMPLE, marked=cache)}
+    return StartHelpers(**sizes, run_dir=run_dir, check=meeting.start_watch().check, **asked)
 
 
 def _worker_group(

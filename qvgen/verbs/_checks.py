@@ -36,8 +36,13 @@ def check_low_host_memory(config: TrainConfig) -> None:
         why = f"method={config.names.method} begins with a whole model; leave the key out"
     elif sampled_needs(config):
         why = f"init={config.names.init} samples the full-precision model; write init=mse or init=rtn"
-    elif config.evaluation.every_steps is not None:
-        why = "evaluation.every_steps compares with the whole full-precision model; leave that out"
+    elif config.evaluation.every_steps is not None and not (
+        config.method.needs_teacher or config.evaluation.video_every_steps is not None
+    ):
+        why = (
+            f"evaluation.every_steps compares with the full-precision model, which method={config.names.method} trains "
+            "without; leave that out"
+        )
     why = why or why_not_streamed(student_design(config), config.init, name=config.names.init)
     if why is not None:
         raise UserError(f"strategy.low_host_memory=true holds no whole model on a host, and {why}")

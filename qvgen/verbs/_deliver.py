@@ -18,7 +18,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.comparison import ComparedModels, compare_models
 from qvgen.evaluation.environment import collect_environment
-from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
+from qvgen.evaluation.held_out import HeldOut, relative_error_of
 from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
 from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
@@ -26,7 +26,7 @@ from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, Ru
 from qvgen.layers.attention_swap import packed_attentions
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.distributed.store_queue import StoreQueue
-from qvgen.training.student import fold_student
+from qvgen.training.student import Measured, fold_student
 from qvgen.verbs._parts import named_family, packed_record
 from qvgen.verbs._sampling import at_start, begin_sampling, start_absent
 
@@ -51,31 +51,20 @@ def deliver(
     start: Mapping[str, float],
     teacher: nn.Module,
     student: nn.Module,
-    held_out: MeasuredInputs,
+    measured: Measured,
     ended: TrainingEnd,
 ) -> ReportData:
     """Fold, pack, read back, generate with all models and compare: all that the report says.
 
     Afterwards the student may hold the run's start.
     """
-    steps = ended.steps
+    steps, held_out = ended.steps, measured.inputs
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
         record = packed_record(config, steps=steps)
         fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
-    sampling = begin_sampling(config, path, split=held_out.split, queue=ended.queue)  # the others begin here
-    reference = list(held_out.predictions(teacher))
-    error = HeldOutError(
-        rtn=start["rtn"],
-        ptq=start["ptq"],
-        qat=held_out.relative_error(student, reference),
-        packed=held_out.relative_error(packed, reference),
-        num_samples=held_out.num_samples,
-        split=held_out.source,
-        seed=held_out.seed,
-        num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
-    )
+    sampling = begin_sampling(config, path, held_out=held_out, queue=ended.queue)  # the others begin here
     with _timed(seconds, "generate"):
         comparison = compare_models(
             ComparedModels(teacher=teacher, fake=student, packed=packed, start_absent=start_absent(config, path)),
@@ -83,6 +72,16 @@ def deliver(
             sampling=sampling,
             to_start=partial(at_start, config, student, path),
         )
+    error = HeldOutError(
+        rtn=start["rtn"],
+        ptq=start["ptq"],
+        qat=relative_error_of(comparison.outputs["fake-quantized"], measured.reference),
+        packed=relative_error_of(comparison.outputs["packed"], measured.reference),
+        num_samples=held_out.num_samples,
+        split=held_out.source,
+        seed=held_out.seed,
+        num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
+    )
     return ReportData(
         run=replace(run_info(config), steps=steps),
         relative_error=error,

@@ -23,7 +23,7 @@ from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.leaf_file import foreign_targets
 from qvgen.config.run_config import read_plain
 from qvgen.errors import UnfitEnvironmentError, one_line
-from qvgen.training.distributed.meeting import Meeting, RankZeroEndedError, current
+from qvgen.training.distributed.meeting import SAMPLE, START, Meeting, RankZeroEndedError, current
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT
 from qvgen.training.whole_run import WORKER_FILE
 from qvgen.verbs import import_verb
@@ -104,7 +104,11 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
         _log_to(folder / "logs" / f"rank{world.rank}.log")
         return build(verb, read_plain(folder / "logs" / WORKER_FILE), trusted=foreign_targets(plain))
 
-    folder = meeting.wait_for_run(help_start=lambda folder: module.help_start(config(folder), rank=world.rank))
+    helps = {
+        SAMPLE: lambda folder: module.help_calibration(config(folder), rank=world.rank),
+        START: lambda folder: module.help_start(config(folder), rank=world.rank),
+    }
+    folder = meeting.wait_for_run(helps=helps)
     given = config(folder)
     options = {"hang_minutes": given.training.hang_minutes, "shares_on_host": given.strategy.cpu_offload}
     with meeting.group(timeout=COLLECTIVE_TIMEOUT, **options):

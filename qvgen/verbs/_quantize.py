@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from qvgen.config import launched_world
 from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.kept_samples import forget_samples
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.training.distributed.ahead import LOG_FOLDER
+from qvgen.training.distributed.launched_store import is_shared
+from qvgen.training.distributed.meeting import MARK_FILE
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
+from qvgen.training.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
 from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_calibration import sample_share
 from qvgen.training.start_file import load_start
@@ -64,9 +71,10 @@ def quantize(config: TrainConfig) -> None:
         )
         training = nullcontext(0)
         if config.steps:
+            validate = _shared_measurement(config, run_dir.path, measured) if run.devices > 1 else measured.error
             training = trained(
                 run,
-                training_output(config, run_dir.path, validate=measured.error, loggers=loggers),
+                training_output(config, run_dir.path, validate=validate, loggers=loggers),
                 student=student,
                 teacher=teacher,
                 settings=config.plain,
@@ -74,6 +82,7 @@ def quantize(config: TrainConfig) -> None:
                 workers=workers,
             )
         with training as steps:
+            (run_dir.path / REFERENCE_FILE).unlink(missing_ok=True)
             if not held_out.num_samples:
                 deliver_unmeasured(
                     config, run_dir.path, start=start, teacher=teacher, student=student, why=held_out.source
@@ -85,7 +94,7 @@ def quantize(config: TrainConfig) -> None:
                 start=start,
                 teacher=teacher,
                 student=student,
-                held_out=held_out,
+                measured=measured,
                 ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
             )
         show_result(data, write_report(run_dir.path, data))
@@ -110,11 +119,18 @@ def set_up_layers(config: TrainConfig, *, rank: int) -> None:
 def calibrate_share(config: TrainConfig, *, rank: int) -> None:
     """Take part in what is sampled for the start as another process of a run than the one that the user started."""
     set_threads(config.strategy.threads)
+    world, cache = launched_world.current(), Path(config.calibration.cache).expanduser()
+    if world is not None and world.node_rank and not is_shared(cache, like=config.run_dir / LOG_FOLDER / MARK_FILE):
+        log.info("calibration.cache=%s is not the folder of rank 0's node: this node samples nothing", cache)
+        return
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)  # all processes are on this machine
+        torch.cuda.set_device(rank if world is None else world.local_rank)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     encode = config.data.open(config.model, split="held_out").encode
-    teacher = sampled_teacher(config, config.model.load_teacher(), encode=encode)
+    transformer = config.model.load_teacher()
+    if training_run(config).is_sharded:  # its host has room for shares; what is mapped of the files is given back
+        transformer.to(sampling_device())
+    teacher = sampled_teacher(config, transformer, encode=encode)
     sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
     log.info("the calibration is there")
 
@@ -125,11 +141,12 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)
-    processes = processes_of(run, rank=rank, port=port)
+    processes, validate = processes_of(run, rank=rank, port=port), None
+    if config.method.quantizes and config.evaluation.every_steps is not None:
+        reference = None if config.strategy.low_host_memory else read_reference(config.run_dir)
+        validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
+    output = training_output(config, config.run_dir, validate=validate)
     if processes.sharded:  # its shares come from rank 0
-        held_out = open_held_out(config) if config.evaluation.every_steps is not None else None
-        validate = None if held_out is None else held_out.take_part
-        output = training_output(config, config.run_dir, validate=validate)
         train_share(run, output, student=None, teacher=None, processes=processes)
         return
     teacher: nn.Module | None = None
@@ -140,10 +157,18 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     else:
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)
-    output = training_output(config, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
     if config.method.quantizes and (queue := sharing_queue(run)) is not None:
         help_sampling(config, student=student, teacher=teacher, queue=queue)
+
+
+def _shared_measurement(config: TrainConfig, path: Path, measured: Measured) -> SharedError | None:
+    """As rank 0, what measures a student on the way together with the other processes, which find the reference's file."""
+    if config.evaluation.every_steps is None:
+        return None
+    write_reference(path, measured.reference, key=config.model.revision)
+    is_shared = training_run(config).is_sharded
+    return SharedError(measured.inputs, reference=measured.reference.__getitem__, together=is_shared)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

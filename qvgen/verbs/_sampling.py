@@ -1,4 +1,4 @@
-"""The videos at the end of a run, which all of its processes sample: what they are, and the part of each process."""
+"""Videos and held-out outputs at the end of a run, which all of its processes compute: the part of each process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
-from qvgen.data.source import Split
 from qvgen.deploy.checkpoint import load_packed
-from qvgen.evaluation.comparison import COMPARED_STAGE, START, START_STAGE, open_compared
-from qvgen.evaluation.held_out import HELD_OUT_SEED
+from qvgen.evaluation.comparison import COMPARED_STAGE, MEASURED, START, START_STAGE, open_compared
+from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs
 from qvgen.evaluation.item_queue import OneProcess
 from qvgen.evaluation.kept_samples import KeptSamples, samples_key
 from qvgen.evaluation.prompts import shown_videos
@@ -24,21 +23,24 @@ from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.start_file import START_FILE, load_start
 from qvgen.training.stop_point import interruptible
+from qvgen.verbs._inputs import open_held_out
 
 
-def begin_sampling(config: TrainConfig, path: Path, *, split: Split, queue: StoreQueue | None) -> SharedSampling:
+def begin_sampling(
+    config: TrainConfig, path: Path, *, held_out: MeasuredInputs, queue: StoreQueue | None
+) -> SharedSampling:
     """As rank 0, when the packed directory is written: rank 0's part, and the beginning of those of the others.
 
     Args:
         config: The run's.
         path: The run's folder.
-        split: Captions of the table's videos.
+        held_out: The inputs that models are measured on, and captions of the table's videos.
         queue: What the processes share out by; None: there is one.
     """
     key = samples_key(path, settings=config.plain, revision=config.model.revision)
     if queue is not None:
         queue.begin(key)
-    return SharedSampling(_asked(config, split), kept=KeptSamples(path, key=key), queue=queue or OneProcess())
+    return SharedSampling(_asked(config, held_out), kept=KeptSamples(path, key=key), queue=queue or OneProcess())
 
 
 def help_sampling(config: TrainConfig, *, student: nn.Module, teacher: nn.Module | None, queue: StoreQueue) -> None:
@@ -50,10 +52,10 @@ def help_sampling(config: TrainConfig, *, student: nn.Module, teacher: nn.Module
         teacher: Full-precision model; None: it is loaded where this process samples with it.
         queue: What the processes share out by.
     """
-    split, path = config.data.open(config.model, split="held_out"), config.run_dir
+    held_out, path = open_held_out(config), config.run_dir
     key = queue.wait_to_begin()
     sampling = SharedSampling(
-        _asked(config, split),
+        _asked(config, held_out),
         kept=KeptSamples(path, key=key),
         queue=queue,
         watched=partial(interruptible, together=False),
@@ -102,12 +104,14 @@ def at_start(config: TrainConfig, student: nn.Module, path: Path) -> Iterator[nn
         yield student
 
 
-def _asked(config: TrainConfig, split: Split) -> Asked:
-    items = held_out_items(split, config.evaluation.quality_videos)
+def _asked(config: TrainConfig, held_out: MeasuredInputs) -> Asked:
+    items = held_out_items(held_out.split, config.evaluation.quality_videos)
     return Asked(
         family=config.model,
-        encode=split.encode,
+        encode=held_out.split.encode,
         shown=shown_videos(config.evaluation, config.model, seed=config.seed),
         items=items,
         seeds=[HELD_OUT_SEED + index for index in range(len(items))],
+        inputs=held_out,
+        measured=MEASURED,
     )

@@ -1,6 +1,6 @@
 """The way of a run whose processes hold no whole model (``strategy.low_host_memory=true``): start, training, checkpoint.
 
-Packing, and measuring against the full-precision model, take whole models. They are left to `qvgen fold`, or to the same run
+Packing, and measuring a packed model, take whole models. They are left to `qvgen fold`, or to the same run
 continued without the key, on whatever host has the memory.
 """
 
@@ -13,10 +13,11 @@ from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import LAYERS_FILE, START_FILE, check_start
 from qvgen.training.streamed_start import make_streamed_start
 from qvgen.training.whole_run import early_workers, start_helpers, trained
-from qvgen.verbs._inputs import open_inputs
+from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._parts import claim, open_log, student_design, training_output, training_run
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ def train_streamed(config: TrainConfig) -> None:
     log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
     if tensor_reader_of(config.model) is None:
         raise UserError(
-            f"strategy.low_host_memory=true reads model={config.names.model} tensor by tensor, and a LoRA or a finetune "
-            "of it takes the whole model; leave the key out"
+            f"strategy.low_host_memory=true reads model={config.names.model} tensor by tensor, which its weights or a "
+            "finetune of them can't be; leave the key out"
         )
     open_inputs(config)
     run, design = training_run(config), student_design(config)
@@ -50,9 +51,12 @@ def train_streamed(config: TrainConfig) -> None:
             how = {"family": config.model, "design": design, "init": config.init, "seed": config.seed}
             make_streamed_start(run_dir.path, **how, helpers=helpers)
         stop_request.note("after the PTQ start, saved")
+        validate = None
+        if config.evaluation.every_steps is not None:
+            validate = SharedError(open_held_out(config), reference=None, together=True)
         with trained(
             run,
-            training_output(config, run_dir.path, loggers=loggers),
+            training_output(config, run_dir.path, validate=validate, loggers=loggers),
             student=None,
             teacher=None,
             settings=config.plain,

@@ -26,6 +26,7 @@ from qvgen.verbs import importing
 from qvgen.verbs._checks import check_low_host_memory, check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
+from qvgen.verbs._shared_work import shared_work
 from qvgen.verbs._strategy import settle_strategy
 
 
@@ -91,8 +92,9 @@ def run(config: TrainConfig) -> int | None:
 
 def _print_plan(config: TrainConfig, student: Prepared | None, counter: MemoryCounter | None) -> int | None:
     """Say what the run will do and take; the exit code where it does not fit."""
+    run = training_run(config)
     plan = plan_training(
-        training_run(config),
+        run,
         device_memory_gib=config.device_memory_gib,
         run_dir=config.run_dir,
         checkpoints_kept=config.checkpoint.keep,
@@ -104,7 +106,14 @@ def _print_plan(config: TrainConfig, student: Prepared | None, counter: MemoryCo
     kernel = [] if student is None else [_kernel_line(student[0], config.kernel)]
     plan_lines = format_plan(plan, title=title(config), network_gbits=config.network_gbits)
     started = [] if world is None else [world.label]
-    for line in [*started, *config.data.summary(), *plan_lines, *kernel, *planned_exports(config)]:
+    for line in [
+        *started,
+        *config.data.summary(),
+        *plan_lines,
+        *shared_work(config, run),
+        *kernel,
+        *planned_exports(config),
+    ]:
         print(line)
     return None if plan.can_run else DOES_NOT_FIT
 

@@ -87,7 +87,10 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
             f"{LOW} method=pretrain",
             "no whole model on a host, and method=pretrain begins with a whole model; leave the key",
         ),
-        (f"{LOW} evaluation.every_steps=2", "evaluation.every_steps compares with the whole full-precision model"),
+        (
+            f"{LOW} method=lsq evaluation.every_steps=2 evaluation.video_every_steps=null",
+            "evaluation.every_steps compares with the full-precision model, which method=lsq trains without; leave that",
+        ),
         (f"{LOW} export=diffusers", "the run ends with a checkpoint, and qvgen fold packs it; leave it out"),
         (
             "strategy=deepspeed",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.models.lora.choice import read_choice
 from qvgen.models.lora.file import LoraFile
@@ -171,30 +171,55 @@ def read_loras(
     ]
 
 
-def merge_loras_(transformer: Any, loras: Sequence[Lora], *, component: str) -> None:
-    """Add LoRAs to a transformer's weights, in place; nothing but the weights is changed.
+class LoraMerge:
+    """LoRAs that are added to a transformer's weights, one parameter at a time.
 
     Args:
-        transformer: diffusers model, on any device, in any floating dtype.
+        transformer: diffusers model, on any device, ``meta`` too: its names and shapes are looked at.
         loras: merged together, in one rounding.
         component: which of the model's transformers it is. One that is not trained may have no keys.
 
     Raises:
-        ValueError: a file is of another model, or of the other transformer alone, or a sum is not finite.
+        ValueError: a file is of another model, or of the other transformer alone.
     """
-    plans = [(lora, plan) for lora in loras if (plan := lora.plan(transformer, component=component)) is not None]
-    for lora, plan in plans:
-        lora.say(plan, component=component)
-    for name, parameter in transformer.named_parameters():
-        chosen = [(lora, addend) for lora, plan in plans for addend in plan.addends.get(name, ())]
+
+    def __init__(self, transformer: nn.Module, loras: Sequence[Lora], *, component: str) -> None:
+        found = [(lora, lora.plan(transformer, component=component)) for lora in loras]
+        self._plans = [(lora, plan) for lora, plan in found if plan is not None]
+        for lora, plan in self._plans:
+            lora.say(plan, component=component)
+
+    def changes(self, name: str) -> bool:
+        """Whether anything is added to a parameter."""
+        return any(name in plan.addends for _, plan in self._plans)
+
+    def merged(self, name: str, value: Tensor) -> Tensor:
+        """A parameter with what is added to it.
+
+        Args:
+            name: name of the parameter.
+            value: the whole parameter, of any floating dtype, which the sum is rounded to once.
+
+        Raises:
+            ValueError: a sum is not finite.
+        """
+        chosen = [(lora, addend) for lora, plan in self._plans for addend in plan.addends.get(name, ())]
         if not chosen:
-            continue
-        total = parameter.data.float()
+            return value
+        total = value.float()
         for lora, addend in chosen:
             with lora.file.open() as stream:
-                value = addend.value(stream, shape=parameter.shape).to(total.device)
-            total = total + value * (addend.factor * lora.scale)
-        parameter.data = total.to(parameter.dtype)
-        last = chosen[-1][0]
+                added = addend.value(stream, shape=value.shape).to(total.device)
+            total = total + added * (addend.factor * lora.scale)
+        rounded, last = total.to(value.dtype), chosen[-1][0]
         source = f"{last.file.key}={last.file.path}: merged with model.lora_scale={last.scale}"
-        check_finite([(name, parameter)], source=source, remedy="lower the scale, or get the LoRA again")
+        check_finite([(name, rounded)], source=source, remedy="lower the scale, or get the LoRA again")
+        return rounded
+
+
+def merge_loras_(transformer: nn.Module, loras: Sequence[Lora], *, component: str) -> None:
+    """Add LoRAs to a transformer's weights, in place; nothing but the weights is changed. See :class:`LoraMerge`."""
+    merge = LoraMerge(transformer, loras, component=component)
+    for name, parameter in transformer.named_parameters():
+        if merge.changes(name):
+            parameter.data = merge.merged(name, parameter.data)

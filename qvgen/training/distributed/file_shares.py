@@ -1,7 +1,7 @@
 """Shares of models that no process holds whole (``strategy.low_host_memory=true``): each rank reads its rows from files.
 
 student    start.safetensors, rows of each tensor
-teacher    the files of the model, a tensor at a time, in the type that the teacher has when it is loaded
+teacher    the files of the model, and of its LoRAs, a tensor at a time, in the type that the teacher has when it is loaded
 buffers    the student's that are stored: start.safetensors; those that a model computes when it is built (positions of
            tokens): the model without its blocks
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qvgen.models.base import TensorReader, VideoDiT
+from qvgen.models.tensor_reader import read_as
 from qvgen.training.distributed.gathering import Gathering, gather_by_block_
 from qvgen.training.distributed.sharding import blocks_of, read_rows_
 
@@ -78,7 +79,7 @@ def share_teacher_(
 ) -> None:
     """Shard the teacher, on the meta device in its own types, and read this process's rows; see :func:`share_student_`."""
     types = {name: parameter.dtype for name, parameter in teacher.named_parameters()}
-    _share_(teacher, lambda name: read(name).to(types[name]), computed, mesh=mesh, device=device, how=how)
+    _share_(teacher, lambda name: read_as(read, name, types[name]), computed, mesh=mesh, device=device, how=how)
 
 
 def _share_(

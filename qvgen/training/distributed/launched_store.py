@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from qvgen.errors import UnfitEnvironmentError, one_line
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 900.0
 """How long rank 0 may take to begin: all processes import the same libraries, perhaps from a slow disk."""
+FOLDER_SECONDS = 15.0
+"""How long a node looks whether a folder is rank 0's before it does without."""
 SHARED_SECONDS = 90.0
 """How long a file of rank 0's may take to be seen on another node: NFS remembers folders for a minute."""
 
@@ -66,6 +69,24 @@ def wait_for_server(world: LaunchedWorld, *, patience_s: float = CONNECT_SECONDS
             time.sleep(POLL_SECONDS)
         else:
             return
+
+
+def is_shared(folder: Path, *, like: Path, patience_s: float = FOLDER_SECONDS) -> bool:
+    """Whether a folder is the one that rank 0 has marked (:meth:`qvgen.training.distributed.meeting.Meeting.announce`).
+
+    Args:
+        folder: The folder; another node may have one of its own in that place.
+        like: A file of the run's folder that says what the mark is.
+        patience_s: How long it may take to appear.
+    """
+    mark, deadline = like.read_bytes(), time.monotonic() + patience_s
+    while True:
+        with suppress(OSError):
+            if (folder / like.name).read_bytes() == mark:
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS)
 
 
 def check_shared(file: Path, *, mark: str, me: str, host: str, patience_s: float = SHARED_SECONDS) -> None:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +52,9 @@ FAREWELL_SECONDS = 5.0
 """How long rank 0, where it serves the store, stays for the others to read how it ended."""
 MARK_FILE = "launch.txt"
 """In the folder of logs; what stands there tells this start from others."""
-_START, _RUN, _READ, _LINK = "start", "run", "read", "link"
+SAMPLE, START, RUN = "sample", "start", "run"
+"""What rank 0 asks the others for: to sample for the start, to set up layers for it, to train."""
+_READ, _LINK = "read", "link"
 
 
 class RankZeroEndedError(Exception):
@@ -123,16 +125,19 @@ class Meeting:
 
     # Rank 0
 
-    def announce(self, run_dir: Path, *, start_only: bool = False) -> None:
+    def announce(self, run_dir: Path, *, asks: str = RUN, marked: Path | None = None) -> None:
         """As rank 0, when the run's folder holds all that the others need: let them begin.
 
         Args:
             run_dir: The run's folder, with ``logs/worker.yaml``.
-            start_only: Let them help with the start, and wait again.
+            asks: For what: training, or help before that (``SAMPLE``, ``START``), behind which they wait again.
+            marked: A further folder that gets what tells this start from others (:func:`launched_store.is_shared`).
         """
         said = {"folder": str(run_dir.absolute()), "mark": self._mark, "host": socket.gethostname()}
-        atomic_write(run_dir / "logs" / MARK_FILE, self._mark.encode())
-        self._store.set(_START if start_only else _RUN, json.dumps(said))
+        for folder in (run_dir / "logs", *([] if marked is None else [marked])):
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / MARK_FILE, self._mark.encode())
+        self._store.set(asks, json.dumps(said))
 
     def start_watch(self) -> StartWatch:
         """As rank 0: who tells whether those that help with the start are still there."""
@@ -151,27 +156,26 @@ class Meeting:
 
     # The others
 
-    def wait_for_run(self, *, help_start: Callable[[Path], None]) -> Path:
+    def wait_for_run(self, *, helps: Mapping[str, Callable[[Path], None]]) -> Path:
         """As another rank: wait until rank 0 lets begin; the run's folder.
 
         Args:
-            help_start: Called once, with the same folder, where rank 0 asks for help with the start before that.
+            helps: What rank 0 may ask for before that -> what does it, once, with the same folder; in this order.
 
         Raises:
             RankZeroEndedError: It ended before.
             UnfitEnvironmentError: Its files are not seen here.
         """
-        helped = False
-        while not self._store_has(_RUN):
+        left = dict(helps)
+        while not self._store_has(RUN):
             if (code := self.ended()) is not None:
                 raise RankZeroEndedError(
                     code, f"{self.me} ends: rank 0 ended with exit code {code} before training began"
                 )
-            if not helped and self._store_has(_START):
-                helped = True
-                help_start(self._seen_folder(_START))
+            for asked in filter(self._store_has, tuple(left)):
+                left.pop(asked)(self._seen_folder(asked))
             time.sleep(POLL_SECONDS)
-        return self._seen_folder(_RUN)
+        return self._seen_folder(RUN)
 
     def _seen_folder(self, key: str) -> Path:
         said = json.loads(self._store.get(key))
