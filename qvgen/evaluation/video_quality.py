@@ -1,8 +1,8 @@
 """Metrics of generated videos beside the teacher's of the same captions and seeds: rows of the report's table.
 
 The metrics are those of suite=fast that compare single videos, so that a report and `qvgen evaluate` say the same of the same
-videos. One that can't be measured here has its reason in its place: weights that `qvgen assets` would fetch, or no GPU for one
-that would take longer than the rest of the report.
+videos. One that can't be measured here has its reason in its place: weights that `qvgen assets` would fetch, or a network
+that would take a CPU longer than the rest of the report.
 """
 
 from __future__ import annotations

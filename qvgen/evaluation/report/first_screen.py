@@ -69,7 +69,6 @@ class FirstScreen:
 def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScreen:
     """Choose what the first screen shows of a run."""
     quality = data.quality
-    variants = {variant.name: variant for variant in quality.variants}
     verdicts = judge_all(quality)
     costs = {} if data.sampling is None else {cost.name: cost for cost in data.sampling.costs}
     notes = [data.relative_error.caution] if data.relative_error.caution else []

@@ -7,7 +7,8 @@
     flicker                    <= 1.25 x   <= 2 x      above      the teacher's flicker, where captions ask for standing still
 
 A verdict is the worst of those that were measured; other metrics of suite=fast have no limit. A metric that is no number is
-poor: a video of NaN is. Flicker that is less than ``UNSEEN_FLICKER`` levels of 255 above the teacher's is good, whatever the ratio: nobody sees it.
+poor: a video of NaN is. Flicker that is less than ``UNSEEN_FLICKER`` levels of 255 above the teacher's is good, whatever the
+ratio: nobody sees it.
 
 Same noise and no loss give the same video, so these are distances to it, with limits as image coding uses them; they are
 rules of thumb and no study of viewers. A trained model may leave its teacher's video and still make a good one, so "poor"

