@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qvgen.evaluation.metrics.psnr import PeakSignalToNoise
+from qvgen.evaluation.distance import PSNR_CUT_DB
 from qvgen.evaluation.quality_data import Quality, SamplingCost, VariantQuality
 from qvgen.evaluation.report.page_format import format_db, format_number
 from qvgen.evaluation.report.verdict import Level, Verdict, judge_all, rule
@@ -100,7 +100,7 @@ def _rows(quality: Quality, verdicts: dict[str, Verdict]) -> list[MetricRow]:
         if value is None:
             return format_number(None)
         if name == "psnr_db":
-            return "equal" if value >= PeakSignalToNoise.high else format_db(value)
+            return "equal" if value >= PSNR_CUT_DB else format_db(value)
         if name != "flicker" or variant is teacher or teacher is None or not teacher.flicker:
             return format_number(value)
         return f"{format_number(value)} ({value / teacher.flicker:.3g}\N{MULTIPLICATION SIGN})"
