@@ -36,12 +36,12 @@ def check_order(metric: Metric, trained: dict[str, Any], start: dict[str, Any], 
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the start, and of the trained model against it; half of the usual sampling steps, and no metric that is slow."""
+    """Of the start, and of the trained model against it; fewer sampling steps, and no metric that is slow."""
     folder, found = tmp_path_factory.mktemp("order"), []
     names = ",".join(name for name, metric in SUITE.items() if not metric.slow_on_cpu)
     for model in ("ptq", "qat"):
         words = [f"packed={MODELS / model}", f"out={folder / model}", f"references={folder / 'references'}"]
-        words += [f"prompts=[{','.join(PROMPTS)}]", "seeds=1", "num_steps=10", f"suite.metrics=[{names}]"]
+        words += [f"prompts=[{','.join(PROMPTS)}]", "seeds=1", "num_steps=6", f"suite.metrics=[{names}]"]
         words += [f"against={folder / 'ptq'}"] if model == "qat" else []
         assert main(["evaluate", *words]) == DONE
         found.append(json.loads((folder / model / "evaluation.json").read_text()))

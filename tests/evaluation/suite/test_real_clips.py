@@ -98,15 +98,14 @@ def test_no_run_and_no_batch_size_changes_a_value(
 
 
 @asked
-@pytest.mark.parametrize("kind", ["reencoded", "cut", "noised"])
-def test_one_process_and_two_say_the_same(kind: str, clips: dict[str, list[Tensor]], tmp_path: Path) -> None:
-    for name in ("exact", kind):
+def test_one_process_and_two_say_the_same(clips: dict[str, list[Tensor]], tmp_path: Path) -> None:
+    for name in ("exact", "noised"):
         for number, clip in enumerate(clips[name]):
             write_video(tmp_path / name / f"clip-{number}.mp4", clip.numpy(), fps=8, scale=1)
     found: list[dict[str, Any]] = []
     for devices in (1, 2):
         out = tmp_path / f"out-{devices}"
-        words = [f"videos={tmp_path / kind}", f"reference={tmp_path / 'exact'}", f"out={out}", f"devices={devices}"]
+        words = [f"videos={tmp_path / 'noised'}", f"reference={tmp_path / 'exact'}", f"out={out}", f"devices={devices}"]
         assert main(["evaluate", *words, f"suite.metrics=[{','.join(LONG_NAMES)}]"]) == DONE
         found.append(json.loads((out / "evaluation.json").read_text()))
     assert found[0] == found[1]
