@@ -57,6 +57,8 @@ class EvaluateConfig:
         against: Folder of another model's evaluation, on the same prompts and seeds: is the difference more than noise?
         out: Folder of evaluation.json, evaluation.html and the rows, and of what was sampled and measured so far.
         references: Folder in which the reference model's videos are kept for all evaluations.
+        wandb: True logs the evaluation of a run that was logged at Weights & Biases there too, as a run of its own that uses
+            the packed folder; of another run, and of files, nothing is logged.
         overwrite: True replaces another evaluation that is in ``out``; False refuses to.
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         devices: Processes on this machine that share out videos and measurements, one for each GPU. ``auto``: all visible
@@ -84,6 +86,7 @@ class EvaluateConfig:
     against: Path | None
     out: Path
     references: Path
+    wandb: bool
     overwrite: bool
     kernel: str
     devices: Annotated[int, Range("> 0")]

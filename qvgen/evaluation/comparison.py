@@ -28,7 +28,7 @@ from qvgen.evaluation.quality_data import Quality, Sampling
 from qvgen.evaluation.report_data import Checks, VideoComparison
 from qvgen.evaluation.sampling_cost import describe_device, memory_source
 from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, OpenModel, Sampled, SharedSampling
-from qvgen.evaluation.video_quality import STILL, find_lpips, video_quality
+from qvgen.evaluation.video_quality import STILL, open_metrics, video_quality
 from qvgen.layers.layer_threads import idle_threads, in_threads
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def _comparisons(videos: Mapping[str, Tensor], asked: Asked) -> tuple[VideoCompa
 
 
 def _quality(sampled: Mapping[str, Sampled], asked: Asked, *, start_absent: str | None) -> Quality:
-    family, lpips_state = asked.family, find_lpips()
-    given = {"teacher": sampled["teacher"].table, "items": asked.items, "lpips_state": lpips_state}
+    family, metrics = asked.family, open_metrics(sampled["teacher"].table)
+    given = {"teacher": sampled["teacher"].table, "items": asked.items, "metrics": metrics.usable}
     jobs = (partial(video_quality, name, one.table, **given) for name, one in sampled.items())
     threads = 1 if torch.cuda.is_available() else idle_threads()
     rows = dict(zip(sampled, in_threads(jobs, threads=threads), strict=True))
@@ -174,7 +174,8 @@ def _quality(sampled: Mapping[str, Sampled], asked: Asked, *, start_absent: str 
         num_steps=family.num_inference_steps,
         guidance_scale=family.guidance_scale,
         negative_prompt=None if family.guidance_scale == 1 else family.negative_prompt,
-        lpips_absent=lpips_state.absent,
+        metrics=metrics.titles,
+        left_out=metrics.left_out,
         start_absent=start_absent,
     )
 

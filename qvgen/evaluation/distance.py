@@ -26,6 +26,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional
 
+PSNR_CUT_DB = 100.0
+"""Where tables cut PSNR, so that equal videos do not make a mean infinite; what is above can't be seen by anybody."""
+
 SSIM_SIGMA_PIXELS = 1.5
 SSIM_WINDOW_PIXELS = 11
 """Width of the window of SSIM: cut at 3.5 sigma, rounded, it reaches 5 pixels to each side."""

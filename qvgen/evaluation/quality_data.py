@@ -16,9 +16,8 @@ class VariantQuality:
 
     Attributes:
         name: "teacher", "ptq-start", "fake-quantized" or "packed".
-        psnr_db: PSNR to the teacher's videos at the same captions and seeds; None for the teacher.
-        ssim: SSIM to the teacher's videos; None for the teacher.
-        lpips: LPIPS to the teacher's videos, mean over frames; None for the teacher, and where the network is not there.
+        compared: the metrics of suite=fast beside the teacher's videos of the same captions and seeds, the mean over videos,
+            by the names that :class:`Quality` explains, e.g. ``psnr_db``; empty for the teacher.
         flicker: mean |frame difference| in levels of 255 over the captions that ask for standing still.
         accuracy: share in [0, 1] of the videos in which a classifier finds what the caption asks for, by
             attribute ("digit", "color", "motion"); empty where there is no classifier. All variants have the same keys.
@@ -26,9 +25,7 @@ class VariantQuality:
     """
 
     name: str
-    psnr_db: float | None
-    ssim: float | None
-    lpips: float | None
+    compared: Mapping[str, float]
     flicker: float | None
     accuracy: Mapping[str, float | None]
     activation_bits: float | None = None
@@ -46,7 +43,8 @@ class Quality:
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance.
         negative_prompt: the model's own negative prompt, which guidance led away from; None: there was no guidance.
-        lpips_absent: why there is no LPIPS; None where there is.
+        metrics: title of each metric of suite=fast that compares single videos, by its name in ``compared``, in its order.
+        left_out: those of them that were not measured, by name, and why.
         start_absent: why the PTQ start made no videos; None where it did.
     """
 
@@ -56,9 +54,15 @@ class Quality:
     seeds: str
     num_steps: int
     guidance_scale: float
-    lpips_absent: str | None
+    metrics: Mapping[str, str]
+    left_out: Mapping[str, str]
     start_absent: str | None
     negative_prompt: str | None = None
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """Name -> title of the metrics that were measured."""
+        return {name: title for name, title in self.metrics.items() if name not in self.left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,13 @@
 """Metrics of generated videos beside the teacher's of the same captions and seeds: rows of the report's table.
 
-LPIPS needs a network that is fetched by `qvgen assets`; where it is not there, or damaged, the reason stands in its place.
+The metrics are those of suite=fast that compare single videos, so that a report and `qvgen evaluate` say the same of the same
+videos. One that can't be measured here has its reason in its place: weights that `qvgen assets` would fetch, or a network
+that would take a CPU longer than the rest of the report.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,41 +15,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvgen.data.assets import find_asset
+from qvgen.config.leaves import load_leaf
 from qvgen.evaluation.classifier import ATTRIBUTES, VIDEO_SHAPE, load_classifier
-from qvgen.evaluation.damage import Damage, visual_damage
-from qvgen.evaluation.distance import flicker, psnr_db, ssim
-from qvgen.evaluation.networks import lpips
+from qvgen.evaluation.distance import flicker
+from qvgen.evaluation.metrics.base import Clip, Pair, VideoMetric
 from qvgen.evaluation.quality_data import VariantQuality
 
 STILL = "standing still"
+SUITE = "fast"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LpipsState:
-    """The metric LPIPS, or the reason why there is none.
+class ReportMetrics:
+    """The metrics of a report.
 
     Attributes:
-        distance: The metric; None: it is not there.
-        absent: Why it is not there; None: it is there.
+        usable: Those that are measured, by the name that a report gives them: the leaf's, and its unit (``psnr_db``).
+        titles: Title of each one that compares single videos, in the suite's order.
+        left_out: Those of ``titles`` that are not measured, and why.
     """
 
-    distance: Damage | None
-    absent: str | None
+    usable: Mapping[str, VideoMetric]
+    titles: Mapping[str, str]
+    left_out: Mapping[str, str]
 
 
-def find_lpips() -> LpipsState:
-    """LPIPS with the weights of the asset."""
-    if find_asset(lpips.ASSET) is None:
-        return LpipsState(distance=None, absent=f"its weights were not fetched: qvgen assets names=[{lpips.ASSET}]")
+def open_metrics(videos: Tensor) -> ReportMetrics:
+    """The metrics that can measure such videos here.
+
+    Args:
+        videos: uint8 [B, F, H, W, 3], the teacher's.
+    """
+    usable, titles, left_out = {}, {}, {}
+    for leaf in load_leaf("suite", SUITE).metrics:
+        metric = load_leaf("metric", leaf)
+        if isinstance(metric, VideoMetric) and metric.paired:
+            name = f"{leaf}_{metric.unit.lower()}" if metric.unit == "dB" else leaf
+            titles[name], why = metric.title, _why_not(metric, videos)
+            if why is None:
+                usable[name] = metric
+            else:
+                left_out[name] = why
+    return ReportMetrics(usable=usable, titles=titles, left_out=left_out)
+
+
+def _why_not(metric: VideoMetric, videos: Tensor) -> str | None:
+    """Why a metric is left out of a report; None: it is measured."""
+    if metric.slow_on_cpu and not torch.cuda.is_available():
+        return "it takes a CPU seconds for each video; `qvgen evaluate run_dir=RUN` measures it"
+    if (absent := metric.absent()) is not None:
+        return absent
+    first = Clip(videos[0, :2])
     try:
-        return LpipsState(distance=visual_damage("lpips"), absent=None)
-    except (ValueError, OSError) as error:
-        return LpipsState(distance=None, absent=str(error))
+        metric.measure(Pair(video=first, reference=first, caption=None))
+    except (ValueError, OSError) as error:  # damaged weights, or videos of one frame or a few pixels
+        return str(error)
+    return None
 
 
 def video_quality(
-    name: str, videos: Tensor, *, teacher: Tensor, items: Sequence[Mapping[str, Any]], lpips_state: LpipsState
+    name: str,
+    videos: Tensor,
+    *,
+    teacher: Tensor,
+    items: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, VideoMetric],
 ) -> VariantQuality:
     """Measure the row of one variant.
 
@@ -55,22 +88,26 @@ def video_quality(
         videos: uint8 [B, F, H, W, 3], one for each item.
         teacher: Videos of the full-precision model, of the same shape.
         items: The request of each video: its caption, and attributes where the data has them.
-        lpips_state: LPIPS or why there is none.
+        metrics: Metrics beside the teacher's videos; the value is the mean over videos.
     """
-    # SSIM of a large video takes minutes on a CPU core.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sampled, exact = videos.to(device), teacher.to(device)
     still = [index for index, item in enumerate(items) if STILL in item["caption"]]
-    compared, distance = name != "teacher", lpips_state.distance
-    captions = [item["caption"] for item in items]
     return VariantQuality(
         name=name,
-        psnr_db=psnr_db(sampled, exact, max_value=255) if compared else None,
-        ssim=ssim(sampled, exact, max_value=255) if compared else None,
-        lpips=distance.measure(videos, teacher, captions) if compared and distance is not None else None,
-        flicker=flicker(sampled[still]) if still and sampled.shape[1] > 1 else None,
+        compared=_means(videos, teacher, metrics) if name != "teacher" else {},
+        flicker=flicker(videos[still]) if still and videos.shape[1] > 1 else None,
         accuracy=_accuracy(videos, items),
     )
+
+
+def _means(videos: Tensor, teacher: Tensor, metrics: Mapping[str, VideoMetric]) -> dict[str, float]:
+    values: dict[str, list[float]] = {name: [] for name in metrics}
+    for ours, theirs in zip(videos, teacher, strict=True):
+        pair = Pair(video=Clip(ours), reference=Clip(theirs), caption=None)
+        for name, metric in metrics.items():
+            value = metric.measure(pair)
+            assert value is not None, f"{name} compares any two videos"
+            values[name].append(value)
+    return {name: math.fsum(found) / len(found) for name, found in values.items()}
 
 
 def _accuracy(videos: Tensor, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -122,8 +122,10 @@ def video_lines(quality: Quality) -> list[str]:
     verdicts = judge_all(quality)
     for variant in reversed(quality.variants):
         if variant.name in ("packed", "ptq-start"):
-            values = [("PSNR", variant.psnr_db, ".1f"), ("SSIM", variant.ssim, ".3f"), ("LPIPS", variant.lpips, ".3f")]
-            shown = [f"{name} {value:{form}}" for name, value, form in values if value is not None]
+            shown = [
+                f"{quality.metrics[name]} {value:{'.1f' if name == 'psnr_db' else '.3f'}}"
+                for name, value in variant.compared.items()
+            ]
             shown += [] if variant.flicker is None else [f"flicker {variant.flicker:.2f}"]
             verdict = verdicts[variant.name]
             name = {"packed": "packed model", "ptq-start": "PTQ start"}[variant.name]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qvgen.config.evaluate_schema import TEACHER, EvaluateConfig
 from qvgen.config.prompt import Prompts
 from qvgen.config.verb_schema import GenerateConfig, ModelName
@@ -82,6 +84,11 @@ class Compared:
             return float(self.family.fps)
         assert isinstance(self.model.clips, FolderClips), "nothing was sampled"
         return float(self.model.clips.probe(case.name).fps)
+
+    def frames(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The video of a case and the reference's, uint8 [F, H, W, 3], by the case's name."""
+        (case,) = (case for case in self.cases if case.name == name)
+        return self.model.clips.read(case), self.reference and self.reference.clips.read(case)
 
     @property
     def models_are_there(self) -> bool:

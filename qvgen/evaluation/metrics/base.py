@@ -96,6 +96,7 @@ class Metric(abc.ABC):
         paired: Whether it compares with the reference's video.
         blind_to: Injected damage that does not move it, or moves it the wrong way.
         weights: Files of networks that it needs.
+        slow_on_cpu: Whether one small video takes a CPU core seconds; a report leaves it out there.
     """
 
     title: str
@@ -107,6 +108,7 @@ class Metric(abc.ABC):
     paired: bool
     blind_to: tuple[Damage, ...] = ()
     weights: tuple[Weights, ...] = ()
+    slow_on_cpu: bool = False
 
     def absent(self) -> str | None:
         """Why it can't be measured here, for example the file that is not there; None: it can be."""

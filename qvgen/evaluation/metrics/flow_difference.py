@@ -17,7 +17,7 @@ class FlowDifference(VideoMetric):
     title, unit = "flow difference", "diagonals"
     source = "end-point error of RAFT's flow (arXiv 2003.12039) between the two videos"
     better, paired = "lower", True
-    weights = (fetched.RAFT,)
+    weights, slow_on_cpu = (fetched.RAFT,), True
 
     def measure(self, pair: Pair) -> float:
         """See the module."""

@@ -25,7 +25,7 @@ class MotionCompensatedError(VideoMetric):
     source = "Lai et al. 2018, arXiv 1808.00449, Eq. 12, of the difference to the reference, with its flow by RAFT"
     high = 4.0
     better, paired = "lower", True
-    weights = (fetched.RAFT,)
+    weights, slow_on_cpu = (fetched.RAFT,), True
 
     def measure(self, pair: Pair) -> float:
         """See the module."""

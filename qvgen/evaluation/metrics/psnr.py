@@ -6,7 +6,7 @@ billion pixels that differ in one level once have 148 dB; what is above 100 can'
 
 from __future__ import annotations
 
-from qvgen.evaluation.distance import psnr_db
+from qvgen.evaluation.distance import PSNR_CUT_DB, psnr_db
 from qvgen.evaluation.metrics.base import Pair, VideoMetric
 
 
@@ -15,7 +15,7 @@ class PeakSignalToNoise(VideoMetric):
 
     title, unit = "PSNR", "dB"
     source = "peak signal to noise ratio of 8 bit video, as ITU-T J.340 defines it"
-    high = 100.0
+    high = PSNR_CUT_DB
     better, paired = "higher", True
 
     def measure(self, pair: Pair) -> float:

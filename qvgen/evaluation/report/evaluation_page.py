@@ -52,8 +52,7 @@ def render_evaluation(content: Mapping[str, Any], *, frames: Frames, fps: float)
         frames: Reads the videos that are shown.
         fps: Their frames per second.
     """
-    judge, ordered = _ordered(content)
-    best, worst = ordered[:NUM_PAIRS], ordered[NUM_PAIRS:][-NUM_PAIRS:][::-1]
+    judge, best, worst = shown_videos(content)
     pairs = [[_pair(video, judge, content, frames=frames, fps=fps) for video in part] for part in (best, worst)]
     return render_page(
         "evaluation.html.j2",
@@ -140,6 +139,14 @@ def _against_rows(content: Mapping[str, Any]) -> list[MetricRow]:
             )
         )
     return rows
+
+
+def shown_videos(
+    content: Mapping[str, Any],
+) -> tuple[str | None, list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The metric that decides which videos are shown, the best ones and the worst ones, the worst first."""
+    judge, ordered = _ordered(content)
+    return judge, ordered[:NUM_PAIRS], ordered[NUM_PAIRS:][-NUM_PAIRS:][::-1]
 
 
 def _ordered(content: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:

@@ -5,10 +5,10 @@ Left out: any number of its own; all of them are ReportData's, coloured by :mod:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from qvgen.evaluation.quality_data import SamplingCost, VariantQuality
+from qvgen.evaluation.distance import PSNR_CUT_DB
+from qvgen.evaluation.quality_data import Quality, SamplingCost, VariantQuality
 from qvgen.evaluation.report.page_format import format_db, format_number
 from qvgen.evaluation.report.verdict import Level, Verdict, judge_all, rule
 from qvgen.evaluation.report_data import ReportData
@@ -69,12 +69,10 @@ class FirstScreen:
 def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScreen:
     """Choose what the first screen shows of a run."""
     quality = data.quality
-    variants = {variant.name: variant for variant in quality.variants}
     verdicts = judge_all(quality)
     costs = {} if data.sampling is None else {cost.name: cost for cost in data.sampling.costs}
     notes = [data.relative_error.caution] if data.relative_error.caution else []
-    if quality.lpips_absent is not None:
-        notes.append(f"No LPIPS: {quality.lpips_absent}.")
+    notes += [f"No {quality.metrics[name]}: {reason}." for name, reason in quality.left_out.items()]
     if quality.start_absent is not None:
         notes.append(f"No videos of the PTQ start: {quality.start_absent}.")
     if not quality.num_still_videos:
@@ -84,7 +82,7 @@ def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScr
     return FirstScreen(
         verdict=verdicts.get(PACKED, Verdict(level=None, metrics={})),
         start_verdict=verdicts.get(START),
-        metrics=tuple(_rows(variants, verdicts)),
+        metrics=tuple(_rows(quality, verdicts)),
         rule=rule(),
         notes=tuple(notes),
         full=costs.get(TEACHER),
@@ -93,15 +91,16 @@ def build_first_screen(data: ReportData, *, trajectory_agrees: bool) -> FirstScr
     )
 
 
-def _rows(variants: dict[str, VariantQuality], verdicts: dict[str, Verdict]) -> list[MetricRow]:
+def _rows(quality: Quality, verdicts: dict[str, Verdict]) -> list[MetricRow]:
+    variants = {variant.name: variant for variant in quality.variants}
     teacher = variants.get(TEACHER)
 
     def shown(name: str, variant: VariantQuality) -> str:
-        value = getattr(variant, name)
+        value = variant.flicker if name == "flicker" else variant.compared.get(name)
         if value is None:
             return format_number(None)
         if name == "psnr_db":
-            return "equal" if value == math.inf else format_db(value)
+            return "equal" if value >= PSNR_CUT_DB else format_db(value)
         if name != "flicker" or variant is teacher or teacher is None or not teacher.flicker:
             return format_number(value)
         return f"{format_number(value)} ({value / teacher.flicker:.3g}\N{MULTIPLICATION SIGN})"
@@ -113,13 +112,12 @@ def _rows(variants: dict[str, VariantQuality], verdicts: dict[str, Verdict]) -> 
         level = verdicts[variant].metrics.get(name) if variant in verdicts else None
         return Cell(text=shown(name, quality), level=level)
 
-    labels = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "Flicker"}
     return [
         MetricRow(
-            label=label,
+            label=title[0].upper() + title[1:],
             teacher=shown(name, teacher) if teacher is not None and name == "flicker" else None,
             start=cell(name, START),
             packed=cell(name, PACKED),
         )
-        for name, label in labels.items()
+        for name, title in {**quality.measured, "flicker": "flicker"}.items()
     ]

@@ -107,14 +107,12 @@ def _quality(quality: Quality) -> dict[str, Any]:
         "seeds": quality.seeds,
         "num_steps": quality.num_steps,
         "guidance_scale": quality.guidance_scale,
-        "lpips_absent": quality.lpips_absent,
+        "left_out": dict(quality.left_out),
         "start_absent": quality.start_absent,
         "negative_prompt": quality.negative_prompt,
         "variants": {
             variant.name: {
-                "psnr_db": json_number(variant.psnr_db),
-                "ssim": json_number(variant.ssim),
-                "lpips": json_number(variant.lpips),
+                **{name: json_number(variant.compared.get(name)) for name in quality.metrics},
                 "flicker": json_number(variant.flicker),
                 "activation_bits": json_number(variant.activation_bits),
                 "accuracy": {name: json_number(value) for name, value in variant.accuracy.items()},

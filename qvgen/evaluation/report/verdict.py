@@ -6,8 +6,9 @@
     LPIPS                      <= 0.1      <= 0.25     above      the same
     flicker                    <= 1.25 x   <= 2 x      above      the teacher's flicker, where captions ask for standing still
 
-A verdict is the worst of its metrics that were measured. A metric that is no number is poor: a video of NaN is. Flicker that
-is less than ``UNSEEN_FLICKER`` levels of 255 above the teacher's is good, whatever the ratio: nobody sees it.
+A verdict is the worst of those that were measured; other metrics of suite=fast have no limit. A metric that is no number is
+poor: a video of NaN is. Flicker that is less than ``UNSEEN_FLICKER`` levels of 255 above the teacher's is good, whatever the
+ratio: nobody sees it.
 
 Same noise and no loss give the same video, so these are distances to it, with limits as image coding uses them; they are
 rules of thumb and no study of viewers. A trained model may leave its teacher's video and still make a good one, so "poor"
@@ -103,8 +104,9 @@ def judge(variant: VariantQuality, teacher: VariantQuality | None) -> Verdict:
         variant: its metrics; None is left out.
         teacher: whose flicker is the measure of flicker; without it flicker is left out.
     """
-    values = {"psnr_db": variant.psnr_db, "ssim": variant.ssim, "lpips": variant.lpips}
-    metrics: dict[str, Level] = {name: LIMITS[name].level(value) for name, value in values.items() if value is not None}
+    metrics: dict[str, Level] = {
+        name: limit.level(variant.compared[name]) for name, limit in LIMITS.items() if name in variant.compared
+    }
     flicker, measure = variant.flicker, None if teacher is None else teacher.flicker
     if flicker is not None and measure is not None:
         metrics["flicker"] = _flicker_level(flicker, measure)

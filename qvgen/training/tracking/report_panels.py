@@ -49,21 +49,39 @@ def _log_files(run: Any, run_dir: Path, report: Mapping[str, Any], *, whole: boo
     """Log the packed folder and the report as artifacts, so that the service shows which run each is of."""
     import wandb
 
-    packed = run_dir / "packed"
-    facts = {key: report.get(key) for key in ("model", "bits", "profile", "method", "init", "seed", "steps")}
-    if packed.is_dir():
-        model = wandb.Artifact(f"packed-{run.id}", type="model", metadata=facts)
-        if whole:
-            model.add_dir(str(packed))
-        else:
-            for path in sorted(packed.iterdir()):  # a folder as one would be announced on stderr
-                model.add_reference(path.resolve().as_uri(), name=path.name)
-        run.log_artifact(model)
+    facts = _facts(report)
+    if (run_dir / "packed").is_dir():
+        run.log_artifact(packed_artifact(run_dir, report, training=run.id, whole=whole))
     page = wandb.Artifact(f"report-{run.id}", type="report", metadata={**facts, **report.get("relative_error", {})})
     for name in REPORT_FILES:
         if (run_dir / name).is_file():
             page.add_file(str(run_dir / name))
     run.log_artifact(page)
+
+
+def packed_artifact(run_dir: Path, report: Mapping[str, Any], *, training: str, whole: bool) -> Any:
+    """The packed folder as an artifact; equal files make the same version of it, whichever run names them.
+
+    Args:
+        run_dir: The training's folder.
+        report: Its report.json.
+        training: Id of its run.
+        whole: Whether the files are sent, and not their names and checksums alone.
+    """
+    import wandb
+
+    packed = run_dir / "packed"
+    model = wandb.Artifact(f"packed-{training}", type="model", metadata=_facts(report))
+    if whole:
+        model.add_dir(str(packed))
+    else:
+        for path in sorted(packed.iterdir()):  # a folder as one would be announced on stderr
+            model.add_reference(path.resolve().as_uri(), name=path.name)
+    return model
+
+
+def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: report.get(key) for key in ("model", "bits", "profile", "method", "init", "seed", "steps")}
 
 
 def flat_numbers(content: Any, prefix: str = "report") -> dict[str, float | bool]:

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import Logger
 
 from qvgen.config.sections import LoggerConfig
 from qvgen.run_directory import atomic_write
-from qvgen.training.run_label import RunLabel
+from qvgen.training.run_label import RECORD_FILE, RunLabel, logged_as
 from qvgen.training.tracking.layer_panels import log_layer_pictures, log_layer_table
 from qvgen.training.tracking.report_panels import Uploaded, log_report
 from qvgen.training.tracking.sections import define_sections, panel_row
@@ -37,7 +37,6 @@ from qvgen.training.tracking.service import PROBE_SECONDS, first_line, wandb_pro
 
 log = logging.getLogger(__name__)
 
-RECORD_FILE = "wandb_run.json"
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0
 """How long wandb may take to begin, and to send what is left at the end; the rest stays on the disk."""
 
@@ -139,7 +138,7 @@ def _leave_service() -> None:
 def training_log(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> Iterator[list[Logger]]:
     """The loggers of a training besides metrics.csv, while a block trains, packs and reports."""
     further = list(logger.further)
-    run = _open(logger, run_dir, label) if logger.name == "wandb" else None
+    run = open_run(logger, run_dir, label) if logger.name == "wandb" else None
     if run is None:
         yield further
         return
@@ -151,8 +150,8 @@ def training_log(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> Iterat
         run.finish()
 
 
-def _open(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> WandbRun | None:
-    """Begin or continue the training's run; offline where it can't be online, None where it can't be at all."""
+def open_run(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> WandbRun | None:
+    """Begin or continue the run of a folder; offline where it can't be online, None where it can't be at all."""
     mode = logger.mode
     if mode == "online" and wandb_problem() is not None:
         mode = "offline"
@@ -186,6 +185,7 @@ def _begin(logger: LoggerConfig, run_dir: Path, label: RunLabel, *, mode: str) -
         name=record["name"],
         group=record["group"],
         tags=list(dict.fromkeys([*label.tags, *logger.tags])),
+        job_type=label.job_type,
         dir=run_dir,
         mode=mode,  # type: ignore[arg-type] # WANDB_MODE's values
         resume="allow",
@@ -201,13 +201,10 @@ def _record(logger: LoggerConfig, run_dir: Path, label: RunLabel) -> dict[str, A
     """The training's id, name and group: those of its first session."""
     path = run_dir / RECORD_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(record[key], str) and record[key] for key in ("id", "name")) and "group" in record:
-            return dict(record)
-        log.warning("%s is damaged; wandb gets a new run", path)
+        return logged_as(run_dir)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         log.warning("%s is damaged; wandb gets a new run", path)
     record = {
         "id": "".join(secrets.choice(_ID_LETTERS) for _ in range(8)),

@@ -72,6 +72,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(title="Held-out error of the packed model", names=("report/relative_error/packed",), kind="number"),
         Panel(title="Held-out error of the PTQ start", names=("report/relative_error/ptq",), kind="number"),
         Panel(title="Videos of the report, by model", names=("eval/videos",), kind="table"),
+        Panel(title="Metrics of an evaluation, with intervals", names=("eval/metrics",), kind="table"),
+        Panel(title="Best and worst pairs of an evaluation", names=("eval/pairs",), kind="table"),
     ),
     "system": (
         Panel(title="Clips per second", names=("system/clips_per_second",)),

@@ -127,7 +127,7 @@ def test_the_verdict_follows_the_videos_and_is_the_same_in_both_files(page: Page
 
 def test_a_small_error_does_not_make_far_videos_green() -> None:
     variants = tuple(
-        dataclasses.replace(one, ssim=0.389, flicker=8.5) if one.name == "packed" else one
+        dataclasses.replace(one, compared={**one.compared, "ssim": 0.389}, flicker=8.5) if one.name == "packed" else one
         for one in report_data().quality.variants
     )
     data = report_data(quality=dataclasses.replace(report_data().quality, variants=variants), videos=())
@@ -163,16 +163,18 @@ def test_seconds_and_memory_stand_in_both_files(page: Page, run_dir: Path) -> No
 
 def test_what_is_missing_is_said_with_its_reason() -> None:
     quality = dataclasses.replace(
-        report_data().quality, lpips_absent="its weights were not fetched", start_absent="nothing was trained"
+        report_data().quality, left_out={"lpips": "its weights were not fetched"}, start_absent="nothing was trained"
     )
-    variants = tuple(dataclasses.replace(one, lpips=None) for one in quality.variants if one.name != "ptq-start")
+    variants = tuple(
+        dataclasses.replace(one, compared={"psnr_db": 20.0}) for one in quality.variants if one.name != "ptq-start"
+    )
     videos = tuple(dataclasses.replace(video, start=None) for video in report_data().videos)
     data = report_data(quality=dataclasses.replace(quality, variants=variants), videos=videos)
     page = Page(render_html(data, {}))
     assert "No LPIPS: its weights were not fetched." in page.text
     assert "No videos of the PTQ start: nothing was trained." in page.text
     assert len(page.attributes("video")) == 6
-    assert to_json_dict(data)["quality"]["lpips_absent"] == "its weights were not fetched"
+    assert to_json_dict(data)["quality"]["left_out"] == {"lpips": "its weights were not fetched"}
     assert to_json_dict(data)["quality"]["variants"]["packed"]["lpips"] is None
 
 
@@ -306,7 +308,7 @@ def test_training_that_made_it_worse_is_not_praised() -> None:
 
 
 def test_a_bare_run_still_gives_a_page() -> None:
-    variants = (VariantQuality(name="packed", psnr_db=math.nan, ssim=None, lpips=None, flicker=None, accuracy={}),)
+    variants = (VariantQuality(name="packed", compared={"psnr_db": math.nan}, flicker=None, accuracy={}),)
     quality = dataclasses.replace(report_data().quality, variants=variants)
     environment = dataclasses.replace(report_data().environment, git_sha=None, git_dirty=None)
     data = report_data(videos=(), skipped=(), quality=quality, environment=environment, sampling=None)

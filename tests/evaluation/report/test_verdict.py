@@ -9,12 +9,12 @@ import pytest
 from qvgen.evaluation.quality_data import VariantQuality
 from qvgen.evaluation.report.verdict import judge, rule
 
-TEACHER = VariantQuality(name="teacher", psnr_db=None, ssim=None, lpips=None, flicker=2.0, accuracy={})
+TEACHER = VariantQuality(name="teacher", compared={}, flicker=2.0, accuracy={})
 
 
-def variant(**values: float | None) -> VariantQuality:
-    fields = {"psnr_db": None, "ssim": None, "lpips": None, "flicker": None, **values}
-    return VariantQuality(name="packed", accuracy={}, **fields)
+def variant(**values: float) -> VariantQuality:
+    flicker = values.pop("flicker", None)
+    return VariantQuality(name="packed", compared=values, flicker=flicker, accuracy={})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_worst_metric_decides() -> None:
 def test_what_was_not_measured_is_not_judged() -> None:
     assert judge(variant(), TEACHER).level is None
     assert judge(variant(ssim=0.9, flicker=9.0), None).metrics == {"ssim": "good"}
-    still = VariantQuality(name="teacher", psnr_db=None, ssim=None, lpips=None, flicker=0.0, accuracy={})
+    still = VariantQuality(name="teacher", compared={}, flicker=0.0, accuracy={})
     assert judge(variant(flicker=0.5), still).level == "good"
     assert judge(variant(flicker=5.0), still).level == "poor"
 
