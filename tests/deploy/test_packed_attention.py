@@ -19,7 +19,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.deploy.attention_entry import ATTENTION_VERSION
 from qvgen.deploy.checkpoint import check_packed, load_packed, save_packed
 from qvgen.deploy.exported_model import find_fits, open_packed
-from qvgen.deploy.manifest import file_sha256, read_manifest
+from qvgen.deploy.manifest import Manifest, file_sha256, read_manifest
 from qvgen.deploy.model_card import CardSources, card_of
 from qvgen.deploy.packed_fusion import fuse_packed_
 from qvgen.errors import UserError
@@ -137,6 +137,14 @@ def test_the_manifest_says_all_of_it(saved: Any) -> None:
     assert sum("attention" in line and "2 x 32" in line for line in lines) == 4
     assert "attention in 8 bits: 4" in lines
     assert "| attention | 4 in 8 bits |" in card_of(folder, sources=CardSources(), repository=None)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_another_arithmetic_is_refused(version: int, saved: Any) -> None:
+    """Version 2: the cubic without fused multiply-adds, whose packed model had other bits than the trained one here."""
+    content = json.loads((saved("wan")[1] / "manifest.json").read_text()) | {"version": version}
+    with pytest.raises(ValueError, match=rf"^here has version {version}; this qvgen reads version 3, .*export .* again$"):
+        Manifest.from_json(json.dumps(content).encode(), source="here")
 
 
 def test_from_pretrained_makes_it_of_full_precision_weights(tmp_path: Path) -> None:
