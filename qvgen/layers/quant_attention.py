@@ -120,7 +120,7 @@ class AttentionProduct(nn.Module):
             is_either = (shown | (mask <= HIDDEN)).all()
             message = f"{self.name} adds numbers to scores that are neither 0 nor {HIDDEN:g} or less; {self._instead}"
             if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or self._has_read_a_mask:
-                torch._assert_async(is_either, message)  # no value can be asked for in a graph, and to ask is to wait for it
+                torch._assert_async(is_either, message)  # in a graph no value can be asked for; to ask is to wait
             elif not bool(is_either):
                 raise ValueError(message)
             else:

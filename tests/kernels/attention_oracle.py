@@ -38,7 +38,7 @@ _fmaf.argtypes, _fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
 
 
 def fused(a, b, c):
-    """a b + c rounded once, by the C library."""
+    """The numbers a b + c, each rounded once, by the C library."""
     return np.array([_fmaf(one, b, c) for one in a], dtype=F)
 
 
@@ -54,8 +54,8 @@ def block_probabilities(z, factor):
     height = 8 - np.floor((below - 0.5) * 2**24) / 2**19  # above code 1, a multiple of 2^-19
     whole = np.floor(height)
     g = 1 + height - whole
-    c0, c1, c2 = map(np.float64, QUADRATIC)
-    quotient = (g * (g * c2 + c1).astype(F).astype(np.float64) + c0).astype(F)  # 20 and 24 bits: sums of products are exact in float64
+    c0, c1, c2 = map(np.float64, QUADRATIC)  # of 24 bits, and g of 20: sums of products are exact in float64
+    quotient = (g * (g * c2 + c1).astype(F).astype(np.float64) + c0).astype(F)
     codes = np.rint(g * np.exp2(whole) * quotient.astype(np.float64))
     return np.where(z == -INFINITY, 0, codes).astype(np.int64), exponent
 

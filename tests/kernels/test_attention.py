@@ -163,7 +163,9 @@ def test_scores_of_any_size_are_those_of_the_oracle(kernel: str, scale: float) -
 def test_a_sum_of_a_product_is_rounded_once() -> None:
     """Numbers whose float64 sum is a half of float32's last place, and the exact one is not; and random ones."""
     generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(20000, generator=generator) * 2.0 ** torch.randint(-20, 20, (20000,), generator=generator) for _ in range(3))
+    a, b, c = torch.randn(3, 20000, generator=generator) * 2.0 ** torch.randint(
+        -20, 20, (3, 20000), generator=generator
+    )
     a[:3], b[:3] = 1 + 2.0**-12, torch.tensor([1 + 2.0**-12, 1 - 2.0**-12, 2.0**-60])
     c[:3] = torch.tensor([2.0**-80, 2.0**24 + 2, 1 + 2.0**-23])
     a[3], b[3], c[3] = 1 + 2.0**-23, 2.0**-24, 1.0  # above a half by 2^-47

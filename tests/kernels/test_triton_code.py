@@ -160,8 +160,8 @@ def test_attention_multiplies_integers_twice_and_keeps_probabilities_in_register
 def test_attention_fuses_what_its_contract_says(measured, name):
     """Multiply-adds of the loop, and again of the last block after it; the rest are divisions'.
 
-    Four for each score, one of which clamps too; and, where the product is one with a power of two and therefore exact, one for
-    each sum of a block and one for the exponent of each of a thread's two queries.
+    Four for each score, one of which clamps too; and, where the product is one with a power of two and therefore exact, one
+    for each sum of a block and one for the exponent of each of a thread's two queries.
     """
     row = measured[name]
     scores, sums = 32, 64 * int(name.rsplit("-", 1)[1]) // 128

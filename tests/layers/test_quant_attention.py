@@ -82,7 +82,7 @@ def test_numbers_that_hide_keys_are_a_mask(hidden: float) -> None:
 
 
 def test_the_numbers_of_a_later_mask_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first mask is asked for a value, which a GPU would be waited for; a later wrong one is an error all the same."""
+    """Only the first mask is asked for a value, which a GPU would be waited for; a later wrong one is an error as well."""
     product, (q, k, v) = make_product(), make_inputs()
     bias = torch.zeros(2, 1, 1, 37)
     bias[0, ..., 20:] = -10000.0

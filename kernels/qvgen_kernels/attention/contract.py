@@ -23,8 +23,8 @@ BLOCK = 64
 """Keys whose probabilities share one exponent, and tokens whose sum is one partial sum of a mean."""
 
 EXP2 = (1.4485299587249756, -0.6901440024375916, 0.23233066499233246)
-"""254.5 / 256 times 2^(g - 1) / g for g in [1, 2], by rising powers of g: the quadratic of least relative error (3.5e-3), each
-coefficient in float32. Times g 2^n it is a code, so a number's own mantissa stands in it."""
+"""254.5 / 256 times 2^(g - 1) / g for g in [1, 2], by rising powers of g: the quadratic of least relative error (3.5e-3),
+each coefficient in float32. Times g 2^n it is a code, and g is the mantissa of that float32 number."""
 
 WHOLE = 12582912.0
 """1.5 times 2^23: a sum with it is rounded to a whole number, halves to even."""

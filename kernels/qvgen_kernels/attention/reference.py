@@ -1,9 +1,9 @@
 """Exact reference of the quantized attention in plain torch (kernels/attention.md): the oracle of every backend.
 
 Integers come from float32 products: 127 * 127 * D and 255 * 127 * 64 are below 2^24, so that no partial sum of any order
-rounds. Everything else is elementwise, or a sum whose order is written out here as a loop. Torch has no fused multiply-add, so
-these are made of float64 numbers (:func:`fused`). Memory grows with a block of keys and not with all of them. Nothing here is
-fast.
+rounds. Everything else is elementwise, or a sum whose order is written out here as a loop. Torch has no fused multiply-add,
+so these are made of float64 numbers (:func:`fused`). Memory grows with a block of keys and not with all of them. Nothing
+here is fast.
 """
 
 from __future__ import annotations
@@ -121,16 +121,17 @@ def score_factors(query: Tensor, key: Tensor, value: Tensor, *, spec: AttentionS
         Float32 [B, H, M, 1], at most one over the head's largest scale of a key; bool [B, H, M, 1].
     """
     factor = query * torch.full_like(query, spec.score_factor)
-    is_bad = ~torch.isfinite(factor) | ~(key < LARGEST_KEY).all(2, keepdim=True) | ~torch.isfinite(value).all(3, keepdim=True)
-    return torch.minimum(factor, 1.0 / key.amax(2, keepdim=True)), is_bad
+    is_lost = ~((key < LARGEST_KEY).all(2, keepdim=True) & torch.isfinite(value).all(3, keepdim=True))
+    return torch.minimum(factor, 1.0 / key.amax(2, keepdim=True)), is_lost | ~torch.isfinite(factor)
 
 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a b + c of float32 tensors, rounded once.
+    """The float32 tensors a b + c, rounded once.
 
-    The product of two float32 numbers is exact in float64. Their sum is rounded to odd there: to the neighbour whose last bit
-    is 1 unless it is exact. So it is no half of a unit of float32 but where the exact sum is, and the second rounding is as if
-    there had been no first one (Boldo and Melquiond, Emulation of a FMA and correctly rounded sums, 2008, theorem 1).
+    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there: to the neighbour whose
+    last bit is 1, unless it is exact. So it lies halfway between two float32 numbers only where the exact sum does, and the
+    second rounding is as if there had been no first one (Boldo and Melquiond, Emulation of a FMA and correctly rounded sums:
+    proved algorithms using rounding to odd, 2008).
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -187,7 +188,7 @@ def _add_block(total: Tensor, top: Tensor, *, part: Tensor, exponent: Tensor) ->
 
 
 def block_scores(q: Tensor, k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice) -> Tensor:
-    """Scores of queries' codes and one block of keys' codes times these keys' scales, float32 [B, H, m, 64]; hidden ones -inf."""
+    """Scores of queries' codes and one block of keys, times these keys' scales, float32 [B, H, m, 64]; hidden ones -inf."""
     codes, scale = k
     z = (q @ codes[:, :, here].mT) * scale[:, :, here].mT
     if mask is None:

@@ -1,10 +1,10 @@
 """Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of 64 queries, block after block of keys.
 
-Where the contract fuses a product and a sum, so does this. Elsewhere every line is one float32 operation; where a multiply-add
-stands for two, its product is exact, being one with a power of two, so that the sum is rounded as if it stood alone. Sums are
-rescaled in blocks where a query of the tile meets a larger exponent; with a factor of 1 the contract's rescaling changes no bit,
-because no sum but 0 is below 2^-100: it was kept at that size, or it is a number of 24 bits plus a multiple of 2^-64, which
-leaves nothing below 2^-88.
+Where the contract fuses a product and a sum, so does this. Elsewhere every line is one float32 operation; where a
+multiply-add stands for two, its product is exact, being one with a power of two, so that the sum is rounded as if it stood
+alone. Sums are rescaled in blocks where a query of the tile meets a larger exponent; with a factor of 1 the contract's
+rescaling changes no bit, because no sum but 0 is below 2^-100: it was kept at that size, or it is a number of 24 bits plus a
+multiple of 2^-64, which leaves nothing below 2^-88.
 
 A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
 all that it adds.

@@ -170,7 +170,7 @@ def _tokens(
 
 
 def _factors(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Factors of scores, from scales of queries times c [heads, M] and a head's largest scales of keys and values [heads, 1]."""
+    """Factors of scores [heads, M]: scales of queries times c, as far as the heads' largest scales [heads, 1] allow."""
     is_finite = torch.isfinite(query) & (key < LARGEST_KEY) & torch.isfinite(value)  # amax keeps a NaN
     return torch.where(is_finite, torch.minimum(query, 1.0 / key), torch.nan)
 
@@ -187,7 +187,9 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec
     """
     form = token_form(spec.head_size)
     padded = triton.cdiv(k.shape[2], BLOCK) * BLOCK
-    query, query_scale = _tokens(q, form, padded=q.shape[2], mean=None, clip=tensors.query_clip, factor=spec.score_factor)
+    query, query_scale = _tokens(
+        q, form, padded=q.shape[2], mean=None, clip=tensors.query_clip, factor=spec.score_factor
+    )
     key_mean = _mean(k) if spec.smooth_key else None
     key, key_scale = _tokens(k, form, padded=padded, mean=key_mean, clip=tensors.key_clip)
     sizes, new = _sizes(v), v.new_empty
