@@ -45,7 +45,7 @@ def attention_kernel(name, *, rows):
 def _attend(head_size, mask, tokens):
     own = form.attend_form(head_size, keys=tokens, mask=mask, interpreted=False)
     scales, codes = "*fp32:16", "*i8:16"
-    quantized = form.Codes(codes, scales, codes, scales, codes, "*i32:16", scales, scales, scales)
+    quantized = form.Codes(codes, scales, codes, scales, codes, "*i32:16", scales, scales)
     strides = (0, 0, 0, 0) if mask == "none" else ("i32:16", 0, "i32:16", 1)
     arguments = {
         "t": form.AttendTensors(quantized, "*bf16:16", None if mask == "none" else "*i1:16"),

@@ -233,6 +233,7 @@ def measure(capability, name):
         "loop_permutes": count(inside, "PRMT"),
         "loop_local": count(inside, "LDL", "STL"),
         "loop_contractions": count(inside, "FFMA"),
+        "loop_clamps": count(inside, "FFMA.SAT"),
         "loop_waits": sum(bool(EMPTYING.search(text)) for text in loop),
         "loop_partial_waits": count(inside, "WARPGROUP.DEPBAR") - sum(bool(EMPTYING.search(text)) for text in loop),
         "loop_barriers": count(inside, "BAR.SYNC"),

@@ -14,9 +14,9 @@ at its peak and all other operations, 10 % of the bfloat16 model's products. Att
 peak, its second product, whose sums are of probabilities, at twice bfloat16's.
 
 Attention in 8 bits as kernels/attention.md defines it is bound otherwise. What it asks for each score, apart from products,
-are 17 instructions: a conversion, two scales, a maximum, a difference, a clamp, three for the whole part and the fraction,
-six for the cubic, two for its power of two and rounding. One more packs the code and adds it up, and every D / 64 of the
-block's sums costs an addition and a multiply-add: 18 + D / 32, of which 13 + D / 32 are float32 additions and products.
+are 9 instructions: a conversion, a scale, a maximum, a multiply-add that clamps, a shift with a difference, a fraction, and
+three multiply-adds to the rounded code. One more packs the code and adds it up, and every D / 64 of the block's sums costs an
+addition and a multiply-add: 10 + D / 32, of which 5 + D / 32 are float32 additions and products.
 
 What it leaves out: launches, the last wave of tiles, epilogues, and that no kernel reaches a peak.
 """
@@ -144,7 +144,7 @@ def attention_ms(card: Card, *, heads: int, scores: int, head_size: int) -> tupl
         head_size: D.
     """
     operations, sums = 4.0 * heads * scores * head_size, head_size / 32
-    around = heads * scores * max((18 + sums) / card.issued, 2 * (13 + sums) / card.float32)
+    around = heads * scores * max((10 + sums) / card.issued, 2 * (5 + sums) / card.float32)
     return 1e3 * operations / card.bf16, 1e3 * operations / card.int8, 1e3 * around
 
 
@@ -246,11 +246,10 @@ ATTENTION = """
 ## Attention in 8 bits
 
 Of one block, at the matrix units' peaks in bfloat16 and in int8, and the instructions that `kernels/attention.md` asks for
-around the products: 18 + D / 32 for each score, of which 13 + D / 32 are float32 additions and products (an A100 issues
-twice as many instructions as it adds numbers). The compiled loops (`gpu-code.md`) have 27 for D = 64. The longer one of the
+around the products: 10 + D / 32 for each score, of which 5 + D / 32 are float32 additions and products (an A100 issues
+twice as many instructions as it adds numbers). The compiled loops (`gpu-code.md`) have 20 for D = 64. The longer one of the
 two bounds attention in 8 bits; in brackets times bfloat16 at its peak, of which flash attention is published to reach half
-to three quarters on an H100 or A100. So on those this contract gains nothing with heads of 64, whatever the kernel, and
-little with heads of 128; a card whose matrix units are slower beside its other ones, as a 4090, gains.
+to three quarters on an H100 or A100.
 
 | card | model | heads x D | bf16 | int8 products | instructions | attention in 8 bits |
 |---|---|---|---|---|---|---|

@@ -2,7 +2,8 @@
 
 Every entry of a manifest's ``attentions`` says {name, kind, heads, head_size, smooth_key, rotation, clips}: the attention
 module, and the :class:`~qvgen.layers.attention_form.AttentionForm` of its product. A manifest without that list is of a model
-whose attention is in floating point. One with it has version 2, so that a qvgen of before does not run it without.
+whose attention is in floating point. One with it has a version of its own, so that a qvgen of before does not run it without,
+and which changes with the arithmetic of kernels/attention.md: what was trained with another one would not be what runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from qvgen.layers.attention_swap import attention_modules, head_sizes, packed_at
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import PackedAttention
 
-ATTENTION_VERSION = 2
-"""Version of manifests with quantized attentions."""
+ATTENTION_VERSION = 3
+"""Version of manifests with quantized attentions. 2: exponents by a cubic, without fused multiply-adds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,7 +211,9 @@ class Manifest:
             raise ValueError(f"{source} is no manifest of format {FORMAT!r}; give the folder that fold wrote")
         wanted = ATTENTION_VERSION if data.get("attentions") else VERSION
         if type(version := data.get("version")) is not int or version != wanted:
-            raise ValueError(f"{source} has version {version!r}; this qvgen reads version {wanted}")
+            why = f"; attention in 8 bits is another arithmetic since version {wanted}, export the checkpoint again"
+            why = why if data.get("attentions") else ""
+            raise ValueError(f"{source} has version {version!r}; this qvgen reads version {wanted}{why}")
         try:
             manifest = _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -64,6 +64,7 @@ class AttentionProduct(nn.Module):
         super().__init__()
         self.form, self.noise_band, self.name, self.kernel = form, noise_band, name, kernel
         self.spec = form.spec()
+        self._has_read_a_mask = False
 
     def tables(self) -> tuple[Tensor, Tensor] | None:
         """Factors of the largest magnitude of queries and of keys, float32 [num_bands, H] each; None: there are none."""
@@ -78,6 +79,7 @@ class AttentionProduct(nn.Module):
         Raises:
             ValueError: A dropout, a causal order, a mask that adds other numbers than 0 or what hides a key, or heads that
                 are not the module's.
+            RuntimeError: A later mask adds other numbers; on a GPU it is raised there, and no call waits for it.
         """
         if call.dropout_p or call.is_causal:
             raise ValueError(
@@ -117,10 +119,12 @@ class AttentionProduct(nn.Module):
             shown = mask == 0
             is_either = (shown | (mask <= HIDDEN)).all()
             message = f"{self.name} adds numbers to scores that are neither 0 nor {HIDDEN:g} or less; {self._instead}"
-            if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta:
-                torch._assert_async(is_either, message)  # a value can't be asked for while a graph is made
+            if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or self._has_read_a_mask:
+                torch._assert_async(is_either, message)  # in a graph no value can be asked for; to ask is to wait
             elif not bool(is_either):
                 raise ValueError(message)
+            else:
+                self._has_read_a_mask = True  # a processor makes the masks of all its calls in one way
             # One finite number for all keys of a query changes no softmax: it sees them all.
             mask = shown | (~shown.any(-1, keepdim=True) & mask.isfinite())
         return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)

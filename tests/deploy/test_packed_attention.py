@@ -212,7 +212,11 @@ def test_every_value_of_an_attention_may_be_anything(saved: Any, tmp_path: Path)
         (lambda c: c["attentions"].append(c["attentions"][0]), "names the attention 'blocks.0.attn1' twice"),
         (lambda c: c["attentions"][0].update(name="blocks.0.ffn"), "names the attention 'blocks.0.ffn', which Wan"),
         (lambda c: c.update(attentions=[], version=1), "attention_product.key_clip', which the manifest does not know"),
-        (lambda c: c.update(version=1), "has version 1; this qvgen reads version 2"),
+        (lambda c: c.update(version=1), "has version 1; this qvgen reads version 3"),
+        (
+            lambda c: c.update(version=2),
+            "reads version 3; attention in 8 bits is another arithmetic since version 3, export",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(change: Any, message: str, saved: Any, tmp_path: Path) -> None:

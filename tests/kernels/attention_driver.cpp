@@ -15,7 +15,7 @@ extern "C" void qv_attention(const qv::Attention*);
 extern "C" void qv_attention_gradient(const qv::AttentionGradient*);
 extern "C" int qv_supported(int32_t);
 
-// Gradients of queries, keys and values, and which queries are lost, as one piece of bytes.
+// Gradients of queries, keys and values, as one piece of bytes.
 static std::vector<float> differentiate(const qv::Attention& call) {
     const int64_t columns = qv::padded_head(call), keys = qv::key_blocks(call) * qv::kKeys;
     std::mt19937 draw(7);
@@ -24,13 +24,11 @@ static std::vector<float> differentiate(const qv::Attention& call) {
     for (auto* piece : {&grad, &query, &key, &value})
         for (float& x : *piece) x = normal(draw);
     std::vector<float> of_query(grad.size()), of_key(key.size()), of_value(key.size());
-    std::vector<uint8_t> bad(call.heads * call.queries);
     const qv::AttentionGradient gradient{call, grad.data(), query.data(), key.data(), value.data(),
-                                         of_query.data(), of_key.data(), of_value.data(), bad.data()};
+                                         of_query.data(), of_key.data(), of_value.data()};
     qv_attention_gradient(&gradient);
     of_query.insert(of_query.end(), of_key.begin(), of_key.end());
     of_query.insert(of_query.end(), of_value.begin(), of_value.end());
-    of_query.insert(of_query.end(), bad.begin(), bad.end());
     return of_query;
 }
 

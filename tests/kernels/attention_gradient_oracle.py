@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.kernels.attention_oracle import CUBIC, INFINITY, F, codes_of, mean_of
+from tests.kernels.attention_oracle import INFINITY, F, block_probabilities, codes_of, mean_of
 from tests.kernels.oracle import hadamard
 
 
@@ -19,20 +19,19 @@ def rotation_matrix(size):
     return torch.tensor(np.stack([hadamard(row, size) for row in np.eye(size)]), dtype=torch.float64)
 
 
-def probabilities_of(x):
-    """Weights float64 [M, N] of the codes, relative to each query's largest exponent, from exponents float32 [M, N]."""
-    codes, exponents = np.zeros(x.shape), np.full(x.shape, -np.inf)
-    for begin in range(0, x.shape[1], 64):
-        here = slice(begin, begin + 64)
-        block = x[:, here]
-        exponent = np.ceil(block.max(1, keepdims=True))
-        is_seen = block != -INFINITY
-        t = np.maximum(np.where(is_seen, block, F(0)) - np.where(np.isfinite(exponent), exponent, F(0)), F(-16))
-        n = np.rint(t)
-        f = t - n
-        value = ((CUBIC[3] * f + CUBIC[2]) * f + CUBIC[1]) * f + CUBIC[0]
-        codes[:, here] = np.where(is_seen, np.rint(value * np.exp2(n)), 0)
-        exponents[:, here] = exponent
+def probabilities_of(z, factors):
+    """Weights float64 [M, N] of the codes, relative to each query's largest exponent.
+
+    Args:
+        z: Scores times keys' scales, float32 [M, N].
+        factors: Of the queries, [M, 1].
+    """
+    codes, exponents = np.zeros(z.shape), np.full(z.shape, -np.inf)
+    for row, own in enumerate(z):
+        for begin in range(0, z.shape[1], 64):
+            here = slice(begin, begin + 64)
+            if own[here].max() > -INFINITY:
+                codes[row, here], exponents[row, here] = block_probabilities(own[here], factors[row, 0])
     top = exponents.max(1, keepdims=True)
     return codes * np.exp2(np.where(np.isfinite(top), exponents - np.where(np.isfinite(top), top, 0), 0))
 
@@ -64,12 +63,9 @@ class Surrogate:
             self.codes.append(torch.tensor(codes, dtype=torch.float64))
             self.inside.append(torch.tensor(np.abs(np.rint(rows * (F(1) / scale))) <= 127))
             scales.append(scale)
-        x = (
-            (self.codes[0].numpy() @ self.codes[1].numpy().T).astype(F)
-            * scales[1][:, 0]
-            * (scales[0] * F(spec["factor"]))
-        )
-        self.weights = torch.tensor(probabilities_of(np.where(seen, x, -INFINITY).astype(F)))
+        z = (self.codes[0].numpy() @ self.codes[1].numpy().T).astype(F) * scales[1][:, 0]
+        factors = np.minimum(scales[0] * F(spec["factor"]), F(1) / scales[1].max())
+        self.weights = torch.tensor(probabilities_of(np.where(seen, z, -INFINITY).astype(F), factors))
         self.rest, self.exponents = [None, None, None], None
         tensors = [torch.tensor(part, dtype=torch.float64) for part in (*point, *clips)]
         self(*tensors)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
 
 import numpy as np
 
 from tests.kernels.oracle import hadamard
 
 F = np.float32
-CUBIC = [F(value) for value in (254.98165893554688, 176.78155517578125, 61.86583709716797, 14.068775177001953)]
+QUADRATIC = [F(value) for value in (1.4485299587249756, -0.6901440024375916, 0.23233066499233246)]
 INFINITY = F(np.inf)
 
 
@@ -30,22 +30,34 @@ def codes_of(rows, largest):
 
 
 def two_to(z):
-    return F(2.0 ** float(z)) if z >= -64 else F(0)
+    return F(2.0 ** max(float(z), -64.0))
 
 
-def block_probabilities(x):
-    exponent = F(math.ceil(x.max()))
-    codes = np.zeros(len(x), dtype=np.int64)
-    for j, score in enumerate(x):
-        if score == -INFINITY:
-            continue
-        t = max(F(score - exponent), F(-16))
-        n = F(np.rint(t))
-        f = F(t - n)
-        c0, c1, c2, c3 = CUBIC
-        value = F(F(F(F(F(F(c3 * f) + c2) * f) + c1) * f) + c0)
-        codes[j] = int(np.rint(F(value * F(2.0 ** float(n)))))
-    return codes, exponent
+_fmaf = ctypes.CDLL(None).fmaf
+_fmaf.argtypes, _fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
+
+
+def fused(a, b, c):
+    """The numbers a b + c, each rounded once, by the C library."""
+    return np.array([_fmaf(one, b, c) for one in a], dtype=F)
+
+
+def exponent_of(largest, factor):
+    x = F(largest * factor)
+    return F(np.rint(F(x + F(F(abs(x)) * F(2.0**-22) + F(0.5)))))
+
+
+def block_probabilities(z, factor):
+    """Codes and exponent of a block of products z of scores and keys' scales, some of which are finite."""
+    exponent = exponent_of(z.max(), factor)
+    below = np.minimum(fused(z, F(factor / F(-32)), F(exponent / F(32) + F(0.5))), F(1)).astype(np.float64)
+    height = 8 - np.floor((below - 0.5) * 2**24) / 2**19  # above code 1, a multiple of 2^-19
+    whole = np.floor(height)
+    g = 1 + height - whole
+    c0, c1, c2 = map(np.float64, QUADRATIC)  # of 24 bits, and g of 20: sums of products are exact in float64
+    quotient = (g * (g * c2 + c1).astype(F).astype(np.float64) + c0).astype(F)
+    codes = np.rint(g * np.exp2(whole) * quotient.astype(np.float64))
+    return np.where(z == -INFINITY, 0, codes).astype(np.int64), exponent
 
 
 def dropped(value):
@@ -63,17 +75,17 @@ def attend(q, k, v, *, seen, factor, smooth_key, rotation, query_clip=1.0, key_c
     value, value_scale = codes_of(v - mean, np.abs(v - mean).max(0))
     out = np.zeros_like(q)
     for i in range(len(q)):
-        x = (query[i] @ key.T).astype(F) * key_scale[:, 0] * F(query_scale[i, 0] * F(factor))
-        x = np.where(seen[i], x, -INFINITY)
+        z = (query[i] @ key.T).astype(F) * key_scale[:, 0]
+        z = np.where(seen[i], z, -INFINITY)
+        steepness = min(F(query_scale[i, 0] * F(factor)), F(F(1) / key_scale.max()))
         total, weight, top = np.zeros(v.shape[1], dtype=F), F(0), -INFINITY
         for begin in range(0, len(k), 64):
             here = slice(begin, begin + 64)
-            if x[here].max() == -INFINITY:
+            if z[here].max() == -INFINITY:
                 continue
-            codes, exponent = block_probabilities(x[here])
+            codes, exponent = block_probabilities(z[here], steepness)
             highest = max(top, exponent)
-            shrink = two_to(top - highest) if np.isfinite(top) else F(0)
-            grow = two_to(exponent - highest)
+            shrink, grow = two_to(top - highest), two_to(exponent - highest)
             total = dropped(total * shrink) + (codes @ value[here]).astype(F) * grow
             weight = F(F(dropped(F(weight * shrink))) + F(F(codes.sum()) * grow))
             top = highest

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors, attention, attention_kernels, resolve_attention
+from qvgen_kernels.attention.reference import fused
 from qvgen_kernels.errors import KernelUnavailableError
 from tests.kernels.attention_oracle import attend
 
@@ -123,9 +126,64 @@ def test_rows_that_are_not_finite(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scores_too_large_for_float32(kernel: str) -> None:
+    """A query is no steeper than one power of two for one unit of its head's scores: equal keys have equal weights."""
     q, k, v = (torch.full((1, 1, 2, 4), value) for value in (1e30, 1e30, 1.0))
-    assert attention(q, k, v, spec=AttentionSpec(4, smooth_key=False), kernel=kernel).isnan().all()
-    assert not attention(-q, k, v, spec=AttentionSpec(4, smooth_key=False), kernel=kernel).any()  # nothing is seen
+    v[:, :, 1] = 3.0
+    spec = AttentionSpec(4, smooth_key=False)
+    for sign in (1, -1):
+        assert torch.equal(attention(sign * q, k, v, spec=spec, kernel=kernel), torch.full((1, 1, 2, 4), 2.0))
+    k[:, :, 1] *= 0.9
+    assert torch.equal(attention(q, k, v, spec=spec, kernel=kernel), torch.full((1, 1, 2, 4), 1.0))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("largest", [1e33, 3e38])
+def test_keys_too_large_for_float32(kernel: str, largest: float) -> None:
+    q, k, v = numbers((1, 2, 3, 5, 8))
+    k[0, 1, 2, 3] = largest
+    found = attention(q, k, v, spec=AttentionSpec(8, smooth_key=False), kernel=kernel)
+    assert found[0, 1].isnan().all()
+    assert found[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [1e-32, 3.0, 1e3, 1e6, 1e12])
+def test_scores_of_any_size_are_those_of_the_oracle(kernel: str, scale: float) -> None:
+    """Up to and beyond the steepest factor: no code leaves 8 bits, and the largest key of a block keeps one."""
+    q, k, v = numbers((1, 1, 4, 130, 8))
+    spec = AttentionSpec(8, softmax_scale=scale)
+    found = attention(q, k, v, spec=spec, kernel=kernel)
+    inputs = (tensor[0, 0].numpy() for tensor in (q, k, v))
+    seen = np.ones((4, 130), dtype=bool)
+    assert np.array_equal(
+        found[0, 0].numpy(), attend(*inputs, seen=seen, factor=spec.score_factor, smooth_key=True, rotation=0)
+    )
+
+
+def test_a_sum_of_a_product_is_rounded_once() -> None:
+    """Numbers whose float64 sum is a half of float32's last place, and the exact one is not; and random ones."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 20000, generator=generator) * 2.0 ** torch.randint(
+        -20, 20, (3, 20000), generator=generator
+    )
+    a[:3], b[:3] = 1 + 2.0**-12, torch.tensor([1 + 2.0**-12, 1 - 2.0**-12, 2.0**-60])
+    c[:3] = torch.tensor([2.0**-80, 2.0**24 + 2, 1 + 2.0**-23])
+    a[3], b[3], c[3] = 1 + 2.0**-23, 2.0**-24, 1.0  # above a half by 2^-47
+    a[4], b[4], c[4] = 2.0**-24 * (1 - 2.0**-24), 1.0, 1.0  # below one
+    a[5], b[5], c[5] = 2.0**-24, 1 + 2.0**-23, 2.0**30  # far below
+    found = fused(a, b, c)
+    for one, wanted in zip(found.tolist(), map(_once, a.tolist(), b.tolist(), c.tolist()), strict=True):
+        assert one == wanted
+
+
+def _once(a: float, b: float, c: float) -> float:
+    """The float32 number next to a b + c, by fractions."""
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    near = np.float32(float(exact))  # at most one beside it
+    around = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)] + [near]
+    least = min(abs(Fraction(float(number)) - exact) for number in around)
+    closest = [number for number in around if abs(Fraction(float(number)) - exact) == least]
+    return float(next(number for number in closest if len(closest) == 1 or number.view(np.int32) % 2 == 0))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors, attention, attention_kernels, resolve_attention
-from qvgen_kernels.attention.reference import quantize_keys, quantize_queries, quantize_values
+from qvgen_kernels.attention.reference import quantize_keys, quantize_queries, quantize_values, score_factors
 from qvgen_kernels.attention.triton.backend import triton_attention
 from qvgen_kernels.errors import KernelUnavailableError
 from tests.kernels.attention_oracle import attend
@@ -137,10 +137,14 @@ def test_extreme_values_and_columns(value):
 
 
 def test_scores_beyond_float32():
+    """A factor no steeper than the head's keys allow; keys that no factor helps."""
     large = [torch.full((1, 1, 2, 4), value) for value in (1e30, 1e30, 1.0)]
     spec = AttentionSpec(4, smooth_key=False)
-    assert check(*large, spec=spec).isnan().all()
-    assert not check(-large[0], *large[1:], spec=spec).any()  # nothing is seen
+    for sign in (1, -1):
+        assert (check(sign * large[0], *large[1:], spec=spec) == 1).all()
+    assert check(large[0], 1e3 * large[1], large[2], spec=spec).isnan().all()
+    for scale in (3.0, 1e6):
+        check(*numbers((1, 1, 2, 70, 8)), spec=AttentionSpec(8, softmax_scale=scale))
 
 
 def test_scores_below_the_smallest_normal_number():
@@ -167,9 +171,11 @@ def test_codes_are_the_reference_s_and_values_lie_in_the_stated_order():
     q, k, v = numbers((1, 2, 3, 70, 36))
     spec, tensors = AttentionSpec(36), AttentionTensors(key_clip=torch.tensor([0.6, 1.0]))
     found = attention_quantize.quantize(q, k, v, tensors=tensors, spec=spec)
+    query, key = quantize_queries(q, tensors=tensors, spec=spec), quantize_keys(k, tensors=tensors, spec=spec)
+    factor, _ = score_factors(query[1], key[1], quantize_values(v)[1], spec=spec)
     for codes, scale, wanted, count in (
-        (found.query, found.query_scale, quantize_queries(q, tensors=tensors, spec=spec), 3),
-        (found.key, found.key_scale, quantize_keys(k, tensors=tensors, spec=spec), 70),
+        (found.query, found.factor, (query[0], factor), 3),
+        (found.key, found.key_scale, key, 70),
     ):
         assert torch.equal(codes[:, :count, :36].float(), wanted[0].flatten(0, 1))
         assert torch.equal(scale[:, :count, None], wanted[1].flatten(0, 1))

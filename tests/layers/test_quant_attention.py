@@ -81,6 +81,20 @@ def test_numbers_that_hide_keys_are_a_mask(hidden: float) -> None:
     assert torch.equal(product(AttentionCall(q, k, v, attn_mask=bias[0, 0]))[0], found[0])  # two dimensions
 
 
+def test_the_numbers_of_a_later_mask_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first mask is asked for a value, which a GPU would be waited for; a later wrong one is an error as well."""
+    product, (q, k, v) = make_product(), make_inputs()
+    bias = torch.zeros(2, 1, 1, 37)
+    bias[0, ..., 20:] = -10000.0
+    found = product(AttentionCall(q, k, v, attn_mask=bias))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: pytest.fail("a value is asked for"))
+    shown = product._visible(bias)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.attn1 adds numbers to scores"):
+        product._visible(bias + 0.5)
+    monkeypatch.undo()
+    assert torch.equal(product(AttentionCall(q, k, v, attn_mask=shown)), found)
+
+
 def test_one_number_for_all_keys_hides_none() -> None:
     product, (q, k, v) = make_product(), make_inputs()
     bias = torch.zeros(2, 1, 1, 37)

@@ -22,14 +22,24 @@ __all__ = ["BLOCK", "AttentionSpec", "AttentionTensors", "check_tensors"]
 BLOCK = 64
 """Keys whose probabilities share one exponent, and tokens whose sum is one partial sum of a mean."""
 
-EXP2 = (254.98165893554688, 176.78155517578125, 61.86583709716797, 14.068775177001953)
-"""255 times 2^f for f in [-1/2, 1/2], by rising powers of f: the cubic of least relative error (7.5e-5), each in float32."""
+EXP2 = (1.4485299587249756, -0.6901440024375916, 0.23233066499233246)
+"""254.5 / 256 times 2^(g - 1) / g for g in [1, 2], by rising powers of g: the quadratic of least relative error (3.5e-3),
+each coefficient in float32. Times g 2^n it is a code, and g is the mantissa of that float32 number."""
 
-LOWEST = -16.0
-"""Exponents below this one have code 0 anyway; they are raised to it so that a code's exponent field can't wrap."""
+WHOLE = 12582912.0
+"""1.5 times 2^23: a sum with it is rounded to a whole number, halves to even."""
+
+SPAN = 16.0
+"""Powers of two below a block's largest exponent that codes are computed for; what lies lower has the code 0 anyway."""
+
+SLACK = 2.0**-22
+"""A block's exponent lies this share of its largest score higher, so that no rounding lifts a score above it."""
+
+LARGEST_KEY = 2.0**100
+"""A key whose scale is not below this is not finite, so that no score of one that is leaves float32."""
 
 REACH = 64.0
-"""Sums whose exponent is this far below a row's largest one count as zero."""
+"""Powers of two by which sums are rescaled at most: what is further away vanishes beside a float32 number in any case."""
 
 FLUSHED = 2.0**-100
 """A rescaled sum that is smaller than this is zero, so that no backend ever meets a subnormal number."""

@@ -45,10 +45,7 @@ class CAttentionGradient(ctypes.Structure):
 
     _fields_ = (
         ("call", CAttention),
-        *(
-            (name, c_void_p)
-            for name in ("grad", "query", "key", "value", "grad_query", "grad_key", "grad_value", "bad")
-        ),
+        *((name, c_void_p) for name in ("grad", "query", "key", "value", "grad_query", "grad_key", "grad_value")),
     )
 
 
@@ -159,7 +156,7 @@ def cpu_products(
     tensors: AttentionTensors,
     spec: AttentionSpec,
     variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of the gradient, as :data:`~qvgen_kernels.attention.gradient.Products`: the same bits by every variant.
 
     Args:
@@ -172,7 +169,7 @@ def cpu_products(
         variant: One of :data:`VARIANTS`.
 
     Returns:
-        dq^ / lambda, dk^ / lambda, dv^ and whether a query has scores that are not finite.
+        dq^ / lambda, dk^ / lambda and dv^.
 
     Raises:
         KernelUnavailableError: there is no library.
@@ -182,13 +179,12 @@ def cpu_products(
     key = pad(operands.key.dequantized, (0, columns, 0, keys)).contiguous()
     value = pad(operands.value.dequantized, (0, columns, 0, keys)).unflatten(2, (-1, BLOCK)).mT.contiguous()
     of_query, of_key, of_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(key)
-    is_bad = torch.zeros((*grad.shape[:3], 1), dtype=torch.bool, device=grad.device)
     read = (pad(grad, (0, columns)).contiguous(), query, key, value)
     forward = _call(inputs, None, mask=mask, tensors=tensors, spec=spec, variant=variant)
     call = CAttentionGradient(
         forward,  # copied: what it keeps is kept by this name
-        *(tensor.data_ptr() for tensor in (*read, of_query, of_key, of_value, is_bad)),
+        *(tensor.data_ptr() for tensor in (*read, of_query, of_key, of_value)),
     )
     _functions().qv_attention_gradient(ctypes.addressof(call))
     of_key, of_value = (part[:, :, : inputs[1].shape[2], : spec.head_size] for part in (of_key, of_value))
-    return of_query[..., : spec.head_size], of_key, of_value, is_bad
+    return of_query[..., : spec.head_size], of_key, of_value

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from qvgen_kernels.attention.contract import BLOCK, AttentionSpec, AttentionTensors
 from qvgen_kernels.attention.reference import (
-    block_exponents,
     block_probabilities,
+    block_scores,
     code_rows,
     code_tokens,
     reach,
     rotated,
     running_sums,
-    score_scale,
+    score_factors,
     token_mean,
     token_sum,
 )
@@ -67,9 +67,8 @@ class Operands(NamedTuple):
     value: Side
 
 
-Products = Callable[[Tensor, Operands], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""From g float32 [B, H, M, D] and the operands: dq^ / lambda, dk^ / lambda and dv^, float32, and bool [B, H, M, 1]: whose
-scores are not finite."""
+Products = Callable[[Tensor, Operands], tuple[Tensor, Tensor, Tensor]]
+"""From g float32 [B, H, M, D] and the operands: dq^ / lambda, dk^ / lambda and dv^, float32."""
 
 
 def _operands(inputs: tuple[Tensor, Tensor, Tensor], *, tensors: AttentionTensors, spec: AttentionSpec) -> Operands:
@@ -86,7 +85,7 @@ def _operands(inputs: tuple[Tensor, Tensor, Tensor], *, tensors: AttentionTensor
 
 def reference_products(
     grad: Tensor, operands: Operands, *, mask: Tensor | None, spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The :data:`Products` in torch, 512 queries and 64 keys at a time.
 
     Args:
@@ -96,31 +95,30 @@ def reference_products(
         spec: The attention.
 
     Returns:
-        dq^ / lambda, dk^ / lambda, dv^ and whether a query has scores that are not finite.
+        dq^ / lambda, dk^ / lambda and dv^.
     """
     query, key, value = operands
-    factor, keys = score_scale(query.scale, spec), (key.codes, key.scale)
+    factor, _ = score_factors(query.scale, key.scale, value.scale, spec=spec)
+    keys = (key.codes, key.scale)
     query_rows, key_rows, value_rows = (side.dequantized for side in operands)
     of_query, of_key, of_value = (torch.zeros_like(side.codes) for side in operands)
-    is_bad = ~torch.isfinite(factor)
     for begin in range(0, grad.shape[2], QUERIES):
         rows = slice(begin, begin + QUERIES)
         seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         coded, g = (query.codes[:, :, rows], factor[:, :, rows]), grad[:, :, rows]
-        total, top, is_infinite = running_sums(coded, keys, value.codes, seen)
-        is_bad[:, :, rows] |= is_infinite
+        total, top = running_sums(coded, keys, value.codes, seen)
         weight = total[..., -1:]
         inverse = 1.0 / torch.where(weight == 0, 1.0, weight)
         expected = (g * (total[..., :-1] * inverse * value.scale)).sum(-1, keepdim=True)
         for first in range(0, key.codes.shape[2], BLOCK):
             here = slice(first, first + BLOCK)
-            codes, exponent = block_probabilities(block_exponents(coded, keys, seen, here))
+            codes, exponent = block_probabilities(block_scores(coded[0], keys, seen, here), coded[1])
             p = codes * (reach(exponent - top) * inverse)
             of_value[:, :, here] += p.mT @ g
             w = p * (g @ value_rows[:, :, here].mT - expected)
             of_query[:, :, rows] += w @ key_rows[:, :, here]
             of_key[:, :, here] += w.mT @ query_rows[:, :, rows]
-    return of_query, of_key, of_value, is_bad
+    return of_query, of_key, of_value
 
 
 def _through_codes(grad: Tensor, side: Side, *, clip: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,12 +182,8 @@ def attention_gradients(
         is no clip, at 1.
     """
     operands = _operands(inputs, tensors=tensors, spec=spec)
-    of_query, of_key, of_value, is_bad = products(grad.float().contiguous(), operands)
-    is_lost = ~(
-        torch.isfinite(operands.key.scale).all(2, keepdim=True)
-        & torch.isfinite(operands.value.scale).all(3, keepdim=True)
-    )
-    is_bad = is_bad | is_lost
+    of_query, of_key, of_value = products(grad.float().contiguous(), operands)
+    _, is_bad = score_factors(*(side.scale for side in operands), spec=spec)
     is_lost = is_bad.any(2, keepdim=True)
 
     slope = spec.score_factor * math.log(2.0)

@@ -1,8 +1,9 @@
 """Exact reference of the quantized attention in plain torch (kernels/attention.md): the oracle of every backend.
 
 Integers come from float32 products: 127 * 127 * D and 255 * 127 * 64 are below 2^24, so that no partial sum of any order
-rounds. Everything else is elementwise, or a sum whose order is written out here as a loop. Memory grows with a block of keys
-and not with all of them. Nothing here is fast.
+rounds. Everything else is elementwise, or a sum whose order is written out here as a loop. Torch has no fused multiply-add,
+so these are made of float64 numbers (:func:`fused`). Memory grows with a block of keys and not with all of them. Nothing
+here is fast.
 """
 
 from __future__ import annotations
@@ -10,14 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, LOWEST, REACH, AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.contract import (
+    BLOCK,
+    EXP2,
+    FLUSHED,
+    LARGEST_KEY,
+    REACH,
+    SLACK,
+    SPAN,
+    WHOLE,
+    AttentionSpec,
+    AttentionTensors,
+)
 from qvgen_kernels.hadamard import block_hadamard
 
 __all__ = [
-    "block_exponents",
     "block_probabilities",
+    "block_scores",
     "code_rows",
     "code_tokens",
+    "fused",
     "quantize_keys",
     "quantize_queries",
     "quantize_values",
@@ -25,7 +38,7 @@ __all__ = [
     "reference_attention",
     "rotated",
     "running_sums",
-    "score_scale",
+    "score_factors",
     "token_mean",
     "token_sum",
 ]
@@ -77,15 +90,9 @@ def code_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
     return _symmetric(rows, rows.abs().amax(2, keepdim=True))
 
 
-def score_scale(scale: Tensor, spec: AttentionSpec) -> Tensor:
-    """Scales of queries times the factor of scores."""
-    return scale * torch.full_like(scale, spec.score_factor)
-
-
 def quantize_queries(q: Tensor, *, tensors: AttentionTensors, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Codes [B, H, M, D] and scales [B, H, M, 1] of queries, already times the factor of scores."""
-    codes, scale = code_rows(rotated(q, spec=spec).float(), tensors.query_clip)
-    return codes, score_scale(scale, spec)
+    """Codes [B, H, M, D] and scales [B, H, M, 1] of queries."""
+    return code_rows(rotated(q, spec=spec).float(), tensors.query_clip)
 
 
 def quantize_keys(k: Tensor, *, tensors: AttentionTensors, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -101,15 +108,63 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *code_tokens(rows - mean), mean
 
 
-def block_probabilities(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes 0..255 and the exponent of a block of exponents x [.., m, 64], whose masked keys are -inf."""
-    top = x.amax(-1, keepdim=True).ceil()
-    t = (x - top).clamp_min(LOWEST)  # -inf less -inf is NaN in a block without keys, whose codes are dropped
-    whole = (t + 12582912.0) - 12582912.0
-    f = t - whole
-    c0, c1, c2, c3 = (torch.full_like(f, value) for value in EXP2)
-    value = (((f * c3 + c2) * f + c1) * f + c0) * _power_of_two(whole.nan_to_num(0.0))
-    return value.round_().masked_fill_(torch.isneginf(x), 0), top
+def score_factors(query: Tensor, key: Tensor, value: Tensor, *, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Factors of a query's scores, and which queries are not finite.
+
+    Args:
+        query: Scales of queries, float32 [B, H, M, 1].
+        key: Scales of keys [B, H, N, 1].
+        value: Scales of values [B, H, 1, D].
+        spec: The attention.
+
+    Returns:
+        Float32 [B, H, M, 1], at most one over the head's largest scale of a key; bool [B, H, M, 1].
+    """
+    factor = query * torch.full_like(query, spec.score_factor)
+    is_lost = ~((key < LARGEST_KEY).all(2, keepdim=True) & torch.isfinite(value).all(3, keepdim=True))
+    return torch.minimum(factor, 1.0 / key.amax(2, keepdim=True)), is_lost | ~torch.isfinite(factor)
+
+
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The float32 tensors a b + c, rounded once.
+
+    The product of two float32 numbers is exact in float64. Its sum with c is rounded to odd there: to the neighbour whose
+    last bit is 1, unless it is exact. So it lies halfway between two float32 numbers only where the exact sum does, and the
+    second rounding is as if there had been no first one (Boldo and Melquiond, Emulation of a FMA and correctly rounded sums:
+    proved algorithms using rounding to odd, 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    share = total - product
+    rest = (product - (total - share)) + (addend - share)  # what rounding took off, exactly (Knuth)
+    bits = total.view(torch.int64)
+    is_even = (rest != 0) & (bits & 1 == 0)
+    outwards = torch.where((rest > 0) == (total > 0), 1, -1)
+    return torch.where(is_even, bits + outwards, bits).view(torch.float64).float()
+
+
+def block_probabilities(z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes 0..255 of a block and its exponent.
+
+    Args:
+        z: Scores times their keys' scales, float32 [.., m, up to 64]; -inf where a key is hidden.
+        factor: Of the query's scores, [.., m, 1].
+
+    Returns:
+        Float32 [.., m, up to 64] and [.., m, 1]; the exponent of a block without keys is -inf.
+    """
+    is_hidden = torch.isneginf(z)
+    x = z.amax(-1, keepdim=True) * factor
+    top = ((x + (x.abs() * SLACK + 0.5)) + WHOLE) - WHOLE
+    top = top.masked_fill(is_hidden.all(-1, keepdim=True), -torch.inf)
+    step = 0.5 / SPAN
+    below = fused(z, (factor * -step).expand_as(z), (top * step + 0.5).expand_as(z)).clamp_max(1.0)  # 1/2 + d / 32
+    bits = 0x33800000 - (below.view(torch.int32) << 4)  # those of 2^n g, with n + g - 1 = 8 - d
+    power = bits.view(torch.float32).double()
+    g = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32).double()
+    c0, c1, c2 = EXP2  # g has 20 bits, so the sums are exact in float64 and rounded once
+    quotient = ((g * c2 + c1).float().double() * g + c0).float().double()
+    return (power * quotient).round_().float().masked_fill_(is_hidden, 0.0), top
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -118,57 +173,51 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def reach(exponent: Tensor) -> Tensor:
-    """2^exponent of whole numbers from -64 to 0; 0 below."""
-    inside = exponent >= -REACH
-    return torch.where(inside, _power_of_two(torch.where(inside, exponent, 0.0)), 0.0)
+    """2^exponent of whole numbers up to 0, but no less than 2^-64, which stands for -inf and NaN too."""
+    return _power_of_two(torch.where(exponent > -REACH, exponent, -REACH))
 
 
 def _add_block(total: Tensor, top: Tensor, *, part: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """The running sums [.., m, D + 1] and their exponent, with a block's integer sums added."""
     highest = torch.maximum(top, exponent)
     is_empty = torch.isneginf(exponent)
-    is_first = torch.isneginf(top)
-    shrink = torch.where(is_first, 0.0, reach(torch.where(is_first, 0.0, top - highest)))
-    kept = total * shrink
+    kept = total * reach(top - highest)
     kept = torch.where(kept.abs() < FLUSHED, 0.0, kept)
-    added = kept + part * reach(torch.where(is_empty, 0.0, exponent - highest))
-    return torch.where(is_empty, total, added), torch.where(is_empty, top, highest)
+    added = kept + part * reach(exponent - highest)
+    return torch.where(is_empty, total, added), highest
 
 
-def block_exponents(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice) -> Tensor:
-    """Exponents of two x float32 [B, H, m, 64] of queries and one block of keys, each codes and scales; hidden ones -inf."""
-    (codes, scale), (key_codes, key_scale) = q, k
-    x = (codes @ key_codes[:, :, here].mT) * key_scale[:, :, here].mT * scale
+def block_scores(q: Tensor, k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice) -> Tensor:
+    """Scores of queries' codes and one block of keys, times these keys' scales, float32 [B, H, m, 64]; hidden ones -inf."""
+    codes, scale = k
+    z = (q @ codes[:, :, here].mT) * scale[:, :, here].mT
     if mask is None:
-        return x
-    return x.masked_fill(~(mask if mask.shape[-1] == 1 else mask[..., here]), -torch.inf)
+        return z
+    return z.masked_fill(~(mask if mask.shape[-1] == 1 else mask[..., here]), -torch.inf)
 
 
 def running_sums(
     q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], value_codes: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Add up all blocks of keys for some queries.
 
     Args:
-        q: Codes [B, H, m, D] and scales [B, H, m, 1] of :func:`quantize_queries`.
+        q: Codes [B, H, m, D] and the factors of their scores [B, H, m, 1] (:func:`score_factors`).
         k: Codes [B, H, N, D] and scales [B, H, N, 1].
         value_codes: [B, H, N, D].
         mask: bool, [B, H, m, N] or 1 in place of any of these sizes; None: every key is seen.
 
     Returns:
-        The sums A and, as the last column, L: float32 [B, H, m, D + 1]; their exponent E [B, H, m, 1]; and whether an
-        exponent was not finite, bool [B, H, m, 1].
+        The sums A and, as the last column, L: float32 [B, H, m, D + 1]; and their exponent E [B, H, m, 1].
     """
     values = torch.cat([value_codes, torch.ones_like(value_codes[..., :1])], dim=-1)  # the last column sums the codes
     total = values.new_zeros(*q[0].shape[:3], values.shape[-1])
     top = torch.full_like(q[1], -torch.inf)
-    is_bad = torch.zeros_like(top, dtype=torch.bool)
     for begin in range(0, values.shape[2], BLOCK):
         here = slice(begin, begin + BLOCK)
-        probabilities, exponent = block_probabilities(block_exponents(q, k, mask, here))
-        is_bad |= torch.isposinf(exponent)
+        probabilities, exponent = block_probabilities(block_scores(q[0], k, mask, here), q[1])
         total, top = _add_block(total, top, part=probabilities @ values[:, :, here], exponent=exponent)
-    return total, top, is_bad
+    return total, top
 
 
 def _head_rows(
@@ -176,11 +225,11 @@ def _head_rows(
 ) -> Tensor:
     """Outputs float32 [B, H, m, D] of some queries."""
     value_codes, value_scale, mean = v
-    total, _, is_bad = running_sums(q, k, value_codes, mask)
+    total, _ = running_sums(q, k, value_codes, mask)
     sums, weight = total[..., :-1], total[..., -1:]
     is_lonely = weight == 0
     out = sums * (1.0 / torch.where(is_lonely, 1.0, weight)) * value_scale + mean
-    return out.masked_fill(is_lonely, 0.0).masked_fill(is_bad, torch.nan)
+    return out.masked_fill(is_lonely, 0.0)
 
 
 def reference_attention(
@@ -203,12 +252,11 @@ def reference_attention(
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     keys, values = quantize_keys(k, tensors=tensors, spec=spec), quantize_values(v)
     codes, scale = quantize_queries(q, tensors=tensors, spec=spec)
-    head = torch.isfinite(keys[1]).all(2, keepdim=True) & torch.isfinite(values[1]).all(3, keepdim=True)
-    is_finite = torch.isfinite(scale) & head
+    factor, is_bad = score_factors(scale, keys[1], values[1], spec=spec)
     count = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * (BLOCK + q.shape[3])))
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     for begin in range(0, q.shape[2], count):
         rows = slice(begin, begin + count)
         seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        out[:, :, rows] = _head_rows((codes[:, :, rows], scale[:, :, rows]), keys, values, seen)
-    return out.masked_fill_(~is_finite, torch.nan).to(q.dtype)
+        out[:, :, rows] = _head_rows((codes[:, :, rows], factor[:, :, rows]), keys, values, seen)
+    return out.masked_fill_(is_bad, torch.nan).to(q.dtype)

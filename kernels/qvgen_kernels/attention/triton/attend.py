@@ -1,9 +1,10 @@
 """Scores, probabilities and running sums (kernels/attention.md, steps 3 to 7) of 64 queries, block after block of keys.
 
-Every line of the contract is one float32 operation here too. Where a multiply-add is fused, its product is exact, being one
-with a power of two, so that the sum is rounded as if it stood alone. Sums are rescaled in blocks where a query of the tile
-meets a larger exponent; with a factor of 1 the contract's rescaling changes no bit, because no sum but 0 is below 2^-100: it
-was kept at that size, or it is a number of 24 bits plus a multiple of 2^-64, which leaves nothing below 2^-88.
+Where the contract fuses a product and a sum, so does this. Elsewhere every line is one float32 operation; where a
+multiply-add stands for two, its product is exact, being one with a power of two, so that the sum is rounded as if it stood
+alone. Sums are rescaled in blocks where a query of the tile meets a larger exponent; with a factor of 1 the contract's
+rescaling changes no bit, because no sum but 0 is below 2^-100: it was kept at that size, or it is a number of 24 bits plus a
+multiple of 2^-64, which leaves nothing below 2^-88.
 
 A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
 all that it adds.
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, LOWEST, REACH, AttentionSpec
+from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, REACH, SLACK, SPAN, AttentionSpec
 from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
@@ -32,28 +33,35 @@ _FARTHEST = 1 << 24
 """A mask whose queries or keys lie this far apart is copied: 63 times both are an int32."""
 
 _BLOCK = tl.constexpr(BLOCK)
-_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in EXP2)
-_LOWEST = tl.constexpr(LOWEST)
+_C0, _C1, _C2 = (tl.constexpr(value) for value in EXP2)
+_STEP = tl.constexpr(0.5 / SPAN)
+_SLACK = tl.constexpr(SLACK)
 _REACH = tl.constexpr(REACH)
 _FLUSHED = tl.constexpr(FLUSHED)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
+_WRAPPED = tl.constexpr((0x4B400000 * BLOCK + 2**31) % 2**32 - 2**31)
+"""The sum of the bits of 1.5 * 2^23 over a block, as int32."""
 _SMALLEST = tl.constexpr(-3.4028234663852886e38)
 _ROWS = tl.constexpr(ROWS)
 
 
 @triton.jit
-def _ceil(v):
-    """The smallest whole number that is at least v; Triton's own flushes subnormal numbers."""
-    whole = (v + MAGIC) - MAGIC
-    whole = tl.where(whole < v, whole + 1.0, whole)
-    return tl.where(tl.abs(v) < 4194304.0, whole, v)
+def _constant(value, like):
+    """A number as a tensor of the shape of another one, for Triton's fma."""
+    return tl.full(like.shape, value, tl.float32)
+
+
+@triton.jit
+def _exponent(largest, factor):
+    """The exponent of a block whose largest product of score and scale this is."""
+    x = largest * factor
+    return ((x + tl.fma(tl.abs(x), _constant(_SLACK, x), _constant(0.5, x))) + MAGIC) - MAGIC
 
 
 @triton.jit
 def _reach(z):
-    """2^z of whole numbers z <= 0; 0 below -64."""
-    power = (tl.maximum(z, -_REACH).to(tl.int32) + 127) << 23
-    return tl.where(z >= -_REACH, power.to(tl.float32, bitcast=True), 0.0)
+    """2^z of whole numbers z <= 0, but no less than 2^-64."""
+    return ((tl.maximum(z, -_REACH) + (MAGIC + 127.0)).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -62,15 +70,16 @@ def _dropped(v):
 
 
 @triton.jit
-def _probabilities(x, top):
-    """Codes 0..255 of a block less 128, int32."""
-    t = tl.maximum(x - top[:, None], _LOWEST)
-    shifted = t + MAGIC
-    f = t - (shifted - MAGIC)
-    value = ((f * _C3 + _C2) * f + _C1) * f + _C0
-    # Adding n to the exponent's field is the product with 2^n; the field of MAGIC leaves by the shift.
-    value = (value.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-    return (value + (MAGIC - 128.0)).to(tl.int32, bitcast=True) - _MAGIC_BITS
+def _probabilities(z, factor, exponent):
+    """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23."""
+    slope, start = factor * -_STEP, exponent * _STEP + 0.5
+    below = tl.fma(z, tl.broadcast_to(slope[:, None], z.shape), tl.broadcast_to(start[:, None], z.shape))
+    # From 1/2 to 1; to clamp at 0 as well is no instruction of its own on a card.
+    bits = 0x33800000 - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
+    g = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    q = tl.fma(tl.fma(g, _constant(_C2, g), _constant(_C1, g)), g, _constant(_C0, g))
+    value = tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC - 128.0, g))
+    return value.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -129,15 +138,21 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
     column, key = tl.arange(0, form.width)[None, :], tl.arange(0, _BLOCK)
     k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column)
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
-    x = (scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]) * factor[:, None]
+    z = scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]
     if masked:
-        x = tl.where(_seen(t, place, index, sizes, form), x, float("-inf"))
-    exponent = tl.maximum(_ceil(tl.reduce(x, 1, tl.standard._elementwise_max)), _SMALLEST)
-    p = _probabilities(x, exponent)
+        seen = _seen(t, place, index, sizes, form)
+        z = tl.where(seen, z, float("-inf"))
+    largest = tl.reduce(z, 1, tl.standard._elementwise_max)
+    exponent = _exponent(largest, factor)
+    p = _probabilities(z, factor, exponent)
+    if masked:
+        p = tl.where(seen, p, _MAGIC_BITS - 128)
+        exponent = tl.where(largest > float("-inf"), exponent, _SMALLEST)
 
     highest = tl.maximum(top, exponent)
     shrink, grow = _reach(top - highest), _reach(exponent - highest)
-    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + 128 * _BLOCK
+    # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
+    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)
     weight = _dropped(weight * shrink) + codes_sum.to(tl.float32) * grow
     return _add_values(totals, p, (shrink, grow), index, t, form), weight, highest
 
@@ -145,13 +160,12 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
 @triton.jit
 def _finish(state, query, t, sizes, form: tl.constexpr):
     """Outputs of the tile."""
-    totals, weight, top = state
+    totals, weight, _ = state
     _, factor, place = query
     head, row, _ = place
     lonely = weight == 0.0
     inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
-    largest = tl.full((_ROWS,), tl.load(t.codes.largest + head), tl.float32)
-    is_finite = (top < float("inf")) & (tl.abs(factor) < float("inf")) & (largest < float("inf"))
+    is_finite = factor == factor
     kind: tl.constexpr = t.y.dtype.element_ty
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
@@ -175,7 +189,7 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     column = tl.arange(0, form.width)[None, :]
     here = head * sizes.queries + row
     codes = tl.load(t.codes.query + here[:, None] * form.width + column, mask=live[:, None], other=0)
-    factor = tl.load(t.codes.query_scale + here, mask=live, other=0.0)
+    factor = tl.load(t.codes.factor + here, mask=live, other=0.0)
     start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
     start += (program % tiles).to(tl.int64) * _ROWS * sizes.mask_query
     query = (codes, factor, (head, row, start))

@@ -1,6 +1,6 @@
 """Constants, pointers and sizes of the attention's Triton kernels, and how codes lie in memory.
 
-    query   int8 [heads, M, width]                     scale float32 [heads, M], already times c
+    query   int8 [heads, M, width]                     factor float32 [heads, M]
     key     int8 [heads, blocks * 64, width]           scale float32 [heads, blocks * 64]
     value   int8 [heads, blocks, width, 64]            base  int32 [heads, blocks, width]
 
@@ -56,25 +56,23 @@ class Codes(NamedTuple):
 
     Attributes:
         query: Codes.
-        query_scale: Scales times c.
+        factor: Of a query's scores; NaN where its outputs are.
         key: Codes.
         key_scale: Scales; 0 for tokens from N on.
         value: Codes.
         base: Where the sums of a block start.
         value_scale: float32 [heads, width].
         mean: float32 [heads, width], means of values.
-        largest: float32 [heads], the largest scale of the head's keys and values; not finite where one is not.
     """
 
     query: Any
-    query_scale: Any
+    factor: Any
     key: Any
     key_scale: Any
     value: Any
     base: Any
     value_scale: Any
     mean: Any
-    largest: Any
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.contract import BLOCK, LARGEST_KEY, AttentionSpec, AttentionTensors
 from qvgen_kernels.attention.triton.form import Codes, TokenForm, TokenSizes, TokenTensors, token_form
 from qvgen_kernels.triton.launch import launch
 from qvgen_kernels.triton.rounding import MAGIC
@@ -169,6 +169,12 @@ def _tokens(
     return codes, scale
 
 
+def _factors(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Factors of scores [heads, M]: scales of queries times c, as far as the heads' largest scales [heads, 1] allow."""
+    is_finite = torch.isfinite(query) & (key < LARGEST_KEY) & torch.isfinite(value)  # amax keeps a NaN
+    return torch.where(is_finite, torch.minimum(query, 1.0 / key), torch.nan)
+
+
 def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec: AttentionSpec) -> Codes:
     """Codes and scales of an attention.
 
@@ -181,7 +187,9 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec
     """
     form = token_form(spec.head_size)
     padded = triton.cdiv(k.shape[2], BLOCK) * BLOCK
-    query = _tokens(q, form, padded=q.shape[2], mean=None, clip=tensors.query_clip, factor=spec.score_factor)
+    query, query_scale = _tokens(
+        q, form, padded=q.shape[2], mean=None, clip=tensors.query_clip, factor=spec.score_factor
+    )
     key_mean = _mean(k) if spec.smooth_key else None
     key, key_scale = _tokens(k, form, padded=padded, mean=key_mean, clip=tensors.key_clip)
     sizes, new = _sizes(v), v.new_empty
@@ -192,5 +200,5 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec
     t = TokenTensors(x=v, mean=mean, scale=scale, codes=value, base=base)
     warps = 4 if form.width <= 128 else 8
     launch(values_kernel, (sizes.all_heads * sizes.blocks,), t, sizes, form, on=v, num_warps=warps)
-    largest = torch.maximum(key_scale.amax(1), scale.amax(1))  # both keep a NaN
-    return Codes(*query, key, key_scale, value, base, scale, mean, largest)
+    factor = _factors(query_scale, key_scale.amax(1, keepdim=True), scale.amax(1, keepdim=True))
+    return Codes(query, factor, key, key_scale, value, base, scale, mean)

@@ -30,13 +30,13 @@ struct AttentionGradient {
     const float *grad, *query;                   // [batch, heads, queries, padded head size]: of y; dequantized queries
     const float *key, *value;                    // [batch, heads, padded keys, padded head size], [.., blocks, padded head size, 64]
     float *grad_query, *grad_key, *grad_value;   // as query, key and key; zeros when the call begins
-    uint8_t* bad;                                // [batch, heads, queries]: 1 where a query's scores are not finite
 };
 
 // What one head's keys and values become. Codes lie as the products of the processor want them.
 struct HeadCodes {
     uint8_t *keys, *values;
-    float *key_scale, *value_scale, *value_mean, *bad;  // [blocks * 64], [padded head size] twice, [1]
+    float *key_scale, *value_scale, *value_mean;  // [blocks * 64], [padded head size] twice
+    float *steepest, *bad;                        // [1]: most that a query's factor of scores may be; 1 where a number is not finite
 };
 
 // How a kind of processor computes.
@@ -57,7 +57,7 @@ inline int64_t key_blocks(const Attention& p) { return (p.keys + kKeys - 1) / kK
 
 inline int64_t head_bytes(const Attention& p, int64_t code_bytes) {
     const int64_t tokens = key_blocks(p) * kKeys, codes = tokens * (p.head_size + padded_head(p)) * code_bytes;
-    return (codes + (tokens + 2 * padded_head(p) + 1) * 4 + 127) / 64 * 64;
+    return (codes + (tokens + 2 * padded_head(p) + 2) * 4 + 127) / 64 * 64;
 }
 
 inline HeadCodes head_codes(const Attention& p, int64_t head, int64_t code_bytes) {
@@ -68,7 +68,8 @@ inline HeadCodes head_codes(const Attention& p, int64_t head, int64_t code_bytes
     h.key_scale = reinterpret_cast<float*>(h.values + tokens * padded_head(p) * code_bytes);
     h.value_scale = h.key_scale + tokens;
     h.value_mean = h.value_scale + padded_head(p);
-    h.bad = h.value_mean + padded_head(p);
+    h.steepest = h.value_mean + padded_head(p);
+    h.bad = h.steepest + 1;
     return h;
 }
 

@@ -11,6 +11,32 @@ QV_INLINE Wide greater(const Wide& a, const Wide& b) {
 QV_INLINE Wide greater(const Wide& a, const Wide& b) { return a > b ? a : b; }
 #endif
 
+// a b + c, rounded once.
+#if defined(QV_MAX512) && !defined(QV_AVX512_EMULATE)
+QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
+    return reinterpret_cast<Wide>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+}
+#elif defined(QV_MAX512) || defined(QV_MADD)
+QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    memcpy(z, &c, sizeof z);
+    x[0] = _mm256_fmadd_ps(x[0], y[0], z[0]);
+    x[1] = _mm256_fmadd_ps(x[1], y[1], z[1]);
+    Wide v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+#else  // a call of the C library where the processor has no such instruction
+QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
+    Wide v;
+    for (int i = 0; i < 16; ++i) v[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return v;
+}
+#endif
+
 constexpr float kRound = 12582912.0f;
 
 static inline int32_t int_bits(float f) { int32_t i; memcpy(&i, &f, 4); return i; }
@@ -78,6 +104,8 @@ static void token_mean(const void* base, int32_t dtype, int64_t offset, int64_t 
 }
 
 static void prepare_keys(const Attention& p, int64_t head, const HeadCodes& out, float* mean, float* row, float* part) {
+    constexpr float kLargestKey = 1.2676506002282294e30f;  // 2^100
+    float most = 0.0f;
     const int64_t size = p.head_size, offset = head / p.heads * p.k_batch + head % p.heads * p.k_head;
     Code* codes = reinterpret_cast<Code*>(out.keys);
     if (p.smooth_key) token_mean(p.k, p.score_dtype, offset, p.k_row, p.keys, size, mean, row, part);
@@ -90,14 +118,16 @@ static void prepare_keys(const Attention& p, int64_t head, const HeadCodes& out,
             if (p.smooth_key)
                 for (int64_t d = 0; d < size; ++d) row[d] -= mean[d];
             scale = scale_of(largest(row, size, 0.0f) * (p.key_clip ? p.key_clip[head % p.heads] : 1.0f));
-            if (!is_finite(scale)) *out.bad = 1.0f;
+            if (!(scale < kLargestKey)) *out.bad = 1.0f;
+            most = scale > most ? scale : most;
         }
         out.key_scale[t] = scale;
-        const bool is_coded = is_key && is_finite(scale);
+        const bool is_coded = is_key && scale < kLargestKey;
         const float inverse = is_coded ? 1.0f / scale : 0.0f;
         for (int64_t d = 0; d < size; ++d)
             place[d / kPack * kKeys * kPack + d % kPack] = static_cast<Code>((is_coded ? code_of(row[d], inverse) : 0) + kKeyShift);
     }
+    *out.steepest = 1.0f / most;
 }
 
 static void prepare_values(const Attention& p, int64_t head, const HeadCodes& out, float* mean, float* row, float* part) {
@@ -162,7 +192,7 @@ static Rows rows_of(const Attention& p) {
     return r;
 }
 
-static void quantize_query(const Attention& p, int64_t head, int64_t m, int64_t slot, const Rows& r) {
+static void quantize_query(const Attention& p, int64_t head, int64_t m, int64_t slot, const HeadCodes& h, const Rows& r) {
     const int64_t size = p.head_size, columns = padded_head(p);
     Code* codes = r.codes + slot * columns;
     load_tokens(p.q, p.score_dtype, head / p.heads * p.q_batch + head % p.heads * p.q_head + m * p.q_row, size, r.row);
@@ -176,6 +206,7 @@ static void quantize_query(const Attention& p, int64_t head, int64_t m, int64_t 
         codes[d] = static_cast<Code>(code);
         sum += code;
     }
+    if (r.scale[slot] > *h.steepest) r.scale[slot] = *h.steepest;
     if (r.bad[slot]) r.scale[slot] = 0.0f;
     r.first[slot] = -kKeyShift * sum;
     r.top[slot] = bits_float(0xff800000);
@@ -214,43 +245,50 @@ QV_INLINE int32_t sum_lanes(const WideMask& v) {
 }
 
 typedef Code CodeLanes __attribute__((vector_size(16 * sizeof(Code))));
+typedef uint32_t WideBits __attribute__((vector_size(64)));
 
 // Codes of one query's probabilities for a block of keys; their sum, and the exponent that they are relative to.
 QV_INLINE int32_t probabilities(const int32_t* scores, const float* key_scale, float scale, const WideMask* hidden, Code* out,
                                 float* exponent) {
-    Wide x[4];
+    const float lowest = bits_float(0xff800000);
+    Wide z[4];
     for (int c = 0; c < 4; ++c) {
         WideMask whole;
         memcpy(&whole, scores + c * kLane, sizeof whole);
-        x[c] = __builtin_convertvector(whole, Wide) * load(key_scale + c * kLane) * scale;
-        if (hidden) x[c] = hidden[c] ? all(bits_float(0xff800000)) : x[c];
+        z[c] = __builtin_convertvector(whole, Wide) * load(key_scale + c * kLane);
+        if (hidden) z[c] = hidden[c] ? all(lowest) : z[c];
     }
-    const float top = __builtin_ceilf(largest_lane(greater(greater(x[0], x[1]), greater(x[2], x[3]))));
+    const float most = largest_lane(greater(greater(z[0], z[1]), greater(z[2], z[3])));
+    *exponent = lowest;
+    if (most == lowest) return 0;
+    const float x = most * scale, top = ((x + (__builtin_fabsf(x) * 2.384185791015625e-7f + 0.5f)) + kRound) - kRound;
     *exponent = top;
-    if (!is_finite(top)) return 0;
-    WideMask sum = {};
+    const Wide slope = all(scale * -0.03125f), start = all(top * 0.03125f + 0.5f);
+    WideBits sum = {};
     for (int c = 0; c < 4; ++c) {
-        const Wide t = greater(x[c] - top, all(-16.0f));
-        const Wide shifted = t + kRound, f = t - (shifted - kRound);
-        Wide v = ((f * 14.068775177001953f + 61.86583709716797f) * f + 176.78155517578125f) * f + 254.98165893554688f;
-        WideMask exponents, bits;
-        memcpy(&exponents, &shifted, sizeof exponents);
-        memcpy(&bits, &v, sizeof bits);
-        bits += exponents << 23;
+        Wide u = fused(z[c], slope, start), v, g;
+        u = u < all(1.0f) ? u : all(1.0f);  // 1/2 + d / 32
+        WideBits bits;
+        memcpy(&bits, &u, sizeof bits);
+        bits = 0x33800000u - (bits << 4);  // 2^n g, with n + g - 1 = 8 - d
         memcpy(&v, &bits, sizeof v);
-        v = v + kRound;
+        bits = (bits & 0x7fffffu) | 0x3f800000u;
+        memcpy(&g, &bits, sizeof g);
+        const Wide q = fused(fused(all(0.23233066499233246f), g, all(-0.6901440024375916f)), g, all(1.4485299587249756f));
+        v = fused(v, q, all(kRound));
         memcpy(&bits, &v, sizeof bits);
-        bits &= 0xff;
-        if (hidden) bits = hidden[c] ? WideMask{} : bits;
+        bits &= 0xffu;
+        if (hidden) bits = hidden[c] ? WideBits{} : bits;
         sum += bits;
         const CodeLanes codes = __builtin_convertvector(bits, CodeLanes);
         memcpy(out + c * kLane, &codes, sizeof codes);
     }
-    return sum_lanes(sum);
+    return sum_lanes(__builtin_convertvector(sum, WideMask));
 }
 
-static float power(float exponent) {
-    return exponent >= -64.0f ? bits_float(static_cast<uint32_t>(static_cast<int32_t>(exponent) + 127) << 23) : 0.0f;
+// 2^z of whole numbers z up to 0, but no less than 2^-64.
+static float power(float z) {
+    return bits_float(static_cast<uint32_t>(static_cast<int32_t>(z > -64.0f ? z : -64.0f) + 127) << 23);
 }
 
 // Add a block's sums of one query to what is there.
@@ -259,7 +297,7 @@ static void add_block(const Rows& r, int64_t slot, int64_t columns, const int32_
     const float before = r.top[slot], top = exponent > before ? exponent : before;
     const float factor = power(exponent - top);
     if (top != before) {
-        const float shrink = is_finite(before) ? power(before - top) : 0.0f, least = 7.888609052210118e-31f;
+        const float shrink = power(before - top), least = 7.888609052210118e-31f;
         for (int64_t d = 0; d < columns; ++d) {
             const float kept = total[d] * shrink;
             total[d] = __builtin_fabsf(kept) < least ? 0.0f : kept;
@@ -302,7 +340,6 @@ static void code_group(const Attention& p, int64_t head, int64_t m, int64_t slot
         weight[i] = hidden ? probabilities(r.scores + i * kKeys, key_scale, scale, hidden, out, exponent + i)
                            : probabilities(r.scores + i * kKeys, key_scale, scale, nullptr, out, exponent + i);
         if (!weight[i]) memset(out, 0, kKeys * sizeof(Code));
-        if (exponent[i] == bits_float(0x7f800000)) r.bad[slot + i] = true;
     }
 }
 
@@ -321,7 +358,7 @@ static void attend_group(const Attention& p, int64_t head, int64_t m, int64_t sl
 
 // Running sums of `count` queries from `row` on over all blocks of keys.
 static void attend_block(const Attention& p, int64_t head, int64_t row, int64_t count, const HeadCodes& h, const Rows& r) {
-    for (int64_t i = 0; i < count; ++i) quantize_query(p, head, row + i, i, r);
+    for (int64_t i = 0; i < count; ++i) quantize_query(p, head, row + i, i, h, r);
     for (int64_t begin = 0; begin < p.keys && *h.bad == 0.0f; begin += kKeys)
         for (int64_t slot = 0; slot < count; slot += kGroup)
             attend_group(p, head, row + slot, slot, count - slot < kGroup ? count - slot : kGroup, begin, h, r);

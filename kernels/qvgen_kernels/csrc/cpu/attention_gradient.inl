@@ -68,7 +68,6 @@ static void weigh_queries(const AttentionGradient& g, int64_t head, int64_t row,
         float sum = 0.0f;
         for (int64_t d = 0; d < p.head_size; ++d) sum += grad[d] * (total[d] * s.inverse[i] * h.value_scale[d]);
         s.expected[i] = sum;
-        g.bad[head * p.queries + row + i] = r.bad[i];
     }
 }
 
