@@ -33,8 +33,8 @@ from qvgen.errors import UserError
 class LatentFamily(Family, Protocol):
     """The part of a family with latents that this source needs; :class:`qvgen.models.base.LatentVideoDiT` has it all.
 
-    One that is told a clip's first frame has ``encode_first_frame`` besides, and ``image_condition_shapes`` of what that gives
-    (:mod:`qvgen.models.image_family`).
+    One that is told a clip's first frame has ``encode_first_frame`` besides, and ``image_condition_shapes`` of what that
+    gives (:mod:`qvgen.models.image_family`).
     """
 
     height: int

@@ -1,6 +1,7 @@
 """The identity of a model's folder: a checksum of all bytes of each part, whatever the folder is called.
 
-    transformer, vae, text_encoder    config.json and weights, of an image encoder likewise; see :meth:`qvgen.models.hub_folder.HubFolder.checksum`
+    transformer, vae, text_encoder    config.json and weights, of an image encoder likewise; see
+                                      :meth:`qvgen.models.hub_folder.HubFolder.checksum`
     tokenizer, scheduler              all files; of further text encoders and an image processor likewise
     model_index                       model_index.json but for the keys that begin with ``_`` (versions, where it came from)
 
