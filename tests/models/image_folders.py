@@ -1,5 +1,6 @@
 """Complete folders of image-to-video models in the hub's layout, of the real classes at tiny sizes with random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def write_image(path: Path, *, height: int = 32, width: int = 48, shade: int = 2
     pixels[height // 4 : height // 2, width // 4 : width // 2, 1] = shade
     Image.fromarray(pixels).save(path)
     return path
+
+
+def write_prompts(folder: Path) -> Path:
+    """Two captions with images of two sizes, whose paths start from the file's folder."""
+    write_image(folder / "first.png")
+    write_image(folder / "second.png", height=60, width=70, shade=90)
+    lines = [{"prompt": "a red boat", "image": "first.png"}, {"prompt": "two dogs run", "image": "second.png"}]
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
 
 
 def _save_wan_image(path: Path, variant: str) -> None:

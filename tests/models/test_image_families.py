@@ -117,9 +117,7 @@ def test_objective_is_what_the_scheduler_undoes(variant) -> None:
             assert torch.allclose(found, exact, atol=1e-6)
             assert abs(float(scheduler.sigmas[index]) - t / 1000) < 1e-3  # its timesteps are whole numbers
         else:
-            assert torch.allclose(
-                noisy, scheduler.add_noise(clean, noise, torch.tensor([t])), atol=1e-6
-            )
+            assert torch.allclose(noisy, scheduler.add_noise(clean, noise, torch.tensor([t])), atol=1e-6)
             found = scheduler.step(target, t, noisy, return_dict=False)[1]
             assert torch.allclose(found, clean, atol=1e-5)
 

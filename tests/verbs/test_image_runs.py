@@ -9,16 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
-from qvgen.data.video_reader import read_frames
-from tests.models.hub_folders import make_wan_folder
-from tests.models.image_folders import make_cogvideox_image_folder, make_wan_image_folder, write_image
+from tests.models.image_folders import make_cogvideox_image_folder, make_wan_image_folder, write_image, write_prompts
 from tests.runs import UNSEEN, packed_bytes, read_metrics
 from tests.verbs.test_hub_models import tiny_keys, train_keys, write_clips
 
@@ -28,16 +25,6 @@ MODELS: dict[str, tuple[Any, str]] = {
     "wan2.2-i2v-a14b": (make_wan_image_folder, "a14b"),
     "cogvideox1.5-i2v": (make_cogvideox_image_folder, "1.5"),
 }
-
-
-def write_prompts(folder: Path) -> Path:
-    """Two captions with images of two sizes, whose paths start from the file's folder."""
-    write_image(folder / "first.png")
-    write_image(folder / "second.png", height=60, width=70, shade=90)
-    lines = [{"prompt": "a red boat", "image": "first.png"}, {"prompt": "two dogs run", "image": "second.png"}]
-    file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,7 +38,9 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     assert main(["precompute", *(key for key in keys if key.startswith(("model", "data")))]) == 0
     assert "8 clips ready (8 encoded by this process), 0 unusable" in capsys.readouterr().out
     kept = load_file(sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))[0])
-    assert set(kept) == {"latents", "first_frame", "image_latents"} | ({"image_embeds"} if name == "wan-i2v-14b" else set())
+    assert set(kept) == {"latents", "first_frame", "image_latents"} | (
+        {"image_embeds"} if name == "wan-i2v-14b" else set()
+    )
     assert kept["first_frame"].shape == (32, 48, 3)
     assert kept["first_frame"].dtype == torch.uint8
     assert main(["train", *keys, "method.caption_dropout=0.5"]) == 0
@@ -101,46 +90,6 @@ def test_ptq_calibrates_on_prompts_with_images(tmp_path: Path, capsys: pytest.Ca
         assert main([*keys, f"evaluation.prompts={prompts}", f"run_dir={tmp_path / run}"]) == 0
         write_image(tmp_path / "first.png", shade=30)
     assert len([path for path in (tmp_path / "statistics").iterdir() if path.is_dir()]) == 2
-
-
-def test_generate_takes_images_by_line_and_refuses_what_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, prompts = make_cogvideox_image_folder(tmp_path / "model"), write_prompts(tmp_path)
-    given = ["generate", *tiny_keys("cogvideox-i2v", folder)]
-    assert main([*given, f"prompts={prompts}", f"out={tmp_path / 'out'}"]) == 0
-    found = capsys.readouterr()
-    assert "second.png: 60 x 70 pixels are resized to 32 x 48, as diffusers does, in another aspect ratio" in found.err
-    first, second = (read_frames(Path(line), range(9)) for line in found.out.splitlines())
-    assert not np.array_equal(first, second)
-
-    def refused(*words: str) -> str:
-        assert main([*given, *words, f"out={tmp_path / 'no'}"]) == BAD_INPUT
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    assert "'a boat' has none; write prompts=FILE.jsonl with lines like" in refused("prompt=a boat")
-    assert f"image={prompts} can't be read as an image" in refused("prompt=a boat", f"image={prompts}")
-    assert "can't be read as an image (" in refused("prompt=a boat", "image=nothing.png")
-    prompts.write_text('{"prompt": "a boat", "image": "nothing.png"}\n')
-    assert "prompts.jsonl:1: image=nothing.png is no file" in refused(f"prompts={prompts}")
-    assert "has learned positions for 32 x 48 alone; write model.height=32 model.width=48" in refused(
-        "prompt=a boat", "model.height=64"
-    )
-    text = ["generate", *tiny_keys("wan", make_wan_folder(tmp_path / "text")), "prompt=a boat", f"out={tmp_path / 'no'}"]
-    assert main([*text, f"image={tmp_path / 'first.png'}"]) == BAD_INPUT
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "model=wan makes a video of a caption alone, and 'a boat' has image=" in line
-    assert not (tmp_path / "no").exists()
-
-
-def test_folders_of_the_other_kind_name_the_right_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image, text = make_wan_image_folder(tmp_path / "image"), make_wan_folder(tmp_path / "text")
-    for name, folder, right in (("wan", image, "wan-i2v-14b"), ("wan-i2v-14b", text, "wan or model=wan-14b")):
-        assert main(["generate", f"model={name}", f"model.path={folder}", "prompt=a", f"out={tmp_path / 'out'}"]) == BAD_INPUT
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith(f"use model={right}")
-        assert "the image condition is " in line
 
 
 def test_a_plan_at_full_size_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
