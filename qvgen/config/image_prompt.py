@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qvgen.checksum import file_checksum
 from qvgen.errors import UserError
 
 
@@ -61,6 +60,8 @@ def image_checksum(image: str) -> str:
     Raises:
         UserError: It can't be read.
     """
+    from qvgen.checksum import file_checksum  # here: what reads a configuration does without its libraries
+
     path = Path(image).expanduser()
     try:
         return file_checksum(path)

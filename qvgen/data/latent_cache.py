@@ -157,7 +157,7 @@ class LatentCache:
         return write_sealed(self.latent_path(key), {name: narrowest(tensor) for name, tensor in kept.items()}, key=key)
 
     def read_clip(self, key: str, *, seal: str | None = None) -> dict[str, Tensor]:
-        """What is kept of a clip: ``latents``, float32 [C, f, h, w], and what belongs to its first frame.
+        """Tensors of a clip: ``latents``, float32 [C, f, h, w], and what belongs to its first frame.
 
         Args:
             key: Key of the latents.

@@ -66,7 +66,7 @@ class Split:
 
 
 def stacked_conditions(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What the first frames of samples became, with a row for each; empty where samples have none."""
+    """The conditions that the first frames of samples became, with a row for each; empty where samples have none."""
     found = [item.get(IMAGE_CONDITION, {}) for item in items]
     return {name: torch.stack([condition[name] for condition in found]) for name in found[0]}
 

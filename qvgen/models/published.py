@@ -97,7 +97,7 @@ def _channels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[i
 
 
 def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
-    """What a transformer is given of an image, at any number of latent channels."""
+    """The form in which a transformer is given an image, at any number of latent channels."""
     latent, inputs = _channels(transformer, vae)
     mask = int(vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio", 4)))  # a channel for each frame
     named = {0: [], latent: ["latents"], latent + mask: ["latents with a mask"]}

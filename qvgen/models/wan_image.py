@@ -1,4 +1,4 @@
-"""Wan, image to video: Wan2.1 I2V 14B (arXiv 2503.20314) and the two experts of Wan2.2 I2V-A14B.
+"""The image in Wan's image-to-video models: Wan2.1 I2V 14B (arXiv 2503.20314) and the two experts of Wan2.2 I2V-A14B.
 
     input      16 channels of noisy latents, 4 of a mask and 16 of the image's latents, joined in this order
     mask       1 in the first latent frame, 0 in the others: a channel for each of the 4 frames that it stands for
@@ -6,7 +6,7 @@
     embedding  2.1 alone: the last hidden states but one of CLIP's image tower, of the image resized and cropped to 224 x 224.
                Each block attends to these 257 tokens besides the text, by Linears of their own (add_k_proj, add_v_proj)
 
-The image is the same in the call without the caption: guidance is by the text alone. What else the model is, is
+The image is the same in the call without the caption: guidance is by the text alone. The families are
 :mod:`qvgen.models.wan`'s. Left out: a last image (the first-last-frame models).
 """
 
@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.models.image_family import ImageFamily, encoded_images, first_frame_of, load_image_processor
-from qvgen.models.wan import Wan, WanExpert
+from qvgen.models.wan_family import WanFamily
 
 
 @dataclass(kw_only=True, eq=False)
-class WanLatentImage(ImageFamily, Wan):
-    """A model that is told the image's latents; its keys are those of :class:`qvgen.models.wan.Wan`."""
+class WanLatentImage(ImageFamily, WanFamily):
+    """A model that is told the image's latents; its keys are those of :class:`qvgen.models.wan_family.WanFamily`."""
 
     pipeline_class: ClassVar[str] = "WanImageToVideoPipeline"
 
@@ -65,14 +65,14 @@ class WanLatentImage(ImageFamily, Wan):
 
 
 @dataclass(kw_only=True, eq=False)
-class WanImage(WanLatentImage):
-    """Wan2.1, which is told CLIP's embedding too; its keys are those of :class:`qvgen.models.wan.Wan`."""
+class WanEmbeddedImage(WanLatentImage):
+    """A model that is told CLIP's embedding too; its keys are those of :class:`qvgen.models.wan_family.WanFamily`."""
 
     image_encoder_classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModelWithProjection", "CLIPVisionModel")
 
     @property
     def image_condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the latents, and of CLIP's tokens."""
+        """Shapes of the latents, and of CLIP's tokens."""
         config = self.component_config("image_encoder")
         tokens = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1  # patches, and one for all
         return {**super().image_condition_shapes, "image_embeds": (tokens, int(self.transformer_config["image_dim"]))}
@@ -96,8 +96,3 @@ class WanImage(WanLatentImage):
         return {
             **super()._sampling_parts(device), "image_encoder": encoder, "image_processor": self._image_processor(),
         }  # fmt: skip
-
-
-@dataclass(kw_only=True, eq=False)
-class WanImageExpert(WanLatentImage, WanExpert):
-    """One of the two experts of Wan2.2 I2V-A14B; its keys are those of :class:`qvgen.models.wan.WanExpert`."""

@@ -70,7 +70,7 @@ def test_the_first_frame_becomes_what_the_pipeline_makes_of_the_image(variant) -
 
 
 def test_prediction_is_the_transformers_at_one_noise_level_per_sample(variant) -> None:
-    """Latents first, then the image's; against a direct call, with the tokens of the image and the ofs where there are any."""
+    """Latents first, then the image's; against a direct call, with the image's tokens and the ofs where there are any."""
     name, family, teacher, _, image = variant
     clip = clip_of(image, frames=9)
     condition = {**family.encode(CAPTIONS), **family.encode_first_frame(torch.cat([clip, clip.flip(-1)]))}

@@ -106,7 +106,8 @@ KNOWN_IMAGE = {
         {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "wan-i2v-14b"),
     "latents alone": ("wan2.2-a14b", {"in_channels": 36}, {"boundary_ratio": 0.9, "image_encoder": [None, None]},
         "wan2.2-i2v-a14b"),
-    "learned positions": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True}, {}, "cogvideox-i2v"),
+    "learned positions": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True}, {},
+        "cogvideox-i2v"),
     "ofs": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512}, {}, "cogvideox1.5-i2v"),
 }  # fmt: skip
 
