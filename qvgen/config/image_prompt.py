@@ -6,6 +6,7 @@ and only the family that samples looks for it. A caption whose image was lost on
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,10 @@ def image_checksum(image: str) -> str:
     Raises:
         UserError: It can't be read.
     """
-    from qvgen.checksum import file_checksum  # here: what reads a configuration does without its libraries
-
     path = Path(image).expanduser()
     try:
-        return file_checksum(path)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"image={image} can't be read ({error.strerror}); write the path of an image file") from error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ImagePipeline(CogVideoXImageToVideoPipeline):  # type: ignore[misc] - diffusers has no types
-    """The pipeline that casts the image to the VAE's type; to the bit diffusers' own where transformer and VAE have one type."""
+    """The pipeline that casts the image to the VAE's type; its own bits where transformer and VAE have one type."""
 
     def prepare_latents(self, image: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Noise and the image's latents, in the transformer's precision."""

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, WanImageToVideoPipeline
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from PIL import Image
+from safetensors.torch import save_file
 
 from qvgen.config.image_prompt import ImagePrompt, image_of
 from qvgen.models.base import VideoDiT, example_condition
+from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_sources
 from tests.models.family_checks import check_packed_equals_fake_quantized, tiny_family
 from tests.models.hub_folders import CAPTIONS
 from tests.models.image_folders import clip_of, make_cogvideox_image_folder, make_wan_image_folder, write_image
@@ -150,6 +153,25 @@ def test_packed_video_equals_the_fake_quantized_one(variant, tmp_path: Path, mon
     prompts = [ImagePrompt(caption, str(image)) for caption in CAPTIONS]
     monkeypatch.setattr("tests.models.family_checks.CAPTIONS", prompts)
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
+
+
+def test_loras_and_files_of_the_authors_name_the_image_s_layers(tmp_path: Path) -> None:
+    """W + B A for a layer of the image's tokens, with ComfyUI's key; every name goes there and back."""
+    folder = make_wan_image_folder(tmp_path / "model")
+    plain = tiny_family("wan-i2v-14b", folder).load_teacher()
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    key = "diffusion_model.blocks.1.cross_attn.v_img"
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}, file)
+    merged = tiny_family("wan-i2v-14b", folder, lora=str(file)).load_teacher()
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    assert changed == {"blocks.1.attn2.add_v_proj.weight"}
+    wanted = plain.blocks[1].attn2.add_v_proj.weight + up @ down
+    assert torch.allclose(merged.blocks[1].attn2.add_v_proj.weight, wanted, atol=1e-5)
+    converted = convert_wan_transformer_to_diffusers(
+        {name: torch.zeros(1) for name in original_sources(plain.state_dict(), WAN_ORIGINAL_NAMES)}
+    )
+    assert set(converted) == set(plain.state_dict())
 
 
 def test_a_caption_keeps_its_image() -> None:
