@@ -5,6 +5,9 @@
     FILE.jsonl                 one object to a line: {"prompt": "a cat", "seed": [1, 2], "negative_prompt": "blurred"}
     [{prompt: a cat, seed: 1}] the same objects, in a YAML file
 
+An object's ``image`` is the path of an image file that an image-to-video model begins the video with; it starts from the
+prompt file's folder, in a list from the working one.
+
 ``seed`` is a number or a list of them, one video for each; without it the run's seeds count. ``negative_prompt`` stands in
 place of the model's; ``""`` is none. Files are UTF-8, with or without a byte order mark; lines end in LF, CRLF or CR.
 """
@@ -15,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qvgen.config.image_prompt import image_of
 from qvgen.config.prompt_file import named_file, names_a_file, read_prompt_file
 from qvgen.config.prompt_line import Prompt, checked_caption, prompt_from_object
 from qvgen.errors import UserError
@@ -25,7 +29,7 @@ class PromptedVideo:
     """Caption, seed and negative prompt of one video.
 
     Attributes:
-        caption: Text of what the video is to show.
+        caption: Text of what the video is to show, with its image if it has one.
         seed: Seed of the video's noise.
         negative: What guidance leads away from; None: the model's own negative prompt.
     """
@@ -137,9 +141,11 @@ def without_files(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(line: Prompt) -> str | dict[str, Any]:
-    if not line.seeds and line.negative is None and not names_a_file(line.caption):
+    image = image_of(line.caption)
+    if not line.seeds and line.negative is None and image is None and not names_a_file(line.caption):
         return line.caption
-    values = {"prompt": line.caption, "seed": list(line.seeds) or None, "negative_prompt": line.negative}
+    values = {"prompt": str(line.caption), "seed": list(line.seeds) or None, "negative_prompt": line.negative}
+    values |= {"image": image}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -56,7 +56,9 @@ def read_prompt_file(path: Path, *, key: str) -> tuple[Prompt, ...]:
         )
     lines = [line.strip() for line in _text(path, key=key).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     read_line = _json_line if path.suffix.lower() == ".jsonl" else _text_line
-    prompts = tuple(read_line(line, place=f"{path}:{number}") for number, line in enumerate(lines, 1) if line)
+    prompts = tuple(
+        read_line(line, place=f"{path}:{number}", folder=path.parent) for number, line in enumerate(lines, 1) if line
+    )
     if not prompts:
         raise UserError(f"{key}={path} holds no caption; write one to a line")
     return prompts
@@ -93,13 +95,14 @@ def _text(path: Path, *, key: str) -> str:
     return text
 
 
-def _text_line(line: str, *, place: str) -> Prompt:
+def _text_line(line: str, *, place: str, folder: Path) -> Prompt:
+    del folder
     if line.startswith('{"') and line.endswith("}"):
         raise UserError(f"{place} looks like JSON; give the file a name that ends in .jsonl")
     return Prompt(caption=line)
 
 
-def _json_line(line: str, *, place: str) -> Prompt:
+def _json_line(line: str, *, place: str, folder: Path) -> Prompt:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         for name in names:
@@ -120,4 +123,4 @@ def _json_line(line: str, *, place: str) -> Prompt:
         ) from error
     if not isinstance(entry, dict):
         raise UserError(f'{place} is no object: {shortened(line)}; write lines like {{"prompt": "a cat"}}')
-    return prompt_from_object(entry, place=place)
+    return prompt_from_object(entry, place=place, folder=folder)

@@ -1,17 +1,19 @@
 """One prompt, and the object that a line of a .jsonl file or an entry of a list says it with.
 
-{"prompt": "a cat", "seed": [1, 2], "negative_prompt": "blurred"}
+{"prompt": "a cat", "seed": [1, 2], "negative_prompt": "blurred", "image": "cat.png"}
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from qvgen.config.image_prompt import ImagePrompt
 from qvgen.errors import UserError, did_you_mean
 
-KEYS = ("prompt", "seed", "negative_prompt")
+KEYS = ("prompt", "seed", "negative_prompt", "image")
 """Keys that a line of a .jsonl file may have."""
 
 
@@ -20,7 +22,7 @@ class Prompt:
     """One line.
 
     Attributes:
-        caption: Text of what a video is to show.
+        caption: Text of what a video is to show, with its image if it has one (:mod:`qvgen.config.image_prompt`).
         seeds: One video for each; empty: the run's seeds count.
         negative: What guidance leads away from; None: the model's own negative prompt.
     """
@@ -30,15 +32,16 @@ class Prompt:
     negative: str | None = None
 
 
-def prompt_from_object(entry: dict[Any, Any], *, place: str) -> Prompt:
+def prompt_from_object(entry: dict[Any, Any], *, place: str, folder: Path = Path()) -> Prompt:
     """Read an object with the keys :data:`KEYS`.
 
     Args:
         entry: The object.
         place: Where it stands, for messages.
+        folder: Folder that the image's path begins in.
 
     Raises:
-        UserError: It lacks the caption, has another key, or a value of another kind.
+        UserError: It lacks the caption, has another key, a value of another kind, or an image that is no file.
     """
     for name in entry:
         if name not in KEYS:
@@ -50,8 +53,11 @@ def prompt_from_object(entry: dict[Any, Any], *, place: str) -> Prompt:
     negative = entry.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f'{place}: negative_prompt={shortened(negative)} is no text; write "" for none')
+    caption = checked_caption(entry["prompt"], place=place)
+    if (image := entry.get("image")) is not None:
+        caption = ImagePrompt(caption, checked_image(image, place=place, folder=folder))
     return Prompt(
-        caption=checked_caption(entry["prompt"], place=place),
+        caption=caption,
         seeds=_seeds(entry.get("seed"), place=place),
         negative=negative,
     )
@@ -66,6 +72,16 @@ def checked_caption(value: Any, *, place: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{place}: {value!a} holds half of a character; write it as UTF-8")
     return value
+
+
+def checked_image(value: Any, *, place: str, folder: Path = Path()) -> str:
+    """The path of an image file; raises UserError where it is none."""
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{place}: image={shortened(value)} is no path; write the name of an image file, in quotes")
+    path = folder / Path(value).expanduser()
+    if not path.is_file():
+        raise UserError(f"{place}: image={value} is no file ({path}); write the path of an image")
+    return str(path)
 
 
 def _seeds(value: Any, *, place: str) -> tuple[int, ...]:

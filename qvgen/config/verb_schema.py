@@ -32,10 +32,12 @@ class GenerateConfig:
         model: The model that text encoder and VAE come from, as model=NAME model.path=FOLDER; None: what the packed
             directory says.
         prompt: A caption, or a list of captions; None: those of ``prompts``.
-        prompts: A file of captions: one to a line, or .jsonl with seeds and negative prompts
+        prompts: A file of captions: one to a line, or .jsonl with seeds, negative prompts and images
             (:mod:`qvgen.config.prompt`); None: the model's own captions.
         negative_prompt: What guidance leads away from, where a line of ``prompts`` says nothing else; "" is none; None:
             the model's own.
+        image: Image that the videos begin with, where a line of ``prompts`` names none: what an image-to-video model needs;
+            None: there is none.
         seed: A number or a list: one video is made for each caption and seed, but for lines of ``prompts`` that name
             seeds of their own.
         num_steps: Sampling steps; None: the model's own.
@@ -58,6 +60,7 @@ class GenerateConfig:
     prompt: tuple[str, ...] | None
     prompts: Prompts | None
     negative_prompt: str | None
+    image: Path | None
     seed: Annotated[tuple[int, ...], Range("0..4294967295")]
     num_steps: Annotated[int | None, Range("> 0")]
     guidance_scale: Annotated[float | None, Range(">= 0")]

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from qvgen.config.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
-from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, Encoders, EncodeVideo
+from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, EncodeFirstFrame, Encoders, EncodeVideo
 from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
 from qvgen.data.claims import POLL_SECONDS, Claims
@@ -83,6 +83,7 @@ def fill(
     encode_video: EncodeVideo,
     encode_captions: EncodeCaptions,
     tokens_left_out: CountTokens = lambda _: 0,
+    encode_first_frame: EncodeFirstFrame | None = None,
     options: FillOptions | None = None,
 ) -> FillReport:
     """Do what is missing of this process's share of a table.
@@ -93,6 +94,7 @@ def fill(
         encode_video: float32 [1, 3, F, H, W] in [-1, 1] -> latents [1, C, f, h, w]; a pure function.
         encode_captions: Captions -> named tensors with one row each; a pure function.
         tokens_left_out: Caption -> how many of its tokens ``encode_captions`` leaves out.
+        encode_first_frame: A clip as above -> what its first frame becomes, named tensors with one row each; a pure function.
         options: Share, limits.
 
     Returns:
@@ -107,7 +109,12 @@ def fill(
     remove_stale(cache.folder)
     index_path = cache.index_path(table)
     report_path = index_path.with_suffix(".bad.csv")
-    encoders = Encoders(video=encode_video, captions=encode_captions, tokens_left_out=tokens_left_out)
+    encoders = Encoders(
+        video=encode_video,
+        captions=encode_captions,
+        tokens_left_out=tokens_left_out,
+        first_frame=encode_first_frame,
+    )
     mine = [table[row] for row in range(options.shard, len(table), options.num_shards)]
     with Claims(cache.folder, key="data.cache") as claims:
         writer = CacheWriter(cache, claims, encoders)

@@ -18,7 +18,8 @@ from qvgen.data.claims import Claims
 from qvgen.data.clip_report import CountTokens, left_out, warn_of_cut_captions
 from qvgen.data.clips import to_pixels
 from qvgen.data.clips_ahead import ReadClip, Unreadable
-from qvgen.data.latent_cache import LatentCache
+from qvgen.data.latent_cache import FIRST_FRAME, LatentCache
+from qvgen.data.video import Frames
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ EncodeVideo = Callable[[Tensor], Tensor]
 
 EncodeCaptions = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> named tensors with a row for each."""
+
+EncodeFirstFrame = Callable[[Tensor], Mapping[str, Tensor]]
+"""float32 [1, 3, F, H, W] in [-1, 1] -> named tensors with a row for each clip: what its first frame becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,13 @@ class Encoders:
         video: Pure function of a clip.
         captions: Pure function of captions.
         tokens_left_out: Caption -> how many of its tokens ``captions`` leaves out.
+        first_frame: Pure function of a clip; None for a model that is told no image.
     """
 
     video: EncodeVideo
     captions: EncodeCaptions
     tokens_left_out: CountTokens
+    first_frame: EncodeFirstFrame | None = None
 
 
 class CacheWriter:
@@ -72,9 +78,11 @@ class CacheWriter:
             if seal is not None:
                 self.reused += 1
             else:
-                latents = self.encoders.video(to_pixels(read.frames)[None])
+                pixels = to_pixels(read.frames)[None]
+                latents = self.encoders.video(pixels)
                 _check(latents, what=f"encode_video, on {clip.name},")
-                seal = self.cache.write_latents(key, latents[0])
+                first = self._first_frame(pixels, read.frames, name=clip.name)
+                seal = self.cache.write_latents(key, latents[0], first_frame=first)
                 self.encoded += 1
         return {
             "clip": read.sha256,
@@ -84,6 +92,15 @@ class CacheWriter:
             "text_sha256": self._make_text(clip.caption),
             "left_out": left_out(read.cut, tokens=self.encoders.tokens_left_out(clip.caption)),
         }
+
+    def _first_frame(self, pixels: Tensor, frames: Frames, *, name: str) -> dict[str, Tensor]:
+        """A clip's first frame and what it becomes; nothing for a model that is told no image."""
+        if self.encoders.first_frame is None:
+            return {}
+        found = self.encoders.first_frame(pixels)
+        for key, tensor in found.items():
+            _check(tensor, what=f"encode_first_frame, on {name}, in {key}")
+        return {FIRST_FRAME: torch.from_numpy(frames[0].copy()), **{key: tensor[0] for key, tensor in found.items()}}
 
     def make_prompts(self, captions: Sequence[str]) -> None:
         """Encode captions that belong to no clip, the empty one too; says which ones are too long."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import nsmallest
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from qvgen.data.cache_index import IndexRows, keep_state, read_index, read_state, state_of
 from qvgen.data.captions import ClipTable
 from qvgen.data.clip_report import too_many_bad
-from qvgen.data.latent_cache import LatentCache, content_key
+from qvgen.data.latent_cache import FIRST_FRAME, LatentCache, content_key
 from qvgen.data.source import SPLITS
 from qvgen.errors import UserError
 
@@ -24,11 +24,15 @@ class CachedClip(TypedDict):
         video: float32 [C, f, h, w], latents.
         caption: Text of the clip; :meth:`LatentCache.encode` has its embedding.
         sample_id: The clip's row in its table.
+        image: uint8 [H, W, 3], its first frame, for a model that is told it.
+        image_condition: What the frame became: name -> tensor without the batch dimension.
     """
 
     video: Tensor
     caption: str
     sample_id: int
+    image: NotRequired[Tensor]
+    image_condition: NotRequired[dict[str, Tensor]]
 
 
 class CachedClips(Dataset[CachedClip]):
@@ -99,8 +103,12 @@ class CachedClips(Dataset[CachedClip]):
             UserError: Its latents are gone or damaged.
         """
         row = self.rows[index]
-        latents = self.cache.read_latents(row["latents"], seal=row["latents_sha256"])
-        return CachedClip(video=latents, caption=row["caption"], sample_id=row["row"])
+        tensors = self.cache.read_clip(row["latents"], seal=row["latents_sha256"])
+        clip = CachedClip(video=tensors.pop("latents"), caption=row["caption"], sample_id=row["row"])
+        if FIRST_FRAME in tensors:
+            clip["image"] = tensors.pop(FIRST_FRAME)
+            clip["image_condition"] = tensors
+        return clip
 
 
 def files_of(cache: LatentCache, rows: IndexRows) -> Iterator[str]:

@@ -31,7 +31,11 @@ from qvgen.errors import UserError
 
 
 class LatentFamily(Family, Protocol):
-    """The part of a family with latents that this source needs; :class:`qvgen.models.base.LatentVideoDiT` has it all."""
+    """The part of a family with latents that this source needs; :class:`qvgen.models.base.LatentVideoDiT` has it all.
+
+    One that is told a clip's first frame has ``encode_first_frame`` besides, and ``image_condition_shapes`` of what that
+    gives (:mod:`qvgen.models.image_family`).
+    """
 
     height: int
     width: int
@@ -192,6 +196,7 @@ class ClipSource(EncodedSource):
             encode_video=family.encode_video,
             encode_captions=family.encode,
             tokens_left_out=family.tokens_left_out,
+            encode_first_frame=getattr(family, "encode_first_frame", None),
             options=options,
         )
 
@@ -211,7 +216,8 @@ class ClipSource(EncodedSource):
             done = sum(cache.read_record(cache.row_key(table[row])) is not None for row in mine)
             lines.append(f"{done} clips are done, {len(mine) - done} are missing in {self.cache}")
         tokens, channels = family.condition_shape
-        latents = math.prod(family.sample_shape) * _bytes_per_value(family.vae_dtype)
+        image = sum(map(math.prod, getattr(family, "image_condition_shapes", {}).values()))
+        latents = (math.prod(family.sample_shape) + image) * _bytes_per_value(family.vae_dtype)
         embedding = tokens * channels * _bytes_per_value(family.text_encoder_dtype)
         lines.append(
             f"disk: {len(table) * (latents + embedding) / 1e9:.2f} GB at most ({latents / 1e6:.2f} MB of latents per clip "

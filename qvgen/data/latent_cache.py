@@ -1,6 +1,8 @@
 """Latents of clips and embeddings of captions on the disk, made once, found again by what they were made from.
 
     FOLDER/latents/ab/KEY.safetensors    {"latents": [C, f, h, w]}   KEY: clip's bytes, frames, box, bucket, VAE
+                                         of an image-to-video model also "first_frame", uint8 [H, W, 3], and what it became;
+                                         the image encoder is part of KEY then
     FOLDER/texts/ab/KEY.safetensors      {"encoder_hidden_states": [T, D], ...}   KEY: caption, text encoder
     FOLDER/records/SETTINGS/ab/ROW.json  what became of one row of a table: its files' keys and seals, or why there are none
     FOLDER/indexes/INDEX.json            all rows of one table under one setting, once each has a record
@@ -47,6 +49,9 @@ from qvgen.run_directory import atomic_write
 FORMAT = 1
 """Number of the cache's format, part of every key: it is raised whenever equal settings come to mean other content, so that
 entries of older versions are never taken for new ones."""
+
+FIRST_FRAME = "first_frame"
+"""Name of a clip's first frame among its tensors; the others but ``latents`` are what it became."""
 
 _ENCODER = json.JSONEncoder(sort_keys=True, allow_nan=False)
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -144,12 +149,15 @@ class LatentCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(record, sort_keys=True).encode())
 
-    def write_latents(self, key: str, latents: Float[Tensor, "C f h w"]) -> str:
-        """Keep the latents of a cut; returns their seal."""
-        return write_sealed(self.latent_path(key), {"latents": narrowest(latents)}, key=key)
+    def write_latents(
+        self, key: str, latents: Float[Tensor, "C f h w"], *, first_frame: Mapping[str, Tensor] | None = None
+    ) -> str:
+        """Keep the latents of a cut, and its first frame with what that became; returns their seal."""
+        kept = {"latents": latents, **(first_frame or {})}
+        return write_sealed(self.latent_path(key), {name: narrowest(tensor) for name, tensor in kept.items()}, key=key)
 
-    def read_latents(self, key: str, *, seal: str | None = None) -> Float[Tensor, "C f h w"]:
-        """Latents of a clip, float32.
+    def read_clip(self, key: str, *, seal: str | None = None) -> dict[str, Tensor]:
+        """Tensors of a clip: ``latents``, float32 [C, f, h, w], and what belongs to its first frame.
 
         Args:
             key: Key of the latents.
@@ -158,7 +166,7 @@ class LatentCache:
         Raises:
             UserError: They are not there any more, or the file is damaged.
         """
-        return _read(self.latent_path(key), key=key, seal=seal)["latents"]
+        return _read(self.latent_path(key), key=key, seal=seal)
 
     def write_text(self, caption: str, tensors: Mapping[str, Tensor]) -> str:
         """Keep a caption's embedding, without the batch dimension; returns its seal."""

@@ -8,8 +8,8 @@ on every device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,12 +41,14 @@ class NoisyBatch:
         timestep: float32 [B] in [0, 1000).
         target: float32 [B, C, F, H, W], the data's own target.
         captions: One per sample; the empty one where the caption was dropped.
+        image: The condition that each clip's first frame became, which is never dropped; empty for models without one.
     """
 
     noisy: Tensor
     timestep: Tensor
     target: Tensor
     captions: list[str]
+    image: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sample_generator(*keys: int | str) -> torch.Generator:
@@ -62,6 +64,7 @@ def add_noise(
     objective: Objective,
     generators: Sequence[torch.Generator],
     caption_dropout: float = 0.0,
+    image: Mapping[str, Tensor] | None = None,
 ) -> NoisyBatch:
     """Draw a noise level, a noise and a caption dropout for every sample, in this order, from its own generator.
 
@@ -71,6 +74,7 @@ def add_noise(
         objective: The model's.
         generators: B generators.
         caption_dropout: Probability in [0, 1] that a caption is replaced by the empty one.
+        image: The condition that each clip's first frame became, B rows each.
     """
     sigmas, noises, kept = [], [], []
     for caption, generator in zip(captions, generators, strict=True):
@@ -84,4 +88,5 @@ def add_noise(
         timestep=objective.timestep(sigma),
         target=objective.target(clean, noise, sigma=sigma),
         captions=kept,
+        image=image or {},
     )

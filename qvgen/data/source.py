@@ -13,12 +13,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from qvgen.data.clip_report import FillReport
 
 SPLITS = ("train", "held_out")
+
+IMAGE_CONDITION = "image_condition"
+"""Name in a sample of the tensors that the clip's first frame became; see :class:`Split`."""
 
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> named tensors with a row for each."""
@@ -42,7 +46,8 @@ class Split:
     """The samples of a split.
 
     Attributes:
-        samples: Map-style; items have ``video`` float32 [C, F, H, W], ``caption`` and ``sample_id``.
+        samples: Map-style; items have ``video`` float32 [C, F, H, W], ``caption`` and ``sample_id``; for a model that is told
+            the first frame also ``image``, the frame itself as uint8 [H, W, 3], and ``image_condition``, what it became.
         buckets: One per sample; samples of a batch have the same one.
         encode: Turns the samples' captions, the empty one and those of validation into conditions.
         num_clips: Different clips among the samples, where one may stand in several rows; None: as many as samples.
@@ -58,6 +63,12 @@ class Split:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.buckets)
+
+
+def stacked_conditions(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The conditions that the first frames of samples became, with a row for each; empty where samples have none."""
+    found = [item.get(IMAGE_CONDITION, {}) for item in items]
+    return {name: torch.stack([condition[name] for condition in found]) for name in found[0]}
 
 
 class DataSource(abc.ABC):

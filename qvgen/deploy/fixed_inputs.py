@@ -19,6 +19,8 @@ SEED = 20_240_501
 NUM_PATCHES = (2, 2, 4)
 """Patches in time, height and width."""
 NUM_TEXT_TOKENS = 8
+WAN_TEXT_TOKENS = 512
+"""Tokens of a caption in a WanTransformer3DModel that is given an image."""
 
 
 def fixed_inputs(transformer: nn.Module, *, timestep: float) -> dict[str, Tensor] | None:
@@ -41,24 +43,39 @@ def call_fixed(transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _wan(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor] | None:
-    if config.get("image_dim") is not None:  # image to video needs an image's embedding, which no family here has
-        return None
+    has_image = config.get("image_dim") is not None
+    tokens = (
+        WAN_TEXT_TOKENS if has_image else NUM_TEXT_TOKENS
+    )  # its attention tells image and text apart by this number
     sizes = [count * size for count, size in zip(NUM_PATCHES, config["patch_size"], strict=True)]
     return {
         "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
         "timestep": torch.tensor([timestep]),
-        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_dim"], generator=generator),
+        "encoder_hidden_states": torch.randn(1, tokens, config["text_dim"], generator=generator),
+        **({"encoder_hidden_states_image": _image(config, generator)} if has_image else {}),
     }
 
 
-def _cogvideox(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+def _image(config: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """Tokens of an image encoder; two images' where the model has positions for both."""
+    tokens = config.get("pos_embed_seq_len") or NUM_TEXT_TOKENS
+    return torch.randn(1, tokens, config["image_dim"], generator=generator)
+
+
+def _cogvideox(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor] | None:
     frames, height, width = NUM_PATCHES
+    if config.get(
+        "use_learned_positional_embeddings"
+    ):  # for one size alone, whose call would take as long as a video's step
+        return None
+    told = {"ofs": torch.tensor([2.0])} if config.get("ofs_embed_dim") else {}
     channels, patch, patch_t = config["in_channels"], config["patch_size"], config.get("patch_size_t") or 1
     tokens = config["max_text_seq_length"]  # positions of a caption are added to this many tokens
     return {
         "hidden_states": torch.randn(1, frames * patch_t, channels, height * patch, width * patch, generator=generator),
         "encoder_hidden_states": torch.randn(1, tokens, config["text_embed_dim"], generator=generator),
         "timestep": torch.tensor([timestep]),
+        **told,
     }
 
 

@@ -165,7 +165,7 @@ def _header(manifest: Manifest, *, base: str) -> str:
         **({"license_name": name, "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE"} if name else {}),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video",
+        "pipeline_tag": "image-to-video" if takes_image(manifest.transformer_config) else "text-to-video",
         "tags": ["qvgen", "quantized", *sorted({f"w{w}a{a}" for w, a in _counted(manifest)})],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -184,8 +184,18 @@ def _widths(manifest: Manifest) -> str:
     return ", ".join(f"{word} ({count} layers)" for word, (_, count) in zip(words, counted, strict=True))
 
 
-def pipeline_class(transformer: str) -> str:
+def takes_image(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer is given an image's latents: more channels go in than it predicts."""
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    return inputs is not None and outputs is not None and inputs > outputs
+
+
+def pipeline_class(transformer: str, *, image: bool = False) -> str:
     """Name of the pipeline that a transformer is for; diffusers' general one where the names do not tell.
+
+    Args:
+        transformer: Name of its class.
+        image: Whether :func:`takes_image`.
 
     The general one ignores a ``transformer=`` that a pipeline's class calls optional, as Wan's does.
 
@@ -193,12 +203,12 @@ def pipeline_class(transformer: str) -> str:
         >>> pipeline_class("WanTransformer3DModel"), pipeline_class("LTXVideoTransformer3DModel")
         ('WanPipeline', 'DiffusionPipeline')
     """
-    name = f"{transformer.partition('Transformer')[0]}Pipeline"
+    name = f"{transformer.partition('Transformer')[0]}{'ImageToVideo' if image else ''}Pipeline"
     return name if hasattr(diffusers, name) else "DiffusionPipeline"
 
 
 def _load(manifest: Manifest, *, base: str, repository: str, part: str) -> str:
-    pipeline = pipeline_class(manifest.transformer)
+    pipeline = pipeline_class(manifest.transformer, image=takes_image(manifest.transformer_config))
     names = pipeline if part != "." else f"{pipeline}, {manifest.transformer}"
     lines = ["import qvgen", "import torch", f"from diffusers import {names}"]
     if part == ".":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
-from qvgen.data.source import Split
+from qvgen.data.source import Split, stacked_conditions
 from qvgen.evaluation.distance import RelativeError
 from qvgen.evaluation.placement import placed
 from qvgen.layers.swap import not_sampling
@@ -134,6 +134,7 @@ class HeldOut(MeasuredInputs):
             [item["caption"] for item in items],
             objective=self.family.objective,
             generators=[sample_generator("held_out", self.seed, index) for index in indices],
+            image=stacked_conditions(items),
         )
 
     @torch.no_grad()
@@ -142,7 +143,8 @@ class HeldOut(MeasuredInputs):
         chosen = self._batches if batches is None else [self._batches[number] for number in batches]
         with placed(model) as device, not_sampling(model):
             for batch in chosen:
-                condition = {key: value.to(device) for key, value in self.split.encode(batch.captions).items()}
+                encoded = {**self.split.encode(batch.captions), **batch.image}
+                condition = {key: value.to(device) for key, value in encoded.items()}
                 yield (
                     self.family.predict(model, batch.noisy.to(device), batch.timestep.to(device), condition)
                     .float()

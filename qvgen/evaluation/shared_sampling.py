@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qvgen.config.image_prompt import caption_of
 from qvgen.config.prompt import PromptedVideo
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.packed_fusion import kernel_names
@@ -75,7 +76,7 @@ class Asked:
     @property
     def captions(self) -> list[str]:
         """Captions of the table's videos."""
-        return [item["caption"] for item in self.items]
+        return [caption_of(item) for item in self.items]
 
 
 @dataclass(frozen=True)

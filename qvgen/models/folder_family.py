@@ -29,7 +29,7 @@ from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, re
 from qvgen.models.hub_cache import cached_snapshot
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora.merge import Lora, merge_loras_, read_loras
-from qvgen.models.published import check_is_of, check_text_to_video
+from qvgen.models.published import check_is_known, check_is_of
 from qvgen.models.transformer_build import build_transformer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +119,7 @@ class FolderFamily(abc.ABC):
         self._loras = self._chosen_loras()
         if self.folder is not None or self._finetune is not None:
             given = f"model.path={self.path}" if self._finetune is None else f"model.transformer={self.transformer}"
-            check_text_to_video(self.component_config, name=self.name, given=given)
+            check_is_known(self.component_config, name=self.name, given=given)
             classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
             check_is_of(self.component_config, name=self.name, given=given, **classes)
         temporal, spatial = self.compression
@@ -175,8 +175,12 @@ class FolderFamily(abc.ABC):
         """(C, F, H, W) of a training clip's latents."""
         temporal, spatial = self.compression
         frames = self.frame_padding(self.num_frames) + (self.num_frames - 1) // temporal + 1
-        channels = int(self.transformer_config.get("in_channels", 16))  # 16 is both classes' default
-        return (channels, frames, self.height // spatial, self.width // spatial)
+        return (self.latent_channels, frames, self.height // spatial, self.width // spatial)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a sample: all of the transformer's inputs, where no image is among them."""
+        return int(self.transformer_config.get("in_channels", 16))  # 16 is both classes' default
 
     # Transformers
 
@@ -198,7 +202,7 @@ class FolderFamily(abc.ABC):
             return {}
         chosen = ", ".join(lora.revision.replace(" ", " times ", 1) for lora in self._loras)
         own = {"lora": chosen} if chosen else {}
-        others = ("vae", *self.text_encoders)
+        others = ("vae", *self.encoders)
         names = [self.transformer_folder] if transformer_only else [*self.transformer_folders, *others]
         if self._finetune is not None:
             names.remove(self.transformer_folder)
@@ -289,3 +293,8 @@ class FolderFamily(abc.ABC):
     def text_encoders(self) -> dict[str, str]:
         """Folder -> class of transformers, of all text encoders; their dtype is ``text_encoder_dtype``."""
         return {"text_encoder": self.text_encoder_class, **self.further_text_encoders}
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Folder -> class of transformers, of all parts that encode what a video is made from."""
+        return self.text_encoders

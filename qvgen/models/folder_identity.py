@@ -1,7 +1,8 @@
 """The identity of a model's folder: a checksum of all bytes of each part, whatever the folder is called.
 
-    transformer, vae, text_encoder    config.json and weights; see :meth:`qvgen.models.hub_folder.HubFolder.checksum`
-    tokenizer, scheduler              all files; of further text encoders likewise
+    transformer, vae, text_encoder    config.json and weights, of an image encoder likewise; see
+                                      :meth:`qvgen.models.hub_folder.HubFolder.checksum`
+    tokenizer, scheduler              all files; of further text encoders and an image processor likewise
     model_index                       model_index.json but for the keys that begin with ``_`` (versions, where it came from)
 
 A part that is not there is left out. README, licences and pictures are no part of the model.
@@ -24,7 +25,11 @@ def weights_identity(folder: HubFolder, components: Iterable[str]) -> dict[str, 
 
 def settings_identity(folder: HubFolder) -> dict[str, str]:
     """The same of the parts without weights."""
-    present = [name for name in ("tokenizer", "tokenizer_2", "scheduler") if any((folder.path / name).glob("*"))]
+    present = [
+        name
+        for name in ("tokenizer", "tokenizer_2", "image_processor", "scheduler")
+        if any((folder.path / name).glob("*"))
+    ]
     checksums = {name: folder.files_revision(name) for name in present}
     if (folder.path / "model_index.json").is_file():
         index = {key: value for key, value in folder.read_json("model_index.json").items() if not key.startswith("_")}

@@ -38,7 +38,7 @@ from qvgen.models.weight_set import PICKLES, MissingWeightsError, WeightSet, che
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
-_CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
+_CONFIG_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "scheduler_config.json")
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json")
 

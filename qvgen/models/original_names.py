@@ -62,9 +62,15 @@ WAN_ORIGINAL_NAMES = OriginalNames(
         (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
         (r"\.ffn\.net\.2$", ".ffn.2"),
         (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+        (r"\.add_([kv])_proj$", r".\1_img"),
+        (r"\.norm_added_k$", ".norm_k_img"),
+        (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+        (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
     ),
 )
-"""Names of diffusers' WanTransformer3DModel -> those of Wan's own code (text to video)."""
+"""Names of diffusers' WanTransformer3DModel -> those of Wan's own code, text to video and image to video."""
 
 LTX_ORIGINAL_NAMES = OriginalNames(
     code="LTX-Video",

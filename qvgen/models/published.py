@@ -2,12 +2,13 @@
 
 A model is known by conf/model/NAME.yaml with its ``published`` configurations. Two questions are asked of a folder:
 
-    kind    what weights of any size have in common: class, positions, patches over time, compression of the VAE, experts,
-            text encoder. A folder of another kind is refused.
+    kind    what weights of any size have in common: class, image condition, positions, patches over time, compression of the
+            VAE, experts, text encoder. A folder of another kind is refused.
     sizes   blocks, heads and feed-forward channels. A folder whose sizes are exactly those of another model of its kind is
             refused; sizes of no known model are accepted, as a finetune may have them.
 
-Image-to-video and control models have the same classes as text-to-video models and more inputs; they are refused too.
+Image-to-video and control models have the same classes as text-to-video models and more inputs; those whose inputs no known
+model has are refused too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _CONDITIONS = (
 )
 """Keys of a transformer that is given an image besides the text."""
 
+_IMAGE, _NO_IMAGE = "the image condition", "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
@@ -54,8 +57,8 @@ class PublishedModel:
     sizes: Mapping[str, Any]
 
 
-def check_text_to_video(configs: Configs, *, name: str, given: str) -> None:
-    """Refuse a folder whose model needs more than a caption.
+def check_is_known(configs: Configs, *, name: str, given: str) -> None:
+    """Refuse a folder whose model is given an image, or something else, in a way that no known model is.
 
     Args:
         configs: the folder's configurations.
@@ -63,27 +66,43 @@ def check_text_to_video(configs: Configs, *, name: str, given: str) -> None:
         given: How the user named it, for the message.
 
     Raises:
-        ValueError: it is an image-to-video or a control model; the message names what shows it and the model to use.
+        ValueError: it is such a model; the message names what shows it and the model to use.
     """
     transformer, vae, index = configs("transformer"), configs("vae"), configs("model_index")
-    latent = vae.get("z_dim", vae.get("latent_channels", 16))
-    inputs = transformer.get("in_channels", latent)
+    latent, inputs = _channels(transformer, vae)
     signs = [f"{key} is {transformer[key]}" for key in _CONDITIONS if transformer.get(key)]
     if inputs != latent:
         signs.insert(0, f"its transformer takes {inputs} channels and its VAE makes {latent}")
-    if any((index.get("image_encoder") or [None])[:1]):
+    has_encoder = any((index.get("image_encoder") or [None])[:1])
+    if has_encoder:
         signs.append("it has an image_encoder")
-    if not signs:
-        return
-    pipeline = index.get("_class_name")
     kind = _kind(configs, class_name=transformer.get("_class_name"), text_encoder=None)
+    told = ("the transformer's class", _IMAGE)
+    is_known = any(all(model.kind[key] == kind[key] for key in told) for model in known_models())
+    if not signs or (is_known and has_encoder == bool(transformer.get("image_dim"))):
+        return
     del kind["the text encoder"]
-    model = next(iter(_matches(kind, _sizes(transformer))), None) or _by_name(name)
+    model = next(iter(_matches({**kind, _IMAGE: _NO_IMAGE}, _sizes(transformer))), None) or _by_name(name)
     remedy = f"model={name}" if model is None else f"model={model.name} with {model.repository or 'its own folder'}"
     raise ValueError(
-        f"{given} holds an image-to-video or control model ({'; '.join(signs[:2])}; its pipeline is {pipeline}), "
-        f"and qvgen makes text-to-video models; use {remedy}"
+        f"{given} holds an image-to-video or control model ({'; '.join(signs[:2])}; its pipeline is "
+        f"{index.get('_class_name')}) of a kind that qvgen does not have; use {remedy}"
     )
+
+
+def _channels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels of the VAE's latents, and of the transformer's input."""
+    latent = int(vae.get("z_dim", vae.get("latent_channels", 16)))
+    return latent, int(transformer.get("in_channels", latent))
+
+
+def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    """The form in which a transformer is given an image, at any number of latent channels."""
+    latent, inputs = _channels(transformer, vae)
+    mask = int(vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio", 4)))  # a channel for each frame
+    named = {0: [], latent: ["latents"], latent + mask: ["latents with a mask"]}
+    parts = named.get(inputs - latent, [f"{inputs - latent} channels"])
+    return " and ".join([*parts, *(key for key in _CONDITIONS if transformer.get(key))]) or _NO_IMAGE
 
 
 def check_is_of(configs: Configs, *, name: str, transformer_class: str, text_encoder: str, given: str) -> None:
@@ -133,6 +152,7 @@ def _kind(configs: Configs, *, class_name: str | None, text_encoder: str | None)
     temporal = transformer.get("patch_size_t")
     return {
         "the transformer's class": class_name,
+        _IMAGE: _image_condition(transformer, vae),
         "the text encoder": text_encoder,
         "use_rotary_positional_embeddings": bool(transformer.get("use_rotary_positional_embeddings", False)),
         "patch_size_t": None if temporal is None else int(temporal),

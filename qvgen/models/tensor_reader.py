@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qvgen.errors import UserError
 from qvgen.models.base import TensorReader, VideoDiT
-from qvgen.models.lora import Lora, LoraMerge
+from qvgen.models.lora.merge import Lora, LoraMerge
 from qvgen.models.safetensors_header import read_header
 from qvgen.quant.finite import check_finite
 

@@ -1,4 +1,4 @@
-"""Wan, text to video: Wan2.1 1.3B and 14B (arXiv 2503.20314), Wan2.2 TI2V-5B and A14B.
+"""Wan: text to video of Wan2.1 1.3B and 14B (arXiv 2503.20314), Wan2.2 TI2V-5B and A14B; image to video of 14B and A14B.
 
     transformer   WanTransformer3DModel; latents as [B, C, F, H, W], text by cross-attention
     objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
@@ -10,7 +10,7 @@
                   below. Each is trained and packed on its own, on noise levels of its own part alone; the pipeline
                   calls the other one beside it
 
-Left out: image conditions.
+An image is :mod:`qvgen.models.wan_image`'s. Left out: TI2V-5B with an image.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 from qvgen.config.may_differ import MayDiffer
 from qvgen.models.lora.merge import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
+from qvgen.models.wan_image import WanEmbeddedImage, WanLatentImage
 
 log = logging.getLogger(__name__)
 
@@ -144,3 +145,13 @@ class WanExpert(Wan):
 
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
         return {**super()._call_options(guidance_scale), "guidance_scale_2": self.guidance_scale_low}
+
+
+@dataclass(kw_only=True, eq=False)
+class WanImage(WanEmbeddedImage, Wan):
+    """Wan2.1 for images; its keys are those of :class:`Wan`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class WanImageExpert(WanLatentImage, WanExpert):
+    """One of the two experts of Wan2.2 for images; its keys are those of :class:`WanExpert`."""

@@ -14,12 +14,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qvgen.config.image_prompt import facts_of
 from qvgen.config.prompt import PromptedVideo
 from qvgen.config.sections import CalibrationConfig
 from qvgen.data.claims import POLL_SECONDS, Claims
@@ -81,7 +81,7 @@ class CalibratedModel:
         model = {key: value for key, value in section.items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
-            FORMAT, family.revision, model, scheduler, [asdict(video) for video in self._videos()], self.steps,
+            FORMAT, family.revision, model, scheduler, [facts_of(video) for video in self._videos()], self.steps,
             teacher.seed, sorted(self.needs), self.num_bands, ROWS_PER_CALL, MAX_INPUTS,
         ]  # fmt: skip
         if foreign := foreign_sources({"model": section}):  # its code may change while its revision stays

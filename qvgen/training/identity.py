@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from qvgen import __version__
+from qvgen.config.image_prompt import facts_of
 from qvgen.data.pixel_clips import PixelClips
 from qvgen.data.source import DataSource
 from qvgen.errors import OWN_PACKAGES, UserError
@@ -204,8 +204,8 @@ def _callback_facts(plain: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _listed(prompts: Sequence[Any]) -> str:
-    """Prompts with all that they say: captions, negative prompts, seeds."""
-    text = json.dumps([asdict(prompt) for prompt in prompts])
+    """Prompts with all that they say: captions, negative prompts, seeds, checksums of images."""
+    text = json.dumps([facts_of(prompt) for prompt in prompts])
     return f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()}"
 
 

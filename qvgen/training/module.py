@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.data.noise import NoisyBatch, add_noise, sample_generator
+from qvgen.data.source import IMAGE_CONDITION
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
@@ -177,7 +178,10 @@ class VideoTraining(OptimizerModule):
             self.relative_error = self._validate(self.student)
 
     def draw(self, batch: dict[str, Any], *, step: int) -> NoisyBatch:
-        """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step."""
+        """Noise a batch of ``video`` [B, C, F, H, W], ``caption`` and ``sample_id`` [B] for an optimizer step.
+
+        Where the model is told the first frame, the batch has its ``image_condition`` too.
+        """
         generators = [sample_generator("train", self.seed, step, int(i)) for i in batch["sample_id"]]
         return add_noise(
             batch["video"],
@@ -185,11 +189,13 @@ class VideoTraining(OptimizerModule):
             objective=self._objective,
             generators=generators,
             caption_dropout=self.method.caption_dropout,
+            image=batch.get(IMAGE_CONDITION),
         )
 
     def loss(self, draw: NoisyBatch) -> Tensor:
         """The method's loss of a micro-batch, float32 []."""
-        condition = {key: value.to(self.device) for key, value in self.encode(draw.captions).items()}
+        encoded = {**self.encode(draw.captions), **draw.image}
+        condition = {key: value.to(self.device) for key, value in encoded.items()}
         teacher = self._teacher[0] if self._teacher else None
         return prediction_loss(
             self.family, self.student, draw, condition, method=self.method, teacher=teacher, options=self._loss_options

@@ -149,6 +149,7 @@ def _sampling(config: EvaluateConfig, packed: tuple[Path, ...] | None) -> Genera
         prompt=None,
         prompts=config.prompts,
         negative_prompt=None,
+        image=None,
         seed=(0,),
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,

@@ -11,8 +11,9 @@ from qvgen.config.schema import TrainConfig
 from qvgen.data.source import Split
 from qvgen.errors import UserError
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
-from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts
+from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts, shown_videos
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
+from qvgen.models.given_image import check_images
 from qvgen.models.guidance import texts_to_encode
 from qvgen.verbs._checks import only_to_measure, without_clips
 from qvgen.verbs._parts import ptq_method, sampled_needs, sampled_teacher, step_batch
@@ -30,6 +31,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
     Raises:
         ValueError: Clips, captions or a text encoder are missing.
     """
+    _check_images(config)
     _say_what_is_left_out(config)
     if config.evaluation.samples == 0 or without_clips(config):
         encode = EncodedCaptions(config.model)
@@ -72,6 +74,18 @@ def _say_what_is_left_out(config: TrainConfig) -> None:
     for key, section in (("evaluation", config.evaluation), ("calibration", config.calibration)):
         if section.prompts is not None and (left := section.prompts.num_videos - section.videos) > 0:
             log.info("%s.videos=%d: the last %d of %s.prompts are left out", key, section.videos, left, key)
+
+
+def _check_images(config: TrainConfig) -> None:
+    """Raise UserError where what is sampled lacks the images that the model begins videos with, or has some of no use."""
+    captions: list[str] = []
+    if config.evaluation.samples:
+        captions += [video.caption for video in shown_videos(config.evaluation, config.model, seed=config.seed)]
+        captions += evaluation_prompts(config.evaluation, config.model).captions if without_clips(config) else []
+    check_images(config.model, captions, key="evaluation.prompts")
+    if sampled_needs(config):
+        prompts = calibration_prompts(ptq_method(config).calibration, config.model)
+        check_images(config.model, prompts.captions, key="calibration.prompts")
 
 
 def _texts(config: TrainConfig) -> list[str]:

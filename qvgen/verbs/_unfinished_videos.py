@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qvgen.config.image_prompt import facts_of
 from qvgen.config.prompt import PromptedVideo
 from qvgen.deploy.manifest import file_sha256
 from qvgen.run_directory import atomic_write
@@ -72,4 +72,4 @@ class UnfinishedVideos:
 
 
 def _asked(video: PromptedVideo) -> str:
-    return hashlib.sha256(json.dumps(asdict(video), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts_of(video), sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qvgen.config.image_prompt import image_of, with_image
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
+from qvgen.models.given_image import check_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
     """The request of the command line, with what it leaves open filled in from the model.
 
     Raises:
-        ValueError: A negative prompt without guidance.
+        ValueError: A negative prompt without guidance, or an image that is missing or of no use.
     """
     prompts = config.prompts or Prompts.of(config.prompt or family.prompts)
     own = family.negative_prompt if config.negative_prompt is None else config.negative_prompt
@@ -66,11 +68,17 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
         raise ValueError(
             f"negative_prompt has no effect with guidance_scale={guidance_scale:g}, which is the model's; leave it out"
         )
+    videos = tuple(
+        replace(
+            video,
+            negative=own if video.negative is None else video.negative,
+            caption=video.caption if image_of(video.caption) else with_image(video.caption, config.image),
+        )
+        for video in prompts.videos(config.seed)
+    )
+    check_images(family, [video.caption for video in videos], key="prompts")
     return Request(
-        videos=tuple(
-            replace(video, negative=own if video.negative is None else video.negative)
-            for video in prompts.videos(config.seed)
-        ),
+        videos=videos,
         num_steps=config.num_steps or family.num_inference_steps,
         guidance_scale=guidance_scale,
         num_own_seeds=sum(bool(line.seeds) for line in prompts.lines),

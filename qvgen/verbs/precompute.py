@@ -79,7 +79,7 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
     sections = {key: config.plain[key] for key in ("model", "data", "debug", "devices")}
     plain = {
         **sections,
-        "prompts": [{"prompt": text} for text in texts if text] or None,  # the empty one always is encoded
+        "prompts": [{"prompt": str(text)} for text in texts if text] or None,  # the empty one always is encoded
         "shard": 0,
         "num_shards": 1,
         "threads": config.strategy.threads,

@@ -84,7 +84,7 @@ def test_a_list_is_captions_or_objects() -> None:
             '{"prompt": "a dog", "sed": 1}',
             "FILE:2: unknown key 'sed'; did you mean 'seed'? (there are: prompt, seed, negative_",
         ),
-        ('{"caption": "a dog"}', "FILE:2: unknown key 'caption' (there are: prompt, seed, negative_prompt)"),
+        ('{"caption": "a dog"}', "FILE:2: unknown key 'caption' (there are: prompt, seed, negative_prompt, image)"),
         ('{"seed": 1}', 'FILE:2 has no "prompt"; write for example {"prompt": "a cat"}'),
         ('{"prompt": 7}', "FILE:2: 7 is no text; write a caption, in quotes"),
         ('{"prompt": " "}', "FILE:2 is an empty caption"),

@@ -85,7 +85,8 @@ def check_packed_equals_fake_quantized(family: Any, teacher: nn.Module, director
     """Prepare, fold, save, load: the packed pipeline's video is the fake-quantized one's, PSNR >= 50 dB."""
     fake = copy.deepcopy(teacher)
     profile = make_profile("paper", weight_bits=4, activation_bits=4)
-    qvgen.prepare(fake, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    chosen = {"include": family.include, "exclude": family.exclude}
+    qvgen.prepare(fake, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn"), **chosen))
     folded = copy.deepcopy(fake)
     assert qvgen.fold(folded) == len(quantized_layers(fake))
     qvgen.save_packed(folded, directory, base_name=family.name, base_revision=family.revision)

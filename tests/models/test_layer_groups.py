@@ -19,20 +19,24 @@ WANTED = {
     "wan-14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-ti2v": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
+    "wan-i2v-14b": {"self_attention": 160, "cross_attention": 240, "ffn": 80, "other": 6},
+    "wan2.2-i2v-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "ltx": {"self_attention": 112, "cross_attention": 112, "ffn": 56, "other": 7},
     "ltx-13b": {"self_attention": 192, "cross_attention": 192, "ffn": 96, "other": 7},
     "latte": {"self_attention": 112, "cross_attention": 112, "temporal_attention": 112, "ffn": 112, "other": 6},
     "cogvideox": {"self_attention": 120, "ffn": 60, "other": 65},
     "cogvideox-5b": {"self_attention": 168, "ffn": 84, "other": 89},
     "cogvideox1.5": {"self_attention": 168, "ffn": 84, "other": 90},
+    "cogvideox-i2v": {"self_attention": 168, "ffn": 84, "other": 89},
+    "cogvideox1.5-i2v": {"self_attention": 168, "ffn": 84, "other": 90},
     "hunyuanvideo": {"self_attention": 280, "ffn": 160, "other": 80},
     "mochi": {"self_attention": 383, "ffn": 190, "other": 96},
 }
 """Attention has four Linears, a feed-forward net two; the rest are embedders, adaLN (CogVideoX: two a block), the output.
 
 With a stream of its own for the text both are twice as many; blocks of one stream have theirs without a Linear behind it."""
-ATTENTION = {"hunyuanvideo": {8, 3}, "mochi": {8, 7}}
-"""Linears of an attention where they are not four; the last of Mochi makes nothing for the text."""
+ATTENTION = {"hunyuanvideo": {8, 3}, "mochi": {8, 7}, "wan-i2v-14b": {4, 6}}
+"""Linears of an attention where they are not four; the last of Mochi makes nothing for the text, Wan's reads an image too."""
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in (conf_directory() / "model").glob("*.yaml")))

@@ -87,18 +87,9 @@ def test_a_finetune_of_other_sizes_is_the_chosen_model_s(tmp_path: Path) -> None
 
 IMAGE = {
     # repository: (of which model, changes, of model_index.json, what shows it, the model to use)
-    "Wan2.1-I2V-14B": ("wan-14b", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-        {"_class_name": "WanImageToVideoPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
-        "takes 36 channels and its VAE makes 16; image_dim is 1280", "wan-14b"),
     "Wan2.1-FLF2V-14B": ("wan-14b", {"in_channels": 36, "image_dim": 1280, "pos_embed_seq_len": 514},
         {"_class_name": "WanImageToVideoPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
         "takes 36 channels", "wan-14b"),
-    "Wan2.2-I2V-A14B": ("wan2.2-a14b", {"in_channels": 36}, {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9,
-        "image_encoder": [None, None]}, "takes 36 channels and its VAE makes 16", "wan2.2-a14b"),
-    "CogVideoX-5b-I2V": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True},
-        {"_class_name": "CogVideoXImageToVideoPipeline"}, "takes 32 channels", "cogvideox-5b"),
-    "CogVideoX1.5-5B-I2V": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512},
-        {"_class_name": "CogVideoXImageToVideoPipeline"}, "ofs_embed_dim is 512", "cogvideox1.5"),
     "CogVideoX-Fun-2b": ("cogvideox", {"in_channels": 33}, {"_class_name": "CogVideoXFunControlPipeline"},
         "takes 33 channels", "cogvideox"),
     "HunyuanVideo-I2V": ("hunyuanvideo", {"in_channels": 33, "image_condition_type": "latent_concat"},
@@ -107,6 +98,31 @@ IMAGE = {
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
+
+
+KNOWN_IMAGE = {
+    # the folder's own sizes: (of which model, changes, of model_index.json, the model to use)
+    "latents and CLIP": ("wan", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 1536},
+        {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "wan-i2v-14b"),
+    "latents alone": ("wan2.2-a14b", {"in_channels": 36}, {"boundary_ratio": 0.9, "image_encoder": [None, None]},
+        "wan2.2-i2v-a14b"),
+    "learned positions": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True}, {},
+        "cogvideox-i2v"),
+    "ofs": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512}, {}, "cogvideox1.5-i2v"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KNOWN_IMAGE)
+def test_image_to_video_models_of_any_size_name_their_own_model(kind: str, tmp_path: Path) -> None:
+    of, changes, index, use = KNOWN_IMAGE[kind]
+    folder = write_configs(tmp_path / "hub", of, index=index, **changes)
+    for asked in ("wan", of):
+        with pytest.raises(ValueError, match=rf"model.path={folder} holds .*use model={use}$"):
+            load_leaf("model", asked, path=str(folder))
+    assert (
+        load_leaf("model", use, path=str(folder), **({"width": 720} if use == "cogvideox-i2v" else {})).folder
+        is not None
+    )
 
 
 @pytest.mark.parametrize("repository", IMAGE)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qvgen.config.image_prompt import image_of
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import prompt_name
@@ -56,9 +57,10 @@ def sampled_cases(prompts: Prompts, *, seeds: int, negative: str) -> list[Case]:
             asked = PromptedVideo(
                 caption=line.caption, seed=seed, negative=negative if line.negative is None else line.negative
             )
-            if asked in seen:
+            key = (asked, image_of(line.caption))
+            if key in seen:
                 raise UserError(f"prompts holds {line.caption!r} twice with the seed {seed}; leave one out")
-            seen.add(asked)
+            seen.add(key)
             name = f"{prompt_name(number, line.caption)}-seed{seed}"
             cases.append(Case(name=name, prompt=number, seed=seed, caption=line.caption, asked=asked))
     return cases

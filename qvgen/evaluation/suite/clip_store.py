@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qvgen.config.image_prompt import facts_of
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import VideoInfo, probe_video, read_frames
 from qvgen.deploy.manifest import file_sha256
@@ -47,9 +47,9 @@ class SampledClips:
         self._made_from = json.dumps(made_from, sort_keys=True)
 
     def key(self, case: Case) -> str:
-        """Checksum of what all are made from, and of caption, seed and negative prompt."""
+        """Checksum of what all are made from, and of caption, seed, negative prompt and image."""
         assert case.asked is not None, "it is sampled"
-        return hashlib.sha256(json.dumps([self._made_from, asdict(case.asked)], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._made_from, facts_of(case.asked)], sort_keys=True).encode()).hexdigest()
 
     def path(self, case: Case) -> Path:
         """The file: named by its key, so that lists of prompts in another order share it."""

@@ -267,7 +267,7 @@ class SensitivityMeasurement:
         parts = [
             FORMAT, self.statistics.key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
             init.windows, self.teacher.family.guidance_scale,
-            metrics.keys, sampling.negatives,
+            metrics.keys, sampling.negatives, *sampling.images(),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         return self.statistics.folder.parent / f"sensitivity-{key}.jsonl"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvgen.config.image_prompt import image_checksum, image_of
 from qvgen.config.prompt import Prompts
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.noise_band import NoiseBand
@@ -39,6 +40,10 @@ class Sampling:
     negatives: tuple[str | None, ...]
     num_steps: int
     encode: Encode
+
+    def images(self) -> list[str]:
+        """Checksums of the captions' images, of those that have one."""
+        return [image_checksum(image) for image in map(image_of, self.captions) if image is not None]
 
     @torch.no_grad()
     def videos(self, model: nn.Module) -> Tensor:

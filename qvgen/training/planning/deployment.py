@@ -98,7 +98,8 @@ def plan_generate(family: Any, *, packed: Sequence[Path], kernel: str = "auto") 
         transformer = tensor_bytes([*teacher.parameters(), *teacher.buffers()])
         lines.append(f"memory of the transformer: {format_bytes(transformer)} in {str(dtype).removeprefix('torch.')}")
     component_lines, sizes = _components(family)
-    needed = max(transformer + sizes.get("vae", 0), sum(size for name, size in sizes.items() if name != "vae"))
+    texts = {name: size for name, size in sizes.items() if name in _text_encoders(family)}
+    needed = max(transformer + sum(sizes.values()) - sum(texts.values()), sum(texts.values()))
     available, device = _free_device_memory()
     if needed > available:
         component_lines.append(
@@ -115,15 +116,21 @@ def _free_device_memory() -> tuple[int, str]:
     return host_memory()[1], "the CPU of this host"
 
 
+def _text_encoders(family: Any) -> Sequence[str]:
+    """Parts that are gone when a video is sampled."""
+    return tuple(getattr(family, "text_encoders", ("text_encoder",)))
+
+
 def _components(family: Any) -> tuple[list[str], dict[str, int]]:
-    """Memory of VAE and text encoders, from the files' sizes: lines of text, and bytes by name."""
+    """Memory of VAE and encoders, from the files' sizes: lines of text, and bytes by name."""
     if not hasattr(family, "vae_dtype"):
         return ["memory of VAE and text encoder: none"], {}
     if family.folder is None:
         return ["memory of VAE and text encoder: not known without model.path"], {}
     lines, sizes = [], {}
-    for component in ("vae", *getattr(family, "text_encoders", ("text_encoder",))):
-        dtype: torch.dtype = getattr(torch, family.vae_dtype if component == "vae" else family.text_encoder_dtype)
+    for component in ("vae", *getattr(family, "encoders", ("text_encoder",))):
+        is_text = component in _text_encoders(family)
+        dtype: torch.dtype = getattr(torch, family.text_encoder_dtype if is_text else family.vae_dtype)
         sizes[component] = family.folder.num_values(component) * dtype.itemsize
         lines.append(f"memory of {component}: {format_bytes(sizes[component])} in {str(dtype).removeprefix('torch.')}")
     return lines, sizes

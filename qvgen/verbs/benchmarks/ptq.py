@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
+from qvgen.config.image_prompt import caption_of
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
@@ -55,7 +56,7 @@ def ptq_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> It
         batch_size = step_batch(base).micro_batch_size
         held_out = HeldOut(base.model, split, num_samples=base.evaluation.samples, batch_size=batch_size)
         reference = list(held_out.predictions(teacher))
-        captions = [item["caption"] for item in held_out_items(split, config.videos)]
+        captions = [caption_of(item) for item in held_out_items(split, config.videos)]
         seeds = [held_out.seed + index for index in range(config.videos)]
         videos = generate_videos(base.model, teacher, captions, seeds, encode=split.encode)
 
