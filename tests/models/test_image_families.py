@@ -150,6 +150,7 @@ def test_videos_equal_the_pipelines(variant, tmp_path: Path) -> None:
         family.generate(teacher, CAPTIONS[:1], [7], num_steps=2, guidance_scale=4.0)
 
 
+@pytest.mark.parametrize("variant", ["wan-i2v-14b", "cogvideox1.5-i2v"], indirect=True)
 def test_packed_video_equals_the_fake_quantized_one(variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, family, teacher, _, image = variant
     prompts = [ImagePrompt(caption, str(image)) for caption in CAPTIONS]

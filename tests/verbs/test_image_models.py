@@ -21,8 +21,8 @@ def test_clips_bring_their_first_frames(tmp_path: Path, capsys: pytest.CaptureFi
     folder, clips = make_wan_image_folder(tmp_path / "model"), write_clips(tmp_path / "clips", fps=16)
     data = [*tiny_keys("wan-i2v-14b", folder), f"data.path={clips}", f"data.cache={tmp_path / 'cache'}"]
     given = [
-        "steps=2", "batch_size=2", "bits=4", "phi.ranks=[2]", "init=rtn", "method.caption_dropout=0.5", "evaluation.samples=2",
-        "evaluation.quality_videos=1", "evaluation.videos=0", "evaluation.start_videos=false",
+        "steps=2", "batch_size=2", "bits=4", "phi.ranks=[2]", "init=rtn", "method.caption_dropout=0.5",
+        "evaluation.samples=2", "evaluation.quality_videos=1", "evaluation.videos=0", "evaluation.start_videos=false",
         "evaluation.video_every_steps=null", "logger=csv", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert main(["train", *data, *given]) == 0
