@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from PIL import Image
 from safetensors.torch import save_file
 
-from qvgen.config.image_prompt import ImagePrompt, image_of
+from qvgen.config.image_prompt import ImagePrompt, facts_of, image_of
+from qvgen.config.prompt import Prompts
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.original_names import WAN_ORIGINAL_NAMES, original_sources
 from tests.models.family_checks import check_packed_equals_fake_quantized, tiny_family
@@ -148,6 +150,7 @@ def test_videos_equal_the_pipelines(variant, tmp_path: Path) -> None:
         family.generate(teacher, CAPTIONS[:1], [7], num_steps=2, guidance_scale=4.0)
 
 
+@pytest.mark.parametrize("variant", ["wan-i2v-14b", "cogvideox1.5-i2v"], indirect=True)
 def test_packed_video_equals_the_fake_quantized_one(variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, family, teacher, _, image = variant
     prompts = [ImagePrompt(caption, str(image)) for caption in CAPTIONS]
@@ -172,6 +175,21 @@ def test_loras_and_files_of_the_authors_name_the_image_s_layers(tmp_path: Path) 
         {name: torch.zeros(1) for name in original_sources(plain.state_dict(), WAN_ORIGINAL_NAMES)}
     )
     assert set(converted) == set(plain.state_dict())
+
+
+def test_prompts_keep_their_images_and_know_them_by_their_bytes(tmp_path: Path) -> None:
+    """A list that names an image comes back from its plain values; what is kept of a video depends on the image's bytes."""
+    file = str(write_image(tmp_path / "boat.png"))
+    prompts = Prompts.parse([{"prompt": "a boat", "image": file}], key="prompts")
+    assert prompts.plain() == [{"prompt": "a boat", "image": file}]
+    assert all(type(value) is str for value in prompts.plain()[0].values())
+    (video,) = Prompts.parse(prompts.plain(), key="prompts").videos([3])
+    assert (video.caption, image_of(video.caption)) == ("a boat", file)
+    first = facts_of(video)
+    assert first["image"] == hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    write_image(Path(file), shade=10)
+    assert facts_of(video) == {**first, "image": hashlib.sha256(Path(file).read_bytes()).hexdigest()} != first
+    assert "image" not in facts_of(Prompts.of(["a boat"]).videos([3])[0])
 
 
 def test_a_caption_keeps_its_image() -> None:

@@ -17,13 +17,18 @@ from tests.verbs.test_hub_models import tiny_keys, write_clips
 
 
 def test_clips_bring_their_first_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PTQ of clips: errors are measured with the clips' own images, and so are the table's videos sampled."""
+    """Steps of training and errors have the clips' own images, and so have the table's videos; no prompt has one."""
     folder, clips = make_wan_image_folder(tmp_path / "model"), write_clips(tmp_path / "clips", fps=16)
     data = [*tiny_keys("wan-i2v-14b", folder), f"data.path={clips}", f"data.cache={tmp_path / 'cache'}"]
-    measured = ["evaluation.samples=2", "evaluation.quality_videos=1", "evaluation.videos=0", "logger=csv", "bits=4"]
-    assert main(["ptq", *data, *measured, "init=rtn", "data=clips", f"run_dir={tmp_path / 'run'}"]) == 0
+    given = [
+        "steps=2", "batch_size=2", "bits=4", "phi.ranks=[2]", "init=rtn", "method.caption_dropout=0.5",
+        "evaluation.samples=2", "evaluation.quality_videos=1", "evaluation.videos=0", "evaluation.start_videos=false",
+        "evaluation.video_every_steps=null", "logger=csv", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert main(["train", *data, *given]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert 0 < report["relative_error"]["ptq"] < 1
+    assert 0 < report["relative_error"]["qat"] < 1
+    assert report["phi_rank_final"] == 0
     assert report["packed_codes_equal"] is True
     assert len(report["layers_skipped"]) == 2
     found = [load_file(path) for path in (tmp_path / "cache" / "latents").rglob("*.safetensors")]
@@ -66,12 +71,9 @@ def test_generate_takes_images_by_line_and_refuses_what_is_none(
     assert "has learned positions for 32 x 48 alone; write model.height=32 model.width=48" in refused(
         "prompt=a boat", "model.height=64"
     )
-    text = [
-        "generate",
-        *tiny_keys("wan", make_wan_folder(tmp_path / "text")),
-        "prompt=a boat",
-        f"out={tmp_path / 'no'}",
-    ]
+    folder = make_wan_folder(tmp_path / "text")
+    capsys.readouterr()
+    text = ["generate", *tiny_keys("wan", folder), "prompt=a boat", f"out={tmp_path / 'no'}"]
     assert main([*text, f"image={tmp_path / 'first.png'}"]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert "model=wan makes a video of a caption alone, and 'a boat' has image=" in line
