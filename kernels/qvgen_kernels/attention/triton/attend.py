@@ -53,7 +53,7 @@ def _constant(value, like):
 
 @triton.jit
 def _exponent(largest, slope):
-    """The exponent of a block whose largest product of score and scale this is; from -1/32 of the contract's x, no bit less."""
+    """The exponent of a block by its largest product of score and scale: part is -1/32 of the contract's x, no bit less."""
     part = largest * slope
     above = tl.fma(tl.abs(part), _constant(_SLACK / _STEP, part), _constant(0.5, part))
     return (tl.fma(part, _constant(-1.0 / _STEP, part), above) + MAGIC) - MAGIC
