@@ -258,7 +258,7 @@ bytes. A loop is the innermost one that holds matrix products; permutes are byte
 for all matrix products under way in it (Hopper: Triton {triton} does so in every tile of columns for sums of integers). Rows
 `gluon-...` are the Gluon kernel, whose loop leaves one product under way; its warps are eight that multiply, one that copies
 and three that fill up a group. Rows `attention-...` are the attention in 8 bits of {rows} tokens: a tile is queries x keys,
-its loop holds a thread's 32 scores and, in a branch that most blocks skip, the rescaling of its sums.
+its loop holds a thread's 32 scores and, in a branch that most blocks skip, the rescaling of its sums. No loop uses its stack.
 """
 
 COLUMNS = (

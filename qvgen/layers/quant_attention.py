@@ -63,8 +63,7 @@ class AttentionProduct(nn.Module):
     def __init__(self, form: AttentionForm, *, noise_band: NoiseBand, name: str, kernel: str = "auto") -> None:
         super().__init__()
         self.form, self.noise_band, self.name, self.kernel = form, noise_band, name, kernel
-        self.spec = form.spec()
-        self._has_read_a_mask = False
+        self.spec, self._has_read_a_mask = form.spec(), False
 
     def tables(self) -> tuple[Tensor, Tensor] | None:
         """Factors of the largest magnitude of queries and of keys, float32 [num_bands, H] each; None: there are none."""
@@ -77,8 +76,7 @@ class AttentionProduct(nn.Module):
             [B * n, H, M, D] in q's dtype, or autocast's.
 
         Raises:
-            ValueError: A dropout, a causal order, a mask that adds other numbers than 0 or what hides a key, or heads that
-                are not the module's.
+            ValueError: A dropout, a causal order, a first mask that adds what is neither 0 nor hides a key, other heads.
             RuntimeError: A later mask adds other numbers; on a GPU it is raised there, and no call waits for it.
         """
         if call.dropout_p or call.is_causal:

@@ -148,7 +148,7 @@ def block_probabilities(z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         z: Scores times their keys' scales, float32 [.., m, up to 64]; -inf where a key is hidden.
-        factor: Of the query's scores, [.., m, 1].
+        factor: The factor of a query's scores, [.., m, 1].
 
     Returns:
         Float32 [.., m, up to 64] and [.., m, 1]; the exponent of a block without keys is -inf.

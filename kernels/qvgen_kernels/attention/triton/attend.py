@@ -52,10 +52,11 @@ def _constant(value, like):
 
 
 @triton.jit
-def _exponent(largest, factor):
-    """The exponent of a block whose largest product of score and scale this is."""
-    x = largest * factor
-    return ((x + tl.fma(tl.abs(x), _constant(_SLACK, x), _constant(0.5, x))) + MAGIC) - MAGIC
+def _exponent(largest, slope):
+    """The exponent of a block by its largest product of score and scale: part is -1/32 of the contract's x, no bit less."""
+    part = largest * slope
+    above = tl.fma(tl.abs(part), _constant(_SLACK / _STEP, part), _constant(0.5, part))
+    return (tl.fma(part, _constant(-1.0 / _STEP, part), above) + MAGIC) - MAGIC
 
 
 @triton.jit
@@ -70,9 +71,9 @@ def _dropped(v):
 
 
 @triton.jit
-def _probabilities(z, factor, exponent):
+def _probabilities(z, slope, exponent):
     """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23."""
-    slope, start = factor * -_STEP, exponent * _STEP + 0.5
+    start = exponent * _STEP + 0.5
     below = tl.fma(z, tl.broadcast_to(slope[:, None], z.shape), tl.broadcast_to(start[:, None], z.shape))
     # From 1/2 to 1; to clamp at 0 as well is no instruction of its own on a card.
     bits = 0x33800000 - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
@@ -133,7 +134,7 @@ def _add_values(totals, p, factors, index, t, form: tl.constexpr):
 def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.constexpr):
     """The running sums of all parts [rows, columns], weights and exponents [rows], with a block of keys added."""
     totals, weight, top = state
-    codes, factor, place = query
+    codes, slope, place = query
     index = place[0] * sizes.blocks + block
     column, key = tl.arange(0, form.width)[None, :], tl.arange(0, _BLOCK)
     k = tl.load(t.codes.key + index * (_BLOCK * form.width) + key[:, None] * form.width + column)
@@ -143,8 +144,8 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
         seen = _seen(t, place, index, sizes, form)
         z = tl.where(seen, z, float("-inf"))
     largest = tl.reduce(z, 1, tl.standard._elementwise_max)
-    exponent = _exponent(largest, factor)
-    p = _probabilities(z, factor, exponent)
+    exponent = _exponent(largest, slope)
+    p = _probabilities(z, slope, exponent)
     if masked:
         p = tl.where(seen, p, _MAGIC_BITS - 128)
         exponent = tl.where(largest > float("-inf"), exponent, _SMALLEST)
@@ -161,11 +162,11 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
 def _finish(state, query, t, sizes, form: tl.constexpr):
     """Outputs of the tile."""
     totals, weight, _ = state
-    _, factor, place = query
+    _, slope, place = query
     head, row, _ = place
     lonely = weight == 0.0
     inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(lonely, 1.0, weight))
-    is_finite = factor == factor
+    is_finite = slope == slope
     kind: tl.constexpr = t.y.dtype.element_ty
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
@@ -189,10 +190,10 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     column = tl.arange(0, form.width)[None, :]
     here = head * sizes.queries + row
     codes = tl.load(t.codes.query + here[:, None] * form.width + column, mask=live[:, None], other=0)
-    factor = tl.load(t.codes.factor + here, mask=live, other=0.0)
+    slope = tl.load(t.codes.factor + here, mask=live, other=0.0) * -_STEP
     start = (head // sizes.heads) * sizes.mask_batch + (head % sizes.heads) * sizes.mask_head
     start += (program % tiles).to(tl.int64) * _ROWS * sizes.mask_query
-    query = (codes, factor, (head, row, start))
+    query = (codes, slope, (head, row, start))
     totals = ()
     parts: tl.constexpr = form.parts
     for _ in tl.static_range(parts):

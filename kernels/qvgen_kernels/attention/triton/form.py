@@ -56,7 +56,7 @@ class Codes(NamedTuple):
 
     Attributes:
         query: Codes.
-        factor: Of a query's scores; NaN where its outputs are.
+        factor: The factor of a query's scores; NaN where its outputs are.
         key: Codes.
         key_scale: Scales; 0 for tokens from N on.
         value: Codes.
