@@ -44,7 +44,7 @@ class Quality:
         guidance_scale: classifier-free guidance.
         negative_prompt: the model's own negative prompt, which guidance led away from; None: there was no guidance.
         metrics: title of each metric of suite=fast that compares single videos, by its name in ``compared``, in its order.
-        left_out: those of them that were not measured, by name, and why.
+        left_out: why one of ``metrics`` was not measured, by its name.
         start_absent: why the PTQ start made no videos; None where it did.
     """
 

@@ -30,9 +30,9 @@ class ReportMetrics:
     """The metrics of a report.
 
     Attributes:
-        usable: Those that are measured, by the name that a report gives them: the leaf's, and its unit (``psnr_db``).
+        usable: The metrics that are measured, by the name that a report gives them: the leaf's, and its unit (``psnr_db``).
         titles: Title of each one that compares single videos, in the suite's order.
-        left_out: Those of ``titles`` that are not measured, and why.
+        left_out: Why one of ``titles`` is not measured, by its name.
     """
 
     usable: Mapping[str, VideoMetric]

@@ -23,6 +23,7 @@ class KernelVideoDistance(SetMetric):
     source = "arXiv 1812.01717, with the cubic kernel of arXiv 1801.01401 and the logits of I3D on Kinetics-400"
     low = float("-inf")
     better = "lower"
+    blind_to = ("frozen", "flicker")
     weights = (fetched.I3D,)
 
     def features(self, clip: Clip) -> Float[Tensor, " 400"]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qvgen.config.leaves import load_leaf
+from qvgen.evaluation.report.page_format import format_number
 from tests.evaluation.injected_damage import DAMAGE, STRENGTHS
 from tests.evaluation.metrics.set_damage import METRICS, RESULT, features_of, measured, sees, undamaged
 from tests.evaluation.metrics.test_metric_values import NETWORKS, needs
@@ -36,7 +37,7 @@ def test_the_page_shows_the_measured_numbers(content: dict[str, Any]) -> None:
         for damage in DAMAGE:
             values = [row[metric] for row in content["rows"] if row["damage"] == damage]
             assert len(values) == len(STRENGTHS)
-            assert f"| {metric.upper()} | {damage} | {' | '.join(f'{value:.3g}' for value in values)} |" in lines
+            assert f"| {metric.upper()} | {damage} | {' | '.join(map(format_number, values))} |" in lines
 
 
 @needs(NETWORKS["fvd"])
