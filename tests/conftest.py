@@ -38,6 +38,16 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def block_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of the first block alone, for what is started, stopped and continued; read it, or copy it."""
+    from tests import runs
+
+    run_dir = tmp_path_factory.mktemp("one-block") / "run"
+    assert runs.train(run_dir, *runs.one_block()) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
 def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed folder of the first block of the small model, for what is tried on many damaged copies; copy it."""
     from qvgen.training.student import fold_student

@@ -70,6 +70,11 @@ def shallow(blocks: int) -> tuple[str, str]:
     return f"model.num_layers={blocks}", f"model.weights={weights}"
 
 
+def one_block() -> tuple[str, ...]:
+    """Overrides of the fixture ``block_run``: its checkpoints lie in each phase of Phi and on the boundaries 3 and 6."""
+    return ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9", *UNSEEN, *shallow(1))
+
+
 def train(run_dir: Path, *overrides: str) -> int:
     """`qvgen train` in this process; the exit code."""
     return main(["train", *SHORT, f"run_dir={run_dir}", *overrides])

@@ -7,11 +7,14 @@ round-to-nearest on any type but for those that quality.py names, with the ratio
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +122,19 @@ def squares(error: Tensor, exact: Tensor) -> Tensor:
     return torch.stack([error.detach().double().square().sum(), exact.detach().double().square().sum()])
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", METHODS)
+def combinations() -> Iterator[Any]:
+    """Every method at one of the two widths, in turn, and at both where that takes no calibration; all when asked for."""
+    for index, (name, bits) in enumerate(itertools.product(METHODS, BITS)):
+        rarely = name not in ("mse", "dvd_quant") and (index // 2 + index) % 2 == 1
+        yield pytest.param(name, bits, marks=[LONG] if rarely else [])
+
+
+LONG = pytest.mark.skipif(
+    os.environ.get("QVGEN_LONG_TESTS") != "1", reason="set QVGEN_LONG_TESTS=1 to have every method at both widths"
+)
+
+
+@pytest.mark.parametrize(("name", "bits"), list(combinations()))
 def test_no_type_of_layer_is_worse_than_round_to_nearest(name: str, bits: str, measure: Measure) -> None:
     plain, found = measure("rtn", bits)["output"], measure(name, bits)["output"]
     assert plain.keys() == found.keys()

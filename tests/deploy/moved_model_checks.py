@@ -6,6 +6,7 @@ tests/layers/test_other_device.py runs this file in a process of its own.
 """
 
 import logging
+import os
 
 import pytest
 import torch
@@ -93,15 +94,21 @@ def grouped(**options):
 
 OFFLOADS = {
     "model": with_hook,
-    "sequential": cpu_offload,
     "sequential with buffers": lambda model, device: cpu_offload(model, device, offload_buffers=True),
     "groups of blocks": grouped(offload_type="block_level", num_blocks_per_group=1),
     "groups of leaves": grouped(offload_type="leaf_level"),
 }
 
 
+LONG = pytest.mark.skipif(
+    os.environ.get("QVGEN_LONG_TESTS") != "1", reason="set QVGEN_LONG_TESTS=1 to move a model of another class too"
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "way"), [*(("wan", way) for way in OFFLOADS), ("cogvideox", "groups of leaves")], indirect=["name"]
+    ("name", "way"),
+    [*(("wan", way) for way in OFFLOADS), pytest.param("cogvideox", "groups of leaves", marks=LONG)],
+    indirect=["name"],
 )
 def test_offloading_computes_there_and_leaves_neither_codes_nor_copies(name, folder, device, way, own_order, caplog):
     del own_order

@@ -209,29 +209,25 @@ LONG = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("architecture", "instruction", "size"),
     [
-        (75, "IMMA.8832.U4.U4", 4),
+        pytest.param(75, "IMMA.8832.U4.U4", 4, marks=LONG),
         (80, "IMMA.16864.U4.U4", 1),
         pytest.param(86, "IMMA.16864.U4.U4", 1, marks=LONG),
         pytest.param(89, "IMMA.16864.U4.U4", 1, marks=LONG),
     ],
 )
-def test_the_machine_code_multiplies_4_bits_and_spills_nothing(architecture, instruction, size, tmp_path):
+def test_the_machine_code_multiplies_4_bits_and_spills_nothing(architecture, instruction, size, pytestconfig):
     """Ampere and Ada have one instruction for 16 x 8 x 64, Turing takes four; sums stay in registers."""
-    made, source = tmp_path / "int4.cubin", build.SOURCE / "int4.cu"
-    command = [
-        "nvcc",
-        *build.FLAGS,
-        "-DQV_BFLOAT16_ALONE",
-        f"-arch=sm_{architecture}",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        source,
-        "-o",
-        made,
-    ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 3
+    command = ["nvcc", *build.FLAGS, "-DQV_BFLOAT16_ALONE", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+
+    def make(folder):
+        words = [*command, str(build.SOURCE / "int4.cu"), "-o", str(folder / "int4.cubin")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        (folder / "ptxas.txt").write_text(done.stderr)
+
+    files = build.SOURCE.glob("*.*")
+    folder = kept_build(pytestconfig, f"int4_{architecture}", command=command, inputs=files, make=make)
+    made, said = folder / "int4.cubin", (folder / "ptxas.txt").read_text()
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 3
     if (program := disassembler()) is None:
         pytest.skip("no cuobjdump: what the registers hold was checked, the instructions were not")
     code = subprocess.run([program, "-sass", str(made)], capture_output=True, text=True, check=True).stdout

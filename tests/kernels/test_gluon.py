@@ -247,6 +247,9 @@ def test_tiles_are_those_that_the_kernel_has(card):
     assert gluon_tile.tile_of(wide, rows=17776, card=HOPPER) == Tile(128, 256, 8, 4)  # the kernel has no such tile
 
 
+@pytest.mark.skipif(
+    os.environ.get("QVGEN_LONG_TESTS") != "1", reason="two kernels are compiled for 6 seconds: QVGEN_LONG_TESTS=1"
+)
 def test_what_calls_launch_compiles(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

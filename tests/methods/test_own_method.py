@@ -20,7 +20,7 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.methods.base import Method
 from qvgen.verbs._quantize import quantize
 from tests.parts import training_module
-from tests.runs import copy_until, packed_bytes, read_metrics, train_config
+from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, train_config
 
 RATE = 0.01
 
@@ -97,7 +97,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(run_dir: Path, *overrides: str) -> Any:
-    config = train_config(f"run_dir={run_dir}", "checkpoint.every_steps=3", "checkpoint.keep=9", *overrides)
+    config = train_config(f"run_dir={run_dir}", "checkpoint.every_steps=3", "checkpoint.keep=9", *UNSEEN, *overrides)
     return replace(config, method=OffsetTraining())
 
 
@@ -121,7 +121,7 @@ def test_what_was_trained_is_what_is_packed(run_dir: Path) -> None:
 
 
 def test_it_goes_on_after_a_kill_to_the_same_bytes(run_dir: Path, tmp_path: Path) -> None:
-    again = copy_until(run_dir, tmp_path / "run", step=3)
+    again = copy_until(run_dir, tmp_path / "run", step=9)
     quantize(replace(configured(again), resume=True))
     assert packed_bytes(again) == packed_bytes(run_dir)
     assert read_metrics(again) == read_metrics(run_dir)

@@ -30,7 +30,7 @@ from qvgen.training.optimizer_module import TrainingDivergedError
 from qvgen.verbs._autoencoder import train_autoencoder
 from tests.models.small_folders import make_text_encoder, overrides, small_family
 
-STEPS, EVERY, CLIPS = 12, 4, 6
+STEPS, EVERY, CLIPS = 8, 4, 6
 
 
 def moving_bars(index: int) -> np.ndarray:
@@ -163,16 +163,14 @@ def test_the_loss_falls_and_everything_is_logged(run: Path) -> None:
         assert float(row["train/loss"]) == pytest.approx(
             float(row["train/l1"]) + 1e-4 * float(row["train/kl"]), rel=1e-5
         )
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "step-00000004.ckpt", "step-00000008.ckpt", "step-00000012.ckpt",
-    ]  # fmt: skip
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved == ["step-00000004.ckpt", "step-00000008.ckpt"]
 
 
 def test_a_killed_run_continues_to_the_same_bits(run: Path, root: Path) -> None:
     again = root / "again"
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("model", ".lock"))
-    for name in ("step-00000008.ckpt", "step-00000012.ckpt"):
-        (again / "checkpoints" / name).unlink()
+    (again / "checkpoints" / "step-00000008.ckpt").unlink()
     (again / "model.partial").mkdir()
     train_autoencoder(config(root, again, "resume=true"))
     assert metrics(again) == metrics(run)

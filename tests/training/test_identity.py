@@ -20,8 +20,7 @@ from qvgen.config import TrainConfig, UserError
 from qvgen.config.run_config import read_config
 from qvgen.data.cache_fill import fill
 from qvgen.data.clip_source import ClipSource
-from qvgen.models.tiny import TinyVideoDiT
-from qvgen.models.weight_file import ASSETS_DIRECTORY, load_weights, save_weights
+from qvgen.models.weight_file import load_weights, save_weights
 from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity, read_changes
 from qvgen.training.checkpoint_file import RUN_KEY
@@ -32,9 +31,12 @@ from qvgen.verbs._parts import claim, run_facts
 from tests.data.pooling_encoder import encode_captions, encode_video
 from tests.data.video_files import write_clip
 from tests.parts import prepared
-from tests.runs import copy_until, packed_bytes, snapshot, train, train_config
+from tests.runs import copy_until, one_block, packed_bytes, shallow, snapshot, train, train_config
 
-OPTIONS = ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
+
+def teacher_file() -> Path:
+    """The weights of the run's model."""
+    return Path(shallow(1)[1].removeprefix("model.weights="))
 
 
 def flip(path: Path, place: int) -> None:
@@ -47,21 +49,21 @@ def flip(path: Path, place: int) -> None:
 @pytest.fixture(scope="module")
 def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher's weights with another last layer, and their card."""
-    tensors = load_weights(ASSETS_DIRECTORY / TinyVideoDiT.teacher_file)
+    tensors = load_weights(teacher_file())
     tensors["proj_out.weight"] *= 1.5
     return save_weights(tensors, tmp_path_factory.mktemp("teacher") / "other.safetensors", card={})
 
 
 def test_another_teacher_is_refused_and_force_goes_on_and_the_report_says_so(
-    short_run: Path, other_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    block_run: Path, other_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = copy_until(block_run, tmp_path / "run", step=9)
     before = snapshot(run_dir)
-    keys = [*OPTIONS, f"model.weights={other_teacher}"]
+    keys = [*one_block(), f"model.weights={other_teacher}"]
     assert train(run_dir, *keys, "resume=true") == BAD_INPUT
     line = capsys.readouterr().err.splitlines()[-1]
     there, here = (json.loads(path.with_suffix(".json").read_text())["sha256"][:12] for path in (
-        ASSETS_DIRECTORY / TinyVideoDiT.teacher_file, other_teacher,
+        teacher_file(), other_teacher,
     ))  # fmt: skip
     assert f"model.transformer was {there} and is {here}" in line
     assert "resume=force" in line
@@ -75,23 +77,23 @@ def test_another_teacher_is_refused_and_force_goes_on_and_the_report_says_so(
     assert "from step 9 on <b>model.transformer</b>" in page
 
 
-def test_a_run_that_nothing_happened_to_says_nothing(short_run: Path) -> None:
-    assert json.loads((short_run / "report.json").read_text())["changes"] == []
-    assert 'id="changes"' not in (short_run / "report.html").read_text()
+def test_a_run_that_nothing_happened_to_says_nothing(block_run: Path) -> None:
+    assert json.loads((block_run / "report.json").read_text())["changes"] == []
+    assert 'id="changes"' not in (block_run / "report.html").read_text()
 
 
-def test_every_checkpoint_holds_the_mark_of_its_run(short_run: Path) -> None:
-    known = RunIdentity.read(short_run)
+def test_every_checkpoint_holds_the_mark_of_its_run(block_run: Path) -> None:
+    known = RunIdentity.read(block_run)
     assert known is not None
     assert known.run is not None
-    for path in (short_run / "checkpoints").iterdir():
+    for path in (block_run / "checkpoints").iterdir():
         assert torch.load(path, weights_only=True)[RUN_KEY] == known.run
 
 
 @cache
 def configured(*keys: str) -> TrainConfig:
     """The run's configuration, with changes."""
-    return train_config(*OPTIONS, *keys)
+    return train_config(*one_block(), *keys)
 
 
 def go_on(run_dir: Path, *keys: str, resume: Any = True) -> None:
@@ -108,17 +110,17 @@ def record(run_dir: Path, name: str, value: str) -> None:
 
 
 @pytest.fixture
-def run_dir(short_run: Path, tmp_path: Path) -> Path:
-    return copy_until(short_run, tmp_path / "copied to" / "another place", step=6)
+def run_dir(block_run: Path, tmp_path: Path) -> Path:
+    return copy_until(block_run, tmp_path / "copied to" / "another place", step=6)
 
 
 def test_the_same_run_goes_on_in_another_folder_and_from_another_place(run_dir: Path, tmp_path: Path) -> None:
     before = snapshot(run_dir)
-    shutil.copytree(ASSETS_DIRECTORY, tmp_path / "assets")  # the same weights elsewhere
+    shutil.copytree(teacher_file().parent, tmp_path / "assets")  # the same weights elsewhere
     go_on(run_dir)
     go_on(
         run_dir,
-        f"model.weights={tmp_path / 'assets' / TinyVideoDiT.teacher_file}",
+        f"model.weights={tmp_path / 'assets' / teacher_file().name}",
         "calibration.cache=elsewhere",
         "debug=true",
     )
@@ -218,9 +220,9 @@ def test_a_process_that_sees_something_else_than_rank_0_ends(run_dir: Path) -> N
 
 
 def test_folding_checks_code_and_model_and_no_more(
-    run_dir: Path, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, block_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(short_run / "checkpoints", run_dir / "checkpoints", dirs_exist_ok=True)
+    shutil.copytree(block_run / "checkpoints", run_dir / "checkpoints", dirs_exist_ok=True)
     record(run_dir, "machine.device", "another one")
     record(run_dir, "data.handwriting", "another one")
     record(run_dir, "code.qvgen", "0.0.1, source of another day")
@@ -232,16 +234,16 @@ def test_folding_checks_code_and_model_and_no_more(
     assert "another one" not in line
     assert snapshot(run_dir) == before
     assert main(["fold", f"run_dir={run_dir}", "force=true", f"out={tmp_path / 'out'}"]) == DONE
-    assert snapshot(tmp_path / "out") == snapshot(short_run / "packed")
+    assert snapshot(tmp_path / "out") == snapshot(block_run / "packed")
 
 
 def test_one_bit_of_the_start_is_noticed_and_nothing_is_lost(
-    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    block_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = copy_until(block_run, tmp_path / "run", step=9)
     flip(run_dir / START_FILE, -1000)
     before = snapshot(run_dir)
-    assert train(run_dir, *OPTIONS, "resume=true") == BAD_INPUT
+    assert train(run_dir, *one_block(), "resume=true") == BAD_INPUT
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{run_dir / START_FILE} is damaged: its sha256 is " in line
     assert "delete it and write resume=true" in line
@@ -252,10 +254,10 @@ def test_one_bit_of_the_start_is_noticed_and_nothing_is_lost(
     assert f"{run_dir / LAYERS_FILE} is damaged: its sha256 is " in capsys.readouterr().err.splitlines()[-1]
     for name in (START_FILE, LAYERS_FILE):
         (run_dir / name).unlink()
-    assert train(run_dir, *OPTIONS, "resume=true") == DONE
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
+    assert train(run_dir, *one_block(), "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(block_run)
     for name in (START_FILE, LAYERS_FILE):
-        assert (run_dir / name).read_bytes() == (short_run / name).read_bytes()
+        assert (run_dir / name).read_bytes() == (block_run / name).read_bytes()
 
 
 def test_a_run_with_a_checkpoint_goes_on_without_the_starts_tensors(run_dir: Path) -> None:

@@ -30,6 +30,7 @@ from tests.runs import (
     UNSEEN,
     copy_until,
     load_state,
+    one_block,
     packed_bytes,
     read_metrics,
     shallow,
@@ -38,7 +39,7 @@ from tests.runs import (
     train_config,
 )
 
-ACCUMULATE = "accumulate=2"
+KEEP = "checkpoint.keep=2"
 EVERY = "checkpoint.every_steps=4"
 """No multiple of where the runs are killed, nor of Phi's phases."""
 
@@ -65,19 +66,19 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -
         time.sleep(0.002)
 
 
-def test_a_killed_run_continues_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(block_run: Path, tmp_path: Path) -> None:
     """Killed in the first step of a phase."""
     run_dir = tmp_path / "run"
-    with start(run_dir, ACCUMULATE, EVERY, *UNSEEN) as process:
+    with start(run_dir, *one_block(), EVERY) as process:
         wait_for_rows(run_dir, BOUNDARIES[1], process)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert BOUNDARIES[1] <= len(read_metrics(run_dir)) < STEPS
     assert not (run_dir / "packed").exists()
     (run_dir / ".manifest.json.1.tmp").write_bytes(b"half")
-    assert train(run_dir, ACCUMULATE, EVERY, *UNSEEN, "resume=true") == DONE
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
-    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert train(run_dir, *one_block(), EVERY, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(block_run)
+    assert read_metrics(run_dir) == read_metrics(block_run)
     assert not list(run_dir.rglob("*.tmp"))
 
 
@@ -99,18 +100,6 @@ def test_the_configuration_alone_says_how_many_threads_compute() -> None:
         replace(config.strategy, threads=0)
 
 
-def test_half_and_reload_and_half_is_the_whole(short_run: Path, tmp_path: Path) -> None:
-    # The checkpoint lies on a boundary: the reloaded run itself takes the columns away.
-    assert STEPS // 2 in BOUNDARIES
-    run_dir = copy_until(short_run, tmp_path / "run", step=STEPS // 2)
-    half = load_state(run_dir / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt")
-    assert half["student.proj_out.phi.active_rank"] == 2
-    assert train(run_dir, ACCUMULATE, "checkpoint.every_steps=3", "resume=true") == DONE
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
-    assert read_metrics(run_dir) == read_metrics(short_run)
-    assert len(list((run_dir / "checkpoints").iterdir())) == 2
-
-
 def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
     # Without a tail the last columns are dropped after the last step, which is not trained again.
     options = ("steps=2", "phi.ranks=[2]", "phi.tail_share=0", *UNSEEN, *shallow(1))
@@ -126,15 +115,20 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    block_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = copy_until(short_run, tmp_path / "run", step=6)
+    """And half of a run, a reload and the other half are the whole."""
+    # The checkpoint lies on a boundary: the reloaded run itself takes the columns away.
+    assert STEPS // 2 in BOUNDARIES
+    run_dir = copy_until(block_run, tmp_path / "run", step=STEPS // 2)
+    half = load_state(run_dir / "checkpoints" / f"step-{STEPS // 2:08d}.ckpt")
+    assert half["student.proj_out.phi.active_rank"] == 2
     kept = {path: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()}
     smallest = min(map(len, kept.values()))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))
     try:
-        assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == BAD_INPUT
+        assert train(run_dir, *one_block(), EVERY, KEEP, "resume=true") == BAD_INPUT
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     lines = capfd.readouterr().err.splitlines()
@@ -143,14 +137,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
     assert [line for line in lines if "qvgen train" in line or "Traceback" in line] == lines[-1:]
     assert {path: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == kept
     assert all(load_state(path) for path in kept)
-    assert train(run_dir, ACCUMULATE, EVERY, "resume=true") == DONE
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
-    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert train(run_dir, *one_block(), EVERY, KEEP, "resume=true") == DONE
+    assert packed_bytes(run_dir) == packed_bytes(block_run)
+    assert read_metrics(run_dir) == read_metrics(block_run)
     assert not list(run_dir.rglob("*.tmp"))
+    assert len(list((run_dir / "checkpoints").iterdir())) == 2
 
 
 def one_bit_of_a_tensor(content: bytes) -> bytes:
-    return content[:2_000_000] + bytes([content[2_000_000] ^ 1]) + content[2_000_001:]
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +155,13 @@ def one_bit_of_a_tensor(content: bytes) -> bytes:
     ids=["empty", "cut", "one bit"],
 )
 def test_a_damaged_checkpoint_is_named(
-    damage: Callable[[bytes], bytes], short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[bytes], bytes], block_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = copy_until(short_run, tmp_path / "run", step=6)
+    run_dir = copy_until(block_run, tmp_path / "run", step=6)
     newest = run_dir / "checkpoints" / "step-00000006.ckpt"
     newest.write_bytes(damage(newest.read_bytes()))
     before = snapshot(run_dir)
-    assert train(run_dir, ACCUMULATE, "resume=true") == BAD_INPUT
+    assert train(run_dir, *one_block(), "resume=true") == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{newest} is no checkpoint or damaged; delete it to resume from the one before" in line
     assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
@@ -177,9 +173,9 @@ def test_a_damaged_checkpoint_is_named(
     assert "Phi still has rank 2" in capsys.readouterr().err  # it was read: the one of step 3
 
 
-def test_the_printed_command_continues_a_stopped_run_to_the_same_bytes(short_run: Path, tmp_path: Path) -> None:
+def test_the_printed_command_continues_a_stopped_run_to_the_same_bytes(block_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
-    with start(run_dir, ACCUMULATE, "checkpoint.every_steps=50", "checkpoint.keep=1", *UNSEEN) as process:
+    with start(run_dir, *one_block(), "checkpoint.every_steps=50", "checkpoint.keep=1") as process:
         wait_for_rows(run_dir, BOUNDARIES[0] + 1, process)
         process.send_signal(signal.SIGTERM)
     assert process.returncode == TERMINATED
@@ -194,5 +190,5 @@ def test_the_printed_command_continues_a_stopped_run_to_the_same_bytes(short_run
     assert command[:4] == [sys.executable, "-m", "qvgen.cli", "train"]
     assert command[-1] == "resume=true"
     assert main(command[3:]) == DONE
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
-    assert read_metrics(run_dir) == read_metrics(short_run)
+    assert packed_bytes(run_dir) == packed_bytes(block_run)
+    assert read_metrics(run_dir) == read_metrics(block_run)

@@ -14,17 +14,16 @@ from tests.parts import calibrated_model
 
 
 def test_a_run_goes_on_with_damaged_side_files(
-    short_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    block_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_dir = runs.copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = runs.copy_until(block_run, tmp_path / "run", step=9)
     (run_dir / "progress.json").write_text("[]")
     table = (run_dir / "metrics.csv").read_text(encoding="utf-8")
     (run_dir / "metrics.csv").write_text(table, encoding="utf-16")
     start = (run_dir / "start.safetensors").read_bytes()
-    overrides = ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
     with caplog.at_level(logging.WARNING):
-        assert runs.train(run_dir, *overrides, "resume=true") == 0
-    assert runs.packed_bytes(run_dir) == runs.packed_bytes(short_run)
+        assert runs.train(run_dir, *runs.one_block(), "resume=true") == 0
+    assert runs.packed_bytes(run_dir) == runs.packed_bytes(block_run)
     assert [row["step"] for row in runs.read_metrics(run_dir)] == ["9", "10", "11"]
     assert (run_dir / "metrics.csv.damaged-1").read_text(encoding="utf-16") == table
     assert (run_dir / "progress.json.damaged-1").read_text() == "[]"
@@ -34,7 +33,11 @@ def test_a_run_goes_on_with_damaged_side_files(
 
 def test_damaged_statistics_of_one_layer_are_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = runs.train_config(
-        "init=smoothquant", "calibration.videos=1", "calibration.steps=1", f"calibration.cache={tmp_path}"
+        *runs.shallow(1),
+        "init=smoothquant",
+        "calibration.videos=1",
+        "calibration.steps=1",
+        f"calibration.cache={tmp_path}",
     )
     statistics = calibrated_model(config, teacher=config.model.load_teacher(), encode=config.model.encode, num_bands=1)
     wanted = statistics("blocks.0.attn1.to_q").abs_max

@@ -18,7 +18,7 @@ from qvgen.config.build import check
 from qvgen.config.trainer_options import REFUSED, TrainerConfig
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.trainer import Processes, build_trainer, restored_settings, trainer_arguments
-from tests.runs import composed, copy_until, packed_bytes, train, train_config
+from tests.runs import composed, copy_until, one_block, packed_bytes, train, train_config
 
 ALONE = Processes()
 
@@ -121,11 +121,10 @@ def test_gradients_are_clipped_together_or_one_by_one_or_not(
     torch.testing.assert_close(module.net.weight.grad, torch.tensor([clipped]), atol=1e-6, rtol=0)
 
 
-def test_a_profiled_run_says_where_the_time_went_and_has_the_same_bits(short_run: Path, tmp_path: Path) -> None:
-    options = ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
-    run_dir = copy_until(short_run, tmp_path / "run", step=9)
-    assert train(run_dir, *options, "trainer.profiler=simple", "resume=true") == 0
-    assert packed_bytes(run_dir) == packed_bytes(short_run)
+def test_a_profiled_run_says_where_the_time_went_and_has_the_same_bits(block_run: Path, tmp_path: Path) -> None:
+    run_dir = copy_until(block_run, tmp_path / "run", step=9)
+    assert train(run_dir, *one_block(), "trainer.profiler=simple", "resume=true") == 0
+    assert packed_bytes(run_dir) == packed_bytes(block_run)
     text = (run_dir / "profiler" / "fit-simple.txt").read_text()
     assert "run_training_batch" in text
     assert "optimizer_step" in text

@@ -41,13 +41,13 @@ def cases(setting: Setting, *, warm: bool = False) -> Iterator[Case]:
         for shape, bits in itertools.product(shapes[:1] if few else shapes, WIDTHS[2:] if few else WIDTHS):
             name = f"real {'x'.join(map(str, shape))} w{bits[0]}a{bits[1]} {first}"
             yield name, partial(_real, setting, shape, bits, first)
-        for bits in itertools.product((3, 8), repeat=2) if few else itertools.product(range(2, 9), repeat=2):
+        for bits in [(3, 8)] if few else itertools.product(range(2, 9), repeat=2):
             yield f"pair w{bits[0]}a{bits[1]} {first}", partial(_pair, setting, bits, first)
-        for value in EXTREMES[5:7] if few else EXTREMES:
+        for value in EXTREMES[5:6] if few else EXTREMES:
             yield f"row of {value} {first}", partial(_extreme, setting, value, first)
         yield f"largest sums {first}", partial(_largest, setting)
         yield f"smallest layers {first}", partial(_smallest, setting, first)
-        for seed in range(3 if few else 60):
+        for seed in range(1 if few else 60):
             yield f"random {seed} {first}", partial(_random, setting, seed, first)
 
 
@@ -141,7 +141,8 @@ def _largest(setting: Setting) -> Iterator[Row]:
 
 
 def _smallest(setting: Setting, seed: int) -> Iterator[Row]:
-    for columns, outputs, rows in ((1, 1, 1), (65, 1, 1), (33, 129, 1), (1, 65, 257 if not setting.rehearse else 17)):
+    sizes = ((1, 1, 1), (65, 1, 1), (33, 129, 1), (1, 65, 257))
+    for columns, outputs, rows in sizes[:1] if setting.rehearse else sizes:
         layer = make_layer(in_features=columns, out_features=outputs, seed=seed)
         yield from _check(Call(layer, make_rows(rows, columns, seed=seed), LinearTensors(bias=layer.bias)), setting)
 

@@ -46,19 +46,19 @@ def step_traffic_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...
     """
     if (reason := missing_reason("cpu")) is not None:
         raise UserError(f"fused operators are counted by those of this machine's CPU, which it lacks: {reason}")
-    for width in config.widths:
-        if (width.label,) in done:
-            continue
+    widths = [width for width in config.widths if (width.label,) not in done]
+    plain: Traffic | None = None  # it has no width: counted once
+    for width in widths:
         profile = profile_of(config.run.profile, width)
         run = replace(config.run, bits=width, profile=profile, steps=100)
-        counted = {name: count_traffic(run, name) for name in VARIANTS}
-        plain = counted["plain"].seconds
+        plain = plain or count_traffic(run, "plain")
+        counted = {"plain": plain} | {name: count_traffic(run, name) for name in VARIANTS if name != "plain"}
         yield {
             "bits": width.label,
             "tokens_of": list(run.model.sample_shape),
             "traffic": {name: asdict(traffic) for name, traffic in counted.items()},
             "seconds": {name: traffic.seconds for name, traffic in counted.items()},
-            "ratios": {name: traffic.seconds / plain for name, traffic in counted.items()},
+            "ratios": {name: traffic.seconds / plain.seconds for name, traffic in counted.items()},
         }
 
 

@@ -23,7 +23,7 @@ from tests.parts import planned
 from tests.runs import load_state, read_metrics, train_config
 from tests.verbs.test_hub_models import tiny_keys
 
-STEPS = 3
+STEPS = 2
 TWO = ("devices=2", "strategy=ddp", "strategy.context_parallel=2")
 
 

@@ -30,7 +30,7 @@ from qvgen.training.mixed_precision.trajectory import record, sampling_of
 from qvgen.verbs._parts import sampled_teacher
 from tests.hadamard_oracle import rotation_matrix
 from tests.parts import calibrated_model
-from tests.runs import train_config
+from tests.runs import shallow, train_config
 
 BANDS = 50
 FAST = (
@@ -43,13 +43,14 @@ FAST = (
 )
 
 
-FEWEST = ("init.videos=1", "init.steps=2")
-"""For what does not depend on how much is sampled."""
+FEWEST = ("init.videos=1", "init.steps=2", *shallow(1))
+"""For what does not depend on how much is sampled, nor on how deep the model is."""
 
 
 def configured(tmp_path, *overrides: str):
-    keys = (*FAST, f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2", *overrides)
-    return train_config(*keys)
+    """Composed once for each of the overrides: the folder is put in afterwards."""
+    config = train_config(*FAST, "calibration.videos=1", "calibration.steps=2", *overrides)
+    return replace(config, calibration=replace(config.calibration, cache=str(tmp_path / "cache")))
 
 
 def measurement(config, *, encode=None) -> SensitivityMeasurement:
@@ -121,7 +122,7 @@ def direct_model(config, layers, *, side: str, window: int, windows):
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """A configuration that judges videos of the feed-forward layers by both metrics, and its measurement."""
-    config = configured(tmp_path_factory.mktemp("judged"), "init.metrics.ffn=[visual,motion]")
+    config = configured(tmp_path_factory.mktemp("judged"), "init.metrics.ffn=[visual,motion]", *shallow(2))
     return config, measurement(config)
 
 
@@ -227,20 +228,20 @@ def attention_change(model, teacher, calls) -> float:
 
 
 def test_the_model_is_as_it_was_and_the_numbers_are_the_same_again(tmp_path):
-    config = configured(tmp_path)
+    config = configured(tmp_path, *FEWEST)
     made = measurement(config)
     before = {name: value.clone() for name, value in made.teacher.transformer.state_dict().items()}
-    asked = wanted(config, "self_attention:blocks.2")
+    asked = wanted(config, "self_attention:blocks.0")
     first = made.measure(asked)
     assert all(torch.equal(before[name], value) for name, value in made.teacher.transformer.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.teacher.transformer.modules())
-    other = configured(tmp_path / "elsewhere")
+    other = configured(tmp_path / "elsewhere", *FEWEST)
     second = measurement(other).measure(asked)
     for key, row in first.rows.items():
         assert replace(row, seconds=0) == replace(second.rows[key], seconds=0)
     assert first.window_of_band == second.window_of_band
-    assert first.window_calls == (2, 2)
-    seeded = configured(tmp_path, "seed=7")
+    assert first.window_calls == (1, 1)
+    seeded = configured(tmp_path, *FEWEST, "seed=7")
     third = measurement(seeded).measure(asked)
     assert all(third.rows[key].output_error != row.output_error for key, row in first.rows.items())
 
@@ -278,7 +279,7 @@ def test_what_was_measured_survives_a_kill_and_is_not_measured_again(tmp_path):
 
 
 def test_another_setting_is_another_file(tmp_path):
-    asked = wanted(configured(tmp_path), "ffn:blocks.0", sides=("weight",))
+    asked = wanted(configured(tmp_path, *FEWEST), "ffn:blocks.0", sides=("weight",))
     for keys in (
         (),
         ("init.steps=3",),
@@ -298,9 +299,9 @@ def test_another_setting_is_another_file(tmp_path):
 
 def test_more_bits_and_full_precision_lose_less(tmp_path):
     config = configured(tmp_path, *FEWEST)
-    measured = measurement(config).measure(wanted(config, "ffn:blocks.0", "cross_attention:blocks.1", widths=(2, 4, 8)))
+    measured = measurement(config).measure(wanted(config, "ffn:blocks.0", "cross_attention:blocks.0", widths=(2, 4, 8)))
     for side in ("weight", "activation"):
-        for group, block in (("ffn", "blocks.0"), ("cross_attention", "blocks.1")):
+        for group, block in (("ffn", "blocks.0"), ("cross_attention", "blocks.0")):
             rows = [[measured.rows[group, block, side, bits, window] for bits in (2, 4, 8)] for window in (0, 1)]
             for low, middle, high in rows:
                 assert low.output_error > 3 * middle.output_error > 9 * high.output_error > 0
@@ -310,7 +311,7 @@ def test_more_bits_and_full_precision_lose_less(tmp_path):
 
 def test_samples_of_one_batch_are_quantized_by_their_own_timestep(tmp_path):
     """One sample's timestep lies in the window, the other's does not: bitwise the full-precision output there."""
-    config = configured(tmp_path)
+    config = configured(tmp_path, *FEWEST)
     made = measurement(config)
     (unit,) = units_of(config, "ffn:blocks.0")
     band = NoiseBand(BANDS)
@@ -329,7 +330,7 @@ def test_samples_of_one_batch_are_quantized_by_their_own_timestep(tmp_path):
 
 
 def test_the_recorded_calls_give_the_same_answers(tmp_path):
-    config = configured(tmp_path)
+    config = configured(tmp_path, *FEWEST)
     model, band = config.model.load_teacher(), NoiseBand(BANDS)
     handle = watch_timestep(model, band)
     sampling = sampling_of(
@@ -353,7 +354,7 @@ def test_the_recorded_calls_give_the_same_answers(tmp_path):
 
 
 def test_every_step_can_be_a_window(tmp_path):
-    config = configured(tmp_path, "init.steps=4", "init.windows=4")
+    config = configured(tmp_path, *FEWEST, "init.steps=4", "init.windows=4")
     measured = measurement(config).measure(wanted(config, "other:proj_out"))
     assert measured.window_calls == (1, 1, 1, 1)
 

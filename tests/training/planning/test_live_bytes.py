@@ -25,6 +25,9 @@ from tests.parts import counted
 from tests.runs import train_config
 
 SETTINGS = StepSettings(micro_batch=2, gradient_checkpointing=False, autocast=False, teacher_dtype=torch.float32)
+FEW = "model.include=['*.attn1.to_q','*.attn1.to_k','*.attn2.to_v','*.ffn.net.2','*.linear_1','proj_out']"
+"""Layers of each kind: of tokens, of text and of a sample; with an input of their own and with a shared one."""
+FEW_OF_COGVIDEOX = "model.include=['*.attn1.to_q','*.attn1.to_k','*.ff.net.2','*.linear_1','proj_out']"
 AGAIN = {"gradient_checkpointing": True}
 KEPT_ATTENTION = {**AGAIN, "keep_attention": True}
 
@@ -91,7 +94,7 @@ def test_bytes_of_tensors_count_each_storage_once() -> None:
 
 @pytest.mark.parametrize("how", [{}, AGAIN, KEPT_ATTENTION])
 def test_a_step_without_values_counts_what_a_real_one_does(how: dict[str, bool]) -> None:
-    config = train_config("model.num_layers=2")
+    config = train_config("model.num_layers=2", FEW)
     settings = replace(SETTINGS, **how)
     family = named_family(config).rebuild()
     models = [build_student(family, student_design(config))[0], build_teacher(family, dtype=torch.float32)]
@@ -109,8 +112,8 @@ def test_a_step_without_values_counts_what_a_real_one_does(how: dict[str, bool])
 @pytest.mark.parametrize(
     ("model", "overrides", "gradient_checkpointing", "autocast"),
     [
-        ("wan", ["bits=4"], True, True),
-        ("cogvideox", ["bits=w4a8", "method=lsq"], False, False),
+        ("wan", [FEW, "bits=4"], True, True),
+        ("cogvideox", [FEW_OF_COGVIDEOX, "bits=w4a8", "method=lsq"], False, False),
     ],
 )
 def test_operators_without_results_count_what_fake_tensors_do(
@@ -184,7 +187,7 @@ def test_what_shapes_do_not_tell_is_refused(operation: Callable[[Tensor], object
 
 def test_what_is_refused_is_counted_on_fake_tensors() -> None:
     """A batch whose largest tensors no host promises: 10^7 samples of 25 kB."""
-    config = train_config("model.num_layers=1", "method=lsq")
+    config = train_config("model.num_layers=1", "method=lsq", FEW)
     huge = counted(config, replace(SETTINGS, micro_batch=10**7), blocks=1)
     two, three = (counted(config, replace(SETTINGS, micro_batch=size), blocks=1) for size in (2, 3))
     assert huge.student_flops == two.student_flops + (10**7 - 2) * (three.student_flops - two.student_flops)
@@ -221,7 +224,7 @@ def test_kept_outputs_of_attention_are_counted_and_its_products_are_not_counted_
 
 @pytest.mark.parametrize(("how", "is_checked"), [({}, False), (KEPT_ATTENTION, True)])
 def test_three_short_models_tell_the_whole_one(how: dict[str, bool], is_checked: bool) -> None:
-    config = train_config("model.num_layers=5", "method=lsq")
+    config = train_config("model.num_layers=5", "method=lsq", FEW)
     settings = replace(SETTINGS, **how, autocast=True)
     whole = counted(config, settings, blocks=5)
     model, design = named_family(config), student_design(config)
