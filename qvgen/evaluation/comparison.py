@@ -58,12 +58,14 @@ class ComparedModels:
         teacher: The full-precision model.
         fake: The trained model, its Phi gone; where the start is sampled it may hold the start afterwards.
         packed: The same, read back from its packed directory.
+        between: Largest difference between outputs of the last two on the held-out inputs.
         start_absent: Why the PTQ start is not sampled; None: it is.
     """
 
     teacher: nn.Module
     fake: nn.Module
     packed: nn.Module
+    between: float
     start_absent: str | None
 
 
@@ -76,7 +78,7 @@ def compare_models(
 
     Args:
         models: What is compared.
-        held_out: Inputs on which the outputs of fake and packed are compared.
+        held_out: Inputs on which the codes of fake and packed are compared.
         sampling: The videos, and which of the run's processes samples which.
         to_start: Brings the student to the run's start while its videos are sampled.
     """
@@ -85,7 +87,7 @@ def compare_models(
     sampling.sample(COMPARED_STAGE, compared)
     sampled = sampling.gather(COMPARED_STAGE, compared)
     tables = {name: one.table for name, one in sampled.items()}
-    checks = check_packed(models.fake, models.packed, held_out=held_out, videos=tables)
+    checks = check_packed(models.fake, models.packed, held_out=held_out, between=models.between, videos=tables)
     absent, start_videos = sample_start(sampling, to_start, absent=models.start_absent)
     if start_videos is not None:
         sampled = {"teacher": sampled.pop("teacher"), START: start_videos, **sampled}  # as tables and pages show them

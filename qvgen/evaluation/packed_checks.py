@@ -5,7 +5,8 @@ Differences are counted, not only bounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.deploy.merged_linear import MergedPackedLinear
-from qvgen.evaluation.distance import FlipCount, count_flips, psnr_db
+from qvgen.evaluation.distance import FlipCount, RelativeError, count_flips, psnr_db
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.report_data import Checks, LayerReport
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -59,19 +60,52 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
     return equal, count
 
 
-def check_packed(
-    fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, videos: Mapping[str, Tensor]
-) -> Checks:
-    """Whether the packed model is the trained one: codes, outputs on the same inputs, and the table's videos."""
-    equal, count = codes_equal(fake, packed)
-    largest = 0.0
-    for ours, theirs in zip(held_out.predictions(packed), held_out.predictions(fake), strict=True):
+@dataclass(frozen=True, kw_only=True)
+class OutputErrors:
+    """How far the outputs for the same inputs are from the full-precision model's and from each other.
+
+    Attributes:
+        fake: Relative error of the trained model.
+        packed: The packed one's.
+        between: Largest absolute difference of the two.
+    """
+
+    fake: float
+    packed: float
+    between: float
+
+
+def measure_outputs(
+    fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, reference: Sequence[Tensor]
+) -> OutputErrors:
+    """Compare the outputs of two models with the full-precision model's and with each other; each runs once."""
+    errors, largest = {"fake": RelativeError(), "packed": RelativeError()}, 0.0
+    outputs = zip(held_out.predictions(packed), held_out.predictions(fake), reference, strict=True)
+    for ours, theirs, wanted in outputs:
+        errors["packed"].update(ours, wanted)
+        errors["fake"].update(theirs, wanted)
         largest = max(largest, float((ours - theirs).abs().max()))
+    return OutputErrors(fake=errors["fake"].compute(), packed=errors["packed"].compute(), between=largest)
+
+
+def check_packed(
+    fake: nn.Module, packed: nn.Module, *, held_out: MeasuredInputs, between: float, videos: Mapping[str, Tensor]
+) -> Checks:
+    """Whether the packed model is the trained one: codes, outputs on the same inputs, and the table's videos.
+
+    Args:
+        fake: The trained model.
+        packed: The same, read back.
+        held_out: The inputs; codes of the first batch are compared.
+        between: What :func:`measure_outputs` found between their outputs.
+        videos: The table's videos of both.
+    """
+    equal, count = codes_equal(fake, packed)
     helpers = [layer.phi for layer in quantized_layers(fake).values() if layer.phi is not None]
     return Checks(
         packed_codes_equal=equal,
         num_codes=count,
-        packed_vs_fake_max_abs=largest,
+        packed_vs_fake_max_abs=between,
         trajectory_psnr_db=psnr_db(videos["packed"], videos["fake-quantized"], max_value=255),
         flipped_pixels=count_flips(videos["packed"], videos["fake-quantized"]),
         flipped_codes=_flipped_activation_codes(fake, packed, held_out=held_out),

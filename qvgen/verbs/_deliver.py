@@ -19,14 +19,14 @@ from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.comparison import ComparedModels, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
-from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
+from qvgen.evaluation.packed_checks import OutputErrors, bf16_bytes, layer_reports, measure_outputs
 from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.layers.attention_swap import packed_attentions
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.distributed.store_queue import StoreQueue
-from qvgen.training.student import fold_student
+from qvgen.training.student import Measured, fold_student
 from qvgen.verbs._parts import named_family, packed_record
 from qvgen.verbs._sampling import at_start, begin_sampling, start_absent
 
@@ -51,41 +51,37 @@ def deliver(
     start: Mapping[str, float],
     teacher: nn.Module,
     student: nn.Module,
-    held_out: MeasuredInputs,
+    measured: Measured,
     ended: TrainingEnd,
 ) -> ReportData:
     """Fold, pack, read back, generate with all models and compare: all that the report says.
 
     Afterwards the student may hold the run's start.
     """
-    steps = ended.steps
+    steps, held_out = ended.steps, measured.inputs
     seconds = {"init": start["seconds"], "train": total_seconds(path / "metrics.csv")}
     with _timed(seconds, "fold"):
         record = packed_record(config, steps=steps)
         fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
     sampling = begin_sampling(config, path, split=held_out.split, queue=ended.queue)  # the others begin here
-    reference = list(held_out.predictions(teacher))
-    error = HeldOutError(
-        rtn=start["rtn"],
-        ptq=start["ptq"],
-        qat=held_out.relative_error(student, reference),
-        packed=held_out.relative_error(packed, reference),
-        num_samples=held_out.num_samples,
-        split=held_out.source,
-        seed=held_out.seed,
-        num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
-    )
+    outputs = measure_outputs(student, packed, held_out=held_out, reference=measured.reference)
     with _timed(seconds, "generate"):
         comparison = compare_models(
-            ComparedModels(teacher=teacher, fake=student, packed=packed, start_absent=start_absent(config, path)),
+            ComparedModels(
+                teacher=teacher,
+                fake=student,
+                packed=packed,
+                between=outputs.between,
+                start_absent=start_absent(config, path),
+            ),
             held_out=held_out,
             sampling=sampling,
             to_start=partial(at_start, config, student, path),
         )
     return ReportData(
         run=replace(run_info(config), steps=steps),
-        relative_error=error,
+        relative_error=_held_out_error(start, outputs, held_out=held_out),
         size=ModelSize(bf16=bf16_bytes(teacher), packed=(path / "packed" / WEIGHTS_FILE).stat().st_size),
         checks=comparison.checks,
         videos=comparison.videos,
@@ -99,6 +95,19 @@ def deliver(
         ),
         seconds=seconds,
         environment=collect_environment(),
+    )
+
+
+def _held_out_error(start: Mapping[str, float], outputs: OutputErrors, *, held_out: MeasuredInputs) -> HeldOutError:
+    return HeldOutError(
+        rtn=start["rtn"],
+        ptq=start["ptq"],
+        qat=outputs.fake,
+        packed=outputs.packed,
+        num_samples=held_out.num_samples,
+        split=held_out.source,
+        seed=held_out.seed,
+        num_clips=held_out.num_clips if isinstance(held_out, HeldOut) else None,
     )
 
 

@@ -85,7 +85,7 @@ def quantize(config: TrainConfig) -> None:
                 start=start,
                 teacher=teacher,
                 student=student,
-                held_out=held_out,
+                measured=measured,
                 ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
             )
         show_result(data, write_report(run_dir.path, data))
