@@ -35,7 +35,6 @@ from qvgen.verbs import import_verb, import_worker
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
-_VERBS_DIRECTORY = Path(__file__).parent / "verbs"
 _SHARING_VERBS = ("precompute", "evaluate")
 """Verbs whose tasks share out clips and videos, whoever started them."""
 _KNOWING_VERBS = ("train", "ptq", "fold", *_SHARING_VERBS)
@@ -61,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(lambda: _run_verb(first, arguments[1:], show=show), name=first, show_traceback=show)
 
 
+def verb_files() -> dict[str, Path]:
+    """Verb -> its module's file."""
+    files = sorted((Path(__file__).parent / "verbs").glob("[a-z]*.py"))
+    return {file.stem.removesuffix("_").replace("_", "-"): file for file in files}
+
+
 def verbs() -> dict[str, str]:
     """Verb -> the first line of its module's docstring, without importing it."""
-    lines = {}
-    for file in sorted(_VERBS_DIRECTORY.glob("[a-z]*.py")):
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        lines[file.stem.removesuffix("_").replace("_", "-")] = docstring.partition("\n")[0]
-    return lines
+    trees = {verb: ast.parse(file.read_text(encoding="utf-8")) for verb, file in verb_files().items()}
+    return {verb: (ast.get_docstring(tree) or "").partition("\n")[0] for verb, tree in trees.items()}
 
 
 def _overview() -> str:
@@ -75,11 +77,9 @@ def _overview() -> str:
     width = max(map(len, known), default=0)
     return "\n".join(
         [
-            "qvgen VERB key=value...",
-            "",
+            "qvgen VERB key=value...\n",
             *(f"  {verb:<{width}}  {line}" for verb, line in known.items()),
-            "",
-            "qvgen VERB --help       all keys, groups and options of a verb",
+            "\nqvgen VERB --help       all keys, groups and options of a verb",
             "qvgen VERB --cfg job    the configuration that it would run with",
             "qvgen VERB -m bits=4,3  one job for each value",
         ]
@@ -88,7 +88,7 @@ def _overview() -> str:
 
 def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     """Run a verb's command line; return the worst exit code of its jobs."""
-    if verb not in (known := verbs()):
+    if verb not in (known := verb_files()):
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, known)} (there are: {', '.join(known)})")
     _own_the_environment(verb)
     if (world := launched_world.current()) is None or verb != "train":
@@ -239,7 +239,7 @@ def _worker(arguments: list[str]) -> None:
     from qvgen.training.distributed.child import follow_parent, wait_for_settings
 
     parser = ArgumentParser(prog="qvgen worker")
-    parser.add_argument("verb", choices=sorted(verbs()))
+    parser.add_argument("verb", choices=sorted(verb_files()))
     for name in ("config", "--config-dir"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--trust", action="append", default=[])

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qvgen.quant.affine import choose_qparams, dequantize, quantize
+from qvgen.quant.affine import choose_qparams, fake_quantize, row_extremes, to_rows
 from qvgen.quant.grid import Grid
 
 InputKind = Literal["gaussian", "gelu", "silu", "bounded"]
@@ -117,11 +117,12 @@ def search_clips(rows: Float[Tensor, "n K"], weights: Sequence[Float[Tensor, "N 
     """
     rows = rows[:MAX_ROWS].float()
     outputs = torch.cat([_sketch(weight) for weight in weights])
+    extremes = row_extremes(to_rows(rows, grid), grid)
     cached: dict[Clips, float] = {}
 
     def error(clips: Clips) -> float:
         if clips not in cached:
-            cached[clips] = output_error(rows, outputs, clips, grid)
+            cached[clips] = output_error(rows, outputs, clips, grid, extremes=extremes)
         return cached[clips]
 
     best = min(((clip, clip) for clip in reversed(CANDIDATES)), key=error)
@@ -135,7 +136,9 @@ def search_clips(rows: Float[Tensor, "n K"], weights: Sequence[Float[Tensor, "N 
             return best
 
 
-def output_error(rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid) -> float:
+def output_error(
+    rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid, *, extremes: tuple[Tensor, Tensor] | None = None
+) -> float:
     """Sum of squares of the errors that quantizing rows [n, K] makes.
 
     Args:
@@ -143,11 +146,11 @@ def output_error(rows: Tensor, outputs: Tensor | None, clips: Clips, grid: Grid)
         outputs: Weights [r, K] whose products with the errors count; None: the errors themselves.
         clips: Factors of both ends.
         grid: Grid of the activations.
+        extremes: The rows' :func:`~qvgen.quant.affine.row_extremes`, where they are known.
     """
     low, high = (torch.full((len(rows), 1), clip, device=rows.device) for clip in clips)
-    scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high)
-    codes = quantize(rows, scale=scale, zero_point=zero_point, grid=grid)
-    lost = dequantize(codes, scale=scale, zero_point=zero_point, grid=grid) - rows
+    scale, zero_point = choose_qparams(rows, grid=grid, clip_low=low, clip_high=high, extremes=extremes)
+    lost = fake_quantize(rows, scale=scale, zero_point=zero_point, grid=grid).sub_(rows)
     return float((lost if outputs is None else lost @ outputs.mT).square().sum(1).cpu().double().sum())
 
 
