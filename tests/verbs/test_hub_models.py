@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
@@ -25,7 +27,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
-from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
+from tests.models.ltx_folders import LATTE_TRANSFORMER, make_latte_folder, make_ltx_folder
 from tests.runs import UNSEEN, packed_bytes, read_metrics, snapshot
 
 MODELS: dict[str, tuple[Any, str]] = {
@@ -36,6 +38,10 @@ MODELS: dict[str, tuple[Any, str]] = {
     "wan2.2-a14b": (make_wan_folder, "a14b"),
     "wan2.2-ti2v": (make_wan_folder, "ti2v"),
 }
+WHOLE_WAY = ("cogvideox", "wan2.2-ti2v")
+"""Models that go the whole way here: one of each VAE and objective, one of a noise level for each token. The others when
+asked (tests/verbs/test_ltx_runs.py); below, cogvideox-5b is trained on clips of two shapes, both experts of wan2.2-a14b are
+packed and sampled, and wan is trained by two processes. Without clips: tests/verbs/test_ptq_without_clips.py."""
 FEW = (
     "calibration.videos=1", "calibration.steps=2", "evaluation.samples=2", "evaluation.quality_videos=1",
     "evaluation.videos=0", "evaluation.start_videos=false", "logger=csv",
@@ -123,7 +129,7 @@ def test_tasks_of_slurm_share_out_the_clips(
     assert len(latent_dates(tmp_path / "cache")) == len(CAPTIONS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WHOLE_WAY)
 def test_from_mp4_files_to_videos_of_the_packed_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +189,8 @@ def test_ltx_starts_from_a_calibrated_method_with_its_folds(tmp_path: Path) -> N
 
 def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path) -> None:
     folder = make_latte_folder(tmp_path / "model")
+    torch.manual_seed(0)  # one block of each kind: each unit more is measured eight times
+    LatteTransformer3DModel(**{**LATTE_TRANSFORMER, "num_layers": 1}).save_pretrained(folder / "transformer")
     metrics = ("init.visual=ssim", "init.motion=differences", "init.videos=1", "init.steps=1", "init.windows=1")
     keys = [
         *tiny_keys("latte", folder),
@@ -195,7 +203,7 @@ def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path)
     assert main(["ptq", *keys, "init.candidates=[4,8]", f"run_dir={tmp_path / 'run'}"]) == 0
     with (tmp_path / "run" / "mixed_precision" / "sensitivity.csv").open() as table:
         rows = list(csv.DictReader(table))
-    blocks = {"transformer_blocks.0", "transformer_blocks.1"}
+    blocks = {"transformer_blocks.0"}
     temporal = {f"temporal_{name}" for name in blocks}
     found: dict[str, set[str]] = {}
     for row in rows:
@@ -216,14 +224,14 @@ def test_two_packed_experts_sample_in_one_pipeline(tmp_path: Path, capsys: pytes
     folder = make_wan_folder(tmp_path / "model", "a14b")
     clips = write_clips(tmp_path / "clips", fps=16)
     keys = [key for key in train_keys("wan2.2-a14b", folder, clips, tmp_path) if not key.startswith("run_dir")]
-    # The high one is trained in the test above.
+    # The high one is trained when asked (tests/verbs/test_ltx_runs.py).
     low = [*keys, "model.expert=low", f"run_dir={tmp_path / 'low'}", "evaluation.videos=0"]
     assert main(["train", *low]) == 0
     quick = [*tiny_keys("wan2.2-a14b", folder), "init=rtn", "bits=4", "logger=csv", "evaluation.samples=0"]
     assert main(["ptq", *quick, "model.expert=high", f"run_dir={tmp_path / 'high'}"]) == 0
     packed = {expert: tmp_path / expert / "packed" for expert in ("high", "low")}
     capsys.readouterr()
-    command = ["generate", *tiny_keys("wan2.2-a14b", folder), "prompt=a dog", "num_steps=4"]
+    command = ["generate", *tiny_keys("wan2.2-a14b", folder), "prompt=a dog", "num_steps=3"]
     videos = {}
     for name, directories in {
         "both": f"[{packed['high']},{packed['low']}]",
@@ -246,14 +254,15 @@ def test_two_processes_share_the_clips_and_train_the_same(tmp_path: Path) -> Non
     folder = make_wan_folder(tmp_path / "model")
     clips = write_clips(tmp_path / "clips", fps=16)
     keys = [*train_keys("wan", folder, clips, tmp_path), "method.caption_dropout=0.5"]
-    videos = ["evaluation.videos=3", "evaluation.video_every_steps=3"]  # of two prompts, after steps 0 and 3
+    # Of two prompts, one for each process, after steps 0 and 3.
+    videos = ["evaluation.videos=2", "evaluation.video_every_steps=3", "model.num_inference_steps=1"]
     assert main(["train", *keys, *videos, "devices=2", "strategy=ddp"]) == 0
     for step in (0, 3):
         folder_of_step = tmp_path / "run" / "validation" / f"step-{step:06d}"
-        assert len(list(folder_of_step.glob("*-student.mp4"))) == 3
+        assert len(list(folder_of_step.glob("*-student.mp4"))) == 2
     assert "While training" in (tmp_path / "run" / "report.html").read_text()
     validation = json.loads((tmp_path / "run" / "report.json").read_text())["validation"]
-    assert [row["step"] for row in validation] == [0, 0, 0, 3, 3, 3]
+    assert [row["step"] for row in validation] == [0, 0, 3, 3]
     logs = tmp_path / "cache" / "logs"
     assert (logs / "rank1.log").is_file()
     first = snapshot(tmp_path / "cache" / "latents") | snapshot(tmp_path / "cache" / "texts")
@@ -287,18 +296,14 @@ def test_clips_of_two_shapes_and_bad_ones(tmp_path: Path, capsys: pytest.Capture
     assert main(["train", *keys]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 14 clips can't be used, more than max_bad=0.05" in message  # no need to look at the rest
-    assert main(["train", *keys, "data.max_bad=0.2", "strategy.gradient_checkpointing=false"]) == 0
+    assert main(["train", *keys, "data.max_bad=0.2"]) == 0
     (report,) = (tmp_path / "cache" / "indexes").glob("*.bad.csv")
     names = [line.split(",")[0] for line in report.read_text().splitlines()]
     assert names == ["file_name", "gone.mp4", "short.mp4"]
-    # Keeping less costs time, and no bit.
-    again = [key for key in keys if not key.startswith("run_dir")]
-    assert main(["train", *again, "data.max_bad=0.2", f"run_dir={tmp_path / 'again'}"]) == 0
-    assert packed_bytes(tmp_path / "run") == packed_bytes(tmp_path / "again")
 
 
 def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, names in (("precompute", MODELS), ("train", ("cogvideox", "wan2.2-a14b"))):
+    for verb, names in (("precompute", ("cogvideox1.5", "wan2.2-ti2v")), ("train", ("cogvideox", "wan2.2-a14b"))):
         for name in names:
             assert main([verb, f"model={name}", "data.path=clips"]) == 2
             (line,) = capsys.readouterr().err.splitlines()

@@ -1,7 +1,11 @@
-"""Whole runs of LTX-Video and Latte over tiny folders, and plans of both at full size; QVGEN_LONG_TESTS=1 asks for them."""
+"""Whole runs of LTX-Video, Latte and further variants over tiny folders, and plans at full size, when asked for.
+
+QVGEN_LONG_TESTS=1 asks for them.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,19 @@ import pytest
 from qvgen.cli import main
 from qvgen.config.leaves import load_leaf
 from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
-from tests.verbs.test_hub_models import check_whole_way, write_clips
+from tests.verbs.test_hub_models import MODELS as FAMILIES
+from tests.verbs.test_hub_models import WHOLE_WAY, check_whole_way, write_clips
 
 MODELS: dict[str, Any] = {"ltx": make_ltx_folder, "latte": make_latte_folder}
+OTHERS = {name: partial(make, variant=variant) for name, (make, variant) in FAMILIES.items() if name not in WHOLE_WAY}
+"""The variants of Wan and CogVideoX that tests/verbs/test_hub_models.py leaves to this file."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_from_mp4_files_to_videos_of_the_packed_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_whole_way(name, MODELS[name](tmp_path / "model"), tmp_path, capsys)
+    check_whole_way(name, (MODELS | OTHERS)[name](tmp_path / "model"), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", MODELS)
