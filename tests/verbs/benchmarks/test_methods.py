@@ -60,15 +60,15 @@ def test_every_cell_is_a_run_and_a_finished_one_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [
-        "methods=[rtn,kd,qvgen+r16]", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}", *SHORT, *shallow(1),
+        "methods=[rtn,qvgen+r16]", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}", *SHORT, *shallow(1),
         f"out={tmp_path / 'results'}",
     ]  # fmt: skip
     assert main(["benchmark", "methods", *keys, "dry_run=true"]) == 0
-    assert "methods on tiny: 3 runs (rtn, kd, qvgen+r16)" in capsys.readouterr().out
+    assert "methods on tiny: 2 runs (rtn, qvgen+r16)" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     assert main(["benchmark", "methods", *keys]) == 0
     rows = json.loads((tmp_path / "results" / "methods-tiny.json").read_text())["rows"]
-    assert [(found["method"], found["steps"]) for found in rows] == [("rtn", 0), ("kd", 2), ("qvgen+r16", 2)]
+    assert [(found["method"], found["steps"]) for found in rows] == [("rtn", 0), ("qvgen+r16", 2)]
     assert rows[0]["error"] is None
     for found in rows[1:]:
         folder = tmp_path / "runs" / f"{found['method']}-3-7"

@@ -14,7 +14,8 @@ from tests.runs import shallow
 from tests.stops import run_stopped
 
 SHORT = (
-    "steps=2", "phi.ranks=[2]", "evaluation.videos=1", "evaluation.samples=4", "model.num_inference_steps=2",
+    "steps=2", "phi.ranks=[2]", "evaluation.videos=1", "evaluation.samples=4", "evaluation.quality_videos=1",
+    "batch_size=4", "model.num_inference_steps=2",
     "evaluation.start_videos=false", "calibration.videos=1", "calibration.steps=2", "logger=csv",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from qvgen.evaluation.sentence_encoder import load_sentence_encoder, mean_cosine
 from qvgen.verbs import _ptq_encoder
 from tests import oracles
 
-METHODS = ["rtn", "smoothquant", "gptq+r16", "svdquant", "vidit_q", "dvd_quant", "static"]
+METHODS = ["rtn", "smoothquant", "gptq+r16", "svdquant", "dvd_quant", "static"]
 KINDS = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
 KINDS += ["intermediate.dense", "output.dense"]
 
