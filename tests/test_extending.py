@@ -18,7 +18,7 @@ from qvgen.config.plugins import find_plugins
 from qvgen.data.moving_digits import MovingDigits
 from qvgen.data.video import write_video
 from qvgen_kernels import registry
-from tests.runs import SHORT
+from tests.runs import SHORT, shallow
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 FILES = dict(re.findall(r"^`(\S+)`\n\n```\w+\n(.*?)```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
@@ -87,7 +87,15 @@ def test_a_command_of_the_page_runs(words: list[str], project: Path, capsys: pyt
     run_dir = project / "runs" / str(COMMANDS.index(words))
     length = ["steps=2"] if "method=robust" in words else ["steps=2", "phi.ranks=[2]"] if words[1] == "train" else []
     is_variant = any("_target_" in word or word in ("init=mymethod", "model=still", "logger=table") for word in words)
-    keys = [*KEYS, *length, "evaluation.videos=0", f"run_dir={run_dir}", f"dry_run={is_variant}".lower()]
+    length += () if any(word.startswith("model") for word in words) else shallow(1)
+    keys = [
+        *KEYS,
+        *length,
+        "evaluation.videos=0",
+        "evaluation.start_videos=false",
+        f"run_dir={run_dir}",
+        f"dry_run={is_variant}".lower(),
+    ]
     assert main([*words[1:], *keys]) == 0
     named = {word.partition("=")[0]: word.rpartition("=")[2].rpartition(".")[2] for word in words if "=" in word}
     chosen = {group: named.get(f"{group}._target_", named.get(group)) for group in ("init", "method", "model")}

@@ -16,8 +16,19 @@ import pytest
 from qvgen.cli import main
 from tests import runs
 
-OVERRIDES = ("accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9")
-NEWEST = "checkpoints/step-00000009.ckpt"
+OVERRIDES = (
+    "steps=3", "phi.ranks=[2]", "accumulate=1", "checkpoint.every_steps=1", "checkpoint.keep=9", *runs.UNSEEN,
+    *runs.shallow(1),
+)  # fmt: skip
+NEWEST = "checkpoints/step-00000002.ckpt"
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of one block; change copies alone."""
+    run_dir = tmp_path_factory.mktemp("small") / "run"
+    assert runs.train(run_dir, *OVERRIDES) == 0
+    return run_dir
 
 
 def flip(path: Path) -> None:
@@ -43,9 +54,9 @@ def nonsense(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, cut, empty])
 @pytest.mark.parametrize("verb", ["resume", "fold"])
 def test_a_damaged_checkpoint_is_refused_by_name(
-    verb: str, damage: Callable[[Path], None], short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verb: str, damage: Callable[[Path], None], small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = runs.copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = runs.copy_until(small_run, tmp_path / "run", step=2)
     damage(run_dir / NEWEST)
     before = runs.snapshot(run_dir)
     if verb == "fold":
@@ -63,9 +74,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     ("name", "damage"), [("start.safetensors", flip), ("layers.json", nonsense)], ids=["start", "layers"]
 )
 def test_a_damaged_start_is_refused_by_name_and_made_again(
-    name: str, damage: Callable[[Path], None], short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, damage: Callable[[Path], None], small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = runs.copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = runs.copy_until(small_run, tmp_path / "run", step=2)
     damage(run_dir / name)
     assert runs.train(run_dir, *OVERRIDES, "resume=true") == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -73,15 +84,15 @@ def test_a_damaged_start_is_refused_by_name_and_made_again(
     assert "delete it and write resume=true" in last
     (run_dir / name).unlink()
     assert runs.train(run_dir, *OVERRIDES, "resume=true") == 0
-    assert runs.packed_bytes(run_dir) == runs.packed_bytes(short_run)
+    assert runs.packed_bytes(run_dir) == runs.packed_bytes(small_run)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "identity.json"])
 @pytest.mark.parametrize("damage", [cut, empty, nonsense])
 def test_what_says_which_run_it_is_is_refused_by_name(
-    name: str, damage: Callable[[Path], None], short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, damage: Callable[[Path], None], small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = runs.copy_until(short_run, tmp_path / "run", step=9)
+    run_dir = runs.copy_until(small_run, tmp_path / "run", step=2)
     damage(run_dir / name)
     before = runs.snapshot(run_dir)
     assert runs.train(run_dir, *OVERRIDES, "resume=true") == 2
@@ -102,12 +113,12 @@ def test_a_damaged_packed_model_is_refused_by_name(
     verb: str,
     name: str,
     damage: Callable[[Path], None],
-    short_run: Path,
+    small_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     packed = tmp_path / "packed"
-    shutil.copytree(short_run / "packed", packed)
+    shutil.copytree(small_run / "packed", packed)
     damage(packed / name)
     more = [f"out={tmp_path / 'out'}", "num_steps=1"] if verb == "generate" else []
     assert main([verb, f"packed={packed}", *more]) == 2
@@ -117,12 +128,12 @@ def test_a_damaged_packed_model_is_refused_by_name(
 
 
 def test_a_damaged_report_costs_a_comparison_one_row(
-    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = tmp_path / "damaged"
-    shutil.copytree(short_run, damaged, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+    shutil.copytree(small_run, damaged, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     cut(damaged / "report.json")
-    assert main(["compare", str(short_run), str(damaged), f"out={tmp_path / 'out'}"]) == 0
+    assert main(["compare", str(small_run), str(damaged), f"out={tmp_path / 'out'}"]) == 0
     shown = capsys.readouterr()
     assert "report.json" in shown.out + shown.err
     assert (tmp_path / "out").exists()

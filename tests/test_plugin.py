@@ -23,7 +23,7 @@ from qvgen.deploy.packed_fusion import fuse_packed_
 from qvgen.layers import block_fusion
 from qvgen.models.published import known_models
 from qvgen_kernels import kernel_names, registry
-from tests.runs import UNSEEN, packed_bytes, train
+from tests.runs import UNSEEN, packed_bytes, shallow, train
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "tests" / "plugin"
@@ -53,7 +53,7 @@ def installed() -> Iterator[None]:
 def run_dir(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of all that the package brings."""
     folder = tmp_path_factory.mktemp("plugin") / "run"
-    assert train(folder, *BROUGHT, "steps=2", *UNSEEN, "model.notes=/somewhere/else") == 0
+    assert train(folder, *BROUGHT, "steps=2", *UNSEEN, *shallow(1), "model.notes=/somewhere/else") == 0
     return folder
 
 

@@ -33,7 +33,7 @@ def write_folders(folder: Path, count: int) -> list[str]:
     return [f"videos={folder / 'mine'}", f"reference={folder / 'theirs'}"]
 
 
-@pytest.mark.parametrize(("count", "kills"), [(12, 1), pytest.param(200, 10, marks=LONG)])
+@pytest.mark.parametrize(("count", "kills"), [(6, 1), pytest.param(200, 10, marks=LONG)])
 def test_a_killed_evaluation_equals_an_uninterrupted_one(
     count: int, kills: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ def ptq(run_dir: Path, cache: Path, *overrides: str) -> int:
 def test_other_step_counts_are_refused_or_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     for kind in ("refuse", "interpolate"):
-        assert ptq(tmp_path / kind, cache, f"init.other_steps={kind}") == 0
+        assert ptq(tmp_path / kind, cache, f"init.other_steps={kind}", "evaluation.samples=0") == 0
         packed = tmp_path / kind / "packed"
         manifest = read_manifest(packed)
         assert manifest.timesteps is not None
