@@ -1,10 +1,11 @@
-"""Delete a leaf of each kind in turn from a copy of the sources, and look whether anything misses it. A program.
+"""Delete leaves of each kind from a copy of the sources, and look whether anything misses them. A program.
 
     python delete_leaves.py COPY        COPY has qvgen, kernels, conf and tests; it is changed
 
-The libraries are imported once; a leaf is deleted and looked at in a process of its own that is forked from here, and put
-back. What has to hold without it: every module imports, every verb composes, the help offers what is left and the leaf no
-more, and pytest collects the conformance suite.
+The libraries are imported once; leaves are deleted and looked at in a process of its own that is forked from here, and put
+back. What has to hold without them: every module imports, every verb composes, the help offers what is left and them no
+more, and pytest collects the conformance suite. Leaves of different kinds go together: import-linter keeps a kind from
+importing another, so that none can hide that another one is missed. Two of one kind go one after the other.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ LEAVES: dict[str, tuple[str, list[str]]] = {
 }
 """What chooses a leaf -> what it is, and its files."""
 
+ROUNDS = [[choice for choice in LEAVES if choice != "method=efficientdm"], ["method=efficientdm"]]
+"""Leaves that are deleted together."""
+
 GROUPS = ("init", "method", "model")
 
 
@@ -57,8 +61,8 @@ def import_all() -> None:
             importlib.import_module(module.name)
 
 
-def look(choice: str, root: Path) -> None:
-    """Raise unless everything works without the leaf."""
+def look(choices: list[str], root: Path) -> None:
+    """Raise unless everything works without the leaves."""
     import_all()
     assert all(Path(str(sys.modules[name].__file__)).is_relative_to(root) for name in ("qvgen", "qvgen_kernels"))
     from qvgen.cli import main, verbs
@@ -66,16 +70,18 @@ def look(choice: str, root: Path) -> None:
     from qvgen.config.leaves import group_targets, leaf_names
     from qvgen_kernels import kernel_names
 
-    group, _, name = choice.partition("=")
-    assert name not in (kernel_names() if group == "kernel" else leaf_names(group))
+    deleted = [(group, name) for group, _, name in (choice.partition("=") for choice in choices)]
+    for group, name in deleted:
+        assert name not in (kernel_names() if group == "kernel" else leaf_names(group))
     assert all(map(group_targets, GROUPS))
     for verb in verbs():
         compose_plain(verb, [], resolve=False)
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         assert main(["train", "--help"]) == 0
-    options = [line for line in shown.getvalue().splitlines() if line.startswith(f"  {group}: ") and ", " in line]
-    assert len(options) == (group != "kernel")
-    assert not any(name in line.partition(": ")[2].split(", ") for line in options)
+    for group, name in deleted:
+        options = [line for line in shown.getvalue().splitlines() if line.startswith(f"  {group}: ") and ", " in line]
+        assert len(options) == (group != "kernel")
+        assert not any(name in line.partition(": ")[2].split(", ") for line in options)
     import pytest
 
     words = ["--collect-only", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider"]
@@ -83,13 +89,18 @@ def look(choice: str, root: Path) -> None:
         status = pytest.main([*words, "--rootdir", str(root), "-c", str(root / "pyproject.toml"), "tests/conformance"])
     assert status == 0, shown.getvalue()[-2000:]
     assert "test_initializers.py" in shown.getvalue()
-    assert not any(line.endswith((f"[{name}]", f"[{name}-paper]")) for line in shown.getvalue().splitlines())
+    for _, name in deleted:
+        assert not any(line.endswith((f"[{name}]", f"[{name}-paper]")) for line in shown.getvalue().splitlines())
 
 
-def without(choice: str, root: Path) -> int:
-    """Delete a leaf, look in a process of its own, and put it back; the exit status of that process."""
-    files = [path for pattern in LEAVES[choice][1] for path in root.glob(pattern)]
-    assert len(files) >= len(LEAVES[choice][1]), f"{choice}: {LEAVES[choice][1]} are not all there"
+def without(choices: list[str], root: Path) -> int:
+    """Delete leaves, look in a process of its own, and put them back; the exit status of that process."""
+    files = []
+    for patterns in (LEAVES[choice][1] for choice in choices):
+        for pattern in patterns:
+            found = list(root.glob(pattern))
+            assert found, f"{pattern} is not there"
+            files += found
     contents = {path: path.read_bytes() for path in files}
     child = os.fork()
     if child == 0:
@@ -97,7 +108,7 @@ def without(choice: str, root: Path) -> int:
             path.unlink()
         status = 1
         try:
-            look(choice, root)
+            look(choices, root)
             status = 0
         except BaseException:
             import traceback
@@ -146,10 +157,12 @@ def run(root: Path) -> int:
     gc.freeze()  # the libraries' objects stay: no collection in a forked process looks at them again
     gc.set_threshold(20_000, 20, 20)
     failed = []
-    for choice, (kind, _) in LEAVES.items():
-        if without(choice, root):
-            failed.append(choice)
-        sys.stderr.write(f"{kind}, {choice}: {'something misses it' if choice in failed else 'nothing misses it'}\n")
+    for choices in ROUNDS:
+        if without(choices, root):
+            failed += choices
+        for choice in choices:
+            said = "something misses it or one deleted with it" if choice in failed else "nothing misses it"
+            sys.stderr.write(f"{LEAVES[choice][0]}, {choice}: {said}\n")
     return 1 if failed else 0
 
 
