@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from qvgen.cpu_threads import VECTOR_FUNCTIONS
+from tests.runs import shallow
 
 TRAINING = {"lightning", "pytorch_lightning", "wandb", "torchmetrics", "matplotlib", "sklearn", "pandas", "datasets"}
 """What trains, measures and reads tables."""
@@ -115,12 +116,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     plan = ["dry_run=true", f"run_dir={folder / 'none'}"]
     dry_runs = [
         ["precompute", "model=cogvideox", "data.path=clips", "dry_run=true"],
-        ["train", "model=wan", "bits=4", "device_memory_gib=80", *plan],
-        ["ptq", "init=rtn", "bits=4", "evaluation.samples=0", *plan],
+        ["train", "model=tiny", "bits=4", "device_memory_gib=80", *plan],
+        ["ptq", "model=wan", "init=rtn", "bits=4", "evaluation.samples=0", *plan],
     ]
     run = [
         "ptq", "model=tiny", "init=rtn", "bits=4", "logger=csv", f"run_dir={folder / 'run'}", "strategy.threads=1",
-        "evaluation.samples=1", "evaluation.quality_videos=1", "evaluation.videos=0",
+        *shallow(1), "evaluation.samples=1", "evaluation.quality_videos=1", "evaluation.videos=0",
     ]  # fmt: skip
     sampling = [
         "generate",
@@ -128,6 +129,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "prompt=a red three standing still",
         f"out={folder / 'videos'}",
         "num_steps=1",
+        *shallow(1),
     ]
     found = said(PROGRAM, [dry_runs, run, sampling], folder=folder)
     assert [stage.get("codes") for stage in found] == [None, [0, 0, 0], [0], [0]]

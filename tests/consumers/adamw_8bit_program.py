@@ -24,7 +24,8 @@ from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, shallow, 
 
 RATES = {"lr": 1e-2, "weight_decay": 1e-2}
 OPTIONS = (
-    *shallow(1), *UNSEEN, "optim=adamw_8bit", "steps=4", "phi.ranks=[4]", "checkpoint.every_steps=2", "checkpoint.keep=9",
+    *shallow(1), *UNSEEN, "optim=adamw_8bit", "accumulate=1", "steps=4", "phi.ranks=[4]",
+    "checkpoint.every_steps=2", "checkpoint.keep=9",
 )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ CASES = {
     "convrot w3a8 wan": ("int8", ["int8_tensorwise"], 10),
     "convrot w4a4 ltx": ("comfy", ["convrot_w4a4"], 10),
     "convrot w4a4 hunyuanvideo": ("comfy", ["convrot_w4a4"], 18),
-    "int8 w4a8 hunyuanvideo": ("int8", ["int8_tensorwise"], 18),
 }
 MAKE = {"wan": tiny_wan, "ltx": tiny_ltx, "hunyuanvideo": tiny_hunyuan_video}
 
