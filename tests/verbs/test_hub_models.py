@@ -224,7 +224,7 @@ def test_two_packed_experts_sample_in_one_pipeline(tmp_path: Path, capsys: pytes
     folder = make_wan_folder(tmp_path / "model", "a14b")
     clips = write_clips(tmp_path / "clips", fps=16)
     keys = [key for key in train_keys("wan2.2-a14b", folder, clips, tmp_path) if not key.startswith("run_dir")]
-    # The high one is trained in the test above.
+    # The high one is trained when asked (tests/verbs/test_ltx_runs.py).
     low = [*keys, "model.expert=low", f"run_dir={tmp_path / 'low'}", "evaluation.videos=0"]
     assert main(["train", *low]) == 0
     quick = [*tiny_keys("wan2.2-a14b", folder), "init=rtn", "bits=4", "logger=csv", "evaluation.samples=0"]
