@@ -18,6 +18,7 @@ def original_sources(keys: Iterable[str], names: OriginalNames) -> dict[str, tup
     """Original key -> the keys of diffusers whose rows it holds, in their order; one key where nothing is fused.
 
     Example:
+        >>> from qvgen.models.original_names import HUNYUAN_VIDEO_ORIGINAL_NAMES
         >>> keys = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "vqk"]
         >>> original_sources(keys, HUNYUAN_VIDEO_ORIGINAL_NAMES)["double_blocks.0.img_attn_qkv.bias"]
         ('transformer_blocks.0.attn.to_q.bias', 'transformer_blocks.0.attn.to_k.bias', 'transformer_blocks.0.attn.to_v.bias')

@@ -99,7 +99,7 @@ def _channels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[i
 def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
     """The form in which a transformer is given an image, at any number of latent channels."""
     latent, inputs = _channels(transformer, vae)
-    mask = int(vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio", 4)))  # a channel for each frame
+    mask = int(vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4)  # a channel a frame
     named = {0: [], latent: ["latents"], latent + mask: ["latents with a mask"]}
     parts = named.get(inputs - latent, [f"{inputs - latent} channels"])
     return " and ".join([*parts, *(key for key in _CONDITIONS if transformer.get(key))]) or _NO_IMAGE
