@@ -18,6 +18,10 @@ CHOSEN := $(strip $(foreach key,devices= strategy= batch_size= accumulate=,$(fin
 TWO_PROCESSES = $(if $(CHOSEN)$(GPUS)$(filter 1,$(CORES)),,devices=2 strategy=ddp)
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
+# The installation compiles nothing (20 000 files of other packages in two minutes): a module is compiled when it is first
+# imported, and its bytecode is kept whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test lint venv shell docs reference peers mutants
 
 help: ## this list
@@ -26,9 +30,8 @@ help: ## this list
 demo: $(STAMP) ## train, fold, pack, run and report on the small model (ARGS="bits=4 seed=1")
 	$(PYTHON) train.py $(TWO_PROCESSES) $(ARGS)
 
-# Bytecode is kept whatever the environment says: every process of the suite would compile all modules again.
 test: $(STAMP) ## all tests
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(TEST_ARGS)
 
 N ?= 25
 SEED ?= 0
@@ -47,14 +50,14 @@ shell: $(STAMP) ## a shell in which `python train.py ...` and `qvgen ...` work (
 	@bash --rcfile <(cat ~/.bashrc 2>/dev/null; echo 'source "$(CURDIR)/$(VENV)/bin/activate"') -i
 
 docs: $(STAMP) ## the site of docs/ with the API reference, in build/site; a broken link or reference is an error
-	$(PYTHON) -m mkdocs --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(PYTHON) -m mkdocs --version >/dev/null 2>&1 || $(PYTHON) -m pip install --no-compile --quiet --disable-pip-version-check -e '.[docs]'
 	$(PYTHON) -m mkdocs build --strict
 
 reference: $(STAMP) ## docs/configuration.md from the schema and conf/
 	$(PYTHON) -m qvgen.config.reference > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 
 peers: $(STAMP) ## what `qvgen benchmark kernels` also measures: torchao, ONNX Runtime
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(PYTHON) -m pip install --no-compile --quiet --disable-pip-version-check -e '.[peers]'
 
 $(STAMP): pyproject.toml
 	@set -e; \
@@ -70,5 +73,5 @@ $(STAMP): pyproject.toml
 	  $$found -m venv $(VENV) || { rm -rf $(VENV); echo "$$found has no working venv module;" \
 	    "on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PYTHON) -m pip install --no-compile --quiet --disable-pip-version-check -e '.[dev]'
 	@rm -f $(VENV)/.installed-*; touch $@
