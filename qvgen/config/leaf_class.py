@@ -45,7 +45,7 @@ def find_class(name: str, *, key: str, is_users: bool) -> Any:
 
 
 def _search_present_folder() -> None:
-    """As ``python -c`` does; but last, so that a file of the present folder never stands in place of a library."""
+    """Let modules be imported from the present folder, after all others, so that none of its files can replace a library."""
     here = os.getcwd()
     if not sys.flags.safe_path and not {here, ""} & set(sys.path):
         sys.path.append(here)

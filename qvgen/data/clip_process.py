@@ -156,7 +156,7 @@ class ClipReader:
         return RuntimeError(f"the process that reads video files failed: {said[-1] if said else f'exit code {code}'}")
 
     def end(self) -> None:
-        """From another thread than that which asks: end the worker over its request; none follows. ``close()`` cleans up."""
+        """End the worker from another thread while it serves a request; no further request may follow, only ``close()``."""
         self._is_ended = True
         if (process := self._process) is not None:
             process.kill()

@@ -183,7 +183,7 @@ class LatentCache:
         return _seal(self.latent_path(key), key=key, verify=verify)
 
     def text_seal(self, caption: str, *, verify: bool) -> str | None:
-        """The same for a caption's embedding."""
+        """Seal of a caption's embedding; None where it is missing or damaged, which is said."""
         return _seal(self.text_path(caption), key=self.text_key(caption), verify=verify)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

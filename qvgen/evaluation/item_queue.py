@@ -34,10 +34,10 @@ class ItemQueue(Protocol):
         """As rank 0: whether another process left an item."""
 
     def wait(self) -> None:
-        """As rank 0: let time go by before the next look at what another process makes."""
+        """On rank 0: sleep a moment before looking again for an item that another process is making."""
 
     def done_waiting(self) -> None:
-        """As rank 0: say that it waits for nobody any more."""
+        """On rank 0: declare that this process no longer waits for another one."""
 
 
 class OneProcess:

@@ -44,7 +44,7 @@ class PromptList:
         return None if caption is None else self.prompts.get(caption)
 
     def content(self, caption: str | None) -> list[Any] | None:
-        """The same as JSON has it, in one order."""
+        """The facts of a caption as a JSON value in a fixed order; None where the list does not have the caption."""
         facts = self.facts(caption)
         return None if facts is None else [sorted(facts.dimensions), facts.auxiliary]
 

@@ -24,7 +24,7 @@ def weights_identity(folder: HubFolder, components: Iterable[str]) -> dict[str, 
 
 
 def settings_identity(folder: HubFolder) -> dict[str, str]:
-    """The same of the parts without weights."""
+    """Checksum of each part without weights (tokenizers, image processor, scheduler), and of the list of parts."""
     present = [
         name
         for name in ("tokenizer", "tokenizer_2", "image_processor", "scheduler")

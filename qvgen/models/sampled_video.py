@@ -27,7 +27,7 @@ class UnusableVideoError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class SampledVideo:
-    """Which video is looked at.
+    """Names a video that metrics look at.
 
     Attributes:
         transformer: what sampled it; only its kind is named.

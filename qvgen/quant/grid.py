@@ -136,7 +136,7 @@ class Grid:
 
 
 def static_grid(grid: Grid) -> Grid:
-    """The same codes with one float32 scale for all tokens (per_tensor)."""
+    """Copy a grid with one float32 scale for all tokens (per_tensor); its codes stay as they are."""
     return replace(grid, granularity="per_tensor", group_size=None, scale_dtype="float32", arithmetic="reciprocal")
 
 

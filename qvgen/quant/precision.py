@@ -20,5 +20,5 @@ def has_float64(device: torch.device) -> bool:
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """The same values as float64, on the tensor's device, or on the CPU where that device has no float64."""
+    """Convert a tensor to float64, on its own device, or on the CPU where that device has no float64."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()

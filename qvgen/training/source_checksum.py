@@ -34,7 +34,7 @@ def foreign_sources(plain: Mapping[str, Any], *, groups: Iterable[str] = LEAF_GR
 
 
 def sources_of(leaf: object) -> dict[str, str]:
-    """The same of one leaf that was built; empty for a leaf of ours."""
+    """Checksum of the package that brought one leaf, by the package's name; empty for a leaf of ours."""
     name = type(leaf).__module__.partition(".")[0]
     return {} if name in OWN_PACKAGES else {name: _checksum(name)}
 

@@ -171,7 +171,7 @@ def svdq_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def svdq_half_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The same with sums in half precision, that of the scales, as the kernels have them."""
+    """Output of a layer as :func:`svdq_output` gives it, with sums in the scales' half precision as in the kernels."""
     return _output(tensors, x, sum_dtype=tensors["wscales"].dtype)
 
 

@@ -96,7 +96,7 @@ def _token_qparams(x: Tensor, low: Tensor, high: Tensor, *, bits: int) -> tuple[
 
 
 def away_from_ties(x: Tensor, low: Tensor, high: Tensor, *, bits: int) -> Tensor:
-    """The same x, values halfway between two codes moved to one; extremes of rows stay, and so do scales."""
+    """Move values of x that lie halfway between two codes to one of them; the rows' extremes, so their scales, stay."""
     scale = _token_qparams(x, low, high, bits=bits)[0]
     place = x / scale
     tied = ((place - place.floor()) - 0.5).abs() < _MARGIN

@@ -54,7 +54,7 @@ class RunRecord:
         return entry
 
     def number(self, *keys: str) -> float | None:
-        """The same as a number, "inf" and "nan" too; None for anything else."""
+        """Read a value of the report that is a number, also one written as "inf" or "nan"; None if it is anything else."""
         entry = self.value(*keys)
         if isinstance(entry, bool) or not isinstance(entry, int | float | str):
             return None
@@ -64,7 +64,7 @@ class RunRecord:
             return None
 
     def text(self, *keys: str) -> str | None:
-        """The same as text; None for anything else."""
+        """Read a value of the report that is text; None if it is anything else."""
         entry = self.value(*keys)
         return entry if isinstance(entry, str) else None
 

@@ -37,7 +37,7 @@ class DynamicDegree(NetworkDimension):
     files = (published_file.RAFT,)
 
     def absent(self) -> str | None:
-        """As of every dimension, but a fetched asset will do where nobody named a folder."""
+        """Why the dimension can't be measured; where no folder of weights is named, a fetched asset is enough."""
         return super().absent() if self.weights_folder is not None else fetched.RAFT.absent
 
     def path(self, file: PublishedFile) -> Path:

@@ -53,7 +53,7 @@ class GivenRanks(ClusterEnvironment):
         guard_world_size(size, expected=self._world_size)
 
     def global_rank(self) -> int:
-        """This process."""
+        """Rank of this process among all of the run."""
         return self._rank
 
     def set_global_rank(self, rank: int) -> None:
@@ -64,11 +64,11 @@ class GivenRanks(ClusterEnvironment):
         )
 
     def local_rank(self) -> int:
-        """This process, among those of its machine."""
+        """Rank of this process among those of its machine."""
         return self._rank if self._world is None else self._world.local_rank
 
     def node_rank(self) -> int:
-        """This machine."""
+        """Number of this machine among those of the run."""
         return 0 if self._world is None else self._world.node_rank
 
 

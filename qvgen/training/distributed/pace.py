@@ -106,14 +106,14 @@ class PaceCallback(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The forward pass of a micro-batch begins."""
+        """Note when the forward pass of a micro-batch begins."""
         del trainer, batch, batch_idx
         self._began = _now(pl_module.device)
 
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
     ) -> None:
-        """It ends."""
+        """Note when the forward pass ended and keep its times."""
         del trainer, loss
         self._passes.append((self._began, _now(pl_module.device)))
 

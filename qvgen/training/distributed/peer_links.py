@@ -78,7 +78,7 @@ class Links(ABC):
         self._silence = SilenceWatch(self._pulse, hang_minutes=hang_minutes, describe=self._describe, end=end)
 
     def stop_watching_silence(self) -> None:
-        """They do no longer: what becomes of the others is no matter of this process any more."""
+        """Stop watching the other processes: from now on it does not matter here whether they answer."""
         self._silence, self._is_over = None, True
 
     def _watch(self) -> None:

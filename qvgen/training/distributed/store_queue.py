@@ -66,12 +66,12 @@ class StoreQueue:
         return bool(self._store.check([f"{stage}/back/{number}"]))
 
     def wait(self) -> None:
-        """As rank 0: let time go by before the next look; from the first call on a process that does nothing hangs."""
+        """On rank 0: sleep a moment before the next look; after the first call a process that does nothing counts as hanging."""
         heartbeat.report_change(heartbeat.WAITING)
         self._pause()
 
     def done_waiting(self) -> None:
-        """As rank 0: say that it waits for nobody any more."""
+        """On rank 0: declare that this process no longer waits for another one."""
         heartbeat.report(heartbeat.DELIVERING)
 
     def _pause(self) -> None:

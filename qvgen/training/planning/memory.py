@@ -189,7 +189,7 @@ class MemoryCounter:
         self._teachers: dict[torch.dtype, nn.Module] = {}
 
     def of_run(self, run: TrainingRun) -> MemoryCounter:
-        """The same counts for a run that differs in its strategy alone."""
+        """Count for a run that differs only in its strategy; what was counted already is used again."""
         other = MemoryCounter(run, self.student)
         other._counts, other._teachers = self._counts, self._teachers
         return other

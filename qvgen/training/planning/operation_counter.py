@@ -119,7 +119,7 @@ class OperationCounter(LiveBytes):
         self.phase = phase
 
     def counted(self, how: CheckpointBlock) -> CheckpointBlock:
-        """The same way to run blocks, with the second run of a block told from the first."""
+        """Wrap a function that runs blocks so that the recomputation of a block is counted apart from its first run."""
 
         def run(function: Callable[..., Any], *args: Any) -> Any:
             def named(*inputs: Any) -> Any:
