@@ -200,7 +200,7 @@ def number() -> int | None:
 
 
 def forward(number: int) -> None:
-    """Stop this process as the signal did that another process received; if it reaches us too, it does not count as a second."""
+    """Stop this process as the signal did that another process got; if it comes here too, it does not count as a second."""
     if _listener is not None and _listener.number is None:
         _listener.num_forwarded = 1
         os.kill(os.getpid(), number)

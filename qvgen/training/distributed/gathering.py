@@ -63,7 +63,7 @@ class Gathering:
 
     @property
     def without_backward(self) -> Gathering:
-        """How a model without a backward pass is gathered: its rows are released after use, and values are sent, not codes."""
+        """How a model without a backward pass is gathered: rows are released after use, and values are sent, not codes."""
         return replace(self, reshard_after_forward=True, as_codes=False)
 
 

@@ -66,7 +66,7 @@ class StoreQueue:
         return bool(self._store.check([f"{stage}/back/{number}"]))
 
     def wait(self) -> None:
-        """On rank 0: sleep a moment before the next look; after the first call a process that does nothing counts as hanging."""
+        """On rank 0: wait a moment before the next look; after the first call a process that does nothing hangs."""
         heartbeat.report_change(heartbeat.WAITING)
         self._pause()
 
