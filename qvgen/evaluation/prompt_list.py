@@ -48,6 +48,13 @@ class PromptList:
         facts = self.facts(caption)
         return None if facts is None else [sorted(facts.dimensions), facts.auxiliary]
 
+    def entries(self) -> list[dict[str, Any]]:
+        """All prompts in the published form."""
+        return [
+            {"prompt_en": caption, "dimension": sorted(facts.dimensions), "auxiliary_info": dict(facts.auxiliary)}
+            for caption, facts in self.prompts.items()
+        ]
+
 
 def read_prompt_list(path: Path) -> PromptList:
     """Read a list.

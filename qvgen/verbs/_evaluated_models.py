@@ -15,7 +15,14 @@ from qvgen.config.verb_schema import GenerateConfig, ModelName
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.suite.case import Case, sampled_cases
 from qvgen.evaluation.suite.clip_store import Clips, FolderClips, SampledClips
-from qvgen.evaluation.suite.video_folder import check_names, check_rate, check_same, folder_cases, read_folder
+from qvgen.evaluation.suite.video_folder import (
+    check_names,
+    check_rate,
+    check_same,
+    folder_cases,
+    of_subset,
+    read_folder,
+)
 from qvgen.verbs._packed_family import check_sampler, load_family
 from qvgen.verbs._video_request import Request, read_request
 from qvgen.verbs._video_sampler import VideoSampler, made_from
@@ -121,12 +128,17 @@ def read_compared(config: EvaluateConfig, *, captions: Collection[str] = ()) -> 
         cases = folder_cases(
             files, config.prompts, key="videos", seeds=config.seeds, negative=negative, captions=captions
         )
+        if config.vbench.subset is not None:
+            cases = of_subset(cases, captions, key="videos")
+            files = files.only(cases)
         model = Side(label=_label(config.videos), facts={"videos": str(config.videos)}, clips=files)
     else:
         assert packed is not None, "one of the three is given"
         assert request is not None, "a family was loaded"
-        prompts = config.prompts or Prompts.of(family.prompts)
+        prompts = config.prompts or Prompts.of(family.prompts if config.vbench.subset is None else captions)
         cases = sampled_cases(prompts, seeds=config.seeds or SEEDS, negative=negative)
+        if config.vbench.subset is not None:
+            cases = of_subset(cases, captions, key="prompts")
         model = _packed_side(config, packed, family, _with_cases(request, cases))
     reference = None
     if samples_teacher:
@@ -201,6 +213,8 @@ def _teacher_side(config: EvaluateConfig, packed: tuple[Path, ...] | None, famil
 def _folder_side(config: EvaluateConfig, model: Side, cases: Sequence[Case]) -> Side:
     folder = Path(str(config.reference))
     files = read_folder(folder, key="reference")
+    if config.vbench.subset is not None:
+        files = files.only(cases)
     if isinstance(model.clips, FolderClips):
         check_same(model.clips, files)
     else:
