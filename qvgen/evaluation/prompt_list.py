@@ -35,9 +35,15 @@ class PromptFacts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptList:
-    """All prompts of a file, by their text."""
+    """All prompts of a file, by their text, or a part of them.
+
+    Attributes:
+        prompts: Text -> what is known of it.
+        left_out: Texts of the file that are no part of it.
+    """
 
     prompts: Mapping[str, PromptFacts]
+    left_out: frozenset[str] = frozenset()
 
     def facts(self, caption: str | None) -> PromptFacts | None:
         """The entry of a caption; None: it is not in the list, and no dimension looks at its videos."""

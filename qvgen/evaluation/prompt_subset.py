@@ -57,7 +57,10 @@ def choose_subset(prompts: PromptList, count: int, *, salt: str = "") -> PromptL
                 taken[name] += 1
     if empty := [name for name, number in taken.items() if not number]:
         raise UserError(f"vbench.subset={count} is too few: no prompt would be left for {', '.join(empty)}")
-    return PromptList(prompts={text: facts for text, facts in prompts.prompts.items() if text in chosen})
+    return PromptList(
+        prompts={text: facts for text, facts in prompts.prompts.items() if text in chosen},
+        left_out=frozenset(text for text in prompts.prompts if text not in chosen),
+    )
 
 
 def main(words: Sequence[str]) -> None:

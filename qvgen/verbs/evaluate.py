@@ -46,7 +46,7 @@ def run(config: EvaluateConfig) -> None:
     """
     other = None if config.against is None else read_evaluation(config.against, key="against")
     prompts, program = _prompts(config), _program(config)
-    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
+    compared = read_compared(config, prompts)
     metrics, skipped = _metrics(config, compared, program)
     key = _key(metrics, compared, prompts)
     _refuse_other(config, key)
@@ -66,6 +66,9 @@ def run(config: EvaluateConfig) -> None:
     content = summarize(metrics, share.results(), skipped=skipped, about=_about(config, compared, key))
     if prompts is not None and any(isinstance(metric, Dimension) for metric in metrics.values()):
         content["vbench"] = summarized_scores(content["metrics"])
+        if config.vbench.subset is not None:
+            whole = len(prompts.prompts) + len(prompts.left_out)
+            content["vbench"]["subset"] = {"prompts": len(prompts.prompts), "of": whole}
         if share.of_program is not None:
             content["vbench"]["program"] = {"versions": dict(share.program.facts), "scores": share.of_program.scores()}
     if other is not None:
@@ -80,7 +83,7 @@ def run_worker(config: EvaluateConfig, *, rank: int, world_size: int, port: int)
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     use_own_gpu(rank)
     prompts, program = _prompts(config), _program(config)
-    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
+    compared = read_compared(config, prompts)
     metrics, _ = _metrics(config, compared, program)
     EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts, program=program).do()
 

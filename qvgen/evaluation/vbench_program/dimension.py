@@ -18,7 +18,7 @@ class ProgramDimension(Dimension):
     """
 
     def __init__(self, ours: Dimension, program: VBenchProgram) -> None:
-        self.name, self.asks_for, self.title, self.blind_to = ours.name, ours.asks_for, ours.title, ours.blind_to  # type: ignore[misc]
+        self.name, self.asks_for, self.title, self.blind_to = ours.name, ours.asks_for, ours.title, ours.blind_to
         self.unit, self.low, self.high, self.better = ours.unit, ours.low, ours.high, ours.better
         self.source = f"{ours.source}; measured by its own program, vbench {program.facts['vbench']}"
         self._program = program
