@@ -98,6 +98,8 @@ def test_the_errors_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     all_b = whole[30:]
     sampled = np.sqrt((1 - 10 / 50) * all_b.var(ddof=1) / 10)
     assert found["b_alone"]["rms"] == pytest.approx(sampled, rel=0.5)  # sqrt(1 / (2 * 200)) = 0.05
+    assert row["dimensions"]["b"] == pytest.approx({name: found["b_alone"][name] for name in row["dimensions"]["b"]})
+    assert row["dimensions"]["a"]["predicted"] == pytest.approx(np.sqrt((1 - 10 / 30) * groups[0].var(ddof=1) / 10))
     with pytest.raises(UserError, match="lacks 1 of the list's prompts, the first of them 'a 0'"):
         subset_errors({"videos": videos[2:]}, prompts, 20)
 

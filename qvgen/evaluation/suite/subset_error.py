@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import Any
@@ -33,8 +33,8 @@ from qvgen.evaluation.suite.summary import read_evaluation
 DRAWS = 1000
 
 
-def subset_errors(content: Mapping[str, Any], prompts: PromptList, count: int) -> dict[str, dict[str, float]]:
-    """The errors by metric; see the module.
+def subset_errors(content: Mapping[str, Any], prompts: PromptList, count: int) -> dict[str, dict[str, Any]]:
+    """The errors by metric, and under ``dimensions`` those of the prompts of each dimension alone; see the module.
 
     Args:
         content: An evaluation of all prompts.
@@ -51,21 +51,40 @@ def subset_errors(content: Mapping[str, Any], prompts: PromptList, count: int) -
     groups = {text: tuple(sorted(facts.dimensions)) for text, facts in prompts.prompts.items()}
     chosen = choose_subset(prompts, count).prompts
     draws = [choose_subset(prompts, count, salt=f"{draw} ").prompts for draw in range(DRAWS)]
+    names = sorted({name for facts in prompts.prompts.values() for name in facts.dimensions})
     found = {}
-    for name, by_prompt in values.items():
-        by_prompt = {text: value for text, value in by_prompt.items() if text in groups}
-        ours = {text: by_prompt[text] for text in chosen if text in by_prompt}
-        if len(ours) < 2:
-            continue
-        whole, subset = fmean(by_prompt.values()), fmean(ours.values())
-        means = [fmean([by_prompt[text] for text in draw if text in by_prompt]) for draw in draws]
-        found[name] = {
-            "prompts": len(by_prompt), "chosen": len(ours), "spread": stdev(by_prompt.values()),
-            "whole": whole, "subset": subset, "error": subset - whole,
-            "predicted": _predicted(ours, groups, whole=list(by_prompt)),
-            "rms": math.sqrt(fmean([(mean - whole) ** 2 for mean in means])),
-        }  # fmt: skip
+    for name, values_of in values.items():
+        by_prompt = {text: value for text, value in values_of.items() if groups.get(text)}
+        parts = {
+            part: _row(
+                {text: value for text, value in by_prompt.items() if part in groups[text]}, groups, chosen, draws
+            )
+            for part in names
+        }
+        row = _row(by_prompt, groups, chosen, draws)
+        if row is not None:
+            found[name] = {**row, "dimensions": {part: row for part, row in parts.items() if row is not None}}
     return found
+
+
+def _row(
+    by_prompt: Mapping[str, float],
+    groups: Mapping[str, tuple[str, ...]],
+    chosen: Collection[str],
+    draws: Sequence[Collection[str]],
+) -> dict[str, float] | None:
+    """The errors of some prompts' mean; None: fewer than two of them are chosen."""
+    ours = {text: value for text, value in by_prompt.items() if text in chosen}
+    if len(ours) < 2:
+        return None
+    whole, subset = fmean(by_prompt.values()), fmean(ours.values())
+    drawn = [[by_prompt[text] for text in draw if text in by_prompt] for draw in draws]
+    return {
+        "prompts": len(by_prompt), "chosen": len(ours), "spread": stdev(by_prompt.values()),
+        "whole": whole, "subset": subset, "error": subset - whole,
+        "predicted": _predicted(ours, groups, whole=list(by_prompt)),
+        "rms": math.sqrt(fmean([(fmean(each) - whole) ** 2 for each in drawn if each])),
+    }  # fmt: skip
 
 
 def _values_by_metric(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
