@@ -142,3 +142,19 @@ def test_an_evaluation_takes_the_videos_of_the_part(
     assert f"videos: 1 of the 3 prompts that vbench.subset chooses are not there, the first of them '{gone}'" in line
     assert main([*words, "vbench.info=null"]) == BAD_INPUT
     assert "vbench.subset=3 needs the list of prompts" in capsys.readouterr().err
+
+
+def test_the_page_has_the_measured_errors() -> None:
+    """The table of docs/vbench.md is the file's; the prediction is as near to the errors of other choices as it says."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    metrics = json.loads((docs / "benchmarks" / "subset-error-tiny.json").read_text())["metrics"]
+    page = (docs / "vbench.md").read_text(encoding="utf-8")
+    for name, row in metrics.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} | ")]
+        shown = [float(cell) for cell in line.strip("| ").split(" | ")[1:]]
+        names = ("spread", "whole", "subset", "error", "predicted", "rms")
+        assert shown == [round(row[key], 3 if name == "psnr" else 4) for key in names]
+        assert row["predicted"] == pytest.approx(row["rms"], rel=0.04)
+    parts = [part for row in metrics.values() for part in row["dimensions"].values()]
+    within = sum(abs(part["error"]) <= part["predicted"] for part in parts)
+    assert f"of the {len(parts)}\n  errors of one metric in one motion {within} lie within it" in page
