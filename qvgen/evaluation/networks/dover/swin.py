@@ -39,7 +39,7 @@ class VideoSwinSizes:
         blocks: Blocks of each stage.
         heads: Attention heads of each stage.
         window: Frames, rows and columns of a window in places.
-        has_gate: Of each stage, whether it has the table across fragments.
+        has_gate: Whether a stage has the table across fragments, for each stage.
     """
 
     width: int = 96
@@ -136,7 +136,7 @@ def _merged(x: Tensor, window: Box, box: Box) -> Tensor:
 
 
 def _by_axis(rows: list[Tensor], box: Box, window: Box) -> Tensor:
-    """What each axis says of its places, [3, windows, places], from a vector for each axis."""
+    """The value of each axis at each place, [3, windows, places], from a vector for each axis."""
     grids = torch.stack(torch.meshgrid(*rows, indexing="ij"), -1).view(1, *box, 3)
     return _windows(grids, window)[0].permute(2, 0, 1)
 
