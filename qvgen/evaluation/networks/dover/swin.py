@@ -25,6 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvgen.evaluation.networks.tag2text.swin import Halving, Mlp
+
 _APART = -100.0
 Box = tuple[int, int, int]
 """Lengths in frames, rows and columns of the map."""
@@ -89,23 +91,13 @@ def _relative_places(window: Box, length: int, device: torch.device) -> Tensor:
     return rows
 
 
-class _Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(functional.gelu(self.fc1(x)))
-        return y
-
-
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, window: Box, *, moves: bool, has_gate: bool) -> None:
         super().__init__()
         self.window, self.moves = window, moves
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = _Attention(width, heads, window, has_gate=has_gate)
-        self.mlp = _Mlp(width)
+        self.mlp = Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, F, H, W, C] whose lengths are multiples of the window's, where they are longer than it."""
@@ -162,17 +154,6 @@ def _apart(box: Box, window: Box, half: list[int], device: torch.device) -> Tens
     return (differ * _APART).unsqueeze(1)
 
 
-class _Halving(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        corners = [x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        y: Tensor = self.reduction(self.norm(torch.cat(corners, -1)))
-        return y
-
-
 class _Stage(nn.Module):
     def __init__(self, sizes: VideoSwinSizes, stage: int) -> None:
         super().__init__()
@@ -181,7 +162,7 @@ class _Stage(nn.Module):
             _Block(width, sizes.heads[stage], sizes.window, moves=number % 2 == 1, has_gate=sizes.has_gate[stage])
             for number in range(sizes.blocks[stage])
         )
-        self.downsample = _Halving(width) if stage < len(sizes.blocks) - 1 else None
+        self.downsample = Halving(width) if stage < len(sizes.blocks) - 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, F, H, W, C]."""
