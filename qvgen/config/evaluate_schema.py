@@ -30,8 +30,8 @@ class VBenchConfig:
             is measured in the dimensions that need not know what a prompt asks for, and there is no total.
         weights: Folder of the published weights (`qvgen assets weights=vbench`); None: there are none, and the package that
             ``python`` names looks in its own cache and fetches what is not there.
-        subset: Number of prompts that are chosen from ``info``, as many of each group of dimensions; only their videos are
-            sampled and measured. None: all prompts.
+        subset: Number of prompts that are chosen from ``info``, as many of each dimension; only their videos are sampled and
+            measured. None: all prompts.
         python: Python of an environment with VBench's own package, which then measures all dimensions in place of qvgen;
             None: qvgen measures those that it has.
     """

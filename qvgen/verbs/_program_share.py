@@ -82,6 +82,7 @@ class ProgramShare:
         self._prompts, self._program = prompts, program
         self._files = ValueFiles(self._folder, measured_by)
         self._known: dict[Task, dict[str, Any]] = {}
+        self._keys: dict[Task, str] = {}
         sides = {"model": compared.model, "reference": compared.reference}
         self._sides: dict[str, Side] = {name: side for name, side in sides.items() if side is not None}
 
@@ -112,7 +113,7 @@ class ProgramShare:
         return {name: self._read(Task(name, "model"))["score"] for name in self._metrics if self._concerned[name]}
 
     def _read(self, task: Task) -> dict[str, Any]:
-        if not self._concerned[task.dimension]:
+        if task.side not in self._sides or not self._concerned[task.dimension]:
             return {"videos": {}}
         if task not in self._known:
             found = self._files.read(task.name, key=self._key(task))
@@ -161,10 +162,11 @@ class ProgramShare:
         }
 
     def _key(self, task: Task) -> str:
-        clips = self._sides[task.side].clips
-        cases = self._concerned[task.dimension]
-        asked = [[self._names[case], clips.key(case), self._prompts.content(case.caption)] for case in cases]
-        return self._files.key(task.dimension, task.side, asked)
+        if task not in self._keys:
+            clips, cases = self._sides[task.side].clips, self._concerned[task.dimension]
+            asked = [[self._names[case], clips.key(case), self._prompts.content(case.caption)] for case in cases]
+            self._keys[task] = self._files.key(task.dimension, task.side, asked)
+        return self._keys[task]
 
     def _measure(self, task: Task, claims: Claims) -> None:
         cases = {self._names[case]: case for case in self._concerned[task.dimension]}

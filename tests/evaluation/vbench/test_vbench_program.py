@@ -131,6 +131,16 @@ def test_a_killed_program_is_named_and_the_same_command_goes_on_behind_what_is_t
     assert Path("evaluation/evaluation.json").read_bytes() == Path("whole/evaluation.json").read_bytes()
 
 
+def test_without_a_reference_one_side_is_measured(words: list[str]) -> None:
+    assert main([*words, "reference=null", "suite.metrics=[object_class,scene]"]) == DONE
+    content = json.loads(Path("evaluation/evaluation.json").read_text())
+    values = [video["values"]["object_class"] for video in content["videos"] if video["caption"] == CAT]
+    assert values == pytest.approx([number_of(f"videos/{CAT}-{number}.mp4") for number in range(2)], rel=1e-15)
+    assert "no video has a value" in content["skipped"]["scene"]
+    assert all(video["reference_values"] == {} for video in content["videos"])
+    assert calls() == ["object_class"]
+
+
 def test_a_dimension_that_fails_is_one_line(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
