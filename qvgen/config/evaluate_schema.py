@@ -23,16 +23,32 @@ class EvaluateNames:
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchConfig:
-    """The files that VBench's dimensions need (docs/vbench.md).
+    """The files that VBench's dimensions need, and who measures them (docs/vbench.md).
 
     Attributes:
         info: VBench_full_info.json or a part of it: the prompts, and the dimensions each is measured in; None: every video
             is measured in the dimensions that need not know what a prompt asks for, and there is no total.
-        weights: Folder of the published weights (`qvgen assets weights=vbench`); None: there are none.
+        weights: Folder of the published weights (`qvgen assets weights=vbench`); None: there are none, and the package that
+            ``python`` names looks in its own cache and fetches what is not there.
+        subset: Number of prompts that are chosen from ``info``, as many of each dimension; only their videos are sampled and
+            measured. None: all prompts.
+        python: Python of an environment with VBench's own package, which then measures all dimensions in place of qvgen;
+            None: qvgen measures those that it has.
     """
 
     info: Path | None
     weights: Path | None
+    subset: Annotated[int | None, Range("> 0")]
+    python: Path | None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("subset", "python"):
+            value = getattr(self, name)
+            require(
+                value is None or self.info is not None,
+                f"vbench.{name}={value} needs the list of prompts: vbench.info=VBench_full_info.json",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +65,7 @@ class EvaluateConfig:
             directory says.
         suite: The metrics.
         metric: Arguments of metrics in place of their files', as +metric.clipsim.folder=FOLDER.
-        vbench: The files that VBench's dimensions need.
+        vbench: The files that VBench's dimensions need, and who measures them.
         prompts: The captions: a file (:mod:`qvgen.config.prompt`) or a list; None: the model's own, for videos=FOLDER none.
         seeds: Videos of each prompt that names no seeds of its own; None: 5, for videos=FOLDER as many as there are.
         num_steps: Sampling steps; None: the model's own.

@@ -35,9 +35,15 @@ class PromptFacts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptList:
-    """All prompts of a file, by their text."""
+    """All prompts of a file, by their text, or a part of them.
+
+    Attributes:
+        prompts: Text -> what is known of it.
+        left_out: Texts of the file that are no part of it.
+    """
 
     prompts: Mapping[str, PromptFacts]
+    left_out: frozenset[str] = frozenset()
 
     def facts(self, caption: str | None) -> PromptFacts | None:
         """The entry of a caption; None: it is not in the list, and no dimension looks at its videos."""
@@ -47,6 +53,13 @@ class PromptList:
         """The facts of a caption as a JSON value in a fixed order; None where the list does not have the caption."""
         facts = self.facts(caption)
         return None if facts is None else [sorted(facts.dimensions), facts.auxiliary]
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All prompts in the published form."""
+        return [
+            {"prompt_en": caption, "dimension": sorted(facts.dimensions), "auxiliary_info": dict(facts.auxiliary)}
+            for caption, facts in self.prompts.items()
+        ]
 
 
 def read_prompt_list(path: Path) -> PromptList:

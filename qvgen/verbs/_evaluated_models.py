@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ from qvgen.config.evaluate_schema import TEACHER, EvaluateConfig
 from qvgen.config.prompt import Prompts
 from qvgen.config.verb_schema import GenerateConfig, ModelName
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
+from qvgen.evaluation.prompt_list import PromptList
 from qvgen.evaluation.suite.case import Case, sampled_cases
 from qvgen.evaluation.suite.clip_store import Clips, FolderClips, SampledClips
-from qvgen.evaluation.suite.video_folder import check_names, check_rate, check_same, folder_cases, read_folder
+from qvgen.evaluation.suite.video_folder import (
+    check_names,
+    check_rate,
+    check_same,
+    folder_cases,
+    of_subset,
+    read_folder,
+)
 from qvgen.verbs._packed_family import check_sampler, load_family
 from qvgen.verbs._video_request import Request, read_request
 from qvgen.verbs._video_sampler import VideoSampler, made_from
@@ -96,12 +104,12 @@ class Compared:
         return self.model.load is not None and self.reference is not None and self.reference.load is not None
 
 
-def read_compared(config: EvaluateConfig, *, captions: Collection[str] = ()) -> Compared:
+def read_compared(config: EvaluateConfig, listed: PromptList | None = None) -> Compared:
     """Everything that a command compares; nothing is loaded yet.
 
     Args:
         config: The command.
-        captions: Captions of VBench's list of prompts; empty: there is none.
+        listed: VBench's list of prompts, or the part that is evaluated; None: there is none.
 
     Raises:
         ValueError: A folder, a model, prompts and videos that do not fit each other, by name.
@@ -118,15 +126,22 @@ def read_compared(config: EvaluateConfig, *, captions: Collection[str] = ()) -> 
         files = read_folder(config.videos, key="videos")
         if family is not None:
             check_rate(files, family.fps, key="videos")
+        captions = () if listed is None else {*listed.prompts, *listed.left_out}
         cases = folder_cases(
             files, config.prompts, key="videos", seeds=config.seeds, negative=negative, captions=captions
         )
+        if listed is not None and listed.left_out:
+            cases = of_subset(cases, listed.prompts, key="videos")
+            files = files.only(cases)
         model = Side(label=_label(config.videos), facts={"videos": str(config.videos)}, clips=files)
     else:
         assert packed is not None, "one of the three is given"
         assert request is not None, "a family was loaded"
-        prompts = config.prompts or Prompts.of(family.prompts)
+        is_part = listed is not None and listed.left_out
+        prompts = config.prompts or Prompts.of(listed.prompts if is_part else family.prompts)
         cases = sampled_cases(prompts, seeds=config.seeds or SEEDS, negative=negative)
+        if is_part:
+            cases = of_subset(cases, listed.prompts, key="prompts")
         model = _packed_side(config, packed, family, _with_cases(request, cases))
     reference = None
     if samples_teacher:
@@ -201,6 +216,8 @@ def _teacher_side(config: EvaluateConfig, packed: tuple[Path, ...] | None, famil
 def _folder_side(config: EvaluateConfig, model: Side, cases: Sequence[Case]) -> Side:
     folder = Path(str(config.reference))
     files = read_folder(folder, key="reference")
+    if config.vbench.subset is not None:
+        files = files.only(cases)
     if isinstance(model.clips, FolderClips):
         check_same(model.clips, files)
     else:

@@ -1,6 +1,6 @@
 """One process's part in an evaluation: it samples videos and measures models and videos until all are there.
 
-    reference's videos -> model's videos -> predictions of both -> measurements of videos
+    reference's videos -> model's videos -> predictions of both -> measurements of videos -> VBench's own program
 
 Each is a file of its own, which is there whole or not at all and claimed while it is made, so that any number of processes
 does the same and a stopped one loses what it was at. Every video is sampled alone, so who makes it changes no bit.
@@ -30,11 +30,16 @@ from qvgen.evaluation.suite.measuring import measure_case
 from qvgen.evaluation.suite.shared_cases import SharedCases
 from qvgen.evaluation.suite.summary import MeasuredCase
 from qvgen.evaluation.suite.value_file import ValueFiles
+from qvgen.evaluation.vbench_program.dimension import ProgramDimension
+from qvgen.evaluation.vbench_program.program import VBenchProgram
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._evaluated_models import Compared, Side
+from qvgen.verbs._program_share import ProgramShare
 
 log = logging.getLogger(__name__)
+
+_MEASURED = ("values", "reference_values", "features", "reference_features")
 
 
 def measured_by(metrics: Mapping[str, Metric]) -> list[Any]:
@@ -56,12 +61,14 @@ class EvaluationShare:
         compared: Both sides.
         metrics: Those that can be measured, by name.
         prompts: The list that says which prompts a dimension of VBench looks at; None: there is none.
+        program: VBench's own program, which measures its dimensions; None: nobody named one.
     """
 
     config: EvaluateConfig
     compared: Compared
     metrics: Mapping[str, Metric]
     prompts: PromptList | None = None
+    program: VBenchProgram | None = None
 
     def do(self) -> None:
         """Make what is missing and is not made by another process, until all is there."""
@@ -72,7 +79,10 @@ class EvaluationShare:
         with Claims(measured, key="out") as claims:
             if self._of_models:
                 self._measure_models(claims)
-            self._measure_videos(claims)
+            if self._of_videos:
+                self._measure_videos(claims)
+            if self.of_program is not None:
+                self.of_program.do(claims)
 
     def results(self) -> list[MeasuredCase]:
         """Every case with its values, in order, when all are there.
@@ -83,8 +93,13 @@ class EvaluationShare:
         found = []
         models = {case: self._read(self._model_values, case) for case in self._model_cases} if self._of_models else {}
         for case in self.compared.cases:
-            measured = dict(self._read(self._video_values, case))
-            rows = (measured["values"], models.get(case, {}))
+            measured = dict(self._read(self._video_values, case)) if self._of_videos else {key: {} for key in _MEASURED}
+            rows = [measured["values"], models.get(case, {})]
+            if self.of_program is not None:
+                rows.append(self.of_program.values(case, "model"))
+                measured["reference_values"] = {
+                    **measured["reference_values"], **self.of_program.values(case, "reference"),
+                }  # fmt: skip
             measured["values"] = {name: row[name] for name in self.metrics for row in rows if name in row}
             found.append(MeasuredCase(case=case, **measured))
         return found
@@ -115,6 +130,28 @@ class EvaluationShare:
         return {name: metric for name, metric in self.metrics.items() if isinstance(metric, ModelMetric)}
 
     @cached_property
+    def _of_videos(self) -> dict[str, Metric]:
+        """The metrics that look at one video after the other."""
+        return {
+            name: metric
+            for name, metric in self.metrics.items()
+            if not isinstance(metric, ModelMetric | ProgramDimension)
+        }
+
+    @cached_property
+    def of_program(self) -> ProgramShare | None:
+        """The part that VBench's own program measures; None: it measures nothing."""
+        chosen = {name: metric for name, metric in self.metrics.items() if isinstance(metric, ProgramDimension)}
+        if not chosen:
+            return None
+        assert self.program is not None, "the dimensions are its own"
+        assert self.prompts is not None, "vbench.python needs vbench.info"
+        return ProgramShare(
+            self.config.out / "measured", compared=self.compared, metrics=chosen, prompts=self.prompts, program=self.program,
+            measured_by=measured_by(chosen),
+        )  # fmt: skip
+
+    @cached_property
     def _model_cases(self) -> list[Case]:
         return spread(self.compared.cases)[: max(metric.videos for metric in self._of_models.values())]
 
@@ -124,8 +161,7 @@ class EvaluationShare:
 
     @cached_property
     def _video_values(self) -> ValueFiles:
-        own = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, ModelMetric)}
-        return ValueFiles(self.config.out / "measured" / "videos", measured_by(own))
+        return ValueFiles(self.config.out / "measured" / "videos", measured_by(self._of_videos))
 
     def _key(self, files: ValueFiles, case: Case) -> str:
         """Of a case's values: what measures, both videos or what makes them, and what is asked of them."""
@@ -178,10 +214,9 @@ class EvaluationShare:
 
     def _measure_videos(self, claims: Claims) -> None:
         files, reference = self._video_values, self.compared.reference
-        own = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, ModelMetric)}
         for case in self._missing(files, self.compared.cases, claims, what="measurement"):
             values = measure_case(
-                own,
+                self._of_videos,
                 case,
                 video=self.compared.model.clips.read(case),
                 reference=reference and reference.clips.read(case),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from qvgen.evaluation.environment import DISTRIBUTIONS, collect_versions
 from qvgen.evaluation.metrics.base import Metric, ModelMetric
 from qvgen.evaluation.metrics.clip_model import ClipMetric
 from qvgen.evaluation.prompt_list import PromptList, read_prompt_list
+from qvgen.evaluation.prompt_subset import choose_subset
 from qvgen.evaluation.report.evaluation_page import evaluation_lines, render_evaluation
 from qvgen.evaluation.report.evaluation_row import csv_rows, latex_row, markdown_row
 from qvgen.evaluation.suite.summary import against, read_evaluation, summarize
 from qvgen.evaluation.suite.value_file import ValueFiles
 from qvgen.evaluation.vbench.dimension import Dimension, NetworkDimension
 from qvgen.evaluation.vbench.total import summarized_scores
+from qvgen.evaluation.vbench_program.dimension import ProgramDimension
+from qvgen.evaluation.vbench_program.program import VBenchProgram
 from qvgen.run_directory import atomic_write, write_plain
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 from qvgen.training.run_label import was_logged
@@ -41,9 +45,9 @@ def run(config: EvaluateConfig) -> None:
     A call that was stopped is continued by the same command; what it leaves is the same to the byte.
     """
     other = None if config.against is None else read_evaluation(config.against, key="against")
-    prompts = _prompts(config)
-    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
-    metrics, skipped = _metrics(config, compared)
+    prompts, program = _prompts(config), _program(config)
+    compared = read_compared(config, prompts)
+    metrics, skipped = _metrics(config, compared, program)
     key = _key(metrics, compared, prompts)
     _refuse_other(config, key)
     if config.dry_run:
@@ -54,7 +58,7 @@ def run(config: EvaluateConfig) -> None:
         return
     say_chosen()
     stop_request.continue_with({})
-    share = EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts)
+    share = EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts, program=program)
     world = launched_world.current()
     _do_all(config, share, world)
     if world is not None and world.rank:
@@ -62,6 +66,11 @@ def run(config: EvaluateConfig) -> None:
     content = summarize(metrics, share.results(), skipped=skipped, about=_about(config, compared, key))
     if prompts is not None and any(isinstance(metric, Dimension) for metric in metrics.values()):
         content["vbench"] = summarized_scores(content["metrics"])
+        if config.vbench.subset is not None:
+            whole = len(prompts.prompts) + len(prompts.left_out)
+            content["vbench"]["subset"] = {"prompts": len(prompts.prompts), "of": whole}
+        if share.of_program is not None:
+            content["vbench"]["program"] = {"versions": dict(share.program.facts), "scores": share.of_program.scores()}
     if other is not None:
         content["against"] = {"label": other["model"]["label"], "metrics": against(content, other)}
     _write(config, compared, content)
@@ -73,13 +82,27 @@ def run_worker(config: EvaluateConfig, *, rank: int, world_size: int, port: int)
     del port  # they need not speak to each other
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     use_own_gpu(rank)
-    prompts = _prompts(config)
-    compared = read_compared(config, captions=() if prompts is None else prompts.prompts)
-    EvaluationShare(config=config, compared=compared, metrics=_metrics(config, compared)[0], prompts=prompts).do()
+    prompts, program = _prompts(config), _program(config)
+    compared = read_compared(config, prompts)
+    metrics, _ = _metrics(config, compared, program)
+    EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts, program=program).do()
 
 
 def _prompts(config: EvaluateConfig) -> PromptList | None:
-    return None if config.vbench.info is None else read_prompt_list(config.vbench.info)
+    """The list of prompts, or the part of it that was asked for; None: there is none."""
+    if config.vbench.info is None:
+        return None
+    prompts = read_prompt_list(config.vbench.info)
+    return prompts if config.vbench.subset is None else choose_subset(prompts, config.vbench.subset)
+
+
+def _program(config: EvaluateConfig) -> VBenchProgram | None:
+    """VBench's own program, which was asked what it is; None: nobody named one."""
+    if config.vbench.python is None:
+        return None
+    program = VBenchProgram(config.vbench.python, cache=config.vbench.weights)
+    log.info("VBench's program: %s", ", ".join(f"{name} {value}" for name, value in program.facts.items() if value))
+    return program
 
 
 def _do_all(config: EvaluateConfig, share: EvaluationShare, world: LaunchedWorld | None) -> None:
@@ -97,7 +120,9 @@ def _do_all(config: EvaluateConfig, share: EvaluationShare, world: LaunchedWorld
         group.join()
 
 
-def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metric], dict[str, str]]:
+def _metrics(
+    config: EvaluateConfig, compared: Compared, program: VBenchProgram | None
+) -> tuple[dict[str, Metric], dict[str, str]]:
     """The metrics of the suite that can be measured, and why the others can't.
 
     Raises:
@@ -106,9 +131,9 @@ def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metr
     for name in config.metric:
         if name not in config.suite.metrics:
             raise ValueError(f"metric.{name} has no effect: suite.metrics names no {name}")
-    every = {name: _load(config, name) for name in config.suite.metrics}
-    for name in ("info", "weights"):
-        given = getattr(config.vbench, name)
+    every = {name: _load(config, name, program) for name in config.suite.metrics}
+    for field in fields(config.vbench):
+        name, given = field.name, getattr(config.vbench, field.name)
         if given is not None and not any(isinstance(metric, Dimension) for metric in every.values()):
             raise ValueError(f"vbench.{name}={given} has no effect: suite.metrics names no dimension of VBench")
     reasons = {name: _why_not(metric, config, compared) for name, metric in every.items()}
@@ -122,9 +147,13 @@ def _metrics(config: EvaluateConfig, compared: Compared) -> tuple[dict[str, Metr
     return found, skipped
 
 
-def _load(config: EvaluateConfig, name: str) -> Metric:
+def _load(config: EvaluateConfig, name: str, program: VBenchProgram | None) -> Metric:
     """A metric; a dimension whose weights nobody named looks for them where ``vbench.weights`` says."""
     metric: Metric = load_leaf("metric", name, **config.metric.get(name, {}))
+    if program is not None and isinstance(metric, Dimension):
+        if name in config.metric:
+            raise ValueError(f"metric.{name} has no effect: vbench.python={config.vbench.python} measures it")
+        return ProgramDimension(metric, program)
     if isinstance(metric, NetworkDimension) and metric.weights_folder is None and config.vbench.weights is not None:
         metric = load_leaf("metric", name, **config.metric.get(name, {}), weights=str(config.vbench.weights))
     return metric

@@ -41,9 +41,12 @@ class ScoreRow:
 def score_rows(content: Mapping[str, Any]) -> list[ScoreRow]:
     """The scores that an evaluation has; empty where dimensions are missing, or nobody gave the list of prompts."""
     found = content.get("vbench") or {}
-    theirs = found.get("reference") or {}
+    theirs, part = found.get("reference") or {}, found.get("subset")
+    of = "" if part is None else f", {part['prompts']} of {part['of']} prompts"
     return [
-        ScoreRow(name=name, heading=f"VBench {name} \N{UPWARDS ARROW}", value=found[name], reference=theirs.get(name))
+        ScoreRow(
+            name=name, heading=f"VBench {name}{of} \N{UPWARDS ARROW}", value=found[name], reference=theirs.get(name)
+        )
         for name in SCORES
         if found.get(name) is not None
     ]

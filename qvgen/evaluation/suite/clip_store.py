@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +87,10 @@ class FolderClips:
     def __init__(self, files: dict[str, Path]) -> None:
         self.files = files
         self._sums: dict[str, str] = {}
+
+    def only(self, cases: Iterable[Case]) -> FolderClips:
+        """The files of these cases, as far as they are there."""
+        return FolderClips({case.name: self.files[case.name] for case in cases if case.name in self.files})
 
     def key(self, case: Case) -> str:
         """Checksum of the file."""

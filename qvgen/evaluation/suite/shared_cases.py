@@ -10,17 +10,19 @@ folder. Whoever comes to the end finds every file there; what a killed process h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from qvgen.data.claims import POLL_SECONDS, Claims
-from qvgen.evaluation.suite.case import Case
+
+C = TypeVar("C", bound=Hashable)
 
 
-class SharedCases:
+class SharedCases(Generic[C]):
     """The cases that this process shall make, one after the other: each is made when the next one is asked for.
 
     Args:
-        cases: All of them, in order.
+        cases: All of them, in order; a video's, or another thing that is made whole.
         claims: The claims of the folder that they are made in.
         key: A case's own key, a SHA-256 in hexadecimal digits.
         is_there: Whether a case is made, by any process.
@@ -30,7 +32,7 @@ class SharedCases:
     """
 
     def __init__(
-        self, cases: Sequence[Case], *, claims: Claims, key: Callable[[Case], str], is_there: Callable[[Case], bool]
+        self, cases: Sequence[C], *, claims: Claims, key: Callable[[C], str], is_there: Callable[[C], bool]
     ) -> None:
         self.cases = tuple(cases)
         self._claims, self._key, self._is_there = claims, key, is_there
@@ -41,7 +43,7 @@ class SharedCases:
         """How many were there when this process looked last."""
         return len(self._there)
 
-    def __iter__(self) -> Iterator[Case]:
+    def __iter__(self) -> Iterator[C]:
         """Cases that are not there, and that no other process makes; when there is none left, all are there."""
         left = [case for case in self.cases if case not in self._there]
         while left:

@@ -143,6 +143,26 @@ def _matched(
     return cases
 
 
+def of_subset(cases: Sequence[Case], captions: Collection[str], *, key: str) -> list[Case]:
+    """The cases whose captions are in a part of VBench's list.
+
+    Args:
+        cases: All cases.
+        captions: Captions of the part.
+        key: Where the cases come from, for messages.
+
+    Raises:
+        UserError: A caption of the part has no video, or nobody said what the videos were made from.
+    """
+    there = {case.caption for case in cases}
+    if missing := [caption for caption in captions if caption not in there]:
+        raise UserError(
+            f"{key}: {len(missing)} of the {len(captions)} prompts that vbench.subset chooses are not there, the first of "
+            f"them {missing[0]!r}"
+        )
+    return [case for case in cases if case.caption in captions]
+
+
 def check_names(names: Sequence[str], files: FolderClips, *, key: str) -> None:
     """Raise UserError where a folder lacks videos of these names, or has others."""
     if missing := [name for name in names if name not in files.files]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qvgen.evaluation.metrics.base import Pair, VideoMetric
-from qvgen.evaluation.vbench.published_file import PublishedFile, checksum
+from qvgen.evaluation.networks.published_file import PublishedFile, checksum
+from qvgen.evaluation.vbench.published_file import KEY
 
 
 class Dimension(VideoMetric):
@@ -65,7 +66,9 @@ class NetworkDimension(Dimension):
 
     def absent(self) -> str | None:
         """The first file that is not there or is damaged; None: all are there."""
-        return next((why for file in self.files if (why := file.absent(self.weights_folder)) is not None), None)
+        return next(
+            (why for file in self.files if (why := file.absent(self.weights_folder, key=KEY)) is not None), None
+        )
 
     def path(self, file: PublishedFile) -> Path:
         """Where one of its files lies; :meth:`absent` was asked first."""

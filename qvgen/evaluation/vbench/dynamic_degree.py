@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from qvgen.evaluation.metrics.base import Pair, check_frames
 from qvgen.evaluation.networks import fetched
+from qvgen.evaluation.networks.published_file import PublishedFile
 from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.vbench import published_file
 from qvgen.evaluation.vbench.dimension import NetworkDimension
-from qvgen.evaluation.vbench.published_file import PublishedFile
 
 UPDATES, RATE, LONGEST_SHARE, THRESHOLD_PIXELS = 20, 8, 0.05, 6.0
 

@@ -10,70 +10,11 @@ pages of the networks; a size, licence or checksum that could not be looked up i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from qvgen.deploy.manifest import file_sha256
+from qvgen.evaluation.networks.published_file import PublishedFile
 
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedFile:
-    """One file that a user downloads.
-
-    Attributes:
-        name: File name as published.
-        folder: Folder below VBench's cache in which its own program keeps it.
-        source: Where it is published.
-        licence: Licence of the weights; None: not known.
-        megabytes: Size, rounded up; None: not known.
-        sha256: Whole checksum, or the leading digits that its publisher states; None: none is stated.
-    """
-
-    name: str
-    folder: str
-    source: str
-    licence: str | None
-    megabytes: int | None
-    sha256: str | None
-
-    def find(self, weights: str | None) -> Path | None:
-        """The file in a user's folder, or None.
-
-        Args:
-            weights: The folder, or the file itself; None: nobody named one.
-        """
-        if weights is None:
-            return None
-        given = Path(weights).expanduser()
-        if given.is_file() and given.stem == Path(self.name).stem:
-            return given
-        names = (self.name, f"{Path(self.name).stem}.safetensors")
-        places = [given / part / name for part in (self.folder, "") for name in names]
-        return next((place for place in places if place.is_file()), None)
-
-    def absent(self, weights: str | None) -> str | None:
-        """Why the file can't be read, in one line; None: it is there, and has the published checksum where there is one."""
-        found = self.find(weights)
-        if found is None:
-            if weights is None:
-                return f"{self.name} is not there: no folder was named (vbench.weights=FOLDER)"
-            return f"{Path(weights).expanduser() / self.name} is not there; it is published at {self.source}"
-        if self.sha256 is not None and found.name == self.name and not checksum(found).startswith(self.sha256):
-            return f"{found} has sha256 {checksum(found)[:16]}..., and the published file {self.sha256[:16]}...; get it again"
-        return None
-
-
-@cache
-def _checksum(state: tuple[Path, int, int]) -> str:
-    return file_sha256(state[0])
-
-
-def checksum(path: Path) -> str:
-    """The sha256 of a file, computed once for as long as its size and time of change stay."""
-    state = path.stat()
-    return _checksum((path, state.st_size, state.st_mtime_ns))
-
+KEY = "vbench.weights"
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _VBENCH_HUB = "https://huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main"
@@ -167,7 +108,7 @@ def weight_lines(folder: Path | None) -> list[str]:
     lines = []
     for file in FILES:
         size = "size not known" if file.megabytes is None else f"{file.megabytes} MB"
-        state = "-" if file.find(weights) is None else "there" if file.absent(weights) is None else "damaged"
+        state = "-" if file.find(weights) is None else "there" if file.absent(weights, key=KEY) is None else "damaged"
         licence = file.licence or "licence not known"
         lines.append(f"{file.name:<{width}}  {size:>14}  {state:<7}  {licence}  sha256 {file.sha256 or 'not stated'}")
         lines.append(f"  {file.source}")

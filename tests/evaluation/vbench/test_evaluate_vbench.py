@@ -15,8 +15,9 @@ import torch
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.data.video import write_video
 from qvgen.evaluation.networks import published_tensors
+from qvgen.evaluation.networks.published_file import PublishedFile
 from qvgen.evaluation.networks.published_tensors import read_tensors
-from qvgen.evaluation.vbench.published_file import FILES, PublishedFile
+from qvgen.evaluation.vbench.published_file import FILES
 
 STILL, CAT, OTHER = "a still cup", "a bird and a cat", "a boat, oil painting"
 INFO = [
@@ -139,7 +140,7 @@ def test_torchscript_is_read_without_running_it(tmp_path: Path) -> None:
     assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in expected.items())
     sums = hashlib.sha256(path.read_bytes()).hexdigest()
     file = PublishedFile(name="net.pt", folder="x", source="s", licence=None, megabytes=None, sha256=sums[:8])
-    assert file.absent(str(tmp_path)) is None
+    assert file.absent(str(tmp_path), key="vbench.weights") is None
 
 
 def test_a_pickle_that_asks_for_code_is_refused(tmp_path: Path) -> None:

@@ -74,12 +74,15 @@ def _relative_places(window: int, device: torch.device) -> Tensor:
     return down * (2 * window - 1) + right
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
+    """W2 gelu(W1 x), four times as wide inside."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., C]."""
         y: Tensor = self.fc2(functional.gelu(self.fc1(x)))
         return y
 
@@ -90,7 +93,7 @@ class _Block(nn.Module):
         self.window = min(window, side)
         self.shift = window // 2 if moved and side > window else 0
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn, self.mlp = _Attention(width, heads, self.window), _Mlp(width)
+        self.attn, self.mlp = _Attention(width, heads, self.window), Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, H, W, C]."""
@@ -125,13 +128,16 @@ def _apart(side: int, window: int, shift: int, x: Tensor) -> Tensor:
     return (differ * _APART).to(x.dtype).unsqueeze(1)
 
 
-class _Halving(nn.Module):
+class Halving(nn.Module):
+    """Half the rows and columns, twice the channels."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.reduction = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        """Maps [..., H, W, C]."""
+        corners = [x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)]
         y: Tensor = self.reduction(self.norm(torch.cat(corners, -1)))
         return y
 
@@ -144,7 +150,7 @@ class _Stage(nn.Module):
             _Block(width, sizes.heads[stage], side=side, window=sizes.window, moved=number % 2 == 1)
             for number in range(sizes.layers[stage])
         )
-        self.downsample = _Halving(width) if stage < len(sizes.layers) - 1 else None
+        self.downsample = Halving(width) if stage < len(sizes.layers) - 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
