@@ -131,12 +131,12 @@ class FolderFamily(abc.ABC):
         """A component's configuration, the folder's if there is one.
 
         Args:
-            component: transformer, vae, scheduler or model_index.
+            component: transformer, vae, scheduler, guider or model_index.
 
         Raises:
             ValueError: the folder lacks it.
         """
-        files = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        files = {"model_index": "model_index.json", **{key: f"{key}/{key}_config.json" for key in ("scheduler", "guider")}}
         if self.folder is None:
             found = dict(self.published.get(component, {}))
         else:
