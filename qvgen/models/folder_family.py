@@ -136,7 +136,10 @@ class FolderFamily(abc.ABC):
         Raises:
             ValueError: the folder lacks it.
         """
-        files = {"model_index": "model_index.json", **{key: f"{key}/{key}_config.json" for key in ("scheduler", "guider")}}
+        files = {
+            "model_index": "model_index.json",
+            **{key: f"{key}/{key}_config.json" for key in ("scheduler", "guider")},
+        }
         if self.folder is None:
             found = dict(self.published.get(component, {}))
         else:

@@ -37,7 +37,10 @@ from qvgen.models.weight_set import PICKLES, MissingWeightsError, WeightSet, che
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
-_CONFIG_FILES = ("config.json", *(f"{part}_config.json" for part in ("tokenizer", "preprocessor", "scheduler", "guider")))
+_CONFIG_FILES = (
+    "config.json",
+    *(f"{part}_config.json" for part in ("tokenizer", "preprocessor", "scheduler", "guider")),
+)
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
 
 

@@ -1,7 +1,7 @@
 """The part that HunyuanVideo and HunyuanVideo 1.5 share.
 
-    objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
-    latents       VAE latents times scaling_factor
+objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
+latents       VAE latents times scaling_factor
 """
 
 from __future__ import annotations

@@ -183,6 +183,12 @@ class HunyuanVideo15(HunyuanFamily):
         )[0]
         return output
 
+    def _module(self, component: str, *, device: torch.device | None = None) -> Any:
+        module = super()._module(component, device=device)
+        if component == "vae":
+            module.enable_slicing()  # the mask of its attention fits one clip at once
+        return module
+
     def _pipeline(self, **components: Any) -> Any:
         return super()._pipeline(**{"guider": None, **components})
 

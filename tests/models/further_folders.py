@@ -140,7 +140,8 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(special)
     used = len(tokenizer.encode(f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n").ids)
     template = (
-        "<|im_start|>" * (CROPPED_TOKENS - used)
+        "<|im_start|>"
+        * (CROPPED_TOKENS - used)
         + "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from torch.fx.experimental import _config as shape_config
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class UnknownResultError(RuntimeError):
