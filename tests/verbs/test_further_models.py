@@ -18,13 +18,13 @@ from tests.verbs.test_hub_models import tiny_keys
 
 MODELS: dict[str, tuple[Any, list[str]]] = {
     "hunyuanvideo": (make_hunyuan_folder, ["model.vae_dtype=float32"]),
-    "hunyuanvideo1.5": (make_hunyuan15_folder, ["model.vae_dtype=float32"]),
+    "hunyuanvideo1.5": (make_hunyuan15_folder, ["model.vae_dtype=float32", "model.guidance_scale=1.0"]),
     "mochi": (make_mochi_folder, ["model.num_frames=7", "model.sampling_frames=7"]),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
 
 
-@pytest.mark.parametrize(("name", "init"), [("hunyuanvideo", "dvd_quant"), ("hunyuanvideo1.5", "smoothquant"), ("mochi", "rtn")])
+@pytest.mark.parametrize(("name", "init"), [("hunyuanvideo", "dvd_quant"), ("mochi", "rtn")])
 def test_ptq_needs_prompts_alone(name: str, init: str, tmp_path: Path) -> None:
     make, sizes = MODELS[name]
     folder, run_dir = make(tmp_path / "model"), tmp_path / "run"
