@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.hunyuan_fold import behind, double_folds, refiner_folds
+from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES, OriginalNames
 
 _IMAGE_TOKENS = 729
 _LETTER_TOKENS = 256
@@ -74,6 +75,7 @@ class HunyuanVideo15(HunyuanFamily):
         "self_attention": ("transformer_blocks.*.attn.*", "*refiner_blocks.*.attn.*"),  # text, space and time at once
         "ffn": ("transformer_blocks.*.ff.*", "transformer_blocks.*.ff_context.*", "*refiner_blocks.*.ff.*"),
     }
+    original_names: ClassVar[OriginalNames] = HUNYUAN_VIDEO_15_ORIGINAL_NAMES
 
     def __post_init__(self) -> None:
         super().__post_init__()
