@@ -13,7 +13,6 @@ from diffusers import (
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
-    HunyuanVideo15Transformer3DModel,
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -21,8 +20,6 @@ from safetensors.torch import save_file
 from qvgen.config.leaves import load_leaf
 from qvgen.deploy.card_facts import license_of
 from qvgen.models.base import VideoDiT, example_condition
-from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES
-from qvgen.models.original_tensors import join_original, original_sources
 from qvgen.training.planning.operation_counter import OperationCounter
 from qvgen.training.planning.shape_operators import ShapeOperators
 from tests.models.family_checks import (
@@ -281,105 +278,3 @@ def test_outputs_with_a_lora_are_those_of_the_transformer_that_has_it(made, tmp_
     pipeline.transformer.delete_adapters("default")
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     assert (found - plain).norm() >= 1e-3 * wanted.norm()
-
-
-def authors_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors with the names of tencent/HunyuanVideo-1.5: what diffusers' script (see the yaml) makes them from.
-
-    The refiner's queries, keys and values are one tensor, those of the blocks are three.
-    """
-    block = {
-        "norm1.linear": "img_mod.linear", "norm1_context.linear": "txt_mod.linear", "attn.to_out.0": "img_attn_proj",
-        "attn.to_add_out": "txt_attn_proj", "ff.net.0.proj": "img_mlp.fc1", "ff.net.2": "img_mlp.fc2",
-        "ff_context.net.0.proj": "txt_mlp.fc1", "ff_context.net.2": "txt_mlp.fc2",
-        **{f"attn.to_{part}": f"img_attn_{part}" for part in "qkv"},
-        **{f"attn.add_{part}_proj": f"txt_attn_{part}" for part in "qkv"},
-        **{f"attn.norm_{part}": f"img_attn_{part}_norm" for part in "qk"},
-        **{f"attn.norm_added_{part}": f"txt_attn_{part}_norm" for part in "qk"},
-    }  # fmt: skip
-    refiner = {
-        "norm1": "norm1", "norm2": "norm2", "attn.to_out.0": "self_attn_proj", "ff.net.0.proj": "mlp.fc1",
-        "ff.net.2": "mlp.fc2", "norm_out.linear": "adaLN_modulation.1",
-    }  # fmt: skip
-    names = {
-        "time_embed.timestep_embedder.linear_1": "time_in.mlp.0", "time_embed.timestep_embedder.linear_2": "time_in.mlp.2",
-        "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
-        "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
-        "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
-        "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
-        "context_embedder.proj_in": "txt_in.input_embedder", "context_embedder_2.norm": "byt5_in.layernorm",
-        **{f"context_embedder_2.linear_{place}": f"byt5_in.fc{place}" for place in (1, 2, 3)},
-        "image_embedder.norm_in": "vision_in.proj.0", "image_embedder.linear_1": "vision_in.proj.1",
-        "image_embedder.linear_2": "vision_in.proj.3", "image_embedder.norm_out": "vision_in.proj.4",
-        "x_embedder.proj": "img_in.proj", "cond_type_embed": "cond_type_embedding", "proj_out": "final_layer.linear",
-    }  # fmt: skip
-    found = {}
-    for key, value in state.items():
-        module, _, end = key.rpartition(".")
-        first, _, rest = module.removeprefix("context_embedder.token_refiner.refiner_").partition(".")
-        place, _, rest = rest.partition(".")
-        if first == "transformer_blocks":
-            found[f"double_blocks.{place}.{block[rest]}.{end}"] = value
-        elif first == "blocks":
-            start = f"txt_in.individual_token_refiner.blocks.{place}"
-            if rest in refiner:
-                found[f"{start}.{refiner[rest]}.{end}"] = value
-            elif rest == "attn.to_q":
-                parts = [state[key.replace("to_q", f"to_{part}")] for part in "qkv"]
-                found[f"{start}.self_attn_qkv.{end}"] = torch.cat(parts)
-        elif module == "norm_out.linear":
-            scale, shift = value.chunk(2)
-            found[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat([shift, scale])
-        else:
-            found[f"{names[module]}.{end}"] = value
-    return found
-
-
-def comfy_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a file that ComfyUI reads, as an export writes it."""
-    names = HUNYUAN_VIDEO_15_ORIGINAL_NAMES
-    sources = original_sources(state, names)
-    return {key: join_original(key, [state[one] for one in own], names) for key, own in sources.items()}
-
-
-def test_names_are_the_authors_and_layers_are_fused_where_comfyui_s_files_have_one() -> None:
-    """Every row at full size has a number of its own; Comfy-Org's file of 480 pixels has 1361 tensors."""
-    with torch.device("meta"):
-        state = HunyuanVideo15Transformer3DModel(task_type="t2v").state_dict()
-    sizes = [len(value) for value in state.values()]
-    rows = dict(zip(state, torch.arange(sum(sizes)).split(sizes), strict=True))
-    theirs, written = authors_tensors(rows), comfy_tensors(rows)
-    assert (len(theirs), len(written)) == (1793, 1361)
-    for key in list(theirs):
-        if "_attn_q." in key:
-            parts = [theirs.pop(key.replace("_attn_q.", f"_attn_{part}.")) for part in "qkv"]
-            theirs[key.replace("_attn_q.", "_attn_qkv.")] = torch.cat(parts)
-    assert theirs.keys() == written.keys()
-    assert all(torch.equal(theirs[key], written[key]) for key in theirs)
-
-
-@pytest.mark.parametrize("make", [authors_tensors, comfy_tensors])
-def test_files_and_loras_with_original_names_are_read(made, make, tmp_path: Path) -> None:
-    family, teacher, _ = made
-    state = teacher.state_dict()
-    tuned = {key: value * 1.01 + 0.001 for key, value in state.items()}
-    written = {f"model.diffusion_model.{key}": value.contiguous() for key, value in make(tuned).items()}
-    save_file(written, tmp_path / "style.safetensors")
-    found = tiny_family(NAME, family.path, transformer=str(tmp_path / "style.safetensors")).load_teacher().state_dict()
-    assert all(torch.equal(found[key], tuned[key]) for key in tuned)
-
-    generator = torch.Generator().manual_seed(0)
-    layer = "img_attn_v" if make is authors_tensors else "img_attn_qkv"
-    weight = make(state)[f"double_blocks.1.{layer}.weight"]
-    down, up = torch.randn(2, weight.shape[1], generator=generator), torch.randn(len(weight), 2, generator=generator)
-    lora = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
-    save_file(
-        {f"diffusion_model.double_blocks.1.{layer}.{end}": value for end, value in lora.items()},
-        tmp_path / "lora.safetensors",
-    )
-    found = tiny_family(NAME, family.path, lora=str(tmp_path / "lora.safetensors")).load_teacher().state_dict()
-    key = "transformer_blocks.1.attn.to_v.weight"
-    wanted = state[key] + (up @ down)[-len(state[key]) :]
-    assert torch.allclose(found[key], wanted, atol=1e-6)
-    changed = {name for name in state if not torch.equal(found[name], state[name])}
-    assert changed == ({key} if make is authors_tensors else {key.replace("to_v", f"to_{part}") for part in "qkv"})
