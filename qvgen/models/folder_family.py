@@ -136,14 +136,7 @@ class FolderFamily(abc.ABC):
         Raises:
             ValueError: the folder lacks it.
         """
-        files = {
-            "model_index": "model_index.json",
-            **{key: f"{key}/{key}_config.json" for key in ("scheduler", "guider")},
-        }
-        if self.folder is None:
-            found = dict(self.published.get(component, {}))
-        else:
-            found = self.folder.read_json(files.get(component, f"{component}/config.json"))
+        found = dict(self.published.get(component, {})) if self.folder is None else self.folder.read_config(component)
         if self._finetune is not None and component == "transformer":
             return self._finetune.config(found)
         return found

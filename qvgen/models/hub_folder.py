@@ -37,10 +37,8 @@ from qvgen.models.weight_set import PICKLES, MissingWeightsError, WeightSet, che
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
-_CONFIG_FILES = (
-    "config.json",
-    *(f"{part}_config.json" for part in ("tokenizer", "preprocessor", "scheduler", "guider")),
-)
+_NAMED_CONFIGS = ("scheduler", "guider")
+_CONFIG_FILES = ("config.json", *(f"{name}_config.json" for name in ("tokenizer", "preprocessor", *_NAMED_CONFIGS)))
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
 
 
@@ -111,6 +109,11 @@ class HubFolder:
             raise ValueError(f"{file} holds no mapping; {self.remedy(name)}")
         (check_model_index if name == "model_index.json" else check_config)(content, file=file)
         return content
+
+    def read_config(self, component: str) -> dict[str, Any]:
+        """A component's configuration; see :meth:`read_json`."""
+        own = {"model_index": "model_index.json", **{name: f"{name}/{name}_config.json" for name in _NAMED_CONFIGS}}
+        return self.read_json(own.get(component, f"{component}/config.json"))
 
     def revision(self, component: str) -> str:
         """Content key of a component's weights (see the head of this file), 64 hex digits.

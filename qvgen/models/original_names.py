@@ -2,7 +2,8 @@
 
 ComfyUI, LightX2V and DiffSynth-Studio read checkpoints with the original names, and finetunes come with them. A family whose
 names are known says so by an attribute ``original_names`` of its class. Sources: the converters of
-``diffusers.loaders.single_file_utils`` for Wan, LTX-Video and HunyuanVideo, which go the other way.
+``diffusers.loaders.single_file_utils`` for Wan, LTX-Video and HunyuanVideo, which go the other way; for HunyuanVideo 1.5
+diffusers' scripts/convert_hunyuan_video1_5_to_diffusers.py.
 
     rules      rename a module or a lone parameter; a name may pass through several
     fused      layers that the original code has as one: its rows are theirs, one layer after another
