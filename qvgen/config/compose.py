@@ -248,8 +248,8 @@ def _check_option(override: Override, options: list[str]) -> None:
     for option in chosen:
         optional = option is None and group in ("experiment", "export")
         if not optional and str(option) not in options:
-            if (group, option) in NOT_BUILT:
-                raise UserError(NOT_BUILT[group, option])
+            if (reason := NOT_BUILT.get((group, str(option)))) is not None:
+                raise UserError(reason)
             raise UserError(
                 f"unknown {group}={'null' if option is None else option}"
                 f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"
