@@ -75,8 +75,7 @@ class ShapeOperators:
             if args[0].dtype != torch.bool:
                 raise UnknownResultError(f"{func} returns a number")
             return True
-        if kind == "picked" and args[1][0] in self._none:
-            mask = args[1][0]
+        if kind == "picked" and isinstance(mask := args[1][0], Tensor) and mask in self._none:
             return args[0].new_empty(0, *args[0].shape[mask.ndim :])
         made = self.made(func, args, kwargs)
         if kind == "complement":
