@@ -227,10 +227,17 @@ def _options(config: DictConfig) -> dict[str, list[str]]:
     }
 
 
-NO_DEEPSPEED = (
-    "strategy=deepspeed is none of qvgen's: its checkpoints are read by executing what they say (docs/log.md); "
-    "strategy=fsdp shares the same out, with strategy.cpu_offload=true on the hosts"
-)
+NOT_BUILT = {
+    ("strategy", "deepspeed"): (
+        "strategy=deepspeed is none of qvgen's: its checkpoints are read by executing what they say (docs/log.md); "
+        "strategy=fsdp shares the same out, with strategy.cpu_offload=true on the hosts"
+    ),
+    ("model", "hunyuanvideo1.5-i2v"): (
+        "model=hunyuanvideo1.5-i2v, HunyuanVideo 1.5 from an image (HunyuanVideo15ImageToVideoPipeline), is not built; use "
+        "model=hunyuanvideo1.5 for text to video, or model=wan2.2-i2v-a14b for videos that begin with an image"
+    ),
+}
+"""(group, name) of choices that somebody may expect -> what they are and what to use."""
 
 
 def _check_option(override: Override, options: list[str]) -> None:
@@ -241,8 +248,8 @@ def _check_option(override: Override, options: list[str]) -> None:
     for option in chosen:
         optional = option is None and group in ("experiment", "export")
         if not optional and str(option) not in options:
-            if (group, option) == ("strategy", "deepspeed"):
-                raise UserError(NO_DEEPSPEED)
+            if (reason := NOT_BUILT.get((group, str(option)))) is not None:
+                raise UserError(reason)
             raise UserError(
                 f"unknown {group}={'null' if option is None else option}"
                 f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"

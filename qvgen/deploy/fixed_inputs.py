@@ -108,6 +108,22 @@ def _hunyuan_video(config: Mapping[str, Any], timestep: float, generator: torch.
     }
 
 
+def _hunyuan_video_15(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    patches = (config["patch_size_t"], config["patch_size"], config["patch_size"])
+    sizes = [count * size for count, size in zip(NUM_PATCHES, patches, strict=True)]
+    image = config["in_channels"] - config["out_channels"]  # channels and tokens of an image are zeros in text to video
+    latents = torch.randn(1, config["out_channels"], *sizes, generator=generator)
+    return {
+        "hidden_states": torch.cat([latents, torch.zeros(1, image, *sizes)], dim=1),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_dim"], generator=generator),
+        "encoder_attention_mask": torch.ones(1, NUM_TEXT_TOKENS),
+        "encoder_hidden_states_2": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_2_dim"], generator=generator),
+        "encoder_attention_mask_2": torch.ones(1, NUM_TEXT_TOKENS),
+        "image_embeds": torch.zeros(1, NUM_TEXT_TOKENS, config["image_embed_dim"]),
+    }
+
+
 def _latte(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
     _, height, width = NUM_PATCHES
     sizes = config["video_length"], height * config["patch_size"], width * config["patch_size"]
@@ -123,5 +139,6 @@ _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict
     "CogVideoXTransformer3DModel": _cogvideox,
     "LTXVideoTransformer3DModel": _ltx,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": _hunyuan_video_15,
     "LatteTransformer3DModel": _latte,
 }

@@ -58,7 +58,7 @@ def load_sentence_encoder(folder: Path) -> tuple[SentenceEncoder, Any]:
     from transformers import BertModel
 
     from qvgen.models.foreign_code import check_config
-    from qvgen.models.hub_folder import load_tokenizer
+    from qvgen.models.tokenizer_folder import load_tokenizer
 
     folder = Path(folder).expanduser()
     try:

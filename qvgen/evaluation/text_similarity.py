@@ -35,7 +35,7 @@ class TextSimilarity:
         from transformers import AutoModel
 
         from qvgen.models.foreign_code import check_config
-        from qvgen.models.hub_folder import load_tokenizer
+        from qvgen.models.tokenizer_folder import load_tokenizer
 
         folder = Path(folder).expanduser()
         try:

@@ -44,11 +44,11 @@ def example_condition(family: Any, *, count: int, make: Callable[..., Tensor]) -
     Args:
         family: The family.
         count: Captions.
-        make: Makes a tensor of a size, such as ``torch.randn``; masks, whose names end in ``_mask``, are ones of its kind.
+        make: Makes a tensor of a size, such as ``torch.randn``; masks of attention are ones of its kind.
     """
     shapes = {"encoder_hidden_states": family.condition_shape, **getattr(family, "further_condition_shapes", {})}
     made = {name: make(count, *shape) for name, shape in shapes.items()}
-    return {name: torch.ones_like(value) if name.endswith("_mask") else value for name, value in made.items()}
+    return {name: torch.ones_like(value) if "attention_mask" in name else value for name, value in made.items()}
 
 
 class Objective(Protocol):

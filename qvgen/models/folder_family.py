@@ -131,16 +131,12 @@ class FolderFamily(abc.ABC):
         """A component's configuration, the folder's if there is one.
 
         Args:
-            component: transformer, vae, scheduler or model_index.
+            component: transformer, vae, scheduler, guider or model_index.
 
         Raises:
             ValueError: the folder lacks it.
         """
-        files = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-        if self.folder is None:
-            found = dict(self.published.get(component, {}))
-        else:
-            found = self.folder.read_json(files.get(component, f"{component}/config.json"))
+        found = dict(self.published.get(component, {})) if self.folder is None else self.folder.read_config(component)
         if self._finetune is not None and component == "transformer":
             return self._finetune.config(found)
         return found

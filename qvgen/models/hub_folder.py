@@ -18,7 +18,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,20 +26,20 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qvgen.checksum import files_checksum
-from qvgen.errors import UnfitEnvironmentError
 from qvgen.models.finite_weights import check_finite_weights
 from qvgen.models.foreign_code import check_config, check_model_index
 from qvgen.models.hub_cache import cache_of, cache_root, cached_snapshot
 from qvgen.models.model_path import find_model_folder
 from qvgen.models.safetensors_header import first_bytes, read_header
+from qvgen.models.tokenizer_folder import check_tokenizer, load_tokenizer
 from qvgen.models.weight_set import PICKLES, MissingWeightsError, WeightSet, check_headers, find_weights
 
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TENSOR = 4096
-_CONFIG_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "scheduler_config.json")
+_NAMED_CONFIGS = ("scheduler", "guider")
+_CONFIG_FILES = ("config.json", *(f"{name}_config.json" for name in ("tokenizer", "preprocessor", *_NAMED_CONFIGS)))
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".zip", *PICKLES)
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,11 @@ class HubFolder:
             raise ValueError(f"{file} holds no mapping; {self.remedy(name)}")
         (check_model_index if name == "model_index.json" else check_config)(content, file=file)
         return content
+
+    def read_config(self, component: str) -> dict[str, Any]:
+        """A component's configuration; see :meth:`read_json`."""
+        own = {"model_index": "model_index.json", **{name: f"{name}/{name}_config.json" for name in _NAMED_CONFIGS}}
+        return self.read_json(own.get(component, f"{component}/config.json"))
 
     def revision(self, component: str) -> str:
         """Content key of a component's weights (see the head of this file), 64 hex digits.
@@ -219,7 +223,7 @@ class HubFolder:
         return module.requires_grad_(False).eval()
 
     def load_tokenizer(self, name: str = "tokenizer") -> Any:
-        """Load a tokenizer's folder: tokenizer.json, or spiece.model alone (CogVideoX's), which sentencepiece reads.
+        """Load a tokenizer's folder; see :mod:`qvgen.models.tokenizer_folder`.
 
         Raises:
             ValueError: it is missing or damaged, or names code.
@@ -230,15 +234,7 @@ class HubFolder:
 
     def check_tokenizer(self, name: str = "tokenizer") -> None:
         """Find out whether a tokenizer is there; raises ValueError or RuntimeError where it can't be used."""
-        folder = self.path / name
-        if not any((folder / name).is_file() for name in _VOCABULARIES):
-            what = "is missing" if not folder.is_dir() else f"holds none of {', '.join(_VOCABULARIES)}"
-            raise ValueError(f"{folder} {what}; {self.remedy(f'{name}/*')}")
-        is_spiece_alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
-        if is_spiece_alone and find_spec("sentencepiece") is None:
-            raise UnfitEnvironmentError(
-                f"{folder} needs the package sentencepiece, which is not installed: pip install sentencepiece"
-            )
+        check_tokenizer(self.path / name, remedy=self.remedy(f"{name}/*"))
 
     def _weights(self, component: str) -> WeightSet:
         """The weights of a component: all there, whole and in full precision as far as headers say."""
@@ -263,27 +259,6 @@ class HubFolder:
         if not config:
             raise ValueError(f"{folder} lacks config.json; {self.remedy(f'{component}/config.json')}")
         return weights
-
-
-def load_tokenizer(folder: Path, *, remedy: str) -> Any:
-    """Load a tokenizer of transformers' own classes from a folder; no code of the folder is run, and nobody is asked.
-
-    Raises:
-        ValueError: it is damaged or names code.
-    """
-    for name in ("tokenizer_config.json", "config.json"):
-        if (folder / name).is_file():
-            try:
-                content = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{folder / name} is no JSON ({_one_line(error)}); {remedy}") from error
-            check_config(content, file=folder / name)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers of Rust raise Exception itself
-        raise ValueError(f"{folder} can't be loaded ({_one_line(error)}); {remedy}") from error
 
 
 def download_remedy(repository: str, *, model: str, path: str = "FOLDER") -> str:

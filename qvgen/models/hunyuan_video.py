@@ -8,11 +8,10 @@
     guidance      distilled into the model: teacher and student are told 1000 times ``embedded_guidance``, rounded in
                   ``dtype`` as the pipeline rounds it, so that both get one number. ``guidance_scale`` is classifier-free
                   guidance beside it, which the authors leave at 1
-    objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
-    latents       VAE latents times scaling_factor
 
-Where a smoothing vector m disappears: modulations are Linears of each block's own, so that rows of their shifts take m, and
-rows of their scales m with m - 1 on the bias (:mod:`qvgen.layers.smoothing_fold`); the refiner's norms are affine.
+Objective and latents are those of :mod:`qvgen.models.hunyuan_family`.
+
+Where a smoothing vector m disappears (:mod:`qvgen.models.hunyuan_fold`):
 
     attn.to_q, to_k, to_v             <- norm1, in a single block norm, together with proj_mlp
     attn.add_q_proj, add_k_, add_v_   <- norm1_context
@@ -32,51 +31,42 @@ Left out: image to video (``image_condition_type``), packed blocks with fused no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgen.layers.smoothing_fold import Producer, SmoothingFold
-from qvgen.models.flow_scheduler import FLOW_SCHEDULER, check_plain_flow
-from qvgen.models.guidance import GUIDANCE, SHIFT, require_number
-from qvgen.models.objectives import FlowMatching
+from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.guidance import GUIDANCE, require_number
+from qvgen.models.hunyuan_family import HunyuanFamily
+from qvgen.models.hunyuan_fold import VIDEO, behind, double_folds, refiner_folds
 from qvgen.models.original_names import HUNYUAN_VIDEO_ORIGINAL_NAMES, OriginalNames
-from qvgen.models.pipeline_family import PipelineFamily
-
-_VIDEO = ("attn.to_q", "attn.to_k", "attn.to_v")
-_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
 @dataclass(kw_only=True, eq=False)
-class HunyuanVideo(PipelineFamily):
+class HunyuanVideo(HunyuanFamily):
     """The HunyuanVideo family.
 
     Attributes:
         embedded_guidance: Guidance that the transformer is told, in training and sampling; null for weights that were not
             distilled with it (``guidance_embeds: false`` of their configuration), which need ``guidance_scale``.
-        shift: Shift of the noise levels towards noise, in training and sampling; 1 is none. None: the one of the folder's
-            scheduler.
 
-    The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+    The other keys are those of :class:`qvgen.models.hunyuan_family.HunyuanFamily`.
 
     Raises:
-        ValueError: another shift or guidance, or one that the transformer is not told.
+        ValueError: another guidance, or one that the transformer is not told.
     """
 
     embedded_guidance: Annotated[float | None, GUIDANCE] = 6.0
-    shift: Annotated[float | None, SHIFT] = None
 
     transformer_class: ClassVar[str] = "HunyuanVideoTransformer3DModel"
     pipeline_class: ClassVar[str] = "HunyuanVideoPipeline"
     vae_class: ClassVar[str] = "AutoencoderKLHunyuanVideo"
     text_encoder_class: ClassVar[str] = "LlamaModel"
     further_text_encoders: ClassVar[Mapping[str, str]] = {"text_encoder_2": "CLIPTextModel"}
-    scheduler_classes: ClassVar[tuple[str, ...]] = (FLOW_SCHEDULER,)
     max_text_tokens: ClassVar[int] = 256
     condition_arguments: ClassVar[Mapping[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
@@ -94,13 +84,10 @@ class HunyuanVideo(PipelineFamily):
             "*refiner_blocks.*.ff.*",
         ),
     }
-    shared_inputs: ClassVar[Sequence[Sequence[str]]] = (_VIDEO, _TEXT)
     original_names: ClassVar[OriginalNames] = HUNYUAN_VIDEO_ORIGINAL_NAMES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shift is not None:
-            require_number("shift", self.shift, SHIFT)
         if self.embedded_guidance is not None:
             require_number("embedded_guidance", self.embedded_guidance, GUIDANCE)
         is_told = bool(self.transformer_config.get("guidance_embeds", True))  # the class's default
@@ -110,28 +97,6 @@ class HunyuanVideo(PipelineFamily):
                 f"model.embedded_guidance={self.embedded_guidance} does not fit a transformer with guidance_embeds="
                 f"{is_told}; write {remedy}"
             )
-
-    def scheduler(self) -> Any:
-        """The folder's scheduler with this family's shift, new; see the base class."""
-        scheduler = super().scheduler()
-        return scheduler if self.shift is None else scheduler.from_config(scheduler.config, shift=self.shift)
-
-    @cached_property
-    def objective(self) -> FlowMatching:
-        """Flow matching with the shift that the scheduler samples with.
-
-        Raises:
-            ValueError: the scheduler is of another kind.
-        """
-        scheduler = self.scheduler()
-        check_plain_flow(scheduler, name=self.name, invert_sigmas=False)
-        return FlowMatching(shift=float(scheduler.config["shift"]))
-
-    @property
-    def compression(self) -> tuple[int, int]:
-        """Frames per latent frame (but the first) and pixels per latent pixel of the VAE."""
-        config = self._vae_config
-        return int(config["temporal_compression_ratio"]), int(config["spatial_compression_ratio"])
 
     @property
     def patch_size(self) -> int:
@@ -164,14 +129,14 @@ class HunyuanVideo(PipelineFamily):
         """The places behind modulations and the refiner's norms; see the head of this file."""
         model: Any = transformer
         width = model.config.num_attention_heads * model.config.attention_head_dim
-        folds = list(_refiner_folds(len(model.context_embedder.token_refiner.refiner_blocks)))
+        folds = list(refiner_folds(len(model.context_embedder.token_refiner.refiner_blocks)))
         for index in range(len(model.transformer_blocks)):
-            folds += _double_folds(f"transformer_blocks.{index}", width=width)
+            folds += double_folds(f"transformer_blocks.{index}", width=width)
         for index in range(len(model.single_transformer_blocks)):
             name = f"single_transformer_blocks.{index}"
-            readers = tuple(f"{name}.{part}" for part in (*_VIDEO, "proj_mlp"))
-            folds.append(_behind(f"{name}.norm.linear", readers, shift=0, scale=width))
-        return [*folds, _behind("norm_out.linear", ("proj_out",), shift=width, scale=0)]
+            readers = tuple(f"{name}.{part}" for part in (*VIDEO, "proj_mlp"))
+            folds.append(behind(f"{name}.norm.linear", readers, shift=0, scale=width))
+        return [*folds, behind("norm_out.linear", ("proj_out",), shift=width, scale=0)]
 
     def predict(
         self,
@@ -194,43 +159,6 @@ class HunyuanVideo(PipelineFamily):
         )[0]
         return output
 
-    def _normalize(self, latents: Tensor) -> Tensor:
-        return latents * self._vae_config["scaling_factor"]
-
-    def _denormalize(self, latents: Tensor) -> Tensor:
-        return latents / self._vae_config["scaling_factor"]
-
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
         embedded = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
         return {"true_cfg_scale": guidance_scale, **embedded}
-
-
-def _behind(linear: str, readers: tuple[str, ...], *, shift: int, scale: int) -> SmoothingFold:
-    """The layers behind a modulated norm; ``shift`` and ``scale`` are the first of their rows in the modulation's Linear."""
-    rows = Producer(module=linear, start=shift), Producer(module=linear, start=scale, is_added_to_one=True)
-    return SmoothingFold(consumers=readers, producers=rows)
-
-
-def _double_folds(block: str, *, width: int) -> Iterator[SmoothingFold]:
-    """A block of two streams; rows of its modulations: shift, scale and gate of attention, then of the feed-forward net."""
-    for norm, attention, net in (("norm1", _VIDEO, "ff"), ("norm1_context", _TEXT, "ff_context")):
-        readers = tuple(f"{block}.{name}" for name in attention)
-        yield _behind(f"{block}.{norm}.linear", readers, shift=0, scale=width)
-        yield _behind(f"{block}.{norm}.linear", (f"{block}.{net}.net.0.proj",), shift=3 * width, scale=4 * width)
-
-
-def _refiner_folds(blocks: int) -> Iterator[SmoothingFold]:
-    """The token refiner's blocks, whose norms have affine parts."""
-    for index in range(blocks):
-        block = f"context_embedder.token_refiner.refiner_blocks.{index}"
-        places = (
-            (("attn.to_out.0",), "attn.to_v"),  # scales rows of to_v before its own input is smoothed
-            (_VIDEO, "norm1"),
-            (("ff.net.0.proj",), "norm2"),
-        )
-        for readers, producer in places:
-            consumers = tuple(f"{block}.{name}" for name in readers)
-            yield SmoothingFold(consumers=consumers, producers=(Producer(module=f"{block}.{producer}"),))

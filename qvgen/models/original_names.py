@@ -2,10 +2,12 @@
 
 ComfyUI, LightX2V and DiffSynth-Studio read checkpoints with the original names, and finetunes come with them. A family whose
 names are known says so by an attribute ``original_names`` of its class. Sources: the converters of
-``diffusers.loaders.single_file_utils`` for Wan, LTX-Video and HunyuanVideo, which go the other way.
+``diffusers.loaders.single_file_utils`` for Wan, LTX-Video and HunyuanVideo, which go the other way; for HunyuanVideo 1.5
+diffusers' scripts/convert_hunyuan_video1_5_to_diffusers.py.
 
     rules      rename a module or a lone parameter; a name may pass through several
     fused      layers that the original code has as one: its rows are theirs, one layer after another
+    apart      names that such layers have in files that do not fuse them
     swapped    modules whose two halves of rows change places (diffusers has scale before shift, HunyuanVideo's code after it)
     comfy      names that ComfyUI gives tensors of the original code as it loads them, and saves them and trains LoRAs with
 """
@@ -29,6 +31,8 @@ class OriginalNames:
         rules: (regular expression, replacement), applied in order to the name of a module, or of a parameter of no module of
             its own. A layer that is a part of a fused one gets the name LAYER.PART.
         fused: (regular expression, parts): names of fused layers, and their parts in the order of their rows.
+        apart: (regular expression, replacement), applied to LAYER.PART: the name of that part where the authors' own files
+            have it by itself and ComfyUI's have the fused layer.
         swapped: Regular expressions of the original names of modules whose halves of rows change places.
         comfy: (regular expression, replacement), applied in order to the original name of a tensor: ComfyUI's name of it.
         header: The settings besides sizes that the authors' files have in their header's ``config``; None: theirs have none.
@@ -38,6 +42,7 @@ class OriginalNames:
     sign: str
     rules: Sequence[tuple[str, str]]
     fused: Sequence[tuple[str, Sequence[str]]] = ()
+    apart: Sequence[tuple[str, str]] = ()
     swapped: Sequence[str] = ()
     comfy: Sequence[tuple[str, str]] = ()
     header: Mapping[str, bool] | None = None
@@ -152,9 +157,30 @@ HUNYUAN_VIDEO_ORIGINAL_NAMES = OriginalNames(
 )
 """Names of diffusers' HunyuanVideoTransformer3DModel -> those of the authors' own code."""
 
+HUNYUAN_VIDEO_15_ORIGINAL_NAMES = replace(
+    HUNYUAN_VIDEO_ORIGINAL_NAMES,
+    code="HunyuanVideo 1.5",
+    sign="cond_type_embedding.weight",
+    rules=(
+        (r"^time_embed\.timestep_embedder\.linear_1", "time_in.mlp.0"),
+        (r"^time_embed\.timestep_embedder\.linear_2", "time_in.mlp.2"),
+        (r"^context_embedder_2\.norm$", "byt5_in.layernorm"),
+        (r"^context_embedder_2\.linear_", "byt5_in.fc"),
+        (r"^image_embedder\.norm_in$", "vision_in.proj.0"),
+        (r"^image_embedder\.linear_1$", "vision_in.proj.1"),
+        (r"^image_embedder\.linear_2$", "vision_in.proj.3"),
+        (r"^image_embedder\.norm_out$", "vision_in.proj.4"),
+        (r"^cond_type_embed$", "cond_type_embedding"),
+        *HUNYUAN_VIDEO_ORIGINAL_NAMES.rules,
+    ),
+    apart=((r"^(double_blocks\.\d+\.(?:img|txt)_attn)_qkv\.([qkv])$", r"\1_\2"),),
+)
+"""Names of diffusers' HunyuanVideo15Transformer3DModel -> those of the files that ComfyUI reads (1361 tensors)."""
+
 ORIGINAL_NAMES: Mapping[str, OriginalNames] = {
     "WanTransformer3DModel": WAN_ORIGINAL_NAMES,
     "LTXVideoTransformer3DModel": LTX_ORIGINAL_NAMES,
+    "HunyuanVideo15Transformer3DModel": HUNYUAN_VIDEO_15_ORIGINAL_NAMES,  # before the other, whose sign its files have too
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO_ORIGINAL_NAMES,
 }
 """Class of diffusers -> names of its tensors in the original code."""
@@ -209,6 +235,20 @@ def fused_layer(module: str, names: OriginalNames) -> tuple[str, str, Sequence[s
     layer, _, part = module.rpartition(".")
     parts = next((parts for pattern, parts in names.fused if re.search(pattern, layer)), ())
     return (layer, part, parts) if part in parts else (module, "", ())
+
+
+def apart_name(module: str, names: OriginalNames) -> str | None:
+    """The name that a part of a fused layer has in files that do not fuse it; None for all other modules.
+
+    Args:
+        module: The name of :func:`original_module_name`: LAYER.PART.
+        names: The original names.
+
+    Example:
+        >>> apart_name("double_blocks.0.txt_attn_qkv.v", HUNYUAN_VIDEO_15_ORIGINAL_NAMES)
+        'double_blocks.0.txt_attn_v'
+    """
+    return next((re.sub(one, other, module) for one, other in names.apart if re.search(one, module)), None)
 
 
 def comfy_names(name: str, names: OriginalNames) -> set[str]:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from qvgen.errors import UserError
-from qvgen.models.original_names import OriginalNames, comfy_names, fused_layer, has_swapped_halves, original_names
+from qvgen.models.original_names import (
+    OriginalNames,
+    apart_name,
+    comfy_names,
+    fused_layer,
+    has_swapped_halves,
+    original_names,
+)
 
 
 def original_sources(keys: Iterable[str], names: OriginalNames) -> dict[str, tuple[str, ...]]:
@@ -65,6 +72,7 @@ def from_original(
     """
     sources, rest, found = original_sources(expected, names), {}, {}
     known = {name: whole for whole in sources for name in (*comfy_names(whole, names), whole)}
+    known |= _apart(expected, names)
     for name, value in state.items():
         if (whole := known.get(name, name)) in rest:
             raise ValueError(f"holds {name!r} under this name and under another one of the same tensor")
@@ -76,6 +84,16 @@ def from_original(
     if both := [name for name in rest if name in found]:
         raise ValueError(f"holds {both[0]!r} under this name of diffusers and under the original one")
     return {**rest, **found}
+
+
+def _apart(keys: Iterable[str], names: OriginalNames) -> dict[str, str]:
+    """Name of a tensor in files that fuse nothing -> key of diffusers, of the parts of fused layers."""
+    found = {}
+    for key, name in original_names(keys, names).items():
+        module, dot, end = name.rpartition(".")
+        if (apart := apart_name(module, names)) is not None:
+            found[f"{apart}{dot}{end}"] = key
+    return found
 
 
 def _split(whole: str, tensor: Tensor, like: Sequence[Tensor], names: OriginalNames) -> list[Tensor]:

@@ -74,7 +74,7 @@ class PipelineFamily(EncoderFamily):
             text: {key: value[row : row + 1].to(**like) for key, value in encoded.items()}
             for row, text in enumerate(texts)
         }
-        pipeline = self._pipeline(transformer=transformer, **self._sampling_parts(like["device"]))
+        pipeline = self._pipeline(transformer=transformer, **self._sampling_parts(like["device"], guidance_scale))
         videos = []
         for caption, negative, seed, image in zip(captions, negatives, seeds, images, strict=True):
             sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
@@ -127,8 +127,9 @@ class PipelineFamily(EncoderFamily):
         """Class of the pipeline."""
         return getattr(diffusers, self.pipeline_class)
 
-    def _sampling_parts(self, device: torch.device) -> dict[str, Any]:
+    def _sampling_parts(self, device: torch.device, guidance_scale: float) -> dict[str, Any]:
         """The parts besides the transformer that run while a video is sampled, on its device."""
+        del guidance_scale
         return {"vae": self._module("vae", device=device)}
 
     def _image_arguments(self, caption: str) -> dict[str, Any]:

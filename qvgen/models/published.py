@@ -91,9 +91,9 @@ def check_is_known(configs: Configs, *, name: str, given: str) -> None:
 
 
 def _channels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
-    """Channels of the VAE's latents, and of the transformer's input."""
+    """Channels of the VAE's latents, and of the transformer's input but those that text to video has zeros for."""
     latent = int(vae.get("z_dim", vae.get("latent_channels", 16)))
-    return latent, int(transformer.get("in_channels", latent))
+    return latent, latent if transformer.get("task_type") == "t2v" else int(transformer.get("in_channels", latent))
 
 
 def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> str:

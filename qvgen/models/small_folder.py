@@ -25,7 +25,7 @@ from torch import nn
 from transformers import BertModel
 
 from qvgen.models.foreign_code import check_config
-from qvgen.models.hub_folder import load_tokenizer
+from qvgen.models.tokenizer_folder import load_tokenizer
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 

@@ -91,8 +91,10 @@ class WanEmbeddedImage(WanLatentImage):
             self._loaded["image_processor"] = load_image_processor(self._require_folder())
         return self._loaded["image_processor"]
 
-    def _sampling_parts(self, device: torch.device) -> dict[str, Any]:
+    def _sampling_parts(self, device: torch.device, guidance_scale: float) -> dict[str, Any]:
         encoder = self._module("image_encoder", device=device)
         return {
-            **super()._sampling_parts(device), "image_encoder": encoder, "image_processor": self._image_processor(),
-        }  # fmt: skip
+            **super()._sampling_parts(device, guidance_scale),
+            "image_encoder": encoder,
+            "image_processor": self._image_processor(),
+        }

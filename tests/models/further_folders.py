@@ -1,11 +1,16 @@
 """Complete folders of further families in the hub's layout, of the real classes at tiny sizes with random weights."""
 
+import inspect
 from pathlib import Path
 
 from diffusers import (
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLMochi,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     MochiPipeline,
@@ -14,12 +19,15 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -28,12 +36,20 @@ from transformers import (
 from tests.models.hub_folders import PIECES, TEXT_SIZE, _copy, _text_sizes
 
 POOLED_SIZE = 8
+LETTERS_SIZE = 8
+CROPPED_TOKENS = 108
+"""Tokens before a caption that HunyuanVideo15Pipeline cuts off."""
 WORDS = ["a", "red", "boat", "boats", "two", "dog", "dogs", "run"]
 
 HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
     "num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": TEXT_SIZE, "pooled_projection_dim": POOLED_SIZE,
     "rope_axes_dim": (4, 6, 6),
+}  # fmt: skip
+HUNYUAN15 = {
+    "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
+    "num_refiner_layers": 1, "text_embed_dim": TEXT_SIZE, "text_embed_2_dim": LETTERS_SIZE, "image_embed_dim": 12,
+    "rope_axes_dim": (4, 6, 6), "task_type": "t2v",
 }  # fmt: skip
 MOCHI = {
     "in_channels": 12, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
@@ -98,6 +114,62 @@ def _save_hunyuan(path: Path, variant: str) -> None:
             block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    ).save_pretrained(path)  # fmt: skip
+
+
+def make_hunyuan15_folder(path: Path, variant: str = "", *, seed: int = 0) -> Path:
+    """HunyuanVideo 1.5: 2 blocks of width 32 and a refiner of one, a VAE of 4 latent channels, Qwen2.5-VL, ByT5.
+
+    Args:
+        path: Where it is made.
+        variant: ``distilled`` for weights that are sampled without guidance.
+        seed: Seed of the weights.
+    """
+    return _copy(_save_hunyuan15, path, variant, seed)
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of the template and of tests' captions; the template's head has 108 tokens, as with Qwen's own tokenizer."""
+    message = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters["system_message"].default
+    words = dict.fromkeys(word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(message))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names = [*special, "[UNK]", "system", "user", "assistant", *WORDS, *words]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    used = len(tokenizer.encode(f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n").ids)
+    template = (
+        "<|im_start|>"
+        * (CROPPED_TOKENS - used)
+        + "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], padding_side="right", chat_template=template
+    )
+
+
+def _save_hunyuan15(path: Path, variant: str) -> None:
+    qwen, letters = qwen_tokenizer(), ByT5Tokenizer()
+    HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(
+            Qwen2_5_VLTextConfig(
+                vocab_size=len(qwen), hidden_size=TEXT_SIZE, intermediate_size=24, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=1, pad_token_id=qwen.pad_token_id, bos_token_id=None,
+                eos_token_id=None,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+            )
+        ).eval(),
+        tokenizer=qwen,
+        text_encoder_2=T5EncoderModel(
+            T5Config(**{**_text_sizes(), "vocab_size": len(letters), "d_model": LETTERS_SIZE}, feed_forward_proj="gated-gelu")
+        ).eval(),
+        tokenizer_2=letters,
+        transformer=HunyuanVideo15Transformer3DModel(**HUNYUAN15),
+        vae=AutoencoderKLHunyuanVideo15(block_out_channels=(8,) * 5, latent_channels=4, layers_per_block=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=1.0 if variant == "distilled" else 6.0),
     ).save_pretrained(path)  # fmt: skip
 
 

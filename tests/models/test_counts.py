@@ -31,6 +31,7 @@ SIZES = {
     "ltx-13b": (13.043, 487, 480, 12.885, 0, 0.0),
     "latte": (1.057, 454, 448, 1.040, 0, 0.0),
     "hunyuanvideo": (12.821, 547, 440, 9.060, 81, 3.416),
+    "hunyuanvideo1.5": (8.327, 784, 648, 5.436, 109, 2.726),
     "mochi": (10.028, 677, 573, 7.224, 97, 2.723),
 }
 _CAPTION = ("caption_projection.linear_1", "caption_projection.linear_2")
@@ -57,7 +58,7 @@ ADALN_PATTERNS = (
     "transformer_blocks.*.norm?.linear", "norm_out.linear", "transformer_blocks.*.norm1_context.linear*",
     "single_transformer_blocks.*.norm.linear",
 )  # fmt: skip
-ONLY_BLOCKS = {"hunyuanvideo": (520, 12.457), "mochi": (669, 9.928)}
+ONLY_BLOCKS = {"hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "mochi": (669, 9.928)}
 """Families that leave embedders and the last projection alone: Linears that are quantized and their weights (10^9)."""
 
 
@@ -133,6 +134,7 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "ltx-13b": (128, 16, 16, 24),
         "latte": (4, 16, 64, 64),
         "hunyuanvideo": (16, 13, 68, 120),
+        "hunyuanvideo1.5": (32, 13, 30, 53),
         "mochi": (12, 9, 60, 106),
     }.items(),
 )

@@ -22,16 +22,19 @@ TRANSFORMERS = {
     "small": "WanTransformer3DModel",
     "ltx": "LTXVideoTransformer3DModel",
     "latte": "LatteTransformer3DModel",
+    "hunyuanvideo1.5": "HunyuanVideo15Transformer3DModel",
     "hunyuanvideo": "HunyuanVideoTransformer3DModel",
     "mochi": "MochiTransformer3DModel",
 }
 PIPELINES = {
     "cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline", "ltx": "LTXPipeline",
-    "latte": "LattePipeline", "hunyuanvideo": "HunyuanVideoPipeline", "mochi": "MochiPipeline",
+    "latte": "LattePipeline", "hunyuanvideo1.5": "HunyuanVideo15Pipeline",
+    "hunyuanvideo": "HunyuanVideoPipeline", "mochi": "MochiPipeline",
 }  # fmt: skip
 ENCODERS = {
     "cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel", "ltx": "T5EncoderModel",
-    "latte": "T5EncoderModel", "hunyuanvideo": "LlamaModel", "mochi": "T5EncoderModel",
+    "latte": "T5EncoderModel", "mochi": "T5EncoderModel", "hunyuanvideo1.5": "Qwen2_5_VLTextModel",
+    "hunyuanvideo": "LlamaModel",
 }  # fmt: skip
 NO_FOLDER = {"tiny", "tiny_wide"}
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
@@ -96,6 +99,9 @@ IMAGE = {
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "takes 33 channels and its VAE makes 16", "hunyuanvideo"),
     "HunyuanVideo-I2V-33ch": ("hunyuanvideo", {"image_condition_type": "token_replace"},
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
+    "HunyuanVideo-1.5-480p_i2v": ("hunyuanvideo1.5", {"task_type": "i2v"},
+        {"_class_name": "HunyuanVideo15ImageToVideoPipeline", "image_encoder": ["transformers", "SiglipVisionModel"]},
+        "takes 65 channels and its VAE makes 32; it has an image_encoder", "hunyuanvideo1.5"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
 

@@ -71,6 +71,7 @@ def test_the_experts_have_a_guidance_each() -> None:
         "small",
         "tiny",
         "hunyuanvideo",
+        "hunyuanvideo1.5",
         "mochi",
         "latte",
     ],

@@ -58,7 +58,11 @@ def test_every_block_of_the_published_models_has_its_sets(model):
     names = select_linears(transformer, include=["*"], exclude=[]).quantized
     sets = shared_input_sets(names, family.shared_inputs)
     blocks = family.transformer_config["num_layers"]
-    sides = {"hunyuanvideo": 2 * blocks + 40 + 2, "mochi": 2 * blocks}  # the text's too; single blocks, the refiner's
+    sides = {
+        "hunyuanvideo": 2 * blocks + 40 + 2,
+        "hunyuanvideo1.5": 2 * blocks + 2,
+        "mochi": 2 * blocks,
+    }  # the text's too; single blocks, the refiner's
     pairs = {
         "WanTransformer3DModel",
         "LTXVideoTransformer3DModel",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
@@ -27,7 +28,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
 from qvgen.layers.swap import packed_layers, quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
-from tests.models.further_folders import HUNYUAN, MOCHI
+from tests.models.further_folders import HUNYUAN, HUNYUAN15, MOCHI
 from tests.models.hub_folders import COGVIDEOX_VARIANTS
 from tests.models.ltx_folders import LATTE_TRANSFORMER, LTX_TRANSFORMER
 from tests.profiles import make_profile
@@ -57,12 +58,18 @@ HUNYUAN_FOLDS = REFINER_FOLDS | {
     tuple(f"attn.{name}" for name in VIDEO), tuple(f"attn.{name}" for name in TEXT), ("ff.net.0.proj",),
     ("ff_context.net.0.proj",), (*(f"attn.{name}" for name in VIDEO), "proj_mlp"), ("proj_out",),
 }  # fmt: skip
+EMBEDDER_FOLDS = {("context_embedder_2.linear_1",), ("image_embedder.linear_1",)}
+HUNYUAN15_FOLDS = EMBEDDER_FOLDS | {fold for fold in HUNYUAN_FOLDS if "proj_mlp" not in fold}
 MOCHI_TEXT_FOLDS = {("ff_context.net.0.proj",), ("ff_context.net.2",)}
 MOCHI_FOLDS = MOCHI_TEXT_FOLDS | {
     tuple(f"attn1.{name}" for name in VIDEO), tuple(f"attn1.{name}" for name in TEXT), ("ff.net.0.proj",), ("ff.net.2",),
     ("proj_out",),
 }  # fmt: skip
-ONCE = {"hunyuanvideo": REFINER_FOLDS | {("proj_out",)}, "mochi": MOCHI_TEXT_FOLDS | {("proj_out",)}}
+ONCE = {
+    "hunyuanvideo": REFINER_FOLDS | {("proj_out",)},
+    "hunyuanvideo1.5": REFINER_FOLDS | EMBEDDER_FOLDS | {("proj_out",)},
+    "mochi": MOCHI_TEXT_FOLDS | {("proj_out",)},
+}
 """Folds that are not in every block: HunyuanVideo's refiner has one, and Mochi's last block no net for the text."""
 VALUES_ALONE = {("attn1.to_out.0",), ("attn2.to_out.0",)}
 
@@ -82,6 +89,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], set[tuple[str, ...]]]] = {
     "ltx": ("ltx", LTX_TRANSFORMER, VALUES_ALONE),
     "latte": ("latte", LATTE_TRANSFORMER, {*VALUES_ALONE, ("temporal.attn1.to_out.0",)}),
     "hunyuanvideo": ("hunyuanvideo", HUNYUAN, HUNYUAN_FOLDS),
+    "hunyuanvideo1.5": ("hunyuanvideo1.5", HUNYUAN15, HUNYUAN15_FOLDS),
     "mochi": ("mochi", MOCHI, MOCHI_FOLDS),
 }  # fmt: skip
 
@@ -123,6 +131,16 @@ def call_of(model: Any) -> dict[str, Any]:
         if isinstance(model, HunyuanVideoTransformer3DModel):
             call["pooled_projections"] = torch.randn(2, config.pooled_projection_dim)
             call["guidance"] = torch.tensor([6000.0, 6000.0])
+    elif isinstance(model, HunyuanVideo15Transformer3DModel):
+        call = {
+            "hidden_states": torch.randn(2, config.in_channels, frames, 4, 6),
+            "image_embeds": torch.randn(2, 3, config.image_embed_dim),
+            "encoder_hidden_states": torch.randn(2, 5, config.text_embed_dim)
+            * torch.logspace(-1, 1, config.text_embed_dim),
+            "encoder_attention_mask": torch.tensor([[1.0, 1, 1, 1, 1], [1.0, 1, 1, 0, 0]]),
+            "encoder_hidden_states_2": torch.randn(2, 4, config.text_embed_2_dim),
+            "encoder_attention_mask_2": torch.tensor([[1.0, 1, 1, 1], [1.0, 1, 0, 0]]),
+        }
     elif isinstance(model, WanTransformer3DModel):
         text = torch.randn(2, 512 if config.image_dim else 5, config.text_dim)
         call = {

@@ -13,11 +13,12 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.config.leaves import load_leaf
-from tests.models.further_folders import make_hunyuan_folder, make_mochi_folder
+from tests.models.further_folders import make_hunyuan15_folder, make_hunyuan_folder, make_mochi_folder
 from tests.verbs.test_hub_models import tiny_keys
 
 MODELS: dict[str, tuple[Any, list[str]]] = {
     "hunyuanvideo": (make_hunyuan_folder, ["model.vae_dtype=float32"]),
+    "hunyuanvideo1.5": (make_hunyuan15_folder, ["model.vae_dtype=float32", "model.guidance_scale=1.0"]),
     "mochi": (make_mochi_folder, ["model.num_frames=7", "model.sampling_frames=7"]),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way

@@ -63,9 +63,9 @@ def test_two_processes_train_the_same(name: str, tmp_path: Path) -> None:
     assert packed_bytes(tmp_path / "ddp") == packed_bytes(tmp_path / "fsdp") == packed_bytes(tmp_path / "alone")
 
 
-@pytest.mark.parametrize(("name", "layers"), [("hunyuanvideo", 520), ("mochi", 669)])
+@pytest.mark.parametrize(("name", "layers"), [("hunyuanvideo", 520), ("hunyuanvideo1.5", 756), ("mochi", 669)])
 def test_a_plan_at_full_size_needs_no_weights(name: str, layers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mochi's attention asks which tokens a caption has: the plan takes all of them."""
+    """Mochi and HunyuanVideo 1.5 ask which tokens a caption has: the plan takes all of them."""
     given = [f"model={name}", "bits=4", "devices=8", "strategy=fsdp", "device_memory_gib=80"]
     assert main(["train", *given, "dry_run=true"]) in (0, 3)  # 3 where disk or host memory is short
     plan = capsys.readouterr().out

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from qvgen.models.original_names import (
     ORIGINAL_NAMES,
     OriginalNames,
+    apart_name,
     comfy_names,
     fused_layer,
     has_swapped_halves,
@@ -151,6 +152,8 @@ def _places(rows: Mapping[str, int], names: OriginalNames | None) -> Iterator[tu
         if part:
             fused.setdefault(layer, {})[part] = name
             orders[layer] = parts
+            if (apart := apart_name(f"{layer}.{part}", names)) is not None:
+                yield from ((alias, (Place(name=name),)) for alias in _spellings({apart}))
         else:
             place = Place(name=name, swapped=has_swapped_halves(layer, names))
             yield from ((alias, (place,)) for alias in _spellings(_original_names(layer, names)))

@@ -143,14 +143,15 @@ def run_files(
 
 
 def cache_bytes(data: DataSource | None, family: Any) -> tuple[int, int] | None:
-    """Bytes of a clip's latents and of a caption's embedding in the cache; None for data or a family without one.
+    """Bytes of a clip's latents and of a caption's embeddings in the cache; None for data or a family without one.
 
     An encoder in half precision leaves its output in half precision, which the cache stores as such.
     """
     if not hasattr(family, "vae_dtype") or not hasattr(data, "cut_settings"):
         return None
     latents = math.prod(family.sample_shape) * _item_bytes(family.vae_dtype)
-    return latents, math.prod(family.condition_shape) * _item_bytes(family.text_encoder_dtype)
+    told = (family.condition_shape, *getattr(family, "further_condition_shapes", {}).values())
+    return latents, sum(map(math.prod, told)) * _item_bytes(family.text_encoder_dtype)
 
 
 def cache_files(data: DataSource | None, family: Any, *, num_clips: int | None) -> list[DiskPart]:

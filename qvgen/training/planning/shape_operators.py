@@ -10,6 +10,8 @@ torch's FakeTensorMode does the same at five times the cost: it builds a Python 
 result, and asks each operator through several layers of Python.
 
 Places that are not zero, as Mochi's attention asks for those of a caption's mask, are taken to be all: the most there can be.
+So are places of a mask that others are picked by, and those of its complement to be none: HunyuanVideo 1.5 sorts tokens so. A
+tensor's truth value is taken to be true, as it is where that model asks whether an image is missing.
 
 Left out, and refused with :class:`UnknownResultError`: operators that return numbers, others whose shapes depend on values,
 and memory that the host does not even promise (a tensor larger than all of it, ``vm.overcommit_memory=2``).
@@ -22,11 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class UnknownResultError(RuntimeError):
     """What an operator returns can't be told from the shapes of its arguments, or no memory is promised for it."""
 
+
+_OWN_KINDS = {
+    torch.ops.aten._local_scalar_dense.default: "truth",
+    torch.ops.aten.bitwise_not.default: "complement",
+    torch.ops.aten.index.Tensor: "picked",
+}
+"""Operators whose results depend on a mask's values -> what is made of them."""
 
 _Shape = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
@@ -43,6 +53,7 @@ class ShapeOperators:
     def __init__(self) -> None:
         self._kinds: dict[Any, str] = {}
         self._known: dict[Any, list[_Shape | None]] = {}
+        self._none: WeakIdKeyDictionary = WeakIdKeyDictionary()  # masks that are true nowhere
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operator returns, with unknown values.
@@ -60,13 +71,22 @@ class ShapeOperators:
             if self._results(func, args, kwargs) != [(tuple(out.shape), out.stride(), out.dtype)]:
                 raise UnknownResultError(f"{func} resizes its out")
             return out
+        if kind == "truth":
+            if args[0].dtype != torch.bool:
+                raise UnknownResultError(f"{func} returns a number")
+            return True
+        if kind == "picked" and isinstance(mask := args[1][0], Tensor) and mask in self._none:
+            return args[0].new_empty(0, *args[0].shape[mask.ndim :])
         made = self.made(func, args, kwargs)
-        if kind == "one":
+        if kind == "complement":
+            self._none[made[0]] = True
+            return made[0]
+        if kind in ("one", "picked"):
             return made[0]
         return made if kind == "list" else tuple(made)
 
     def kind(self, func: Any) -> str:
-        """What an operator does (view, in place, out), or what it makes (one tensor, a list, several)."""
+        """What an operator does (see ``_kind``)."""
         return self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
 
     def made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
@@ -83,6 +103,8 @@ class ShapeOperators:
 
 def _kind(func: Any) -> str:
     """What an operator does: a view, a change in place or of its out, or new tensors (one, a list, or several)."""
+    if func in _OWN_KINDS:
+        return _OWN_KINDS[func]
     schema = func._schema
     types = [str(value.type) for value in schema.returns]
     if not types or not set(types) <= {"Tensor", "List[Tensor]", "Optional[Tensor]"}:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     WanTransformer3DModel,
@@ -59,6 +60,15 @@ def tiny_hunyuan_video() -> nn.Module:
     return HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=32, rope_axes_dim=(16, 24, 24),
+    )  # fmt: skip
+
+
+def tiny_hunyuan_video15() -> nn.Module:
+    """One block of two streams and a refiner of one block, of width 128."""
+    torch.manual_seed(0)
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1, num_refiner_layers=1,
+        text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=32, rope_axes_dim=(16, 24, 24), task_type="t2v",
     )  # fmt: skip
 
 

@@ -170,6 +170,15 @@ def test_operators_without_results_return_the_shapes_strides_and_aliases_of_real
     assert described(found) == described(results())
 
 
+def test_a_mask_picks_all_and_its_complement_nothing() -> None:
+    with _Operators():
+        tokens, mask = torch.empty(5, 3), torch.empty(2, 5).bool()
+        for row in mask:
+            assert (tokens[row].shape, tokens[~row].shape) == ((5, 3), (0, 3))
+        assert tokens[:, torch.tensor([0, 2])].shape == (5, 2)
+        assert torch.all(tokens == 0)  # unknown, and taken to be so
+
+
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
