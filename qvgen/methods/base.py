@@ -115,7 +115,7 @@ class Method:
 
     @property
     def taught_by(self) -> str | None:
-        """The model whose weights a full-precision transformer starts from and is taught by; None: random ones, no teacher."""
+        """The model whose weights a transformer in full precision starts from and is taught by; None: random ones."""
         return None
 
     @property

@@ -4,11 +4,13 @@
     x_b                                 where the teacher's own flow, with guidance, carries x_a in ``substeps`` Euler steps
     loss = mean |v_student(x_a, a) - v*|^2
 
-x_a is a clip of the data with noise of level a, as in piecewise rectified flow (PeRFlow, arXiv 2405.07510), which solves windows
-of the teacher's flow from noised data. [ours] PeRFlow trains at all levels within a window, and samples with any number of steps;
-here a window has one step, and its beginning alone is trained. The student holds the guidance (arXiv 2210.03142) and
-is called once for each step. No discriminator and no matching of distributions: a window's mean velocity is an average, and what
-it blurs in detail such losses would sharpen.
+x_a is a clip of the data with noise of level a, as in piecewise rectified flow (PeRFlow, arXiv 2405.07510), which solves
+windows of the teacher's flow from noised data. [ours] PeRFlow trains at all levels within a window, and samples with any
+number of steps; here a window has one step, and its beginning alone is trained. The student holds the guidance
+(arXiv 2210.03142) and is called once for each step.
+
+Left out: a discriminator, and matching of distributions (DMD). The mean velocity of a window is an average, and such losses
+would sharpen the detail that it blurs.
 """
 
 from __future__ import annotations

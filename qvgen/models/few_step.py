@@ -4,9 +4,10 @@
                              scheduler visits in ``model.num_inference_steps``
     model.guidance_distilled the weights hold guidance: no call without the caption, neither in sampling nor in training
 
-Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for each
-sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
-(:func:`visit_`). A student of DMD (arXiv 2405.14867), of consistency or of trajectory distillation is told nothing else.
+Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for
+each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
+(:func:`visiting`). How the model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along
+trajectories, makes no difference here.
 
 Left out: sampling that draws new noise in each step, which DMD's own code does; a model's own scheduler decides.
 """
@@ -74,7 +75,8 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
         raise ValueError(f"{shown} does not fall; write them in the order of sampling: [{falling}]")
     if num_steps != len(given):
         raise ValueError(
-            f"model.num_inference_steps={num_steps} and {shown} has {len(given)}; write model.num_inference_steps={len(given)}"
+            f"model.num_inference_steps={num_steps}, and {shown} has {len(given)}; "
+            f"write model.num_inference_steps={len(given)}"
         )
     return rounded
 
@@ -121,21 +123,26 @@ def _refuse_guidance(family: Any, guidance_scale: float, *, key: str) -> None:
         )
 
 
-def visit_(scheduler: Any, timesteps: Sequence[float]) -> None:
-    """Let a flow scheduler of shift 1 visit these timesteps, in place, when a pipeline asks it for that many steps.
+def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
+    """Make a flow scheduler of the same class that visits these timesteps when it is asked for that many steps.
 
-    Its noise levels are timestep / 1000 and 0 at the end. diffusers' schedulers take noise levels and make timesteps of them
-    which some round; the transformer has to be told the very numbers that it was made for.
+    Its noise levels are timestep / 1000, and 0 at the end: no shift is applied to them. diffusers' schedulers take noise
+    levels and make timesteps of them, which some round; the transformer has to be told the numbers that it was made for.
     """
-    set_timesteps, levels = scheduler.set_timesteps, [t / NUM_TRAIN_TIMESTEPS for t in timesteps]
+    plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    found = type(scheduler).from_config(
+        scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
+    )
+    set_timesteps, levels = found.set_timesteps, [t / NUM_TRAIN_TIMESTEPS for t in timesteps]
 
     def set_own(num_inference_steps: int, device: Any = None) -> None:
         if num_inference_steps != len(timesteps):
             raise ValueError(f"{num_inference_steps} steps were asked of a model that has {len(timesteps)} of its own")
         set_timesteps(num_inference_steps, device=device, sigmas=levels)
-        scheduler.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
+        found.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
 
-    scheduler.set_timesteps = set_own
+    found.set_timesteps = set_own
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +169,11 @@ class FewSteps:
                 f"loss.timestep_jitter={self.jitter:g} mixes timesteps that are {min(gaps):g} apart; "
                 f"use less than {min(gaps) / 2:g}"
             )
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the model predicts the noise itself."""
+        return bool(getattr(self.objective, "predicts_noise", False))
 
     def sample_sigma(self, *, generator: torch.Generator) -> Float[Tensor, ""]:
         """Draw one of the noise levels, float32 []; it takes one uniform number, as the model's own draw does."""

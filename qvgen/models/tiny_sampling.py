@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from qvgen.models.few_step import visit_
+from qvgen.models.few_step import visiting
 from qvgen.models.sampled_video import SampledVideo
 
 
@@ -17,26 +17,27 @@ def euler_scheduler(*, shift: float, timesteps: Sequence[float] | None) -> Any:
     """Make a new scheduler: of shifted noise levels, or where ``timesteps`` are given of those alone."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if timesteps is None:
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    visit_(scheduler, timesteps)
-    return scheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    return scheduler if timesteps is None else visiting(scheduler, timesteps)
 
 
 def euler_steps(
-    predict: Callable[[Tensor, Tensor], Tensor], noise: Float[Tensor, "B *shape"], *, scheduler: Any, guidance_scale: float
-) -> Float[Tensor, "B *shape"]:
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Float[Tensor, B * shape],
+    *,
+    scheduler: Any,
+    guidance_scale: float,
+) -> Float[Tensor, B * shape]:
     """Take the steps of a scheduler that was told how many they are.
 
     Args:
         predict: Samples and their timesteps [B] to velocities; with guidance of 2 B rows, those with captions first.
-        noise: float32 [B, ...].
+        noise: float32 [B, C, F, S, S].
         scheduler: A :func:`euler_scheduler`.
         guidance_scale: Classifier-free guidance; 1 is none.
 
     Returns:
-        The samples, float32 [B, ...].
+        The samples, float32 [B, C, F, S, S].
     """
     video, guided = noise, guidance_scale != 1.0
     for timestep in scheduler.timesteps:
@@ -50,7 +51,7 @@ def euler_steps(
 
 
 def checked_frames(
-    video: Float[Tensor, "B 3 F S S"], *, transformer: nn.Module, captions: Sequence[str], seeds: Sequence[int]
+    video: Float[Tensor, "B C F S S"], *, transformer: nn.Module, captions: Sequence[str], seeds: Sequence[int]
 ) -> UInt8[Tensor, "B F S S 3"]:
     """Turn sampled videos about [-1, 1] into frames on the CPU.
 

@@ -1,4 +1,4 @@
-"""The teacher's way over one step of a few-step student (:mod:`qvgen.methods.few_step`): the mean velocity of many small steps."""
+"""The mean velocity of a teacher's small steps over one step of a few-step student (:mod:`qvgen.methods.few_step`)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check_window(method: Method, *, name: str, family: Any) -> None:
     objective = family.objective
     if not isinstance(objective, FewSteps):
         raise UserError(
-            f"method={name} distills into a few steps, and model={family.name} has none; write model.timesteps=[1000,900,750,500] "
-            "and model.num_inference_steps=4, or another model"
+            f"method={name} distills into a few steps, and model={family.name} has none; write "
+            "model.timesteps=[1000,900,750,500] and model.num_inference_steps=4, or another model"
         )
     if not isinstance(objective.objective, FlowMatching):
         raise UserError(
