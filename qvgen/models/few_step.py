@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -133,7 +134,7 @@ def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
     found = type(scheduler).from_config(
         scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
     )
-    set_timesteps, levels = found.set_timesteps, [t / NUM_TRAIN_TIMESTEPS for t in timesteps]
+    set_timesteps, levels = found.set_timesteps, np.array(timesteps) / NUM_TRAIN_TIMESTEPS
 
     def set_own(num_inference_steps: int, device: Any = None) -> None:
         if num_inference_steps != len(timesteps):

@@ -23,11 +23,11 @@ def euler_scheduler(*, shift: float, timesteps: Sequence[float] | None) -> Any:
 
 def euler_steps(
     predict: Callable[[Tensor, Tensor], Tensor],
-    noise: Float[Tensor, B * shape],
+    noise: Float[Tensor, "B C F S S"],
     *,
     scheduler: Any,
     guidance_scale: float,
-) -> Float[Tensor, B * shape]:
+) -> Float[Tensor, "B C F S S"]:
     """Take the steps of a scheduler that was told how many they are.
 
     Args:
