@@ -33,7 +33,8 @@ class PipelineFamily(EncoderFamily):
 
     Attributes:
         timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
-            sampling step, or ``scheduler`` for those that the folder's scheduler visits. None: it is called at any timestep.
+            sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
+            any timestep.
         guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
 
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.

@@ -64,8 +64,9 @@ class TinyFamily:
         fps: Frames per second.
         num_inference_steps: Sampling steps of a video.
         guidance_scale: Factor of classifier-free guidance; 1 is none.
-        timesteps: A few-step model's own, see :mod:`qvgen.models.few_step`: a falling list of numbers in (0, 1000], one for
-            each sampling step, or ``scheduler`` for those that the scheduler visits. None: it is called at any timestep.
+        timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
+            sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
+            any timestep.
         guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
         negative_prompt: The caption that guidance leads away from; "" is the empty one.
         weights: The teacher's safetensors file; None: the one that comes with the package.

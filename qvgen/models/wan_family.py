@@ -36,7 +36,7 @@ class WanFamily(PipelineFamily):
 
     Attributes:
         shift: Shift of the noise levels towards noise, in training and sampling; 1 is none. None: the one of the folder's
-            scheduler. A list of ``timesteps`` is not shifted.
+            scheduler.
 
     The other keys are those of :class:`qvgen.models.pipeline_family.PipelineFamily`.
 
