@@ -22,6 +22,9 @@ class LossConfig:
         level_shift: Noise over signal is multiplied by it, as the flow shift of Stable Diffusion 3 does; None: by the model's
             own shift. With ``uniform`` levels it takes the place of ``model.shift`` in training alone, for models of flow
             matching.
+        timestep_jitter: Training of a few-step model (``model.timesteps``) draws its timesteps and no others, and moves each
+            by a uniform number between minus and plus this, in units of timesteps; less than half of the least distance of
+            two. Held-out inputs are not moved.
         weighting: Weight of a sample's loss by its noise level: ``none``, or ``min_snr``, which makes the error that of the
             clean sample times min(signal over noise squared, ``snr_limit``) (arXiv 2303.09556).
         snr_limit: That limit, the paper's gamma.
@@ -34,6 +37,7 @@ class LossConfig:
     level_mean: Annotated[float, Range("[-10, 10]", write="0")]
     level_std: Annotated[float, Range("> 0", write="1")]
     level_shift: Annotated[float | None, Range(">= 1", write="3")]
+    timestep_jitter: Annotated[float, Range(">= 0", write="5")]
     weighting: Literal["none", "min_snr"]
     snr_limit: Annotated[float, Range("> 0", write="5")]
     feature_weight: Annotated[float, Range(">= 0", write="0.1")]
@@ -55,4 +59,4 @@ class LossConfig:
     @property
     def draws_as_the_model(self) -> bool:
         """Whether noise levels are those of the model's own objective."""
-        return self.levels == "uniform" and self.level_shift is None
+        return self.levels == "uniform" and self.level_shift is None and not self.timestep_jitter

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
-from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 
 ROWS_PER_CALL = 256
 MAX_INPUTS = 512
@@ -39,6 +39,7 @@ class Calibration:
         needs: Kinds of statistics.
         num_bands: Noise bands.
         seed: Seed of the sample of inputs.
+        timesteps: A few-step model's own, each of which is a band, ``num_bands`` of them; None: equal bands.
 
     Example:
         >>> from torch import nn
@@ -57,11 +58,12 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, *, names: Sequence[str], needs: Iterable[Need], num_bands: int, seed: int
-    ) -> None:
+        self, model: nn.Module, *, names: Sequence[str], needs: Iterable[Need], num_bands: int, seed: int,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
         self._needs = frozenset(needs)
-        self._band = NoiseBand(num_bands)
+        self._band = step_bands(num_bands, timesteps)
         self._watched = {
             name: _Watched(self._linear(name), needs=self._needs, num_bands=num_bands, key=f"{seed}/{name}")
             for name in names

@@ -36,7 +36,8 @@ class PrepareConfig:
         initializer: An object of :mod:`qvgen.initializers`, which sets each layer's scales and zero points.
         include: Name patterns of the Linears to quantize (fnmatch).
         exclude: Name patterns of the Linears to leave alone.
-        num_noise_bands: Bands of the timestep with clip factors of their own.
+        num_noise_bands: Equal bands of the timestep with clip factors of their own.
+        timesteps: A few-step model's own, each of which has a band, in place of equal ones; None: equal ones.
         phi_rank: Rank of the low-rank helper; 0 for none.
         phi_keep: Whether it stays as a branch of the packed layers.
         seed: Seed of the randomized decomposition that starts Phi.
@@ -53,6 +54,7 @@ class PrepareConfig:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     num_noise_bands: int = 50
+    timesteps: Sequence[float] | None = None
     phi_rank: int = 0
     phi_keep: bool = False
     seed: int = 0
@@ -86,6 +88,7 @@ def prepare(model: nn.Module, config: PrepareConfig) -> SwapReport:
         num_noise_bands=config.num_noise_bands,
         phi_rank=config.phi_rank,
         phi_keep=config.phi_keep,
+        timesteps=config.timesteps,
     )
     seed = config.seed if config.starts_phi else None
     seen = initialize_(model, config.initializer, seed=seed, statistics=config.statistics, folds=config.folds)

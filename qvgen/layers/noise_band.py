@@ -44,7 +44,7 @@ class NoiseBand:
 
     Attributes:
         timesteps: Tables have an entry for each of these steps of a sampler (rising), and a sample is in the band of the
-            nearest one: static tables, and clips of a checkpoint that was imported. None: equal bands.
+            nearest one: static tables, a few-step model, and clips of a checkpoint that was imported. None: equal bands.
         guided: The tables have two entries for each of ``timesteps``: first those of calls with captions, rising, then those
             of guidance's calls without them (:mod:`qvgen.layers.guidance_call`).
         strict: Refuse timesteps that are not among ``timesteps`` when the model samples, in place of interpolating.
@@ -78,9 +78,12 @@ class NoiseBand:
         """
         values = tuple(float(t) for t in timesteps)
         if self.timesteps is not None and self.timesteps != values:
-            raise ValueError(f"static tables of {len(self.timesteps)} steps are there; all layers need the same steps")
+            raise ValueError(
+                f"tables of the steps {list(self.timesteps)} are there, and {list(values)} are other ones; all layers need "
+                "the same steps"
+            )
         if not values or list(values) != sorted(set(values)) or not all(0 <= t <= MAX_TIMESTEP for t in values):
-            raise ValueError(f"timesteps of static tables must rise within 0..{MAX_TIMESTEP:g}; got {values}")
+            raise ValueError(f"timesteps of tables must rise within 0..{MAX_TIMESTEP:g}; got {values}")
         self.timesteps, self.guided, self.num_bands = values, guided, len(values) * (2 if guided else 1)
 
     @contextmanager
@@ -211,6 +214,14 @@ class NoiseBand:
             ValueError: The first dimension is no multiple of the number of samples.
         """
         return self._repeat(self._samples(), x)
+
+
+def step_bands(num_bands: int, timesteps: Sequence[float] | None) -> NoiseBand:
+    """Make the bands of a model: one for each of a few-step model's timesteps, in any order, or so many equal ones."""
+    band = NoiseBand(num_bands)
+    if timesteps is not None:
+        band.use_timesteps_(sorted(timesteps))
+    return band
 
 
 class _ReadTimestep:

@@ -30,7 +30,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.layer_threads import in_threads, num_threads
-from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
 from qvgen.quant.finite import check_finite
@@ -117,9 +117,11 @@ def swap_fake_quant_(
     num_noise_bands: int,
     phi_rank: int = 0,
     phi_keep: bool = False,
+    timesteps: Sequence[float] | None = None,
 ) -> NoiseBand:
     """Replace the named Linears by FakeQuantLinears and make the model read its timesteps; attentions as the profile says.
 
+    A few-step model has a noise band for each of its ``timesteps``, and others have ``num_noise_bands`` equal ones.
     Nothing is changed when a layer is refused.
 
     Returns:
@@ -128,7 +130,7 @@ def swap_fake_quant_(
     Raises:
         ValueError: Names the layer or the attention that the profile or the rank does not fit.
     """
-    band = NoiseBand(num_noise_bands)
+    band = step_bands(num_noise_bands, timesteps)
     attentions = attention_forms(model, profile.attention, quantized=names)
     linears, fitting = {}, set()
     for name in names:
@@ -161,8 +163,9 @@ def swap_fake_quant_(
 def forms(model: nn.Module) -> dict[str, Any]:
     """Describe a model's fake-quantized layers, but for their tensors, in plain values that a checkpoint can hold.
 
-    ``timesteps`` are those of static tables, or None; ``shared_activations`` are sets of layers with one activation quantizer
-    (:mod:`qvgen.layers.shared_input`). A model without fake-quantized layers has no noise bands and an empty dict of layers.
+    ``timesteps`` are those of tables by sampling step, or None; ``shared_activations`` are sets of layers with one activation
+    quantizer (:mod:`qvgen.layers.shared_input`). A model without fake-quantized layers has no noise bands and an empty dict
+    of layers.
     """
     layers = quantized_layers(model)
     bands = [layer.noise_band for layer in layers.values()][:1]

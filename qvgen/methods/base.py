@@ -29,7 +29,7 @@ from qvgen.methods.parameter_group import parameter_groups
 
 Trains = Literal["student", "transformer", "autoencoder", "nothing"]
 """``student``: a transformer with fake-quantized Linears, which is folded and packed; ``nothing``: the same without training
-(``qvgen ptq``); ``transformer``: one in full precision, from scratch; ``autoencoder``: a model's VAE."""
+(``qvgen ptq``); ``transformer``: one in full precision; ``autoencoder``: a model's VAE."""
 
 Compared = Literal["prediction", "noise"]
 """``prediction``: the model's output, for example a velocity; ``noise``: the noise in the model's input that it implies, by
@@ -38,6 +38,19 @@ the objective's ``noise`` (:mod:`qvgen.models.objectives`)."""
 CAPTION_DROPOUT = Range("[0, 1]", write="0.05")
 CaptionDropout = Annotated[float, CAPTION_DROPOUT]
 """A probability; the papers use 0.05 to 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeWindow:
+    """How a teacher goes from a few-step student's timestep to the next one.
+
+    Attributes:
+        substeps: Euler steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+    """
+
+    substeps: int
+    guidance_scale: float
 
 
 class Schedule(Protocol):
@@ -99,6 +112,16 @@ class Method:
     def needs_teacher(self) -> bool:
         """Whether the loss needs the prediction of the frozen full-precision model."""
         return False
+
+    @property
+    def taught_by(self) -> str | None:
+        """The model whose weights a transformer in full precision starts from and is taught by; None: random ones."""
+        return None
+
+    @property
+    def window(self) -> OdeWindow | None:
+        """The teacher's way over a step of a few-step student, whose mean velocity is the target; None: the data's own."""
+        return None
 
     def phi_ranks(self, phi: PhiConfig) -> tuple[int, ...]:
         """Rank of the helper Phi in each phase, falling; () for a method without it."""

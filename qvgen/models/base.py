@@ -78,7 +78,8 @@ class VideoDiT(Protocol):
     what a caption becomes besides ``encoder_hidden_states``: see :func:`example_condition`; ``original_names``, by which
     a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`; and
     ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or None where its weights have to be
-    loaded whole.
+    loaded whole; ``own_timesteps``, the few timesteps that the transformer is called at, falling, or None, and
+    ``guidance_distilled``, whether its weights hold guidance: see :mod:`qvgen.models.few_step`.
 
     Attributes:
         name: Name as in ``model=NAME`` and in a packed model's manifest.

@@ -33,7 +33,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.base import Objective
 from qvgen.models.cogvideox_fold import COGVIDEOX_SHARED_INPUTS, cogvideox_folds
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.image_family import ImageFamily
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, VPrediction
 from qvgen.models.pipeline_family import PipelineFamily
@@ -44,12 +46,13 @@ _OFS = 2.0
 
 @dataclass(kw_only=True, eq=False)
 class CogVideoX(PipelineFamily):
-    """The CogVideoX family; its keys are those of :class:`qvgen.models.folder_family.FolderFamily`."""
+    """The CogVideoX family; its keys are those of :class:`qvgen.models.pipeline_family.PipelineFamily`."""
 
     transformer_class: ClassVar[str] = "CogVideoXTransformer3DModel"
     pipeline_class: ClassVar[str] = "CogVideoXPipeline"
     vae_class: ClassVar[str] = "AutoencoderKLCogVideoX"
     text_encoder_class: ClassVar[str] = "T5EncoderModel"
+    few_step_kinds: ClassVar[tuple[type, ...]] = (str,)
     scheduler_classes: ClassVar[tuple[str, ...]] = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
     max_text_tokens: ClassVar[int] = 226
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -63,8 +66,8 @@ class CogVideoX(PipelineFamily):
     )
 
     @cached_property
-    def objective(self) -> VPrediction:
-        """v-prediction on the schedule of the folder's scheduler.
+    def objective(self) -> Objective:
+        """v-prediction on the schedule of the folder's scheduler, or at a few-step model's timesteps.
 
         Raises:
             ValueError: the scheduler is of another kind.
@@ -79,12 +82,13 @@ class CogVideoX(PipelineFamily):
         for key, value in wanted.items():
             if config[key] != value:
                 raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
-        return VPrediction(
+        formula = VPrediction(
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
             snr_shift_scale=config["snr_shift_scale"],
             zero_terminal_snr=config["rescale_betas_zero_snr"],
         )
+        return drawn_objective(formula, self)
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -31,6 +31,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, EpsilonPrediction
 from qvgen.models.pipeline_family import PipelineFamily
 
@@ -50,6 +52,7 @@ class Latte(PipelineFamily):
     pipeline_class: ClassVar[str] = "LattePipeline"
     vae_class: ClassVar[str] = "AutoencoderKL"
     text_encoder_class: ClassVar[str] = "T5EncoderModel"
+    few_step_kinds: ClassVar[tuple[type, ...]] = (str,)
     scheduler_classes: ClassVar[tuple[str, ...]] = ("DDIMScheduler",)
     max_text_tokens: ClassVar[int] = 120
     frames_argument: ClassVar[str] = "video_length"
@@ -98,8 +101,8 @@ class Latte(PipelineFamily):
         return type(scheduler).from_config(config)
 
     @cached_property
-    def objective(self) -> EpsilonPrediction:
-        """Prediction of the noise on the schedule of the folder's scheduler.
+    def objective(self) -> Objective:
+        """Prediction of the noise on the schedule of the folder's scheduler, or at a few-step model's timesteps.
 
         Raises:
             ValueError: The scheduler is of another kind.
@@ -115,7 +118,8 @@ class Latte(PipelineFamily):
         for key, value in wanted.items():
             if config[key] != value:
                 raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
-        return EpsilonPrediction(beta_start=config["beta_start"], beta_end=config["beta_end"])
+        formula = EpsilonPrediction(beta_start=config["beta_start"], beta_end=config["beta_end"])
+        return drawn_objective(formula, self)
 
     @property
     def compression(self) -> tuple[int, int]:

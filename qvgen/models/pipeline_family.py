@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import diffusers
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from qvgen.config.image_prompt import image_of
 from qvgen.models.base import Encode, Objective
 from qvgen.models.encoder_family import EncoderFamily
+from qvgen.models.few_step import OF_SCHEDULER, check_guidance, read_timesteps, visited_timesteps, visiting
 from qvgen.models.guidance import negative_texts
 from qvgen.models.sampled_video import SampledVideo
 
@@ -29,14 +31,63 @@ from qvgen.models.sampled_video import SampledVideo
 class PipelineFamily(EncoderFamily):
     """A family that is sampled by a diffusers pipeline; :class:`qvgen.models.base.LatentVideoDiT` but for ``predict``.
 
-    Its keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+    Attributes:
+        timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
+            sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
+            any timestep.
+        guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
+
+    The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+
+    Raises:
+        ValueError: Timesteps that do not fall, are outside of the schedule, or more or fewer than the steps; guidance of a
+            model that holds it; timesteps where the family has no few-step sampling.
     """
 
+    timesteps: Any = None
+    guidance_distilled: bool = False
+
+    few_step_kinds: ClassVar[tuple[type, ...]] = ()
+    """Kinds of ``timesteps`` that the family can be sampled with: ``list``, and ``str`` for the scheduler's."""
     pipeline_class: ClassVar[str]
     scheduler_classes: ClassVar[tuple[str, ...]]
     samples_apart: ClassVar[bool] = True
     frames_argument: ClassVar[str] = "num_frames"
     """Name of the pipeline's argument that says how many frames a video has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_guidance(self)
+        self._given_timesteps = read_timesteps(self.timesteps, num_steps=self.num_inference_steps)
+        if self.timesteps is not None and (str if self.timesteps == OF_SCHEDULER else list) not in self.few_step_kinds:
+            others = f"write {OF_SCHEDULER}" if str in self.few_step_kinds else "leave it out"
+            raise ValueError(
+                f"model.timesteps={self.timesteps}: few-step sampling of model={self.name} has no such timesteps; {others}"
+            )
+
+    @cached_property
+    def own_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps that this transformer of a few-step model is called at, falling; None: any.
+
+        Raises:
+            ValueError: It is called at none of them.
+        """
+        steps = self._given_timesteps
+        if self.timesteps == OF_SCHEDULER:
+            steps = visited_timesteps(self.scheduler(), self.num_inference_steps)
+        if steps is None:
+            return None
+        found = tuple(t for t in steps if self._is_called_at(t))
+        if not found:
+            raise ValueError(
+                f"model.timesteps={list(steps)}: the transformer that is trained is called at none of them"
+            )
+        return found
+
+    def _is_called_at(self, timestep: float) -> bool:
+        """Whether the transformer that is trained is the one that the pipeline calls at a timestep."""
+        del timestep
+        return True
 
     @property
     @abc.abstractmethod
@@ -118,7 +169,10 @@ class PipelineFamily(EncoderFamily):
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
         none = dict.fromkeys((*self._tokenizers, *self.text_encoders, "vae", "transformer"))
-        parts = {**none, **components, "scheduler": self.scheduler()}
+        scheduler = self.scheduler()
+        if self._given_timesteps is not None:
+            scheduler = visiting(scheduler, self._given_timesteps)
+        parts = {**none, **components, "scheduler": scheduler}
         pipeline = self._pipeline_type()(**parts, **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from qvgen.config.may_differ import MayDiffer
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode, TensorReader
+from qvgen.models.few_step import OF_SCHEDULER, check_guidance, drawn_objective, read_timesteps, visited_timesteps
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
-from qvgen.models.sampled_video import SampledVideo
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
+from qvgen.models.tiny_sampling import checked_frames, euler_scheduler, euler_steps
 from qvgen.models.transformer_build import build_transformer
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
@@ -62,6 +64,10 @@ class TinyFamily:
         fps: Frames per second.
         num_inference_steps: Sampling steps of a video.
         guidance_scale: Factor of classifier-free guidance; 1 is none.
+        timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
+            sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
+            any timestep.
+        guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
         negative_prompt: The caption that guidance leads away from; "" is the empty one.
         weights: The teacher's safetensors file; None: the one that comes with the package.
 
@@ -104,6 +110,8 @@ class TinyFamily:
         num_inference_steps: Annotated[int, NUM_STEPS],
         guidance_scale: Annotated[float, GUIDANCE],
         negative_prompt: str = "",
+        timesteps: Any = None,
+        guidance_distilled: bool = False,
         weights: Annotated[str | None, MayDiffer.FREE] = None,
     ) -> None:
         for name, value, divisor in (("image_size", image_size, PATCH_SIZE[1]), ("width", width, 2 * num_heads)):
@@ -114,8 +122,15 @@ class TinyFamily:
         require_number("guidance_scale", guidance_scale, GUIDANCE)
         require_number("shift", shift, SHIFT)
         self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
-        self.objective = FlowMatching(shift=shift)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.guidance_distilled = guidance_distilled
+        check_guidance(self)
+        given = read_timesteps(timesteps, num_steps=num_inference_steps)
+        self._scheduler = partial(euler_scheduler, shift=shift, timesteps=given)
+        self.own_timesteps = (
+            visited_timesteps(self._scheduler(), num_inference_steps) if timesteps == OF_SCHEDULER else given
+        )
+        self.objective = drawn_objective(FlowMatching(shift=shift), self)
         self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
         self.weights = Path(weights) if weights is not None else ASSETS_DIRECTORY / self.teacher_file
@@ -261,31 +276,20 @@ class TinyFamily:
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
         device = next(transformer.parameters()).device
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.shift)
+        scheduler = self._scheduler()
         scheduler.set_timesteps(num_steps, device=device)
         noises = [torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        video = torch.stack(noises).to(device)
-        guided = guidance_scale != 1.0
         negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
-        texts = [*captions, *negatives] if guided else list(captions)
+        texts = [*captions, *negatives] if guidance_scale != 1.0 else list(captions)
         condition = {key: value.to(device) for key, value in (encode or self.encode)(texts).items()}
-        for timestep in scheduler.timesteps:
-            batch = torch.cat((video, video)) if guided else video
-            velocity = self.predict(transformer, batch, timestep.expand(len(batch)), condition)
-            if guided:
-                with_caption, without = velocity.chunk(2)
-                velocity = without + guidance_scale * (with_caption - without)
-            video = scheduler.step(velocity, timestep, video, return_dict=False)[0]
-        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        frames = pixels.permute(0, 2, 3, 4, 1).cpu()
-        for caption, seed, latents, shown in zip(captions, seeds, video, frames, strict=True):
-            sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
-            sampled.check_finite(latents, name="latents")
-            sampled.check_frames(shown)
-        return frames
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            return self.predict(transformer, noisy, timestep, condition)
+
+        noise = torch.stack(noises).to(device)
+        video = euler_steps(predict, noise, scheduler=scheduler, guidance_scale=guidance_scale)
+        return checked_frames(video, transformer=transformer, captions=captions, seeds=seeds)
 
 
 def _coordinates(num_frames: int, image_size: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from qvgen.config.may_differ import MayDiffer
+from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
 from qvgen.models.lora.merge import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
 from qvgen.models.wan_image import WanEmbeddedImage, WanLatentImage
@@ -75,6 +76,11 @@ class WanExpert(Wan):
                 f"model.path={self.path} has boundary_ratio {boundary} in model_index.json; a float is needed"
             )
         self._boundary = boundary
+        if self.guidance_distilled and self.guidance_scale_low != 1:
+            raise ValueError(
+                f"model.guidance_scale_low={self.guidance_scale_low:g} with model.guidance_distilled=true: the weights hold "
+                "guidance, and a second one would be applied to it; write model.guidance_scale_low=1"
+            )
 
     def _chosen_loras(self) -> list[Lora]:
         """LoRAs of both experts; a warning where one of them gets none and the other does."""
@@ -125,6 +131,9 @@ class WanExpert(Wan):
 
     def _noise_range(self) -> tuple[float, float]:
         return (self._boundary, 1.0) if self.expert == "high" else (0.0, self._boundary)
+
+    def _is_called_at(self, timestep: float) -> bool:
+        return (timestep >= NUM_TRAIN_TIMESTEPS * self._boundary) == (self.expert == "high")  # as the pipeline chooses
 
     def _pipeline(self, **components: Any) -> Any:
         if (transformer := components.get("transformer")) is not None:

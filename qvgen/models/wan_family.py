@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.guidance import SHIFT, require_number
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
@@ -36,7 +38,7 @@ class WanFamily(PipelineFamily):
         shift: Shift of the noise levels towards noise, in training and sampling; 1 is none. None: the one of the folder's
             scheduler.
 
-    The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
+    The other keys are those of :class:`qvgen.models.pipeline_family.PipelineFamily`.
 
     Raises:
         ValueError: another shift.
@@ -47,6 +49,7 @@ class WanFamily(PipelineFamily):
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     pipeline_class: ClassVar[str] = "WanPipeline"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
+    few_step_kinds: ClassVar[tuple[type, ...]] = (list, str)
     scheduler_classes: ClassVar[tuple[str, ...]] = tuple(_SHIFT_KEYS)
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "self_attention": ("blocks.*.attn1.*",),  # over space and time at once
@@ -76,8 +79,8 @@ class WanFamily(PipelineFamily):
         return type(scheduler).from_config(scheduler.config, **{_SHIFT_KEYS[type(scheduler).__name__]: self.shift})
 
     @cached_property
-    def objective(self) -> FlowMatching:
-        """Flow matching with the shift that the scheduler samples with.
+    def objective(self) -> Objective:
+        """Flow matching with the shift that the scheduler samples with, or at a few-step model's timesteps.
 
         Raises:
             ValueError: the scheduler is of another kind.
@@ -95,7 +98,8 @@ class WanFamily(PipelineFamily):
                 f"num_train_timesteps={config['num_train_timesteps']}"
             )
         lowest, highest = self._noise_range()
-        return FlowMatching(shift=float(config[_SHIFT_KEYS[type(scheduler).__name__]]), lowest=lowest, highest=highest)
+        shift = float(config[_SHIFT_KEYS[type(scheduler).__name__]])
+        return drawn_objective(FlowMatching(shift=shift, lowest=lowest, highest=highest), self)
 
     def _noise_range(self) -> tuple[float, float]:
         """Noise levels that the transformer is made for."""

@@ -31,6 +31,7 @@ from qvgen.initializers.base import LayerStatistics, Need, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import local_arguments
+from qvgen.models.few_step import own_timesteps, sampling_steps
 from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class CalibratedModel:
         self.needs: frozenset[Need] = frozenset(needs)
         family = teacher.family
         # Static tables have an entry for every step that the model will be sampled with: those and no fewer are watched.
-        self.steps = family.num_inference_steps if "ranges" in self.needs else calibration.steps
+        self.steps = family.num_inference_steps if "ranges" in self.needs else sampling_steps(family, calibration.steps)
         chosen = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
         sizes = [(name, teacher.transformer.get_submodule(name).in_features) for name in chosen]
         budget = int(calibration.memory_gib * 2**30)
@@ -78,6 +79,8 @@ class CalibratedModel:
         teacher, family = self.teacher, self.teacher.family
         section = teacher.model.section
         left_out = local_arguments(family) - {"_target_"} | {*_NO_PART_OF_SAMPLING}
+        # Keys that say nothing of an ordinary model are left out: statistics from before there were any still count.
+        left_out |= {key for key in ("timesteps", "guidance_distilled") if not section.get(key)}
         model = {key: value for key, value in section.items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
@@ -157,7 +160,10 @@ class CalibratedModel:
             len(videos), self.steps, len(names), sum(map(len, self._passes)),
         )  # fmt: skip
         model = teacher.transformer
-        watch = Calibration(model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed)
+        watch = Calibration(
+            model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed,
+            timesteps=own_timesteps(family),
+        )  # fmt: skip
         with watch, placed(model), torch.no_grad():
             for video in videos:
                 family.generate(

@@ -18,6 +18,7 @@ from qvgen.training.block_features import check_blocks, check_features, compared
 from qvgen.training.meta_model import num_blocks
 from qvgen.training.min_snr import check_weighting, weighted_loss
 from qvgen.training.noise_level import training_objective
+from qvgen.training.ode_window import check_window
 
 
 def prediction_loss(
@@ -97,6 +98,7 @@ def check_loss(loss: LossConfig, *, method: Method, name: str, family: VideoDiT)
         if not loss.draws_as_the_model or loss.weighting != "none" or loss.feature_weight:
             raise UserError(f"method={name} trains a VAE, which sees no noise levels; leave the keys loss.* out")
         return
+    check_window(method, name=name, family=family)
     if not loss.draws_as_the_model:
         training_objective(family.objective, loss)
     if loss.weighting == "min_snr":

@@ -15,6 +15,7 @@ from torch import nn
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import SwapReport, select_linears, swap_fake_quant_
 from qvgen.models.base import VideoDiT
+from qvgen.models.few_step import own_timesteps
 from qvgen.training.layer_setup import add_configured_switch, choose_gradient_path_, set_up_phi_, share_inputs_
 from qvgen.training.student_design import StudentDesign
 
@@ -69,6 +70,7 @@ def prepare_(transformer: nn.Module, family: VideoDiT, design: StudentDesign, *,
             num_noise_bands=PrepareConfig.num_noise_bands,
             phi_rank=design.phi_rank,
             phi_keep=design.phi_keep,
+            timesteps=own_timesteps(family),
         )
     set_up_phi_(transformer, design.phi)
     add_configured_switch(transformer, design.activation_switch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qvgen.deploy.delta_switch import find_switch
 from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.context_parallel import SharedSequence
+from qvgen.models.few_step import caption_dropout
 from qvgen.training.block_features import check_features
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
@@ -29,6 +31,7 @@ from qvgen.training.distributed.sharding import add_gradients_by_block_
 from qvgen.training.loss import freeze_the_rest_, prediction_loss
 from qvgen.training.master_precision import narrow_masters_
 from qvgen.training.noise_level import training_objective
+from qvgen.training.ode_window import window_velocity
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.stop_point import interruptible
 from qvgen.training.teacher_offload import OffloadedBlocks
@@ -188,7 +191,7 @@ class VideoTraining(OptimizerModule):
             batch["caption"],
             objective=self._objective,
             generators=generators,
-            caption_dropout=self.method.caption_dropout,
+            caption_dropout=caption_dropout(self.family, self.method.caption_dropout),
             image=batch.get(IMAGE_CONDITION),
         )
 
@@ -197,6 +200,9 @@ class VideoTraining(OptimizerModule):
         encoded = {**self.encode(draw.captions), **draw.image}
         condition = {key: value.to(self.device) for key, value in encoded.items()}
         teacher = self._teacher[0] if self._teacher else None
+        if (window := self.method.window) is not None and teacher is not None:
+            target = window_velocity(self.family, teacher, draw, condition, encode=self.encode, window=window)
+            draw, teacher = replace(draw, target=target), None
         return prediction_loss(
             self.family, self.student, draw, condition, method=self.method, teacher=teacher, options=self._loss_options
         )

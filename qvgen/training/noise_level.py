@@ -17,7 +17,7 @@ caption dropout of a sample are the same whatever its level, so that runs with d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from qvgen.config.loss_options import LossConfig
 from qvgen.data.noise import Objective
 from qvgen.errors import UserError
+from qvgen.models.few_step import FewSteps
 
 SMALLEST_SHARE = 1e-6
 """Of the normal draws that have to lie among the model's noise levels: fewer could not be told from rounding."""
@@ -112,6 +113,8 @@ def training_objective(objective: Any, loss: LossConfig) -> Objective:
     name, shift = type(objective).__name__, loss.level_shift
     if loss.draws_as_the_model:
         found: Objective = objective
+    elif isinstance(objective, FewSteps) or loss.timestep_jitter:
+        found = _few_step_objective(objective, loss)
     elif loss.levels == "uniform":
         if not hasattr(objective, "with_shift"):
             raise UserError(
@@ -129,3 +132,18 @@ def training_objective(objective: Any, loss: LossConfig) -> Objective:
         shift = objective.shift if shift is None else shift
         found = LogitNormal(objective, center=loss.level_mean + math.log(shift), std=loss.level_std)
     return found
+
+
+def _few_step_objective(objective: Any, loss: LossConfig) -> Objective:
+    """Timesteps of a few-step model with jitter; see :func:`training_objective`."""
+    if not isinstance(objective, FewSteps):
+        raise UserError(
+            f"loss.timestep_jitter={loss.timestep_jitter:g} moves the timesteps of a few-step model, and this model has none "
+            "(model.timesteps); leave it out"
+        )
+    if loss.levels != "uniform" or loss.level_shift is not None:
+        raise UserError(
+            f"loss.levels={loss.levels} loss.level_shift={loss.level_shift}: a few-step model is trained at its own "
+            f"timesteps {[round(t, 2) for t in objective.timesteps]} alone; leave both out"
+        )
+    return replace(objective, jitter=loss.timestep_jitter)

@@ -15,6 +15,7 @@ from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import quantized_layers
+from qvgen.models.few_step import own_timesteps
 from qvgen.quant.grid import Profile
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.allocation import allocate_bits_, measure_share
@@ -71,7 +72,7 @@ def sample_share(ptq: PTQMethod, *, profile: Profile, teacher: SampledTeacher) -
         profile: The student's grids.
         teacher: The full-precision model.
     """
-    bands = PrepareConfig.num_noise_bands
+    bands = len(own_timesteps(teacher.family) or ()) or PrepareConfig.num_noise_bands
     statistics = CalibratedModel(teacher, ptq.calibration, needs=ptq.needs(profile), num_bands=bands)
     statistics.sample_missing()
     if isinstance(ptq.init, BitBudget):

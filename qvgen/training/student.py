@@ -32,6 +32,7 @@ from qvgen.layers.swap import (
 )
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT, local_arguments
+from qvgen.models.few_step import own_timesteps
 from qvgen.models.named_family import NamedFamily
 from qvgen.run_directory import RunDirectory
 from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY, remove_shares
@@ -76,6 +77,7 @@ def prepare_student(family: VideoDiT, design: StudentDesign, *, seed: int | None
             initializer=load_leaf("init", "rtn"),
             include=family.include,
             exclude=family.exclude,
+            timesteps=own_timesteps(family),
             phi_rank=design.phi_rank,
             phi_keep=design.phi_keep,
             seed=seed or 0,

@@ -13,6 +13,7 @@ from qvgen.errors import UserError
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs
 from qvgen.evaluation.prompts import calibration_prompts, evaluation_prompts, shown_videos
 from qvgen.evaluation.sampled_inputs import EncodedCaptions, NothingMeasured, SampledInputs
+from qvgen.models.few_step import sampling_steps
 from qvgen.models.given_image import check_images
 from qvgen.models.guidance import texts_to_encode
 from qvgen.verbs._checks import only_to_measure, without_clips
@@ -44,7 +45,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
             sampled_teacher(config, teacher, encode=encode),
             prompts=evaluation_prompts(config.evaluation, config.model),
             num_samples=config.evaluation.samples,
-            num_steps=config.calibration.steps,
+            num_steps=sampling_steps(config.model, config.calibration.steps),
         )
     fill_missing(config, texts=_texts(config))
     left_out, held_out = _check_clips(config).left_out, open_held_out(config)

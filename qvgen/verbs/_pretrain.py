@@ -1,4 +1,4 @@
-"""Pretraining, a branch of the verb ``train``: a full-precision model from scratch, for methods that do not quantize."""
+"""Training in full precision, a branch of the verb ``train``: from scratch, or a few-step student of another model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qvgen.config.schema import TrainConfig
 from qvgen.data.moving_digits import MovingDigits
-from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, train_classifier
+from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, load_classifier, train_classifier
 from qvgen.evaluation.digit_quality import NUM_VIDEOS, teacher_quality
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.prompts import evaluation_prompts
 from qvgen.models.folder_family import FolderFamily
 from qvgen.models.guidance import texts_to_encode
+from qvgen.models.named_family import NamedFamily
 from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny_family import TinyFamily
-from qvgen.models.weight_file import save_weights
+from qvgen.models.weight_file import check_state, save_weights
 from qvgen.run_identity import read_changes
 from qvgen.training.callbacks import total_seconds
 from qvgen.training.start_file import has_start, load_start, save_start
@@ -37,7 +39,7 @@ CLASSIFIER_STEPS = 600
 
 
 def pretrain(config: TrainConfig) -> None:
-    """Train a full-precision model from scratch, and write its weights with a card that says how good it is.
+    """Train a full-precision model, and write its weights with a card that says how good it is.
 
     What is made is made in the run's folder; shipping it is moving it to where ``model.weights`` or ``model.path`` points.
 
@@ -47,7 +49,7 @@ def pretrain(config: TrainConfig) -> None:
     if not hasattr(config.model, "initial_transformer"):
         raise ValueError(f"model={config.names.model} can't be pretrained; model=tiny, tiny_wide and small can")
     fill_missing(config, texts=texts_to_encode(config.model, evaluation_prompts(config.evaluation, config.model)))
-    student = config.model.initial_transformer(config.seed)
+    student, teacher = full_precision_start(config)
     held_out = HeldOut(
         config.model,
         config.data.open(config.model, split="held_out"),
@@ -67,7 +69,7 @@ def pretrain(config: TrainConfig) -> None:
                 training_run(config),
                 training_output(config, run_dir.path, loggers=loggers),
                 student=student,
-                teacher=None,
+                teacher=teacher,
                 settings=config.plain,
                 hang_minutes=config.training.hang_minutes,
             ) as steps,
@@ -92,6 +94,23 @@ def pretrain(config: TrainConfig) -> None:
         print(f"{name}: {value:.4f}")
 
 
+def full_precision_start(config: TrainConfig) -> tuple[nn.Module, nn.Module | None]:
+    """A transformer to train in full precision, and what teaches it: random weights and nothing, or a source's, twice.
+
+    Raises:
+        ValueError: The source has other sizes than the model.
+    """
+    source = config.method.taught_by
+    if source is None:
+        return config.model.initial_transformer(config.seed), None
+    taught_by = NamedFamily.load(source)
+    teacher = taught_by.family.load_teacher(dtype=torch.float32)
+    student = config.model.build(config.model.transformer_config)
+    check_state(student, teacher.state_dict(), path=f"of method.source={source}")
+    student.load_state_dict(teacher.state_dict())
+    return student, teacher
+
+
 def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[str, Any]) -> Path:
     """A weights file, or for a family whose models are folders a complete folder."""
     if isinstance(config.model, FolderFamily):
@@ -104,9 +123,12 @@ def _save(config: TrainConfig, student: nn.Module, path: Path, *, card: Mapping[
 def _digit_quality(
     config: TrainConfig, student: nn.Module, path: Path, *, held_out: HeldOut, card: Mapping[str, Any]
 ) -> Mapping[str, float]:
-    """What samples of moving digits show, by a classifier that is trained for it and kept in the run's folder."""
-    clips = config.data.open(config.model, split="train").samples
-    classifier = train_classifier(clips, steps=CLASSIFIER_STEPS, seed=config.seed)
-    accuracy = dataset_accuracy(classifier, held_out.split.samples, count=NUM_VIDEOS)
-    save_weights(classifier.state_dict(), path / CLASSIFIER_FILE, card={**card, "held_out_accuracy": accuracy})
+    """What samples of moving digits show, by a classifier that is trained for it and kept in the run's folder, or shipped."""
+    if config.method.taught_by is not None:  # judged by the classifier that judges the model it was made from
+        classifier = load_classifier()
+    else:
+        clips = config.data.open(config.model, split="train").samples
+        classifier = train_classifier(clips, steps=CLASSIFIER_STEPS, seed=config.seed)
+        accuracy = dataset_accuracy(classifier, held_out.split.samples, count=NUM_VIDEOS)
+        save_weights(classifier.state_dict(), path / CLASSIFIER_FILE, card={**card, "held_out_accuracy": accuracy})
     return teacher_quality(config.model, student, held_out=held_out, classifier=classifier)

@@ -155,7 +155,9 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
         if config.method.needs_teacher or config.evaluation.video_every_steps is not None:
             teacher = config.model.load_teacher()
     else:
-        student = config.model.initial_transformer(config.seed)
+        from qvgen.verbs._pretrain import full_precision_start
+
+        student, teacher = full_precision_start(config)
     load_start(student, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
     if config.method.quantizes and (queue := sharing_queue(run)) is not None:

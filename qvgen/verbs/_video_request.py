@@ -8,6 +8,7 @@ from typing import Any
 from qvgen.config.image_prompt import image_of, with_image
 from qvgen.config.prompt import PromptedVideo, Prompts
 from qvgen.config.verb_schema import GenerateConfig
+from qvgen.models.few_step import check_sampled_as_distilled
 from qvgen.models.given_image import check_images
 
 
@@ -59,11 +60,14 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
     """The request of the command line, with what it leaves open filled in from the model.
 
     Raises:
-        ValueError: A negative prompt without guidance, or an image that is missing or of no use.
+        ValueError: A negative prompt without guidance, steps or guidance that a few-step model was not made for, or an image
+            that is missing or of no use.
     """
     prompts = config.prompts or Prompts.of(config.prompt or family.prompts)
     own = family.negative_prompt if config.negative_prompt is None else config.negative_prompt
     guidance_scale = family.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    num_steps = config.num_steps or family.num_inference_steps
+    check_sampled_as_distilled(family, num_steps=num_steps, guidance_scale=guidance_scale)
     if config.negative_prompt is not None and guidance_scale <= 1:
         raise ValueError(
             f"negative_prompt has no effect with guidance_scale={guidance_scale:g}, which is the model's; leave it out"
@@ -79,7 +83,7 @@ def read_request(config: GenerateConfig, family: Any) -> Request:
     check_images(family, [video.caption for video in videos], key="prompts")
     return Request(
         videos=videos,
-        num_steps=config.num_steps or family.num_inference_steps,
+        num_steps=num_steps,
         guidance_scale=guidance_scale,
         num_own_seeds=sum(bool(line.seeds) for line in prompts.lines),
         num_lines=len(prompts),

@@ -6,6 +6,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.models.few_step import sampling_steps
 from qvgen.training.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts, without_clips
 from qvgen.verbs._exports import check_exports, planned_exports, write_exports
@@ -39,9 +40,10 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
     """What the verb would do; ``num_prompts`` are those of the calibration."""
     needs = ", ".join(sorted(sampled_needs(config)))
     calibration = config.calibration
+    steps = sampling_steps(config.model, calibration.steps)
     return [
         f"model={config.names.model} init={config.names.init} {config.profile.label} ({config.profile.name}), no training",
-        f"calibration: {needs} from {calibration.videos} videos of {calibration.steps} steps, {num_prompts} prompts"
+        f"calibration: {needs} from {calibration.videos} videos of {steps} steps, {num_prompts} prompts"
         if needs
         else "calibration: none, nothing is sampled",
         *_measurements(config),

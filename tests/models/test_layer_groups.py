@@ -13,6 +13,7 @@ from qvgen.layers.swap import select_linears
 
 WANTED = {
     "tiny": {"self_attention": 12, "cross_attention": 12, "ffn": 6, "other": 6},
+    "tiny_fewstep": {"self_attention": 12, "cross_attention": 12, "ffn": 6, "other": 6},
     "tiny_wide": {"self_attention": 16, "cross_attention": 16, "ffn": 8, "other": 6},
     "small": {"self_attention": 24, "cross_attention": 24, "ffn": 12, "other": 6},
     "wan": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},

@@ -110,7 +110,12 @@ def test_weights_round_trip_and_damage_is_found(tmp_path: Path, transformer: tor
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "dtype"), [("tiny", 206_000, torch.float32), ("tiny_wide", 4_829_488, torch.bfloat16)]
+    ("name", "parameters", "dtype"),
+    [
+        ("tiny", 206_000, torch.float32),
+        ("tiny_fewstep", 206_000, torch.float32),
+        ("tiny_wide", 4_829_488, torch.bfloat16),
+    ],
 )
 def test_the_shipped_teacher_is_the_one_its_card_describes(name: str, parameters: int, dtype: torch.dtype) -> None:
     family = load_leaf("model", name)
@@ -125,7 +130,12 @@ def test_the_shipped_teacher_is_the_one_its_card_describes(name: str, parameters
     assert {"command", "seed", "steps", "seconds", "quality"} <= card.keys()
     assert card["quality"]["digit_accuracy"] > 0.9
     # One frame-by-frame look at what it makes: the digit that stands still does, and has the colour that was asked for.
-    video = family.generate(teacher, ["a red zero standing still"], [0], num_steps=20, guidance_scale=2.0)[0].float()
+    usual = {"num_steps": family.num_inference_steps, "guidance_scale": family.guidance_scale}
+    wanted = (
+        {"num_steps": 4, "guidance_scale": 1.0} if name == "tiny_fewstep" else {"num_steps": 20, "guidance_scale": 2.0}
+    )
+    assert usual == wanted
+    video = family.generate(teacher, ["a red zero standing still"], [0], **usual)[0].float()
     assert (video - video.mean(0)).abs().mean() < 8  # levels of 255; a moving digit has about 40
     assert video[..., 0].mean() > 4 * video[..., 1:].mean()
 

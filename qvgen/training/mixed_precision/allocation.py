@@ -27,6 +27,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
+from qvgen.models.few_step import sampling_steps
 from qvgen.quant.bit_allocation import SideProblem, constant_widths, windowed_widths
 from qvgen.quant.grid import Profile
 from qvgen.quant.packing import plane_shapes
@@ -145,10 +146,10 @@ def plan_measurements(init: BitBudget, *, profile: Profile, family: Any) -> str:
     names = select_linears(skeleton, include=family.include, exclude=family.exclude).quantized
     wanted = wanted_measurements(init, names, profile=profile, family=family)
     groups = {unit.group: sum(other.group == unit.group for other in wanted.units) for unit in wanted.units}
-    count = sum(1 for _ in wanted.keys(init.windows))
+    count, steps = sum(1 for _ in wanted.keys(init.windows)), sampling_steps(family, init.steps)
     return (
         f"sensitivity: {count} measurements ({', '.join(f'{n} of {group}' for group, n in groups.items())}; "
-        f"{init.windows} windows and all at once), each samples {init.videos} videos of {init.steps} steps"
+        f"{init.windows} windows and all at once), each samples {init.videos} videos of {steps} steps"
         if count
         else "sensitivity: none, the budgets leave no choice"
     )

@@ -36,8 +36,9 @@ from qvgen.initializers.clip_search import start_clips_
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.layer_group import LayerUnit
-from qvgen.layers.noise_band import NoiseBand, watch_timestep
+from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 from qvgen.layers.noise_window import band_windows
+from qvgen.models.few_step import own_timesteps, sampling_steps
 from qvgen.quant.grid import Profile
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import OUTPUT, GroupMetrics
@@ -177,18 +178,19 @@ class SensitivityMeasurement:
         init, num_bands, transformer = self.init, self.statistics.num_bands, self.teacher.transformer
         metrics = GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
         prompts = calibration_prompts(self.statistics.calibration, self.teacher.family)
-        sampling = sampling_of(self.teacher, prompts, videos=init.videos, steps=init.steps, seed_offset=SEED_OFFSET)
+        steps = sampling_steps(self.teacher.family, init.steps)
+        sampling = sampling_of(self.teacher, prompts, videos=init.videos, steps=steps, seed_offset=SEED_OFFSET)
         store = SensitivityStore(self._path(metrics, sampling))
         keys = list(wanted.keys(init.windows))
         missing = len(keys) - len({_row_key(*key) for key in keys} & store.read(warns=False).keys())
         log.info(
             "sensitivity: %d measurements (%d units x bits x sides x (%d windows and all)), %d of them stored; each samples "
             "%d videos of %d steps; metrics: %s",
-            len(keys), len(wanted.units), init.windows, len(keys) - missing, init.videos, init.steps,
+            len(keys), len(wanted.units), init.windows, len(keys) - missing, init.videos, steps,
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
         )  # fmt: skip
         names = [name for unit in wanted.units for name in unit.layers]
-        band = NoiseBand(num_bands)
+        band = step_bands(num_bands, own_timesteps(self.teacher.family))
         handle = watch_timestep(transformer, band)
         try:
             with placed(transformer):

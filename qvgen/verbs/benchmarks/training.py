@@ -25,6 +25,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.models.base import example_condition
+from qvgen.models.few_step import own_timesteps
 from qvgen.training.block_checkpoint import block_checkpoint
 from qvgen.training.layer_setup import set_up_phi_
 from qvgen.training.meta_model import narrow_
@@ -87,6 +88,7 @@ def quantize_untrained_(student: nn.Module, config: TrainConfig) -> None:
         num_noise_bands=PrepareConfig.num_noise_bands,
         phi_rank=student_design(config).phi_rank,
         phi_keep=student_design(config).phi_keep,
+        timesteps=own_timesteps(config.model),
     )
     for layer in quantized_layers(student).values():
         RoundToNearest().initialize_(layer, statistics=None)
