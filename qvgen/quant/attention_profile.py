@@ -78,9 +78,11 @@ class AttentionProfile:
             if len(given) > 1:
                 raise ValueError(f"profile.attention={dict(options)} has options of an attention that is not quantized")
             return None
-        for key in ("smooth_key", "rotation", "clips"):
-            if key in given and (given[key] != AUTO or key == "clips"):
-                flag(given[key], f"profile.attention.{key}")
+        for key in ("smooth_key", "rotation"):
+            if key in given and given[key] != AUTO and not isinstance(given[key], bool):
+                raise ValueError(f"profile.attention.{key}={given[key]!r} is neither true, false nor auto")
+        if "clips" in given:
+            flag(given["clips"], "profile.attention.clips")
         for key in ("include", "exclude"):
             name = f"profile.attention.{key}"
             given[key] = tuple(text(pattern, name) for pattern in items(list(given.get(key, ())), name))
