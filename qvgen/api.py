@@ -33,8 +33,8 @@ from qvgen.initializers.clip_search import needs_with_inputs
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.prepare import prepare as prepare_layers
 from qvgen.layers.attention_form import AttentionForm
-from qvgen.layers.attention_swap import attention_forms, use_attention_forms_
-from qvgen.layers.attention_trial import AttentionSearch, least_error
+from qvgen.layers.attention_swap import use_attention_forms_
+from qvgen.layers.attention_trial import AttentionSearch, attention_candidates, chosen_forms
 from qvgen.layers.swap import SwapReport, block_patterns, packed_layers, quantized_layers, select_linears
 from qvgen.layers.swap import fold as fold_layers
 from qvgen.quant.grid import Profile
@@ -110,45 +110,40 @@ def prepare(
         num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
     )  # fmt: skip
     needs = needs_with_inputs(initializer.needs, grids, is_searched=calibrate is not None)
-    is_open = grids.attention is not None and grids.attention.is_searched
-    if calibrate is None and is_open:
-        raise ValueError(f"{OPEN_ATTENTION}; pass calibrate=FUNCTION, or write true or false")
-    if calibrate is None and needs:
-        raise ValueError(
-            f"init={init} needs calibration ({', '.join(sorted(needs))}); pass calibrate=FUNCTION, which runs the model "
-            "that it gets on typical inputs, or use init='mse'"
-        )
-    forms = None
-    if calibrate is not None and (needs or is_open):
-        statistics, forms = _collect(model, chosen, calibrate, needs=needs)
-        chosen = replace(chosen, statistics=statistics if needs else None, search_clips="inputs" in needs)
+    if not needs and not (grids.attention is not None and grids.attention.is_searched):
+        return prepare_layers(model, chosen)
+    statistics, forms = _collect(model, chosen, calibrate, needs=needs, init=init)
+    chosen = replace(chosen, statistics=statistics if needs else None, search_clips="inputs" in needs)
     report = prepare_layers(model, chosen)
-    if forms is not None:
-        use_attention_forms_(model, forms)
+    use_attention_forms_(model, forms)
     return report
 
 
 def _collect(
-    model: nn.Module, config: PrepareConfig, calibrate: Callable[[nn.Module], object], *, needs: frozenset[Need]
+    model: nn.Module,
+    config: PrepareConfig,
+    calibrate: Callable[[nn.Module], object] | None,
+    *,
+    needs: frozenset[Need],
+    init: str | Initializer,
 ) -> tuple[Callable[[str], LayerStatistics], dict[str, AttentionForm]]:
     """What a method needs to know of the inputs, and forms of attentions, from the caller's function."""
+    if calibrate is None and not needs:
+        raise ValueError(f"{OPEN_ATTENTION}; pass calibrate=FUNCTION, or write true or false")
+    if calibrate is None:
+        raise ValueError(
+            f"init={init} needs calibration ({', '.join(sorted(needs))}); pass calibrate=FUNCTION, which runs the model "
+            "that it gets on typical inputs, or use init='mse'"
+        )
     names = select_linears(model, include=config.include, exclude=config.exclude).quantized
-    profile = config.profile.attention
-    candidates = {
-        name: form.candidates(profile)
-        for name, form in attention_forms(model, profile, quantized=names).items()
-        if profile is not None
-    }
+    candidates = attention_candidates(model, config.profile.attention, quantized=names)
+    open_ones = {name: forms for name, forms in candidates.items() if len(forms) > 1}
     collected = Calibration(
         model, names=names if needs else (), needs=needs, num_bands=config.num_noise_bands, seed=config.seed
     )
-    searched = {name: forms for name, forms in candidates.items() if len(forms) > 1}
-    with collected, AttentionSearch(model, searched) as search, torch.no_grad():
+    with collected, AttentionSearch(model, open_ones) as search, torch.no_grad():
         calibrate(model)
-    errors = search.errors()
-    return collected.statistics, {
-        name: forms[least_error(errors[name])] if name in errors else forms[0] for name, forms in candidates.items()
-    }
+    return collected.statistics, chosen_forms(candidates, search.errors())
 
 
 def fold(model: nn.Module, *, kernel: str = "auto") -> int:

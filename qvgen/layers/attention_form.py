@@ -9,7 +9,6 @@ from typing import Any, Self
 from qvgen.config.plain_json import flag, text, whole
 from qvgen.quant.attention_profile import AUTO, AttentionKind, AttentionProfile
 from qvgen_kernels.attention import AttentionSpec
-from qvgen_kernels.hadamard import has_matrix
 
 MAX_HEADS = 2**12
 """Most heads of an attention that a manifest may give; the widest video transformer has 40."""
@@ -68,7 +67,7 @@ class AttentionForm:
             ['int8 2 x 64', 'int8 2 x 64 rotated']
         """
         smooth = (True, False) if profile.smooth_key == AUTO else (self.smooth_key,)
-        can_turn = profile.rotation == AUTO and has_matrix(self.head_size, "sylvester")
+        can_turn = profile.rotation == AUTO and self._has_matrix()
         turned = (False, True) if can_turn else (self.rotation,)
         return tuple(replace(self, smooth_key=keys, rotation=rotation) for keys in smooth for rotation in turned)
 
@@ -80,6 +79,14 @@ class AttentionForm:
             smooth_key=self.smooth_key,
             rotation=self.head_size if self.rotation else 0,
         )
+
+    def _has_matrix(self) -> bool:
+        """Whether there is a Hadamard matrix of the head's size; the kernels' own description of it knows."""
+        try:
+            replace(self, rotation=True)
+        except ValueError:
+            return False
+        return True
 
     @property
     def label(self) -> str:

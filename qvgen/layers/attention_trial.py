@@ -8,7 +8,7 @@ rows have the bits that they would have among all. The model goes on with torch'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvgen.layers.attention_form import AttentionForm
-from qvgen.layers.attention_swap import quantized_call
+from qvgen.layers.attention_swap import attention_forms, quantized_call
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import AttentionCall, AttentionProduct
+from qvgen.quant.attention_profile import AttentionProfile
 
 QUERIES_PER_CALL = 256
 """Queries of a call that forms are compared on: their cost grows with the keys and not with their square."""
@@ -106,7 +107,7 @@ class AttentionSearch:
 
     Args:
         model: It is not changed.
-        candidates: Name of an attention module -> its forms; where two lose the same, the first is taken.
+        candidates: Name of an attention module -> its forms.
 
     Attributes:
         sums: Name -> float64 [forms + 1]: squared errors of the outputs, and the square of the outputs.
@@ -141,6 +142,28 @@ class AttentionSearch:
         return found
 
 
-def least_error(errors: Sequence[float]) -> int:
-    """The place of the least error, the first of equal ones."""
-    return min(range(len(errors)), key=errors.__getitem__)
+def attention_candidates(
+    model: nn.Module, profile: AttentionProfile | None, *, quantized: Iterable[str]
+) -> dict[str, tuple[AttentionForm, ...]]:
+    """The forms that a profile leaves each quantized attention of a full-precision model to choose from, by its name.
+
+    Args:
+        model: Its attentions have full-precision projections.
+        profile: None: no attention is quantized.
+        quantized: Names of the Linears that will be quantized.
+
+    Raises:
+        ValueError: See :func:`qvgen.layers.attention_swap.attention_forms`.
+    """
+    forms = attention_forms(model, profile, quantized=quantized)
+    return {} if profile is None else {name: form.candidates(profile) for name, form in forms.items()}
+
+
+def chosen_forms(
+    candidates: Mapping[str, Sequence[AttentionForm]], errors: Mapping[str, Sequence[float]]
+) -> dict[str, AttentionForm]:
+    """The candidate of the least error for every attention, the first of equal ones, and where there are no errors."""
+    return {
+        name: forms[min(range(len(forms)), key=errors.get(name, [0.0] * len(forms)).__getitem__)]
+        for name, forms in candidates.items()
+    }

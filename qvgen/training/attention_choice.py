@@ -19,8 +19,7 @@ from qvgen.config.sections import CalibrationConfig
 from qvgen.data.claims import Claims
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.attention_form import AttentionForm
-from qvgen.layers.attention_swap import attention_forms
-from qvgen.layers.attention_trial import AttentionSearch, least_error
+from qvgen.layers.attention_trial import AttentionSearch, attention_candidates, chosen_forms
 from qvgen.layers.swap import select_linears
 from qvgen.quant.attention_profile import AttentionProfile
 from qvgen.run_directory import atomic_write
@@ -49,10 +48,9 @@ def chosen_attentions(
     """
     family, model = teacher.family, teacher.transformer
     names = select_linears(model, include=family.include, exclude=family.exclude).quantized
-    forms = attention_forms(model, profile, quantized=names)
+    candidates = attention_candidates(model, profile, quantized=names)
     if profile is None or not profile.is_searched:
-        return forms
-    candidates = {name: form.candidates(profile) for name, form in forms.items()}
+        return {name: forms[0] for name, forms in candidates.items()}
     sampled = CalibratedModel(teacher, calibration, needs=(), num_bands=1)
     parts = [FORMAT, sampled.key, {name: [form.to_dict() for form in of] for name, of in candidates.items()}]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -60,13 +58,15 @@ def chosen_attentions(
     with Claims(sampled.folder.parent, key="calibration.cache") as claims, claims.held(key):
         errors = _read(path, candidates)
         if errors is None:
-            log.info("attention: %d videos to choose the forms of %d attentions by", calibration.videos, len(forms))
+            log.info(
+                "attention: %d videos to choose the forms of %d attentions by", calibration.videos, len(candidates)
+            )
             with AttentionSearch(model, candidates) as search:
                 sampled.sample_videos()
             errors = search.errors()
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, json.dumps(errors).encode())
-    chosen = {name: candidates[name][least_error(of)] for name, of in errors.items()}
+    chosen = chosen_forms(candidates, errors)
     log.info(
         "attention: keys smoothed in %d of %d, rotated in %d; squared error of the outputs %.3g, of the first form %.3g",
         sum(form.smooth_key for form in chosen.values()), len(chosen), sum(form.rotation for form in chosen.values()),

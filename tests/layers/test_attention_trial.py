@@ -14,7 +14,7 @@ from qvgen.config.leaves import load_leaf
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.attention_form import AttentionForm
 from qvgen.layers.attention_swap import packed_attentions, quantized_attentions, use_attention_forms_
-from qvgen.layers.attention_trial import QUERIES_PER_CALL, AttentionSearch, AttentionTrial, attending, least_error
+from qvgen.layers.attention_trial import QUERIES_PER_CALL, AttentionSearch, AttentionTrial, attending, chosen_forms
 from qvgen.layers.quant_attention import AttentionCall
 from qvgen.layers.swap import fold, forms, restore_forms_
 from qvgen.quant.attention_profile import AttentionProfile
@@ -72,7 +72,7 @@ def test_an_error_is_that_of_some_rows_beside_float64(masked: bool) -> None:
 def test_keys_get_the_form_that_they_need(kind: str, smooth_key: bool | None, rotation: bool | None) -> None:
     seen = (torch.arange(TOKENS) >= TOKENS // 2).reshape(1, 1, 1, -1) if kind == "hidden keys" else None
     found = errors(*keys_of(kind), mask=seen)
-    best = form_of(OPEN).candidates(OPEN)[least_error(found)]
+    best = chosen_forms({"attn": form_of(OPEN).candidates(OPEN)}, {"attn": found})["attn"]
     assert smooth_key in (None, best.smooth_key)
     assert rotation in (None, best.rotation)
     assert max(found) > 1.2 * min(found)
@@ -119,7 +119,7 @@ def test_a_model_on_trial_gives_its_own_outputs_and_is_left_as_it_was() -> None:
     candidates = {name: form_of(OPEN).candidates(OPEN) for name in ("first", "second")}
     with AttentionSearch(model, candidates) as search:
         assert torch.equal(model(x, torch.zeros(1)), wanted)
-    assert {name: candidates[name][least_error(of)].rotation for name, of in search.errors().items()}["second"]
+    assert chosen_forms(candidates, search.errors())["second"].rotation
     product = AttentionTrial((form_of(OPEN),), name="first")
     with attending(model, {"first": product}, active=lambda: False):
         model(x, torch.zeros(1))

@@ -86,7 +86,10 @@ def test_profiles_of_other_runtimes_refuse_it(profile: str, tmp_path: Path, caps
         (["profile.attention={kind:none,clips:true}"], "options of an attention that is not quantized"),
         (["profile.attention={kind:int8,clips:1}"], "profile.attention.clips"),
         (["profile.attention={kind:int8,clips:auto}"], "profile.attention.clips='auto' is neither true nor false"),
-        (["profile.attention={kind:int8,rotation:some}"], "profile.attention.rotation='some' is neither true, false nor auto"),
+        (
+            ["profile.attention={kind:int8,rotation:some}"],
+            "profile.attention.rotation='some' is neither true, false nor auto",
+        ),
         (["profile.attention={kind:int8,include:[encoder.*]}"], "matches none of the 6 attentions"),
         ([INT8, "export=comfy", "profile=paper"], "computes attention in floating point, and blocks.0.attn1"),
     ],
@@ -109,7 +112,12 @@ def test_what_has_no_meaning_is_one_line(
             "learned clips of attention are in no file",
         ),
         (
-            ["profile.attention={kind:int8,rotation:auto}", "strategy=fsdp", "devices=2", "strategy.low_host_memory=true"],
+            [
+                "profile.attention={kind:int8,rotation:auto}",
+                "strategy=fsdp",
+                "devices=2",
+                "strategy.low_host_memory=true",
+            ],
             "forms of attention are chosen by what a whole model samples; write true or false in place of auto",
         ),
     ],

@@ -10,7 +10,8 @@ from torch import nn
 
 from qvgen.config.leaves import leaf_names
 from qvgen.layers.attention_swap import packed_attentions, quantized_attentions
-from qvgen.layers.swap import folded_copy
+from qvgen.layers.swap import folded_copy, forms
+from qvgen.training.start_file import load_start, save_start
 from qvgen.training.student import set_up_student_
 from qvgen.verbs._parts import ptq_method, sampled_teacher, student_design
 from tests.parts import prepared
@@ -47,7 +48,7 @@ def started(teacher: nn.Module, cache: Path, *keys: str) -> nn.Module:
 @pytest.mark.parametrize("name", leaf_names("init"))
 @torch.no_grad()
 def test_attention_works_without_training(
-    name: str, teacher: nn.Module, cache: Path, caplog: pytest.LogCaptureFixture
+    name: str, teacher: nn.Module, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     init = (f"init={name}", *QUICK.get(name, ()), *(("init.other_steps=interpolate",) if name == "static" else ()))
@@ -67,5 +68,12 @@ def test_attention_works_without_training(
     assert torch.equal(found[0], found[1])
     assert len(packed_attentions(packed)) == 2
     assert not torch.equal(found[0], found[2])
+    if name == "rtn":  # what a run, and fold, go on from
+        save_start(student, tmp_path)
+        again, _ = prepared(train_config(*KEYS, *init, OPEN))
+        load_start(again, tmp_path)
+        assert forms(again) == forms(student)
+        assert any(product.form.rotation for product in quantized_attentions(again).values())
+        assert torch.equal(family.predict(again.eval(), inputs, timesteps, condition), found[0])
     lost = [float((one - found[3]).norm() / found[3].norm()) for one in found]
     assert 0 < lost[0] < lost[2] + 0.05  # attention in 8 bits adds some hundredths at most

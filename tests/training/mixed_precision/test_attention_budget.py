@@ -36,8 +36,9 @@ from qvgen.training.mixed_precision.attention_budget import (
     wanted_attentions,
 )
 from qvgen.training.mixed_precision.sensitivity import SEED_OFFSET, Measured, SensitivityMeasurement
-from qvgen.verbs._parts import sampled_teacher
-from tests.parts import calibrated_model
+from qvgen.training.start_calibration import sample_share
+from qvgen.verbs._parts import ptq_method, sampled_teacher
+from tests.parts import calibrated, calibrated_model, prepared
 from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, train, train_config
 
 FAST = (
@@ -114,6 +115,32 @@ def test_rows_are_kept_and_those_of_another_form_are_others(measured, caplog: py
         forms={name: replace(form, rotation=True) for name, form in forms.items()},
     )  # fmt: skip
     assert turned.own_key() != replace(turned, forms=forms).own_key()
+
+
+def test_what_another_process_measures_is_not_measured_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It chooses the forms by itself, and finds them in the cache afterwards."""
+    config = train_config(
+        *FAST, *shallow(1), "init.mean_attention_bits=12", "model.include=['*.attn1.to_q','*.attn2.to_k']",
+        "init.candidates=[4,8]", f"calibration.cache={tmp_path}", "method=lsq",
+        "profile.attention={kind:int8,rotation:auto,exclude:['*.attn2']}",
+    )  # fmt: skip
+    caplog.set_level("INFO")
+    transformer = config.model.load_teacher()
+    teacher = sampled_teacher(config, transformer, encode=config.model.encode)
+    sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
+    assert "attention: 1 videos" in caplog.text
+    caplog.clear()
+    student, _ = prepared(config)
+    _, allocation = calibrated(config, student, teacher=transformer, encode=config.model.encode)
+    assert "attention: 1 videos" not in caplog.text
+    measured = [message for message in caplog.messages if message.startswith("sensitivity:")]
+    assert [message.split("), ")[1].split(" of them")[0] for message in measured] == [
+        message.split()[1] for message in measured
+    ]
+    assert len(measured) == 2
+    assert allocation is not None
+    assert allocation.attention == {"blocks.0.attn1": 8}
+    assert "rotated in 1" in caplog.text
 
 
 @pytest.mark.parametrize("mean", [8.5, 11.0, 13.0, 15.9])
