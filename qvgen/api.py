@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from qvgen.config.runtime_check import check_runtime
-from qvgen.deploy.on_the_fly import find_initializer, find_profile
+from qvgen.deploy.on_the_fly import OPEN_ATTENTION, find_initializer, find_profile
 from qvgen.deploy.quantizer import say_packed_
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.initializers.base import Initializer, LayerStatistics, Need
@@ -32,6 +32,9 @@ from qvgen.initializers.calibration import Calibration
 from qvgen.initializers.clip_search import needs_with_inputs
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.prepare import prepare as prepare_layers
+from qvgen.layers.attention_form import AttentionForm
+from qvgen.layers.attention_swap import use_attention_forms_
+from qvgen.layers.attention_trial import AttentionSearch, attention_candidates, chosen_forms
 from qvgen.layers.swap import SwapReport, block_patterns, packed_layers, quantized_layers, select_linears
 from qvgen.layers.swap import fold as fold_layers
 from qvgen.quant.grid import Profile
@@ -79,7 +82,8 @@ def prepare(
         profile: A file of conf/profile, or grids of one's own.
         init: A file of conf/init, or a PTQ method of one's own.
         calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet. Methods that need
-            statistics don't start without it; with any method, clips of inputs start where these inputs lose least.
+            statistics don't start without it; with any method, clips of inputs start where these inputs lose least, and
+            attentions get the form that a profile leaves open (``auto``).
         options: Which Linears, Phi, noise bands, seed; None: the defaults of :class:`PrepareOptions`.
 
     Returns:
@@ -90,6 +94,8 @@ def prepare(
     """
     check_can_save(model)
     if config is not None:
+        if config.profile.attention is not None and config.profile.attention.is_searched:
+            raise ValueError(f"{OPEN_ATTENTION}; pass profile= and calibrate=, or write true or false")
         return prepare_layers(model, config)
     if quantized_layers(model) or packed_layers(model):
         raise ValueError("the model is quantized already; prepare a full-precision one")
@@ -104,10 +110,13 @@ def prepare(
         num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
     )  # fmt: skip
     needs = needs_with_inputs(initializer.needs, grids, is_searched=calibrate is not None)
-    if needs:
-        statistics = _collect(model, chosen, calibrate, needs=needs, init=init)
-        chosen = replace(chosen, statistics=statistics, search_clips="inputs" in needs)
-    return prepare_layers(model, chosen)
+    if not needs and not (grids.attention is not None and grids.attention.is_searched):
+        return prepare_layers(model, chosen)
+    statistics, forms = _collect(model, chosen, calibrate, needs=needs, init=init)
+    chosen = replace(chosen, statistics=statistics if needs else None, search_clips="inputs" in needs)
+    report = prepare_layers(model, chosen)
+    use_attention_forms_(model, forms)
+    return report
 
 
 def _collect(
@@ -117,18 +126,24 @@ def _collect(
     *,
     needs: frozenset[Need],
     init: str | Initializer,
-) -> Callable[[str], LayerStatistics]:
-    """What a method needs to know of the inputs, from the caller's function."""
+) -> tuple[Callable[[str], LayerStatistics], dict[str, AttentionForm]]:
+    """What a method needs to know of the inputs, and forms of attentions, from the caller's function."""
+    if calibrate is None and not needs:
+        raise ValueError(f"{OPEN_ATTENTION}; pass calibrate=FUNCTION, or write true or false")
     if calibrate is None:
         raise ValueError(
             f"init={init} needs calibration ({', '.join(sorted(needs))}); pass calibrate=FUNCTION, which runs the model "
             "that it gets on typical inputs, or use init='mse'"
         )
     names = select_linears(model, include=config.include, exclude=config.exclude).quantized
-    collected = Calibration(model, names=names, needs=needs, num_bands=config.num_noise_bands, seed=config.seed)
-    with collected, torch.no_grad():
+    candidates = attention_candidates(model, config.profile.attention, quantized=names)
+    open_ones = {name: forms for name, forms in candidates.items() if len(forms) > 1}
+    collected = Calibration(
+        model, names=names if needs else (), needs=needs, num_bands=config.num_noise_bands, seed=config.seed
+    )
+    with collected, AttentionSearch(model, open_ones) as search, torch.no_grad():
         calibrate(model)
-    return collected.statistics
+    return collected.statistics, chosen_forms(candidates, search.errors())
 
 
 def fold(model: nn.Module, *, kernel: str = "auto") -> int:

@@ -27,6 +27,9 @@ from qvgen.layers.swap import block_patterns, select_linears
 from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
 
+OPEN_ATTENTION = "profile.attention has smooth_key or rotation=auto, which calibration chooses"
+"""Begins the message of whoever can't choose forms of attention."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnTheFly:
@@ -58,6 +61,8 @@ class OnTheFly:
                 f"init={name} needs calibration ({', '.join(sorted(initializer.needs))}), for which loading has no inputs; "
                 "use init='mse' or 'rtn', or calibrate it by qvgen ptq or qvgen.prepare(model, calibrate=...)"
             )
+        if profile.attention is not None and profile.attention.is_searched:
+            raise ValueError(f"{OPEN_ATTENTION}, for which loading has no inputs; write true or false")
         check_runtime(profile, additions=sorted(getattr(initializer, "additions", ())), init=name)
         return cls(profile=profile, initializer=initializer, init_name=name, asked=asked)
 

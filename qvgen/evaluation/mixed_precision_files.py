@@ -1,7 +1,8 @@
 """Mixed precision in files: measured sensitivities, the allocation that was made of them, and how a run's folder keeps both.
 
     RUN_DIR/mixed_precision/sensitivity.csv    a row per (group, block, side, bits, window of timesteps), a column per metric
-    RUN_DIR/mixed_precision/allocation.json    the budget, what was reached, and {layer: {window: [weight, activation bits]}}
+    RUN_DIR/mixed_precision/allocation.json    the budget, what was reached, and {layer: {window: [weight, activation bits]}};
+                                               {attention: bits} where attentions were weighed
 
 While measuring, rows are appended to a JSONL file as they come: a run that is killed loses the row that it was at.
 """
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Sensitivity:
     Attributes:
         group: Group of the unit's layers, for example self_attention.
         block: Name of the block that the layers are in.
-        side: "weight" or "activation".
+        side: "weight", "activation" or "attention".
         bits: Bits of that side.
         window: Window of timesteps; 0 is where sampling begins, -1 all of them at once.
         output_error: mean squared difference of the sampled videos to the full-precision model's, pixels in [0, 1].
@@ -139,6 +140,7 @@ class Allocation:
         mean_bits: side -> mean over weights or quantized values, and over the calls of the sampled videos.
         weight_bytes: Bytes of the packed weight codes, all sets of them.
         metrics: group -> names of the metrics that its units were compared by, with " + " between them.
+        attention: Name of an attention -> 8, or 16 where it is left in floating point; empty where they were not weighed.
     """
 
     sensitivities: tuple[Sensitivity, ...]
@@ -149,6 +151,7 @@ class Allocation:
     mean_bits: Mapping[str, float]
     weight_bytes: int
     metrics: Mapping[str, str]
+    attention: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_allocation(run_dir: Path, allocation: Allocation) -> None:
@@ -174,6 +177,8 @@ def write_allocation(run_dir: Path, allocation: Allocation) -> None:
             for layer, windows in allocation.bits.items()
         },
     }
+    if allocation.attention:
+        content["attention"] = dict(allocation.attention)
     atomic_write(folder / ALLOCATION_FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -200,6 +205,7 @@ def read_allocation(run_dir: Path) -> Allocation | None:
             mean_bits=content["mean_bits"],
             weight_bytes=content["weight_bytes"],
             metrics=content["metrics"],
+            attention=content.get("attention", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{folder} holds no allocation of bits ({error}); start another run") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from qvgen.config.plain_json import flag, text, whole
-from qvgen.quant.attention_profile import AttentionKind, AttentionProfile
+from qvgen.quant.attention_profile import AUTO, AttentionKind, AttentionProfile
 from qvgen_kernels.attention import AttentionSpec
 
 MAX_HEADS = 2**12
@@ -47,9 +47,29 @@ class AttentionForm:
 
     @classmethod
     def of(cls, profile: AttentionProfile, *, heads: int, head_size: int) -> Self:
-        """The form of an attention with so many heads of so many elements, as a profile wants it."""
-        own = {"smooth_key": profile.smooth_key, "rotation": profile.rotation, "clips": profile.clips}
+        """The form of an attention with so many heads of so many elements, as a profile wants it; auto: not yet chosen.
+
+        What is left to calibration is what a profile has that does not name it: keys are smoothed, and nothing is rotated.
+        """
+        own = {
+            "smooth_key": profile.smooth_key is not False,
+            "rotation": profile.rotation is True,
+            "clips": profile.clips,
+        }
         return cls(kind=profile.kind, heads=heads, head_size=head_size, **own)
+
+    def candidates(self, profile: AttentionProfile) -> tuple[Self, ...]:
+        """The forms that a profile leaves to choose from, this one first.
+
+        Example:
+            >>> profile = AttentionProfile(kind="int8", rotation="auto")
+            >>> [form.label for form in AttentionForm.of(profile, heads=2, head_size=64).candidates(profile)]
+            ['int8 2 x 64', 'int8 2 x 64 rotated']
+        """
+        smooth = (True, False) if profile.smooth_key == AUTO else (self.smooth_key,)
+        can_turn = profile.rotation == AUTO and self._has_matrix()
+        turned = (False, True) if can_turn else (self.rotation,)
+        return tuple(replace(self, smooth_key=keys, rotation=rotation) for keys in smooth for rotation in turned)
 
     def spec(self, softmax_scale: float | None = None) -> AttentionSpec:
         """The kernels' description of it, for a factor of the scores that a call gives; None: 1 / sqrt(D)."""
@@ -59,6 +79,14 @@ class AttentionForm:
             smooth_key=self.smooth_key,
             rotation=self.head_size if self.rotation else 0,
         )
+
+    def _has_matrix(self) -> bool:
+        """Whether there is a Hadamard matrix of the head's size; the kernels' own description of it knows."""
+        try:
+            replace(self, rotation=True)
+        except ValueError:
+            return False
+        return True
 
     @property
     def label(self) -> str:

@@ -6,13 +6,15 @@ that it is, of a class that derives from its own, with one submodule more (``att
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, wraps
 from typing import Any
 
 from torch import nn
 
+from qvgen.config.plain_json import mapping, text
 from qvgen.layers.attention_form import AttentionForm
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import AttentionProduct, FakeQuantAttention, PackedAttention, TakesAttention
@@ -155,10 +157,40 @@ def attention_records(model: nn.Module) -> list[dict[str, Any]]:
     return [{"name": name, **product.form.to_dict()} for name, product in quantized_attentions(model).items()]
 
 
-def check_attention_records(model: nn.Module, stored: Sequence[Any]) -> None:
-    """Raise ValueError where a prepared model has other quantized attentions than stored :func:`attention_records`."""
-    if (own := attention_records(model)) != list(stored):
-        raise ValueError(f"{len(stored)} stored attentions are not the {len(own)} quantized ones of the model")
+def restore_attentions_(model: nn.Module, stored: Sequence[Any]) -> None:
+    """Bring a prepared model's attentions to stored :func:`attention_records`: their forms, and which are in 8 bits at all.
+
+    Raises:
+        ValueError: The model has not quantized one of these, or with other heads; KeyError or TypeError: malformed.
+    """
+    forms = {}
+    for record in stored:
+        values = dict(mapping(record, "an attention"))
+        forms[text(values.pop("name"), "name of an attention")] = AttentionForm.from_dict(values)
+    own = quantized_attentions(model)
+    if bool(forms) != bool(own) or not forms.keys() <= own.keys():  # a mixed-precision method leaves one in 8 bits
+        raise ValueError(
+            f"{len(forms)} stored attentions are not the {len(own)} quantized ones of the model, nor some of them"
+        )
+    use_attention_forms_(model, forms)
+
+
+def use_attention_forms_(model: nn.Module, forms: Mapping[str, AttentionForm]) -> None:
+    """Give attentions in training these forms; one that is not among them computes in floating point again.
+
+    Raises:
+        ValueError: A form with other heads than the attention's, or with factors where it has none.
+    """
+    for name, product in quantized_attentions(model).items():
+        if name in forms:
+            form = forms[name]
+            if replace(form, smooth_key=product.form.smooth_key, rotation=product.form.rotation) != product.form:
+                raise ValueError(f"the attention {name} is {product.form.label}, which can't become {form.label}")
+            product.form, product.spec = form, form.spec()
+            continue
+        attention = model.get_submodule(name)
+        attention.__class__ = type(attention).__bases__[0]
+        delattr(attention, PRODUCT)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -174,6 +206,30 @@ def _check_class(module: nn.Module, *, name: str) -> None:
         raise ValueError(f"{name} has hooks in place of its forward; quantize the model before hooks are put on it")
 
 
+def quantized_call(
+    attention: Any, product: AttentionProduct, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The call ``plain(*args, **kwargs)`` of an attention module, whose calls of torch's attention are its product's.
+
+    Raises:
+        ValueError: It calls another attention, or shares its sequence out between processes.
+    """
+    if getattr(attention.processor, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"{product.name} shares its sequence out between processes, which 8-bit attention can't; write "
+            "profile.attention=none or strategy.context_parallel=1"
+        )
+    taken: list[bool] = []
+    with TakesAttention(product, taken):
+        found = plain(*args, **kwargs)
+    if not taken:
+        raise ValueError(
+            f"{product.name} did not call torch's attention in its processor {type(attention.processor).__name__}, so "
+            f"nothing was quantized; use diffusers' attention backend native, or {product._instead}"
+        )
+    return found
+
+
 @cache
 def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of an attention whose product is quantized: its own class in all but the product, name included."""
@@ -181,21 +237,7 @@ def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        product: AttentionProduct = self.attention_product
-        if getattr(self.processor, "_parallel_config", None) is not None:
-            raise ValueError(
-                f"{product.name} shares its sequence out between processes, which 8-bit attention can't; write "
-                "profile.attention=none or strategy.context_parallel=1"
-            )
-        taken: list[bool] = []
-        with TakesAttention(product, taken):
-            found = plain(self, *args, **kwargs)
-        if not taken:
-            raise ValueError(
-                f"{product.name} did not call torch's attention in its processor {type(self.processor).__name__}, so nothing "
-                f"was quantized; use diffusers' attention backend native, or {product._instead}"
-            )
-        return found
+        return quantized_call(self, self.attention_product, plain, (self, *args), kwargs)
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         del protocol

@@ -21,9 +21,9 @@ from qvgen.config.plain_json import flag, items, mapping, number, text
 from qvgen.layers.attention_swap import (
     attention_forms,
     attention_records,
-    check_attention_records,
     follow_bands_,
     pack_attentions,
+    restore_attentions_,
     swap_attentions_,
 )
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
@@ -187,7 +187,7 @@ def restore_forms_(model: nn.Module, stored: Mapping[str, Any]) -> None:
     layers, forms_by_name = quantized_layers(model), mapping(stored["layers"], "layers")
     if set(layers) != set(forms_by_name):
         raise ValueError(f"{len(forms_by_name)} stored layers are not the {len(layers)} of the model")
-    check_attention_records(model, items(stored.get("attentions", []), "attentions"))
+    restore_attentions_(model, items(stored.get("attentions", []), "attentions"))
     for band in [layer.noise_band for layer in layers.values()][:1]:
         if stored["timesteps"] is not None:
             band.use_timesteps_([number(t, "timesteps") for t in items(stored["timesteps"], "timesteps")])

@@ -13,6 +13,10 @@ from typing import Any, Literal, get_args
 from qvgen.config.plain_json import flag, items, options_of, text
 
 AttentionKind = Literal["int8"]
+AUTO: Literal["auto"] = "auto"
+"""The value of an option that calibration chooses for every attention."""
+
+Choice = bool | Literal["auto"]
 
 NO_ATTENTION = "none"
 """The value of ``profile.attention`` that leaves attention in floating point."""
@@ -25,8 +29,9 @@ class AttentionProfile:
     Attributes:
         kind: ``int8``: queries, keys, probabilities and values in 8 bits.
         smooth_key: Whether the mean of the keys over all tokens is subtracted before they are quantized (SageAttention,
-            arXiv 2410.02367, 4.2).
-        rotation: Whether queries and keys are rotated by the Hadamard matrix of a head's size first.
+            arXiv 2410.02367, 4.2); ``auto``: in the attentions whose outputs lose less by it on sampled inputs.
+        rotation: Whether queries and keys are rotated by the Hadamard matrix of a head's size first; ``auto``: likewise, and
+            only where that size has a matrix.
         clips: Whether a factor of the largest magnitude is learned for queries and for keys, by head and noise band; False:
             codes reach the largest magnitude.
         include: Name patterns (fnmatch) of the attention modules; empty: all that have a quantized Linear.
@@ -37,8 +42,8 @@ class AttentionProfile:
     """
 
     kind: AttentionKind
-    smooth_key: bool = True
-    rotation: bool = False
+    smooth_key: Choice = True
+    rotation: Choice = False
     clips: bool = False
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -48,6 +53,11 @@ class AttentionProfile:
             raise ValueError(
                 f"profile.attention={self.kind!r} is unknown; use {NO_ATTENTION} or {', '.join(get_args(AttentionKind))}"
             )
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether an option is left to calibration."""
+        return AUTO in (self.smooth_key, self.rotation)
 
     @classmethod
     def read(cls, value: str | Mapping[str, Any]) -> AttentionProfile | None:
@@ -68,9 +78,11 @@ class AttentionProfile:
             if len(given) > 1:
                 raise ValueError(f"profile.attention={dict(options)} has options of an attention that is not quantized")
             return None
-        for key in ("smooth_key", "rotation", "clips"):
-            if key in given:
-                flag(given[key], f"profile.attention.{key}")
+        for key in ("smooth_key", "rotation"):
+            if key in given and given[key] != AUTO and not isinstance(given[key], bool):
+                raise ValueError(f"profile.attention.{key}={given[key]!r} is neither true, false nor auto")
+        if "clips" in given:
+            flag(given["clips"], "profile.attention.clips")
         for key in ("include", "exclude"):
             name = f"profile.attention.{key}"
             given[key] = tuple(text(pattern, name) for pattern in items(list(given.get(key, ())), name))

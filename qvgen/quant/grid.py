@@ -274,7 +274,7 @@ def profile_from_bits(
         runtime: The kernels that it is for: name, weight_bits, activation_bits, additions (:class:`Runtime`). Bits and
             methods that they lack are refused. None: qvgen's own, which take all.
         attention: ``none``, or ``int8``: softmax(q k^T) v with 8-bit integers in every attention that has a quantized Linear;
-            ``{kind: int8, smooth_key: true, rotation: false, clips: false, include: [], exclude: []}`` are all its options.
+            or ``{kind: int8, smooth_key: true, rotation: false, clips: false, include: [], exclude: []}``; auto: calibrated.
 
     Raises:
         ValueError: See :class:`Grid` and :class:`Profile`.

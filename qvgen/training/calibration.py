@@ -133,6 +133,21 @@ class CalibratedModel:
                     time.sleep(POLL_SECONDS)
                 left = elsewhere
 
+    def sample_videos(self, videos: Sequence[PromptedVideo] | None = None) -> None:
+        """Let the full-precision model sample the calibration's videos, or these, for whoever watches it."""
+        teacher, family = self.teacher, self.teacher.family
+        with placed(teacher.transformer), torch.no_grad():
+            for video in self._videos() if videos is None else videos:
+                family.generate(
+                    teacher.transformer,
+                    [video.caption],
+                    [video.seed],
+                    num_steps=self.steps,
+                    guidance_scale=family.guidance_scale,
+                    negative_prompts=[video.negative],
+                    encode=teacher.encode,
+                )
+
     def _claim(self, names: Sequence[str]) -> str:
         return hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
 
@@ -154,7 +169,7 @@ class CalibratedModel:
             return None
 
     def _collect(self, names: list[str]) -> None:
-        teacher, family, videos = self.teacher, self.teacher.family, self._videos()
+        teacher, videos = self.teacher, self._videos()
         log.info(
             "calibration: %d videos of %d steps for %d of %d layers",
             len(videos), self.steps, len(names), sum(map(len, self._passes)),
@@ -162,19 +177,10 @@ class CalibratedModel:
         model = teacher.transformer
         watch = Calibration(
             model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed,
-            timesteps=own_timesteps(family),
+            timesteps=own_timesteps(teacher.family),
         )  # fmt: skip
-        with watch, placed(model), torch.no_grad():
-            for video in videos:
-                family.generate(
-                    model,
-                    [video.caption],
-                    [video.seed],
-                    num_steps=self.steps,
-                    guidance_scale=family.guidance_scale,
-                    negative_prompts=[video.negative],
-                    encode=teacher.encode,
-                )
+        with watch:
+            self.sample_videos(videos)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             found = watch.statistics(name)

@@ -14,9 +14,11 @@ from qvgen.evaluation.mixed_precision_files import Allocation
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers.attention_swap import use_attention_forms_
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.few_step import own_timesteps
 from qvgen.quant.grid import Profile
+from qvgen.training.attention_choice import chosen_attentions
 from qvgen.training.calibration import CalibratedModel
 from qvgen.training.mixed_precision.allocation import allocate_bits_, measure_share
 from qvgen.training.ptq_method import PTQMethod
@@ -33,6 +35,8 @@ def calibrate_(
 ) -> tuple[CalibratedModel | None, Allocation | None]:
     """What the PTQ method has to know before it sets layers up; a mixed-precision method's layers get their bits here.
 
+    Attentions get the form that the profile leaves to calibration, whatever the method.
+
     Args:
         student: Prepared; its weights are the full-precision ones.
         ptq: The PTQ method, and what is sampled for it.
@@ -46,6 +50,8 @@ def calibrate_(
     Raises:
         UserError: A budget of bits that no choice meets, or a network of its metrics that is not there.
     """
+    if profile.attention is not None and profile.attention.is_searched:
+        use_attention_forms_(student, chosen_attentions(teacher, ptq.calibration, profile.attention))
     needs = ptq.needs(profile)
     if not needs:
         return None, None

@@ -72,6 +72,8 @@ def why_not_streamed(design: StudentDesign, init: Initializer, *, name: str) -> 
         return "the training method starts from the whole student; write method=qvgen, kd or lsq"
     if design.activation_switch is not None and design.activation_switch.widths is not None:
         return "activation_switch.widths are added to a whole student; leave them out"
+    if design.profile.attention is not None and design.profile.attention.is_searched:
+        return "forms of attention are chosen by what a whole model samples; write true or false in place of auto"
     if design.profile.attention is not None and design.profile.attention.clips:
         return "learned clips of attention are in no file of the model's; write profile.attention=int8, without clips"
     return None

@@ -9,7 +9,7 @@ from qvgen.config.schema import TrainConfig
 from qvgen.errors import UserError
 from qvgen.training.student_check import why_not_streamed
 from qvgen.verbs._exports import refuse_exports
-from qvgen.verbs._parts import sampled_needs, student_design
+from qvgen.verbs._parts import ptq_method, sampled_needs, student_design
 
 
 def without_clips(config: TrainConfig) -> bool:
@@ -34,7 +34,7 @@ def check_low_host_memory(config: TrainConfig) -> None:
     why = None
     if not config.method.quantizes:
         why = f"method={config.names.method} begins with a whole model; leave the key out"
-    elif sampled_needs(config):
+    elif ptq_method(config).needs(config.profile):
         why = f"init={config.names.init} samples the full-precision model; write init=mse or init=rtn"
     elif config.evaluation.every_steps is not None and not (
         config.method.needs_teacher or config.evaluation.video_every_steps is not None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -96,9 +96,12 @@ def ptq_method(config: TrainConfig) -> PTQMethod:
     return PTQMethod(name=config.names.init, init=config.init, calibration=replace(config.calibration, prompts=prompts))
 
 
-def sampled_needs(config: TrainConfig) -> frozenset[Need]:
+def sampled_needs(config: TrainConfig) -> frozenset[Need | Literal["attention"]]:
     """What the run samples of the full-precision model for its PTQ start; empty: nothing."""
-    return ptq_method(config).needs(config.profile)
+    attention: frozenset[Literal["attention"]] = frozenset()
+    if config.profile.attention is not None and config.profile.attention.is_searched:
+        attention = frozenset({"attention"})
+    return ptq_method(config).needs(config.profile) | attention
 
 
 def sampled_teacher(config: TrainConfig, transformer: nn.Module, *, encode: Encode) -> SampledTeacher:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import qvgen
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_profile
+from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.attention_swap import attention_records, packed_attentions
 from qvgen.layers.swap import packed_layers, quantized_layers
 
@@ -214,6 +215,34 @@ def test_heads_that_no_kernel_has_are_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"refiner_blocks.0.attn: head_size=10 must be a multiple of 4"):
         qvgen.prepare(model, profile=attentive(), init="rtn")
     assert not quantized_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_forms_of_attention_are_chosen_by_what_the_caller_runs(tmp_path: Path) -> None:
+    model, inputs = make("ltx")
+    profile, calls = attentive(rotation="auto"), []
+    with torch.no_grad():
+        for block in model.transformer_blocks[1:]:
+            block.attn1.norm_k.weight[::16] *= 30.0  # one column of every head
+    batch = inputs(torch.Generator().manual_seed(0))
+
+    def calibrate(given: nn.Module) -> None:
+        calls.append(call(given, batch))
+
+    config = qvgen.PrepareConfig(profile=profile, initializer=RoundToNearest(), include=["*.to_q"])
+    for keys in ({"config": config}, {"profile": profile, "init": "rtn"}):
+        with pytest.raises(
+            ValueError, match=r"rotation=auto, which calibration chooses; pass .*, or write true or false"
+        ):
+            qvgen.prepare(model, **keys)
+    qvgen.prepare(model, profile=profile, init="rtn", calibrate=calibrate)
+    assert len(calls) == 1
+    found = {entry["name"]: entry["rotation"] for entry in attention_records(model)}
+    assert found["transformer_blocks.1.attn1"]
+    qvgen.fold(model)
+    qvgen.save_packed(model, tmp_path)
+    loaded = packed_attentions(qvgen.load_packed(tmp_path))
+    assert {name: product.form.rotation for name, product in loaded.items()} == found
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")

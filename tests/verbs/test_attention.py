@@ -41,10 +41,16 @@ def test_the_tiny_models_videos_are_those_of_its_student(tmp_path: Path) -> None
     assert video.read_bytes() == of_the_run.read_bytes()
 
 
-def test_a_cogvideox_folder_is_packed_and_sampled(tmp_path: Path) -> None:
+def test_a_cogvideox_folder_is_packed_and_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_cogvideox_folder(tmp_path / "model", "2b")
     keys = [*tiny_keys("cogvideox", folder), "logger=csv", "evaluation.samples=0", "init=rtn", "bits=w4a8"]
-    assert main(["ptq", *keys, INT8, f"run_dir={tmp_path / 'run'}"]) == DONE
+    keys += [f"calibration.cache={tmp_path / 'cache'}", "calibration.videos=1", "calibration.steps=1"]
+    keys += ["profile.attention={kind:int8,smooth_key:auto,rotation:auto}", f"run_dir={tmp_path / 'run'}"]
+    assert main(["ptq", *keys, "dry_run=true"]) == DONE
+    assert "calibration: attention from 1 videos of 1 steps" in capsys.readouterr().out
+    assert main(["ptq", *keys]) == DONE
+    (errors,) = (tmp_path / "cache").glob("attention-*.json")
+    assert [len(of) for of in json.loads(errors.read_text()).values()] == [4, 4]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     loaded = load_packed(tmp_path / "run" / "packed")
     assert report["attentions_quantized"] == list(packed_attentions(loaded))
@@ -79,6 +85,11 @@ def test_profiles_of_other_runtimes_refuse_it(profile: str, tmp_path: Path, caps
         (["profile.attention={kind:int8,rotate:true}"], "profile.attention.rotate"),
         (["profile.attention={kind:none,clips:true}"], "options of an attention that is not quantized"),
         (["profile.attention={kind:int8,clips:1}"], "profile.attention.clips"),
+        (["profile.attention={kind:int8,clips:auto}"], "profile.attention.clips='auto' is neither true nor false"),
+        (
+            ["profile.attention={kind:int8,rotation:some}"],
+            "profile.attention.rotation='some' is neither true, false nor auto",
+        ),
         (["profile.attention={kind:int8,include:[encoder.*]}"], "matches none of the 6 attentions"),
         ([INT8, "export=comfy", "profile=paper"], "computes attention in floating point, and blocks.0.attn1"),
     ],
@@ -99,6 +110,15 @@ def test_what_has_no_meaning_is_one_line(
         (
             ["profile.attention={kind:int8,clips:true}", "strategy=fsdp", "devices=2", "strategy.low_host_memory=true"],
             "learned clips of attention are in no file",
+        ),
+        (
+            [
+                "profile.attention={kind:int8,rotation:auto}",
+                "strategy=fsdp",
+                "devices=2",
+                "strategy.low_host_memory=true",
+            ],
+            "forms of attention are chosen by what a whole model samples; write true or false in place of auto",
         ),
     ],
 )

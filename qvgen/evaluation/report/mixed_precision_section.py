@@ -147,6 +147,7 @@ def section_json(allocation: Allocation | None) -> dict[str, Any] | None:
         "weight_bytes": allocation.weight_bytes,
         "metrics": dict(allocation.metrics),
         "measurements": len(allocation.sensitivities),
+        **({"attention": dict(allocation.attention)} if allocation.attention else {}),
         "units": [
             {
                 "group": unit.group,

@@ -4,6 +4,8 @@
     sensitivities  :mod:`qvgen.training.mixed_precision.sensitivity`
     allocation     :mod:`qvgen.quant.bit_allocation`: weights and activations apart, each under its own budget
 
+Attentions in 8 bits have a budget of their own (:mod:`.attention_budget`).
+
 Cost of weights: mean bits that run, or with ``init.weights_mib`` bytes as they are packed (6 bits lie in a byte; two widths
 are two sets of codes). Cost of activations: bits of the values that are quantized in the sampled videos. Groups without a
 metric of their own, and the split between groups, go by the output error: mean squared change of the sampled videos.
@@ -23,6 +25,7 @@ from qvgen.errors import UserError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Allocation, Key, combined_scores
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.bit_budget import BitBudget
+from qvgen.layers.attention_swap import attention_forms
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import quantized_layers, select_linears
@@ -32,7 +35,14 @@ from qvgen.quant.bit_allocation import SideProblem, constant_widths, windowed_wi
 from qvgen.quant.grid import Profile
 from qvgen.quant.packing import plane_shapes
 from qvgen.quant.width_table import WidthTable
+from qvgen.training.attention_choice import chosen_attentions
 from qvgen.training.calibration import CalibratedModel
+from qvgen.training.mixed_precision.attention_budget import (
+    allocate_attentions_,
+    check_attention_budget,
+    measure_attentions,
+    wanted_attentions,
+)
 from qvgen.training.mixed_precision.group_metric import GroupMetrics
 from qvgen.training.mixed_precision.sensitivity import Measured, SensitivityMeasurement, Side, Wanted, with_bits
 from qvgen.training.student_design import StudentDesign
@@ -63,6 +73,7 @@ def allocate_bits_(
     measurement = SensitivityMeasurement(teacher=teacher, init=init, profile=profile, statistics=statistics)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     allocation = allocate_budget(init, wanted, measurement.measure(wanted), profile=profile, shapes=shapes)
+    allocation = allocate_attentions_(student, measurement, allocation)
     for name, bits in allocation.bits.items():
         give_bits_(layers[name], bits, window_of_band=allocation.window_of_band)
     for side, mean in allocation.mean_bits.items():
@@ -75,7 +86,10 @@ def measure_share(init: BitBudget, *, profile: Profile, teacher: SampledTeacher,
     family = teacher.family
     names = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
     wanted = wanted_measurements(init, names, profile=profile, family=family)
-    SensitivityMeasurement(teacher=teacher, init=init, profile=profile, statistics=statistics).measure(wanted)
+    measurement = SensitivityMeasurement(teacher=teacher, init=init, profile=profile, statistics=statistics)
+    measurement.measure(wanted)
+    if init.mean_attention_bits is not None:
+        measure_attentions(measurement, chosen_attentions(teacher, statistics.calibration, profile.attention))
 
 
 def give_bits_(layer: FakeQuantLinear, bits: Mapping[int, tuple[int, int]], *, window_of_band: Sequence[int]) -> None:
@@ -106,6 +120,7 @@ def check_mixed_precision(init: BitBudget, names: Sequence[str], *, design: Stud
             f"init.weight_windows={list(init.weight_windows)} gives layers two sets of weights, and Phi makes up for the "
             "loss of one; use method=lsq or qvgen ptq"
         )
+    check_attention_budget(init, has_attention=design.profile.attention is not None)
     wanted = wanted_measurements(init, names, profile=design.profile, family=family)
     GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
 
@@ -147,6 +162,11 @@ def plan_measurements(init: BitBudget, *, profile: Profile, family: Any) -> str:
     wanted = wanted_measurements(init, names, profile=profile, family=family)
     groups = {unit.group: sum(other.group == unit.group for other in wanted.units) for unit in wanted.units}
     count, steps = sum(1 for _ in wanted.keys(init.windows)), sampling_steps(family, init.steps)
+    if init.mean_attention_bits is not None:
+        attentions = attention_forms(skeleton, profile.attention, quantized=names)
+        units = wanted_attentions(list(attentions), family=family).units
+        groups[f"attention in {len(units)} blocks"] = len(units)
+        count += len(units)
     return (
         f"sensitivity: {count} measurements ({', '.join(f'{n} of {group}' for group, n in groups.items())}; "
         f"{init.windows} windows and all at once), each samples {init.videos} videos of {steps} steps"

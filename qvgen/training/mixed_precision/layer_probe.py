@@ -2,6 +2,7 @@
 
     weights       y = H (x m) Q(W')^T + bias      the layer's own coordinates: x' = H (x m), W' = H (W / m)
     activations   y = Q(H (x m)) W'^T + bias
+    attention     softmax(q k^T) v with 8-bit integers, in all windows (kernels/attention.md)
 
 Forward hooks replace the Linears' outputs for samples whose timestep lies in the window; all else stays as it is.
 """
@@ -9,7 +10,7 @@ Forward hooks replace the Linears' outputs for samples whose timestep lies in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 from qvgen.evaluation.distance import RelativeError
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS
+from qvgen.layers.attention_trial import attending
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import row_grid, row_qparams, to_grid_input
 from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.quant_attention import AttentionProduct
 from qvgen.quant.affine import fake_quantize
 
-Side = Literal["weight", "activation"]
+Side = Literal["weight", "activation", "attention"]
 
 
 class LayerProbe:
@@ -59,6 +62,10 @@ class LayerProbe:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def attending(self, products: Mapping[str, AttentionProduct]) -> AbstractContextManager[None]:
+        """Let attentions compute by these products in all windows, by their names, as long as the context lasts."""
+        return attending(self._model, products, active=lambda: not self._paused)
 
     def _hook(self, product: Callable[[Tensor], Tensor], window: int) -> Callable[..., Tensor | None]:
         def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
 """How much every unit of layers suffers from every bit-width: one measurement for each, kept as they come.
 
 One side (weights or activations) of one unit (one group in one block) is quantized at a time, in one window of timesteps and
-once in all of them, all else in full precision. Measured is
+once in all of them, all else in full precision. Attentions are a third side (:mod:`.attention_budget`). Measured is
 
     output_error   mean squared change of the videos that are sampled so, pixels in [0, 1]
     scores         the group's own metrics of those videos (:mod:`qvgen.evaluation.damage`); without a text-image model for
@@ -20,12 +20,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qvgen.data.claims import Claims
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
@@ -41,10 +42,11 @@ from qvgen.layers.noise_window import band_windows
 from qvgen.models.few_step import own_timesteps, sampling_steps
 from qvgen.quant.grid import Profile
 from qvgen.training.calibration import CalibratedModel
-from qvgen.training.mixed_precision.group_metric import OUTPUT, GroupMetrics
+from qvgen.training.mixed_precision.group_metric import GroupMetrics
 from qvgen.training.mixed_precision.layer_probe import LayerProbe, Side
+from qvgen.training.mixed_precision.probe_session import Session
 from qvgen.training.mixed_precision.shared_rows import SharedRows
-from qvgen.training.mixed_precision.trajectory import Call, Sampling, record, sampling_of
+from qvgen.training.mixed_precision.trajectory import Sampling, record, sampling_of
 from qvgen.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ FORMAT = 3
 
 SEED_OFFSET = 20_000
 """Videos of the measurements have other noise than those of the calibration and those that are compared."""
+
+
+Quantizing = Callable[[LayerUnit, int, Side, int], AbstractContextManager[None]]
+"""Gives the context in which bits of one side of a unit are quantized in a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,61 +82,6 @@ class Wanted:
                 for side in self.widths:
                     if bits in self.widths[side]:
                         yield from ((unit, bits, side, window) for window in places)
-
-
-@dataclass(kw_only=True)
-class Session:
-    """A full-precision model that is measured: what it did while sampling, and hooks to quantize parts of it.
-
-    Attributes:
-        model: Full precision, where it computes.
-        probe: Hooks on it.
-        sampling: What was sampled.
-        calls: The transformer's calls.
-        call_windows: Window of each.
-        videos: uint8 [B, F, H, W, 3].
-        metrics: Of the groups.
-    """
-
-    model: nn.Module
-    probe: LayerProbe
-    sampling: Sampling
-    calls: Sequence[Call]
-    call_windows: Sequence[int]
-    videos: Tensor
-    metrics: GroupMetrics
-
-    def __post_init__(self) -> None:
-        damages = {
-            damage.key: damage
-            for metrics in self.metrics.of.values()
-            for damage in metrics.values()
-            if damage is not None
-        }
-        self._judges = {key: damage.against(self.videos, self.sampling.captions) for key, damage in damages.items()}
-
-    def measure(
-        self, unit: LayerUnit, layers: Mapping[str, FakeQuantLinear], *, side: Side, window: int
-    ) -> tuple[float, dict[str, float]]:
-        """Output error and scores of one quantization."""
-        with self.probe.quantizing(layers, side=side, window=window):
-            videos = self.sampling.videos(self.model)
-            error = float((videos.double() - self.videos.double()).square().mean()) / 255**2
-            scores = {}
-            for name, damage in self.metrics.of[unit.group].items():
-                if damage is not None:
-                    scores[name] = self._judges[damage.key](videos)
-                else:
-                    scores[name] = error if name == OUTPUT else self._attention_change(unit, window)
-        return error, scores
-
-    def _attention_change(self, unit: LayerUnit, window: int) -> float:
-        """Relative change of the attention's output on the full-precision model's own calls."""
-        with self.probe.output_change(unit.module) as change:
-            for call, place in zip(self.calls, self.call_windows, strict=True):
-                if window in (place, ALL_WINDOWS):
-                    call.again(self.model)
-        return change.compute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +140,7 @@ class SensitivityMeasurement:
             len(keys), len(wanted.units), init.windows, len(keys) - missing, init.videos, steps,
             ", ".join(f"{group} by {name}" for group, name in metrics.names.items()),
         )  # fmt: skip
-        names = [name for unit in wanted.units for name in unit.layers]
+        names = self.watched(wanted)
         band = step_bands(num_bands, own_timesteps(self.teacher.family))
         handle = watch_timestep(transformer, band)
         try:
@@ -205,6 +156,7 @@ class SensitivityMeasurement:
                     videos=videos,
                     metrics=metrics,
                 )
+                values = self.sizes(session, wanted)
                 with Claims(store.path.parent, key="calibration.cache") as claims:
                     shared = SharedRows(store, claims)
                     for row in self._rows(session, keys, shared=shared, band=band):
@@ -215,7 +167,7 @@ class SensitivityMeasurement:
             rows={_row_key(*key): shared.rows[_row_key(*key)] for key in keys},
             window_of_band=windows,
             window_calls=tuple(session.call_windows.count(window) for window in range(init.windows)),
-            values={name: sum(call.values.get(name, 0) for call in calls) for name in names},
+            values=values,
             metrics=metrics.names,
         )
 
@@ -230,14 +182,13 @@ class SensitivityMeasurement:
         """Measure what neither is known nor measured by another process."""
         places = {_row_key(*key): key for key in keys}
         missing = [key for key in places if key not in shared.rows]
-        built, layers = None, {}
+        quantizing = self.quantizer(session, band)
         turns = shared.missing(missing)
         bar = progress_bar(turns, desc="sensitivity", unit="measurement", total=len(missing)) if missing else turns
         for unit, bits, side, window in map(places.__getitem__, bar):
-            if built != (unit.name, bits):
-                built, layers = (unit.name, bits), self.layers(unit, bits, band)
+            quantized = quantizing(unit, bits, side, window)
             began = time.monotonic()
-            error, scores = session.measure(unit, layers, side=side, window=window)
+            error, scores = session.measure(unit, quantized, window=window)
             yield Sensitivity(
                 group=unit.group,
                 block=unit.block,
@@ -248,6 +199,26 @@ class SensitivityMeasurement:
                 scores=scores,
                 seconds=round(time.monotonic() - began, 4),
             )
+
+    def watched(self, wanted: Wanted) -> list[str]:
+        """Linears whose inputs are counted while the full-precision model samples."""
+        return [name for unit in wanted.units for name in unit.layers]
+
+    def sizes(self, session: Session, wanted: Wanted) -> dict[str, int]:
+        """What of each of the units' modules is quantized: values in a Linear's input over all calls."""
+        return {name: sum(call.values.get(name, 0) for call in session.calls) for name in self.watched(wanted)}
+
+    def quantizer(self, session: Session, band: NoiseBand) -> Quantizing:
+        """Makes the context of a measurement; a unit's layers are made once for all that follow each other."""
+        made: dict[tuple[str, int], dict[str, FakeQuantLinear]] = {}
+
+        def quantizing(unit: LayerUnit, bits: int, side: Side, window: int) -> AbstractContextManager[None]:
+            if (unit.name, bits) not in made:
+                made.clear()
+                made[unit.name, bits] = self.layers(unit, bits, band)
+            return session.probe.quantizing(made[unit.name, bits], side=side, window=window)
+
+        return quantizing
 
     def layers(self, unit: LayerUnit, bits: int, band: NoiseBand) -> dict[str, FakeQuantLinear]:
         """The unit's layers, set up by the method with both sides at so many bits."""
@@ -263,12 +234,16 @@ class SensitivityMeasurement:
             start_clips_(made, (), statistics=self.statistics)
         return made
 
+    def own_key(self) -> list[Any]:
+        """What decides the values of rows beside the settings that all measurements have."""
+        return []
+
     def _path(self, metrics: GroupMetrics, sampling: Sampling) -> Path:
         """A file of rows for all that decides their values."""
         init, profile = self.init, with_bits(self.profile, (8, 8)).to_dict()
         parts = [
-            FORMAT, self.statistics.key, profile, init.alpha, init.seed, sampling.captions, sampling.seeds, init.steps,
-            init.windows, self.teacher.family.guidance_scale,
+            FORMAT, *self.own_key(), self.statistics.key, profile, init.alpha, init.seed, sampling.captions,
+            sampling.seeds, init.steps, init.windows, self.teacher.family.guidance_scale,
             metrics.keys, sampling.negatives, *sampling.images(),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

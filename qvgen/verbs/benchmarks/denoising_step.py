@@ -4,11 +4,12 @@ Everything is bfloat16, or float32 where this processor has no bfloat16: what it
 
 The transformer has its full width, random weights and ``blocks`` of its blocks; a call is measured by block and the blocks'
 time counts for as many as the whole model has (every block does the same work), the rest once. The packed model is what
-users load: prepared, folded, written and read back. Each round calls every variant once, one after the other; medians.
+users load: prepared, folded, written and read back. With ``profile.attention=int8`` there is one more of each width, whose
+attention computes in 8 bits beside the packed Linears. Each round calls every variant once, one after the other; medians.
 
-One more call of each runs under torch's profiler, which says what linears, attention and norms take of it, and one with
-every tensor followed, for the peak of activations. How much of the linears is the quantization of inputs is measured
-apart: a packed layer of 32 outputs, called with the rows and columns of each call.
+One more call runs under torch's profiler, for what linears, attention and norms take of it, and one with every tensor
+followed, for the peak of activations. What of the linears is the quantization of inputs is measured apart: a packed layer of
+32 outputs, called with the rows and columns of each call.
 
 Time is the process's CPU time with one thread and wall time with more.
 """
@@ -28,18 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from qvgen.config.bits import Bits
 from qvgen.config.schema import TrainConfig
 from qvgen.config.verb_schema import BenchmarkConfig
 from qvgen.deploy.checkpoint import load_timed, save_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE
 from qvgen.deploy.merged_linear import MergedPackedLinear
+from qvgen.deploy.on_the_fly import OPEN_ATTENTION
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import fold, packed_layers
 from qvgen.models.base import example_condition
+from qvgen.quant.grid import Profile
 from qvgen.training.meta_model import num_blocks
 from qvgen.training.planning.live_bytes import LiveBytes
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel
@@ -49,17 +51,19 @@ from qvgen_kernels.weight import plane_shapes
 
 _PARTS = {
     "linears": ("qvgen::packed_linear", "qvgen::fused_linear", "aten::linear"),
-    "attention": ("aten::scaled_dot_product_attention",),
+    "attention": ("aten::scaled_dot_product_attention", "qvgen::attention"),
     "norms": ("aten::layer_norm", "aten::rms_norm"),
 }
 """Part -> the operators whose time it is; none of them calls another. The steps before a packed layer are its own time."""
 
-_QUANTIZER_OUTPUTS = 32
+_QUANTIZER_OUTPUTS, _ATTENTION = 32, ", int8 attention"
 
 
 def step_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """One row per number of threads and variant; ``done`` holds ``(threads,)`` of those that are left out."""
-    run = config.run
+    run, attention = config.run, config.run.profile.attention
+    if attention is not None and attention.is_searched:
+        raise ValueError(f"{OPEN_ATTENTION}; a benchmark of random weights has none, write true or false")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(run.seed)
         source = run.model.build({**run.model.transformer_config, "num_layers": config.blocks}).eval()
@@ -67,10 +71,12 @@ def step_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> I
         call = _Call(run, dtype)
         variants: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
         for width in config.widths:
-            variants[width.label] = _packed(source, run, width, dtype)
+            profile = profile_of(run.profile, width)
+            variants[width.label] = _packed(source, run, replace(profile, attention=None), dtype)
+            if attention is not None:
+                variants[f"{width.label}{_ATTENTION}"] = _packed(source, run, profile, dtype)
         size = sum(dtype.itemsize * p.numel() for p in source.parameters())
-        variants[_name(dtype)] = source.to(dtype), {"bytes": size}
-        before = torch.get_num_threads()
+        variants[_name(dtype)], before = (source.to(dtype), {"bytes": size}), torch.get_num_threads()
         try:
             for threads in (number for number in config.threads if (number,) not in done):
                 torch.set_num_threads(threads)
@@ -98,25 +104,24 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _packed(
-    source: nn.Module, config: TrainConfig, width: Bits, dtype: torch.dtype
+    source: nn.Module, config: TrainConfig, profile: Profile, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A packed model of the source's weights, read back from its directory, and what that took."""
     model = type(source).from_config(source.config)
     model.load_state_dict(source.state_dict())
     patterns = {"include": config.model.include, "exclude": config.model.exclude}
-    prepare(model, PrepareConfig(profile=profile_of(config.profile, width), initializer=RoundToNearest(), **patterns))
+    prepare(model, PrepareConfig(profile=profile, initializer=RoundToNearest(), **patterns))
     fold(model, kernel=config.kernel)
     with tempfile.TemporaryDirectory() as folder:
         save_packed(model, folder)
         size = (Path(folder) / WEIGHTS_FILE).stat().st_size
         loaded, seconds = load_timed(folder, kernel=config.kernel)
-    kernels = sorted({layer.prepack_() for layer in list(packed_layers(loaded).values())[:1]})
     facts = {
         "bytes": size,
         "load_s": seconds.wall,
         "load_s_per_gb": seconds.wall / size * 1e9,
         "load_cpu_s": {part: getattr(seconds, part) for part in PARTS},
-        "kernel": kernels[0],
+        "kernel": next(iter(packed_layers(loaded).values())).prepack_(),
     }
     return loaded.to(dtype), facts
 
@@ -150,10 +155,6 @@ def _measure(
         }
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
-
-
 def _timed(model: nn.Module, call: _Call, *, clock: Callable[[], float], scale: float) -> dict[str, float]:
     """Seconds of a call as it ran, of its blocks, and of the whole model."""
     inside = 0.0
@@ -163,8 +164,9 @@ def _timed(model: nn.Module, call: _Call, *, clock: Callable[[], float], scale: 
         nonlocal inside
         inside += clock() - began.pop()
 
-    handles = [block.register_forward_pre_hook(lambda *_: began.append(clock())) for block in _blocks(model)]
-    handles += [block.register_forward_hook(leave) for block in _blocks(model)]
+    blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+    handles = [block.register_forward_pre_hook(lambda *_: began.append(clock())) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
     first = clock()
     call(model)
     total = clock() - first
@@ -258,9 +260,8 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         return f"| {' | '.join(cells)} |"
 
     first = rows[0]
-    parts = [f"{part}" for part in first["shares"]]
     columns = [
-        "model", "threads", "step s", f"times {full}", *parts, "quantizing", "activations GiB", "weights MiB",
+        "model", "threads", "step s", f"times {full}", *first["shares"], "quantizing", "activations GiB", "weights MiB",
         "load s (per GB)", f"CPU s of loading: {', '.join(PARTS)}",
     ]  # fmt: skip
     kernels = sorted({row["kernel"] for row in rows if "kernel" in row})
@@ -283,13 +284,15 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
 
 def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
-    variants = ", ".join(["unquantized", *(width.label for width in config.widths)])
+    ends = ("",) if config.run.profile.attention is None else ("", _ATTENTION)
+    variants = ", ".join(["unquantized", *(f"{width.label}{end}" for width in config.widths for end in ends)])
     return f"denoising_step of {config.run.names.model}, {config.blocks} blocks: {variants}"
 
 
 def _subject(config: BenchmarkConfig) -> str:
     """The model, the frames, since attention's share grows with them, and the processor's kernel."""
-    return f"{config.run.names.model}-{config.run.model.num_frames}-frames-{cpu_kernel()}"
+    attention = "" if config.run.profile.attention is None else "-int8-attention"
+    return f"{config.run.names.model}-{config.run.model.num_frames}-frames{attention}-{cpu_kernel()}"
 
 
 BENCHMARK = Benchmark(

@@ -100,14 +100,19 @@ def test_a_training_step_is_cut_into_its_parts(tmp_path: Path) -> None:
 
 
 def test_a_denoising_step_is_cut_into_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["what=denoising_step", "widths=[4,w3a8]", "timed_steps=2", "blocks=2", f"out={tmp_path}", "logger=csv"]
-    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    keys = ["what=denoising_step", "widths=[4]", "timed_steps=2", "blocks=2", f"out={tmp_path}", "logger=csv"]
+    assert main(["benchmark", *keys, "widths=[4,w3a8]", "dry_run=true"]) == 0
     assert "denoising_step of tiny, 2 blocks: unquantized, 4, w3a8" in capsys.readouterr().out
+    assert main(["benchmark", *keys, "profile.attention={kind:int8,rotation:auto}"]) == 2
+    assert "auto, which calibration chooses; a benchmark of random weights has none" in capsys.readouterr().err
+    keys.append("profile.attention=int8")
+    assert main(["benchmark", *keys, "dry_run=true"]) == 0
+    assert "denoising_step of tiny, 2 blocks: unquantized, 4, 4, int8 attention" in capsys.readouterr().out
     assert main(["benchmark", *keys]) == 0
-    (page,) = tmp_path.glob("denoising-step-tiny-8-frames-*.md")  # at its end the kernel
+    (page,) = tmp_path.glob("denoising-step-tiny-8-frames-int8-attention-*.md")  # at its end the kernel
     rows = {row["variant"]: row for row in json.loads(page.with_suffix(".json").read_text())["rows"]}
     full = "bfloat16" if fast_bfloat16() else "float32"
-    assert set(rows) == {"4", "w3a8", full}
+    assert set(rows) == {"4", "4, int8 attention", full}
     for name, row in rows.items():
         assert (row["tokens"], row["blocks_run"], row["blocks"]) == (128, 2, 3)
         assert row["step_s"] == pytest.approx(row["measured_s"] + row["measured_blocks_s"] / 2, rel=0.5)
