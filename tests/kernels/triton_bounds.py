@@ -83,7 +83,7 @@ class Launch:
         for start, end, writers, readers in self.blocks:
             here = live[(live >= start) & (live < end)] - start
             if here.size:
-                self._note(np.unique(here), writers, readers, program=program, writes=writes)
+                self._note(here, writers, readers, program=program, writes=writes)
 
     @staticmethod
     def _note(here: np.ndarray, writers: np.ndarray, readers: np.ndarray, *, program: int, writes: bool) -> None:
