@@ -7,7 +7,8 @@ element. Elsewhere the interpreter reads and writes whatever lies there.
 
 Races: programs of a grid run in any order on a card and here one after the other. So an element, known by its first byte,
 that one program writes and another one reads or writes in the same launch is an error, whatever the values are. No kernel has
-atomic operations, and of the warps of one program the interpreter has no notion.
+atomic operations, and of the warps of one program the interpreter has no notion. PyPI's ttsem 0.1.0 looks for both in
+Triton's IR, but wants Python 3.12 and Triton 3.8.
 """
 
 from __future__ import annotations
