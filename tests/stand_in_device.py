@@ -7,6 +7,9 @@ tensor, which not every device has; reading a value back (item, bool, nonzero), 
 ``reading_allowed()``, or ``noted_reads()``, which says who does it. Copies between devices have to be asked for (``to``,
 ``copy_``); torch.tensor(..., device=...) is an error too, as it hides one.
 
+With ``late_copies()`` the device has streams, and a copy that is begun on one without waiting arrives when that stream is
+waited for; until then its bytes are wrong.
+
 The device is torch's PrivateUse1, set up for Python. Arithmetic is the CPU's, so results are compared to the bit.
 It has no autocast, and FakeTensorMode and torch.compile do not know it.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
+from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,6 +129,8 @@ def _run(func, args, kwargs):
         plain["device"] = torch.device("cpu") if target.type == NAME else target
     inner_args, inner = _changed((args, plain), lambda leaf: leaf.elem if isinstance(leaf, StandIn) else leaf)
     result = func(*inner_args, **inner)
+    if func is _aten._to_copy.default and not here and kwargs.get("non_blocking"):
+        _delay(result)
     if func is _aten.copy_.default:
         return args[0]
     leaves_here = target.type == NAME if target is not None else True
@@ -133,6 +139,15 @@ def _run(func, args, kwargs):
             if leaf.elem is result:
                 return leaf
     return _changed(result, lambda leaf: _wrapped(leaf, func)) if leaves_here else result
+
+
+def _delay(made):
+    """Let the bytes of a copy arrive when the current stream is waited for."""
+    stream = _Module.current_stream()
+    if stream is not None and made.ndim:
+        values = made.clone()
+        made.view(torch.uint8).fill_(127)  # as numbers huge, as codes wrong
+        stream.copies.append((made, values))
 
 
 def _note_read(func):
@@ -155,8 +170,35 @@ def _wrapped(leaf, func):
     return StandIn(leaf)
 
 
+class Stream:
+    """Work that is not done before it is waited for; here only copies to the device are late."""
+
+    def __init__(self):
+        self.copies = []
+
+    def synchronize(self):
+        for made, values in self.copies:
+            made.copy_(values)
+        self.copies.clear()
+
+
 class _Module:
     """What torch asks a device's module for; outside of the context there is no such device."""
+
+    streams: ClassVar[list[Stream]] = []
+
+    @classmethod
+    def current_stream(cls):
+        return cls.streams[-1] if cls.streams else None
+
+    @classmethod
+    @contextlib.contextmanager
+    def stream(cls, stream):
+        cls.streams.append(stream)
+        try:
+            yield
+        finally:
+            cls.streams.pop()
 
     @staticmethod
     def is_available():
@@ -253,6 +295,19 @@ def stand_in_device(*, float64=False):
             yield torch.device(NAME, 0)
     finally:
         _state.update(inside=False, float64=False)
+
+
+@contextlib.contextmanager
+def late_copies():
+    """Inside, the device has streams, and the CPU memory that is pinned for them, which is no other here."""
+    torch.Tensor.pin_memory, StandIn.record_stream = (lambda tensor: tensor), (lambda tensor, stream: None)
+    _Module.Stream = Stream
+    _Module.streams.append(Stream())
+    try:
+        yield
+    finally:
+        _Module.streams.clear()
+        del torch.Tensor.pin_memory, StandIn.record_stream, _Module.Stream
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from qvgen.config.leaf_class import find_class
-from qvgen.config.leaf_file import leaf_names, leaf_target, read_leaf, users_targets
+from qvgen.config.leaf_file import leaf_names, read_leaf, users_targets
 from qvgen.config.leaves import build_leaf
 from qvgen.config.override import parse_override
 from qvgen.config.schema import TrainConfig
@@ -47,7 +46,10 @@ def with_profile(verb: str, words: Sequence[str]) -> list[str]:
     named = {override.key_or_group for override in _overrides(kept)}
     if not targets or named & {"profile", "experiment"}:
         return kept
-    profiles = {name: found for name in targets if (found := _profiles(name))}
+    keys = {
+        override.key_or_group: override.value() for override in _overrides(kept) if not override.is_sweep_override()
+    }
+    profiles = {name: found for name in targets if (found := _profiles(name, keys))}
     if not profiles:
         return kept
     common = [name for name in next(iter(profiles.values())) if all(name in found for found in profiles.values())]
@@ -75,23 +77,24 @@ def build_exports(config: TrainConfig, *, trusted: Collection[str]) -> dict[str,
         return {}
     if len(names) == 1:
         return {names[0]: build_leaf(section, key=GROUP, trusted=trusted)}
-    keys = [override.key_or_group for override in _overrides(config.typed)]
-    typed = [key.removeprefix(f"{GROUP}.") for key in keys if key.startswith(f"{GROUP}.")]
-    built = {}
-    for name in names:
-        spec = read_leaf(GROUP, name)
-        spec |= {key: section[key] for key in typed if key in spec and key != "_target_"}
-        built[name] = build_leaf(spec, key=GROUP, trusted=users_targets(GROUP, name))
-    return built
+    typed = [override.key_or_group for override in _overrides(config.typed)]
+    values = {f"{GROUP}.{key}": value for key, value in section.items() if f"{GROUP}.{key}" in typed}
+    return {name: _with_keys(name, values) for name in names}
+
+
+def _with_keys(name: str, values: Mapping[str, Any]) -> Any:
+    """A target's object with those of some values (by ``export.KEY``) that its file has keys for."""
+    spec = read_leaf(GROUP, name)
+    own = {key: values[f"{GROUP}.{key}"] for key in spec if f"{GROUP}.{key}" in values and key != "_target_"}
+    return build_leaf({**spec, **own}, key=GROUP, trusted=users_targets(GROUP, name))
 
 
 def _overrides(words: Sequence[str]) -> list[Override]:
     return [parse_override(word) for word in words if not word.startswith("-") and "=" in word]
 
 
-def _profiles(name: str) -> tuple[str, ...]:
-    """Profiles that are trained for a target; none for one that takes them all."""
+def _profiles(name: str, keys: Mapping[str, Any]) -> tuple[str, ...]:
+    """Profiles that are trained for a target with its keys; none for one that takes them all."""
     if name not in (names := leaf_names(GROUP)):
         raise UserError(f"unknown export={name}{did_you_mean(name, names)} (there are: {', '.join(names)})")
-    found = find_class(str(leaf_target(GROUP, name)), key=GROUP, is_users=bool(users_targets(GROUP, name)))
-    return tuple(getattr(found, "profiles", ()))
+    return tuple(getattr(_with_keys(name, keys), "profiles", ()))

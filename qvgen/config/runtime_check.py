@@ -39,9 +39,11 @@ def check_runtime(profile: Profile, *, additions: Iterable[str] = (), init: str 
     if runtime is None:
         return
     for key, (wanted, given) in _changed_options(profile).items():
+        having = [name for name in leaf_names("profile") if _offers(name, bits, key, given)]
+        instead = f", choose profile={' or '.join(having)}" if having else ""
         raise UserError(
             f"profile={profile.name} is for {runtime.name}, which computes with {key}={wanted}, not {given}; leave "
-            f"profile.{key} out, or add profile.runtime=null to keep the grid for qvgen's own kernels"
+            f"profile.{key} out{instead}, or add profile.runtime=null to keep the grid for qvgen's own kernels"
         )
     missing = [name for name in additions if name not in runtime.additions]
     if profile.attention is not None and "attention" not in runtime.additions:
@@ -86,6 +88,14 @@ def _options(profile: Profile) -> dict[str, Any]:
         f"{side}.{key}": value for side in ("weight", "activation") for key, value in profile.to_dict()[side].items()
     }
     return sides | {"rotation": (profile.rotation_kind, *(profile.rotations or (profile.rotation,)))}
+
+
+def _offers(name: str, bits: tuple[int, int], key: str, value: Any) -> bool:
+    """Whether a profile takes these bits with an option: one without a runtime any, others the value of their file."""
+    if not _takes(name, bits, ()):
+        return False
+    plain = load_profile(name, Bits(weight=bits[0], activation=bits[1]))
+    return plain.runtime is None or _options(plain).get(key) == value
 
 
 def _takes(name: str, bits: tuple[int, int], additions: Iterable[str]) -> bool:

@@ -94,11 +94,11 @@ def fits_of(
         )
     if target.needs_original_names and names is None:
         family = (
-            f"{base_name!r} has none: {target.runtime} has no such model"
+            f"qvgen knows none for {base_name!r}; choose a target with diffusers' names (bf16 with export.layout=diffusers)"
             if base_name
             else f"the checkpoint does not say of which family it is; {NO_NAMES}"
         )
-        raise UserError(f"{target.runtime} reads files with the names of the model's own code, and {family}")
+        raise UserError(f"files for {target.runtime} have the names of the model's own code, and {family}")
     fits = {}
     for name, layer in layers.items():
         try:

@@ -134,6 +134,17 @@ def _latte(config: Mapping[str, Any], timestep: float, generator: torch.Generato
     }
 
 
+def _mochi(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    frames, height, width = NUM_PATCHES
+    sizes = frames, height * config["patch_size"], width * config["patch_size"]
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_dim"], generator=generator),
+        "encoder_attention_mask": torch.ones(1, NUM_TEXT_TOKENS),
+        "timestep": torch.tensor([timestep]),
+    }
+
+
 _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor] | None]] = {
     "WanTransformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
@@ -141,4 +152,5 @@ _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "HunyuanVideo15Transformer3DModel": _hunyuan_video_15,
     "LatteTransformer3DModel": _latte,
+    "MochiTransformer3DModel": _mochi,
 }

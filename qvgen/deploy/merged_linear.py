@@ -69,6 +69,13 @@ class MergedPackedLinear(nn.Module):
             part.settle_()
         return name
 
+    def settle_(self, home: torch.device) -> None:
+        """Do what :meth:`PackedLinear.settle_` does, for all parts."""
+        if home != self.parts[0].home:
+            self._prepacked = None
+        for part in self.parts:
+            part.settle_(home)
+
     def _prepack(self) -> str:
         lead = self.parts[0]
         spec = replace(lead.spec, out_features=sum(part.out_features for part in self.parts))

@@ -101,9 +101,26 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """
     if torch.compiler.is_compiling():
         return
+    if (home := group_home(model)) is not None:
+        for module in prepacked_layers(model):
+            module.settle_(home)
     device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if device is not None and device.type != "cpu":
         prepack_layers_([module for module in prepacked_layers(model) if _lacks_copy(module, device)])
+
+
+def group_home(model: nn.Module) -> torch.device | None:
+    """Where diffusers' group offloading keeps a model's tensors between calls; None where it is not on.
+
+    With streams, files on disk and groups of leaves it exchanges tensors without moving modules, so the layers can't see it.
+    """
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            home: torch.device = hook.config.offload_device
+            return home
+    return None
 
 
 def _copies(module: MergedPackedLinear | PackedLinear) -> list[Tensor]:

@@ -57,6 +57,7 @@ class PackedLinear(PackedWeight):
         branch_down, branch_up: buffers bfloat16 [r, K] and [N, r] or None.
         takes_input_steps: ``forward`` takes a :class:`LayerInput`.
         weight_error: |Q(W) - W|^2 / |W|^2 against the master weight that was folded; None if not known.
+        home: Where the tensors stay between calls; meta before any are loaded.
         last_made: Backend of the last copy that was made of the weight, and whether it was for a call alone.
     """
 
@@ -108,7 +109,7 @@ class PackedLinear(PackedWeight):
         # diffusers asks modules for the dtype of their first parameter, which codes do not tell
         self._parameters = {"bias": self._parameters.pop("bias"), **self._parameters}
         self._prepacked: dict[Widths, Prepacked] = {}
-        self._home, self.last_made = self.codes.device, None
+        self.home, self.last_made = self.codes.device, None
 
     @property
     def spec(self) -> LinearSpec:
@@ -175,31 +176,30 @@ class PackedLinear(PackedWeight):
 
     def nbytes(self) -> int:
         """Bytes of all tensors that a checkpoint holds of this layer."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def prepack_(self, widths: Widths | None = None) -> str:
         """Derive the backend's copy of the weight now; the first call of the layer at these widths does it otherwise.
 
-        Returns the name of the backend that runs the layer.
-
-        Raises:
-            ValueError: An unknown kernel.
-            RuntimeError: A kernel that was asked for by name does not run here.
+        Returns the name of the backend; raises what :func:`qvgen_kernels.resolve_kernel` does where it does not run here.
         """
         name = self._prepack(widths or self.form.widths)
         self.settle_()
         return name
 
-    def settle_(self) -> None:
-        """Take it that the tensors stay where they are now; moving or loading them does that by itself."""
-        self._home = self.codes.device
+    def settle_(self, home: torch.device | None = None) -> None:
+        """Take it that the tensors stay where they are, as after moving, or in a home from which each call brings them."""
+        if home is not None and home != self.home:
+            self._prepacked = {}
+        self.home = self.codes.device if home is None else home
 
     @property
     def visits(self) -> bool:
         """Whether the codes are where they are for a call alone, so that no copy of them is to be kept there."""
-        if getattr(getattr(self, "_hf_hook", None), "offload", False):
-            return True  # accelerate takes them away after each call
-        return self._home.type != "meta" and self.codes.device != self._home
+        offload = getattr(getattr(self, "_hf_hook", None), "offload", None)
+        if offload is not None:
+            return bool(offload)  # accelerate takes them away after each call, or has put them there to stay
+        return self.home.type != "meta" and self.codes.device != self.home
 
     def _prepack(self, widths: Widths) -> str:
         spec, source = self._specs[widths], self.weight_of(widths[0])

@@ -58,8 +58,17 @@ def test_a_scale_that_a_runtime_has_in_one_precision_alone_keeps_it() -> None:
     check_runtime(replace(base, weight=replace(base.weight, scale_dtype="float16")))
     with pytest.raises(UserError, match="computes with activation.scale_dtype=float32, not float16"):
         check_runtime(replace(base, activation=replace(base.activation, scale_dtype="float16")))
-    with pytest.raises(UserError, match="computes with weight.scale_dtype=bfloat16, not float32"):
+    with pytest.raises(UserError, match="computes with weight.scale_dtype=bfloat16, not float32.*"
+        "dtype out, choose profile=convrot or int8 or paper, or add"):  # fmt: skip
         check_runtime(replace(base, weight=replace(base.weight, scale_dtype="float32")))
+
+
+def test_a_refused_option_names_the_profiles_that_have_it() -> None:
+    base = profile("convrot", "w4a4")
+    with pytest.raises(
+        UserError, match=r"weight.zero_point=none, not real; leave \S+ out, choose profile=paper, or add"
+    ):
+        check_runtime(replace(base, weight=replace(base.weight, zero_point="real")))
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,13 @@ def _both(family: str) -> list[Trip]:
     """The targets that every family has."""
     cache_dit = {"words": ("export.rank=16",), "loaded_by": "cache-dit's loader", "products": _REFERENCE}
     nunchaku = {"loaded_by": "diffusers' config class", "products": _REFERENCE}
+    humming = {"loaded_by": "its tensors' names", "products": _REFERENCE, "profile": "w4a8_row", "bits": "w4a8"}
     return [
         Trip(family=family, profile="svdq_g64", bits="w4a4", target="qvgen", dtype=None, **_OURS),
         Trip(family=family, profile="svdq_g64", bits="w4a4", target="bf16", dtype="float32", **_PLAIN),
         Trip(family=family, target="cache_dit", **_SVDQ, **cache_dit),
         Trip(family=family, target="nunchaku_lite", **_SVDQ, **nunchaku),
+        Trip(family=family, target="humming", dtype="bfloat16", **humming),
     ]
 
 
@@ -234,7 +236,9 @@ def page(rows: Sequence[Mapping[str, Any]], *, command: str) -> list[str]:
         "and their products were replaced by qvgen's reference of the same formula: in float32, and in the last column but",
         "one with the kernels' sums in half precision, whose effect on",
         "layers is in [svdq-accumulation](svdq-accumulation-tiny.md). comfy-kitchen's eager functions are what ComfyUI runs",
-        "without a GPU; they rotate by a matrix product, which sums in another order and may change a code.",
+        "without a GPU; they rotate by a matrix product, which sums in another order and may change a code. humming's",
+        "kernels need a GPU too: its own schemas and packer take such a folder (tests/consumers/test_weight_exports.py), and",
+        "the products here are qvgen's reference of their arithmetic, without their two roundings to half precision.",
     ]
 
 

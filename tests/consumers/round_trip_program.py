@@ -12,16 +12,17 @@ transformer, and what `qvgen export` made of that. Both videos come from diffuse
                     its eager functions for the CPU
     cache_dit       cache-dit's loader puts its layers into the exported folder's transformer
     nunchaku_lite   diffusers' configuration class reads the targets
+    humming         every layer that has scales; humming's own schemas and packer are in humming_program.py
 
-The layers of the last two have products for GPUs alone: theirs are replaced by the reference arithmetic of
-:mod:`qvgen.deploy.exporters.svdq_layer`, on the tensors that were loaded, and once more with sums in half precision.
+The layers of the last three have products for GPUs alone: theirs are replaced by the reference arithmetic of the exporter, on
+the tensors that were loaded, and where there is one once more with sums in half precision.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +120,41 @@ def from_cache_dit(row: Mapping[str, Any]) -> nn.Module:
 
 def from_nunchaku_lite(row: Mapping[str, Any]) -> nn.Module:
     """The targets of the folder's configuration, their product replaced."""
-    folder = Path(row["export"])
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((Path(row["export"]) / "config.json").read_text())
     scheme = NunchakuLiteQuantizationConfig(**config.pop("quantization_config"))
-    tensors, targets = load_file(folder / "diffusion_pytorch_model.safetensors"), scheme.svdq_w4a4["targets"]
+    return replaced(row, config, scheme.svdq_w4a4["targets"])
+
+
+def from_humming(row: Mapping[str, Any]) -> nn.Module:
+    """The layers that have scales, their product replaced."""
+    config = json.loads((Path(row["export"]) / "config.json").read_text())
+    left_alone = config.pop("quantization_config")["modules_to_not_convert"]
+    scales = [name for name in load_file(Path(row["export"]) / WEIGHTS) if name.endswith(".weight_scale")]
+    targets = [name.removesuffix(".weight_scale") for name in scales]
+    assert not set(targets) & set(left_alone)
+    return replaced(row, config, targets)
+
+
+def replaced(row: Mapping[str, Any], config: Mapping[str, Any], targets: Sequence[str]) -> nn.Module:
+    """A transformer with an exported folder's tensors, whose named layers have the exporter's reference arithmetic."""
+    tensors = load_file(Path(row["export"]) / WEIGHTS)
     assert len(targets) == row["layers"]
     model = getattr(diffusers, TRANSFORMERS[row["family"]]).from_config(config)
     for name in targets:
         linear = model.get_submodule(name)
         own = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
-        exported = ExportedLinear(load_leaf("export", "nunchaku_lite"), own, out_features=linear.out_features)
-        model.set_submodule(name, exported)
+        target = load_leaf("export", row["target"])
+        model.set_submodule(name, ExportedLinear(target, own, out_features=linear.out_features))
     left, extra = model.load_state_dict(tensors, strict=False)
     assert not extra
     assert all(name.endswith(".float32") for name in left), left  # what ExportedLinear tells diffusers its dtype by
-    return model.float()
+    floats: nn.Module = model.float()
+    return floats
 
 
-REPLACED = ("cache_dit", "nunchaku_lite")
-"""Targets whose products are the reference's."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WITH_HALF_SUMS = ("cache_dit", "nunchaku_lite")
+"""Targets whose kernels keep their sums in half precision."""
 
 
 def with_half_sums(row: Mapping[str, Any], model: nn.Module) -> nn.Module:
@@ -157,6 +174,7 @@ CONSUMERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "int8": from_comfy,
     "cache_dit": from_cache_dit,
     "nunchaku_lite": from_nunchaku_lite,
+    "humming": from_humming,
 }
 
 
@@ -194,7 +212,7 @@ def video(row: Mapping[str, Any], transformer: nn.Module) -> Tensor:
 def main(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """PSNR of each row's video in dB: to our packed model's, to ours rounded alike; and of ours to full precision.
 
-    ``half_sums_db`` is to ours rounded alike, for the targets whose products are replaced.
+    ``half_sums_db`` is to ours rounded alike, for the targets whose kernels have such sums.
     """
     made: dict[tuple[str, ...], Tensor] = {}
 
@@ -213,7 +231,7 @@ def main(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
         model = CONSUMERS[row["target"]](row)
         theirs = video(row, model)
         assert len(theirs.unique()) > 20, "a video of few colours compares nothing"
-        half = video(row, with_half_sums(row, model)) if row["target"] in REPLACED else None
+        half = video(row, with_half_sums(row, model)) if row["target"] in WITH_HALF_SUMS else None
         results.append(
             {
                 "psnr_db": psnr_db(theirs, packed, max_value=255),

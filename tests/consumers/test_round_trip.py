@@ -27,6 +27,8 @@ WHEN_ASKED = {
     ("wan", "int8", "int8", None): (60, 60),
     ("wan", "w4a8_row", "torchao", "float32"): (40, 40),
     ("cogvideox-5b", "svdq_g64", "qvgen", None): (math.inf, math.inf),
+    ("wan", "w4a8_row", "humming", "bfloat16"): (40, math.inf),
+    ("cogvideox-5b", "w4a8_row", "humming", "bfloat16"): (40, math.inf),
 }
 
 

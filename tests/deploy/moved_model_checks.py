@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 
 import qvgen
 from qvgen.deploy.packed_fusion import kernel_names
@@ -21,7 +21,7 @@ from qvgen_kernels import registry
 from qvgen_kernels.dequantize import DequantizeBackend
 from qvgen_kernels.errors import KernelUnavailableError
 from tests.deploy.test_packed_fusion import call, make_fake
-from tests.stand_in_device import NAME, reading_allowed, register, stand_in_device
+from tests.stand_in_device import NAME, late_copies, reading_allowed, register, stand_in_device
 
 register()
 
@@ -98,6 +98,63 @@ OFFLOADS = {
     "groups of blocks": grouped(offload_type="block_level", num_blocks_per_group=1),
     "groups of leaves": grouped(offload_type="leaf_level"),
 }
+
+
+@pytest.fixture(scope="module")
+def lived(name, folder):
+    """Return what a model gives that lives on the device."""
+    with stand_in_device(float64=True) as device, reading_allowed():
+        return output(name, qvgen.load_packed(folder).to(device), device)
+
+
+@pytest.mark.parametrize(
+    ("moved", "options"),
+    [
+        (False, {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True, "record_stream": True}),
+        (True, {"offload_type": "block_level", "num_blocks_per_group": 1, "use_stream": True}),
+        (True, {"offload_type": "leaf_level", "use_stream": True}),
+        (True, {"offload_type": "leaf_level"}),
+    ],
+    ids=["blocks by a stream", "blocks of a model that was there", "its leaves", "its leaves without a stream"],
+)
+def test_groups_come_by_streams_and_leave_no_copies(name, folder, device, own_order, lived, moved, options):
+    """Group offloading exchanges tensors without moving modules, also of a model that lived on the device before."""
+    del own_order
+    model = qvgen.load_packed(folder, device=device if moved else None)
+    if moved:
+        assert torch.equal(output(name, model, device), lived)
+        assert packed_bytes(model)[device].copies > 0
+    with late_copies():
+        model.enable_group_offload(device, **options)
+        for _ in range(2):  # the first call finds out the order, the second one fetches ahead
+            assert torch.equal(output(name, model, device), lived)
+            assert device not in {layer.codes.device for layer in packed_layers(model).values()}
+            assert packed_bytes(model).get(device) is None or packed_bytes(model)[device].copies == 0
+    assert "for each call" in copies_line(model)
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # a parameter of the model's own
+def test_a_map_over_two_places_keeps_copies_of_the_layers_that_stay(name, folder, device, own_order, lived):
+    del own_order
+    model = qvgen.load_packed(folder)
+    places = {part: device for part, _ in model.named_children() if part != "blocks"}
+    places |= {"blocks.0": device, "blocks.1": "cpu", "scale_shift_table": device}
+    dispatch_model(model, places, main_device=device)
+    for _ in range(2):
+        assert torch.equal(output(name, model, device), lived)
+    stay = [layer for name, layer in packed_layers(model).items() if not name.startswith("blocks.1.")]
+    assert not any(layer.visits for layer in stay)
+    assert packed_bytes(model)[device].copies > 0
+
+
+def test_a_copy_on_a_stream_is_late(device):
+    with late_copies():
+        stream = torch.get_device_module(NAME).Stream()
+        with torch.get_device_module(NAME).stream(stream):
+            made = torch.arange(3.0).to(device, non_blocking=True)
+        assert made.tolist() != [0, 1, 2]
+        stream.synchronize()
+        assert made.tolist() == [0, 1, 2]
 
 
 LONG = pytest.mark.skipif(

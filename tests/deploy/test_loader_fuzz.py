@@ -1,6 +1,7 @@
 """Damaged packed files: whatever a file holds, loading it gives a model or a ValueError of one line, and nothing else.
 
 Every case is written with the sha256 that fits it, so that it gets past the first check, as a file of somebody else would.
+Some are given to diffusers' from_pretrained too, which must refuse and accept the same.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import WanTransformer3DModel
 
 from qvgen.deploy.checkpoint import load_packed
 
-CASES = 40
+CASES, BY_DIFFUSERS = 40, 8
+"""How many damages of a kind are tried, and how many of them by from_pretrained too."""
 Change = Callable[[random.Random, dict[str, Any], bytes], tuple[bytes, bytes]]
 """Of (source of randomness, header, data): the header's new bytes and the new data."""
 
@@ -95,6 +99,14 @@ CHANGES: list[Change] = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def beside(packed_block: Path, tmp_path: Path) -> Path:
+    """A folder with the other files that from_pretrained reads."""
+    for name in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+        shutil.copy(packed_block / name, tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def original(packed_block: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
     """Header and data of a packed file, and its manifest."""
@@ -104,12 +116,15 @@ def original(packed_block: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]
     return json.loads(content[8 : 8 + length]), content[8 + length :], manifest
 
 
-def load(folder: Path, content: bytes, manifest: dict[str, Any]) -> bool:
+def load(folder: Path, content: bytes, manifest: dict[str, Any], *, by_diffusers: bool = False) -> bool:
     """Whether it loads; anything but a model or a ValueError of one line is an error of the test."""
     (folder / "model.safetensors").write_bytes(content)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashlib.sha256(content).hexdigest()}))
     try:
-        load_packed(folder, kernel="reference")
+        if by_diffusers:
+            WanTransformer3DModel.from_pretrained(folder)
+        else:
+            load_packed(folder, kernel="reference")
     except ValueError as error:
         message = str(error)
     else:
@@ -121,24 +136,29 @@ def load(folder: Path, content: bytes, manifest: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_damaged_files_are_refused(
-    change: Change, original: tuple[dict[str, Any], bytes, dict[str, Any]], tmp_path: Path
+    change: Change, original: tuple[dict[str, Any], bytes, dict[str, Any]], beside: Path
 ) -> None:
     header, data, manifest = original
     loaded = 0
     for seed in range(CASES):
         text, changed = change(random.Random(seed), json.loads(json.dumps(header)), data)
-        loaded += load(tmp_path, struct.pack("<Q", len(text)) + text + changed, manifest)
+        content = struct.pack("<Q", len(text)) + text + changed
+        loads = load(beside, content, manifest)
+        if seed < BY_DIFFUSERS:
+            assert load(beside, content, manifest, by_diffusers=True) == loads, seed
+        loaded += loads
     harmless = {"flip_data_bytes", "flip_header_bytes", "move_offsets"}  # a flipped weight is a weight
     assert loaded == 0 or change.__name__ in harmless
     if change is flip_data_bytes:
         assert loaded < CASES
 
 
-def test_lengths_that_lie_are_refused(original: tuple[dict[str, Any], bytes, dict[str, Any]], tmp_path: Path) -> None:
+def test_lengths_that_lie_are_refused(original: tuple[dict[str, Any], bytes, dict[str, Any]], beside: Path) -> None:
     header, data, manifest = original
     text = dumped(header)
     for length in (0, 1, len(text) - 1, len(text) + 1, len(text) + len(data), 2**31, 2**40, 2**63, 2**64 - 1):
-        assert not load(tmp_path, struct.pack("<Q", length) + text + data, manifest)
+        for by_diffusers in (False, True):
+            assert not load(beside, struct.pack("<Q", length) + text + data, manifest, by_diffusers=by_diffusers)
     for content in (b"", b"\0" * 7, struct.pack("<Q", 2) + b"{}", b"PK\x03\x04" + data[:100]):
-        assert not load(tmp_path, content, manifest)
-    assert load(tmp_path, struct.pack("<Q", len(text)) + text + data, manifest)
+        assert not load(beside, content, manifest)
+    assert load(beside, struct.pack("<Q", len(text)) + text + data, manifest)

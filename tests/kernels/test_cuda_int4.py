@@ -18,6 +18,7 @@ import torch
 
 from qvgen_kernels import LinearTensors, available_kernels, get_backend, resolve_kernel
 from qvgen_kernels.cpu_build import BuildError, find_compiler
+from qvgen_kernels.cuda_int4 import __main__ as build_command
 from qvgen_kernels.cuda_int4 import backend, build, structures
 from qvgen_kernels.weight import CanonicalWeight
 from tests.kernels.cpu_cases import Case, Seeded, compare, draw_case
@@ -189,6 +190,27 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("QVGEN_KERNEL_CACHE", str(tmp_path))
     with pytest.raises(BuildError, match="NVCC='/nowhere/nvcc' is not there"):
         build.fatbin_path()
+
+
+def test_one_command_builds_it_before_its_first_use(monkeypatch, tmp_path, capsys):
+    """A program that writes the file that it is asked for stands for nvcc."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\nfor word; do last=$word; done\necho code > "$last"\necho built >> "$0.log"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("QVGEN_KERNEL_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert build_command.main() == 0
+        path = Path(capsys.readouterr().out.strip())
+        assert path.read_text() == "code\n"
+    assert path == build.fatbin_path()  # what a first use takes
+    assert (tmp_path / "nvcc.log").read_text() == "built\n"
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    monkeypatch.setenv("QVGEN_KERNEL_CACHE", str(tmp_path / "empty"))
+    assert build_command.main() == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "NVCC='/nowhere/nvcc' is not there; name CUDA's compiler or unset it"
+    ]
 
 
 def disassembler():

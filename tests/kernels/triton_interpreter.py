@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qvgen_kernels import get_backend, packed_linear
-from tests.kernels.triton_bounds import checked_bounds
+from tests.kernels.triton_bounds import checked_accesses
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed here")
 
@@ -35,7 +35,7 @@ attention_quantize, fake_operators, function_choice, gemm, quantize, rotate, ste
 @pytest.fixture(autouse=True)
 def _quiet_numpy():
     """Let numpy, which stands for the card, make infinities and NaNs without a word, as a card does; hold it to bounds."""
-    with np.errstate(all="ignore"), warnings.catch_warnings(), checked_bounds():
+    with np.errstate(all="ignore"), warnings.catch_warnings(), checked_accesses():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         yield
 

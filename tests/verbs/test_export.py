@@ -198,6 +198,14 @@ def test_another_target_that_carries_it_is_named(
     assert "profile=svdq_g64, choose target=comfy, or write approximate=true" in capsys.readouterr().err
 
 
+def test_a_refusal_names_profiles_that_the_target_carries_with_its_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = save(tiny_wan(), tmp_path / "row", profile="w4a8_row", bits="w4a8")
+    assert export(row, tmp_path / "out", "target=sdnq", "export.quantized_inputs=true") == BAD_INPUT
+    assert "`qvgen ptq` with profile=int8, choose target=humming, or write approximate" in capsys.readouterr().err
+
+
 def test_humming_gets_a_folder_with_its_configuration(
     convrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,9 +251,11 @@ def test_targets_that_dequantize_refuse_other_coordinates(
 def test_cogvideox_is_refused_where_the_runtime_has_none(
     cogvideox: Path, convrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for target in ("comfy", "int8"):
-        assert export(cogvideox, tmp_path / "out", f"target={target}", "approximate=true") == BAD_INPUT
-        assert "names of the model's own code, and 'cogvideox-5b' has none" in capsys.readouterr().err
+    for words in (["target=comfy"], ["target=int8"], ["target=bf16", "export.layout=original"]):
+        assert export(cogvideox, tmp_path / "out", *words, "approximate=true") == BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "have the names of the model's own code, and qvgen knows none for 'cogvideox-5b'" in line
+        assert "choose a target with diffusers' names (bf16 with export.layout=diffusers)" in line
     nameless = Path(shutil.copytree(convrot, tmp_path / "nameless"))
     for name, message in (
         ("", "does not say of which family it is"),

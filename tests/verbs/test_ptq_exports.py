@@ -114,7 +114,7 @@ def test_a_family_that_the_runtime_does_not_have_is_refused_at_the_start(
     folder = make_cogvideox_folder(tmp_path / "model")
     words = [*tiny_keys("cogvideox", folder), "init=rtn", "bits=w4a8", "export=int8", "evaluation.samples=0"]
     assert main(["ptq", *words, "logger=csv", f"run_dir={tmp_path / 'run'}"]) == BAD_INPUT
-    assert "'cogvideox' has none" in capsys.readouterr().err
+    assert "qvgen knows none for 'cogvideox'; choose a target with diffusers' names" in capsys.readouterr().err
 
 
 def test_a_kept_phi_counts_as_a_branch(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,5 +153,8 @@ def test_the_profile_is_chosen_only_where_none_is_named() -> None:
     for words in (["export=comfy", "profile=int8"], ["export=bf16"], ["bits=4"], ["export=comfy,int8"], ["export=[]"]):
         assert with_profile("ptq", words) == words
     assert with_profile("export", ["export=comfy"]) == ["export=comfy"]
+    for value, profile in (("true", "int8"), ("false", "paper")):  # a target's keys may decide what it carries
+        words = ["export=sdnq", f"export.quantized_inputs={value}"]
+        assert with_profile("ptq", words) == [*words, f"profile={profile}"]
     with pytest.raises(UserError, match=r"unknown export=comfi; did you mean 'comfy'"):
         with_profile("train", ["export=comfi"])

@@ -45,7 +45,6 @@ class Bf16:
     dtype: str | None
     layout: str
 
-    runtime: ClassVar[str] = "diffusers, or the model's own code"
     profiles: ClassVar[tuple[str, ...]] = ()
     bound: ClassVar[str] = "Inputs are not quantized: it shows what the weights alone cost."
 
@@ -53,6 +52,11 @@ class Bf16:
         check_dtype(self.dtype)
         if self.layout not in LAYOUTS:
             raise UserError(f"export.layout={self.layout} is not among {', '.join(LAYOUTS)}")
+
+    @property
+    def runtime(self) -> str:
+        """See :class:`qvgen.deploy.exporters.base.Target`."""
+        return "diffusers" if self.layout == "diffusers" else "the model's own code (export.layout=original)"
 
     @property
     def needs_original_names(self) -> bool:

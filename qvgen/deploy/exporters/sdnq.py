@@ -99,12 +99,16 @@ class Sdnq:
     quantized_inputs: bool
 
     runtime: ClassVar[str] = "SDNQ (SD.Next, diffusers)"
-    profiles: ClassVar[tuple[str, ...]] = ("paper", "int8", "w4a8_row")
     needs_original_names: ClassVar[bool] = False
     scheme: ClassVar[RowScheme] = RowScheme(weight_bits=8, activation_bits=(8,), rotations=(0,), own_width=True)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """See :class:`qvgen.deploy.exporters.base.Target`."""
+        return ("int8",) if self.quantized_inputs else ("paper", "int8", "w4a8_row")
 
     @property
     def bound(self) -> str:

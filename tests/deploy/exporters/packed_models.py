@@ -12,7 +12,9 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
     WanTransformer3DModel,
 )
 from torch import Tensor, nn
@@ -69,6 +71,25 @@ def tiny_hunyuan_video15() -> nn.Module:
     return HunyuanVideo15Transformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1, num_refiner_layers=1,
         text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=32, rope_axes_dim=(16, 24, 24), task_type="t2v",
+    )  # fmt: skip
+
+
+def tiny_latte() -> nn.Module:
+    """One block in space and one in time, of width 128."""
+    torch.manual_seed(0)
+    return LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=128,
+        caption_channels=32, sample_size=8, patch_size=2, attention_bias=True, video_length=2, norm_type="ada_norm_single",
+        activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_elementwise_affine=False,
+    )  # fmt: skip
+
+
+def tiny_mochi() -> nn.Module:
+    """Two blocks, of which the last one has no feed-forward of the text, of widths that have multiples of 128 everywhere."""
+    torch.manual_seed(0)
+    return MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=6, attention_head_dim=64, num_layers=2, pooled_projection_dim=384, in_channels=4,
+        text_embed_dim=32, time_embed_dim=32,
     )  # fmt: skip
 
 
