@@ -200,8 +200,11 @@ def random_frames(frames: int, height: int, width: int) -> Tensor:
 def test_the_network_has_the_published_names_and_shapes() -> None:
     with torch.device("meta"):
         network = Dover(DoverSizes())
-    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        features = [network.aesthetic_backbone, network.technical_backbone]
+        maps = {tuple(backbone(torch.empty(1, 3, 32, 224, 224)).shape) for backbone in features}
     assert found == published_shapes(DoverSizes(), index=False)
+    assert maps == {(1, 768, 16, 7, 7)}  # no number is computed on this device
 
 
 @pytest.mark.parametrize(("branch", "mean", "std"), [("aesthetic", -0.08285, 0.03774), ("technical", 0.1107, 0.07355)])
