@@ -174,7 +174,7 @@ def first_layer(content: dict[str, Any]) -> dict[str, Any]:
             lambda c: first_layer(c)["activation"].update(range="static"),
             "activation range 'static' of a per_token grid",
         ),
-        (lambda c: c.update(timesteps=[5.0, 3.0]), "timesteps of static tables must rise"),
+        (lambda c: c.update(timesteps=[5.0, 3.0]), "timesteps of tables must rise"),
         (lambda c: first_layer(c).update(branch_rank=4), "lacks the tensor '.*branch_down'"),
         (lambda c: first_layer(c).update(branch_rank=1000), "branch_rank=1000 is no whole number from 0 to 64"),
         (lambda c: first_layer(c).update(plan={"bands": [], "switch": []}), "says nothing"),

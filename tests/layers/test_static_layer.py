@@ -133,7 +133,7 @@ def test_strict_tables_refuse_other_steps_only_where_the_model_samples() -> None
 
 def test_all_layers_share_one_list_of_steps() -> None:
     layer = make_layer()
-    with pytest.raises(ValueError, match="static tables of 3 steps are there"):
+    with pytest.raises(ValueError, match="tables of the steps .* are there"):
         layer.set_static_(timesteps=(1.0, 2.0), scale=torch.ones(2), zero_point=torch.ones(2))
     for bad in ((), (3.0, 2.0), (1.0, 1.0), (-1.0, 5.0), (5.0, 1001.0)):
         with pytest.raises(ValueError, match=r"must rise within 0\.\.1000"):
