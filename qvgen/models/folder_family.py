@@ -3,7 +3,6 @@
 Where no folder is given, the configurations that were published (conf/model/NAME.yaml, ``published``) stand in for the
 folder's, so that a run can be planned before anything is downloaded; whatever needs weights raises then. Once there is a
 folder its own configurations count.
-
 Classes of parts are named, and imported with the part. What is done with them is :mod:`qvgen.models.pipeline_family`'s.
 """
 
@@ -118,12 +117,15 @@ class FolderFamily(abc.ABC):
         self.folder = None if place is None else self.folder_class.find(place, **named)
         self._loras = self._chosen_loras()
         if self.folder is not None or self._finetune is not None:
-            given = f"model.path={self.path}" if self._finetune is None else f"model.transformer={self.transformer}"
-            check_is_known(self.component_config, name=self.name, given=given)
-            classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
-            check_is_of(self.component_config, name=self.name, given=given, **classes)
+            self._check_kind(f"model.{'path' if self._finetune is None else 'transformer'}={self.transformer or self.path}")
         temporal, spatial = self.compression
         check_sizes(self, temporal=temporal, multiple=spatial * self.patch_size)
+
+    def _check_kind(self, given: str) -> None:
+        """Raise ValueError where the configurations are of another model; ``given`` is how the user named them."""
+        check_is_known(self.component_config, name=self.name, given=given)
+        classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
+        check_is_of(self.component_config, name=self.name, given=given, **classes)
 
     # The answers of a folder, or of the published configuration
 
@@ -270,8 +272,6 @@ class FolderFamily(abc.ABC):
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a transformer; see :func:`qvgen.models.transformer_build.build_transformer`."""
         return build_transformer(self.transformer_class, config)
-
-    # Text encoder and VAE
 
     def to(self, device: torch.device | str) -> Self:
         """Choose where text encoder and VAE run; they are moved when they are next used."""

@@ -200,9 +200,6 @@ class HunyuanVideo(PipelineFamily):
     def _denormalize(self, latents: Tensor) -> Tensor:
         return latents / self._vae_config["scaling_factor"]
 
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
         embedded = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
         return {"true_cfg_scale": guidance_scale, **embedded}
