@@ -117,7 +117,9 @@ class FolderFamily(abc.ABC):
         self.folder = None if place is None else self.folder_class.find(place, **named)
         self._loras = self._chosen_loras()
         if self.folder is not None or self._finetune is not None:
-            self._check_kind(f"model.{'path' if self._finetune is None else 'transformer'}={self.transformer or self.path}")
+            self._check_kind(
+                f"model.{'path' if self._finetune is None else 'transformer'}={self.transformer or self.path}"
+            )
         temporal, spatial = self.compression
         check_sizes(self, temporal=temporal, multiple=spatial * self.patch_size)
 

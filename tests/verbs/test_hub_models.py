@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config import launched_world
-from qvgen.config.leaves import load_leaf
+from qvgen.config.leaf_file import read_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
@@ -137,10 +138,20 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     check_whole_way(name, make(tmp_path / "model", variant), tmp_path, capsys)
 
 
-def check_whole_way(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video."""
-    clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
-    keys = train_keys(name, folder, clips, tmp_path)
+def check_whole_way(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, sizes: Sequence[str] = ()
+) -> None:
+    """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video.
+
+    Args:
+        name: Name of the model.
+        folder: Its folder.
+        tmp_path: Where everything is written.
+        capsys: What is printed.
+        sizes: Overrides behind :func:`tiny_keys`.
+    """
+    clips = write_clips(tmp_path / "clips", fps=read_leaf("model", name)["fps"])
+    keys = [*train_keys(name, folder, clips, tmp_path), *sizes]
 
     data_keys = [key for key in keys if key.startswith(("model", "data"))]
     assert main(["precompute", *data_keys]) == 0

@@ -20,213 +20,31 @@ as conditions, several transformers, timesteps in other units than the scheduler
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, Self
 
-import diffusers
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
-from qvgen.models.any_diffusers.measured import Measured
-from qvgen.models.any_diffusers.objective import SCHEDULERS, objective_of
-from qvgen.models.any_diffusers.recorded_pipeline import TEXT, RecordedPipeline
-from qvgen.models.any_diffusers.signature import PipelineSignature
-from qvgen.models.base import Objective
-from qvgen.models.guidance import GUIDANCE, NUM_STEPS
-from qvgen.models.pipeline_family import PipelineFamily
-from qvgen.models.published import known_models
+from qvgen.models.any_diffusers.described_family import DescribedFamily
+from qvgen.models.any_diffusers.recorded_pipeline import TEXT
 from qvgen.models.sampled_video import SampledVideo
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class AnyDiffusers(PipelineFamily):
+class AnyDiffusers(DescribedFamily):
     """A model of diffusers that has no family of its own.
 
-    Attributes:
-        height: Height of a frame in pixels, in training and sampling. None: the default of the pipeline's call.
-        width: Width of a frame in pixels, in training and sampling. None: likewise.
-        num_frames: Frames of a clip in training. None: as sampled.
-        sampling_frames: Frames of a video that is sampled. None: the pipeline's default; 1 where it makes images.
-        num_inference_steps: Sampling steps of a video. None: the pipeline's default.
-        guidance_scale: Factor of classifier-free guidance; 1 is none. None: the pipeline's default.
-
-    The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
-
-    Raises:
-        ValueError: No folder, or one whose pipeline is of a kind that is not supported; the message names what it is.
+    Its keys are those of :class:`qvgen.models.any_diffusers.described_family.DescribedFamily`.
     """
-
-    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, init=False)
-    height: int | None = None  # type: ignore[assignment]
-    width: int | None = None  # type: ignore[assignment]
-    num_frames: int | None = None  # type: ignore[assignment]
-    sampling_frames: int | None = None  # type: ignore[assignment]
-    num_inference_steps: Annotated[int | None, NUM_STEPS] = None  # type: ignore[assignment]
-    guidance_scale: Annotated[float | None, GUIDANCE] = None  # type: ignore[assignment]
-
-    layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "cross_attention": ("*.attn2.*", "*.cross_attn.*"),
-        "self_attention": ("*.attn1.*", "*.attn.*", "*.self_attn.*"),
-        "ffn": ("*.ff.*", "*.ffn.*", "*.ff_context.*"),
-    }
-    shared_inputs: ClassVar[Sequence[Sequence[str]]] = ()
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError(
-                f"model={self.name} is whatever model.path holds, which is not given; write model.path=FOLDER, a folder of "
-                "diffusers with model_index.json"
-            )
-        folder = self.folder_class.find(self.path, repository=self.repository, model=self.name)
-        self.signature = PipelineSignature.read(folder.read_json("model_index.json"), given=f"model.path={self.path}")
-        self._take_defaults()
-        self.recorded = RecordedPipeline(
-            self.signature,
-            folder,
-            parts=lambda name: self.scheduler() if name == "scheduler" else self._tokenizer(name),
-            size=(self.sampling_frames, self.height, self.width),
-            given=f"model.path={self.path}",
-        )
-        super().__post_init__()
-        _ = self.objective, self.condition_shape  # whatever is not supported is refused now
-        own = [model.name for model in known_models() if model.kind["the transformer's class"] == self.transformer_class]
-        if own:
-            log.info("%s has families that know it better: model=%s", self.transformer_class, " or ".join(own))
-
-    def _take_defaults(self) -> None:
-        """Fill what the configuration leaves open by the defaults of the pipeline's call."""
-        frames = self.signature.frames_argument
-        own = {
-            "height": self.signature.default("height"),
-            "width": self.signature.default("width"),
-            "sampling_frames": 1 if frames is None else self.signature.default(frames),
-            "num_inference_steps": self.signature.default("num_inference_steps"),
-            "guidance_scale": self.signature.default("guidance_scale"),
-        }
-        for key, value in own.items():
-            if getattr(self, key) is None:
-                if value is None:
-                    raise ValueError(
-                        f"model.{key} is not given, and the call of a {self.signature.name} has no default; write model.{key}=..."
-                    )
-                setattr(self, key, float(value) if key == "guidance_scale" else value)
-        if self.num_frames is None:
-            self.num_frames = self.sampling_frames
-        for key in ("num_frames", "sampling_frames"):
-            if frames is None and (value := getattr(self, key)) != 1:
-                raise ValueError(f"model.{key}={value}, and a {self.signature.name} makes images; write 1")
-
-    def _check_kind(self, given: str) -> None:
-        """Any pipeline that :class:`~qvgen.models.any_diffusers.signature.PipelineSignature` takes is of the right kind."""
-
-    # What the folder says
-
-    @property
-    def pipeline_class(self) -> str:  # type: ignore[override]
-        """Class of the pipeline."""
-        return self.signature.name
-
-    @property
-    def transformer_class(self) -> str:  # type: ignore[override]
-        """Class of the transformer."""
-        return self.signature.transformer
-
-    @property
-    def vae_class(self) -> str:  # type: ignore[override]
-        """Class of the autoencoder."""
-        return self.signature.vae
-
-    @property
-    def text_encoders(self) -> dict[str, str]:
-        """Folder -> class of transformers, of all text encoders."""
-        return dict(self.signature.text_encoders)
-
-    @property
-    def _tokenizers(self) -> list[str]:
-        return list(self.signature.tokenizers)
-
-    def scheduler(self) -> Any:
-        """The folder's scheduler, new.
-
-        Raises:
-            ValueError: Its objective is not known.
-        """
-        config = self.component_config("scheduler")
-        if (name := config.get("_class_name")) not in SCHEDULERS:
-            raise ValueError(f"model.path={self.path} has the scheduler {name}; model=diffusers knows {', '.join(SCHEDULERS)}")
-        return getattr(diffusers, name).from_config(config)
-
-    @cached_property
-    def objective(self) -> Objective:
-        """The formula that the folder's scheduler undoes; raises ValueError for one that is not known."""
-        return objective_of(self.scheduler(), name=str(self.path), mu=self.measured.mu)
-
-    # What its pipeline does
-
-    @property
-    def measured(self) -> Measured:
-        """What the pipeline does with its latents, at the size of a sampled video."""
-        return self.recorded.measured
-
-    @cached_property
-    def condition_arguments(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Name of a condition -> argument of the pipeline's call."""
-        return self.recorded.arguments_of(self.recorded.encoded)
-
-    @property
-    def condition_shape(self) -> tuple[int, int]:
-        """(T, D) of a caption's embedding."""
-        _, tokens, channels = self.recorded.encoded[TEXT].shape
-        return int(tokens), int(channels)
-
-    @property
-    def further_condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of what a caption becomes besides."""
-        return {name: tuple(value.shape[1:]) for name, value in self.recorded.encoded.items() if name != TEXT}
-
-    @property
-    def max_text_tokens(self) -> int:  # type: ignore[override]
-        """Tokens of a caption's embedding."""
-        return self.condition_shape[0]
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a training clip's latents."""
-        channels, _, height, width = self.measured.shape
-        return channels, (self.num_frames - 1) // self.compression[0] + 1, height, width
-
-    @property
-    def compression(self) -> tuple[int, int]:
-        """Frames per latent frame (but the first) and pixels per latent pixel."""
-        frames = self.measured.shape[1]
-        temporal = 1 if frames == 1 else -(-(self.sampling_frames - 1) // (frames - 1))
-        return temporal, self.height // self.measured.shape[2]
-
-    @property
-    def patch_size(self) -> int:
-        """Latent pixels along a side of a token, where the transformer's configuration says so."""
-        size = self.transformer_config.get("patch_size") or 1
-        return int(size if isinstance(size, int) else size[-1])
-
-    def check_clip(self, *, frames: int, height: int, width: int) -> None:
-        """Raise ValueError for a size that VAE and patches do not divide, or more than one frame of an image."""
-        if self.measured.is_image and frames != 1:
-            raise ValueError(f"a clip of {frames}x{height}x{width} does not fit a {self.pipeline_class}, which makes images")
-        super().check_clip(frames=frames, height=height, width=width)
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:
         """None: what stands before a layer is not known here."""
         del transformer
         return []
-
-    # Calls
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -242,11 +60,13 @@ class AnyDiffusers(PipelineFamily):
         outline = self.recorded.outline(getattr(torch, self.text_encoder_dtype), self._device, encoders=encoders)
         rows = []
         for caption in captions:
-            recording = self.recorded.record({"prompt": str(caption)}, self.recorded.size, until="texts", outline=outline)
+            recording = self.recorded.record(
+                {"prompt": str(caption)}, self.recorded.size, until="texts", outline=outline
+            )
             rows.append(self.recorded.conditions(recording))
         return {name: torch.cat([row[name] for row in rows]).float() for name in rows[0]}
 
-    def to(self, device: torch.device | str) -> Any:
+    def to(self, device: torch.device | str) -> Self:
         """Choose where text encoders and VAE run; they are moved when they are next used."""
         self.recorded.forget()
         return super().to(device)

@@ -52,7 +52,9 @@ def objective_of(scheduler: Any, *, name: str, mu: float | None) -> FlowMatching
     if config.get("use_flow_sigmas"):
         _check(config, name=name, prediction_type="flow_prediction", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
         if config.get("use_dynamic_shifting"):
-            raise ValueError(f"{name}'s scheduler has use_dynamic_shifting=True beside use_flow_sigmas; False is supported")
+            raise ValueError(
+                f"{name}'s scheduler has use_dynamic_shifting=True beside use_flow_sigmas; False is supported"
+            )
         return FlowMatching(shift=float(config["flow_shift"]))
     _check(config, name=name, num_train_timesteps=NUM_TRAIN_TIMESTEPS, trained_betas=None)
     betas = {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}

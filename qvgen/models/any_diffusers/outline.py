@@ -73,7 +73,7 @@ class Outline:
         self._device = device
         transformer, vae, scheduler = (parts[name] for name in ("transformer", "vae", "scheduler"))
         for part in (transformer, vae):
-            _locate_(part.to(dtype), device=device)
+            _locate_(nn.Module.to(part, dtype), device=device)  # ModelMixin warns of weights, of which there are none
         self._forward = inspect.signature(type(transformer).forward)
         transformer.forward = self._answer
         vae.decode = self._decode
@@ -117,7 +117,9 @@ class Outline:
     def _answer(self, *arguments: Any, **named: Any) -> tuple[Tensor, ...]:
         """Stand in for the transformer's forward."""
         bound = self._forward.bind(None, *arguments, **named).arguments
-        call = {name: value for name, value in bound.items() if name not in ("self", "kwargs")} | bound.get("kwargs", {})
+        call = {name: value for name, value in bound.items() if name not in ("self", "kwargs")} | bound.get(
+            "kwargs", {}
+        )
         self._recording.calls.append(call)
         self._end("call")
         hidden = next(iter(call.values()))

@@ -61,8 +61,13 @@ class RecordedPipeline:
             measured = Measured.of(recording)
         except ValueError as error:
             raise self._refusal(str(error)) from error
-        _, height, width = self.size
-        rows, columns = measured.shape[2:]
+        frames, height, width = self.size
+        latent_frames, rows, columns = measured.shape[1:]
+        if latent_frames > 1 and (frames - 1) % (latent_frames - 1):
+            raise self._refusal(
+                f"makes {latent_frames} latent frames of {frames}; model=diffusers needs a VAE that makes n + 1 of T n + 1 frames, "
+                "and a model.sampling_frames of this form"
+            )
         if height % rows or width % columns or height // rows != width // columns:
             raise self._refusal(
                 f"makes latents of {rows} x {columns} of model.height={height} and model.width={width}; write sizes that its VAE "
@@ -197,7 +202,9 @@ class RecordedPipeline:
         self._folder.read_json(f"{name}/config.json")
         try:
             with torch.device("meta"):
-                encoder: nn.Module = kind(kind.config_class.from_pretrained(self._folder.path / name, local_files_only=True))
+                encoder: nn.Module = kind(
+                    kind.config_class.from_pretrained(self._folder.path / name, local_files_only=True)
+                )
         except Exception as error:  # whatever a class of transformers raises for its configuration
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{self._folder.path / name} builds no {kind.__name__}: {reason}") from error

@@ -21,7 +21,16 @@ _MORE_THAN_A_CAPTION = (
     "reference_images", "pose_video", "face_video", "action", "audio", "last_image", "latent_image", "input_images",
 )  # fmt: skip
 _FRAMES = ("num_frames", "frames", "video_length")
-_NEEDED = ("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type", "prompt_embeds")
+_NEEDED = (
+    "prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "generator",
+    "output_type",
+    "prompt_embeds",
+)
 _TOKENIZERS = ("tokenizer", "processor")
 
 
@@ -66,10 +75,14 @@ class PipelineSignature:
         if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
             raise ValueError(f"{given}: model_index.json names {name}, which is no pipeline of diffusers")
         parts = {
-            key: value for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1] is not None
+            key: value
+            for key, value in index.items()
+            if isinstance(value, list) and len(value) == 2 and value[1] is not None
         }
         found = _sorted_parts(parts, name=name, given=given)
-        call = {key: value.default for key, value in inspect.signature(kind.__call__).parameters.items() if key != "self"}
+        call = {
+            key: value.default for key, value in inspect.signature(kind.__call__).parameters.items() if key != "self"
+        }
         _check_call(call, name=name, given=given)
         known = inspect.signature(kind.__init__).parameters
         options = {key: value for key, value in index.items() if key in known and not isinstance(value, list)}
@@ -93,7 +106,9 @@ def _sorted_parts(parts: Mapping[str, list[str]], *, name: str, given: str) -> d
         ValueError: There is none of a kind, more than one, or one of no known kind.
     """
     of_diffusers = {key: kind for key, (library, kind) in parts.items() if library == "diffusers"}
-    denoisers = {key: kind for key, kind in of_diffusers.items() if "Transformer" in kind or key.startswith(("unet", "prior"))}
+    denoisers = {
+        key: kind for key, kind in of_diffusers.items() if "Transformer" in kind or key.startswith(("unet", "prior"))
+    }
     if list(denoisers) != ["transformer"] or "Transformer" not in denoisers["transformer"]:
         shown = ", ".join(f"{key} ({kind})" for key, kind in denoisers.items()) or "none"
         raise ValueError(
