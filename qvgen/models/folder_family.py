@@ -3,6 +3,7 @@
 Where no folder is given, the configurations that were published (conf/model/NAME.yaml, ``published``) stand in for the
 folder's, so that a run can be planned before anything is downloaded; whatever needs weights raises then. Once there is a
 folder its own configurations count.
+
 Classes of parts are named, and imported with the part. What is done with them is :mod:`qvgen.models.pipeline_family`'s.
 """
 
@@ -117,17 +118,15 @@ class FolderFamily(abc.ABC):
         self.folder = None if place is None else self.folder_class.find(place, **named)
         self._loras = self._chosen_loras()
         if self.folder is not None or self._finetune is not None:
-            self._check_kind(
-                f"model.{'path' if self._finetune is None else 'transformer'}={self.transformer or self.path}"
-            )
+            self._check_kind(f"model.{'transformer' if self._finetune else 'path'}={self.transformer or self.path}")
         temporal, spatial = self.compression
         check_sizes(self, temporal=temporal, multiple=spatial * self.patch_size)
 
     def _check_kind(self, given: str) -> None:
         """Raise ValueError where the configurations are of another model; ``given`` is how the user named them."""
         check_is_known(self.component_config, name=self.name, given=given)
-        classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
-        check_is_of(self.component_config, name=self.name, given=given, **classes)
+        of = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class, "given": given}
+        check_is_of(self.component_config, name=self.name, **of)
 
     # The answers of a folder, or of the published configuration
 
@@ -185,8 +184,6 @@ class FolderFamily(abc.ABC):
     def latent_channels(self) -> int:
         """Channels of a sample: all of the transformer's inputs, where no image is among them."""
         return int(self.transformer_config.get("in_channels", 16))  # 16 is both classes' default
-
-    # Transformers
 
     @cached_property
     def revision(self) -> str:

@@ -95,7 +95,8 @@ def _pixart() -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(
         **_t5(),
         vae=AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.13025,
         ),
         transformer=PixArtTransformer2DModel(

@@ -318,5 +318,5 @@ def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[
         for name in names:
             assert main([verb, f"model={name}", "data.path=clips"]) == 2
             (line,) = capsys.readouterr().err.splitlines()
-            repository = load_leaf("model", name).repository
+            repository = read_leaf("model", name)["repository"]
             assert f"hf download {repository} --local-dir FOLDER` and write model={name} model.path=FOLDER" in line

@@ -1,4 +1,4 @@
-"""The part of :class:`~qvgen.models.any_diffusers.family.AnyDiffusers` that says what the model is: sizes, classes, shapes, objective.
+"""The part of ``model=diffusers`` that says what the model is: sizes, classes, shapes, objective.
 
 Sizes, steps and guidance that the configuration leaves open are the defaults of the pipeline's call; shapes are those of what
 it does without weights (:mod:`qvgen.models.any_diffusers.recorded_pipeline`).
@@ -31,6 +31,7 @@ class DescribedFamily(PipelineFamily):
     """A family that its folder's pipeline describes.
 
     Attributes:
+        repository: Where the model is published; only messages name it.
         height: Height of a frame in pixels, in training and sampling. None: the default of the pipeline's call.
         width: Width of a frame in pixels, in training and sampling. None: likewise.
         num_frames: Frames of a clip in training. None: as sampled.
@@ -44,6 +45,7 @@ class DescribedFamily(PipelineFamily):
         ValueError: No folder, or one whose pipeline is of a kind that is not supported; the message names what it is.
     """
 
+    repository: str = "ORG/NAME"
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, init=False)
     height: int | None = None  # type: ignore[assignment]
     width: int | None = None  # type: ignore[assignment]
@@ -97,7 +99,7 @@ class DescribedFamily(PipelineFamily):
             if getattr(self, key) is None:
                 if value is None:
                     raise ValueError(
-                        f"model.{key} is not given, and the call of a {self.signature.name} has no default; write model.{key}=..."
+                        f"model.{key} is not given, and a {self.signature.name} has no default for it; write model.{key}=..."
                     )
                 setattr(self, key, float(value) if key == "guidance_scale" else value)
         if self.num_frames is None:

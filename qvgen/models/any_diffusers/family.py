@@ -142,7 +142,7 @@ class AnyDiffusers(DescribedFamily):
         if tuple(latents.shape[1:]) != wanted:
             raise ValueError(
                 f"model.path={self.path}: the VAE turns a clip of {frames}x{height}x{width} into latents of "
-                f"{list(latents.shape[1:])}, and its pipeline samples {list(wanted)}; model=diffusers can't train on clips of it"
+                f"{list(latents.shape[1:])}, and its pipeline samples {list(wanted)}; clips of it can't be trained on"
             )
         return self._normalize(latents).float()
 

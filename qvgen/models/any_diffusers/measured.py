@@ -63,8 +63,6 @@ class Measured:
         call, (prediction, timestep, sample) = recording.calls[0], recording.steps[0]
         assert recording.decoded is not None  # a recording up to the VAE has it
         assert recording.stepped is not None
-        if recording.decoded.is_meta:
-            raise ValueError("normalizes its latents by numbers out of the VAE's weights")
         hidden = next(iter(call))
         _check_timestep(call, timestep)
         to_vae, scale, shift = _normalization(recording.stepped, recording.decoded)
@@ -146,8 +144,8 @@ def _normalization(stepped: Tensor, decoded: Tensor) -> tuple[tuple[int, ...], T
     """The order that makes a sample the VAE's latents, and their scale and shift for each channel."""
     if stepped.ndim not in (4, 5) or stepped.ndim != decoded.ndim:
         raise ValueError(
-            f"has latents of shape {list(stepped.shape)}, and its VAE decodes {list(decoded.shape)}; needed are [B, C, F, H, W] "
-            "or [B, C, H, W] on both sides"
+            f"has latents of shape {list(stepped.shape)}, and its VAE decodes {list(decoded.shape)}; needed are "
+            "[B, C, F, H, W] or [B, C, H, W] on both sides"
         )
     for order in _orders(stepped):
         ordered = stepped.permute(order)
@@ -180,5 +178,5 @@ def _order(latents: Tensor, hidden: Any) -> tuple[int, ...]:
                 if torch.allclose(ordered.double(), ratio * latents.double(), rtol=1e-3, atol=1e-4):
                     return order
     raise ValueError(
-        f"gives its transformer {shown} where its latents are {list(latents.shape)}: tokens of its own making are not supported"
+        f"gives its transformer {shown} where its latents are {list(latents.shape)}; packed tokens are not supported"
     )

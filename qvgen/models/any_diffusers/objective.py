@@ -35,8 +35,8 @@ def objective_of(scheduler: Any, *, name: str, mu: float | None) -> FlowMatching
     Args:
         scheduler: One of the classes ``SCHEDULERS``.
         name: Name of the model, for messages.
-        mu: Argument ``mu`` that the pipeline gives to ``set_timesteps``: the logarithm of a dynamic shift, or the shift itself
-            where the scheduler's ``time_shift_type`` is linear; None where it gives none.
+        mu: Argument ``mu`` that the pipeline gives to ``set_timesteps``: the logarithm of a dynamic shift, or the shift
+            itself where the scheduler's ``time_shift_type`` is linear; None where it gives none.
 
     Raises:
         ValueError: The scheduler's configuration is one of no known objective; the message names the key.

@@ -5,8 +5,8 @@
     scheduler      steps to a pattern of zeros, ones and noise, by which the normalization of latents can be read off
     VAE            keeps what it is to decode, and the call is over
 
-Transformer, VAE and text encoders are of their own classes, on the meta device: a pipeline that asks for the kind of a part or
-for a value of its configuration gets the true answer. They say that they are on the device where the pipeline is to compute.
+Transformer, VAE and text encoders are of their own classes, on the meta device: a pipeline that asks for the kind of a part
+or for a value of its configuration gets the true answer. They say that they are where the pipeline is to compute.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Outline:
 
     Args:
         signature: What is known of the pipeline.
-        parts: All of its parts by name; the transformer and the VAE are on the meta device, tokenizers are real. A text encoder
-            that is on the meta device is answered for.
+        parts: All of its parts by name; the transformer and the VAE are on the meta device, tokenizers are real. A text
+            encoder that is on the meta device is answered for.
         device: Where the pipeline is to make its tensors.
         dtype: Type of the transformer and VAE.
     """

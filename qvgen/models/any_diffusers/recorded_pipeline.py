@@ -65,13 +65,13 @@ class RecordedPipeline:
         latent_frames, rows, columns = measured.shape[1:]
         if latent_frames > 1 and (frames - 1) % (latent_frames - 1):
             raise self._refusal(
-                f"makes {latent_frames} latent frames of {frames}; model=diffusers needs a VAE that makes n + 1 of T n + 1 frames, "
-                "and a model.sampling_frames of this form"
+                f"makes {latent_frames} latent frames of {frames}; model=diffusers needs a VAE that makes n + 1 of T n + 1 "
+                "frames, and a model.sampling_frames of this form"
             )
         if height % rows or width % columns or height // rows != width // columns:
             raise self._refusal(
-                f"makes latents of {rows} x {columns} of model.height={height} and model.width={width}; write sizes that its VAE "
-                "and patches divide"
+                f"makes latents of {rows} x {columns} of model.height={height} and model.width={width}; write sizes that its "
+                "VAE and patches divide"
             )
         return measured
 
@@ -139,6 +139,8 @@ class RecordedPipeline:
         try:
             return outline.record({**plain, **self.fixed, **self.sizes(size), **arguments}, until=until)
         except Exception as error:  # whatever a pipeline of diffusers raises
+            if "meta tensor" in str(error):
+                raise self._refusal("computes with numbers out of the weights of its VAE or transformer") from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise self._refusal(f"can't be followed: {reason}") from error
 
@@ -162,7 +164,7 @@ class RecordedPipeline:
         Args:
             dtype: Type that its transformer has.
             device: Where it makes its tensors.
-            encoders: Its text encoders by name; ``empty`` for ones without weights; None for none, where embeddings are given.
+            encoders: Its text encoders by name; ``empty`` for ones without weights; None where embeddings are given.
 
         Raises:
             ValueError: A part can't be built from its configuration.

@@ -1,8 +1,8 @@
 """Which pipeline of diffusers a folder is of, and what that pipeline's call takes and its ``encode_prompt`` returns.
 
 Names are read from diffusers' own classes. A folder's files choose among them and say no code: a pipeline is a name in
-diffusers, a part is a class of diffusers or transformers (:mod:`qvgen.models.foreign_code`). A pipeline that is made from more
-than a caption, or that runs more than one transformer, is refused by that.
+diffusers, a part is a class of diffusers or transformers (:mod:`qvgen.models.foreign_code`). A pipeline that is made from
+more than a caption, or that runs more than one transformer, is refused by that.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class PipelineSignature:
         tokenizers: Folders of tokenizers and processors.
         options: Arguments of the pipeline that are no parts, such as ``force_zeros_for_empty_prompt``.
         call: Argument of a call -> its default; those without one have ``inspect.Parameter.empty``.
-        texts: Names of what ``encode_prompt`` returns, which are arguments of the call; those of the negative prompt begin with
-            ``negative_``.
+        texts: Names of what ``encode_prompt`` returns, which are arguments of the call; those of the negative prompt begin
+            with ``negative_``.
     """
 
     name: str
@@ -138,8 +138,8 @@ def _check_call(call: Mapping[str, Any], *, name: str, given: str) -> None:
     for key in _MORE_THAN_A_CAPTION:
         if key in call:
             raise ValueError(
-                f"{given} holds a {name}, whose call takes {key}= besides the caption; model=diffusers makes videos and images "
-                "of a caption alone (image to video: model=wan-i2v-14b, wan2.2-i2v-a14b, cogvideox-i2v, cogvideox1.5-i2v)"
+                f"{given} holds a {name}, whose call takes {key}= besides the caption; model=diffusers makes videos and "
+                "images of a caption alone (image to video: wan-i2v-14b, wan2.2-i2v-a14b, cogvideox-i2v, cogvideox1.5-i2v)"
             )
     for key in _NEEDED:
         if key not in call:
@@ -166,7 +166,7 @@ def _returned_texts(kind: Any, call: Mapping[str, Any], *, given: str) -> tuple[
     for name in names:
         if name not in call:
             raise ValueError(
-                f"{given} holds a {kind.__name__}, whose encode_prompt returns {name} and whose call takes no {name}=; captions "
-                "can't be encoded apart from sampling"
+                f"{given} holds a {kind.__name__}, whose encode_prompt returns {name} and whose call takes no {name}=; "
+                "captions can't be encoded apart from sampling"
             )
     return tuple(names)
