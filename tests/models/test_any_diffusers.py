@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,13 @@ from tests.models.ltx_folders import make_ltx_folder
 SIZES: dict[str, dict[str, Any]] = {
     "skyreels": {},
     "sana_video": {"width": 64},
-    "pixart": {"num_frames": 1, "sampling_frames": 1},
+    "pixart_sigma": {"num_frames": 1, "sampling_frames": 1},
 }
 OBJECTIVES = {
     "skyreels": FlowMatching(shift=8.0),
     "sana_video": FlowMatching(shift=8.0),
-    "pixart": EpsilonPrediction(beta_start=0.0001, beta_end=0.02),
+    "pixart_sigma": EpsilonPrediction(beta_start=0.0001, beta_end=0.02),
 }
-LAYERS = {"skyreels": 26, "sana_video": 25, "pixart": 24}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' DPM-Solver
 )
@@ -170,6 +170,18 @@ def test_training_step_and_packed_video(model: Any, tmp_path: Path) -> None:
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
 
 
+@pytest.mark.parametrize("variant", ["easyanimate", "pixart_alpha"])
+def test_further_classes_are_packed(variant: str, tmp_path: Path) -> None:
+    """A dynamic shift that the pipeline sets to e; a transformer that is told the size of its images."""
+    sizes = {"pixart_alpha": SIZES["pixart_sigma"]}.get(variant, {})
+    family = tiny_family("diffusers", make_any_folder(tmp_path / "model", variant), **sizes)
+    teacher = family.load_teacher()
+    check_prediction_is_per_sample(family, teacher)
+    check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
+    if variant == "easyanimate":
+        assert family.objective == FlowMatching(shift=math.e)
+
+
 @pytest.mark.parametrize(("name", "make"), [("wan", make_wan_folder), ("cogvideox", make_cogvideox_folder)])
 def test_a_family_of_its_own_says_the_same(name: str, make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
@@ -203,9 +215,12 @@ def test_pipelines_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     found = refusal(make_ltx_folder(tmp_path / "l"), height=64, width=96)
     assert "a LTXPipeline, which computes with numbers out of the weights of its VAE" in found
 
-    folder = make_any_folder(tmp_path / "p", "pixart")
+    found = refusal(make_any_folder(tmp_path / "f", "allegro"), num_frames=8, sampling_frames=8)
+    assert "a AllegroPipeline, which makes 2 latent frames of 8; model=diffusers needs a VAE that makes n + 1" in found
+
+    folder = make_any_folder(tmp_path / "p", "pixart_sigma")
     index = json.loads((folder / "model_index.json").read_text())
-    images = SIZES["pixart"]
+    images = SIZES["pixart_sigma"]
 
     def changed(**entries: Any) -> str:
         (folder / "model_index.json").write_text(json.dumps({**index, **entries}))
@@ -269,4 +284,4 @@ def test_defaults_are_those_of_the_pipelines_call(tmp_path: Path) -> None:
     assert (family.sampling_frames, family.num_frames) == (97, 97)
     assert (family.num_inference_steps, family.guidance_scale) == (50, 6.0)
     with pytest.raises(ValueError, match=r"model.height is not given, and a PixArtSigmaPipeline has no default for it"):
-        load_leaf("model", "diffusers", path=str(make_any_folder(tmp_path / "images", "pixart")))
+        load_leaf("model", "diffusers", path=str(make_any_folder(tmp_path / "images", "pixart_sigma")))

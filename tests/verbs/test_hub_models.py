@@ -139,7 +139,13 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
 
 
 def check_whole_way(
-    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, sizes: Sequence[str] = ()
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    clips: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video.
 
@@ -148,10 +154,11 @@ def check_whole_way(
         folder: Its folder.
         tmp_path: Where everything is written.
         capsys: What is printed.
-        sizes: Overrides behind :func:`tiny_keys`.
+        clips: A folder of eight clips; None: one that is written.
+        overrides: Keys behind those of :func:`train_keys`.
     """
-    clips = write_clips(tmp_path / "clips", fps=read_leaf("model", name)["fps"])
-    keys = [*train_keys(name, folder, clips, tmp_path), *sizes]
+    clips = clips or write_clips(tmp_path / "clips", fps=read_leaf("model", name)["fps"])
+    keys = [*train_keys(name, folder, clips, tmp_path), *overrides]
 
     data_keys = [key for key in keys if key.startswith(("model", "data"))]
     assert main(["precompute", *data_keys]) == 0

@@ -153,7 +153,7 @@ class DescribedFamily(PipelineFamily):
     @cached_property
     def objective(self) -> Objective:
         """The formula that the folder's scheduler undoes; raises ValueError for one that is not known."""
-        return objective_of(self.scheduler(), name=str(self.path), mu=self.measured.mu)
+        return objective_of(self.scheduler(), name=f"model.path={self.path}", mu=self.measured.mu)
 
     # What its pipeline does
 

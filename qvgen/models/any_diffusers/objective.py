@@ -48,7 +48,12 @@ def objective_of(scheduler: Any, *, name: str, mu: float | None) -> FlowMatching
         if not is_dynamic:
             return FlowMatching(shift=float(config["shift"]))
         assert mu is not None  # check_plain_flow has refused it
-        return FlowMatching(shift=math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
+        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+        if shift < 1:
+            raise ValueError(
+                f"{name}'s pipeline shifts noise levels by {shift:.3g} at this size; 1 or more, towards noise, is supported"
+            )
+        return FlowMatching(shift=shift)
     if config.get("use_flow_sigmas"):
         _check(config, name=name, prediction_type="flow_prediction", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
         if config.get("use_dynamic_shifting"):

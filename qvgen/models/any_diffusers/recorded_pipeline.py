@@ -21,7 +21,10 @@ from qvgen.models.transformer_build import build_empty
 TEXT = "encoder_hidden_states"
 """Name of the condition that is a caption's embedding [B, T, D]."""
 
-_CAPTIONS = ("a red boat", "two dogs run along a river in the evening")
+_CAPTIONS = ("a red boat", " ".join(["two dogs run along a river in the evening"] * 5))
+_LATENT_FRAMES = 11
+"""Latent frames of a second size, by which the number of frames of one latent frame is checked."""
+
 _FIXED = {"clean_caption": False, "use_resolution_binning": False, "complex_human_instruction": None}
 _PLAIN = {"prompt": None, "negative_prompt": None, "output_type": "np", "return_dict": False}
 
@@ -63,7 +66,7 @@ class RecordedPipeline:
             raise self._refusal(str(error)) from error
         frames, height, width = self.size
         latent_frames, rows, columns = measured.shape[1:]
-        if latent_frames > 1 and (frames - 1) % (latent_frames - 1):
+        if latent_frames > 1 and not self._is_one_more(frames, latent_frames):
             raise self._refusal(
                 f"makes {latent_frames} latent frames of {frames}; model=diffusers needs a VAE that makes n + 1 of T n + 1 "
                 "frames, and a model.sampling_frames of this form"
@@ -74,6 +77,14 @@ class RecordedPipeline:
                 "VAE and patches divide"
             )
         return measured
+
+    def _is_one_more(self, frames: int, latent_frames: int) -> bool:
+        """Whether a number of frames is T n + 1 for n + 1 latent frames, and another one too."""
+        if (frames - 1) % (latent_frames - 1):
+            return False
+        longer = (frames - 1) // (latent_frames - 1) * (_LATENT_FRAMES - 1) + 1
+        recording = self.record({"prompt": _CAPTIONS[0]}, (longer, *self.size[1:]), until="decode")
+        return Measured.of(recording).shape[1] == _LATENT_FRAMES
 
     @cached_property
     def encoded(self) -> dict[str, Tensor]:
