@@ -182,6 +182,27 @@ def test_further_classes_are_packed(variant: str, tmp_path: Path) -> None:
         assert family.objective == FlowMatching(shift=math.e)
 
 
+def test_a_folder_may_name_the_class_of_an_earlier_release(tmp_path: Path) -> None:
+    """PixArt's repositories say Transformer2DModel, with more arguments; diffusers loads PixArtTransformer2DModel."""
+    folder = make_any_folder(tmp_path / "model", "pixart_sigma")
+    present = tiny_family("diffusers", folder, **SIZES["pixart_sigma"])
+    noisy, timestep, condition = draw(present)
+    with torch.no_grad():
+        wanted = present.predict(present.load_teacher(), noisy, timestep, condition)
+    for file, entries in (
+        ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
+        ("transformer/config.json", {"_class_name": "Transformer2DModel", "double_self_attention": False}),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, **entries}))
+    earlier = tiny_family("diffusers", folder, **SIZES["pixart_sigma"])
+    assert earlier.transformer_class == "PixArtTransformer2DModel"
+    with torch.no_grad():
+        found = earlier.predict(earlier.load_teacher(), noisy, timestep, condition)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    check_packed_equals_fake_quantized(earlier, earlier.load_teacher(), tmp_path / "packed")
+
+
 @pytest.mark.parametrize(("name", "make"), [("wan", make_wan_folder), ("cogvideox", make_cogvideox_folder)])
 def test_a_family_of_its_own_says_the_same(name: str, make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "model")

@@ -13,13 +13,16 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import diffusers
+import torch
+from torch import nn
 
 from qvgen.models.any_diffusers.measured import Measured
 from qvgen.models.any_diffusers.objective import SCHEDULERS, objective_of
 from qvgen.models.any_diffusers.recorded_pipeline import TEXT, RecordedPipeline
-from qvgen.models.any_diffusers.signature import PipelineSignature
+from qvgen.models.any_diffusers.signature import PipelineSignature, present_class, present_config
 from qvgen.models.base import Objective
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS
+from qvgen.models.lora.merge import merge_loras_
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.published import known_models
 
@@ -78,6 +81,11 @@ class DescribedFamily(PipelineFamily):
             given=f"model.path={self.path}",
         )
         super().__post_init__()
+        if "num_layers" not in self.transformer_config:
+            raise ValueError(
+                f"model.path={self.path} holds a {self.transformer_class} without num_layers, by which models are "
+                "planned"
+            )
         _ = self.objective, self.condition_shape  # whatever is not supported is refused now
         own = [
             model.name for model in known_models() if model.kind["the transformer's class"] == self.transformer_class
@@ -121,7 +129,21 @@ class DescribedFamily(PipelineFamily):
     @property
     def transformer_class(self) -> str:  # type: ignore[override]
         """Class of the transformer."""
-        return self.signature.transformer
+        return present_class(self.signature.transformer, self.component_config("transformer"))
+
+    @cached_property
+    def transformer_config(self) -> dict[str, Any]:
+        """The configuration that :meth:`build` takes to build the model's transformer."""
+        return present_config(self.signature.transformer, self.component_config("transformer"))
+
+    def _load_transformer(self, folder: str, *, dtype: torch.dtype) -> nn.Module:
+        """Load the transformer; one of an earlier class by that name."""
+        if self._finetune is not None or self.signature.transformer == self.transformer_class:
+            return super()._load_transformer(folder, dtype=dtype)
+        kind = getattr(diffusers, self.signature.transformer)
+        transformer = self._require_folder().load(folder, kind, dtype=dtype)
+        merge_loras_(transformer, self._loras, component=folder)
+        return transformer
 
     @property
     def vae_class(self) -> str:  # type: ignore[override]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qvgen.models.any_diffusers.measured import Measured
 from qvgen.models.any_diffusers.outline import Outline, Recording
-from qvgen.models.any_diffusers.signature import PipelineSignature
+from qvgen.models.any_diffusers.signature import PipelineSignature, present_class, present_config
 from qvgen.models.hub_folder import HubFolder
 from qvgen.models.transformer_build import build_empty
 
@@ -200,8 +200,10 @@ class RecordedPipeline:
 
     def _empty(self, name: str) -> nn.Module:
         """The transformer or the VAE on the meta device."""
-        kind = self.signature.transformer if name == "transformer" else self.signature.vae
-        config = self._folder.read_json(f"{name}/config.json")
+        kind, config = self.signature.vae, self._folder.read_json(f"{name}/config.json")
+        if name == "transformer":
+            named = self.signature.transformer
+            kind, config = present_class(named, config), present_config(named, config)
         try:
             return build_empty(kind, config).eval()
         except ValueError as error:

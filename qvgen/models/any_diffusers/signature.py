@@ -34,13 +34,41 @@ _NEEDED = (
 _TOKENIZERS = ("tokenizer", "processor")
 
 
+_EARLIER = {("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel"}
+"""Class and ``norm_type`` of earlier releases -> the class that diffusers makes of them when it loads them."""
+
+
+def present_class(name: str, config: Mapping[str, Any]) -> str:
+    """The class that a transformer has when diffusers has loaded it: PixArt's folders name an earlier one.
+
+    Args:
+        name: Class that the folder names.
+        config: The transformer's configuration.
+    """
+    return _EARLIER.get((name, str(config.get("norm_type"))), name)
+
+
+def present_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`present_class`; of an earlier class those that the present one has.
+
+    Args:
+        name: Class that the folder names.
+        config: The transformer's configuration.
+    """
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if (present := present_class(name, config)) == name:
+        return own
+    known = inspect.signature(getattr(diffusers, present).__init__).parameters
+    return {key: value for key, value in own.items() if key in known}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineSignature:
     """The part of a folder's pipeline that its classes tell.
 
     Attributes:
         name: Class of the pipeline.
-        transformer: Class of the transformer.
+        transformer: Class of the transformer as the folder names it; see :func:`present_class`.
         vae: Class of the autoencoder.
         text_encoders: Folder -> class of transformers.
         tokenizers: Folders of tokenizers and processors.
