@@ -1,4 +1,4 @@
-"""What a recorded call of a pipeline shows: where its latents' dimensions are, how they are normalized, how it calls.
+"""Facts that a recorded call of a pipeline shows: where its latents' dimensions are, how they are normalized, how it calls.
 
 A sample here is [B, C, F, H, W] in the order of the VAE, as everywhere in qvgen; an image has F = 1.
 
@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qvgen.models.any_diffusers.outline import Recording
+from qvgen.models.recorded.outline import Recording
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 

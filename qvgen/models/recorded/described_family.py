@@ -1,7 +1,7 @@
 """The part of ``model=diffusers`` that says what the model is: sizes, classes, shapes, objective.
 
 Sizes, steps and guidance that the configuration leaves open are the defaults of the pipeline's call; shapes are those of what
-it does without weights (:mod:`qvgen.models.any_diffusers.recorded_pipeline`).
+it does without weights (:mod:`qvgen.models.recorded.recorded_pipeline`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import diffusers
 import torch
 from torch import nn
 
-from qvgen.models.any_diffusers.measured import Measured
-from qvgen.models.any_diffusers.objective import SCHEDULERS, objective_of
-from qvgen.models.any_diffusers.recorded_pipeline import TEXT, RecordedPipeline
-from qvgen.models.any_diffusers.signature import PipelineSignature, present_class, present_config
 from qvgen.models.base import Objective
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS
 from qvgen.models.lora.merge import merge_loras_
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.published import known_models
+from qvgen.models.recorded.measured import Measured
+from qvgen.models.recorded.objective import SCHEDULERS, objective_of
+from qvgen.models.recorded.recorded_pipeline import TEXT, RecordedPipeline
+from qvgen.models.recorded.signature import PipelineSignature, present_class, present_config
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,17 @@ class DescribedFamily(PipelineFamily):
                 setattr(self, key, float(value) if key == "guidance_scale" else value)
         if self.num_frames is None:
             self.num_frames = self.sampling_frames
+        if frames is not None and self.sampling_frames == 1 < self.num_frames:
+            raise ValueError(
+                f"model.sampling_frames=1 beside model.num_frames={self.num_frames}: the VAE's frames are measured on a sampled "
+                "video; write model.sampling_frames above 1"
+            )
         for key in ("num_frames", "sampling_frames"):
             if frames is None and (value := getattr(self, key)) != 1:
                 raise ValueError(f"model.{key}={value}, and a {self.signature.name} makes images; write 1")
 
     def _check_kind(self, given: str) -> None:
-        """Any pipeline that :class:`~qvgen.models.any_diffusers.signature.PipelineSignature` takes is of the right kind."""
+        """Any pipeline that :class:`~qvgen.models.recorded.signature.PipelineSignature` takes is of the right kind."""
 
     # What the folder says
 
@@ -181,7 +186,7 @@ class DescribedFamily(PipelineFamily):
 
     @property
     def measured(self) -> Measured:
-        """What the pipeline does with its latents, at the size of a sampled video."""
+        """Facts about the pipeline's latents and calls, at the size of a sampled video."""
         return self.recorded.measured
 
     @cached_property

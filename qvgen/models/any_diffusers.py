@@ -1,13 +1,13 @@
 """Any text-to-video or text-to-image model of diffusers, by its pipeline: ``model=diffusers model.path=FOLDER``.
 
 A family of its own knows its transformer. Here the folder's own pipeline is asked instead, by running its code without
-weights and recording what it does (:mod:`qvgen.models.any_diffusers.outline`):
+weights and recording what it does (:mod:`qvgen.models.recorded.outline`):
 
     captions    the pipeline's ``encode_prompt``; what it returns is what a caption becomes, in caches too
     predict     the pipeline is called with these embeddings, and stopped where it calls its transformer: its arguments, but
                 for the noisy latents and the timestep, are those of training
     latents     scale and shift of each channel are read off what it gives its VAE to decode, not off names
-    objective   by the class and configuration of its scheduler (:mod:`qvgen.models.any_diffusers.objective`)
+    objective   by the class and configuration of its scheduler (:mod:`qvgen.models.recorded.objective`)
     sampling    the pipeline itself, with the transformer exchanged
 
 Sizes, steps and guidance are the defaults of the pipeline's call where the configuration says none. [ours] ``clean_caption``
@@ -29,8 +29,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import SmoothingFold
-from qvgen.models.any_diffusers.described_family import DescribedFamily
-from qvgen.models.any_diffusers.recorded_pipeline import TEXT
+from qvgen.models.recorded.described_family import DescribedFamily
+from qvgen.models.recorded.recorded_pipeline import TEXT
 from qvgen.models.sampled_video import SampledVideo
 
 
@@ -38,7 +38,7 @@ from qvgen.models.sampled_video import SampledVideo
 class AnyDiffusers(DescribedFamily):
     """A model of diffusers that has no family of its own.
 
-    Its keys are those of :class:`qvgen.models.any_diffusers.described_family.DescribedFamily`.
+    Its keys are those of :class:`qvgen.models.recorded.described_family.DescribedFamily`.
     """
 
     def smoothing_folds(self, transformer: nn.Module) -> list[SmoothingFold]:

@@ -21,7 +21,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from qvgen.models.any_diffusers.signature import PipelineSignature
+from qvgen.models.recorded.signature import PipelineSignature
 
 _SEED = 20_240_502
 _KINDS_OF_TOKENS = 997
@@ -33,7 +33,7 @@ class _RecordedError(Exception):
 
 @dataclass(kw_only=True)
 class Recording:
-    """What happened in one call of a pipeline.
+    """The events of one call of a pipeline.
 
     Attributes:
         calls: Arguments of each call of the transformer, by name.
@@ -94,7 +94,7 @@ class Outline:
         """Run the pipeline.
 
         Args:
-            arguments: Those of its call.
+            arguments: Arguments of its call.
             until: ``texts``, ``call`` or ``decode``: what ends it.
 
         Raises:

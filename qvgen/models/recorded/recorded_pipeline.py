@@ -1,6 +1,6 @@
 """The pipeline of a folder, asked by running it without weights: what its captions become, how it calls, what it decodes.
 
-Everything that a family needs to know is here; weights are not. See :mod:`qvgen.models.any_diffusers.outline`.
+Everything that a family needs to know is here; weights are not. See :mod:`qvgen.models.recorded.outline`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.models.any_diffusers.measured import Measured
-from qvgen.models.any_diffusers.outline import Outline, Recording
-from qvgen.models.any_diffusers.signature import PipelineSignature, present_class, present_config
 from qvgen.models.hub_folder import HubFolder
+from qvgen.models.recorded.measured import Measured
+from qvgen.models.recorded.outline import Outline, Recording
+from qvgen.models.recorded.signature import PipelineSignature, present_class, present_config
 from qvgen.models.transformer_build import build_empty
 
 TEXT = "encoder_hidden_states"
@@ -54,7 +54,7 @@ class RecordedPipeline:
 
     @cached_property
     def measured(self) -> Measured:
-        """What it does with its latents.
+        """Facts about its latents and its calls.
 
         Raises:
             ValueError: Something that is not supported.
@@ -88,7 +88,7 @@ class RecordedPipeline:
 
     @cached_property
     def encoded(self) -> dict[str, Tensor]:
-        """What one caption becomes, from text encoders without weights: name of a condition -> tensor [1, ...].
+        """The conditions that one caption becomes, from text encoders without weights: name -> tensor [1, ...].
 
         Raises:
             ValueError: Captions are encoded in a way that is not supported.
@@ -137,9 +137,9 @@ class RecordedPipeline:
         """Run it without weights and without guidance, unless the arguments say another one.
 
         Args:
-            arguments: Those of its call that are not always the same.
+            arguments: Arguments of its call that are not always the same.
             size: Frames, height and width.
-            until: See :meth:`qvgen.models.any_diffusers.outline.Outline.record`.
+            until: See :meth:`qvgen.models.recorded.outline.Outline.record`.
             outline: The pipeline; None: one in float32 on the CPU.
 
         Raises:

@@ -41,42 +41,42 @@ def objective_of(scheduler: Any, *, name: str, mu: float | None) -> FlowMatching
     Raises:
         ValueError: The scheduler's configuration is one of no known objective; the message names the key.
     """
-    config = scheduler.config
+    settings = scheduler.config
     if type(scheduler).__name__ == FLOW_SCHEDULER:
-        is_dynamic = bool(config["use_dynamic_shifting"])
+        is_dynamic = bool(settings["use_dynamic_shifting"])
         check_plain_flow(scheduler, name=name, invert_sigmas=False, use_dynamic_shifting=is_dynamic and mu is not None)
         if not is_dynamic:
-            return FlowMatching(shift=float(config["shift"]))
+            return FlowMatching(shift=float(settings["shift"]))
         assert mu is not None  # check_plain_flow has refused it
-        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+        shift = math.exp(mu) if settings["time_shift_type"] == "exponential" else mu
         if shift < 1:
             raise ValueError(
                 f"{name}'s pipeline shifts noise levels by {shift:.3g} at this size; 1 or more, towards noise, is supported"
             )
         return FlowMatching(shift=shift)
-    if config.get("use_flow_sigmas"):
-        _check(config, name=name, prediction_type="flow_prediction", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
-        if config.get("use_dynamic_shifting"):
+    if settings.get("use_flow_sigmas"):
+        _check(settings, name=name, prediction_type="flow_prediction", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+        if settings.get("use_dynamic_shifting"):
             raise ValueError(
                 f"{name}'s scheduler has use_dynamic_shifting=True beside use_flow_sigmas; False is supported"
             )
-        return FlowMatching(shift=float(config["flow_shift"]))
-    _check(config, name=name, num_train_timesteps=NUM_TRAIN_TIMESTEPS, trained_betas=None)
-    betas = {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
+        return FlowMatching(shift=float(settings["flow_shift"]))
+    _check(settings, name=name, num_train_timesteps=NUM_TRAIN_TIMESTEPS, trained_betas=None)
+    betas = {"beta_start": settings["beta_start"], "beta_end": settings["beta_end"]}
     objective: EpsilonPrediction | VPrediction
-    if config["prediction_type"] == "epsilon":
-        _check(config, name=name, beta_schedule="linear")
+    if settings["prediction_type"] == "epsilon":
+        _check(settings, name=name, beta_schedule="linear")
         objective = EpsilonPrediction(**betas)
     else:
-        _check(config, name=name, prediction_type="v_prediction", beta_schedule="scaled_linear")
-        is_zero, scale = bool(config.get("rescale_betas_zero_snr")), float(config.get("snr_shift_scale", 1.0))
+        _check(settings, name=name, prediction_type="v_prediction", beta_schedule="scaled_linear")
+        is_zero, scale = bool(settings.get("rescale_betas_zero_snr")), float(settings.get("snr_shift_scale", 1.0))
         objective = VPrediction(**betas, zero_terminal_snr=is_zero, snr_shift_scale=scale)
     if not torch.allclose(scheduler.alphas_cumprod.float(), objective.alphas_cumprod, atol=1e-5):
         raise ValueError(f"{name}'s scheduler has noise levels of its own beside its betas (rescale_betas_zero_snr)")
     return objective
 
 
-def _check(config: Any, *, name: str, **wanted: Any) -> None:
+def _check(settings: Any, *, name: str, **wanted: Any) -> None:
     for key, value in wanted.items():
-        if key in config and config[key] != value:
-            raise ValueError(f"{name}'s scheduler has {key}={config[key]}; model=diffusers supports {value}")
+        if key in settings and settings[key] != value:
+            raise ValueError(f"{name}'s scheduler has {key}={settings[key]}; model=diffusers supports {value}")
