@@ -114,8 +114,8 @@ class DescribedFamily(PipelineFamily):
             self.num_frames = self.sampling_frames
         if frames is not None and self.sampling_frames == 1 < self.num_frames:
             raise ValueError(
-                f"model.sampling_frames=1 beside model.num_frames={self.num_frames}: the VAE's frames are measured on a sampled "
-                "video; write model.sampling_frames above 1"
+                f"model.sampling_frames=1 beside model.num_frames={self.num_frames}: the frames of the VAE are found by a "
+                "sampled video; write model.sampling_frames above 1"
             )
         for key in ("num_frames", "sampling_frames"):
             if frames is None and (value := getattr(self, key)) != 1:

@@ -173,11 +173,11 @@ def _locate_(module: nn.Module, *, device: torch.device) -> None:
     module.__class__ = type(kind.__name__, (kind,), members)
 
 
-def _answer_text(config: Any, input_ids: Tensor, *_: Any, **__: Any) -> Any:
+def _answer_text(settings: Any, input_ids: Tensor, *_: Any, **__: Any) -> Any:
     """Stand in for a text encoder: hidden states [B, T, D] of the tokens and their places, the same in every call."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    sizes = config.get_text_config()
+    sizes = settings.get_text_config()
     table = torch.randn(_KINDS_OF_TOKENS, sizes.hidden_size, generator=torch.Generator().manual_seed(_SEED))
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = table.to(input_ids.device)[(input_ids + 31 * places) % _KINDS_OF_TOKENS]
