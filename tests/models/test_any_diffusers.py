@@ -18,6 +18,8 @@ from diffusers import DiffusionPipeline
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
+from qvgen.layers.layer_group import layer_units
+from qvgen.layers.swap import select_linears
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.objectives import EpsilonPrediction, FlowMatching, VPrediction
 from tests.models.any_folders import VARIANTS, make_any_folder
@@ -74,6 +76,9 @@ def test_it_is_a_family_and_loads_what_was_saved(model: Any) -> None:
     saved = pipeline.transformer.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
     assert family.objective == OBJECTIVES[variant]
+    quantized = select_linears(teacher, include=family.include, exclude=family.exclude).quantized
+    groups = {unit.group for unit in layer_units(quantized, family.layer_groups)}
+    assert groups == {"self_attention", "cross_attention", *(["ffn"] if variant != "sana_video" else []), "other"}
     made, encoded = example_condition(family, count=2, make=torch.randn), family.encode(CAPTIONS)
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in encoded.items()}
 

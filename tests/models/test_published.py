@@ -33,7 +33,7 @@ ENCODERS = {
     "cogvideox": "T5EncoderModel", "wan": "UMT5EncoderModel", "small": "BertModel", "ltx": "T5EncoderModel",
     "latte": "T5EncoderModel", "hunyuanvideo": "LlamaModel", "mochi": "T5EncoderModel",
 }  # fmt: skip
-NO_FOLDER = {"tiny", "tiny_wide"}
+NO_FOLDER = {"tiny", "tiny_wide", "diffusers"}  # without published configurations
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 
