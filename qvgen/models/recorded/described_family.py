@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 import diffusers
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from qvgen.models.base import Objective
@@ -146,7 +147,9 @@ class DescribedFamily(PipelineFamily):
         if self._finetune is not None or self.signature.transformer == self.transformer_class:
             return super()._load_transformer(folder, dtype=dtype)
         kind = getattr(diffusers, self.signature.transformer)
-        transformer = self._require_folder().load(folder, kind, dtype=dtype)
+        transformer: Any = self._require_folder().load(folder, kind, dtype=dtype)
+        own = {key: value for key, value in transformer.config.items() if key in self.transformer_config}
+        transformer._internal_dict = FrozenDict(own)  # diffusers keeps the earlier class's arguments there
         merge_loras_(transformer, self._loras, component=folder)
         return transformer
 
