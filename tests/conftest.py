@@ -106,7 +106,7 @@ def pytest_collection_finish() -> None:
 ONLY_WHEN_ASKED = (
     "test_launched_runs.py", "test_average.py", "test_train_gpu_script.py", "test_hsdp_resume.py",
     "test_two_hosts.py", "test_launched_again.py", "test_sweep_of_devices.py", "test_attention_recall.py",
-    "test_further_runs.py", "test_ltx_runs.py", "test_image_runs.py", "test_attention_runs.py",
+    "test_further_runs.py", "test_ltx_runs.py", "test_image_runs.py", "test_attention_runs.py", "test_any_diffusers_runs.py",
 )  # fmt: skip
 """Files of whole runs that QVGEN_LONG_TESTS=1 asks for: with them all tests together take too long on two busy cores."""
 

@@ -44,6 +44,8 @@ def check_config(manifest: Manifest, *, source: Path) -> None:
     for key, value in manifest.transformer_config.items():
         if key not in known:
             raise ValueError(f"{source}: base.config has {key!r}, which {manifest.transformer} does not take")
+        if value is None and known[key].default is None:
+            continue  # EasyAnimate's class calls it int
         try:
             _check_argument(value, hints.get(key, Any), name=f"base.config.{key}", default=known[key].default)
         except ValueError as error:

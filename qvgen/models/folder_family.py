@@ -118,12 +118,15 @@ class FolderFamily(abc.ABC):
         self.folder = None if place is None else self.folder_class.find(place, **named)
         self._loras = self._chosen_loras()
         if self.folder is not None or self._finetune is not None:
-            given = f"model.path={self.path}" if self._finetune is None else f"model.transformer={self.transformer}"
-            check_is_known(self.component_config, name=self.name, given=given)
-            classes = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class}
-            check_is_of(self.component_config, name=self.name, given=given, **classes)
+            self._check_kind(f"model.{'transformer' if self._finetune else 'path'}={self.transformer or self.path}")
         temporal, spatial = self.compression
         check_sizes(self, temporal=temporal, multiple=spatial * self.patch_size)
+
+    def _check_kind(self, given: str) -> None:
+        """Raise ValueError where the configurations are of another model; ``given`` is how the user named them."""
+        check_is_known(self.component_config, name=self.name, given=given)
+        of = {"transformer_class": self.transformer_class, "text_encoder": self.text_encoder_class, "given": given}
+        check_is_of(self.component_config, name=self.name, **of)
 
     # The answers of a folder, or of the published configuration
 
@@ -177,8 +180,6 @@ class FolderFamily(abc.ABC):
     def latent_channels(self) -> int:
         """Channels of a sample: all of the transformer's inputs, where no image is among them."""
         return int(self.transformer_config.get("in_channels", 16))  # 16 is both classes' default
-
-    # Transformers
 
     @cached_property
     def revision(self) -> str:
@@ -266,8 +267,6 @@ class FolderFamily(abc.ABC):
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build a transformer; see :func:`qvgen.models.transformer_build.build_transformer`."""
         return build_transformer(self.transformer_class, config)
-
-    # Text encoder and VAE
 
     def to(self, device: torch.device | str) -> Self:
         """Choose where text encoder and VAE run; they are moved when they are next used."""

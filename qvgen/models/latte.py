@@ -217,9 +217,6 @@ class Latte(PipelineFamily):
     def _denormalize(self, latents: Tensor) -> Tensor:
         return 1 / self._vae_config["scaling_factor"] * latents
 
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
     def _call_options(self, guidance_scale: float) -> dict[str, Any]:
         return {
             **super()._call_options(guidance_scale),

@@ -182,9 +182,6 @@ class Mochi(PipelineFamily):
         mean, deviation = self._statistics(latents)
         return latents * deviation / self._vae_config.get("scaling_factor", 1.0) + mean  # the pipeline's order
 
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
     def _pipeline_options(self) -> dict[str, Any]:
         key = "force_zeros_for_empty_prompt"
         return {key: bool(self.component_config("model_index").get(key, False))}

@@ -129,25 +129,32 @@ class PipelineFamily(EncoderFamily):
         videos = []
         for caption, negative, seed, image in zip(captions, negatives, seeds, images, strict=True):
             sampled = SampledVideo(transformer=transformer, caption=caption, seed=seed)
-            generator = torch.Generator().manual_seed(seed)
-            latents = pipeline(
+            arguments = {
                 **self._prompt_arguments(rows[caption], rows[negative] if is_guided else None),
-                **{self.frames_argument: self.sampling_frames},
-                height=self.height,
-                width=self.width,
-                num_inference_steps=num_steps,
+                **self._sizes(),
+                "num_inference_steps": num_steps,
                 **self._call_options(guidance_scale),
                 **image,
-                generator=generator,
-                output_type="latent",
-            ).frames
-            sampled.check_finite(latents, name="latents")
-            pixels = self._decode_sampled(self._from_pipeline(latents), generator=generator)
-            sampled.check_finite(pixels, name="pixels")
-            video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
-            videos.append(torch.from_numpy((video * 255).round().astype("uint8")))
+            }
+            generator = torch.Generator().manual_seed(seed)
+            videos.append(self._sample(pipeline, arguments, sampled, generator=generator))
             sampled.check_frames(videos[-1])
         return torch.stack(videos)
+
+    def _sizes(self) -> dict[str, int]:
+        """Arguments of a call of the pipeline that say the size of a video."""
+        return {self.frames_argument: self.sampling_frames, "height": self.height, "width": self.width}
+
+    def _sample(
+        self, pipeline: Any, arguments: Mapping[str, Any], sampled: SampledVideo, *, generator: torch.Generator
+    ) -> UInt8[Tensor, "F H W 3"]:
+        """Sample one video; raises UnusableVideoError where its latents or pixels are not finite."""
+        latents = pipeline(**arguments, generator=generator, output_type="latent").frames
+        sampled.check_finite(latents, name="latents")
+        pixels = self._decode_sampled(self._from_pipeline(latents), generator=generator)
+        sampled.check_finite(pixels, name="pixels")
+        video = VideoProcessor().postprocess_video(pixels, output_type="np")[0]
+        return torch.from_numpy((video * 255).round().astype("uint8"))
 
     def scheduler(self) -> Any:
         """The folder's scheduler, new.
@@ -162,9 +169,9 @@ class PipelineFamily(EncoderFamily):
             )
         return getattr(diffusers, name).from_config(config)
 
-    @abc.abstractmethod
     def _from_pipeline(self, latents: Tensor) -> Tensor:
-        """From the pipeline's order of dimensions to [B, C, f, h, w]."""
+        """From the pipeline's order of dimensions to [B, C, f, h, w]; most pipelines have it."""
+        return latents
 
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""

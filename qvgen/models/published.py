@@ -174,7 +174,7 @@ def _matches(kind: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[Publishe
 
 def _remedy(models: Sequence[PublishedModel], class_name: str) -> str:
     if not models:
-        return f"no model of qvgen is such a {class_name}; choose a folder of the model"
+        return f"no model of qvgen is such a {class_name}; choose a folder of the model, or try model=diffusers"
     return f"use {' or '.join(f'model={model.name}' for model in models)}"
 
 

@@ -155,8 +155,5 @@ class WanFamily(PipelineFamily):
         mean, inverse = self._statistics(latents)
         return latents / inverse + mean  # the pipeline's order of operations, to the bit
 
-    def _from_pipeline(self, latents: Tensor) -> Tensor:
-        return latents
-
     def _pipeline_options(self) -> dict[str, Any]:
         return {"expand_timesteps": bool(self.component_config("model_index").get("expand_timesteps", False))}

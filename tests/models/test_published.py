@@ -36,7 +36,7 @@ ENCODERS = {
     "latte": "T5EncoderModel", "mochi": "T5EncoderModel", "hunyuanvideo1.5": "Qwen2_5_VLTextModel",
     "hunyuanvideo": "LlamaModel",
 }  # fmt: skip
-NO_FOLDER = {"tiny", "tiny_fewstep", "tiny_wide"}
+NO_FOLDER = {"tiny", "tiny_fewstep", "tiny_wide", "diffusers"}  # without published configurations
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 

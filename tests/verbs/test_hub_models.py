@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config import launched_world
-from qvgen.config.leaves import load_leaf
+from qvgen.config.leaf_file import read_leaf
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
@@ -137,10 +138,27 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     check_whole_way(name, make(tmp_path / "model", variant), tmp_path, capsys)
 
 
-def check_whole_way(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video."""
-    clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
-    keys = train_keys(name, folder, clips, tmp_path)
+def check_whole_way(
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    clips: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Clips are encoded once, a run packs what it trained, fold makes the same bytes, and generate the run's own video.
+
+    Args:
+        name: Name of the model.
+        folder: Its folder.
+        tmp_path: Where everything is written.
+        capsys: What is printed.
+        clips: A folder of eight clips; None: one that is written.
+        overrides: Keys behind those of :func:`train_keys`.
+    """
+    clips = clips or write_clips(tmp_path / "clips", fps=read_leaf("model", name)["fps"])
+    keys = [*train_keys(name, folder, clips, tmp_path), *overrides]
 
     data_keys = [key for key in keys if key.startswith(("model", "data"))]
     assert main(["precompute", *data_keys]) == 0
@@ -307,5 +325,5 @@ def test_without_weights_it_says_what_to_download(capsys: pytest.CaptureFixture[
         for name in names:
             assert main([verb, f"model={name}", "data.path=clips"]) == 2
             (line,) = capsys.readouterr().err.splitlines()
-            repository = load_leaf("model", name).repository
+            repository = read_leaf("model", name)["repository"]
             assert f"hf download {repository} --local-dir FOLDER` and write model={name} model.path=FOLDER" in line
