@@ -27,7 +27,15 @@ from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_calibration import sample_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
-from qvgen.training.whole_run import early_workers, processes_of, sharing_queue, start_helpers, trained
+from qvgen.training.training_run import TrainingRun
+from qvgen.training.whole_run import (
+    early_workers,
+    processes_of,
+    shared_outputs,
+    sharing_queue,
+    start_helpers,
+    trained,
+)
 from qvgen.verbs._deliver import TrainingEnd, deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
@@ -69,12 +77,13 @@ def quantize(config: TrainConfig) -> None:
             measured=measured,
             helpers=start_helpers(run, run_dir.path, settings=config.plain, workers=workers),
         )
-        training = nullcontext(0)
+        outputs, training = None, nullcontext(0)
         if config.steps:
+            outputs = shared_outputs(run, held_out)
             validate = _shared_measurement(config, run_dir.path, measured) if run.devices > 1 else measured.error
             training = trained(
                 run,
-                training_output(config, run_dir.path, validate=validate, loggers=loggers),
+                training_output(config, run_dir.path, validate=validate, outputs=outputs, loggers=loggers),
                 student=student,
                 teacher=teacher,
                 settings=config.plain,
@@ -95,7 +104,12 @@ def quantize(config: TrainConfig) -> None:
                 teacher=teacher,
                 student=student,
                 measured=measured,
-                ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
+                ended=TrainingEnd(
+                    steps=steps,
+                    queue=sharing_queue(run),
+                    is_alone=run.is_sharded,
+                    outputs=None if outputs is None else outputs.found,
+                ),
             )
         show_result(data, write_report(run_dir.path, data))
         forget_samples(run_dir.path)
@@ -141,13 +155,17 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)
-    processes, validate = processes_of(run, rank=rank, port=port), None
+    processes, validate, outputs = processes_of(run, rank=rank, port=port), None, None
     if config.method.quantizes and config.evaluation.every_steps is not None:
         reference = None if config.strategy.low_host_memory else read_reference(config.run_dir)
         validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
-    output = training_output(config, config.run_dir, validate=validate)
+    if config.method.quantizes and run.is_sharded:
+        outputs = shared_outputs(run, open_held_out(config))
+    output = training_output(config, config.run_dir, validate=validate, outputs=outputs)
     if processes.sharded:  # its shares come from rank 0
         train_share(run, output, student=None, teacher=None, processes=processes)
+        if config.method.quantizes and not config.strategy.low_host_memory:
+            _help_at_the_end(config, run, student=None, teacher=None)
         return
     teacher: nn.Module | None = None
     if config.method.quantizes:
@@ -158,7 +176,14 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
         student = config.model.initial_transformer(config.seed)
     load_start(student, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
-    if config.method.quantizes and (queue := sharing_queue(run)) is not None:
+    if config.method.quantizes:
+        _help_at_the_end(config, run, student=student, teacher=teacher)
+
+
+def _help_at_the_end(
+    config: TrainConfig, run: TrainingRun, *, student: nn.Module | None, teacher: nn.Module | None
+) -> None:
+    if (queue := sharing_queue(run)) is not None:
         help_sampling(config, student=student, teacher=teacher, queue=queue)
 
 
