@@ -154,5 +154,10 @@ class WanFamily(PipelineFamily):
     def _from_pipeline(self, latents: Tensor) -> Tensor:
         return latents
 
+    @property
+    def steps_by_token(self) -> bool:
+        """Whether the pipeline gives each token a timestep of its own, as Wan2.2's small model is sampled."""
+        return bool(self.component_config("model_index").get("expand_timesteps", False))
+
     def _pipeline_options(self) -> dict[str, Any]:
-        return {"expand_timesteps": bool(self.component_config("model_index").get("expand_timesteps", False))}
+        return {"expand_timesteps": self.steps_by_token}

@@ -50,11 +50,14 @@ class SharedError:
         inputs: The inputs, the same in all processes.
         reference: Number of a batch -> the full-precision model's output for it, float32; None: :meth:`take_reference_of`
             comes before the first call.
-        together: The model is shared out over the processes, which call it together.
+        together: A call is the work of several processes, all of which call alike.
+        context: Processes that share a sample's tokens out: ranks that follow each other, with the same batches.
     """
 
-    def __init__(self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor] | None, together: bool) -> None:
-        self._inputs, self._reference, self._together = inputs, reference, together
+    def __init__(
+        self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor] | None, together: bool, context: int = 1
+    ) -> None:
+        self._inputs, self._reference, self._together, self._context = inputs, reference, together, context
         self._teacher: tuple[nn.Module, ...] = ()
 
     def take_reference_of(self, teacher: nn.Module) -> None:
@@ -73,7 +76,8 @@ class SharedError:
         table, is_stopped = torch.zeros(self._inputs.num_batches, 2, dtype=torch.float64), False
         try:
             for number, predicted in self._outputs(model):
-                table[number] = squares(predicted, self._reference(number))
+                if distributed.get_rank() % self._context == 0:  # the others of its group have the same
+                    table[number] = squares(predicted, self._reference(number))
         except Stopped:
             if self._together:  # all have left at the same call
                 raise
@@ -86,7 +90,7 @@ class SharedError:
         return error.compute()
 
     def _outputs(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
-        return _own_outputs(self._inputs, model, together=self._together)
+        return _own_outputs(self._inputs, model, together=self._together, context=self._context)
 
 
 class SharedOutputs:
@@ -120,11 +124,13 @@ class SharedOutputs:
             self.found = tuple(numbered[number] for number in range(self._inputs.num_batches))
 
 
-def _own_outputs(inputs: MeasuredInputs, model: nn.Module, *, together: bool) -> Iterator[tuple[int, Tensor]]:
+def _own_outputs(
+    inputs: MeasuredInputs, model: nn.Module, *, together: bool, context: int = 1
+) -> Iterator[tuple[int, Tensor]]:
     """The numbers of this process's batches, each with a model's output; what it computes besides is dropped."""
-    count, world_size = inputs.num_batches, distributed.get_world_size()
-    own = range(distributed.get_rank(), count, world_size)
-    rounds = -(-count // world_size) if together else len(own)
+    count, groups = inputs.num_batches, distributed.get_world_size() // context
+    own = range(distributed.get_rank() // context, count, groups)
+    rounds = -(-count // groups) if together else len(own)
     numbers = [*own, *[0] * (rounds - len(own))]
     for index, predicted in enumerate(inputs.predictions(model, numbers)):
         if index < len(own):

@@ -69,6 +69,11 @@ class TrainingRun:
         return self.shards > 1
 
     @property
+    def calls_together(self) -> bool:
+        """Whether a call of a model is the work of several processes, so that all call it alike."""
+        return self.is_sharded or self.strategy.context_parallel > 1
+
+    @property
     def shares_outputs(self) -> bool:
         """Whether all processes compute the outputs of the trained student while they share it out.
 

@@ -12,14 +12,17 @@ the step; a slow process holds the others up in their next all-reduce, whose tim
 Training does not notice: gradients, modes of the modules and every global random state are as before, so that a run has
 the same bits with and without videos. The student is sampled with Phi, the way it is trained.
 
-Models whose parameters are sharded (``sharded``) run on all processes at once: every process samples every prompt then, and
-rank 0 decides which are due and writes the files. The bits are the same; the time is not shared.
+Models of which a call is the work of several processes (``together``: their parameters are sharded, or a sample's tokens)
+run on all processes at once: every process samples every prompt then, and rank 0 decides which are due and writes the files.
+Where parameters are sharded the bits are the same and the time is not shared; where tokens are, each process of a group
+computes its part of them (:mod:`qvgen.models.context_parallel`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -33,12 +36,14 @@ from torch import distributed, nn
 from qvgen import stop_request
 from qvgen.data.video import Frames
 from qvgen.evaluation.distance import psnr_db, ssim
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.sampling import generate_videos
 from qvgen.evaluation.suite.paired_metrics import PairedMetrics
 from qvgen.evaluation.validation_files import DIRECTORY, SUITE, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.models.context_parallel import SharedSequence
 from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.module import VideoTraining
@@ -68,7 +73,8 @@ class ValidationVideos(lightning.Callback):
         encode: Stands in place of the family's, so that no text encoder runs.
         every_steps: Optimizer steps between two validations.
         num_steps: Optimizer steps of the run.
-        sharded: Student and teacher are shared out over the processes.
+        together: A call of student or teacher is the work of several processes.
+        context: Processes that share a sample's tokens out.
 
     Attributes:
         metrics: What is measured of a video besides its PSNR and SSIM; nothing unless it is set.
@@ -84,11 +90,13 @@ class ValidationVideos(lightning.Callback):
         encode: Encode | None,
         every_steps: int,
         num_steps: int,
-        sharded: bool = False,
+        together: bool = False,
+        context: int = 1,
     ) -> None:
         self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
         self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, WAIT_SECONDS
-        self.sharded, self.metrics = sharded, PairedMetrics(None)
+        self.together, self.metrics = together, PairedMetrics(None)
+        self._context, self._sequences = context, dict[nn.Module, SharedSequence]()
         self._last_step = 0
         self._unlogged: list[int] = []
 
@@ -146,7 +154,7 @@ class ValidationVideos(lightning.Callback):
     def write_videos(self, student: nn.Module, *, step: int, rank: int, world_size: int) -> None:
         """Sample and write a process's prompts of a step; what is there whole is left as it is."""
         mine, writes = range(rank, len(self.files), world_size), True
-        if self.sharded:
+        if self.together:
             mine, writes = range(len(self.files)), rank == 0
         due = self._agreed([i for i in mine if not self.files.has_student(i, step=step)])
         if due:
@@ -172,7 +180,7 @@ class ValidationVideos(lightning.Callback):
 
     def _agreed(self, answer: list[int]) -> list[int]:
         """What rank 0 found, where all processes have to do the same; files come and go while they look."""
-        if not self.sharded:
+        if not self.together:
             return answer
         box = [answer]
         distributed.broadcast_object_list(box, src=0)
@@ -194,7 +202,7 @@ class ValidationVideos(lightning.Callback):
         prompt, seed, negative = self.files.prompts[index], self.files.seeds[index], self.files.negatives[index]
         modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
         try:
-            with isolate_rng(), uncompiled(model), interruptible(model, together=self.sharded):
+            with isolate_rng(), uncompiled(model), interruptible(model, together=self.together), self._shared(model):
                 videos = generate_videos(
                     self.family, model, [prompt], [seed], negative_prompts=[negative], encode=self.encode
                 )
@@ -203,6 +211,15 @@ class ValidationVideos(lightning.Callback):
                 module.training = training
         frames: Frames = videos[0].numpy()
         return frames
+
+    def _shared(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What has calls of a model share their tokens out, where processes do; the first time a collective."""
+        if self._context == 1:
+            return nullcontext()
+        if model not in self._sequences:
+            device = sampling_device(next(model.parameters()).device)
+            self._sequences[model] = SharedSequence([model], processes=self._context, device=device)
+        return self._sequences[model].applied()
 
     def publish(self, loggers: list[Logger], *, step: int) -> None:
         """As rank 0: log every validation up to ``step`` whose files are all there, and bring the table up to date."""
@@ -260,7 +277,8 @@ def validation_videos(
         encode=encode,
         every_steps=evaluation.video_every_steps,
         num_steps=run.steps.num_steps,
-        sharded=run.is_sharded,
+        together=run.calls_together,
+        context=run.strategy.context_parallel,
     )
     videos.metrics = PairedMetrics(evaluation.suite)
     return videos

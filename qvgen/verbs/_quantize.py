@@ -142,10 +142,11 @@ def calibrate_share(config: TrainConfig, *, rank: int) -> None:
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     encode = config.data.open(config.model, split="held_out").encode
     transformer = config.model.load_teacher()
-    if training_run(config).is_sharded:  # its host has room for shares; what is mapped of the files is given back
+    run = training_run(config)
+    if run.is_sharded:  # its host has room for shares; what is mapped of the files is given back
         transformer.to(sampling_device())
     teacher = sampled_teacher(config, transformer, encode=encode)
-    sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
+    sample_share(ptq_method(config), profile=config.profile, teacher=teacher, num_processes=run.devices)
     log.info("the calibration is there")
 
 
@@ -158,7 +159,8 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     processes, validate, outputs = processes_of(run, rank=rank, port=port), None, None
     if config.method.quantizes and config.evaluation.every_steps is not None:
         reference = None if config.strategy.low_host_memory else read_reference(config.run_dir)
-        validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
+        how = {"together": run.calls_together, "context": config.strategy.context_parallel}
+        validate = SharedError(open_held_out(config), reference=reference, **how)
     if config.method.quantizes and run.is_sharded:
         outputs = shared_outputs(run, open_held_out(config))
     output = training_output(config, config.run_dir, validate=validate, outputs=outputs)
@@ -192,8 +194,8 @@ def _shared_measurement(config: TrainConfig, path: Path, measured: Measured) -> 
     if config.evaluation.every_steps is None:
         return None
     write_reference(path, measured.reference, key=config.model.revision)
-    is_shared = training_run(config).is_sharded
-    return SharedError(measured.inputs, reference=measured.reference.__getitem__, together=is_shared)
+    how = {"together": training_run(config).calls_together, "context": config.strategy.context_parallel}
+    return SharedError(measured.inputs, reference=measured.reference.__getitem__, **how)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -14,7 +14,7 @@ def shared_work(config: TrainConfig, run: TrainingRun) -> list[str]:
     shared, alone = [], []
     if sampled_needs(config):
         where = " (nodes that see rank 0's calibration.cache)" if run.num_nodes > 1 else ""
-        shared.append(f"passes of the calibration{where}")
+        shared.append(f"the calibration{where}")
     if (every := config.evaluation.every_steps) is not None:
         shared.append(f"held-out errors every {every} steps")
     if not config.strategy.low_host_memory:  # which ends with a checkpoint

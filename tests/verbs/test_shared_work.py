@@ -22,7 +22,7 @@ OWN_END = "videos of the trained model and of its start"
         (
             f"{FSDP} init=gptq",
             [
-                "over 2 processes: passes of the calibration, held-out errors every 3 steps, "
+                "over 2 processes: the calibration, held-out errors every 3 steps, "
                 f"{SHARED_END}; rank 0 alone: {START}, {OWN_END}"
             ],
         ),

@@ -1,7 +1,7 @@
 """A program that trains the same run by one process and by several which share tokens out; run by test_context.py.
 
-`context_program.py FOLDER` writes FOLDER/CASE/metrics.csv and checkpoints for each case. Processes are forked, so that all
-that they need is imported once.
+`context_program.py FOLDER` writes FOLDER/CASE/metrics.csv, checkpoints and validation videos for each case. Processes are
+forked, so that all that they need is imported once.
 """
 
 from __future__ import annotations
@@ -9,25 +9,34 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
+from qvgen.config.schema import TrainConfig
 from qvgen.training.distributed.launcher import free_port
 from qvgen.training.session import train_share
+from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import LAYERS_FILE, save_start
+from qvgen.training.student import Measured
 from qvgen.training.trainer import Processes
+from qvgen.training.training_run import TrainingRun
+from qvgen.verbs._inputs import open_held_out
 from qvgen.verbs._parts import training_output, training_run
 from tests.parts import prepared
 from tests.runs import shallow, train_config
 
 HALF = "trainer.precision=bf16-mixed"
+UNMEASURED = ("evaluation.every_steps=null", "evaluation.video_every_steps=null")
 CASES = {
     "one": (),
     "fsdp": (
         "devices=4", "strategy=fsdp", "strategy.context_parallel=2", "strategy.gather=codes",
         "strategy.gradient_checkpointing=true",
     ),
-    "one-half": (HALF,),
-    "ddp-half": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", HALF),
+    "one-half": (HALF, *UNMEASURED),
+    "ddp-half": ("devices=2", "strategy=ddp", "strategy.context_parallel=2", HALF, *UNMEASURED),
 }  # fmt: skip
 
 
@@ -47,15 +56,33 @@ def train(folder: Path, case: str, *, rank: int, port: int) -> None:
     if case == "one":
         save_start(student, config.run_dir)
     processes = Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards)
-    train_share(
-        run, training_output(config, run_dir=config.run_dir), student=student, teacher=teacher, processes=processes
-    )
+    output = training_output(config, run_dir=config.run_dir, validate=measurement(config, run, teacher))
+    train_share(run, output, student=student, teacher=teacher, processes=processes)
+
+
+def measurement(
+    config: TrainConfig, run: TrainingRun, teacher: nn.Module | None
+) -> Callable[[nn.Module], float] | None:
+    """What measures the student; where models are shared out the teacher's shares give the reference."""
+    if config.evaluation.every_steps is None:
+        return None
+    inputs = open_held_out(config)
+    if run.is_sharded:
+        return SharedError(inputs, reference=None, together=True, context=run.strategy.context_parallel)
+    return Measured(inputs=inputs, reference=list(inputs.predictions(teacher))).error
 
 
 def words(folder: Path, case: str) -> list[str]:
     """Overrides of a case; all have the small model of Wan's class, two samples a step, a rank that falls before step 1."""
     keys = ["steps=2", "batch_size=2", "bits=4", "phi.ranks=[2]", "checkpoint.every_steps=1", "checkpoint.keep=9"]
-    return [*keys, "evaluation.videos=0", *shallow(1), *CASES[case], f"run_dir={folder / case}"]
+    measured = [
+        "evaluation.every_steps=2",
+        "evaluation.samples=3",
+        "evaluation.videos=1",
+        "evaluation.video_every_steps=2",
+    ]
+    sampled = ["model.num_inference_steps=2", f"run_dir={folder / case}"]
+    return [*keys, *measured, *sampled, *shallow(1), *CASES[case]]
 
 
 def main() -> None:
