@@ -2,8 +2,9 @@
 
 `deepspeed_program.py FOLDER` prints a JSON list: for each process what it found with each stage of ZeRO. The factors
 L [N, r] and R [r, K] are those of Phi, and the halving is :func:`qvgen.lowrank.svd.refactor`, read and written by
-DeepSpeed's accessors of its float32 masters. The learning rate is 0 in the step behind the halving: what an optimizer step does not write back is seen to
-the bit. DeepSpeed's shared-memory operator for CPUs, which it compiles in a folder of the user's, is left out.
+DeepSpeed's accessors of its float32 masters. The learning rate is 0 in the steps around the halving: what an optimizer step
+does not write back is seen to the bit. DeepSpeed's shared-memory operator for CPUs, which it compiles in a folder of the
+user's, is left out.
 """
 
 from __future__ import annotations
