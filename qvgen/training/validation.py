@@ -24,7 +24,6 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import lightning
@@ -38,7 +37,6 @@ from qvgen.data.video import Frames
 from qvgen.evaluation.distance import psnr_db, ssim
 from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.prompts import shown_videos
-from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.sampling import generate_videos
 from qvgen.evaluation.suite.paired_metrics import PairedMetrics
 from qvgen.evaluation.validation_files import DIRECTORY, SUITE, ValidationFiles, read_validation
@@ -48,7 +46,7 @@ from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.module import VideoTraining
 from qvgen.training.stop_point import interruptible
-from qvgen.training.tracking.sections import VIDEO_STEP
+from qvgen.training.tracking.validation_panels import log_videos
 from qvgen.training.tracking.wandb_run import WandbRun
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 
@@ -74,10 +72,10 @@ class ValidationVideos(lightning.Callback):
         every_steps: Optimizer steps between two validations.
         num_steps: Optimizer steps of the run.
         together: A call of student or teacher is the work of several processes.
-        context: Processes that share a sample's tokens out.
 
     Attributes:
         metrics: What is measured of a video besides its PSNR and SSIM; nothing unless it is set.
+        context: Processes that share a sample's tokens out; 1 unless it is set.
         wait_seconds: How long rank 0 waits at the end.
     """
 
@@ -91,12 +89,11 @@ class ValidationVideos(lightning.Callback):
         every_steps: int,
         num_steps: int,
         together: bool = False,
-        context: int = 1,
     ) -> None:
         self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
         self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, WAIT_SECONDS
         self.together, self.metrics = together, PairedMetrics(None)
-        self._context, self._sequences = context, dict[nn.Module, SharedSequence]()
+        self.context, self._sequences = 1, dict[nn.Module, SharedSequence]()
         self._last_step = 0
         self._unlogged: list[int] = []
 
@@ -214,11 +211,11 @@ class ValidationVideos(lightning.Callback):
 
     def _shared(self, model: nn.Module) -> AbstractContextManager[None]:
         """What has calls of a model share their tokens out, where processes do; the first time a collective."""
-        if self._context == 1:
+        if self.context == 1:
             return nullcontext()
         if model not in self._sequences:
             device = sampling_device(next(model.parameters()).device)
-            self._sequences[model] = SharedSequence([model], processes=self._context, device=device)
+            self._sequences[model] = SharedSequence([model], processes=self.context, device=device)
         return self._sequences[model].applied()
 
     def publish(self, loggers: list[Logger], *, step: int) -> None:
@@ -235,7 +232,7 @@ class ValidationVideos(lightning.Callback):
                     found = read_validation(self.files.directory, verify=False)
                     videos = [video for video in found if video.step == done]
                     row = max(0, last + number)
-                    logger.attempt(partial(_log_to_wandb, files=self.files, videos=videos, row=row))
+                    logger.attempt(partial(log_videos, files=self.files, videos=videos, row=row))
         self.files.write_table()
 
     def finish(self, loggers: list[Logger], *, world_size: int) -> None:
@@ -278,9 +275,8 @@ def validation_videos(
         every_steps=evaluation.video_every_steps,
         num_steps=run.steps.num_steps,
         together=run.calls_together,
-        context=run.strategy.context_parallel,
     )
-    videos.metrics = PairedMetrics(evaluation.suite)
+    videos.metrics, videos.context = PairedMetrics(evaluation.suite), run.strategy.context_parallel
     return videos
 
 
@@ -288,31 +284,3 @@ def _distance(frames: Frames, teacher: Frames, device: torch.device) -> dict[str
     """PSNR in dB and SSIM of a video to the teacher's."""
     a, b = (torch.from_numpy(video).to(device) for video in (frames, teacher))
     return {"psnr_db": psnr_db(a, b, max_value=255), "ssim": ssim(a, b, max_value=255)}
-
-
-def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo], row: int) -> None:
-    """One panel per prompt, and the means over the prompts; with a step of their own, because they may come late.
-
-    Args:
-        run: wandb's.
-        files: Of the videos.
-        videos: All of one step.
-        row: Of the history, which they share with the metrics of an optimizer step; rows that are written are closed.
-    """
-    import wandb
-
-    step = videos[0].step
-    content: dict[str, Any] = {VIDEO_STEP: step}
-    for video in videos:
-        index, both = video.prompt_index, video.psnr_db is not None
-        path = files.path(index, step=step, variant="side-by-side") if both else video.student
-        caption = f"{video.prompt} (seed {video.seed}, step {step}{'; teacher, student' if both else ''})"
-        content[f"video/{index:02d}"] = wandb.Video(str(path), format="mp4", caption=caption)
-    for name in ("psnr_db", "ssim"):
-        values = [value for video in videos if (value := getattr(video, name)) is not None]
-        if values:
-            content[f"video/{name}"] = fmean(values)
-    for name in {name: None for video in videos for name in video.suite}:
-        run.define_metric(f"eval/{name}", step_metric=VIDEO_STEP)
-        content[f"eval/{name}"] = fmean(video.suite[name] for video in videos if name in video.suite)
-    run.log(content, step=row)
