@@ -40,7 +40,7 @@ MEASURED = (FAKE, PACKED)
 VARIANTS = ("teacher", START, *MEASURED)
 """The models of a run that are sampled, as tables and pages show them."""
 COMPARED_STAGE, ALONE_STAGE, START_STAGE = "compared", "alone", "start"
-"""What rank 0 alone can sample with is a stage of its own; the start is sampled when nothing needs the trained student."""
+"""Models that rank 0 alone has are a stage of their own; the start is sampled when nothing needs the trained student."""
 
 
 @dataclass(frozen=True, kw_only=True)

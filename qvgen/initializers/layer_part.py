@@ -1,4 +1,4 @@
-"""What a part of a calibration, such as one video, says of one layer's inputs; parts that follow each other are joined.
+"""Statistics of one layer's inputs in a part of a calibration, such as one video; parts that follow each other are joined.
 
     abs_max, ranges    the larger, the wider of both: the same in any order
     sum of x^T x       float32, parts added in their order
@@ -96,7 +96,7 @@ class LayerPart:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """What :meth:`tensors` gave."""
+        """Make a part of the tensors that :meth:`tensors` gave."""
         ranges = None
         if "timesteps" in tensors:
             ends = zip(tensors["low"], tensors["high"], strict=True)
