@@ -205,7 +205,8 @@ class CalibrationConfig:
             seeds and negative prompts (:mod:`qvgen.config.prompt`); None: those of ``evaluation.prompts``.
         videos: Number of videos that the full-precision model samples; they take the prompts in turn.
         steps: Sampling steps of each video.
-        memory_gib: Memory of the statistics of one pass in GiB; layers that do not fit are seen in further passes.
+        memory_gib: Memory of the statistics of one pass in GiB; layers that do not fit are seen in further passes. From the
+            second video on the host holds the sums of those before besides, as large again.
         cache: Folder of statistics, keyed by content; runs may share it.
         clips: Where learned clips of inputs start. ``search``: where the error of a layer's output on sampled inputs is
             least; ``table``: where inputs of its width and bits lose least that are Gaussian, or GELU or SiLU of it;

@@ -34,12 +34,13 @@ from qvgen.layers.layer_threads import idle_threads, in_threads
 log = logging.getLogger(__name__)
 
 START = "ptq-start"
-MEASURED = ("fake-quantized", "packed")
+FAKE, PACKED = "fake-quantized", "packed"
+MEASURED = (FAKE, PACKED)
 """The models whose outputs for the held-out inputs are computed at the end of a run."""
 VARIANTS = ("teacher", START, *MEASURED)
 """The models of a run that are sampled, as tables and pages show them."""
-COMPARED_STAGE, START_STAGE = "compared", "start"
-"""The start is sampled when nothing needs the trained student any more."""
+COMPARED_STAGE, ALONE_STAGE, START_STAGE = "compared", "alone", "start"
+"""Models that rank 0 alone has are a stage of their own; the start is sampled when nothing needs the trained student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +67,23 @@ class ComparedModels:
         fake: The trained model, its Phi gone; where the start is sampled it may hold the start afterwards.
         packed: The same, read back from its packed directory.
         start_absent: Why the PTQ start is not sampled; None: it is.
+        is_alone: Whether no other process has the trained model.
     """
 
     teacher: nn.Module
     fake: nn.Module
     packed: nn.Module
     start_absent: str | None
+    is_alone: bool = False
 
 
 def compare_models(
-    models: ComparedModels, *, held_out: MeasuredInputs, sampling: SharedSampling, to_start: OpenModel
+    models: ComparedModels,
+    *,
+    held_out: MeasuredInputs,
+    sampling: SharedSampling,
+    to_start: OpenModel,
+    fake_outputs: Sequence[Tensor] | None = None,
 ) -> Comparison:
     """Compute videos and outputs with all models, write the shown videos to run_dir/videos, and compare.
 
@@ -86,13 +94,20 @@ def compare_models(
         held_out: Inputs on which codes of fake and packed are compared.
         sampling: The videos and outputs, and which of the run's processes computes which.
         to_start: Brings the student to the run's start while its videos are sampled.
+        fake_outputs: The trained model's outputs for each batch of the inputs; None: they are among what is sampled.
     """
     asked = sampling.asked
     compared = open_compared(teacher=lambda: models.teacher, fake=models.fake, packed=lambda: models.packed)
-    sampling.sample(COMPARED_STAGE, compared)
-    sampled = sampling.gather(COMPARED_STAGE, compared)
+    own = {FAKE: compared[FAKE]} if models.is_alone else {}
+    stages = {ALONE_STAGE: own, COMPARED_STAGE: {name: model for name, model in compared.items() if name not in own}}
+    for stage, opened in stages.items():
+        sampling.sample(stage, opened)
+    found = {name: one for stage, opened in stages.items() for name, one in sampling.gather(stage, opened).items()}
+    sampled = {name: found[name] for name in compared}
     tables = {name: one.table for name, one in sampled.items()}
-    outputs = {name: sampled[name].outputs for name in MEASURED}
+    outputs: dict[str, Sequence[Tensor]] = {name: sampled[name].outputs for name in MEASURED}
+    if fake_outputs is not None:
+        outputs[FAKE] = fake_outputs
     checks = check_packed(models.fake, models.packed, held_out=held_out, outputs=outputs, videos=tables)
     absent, start_videos = sample_start(sampling, to_start, absent=models.start_absent)
     if start_videos is not None:
@@ -109,20 +124,17 @@ def compare_models(
 
 
 def open_compared(
-    *, teacher: Callable[[], nn.Module], fake: nn.Module, packed: Callable[[], nn.Module]
+    *, teacher: Callable[[], nn.Module], fake: nn.Module | None, packed: Callable[[], nn.Module]
 ) -> dict[str, OpenModel]:
     """The models of the first stage, as any process of the run samples them.
 
     Args:
         teacher: Gives the full-precision model.
-        fake: The trained model.
+        fake: The trained model; None: this process has none.
         packed: Gives the packed model.
     """
-    return {
-        "teacher": lambda: nullcontext(teacher()),
-        "fake-quantized": lambda: nullcontext(fake),
-        "packed": lambda: nullcontext(packed()),
-    }
+    trained: dict[str, OpenModel] = {} if fake is None else {FAKE: lambda: nullcontext(fake)}
+    return {"teacher": lambda: nullcontext(teacher()), **trained, PACKED: lambda: nullcontext(packed())}
 
 
 def sample_start(
@@ -152,8 +164,8 @@ def _comparisons(videos: Mapping[str, Tensor], asked: Asked) -> tuple[VideoCompa
             fps=asked.family.fps,
             teacher=videos["teacher"][index].numpy(),
             start=None if start is None else start[index].numpy(),
-            fake_quantized=videos["fake-quantized"][index].numpy(),
-            packed=videos["packed"][index].numpy(),
+            fake_quantized=videos[FAKE][index].numpy(),
+            packed=videos[PACKED][index].numpy(),
             negative_prompt=video.negative,
         )
         for index, video in enumerate(asked.shown)

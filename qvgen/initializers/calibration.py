@@ -3,11 +3,12 @@
     abs_max        all tokens of all calls, per noise band, for every method     [bands, K] float32 per layer
     second_moment  ``ROWS_PER_CALL`` tokens of each sample in a call, evenly spread   [K, K] float32 per layer
     ranges         all tokens of all calls, per timestep                          2 [steps, K] float32 per layer
-    inputs         a uniform sample of those tokens (reservoir, Vitter's R)         [MAX_INPUTS, K] float32 per layer
+    inputs         a uniform sample of those tokens                                 [MAX_INPUTS, K] float32 per layer
 
 Memory is bounded by the model alone, not by how long it samples. Second moments are what is large: 8.9 GiB for all 245
 layers of CogVideoX-2b, 64.5 GiB for the 406 of Wan 14B; a caller that has less collects some layers at a time
-(:func:`passes`). The maxima of all layers take 0.1 and 0.5 GiB, with a sample of inputs 1.2 and 5.1 GiB (50 bands).
+(:func:`passes`), and one that shares videos out joins its parts (:mod:`qvgen.initializers.layer_part`). The maxima of all
+layers take 0.1 and 0.5 GiB, with a sample of inputs 1.2 and 5.1 GiB (50 bands).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qvgen.initializers.base import LayerStatistics, Need, StepRanges
+from qvgen.initializers.base import LayerStatistics, Need
+from qvgen.initializers.layer_part import MAX_INPUTS, LayerPart, kept_rows, widen_
 from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 
 ROWS_PER_CALL = 256
-MAX_INPUTS = 512
 RANGE_STEPS = 50
 """Sampling steps that the estimate of memory counts on; ranges are small beside the rest."""
 
@@ -40,6 +41,7 @@ class Calibration:
         num_bands: Noise bands.
         seed: Seed of the sample of inputs.
         timesteps: A few-step model's own, each of which is a band, ``num_bands`` of them; None: equal bands.
+        part: Number of the part of the calibration that is seen: rows of another part have other random numbers.
 
     Example:
         >>> from torch import nn
@@ -59,13 +61,13 @@ class Calibration:
 
     def __init__(
         self, model: nn.Module, *, names: Sequence[str], needs: Iterable[Need], num_bands: int, seed: int,
-        timesteps: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None, part: int = 0,
     ) -> None:  # fmt: skip
         self._model = model
         self._needs = frozenset(needs)
         self._band = step_bands(num_bands, timesteps)
         self._watched = {
-            name: _Watched(self._linear(name), needs=self._needs, num_bands=num_bands, key=f"{seed}/{name}")
+            name: _Watched(self._linear(name), needs=self._needs, num_bands=num_bands, key=f"{seed}/{name}/{part}")
             for name in names
         }
         self._handles: list[RemovableHandle] = []
@@ -102,7 +104,11 @@ class Calibration:
         Raises:
             ValueError: It was never called, or its inputs were not finite.
         """
-        return self._watched[name].result(name)
+        return self.part(name).statistics(name)
+
+    def part(self, name: str) -> LayerPart:
+        """The same as a part, to be joined with others."""
+        return self._watched[name].part()
 
 
 class _Watched:
@@ -115,6 +121,7 @@ class _Watched:
         self._abs_max = torch.zeros(num_bands, size)
         self._moment = torch.zeros(size, size) if "second_moment" in needs else None
         self._inputs = torch.zeros(0, size) if "inputs" in needs else None
+        self._draws = torch.zeros(0, dtype=torch.float64)
         self._ranges: dict[float, tuple[Tensor, Tensor]] | None = {} if "ranges" in needs else None
         self.num_rows = 0
 
@@ -136,7 +143,7 @@ class _Watched:
         if self._moment is not None:
             self._moment = self._moment.to(x.device).addmm_(rows.mT, rows)
         if self._inputs is not None:
-            self._keep(rows.cpu())
+            self._keep(rows)
         self.num_rows += len(rows)
 
     def _widen(self, x: Tensor, band: NoiseBand) -> None:
@@ -147,41 +154,24 @@ class _Watched:
         repeat = len(x) // len(timesteps)
         for index, timestep in enumerate(timesteps):
             rows = x[index * repeat : (index + 1) * repeat].flatten(0, 1)
-            low, high = rows.amin(0).float().cpu(), rows.amax(0).float().cpu()
-            if timestep in self._ranges:
-                low = torch.minimum(low, self._ranges[timestep][0])
-                high = torch.maximum(high, self._ranges[timestep][1])
-            self._ranges[timestep] = low, high
+            widen_(self._ranges, timestep, rows.amin(0).float().cpu(), rows.amax(0).float().cpu())
 
     def _keep(self, rows: Tensor) -> None:
-        """Reservoir sampling: after n rows each of them is kept with probability MAX_INPUTS / n."""
+        """Give each row a random number; keep those with the smallest ones of all so far."""
         assert self._inputs is not None
-        free = min(MAX_INPUTS - len(self._inputs), len(rows))
-        self._inputs = torch.cat((self._inputs, rows[:free]))
-        counts = self.num_rows + torch.arange(free, len(rows), dtype=torch.float64) + 1
-        draws = torch.rand(len(counts), generator=self._generator, dtype=torch.float64)
-        places = (draws * counts).long()  # uniform in 0..n - 1 for the n-th row of all
-        kept = (places < MAX_INPUTS).nonzero().flatten().tolist()
-        for index in kept:  # in turn: a later row may replace an earlier one
-            self._inputs[places[index]] = rows[free + index]
+        draws = torch.cat((self._draws, torch.rand(len(rows), generator=self._generator, dtype=torch.float64)))
+        kept, before = kept_rows(draws), len(self._draws)
+        new = rows[(kept[kept >= before] - before).to(rows.device)].cpu()
+        self._inputs, self._draws = torch.cat((self._inputs[kept[kept < before]], new)), draws[kept]
 
-    def result(self, name: str) -> LayerStatistics:
-        if not bool(self._abs_max.any()) and self.num_rows == 0 and not bool((self._abs_max != 0).any()):
-            raise ValueError(f"{name} was never called with anything but zeros while calibrating; exclude the layer")
-        if not bool(self._abs_max.isfinite().all()):
-            raise ValueError(f"{name} had inputs that are not finite while calibrating; run the model in float32")
-        moment = None if self._moment is None else (self._moment / max(self.num_rows, 1)).cpu()
-        ranges = None
-        if self._ranges is not None:
-            steps = tuple(sorted(self._ranges))
-            low, high = (torch.stack([self._ranges[step][side] for step in steps]) for side in (0, 1))
-            ranges = StepRanges(timesteps=steps, low=low, high=high)
-        return LayerStatistics(
+    def part(self) -> LayerPart:
+        return LayerPart(
             abs_max=self._abs_max.cpu(),
-            second_moment=moment,
+            moment=None if self._moment is None else self._moment.cpu(),
             inputs=self._inputs,
+            draws=None if self._inputs is None else self._draws,
             num_rows=self.num_rows,
-            ranges=ranges,
+            ranges=self._ranges,
         )
 
 

@@ -16,7 +16,8 @@ that, it offers Ulysses alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,15 +38,17 @@ def check_context(
     shapes: Sequence[tuple[int, int, int, int]],
     processes: int,
     name: str,
+    remedy: str = "train on clips of another size",
 ) -> None:
     """Refuse a model whose sequence can't be shared out over so many processes.
 
     Args:
         class_name: The transformer's class.
         numbers: Its ``num_attention_heads`` and ``patch_size``, where it is one of :data:`CONTEXT_CLASSES`.
-        shapes: Latents of one sample [C, F, H, W], of every size that is trained on.
+        shapes: Latents of one sample [C, F, H, W], of every size.
         processes: Number of processes that share one sample out.
         name: The model's, for people.
+        remedy: A way to other sizes.
 
     Raises:
         UserError: Another class, heads or tokens that the processes do not divide, or an attention that can't.
@@ -65,7 +68,7 @@ def check_context(
         if tokens % processes:
             raise UserError(
                 f"{given}: latents of {' x '.join(map(str, sides))} are {tokens} tokens, which {processes} does not divide; "
-                f"write {_divisors(math.gcd(tokens, heads))}, or train on clips of another size"
+                f"write {_divisors(math.gcd(tokens, heads))}, or {remedy}"
             )
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -131,6 +134,15 @@ class SharedSequence:
                 remove_context_parallel(model, _plan(model))
                 self._tell(model, None)
         self._is_on = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Share sequences out while the block runs: in calls without a backward pass."""
+        self.apply_()
+        try:
+            yield
+        finally:
+            self.remove_()
 
     @staticmethod
     def _tell(model: nn.Module, parallel: Any) -> None:

@@ -155,5 +155,10 @@ class WanFamily(PipelineFamily):
         mean, inverse = self._statistics(latents)
         return latents / inverse + mean  # the pipeline's order of operations, to the bit
 
+    @property
+    def steps_by_token(self) -> bool:
+        """Whether the pipeline gives each token a timestep of its own, as Wan2.2's small model is sampled."""
+        return bool(self.component_config("model_index").get("expand_timesteps", False))
+
     def _pipeline_options(self) -> dict[str, Any]:
-        return {"expand_timesteps": bool(self.component_config("model_index").get("expand_timesteps", False))}
+        return {"expand_timesteps": self.steps_by_token}

@@ -1,10 +1,12 @@
 """Statistics for PTQ methods: the full-precision model samples videos while its layers are watched, once per content key.
 
-    FOLDER/KEY/LAYER.safetensors    abs_max, and second_moment, inputs, and ranges by timestep where they were asked for
+    FOLDER/KEY/LAYER.safetensors            abs_max, and second_moment, inputs, ranges by timestep where they were asked for
+    FOLDER/KEY/videos/LAYER-N.safetensors   the same of one video, while several processes share the videos out
 
 KEY is a hash of the weights, prompts, seeds, steps, sizes and kinds of statistics. Layers are watched in as many passes as
-``calibration.memory_gib`` makes necessary; every pass samples the same videos again. A pass is one process's: its sums and
-samples depend on the order of the calls. Processes on one cache share the passes out, and sample each of them once.
+``calibration.memory_gib`` makes necessary; every pass samples the same videos again. What a layer's inputs were is collected
+video by video and joined in their order (:mod:`qvgen.initializers.layer_part`): the same bits whoever samples which video.
+Processes on one cache share the passes out, or the videos of each where there are fewer passes than processes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from qvgen.evaluation.placement import placed
 from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.base import LayerStatistics, Need, StepRanges
-from qvgen.initializers.calibration import MAX_INPUTS, ROWS_PER_CALL, Calibration, passes
+from qvgen.initializers.calibration import ROWS_PER_CALL, Calibration, passes
+from qvgen.initializers.layer_part import MAX_INPUTS, LayerPart
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import local_arguments
 from qvgen.models.few_step import own_timesteps, sampling_steps
@@ -36,7 +39,7 @@ from qvgen.training.source_checksum import foreign_sources
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Part of the key; one more when the same settings would give other statistics."""
 
 _NO_PART_OF_SAMPLING = ("published", "prompts", "include", "exclude")
@@ -112,23 +115,24 @@ class CalibratedModel:
         """Layers of each pass that is not in the cache whole."""
         return [names for names in self._passes if any(self._read(name) is None for name in names)]
 
-    def sample_missing(self) -> None:
+    def by_video(self, num_processes: int) -> bool:
+        """Whether so many processes share out the videos of a pass, and not whole passes."""
+        return len(self._passes) < num_processes and self.calibration.videos > 1
+
+    def sample_missing(self, *, num_processes: int = 1) -> None:
         """Sample what is not in the cache, of all layers: other processes will read it there.
 
-        Processes that do so at the same time share the passes out. One that another process samples is left out and looked
-        at again behind all others: it is in the cache then, or that process is gone.
+        Processes that do so at the same time share it out. What another process samples is left out and looked at again
+        behind all others: it is in the cache then, or that process is gone.
+
+        Args:
+            num_processes: How many do, as far as it is known; they all say the same.
         """
+        sample = self._sample_videos if self.by_video(num_processes) else self._sample_pass
         left = self.missing_passes()
         with Claims(self.folder, key="calibration.cache") as claims:
             while left:
-                elsewhere = []
-                for names in left:
-                    if not claims.take(key := self._claim(names)):
-                        elsewhere.append(names)
-                        continue
-                    if due := [name for name in names if self._read(name) is None]:
-                        self._collect(due)
-                    claims.give_back(key)
+                elsewhere = [names for names in left if not sample(names, claims)]
                 if len(elsewhere) == len(left):
                     time.sleep(POLL_SECONDS)
                 left = elsewhere
@@ -148,8 +152,57 @@ class CalibratedModel:
                     encode=teacher.encode,
                 )
 
-    def _claim(self, names: Sequence[str]) -> str:
-        return hashlib.sha256(f"{self.key}/{names[0]}".encode()).hexdigest()
+    def _sample_pass(self, names: Sequence[str], claims: Claims) -> bool:
+        """Sample a pass; False where another process does."""
+        if not claims.take(key := self._claim(names)):
+            return False
+        if due := [name for name in names if self._read(name) is None]:
+            self._collect(due)
+        claims.give_back(key)
+        return True
+
+    def _sample_videos(self, names: Sequence[str], claims: Claims) -> bool:
+        """Sample videos of a pass that no other process has, and join all of them; False where some are not there yet."""
+        for number in range(self.calibration.videos):
+            files = [_part_file(self.folder, name, number) for name in names]
+            if not all(file.exists() for file in files) and claims.take(key := self._claim(names, number)):
+                # In this order: whoever joins them writes the statistics before the parts are deleted.
+                if not all(file.exists() for file in files) and any(self._read(name) is None for name in names):
+                    log.info("calibration: video %d of %d, %d layers", number + 1, self.calibration.videos, len(names))
+                    for name, part in self._collected(names, number).items():
+                        file = _part_file(self.folder, name, number)
+                        write_sealed(file, part.tensors(), key=_key(self.folder, file.stem))
+                claims.give_back(key)
+        if all(self._read(name) is not None for name in names):
+            return True
+        files = [_part_file(self.folder, name, number) for name in names for number in range(self.calibration.videos)]
+        if not all(file.exists() for file in files) or not claims.take(key := self._claim(names)):
+            return False
+        is_joined = all(self._read(name) is not None or self._join(name) for name in names)
+        for file in files if is_joined else ():
+            file.unlink(missing_ok=True)
+        claims.give_back(key)
+        return is_joined
+
+    def _join(self, name: str) -> bool:
+        """Write a layer's statistics from those of each video; False where one of them is damaged, which is deleted."""
+        total: LayerPart | None = None
+        for number in range(self.calibration.videos):
+            file = _part_file(self.folder, name, number)
+            try:
+                part = LayerPart.of(read_sealed(file, key=_key(self.folder, file.stem)))
+            except (DamagedFileError, FileNotFoundError) as error:
+                log.warning("%s; it is sampled again", error)
+                file.unlink(missing_ok=True)
+                return False
+            total = part.behind(total)
+        assert total is not None, "there is a video"
+        self._write(name, total)
+        return True
+
+    def _claim(self, names: Sequence[str], number: int | None = None) -> str:
+        what = "" if number is None else f"/{number}"
+        return hashlib.sha256(f"{self.key}/{names[0]}{what}".encode()).hexdigest()
 
     def _sample(self, names: Sequence[str], *, due: Callable[[str], bool]) -> None:
         """Sample those layers of a pass that are due, unless another process on the same cache has done so meanwhile."""
@@ -169,30 +222,43 @@ class CalibratedModel:
             return None
 
     def _collect(self, names: list[str]) -> None:
-        teacher, videos = self.teacher, self._videos()
+        """Sample all videos for some layers, and write their statistics."""
         log.info(
             "calibration: %d videos of %d steps for %d of %d layers",
-            len(videos), self.steps, len(names), sum(map(len, self._passes)),
+            self.calibration.videos, self.steps, len(names), sum(map(len, self._passes)),
         )  # fmt: skip
+        totals: dict[str, LayerPart] = {}
+        with placed(self.teacher.transformer):  # for all videos
+            for number in range(self.calibration.videos):
+                for name, part in self._collected(names, number).items():
+                    totals[name] = part.behind(totals.get(name))
+        for name, total in totals.items():
+            self._write(name, total)
+
+    def _collected(self, names: Sequence[str], number: int) -> dict[str, LayerPart]:
+        """What one video says of some layers."""
+        teacher, video = self.teacher, self._videos()[number]
         model = teacher.transformer
         watch = Calibration(
             model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed,
-            timesteps=own_timesteps(teacher.family),
+            timesteps=own_timesteps(teacher.family), part=number,
         )  # fmt: skip
         with watch:
-            self.sample_videos(videos)
+            self.sample_videos([video])
+        return {name: watch.part(name) for name in names}
+
+    def _write(self, name: str, total: LayerPart) -> None:
+        found = total.statistics(name)
+        tensors = {"abs_max": found.abs_max, "num_rows": torch.tensor(found.num_rows)}
+        if found.second_moment is not None:
+            tensors["second_moment"] = found.second_moment
+        if found.inputs is not None:
+            tensors["inputs"] = found.inputs
+        if found.ranges is not None:
+            tensors["timesteps"] = torch.tensor(found.ranges.timesteps, dtype=torch.float64)
+            tensors |= {"low": found.ranges.low, "high": found.ranges.high}
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            found = watch.statistics(name)
-            tensors = {"abs_max": found.abs_max, "num_rows": torch.tensor(found.num_rows)}
-            if found.second_moment is not None:
-                tensors["second_moment"] = found.second_moment
-            if found.inputs is not None:
-                tensors["inputs"] = found.inputs
-            if found.ranges is not None:
-                tensors["timesteps"] = torch.tensor(found.ranges.timesteps, dtype=torch.float64)
-                tensors |= {"low": found.ranges.low, "high": found.ranges.high}
-            write_sealed(_file(self.folder, name), tensors, key=_key(self.folder, name))
+        write_sealed(_file(self.folder, name), tensors, key=_key(self.folder, name))
 
 
 def read_statistics(folder: Path, name: str) -> LayerStatistics:
@@ -214,6 +280,10 @@ def read_statistics(folder: Path, name: str) -> LayerStatistics:
 
 def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
+
+
+def _part_file(folder: Path, name: str, number: int) -> Path:
+    return folder / "videos" / f"{name}-{number}.safetensors"
 
 
 def _key(folder: Path, name: str) -> str:

@@ -176,7 +176,8 @@ class VideoTraining(OptimizerModule):
             self.averaged(self.student),
             torch.autocast(self.device.type, enabled=False),
             uncompiled(self.student),
-            interruptible(self.student, together=self._share_out is not None),
+            interruptible(self.student, together=self._share_out is not None or self._context > 1),
+            nullcontext() if self._sequence is None else self._sequence.applied(),
         ):
             self.relative_error = self._validate(self.student)
 

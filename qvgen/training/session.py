@@ -36,6 +36,7 @@ from qvgen.training.saved_tensor import load_tensors_
 from qvgen.training.shared_error import SharedError
 from qvgen.training.start_file import START_FILE, restore_layers_
 from qvgen.training.step_figures import StepFigures, speed_of
+from qvgen.training.stop_point import interruptible
 from qvgen.training.trainer import (
     Processes,
     build_trainer,
@@ -126,6 +127,11 @@ def train_share(
     stop_request.check()  # asked for in the last moments
     if models is not None:
         models.gather_()
+        if output.outputs is not None:
+            if schedule is not None:
+                schedule.apply_(models.student, None, step=step)
+            with interruptible(models.student, together=True):
+                output.outputs.compute(models.student)
     if student is not None:
         if schedule is not None:  # what the last step annealed to 0, where there is no tail
             schedule.apply_(student, None, step=step)

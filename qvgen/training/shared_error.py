@@ -15,11 +15,16 @@ equally often. What a process computes in the place of a batch that is not there
 
 The reference is what rank 0's full-precision model gave for each batch. Where no process holds that model whole, each process
 computes the reference of its own batches, once, with the shares that take part in training.
+
+At the end of a run the outputs themselves are wanted, of a trained model that is still shared out: each process computes
+those of its batches in the same way, and one gathering behind the loop brings them to rank 0 (:class:`SharedOutputs`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,6 +37,8 @@ from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.stop_request import Stopped
 from qvgen.training.stop_point import agreed
 
+log = logging.getLogger(__name__)
+
 REFERENCE_FILE = "held_out.safetensors"
 """In the run's folder while several processes train: the full-precision model's outputs, batch by batch."""
 
@@ -43,11 +50,14 @@ class SharedError:
         inputs: The inputs, the same in all processes.
         reference: Number of a batch -> the full-precision model's output for it, float32; None: :meth:`take_reference_of`
             comes before the first call.
-        together: The model is shared out over the processes, which call it together.
+        together: A call is the work of several processes, all of which call alike.
+        context: Processes that share a sample's tokens out: ranks that follow each other, with the same batches.
     """
 
-    def __init__(self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor] | None, together: bool) -> None:
-        self._inputs, self._reference, self._together = inputs, reference, together
+    def __init__(
+        self, inputs: MeasuredInputs, *, reference: Callable[[int], Tensor] | None, together: bool, context: int = 1
+    ) -> None:
+        self._inputs, self._reference, self._together, self._context = inputs, reference, together, context
         self._teacher: tuple[nn.Module, ...] = ()
 
     def take_reference_of(self, teacher: nn.Module) -> None:
@@ -66,7 +76,8 @@ class SharedError:
         table, is_stopped = torch.zeros(self._inputs.num_batches, 2, dtype=torch.float64), False
         try:
             for number, predicted in self._outputs(model):
-                table[number] = squares(predicted, self._reference(number))
+                if distributed.get_rank() % self._context == 0:  # the others of its group have the same
+                    table[number] = squares(predicted, self._reference(number))
         except Stopped:
             if self._together:  # all have left at the same call
                 raise
@@ -79,14 +90,51 @@ class SharedError:
         return error.compute()
 
     def _outputs(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
-        """The numbers of this process's batches, each with a model's output; what it computes besides is dropped."""
-        count, world_size = self._inputs.num_batches, distributed.get_world_size()
-        own = range(distributed.get_rank(), count, world_size)
-        rounds = -(-count // world_size) if self._together else len(own)
-        numbers = [*own, *[0] * (rounds - len(own))]
-        for index, predicted in enumerate(self._inputs.predictions(model, numbers)):
-            if index < len(own):
-                yield numbers[index], predicted
+        return _own_outputs(self._inputs, model, together=self._together, context=self._context)
+
+
+class SharedOutputs:
+    """The outputs of a model that is shared out, for held-out inputs: all processes compute them, rank 0 gets them.
+
+    Args:
+        inputs: The inputs, the same in all processes.
+
+    Attributes:
+        found: As rank 0, once they are computed: the outputs, float32, batch by batch; None before, and in the others.
+    """
+
+    def __init__(self, inputs: MeasuredInputs) -> None:
+        self._inputs = inputs
+        self.found: tuple[Tensor, ...] | None = None
+
+    def compute(self, model: nn.Module) -> None:
+        """Compute them; a collective.
+
+        Raises:
+            Stopped: In all processes, where any was asked to stop.
+        """
+        own = dict(_own_outputs(self._inputs, model, together=True))
+        log.info("outputs of the trained model: batches %s of the held-out inputs", ", ".join(map(str, own)) or "none")
+        parts: list[dict[int, Tensor]] | None = None
+        if distributed.get_rank() == 0:
+            parts = [{} for _ in range(distributed.get_world_size())]
+        distributed.gather_object(own, parts, dst=0)
+        if parts is not None:
+            numbered = dict(chain.from_iterable(part.items() for part in parts))
+            self.found = tuple(numbered[number] for number in range(self._inputs.num_batches))
+
+
+def _own_outputs(
+    inputs: MeasuredInputs, model: nn.Module, *, together: bool, context: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """The numbers of this process's batches, each with a model's output; what it computes besides is dropped."""
+    count, groups = inputs.num_batches, distributed.get_world_size() // context
+    own = range(distributed.get_rank() // context, count, groups)
+    rounds = -(-count // groups) if together else len(own)
+    numbers = [*own, *[0] * (rounds - len(own))]
+    for index, predicted in enumerate(inputs.predictions(model, numbers)):
+        if index < len(own):
+            yield numbers[index], predicted
 
 
 def _added_up(table: Tensor) -> Tensor:

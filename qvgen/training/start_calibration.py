@@ -1,6 +1,6 @@
 """What the full-precision model samples for a run's PTQ start, and what is measured there, by all processes that have room.
 
-    rank 0    asks the others; takes passes of the calibration, then measurements, one after another, as they are free
+    rank 0    asks the others; takes passes of the calibration, or videos of a pass, then measurements, as they are free
     others    load the full-precision model, and do the same until all of it is in ``calibration.cache``
 
 Who has taken what is said by locks (:mod:`qvgen.data.claims`): a process that ends gives its own back, and waits for nobody.
@@ -57,29 +57,39 @@ def calibrate_(
         return None, None
     bands = next(iter(quantized_layers(student).values())).noise_band.num_bands
     statistics = CalibratedModel(teacher, ptq.calibration, needs=needs, num_bands=bands)
-    is_measured = isinstance(ptq.init, BitBudget)
-    if helpers is not None and helpers.ask_calibration is not None and (is_measured or statistics.missing_passes()[1:]):
+    if (
+        helpers is not None
+        and helpers.ask_calibration is not None
+        and _has_several(ptq, statistics, helpers.world_size)
+    ):
         helpers.ask_calibration()
-        statistics.sample_missing()
+        statistics.sample_missing(num_processes=helpers.world_size)
         helpers.check()
     if not isinstance(ptq.init, BitBudget):
         return statistics, None
     return statistics, allocate_bits_(student, ptq.init, profile=profile, teacher=teacher, statistics=statistics)
 
 
-def sample_share(ptq: PTQMethod, *, profile: Profile, teacher: SampledTeacher) -> None:
+def _has_several(ptq: PTQMethod, statistics: CalibratedModel, num_processes: int) -> bool:
+    """Whether there is something for another process to do."""
+    missing = statistics.missing_passes()
+    return isinstance(ptq.init, BitBudget) or len(missing) > 1 or (bool(missing) and statistics.by_video(num_processes))
+
+
+def sample_share(ptq: PTQMethod, *, profile: Profile, teacher: SampledTeacher, num_processes: int) -> None:
     """As another process than rank 0, do what :func:`calibrate_` samples and measures, as far as nobody else does.
 
-    It ends when all of it is in the cache. Each pass and each measurement is one process's, so that its bits are the same
+    It ends when all of it is in the cache. Each video, pass and measurement is one process's, so that its bits are the same
     whoever it was.
 
     Args:
         ptq: The PTQ method, and what is sampled for it.
         profile: The student's grids.
         teacher: The full-precision model.
+        num_processes: How many do.
     """
     bands = len(own_timesteps(teacher.family) or ()) or PrepareConfig.num_noise_bands
     statistics = CalibratedModel(teacher, ptq.calibration, needs=ptq.needs(profile), num_bands=bands)
-    statistics.sample_missing()
+    statistics.sample_missing(num_processes=num_processes)
     if isinstance(ptq.init, BitBudget):
         measure_share(ptq.init, profile=profile, teacher=teacher, statistics=statistics)

@@ -14,6 +14,7 @@ from qvgen.config.sections import CheckpointConfig, EvaluationConfig
 from qvgen.config.strategy_section import StrategyConfig
 from qvgen.config.trainer_options import TrainerConfig
 from qvgen.data.source import DataSource
+from qvgen.methods.base import Method
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.student_design import StudentDesign
 from qvgen.training.training_steps import TrainingSteps
@@ -21,6 +22,8 @@ from qvgen.training.training_steps import TrainingSteps
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
+
+    from qvgen.training.shared_error import SharedOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,20 @@ class TrainingRun:
         return self.shards > 1
 
     @property
+    def calls_together(self) -> bool:
+        """Whether a call of a model is the work of several processes, so that all call it alike."""
+        return self.is_sharded or self.strategy.context_parallel > 1
+
+    @property
+    def shares_outputs(self) -> bool:
+        """Whether all processes compute the outputs of the trained student while they share it out.
+
+        A method that changes layers behind the last step (:meth:`qvgen.methods.base.Method.finish_`) changes whole ones.
+        """
+        is_trained = type(self.design.method).finish_ is Method.finish_
+        return self.is_sharded and is_trained and not self.strategy.low_host_memory
+
+    @property
     def shards(self) -> int:
         """Over how many devices parameters are shared out; 1: every device holds all of them."""
         return self.strategy.shards(devices=self.node_devices, nodes=self.num_nodes)
@@ -81,6 +98,7 @@ class TrainingOutput:
         evaluation: How often it is measured, and the validation videos.
         trainer: Options of Lightning's Trainer.
         validate: Measures the held-out relative error of the student, in all processes; None: it is not measured.
+        outputs: Gets the outputs of the trained student from all processes, while it is shared out; None: nobody wants them.
         loggers: Where metrics go besides metrics.csv.
         callbacks: Lightning callbacks of the user's, which all processes have.
     """
@@ -90,5 +108,6 @@ class TrainingOutput:
     evaluation: EvaluationConfig
     trainer: TrainerConfig
     validate: Callable[[nn.Module], float] | None = None
+    outputs: SharedOutputs | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()

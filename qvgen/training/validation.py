@@ -12,16 +12,18 @@ the step; a slow process holds the others up in their next all-reduce, whose tim
 Training does not notice: gradients, modes of the modules and every global random state are as before, so that a run has
 the same bits with and without videos. The student is sampled with Phi, the way it is trained.
 
-Models whose parameters are sharded (``sharded``) run on all processes at once: every process samples every prompt then, and
-rank 0 decides which are due and writes the files. The bits are the same; the time is not shared.
+Models of which a call is the work of several processes (``together``: their parameters are sharded, or a sample's tokens)
+run on all processes at once: every process samples every prompt then, and rank 0 decides which are due and writes the files.
+Where parameters are sharded the bits are the same and the time is not shared; where tokens are, each process of a group
+computes its part of them (:mod:`qvgen.models.context_parallel`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import lightning
@@ -33,17 +35,18 @@ from torch import distributed, nn
 from qvgen import stop_request
 from qvgen.data.video import Frames
 from qvgen.evaluation.distance import psnr_db, ssim
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.prompts import shown_videos
-from qvgen.evaluation.report_data import ValidationVideo
 from qvgen.evaluation.sampling import generate_videos
 from qvgen.evaluation.suite.paired_metrics import PairedMetrics
 from qvgen.evaluation.validation_files import DIRECTORY, SUITE, ValidationFiles, read_validation
 from qvgen.models.base import Encode, VideoDiT
+from qvgen.models.context_parallel import SharedSequence
 from qvgen.models.sampled_video import UnusableVideoError
 from qvgen.training.compiled_blocks import uncompiled
 from qvgen.training.module import VideoTraining
 from qvgen.training.stop_point import interruptible
-from qvgen.training.tracking.sections import VIDEO_STEP
+from qvgen.training.tracking.validation_panels import log_videos
 from qvgen.training.tracking.wandb_run import WandbRun
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 
@@ -68,10 +71,11 @@ class ValidationVideos(lightning.Callback):
         encode: Stands in place of the family's, so that no text encoder runs.
         every_steps: Optimizer steps between two validations.
         num_steps: Optimizer steps of the run.
-        sharded: Student and teacher are shared out over the processes.
+        together: A call of student or teacher is the work of several processes.
 
     Attributes:
         metrics: What is measured of a video besides its PSNR and SSIM; nothing unless it is set.
+        context: Processes that share a sample's tokens out; 1 unless it is set.
         wait_seconds: How long rank 0 waits at the end.
     """
 
@@ -84,11 +88,12 @@ class ValidationVideos(lightning.Callback):
         encode: Encode | None,
         every_steps: int,
         num_steps: int,
-        sharded: bool = False,
+        together: bool = False,
     ) -> None:
         self.files, self.family, self.teacher, self.encode = files, family, teacher, encode
         self.every_steps, self.num_steps, self.wait_seconds = every_steps, num_steps, WAIT_SECONDS
-        self.sharded, self.metrics = sharded, PairedMetrics(None)
+        self.together, self.metrics = together, PairedMetrics(None)
+        self.context, self._sequences = 1, dict[nn.Module, SharedSequence]()
         self._last_step = 0
         self._unlogged: list[int] = []
 
@@ -146,7 +151,7 @@ class ValidationVideos(lightning.Callback):
     def write_videos(self, student: nn.Module, *, step: int, rank: int, world_size: int) -> None:
         """Sample and write a process's prompts of a step; what is there whole is left as it is."""
         mine, writes = range(rank, len(self.files), world_size), True
-        if self.sharded:
+        if self.together:
             mine, writes = range(len(self.files)), rank == 0
         due = self._agreed([i for i in mine if not self.files.has_student(i, step=step)])
         if due:
@@ -172,7 +177,7 @@ class ValidationVideos(lightning.Callback):
 
     def _agreed(self, answer: list[int]) -> list[int]:
         """What rank 0 found, where all processes have to do the same; files come and go while they look."""
-        if not self.sharded:
+        if not self.together:
             return answer
         box = [answer]
         distributed.broadcast_object_list(box, src=0)
@@ -194,7 +199,7 @@ class ValidationVideos(lightning.Callback):
         prompt, seed, negative = self.files.prompts[index], self.files.seeds[index], self.files.negatives[index]
         modes = [(module, module.training) for module in model.modules()]  # they need not be all alike
         try:
-            with isolate_rng(), uncompiled(model), interruptible(model, together=self.sharded):
+            with isolate_rng(), uncompiled(model), interruptible(model, together=self.together), self._shared(model):
                 videos = generate_videos(
                     self.family, model, [prompt], [seed], negative_prompts=[negative], encode=self.encode
                 )
@@ -203,6 +208,15 @@ class ValidationVideos(lightning.Callback):
                 module.training = training
         frames: Frames = videos[0].numpy()
         return frames
+
+    def _shared(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What has calls of a model share their tokens out, where processes do; the first time a collective."""
+        if self.context == 1:
+            return nullcontext()
+        if model not in self._sequences:
+            device = sampling_device(next(model.parameters()).device)
+            self._sequences[model] = SharedSequence([model], processes=self.context, device=device)
+        return self._sequences[model].applied()
 
     def publish(self, loggers: list[Logger], *, step: int) -> None:
         """As rank 0: log every validation up to ``step`` whose files are all there, and bring the table up to date."""
@@ -218,7 +232,7 @@ class ValidationVideos(lightning.Callback):
                     found = read_validation(self.files.directory, verify=False)
                     videos = [video for video in found if video.step == done]
                     row = max(0, last + number)
-                    logger.attempt(partial(_log_to_wandb, files=self.files, videos=videos, row=row))
+                    logger.attempt(partial(log_videos, files=self.files, videos=videos, row=row))
         self.files.write_table()
 
     def finish(self, loggers: list[Logger], *, world_size: int) -> None:
@@ -260,9 +274,9 @@ def validation_videos(
         encode=encode,
         every_steps=evaluation.video_every_steps,
         num_steps=run.steps.num_steps,
-        sharded=run.is_sharded,
+        together=run.calls_together,
     )
-    videos.metrics = PairedMetrics(evaluation.suite)
+    videos.metrics, videos.context = PairedMetrics(evaluation.suite), run.strategy.context_parallel
     return videos
 
 
@@ -270,31 +284,3 @@ def _distance(frames: Frames, teacher: Frames, device: torch.device) -> dict[str
     """PSNR in dB and SSIM of a video to the teacher's."""
     a, b = (torch.from_numpy(video).to(device) for video in (frames, teacher))
     return {"psnr_db": psnr_db(a, b, max_value=255), "ssim": ssim(a, b, max_value=255)}
-
-
-def _log_to_wandb(run: Any, files: ValidationFiles, videos: list[ValidationVideo], row: int) -> None:
-    """One panel per prompt, and the means over the prompts; with a step of their own, because they may come late.
-
-    Args:
-        run: wandb's.
-        files: Of the videos.
-        videos: All of one step.
-        row: Of the history, which they share with the metrics of an optimizer step; rows that are written are closed.
-    """
-    import wandb
-
-    step = videos[0].step
-    content: dict[str, Any] = {VIDEO_STEP: step}
-    for video in videos:
-        index, both = video.prompt_index, video.psnr_db is not None
-        path = files.path(index, step=step, variant="side-by-side") if both else video.student
-        caption = f"{video.prompt} (seed {video.seed}, step {step}{'; teacher, student' if both else ''})"
-        content[f"video/{index:02d}"] = wandb.Video(str(path), format="mp4", caption=caption)
-    for name in ("psnr_db", "ssim"):
-        values = [value for video in videos if (value := getattr(video, name)) is not None]
-        if values:
-            content[f"video/{name}"] = fmean(values)
-    for name in {name: None for video in videos for name in video.suite}:
-        run.define_metric(f"eval/{name}", step_metric=VIDEO_STEP)
-        content[f"eval/{name}"] = fmean(video.suite[name] for video in videos if name in video.suite)
-    run.log(content, step=row)

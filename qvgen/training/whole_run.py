@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from qvgen.config import launched_world
+from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.run_directory import write_plain
 from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import checkpoints
@@ -22,6 +23,7 @@ from qvgen.training.distributed.meeting import current as current_meeting
 from qvgen.training.distributed.store_exchange import default_store
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.session import train_share
+from qvgen.training.shared_error import SharedOutputs
 from qvgen.training.shared_start import StartHelpers
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
 from qvgen.training.training_run import TrainingOutput, TrainingRun
@@ -81,13 +83,15 @@ def _at_the_end(step: int) -> int:
 
 
 def sharing_queue(run: TrainingRun) -> StoreQueue | None:
-    """What the run's processes share out by when training is over; None: rank 0 does it alone.
-
-    A model that is shared out over the processes is no process's but rank 0's then.
-    """
-    if run.devices == 1 or run.is_sharded or not run.steps.num_steps:
+    """What the run's processes share out by when training is over; None: rank 0 does it alone."""
+    if run.devices == 1 or not run.steps.num_steps:
         return None
     return StoreQueue(default_store(), num_processes=run.devices)
+
+
+def shared_outputs(run: TrainingRun, inputs: MeasuredInputs) -> SharedOutputs | None:
+    """What gets the outputs of a trained student while it is shared out; None: whoever has it whole computes them."""
+    return SharedOutputs(inputs) if run.shares_outputs else None
 
 
 @contextmanager

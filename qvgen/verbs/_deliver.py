@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.config.command_line import command_line
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
-from qvgen.evaluation.comparison import ComparedModels, compare_models
+from qvgen.evaluation.comparison import FAKE, MEASURED, PACKED, ComparedModels, compare_models
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import HeldOut, relative_error_of
 from qvgen.evaluation.packed_checks import bf16_bytes, layer_reports
@@ -38,10 +38,14 @@ class TrainingEnd:
     Attributes:
         steps: Optimizer steps that were trained: all, or fewer where a callback ended the run.
         queue: What the run's processes share the sampling out by; None: rank 0 samples alone.
+        is_alone: Whether rank 0 alone has the trained student.
+        outputs: The trained student's for the held-out inputs, where all processes have computed them while they shared it.
     """
 
     steps: int
     queue: StoreQueue | None
+    is_alone: bool
+    outputs: Sequence[Tensor] | None
 
 
 def deliver(
@@ -64,19 +68,24 @@ def deliver(
         record = packed_record(config, steps=steps)
         fold_student(student, path / "packed", model=named_family(config), training=record, kernel=config.kernel)
         packed = load_packed(path / "packed", kernel=config.kernel)  # as a user would
-    sampling = begin_sampling(config, path, held_out=held_out, queue=ended.queue)  # the others begin here
+    with_outputs = MEASURED if ended.outputs is None else (PACKED,)
+    sampling = begin_sampling(  # the others begin here
+        config, path, held_out=held_out, measured=with_outputs, queue=ended.queue
+    )
+    absent = start_absent(config, path)
     with _timed(seconds, "generate"):
         comparison = compare_models(
-            ComparedModels(teacher=teacher, fake=student, packed=packed, start_absent=start_absent(config, path)),
+            ComparedModels(teacher=teacher, fake=student, packed=packed, start_absent=absent, is_alone=ended.is_alone),
             held_out=held_out,
             sampling=sampling,
+            fake_outputs=ended.outputs,
             to_start=partial(at_start, config, student, path),
         )
     error = HeldOutError(
         rtn=start["rtn"],
         ptq=start["ptq"],
-        qat=relative_error_of(comparison.outputs["fake-quantized"], measured.reference),
-        packed=relative_error_of(comparison.outputs["packed"], measured.reference),
+        qat=relative_error_of(comparison.outputs[FAKE], measured.reference),
+        packed=relative_error_of(comparison.outputs[PACKED], measured.reference),
         num_samples=held_out.num_samples,
         split=held_out.source,
         seed=held_out.seed,

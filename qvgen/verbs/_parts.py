@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from qvgen.evaluation.sampled_teacher import SampledTeacher
     from qvgen.run_directory import RunDirectory
+    from qvgen.training.shared_error import SharedOutputs
 
 
 def named_family(config: TrainConfig) -> NamedFamily:
@@ -76,6 +77,7 @@ def training_output(
     run_dir: Path,
     *,
     validate: Callable[[nn.Module], float] | None = None,
+    outputs: SharedOutputs | None = None,
     loggers: Sequence[Logger] = (),
 ) -> TrainingOutput:
     """What the training leaves in a folder; see :class:`TrainingOutput`."""
@@ -84,6 +86,7 @@ def training_output(
         checkpoint=config.checkpoint,
         evaluation=config.evaluation,
         validate=validate,
+        outputs=outputs,
         loggers=loggers,
         trainer=config.trainer,
         callbacks=config.callbacks,

@@ -27,7 +27,15 @@ from qvgen.training.shared_start import set_up_share
 from qvgen.training.start_calibration import sample_share
 from qvgen.training.start_file import load_start
 from qvgen.training.student import Measured, prepare_student, start_student
-from qvgen.training.whole_run import early_workers, processes_of, sharing_queue, start_helpers, trained
+from qvgen.training.training_run import TrainingRun
+from qvgen.training.whole_run import (
+    early_workers,
+    processes_of,
+    shared_outputs,
+    sharing_queue,
+    start_helpers,
+    trained,
+)
 from qvgen.verbs._deliver import TrainingEnd, deliver, show_result
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._packed_only import deliver_unmeasured
@@ -69,12 +77,13 @@ def quantize(config: TrainConfig) -> None:
             measured=measured,
             helpers=start_helpers(run, run_dir.path, settings=config.plain, workers=workers),
         )
-        training = nullcontext(0)
+        outputs, training = None, nullcontext(0)
         if config.steps:
+            outputs = shared_outputs(run, held_out)
             validate = _shared_measurement(config, run_dir.path, measured) if run.devices > 1 else measured.error
             training = trained(
                 run,
-                training_output(config, run_dir.path, validate=validate, loggers=loggers),
+                training_output(config, run_dir.path, validate=validate, outputs=outputs, loggers=loggers),
                 student=student,
                 teacher=teacher,
                 settings=config.plain,
@@ -95,7 +104,12 @@ def quantize(config: TrainConfig) -> None:
                 teacher=teacher,
                 student=student,
                 measured=measured,
-                ended=TrainingEnd(steps=steps, queue=sharing_queue(run)),
+                ended=TrainingEnd(
+                    steps=steps,
+                    queue=sharing_queue(run),
+                    is_alone=run.is_sharded,
+                    outputs=None if outputs is None else outputs.found,
+                ),
             )
         show_result(data, write_report(run_dir.path, data))
         forget_samples(run_dir.path)
@@ -128,10 +142,11 @@ def calibrate_share(config: TrainConfig, *, rank: int) -> None:
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     encode = config.data.open(config.model, split="held_out").encode
     transformer = config.model.load_teacher()
-    if training_run(config).is_sharded:  # its host has room for shares; what is mapped of the files is given back
+    run = training_run(config)
+    if run.is_sharded:  # its host has room for shares; what is mapped of the files is given back
         transformer.to(sampling_device())
     teacher = sampled_teacher(config, transformer, encode=encode)
-    sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
+    sample_share(ptq_method(config), profile=config.profile, teacher=teacher, num_processes=run.devices)
     log.info("the calibration is there")
 
 
@@ -141,13 +156,18 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
     set_threads(config.strategy.threads)
     check_worker(config.run_dir, config.plain, family=config.model, method=config.method)
     run = training_run(config)
-    processes, validate = processes_of(run, rank=rank, port=port), None
+    processes, validate, outputs = processes_of(run, rank=rank, port=port), None, None
     if config.method.quantizes and config.evaluation.every_steps is not None:
         reference = None if config.strategy.low_host_memory else read_reference(config.run_dir)
-        validate = SharedError(open_held_out(config), reference=reference, together=run.is_sharded)
-    output = training_output(config, config.run_dir, validate=validate)
+        how = {"together": run.calls_together, "context": config.strategy.context_parallel}
+        validate = SharedError(open_held_out(config), reference=reference, **how)
+    if config.method.quantizes and run.is_sharded:
+        outputs = shared_outputs(run, open_held_out(config))
+    output = training_output(config, config.run_dir, validate=validate, outputs=outputs)
     if processes.sharded:  # its shares come from rank 0
         train_share(run, output, student=None, teacher=None, processes=processes)
+        if config.method.quantizes and not config.strategy.low_host_memory:
+            _help_at_the_end(config, run, student=None, teacher=None)
         return
     teacher: nn.Module | None = None
     if config.method.quantizes:
@@ -160,7 +180,14 @@ def take_part(config: TrainConfig, *, rank: int, world_size: int, port: int) -> 
         student, teacher = full_precision_start(config)
     load_start(student, config.run_dir)
     train_share(run, output, student=student, teacher=teacher, processes=processes)
-    if config.method.quantizes and (queue := sharing_queue(run)) is not None:
+    if config.method.quantizes:
+        _help_at_the_end(config, run, student=student, teacher=teacher)
+
+
+def _help_at_the_end(
+    config: TrainConfig, run: TrainingRun, *, student: nn.Module | None, teacher: nn.Module | None
+) -> None:
+    if (queue := sharing_queue(run)) is not None:
         help_sampling(config, student=student, teacher=teacher, queue=queue)
 
 
@@ -169,8 +196,8 @@ def _shared_measurement(config: TrainConfig, path: Path, measured: Measured) -> 
     if config.evaluation.every_steps is None:
         return None
     write_reference(path, measured.reference, key=config.model.revision)
-    is_shared = training_run(config).is_sharded
-    return SharedError(measured.inputs, reference=measured.reference.__getitem__, together=is_shared)
+    how = {"together": training_run(config).calls_together, "context": config.strategy.context_parallel}
+    return SharedError(measured.inputs, reference=measured.reference.__getitem__, **how)
 
 
 def _show_plan(config: TrainConfig, student: nn.Module, swapped: SwapReport) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from qvgen.evaluation.comparison import COMPARED_STAGE, MEASURED, START, START_S
 from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs
 from qvgen.evaluation.item_queue import OneProcess
 from qvgen.evaluation.kept_samples import KeptSamples, samples_key
+from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.sampling import held_out_items
 from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, SharedSampling
@@ -27,7 +28,7 @@ from qvgen.verbs._inputs import open_held_out
 
 
 def begin_sampling(
-    config: TrainConfig, path: Path, *, held_out: MeasuredInputs, queue: StoreQueue | None
+    config: TrainConfig, path: Path, *, held_out: MeasuredInputs, measured: Sequence[str], queue: StoreQueue | None
 ) -> SharedSampling:
     """As rank 0, when the packed directory is written: rank 0's part, and the beginning of those of the others.
 
@@ -35,27 +36,31 @@ def begin_sampling(
         config: The run's.
         path: The run's folder.
         held_out: The inputs that models are measured on, and captions of the table's videos.
+        measured: Models whose outputs for the inputs are still to be computed.
         queue: What the processes share out by; None: there is one.
     """
     key = samples_key(path, settings=config.plain, revision=config.model.revision)
     if queue is not None:
         queue.begin(key)
-    return SharedSampling(_asked(config, held_out), kept=KeptSamples(path, key=key), queue=queue or OneProcess())
+    asked = _asked(config, held_out, measured=measured)
+    return SharedSampling(asked, kept=KeptSamples(path, key=key), queue=queue or OneProcess())
 
 
-def help_sampling(config: TrainConfig, *, student: nn.Module, teacher: nn.Module | None, queue: StoreQueue) -> None:
+def help_sampling(
+    config: TrainConfig, *, student: nn.Module | None, teacher: nn.Module | None, queue: StoreQueue
+) -> None:
     """As another process than rank 0, when training is over: wait for the packed directory, and sample with the others.
 
     Args:
         config: The run's.
-        student: Trained; afterwards it may hold the run's start.
+        student: Trained; afterwards it may hold the run's start. None: rank 0 alone has it, and its start.
         teacher: Full-precision model; None: it is loaded where this process samples with it.
         queue: What the processes share out by.
     """
     held_out, path = open_held_out(config), config.run_dir
     key = queue.wait_to_begin()
     sampling = SharedSampling(
-        _asked(config, held_out),
+        _asked(config, held_out, measured=MEASURED),
         kept=KeptSamples(path, key=key),
         queue=queue,
         watched=partial(interruptible, together=False),
@@ -64,14 +69,18 @@ def help_sampling(config: TrainConfig, *, student: nn.Module, teacher: nn.Module
 
     @cache
     def whole_teacher() -> nn.Module:
-        return config.model.load_teacher() if teacher is None else teacher
+        if teacher is not None:
+            return teacher
+        loaded = config.model.load_teacher()
+        return loaded if student is not None else loaded.to(sampling_device())  # the host has room for shares
 
     @cache
     def packed() -> nn.Module:
-        return load_packed(path / "packed", kernel=config.kernel)
+        loaded = load_packed(path / "packed", kernel=config.kernel)
+        return loaded if student is not None else loaded.to(sampling_device())
 
     sampling.sample(COMPARED_STAGE, open_compared(teacher=whole_teacher, fake=student, packed=packed))
-    if start_absent(config, path) is None:
+    if student is not None and start_absent(config, path) is None:
         sampling.sample(START_STAGE, {START: partial(at_start, config, student, path)})
     heartbeat.report(heartbeat.LEFT)
 
@@ -104,7 +113,7 @@ def at_start(config: TrainConfig, student: nn.Module, path: Path) -> Iterator[nn
         yield student
 
 
-def _asked(config: TrainConfig, held_out: MeasuredInputs) -> Asked:
+def _asked(config: TrainConfig, held_out: MeasuredInputs, *, measured: Sequence[str]) -> Asked:
     items = held_out_items(held_out.split, config.evaluation.quality_videos)
     return Asked(
         family=config.model,
@@ -113,5 +122,5 @@ def _asked(config: TrainConfig, held_out: MeasuredInputs) -> Asked:
         items=items,
         seeds=[HELD_OUT_SEED + index for index in range(len(items))],
         inputs=held_out,
-        measured=MEASURED,
+        measured=measured,
     )

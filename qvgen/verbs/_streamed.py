@@ -53,7 +53,8 @@ def train_streamed(config: TrainConfig) -> None:
         stop_request.note("after the PTQ start, saved")
         validate = None
         if config.evaluation.every_steps is not None:
-            validate = SharedError(open_held_out(config), reference=None, together=True)
+            context = config.strategy.context_parallel
+            validate = SharedError(open_held_out(config), reference=None, together=True, context=context)
         with trained(
             run,
             training_output(config, run_dir.path, validate=validate, loggers=loggers),

@@ -54,7 +54,8 @@ def run(config: TrainConfig) -> int | None:
     config.data.check(config.model)
     check_loss(config.loss, method=config.method, name=config.names.method, family=config.model)
     if config.strategy.context_parallel > 1:
-        check_run_context(training_run(config))
+        samples = config.evaluation.video_every_steps is not None and config.evaluation.videos > 0
+        check_run_context(training_run(config), samples=samples)
     if not config.method.quantizes:
         refuse_exports(config, why=f"method={config.names.method} quantizes nothing")
     if config.method.trains == "autoencoder":

@@ -10,6 +10,8 @@ from tests.runs import train_config
 
 END, START = "held-out errors and videos of the end", "errors of the start"
 FSDP = "devices=2 strategy=fsdp evaluation.every_steps=3"
+SHARED_END = "held-out errors of the end, videos of the full-precision and the packed model"
+OWN_END = "videos of the trained model and of its start"
 
 
 @pytest.mark.parametrize(
@@ -20,8 +22,8 @@ FSDP = "devices=2 strategy=fsdp evaluation.every_steps=3"
         (
             f"{FSDP} init=gptq",
             [
-                "over 2 processes: passes of the calibration, held-out errors every 3 steps; "
-                f"rank 0 alone: {START}, {END}"
+                "over 2 processes: the calibration, held-out errors every 3 steps, "
+                f"{SHARED_END}; rank 0 alone: {START}, {OWN_END}"
             ],
         ),
         (f"{FSDP} strategy.low_host_memory=true", ["over 2 processes: held-out errors every 3 steps"]),

@@ -16,8 +16,12 @@ from qvgen.models.context_parallel import check_context
 from qvgen.training.training_run import TrainingRun
 
 
-def check_run_context(run: TrainingRun) -> None:
-    """Refuse what can't be trained with a shared sequence; reads no weights.
+def check_run_context(run: TrainingRun, *, samples: bool) -> None:
+    """Refuse what can't be trained with a shared sequence, or sampled on the way; reads no weights.
+
+    Args:
+        run: The training.
+        samples: Whether it samples validation videos.
 
     Raises:
         UserError: See :func:`qvgen.models.context_parallel.check_context`, or an option that looks at whole sequences.
@@ -36,12 +40,22 @@ def check_run_context(run: TrainingRun) -> None:
             "is diffusers' own, with a backward pass of its own; leave one of them out"
         )
     family = run.model.family
+    class_name = getattr(family, "transformer_class", type(family).__name__)
+    given = {"numbers": getattr(family, "transformer_config", {}), "processes": processes, "name": run.model.name}
+    check_context(class_name, **given, shapes=[run.model.rebuild(size).sample_shape for size in _sizes(run)])
+    frames = getattr(family, "sampling_frames", None)
+    if not samples or frames is None:
+        return
+    if getattr(family, "steps_by_token", False):
+        raise UserError(
+            f"strategy.context_parallel={processes} and evaluation.video_every_steps: model={run.model.name} is sampled with "
+            "a timestep for each token, which is not held against one process; write evaluation.video_every_steps=null"
+        )
     check_context(
-        getattr(family, "transformer_class", type(family).__name__),
-        numbers=getattr(family, "transformer_config", {}),
-        shapes=[run.model.rebuild(size).sample_shape for size in _sizes(run)],
-        processes=processes,
-        name=run.model.name,
+        class_name,
+        **given,
+        shapes=[run.model.rebuild({"num_frames": frames}).sample_shape],
+        remedy=f"another model.sampling_frames than {frames}, or evaluation.video_every_steps=null",
     )
 
 

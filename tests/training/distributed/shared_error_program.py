@@ -1,7 +1,7 @@
 """A program in which four processes measure the error of one model together; run by test_shared_error.py.
 
 `shared_error_program.py FOLDER` writes FOLDER/RANK.json in each of them: for each way of holding the model and each number of
-batches the error, as hexadecimal digits, and how often the process called the model.
+batches the error, as hexadecimal digits, and how often the process called the model; the same of its outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.stop_request import Stopped
 from qvgen.training.distributed.gathering import Gathering, gather_by_block_
-from qvgen.training.shared_error import SharedError, read_reference, write_reference
+from qvgen.training.shared_error import SharedError, SharedOutputs, read_reference, write_reference
 from tests.training.distributed.gathering_program import Blocks
 
 COUNTS = (1, 3, 5)
@@ -78,6 +78,11 @@ def look(folder: Path) -> dict[str, Any]:
                 alone = SharedError(inputs, reference=None, together=True)
                 alone.take_reference_of(held(mesh, reference=True))
                 found[f"{way} {count} streamed"] = [alone(model).hex(), alone(model).hex()]
+                inputs.calls = 0
+                outputs = SharedOutputs(inputs)
+                outputs.compute(model)
+                values = None if outputs.found is None else [value.tolist() for value in outputs.found]
+                found[f"{way} {count} outputs"] = [values, inputs.calls]
     return found
 
 

@@ -7,10 +7,12 @@ which gradients of tokens are added: in float32 at most 2e-6 of a loss, 2e-5 of 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -55,6 +57,35 @@ def test_weights_are_those_of_one_process(runs: Path) -> None:
             torch.testing.assert_close(shared[name], value, rtol=0, atol=5e-6, msg=f"{name}, step {step}")
 
 
+def test_errors_and_videos_on_the_way_are_those_of_one_process(runs: Path) -> None:
+    """Videos lie as mp4 files, whose pixels are compared behind a lossy coder: equal files, or a level of 255 on average."""
+    one, shared = (
+        [float(row["val/relative_error"]) for row in read_metrics(runs / name) if row["val/relative_error"]]
+        for name in ("one", "fsdp")
+    )
+    assert len(one) == len(shared) == 1
+    assert shared == pytest.approx(one, rel=1e-4)
+    videos = [sorted((runs / name / "validation").rglob("*-student.mp4")) for name in ("one", "fsdp")]
+    assert len(videos[0]) == len(videos[1]) == 2  # before training, and behind it
+    for mine, wanted in zip(*videos, strict=True):
+        assert mine.name == wanted.name
+        found, expected = (torch.stack(read_frames(path)) for path in (mine, wanted))
+        assert float((found - expected).abs().mean()) < 1
+
+
+def test_an_image_to_video_model_computes_what_it_does_in_one_process(runs: Path) -> None:
+    """In float32, whose sums of tokens are in another order."""
+    for rank in range(2):
+        prediction, gradients = json.loads((runs / f"image{rank}.json").read_text())
+        assert prediction < 1e-5
+        assert gradients < 1e-5
+
+
+def read_frames(path: Path) -> list[torch.Tensor]:
+    with av.open(str(path)) as video:
+        return [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in video.decode(video=0)]
+
+
 def test_autocast_trains_what_it_does_in_one_process(runs: Path) -> None:
     """At its first step: a bfloat16 gradient that is added in parts moves codes of the steps that follow."""
     one, shared = (read_metrics(runs / f"{name}-half") for name in ("one", "ddp"))
@@ -69,13 +100,23 @@ def test_models_and_sizes_that_cannot_are_refused(tmp_path: Path) -> None:
         UserError,
         match=r"context_parallel=2 and model=cogvideox: a CogVideoXTransformer3DModel can't .* WanTransformer3DModel \(",
     ):
-        check_run_context(training_run(train_config(*cogvideox, f"data.path={tmp_path}", *TWO)))
+        check_run_context(training_run(train_config(*cogvideox, f"data.path={tmp_path}", *TWO)), samples=False)
     keys = [*tiny_keys("wan", make_wan_folder(tmp_path / "wan")), f"data.path={tmp_path}", *TWO]
-    check_run_context(training_run(train_config(*keys)))
+    check_run_context(training_run(train_config(*keys)), samples=True)
+    odd = [*keys, "model.num_frames=5", "model.sampling_frames=1", "model.height=16", "model.width=16"]
+    check_run_context(training_run(train_config(*odd)), samples=False)
+    with pytest.raises(
+        UserError, match=r"are 1 tokens, .* another model\.sampling_frames than 1, or evaluation\.video_e"
+    ):
+        check_run_context(training_run(train_config(*odd)), samples=True)
+    by_token = [*tiny_keys("wan2.2-ti2v", make_wan_folder(tmp_path / "ti2v", "ti2v")), f"data.path={tmp_path}", *TWO]
+    with pytest.raises(UserError, match=r"model=wan2\.2-ti2v is sampled with a timestep for each token"):
+        check_run_context(training_run(train_config(*by_token)), samples=True)
+    small = ["model.num_frames=1", "model.height=16", "model.width=16"]
     with pytest.raises(UserError, match=r"latents of 1 x 2 x 2 are 1 tokens, which 2 does not divide"):
-        check_run_context(training_run(train_config(*keys, "model.num_frames=1", "model.height=16", "model.width=16")))
+        check_run_context(training_run(train_config(*keys, *small)), samples=False)
     with pytest.raises(UserError, match=r"context_parallel=2 and loss\.feature_weight=0\.5: a process has a part"):
-        check_run_context(training_run(train_config(*keys, "loss.feature_weight=0.5")))
+        check_run_context(training_run(train_config(*keys, "loss.feature_weight=0.5")), samples=False)
     numbers = {"num_attention_heads": 40, "patch_size": (1, 2, 2)}
     with pytest.raises(
         UserError, match=r"40 attention heads can't be divided by 3; write strategy\.context_parallel=2"

@@ -21,6 +21,7 @@ from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.start_file import LAYERS_FILE, START_FILE
 from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
+from qvgen.verbs._inputs import open_held_out
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.parts import prepared
 from tests.runs import WATCHED, copy_until, load_checkpoint, packed_bytes, read_metrics, shallow, train, train_config
@@ -83,9 +84,21 @@ def test_losses_norms_and_errors_are_those_of_one_process(both: tuple[Path, Path
     assert len(two) == STEPS
     assert two == one
     assert [row["step"] for row in two if row["val/relative_error"]] == ["1", "3", "4"]
-    report = json.loads((both[1] / "report.json").read_text())
+    alone, report = (json.loads((run_dir / "report.json").read_text()) for run_dir in both)
     assert report["relative_error"]["qat"] == float(two[-1]["val/relative_error"])
+    assert report["relative_error"] == alone["relative_error"]
+    assert report["packed_vs_fake_max_abs"] == alone["packed_vs_fake_max_abs"]
     assert report["packed_codes_equal"]
+
+
+def test_both_processes_compute_what_is_compared_at_the_end(both: tuple[Path, Path]) -> None:
+    config = train_config(*OPTIONS, *TWO[:2])
+    batches = open_held_out(config).num_batches
+    log = (both[1] / "logs" / "rank1.log").read_text()
+    assert f"outputs of the trained model: batches {', '.join(map(str, range(1, batches, 2)))} of the held-out" in log
+    alone, report = (json.loads((run_dir / "report.json").read_text())["quality"] for run_dir in both)
+    assert report["variants"] == alone["variants"]
+    assert "by 2 processes at once" in json.loads((both[1] / "report.json").read_text())["sampling"]["conditions"]
 
 
 def test_weights_and_moments_are_those_of_one_process(both: tuple[Path, Path]) -> None:

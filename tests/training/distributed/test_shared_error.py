@@ -47,5 +47,16 @@ def test_each_batch_is_one_processes_work_and_shares_of_a_model_are_called_equal
         assert [rank[f"{way} {count}"][1] for rank in facts] == [max(own)] * 4
 
 
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("way", ["fsdp", "hsdp"])
+def test_rank_0_gets_the_outputs_of_all_batches_of_which_each_process_computes_some(
+    facts: list[dict[str, Any]], way: str, count: int
+) -> None:
+    first, *others = (rank[f"{way} {count} outputs"] for rank in facts)
+    assert first[0] == [value.tolist() for value in Inputs(count).predictions(models()[0])]
+    assert [values for values, _ in others] == [None] * 3
+    assert {calls for _, calls in (first, *others)} == {-(-count // 4)}
+
+
 def test_a_process_that_is_asked_to_stop_stops_all(facts: list[dict[str, Any]]) -> None:
     assert [rank["stopped"] for rank in facts] == [True] * 4
