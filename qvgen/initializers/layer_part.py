@@ -60,7 +60,7 @@ class LayerPart:
         self.num_rows += later.num_rows
 
     def behind(self, earlier: Self | None) -> Self:
-        """The part that this one and those before it make together, which is ``earlier``, changed in place; itself after none."""
+        """This part and those before it (``earlier``, changed in place) as one; itself where there are none."""
         if earlier is None:
             return self
         earlier.join_(self)
