@@ -88,10 +88,10 @@ def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LONGEST_FIRST = (
     "test_hub_models.py", "test_fsdp.py", "test_train.py", "test_ptq.py", "test_other_device.py", "test_world_changes.py",
-    "test_demo.py", "test_new_process.py", "test_gpu_script.py", "test_round_trip.py", "test_resume.py",
+    "test_demo.py", "test_weight_exports.py", "test_new_process.py", "test_gpu_script.py", "test_resume.py",
     "test_activation_switch.py", "test_training_plan.py", "test_cuda_int4.py", "test_live_bytes.py",
     "test_ptq_without_clips.py", "test_deletion.py", "test_context.py", "test_benchmark.py", "test_triton_code.py",
-    "test_whole_runs.py", "test_stopped_verbs.py", "test_ddp.py", "test_weight_exports.py", "test_shared_activations.py",
+    "test_whole_runs.py", "test_stopped_verbs.py", "test_ddp.py", "test_shared_activations.py",
     "test_compiled_blocks.py", "test_hsdp.py", "test_layer_types.py", "test_extending.py", "test_config.py",
     "test_paper_experiments.py", "test_sensitivity.py", "test_stored_state.py", "test_mixed_precision.py",
     "test_ptq_exports.py", "test_identity.py", "test_validation.py", "test_allocation.py", "test_streamed_adamw.py",

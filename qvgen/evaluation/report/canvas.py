@@ -108,8 +108,7 @@ class Canvas:
 
     def chart(self, note: str) -> Chart:
         """Return the drawing as inline SVG."""
-        if self.figure.get_layout_engine() is None:
-            _leave_margins(self.figure)
+        _leave_margins(self.figure)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
