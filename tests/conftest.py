@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +29,35 @@ settings.register_profile("any machine", deadline=None)  # no test may fail beca
 settings.load_profile("any machine")
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of all processes that run tests makes, and the others find.
+
+    Args:
+        factory: Of the session; its processes have neighbouring folders.
+        name: Of the folder.
+        make: Fills the folder, which is not there before. Where it fails, the next process tries again.
+    """
+    own = factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run, W3A3 with Phi and two micro-batches per step; read it, or change a copy."""
     from tests import runs  # not above: the process that only hands out the tests has no use for torch
 
-    run_dir = tmp_path_factory.mktemp("short") / "run"
-    assert runs.train(run_dir, "accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9") == 0
-    return run_dir
+    def make(run_dir: Path) -> None:
+        assert runs.train(run_dir, "accumulate=2", "checkpoint.every_steps=3", "checkpoint.keep=9") == 0
+
+    return made_once(tmp_path_factory, "short-run", make)
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +65,10 @@ def block_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run of the first block alone, for what is started, stopped and continued; read it, or copy it."""
     from tests import runs
 
-    run_dir = tmp_path_factory.mktemp("one-block") / "run"
-    assert runs.train(run_dir, *runs.one_block()) == 0
-    return run_dir
+    def make(run_dir: Path) -> None:
+        assert runs.train(run_dir, *runs.one_block()) == 0
+
+    return made_once(tmp_path_factory, "block-run", make)
 
 
 @pytest.fixture(scope="session")
@@ -54,19 +78,20 @@ def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qvgen.verbs._parts import named_family
     from tests import parts, runs
 
-    folder = tmp_path_factory.mktemp("block") / "packed"
-    config = runs.train_config(*runs.shallow(1), "method=lsq")
-    student, _ = parts.prepared(config)
-    fold_student(student.eval(), folder, model=named_family(config), training={"steps": 2, "method": "lsq"})
-    return folder
+    def make(folder: Path) -> None:
+        config = runs.train_config(*runs.shallow(1), "method=lsq")
+        student, _ = parts.prepared(config)
+        fold_student(student.eval(), folder, model=named_family(config), training={"steps": 2, "method": "lsq"})
+
+    return made_once(tmp_path_factory, "packed-block", make)
 
 
 LONGEST_FIRST = (
     "test_hub_models.py", "test_fsdp.py", "test_train.py", "test_ptq.py", "test_other_device.py", "test_world_changes.py",
-    "test_demo.py", "test_new_process.py", "test_gpu_script.py", "test_round_trip.py", "test_resume.py",
+    "test_demo.py", "test_weight_exports.py", "test_new_process.py", "test_gpu_script.py", "test_resume.py",
     "test_activation_switch.py", "test_training_plan.py", "test_cuda_int4.py", "test_live_bytes.py",
     "test_ptq_without_clips.py", "test_deletion.py", "test_context.py", "test_benchmark.py", "test_triton_code.py",
-    "test_whole_runs.py", "test_stopped_verbs.py", "test_ddp.py", "test_weight_exports.py", "test_shared_activations.py",
+    "test_whole_runs.py", "test_stopped_verbs.py", "test_ddp.py", "test_shared_activations.py",
     "test_compiled_blocks.py", "test_hsdp.py", "test_layer_types.py", "test_extending.py", "test_config.py",
     "test_paper_experiments.py", "test_sensitivity.py", "test_stored_state.py", "test_mixed_precision.py",
     "test_ptq_exports.py", "test_identity.py", "test_validation.py", "test_allocation.py", "test_streamed_adamw.py",

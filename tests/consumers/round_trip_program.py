@@ -243,7 +243,12 @@ def main(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
+@torch.no_grad()
+def answers(plan: Path) -> list[dict[str, str]]:
+    """The results of each row of a plan's file, numbers as text: one may be infinite."""
+    results = main(json.loads(plan.read_text()))
+    return [{key: str(value) for key, value in row.items() if value is not None} for row in results]
+
+
 if __name__ == "__main__":
-    with torch.no_grad():
-        answer = main(json.loads(Path(sys.argv[1]).read_text()))
-    print(json.dumps([{key: str(value) for key, value in row.items() if value is not None} for row in answer]))
+    print(json.dumps(answers(Path(sys.argv[1]))))

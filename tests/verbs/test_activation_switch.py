@@ -51,45 +51,49 @@ def test_a_ptq_checkpoint_switches_and_says_how_often(tmp_path: Path, capsys: py
     assert found[2] <= found[0] <= 8
 
 
-def test_training_sees_both_widths_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    keys = (
-        *SWITCH,
-        "phi.ranks=[2]",
-        "steps=6",
-        "checkpoint.every_steps=2",
-        "evaluation.videos=0",
-        "evaluation.start_videos=false",
-        *shallow(1),
-    )
-    assert train(tmp_path / "first", *keys) == 0
-    copy_until(tmp_path / "first", tmp_path / "again", step=2)
-    assert train(tmp_path / "again", *keys, "resume=true") == 0
-    assert packed_bytes(tmp_path / "again") == packed_bytes(tmp_path / "first")
-    layer = load_packed(tmp_path / "first" / "packed").get_submodule("proj_out")
-    for table in (layer.clip_high, layer.clip_high_8):  # both were trained: no longer one value in all bands
-        assert len(set(table.tolist())) > 1
-
-
 QUICK = (
     "phi.ranks=[2]", "steps=4", "evaluation.samples=2", "evaluation.videos=0", "evaluation.start_videos=false",
     "calibration.videos=1", "model.num_inference_steps=4", *shallow(1),
 )  # fmt: skip
 STARTS = {
-    "switch": SWITCH,
+    "switch": (*SWITCH, "checkpoint.every_steps=2"),
     "static": ("bits=8", "init=static", "init.alpha=0.5", "steps=2"),
     "svdquant": ("bits=4", "init=svdquant", "init.rank=8", "steps=2"),
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_processes_that_meet_other_widths_train_the_same_bits(start: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of one process that sees both widths, with a checkpoint half-way."""
+    folder = tmp_path_factory.mktemp("switched")
+    assert train(folder / "one", *QUICK, *STARTS["switch"], f"calibration.cache={folder / 'cache'}") == 0
+    return folder / "one"
+
+
+def test_training_sees_both_widths_and_resumes_bit_for_bit(switched: Path, tmp_path: Path) -> None:
+    copy_until(switched, tmp_path / "again", step=2)
+    cache = f"calibration.cache={switched.parent / 'cache'}"
+    assert train(tmp_path / "again", *QUICK, *STARTS["switch"], cache, "resume=true") == 0
+    assert packed_bytes(tmp_path / "again") == packed_bytes(switched)
+    layer = load_packed(switched / "packed").get_submodule("proj_out")
+    for table in (layer.clip_high, layer.clip_high_8):  # both were trained: no longer one value in all bands
+        assert len(set(table.tolist())) > 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_that_meet_other_widths_train_the_same_bits(strategy: str, switched: Path, tmp_path: Path) -> None:
     """With all of the model on each of two processes, and with shares of it: what one process trains."""
+    keys = (*QUICK, *STARTS["switch"], f"calibration.cache={switched.parent / 'cache'}")
+    assert train(tmp_path / "two", *keys, "devices=2", f"strategy={strategy}") == 0
+    assert packed_bytes(tmp_path / "two") == packed_bytes(switched)
+
+
+@pytest.mark.parametrize("start", ["static", "svdquant"])
+def test_processes_that_share_a_calibrated_model_train_the_same_bits(start: str, tmp_path: Path) -> None:
     keys = (*QUICK, *STARTS[start], f"calibration.cache={tmp_path / 'cache'}")
-    strategies = ("ddp", "fsdp") if start == "switch" else ("fsdp",)
     assert train(tmp_path / "one", *keys) == 0
-    for strategy in strategies:
-        assert train(tmp_path / strategy, *keys, "devices=2", f"strategy={strategy}") == 0
-        assert packed_bytes(tmp_path / strategy) == packed_bytes(tmp_path / "one")
+    assert train(tmp_path / "two", *keys, "devices=2", "strategy=fsdp") == 0
+    assert packed_bytes(tmp_path / "two") == packed_bytes(tmp_path / "one")
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

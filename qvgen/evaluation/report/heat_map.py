@@ -1,4 +1,4 @@
-"""One number of all layers over the steps of a run, as colours: layers from top to bottom, steps from left to right.
+"""Numbers as colours: one of all layers over the steps of a run, layers from top to bottom, steps from left to right.
 
     names  +-----------------+  largest
            | a pixel of a    |  colour bar
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -48,33 +48,48 @@ def draw_heat_map(history: LayerHistory, *, title: str) -> Chart:
         history: The number; what is not finite stays empty.
         title: What is drawn, with its unit.
     """
-    finite = history.values[np.isfinite(history.values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     names = [_short(name, history.layers) for name in history.layers]
     every = -(-len(names) // _MAX_NAMES)
-    left = _CHARACTER * max(map(len, names)) + _GAP
+    steps = range(0, len(history.steps), -(-len(history.steps) // _NUM_STEPS))
+    rows = {place: names[place] for place in range(0, len(names), every)}
+    columns = [(place + 0.5, str(history.steps[place])) for place in steps]
+    svg = draw_matrix(history.values, rows=rows, columns=columns, below="step")
+    note = "" if every == 1 else f"One in {every} of {len(names)} layers is named."
+    return Chart(title=title, note=note, svg=svg)
+
+
+def draw_matrix(
+    values: np.ndarray, *, rows: Mapping[int, str], columns: Sequence[tuple[float, str]], below: str
+) -> str:
+    """Draw numbers [H, W] as colours from the smallest to the largest, as SVG.
+
+    Args:
+        values: The numbers, the first row on top; what is not finite stays empty.
+        rows: Index -> name of rows. Where some have none, the height is that of 48 names at most.
+        columns: Places on the horizontal axis, from 0 to W, and what stands below them.
+        below: What stands below all of these.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    left = _CHARACTER * max(map(len, rows.values())) + _GAP
     right = _WIDTH - 2 * _GAP - _BAR - _CHARACTER * max(len(f"{value:.3g}") for value in (low, high))
-    height = _ROW * min(len(names), _MAX_NAMES)
+    height = _ROW * (len(values) if len(rows) == len(values) else min(len(values), _MAX_NAMES))
+    bar = np.linspace(high, low, 64)[:, None]
     parts = [
-        _image(_colors(history.values, low, high), x=left, y=_GAP, width=right - left, height=height),
-        _image(
-            _colors(np.linspace(high, low, 64)[:, None], low, high), x=right + _GAP, y=_GAP, width=_BAR, height=height
-        ),
+        _image(_colors(values, low, high), x=left, y=_GAP, width=right - left, height=height),
+        _image(_colors(bar, low, high), x=right + _GAP, y=_GAP, width=_BAR, height=height),
         _text(f"{high:.3g}", x=right + 2 * _GAP + _BAR, y=_GAP + _FONT),
         _text(f"{low:.3g}", x=right + 2 * _GAP + _BAR, y=_GAP + height),
     ]
-    rows = height / len(names)
-    for place in range(0, len(names), every):
-        parts.append(_text(names[place], x=left - _GAP, y=_GAP + rows * (place + 0.5) + 0.35 * _FONT, anchor="end"))
-    columns = (right - left) / len(history.steps)
-    for place in range(0, len(history.steps), -(-len(history.steps) // _NUM_STEPS)):
-        at = left + columns * (place + 0.5)
-        parts.append(_text(str(history.steps[place]), x=at, y=_GAP + height + 1.3 * _FONT, anchor="middle"))
-    parts.append(_text("step", x=(left + right) / 2, y=_GAP + height + 2.7 * _FONT, anchor="middle"))
+    row = height / len(values)
+    for place, name in rows.items():
+        parts.append(_text(name, x=left - _GAP, y=_GAP + row * (place + 0.5) + 0.35 * _FONT, anchor="end"))
+    for at, text in columns:
+        x = left + (right - left) * at / values.shape[1]
+        parts.append(_text(text, x=x, y=_GAP + height + 1.3 * _FONT, anchor="middle"))
+    parts.append(_text(below, x=(left + right) / 2, y=_GAP + height + 2.7 * _FONT, anchor="middle"))
     box = f"0 0 {_WIDTH:g} {2 * _GAP + height + 3 * _FONT:g}"
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-size="{_FONT:g}">{"".join(parts)}</svg>'
-    note = "" if every == 1 else f"One in {every} of {len(names)} layers is named."
-    return Chart(title=title, note=note, svg=svg)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-size="{_FONT:g}">{"".join(parts)}</svg>'
 
 
 def _colors(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, DIRECTORY, Allocation, Key, combined_scores
-from qvgen.evaluation.report.canvas import Canvas, Chart
+from qvgen.evaluation.report.canvas import Chart
+from qvgen.evaluation.report.heat_map import draw_matrix
 from qvgen.run_directory import atomic_write
 
 _STANDALONE = "<style>:root{--text-soft:#555;--line:#ccc;font-family:sans-serif}</style>"
 """The page's colours, for a drawing that stands alone."""
-
-_ROW_INCHES, _MARGIN_INCHES, _WIDTH_INCHES = 0.2, 1.2, 7.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +93,14 @@ def draw_sensitivity(allocation: Allocation, *, side: str) -> Chart | None:
     for row in rows:
         column = widths.index(row.bits) * len(windows) + windows.index(row.window)
         values[units.index((row.group, row.block)), column] = shares[row.key]
-    with Canvas(f"Sensitivity to quantized {side}s", last_step=1) as canvas:
-        _fill(canvas, np.ma.masked_invalid(np.where(values > 0, np.log10(np.where(values > 0, values, 1.0)), np.nan)))
-        axes = canvas.axes
-        axes.set_xlabel(f"bits; in each {len(windows)} windows of timesteps, sampling begins on the left")
-        axes.set_xticks([(index + 0.5) * len(windows) for index in range(len(widths))], [str(w) for w in widths])
-        axes.set_yticks([index + 0.5 for index in range(len(units))], [f"{group} {block}" for group, block in units])
-        return canvas.chart(
-            "Colour: the group's own metrics as a share of its largest value here, as a power of ten; groups do not compare."
-        )
+    svg = draw_matrix(
+        np.where(values > 0, np.log10(np.where(values > 0, values, 1.0)), np.nan),
+        rows={index: f"{group} {block}" for index, (group, block) in enumerate(units)},
+        columns=[((index + 0.5) * len(windows), str(bits)) for index, bits in enumerate(widths)],
+        below=f"bits; in each {len(windows)} windows of timesteps, sampling begins on the left",
+    )
+    note = "Colour: the group's own metrics as a share of its largest value here, as a power of ten; groups do not compare."
+    return Chart(title=f"Sensitivity to quantized {side}s", note=note, svg=svg)
 
 
 def relative_scores(scores: Mapping[Key, float], *, rows: Iterable[Key]) -> dict[Key, float]:
@@ -112,19 +110,6 @@ def relative_scores(scores: Mapping[Key, float], *, rows: Iterable[Key]) -> dict
     for (group, *_), score in shown.items():
         largest[group] = max(largest.get(group, 0.0), score)
     return {key: score / largest[key[0]] if largest[key[0]] else 0.0 for key, score in shown.items()}
-
-
-def _fill(canvas: Canvas, values: Any) -> None:
-    """Draw a matrix, its first row on top."""
-    height, width = values.shape
-    canvas.figure.set_size_inches(_WIDTH_INCHES, _MARGIN_INCHES + _ROW_INCHES * height)
-    axes = canvas.axes
-    axes.grid(visible=False)
-    mesh = axes.pcolormesh(np.arange(width + 1), np.arange(height + 1), values, cmap="viridis", linewidth=0)
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    canvas.figure.set_layout_engine("constrained")  # measures the names of rows and the colour bar
-    canvas.figure.colorbar(mesh, ax=axes)
 
 
 def write_heat_maps(run_dir: Path, allocation: Allocation) -> None:

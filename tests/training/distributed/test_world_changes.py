@@ -50,13 +50,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
     return alone, changed, {part[0]: go_on(changed, *part) for part in PARTS}
 
 
+def put_together(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    """The state that a part began with: the rows of all its processes, and what each of them has whole."""
+    parts = [torch.load(path) for path in sorted(run_dir.glob(f"{name}.loaded-*"))]
+    rows = {key: torch.cat([part["rows"][key] for part in parts]) for key in parts[0]["rows"]}
+    return rows | parts[0]["whole"]
+
+
 def test_the_state_is_the_same_bit_for_bit(runs: tuple[Path, Path, dict[str, str]]) -> None:
     _, run_dir, _ = runs
     found = checkpoints(run_dir / "checkpoints")
     assert [path.name for path in found] == [f"step-{step:08d}.ckpt" for *_, step in PARTS]
     assert [path.is_dir() for path in found] == [strategy == "fsdp" for _, strategy, _, _ in PARTS]
     for (name, *_), before in zip(PARTS[1:], found, strict=False):
-        loaded, saved = torch.load(run_dir / f"{name}.loaded"), load_checkpoint(before)
+        loaded, saved = put_together(run_dir, name), load_checkpoint(before)
         wanted = {f"state_dict/{key}": value for key, value in saved["state_dict"].items()}
         wanted |= {f"average/{key}": value for key, value in saved["average"].items()}
         for index, entry in saved["optimizer_states"][0]["state"].items():

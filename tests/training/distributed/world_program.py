@@ -1,8 +1,8 @@
 """A program that trains some steps of a run from its newest checkpoint, with any number of processes; run by its test.
 
 `world_program.py RUN_DIR` is rank 0, `world_program.py RUN_DIR --rank 1 ...` another. RUN_DIR/part.json holds the run's
-configuration, composed once for all processes, the step it is stopped after, and a name: rank 0 writes the state that
-training begins with, put together, to RUN_DIR/NAME.loaded.
+configuration, composed once for all processes, the step it is stopped after, and a name: each process writes its part of the
+state that training begins with to RUN_DIR/NAME.loaded-RANK, rank 0 also what no process has a share of.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from qvgen import stop_request
 from qvgen.config import TrainConfig
 from qvgen.config.build import build
 from qvgen.data import moving_digits
-from qvgen.lowrank.sharded import whole
 from qvgen.training import checkpoint_folder, checkpoint_part
 from qvgen.training.average import Average
 from qvgen.training.distributed.child import follow_parent
 from qvgen.training.distributed.launcher import WorkerGroup
-from qvgen.training.distributed.sharding import sharded_as
 from qvgen.training.session import train_share
 from qvgen.training.start_file import load_start, save_start
 from qvgen.training.whole_run import processes_of
@@ -40,29 +38,31 @@ from tests.parts import prepared
 
 
 class Look(lightning.Callback):
-    """Writes what training begins with, and asks to stop in a step."""
+    """Writes what training begins with, each process its own rows, and asks to stop in a step."""
 
     def __init__(self, file: Path, *, stop_in: int) -> None:
         self.file, self.stop_in = file, stop_in
+        self.state: dict[str, dict[str, torch.Tensor]] = {"rows": {}, "whole": {}}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        state = {f"state_dict/{name}": whole(value) for name, value in pl_module.state_dict().items()}
+        for name, value in pl_module.state_dict().items():
+            self._take(f"state_dict/{name}", value, value)
         optimizer: Any = trainer.optimizers[0]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, parameter in enumerate(parameters):
             for name, value in optimizer.state.get(parameter, {}).items():
-                state[f"moments/{index}/{name}"] = self._together(value, parameter)
+                self._take(f"moments/{index}/{name}", value, parameter)
         average = next(callback for callback in trainer.callbacks if isinstance(callback, Average))
         for name, parameter in pl_module.student.named_parameters():
             if name in average.tensors:
-                state[f"average/{name}"] = self._together(average.tensors[name], parameter)
-        if trainer.is_global_zero:
-            torch.save({name: value.clone() for name, value in state.items()}, self.file)
+                self._take(f"average/{name}", average.tensors[name], parameter)
+        if not trainer.is_global_zero:
+            del self.state["whole"]
+        torch.save(self.state, self.file.with_name(f"{self.file.name}-{trainer.global_rank}"))
 
-    def _together(self, value: torch.Tensor, parameter: Any) -> torch.Tensor:
-        if isinstance(parameter, DTensor) and value.ndim and not isinstance(value, DTensor):
-            value = sharded_as(value, like=parameter)
-        return whole(value)
+    def _take(self, name: str, value: torch.Tensor, parameter: Any) -> None:
+        kind = "rows" if isinstance(parameter, DTensor) and value.ndim else "whole"
+        self.state[kind][name] = (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *further: Any) -> None:
         if trainer.global_step == self.stop_in - 1 and trainer.is_global_zero:
