@@ -1,7 +1,5 @@
 """One drawing of a report: matplotlib -> inline SVG that takes its colours from the page.
 
-Lines over steps are drawn without matplotlib (:mod:`qvgen.evaluation.report.line_chart`).
-
 The drawings carry no colours and no fonts of their own: placeholders are replaced by the page's CSS variables, so that
 one drawing is readable on a light and on a dark page. The SVG is the same for the same numbers (salted ids, no date).
 """
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PLACEHOLDERS: dict[str, str] = {
@@ -147,11 +146,19 @@ def _inline(document: str) -> str:
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     # A <style> inside an inline drawing would hold for the whole page.
     svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    return in_page_colors(svg).strip()
-
-
-def in_page_colors(svg: str) -> str:
-    """A drawing with the page's variables in place of the colours FIRST, SECOND, TEXT, GRID and SERIES."""
     for placeholder, variable in _PLACEHOLDERS.items():
         svg = svg.replace(placeholder, variable)
-    return svg
+    return svg.strip()
+
+
+def use_log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with readable numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Within one decade a power of ten alone would leave the axis without a number.
+    steps = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())

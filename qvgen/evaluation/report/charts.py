@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qvgen.evaluation.metric_rows import read_metric_rows
-from qvgen.evaluation.report.canvas import FIRST, SECOND, SERIES, Chart, Series
-from qvgen.evaluation.report.line_axis import Axis, Line
-from qvgen.evaluation.report.line_chart import draw_lines
+from qvgen.evaluation.report.canvas import FIRST, SECOND, SERIES, TEXT, Canvas, Chart, Series, use_log_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NORMS = ["train/gradient_norm", "train/gradient_norm_weights", "train/gradient_norm_phi"]
 SMALL_SHARE_TITLE = "Share of Phi's singular values below a tenth of the largest"
@@ -104,9 +106,9 @@ def phi_removed_step(history: Mapping[str, Series]) -> int | None:
     return int(steps[gone[0]]) if len(gone) else None
 
 
-def _last_step(history: Mapping[str, Series]) -> int:
-    """The last step of all curves: all drawings of a run share one range of steps, so that they can be read across."""
-    return max(int(steps[-1]) for steps, _ in history.values())
+def _canvas(title: str, history: Mapping[str, Series]) -> Canvas:
+    """An empty drawing; all drawings of a run share one range of steps, so that they can be read across."""
+    return Canvas(title, last_step=max(int(steps[-1]) for steps, _ in history.values()))
 
 
 def _draw_lines(
@@ -117,16 +119,26 @@ def _draw_lines(
     if not drawn:
         return None
     log = log and all(_positive(values).any() for _, values in drawn.values())
-    lines, note = [], ""
-    for color, (name, (steps, values)) in zip(SERIES * len(drawn), drawn.items(), strict=False):
-        values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
-        window = max(1, len(values) // 25) | 1
-        if smooth and window > 1 and np.isfinite(values).all():
-            lines.append(Line(points=(steps, values), color=color, width=0.7, opacity=0.4))
-            values = running_mean(values, window=window)
-            note = f"Thin: each logged step. Thick: running mean of {window}."
-        lines.append(Line(points=(steps, values), color=color, dots=len(values) <= 20, name=name))
-    return _chart(title, note, history, Axis(lines=lines, log=log))
+    with _canvas(title, history) as canvas:
+        note = ""
+        for color, (name, (steps, values)) in zip(SERIES * len(drawn), drawn.items(), strict=False):
+            values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
+            window = max(1, len(values) // 25) | 1
+            if smooth and window > 1 and np.isfinite(values).all():
+                canvas.axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
+                canvas.axes.plot(steps, running_mean(values, window=window), color=color, linewidth=1.8, label=name)
+                note = f"Thin: each logged step. Thick: running mean of {window}."
+            else:
+                marker = "o" if len(values) <= 20 else ""
+                canvas.axes.plot(
+                    steps, values, color=color, linewidth=1.8, marker=marker, markersize=3, label=name, clip_on=False
+                )
+        if len(drawn) > 1:
+            canvas.axes.legend(loc="best")
+        if log:
+            use_log_axis(canvas.axes)
+        note = _mark_phi_removed(canvas.axes, history, note)
+        return canvas.chart(note)
 
 
 def _draw_held_out(history: Mapping[str, Series], *, ptq_error: float | None) -> Chart | None:
@@ -136,24 +148,34 @@ def _draw_held_out(history: Mapping[str, Series], *, ptq_error: float | None) ->
     steps, values = history[name]
     log = bool(_positive(values).any())
     values = np.where(_positive(values) if log else np.isfinite(values), values, np.nan)
-    levels, note = [], ""
-    if ptq_error is not None and math.isfinite(ptq_error) and ptq_error > 0:
-        levels = [(ptq_error, SECOND)]
-        note = f"Horizontal: PTQ before training, {ptq_error:.3g}."
-    line = Line(points=(steps, values), color=FIRST, dots=True)
-    return _chart("Held-out relative error", note, history, Axis(lines=[line], log=log, levels=levels))
+    with _canvas("Held-out relative error", history) as canvas:
+        canvas.axes.plot(steps, values, color=FIRST, linewidth=1.8, marker="o", markersize=3, clip_on=False)
+        note = ""
+        if ptq_error is not None and math.isfinite(ptq_error) and ptq_error > 0:
+            canvas.axes.axhline(ptq_error, color=SECOND, linewidth=1.2, linestyle="--")
+            note = f"Horizontal: PTQ before training, {ptq_error:.3g}."
+        if log:
+            use_log_axis(canvas.axes)
+        return canvas.chart(_mark_phi_removed(canvas.axes, history, note))
 
 
 def _draw_phi(history: Mapping[str, Series]) -> Chart | None:
     if "phi/rank" not in history:
         return None
-    rank = Line(points=history["phi/rank"], color=FIRST, stairs=True)
-    left, right, note = Axis(lines=[rank], low=0.0, title="rank", color=FIRST), None, ""
-    if "phi/gamma_min" in history:
-        gate = Line(points=history["phi/gamma_min"], color=SECOND, width=1.2)
-        right = Axis(lines=[gate], low=0.0, high=1.05, title="smallest gate gamma", color=SECOND)
-        note = "The gate of the weakest columns falls from 1 to 0 in each phase; then they are dropped."
-    return _chart("Rank of Phi and gate of its decaying columns", note, history, left, right)
+    steps, ranks = history["phi/rank"]
+    with _canvas("Rank of Phi and gate of its decaying columns", history) as canvas:
+        canvas.axes.plot(steps, ranks, color=FIRST, linewidth=1.8, drawstyle="steps-post")
+        canvas.axes.set_ylabel("rank", color=FIRST)
+        canvas.axes.set_ylim(bottom=0)
+        note = ""
+        if "phi/gamma_min" in history:
+            right = canvas.axes.twinx()
+            right.plot(*history["phi/gamma_min"], color=SECOND, linewidth=1.2)
+            right.set_ylabel("smallest gate gamma", color=SECOND)
+            right.set_ylim(0, 1.05)
+            right.grid(visible=False)
+            note = "The gate of the weakest columns falls from 1 to 0 in each phase; then they are dropped."
+        return canvas.chart(_mark_phi_removed(canvas.axes, history, note))
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -161,9 +183,10 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values) & (values > 1e-30)
 
 
-def _chart(title: str, note: str, history: Mapping[str, Series], left: Axis, right: Axis | None = None) -> Chart:
-    """Draw the axes' lines, with a dashed one at the step from which Phi has rank 0 and the note that explains it."""
-    mark = phi_removed_step(history)
-    if mark is not None:
-        note = f"{note} Dashed: Phi is gone from step {mark}.".strip()
-    return draw_lines(title, note, last_step=_last_step(history), left=left, right=right, mark=mark)
+def _mark_phi_removed(axes: Axes, history: Mapping[str, Series], note: str) -> str:
+    """Draw the dashed line at the step from which Phi has rank 0; return the note that explains it."""
+    step = phi_removed_step(history)
+    if step is None:
+        return note
+    axes.axvline(step, color=TEXT, linewidth=1.0, linestyle=(0, (3, 3)))
+    return f"{note} Dashed: Phi is gone from step {step}.".strip()

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qvgen.evaluation.report.canvas import SERIES, Chart, Series
+from qvgen.evaluation.report.canvas import SERIES, Canvas, Chart, Series, use_log_axis
 from qvgen.evaluation.report.charts import SMALL_SHARE_TITLE, running_mean
 from qvgen.evaluation.report.embedded_video import ShownVideo, stored_video
-from qvgen.evaluation.report.line_axis import Axis, Line
-from qvgen.evaluation.report.line_chart import draw_lines
 from qvgen.evaluation.report.page import render_page
 from qvgen.evaluation.report.run_comparison import RunTable
 from qvgen.evaluation.report.run_record import RunRecord
@@ -37,7 +35,7 @@ _CURVES = {
     "phi/small_share": SMALL_SHARE_TITLE,
 }
 _LINEAR = ("phi/rank", "phi/small_share")
-_DASHES = ("", "6 2.6", "1.6 2.6", "10 2.6 1.6 2.6")
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +85,24 @@ def _draw(curves: Mapping[int, Series], *, title: str, last_step: int, log: bool
     log = log and all((values[np.isfinite(values)] > 0).all() for _, values in curves.values())
     note = "Colours as in the table."
     window = max(1, max(len(values) for _, values in curves.values()) // 25) | 1
-    lines = []
-    for index, (steps, values) in curves.items():
-        if log and window > 1 and np.isfinite(values).all():
-            values = running_mean(values, window=window)
-            note = "Colours as in the table. Running means."
-        lines.append(
-            Line(
-                points=(steps, values),
+    with Canvas(title, last_step=last_step) as canvas:
+        for index, (steps, values) in curves.items():
+            if log and window > 1 and np.isfinite(values).all():
+                values = running_mean(values, window=window)
+                note = "Colours as in the table. Running means."
+            canvas.axes.plot(
+                steps,
+                values,
                 color=SERIES[index % len(SERIES)],
-                dashes=_DASHES[index // len(SERIES) % len(_DASHES)],
-                width=1.6,
-                stairs=not log,
-                dots=len(values) == 1,
+                linestyle=_DASHES[index // len(SERIES) % len(_DASHES)],
+                linewidth=1.6,
+                drawstyle="default" if log else "steps-post",
+                marker="o" if len(values) == 1 else "",
+                markersize=3,
             )
-        )
-    return draw_lines(title, note, last_step=last_step, left=Axis(lines=lines, log=log))
+        if log:
+            use_log_axis(canvas.axes)
+        return canvas.chart(note)
 
 
 def video_rows(records: Sequence[RunRecord]) -> tuple[list[VideoRow], list[str]]:

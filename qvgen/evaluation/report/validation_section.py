@@ -12,10 +12,8 @@ from statistics import fmean
 import numpy as np
 
 from qvgen.data.video_reader import read_video
-from qvgen.evaluation.report.canvas import FIRST, TEXT, Chart
+from qvgen.evaluation.report.canvas import FIRST, TEXT, Canvas, Chart
 from qvgen.evaluation.report.embedded_video import ShownVideo, shown_video
-from qvgen.evaluation.report.line_axis import Axis, Line
-from qvgen.evaluation.report.line_chart import draw_lines
 from qvgen.evaluation.report.page_format import format_number
 from qvgen.evaluation.report_data import ValidationVideo
 
@@ -138,9 +136,10 @@ def draw_psnr(videos: Sequence[ValidationVideo], *, last_step: int) -> Chart | N
             values[indices.index(video.prompt_index), steps.index(video.step)] = video.psnr_db
     if not np.isfinite(values).any():
         return None
-    at = np.array(steps)
-    lines = [Line(points=(at, row), color=TEXT, width=0.7, opacity=0.6) for row in values]
-    lines.append(Line(points=(at, values.mean(axis=0)), color=FIRST, dots=True))
-    note = f"Thin: each of {len(indices)} prompts. Thick: their mean."
-    title = "PSNR of the student's videos to the teacher's, dB"
-    return draw_lines(title, note, last_step=last_step, left=Axis(lines=lines))
+    with Canvas("PSNR of the student's videos to the teacher's, dB", last_step=last_step) as canvas:
+        for row in values:
+            canvas.axes.plot(steps, row, color=TEXT, linewidth=0.7, alpha=0.6)
+        canvas.axes.plot(
+            steps, values.mean(axis=0), color=FIRST, linewidth=1.8, marker="o", markersize=3, clip_on=False
+        )
+        return canvas.chart(f"Thin: each of {len(indices)} prompts. Thick: their mean.")

@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 from qvgen.evaluation.metric_rows import read_metric_rows
-from qvgen.evaluation.report.canvas import FIRST
 from qvgen.evaluation.report.charts import draw_charts, phi_removed_step, read_history, running_mean
 from qvgen.evaluation.report.compare_page import draw_overlaid
-from qvgen.evaluation.report.line_axis import Axis, Line
-from qvgen.evaluation.report.line_chart import draw_lines
 from qvgen.evaluation.report.run_record import RunRecord
 from tests.evaluation.report.example_report import METRICS_CSV
 
@@ -145,33 +142,3 @@ def test_the_papers_two_figures_are_drawn_of_a_run_and_of_two_runs_overlaid() ->
     ]
     colors = [[f"stroke: var(--series-{index})" in svg for index in (1, 2)] for svg in overlaid.values()]
     assert colors == [[True, True], [True, True], [True, False]]
-
-
-def test_points_lie_where_their_values_say_and_gaps_stay_gaps() -> None:
-    """Equal steps of value, or equal ratios on a logarithmic axis, are equal heights; lines end where a number is missing."""
-    steps = np.arange(6)
-    for log, values in (False, [1.0, 2.0, 3.0, np.nan, 5.0, 6.0]), (True, [1.0, 10.0, 100.0, -1.0, 1e4, 1e5]):
-        line = Line(points=(steps, np.array(values)), color=FIRST)
-        chart = draw_lines("", "", last_step=5, left=Axis(lines=[line], log=log))
-        [path] = re.findall(r'd="([^"]*)" style="fill: none; stroke: var\(--series-1\)', chart.svg)
-        points = np.array([[float(number) for number in word.split()] for word in re.findall(r"[ML]([\d. ]+)", path)])
-        assert re.sub(r"[\d. ]", "", path) == "MLLML"
-        across, down = np.diff(points, axis=0).T
-        np.testing.assert_allclose(across, np.array([1, 1, 2, 1]) * across[0], atol=0.21)
-        np.testing.assert_allclose(down, np.array([1, 1, 2, 1]) * down[0], atol=0.21)
-        assert down[0] < 0 < across[0]
-
-
-def test_a_long_curve_keeps_its_extremes_and_stairs_their_corners() -> None:
-    values = np.zeros(100_000)
-    values[50_003], values[50_005] = 7.0, -3.0
-    line = Line(points=(np.arange(100_000), values), color=FIRST)
-    svg = draw_lines("", "", last_step=99_999, left=Axis(lines=[line], low=-3.0, high=7.0)).svg
-    assert len(svg) < 30_000
-    heights = {float(word) for word in re.findall(r"[ML][\d.]+ ([\d.]+)", svg)}
-    grid = {float(word) for word in re.findall(r"M[\d.]+ ([\d.]+)H", svg)}
-    assert max(heights) - min(heights) == pytest.approx(1.25 * (max(grid) - min(grid)), abs=0.3)  # 10 of -2, 0 ... 6
-    stairs = Line(points=(np.arange(3), np.array([1.0, 1.0, 0.0])), color=FIRST, stairs=True)
-    svg = draw_lines("", "", last_step=2, left=Axis(lines=[stairs])).svg
-    [path] = re.findall(r'd="([^"]*)" style="fill: none; stroke: var\(--series-1\)', svg)
-    assert re.sub(r"[\d. ]", "", path) == "MLHV"
