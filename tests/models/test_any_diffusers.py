@@ -263,6 +263,8 @@ def test_pipelines_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     )
     assert "the part safety_checker (CLIPModel)" in changed(safety_checker=["transformers", "CLIPModel"])
     assert "names code" in changed(auto_map={"a": "b.C"})
+    for part, named in {"text_encoder": ["transformers", "pipeline"], "vae": ["diffusers", "DDIMScheduler"]}.items():
+        assert f"{part} is {named[1]}, which is no model of {named[0]}" in changed(**{part: named})
     (folder / "model_index.json").write_text(json.dumps(index))
     assert "model.num_frames=9, and a PixArtSigmaPipeline makes images; write 1" in refusal(folder)
     assert "can't be followed: ValueError: `height` and `width` have to be divisible by 8" in refusal(

@@ -157,8 +157,25 @@ def _sorted_parts(parts: Mapping[str, list[str]], *, name: str, given: str) -> d
         )
     if not encoders:
         raise ValueError(f"{given} holds a {name} without text_encoder; model=diffusers is conditioned on captions")
+    _check_models(parts, ["transformer", "vae", *encoders], given=given)
     found = {"transformer": denoisers["transformer"], "vae": of_diffusers["vae"]}
     return {**found, "text_encoders": encoders, "tokenizers": tokenizers}
+
+
+def _check_models(parts: Mapping[str, list[str]], names: list[str], *, given: str) -> None:
+    """Raise ValueError for a part whose class is none of its library's models: nothing else is ever called to make one."""
+    import transformers
+
+    bases = {
+        "diffusers": (diffusers, diffusers.ModelMixin),
+        "transformers": (transformers, transformers.PreTrainedModel),
+    }
+    for key in names:
+        library, kind = parts[key]
+        module, base = bases[library]
+        found = getattr(module, kind, None)
+        if not inspect.isclass(found) or not issubclass(found, base):
+            raise ValueError(f"{given}: model_index.json says that {key} is {kind}, which is no model of {library}")
 
 
 def _check_call(call: Mapping[str, Any], *, name: str, given: str) -> None:
