@@ -63,8 +63,8 @@ class AttentionForm:
 
         Example:
             >>> profile = AttentionProfile(kind="int8", rotation="auto")
-            >>> [form.label for form in AttentionForm.of(profile, heads=2, head_size=64).candidates(profile)]
-            ['int8 2 x 64', 'int8 2 x 64 rotated']
+            >>> tuple(form.label for form in AttentionForm.of(profile, heads=2, head_size=64).candidates(profile))
+            ('int8 2 x 64', 'int8 2 x 64 rotated')
         """
         smooth = (True, False) if profile.smooth_key == AUTO else (self.smooth_key,)
         can_turn = profile.rotation == AUTO and self._has_matrix()
