@@ -95,10 +95,10 @@ LONGEST_FIRST = (
     "test_compiled_blocks.py", "test_hsdp.py", "test_layer_types.py", "test_extending.py", "test_config.py",
     "test_paper_experiments.py", "test_sensitivity.py", "test_stored_state.py", "test_mixed_precision.py",
     "test_ptq_exports.py", "test_identity.py", "test_validation.py", "test_allocation.py", "test_streamed_adamw.py",
-    "test_small_model.py", "test_exports.py", "test_package.py", "test_step_traffic.py", "test_methods.py",
+    "test_exports.py", "test_package.py", "test_step_traffic.py", "test_methods.py",
     "test_autoencoder.py", "test_faults.py", "test_import.py", "test_profiles.py", "test_further_models.py",
     "test_evaluate.py", "test_own_classes.py", "test_static.py", "test_kernels.py", "test_own_method.py",
-    "test_adamw_8bit.py", "test_launcher.py", "test_ptq_encoder.py", "test_plugin.py", "test_side_files.py",
+    "test_launcher.py", "test_ptq_encoder.py", "test_plugin.py", "test_side_files.py",
     "test_efficientdm.py", "test_block_checkpoint.py", "test_packed_fusion.py", "test_validation_run.py", "test_wan.py",
     "test_manifest_fuzz.py", "test_gluon.py", "test_export_publish.py", "test_triton_blocks.py",
     "test_triton_fake_quantize.py", "test_fake_cuda.py", "test_command_line.py", "test_trainer_options.py",
@@ -132,15 +132,31 @@ ONLY_WHEN_ASKED = (
     "test_launched_runs.py", "test_average.py", "test_train_gpu_script.py", "test_hsdp_resume.py",
     "test_two_hosts.py", "test_launched_again.py", "test_sweep_of_devices.py", "test_attention_recall.py",
     "test_further_runs.py", "test_ltx_runs.py", "test_image_runs.py", "test_attention_runs.py", "test_any_diffusers_runs.py",
+    "test_world_changes.py", "test_adamw_8bit.py",
+    "test_hub_models.py::test_two_processes_share_the_clips_and_train_the_same",
+    "test_hub_models.py::test_from_mp4_files_to_videos_of_the_packed_model[wan2.2-ti2v]",
+    "test_small_model.py::test_both_trainings_and_a_quantized_student",
+    "test_shared_passes.py::test_processes_of_torchrun_share_the_passes_of_a_sharded_run",
+    "test_export_cells.py::test_a_family_and_its_targets[mochi]",
+    "test_gpu_script.py::test_the_script_measures_tiles_into_a_table_that_the_package_could_have",
+    "test_kernels.py::test_without_peers_the_table_says_so",
+    "test_hunyuan_video15.py::test_training_step",
+    "test_activation_switch.py::test_processes_that_share_a_calibrated_model_train_the_same_bits[static]",
 )  # fmt: skip
-"""Files of whole runs that QVGEN_LONG_TESTS=1 asks for: with them all tests together take too long on two busy cores."""
+"""Files, and single tests of files, that QVGEN_LONG_TESTS=1 asks for: with them all together take too long on two busy cores.
+Most are whole runs, of a kind that another file still goes through."""
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether a test, or its file, is among those that have to be asked for."""
+    return item.path.name in ONLY_WHEN_ASKED or f"{item.path.name}::{item.name}" in ONLY_WHEN_ASKED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest files first; the order within a file, and of all others, stays. Leave out what nobody asked for."""
     if os.environ.get("QVGEN_LONG_TESTS") != "1" and not any(".py" in argument for argument in config.args):
-        left_out = [item for item in items if item.path.name in ONLY_WHEN_ASKED]
-        items[:] = [item for item in items if item.path.name not in ONLY_WHEN_ASKED]
+        left_out = [item for item in items if _is_long(item)]
+        items[:] = [item for item in items if not _is_long(item)]
         config.hook.pytest_deselected(items=left_out)
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -60,11 +60,12 @@ _TABLE: dict[str, Quality] = {
     ),
     # One scale for all tokens of a step, where round-to-nearest has one of its own for each. TIME.linear_2 reads one token,
     # whose range is a function of the timestep: between the four steps of the table its scale is interpolated, which at W4A8
-    # takes 1.21 times the error (1.12 with a table of twenty steps).
+    # takes 1.21 times the error (1.12 with a table of twenty steps). Both to_out at 3 bits took 2.1 to 2.8 times, by the seed
+    # that calibration samples by (four seeds); the numbers here are of one.
     "static": Quality(
         layer_types={
             "blocks.*.attn1.to_q": 1.6, "blocks.*.attn1.to_k": 1.3, "blocks.*.attn1.to_out.0": 2.4,
-            "blocks.*.attn2.to_out.0": 2.4, f"{TEXT}.linear_1": 1.3, f"{TEXT}.linear_2": 1.5,
+            "blocks.*.attn2.to_out.0": 2.6, f"{TEXT}.linear_1": 1.3, f"{TEXT}.linear_2": 1.5,
             f"{TIME}.linear_2": 1.3,
         }
     ),

@@ -196,7 +196,8 @@ def test_the_reference_is_sampled_once_for_all(
     assert "full precision: 2 of them are to be sampled" in shown
     assert main([*command, f"out={tmp_path / 'out'}", f"against={whole}", "suite.metrics=[psnr]"][:-1]) == DONE
     assert {path: path.stat().st_mtime_ns for path in Path(kept).glob("*/*.safetensors")} == dates
-    assert "against run: PSNR" in capsys.readouterr().out
+    (run_dir,) = [word.partition("=")[2] for word in command if word.startswith("run_dir=")]
+    assert f"against {Path(run_dir).name}: PSNR" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["against"]["metrics"]["psnr"]
     assert (found["value"], found["p"], found["videos_to_settle"]) == (0.0, 1.0, None)
 

@@ -40,9 +40,10 @@ MODELS: dict[str, tuple[Any, str]] = {
     "wan2.2-ti2v": (make_wan_folder, "ti2v"),
 }
 WHOLE_WAY = ("cogvideox", "wan2.2-ti2v")
-"""Models that go the whole way here: one of each VAE and objective, one of a noise level for each token. The others when
-asked (tests/verbs/test_ltx_runs.py); below, cogvideox-5b is trained on clips of two shapes, both experts of wan2.2-a14b are
-packed and sampled, and wan is trained by two processes. Without clips: tests/verbs/test_ptq_without_clips.py."""
+"""Models that go the whole way here: one of each VAE and objective, and, when asked for (tests/conftest.py), one of a noise
+level for each token. Others are in tests/verbs/test_ltx_runs.py; below, cogvideox-5b is trained on clips of two shapes, both
+experts of wan2.2-a14b are packed and sampled, and wan is trained by two processes, when asked for. Without clips:
+tests/verbs/test_ptq_without_clips.py."""
 FEW = (
     "calibration.videos=1", "calibration.steps=2", "evaluation.samples=2", "evaluation.quality_videos=1",
     "evaluation.videos=0", "evaluation.start_videos=false", "logger=csv",

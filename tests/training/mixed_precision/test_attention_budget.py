@@ -127,7 +127,7 @@ def test_what_another_process_measures_is_not_measured_again(tmp_path: Path, cap
     caplog.set_level("INFO")
     transformer = config.model.load_teacher()
     teacher = sampled_teacher(config, transformer, encode=config.model.encode)
-    sample_share(ptq_method(config), profile=config.profile, teacher=teacher)
+    sample_share(ptq_method(config), profile=config.profile, teacher=teacher, num_processes=1)
     assert "attention: 1 videos" in caplog.text
     caplog.clear()
     student, _ = prepared(config)
