@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import qvgen
@@ -156,3 +157,23 @@ def psnr_db(first: torch.Tensor, second: torch.Tensor) -> float:
     """Of uint8 videos; 99 where they are equal."""
     error = (first.double() - second.double()).square().mean()
     return 99.0 if error == 0 else float(10 * torch.log10(255**2 / error))
+
+
+def check_flow_objective(family: Any, *, shift: float) -> None:
+    """Noise levels, timesteps, noised samples and the way back are those of diffusers' Euler scheduler, from levels i/N."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 9)[:-1])
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(8, 4, 3, 4, 6, generator=generator) for _ in range(2))
+    objective = family.objective
+    sigma = objective.shifted(torch.linspace(1, 0, 9)[:-1])
+    assert torch.allclose(sigma, scheduler.sigmas[:-1], atol=1e-6)
+    assert torch.allclose(objective.timestep(sigma), scheduler.timesteps, atol=1e-3)
+    noisy = objective.add_noise(clean, noise, sigma=sigma)
+    assert torch.allclose(noisy, scheduler.scale_noise(clean, scheduler.timesteps, noise), atol=1e-6)
+    scheduler.set_begin_index(0)
+    sample = noise[0].double()
+    for t in scheduler.timesteps:
+        sample = scheduler.step((noise[0] - clean[0]).double(), t, sample, return_dict=False)[0]
+    assert torch.allclose(sample, clean[0].double(), atol=1e-5)  # eight steps in float32
+    assert torch.equal(objective.target(clean, noise, sigma=sigma), noise - clean)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers import HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from qvgen.config.leaves import load_leaf
 from qvgen.models.base import VideoDiT, example_condition
 from tests.models.family_checks import (
+    check_flow_objective,
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,
     check_packed_equals_fake_quantized,
@@ -168,24 +169,8 @@ def test_packed_video_equals_the_fake_quantized_one(made, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shift", [None, 3.0])
 def test_the_objective_is_what_the_scheduler_undoes(made, shift: float | None) -> None:
-    """Noise levels, timesteps, noised samples and the way back, to 1e-6; the pipeline's levels are i/N of 1, shifted."""
     family = made[0] if shift is None else tiny_family("hunyuanvideo", made[0].path, shift=shift)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 7.0)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 9)[:-1])
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(8, 4, 3, 4, 6, generator=generator) for _ in range(2))
-    objective = family.objective
-    sigma = objective.shifted(torch.linspace(1, 0, 9)[:-1])
-    assert torch.allclose(sigma, scheduler.sigmas[:-1], atol=1e-6)
-    assert torch.allclose(objective.timestep(sigma), scheduler.timesteps, atol=1e-3)
-    noisy = objective.add_noise(clean, noise, sigma=sigma)
-    assert torch.allclose(noisy, scheduler.scale_noise(clean, scheduler.timesteps, noise), atol=1e-6)
-    scheduler.set_begin_index(0)
-    sample = noise[0].double()
-    for t in scheduler.timesteps:
-        sample = scheduler.step((noise[0] - clean[0]).double(), t, sample, return_dict=False)[0]
-    assert torch.allclose(sample, clean[0].double(), atol=1e-5)  # eight steps in float32
-    assert torch.equal(objective.target(clean, noise, sigma=sigma), noise - clean)
+    check_flow_objective(family, shift=shift or 7.0)
 
 
 def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import (
     ClassifierFreeGuidance,
-    FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict
@@ -24,6 +23,7 @@ from qvgen.models.base import VideoDiT, example_condition
 from qvgen.training.planning.operation_counter import OperationCounter
 from qvgen.training.planning.shape_operators import ShapeOperators
 from tests.models.family_checks import (
+    check_flow_objective,
     check_one_training_step,
     check_packed_equals_fake_quantized,
     check_prediction_is_per_sample,
@@ -168,24 +168,8 @@ def test_packed_video_equals_the_fake_quantized_one(made, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shift", [None, 9.0])
 def test_the_objective_is_what_the_scheduler_undoes(made, shift: float | None) -> None:
-    """Noise levels, timesteps, noised samples and the way back, to 1e-6; the pipeline's levels are i/N of 1, shifted."""
     family = made[0] if shift is None else tiny_family(NAME, made[0].path, shift=shift)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 5.0)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 9)[:-1])
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(8, 4, 3, 2, 3, generator=generator) for _ in range(2))
-    objective = family.objective
-    sigma = objective.shifted(torch.linspace(1, 0, 9)[:-1])
-    assert torch.allclose(sigma, scheduler.sigmas[:-1], atol=1e-6)
-    assert torch.allclose(objective.timestep(sigma), scheduler.timesteps, atol=1e-3)
-    noisy = objective.add_noise(clean, noise, sigma=sigma)
-    assert torch.allclose(noisy, scheduler.scale_noise(clean, scheduler.timesteps, noise), atol=1e-6)
-    scheduler.set_begin_index(0)
-    sample = noise[0].double()
-    for t in scheduler.timesteps:
-        sample = scheduler.step((noise[0] - clean[0]).double(), t, sample, return_dict=False)[0]
-    assert torch.allclose(sample, clean[0].double(), atol=1e-5)  # eight steps in float32
-    assert torch.equal(objective.target(clean, noise, sigma=sigma), noise - clean)
+    check_flow_objective(family, shift=shift or 5.0)
 
 
 def _change(file: Path, **changes: object) -> None:
