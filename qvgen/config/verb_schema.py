@@ -210,8 +210,9 @@ class BenchmarkConfig:
             (where clips of inputs lose least) or ``strategies`` (which strategy fits how many GPUs, planned).
         encoder: A text encoder that ``ptq`` measures in place of the model: ``minilm``, the one that `qvgen assets` fetches
             (model=minilm means the same), or the folder of a BertModel and its tokenizer. None: the model.
-        methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N. None: all, those of
-            plug-ins too, and with the rotations that they ask for; for ``methods`` the start and all that train.
+        methods: Files of conf/init, for ``methods`` of conf/method too; ``NAME+rN`` rotates by N, and for ``methods``
+            ``NAME+KEY=VALUE`` changes a key of its cells (``qvgen+phi.start=zero``). None: all, those of plug-ins too, and
+            with the rotations that they ask for; for ``methods`` the start and all that train.
         profiles: Files of conf/profile that ``profiles`` compares; None: all, those of plug-ins too.
         widths: Bit-widths, each as ``bits``.
         seeds: Seeds of calibration and training; held-out inputs and videos are the same for all.
@@ -269,6 +270,6 @@ class BenchmarkConfig:
         for method in self.methods or ():
             rotation = method.partition("+r")[2]
             require(
-                "+" not in method or rotation.isdigit(),
+                self.what == "methods" or "+" not in method or rotation.isdigit(),
                 f"methods holds {method!r}; write a file of conf/init, or for example gptq+r16",
             )

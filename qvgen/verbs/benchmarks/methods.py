@@ -4,10 +4,13 @@ Each cell is a whole run of ``qvgen train`` (of ``qvgen ptq`` for a PTQ method) 
 ``run_dir``, so that its videos and its curves can be looked at, and a cell that was stopped goes on at its last checkpoint.
 All cells are measured on the same held-out inputs; of the same seed and widths they also draw the same noise while they are
 trained, so that errors are compared in pairs: the mean of the ratios says more than the ratio of the means.
+
+A name may carry changes of the configuration, for ablations: ``qvgen+phi.start=zero``, ``kd+init=vidit_q+r16``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,16 @@ REFERENCE = "kd"
 EARLY_SHARE = 0.15
 """Share of a run's steps, its first ones, whose gradient norm has a column of its own: Phi has most of its rank there."""
 
+_OF_CELLS = {
+    "bits": "write widths=[...]",
+    "seed": "write seeds=[...]",
+    "method": "name that method itself",
+    "model": "models are compared by a command each",
+    "run_dir": "every cell has a folder of its own below the run_dir of the benchmark",
+    "resume": "cells always go on",
+}
+"""Keys that a name of ``methods`` can't change, and what to write instead."""
+
 _VIDEO_METRICS = ("psnr_db", "ssim", "flicker")
 _NORMS = ("gradient_norm", "gradient_norm_weights")
 _COLUMNS = {
@@ -45,25 +58,40 @@ _COLUMNS = {
 """Columns of the page: words above them, and the form of their numbers."""
 
 
+def changes_of(name: str) -> tuple[str, dict[str, str]]:
+    """The method of a name ``METHOD+rN+KEY=VALUE``, and what it changes in the configuration: key -> value."""
+    stem, *parts = re.split(r"\+(?=r\d+(?:\+|$)|[\w./]+=)", name)
+    pairs = [part.partition("=") if "=" in part else ("profile.rotation", "=", part[1:]) for part in parts]
+    return stem, {key: value for key, _, value in pairs}
+
+
 def compared_methods(config: BenchmarkConfig) -> list[str]:
     """What is compared: what was asked for; or the configured start, and every method that trains a quantized model.
 
-    A name is a file of conf/method, or of conf/init for a PTQ method alone; ``NAME+rN`` rotates inputs by N.
+    A name is a file of conf/method, or of conf/init for a PTQ method alone; ``NAME+rN`` rotates inputs by N, and
+    ``NAME+KEY=VALUE`` changes any other key of its cells.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is none of that name, or it changes what sets cells apart.
     """
     trained = [name for name in leaf_names("method") if load_leaf("method", name).trains == "student"]
     known = [*trained, *leaf_names("init")]
     for name in config.methods or ():
-        if (stem := name.partition("+")[0]) not in known:
+        stem, changes = changes_of(name)
+        if stem not in known:
             raise UserError(f"methods holds {name!r}{did_you_mean(stem, known)} (there are: {', '.join(known)})")
+        for key in _OF_CELLS:
+            if key in changes:
+                raise UserError(f"methods holds {name!r}, which can't change {key}; {_OF_CELLS[key]}")
     return list(config.methods or [config.run.names.init, *trained])
 
 
 def _leaves(config: BenchmarkConfig) -> list[object]:
-    stems = [name.partition("+")[0] for name in compared_methods(config)]
-    return [load_leaf("init" if stem in leaf_names("init") else "method", stem) for stem in stems]
+    found = []
+    for stem, changes in map(changes_of, compared_methods(config)):
+        found.append(load_leaf("init" if stem in leaf_names("init") else "method", stem))
+        found += [load_leaf("init", changes["init"])] if changes.get("init") in leaf_names("init") else []
+    return found
 
 
 def describe(config: BenchmarkConfig) -> str:
@@ -82,10 +110,9 @@ def method_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) ->
 
 def _plain(config: BenchmarkConfig, seed: int, width: Bits, name: str) -> tuple[str, dict[str, Any]]:
     """Verb and configuration of one cell."""
-    stem, _, rotation = name.partition("+r")
-    cell: dict[str, str | int] = {"bits": width.label, "seed": seed}
-    cell |= {"profile.rotation": rotation} if rotation else {}
-    folder = f"{name}-{width.label}-{seed}"
+    stem, changes = changes_of(name)
+    cell: dict[str, str | int] = {"bits": width.label, "seed": seed, **changes}
+    folder = re.sub(r"[^\w.+]", "-", f"{name}-{width.label}-{seed}")
     if stem in leaf_names("init"):
         return "ptq", run_of_cell(config, "ptq", {**cell, "init": stem}, name=folder, without=("steps", "method"))
     return "train", run_of_cell(config, "train", {**cell, "method": stem}, name=folder)
@@ -129,16 +156,22 @@ def _reference(rows: Sequence[Mapping[str, Any]]) -> str:
     return REFERENCE if REFERENCE in trained or not trained else str(trained[0])
 
 
+def _common(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The value of all rows that train and whose name does not change it; of all rows, if none does."""
+    found = [row[key] for row in rows if row["steps"] > 0 and key not in changes_of(row["method"])[1]]
+    return ", ".join(dict.fromkeys(map(str, found or [row[key] for row in rows])))
+
+
 def method_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Markdown page: mean over the seeds, and half the spread between the smallest and the largest."""
     widths, names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "method", "seed"))
     reference = _reference(rows)
     pairs = in_pairs(rows, reference=reference)
-    steps = max(row["steps"] for row in rows)
+    start, steps = (_common(rows, key) for key in ("init", "steps"))
     lines = [
         f"# Methods on {head['model']}",
         "",
-        f"Profile {head['profile']}, init={rows[-1]['init']}, {steps} steps. {about_seeds(head, seeds)}",
+        f"Profile {head['profile']}, init={start}, {steps} steps. {about_seeds(head, seeds)}",
         "",
         f"    {head['command']}",
     ]

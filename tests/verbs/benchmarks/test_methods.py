@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qvgen.cli import main
 from qvgen.evaluation.report.charts import read_history
@@ -48,6 +49,11 @@ def test_errors_are_compared_in_pairs_of_one_seed() -> None:
     assert "per cent above kd's error" in page
 
 
+def test_rows_of_other_starts_and_lengths_do_not_name_the_page() -> None:
+    other = row("kd+init=rtn+steps=9", 1, 0.3) | {"init": "rtn", "steps": 9}
+    assert "init=mse, 2 steps." in "\n".join(method_table(HEAD, [*ROWS, other]))
+
+
 def test_the_plot_has_a_bar_for_each_method(tmp_path: Path) -> None:
     plot_methods(ROWS, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
@@ -60,18 +66,19 @@ def test_every_cell_is_a_run_and_a_finished_one_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [
-        "methods=[rtn,qvgen+r16]", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}", *SHORT, *shallow(1),
-        f"out={tmp_path / 'results'}",
+        "methods=[rtn,'qvgen+r16+optim.betas=[.9,.99]']", "widths=[3]", "seeds=[7]", f"run_dir={tmp_path / 'runs'}", *SHORT,
+        *shallow(1), f"out={tmp_path / 'results'}", "optim.betas=[0.8,0.9]",
     ]  # fmt: skip
+    named = "qvgen+r16+optim.betas=[.9,.99]"
     assert main(["benchmark", "methods", *keys, "dry_run=true"]) == 0
-    assert "methods on tiny: 2 runs (rtn, qvgen+r16)" in capsys.readouterr().out
+    assert f"methods on tiny: 2 runs (rtn, {named})" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     assert main(["benchmark", "methods", *keys]) == 0
     rows = json.loads((tmp_path / "results" / "methods-tiny.json").read_text())["rows"]
-    assert [(found["method"], found["steps"]) for found in rows] == [("rtn", 0), ("qvgen+r16", 2)]
+    assert [(found["method"], found["steps"]) for found in rows] == [("rtn", 0), (named, 2)]
     assert rows[0]["error"] is None
     for found in rows[1:]:
-        folder = tmp_path / "runs" / f"{found['method']}-3-7"
+        folder = tmp_path / "runs" / "qvgen+r16+optim.betas--.9-.99--3-7"
         report = json.loads((folder / "report.json").read_text())
         assert report["method"] == found["method"].partition("+")[0]
         assert (found["error_start"], found["error"]) == tuple(report["relative_error"][k] for k in ("ptq", "packed"))
@@ -79,7 +86,8 @@ def test_every_cell_is_a_run_and_a_finished_one_is_not_run_again(
         _, norms = read_history(folder / "metrics.csv")["train/gradient_norm_weights"]
         assert found["gradient_norm_weights"] == pytest.approx(norms.mean())
         assert found["gradient_norm_weights_early"] == pytest.approx(norms[0])
-    assert "rotation: 16" in (tmp_path / "runs" / "qvgen+r16-3-7" / "config.yaml").read_text()
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (config["profile"]["rotation"], config["optim"]["betas"]) == (16, [0.9, 0.99])  # not those of all cells
     assert (tmp_path / "results" / "methods-tiny.md").read_text().startswith("# Methods on tiny")
     assert (tmp_path / "results" / "methods-tiny.svg").is_file()
 
@@ -108,10 +116,22 @@ def test_a_cell_that_was_stopped_goes_on_at_its_last_checkpoint(tmp_path: Path) 
     assert [line.split(",")[0] for line in found] == [line.split(",")[0] for line in curves]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qvgn", "methods holds 'qvgn'; did you mean 'qvgen'"),
+        ("'qvgen+phi.strat=zero'", "unknown key 'phi.strat'; did you mean 'phi.start'"),
+        ("'qvgen+init=mes'", "init=mes"),
+        ("qvgen+zero", "methods holds 'qvgen+zero'"),
+        ("'kd+seed=3'", "methods holds 'kd+seed=3', which can't change seed; write seeds=[...]"),
+    ],
+)
 def test_a_method_that_is_not_there_is_refused_before_anything_trains(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = ["methods=[kd,qvgn]", "widths=[3]", f"run_dir={tmp_path / 'runs'}", f"out={tmp_path / 'results'}"]
+    keys = [f"methods=[kd,{name}]", "widths=[3]", f"run_dir={tmp_path / 'runs'}", f"out={tmp_path / 'results'}"]
     assert main(["benchmark", "methods", *keys, *SHORT]) == 2
-    assert "methods holds 'qvgn'; did you mean 'qvgen'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
