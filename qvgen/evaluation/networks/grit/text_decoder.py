@@ -108,8 +108,8 @@ class _Transformer(nn.Module):
 class _Embedding(nn.Module):
     def __init__(self, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.words = nn.Embedding(sizes.vocabulary, sizes.width)
-        self.positions = nn.Embedding(sizes.places, sizes.width)
+        self.words = nn.Embedding.from_pretrained(torch.zeros(sizes.vocabulary, sizes.width))
+        self.positions = nn.Embedding.from_pretrained(torch.zeros(sizes.places, sizes.width))
         self.layer_norm = nn.LayerNorm(sizes.width, eps=_WORDS_EPS)
 
     def forward(self, tokens: Tensor, place: int) -> Tensor:
@@ -170,7 +170,8 @@ class TextDecoder(nn.Module):
             start: The token that names the task.
             end: The token that ends a text.
         """
-        return [text for part in features.split(_OBJECTS_AT_ONCE) for text in self._likeliest(part, start, end)]
+        parts = features.split(_OBJECTS_AT_ONCE) if len(features) else ()
+        return [text for part in parts for text in self._likeliest(part, start, end)]
 
     def _likeliest(self, features: Tensor, start: int, end: int) -> list[list[int]]:
         read = self.textual.read_objects(features)
@@ -184,5 +185,4 @@ class TextDecoder(nn.Module):
             last = logits.argmax(1).where(~ended, end)
             ended = ended | (last == end)
             tokens.append(last)
-        found = torch.stack(tokens, 1).tolist() if tokens else []
-        return [[token for token in text if token != end] for text in found]
+        return [[token for token in text if token != end] for text in torch.stack(tokens, 1).tolist()]

@@ -70,7 +70,7 @@ class _Attention(nn.Module):
         grid = query.unflatten(2, (height, width))
         down = torch.einsum("bnhwc,hkc->bnhwk", grid, _distances(self.rel_pos_h, height))
         across = torch.einsum("bnhwc,wkc->bnhwk", grid, _distances(self.rel_pos_w, width))
-        added = (down.unsqueeze(-1) + across.unsqueeze(-2)).view(batch, self.heads, height * width, height * width)
+        added = (down.unsqueeze(-1) + across.unsqueeze(-2)).flatten(4).flatten(2, 3)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=added)
         y: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels))
         return y
