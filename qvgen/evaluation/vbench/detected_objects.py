@@ -58,9 +58,7 @@ class DetectorDimension(NetworkDimension):
     def named(self, pair: Pair) -> list[list[tuple[str, Box]]]:
         """The class's name and the box of each object of each frame."""
         describer = self.describer()
-        return [
-            list(zip(describer.classes(features), boxes, strict=True)) for boxes, features in self.objects(pair)
-        ]
+        return [list(zip(describer.classes(features), boxes, strict=True)) for boxes, features in self.objects(pair)]
 
     def asked_text(self, pair: Pair, key: str) -> str:
         """A text of what the prompt asks for.

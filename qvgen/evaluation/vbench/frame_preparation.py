@@ -71,8 +71,8 @@ def detector_pixels(frames: UInt8[Tensor, "F H W 3"], *, whole_levels: bool) -> 
 
     Args:
         frames: The frames.
-        whole_levels: Shrink without antialiasing and round to whole levels, as OpenCV does for *color*; otherwise antialias, as
-            tensors are resized for the other dimensions.
+        whole_levels: Shrink without antialiasing and round to whole levels, as OpenCV does for *color*; otherwise antialias,
+            as tensors are resized for the other dimensions.
     """
     pixels = frames.permute(0, 3, 1, 2).float()
     height, width = frames.shape[1:3]
@@ -80,7 +80,9 @@ def detector_pixels(frames: UInt8[Tensor, "F H W 3"], *, whole_levels: bool) -> 
         return pixels
     scale = _DETECTORS_SIDE / min(height, width)
     size = (int(scale * height), int(scale * width))
-    smaller = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=not whole_levels)
+    smaller = functional.interpolate(
+        pixels, size=size, mode="bilinear", align_corners=False, antialias=not whole_levels
+    )
     return smaller.round() if whole_levels else smaller
 
 

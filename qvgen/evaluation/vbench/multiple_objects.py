@@ -1,6 +1,6 @@
 """Multiple objects: how many frames show both objects that the prompt asks for, by GRiT's names of what it detects.
 
-    the share of 16 frames in which objects of both classes are found
+the share of 16 frames in which objects of both classes are found
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Object class: how many frames show the object that the prompt asks for, by GRiT's names of what it detects.
 
-    the share of 16 frames in which an object of that class is found
+the share of 16 frames in which an object of that class is found
 """
 
 from __future__ import annotations

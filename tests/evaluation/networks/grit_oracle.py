@@ -1,7 +1,7 @@
 """GRiT in float64 and numpy from its papers and its published file's names; nothing of qvgen is used.
 
-Published names and shapes, the backbone, RoIAlign place by place, suppression, proposals, the cascade, and texts that are computed
-anew for each token.
+Published names and shapes, the backbone, RoIAlign place by place, suppression, proposals, the cascade, and texts that are
+computed anew for each token.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def shapes(s: dict) -> Shapes:
     found |= _two(f"{words}.object_feature_projection.0", text, channels)
     found |= _two(f"{words}.object_feature_projection.1", text) | _two(f"{words}.embedding.layer_norm", text)
     found |= {f"{words}.embedding.words.weight": (s["vocabulary"], text)}
-    found |= {f"{words}.embedding.positions.weight": (s["places"], text)} | _two(f"{words}.output", s["vocabulary"], text)
+    found |= {f"{words}.embedding.positions.weight": (s["places"], text)} | _two(
+        f"{words}.output", s["vocabulary"], text
+    )
     for number in range(s["text_layers"]):
         layer = f"{words}.transformer.encoder.layer.{number}"
         for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
@@ -88,11 +90,11 @@ def conv(x: np.ndarray, weights: Weights, name: str, *, stride: int = 1) -> np.n
     size = kernel.shape[-1]
     x = np.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2)))
     rows, columns = ((length - size) // stride + 1 for length in x.shape[1:])
-    found = np.array([
-        [(kernel * x[:, y * stride : y * stride + size, z * stride : z * stride + size]).sum((1, 2, 3)) for z in range(columns)]
-        for y in range(rows)
-    ])  # fmt: skip
-    return found.transpose(2, 0, 1) + bias.reshape(-1, 1, 1)
+    found = np.zeros((len(kernel), rows, columns))
+    for y, z in np.ndindex(rows, columns):
+        part = x[:, y * stride : y * stride + size, z * stride : z * stride + size]
+        found[:, y, z] = (kernel * part).sum((1, 2, 3))
+    return found + bias.reshape(-1, 1, 1)
 
 
 def _distances(learned: np.ndarray, length: int) -> np.ndarray:
@@ -155,7 +157,7 @@ def backbone(image: np.ndarray, weights: Weights) -> list[np.ndarray]:
 def _between(features: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The map at places by their four neighbours, [C, places]; 0 more than 1 outside."""
     height, width = features.shape[1:]
-    inside = (-1 <= y) & (y <= height) & (-1 <= x) & (x <= width)
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
     top, left = np.floor(y).astype(int), np.floor(x).astype(int)
     bottom, right, b, a = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1), y - top, x - left

@@ -17,7 +17,22 @@ from qvgen.evaluation.networks.grit.vit import VitSizes
 from tests.evaluation.networks import grit_oracle as oracle
 from tests.evaluation.networks.float64_layers import Weights, random_file, under
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused99]", "dog", "cat", "red", "##s", "boat", "a", "sky", "blue"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "[unused99]",
+    "dog",
+    "cat",
+    "red",
+    "##s",
+    "boat",
+    "a",
+    "sky",
+    "blue",
+]
 PHRASE_START = 5
 SIZES = GritSizes(
     vit=VitSizes(width=8, layers=3, heads=2, window=3, whole=(1,), side=5, learned_side=3),
@@ -26,8 +41,11 @@ SIZES = GritSizes(
 )  # fmt: skip
 
 
-def grit_file(path: Path, *, seed: int = 0) -> Weights:
-    """A file as it is published, with a head of masks, of a network that finds objects; returns its weights in float64."""
+def grit_file(path: Path, *, seed: int = 0, sure: float = 0.5, ending: float = 0.0) -> Weights:
+    """A file as it is published, with a head of masks, of a network that finds objects; returns its weights in float64.
+
+    The larger ``sure`` the more objects there are, and the larger ``ending`` the shorter are their texts.
+    """
     beside = {"roi_heads.mask_head.deconv.weight": (4, 4, 2, 2), "pixel_mean": (3, 1, 1)}
     random_file(oracle.shapes(oracle.SMALL) | beside, path, seed=seed)
     tensors = torch.load(path)["model"]
@@ -37,9 +55,10 @@ def grit_file(path: Path, *, seed: int = 0) -> Weights:
     tensors[f"{head}.bbox_pred.bias"] += 3
     tensors[f"{head}.agn_hm.bias"] += 1
     for stage in range(3):
-        tensors[f"roi_heads.box_predictor.{stage}.cls_score.bias"] += torch.tensor([0.5, -0.5])
+        tensors[f"roi_heads.box_predictor.{stage}.cls_score.bias"] += torch.tensor([sure, -sure])
     tensors[f"{text}.output.weight"] = tensors[f"{text}.embedding.words.weight"]
     tensors[f"{text}.output.bias"][[0, 1, 2, 4, 5]] -= 2
+    tensors[f"{text}.output.bias"][3] += ending
     torch.save({"model": tensors}, path)
     return {name: value.double().numpy() for name, value in tensors.items()}
 
@@ -79,7 +98,9 @@ def test_the_pyramid_follows_the_definition(small: tuple[Grit, Weights]) -> None
 def test_roi_align_follows_the_definition() -> None:
     """Boxes in the map, over its borders, far outside, much larger, and without width."""
     features = _random(3, 7, 9)
-    odd = torch.tensor([[-60.0, -9, 300, 40], [200, 200, 240, 260], [20, 5, 20, 30], [-30, 1, -9, 50], [60, 40, 75, 62]])
+    odd = torch.tensor(
+        [[-60.0, -9, 300, 40], [200, 200, 240, 260], [20, 5, 20, 30], [-30, 1, -9, 50], [60, 40, 75, 62]]
+    )
     boxes = torch.cat((_boxes(12, side=60), odd.double()))
     found = roi_align(features, boxes, scale=0.125, side=3)
     expected = [oracle.roi_align(features.numpy(), box.numpy(), scale=0.125, side=3) for box in boxes]
@@ -90,7 +111,9 @@ def test_roi_align_follows_the_definition() -> None:
 
 def test_the_larger_a_box_the_coarser_its_map() -> None:
     maps = [_random(2, 64 >> level, 64 >> level, seed=level) for level in range(3)]
-    boxes = torch.tensor([[0, 0, 111, 112], [0, 0, 112, 112], [0, 0, 223, 224], [0, 0, 224, 224], [0, 0, 512, 512], [3, 3, 9, 5]])
+    boxes = torch.tensor(
+        [[0, 0, 111, 112], [0, 0, 112, 112], [0, 0, 223, 224], [0, 0, 224, 224], [0, 0, 512, 512], [3, 3, 9, 5]]
+    )
     found = pooled(maps, boxes.double(), first=3, side=2)
     np.testing.assert_allclose(found.numpy(), oracle.pool([m.numpy() for m in maps], boxes.numpy(), 2), atol=1e-12)
 
@@ -142,12 +165,12 @@ def test_objects_and_their_texts_follow_the_definition(small: tuple[Grit, Weight
         assert found == words
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_texts_are_the_likeliest_tokens_in_turn(tmp_path: Path, seed: int) -> None:
     """Texts that end, and such that go on to their greatest length."""
     weights = grit_file(tmp_path / "grit.pth", seed=seed)
     decoder = Grit.load(tmp_path / "grit.pth", sizes=SIZES).double().roi_heads.text_decoder
-    features = 2 * _random(6, 5, 4, seed=seed)
+    features = 2 * _random(4, 5, 4, seed=seed)
     textual = under(weights, "roi_heads.text_decoder.textual.")
     with torch.no_grad():
         for start in (2, PHRASE_START):

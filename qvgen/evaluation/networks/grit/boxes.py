@@ -31,9 +31,7 @@ def overlaps(boxes: Float[Tensor, "N 4"], others: Float[Tensor, "M 4"]) -> Float
     return common / (areas(boxes)[:, None] + areas(others)[None] - common)
 
 
-def suppressed(
-    boxes: Float[Tensor, "N 4"], scores: Float[Tensor, " N"], *, threshold: float
-) -> Int[Tensor, " K"]:
+def suppressed(boxes: Float[Tensor, "N 4"], scores: Float[Tensor, " N"], *, threshold: float) -> Int[Tensor, " K"]:
     """Numbers of the boxes that stay, the best first; of equal scores the earlier box goes first."""
     order = scores.sort(descending=True, stable=True).indices
     ranked = boxes[order]

@@ -4,8 +4,9 @@
     score = sqrt(the mean of the three probabilities * the proposal's score)
     above 0.5 -> NMS at an IoU of 0.5 -> at most 256, the best first
 
-Each stage moves the boxes of the one before, cut at the image's borders; the first takes proposals as they are. The threshold
-of 0.5 is VBench's, and soft NMS is off there. Modules have the names of ``grit_b_densecap_objectdet.pth`` below ``roi_heads``.
+Each stage moves the boxes of the one before, cut at the image's borders; the first takes proposals as they are. The score's
+threshold of 0.5 is VBench's, which has soft NMS off. Modules have the names of ``grit_b_densecap_objectdet.pth`` below
+``roi_heads``.
 """
 
 from __future__ import annotations

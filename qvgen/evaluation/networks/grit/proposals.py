@@ -5,8 +5,8 @@
     the 1000 likeliest of each map, above 0.0001 -> boxes -> NMS at an IoU of 0.9 -> the 256 likeliest
 
 A place (i, j) of a map of stride s lies at (s i + s / 2, s j + s / 2); distances are in strides. A score is the root of the
-likelihood. Modules have the names of ``grit_b_densecap_objectdet.pth`` below ``proposal_generator``, and the numbers are those
-of its configuration.
+likelihood. Modules have the names of ``grit_b_densecap_objectdet.pth`` below ``proposal_generator``; the numbers are those of
+its configuration.
 """
 
 from __future__ import annotations

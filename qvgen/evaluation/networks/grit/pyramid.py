@@ -2,8 +2,9 @@
 
     stride  8    the features through a transposed convolution
     stride 16    the features
-    stride 32    the features, the largest of each 2 x 2         each of the three: 1 x 1 convolution, layer norm over channels,
-    stride 64    a convolution of stride 2 of the one before                        3 x 3 convolution, layer norm over channels
+    stride 32    the features, the largest of each 2 x 2
+                     each of the three -> 1 x 1 convolution, layer norm over channels, 3 x 3 convolution, layer norm
+    stride 64    a convolution of stride 2 of the one before
     stride 128   the same, behind a ReLU
 
 Modules have the names of ``grit_b_densecap_objectdet.pth`` below ``backbone``.

@@ -1,9 +1,9 @@
 """RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3): features of boxes at a fixed size, without rounding their borders.
 
-A box is cut into S x S cells. A cell has ceil(cell height) x ceil(cell width) evenly spaced places, in units of the map, and is
-the mean over them of the map by bilinear interpolation. The center of the map's first place is 0.5 (``aligned=True``). A place
-more than 1 outside of the map counts as 0, one that is nearer as the border. Source: torchvision's ``roi_align`` with
-``sampling_ratio=0``.
+A box is cut into S x S cells. A cell has ceil(cell height) x ceil(cell width) evenly spaced places, in units of the map, and
+is the mean over them of the map by bilinear interpolation. The center of the map's first place is at 0.5 (``aligned=True``).
+A place more than 1 outside of the map counts as 0, and one that is nearer as the border. Source: torchvision's ``roi_align``
+with ``sampling_ratio=0``.
 
 Places form a grid and the weights of a place are products of a row's and a column's. So the mean of cell (p, q) is
 

@@ -131,9 +131,7 @@ class Textual(nn.Module):
         """The keys and values of objects' tokens, of each layer."""
         return self._through(self.object_feature_projection(features), None)[1]
 
-    def next_logits(
-        self, tokens: Tensor, place: int, read: Sequence[Read]
-    ) -> tuple[Float[Tensor, "N V"], list[Read]]:
+    def next_logits(self, tokens: Tensor, place: int, read: Sequence[Read]) -> tuple[Float[Tensor, "N V"], list[Read]]:
         """Logits behind one more token of each text.
 
         Args:

@@ -2,10 +2,10 @@
 
     image [B, 3, H, W] -> patches of 16 x 16, plus their places -> 12 blocks -> [B, 768, H / 16, W / 16]
 
-A window has 14 x 14 places; the map is filled up with zeros to whole windows, and the filling takes part. A score has, besides
-q k / sqrt(d), the products of q with a vector for the distance in rows and with one for that in columns. Learned places and
-distances of another size of image are interpolated: places bicubic, distances linear. There is no last normalization. Modules
-have the names of ``grit_b_densecap_objectdet.pth`` below ``backbone.bottom_up``.
+A window has 14 x 14 places; the map is filled up with zeros to whole windows, and the filling takes part. To q k / sqrt(d) a
+score has added the products of q with a vector for the distance in rows and with one for that in columns. For another size of
+image than they were learned for, places are interpolated bicubically and distances linearly. There is no last normalization.
+Modules have the names of ``grit_b_densecap_objectdet.pth`` below ``backbone.bottom_up``.
 """
 
 from __future__ import annotations
