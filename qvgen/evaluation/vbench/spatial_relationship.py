@@ -57,8 +57,8 @@ def best_pair(boxes: Sequence[Box], *, across: bool) -> float:
 
     >>> best_pair([(0, 0, 4, 4), (10, 1, 14, 5)], across=True)
     1.0
-    >>> best_pair([(0, 0, 4, 4), (2, 0, 6, 4)], across=True)  # an IoU of a third
-    0.3
+    >>> best_pair([(0, 0, 3, 4), (1, 0, 4, 4)], across=True)  # an IoU of a half
+    0.2
     """
     return max((_score(*both, across=across) for both in combinations(boxes, 2)), default=0.0)
 

@@ -51,7 +51,7 @@ def roi_align(
 
 
 def _weights(first: Tensor, last: Tensor, *, length: int, side: int) -> Tensor:
-    """What each place of an axis has in the mean of each cell, [N, side, length]."""
+    """The part of each place of an axis in the mean of each cell, [N, side, length]."""
     cell = (last - first) / side
     counts = cell.ceil().clamp(min=0)
     inner = torch.arange(int(counts.max()), device=first.device, dtype=first.dtype)
