@@ -189,10 +189,12 @@ def pool(maps: list[np.ndarray], boxes: np.ndarray, side: int) -> np.ndarray:
 
 
 def iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of one box with others; boxes have an area."""
+    """Of one box with others; between two without area it is no number, which is not above any threshold."""
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     common = np.maximum(sides, 0).prod(-1)
-    return common / ((box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(-1) - common)
+    union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(-1) - common
+    with np.errstate(invalid="ignore"):
+        return common / union
 
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
@@ -236,7 +238,7 @@ def _cut(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def objects(maps: list[np.ndarray], weights: Weights, height: int, width: int) -> np.ndarray:
-    """Boxes of the objects, the surest first; weights below nothing."""
+    """Boxes of the objects, the surest first; those that lie in the filling have no area and are none."""
     boxes, scores = proposals(maps, under(weights, "proposal_generator.centernet_head."))
     sure = []
     for stage, (move, grow) in enumerate(((10, 5), (20, 10), (30, 15))):
@@ -252,7 +254,8 @@ def objects(maps: list[np.ndarray], weights: Weights, height: int, width: int) -
         boxes = np.stack((across - wide, down - tall, across + wide, down + tall), 1)
     scores = np.sqrt(np.mean(sure, axis=0) * scores)
     boxes, scores = _cut(boxes, height, width)[scores > 0.5], scores[scores > 0.5]
-    return boxes[suppress(boxes, scores, 0.5)[:256]]
+    boxes = boxes[suppress(boxes, scores, 0.5)[:256]]
+    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
 
 
 def next_logits(features: np.ndarray, tokens: list[int], weights: Weights, heads: int = 3) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 
 from qvgen.evaluation.networks.grit.boxes import suppressed
 from qvgen.evaluation.networks.grit.detector import Describer, Grit, GritSizes
+from qvgen.evaluation.networks.grit.proposals import candidates
 from qvgen.evaluation.networks.grit.roi_align import pooled, roi_align
 from qvgen.evaluation.networks.grit.text_decoder import DecoderSizes
 from qvgen.evaluation.networks.grit.vit import VitSizes
@@ -131,26 +132,43 @@ def test_suppression_follows_the_definition(threshold: float) -> None:
 
 
 def test_proposals_follow_the_definition(small: tuple[Grit, Weights]) -> None:
-    """More than 1000 places of one map, and more than 256 boxes that stay."""
+    """Boxes that are so large that neighbours are nearly the same, and more than 256 that stay."""
     network, weights = small
+    head = under(weights, "proposal_generator.centernet_head.")
+    head["bbox_pred.bias"] = head["bbox_pred.bias"] + 6
     maps = [_random(1, 4, 40 >> level, 36 >> level, seed=level) for level in range(5)]
-    expected, scores = oracle.proposals(
-        [m[0].numpy() for m in maps], under(weights, "proposal_generator.centernet_head.")
-    )
+    expected, scores = oracle.proposals([m[0].numpy() for m in maps], head)
     with torch.no_grad():
+        network.proposal_generator.centernet_head.bbox_pred.bias += 6
         found = network.proposal_generator(maps)
     assert len(expected) == 256
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-9)
     np.testing.assert_allclose(found[1].numpy(), scores, atol=1e-12)
 
 
-def test_objects_and_their_texts_follow_the_definition(small: tuple[Grit, Weights]) -> None:
-    network, weights = small
-    image = (_random(3, 60, 90) * 60 + 120).clamp(0, 255)
+def test_a_map_has_1000_candidates_at_most() -> None:
+    """The likeliest ones, none of 0.0001 or less, and each a hundredth of a pixel wide and tall at least."""
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(1))
+    likely = torch.linspace(0.00005, 0.01, 1500, dtype=torch.float64)[order]
+    centers = torch.arange(3000).view(1500, 2)
+    sides = torch.zeros(1500, 4).double()
+    for count, kept in ((1500, 1000), (600, 600 - int((likely[:600] <= 0.0001).sum()))):
+        boxes, scores = candidates(likely[:count], centers[:count], sides[:count])
+        best = sorted((x for x in likely[:count].tolist() if x > 0.0001), reverse=True)[:1000]
+        assert len(boxes) == kept == len(best)
+        assert sorted(scores.square().tolist(), reverse=True) == pytest.approx(best, rel=1e-12)
+        torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], torch.full((kept, 2), 0.01).double(), atol=1e-9, rtol=0)
+
+
+def test_objects_and_their_texts_follow_the_definition(tmp_path: Path) -> None:
+    """Scores on both sides of the threshold."""
+    weights = grit_file(tmp_path / "grit.pth", sure=0.0)
+    network = Grit.load(tmp_path / "grit.pth", sizes=SIZES).double()
+    image = (_random(3, 60, 70) * 60 + 120).clamp(0, 255)
     mean, deviation = (np.reshape(x, (3, 1, 1)) for x in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
-    filled = np.pad((image.numpy() - mean) / deviation, ((0, 0), (0, 4), (0, 6)))
+    filled = np.pad((image.numpy() - mean) / deviation, ((0, 0), (0, 4), (0, 26)))
     maps = oracle.backbone(filled, under(weights, "backbone."))
-    expected = oracle.objects(maps, weights, 60, 90)
+    expected = oracle.objects(maps, weights, 60, 70)
     boxes, features = network.objects(image)
     assert len(expected) > 3
     np.testing.assert_allclose(boxes.numpy(), expected, atol=1e-8)
