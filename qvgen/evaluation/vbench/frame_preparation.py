@@ -18,6 +18,7 @@ from torch.nn import functional
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO_SIDE = 224
+_DETECTORS_LARGEST, _DETECTORS_SIDE = 768, 720.0
 
 
 def sizes(height: int, width: int, *, side: int) -> tuple[int, int]:
@@ -63,6 +64,26 @@ def tag2text_images(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Ten
     ]
     pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
     return _normalized(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
+
+
+def detector_pixels(frames: UInt8[Tensor, "F H W 3"], *, whole_levels: bool) -> Float[Tensor, "F 3 h w"]:
+    """Frames for GRiT: levels in [0, 255], shrunk to a shorter side of 720 pixels where it has more than 768.
+
+    Args:
+        frames: The frames.
+        whole_levels: Shrink without antialiasing and round to whole levels, as OpenCV does for *color*; otherwise antialias,
+            as tensors are resized for the other dimensions.
+    """
+    pixels = frames.permute(0, 3, 1, 2).float()
+    height, width = frames.shape[1:3]
+    if min(height, width) <= _DETECTORS_LARGEST:
+        return pixels
+    scale = _DETECTORS_SIDE / min(height, width)
+    size = (int(scale * height), int(scale * width))
+    smaller = functional.interpolate(
+        pixels, size=size, mode="bilinear", align_corners=False, antialias=not whole_levels
+    )
+    return smaller.round() if whole_levels else smaller
 
 
 def clip_tensors(frames: UInt8[Tensor, "F H W 3"], *, side: int) -> Float[Tensor, "F 3 S S"]:

@@ -90,10 +90,15 @@ BERT_VOCABULARY = PublishedFile(
     source="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
     licence="Apache-2.0", megabytes=1, sha256=None,
 )  # fmt: skip
+GRIT = PublishedFile(
+    name="grit_b_densecap_objectdet.pth", folder="grit_model",
+    source="https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
+    licence=None, megabytes=None, sha256=None,
+)  # fmt: skip
 
 FILES = (
     CLIP_B, CLIP_L, CLIP_VOCABULARY, DINO, AMT, RAFT, AESTHETIC, MUSIQ, UMT, KINETICS_ACTIONS, TAG2TEXT, TAG_LIST,
-    BERT_VOCABULARY, VICLIP,
+    BERT_VOCABULARY, VICLIP, GRIT,
 )  # fmt: skip
 """All of them, in the order of `qvgen assets weights=vbench`."""
 

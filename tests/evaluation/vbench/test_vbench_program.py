@@ -106,10 +106,10 @@ def test_the_program_measures_all_dimensions_of_both_sides(words: list[str], tmp
     assert {tuple(row[1:]) for row in asked} == {("cpu", True, "vbench_standard", str(tmp_path / "weights"))}
 
 
-def test_without_the_program_the_detectors_dimensions_are_skipped_with_the_way(words: list[str]) -> None:
+def test_without_the_program_the_dimensions_ask_for_their_weights(words: list[str]) -> None:
     assert main(words[:-1]) == DONE
     skipped = json.loads(Path("evaluation/evaluation.json").read_text())["skipped"]
-    assert all("vbench.python=ENV/bin/python" in skipped[name] for name in ("object_class", "color"))
+    assert all("grit_b_densecap_objectdet.pth is not there" in skipped[name] for name in ("object_class", "color"))
     assert not Path("calls.txt").exists()
 
 

@@ -59,12 +59,15 @@ class _Scores(nn.Module):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-class _Output(nn.Module):
+class Output(nn.Module):
+    """LayerNorm(W x + b + residual)."""
+
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.dense, self.LayerNorm = nn.Linear(inputs, width), nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Rows [..., inputs] and [..., C] -> [..., C]."""
         y: Tensor = self.LayerNorm(self.dense(x) + residual)
         return y
 
@@ -72,19 +75,22 @@ class _Output(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, width: int, seen: int, heads: int) -> None:
         super().__init__()
-        self.self, self.output = _Scores(width, seen, heads), _Output(width, width)
+        self.self, self.output = _Scores(width, seen, heads), Output(width, width)
 
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
         y: Tensor = self.output(self.self(x, seen, mask), x)
         return y
 
 
-class _Dense(nn.Module):
+class Dense(nn.Module):
+    """gelu(W x + b)."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.dense = nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., inputs] -> [..., outputs]."""
         return functional.gelu(self.dense(x))
 
 
@@ -94,7 +100,7 @@ class _Layer(nn.Module):
         if among_tokens:
             self.attention = _Attention(sizes.width, sizes.width, heads)
         self.crossattention = _Attention(sizes.width, seen, heads)
-        self.intermediate, self.output = _Dense(sizes.width, sizes.hidden), _Output(sizes.hidden, sizes.width)
+        self.intermediate, self.output = Dense(sizes.width, sizes.hidden), Output(sizes.hidden, sizes.width)
         self.among_tokens = among_tokens
 
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
