@@ -3,19 +3,30 @@
     model.timesteps          [1000, 757, 522]: the sampler's timesteps, falling; or ``scheduler``: those that the model's
                              scheduler visits in ``model.num_inference_steps``
     model.guidance_distilled the weights hold guidance: no call without the caption, neither in sampling nor in training
+    model.sampler            ``lcm`` for students that predict the clean sample at each timestep: consistency models and
+                             those of DMD. Null: the model's scheduler, which follows the flow
+
+``lcm`` is multistep consistency sampling (arXiv 2303.01469, algorithm 1) of a flow at the noise levels s of the timesteps:
+
+    x0 = x - s v(x, s)          x' = (1 - s') x0 + s' noise, drawn anew in each step; s' = 0 after the last
+
+as diffusers' FlowMatchLCMScheduler does, which is used, and FastVideo's loop for DMD. All noise of a video comes from one
+generator with the video's seed: its first noise, then that of each step.
 
 Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for
 each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
 (:func:`visiting`). How the model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along
-trajectories, makes no difference here.
+trajectories, makes no difference to training and calibration.
 
-Left out: sampling that draws new noise in each step, which DMD's own code does; a model's own scheduler decides.
+Left out: new noise in each step of models that predict noise or v at discrete levels (LCMScheduler).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +38,7 @@ from qvgen.models.base import Objective
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
 
 OF_SCHEDULER = "scheduler"
+LCM = "lcm"
 
 
 def own_timesteps(family: Any) -> tuple[float, ...] | None:
@@ -38,6 +50,11 @@ def own_timesteps(family: Any) -> tuple[float, ...] | None:
 def sampling_steps(family: Any, asked: int) -> int:
     """Sampling steps where a family's videos are looked at inside: as many as asked for, but a few-step model's own."""
     return asked if own_timesteps(family) is None else int(family.num_inference_steps)
+
+
+def draws_noise_anew(family: Any) -> bool:
+    """Whether each sampling step of a family's student goes to the clean sample and back with new noise."""
+    return getattr(family, "sampler", None) == LCM
 
 
 def caption_dropout(family: Any, asked: float) -> float:
@@ -82,6 +99,30 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     return rounded
 
 
+def check_sampler(family: Any, *, timesteps: Any, is_flow: bool = True) -> None:
+    """Raise ValueError where ``model.sampler`` of a family is none, or none of this model.
+
+    Args:
+        family: Its ``sampler`` is looked at.
+        timesteps: ``model.timesteps``.
+        is_flow: Whether noise levels of the family's choice can be sampled.
+    """
+    if family.sampler is None:
+        return
+    if family.sampler != LCM:
+        raise ValueError(f"model.sampler={family.sampler} is not known; write {LCM}, or null for the model's scheduler")
+    if not is_flow:
+        raise ValueError(
+            f"model.sampler={LCM} is for models whose flow can be sampled at any timesteps, and model={family.name} is none; "
+            "leave it out"
+        )
+    if timesteps is None:
+        raise ValueError(
+            f"model.sampler={LCM} draws new noise at the timesteps of a few-step model, and model.timesteps is null; write "
+            "for example model.timesteps=[1000,757,522] and model.num_inference_steps=3"
+        )
+
+
 def visited_timesteps(scheduler: Any, num_steps: int) -> tuple[float, ...]:
     """The timesteps that a scheduler visits in so many steps, falling.
 
@@ -124,16 +165,26 @@ def _refuse_guidance(family: Any, guidance_scale: float, *, key: str) -> None:
         )
 
 
-def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
-    """Make a flow scheduler of the same class that visits these timesteps when it is asked for that many steps.
+def visiting(scheduler: Any, timesteps: Sequence[float], *, sampler: str | None = None) -> Any:
+    """Make a flow scheduler that visits these timesteps when it is asked for that many steps.
 
     Its noise levels are timestep / 1000, and 0 at the end: no shift is applied to them. diffusers' schedulers take noise
     levels and make timesteps of them, which some round; the transformer has to be told the numbers that it was made for.
+
+    Args:
+        scheduler: The model's own.
+        timesteps: Falling, in (0, 1000].
+        sampler: ``lcm``, or None for the model's own class.
     """
-    plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    found = type(scheduler).from_config(
-        scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
-    )
+    if sampler == LCM:
+        from diffusers import FlowMatchLCMScheduler
+
+        found = FlowMatchLCMScheduler()
+    else:
+        plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+        found = type(scheduler).from_config(
+            scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
+        )
     set_timesteps, levels = found.set_timesteps, np.array(timesteps) / NUM_TRAIN_TIMESTEPS
 
     def set_own(num_inference_steps: int, device: Any = None) -> None:
@@ -144,6 +195,12 @@ def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
 
     found.set_timesteps = set_own
     return found
+
+
+def draw_from(scheduler: Any, generator: torch.Generator) -> None:
+    """Let a scheduler draw the noise of its steps from a generator, in place: Wan's pipelines give it none."""
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        scheduler.step = partial(scheduler.step, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,8 +82,8 @@ class CalibratedModel:
         teacher, family = self.teacher, self.teacher.family
         section = teacher.model.section
         left_out = local_arguments(family) - {"_target_"} | {*_NO_PART_OF_SAMPLING}
-        # Unset, these two say nothing of the model, and are no part of what its statistics depend on.
-        left_out |= {key for key in ("timesteps", "guidance_distilled") if not section.get(key)}
+        # Unset, these say nothing of the model, and are no part of what its statistics depend on.
+        left_out |= {key for key in ("timesteps", "sampler", "guidance_distilled") if not section.get(key)}
         model = {key: value for key, value in section.items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [
