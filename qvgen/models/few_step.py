@@ -63,7 +63,7 @@ def caption_dropout(family: Any, asked: float) -> float:
 
 
 def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
-    """Read ``model.timesteps``.
+    """Read ``model.timesteps``, for a family with so many sampling steps.
 
     Args:
         value: A list of numbers, None, or ``scheduler``.
@@ -77,12 +77,30 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     """
     if value is None or value == OF_SCHEDULER:
         return None
+    found = falling_timesteps(value, key="model.timesteps", other=f", {OF_SCHEDULER} or null")
+    if num_steps != len(found):
+        raise ValueError(
+            f"model.num_inference_steps={num_steps}, and {_shown('model.timesteps', value)} has {len(found)}; "
+            f"write model.num_inference_steps={len(found)}"
+        )
+    return found
+
+
+def falling_timesteps(value: Any, *, key: str = "timesteps", other: str = "") -> tuple[float, ...]:
+    """The numbers of a list of timesteps, exact in float32.
+
+    Args:
+        value: The list.
+        key: Name of what holds it, for messages.
+        other: What may stand there besides, for messages.
+
+    Raises:
+        ValueError: It is no list of falling numbers in (0, 1000].
+    """
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not given or any(isinstance(t, bool) or not isinstance(t, int | float) for t in given):
-        raise ValueError(
-            f"model.timesteps={value} is no list of numbers; write for example [1000,757,522], {OF_SCHEDULER} or null"
-        )
-    shown = f"model.timesteps=[{','.join(f'{t:g}' for t in given)}]"
+        raise ValueError(f"{key}={value} is no list of numbers; write for example [1000,757,522]{other}")
+    shown = _shown(key, given)
     if outside := [t for t in given if not 0 < t <= NUM_TRAIN_TIMESTEPS]:
         raise ValueError(
             f"{shown}: {outside[0]:g} is outside of the schedule; timesteps are above 0 and at most {NUM_TRAIN_TIMESTEPS}"
@@ -91,12 +109,11 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     if list(rounded) != sorted(set(rounded), reverse=True):
         falling = ",".join(f"{t:g}" for t in sorted(set(given), reverse=True))
         raise ValueError(f"{shown} does not fall; write them in the order of sampling: [{falling}]")
-    if num_steps != len(given):
-        raise ValueError(
-            f"model.num_inference_steps={num_steps}, and {shown} has {len(given)}; "
-            f"write model.num_inference_steps={len(given)}"
-        )
     return rounded
+
+
+def _shown(key: str, timesteps: Sequence[float]) -> str:
+    return f"{key}=[{','.join(f'{t:g}' for t in timesteps)}]"
 
 
 def check_sampler(family: Any, *, timesteps: Any, is_flow: bool = True) -> None:

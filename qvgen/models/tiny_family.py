@@ -124,9 +124,8 @@ class TinyFamily:
         require_number("shift", shift, SHIFT)
         self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        self.guidance_distilled = guidance_distilled
+        self.guidance_distilled, self.sampler = guidance_distilled, sampler
         check_guidance(self)
-        self.sampler = sampler
         check_sampler(self, timesteps=timesteps)
         self._sampler = TinySampler(
             shift=shift, timesteps=timesteps, sampler=sampler, num_inference_steps=num_inference_steps
