@@ -24,7 +24,7 @@ Left out: new noise in each step of models that predict noise or v at discrete l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,9 +47,17 @@ def own_timesteps(family: Any) -> tuple[float, ...] | None:
     return found
 
 
-def sampling_steps(family: Any, asked: int) -> int:
-    """Sampling steps where a family's videos are looked at inside: as many as asked for, but a few-step model's own."""
-    return asked if own_timesteps(family) is None else int(family.num_inference_steps)
+def sampling_steps(family: Any, asked: int, *, needs: Collection[str] = ()) -> int:
+    """Sampling steps where a family's videos are looked at inside: as many as asked for, but a few-step model's own.
+
+    Args:
+        family: The model family.
+        asked: ``calibration.steps`` or ``init.steps``.
+        needs: Kinds of statistics. Ranges are for static tables, which have an entry for every step that the model will be
+            sampled with: those and no fewer are watched, and errors are measured at no others.
+    """
+    has_own = own_timesteps(family) is not None or "ranges" in needs
+    return int(family.num_inference_steps) if has_own else asked
 
 
 def draws_noise_anew(family: Any) -> bool:

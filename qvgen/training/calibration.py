@@ -65,8 +65,7 @@ class CalibratedModel:
         self.teacher, self.calibration, self.num_bands = teacher, calibration, num_bands
         self.needs: frozenset[Need] = frozenset(needs)
         family = teacher.family
-        # Static tables have an entry for every step that the model will be sampled with: those and no fewer are watched.
-        self.steps = family.num_inference_steps if "ranges" in self.needs else sampling_steps(family, calibration.steps)
+        self.steps = sampling_steps(family, calibration.steps, needs=self.needs)
         chosen = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
         sizes = [(name, teacher.transformer.get_submodule(name).in_features) for name in chosen]
         budget = int(calibration.memory_gib * 2**30)
