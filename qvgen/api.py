@@ -37,6 +37,7 @@ from qvgen.layers.attention_swap import use_attention_forms_
 from qvgen.layers.attention_trial import AttentionSearch, attention_candidates, chosen_forms
 from qvgen.layers.swap import SwapReport, block_patterns, packed_layers, quantized_layers, select_linears
 from qvgen.layers.swap import fold as fold_layers
+from qvgen.models.few_step import falling_timesteps
 from qvgen.quant.grid import Profile
 
 
@@ -51,7 +52,9 @@ class PrepareOptions:
             :class:`qvgen.methods.phi_decay.PhiDecay`), unless ``phi_keep``.
         phi_keep: True: Phi acts on inputs before they are quantized, and :func:`fold` makes the rank that it has then a
             branch of the packed layer.
-        num_noise_bands: Equal bands of the timestep with clip factors of their own.
+        num_noise_bands: Equal bands of the timestep with clip factors of their own; without meaning beside ``timesteps``.
+        timesteps: A few-step model's own, [1000, 757, 522], falling, in (0, 1000]: each has clip factors, and an entry of
+            static tables, of its own. Train and calibrate at these alone. None: any timestep comes.
         seed: Of the sample of inputs, and of the decomposition that starts Phi.
     """
 
@@ -60,6 +63,7 @@ class PrepareOptions:
     phi_rank: int = 0
     phi_keep: bool = False
     num_noise_bands: int = 50
+    timesteps: Sequence[float] | None = None
     seed: int = 0
 
 
@@ -84,7 +88,7 @@ def prepare(
         calibrate: Runs the full-precision model, which it gets, on inputs like those that it will meet. Methods that need
             statistics don't start without it; with any method, clips of inputs start where these inputs lose least, and
             attentions get the form that a profile leaves open (``auto``).
-        options: Which Linears, Phi, noise bands, seed; None: the defaults of :class:`PrepareOptions`.
+        options: Which Linears, Phi, noise bands, a few-step model's timesteps, seed; None: the class's defaults.
 
     Returns:
         Names of the Linears that are quantized and of those that are not.
@@ -104,10 +108,11 @@ def prepare(
     check_runtime(grids, additions=sorted(getattr(initializer, "additions", ())), init=str(init))
     if options.phi_rank and options.phi_keep:
         check_runtime(grids, additions=["branch"], what="phi_keep=True")
+    timesteps = None if options.timesteps is None else falling_timesteps(options.timesteps)
     patterns = block_patterns(model) if options.include is None else tuple(options.include)
     chosen = PrepareConfig(
         profile=grids, initializer=initializer, include=patterns, exclude=options.exclude, seed=options.seed,
-        num_noise_bands=options.num_noise_bands, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
+        num_noise_bands=options.num_noise_bands, timesteps=timesteps, phi_rank=options.phi_rank, phi_keep=options.phi_keep,
     )  # fmt: skip
     needs = needs_with_inputs(initializer.needs, grids, is_searched=calibrate is not None)
     if not needs and not (grids.attention is not None and grids.attention.is_searched):
@@ -139,8 +144,9 @@ def _collect(
     candidates = attention_candidates(model, config.profile.attention, quantized=names)
     open_ones = {name: forms for name, forms in candidates.items() if len(forms) > 1}
     collected = Calibration(
-        model, names=names if needs else (), needs=needs, num_bands=config.num_noise_bands, seed=config.seed
-    )
+        model, names=names if needs else (), needs=needs, num_bands=len(config.timesteps or ()) or config.num_noise_bands,
+        seed=config.seed, timesteps=config.timesteps,
+    )  # fmt: skip
     with collected, AttentionSearch(model, open_ones) as search, torch.no_grad():
         calibrate(model)
     return collected.statistics, chosen_forms(candidates, search.errors())

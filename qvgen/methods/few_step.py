@@ -1,6 +1,7 @@
 """Distillation of a model into a student of a few steps: each step learns what the teacher does in many small ones.
 
-    v* = (x_a - x_b) / (a - b)          a, b: noise levels of a step of the student and of the next, 0 after the last
+    v* = (x_a - x_b) / (a - b)          a, b: noise levels of a step of the student and of the next, 0 after the last;
+                                        b = 0 with ``model.sampler=lcm``: from each step to the clean sample
     x_b                                 where the teacher's own flow, with guidance, carries x_a in ``substeps`` Euler steps
     loss = mean |v_student(x_a, a) - v*|^2
 

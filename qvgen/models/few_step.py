@@ -3,19 +3,30 @@
     model.timesteps          [1000, 757, 522]: the sampler's timesteps, falling; or ``scheduler``: those that the model's
                              scheduler visits in ``model.num_inference_steps``
     model.guidance_distilled the weights hold guidance: no call without the caption, neither in sampling nor in training
+    model.sampler            ``lcm`` for students that predict the clean sample at each timestep: consistency models and
+                             those of DMD. Null: the model's scheduler, which follows the flow
+
+``lcm`` is multistep consistency sampling (arXiv 2303.01469, algorithm 1) of a flow at the noise levels s of the timesteps:
+
+    x0 = x - s v(x, s)          x' = (1 - s') x0 + s' noise, drawn anew in each step; s' = 0 after the last
+
+as diffusers' FlowMatchLCMScheduler does, which is used, and FastVideo's loop for DMD. All noise of a video comes from one
+generator with the video's seed: its first noise, then that of each step.
 
 Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for
 each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
 (:func:`visiting`). How the model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along
-trajectories, makes no difference here.
+trajectories, makes no difference to training and calibration.
 
-Left out: sampling that draws new noise in each step, which DMD's own code does; a model's own scheduler decides.
+Left out: new noise in each step of models that predict noise or v at discrete levels (LCMScheduler).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +38,7 @@ from qvgen.models.base import Objective
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
 
 OF_SCHEDULER = "scheduler"
+LCM = "lcm"
 
 
 def own_timesteps(family: Any) -> tuple[float, ...] | None:
@@ -35,9 +47,22 @@ def own_timesteps(family: Any) -> tuple[float, ...] | None:
     return found
 
 
-def sampling_steps(family: Any, asked: int) -> int:
-    """Sampling steps where a family's videos are looked at inside: as many as asked for, but a few-step model's own."""
-    return asked if own_timesteps(family) is None else int(family.num_inference_steps)
+def sampling_steps(family: Any, asked: int, *, needs: Collection[str] = ()) -> int:
+    """Sampling steps where a family's videos are looked at inside: as many as asked for, but a few-step model's own.
+
+    Args:
+        family: The model family.
+        asked: ``calibration.steps`` or ``init.steps``.
+        needs: Kinds of statistics. Ranges are for static tables, which have an entry for every step that the model will be
+            sampled with: those and no fewer are watched, and errors are measured at no others.
+    """
+    has_own = own_timesteps(family) is not None or "ranges" in needs
+    return int(family.num_inference_steps) if has_own else asked
+
+
+def draws_noise_anew(family: Any) -> bool:
+    """Whether each sampling step of a family's student goes to the clean sample and back with new noise."""
+    return getattr(family, "sampler", None) == LCM
 
 
 def caption_dropout(family: Any, asked: float) -> float:
@@ -46,7 +71,7 @@ def caption_dropout(family: Any, asked: float) -> float:
 
 
 def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
-    """Read ``model.timesteps``.
+    """Read ``model.timesteps``, for a family with so many sampling steps.
 
     Args:
         value: A list of numbers, None, or ``scheduler``.
@@ -60,12 +85,30 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     """
     if value is None or value == OF_SCHEDULER:
         return None
+    found = falling_timesteps(value, key="model.timesteps", other=f", {OF_SCHEDULER} or null")
+    if num_steps != len(found):
+        raise ValueError(
+            f"model.num_inference_steps={num_steps}, and {_shown('model.timesteps', value)} has {len(found)}; "
+            f"write model.num_inference_steps={len(found)}"
+        )
+    return found
+
+
+def falling_timesteps(value: Any, *, key: str = "timesteps", other: str = "") -> tuple[float, ...]:
+    """The numbers of a list of timesteps, exact in float32.
+
+    Args:
+        value: The list.
+        key: Name of what holds it, for messages.
+        other: What may stand there besides, for messages.
+
+    Raises:
+        ValueError: It is no list of falling numbers in (0, 1000].
+    """
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not given or any(isinstance(t, bool) or not isinstance(t, int | float) for t in given):
-        raise ValueError(
-            f"model.timesteps={value} is no list of numbers; write for example [1000,757,522], {OF_SCHEDULER} or null"
-        )
-    shown = f"model.timesteps=[{','.join(f'{t:g}' for t in given)}]"
+        raise ValueError(f"{key}={value} is no list of numbers; write for example [1000,757,522]{other}")
+    shown = _shown(key, given)
     if outside := [t for t in given if not 0 < t <= NUM_TRAIN_TIMESTEPS]:
         raise ValueError(
             f"{shown}: {outside[0]:g} is outside of the schedule; timesteps are above 0 and at most {NUM_TRAIN_TIMESTEPS}"
@@ -74,12 +117,35 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     if list(rounded) != sorted(set(rounded), reverse=True):
         falling = ",".join(f"{t:g}" for t in sorted(set(given), reverse=True))
         raise ValueError(f"{shown} does not fall; write them in the order of sampling: [{falling}]")
-    if num_steps != len(given):
-        raise ValueError(
-            f"model.num_inference_steps={num_steps}, and {shown} has {len(given)}; "
-            f"write model.num_inference_steps={len(given)}"
-        )
     return rounded
+
+
+def _shown(key: str, timesteps: Sequence[float]) -> str:
+    return f"{key}=[{','.join(f'{t:g}' for t in timesteps)}]"
+
+
+def check_sampler(family: Any, *, timesteps: Any, is_flow: bool = True) -> None:
+    """Raise ValueError where ``model.sampler`` of a family is none, or none of this model.
+
+    Args:
+        family: Its ``sampler`` is looked at.
+        timesteps: ``model.timesteps``.
+        is_flow: Whether noise levels of the family's choice can be sampled.
+    """
+    if family.sampler is None:
+        return
+    if family.sampler != LCM:
+        raise ValueError(f"model.sampler={family.sampler} is not known; write {LCM}, or null for the model's scheduler")
+    if not is_flow:
+        raise ValueError(
+            f"model.sampler={LCM} is for models whose flow can be sampled at any timesteps, and model={family.name} is none; "
+            "leave it out"
+        )
+    if timesteps is None:
+        raise ValueError(
+            f"model.sampler={LCM} draws new noise at the timesteps of a few-step model, and model.timesteps is null; write "
+            "for example model.timesteps=[1000,757,522] and model.num_inference_steps=3"
+        )
 
 
 def visited_timesteps(scheduler: Any, num_steps: int) -> tuple[float, ...]:
@@ -124,16 +190,26 @@ def _refuse_guidance(family: Any, guidance_scale: float, *, key: str) -> None:
         )
 
 
-def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
-    """Make a flow scheduler of the same class that visits these timesteps when it is asked for that many steps.
+def visiting(scheduler: Any, timesteps: Sequence[float], *, sampler: str | None = None) -> Any:
+    """Make a flow scheduler that visits these timesteps when it is asked for that many steps.
 
     Its noise levels are timestep / 1000, and 0 at the end: no shift is applied to them. diffusers' schedulers take noise
     levels and make timesteps of them, which some round; the transformer has to be told the numbers that it was made for.
+
+    Args:
+        scheduler: The model's own.
+        timesteps: Falling, in (0, 1000].
+        sampler: ``lcm``, or None for the model's own class.
     """
-    plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    found = type(scheduler).from_config(
-        scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
-    )
+    if sampler == LCM:
+        from diffusers import FlowMatchLCMScheduler
+
+        found = FlowMatchLCMScheduler()
+    else:
+        plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+        found = type(scheduler).from_config(
+            scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
+        )
     set_timesteps, levels = found.set_timesteps, np.array(timesteps) / NUM_TRAIN_TIMESTEPS
 
     def set_own(num_inference_steps: int, device: Any = None) -> None:
@@ -144,6 +220,12 @@ def visiting(scheduler: Any, timesteps: Sequence[float]) -> Any:
 
     found.set_timesteps = set_own
     return found
+
+
+def draw_from(scheduler: Any, generator: torch.Generator) -> None:
+    """Let a scheduler draw the noise of its steps from a generator, in place: Wan's pipelines give it none."""
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        scheduler.step = partial(scheduler.step, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

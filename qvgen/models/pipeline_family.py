@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from qvgen.config.image_prompt import image_of
 from qvgen.models.base import Encode, Objective
 from qvgen.models.encoder_family import EncoderFamily
-from qvgen.models.few_step import OF_SCHEDULER, check_guidance, read_timesteps, visited_timesteps, visiting
+from qvgen.models.few_step import (
+    OF_SCHEDULER,
+    check_guidance,
+    check_sampler,
+    draw_from,
+    read_timesteps,
+    visited_timesteps,
+    visiting,
+)
 from qvgen.models.guidance import negative_texts
 from qvgen.models.sampled_video import SampledVideo
 
@@ -35,16 +43,19 @@ class PipelineFamily(EncoderFamily):
         timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
             sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
             any timestep.
+        sampler: A few-step model's: ``lcm`` predicts the clean sample in each step and adds new noise, as students of DMD and
+            consistency models are sampled. None: the folder's scheduler.
         guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
 
     The other keys are those of :class:`qvgen.models.folder_family.FolderFamily`.
 
     Raises:
         ValueError: Timesteps that do not fall, are outside of the schedule, or more or fewer than the steps; guidance of a
-            model that holds it; timesteps where the family has no few-step sampling.
+            model that holds it; timesteps or a sampler where the family has no such few-step sampling.
     """
 
     timesteps: Any = None
+    sampler: str | None = None
     guidance_distilled: bool = False
 
     few_step_kinds: ClassVar[tuple[type, ...]] = ()
@@ -64,6 +75,14 @@ class PipelineFamily(EncoderFamily):
             raise ValueError(
                 f"model.timesteps={self.timesteps}: few-step sampling of model={self.name} has no such timesteps; {others}"
             )
+        check_sampler(self, timesteps=self.timesteps, is_flow=list in self.few_step_kinds)
+
+    @cached_property
+    def _sampled_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of a few-step model's sampling, those of another transformer among them; None: any."""
+        if self.timesteps == OF_SCHEDULER:
+            return visited_timesteps(self.scheduler(), self.num_inference_steps)
+        return self._given_timesteps
 
     @cached_property
     def own_timesteps(self) -> tuple[float, ...] | None:
@@ -72,10 +91,7 @@ class PipelineFamily(EncoderFamily):
         Raises:
             ValueError: It is called at none of them.
         """
-        steps = self._given_timesteps
-        if self.timesteps == OF_SCHEDULER:
-            steps = visited_timesteps(self.scheduler(), self.num_inference_steps)
-        if steps is None:
+        if (steps := self._sampled_timesteps) is None:
             return None
         found = tuple(t for t in steps if self._is_called_at(t))
         if not found:
@@ -137,6 +153,7 @@ class PipelineFamily(EncoderFamily):
                 **image,
             }
             generator = torch.Generator().manual_seed(seed)
+            draw_from(pipeline.scheduler, generator)
             videos.append(self._sample(pipeline, arguments, sampled, generator=generator))
             sampled.check_frames(videos[-1])
         return torch.stack(videos)
@@ -177,8 +194,9 @@ class PipelineFamily(EncoderFamily):
         """The diffusers pipeline with the components that a call needs."""
         none = dict.fromkeys((*self._tokenizers, *self.text_encoders, "vae", "transformer"))
         scheduler = self.scheduler()
-        if self._given_timesteps is not None:
-            scheduler = visiting(scheduler, self._given_timesteps)
+        steps = self._given_timesteps if self.sampler is None else self._sampled_timesteps
+        if steps is not None:
+            scheduler = visiting(scheduler, steps, sampler=self.sampler)
         parts = {**none, **components, "scheduler": scheduler}
         pipeline = self._pipeline_type()(**parts, **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 from qvgen.config.may_differ import MayDiffer
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode, TensorReader
-from qvgen.models.few_step import OF_SCHEDULER, check_guidance, drawn_objective, read_timesteps, visited_timesteps
+from qvgen.models.few_step import check_guidance, check_sampler, drawn_objective
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
-from qvgen.models.tiny_sampling import checked_frames, euler_scheduler, euler_steps
+from qvgen.models.tiny_sampling import TinySampler, checked_frames
 from qvgen.models.transformer_build import build_transformer
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
@@ -67,6 +66,7 @@ class TinyFamily:
         timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
             sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
             any timestep.
+        sampler: A few-step model's: ``lcm`` predicts the clean sample in each step and adds new noise; None: Euler steps.
         guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
         negative_prompt: The caption that guidance leads away from; "" is the empty one.
         weights: The teacher's safetensors file; None: the one that comes with the package.
@@ -111,6 +111,7 @@ class TinyFamily:
         guidance_scale: Annotated[float, GUIDANCE],
         negative_prompt: str = "",
         timesteps: Any = None,
+        sampler: str | None = None,
         guidance_distilled: bool = False,
         weights: Annotated[str | None, MayDiffer.FREE] = None,
     ) -> None:
@@ -123,13 +124,13 @@ class TinyFamily:
         require_number("shift", shift, SHIFT)
         self.image_size, self.num_frames, self.fps = image_size, num_frames, fps
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        self.guidance_distilled = guidance_distilled
+        self.guidance_distilled, self.sampler = guidance_distilled, sampler
         check_guidance(self)
-        given = read_timesteps(timesteps, num_steps=num_inference_steps)
-        self._scheduler = partial(euler_scheduler, shift=shift, timesteps=given)
-        self.own_timesteps = (
-            visited_timesteps(self._scheduler(), num_inference_steps) if timesteps == OF_SCHEDULER else given
+        check_sampler(self, timesteps=timesteps)
+        self._sampler = TinySampler(
+            shift=shift, timesteps=timesteps, sampler=sampler, num_inference_steps=num_inference_steps
         )
+        self.own_timesteps = self._sampler.own_timesteps
         self.objective = drawn_objective(FlowMatching(shift=shift), self)
         self.negative_prompt = negative_prompt
         self.include, self.exclude, self.prompts = list(include), list(exclude), list(prompts)
@@ -277,9 +278,6 @@ class TinyFamily:
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions and {len(seeds)} seeds; give one seed for each caption")
         device = next(transformer.parameters()).device
-        scheduler = self._scheduler()
-        scheduler.set_timesteps(num_steps, device=device)
-        noises = [torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         negatives = negative_texts(self.negative_prompt, negative_prompts, count=len(captions))
         texts = [*captions, *negatives] if guidance_scale != 1.0 else list(captions)
         condition = {key: value.to(device) for key, value in (encode or self.encode)(texts).items()}
@@ -287,8 +285,8 @@ class TinyFamily:
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return self.predict(transformer, noisy, timestep, condition)
 
-        noise = torch.stack(noises).to(device)
-        video = euler_steps(predict, noise, scheduler=scheduler, guidance_scale=guidance_scale)
+        how = {"num_steps": num_steps, "guidance_scale": guidance_scale, "device": device}
+        video = self._sampler.sample(predict, seeds, shape=self.sample_shape, **how)
         return checked_frames(video, transformer=transformer, captions=captions, seeds=seeds)
 
 

@@ -65,8 +65,7 @@ class CalibratedModel:
         self.teacher, self.calibration, self.num_bands = teacher, calibration, num_bands
         self.needs: frozenset[Need] = frozenset(needs)
         family = teacher.family
-        # Static tables have an entry for every step that the model will be sampled with: those and no fewer are watched.
-        self.steps = family.num_inference_steps if "ranges" in self.needs else sampling_steps(family, calibration.steps)
+        self.steps = sampling_steps(family, calibration.steps, needs=self.needs)
         chosen = select_linears(teacher.transformer, include=family.include, exclude=family.exclude).quantized
         sizes = [(name, teacher.transformer.get_submodule(name).in_features) for name in chosen]
         budget = int(calibration.memory_gib * 2**30)
@@ -82,8 +81,8 @@ class CalibratedModel:
         teacher, family = self.teacher, self.teacher.family
         section = teacher.model.section
         left_out = local_arguments(family) - {"_target_"} | {*_NO_PART_OF_SAMPLING}
-        # Unset, these two say nothing of the model, and are no part of what its statistics depend on.
-        left_out |= {key for key in ("timesteps", "guidance_distilled") if not section.get(key)}
+        # Unset, these say nothing of the model, and are no part of what its statistics depend on.
+        left_out |= {key for key in ("timesteps", "sampler", "guidance_distilled") if not section.get(key)}
         model = {key: value for key, value in section.items() if key not in left_out}
         scheduler = family.component_config("scheduler") if hasattr(family, "component_config") else None
         parts = [

@@ -13,7 +13,7 @@ from qvgen.errors import UserError
 from qvgen.methods.base import Method, OdeWindow
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS, per_sample
-from qvgen.models.few_step import FewSteps, own_timesteps
+from qvgen.models.few_step import FewSteps, draws_noise_anew, own_timesteps
 from qvgen.models.objectives import FlowMatching
 
 
@@ -43,7 +43,7 @@ def window_velocity(
     encode: Encode,
     window: OdeWindow,
 ) -> Tensor:
-    """Mean velocity with which the teacher carries samples from their timesteps to the next ones.
+    """Mean velocity with which the teacher carries samples from their timesteps to the next ones, or with lcm to the end.
 
     Args:
         family: Calls the teacher; its ``own_timesteps`` are the student's.
@@ -58,8 +58,9 @@ def window_velocity(
     """
     ends = torch.tensor([*(own_timesteps(family) or ()), 0.0], device=draw.timestep.device) / NUM_TRAIN_TIMESTEPS
     start = draw.timestep / NUM_TRAIN_TIMESTEPS
-    index = (ends[:-1] - start[:, None]).abs().argmin(1)
-    length = (start - ends[index + 1]) / window.substeps
+    following = ends[1:][(ends[:-1] - start[:, None]).abs().argmin(1)]
+    end = torch.zeros_like(start) if draws_noise_anew(family) else following
+    length = (start - end) / window.substeps
     is_guided = window.guidance_scale != 1
     if is_guided:
         negative = encode([family.negative_prompt] * len(start))

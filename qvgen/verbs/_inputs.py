@@ -45,7 +45,7 @@ def open_inputs(config: TrainConfig) -> Callable[[nn.Module], MeasuredInputs]:
             sampled_teacher(config, teacher, encode=encode),
             prompts=evaluation_prompts(config.evaluation, config.model),
             num_samples=config.evaluation.samples,
-            num_steps=sampling_steps(config.model, config.calibration.steps),
+            num_steps=sampling_steps(config.model, config.calibration.steps, needs=sampled_needs(config)),
         )
     fill_missing(config, texts=_texts(config))
     left_out, held_out = _check_clips(config).left_out, open_held_out(config)

@@ -40,7 +40,7 @@ def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
     """What the verb would do; ``num_prompts`` are those of the calibration."""
     needs = ", ".join(sorted(sampled_needs(config)))
     calibration = config.calibration
-    steps = sampling_steps(config.model, calibration.steps)
+    steps = sampling_steps(config.model, calibration.steps, needs=sampled_needs(config))
     return [
         f"model={config.names.model} init={config.names.init} {config.profile.label} ({config.profile.name}), no training",
         f"calibration: {needs} from {calibration.videos} videos of {steps} steps, {num_prompts} prompts"

@@ -313,6 +313,47 @@ def test_a_method_that_needs_statistics_gets_them_from_the_callers_function() ->
     assert error("gptq") < error("rtn")
 
 
+@pytest.mark.parametrize("init", ["mse", "static"])
+def test_a_few_step_model_has_a_band_for_each_timestep(init: str, tmp_path: Path) -> None:
+    """Clips, statistics and static tables are of its timesteps, in the packed folder too."""
+    model, inputs = make("ltx")
+    batch = inputs(torch.Generator().manual_seed(0)) | {"timestep": torch.tensor([1000.0, 522.0])}
+    batch["hidden_states"][1] *= 0.1
+    options = qvgen.PrepareOptions(timesteps=[1000, 757, 522])
+
+    def calibrate(given: nn.Module) -> None:
+        for last in (522.0, 757.0):
+            call(given, batch | {"timestep": torch.tensor([1000.0, last])})
+
+    qvgen.prepare(model, bits=4, init=init, calibrate=calibrate, options=options)
+    layers = quantized_layers(model)
+    assert {layer.noise_band.timesteps for layer in layers.values()} == {(522.0, 757.0, 1000.0)}
+    qvgen.fold(model.eval())
+    qvgen.save_packed(model, tmp_path)
+    loaded = qvgen.load_packed(tmp_path)
+    layer = packed_layers(loaded)["transformer_blocks.0.attn2.to_q"]
+    table = layer.static_scale if init == "static" else layer.clip_low
+    assert table.shape == (3,)
+    assert init == "mse" or float(table[2]) > 1.5 * float(table[0])  # the second sample of a batch is quieter
+    with torch.no_grad():
+        assert torch.equal(call(loaded, batch), call(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "said"),
+    [
+        ("scheduler", r"^timesteps=scheduler is no list of numbers; write for example \[1000,757,522\]$"),
+        ([522, 757], r"^timesteps=\[522,757\] does not fall; write them in the order of sampling: \[757,522\]$"),
+        ([1500, 757], r"^timesteps=\[1500,757\]: 1500 is outside of the schedule"),
+    ],
+)
+def test_timesteps_that_are_none_are_refused(timesteps: Any, said: str) -> None:
+    model, _ = make("ltx")
+    with pytest.raises(ValueError, match=said):
+        qvgen.prepare(model, bits=4, init="rtn", options=qvgen.PrepareOptions(timesteps=timesteps))
+    assert not quantized_layers(model)
+
+
 def test_what_can_not_be_saved_is_refused_before_training() -> None:
     class Mine(diffusers.LTXVideoTransformer3DModel):
         pass

@@ -1,7 +1,11 @@
-"""Few-step models: draws, sampling and wrong input; against float32 numbers, and an Euler loop of its own in float64."""
+"""Few-step models: draws, sampling and wrong input; against float32 numbers, and loops of its own in float64.
+
+Sampling that draws new noise is held to diffusers' FlowMatchLCMScheduler and FlowMatchEulerDiscreteScheduler too.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchLCMScheduler, WanPipeline
 from torch import nn
 
 from qvgen.cli import main
@@ -103,18 +108,43 @@ def called_at(transformer: nn.Module) -> tuple[list[float], list[torch.Tensor]]:
     return timesteps, answers
 
 
-def test_tiny_takes_its_own_steps() -> None:
-    """X + (b - a) v at the given levels, by a loop in float64 over what the transformer answered; to a level of 255."""
-    family = load_leaf("model", "tiny", timesteps=list(STEPS), num_inference_steps=3, guidance_scale=1.0)
+def by_hand(answers: list[torch.Tensor], *, seed: int, sampler: str | None) -> np.ndarray:
+    """The sample that float64 steps end at, from the answers of a transformer: Euler's, or to the clean sample and back.
+
+    All noise is of one generator: the first, then that of each step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> np.ndarray:
+        return torch.randn(answers[0].shape, generator=generator).double().numpy()
+
+    x = noise()
+    for high, low, answer in zip(STEPS, [*STEPS[1:], 0.0], answers, strict=True):
+        velocity = answer.double().numpy()
+        if sampler is None:
+            x = x + (low - high) / 1000 * velocity
+        else:
+            x = (1 - low / 1000) * (x - high / 1000 * velocity) + low / 1000 * noise()
+    return x
+
+
+@pytest.mark.parametrize("sampler", [None, "lcm"])
+def test_tiny_takes_its_own_steps(sampler: str | None) -> None:
+    """The levels of the timesteps, by a loop in float64 over what the transformer answered; to a level of 255."""
+    changes = {"timesteps": list(STEPS), "num_inference_steps": 3, "guidance_scale": 1.0, "sampler": sampler}
+    family = load_leaf("model", "tiny", **changes)
     transformer = family.load_teacher()
     timesteps, answers = called_at(transformer)
-    (video,) = family.generate(transformer, [family.prompts[0]], [5], num_steps=3, guidance_scale=1.0)
+    options = {"num_steps": 3, "guidance_scale": 1.0}
+    (video,) = family.generate(transformer, [family.prompts[0]], [5], **options)
     assert timesteps == list(STEPS)
-    x = torch.randn(family.sample_shape, generator=torch.Generator().manual_seed(5)).double().numpy()
-    for high, low, answer in zip(STEPS, [*STEPS[1:], 0.0], answers, strict=True):
-        x = x + (low - high) / 1000 * answer[0].double().numpy()
+    x = by_hand(answers, seed=5, sampler=sampler)[0]
     wanted = np.round((np.clip(x, -1, 1) + 1) * 127.5).transpose(1, 2, 3, 0)
     assert np.abs(video.numpy().astype(float) - wanted).max() <= 1
+    # Beside another video, and once more: a video's noise is its seed's alone.
+    several = family.generate(transformer, family.prompts[1::-1], [9, 5], **options)
+    assert (several[1].int() - video.int()).abs().max() <= 1  # products of a larger batch add up in another order
+    assert torch.equal(family.generate(transformer, [family.prompts[0]], [5], **options)[0], video)
 
 
 @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
@@ -134,6 +164,68 @@ def test_wan_takes_its_own_steps(scheduler: str, tmp_path: Path) -> None:
     assert own_timesteps(family) == tuple(steps)
     assert set(drawn(family.objective, 60).tolist()) == set(steps)
     assert (sampling_steps(family, 10), caption_dropout(family, 0.5)) == (3, 0.0)
+
+
+def write_scheduler(folder: Path, **config: Any) -> None:
+    """Put another scheduler into a model's folder."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def lcm_latents(family: Any, transformer: nn.Module, *, seed: int) -> torch.Tensor:
+    """Latents of diffusers' pipeline and FlowMatchLCMScheduler, used as they come; all noise is the global generator's."""
+
+    class Visiting(FlowMatchLCMScheduler):
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            super().set_timesteps(num_inference_steps, device=device, sigmas=[step / 1000 for step in STEPS])
+            self.timesteps = torch.tensor(STEPS)
+
+    parts = {"tokenizer": None, "text_encoder": None, "vae": family._module("vae"), "scheduler": Visiting()}
+    pipeline = WanPipeline(transformer=transformer, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(seed)
+    sizes = {"num_frames": family.sampling_frames, "height": family.height, "width": family.width}
+    embeddings = family.encode(CAPTIONS[:1])["encoder_hidden_states"].to(transformer.dtype)
+    return pipeline(
+        prompt_embeds=embeddings, num_inference_steps=3, guidance_scale=1.0, output_type="latent", **sizes
+    ).frames
+
+
+def test_wan_draws_new_noise_in_each_step(tmp_path: Path) -> None:
+    """``sampler=lcm`` over any folder's scheduler: diffusers' own class, to the bit, and a loop in float64.
+
+    Two schedulers of diffusers do the same; a folder with the other one is sampled like it.
+    """
+    folder = make_wan_folder(tmp_path / "hub")
+    few = {"timesteps": list(STEPS), "num_inference_steps": 3, "guidance_scale": 1.0}
+    family = tiny_family("wan", folder, sampler="lcm", **few)
+    transformer = family.load_teacher(dtype=torch.float32)
+    latents: list[torch.Tensor] = []
+    decode = family._decode_sampled
+    family._decode_sampled = lambda found, **options: latents.append(found) or decode(found, **options)
+    timesteps, answers = called_at(transformer)
+    video = family.generate(transformer, CAPTIONS[:1], [7], num_steps=3, guidance_scale=1.0)
+    assert timesteps == list(STEPS)
+    assert own_timesteps(family) == STEPS
+    wanted = by_hand(answers, seed=7, sampler="lcm")
+    assert np.abs(latents[0].double().numpy() - wanted).max() < 2e-6 * np.abs(wanted).max()
+    assert torch.equal(latents[0], lcm_latents(family, transformer, seed=7))
+    two = family.generate(transformer, CAPTIONS[1::-1], [3, 7], num_steps=3, guidance_scale=1.0)
+    assert torch.equal(two[1], video[0])  # one after another: each has a generator of its own
+    write_scheduler(folder, _class_name="FlowMatchEulerDiscreteScheduler", shift=3.0, stochastic_sampling=True)
+    stochastic = tiny_family("wan", folder, **few).generate(
+        transformer, CAPTIONS[:1], [7], num_steps=3, guidance_scale=1.0
+    )
+    assert torch.equal(stochastic, video)
+    plain = tiny_family("wan", make_wan_folder(tmp_path / "plain"), **few)
+    assert not torch.equal(plain.generate(transformer, CAPTIONS[:1], [7], num_steps=3, guidance_scale=1.0), video)
+    experts = tiny_family(
+        "wan2.2-a14b", make_wan_folder(tmp_path / "a14b", "a14b"), expert="low", sampler="lcm", timesteps="scheduler",
+        num_inference_steps=3,
+    )  # fmt: skip
+    low = experts.load_teacher()
+    timesteps, _ = called_at(low)
+    experts.generate(low, CAPTIONS[:1], [0], num_steps=3, guidance_scale=1.0)
+    assert timesteps == list(own_timesteps(experts) or ())
 
 
 def test_the_schedulers_own_steps(tmp_path: Path) -> None:
@@ -192,6 +284,12 @@ def test_every_timestep_has_a_band_of_its_own() -> None:
         (["model.guidance_distilled=1"], "guidance_distilled"),
         (["loss.timestep_jitter=2"], "this model has none (model.timesteps); leave it out"),
         (["method=few_step"], "method=few_step distills into a few steps, and model=tiny has none"),
+        (["model.sampler=lcm"], "model.timesteps is null; write for example model.timesteps=[1000,757,522]"),
+        (["model=tiny_fewstep", "model.sampler=lmc"], "model.sampler=lmc is not known; write lcm, or null"),
+        (
+            ["model=cogvideox", "model.timesteps=scheduler", "+model.sampler=lcm"],
+            "model.sampler=lcm is for models whose flow can be sampled at any timesteps, and model=cogvideox is none",
+        ),
         (["model=cogvideox", "model.timesteps=[999,499]", "model.num_inference_steps=2"], "write scheduler"),
     ],
 )

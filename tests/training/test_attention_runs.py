@@ -1,6 +1,7 @@
 """Whole runs with attention in 8 bits: one process, DDP, FSDP, continued, and with blocks that are compiled: the same bits.
 
-The runs have learned factors of attention, which are parameters that DDP averages and FSDP shares out.
+The runs have learned factors of attention, which are parameters that DDP averages and FSDP shares out. Forms that are left
+open (``auto``) are chosen by one process for all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from tests.runs import UNSEEN, copy_until, load_state, packed_bytes, read_metric
 
 STEPS = 4
 ATTENTION = "profile.attention={kind:int8,clips:true}"
+OPEN = (
+    "profile.attention={kind:int8,clips:true,smooth_key:auto,rotation:auto}",
+    "calibration.videos=2",
+    "calibration.steps=2",
+)
 OPTIONS = (
     f"steps={STEPS}", "phi.ranks=[2]", f"checkpoint.every_steps={STEPS // 2}", "checkpoint.keep=9",
     "evaluation.samples=1", *shallow(1), *UNSEEN, ATTENTION, "model.include=['*.attn1.to_q','*.attn2.to_k','*.ffn.net.2']",
@@ -67,6 +73,34 @@ def test_two_processes_train_and_pack_what_one_does_and_go_on_to_the_same_bytes(
     run_dir = copy_until(tmp_path / "two", tmp_path / "again", step=STEPS // 2)
     assert train(run_dir, *OPTIONS, *TWO[strategy], "resume=true") == DONE
     same(run_dir, one)
+
+
+@pytest.fixture(scope="module")
+def one_open(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that chooses the forms of its attentions."""
+    root = tmp_path_factory.mktemp("open")
+    assert train(root / "run", *OPTIONS, *OPEN, f"calibration.cache={root / 'cache'}") == DONE
+    return root
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_two_processes_choose_the_forms_that_one_does(one_open: Path, strategy: str, tmp_path: Path) -> None:
+    """By the errors that are measured once, which both read: the forms with the least, in the start and the packed model."""
+    cache = tmp_path / "cache"
+    assert train(tmp_path / "run", *OPTIONS, *OPEN, *TWO[strategy], f"calibration.cache={cache}") == DONE
+    (found,), (wanted,) = (list(folder.glob("attention-*.json")) for folder in (cache, one_open / "cache"))
+    assert found.read_bytes() == wanted.read_bytes()
+    assert (tmp_path / "run" / START_FILE).read_bytes() == (one_open / "run" / START_FILE).read_bytes()
+    same(tmp_path / "run", one_open / "run")
+    errors = json.loads(wanted.read_text())
+    products = packed_attentions(load_packed(tmp_path / "run" / "packed"))
+    assert list(products) == list(errors)
+    for name, product in products.items():
+        # Candidates in their order: smoothed keys and keys as they are, each without a rotation and with one.
+        forms = [(smooth, rotation) for smooth in (True, False) for rotation in (False, True)]
+        assert len(errors[name]) == len(forms)
+        best = forms[errors[name].index(min(errors[name]))]
+        assert (product.form.smooth_key, bool(product.form.rotation)) == best
 
 
 def test_one_process_goes_on_to_the_same_bytes(one: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from qvgen.cli import main
+from qvgen.config.leaves import load_leaf
+from qvgen.data.video_reader import read_video
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import read_manifest
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, quantized_layers
-from tests.parts import planned_student, prepared
+from tests.parts import calibrated_model, planned_student, prepared
 from tests.runs import SHORT, UNSEEN, train, train_config
 
 OWN = [500.0, 750.0, 900.0, 1000.0]
@@ -33,9 +35,10 @@ def test_the_student_has_a_band_for_each_timestep() -> None:
 
 
 def test_three_bits_end_to_end(tmp_path: Path) -> None:
-    """Training, packing, and sampling from the packed folder: 3 bits, with the width of the teacher's 4 steps."""
+    """Training, packing, and sampling from the packed folder by the run's sampler: 3 bits, 4 steps with new noise in each."""
     run = tmp_path / "run"
-    assert train(run, *FEW_STEP, "bits=3", "method=kd", "steps=6", "evaluation.samples=8", *UNSEEN) == 0
+    words = (*FEW_STEP, "model.sampler=lcm", "bits=3", "method=kd", "steps=6", "evaluation.samples=8", *UNSEEN)
+    assert train(run, *words) == 0
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["packed_codes_equal"]
     assert report["packed_vs_fake_max_abs"] == 0.0
@@ -46,7 +49,28 @@ def test_three_bits_end_to_end(tmp_path: Path) -> None:
     assert {layer.noise_band.timesteps for layer in packed_layers(model).values()} == {tuple(OWN)}
     out = tmp_path / "out"
     assert main(["generate", f"packed={run / 'packed'}", "prompt=a red three standing still", f"out={out}"]) == 0
-    assert list(out.glob("*.mp4"))
+    (file,) = out.glob("*.mp4")
+    shown = torch.as_tensor(read_video(file))[:, 8::16, 8::16].float()  # files of small models are enlarged
+    apart = {}
+    for sampler in ("lcm", None):
+        family = load_leaf("model", "tiny_fewstep", sampler=sampler)
+        (video,) = family.generate(model, ["a red three standing still"], [42], num_steps=4, guidance_scale=1.0)
+        apart[sampler] = (video.float() - shown).abs().mean()
+    assert apart["lcm"] < 0.5 * apart[None], apart  # the file's codec loses something
+
+
+def test_calibration_samples_as_the_model_is_sampled(tmp_path: Path) -> None:
+    """Ranges of the first step are those of the same noise; those of the later ones are of the sampler's own inputs."""
+    found = {}
+    for sampler in ("null", "lcm"):
+        words = (f"calibration.cache={tmp_path}", "calibration.videos=1", "init=static", "init.alpha=0.5", "bits=4")
+        config = train_config(*FEW_STEP, f"model.sampler={sampler}", *words)
+        teacher = config.model.load_teacher()
+        found[sampler] = calibrated_model(config, teacher=teacher, encode=config.model.encode)
+    assert found["null"].key != found["lcm"].key
+    euler, lcm = (found[sampler]("blocks.0.attn1.to_q").ranges for sampler in ("null", "lcm"))
+    assert euler.timesteps == lcm.timesteps == tuple(OWN)
+    assert [torch.equal(a, b) for a, b in zip(euler.high, lcm.high, strict=True)] == [False, False, False, True]
 
 
 def test_static_tables_are_of_its_timesteps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.config.leaves import load_leaf
+from qvgen.deploy.checkpoint import load_packed
+from qvgen.layers.swap import packed_layers
 from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
 from tests.verbs.test_hub_models import MODELS as FAMILIES
 from tests.verbs.test_hub_models import WHOLE_WAY, check_whole_way, write_clips
@@ -27,6 +29,14 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_whole_way(name, (MODELS | OTHERS)[name](tmp_path / "model"), tmp_path, capsys)
+
+
+def test_latte_is_trained_from_static_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are trained, folded, packed and sampled with: an entry for each of the sampler's steps in every layer."""
+    static = ["init=static", "calibration.videos=1", f"calibration.cache={tmp_path}", "model.num_inference_steps=3"]
+    check_whole_way("latte", make_latte_folder(tmp_path / "model"), tmp_path, capsys, overrides=static)
+    layers = packed_layers(load_packed(tmp_path / "run" / "packed")).values()
+    assert {tuple(layer.static_scale.shape) for layer in layers} == {(3,)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -46,6 +46,13 @@ COLUMNS: tuple[Column, ...] = (
     Column(key="ssim", label="SSIM", path=(*_PACKED, "ssim"), shown=format_number, better="high", metric="ssim"),
     Column(key="lpips", label="LPIPS", path=(*_PACKED, "lpips"), shown=format_number, better="low", metric="lpips"),
     Column(
+        key="flow_difference",
+        label="flow difference",
+        path=(*_PACKED, "flow_difference"),
+        shown=format_number,
+        better="low",
+    ),
+    Column(
         key="flicker", label="flicker", path=(*_PACKED, "flicker"), shown=format_number, better="low", metric="flicker"
     ),
     Column(key="bytes_packed", label="size", path=("bytes", "packed"), shown=format_bytes, better="low"),

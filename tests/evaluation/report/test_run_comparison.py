@@ -129,6 +129,23 @@ def test_numbers_are_the_reports_and_the_best_has_a_star(table: RunTable) -> Non
     assert table.rows[2].cells[error].value is None
 
 
+def test_the_flow_difference_has_a_column_where_a_report_holds_one(table: RunTable, tmp_path: Path) -> None:
+    """A report on a GPU does; the smaller one has the star, and a run without one a dash."""
+    assert "flow_difference" not in [column.key for column in table.columns]
+    for name, value in (("a", 0.25), ("b", 0.5), ("c", None)):
+        make_run(tmp_path / name, videos=())
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        report["quality"]["variants"]["packed"] |= {} if value is None else {"flow_difference": value}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    found = build_table(read_runs([tmp_path / name for name in "abc"]))
+    keys = [column.key for column in found.columns]
+    assert keys.index("lpips") < keys.index("flow_difference") < keys.index("flicker")
+    cells = [row.cells[keys.index("flow_difference")] for row in found.rows]
+    assert [(cell.value, cell.best) for cell in cells] == [(0.25, True), (0.5, False), (None, False)]
+    assert "flow difference" in table_lines(found)[0]
+    assert [run["flow_difference"] for run in table_json(found)["runs"]] == [0.25, 0.5, None]
+
+
 def test_the_table_as_text_names_every_run(table: RunTable) -> None:
     lines = table_lines(table)
     assert lines[0].split()[:3] == ["run", "optim.learning_rate", "videos"]
