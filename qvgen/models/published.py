@@ -49,12 +49,14 @@ class PublishedModel:
         repository: ORG/NAME on the hub; empty for one that is trained here.
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
+        takes_image: Whether its videos begin with an image; Wan2.2-TI2V-5B is two models of one folder, with and without.
     """
 
     name: str
     repository: str
     kind: Mapping[str, Any]
     sizes: Mapping[str, Any]
+    takes_image: bool
 
 
 def check_is_known(configs: Configs, *, name: str, given: str) -> None:
@@ -167,8 +169,9 @@ def _sizes(transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _matches(kind: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[PublishedModel]:
-    """Models of a kind; those of the very sizes alone where there are any."""
+    """Models of a kind, those without an image first; those of the very sizes alone where there are any."""
     same = [model for model in known_models() if all(model.kind[key] == kind[key] for key in kind)]
+    same.sort(key=lambda model: model.takes_image)
     return [model for model in same if model.sizes == sizes] or same
 
 
@@ -203,6 +206,13 @@ def known_models() -> tuple[PublishedModel, ...]:
             class_name=family.transformer_class,
             text_encoder=family.text_encoder_class,
         )
-        sizes = _sizes(published["transformer"])
-        models.append(PublishedModel(name=name, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+        models.append(
+            PublishedModel(
+                name=name,
+                repository=spec.get("repository", ""),
+                kind=kind,
+                sizes=_sizes(published["transformer"]),
+                takes_image=getattr(family, "takes_image", False),
+            )
+        )
     return tuple(models)

@@ -23,6 +23,7 @@ WANTED = {
     "wan-14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-ti2v": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
+    "wan2.2-i2v-5b": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
     "wan-i2v-14b": {"self_attention": 160, "cross_attention": 240, "ffn": 80, "other": 6},
     "wan2.2-i2v-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "ltx": {"self_attention": 112, "cross_attention": 112, "ffn": 56, "other": 7},
