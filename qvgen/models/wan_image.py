@@ -13,7 +13,7 @@ TI2V-5B has the image in the video, as its first latent frame (``expand_timestep
     input      the image's latents, without noise, then the noisy latents of the other frames: no channel more than for text
     timestep   of every token: 0 for those of the first frame, the sample's own for the others
     sample     the other frames alone. They are what is noised, predicted, compared with the teacher and measured; what the
-               transformer answers for the first frame is thrown away, as the pipeline throws it away
+               transformer answers for the first frame is thrown away, as the pipeline throws it away (``predicted_part``)
     band       of noise: the sample's own for all of its tokens (:meth:`qvgen.layers.noise_band.NoiseBand.set_timestep`)
 
 The image is the same in the call without the caption: guidance is by the text alone. The families are
@@ -184,4 +184,9 @@ class WanFirstFrame(ImageFamily, WanFamily):
             encoder_hidden_states=condition["encoder_hidden_states"].to(transformer.dtype),
             return_dict=False,
         )[0]
+        return self.predicted_part(output)
+
+    @staticmethod
+    def predicted_part(output: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C f H W"]:
+        """What the transformer answers for the frames behind the image; see :func:`qvgen.models.base.predicted_part`."""
         return output[:, :, 1:]

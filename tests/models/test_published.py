@@ -68,7 +68,9 @@ def test_the_known_models_are_those_of_conf() -> None:
     assert [model.name for model in known_models()] == sorted(NAMES)
     kinds = [(tuple(model.kind.values()), tuple(model.sizes.values())) for model in known_models()]
     assert len(set(kinds)) == len(NAMES) - 1  # every one can be told from every other, but for the twins
-    assert [model.takes_image for model in known_models()] == ["i2v" in model.name.split("-") for model in known_models()]
+    assert [model.takes_image for model in known_models()] == [
+        "i2v" in model.name.split("-") for model in known_models()
+    ]
 
 
 @pytest.mark.parametrize("there", NAMES)

@@ -18,14 +18,19 @@ from PIL import Image
 import qvgen
 from qvgen.config.image_prompt import ImagePrompt
 from qvgen.config.leaves import load_leaf
+from qvgen.config.prompt import Prompts
 from qvgen.data.noise import NoisyBatch
 from qvgen.errors import UserError
+from qvgen.evaluation.compared_calls import compared_calls
+from qvgen.evaluation.sampled_inputs import SampledInputs
+from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.base import OdeWindow
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.given_image import check_images
+from qvgen.models.named_family import NamedFamily
 from qvgen.training.loss import prediction_loss
 from qvgen.training.ode_window import window_velocity
 from tests.models.family_checks import check_packed_equals_fake_quantized, tiny_family
@@ -185,6 +190,32 @@ def test_the_loss_is_of_the_frames_that_are_predicted(made) -> None:
         assert all(torch.equal(a, b) for a, b in zip(losses(), plain, strict=True))
         offsets[:, :, 2] = 9.0
         assert not any(torch.equal(a, b) for a, b in zip(losses(), plain, strict=True))
+
+
+def test_errors_of_sampled_calls_are_of_the_frames_and_at_the_timestep_that_count(made) -> None:
+    """Without clips too, and in an evaluation: a model that differs in its answer for the image alone has no error."""
+    family, teacher, _, image = made
+    other, offsets = copy.deepcopy(teacher), torch.zeros(1, 1, 3, 1, 1)
+    offsets[:, :, 0] = 9.0
+    other.register_forward_hook(lambda model, args, output: (output[0] + offsets,))
+    prompts = Prompts.of([ImagePrompt(CAPTIONS[0], str(image))])
+    model = NamedFamily(name=NAME, family=family, section={})
+    sampled = SampledTeacher(model=model, transformer=teacher, encode=family.encode, seed=7)
+    inputs = SampledInputs(sampled, prompts=prompts, num_samples=2, num_steps=2)
+    exact = list(inputs.predictions(teacher))
+    assert exact[0].shape[1:] == family.sample_shape
+    assert inputs.relative_error(other, exact) == 0
+
+    def sample() -> object:
+        return family.generate(teacher, prompts.captions, [7], num_steps=2, guidance_scale=1.0)
+
+    scheduler = family.scheduler()
+    scheduler.set_timesteps(2)
+    calls = compared_calls(teacher, other, sample, family=family)
+    assert [call.timestep for call in calls] == scheduler.timesteps.tolist()
+    assert all(torch.equal(call.output, call.reference) for call in calls)
+    offsets[:, :, 1] = 9.0
+    assert inputs.relative_error(other, exact) > 0
 
 
 def test_videos_equal_the_pipelines(made, tmp_path: Path) -> None:
