@@ -81,7 +81,8 @@ def check_is_known(configs: Configs, *, name: str, given: str) -> None:
     kind = _kind(configs, class_name=transformer.get("_class_name"), text_encoder=None)
     told = ("the transformer's class", _IMAGE)
     is_known = any(all(model.kind[key] == kind[key] for key in told) for model in known_models())
-    if not signs or (is_known and has_encoder == bool(transformer.get("image_dim"))):
+    needs_encoder = bool(transformer.get("image_dim")) or transformer.get("task_type") == "i2v"
+    if not signs or (is_known and has_encoder == needs_encoder):
         return
     del kind["the text encoder"]
     model = next(iter(_matches({**kind, _IMAGE: _NO_IMAGE}, _sizes(transformer))), None) or _by_name(name)
@@ -102,7 +103,8 @@ def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> 
     """The form in which a transformer is given an image, at any number of latent channels."""
     latent, inputs = _channels(transformer, vae)
     mask = int(vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4)  # a channel a frame
-    named = {0: [], latent: ["latents"], latent + mask: ["latents with a mask"]}
+    named = {0: [], latent: ["latents"], latent + 1: ["latents with a mask of one channel"]}
+    named[latent + mask] = ["latents with a mask"]
     parts = named.get(inputs - latent, [f"{inputs - latent} channels"])
     return " and ".join([*parts, *(key for key in _CONDITIONS if transformer.get(key))]) or _NO_IMAGE
 

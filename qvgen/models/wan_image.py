@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgen.models.image_family import ImageFamily, encoded_images, first_frame_of, load_image_processor
+from qvgen.models.image_family import ImageFamily, encoded_images, first_frame_of
 from qvgen.models.wan_family import WanFamily
 
 
@@ -94,12 +94,6 @@ class WanEmbeddedImage(WanLatentImage):
             first_frame_of(pixels), processor=self._image_processor(), encoder=self._module("image_encoder")
         )
         return {**super().encode_first_frame(pixels), "image_embeds": embedding}
-
-    def _image_processor(self) -> Any:
-        """CLIP's, loaded once."""
-        if "image_processor" not in self._loaded:
-            self._loaded["image_processor"] = load_image_processor(self._require_folder())
-        return self._loaded["image_processor"]
 
     def _sampling_parts(self, device: torch.device, guidance_scale: float) -> dict[str, Any]:
         encoder = self._module("image_encoder", device=device)

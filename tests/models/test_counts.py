@@ -33,6 +33,7 @@ SIZES = {
     "latte": (1.057, 454, 448, 1.040, 0, 0.0),
     "hunyuanvideo": (12.821, 547, 440, 9.060, 81, 3.416),
     "hunyuanvideo1.5": (8.327, 784, 648, 5.436, 109, 2.726),
+    "hunyuanvideo1.5-i2v": (8.327, 784, 648, 5.436, 109, 2.726),
     "mochi": (10.028, 677, 573, 7.224, 97, 2.723),
 }
 _CAPTION = ("caption_projection.linear_1", "caption_projection.linear_2")
@@ -59,7 +60,10 @@ ADALN_PATTERNS = (
     "transformer_blocks.*.norm?.linear", "norm_out.linear", "transformer_blocks.*.norm1_context.linear*",
     "single_transformer_blocks.*.norm.linear",
 )  # fmt: skip
-ONLY_BLOCKS = {"hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "mochi": (669, 9.928)}
+ONLY_BLOCKS = {
+    "hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "hunyuanvideo1.5-i2v": (756, 8.154),
+    "mochi": (669, 9.928),
+}  # fmt: skip
 """Families that leave embedders and the last projection alone: Linears that are quantized and their weights (10^9)."""
 
 
@@ -137,6 +141,7 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "latte": (4, 16, 64, 64),
         "hunyuanvideo": (16, 13, 68, 120),
         "hunyuanvideo1.5": (32, 13, 30, 53),
+        "hunyuanvideo1.5-i2v": (32, 13, 30, 53),
         "mochi": (12, 9, 60, 106),
     }.items(),
 )

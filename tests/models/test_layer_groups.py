@@ -36,12 +36,19 @@ WANTED = {
     "cogvideox1.5-i2v": {"self_attention": 168, "ffn": 84, "other": 90},
     "hunyuanvideo": {"self_attention": 280, "ffn": 160, "other": 80},
     "hunyuanvideo1.5": {"self_attention": 432, "ffn": 216, "other": 108},
+    "hunyuanvideo1.5-i2v": {"self_attention": 432, "ffn": 216, "other": 108},
     "mochi": {"self_attention": 383, "ffn": 190, "other": 96},
 }
 """Attention has four Linears, a feed-forward net two; the rest are embedders, adaLN (CogVideoX: two a block), the output.
 
 With a stream of its own for the text both are twice as many; blocks of one stream have theirs without a Linear behind it."""
-ATTENTION = {"hunyuanvideo": {8, 3}, "hunyuanvideo1.5": {8}, "mochi": {8, 7}, "wan-i2v-14b": {4, 6}}
+ATTENTION = {
+    "hunyuanvideo": {8, 3},
+    "hunyuanvideo1.5": {8},
+    "hunyuanvideo1.5-i2v": {8},
+    "mochi": {8, 7},
+    "wan-i2v-14b": {4, 6},
+}
 """Linears of an attention where they are not four; the last of Mochi makes nothing for the text, Wan's reads an image too."""
 
 

@@ -107,9 +107,8 @@ IMAGE = {
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "takes 33 channels and its VAE makes 16", "hunyuanvideo"),
     "HunyuanVideo-I2V-33ch": ("hunyuanvideo", {"image_condition_type": "token_replace"},
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
-    "HunyuanVideo-1.5-480p_i2v": ("hunyuanvideo1.5", {"task_type": "i2v"},
-        {"_class_name": "HunyuanVideo15ImageToVideoPipeline", "image_encoder": ["transformers", "SiglipVisionModel"]},
-        "takes 65 channels and its VAE makes 32; it has an image_encoder", "hunyuanvideo1.5"),
+    "HunyuanVideo-1.5-480p_i2v without its encoder": ("hunyuanvideo1.5", {"task_type": "i2v"},
+        {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "takes 65 channels and its VAE makes 32", "hunyuanvideo1.5"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
 
@@ -122,6 +121,8 @@ KNOWN_IMAGE = {
         "wan2.2-i2v-a14b"),
     "learned positions": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True}, {},
         "cogvideox-i2v"),
+    "latents and SigLIP": ("hunyuanvideo1.5", {"task_type": "i2v"},
+        {"image_encoder": ["transformers", "SiglipVisionModel"]}, "hunyuanvideo1.5-i2v"),
     "ofs": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512}, {}, "cogvideox1.5-i2v"),
 }  # fmt: skip
 

@@ -73,6 +73,7 @@ def test_the_experts_have_a_guidance_each() -> None:
         "tiny",
         "hunyuanvideo",
         "hunyuanvideo1.5",
+        "hunyuanvideo1.5-i2v",
         "mochi",
         "latte",
     ],
