@@ -62,6 +62,6 @@ def compared_calls(
 
 
 def _timestep(given: Any) -> float:
-    """Of a call: the samples' mean; of one with a timestep for each token its largest, as an image's tokens have 0."""
+    """The timestep of a call: the samples' mean; a sample's largest where tokens have their own, as an image's have 0."""
     timesteps = torch.as_tensor(given).double()
     return float(timesteps.amax(dim=1).mean() if timesteps.ndim == 2 else timesteps.mean())

@@ -3,7 +3,7 @@
     input      32 channels of noisy latents, 32 of the image's latents and 1 of a mask, joined in this order
     latents    the VAE's of the image alone, times scaling_factor; behind the first latent frame they are 0
     mask       1 in the first latent frame, 0 in the others
-    tokens     the last hidden states of SigLIP's image tower, of the image resized to 384 x 384: 729 more tokens of the text's
+    tokens     the last hidden states of SigLIP's image tower, of the image resized to 384 x 384: 729 more of the text's
                stream, which all blocks attend to
 
 The image is the same in the call without the caption: guidance is by the text alone.
@@ -23,19 +23,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qvgen.models.hunyuan_video15 import HunyuanVideo15
+from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.image_family import ImageFamily, first_frame_of
 
 
 @dataclass(kw_only=True, eq=False)
-class HunyuanVideo15Image(ImageFamily, HunyuanVideo15):
-    """HunyuanVideo 1.5 for images; its keys are those of :class:`qvgen.models.hunyuan_video15.HunyuanVideo15`."""
+class HunyuanEmbeddedImage(ImageFamily, HunyuanFamily):
+    """A model that is told an image's latents and tokens; its keys are those of its :class:`HunyuanFamily`."""
 
     pipeline_class: ClassVar[str] = "HunyuanVideo15ImageToVideoPipeline"
     image_encoder_classes: ClassVar[tuple[str, ...]] = ("SiglipVisionModel",)
     image_processor: ClassVar[tuple[str, str]] = ("feature_extractor", "SiglipImageProcessor")
     crops_images: ClassVar[bool] = True
-    _task: ClassVar[str] = "an image-to-video"
 
     @property
     def image_condition_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.hunyuan_fold import behind, double_folds, refiner_folds
+from qvgen.models.hunyuan_image import HunyuanEmbeddedImage
 from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES, OriginalNames
 
 _IMAGE_TOKENS = 729
@@ -187,7 +188,7 @@ class HunyuanVideo15(HunyuanFamily):
         return output
 
     def _image(self, latents: Tensor, condition: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What stands in an image's place, zeros in the latents' dtype: [B, C + 1, F, H, W] and [B, 729, D]."""
+        """An image's channels and tokens, here zeros in the latents' dtype: [B, C + 1, F, H, W] and [B, 729, D]."""
         del condition
         count, channels, *sizes = latents.shape
         width = int(self.transformer_config.get("image_embed_dim", 1152))
@@ -224,3 +225,10 @@ class HunyuanVideo15(HunyuanFamily):
         for key, value in {"_class_name": _GUIDER, **_PLAIN_GUIDER}.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{self.name}'s guider has {key}={config[key]}; {value} is supported")
+
+
+@dataclass(kw_only=True, eq=False)
+class HunyuanVideo15Image(HunyuanEmbeddedImage, HunyuanVideo15):
+    """HunyuanVideo 1.5 for images; its keys are those of :class:`HunyuanVideo15`."""
+
+    _task: ClassVar[str] = "an image-to-video"

@@ -123,7 +123,7 @@ class ImageFamily(PipelineFamily):
         return {"image": picture}
 
     def _image_processor(self) -> Any:
-        """What prepares an image for the image encoder, loaded once."""
+        """The processor that prepares an image for the image encoder, loaded once."""
         component, class_name = self.image_processor
         if component not in self._loaded:
             self._loaded[component] = load_image_processor(self._require_folder(), component, class_name)

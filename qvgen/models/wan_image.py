@@ -182,5 +182,5 @@ class WanFirstFrame(ImageFamily, WanFamily):
 
     @staticmethod
     def predicted_part(output: Float[Tensor, "B C F H W"]) -> Float[Tensor, "B C f H W"]:
-        """What the transformer answers for the frames behind the image; see :func:`qvgen.models.base.predicted_part`."""
+        """The transformer's answer for the frames behind the image; see :func:`qvgen.models.base.predicted_part`."""
         return output[:, :, 1:]
