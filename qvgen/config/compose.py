@@ -232,10 +232,6 @@ NOT_BUILT = {
         "strategy=deepspeed is none of qvgen's: its checkpoints are read by executing what they say (docs/log.md); "
         "strategy=fsdp shares the same out, with strategy.cpu_offload=true on the hosts"
     ),
-    ("model", "hunyuanvideo1.5-i2v"): (
-        "model=hunyuanvideo1.5-i2v, HunyuanVideo 1.5 from an image (HunyuanVideo15ImageToVideoPipeline), is not built; use "
-        "model=hunyuanvideo1.5 for text to video, or model=wan2.2-i2v-a14b for videos that begin with an image"
-    ),
 }
 """(group, name) of choices that somebody may expect -> what they are and what to use."""
 

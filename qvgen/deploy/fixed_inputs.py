@@ -111,16 +111,22 @@ def _hunyuan_video(config: Mapping[str, Any], timestep: float, generator: torch.
 def _hunyuan_video_15(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
     patches = (config["patch_size_t"], config["patch_size"], config["patch_size"])
     sizes = [count * size for count, size in zip(NUM_PATCHES, patches, strict=True)]
-    image = config["in_channels"] - config["out_channels"]  # channels and tokens of an image are zeros in text to video
+
+    def image(*shape: int) -> Tensor:
+        """Channels or tokens of an image, which are zeros in text to video."""
+        is_told = config.get("task_type") == "i2v"
+        return torch.randn(*shape, generator=generator) if is_told else torch.zeros(*shape)
+
     latents = torch.randn(1, config["out_channels"], *sizes, generator=generator)
+    channels = config["in_channels"] - config["out_channels"]
     return {
-        "hidden_states": torch.cat([latents, torch.zeros(1, image, *sizes)], dim=1),
+        "hidden_states": torch.cat([latents, image(1, channels, *sizes)], dim=1),
         "timestep": torch.tensor([timestep]),
         "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_dim"], generator=generator),
         "encoder_attention_mask": torch.ones(1, NUM_TEXT_TOKENS),
         "encoder_hidden_states_2": torch.randn(1, NUM_TEXT_TOKENS, config["text_embed_2_dim"], generator=generator),
         "encoder_attention_mask_2": torch.ones(1, NUM_TEXT_TOKENS),
-        "image_embeds": torch.zeros(1, NUM_TEXT_TOKENS, config["image_embed_dim"]),
+        "image_embeds": image(1, NUM_TEXT_TOKENS, config["image_embed_dim"]),
     }
 
 

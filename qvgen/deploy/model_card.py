@@ -20,6 +20,7 @@ from qvgen.deploy.card_facts import base_repository, license_name, license_of, p
 from qvgen.deploy.card_report import measured_text, read_report, recipe_text, speed_text
 from qvgen.deploy.card_table import card_table
 from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, read_manifest
+from qvgen.models.published import known_models
 from qvgen.run_directory import atomic_write
 
 CARD_FILE = "README.md"
@@ -165,7 +166,7 @@ def _header(manifest: Manifest, *, base: str) -> str:
         **({"license_name": name, "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE"} if name else {}),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-video" if takes_image(manifest.transformer_config) else "text-to-video",
+        "pipeline_tag": "image-to-video" if takes_image(manifest) else "text-to-video",
         "tags": ["qvgen", "quantized", *sorted({f"w{w}a{a}" for w, a in _counted(manifest)})],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -184,9 +185,12 @@ def _widths(manifest: Manifest) -> str:
     return ", ".join(f"{word} ({count} layers)" for word, (_, count) in zip(words, counted, strict=True))
 
 
-def takes_image(config: Mapping[str, Any]) -> bool:
-    """Whether a transformer is given an image's latents: more channels go in than it predicts."""
-    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+def takes_image(manifest: Manifest) -> bool:
+    """Whether a packed model is given an image: its family says so, or, of an unknown one, more channels than it predicts."""
+    known = next((model for model in known_models() if model.name == manifest.base_name), None)
+    if known is not None:
+        return known.takes_image
+    inputs, outputs = (manifest.transformer_config.get(key) for key in ("in_channels", "out_channels"))
     return inputs is not None and outputs is not None and inputs > outputs
 
 
@@ -208,7 +212,7 @@ def pipeline_class(transformer: str, *, image: bool = False) -> str:
 
 
 def _load(manifest: Manifest, *, base: str, repository: str, part: str) -> str:
-    pipeline = pipeline_class(manifest.transformer, image=takes_image(manifest.transformer_config))
+    pipeline = pipeline_class(manifest.transformer, image=takes_image(manifest))
     names = pipeline if part != "." else f"{pipeline}, {manifest.transformer}"
     lines = ["import qvgen", "import torch", f"from diffusers import {names}"]
     if part == ".":

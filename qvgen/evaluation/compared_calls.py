@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from qvgen.evaluation.metrics.base import ComparedCall
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.sampled_inputs import mapped, on_cpu
+from qvgen.models.base import predicted_part
 
 Recorded = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 """Arguments of a call, by position and by name, and the output; tensors on the CPU."""
 
 
 @torch.no_grad()
-def compared_calls(reference: nn.Module, model: nn.Module, sample: Callable[[], object]) -> list[ComparedCall]:
+def compared_calls(
+    reference: nn.Module, model: nn.Module, sample: Callable[[], object], *, family: object
+) -> list[ComparedCall]:
     """Record the reference's calls and answer each by the other model; one model at a time is where models compute.
 
     Args:
         reference: The full-precision transformer.
         model: The quantized one.
         sample: Samples one video with the reference.
+        family: Says which part of an output counts (:func:`qvgen.models.base.predicted_part`).
     """
     calls: list[Recorded] = []
 
@@ -47,10 +51,17 @@ def compared_calls(reference: nn.Module, model: nn.Module, sample: Callable[[], 
 
         for arguments, named, output in calls:
             answer = model(*mapped(arguments, to_model), **mapped(named, to_model))[0]
-            timestep = signature.bind(*arguments, **named).arguments["timestep"]
             compared.append(
                 ComparedCall(
-                    timestep=float(torch.as_tensor(timestep).double().mean()), output=on_cpu(answer), reference=output
+                    timestep=_timestep(signature.bind(*arguments, **named).arguments["timestep"]),
+                    output=predicted_part(family, on_cpu(answer)),
+                    reference=predicted_part(family, output),
                 )
             )
     return compared
+
+
+def _timestep(given: Any) -> float:
+    """The timestep of a call: the samples' mean; a sample's largest where tokens have their own, as an image's have 0."""
+    timesteps = torch.as_tensor(given).double()
+    return float(timesteps.amax(dim=1).mean() if timesteps.ndim == 2 else timesteps.mean())

@@ -24,7 +24,7 @@ from qvgen.data.source import Split
 from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs
 from qvgen.evaluation.placement import placed
 from qvgen.evaluation.sampled_teacher import SampledTeacher
-from qvgen.models.base import Encode
+from qvgen.models.base import Encode, predicted_part
 
 SEED_OFFSET = 20_000
 """Added to ``HELD_OUT_SEED``, it gives a seed of these inputs; a run of that seed has its videos' and calibration's below."""
@@ -81,7 +81,7 @@ class SampledInputs(MeasuredInputs):
 
     def __init__(self, teacher: SampledTeacher, *, prompts: Prompts, num_samples: int, num_steps: int) -> None:
         self.split = captions_split(prompts.captions, teacher.encode)
-        self._dtype = teacher.transformer.dtype
+        self._dtype, self._family = teacher.transformer.dtype, teacher.family
         calls: list[Call] = []
         rows = videos = 0
         while rows < num_samples:
@@ -113,7 +113,7 @@ class SampledInputs(MeasuredInputs):
                     return value.to(device, model.dtype if value.dtype == self._dtype else value.dtype)
 
                 outputs = model(*mapped(arguments, to_model), **mapped(named, to_model))
-                yield outputs[0].float().cpu()
+                yield predicted_part(self._family, outputs[0]).float().cpu()
 
 
 class NothingMeasured(MeasuredInputs):

@@ -100,8 +100,8 @@ class NoiseBand:
 
         Args:
             timestep: [B], or a scalar that all samples share, or [B, tokens] (Wan2.2 TI2V's pipeline); units of
-                [0, 1000), any number dtype. A sample with several is in the band of its largest: its other tokens
-                are clean conditions.
+                [0, 1000), any number dtype. A sample with several is in the band of its largest, with all of its
+                tokens: the others are a clean condition, whose timestep of 0 is no noise level of the sample's.
             training: Any timestep may come, strict or not.
 
         Raises:

@@ -51,6 +51,16 @@ def example_condition(family: Any, *, count: int, make: Callable[..., Tensor]) -
     return {name: torch.ones_like(value) if "attention_mask" in name else value for name, value in made.items()}
 
 
+def predicted_part(family: Any, output: Tensor) -> Tensor:
+    """The part of a transformer's output that its pipeline samples with.
+
+    It is all of it, unless the family has a ``predicted_part`` of its own: of a model that is given the first latent frame
+    nobody uses what it answers for that frame, and no error counts it.
+    """
+    own = getattr(family, "predicted_part", None)
+    return output if own is None else own(output)
+
+
 class Objective(Protocol):
     """A formula of :mod:`qvgen.models.objectives`."""
 

@@ -27,7 +27,7 @@ def settings_identity(folder: HubFolder) -> dict[str, str]:
     """Checksum of each part without weights (tokenizers, image processor, scheduler), and of the list of parts."""
     present = [
         name
-        for name in ("tokenizer", "tokenizer_2", "image_processor", "scheduler", "guider")
+        for name in ("tokenizer", "tokenizer_2", "image_processor", "feature_extractor", "scheduler", "guider")
         if any((folder.path / name).glob("*"))
     ]
     checksums = {name: folder.files_revision(name) for name in present}

@@ -8,6 +8,7 @@ from typing import Any
 
 from qvgen.config.image_prompt import image_of
 from qvgen.errors import UserError
+from qvgen.models.published import known_models
 
 _LINE = '{"prompt": "a cat runs", "image": "cat.png"}'
 
@@ -50,7 +51,14 @@ def check_images(family: Any, captions: Iterable[str], *, key: str) -> None:
         if image is not None and not takes:
             raise UserError(
                 f"model={family.name} makes a video of a caption alone, and {str(caption)!r} has image={image}; leave the "
-                "image out, or use an image-to-video model such as model=wan-i2v-14b"
+                f"image out, or use {_image_model(family)}"
             )
         if image is not None:
             open_image(image)
+
+
+def _image_model(family: Any) -> str:
+    """The model of the same weights that takes images, or the name of any that does."""
+    repository = getattr(family, "repository", None)
+    same = [model.name for model in known_models() if model.takes_image and model.repository == repository]
+    return f"model={same[0]}" if same else "an image-to-video model such as model=wan-i2v-14b"

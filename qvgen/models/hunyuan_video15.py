@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5, text to video (arXiv 2511.18870).
+"""HunyuanVideo 1.5, text to video (arXiv 2511.18870); from an image: :mod:`qvgen.models.hunyuan_image`.
 
     transformer   HunyuanVideo15Transformer3DModel; latents as [B, C, F, H, W]. 54 blocks have a stream for video and one for
                   text; a token refiner of two blocks reads Qwen's text before them
@@ -26,7 +26,7 @@ Where a smoothing vector m disappears (:mod:`qvgen.models.hunyuan_fold`):
 Where it stays a multiplication: behind a GELU or SiLU (the second Linear of a feed-forward net, modulations, embedders), and
 attn.to_out.0 and to_add_out, which read the video's and the text's tokens of one attention.
 
-Left out: image to video and super-resolution, which are refused; packed blocks with fused norms.
+Left out: super-resolution, which is refused; packed blocks with fused norms.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.hunyuan_fold import behind, double_folds, refiner_folds
+from qvgen.models.hunyuan_image import HunyuanEmbeddedImage
 from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES, OriginalNames
 
 _IMAGE_TOKENS = 729
@@ -77,6 +78,8 @@ class HunyuanVideo15(HunyuanFamily):
     }
     original_names: ClassVar[OriginalNames] = HUNYUAN_VIDEO_15_ORIGINAL_NAMES
 
+    _task: ClassVar[str] = "a text-to-video"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         config = self.transformer_config
@@ -85,7 +88,7 @@ class HunyuanVideo15(HunyuanFamily):
             raise ValueError(
                 f"model={self.name} takes {wanted} channels and one timestep, and this transformer "
                 f"in_channels={config.get('in_channels', 65)} and use_meanflow={config.get('use_meanflow', False)}, as "
-                "super-resolution does; use a text-to-video transformer"
+                f"super-resolution does; use {self._task} transformer"
             )
         told = self._guider_config().get("guidance_scale")
         if told == 1 and self.guidance_scale > 1:
@@ -174,16 +177,22 @@ class HunyuanVideo15(HunyuanFamily):
     ) -> Float[Tensor, "B C F H W"]:
         """Predict the flow's velocity; see :meth:`qvgen.models.base.VideoDiT.predict`."""
         latents = noisy.to(transformer.dtype)
-        count, channels, *sizes = latents.shape
-        image = latents.new_zeros(count, channels + 1, *sizes)
+        image, tokens = self._image(latents, condition)
         output: Tensor = transformer(
             hidden_states=torch.cat([latents, image], dim=1),
             timestep=timestep.to(getattr(torch, self.dtype)).to(transformer.dtype),
             **{name: condition[name].to(transformer.dtype) for name in self.condition_arguments},
-            image_embeds=latents.new_zeros(count, _IMAGE_TOKENS, transformer.config.image_embed_dim),
+            image_embeds=tokens,
             return_dict=False,
         )[0]
         return output
+
+    def _image(self, latents: Tensor, condition: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """An image's channels and tokens, here zeros in the latents' dtype: [B, C + 1, F, H, W] and [B, 729, D]."""
+        del condition
+        count, channels, *sizes = latents.shape
+        width = int(self.transformer_config.get("image_embed_dim", 1152))
+        return latents.new_zeros(count, channels + 1, *sizes), latents.new_zeros(count, _IMAGE_TOKENS, width)
 
     def _module(self, component: str, *, device: torch.device | None = None) -> Any:
         module = super()._module(component, device=device)
@@ -216,3 +225,10 @@ class HunyuanVideo15(HunyuanFamily):
         for key, value in {"_class_name": _GUIDER, **_PLAIN_GUIDER}.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{self.name}'s guider has {key}={config[key]}; {value} is supported")
+
+
+@dataclass(kw_only=True, eq=False)
+class HunyuanVideo15Image(HunyuanEmbeddedImage, HunyuanVideo15):
+    """HunyuanVideo 1.5 for images; its keys are those of :class:`HunyuanVideo15`."""
+
+    _task: ClassVar[str] = "an image-to-video"

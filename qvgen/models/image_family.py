@@ -42,6 +42,10 @@ class ImageFamily(PipelineFamily):
     takes_image: ClassVar[bool] = True
     image_encoder_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of transformers that the folder's image_encoder may have; empty for a model without one."""
+    image_processor: ClassVar[tuple[str, str]] = ("image_processor", "CLIPImageProcessor")
+    """Folder of what prepares an image for that encoder, and its class of transformers."""
+    crops_images: ClassVar[bool] = False
+    """Whether the pipeline crops an image of another aspect ratio, in place of changing the ratio."""
 
     @property
     def latent_channels(self) -> int:
@@ -67,7 +71,8 @@ class ImageFamily(PipelineFamily):
     @property
     def further_condition_shapes(self) -> dict[str, tuple[int, ...]]:
         """The same, as every family says what its transformer is told; see :func:`qvgen.models.base.example_condition`."""
-        return self.image_condition_shapes
+        of_text: dict[str, tuple[int, ...]] = getattr(super(), "further_condition_shapes", {})
+        return {**of_text, **self.image_condition_shapes}
 
     @abc.abstractmethod
     def encode_first_frame(self, pixels: Float[Tensor, "B 3 F H W"]) -> dict[str, Tensor]:
@@ -89,7 +94,7 @@ class ImageFamily(PipelineFamily):
         """
         others = [name for name in self.encoders if name not in self.text_encoders]
         parts = [self.component_revision(name) for name in others]
-        parts += [self._require_folder().files_revision("image_processor") for _ in others]
+        parts += [self._require_folder().files_revision(self.image_processor[0]) for _ in others]
         return " ".join([super().latent_revision, "first frame", *parts])
 
     def _image_arguments(self, caption: str) -> dict[str, Any]:
@@ -109,15 +114,24 @@ class ImageFamily(PipelineFamily):
         picture = open_image(image)
         width, height = picture.size
         if (height, width) != (self.height, self.width):
+            is_alike = height * self.width == width * self.height
             log.info(
-                "%s: %d x %d pixels are resized to %d x %d, as diffusers does%s", image, height, width, self.height,
-                self.width, "" if height * self.width == width * self.height else ", in another aspect ratio",
+                "%s: %d x %d pixels are resized%s to %d x %d, as diffusers does%s", image, height, width,
+                " and cropped" if self.crops_images and not is_alike else "", self.height, self.width,
+                "" if self.crops_images or is_alike else ", in another aspect ratio",
             )  # fmt: skip
         return {"image": picture}
 
+    def _image_processor(self) -> Any:
+        """The processor that prepares an image for the image encoder, loaded once."""
+        component, class_name = self.image_processor
+        if component not in self._loaded:
+            self._loaded[component] = load_image_processor(self._require_folder(), component, class_name)
+        return self._loaded[component]
 
-def load_image_processor(folder: HubFolder) -> Any:
-    """CLIP's image processor of a folder, which resizes with Pillow.
+
+def load_image_processor(folder: HubFolder, component: str, class_name: str) -> Any:
+    """The image processor of a folder, which resizes with Pillow.
 
     transformers takes torchvision's resizing where that is installed, whose last bits are others.
 
@@ -126,9 +140,9 @@ def load_image_processor(folder: HubFolder) -> Any:
     """
     import transformers
 
-    folder.read_json("image_processor/preprocessor_config.json")
-    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    return kind.from_pretrained(folder.path / "image_processor", local_files_only=True)
+    folder.read_json(f"{component}/preprocessor_config.json")
+    kind = getattr(transformers, f"{class_name}Pil", None) or getattr(transformers, class_name)
+    return kind.from_pretrained(folder.path / component, local_files_only=True)
 
 
 def first_frame_of(pixels: Float[Tensor, "B 3 F H W"]) -> list[Image.Image]:

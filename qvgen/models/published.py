@@ -49,12 +49,14 @@ class PublishedModel:
         repository: ORG/NAME on the hub; empty for one that is trained here.
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
+        takes_image: Whether its videos begin with an image; Wan2.2-TI2V-5B is two models of one folder, with and without.
     """
 
     name: str
     repository: str
     kind: Mapping[str, Any]
     sizes: Mapping[str, Any]
+    takes_image: bool
 
 
 def check_is_known(configs: Configs, *, name: str, given: str) -> None:
@@ -79,7 +81,8 @@ def check_is_known(configs: Configs, *, name: str, given: str) -> None:
     kind = _kind(configs, class_name=transformer.get("_class_name"), text_encoder=None)
     told = ("the transformer's class", _IMAGE)
     is_known = any(all(model.kind[key] == kind[key] for key in told) for model in known_models())
-    if not signs or (is_known and has_encoder == bool(transformer.get("image_dim"))):
+    needs_encoder = bool(transformer.get("image_dim")) or transformer.get("task_type") == "i2v"
+    if not signs or (is_known and has_encoder == needs_encoder):
         return
     del kind["the text encoder"]
     model = next(iter(_matches({**kind, _IMAGE: _NO_IMAGE}, _sizes(transformer))), None) or _by_name(name)
@@ -100,7 +103,8 @@ def _image_condition(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> 
     """The form in which a transformer is given an image, at any number of latent channels."""
     latent, inputs = _channels(transformer, vae)
     mask = int(vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4)  # a channel a frame
-    named = {0: [], latent: ["latents"], latent + mask: ["latents with a mask"]}
+    named = {0: [], latent: ["latents"], latent + 1: ["latents with a mask of one channel"]}
+    named[latent + mask] = ["latents with a mask"]
     parts = named.get(inputs - latent, [f"{inputs - latent} channels"])
     return " and ".join([*parts, *(key for key in _CONDITIONS if transformer.get(key))]) or _NO_IMAGE
 
@@ -167,8 +171,9 @@ def _sizes(transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _matches(kind: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[PublishedModel]:
-    """Models of a kind; those of the very sizes alone where there are any."""
+    """Models of a kind, those without an image first; those of the very sizes alone where there are any."""
     same = [model for model in known_models() if all(model.kind[key] == kind[key] for key in kind)]
+    same.sort(key=lambda model: model.takes_image)
     return [model for model in same if model.sizes == sizes] or same
 
 
@@ -203,6 +208,13 @@ def known_models() -> tuple[PublishedModel, ...]:
             class_name=family.transformer_class,
             text_encoder=family.text_encoder_class,
         )
-        sizes = _sizes(published["transformer"])
-        models.append(PublishedModel(name=name, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+        models.append(
+            PublishedModel(
+                name=name,
+                repository=spec.get("repository", ""),
+                kind=kind,
+                sizes=_sizes(published["transformer"]),
+                takes_image=getattr(family, "takes_image", False),
+            )
+        )
     return tuple(models)

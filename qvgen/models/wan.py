@@ -1,4 +1,4 @@
-"""Wan: text to video of Wan2.1 1.3B and 14B (arXiv 2503.20314), Wan2.2 TI2V-5B and A14B; image to video of 14B and A14B.
+"""Wan: Wan2.1 1.3B and 14B (arXiv 2503.20314), Wan2.2 TI2V-5B and A14B; all but 1.3B from an image too.
 
     transformer   WanTransformer3DModel; latents as [B, C, F, H, W], text by cross-attention
     objective     flow matching with the shift that the model is sampled with (qvgen.models.objectives)
@@ -10,7 +10,7 @@
                   below. Each is trained and packed on its own, on noise levels of its own part alone; the pipeline
                   calls the other one beside it
 
-An image is :mod:`qvgen.models.wan_image`'s. Left out: TI2V-5B with an image.
+An image is :mod:`qvgen.models.wan_image`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qvgen.config.may_differ import MayDiffer
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
 from qvgen.models.lora.merge import Lora, read_loras
 from qvgen.models.wan_family import WanFamily
-from qvgen.models.wan_image import WanEmbeddedImage, WanLatentImage
+from qvgen.models.wan_image import WanEmbeddedImage, WanFirstFrame, WanLatentImage
 
 log = logging.getLogger(__name__)
 
@@ -164,3 +164,8 @@ class WanImage(WanEmbeddedImage, Wan):
 @dataclass(kw_only=True, eq=False)
 class WanImageExpert(WanLatentImage, WanExpert):
     """One of the two experts of Wan2.2 for images; its keys are those of :class:`WanExpert`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class WanImageFrame(WanFirstFrame, Wan):
+    """TI2V-5B of Wan2.2 for images; its keys are those of :class:`Wan`."""

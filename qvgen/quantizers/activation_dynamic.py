@@ -4,6 +4,11 @@ Every token (or group of its channels) takes its own minimum and maximum at run 
 sigmoid(theta): one learned pair (low, high) per layer and noise band, started by the layer's width or its inputs
 (:mod:`qvgen.quant.clip_start`). The band is of the sample's own timestep, so samples of one batch do not share anything.
 
+Where tokens have timesteps of their own (Wan2.2 TI2V from an image: 0 for the clean first frame, t for all others), the
+sample is in the band of t with all of its tokens, those of the clean frame too. From the first attention on they hold what
+they read in the noisy tokens, and training and sampling alike show them to a layer beside tokens of t. In the band of 0 they
+would pull at factors that are there for samples which are clean as a whole, in every step.
+
 Deviations from the released code, which chooses the band by the first sample of the batch (training) or a call counter
 (sampling) and clips a second time by a constant 0.95: see docs/method.md.
 """

@@ -64,7 +64,8 @@ def window_velocity(
     is_guided = window.guidance_scale != 1
     if is_guided:
         negative = encode([family.negative_prompt] * len(start))
-        condition = {key: torch.cat((value, negative[key].to(value))) for key, value in condition.items()}
+        # An image is the same in the call without the caption.
+        condition = {key: torch.cat((value, negative.get(key, value).to(value))) for key, value in condition.items()}
     x = draw.noisy
     with torch.autocast(x.device.type, enabled=False):
         for step in range(window.substeps):

@@ -204,6 +204,7 @@ class EvaluationShare:
                 teacher.transformer,
                 model.sampler.transformer,
                 lambda teacher=teacher, asked=asked: teacher.sample_one(asked),
+                family=teacher.family,
             )
             number = cases.index(case)
             values = {name: metric.measure(calls) for name, metric in chosen.items() if number < metric.videos}

@@ -39,12 +39,13 @@ class VideoSampler:
         request: What will be sampled: all its texts are encoded at once, and the text encoder is freed.
 
     Attributes:
+        family: The model family.
         transformer: The model.
         switches: Policies that switch its widths while it samples.
     """
 
     def __init__(self, config: GenerateConfig, family: Any, request: Request) -> None:
-        self._config, self._family, self._request = config, family, request
+        self._config, self.family, self._request = config, family, request
         self.transformer = _transformer(config, family)
         if hasattr(family, "to") and torch.cuda.is_available():
             family.to("cuda")
@@ -71,7 +72,7 @@ class VideoSampler:
 
     def sample_one(self, asked: PromptedVideo) -> Tensor:
         """One video, uint8 [F, H, W, 3]; the transformer is in place (:meth:`in_place`)."""
-        found: Tensor = self._family.generate(
+        found: Tensor = self.family.generate(
             self.transformer,
             [asked.caption],
             [asked.seed],

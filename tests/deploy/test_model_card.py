@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard
 import qvgen
 from qvgen.config.leaf_file import installed_names
 from qvgen.deploy.card_facts import LICENSES, base_repository
-from qvgen.deploy.model_card import CardSources, Measured, model_card, write_model_card
+from qvgen.deploy.model_card import CardSources, Measured, model_card, takes_image, write_model_card
 from tests.deploy.test_packed_fusion import make_fake
 
 
@@ -63,6 +64,11 @@ def test_the_lines_that_load_it_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "arXiv:2210.17323" in text
     assert "| seed | 3 |" in text
     assert "0.012 GB" in text
+    assert header.to_dict()["pipeline_tag"] == "text-to-video"
+    of_image = model_card(replace(manifest, base_name="wan2.2-i2v-5b"), Measured(), repository="me/wan-w4", size=1)
+    assert ModelCard(of_image).data.to_dict()["pipeline_tag"] == "image-to-video"  # no channel more than for text
+    assert "WanImageToVideoPipeline.from_pretrained" in of_image
+    assert not takes_image(replace(manifest, base_name="hunyuanvideo1.5", transformer_config={"in_channels": 65}))
     lines = text.partition("```python\n")[2].partition("```")[0].splitlines()
     assert len(lines) == 5
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -9,6 +10,7 @@ from diffusers import (
     AutoencoderKLMochi,
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
@@ -28,10 +30,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests.models.hub_folders import PIECES, TEXT_SIZE, _copy, _text_sizes
 
@@ -122,7 +127,8 @@ def make_hunyuan15_folder(path: Path, variant: str = "", *, seed: int = 0) -> Pa
 
     Args:
         path: Where it is made.
-        variant: ``distilled`` for weights that are sampled without guidance.
+        variant: ``distilled`` for weights that are sampled without guidance; ``image`` for those that are given an image,
+            with an image encoder of four tokens, whose pipeline samples 32 x 48 pixels for an image of 2 to 3.
         seed: Seed of the weights.
     """
     return _copy(_save_hunyuan15, path, variant, seed)
@@ -150,9 +156,21 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _siglip() -> dict[str, Any]:
+    """An image encoder of four tokens with its processor."""
+    config = SiglipVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return {"image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": processor}
+
+
 def _save_hunyuan15(path: Path, variant: str) -> None:
     qwen, letters = qwen_tokenizer(), ByT5Tokenizer()
-    HunyuanVideo15Pipeline(
+    takes_image = variant == "image"
+    config = {**HUNYUAN15, "task_type": "i2v", "target_size": 40} if takes_image else HUNYUAN15
+    pipeline = HunyuanVideo15ImageToVideoPipeline if takes_image else HunyuanVideo15Pipeline
+    pipeline(
         text_encoder=Qwen2_5_VLTextModel(
             Qwen2_5_VLTextConfig(
                 vocab_size=len(qwen), hidden_size=TEXT_SIZE, intermediate_size=24, num_hidden_layers=3,
@@ -166,10 +184,11 @@ def _save_hunyuan15(path: Path, variant: str) -> None:
             T5Config(**{**_text_sizes(), "vocab_size": len(letters), "d_model": LETTERS_SIZE}, feed_forward_proj="gated-gelu")
         ).eval(),
         tokenizer_2=letters,
-        transformer=HunyuanVideo15Transformer3DModel(**HUNYUAN15),
+        transformer=HunyuanVideo15Transformer3DModel(**config),
         vae=AutoencoderKLHunyuanVideo15(block_out_channels=(8,) * 5, latent_channels=4, layers_per_block=1),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=1.0 if variant == "distilled" else 6.0),
+        **(_siglip() if takes_image else {}),
     ).save_pretrained(path)  # fmt: skip
 
 

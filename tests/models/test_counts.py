@@ -23,6 +23,7 @@ SIZES = {
     "wan-14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "wan2.2-a14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "wan2.2-ti2v": (5.000, 306, 300, 4.907, 0, 0.0),
+    "wan2.2-i2v-5b": (5.000, 306, 300, 4.907, 0, 0.0),
     "wan-i2v-14b": (16.395, 488, 480, 16.148, 0, 0.0),
     "wan2.2-i2v-a14b": (14.289, 406, 400, 14.051, 0, 0.0),
     "cogvideox-i2v": (5.570, 341, 252, 4.756, 85, 0.796),
@@ -32,6 +33,7 @@ SIZES = {
     "latte": (1.057, 454, 448, 1.040, 0, 0.0),
     "hunyuanvideo": (12.821, 547, 440, 9.060, 81, 3.416),
     "hunyuanvideo1.5": (8.327, 784, 648, 5.436, 109, 2.726),
+    "hunyuanvideo1.5-i2v": (8.327, 784, 648, 5.436, 109, 2.726),
     "mochi": (10.028, 677, 573, 7.224, 97, 2.723),
 }
 _CAPTION = ("caption_projection.linear_1", "caption_projection.linear_2")
@@ -58,7 +60,10 @@ ADALN_PATTERNS = (
     "transformer_blocks.*.norm?.linear", "norm_out.linear", "transformer_blocks.*.norm1_context.linear*",
     "single_transformer_blocks.*.norm.linear",
 )  # fmt: skip
-ONLY_BLOCKS = {"hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "mochi": (669, 9.928)}
+ONLY_BLOCKS = {
+    "hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "hunyuanvideo1.5-i2v": (756, 8.154),
+    "mochi": (669, 9.928),
+}  # fmt: skip
 """Families that leave embedders and the last projection alone: Linears that are quantized and their weights (10^9)."""
 
 
@@ -126,6 +131,7 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "wan-14b": (16, 13, 60, 104),
         "wan2.2-a14b": (16, 13, 60, 104),
         "wan2.2-ti2v": (48, 13, 44, 80),
+        "wan2.2-i2v-5b": (48, 12, 44, 80),  # the first of 13 latent frames is the image
         "wan-i2v-14b": (16, 13, 60, 104),
         "wan2.2-i2v-a14b": (16, 13, 60, 104),
         "cogvideox-i2v": (16, 13, 60, 90),
@@ -135,6 +141,7 @@ def test_default_patterns_select_every_linear_and_nothing_else(full_size) -> Non
         "latte": (4, 16, 64, 64),
         "hunyuanvideo": (16, 13, 68, 120),
         "hunyuanvideo1.5": (32, 13, 30, 53),
+        "hunyuanvideo1.5-i2v": (32, 13, 30, 53),
         "mochi": (12, 9, 60, 106),
     }.items(),
 )
@@ -155,9 +162,9 @@ def test_plan_without_weights(name: str, shape: tuple[int, ...]) -> None:
 def test_objectives_are_those_of_the_published_schedulers() -> None:
     shifts = {
         name: load_leaf("model", name, shift=None).objective.shift
-        for name in ("wan", "wan-14b", "wan2.2-a14b", "wan2.2-ti2v")
+        for name in ("wan", "wan-14b", "wan2.2-a14b", "wan2.2-ti2v", "wan2.2-i2v-5b")
     }
-    assert shifts == {"wan": 3.0, "wan-14b": 3.0, "wan2.2-a14b": 3.0, "wan2.2-ti2v": 5.0}
+    assert shifts == {"wan": 3.0, "wan-14b": 3.0, "wan2.2-a14b": 3.0, "wan2.2-ti2v": 5.0, "wan2.2-i2v-5b": 5.0}
     for name, scale in {"cogvideox": 3.0, "cogvideox-5b": 1.0, "cogvideox1.5": 1.0}.items():
         objective = load_leaf("model", name).objective
         assert (objective.snr_shift_scale, objective.zero_terminal_snr) == (scale, True)

@@ -23,6 +23,7 @@ WANTED = {
     "wan-14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "wan2.2-ti2v": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
+    "wan2.2-i2v-5b": {"self_attention": 120, "cross_attention": 120, "ffn": 60, "other": 6},
     "wan-i2v-14b": {"self_attention": 160, "cross_attention": 240, "ffn": 80, "other": 6},
     "wan2.2-i2v-a14b": {"self_attention": 160, "cross_attention": 160, "ffn": 80, "other": 6},
     "ltx": {"self_attention": 112, "cross_attention": 112, "ffn": 56, "other": 7},
@@ -35,12 +36,19 @@ WANTED = {
     "cogvideox1.5-i2v": {"self_attention": 168, "ffn": 84, "other": 90},
     "hunyuanvideo": {"self_attention": 280, "ffn": 160, "other": 80},
     "hunyuanvideo1.5": {"self_attention": 432, "ffn": 216, "other": 108},
+    "hunyuanvideo1.5-i2v": {"self_attention": 432, "ffn": 216, "other": 108},
     "mochi": {"self_attention": 383, "ffn": 190, "other": 96},
 }
 """Attention has four Linears, a feed-forward net two; the rest are embedders, adaLN (CogVideoX: two a block), the output.
 
 With a stream of its own for the text both are twice as many; blocks of one stream have theirs without a Linear behind it."""
-ATTENTION = {"hunyuanvideo": {8, 3}, "hunyuanvideo1.5": {8}, "mochi": {8, 7}, "wan-i2v-14b": {4, 6}}
+ATTENTION = {
+    "hunyuanvideo": {8, 3},
+    "hunyuanvideo1.5": {8},
+    "hunyuanvideo1.5-i2v": {8},
+    "mochi": {8, 7},
+    "wan-i2v-14b": {4, 6},
+}
 """Linears of an attention where they are not four; the last of Mochi makes nothing for the text, Wan's reads an image too."""
 
 

@@ -37,6 +37,8 @@ ENCODERS = {
     "hunyuanvideo": "LlamaModel",
 }  # fmt: skip
 NO_FOLDER = {"tiny", "tiny_fewstep", "tiny_wide", "diffusers"}  # without published configurations
+TWINS = ("wan2.2-ti2v", "wan2.2-i2v-5b")
+"""Two models of one folder: without an image and with one."""
 NAMES = [path.stem for path in sorted((conf_directory() / "model").glob("*.yaml")) if path.stem not in NO_FOLDER]
 
 
@@ -65,16 +67,22 @@ def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = Non
 def test_the_known_models_are_those_of_conf() -> None:
     assert [model.name for model in known_models()] == sorted(NAMES)
     kinds = [(tuple(model.kind.values()), tuple(model.sizes.values())) for model in known_models()]
-    assert len(set(kinds)) == len(NAMES)  # every one can be told from every other
+    assert len(set(kinds)) == len(NAMES) - 1  # every one can be told from every other, but for the twins
+    assert [model.takes_image for model in known_models()] == [
+        "i2v" in model.name.split("-") for model in known_models()
+    ]
 
 
 @pytest.mark.parametrize("there", NAMES)
 def test_every_other_model_s_folder_is_refused_with_the_right_name(there: str, tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "hub", there)
     assert load_leaf("model", there, path=str(folder)).folder.path == folder
+    right = " or model=".join(TWINS) if there in TWINS else there
     for asked in NAMES:
-        if asked != there:
-            with pytest.raises(ValueError, match=rf"model.path={folder} holds .*; use model={there}$") as caught:
+        if {asked, there} == set(TWINS):
+            assert load_leaf("model", asked, path=str(folder)).folder.path == folder
+        elif asked != there:
+            with pytest.raises(ValueError, match=rf"model.path={folder} holds .*; use model={right}$") as caught:
                 load_leaf("model", asked, path=str(folder))
             assert "\n" not in str(caught.value)
 
@@ -99,9 +107,8 @@ IMAGE = {
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "takes 33 channels and its VAE makes 16", "hunyuanvideo"),
     "HunyuanVideo-I2V-33ch": ("hunyuanvideo", {"image_condition_type": "token_replace"},
         {"_class_name": "HunyuanVideoImageToVideoPipeline"}, "image_condition_type is token_replace", "hunyuanvideo"),
-    "HunyuanVideo-1.5-480p_i2v": ("hunyuanvideo1.5", {"task_type": "i2v"},
-        {"_class_name": "HunyuanVideo15ImageToVideoPipeline", "image_encoder": ["transformers", "SiglipVisionModel"]},
-        "takes 65 channels and its VAE makes 32; it has an image_encoder", "hunyuanvideo1.5"),
+    "HunyuanVideo-1.5-480p_i2v without its encoder": ("hunyuanvideo1.5", {"task_type": "i2v"},
+        {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "takes 65 channels and its VAE makes 32", "hunyuanvideo1.5"),
     "a small image encoder": ("wan", {}, {"image_encoder": ["transformers", "CLIPVisionModel"]}, "has an image_enc", "wan"),
 }  # fmt: skip
 
@@ -114,6 +121,8 @@ KNOWN_IMAGE = {
         "wan2.2-i2v-a14b"),
     "learned positions": ("cogvideox-5b", {"in_channels": 32, "use_learned_positional_embeddings": True}, {},
         "cogvideox-i2v"),
+    "latents and SigLIP": ("hunyuanvideo1.5", {"task_type": "i2v"},
+        {"image_encoder": ["transformers", "SiglipVisionModel"]}, "hunyuanvideo1.5-i2v"),
     "ofs": ("cogvideox1.5", {"in_channels": 32, "ofs_embed_dim": 512}, {}, "cogvideox1.5-i2v"),
 }  # fmt: skip
 
@@ -160,7 +169,7 @@ def test_verbs_refuse_a_sibling_in_one_line_before_anything_is_encoded(
     for verb in ("train", "precompute"):
         assert main([verb, "model=wan", f"model.path={folder}", f"data.path={tmp_path}", f"data.cache={cache}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("use model=wan2.2-ti2v")
+        assert line.endswith("use model=wan2.2-ti2v or model=wan2.2-i2v-5b")
     assert main(["generate", "model=wan", f"model.path={folder}", "prompt=a dog", f"out={tmp_path / 'out'}"]) == 2
     assert "use model=wan2.2-ti2v" in capsys.readouterr().err
     assert not cache.exists()

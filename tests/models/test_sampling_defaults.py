@@ -24,6 +24,7 @@ WAN = {
     "wan-14b": (5.0, 50, 5.0, 81, 16),
     "wan2.2-a14b": (12.0, 40, 4.0, 81, 16),
     "wan2.2-ti2v": (5.0, 50, 5.0, 121, 24),
+    "wan2.2-i2v-5b": (5.0, 50, 5.0, 121, 24),
     "wan-i2v-14b": (3.0, 40, 5.0, 81, 16),
     "wan2.2-i2v-a14b": (5.0, 40, 3.5, 81, 16),
 }
@@ -72,6 +73,7 @@ def test_the_experts_have_a_guidance_each() -> None:
         "tiny",
         "hunyuanvideo",
         "hunyuanvideo1.5",
+        "hunyuanvideo1.5-i2v",
         "mochi",
         "latte",
     ],

@@ -63,6 +63,7 @@ def test_every_block_of_the_published_models_has_its_sets(model):
     sides = {
         "hunyuanvideo": 2 * blocks + 40 + 2,
         "hunyuanvideo1.5": 2 * blocks + 2,
+        "hunyuanvideo1.5-i2v": 2 * blocks + 2,
         "mochi": 2 * blocks,
     }  # the text's too; single blocks, the refiner's
     pairs = {

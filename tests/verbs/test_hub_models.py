@@ -74,7 +74,7 @@ def _clips_written_once(fps: float) -> Path:
 
 def tiny_keys(name: str, folder: Path) -> list[str]:
     """Overrides that fit a configuration to a tiny folder."""
-    height = 64 if name in ("wan2.2-ti2v", "ltx", "ltx-13b") else 32
+    height = 64 if name in ("wan2.2-ti2v", "wan2.2-i2v-5b", "ltx", "ltx-13b") else 32
     return [
         f"model={name}", f"model.path={folder}", f"model.height={height}", f"model.width={3 * height // 2}",
         "model.num_frames=9", "model.sampling_frames=9", "model.text_encoder_dtype=float32", "model.dtype=float32",

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
+from tests.models.further_folders import make_hunyuan15_folder
+from tests.models.hub_folders import make_wan_folder
 from tests.models.image_folders import make_cogvideox_image_folder, make_wan_image_folder, write_image, write_prompts
 from tests.runs import UNSEEN, packed_bytes, read_metrics
 from tests.verbs.test_hub_models import tiny_keys, train_keys, write_clips
@@ -24,6 +26,8 @@ MODELS: dict[str, tuple[Any, str]] = {
     "cogvideox-i2v": (make_cogvideox_image_folder, "5b"),
     "wan2.2-i2v-a14b": (make_wan_image_folder, "a14b"),
     "cogvideox1.5-i2v": (make_cogvideox_image_folder, "1.5"),
+    "wan2.2-i2v-5b": (make_wan_folder, "ti2v"),
+    "hunyuanvideo1.5-i2v": (make_hunyuan15_folder, "image"),
 }
 
 
@@ -39,9 +43,9 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     assert "8 clips ready (8 encoded by this process), 0 unusable" in capsys.readouterr().out
     kept = load_file(sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))[0])
     assert set(kept) == {"latents", "first_frame", "image_latents"} | (
-        {"image_embeds"} if name == "wan-i2v-14b" else set()
+        {"image_embeds"} if name in ("wan-i2v-14b", "hunyuanvideo1.5-i2v") else set()
     )
-    assert kept["first_frame"].shape == (32, 48, 3)
+    assert kept["first_frame"].shape == ((64, 96, 3) if name == "wan2.2-i2v-5b" else (32, 48, 3))
     assert kept["first_frame"].dtype == torch.uint8
     assert main(["train", *keys, "method.caption_dropout=0.5"]) == 0
     run_dir = tmp_path / "run"

@@ -184,7 +184,8 @@ def _check_call(call: Mapping[str, Any], *, name: str, given: str) -> None:
         if key in call:
             raise ValueError(
                 f"{given} holds a {name}, whose call takes {key}= besides the caption; model=diffusers makes videos and "
-                "images of a caption alone (image to video: wan-i2v-14b, wan2.2-i2v-a14b, cogvideox-i2v, cogvideox1.5-i2v)"
+                "images of a caption alone (image to video: wan-i2v-14b, wan2.2-i2v-a14b, wan2.2-i2v-5b, cogvideox-i2v, "
+                "cogvideox1.5-i2v, hunyuanvideo1.5-i2v)"
             )
     for key in _NEEDED:
         if key not in call:

@@ -40,13 +40,19 @@ def check_run_context(run: TrainingRun, *, samples: bool) -> None:
             "is diffusers' own, with a backward pass of its own; leave one of them out"
         )
     family = run.model.family
+    by_token = getattr(family, "steps_by_token", False)
+    if by_token and getattr(family, "takes_image", False):
+        raise UserError(
+            f"strategy.context_parallel={processes}: model={run.model.name} is told a timestep for each token, which is not "
+            "held against one process; write strategy.context_parallel=1"
+        )
     class_name = getattr(family, "transformer_class", type(family).__name__)
     given = {"numbers": getattr(family, "transformer_config", {}), "processes": processes, "name": run.model.name}
     check_context(class_name, **given, shapes=[run.model.rebuild(size).sample_shape for size in _sizes(run)])
     frames = getattr(family, "sampling_frames", None)
     if not samples or frames is None:
         return
-    if getattr(family, "steps_by_token", False):
+    if by_token:
         raise UserError(
             f"strategy.context_parallel={processes} and evaluation.video_every_steps: model={run.model.name} is sampled with "
             "a timestep for each token, which is not held against one process; write evaluation.video_every_steps=null"

@@ -112,6 +112,11 @@ def test_models_and_sizes_that_cannot_are_refused(tmp_path: Path) -> None:
     by_token = [*tiny_keys("wan2.2-ti2v", make_wan_folder(tmp_path / "ti2v", "ti2v")), f"data.path={tmp_path}", *TWO]
     with pytest.raises(UserError, match=r"model=wan2\.2-ti2v is sampled with a timestep for each token"):
         check_run_context(training_run(train_config(*by_token)), samples=True)
+    by_token = [*tiny_keys("wan2.2-i2v-5b", tmp_path / "ti2v"), f"data.path={tmp_path}", *TWO]
+    with pytest.raises(
+        UserError, match=r"model=wan2\.2-i2v-5b is told a timestep for each token, .*context_parallel=1$"
+    ):
+        check_run_context(training_run(train_config(*by_token)), samples=False)
     small = ["model.num_frames=1", "model.height=16", "model.width=16"]
     with pytest.raises(UserError, match=r"latents of 1 x 2 x 2 are 1 tokens, which 2 does not divide"):
         check_run_context(training_run(train_config(*keys, *small)), samples=False)
