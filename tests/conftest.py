@@ -141,6 +141,10 @@ ONLY_WHEN_ASKED = (
     "test_gpu_script.py::test_the_script_measures_tiles_into_a_table_that_the_package_could_have",
     "test_kernels.py::test_without_peers_the_table_says_so",
     "test_hunyuan_video15.py::test_training_step",
+    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_another_task[build]",
+    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_another_task[batch]",
+    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_a_process_that_it_started[build]",
+    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_a_process_that_it_started[batch]",
     "test_activation_switch.py::test_processes_that_share_a_calibrated_model_train_the_same_bits[static]",
 )  # fmt: skip
 """Files, and single tests of files, that QVGEN_LONG_TESTS=1 asks for: with them all together take too long on two busy cores.

@@ -88,6 +88,21 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
     ]
 
 
+def test_a_parent_that_makes_the_start_is_ended_when_its_child_dies(tmp_path: Path) -> None:
+    parent = child(
+        "from pathlib import Path\n"
+        "from qvgen.training.distributed import launcher\n"
+        "launcher.GRACE_SECONDS = 0.2\n"
+        "command = [sys.executable, '-c', 'raise SystemExit(\"no such folder\")']\n"
+        f"launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})).start()\n"
+        "time.sleep(100)"
+    )
+    done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qvgen: the process of rank 1 ended with exit code 1: no such folder (see ")
+
+
 def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     worker = (
