@@ -132,7 +132,7 @@ ONLY_WHEN_ASKED = (
     "test_launched_runs.py", "test_average.py", "test_train_gpu_script.py", "test_hsdp_resume.py",
     "test_two_hosts.py", "test_launched_again.py", "test_sweep_of_devices.py", "test_attention_recall.py",
     "test_further_runs.py", "test_ltx_runs.py", "test_image_runs.py", "test_attention_runs.py", "test_any_diffusers_runs.py",
-    "test_world_changes.py", "test_adamw_8bit.py",
+    "test_world_changes.py", "test_adamw_8bit.py", "test_failed_rank.py",
     "test_hub_models.py::test_two_processes_share_the_clips_and_train_the_same",
     "test_hub_models.py::test_from_mp4_files_to_videos_of_the_packed_model[wan2.2-ti2v]",
     "test_small_model.py::test_both_trainings_and_a_quantized_student",
@@ -141,10 +141,6 @@ ONLY_WHEN_ASKED = (
     "test_gpu_script.py::test_the_script_measures_tiles_into_a_table_that_the_package_could_have",
     "test_kernels.py::test_without_peers_the_table_says_so",
     "test_hunyuan_video15.py::test_training_step",
-    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_another_task[build]",
-    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_another_task[batch]",
-    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_a_process_that_it_started[build]",
-    "test_failed_rank.py::test_rank_0_says_what_went_wrong_in_a_process_that_it_started[batch]",
     "test_activation_switch.py::test_processes_that_share_a_calibrated_model_train_the_same_bits[static]",
 )  # fmt: skip
 """Files, and single tests of files, that QVGEN_LONG_TESTS=1 asks for: with them all together take too long on two busy cores.

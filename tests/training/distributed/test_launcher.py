@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qvgen.cli import BUG, _guarded
 from qvgen.stop_request import SIGNALS
 from qvgen.training.distributed.foreign_launcher import RANK_VARIABLES
 from qvgen.training.distributed.launcher import WorkerGroup, guard_world_size, worker_command
@@ -301,3 +302,12 @@ def test_a_child_that_died_before_the_group_was_entered_is_named(tmp_path: Path)
     group._children[1].wait()
     with pytest.raises(RuntimeError, match="rank 1 ended with exit code 1: no module named x"), group:
         pass
+
+
+def test_the_last_line_of_a_worker_is_its_whole_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise TypeError("device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA to know more")  # as torch has it
+
+    assert _guarded(fail, name="worker", show_traceback=True) == BUG
+    line = "qvgen worker: TypeError: device-side assert triggered Compile with TORCH_USE_CUDA_DSA to know more"
+    assert capsys.readouterr().err.splitlines()[-1] == line
