@@ -3,8 +3,8 @@
     out/.unfinished.json    {"of": what the videos are made from, "videos": {file name: {"asked": ..., "sha256": ...}}}
 
 It is written after each video and deleted after the last one. Of several processes that write videos each has a record of its
-own, .unfinished-1.json and so on. The same command goes on behind what it names; videos that
-another command made, or that are no longer as they were written, are earlier results like any others.
+own, .unfinished-1.json and so on. The same command goes on behind what they name; videos that another command made, or that
+are no longer as they were written, are earlier results like any others.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class UnfinishedVideos:
 
     def __init__(self, out: Path, parts: Callable[[], Any], *, number: int = 0) -> None:
         self.path, self._out, self._parts = out / f".unfinished{f'-{number}' if number else ''}.json", out, parts
-        self._known = self._read_all()
+        self._known = self._records()
         self._own = self._read(self.path)
 
     @cached_property
     def _of(self) -> str:
         return hashlib.sha256(json.dumps(self._parts(), sort_keys=True).encode()).hexdigest()
 
-    def _read_all(self) -> dict[str, dict[str, str]]:
-        """What an earlier call of the same command made, by all of its processes."""
-        return {name: row for path in self._files() for name, row in self._read(path).items()}
+    def _records(self) -> list[dict[str, dict[str, str]]]:
+        """What earlier calls of the same command made, and this one so far; a record for each of the processes."""
+        return [self._read(path) for path in self._files()]
 
     def _files(self) -> list[Path]:
         return sorted(self._out.glob(RECORD_FILES))
@@ -63,13 +63,9 @@ class UnfinishedVideos:
 
     def holds(self, path: Path, video: PromptedVideo) -> bool:
         """Whether the file is what this command makes of a caption and seed."""
-        known = self._known.get(path.name)
-        return (
-            known is not None
-            and known["asked"] == _asked(video)
-            and path.is_file()
-            and file_sha256(path) == known["sha256"]
-        )
+        rows = [known[path.name] for known in self._known if path.name in known]
+        sums = [row["sha256"] for row in rows if row["asked"] == _asked(video)]
+        return bool(sums) and path.is_file() and file_sha256(path) in sums
 
     def add(self, path: Path, video: PromptedVideo) -> None:
         """Record a video that was written."""
@@ -77,8 +73,8 @@ class UnfinishedVideos:
         atomic_write(self.path, json.dumps({"of": self._of, "videos": self._own}, indent=1).encode())
 
     def count(self) -> int:
-        """How many videos are recorded by now, by all processes."""
-        return len(self._read_all())
+        """How many videos are there by now, by all processes."""
+        return sum((self._out / name).is_file() for name in {name for record in self._records() for name in record})
 
     def finish(self) -> None:
         """All videos are there."""
