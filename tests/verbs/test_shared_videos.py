@@ -10,6 +10,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,11 @@ from safetensors.torch import load_file
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
+from qvgen.data.video_reader import read_video
 from qvgen.verbs._packed_family import load_family
 from qvgen.verbs._shared_videos import check_shared_videos
+from qvgen.verbs._video_request import read_request
+from qvgen.verbs._video_sampler import VideoSampler
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.stops import run_stopped
 from tests.verbs.test_hub_models import tiny_keys
@@ -71,6 +75,22 @@ def test_a_stopped_call_goes_on_behind_the_videos_that_are_there(
     for name in ("together", "apart"):
         assert {path.name: path.read_bytes() for path in out[name].glob("*.mp4")} == wanted
         assert not list(out[name].glob(".unfinished*"))
+
+
+def test_both_experts_share_a_videos_tokens_out(tmp_path: Path) -> None:
+    words = [*tiny_keys("wan2.2-a14b", make_wan_folder(tmp_path / "model", "a14b")), "prompt=a red boat"]
+    videos = []
+    for name, more in (("one", ()), ("two", TOGETHER)):
+        assert main(["generate", *words, f"out={tmp_path / name}", *more]) == DONE
+        (file,) = (tmp_path / name).glob("*.mp4")
+        videos.append(read_video(file))
+    one, two = videos
+    assert one.shape == two.shape
+    assert np.abs(one.astype(int) - two).mean() < 1  # a lossy coder lies between
+    config = build("generate", compose_plain("generate", words))
+    family = load_family(config)
+    first, second = VideoSampler(config, family, read_request(config, family)).transformers
+    assert first is not second
 
 
 def check(*words: str) -> None:
