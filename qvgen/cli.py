@@ -29,7 +29,7 @@ from qvgen import __version__, stop_request
 from qvgen.config import launched_world
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
-from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, missing_library, one_line
+from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, is_ours, missing_library, one_line
 from qvgen.verbs import import_verb, import_worker
 
 DONE, BUG, BAD_INPUT = 0, 1, 2
@@ -38,8 +38,7 @@ _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _SHARING_VERBS = ("precompute", "evaluate")
 """Verbs whose tasks share out clips and videos, whoever started them."""
 _KNOWING_VERBS = ("train", "ptq", "fold", *_SHARING_VERBS)
-"""Verbs that have to know of other tasks of a launcher: those that work on one run's folder, where a second task would do the
-same work again, and those whose tasks share out the work."""
+"""Verbs that have to know of other tasks of a launcher, which would do the same work again, or share it out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,9 +92,10 @@ def _run_verb(verb: str, arguments: list[str], *, show: bool) -> int:
     _own_the_environment(verb)
     if (world := launched_world.current()) is None or verb != "train":
         return _read_and_run(verb, arguments, show=show)
-    from qvgen.verbs._launched import follow, lead
+    from qvgen.verbs._launched import check_devices, follow, lead
 
     def run() -> int:
+        check_devices(world)
         return _read_and_run(verb, arguments, show=show)
 
     return follow(world, run) if world.rank else lead(world, lambda: _guarded(run, name=verb, show_traceback=show))
@@ -271,29 +271,28 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_ours(error):
-            traceback.print_exc()
-            return BUG
+        if isinstance(error, RuntimeError) and not is_ours(error):
+            return _show_bug(error, name=name)
         if show_traceback:
             traceback.print_exc()
         print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        remedy = missing_library(error)
-        if show_traceback or remedy is None:
+        if (remedy := missing_library(error)) is None:
+            return _show_bug(error, name=name)
+        if show_traceback:
             traceback.print_exc()
-        if remedy is None:
-            return BUG
         print(f"qvgen {name}: {remedy}", file=sys.stderr)
         return BAD_INPUT
-    except Exception:  # the border of the program: a bug is shown whole and told by the exit code
-        traceback.print_exc()
-        return BUG
+    except Exception as error:  # the border of the program: a bug is shown whole and told by the exit code
+        return _show_bug(error, name=name)
 
 
-def _is_ours(error: RuntimeError) -> bool:
-    """Whether an error has a class of our own, whose message is for users; any other one is a bug."""
-    return type(error).__module__.partition(".")[0] in ("qvgen", "qvgen_kernels")
+def _show_bug(error: Exception, *, name: str) -> int:
+    traceback.print_exc()
+    if name == "worker":  # rank 0 repeats the last line; a message of torch's may have several
+        print(f"qvgen worker: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+    return BUG
 
 
 if __name__ == "__main__":

@@ -90,3 +90,8 @@ def missing_library(error: ModuleNotFoundError) -> str | None:
     else:
         remedy = "use the Python that qvgen was installed with, or install qvgen into this one with pip"
     return f"{sys.executable} has no module {error.name}; {remedy}"
+
+
+def is_ours(error: RuntimeError) -> bool:
+    """Whether an error has a class of this repository, whose message is for users; any other one is a bug."""
+    return type(error).__module__.partition(".")[0] in OWN_PACKAGES

@@ -40,7 +40,7 @@ def check(verb: str, plain: Mapping[str, Any]) -> VerbConfig:
         UserError: See :func:`qvgen.config.typed.from_plain`, or a run_dir that holds no run.
     """
     values: dict[str, Any] = dict(plain)
-    if verb in ("train", "ptq", "precompute", "import", "evaluate"):
+    if verb in ("train", "ptq", "precompute", "import", "evaluate", "generate"):
         values["plain"] = dict(plain)
         if verb in ("train", "ptq"):  # a run of an earlier version may have none of these keys
             values = {"export": None, "num_nodes": 1, **values, "names": {"export": None, **values["names"]}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from qvgen.config.prompt import Prompts
-from qvgen.config.sections import require
+from qvgen.config.sections import require, require_groups
 from qvgen.config.value_range import Range, check_ranges
 
 TEACHER = "teacher"
@@ -80,6 +80,8 @@ class EvaluateConfig:
         devices: Processes on this machine that share out videos and measurements, one for each GPU. ``auto``: all visible
             GPUs, and 1 without one. A number, or a list of visible GPUs ([0,2]). Tasks of torchrun or SLURM are the processes
             themselves. Their number changes no byte of the results.
+        context_parallel: Processes that sample one video together, each a part of its tokens; a divisor of ``devices``, whose
+            groups share out the videos (docs/distributed.md). 1: each samples whole videos.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
@@ -106,6 +108,7 @@ class EvaluateConfig:
     overwrite: bool
     kernel: str
     devices: Annotated[int, Range("> 0")]
+    context_parallel: Annotated[int, Range("> 0")]
     dry_run: bool
     debug: bool
     names: EvaluateNames
@@ -122,7 +125,12 @@ class EvaluateConfig:
         require(self.packed is None or 1 <= len(self.packed) <= 2, "packed=[...] takes one directory or two")
         for name, value in self.metric.items():
             require(isinstance(value, dict), f"metric.{name}={value} is a section; write +metric.{name}.KEY=VALUE")
+        require_groups(self.devices, self.context_parallel)
         samples_teacher = self.reference == TEACHER
+        require(
+            self.context_parallel == 1 or self.videos is None or samples_teacher,
+            f"context_parallel={self.context_parallel} is of sampling, and nothing is sampled; leave it out",
+        )
         require(
             self.videos is None or not samples_teacher or (self.names.model is not None and self.prompts is not None),
             "videos=FOLDER reference=teacher needs model=NAME and prompts=FILE, from which the reference is sampled; or "

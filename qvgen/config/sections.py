@@ -25,6 +25,15 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_groups(devices: int, context_parallel: int) -> None:
+    """Raise UserError where processes can't be divided into groups that sample one video together."""
+    require(
+        devices % context_parallel == 0,
+        f"context_parallel={context_parallel}: a plain start on one machine is divided into groups of so many processes, and "
+        f"devices={devices} can't be; write for example devices={context_parallel}",
+    )
+
+
 PHI_DECAY = Range("[0, 1]", write="0.5")
 PhiTailShare = Annotated[float, Range("[0, 1)", write="0.1")]
 """Also the ranges of the schedule (:mod:`qvgen.lowrank.decay`), which can be built without a configuration."""

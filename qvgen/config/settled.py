@@ -31,7 +31,7 @@ def settle_(config: DictConfig) -> DeviceChoice | None:
     Raises:
         UserError: ``devices`` can't be read.
     """
-    if "num_shards" in config or "references" in config:
+    if "num_shards" in config or "context_parallel" in config:
         choice = choose_shares(config.devices, is_shard=config.get("num_shards", 1) != 1)
         OmegaConf.update(config, "devices", choice.number)
         return choice

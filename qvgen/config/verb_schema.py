@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from qvgen.config.bits import Bits
 from qvgen.config.prompt import Prompts
 from qvgen.config.schema import TrainConfig
-from qvgen.config.sections import require
+from qvgen.config.sections import require, require_groups
 from qvgen.config.value_range import Range, check_ranges
 
 
@@ -49,10 +49,15 @@ class GenerateConfig:
         kernel: Backend that runs the packed model; ``auto`` picks the best one that is there, a name never falls back.
         fused_norms: True computes LayerNorms in the packed layers behind them: fewer passes over a GPU's memory, but other
             last bits than the fake-quantized model's (docs/numerics.md).
+        devices: Processes on this machine that share out the videos, one for each GPU. A number, a list of visible GPUs
+            ([0,2]), or ``auto``: all visible GPUs, and 1 without one.
+        context_parallel: Processes that sample one video together, each a part of its tokens; a divisor of ``devices``, whose
+            groups share out the videos (docs/distributed.md). 1: each samples whole videos.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
         typed: The command line's overrides.
+        plain: All of the above as a plain dict.
     """
 
     packed: tuple[Path, ...] | None
@@ -69,10 +74,13 @@ class GenerateConfig:
     overwrite: bool
     kernel: str
     fused_norms: bool
+    devices: Annotated[int, Range("> 0")]
+    context_parallel: Annotated[int, Range("> 0")]
     dry_run: bool
     debug: bool
     names: ModelName
     typed: tuple[str, ...]
+    plain: dict[str, Any]
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -96,6 +104,7 @@ class GenerateConfig:
             self.negative_prompt is None or self.guidance_scale is None or self.guidance_scale > 1,
             f"negative_prompt has no effect with guidance_scale={self.guidance_scale}; leave one of them out",
         )
+        require_groups(self.devices, self.context_parallel)
         require(bool(self.seed), "seed=[] is empty; write for example seed=42")
         require(
             self.packed is not None or not self.fused_norms,

@@ -16,8 +16,10 @@ that, it offers Ulysses alone.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,7 @@ def check_context(
     processes: int,
     name: str,
     remedy: str = "train on clips of another size",
+    key: str = "strategy.context_parallel",
 ) -> None:
     """Refuse a model whose sequence can't be shared out over so many processes.
 
@@ -49,11 +52,12 @@ def check_context(
         processes: Number of processes that share one sample out.
         name: The model's, for people.
         remedy: A way to other sizes.
+        key: The key that says how many processes.
 
     Raises:
         UserError: Another class, heads or tokens that the processes do not divide, or an attention that can't.
     """
-    given = f"strategy.context_parallel={processes} and model={name}"
+    given = f"{key}={processes} and model={name}"
     if class_name not in CONTEXT_CLASSES:
         raise UserError(
             f"{given}: a {class_name} can't share its sequence out; models of {', '.join(CONTEXT_CLASSES)} (wan, wan-14b, "
@@ -61,14 +65,16 @@ def check_context(
         )
     heads = int(numbers["num_attention_heads"])
     if heads % processes:
-        raise UserError(f"{given}: {heads} attention heads can't be divided by {processes}; write {_divisors(heads)}")
+        raise UserError(
+            f"{given}: {heads} attention heads can't be divided by {processes}; write {_divisors(key, heads)}"
+        )
     patch = numbers["patch_size"]
     for _, *sides in shapes:
         tokens = math.prod(side // size for side, size in zip(sides, patch, strict=True))
         if tokens % processes:
             raise UserError(
                 f"{given}: latents of {' x '.join(map(str, sides))} are {tokens} tokens, which {processes} does not divide; "
-                f"write {_divisors(math.gcd(tokens, heads))}, or {remedy}"
+                f"write {_divisors(key, math.gcd(tokens, heads))}, or {remedy}"
             )
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -79,9 +85,9 @@ def check_context(
         )
 
 
-def _divisors(number: int) -> str:
+def _divisors(key: str, number: int) -> str:
     found = [str(size) for size in range(2, number + 1) if number % size == 0]
-    return f"strategy.context_parallel={found[0]}" if found else "strategy.context_parallel=1"
+    return f"{key}={found[0] if found else 1}"
 
 
 class SharedSequence:
@@ -109,6 +115,12 @@ class SharedSequence:
         self._models: list[Any] = list(models)
         self._attention: Any = None
         self._is_on = False
+
+    def of(self, models: Sequence[nn.Module]) -> SharedSequence:
+        """The same for other models; no collective."""
+        other = copy(self)
+        other._models, other._attention, other._is_on = list(models), None, False
+        return other
 
     def apply_(self) -> None:
         """Share sequences out from the next call on; until :meth:`remove_`, also in calls of a backward pass."""
@@ -140,7 +152,11 @@ class SharedSequence:
         """Share sequences out while the block runs: in calls without a backward pass."""
         self.apply_()
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message=".*_functional_collectives.* is deprecated.*"
+                )  # diffusers calls it
+                yield
         finally:
             self.remove_()
 

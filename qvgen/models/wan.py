@@ -137,11 +137,11 @@ class WanExpert(Wan):
 
     def _pipeline(self, **components: Any) -> Any:
         if (transformer := components.get("transformer")) is not None:
-            pair = (transformer, self._partner(transformer))
+            pair = (transformer, self.partner(transformer))
             components["transformer"], components["transformer_2"] = pair if self.expert == "high" else pair[::-1]
         return super()._pipeline(**components)
 
-    def _partner(self, like: nn.Module) -> nn.Module:
+    def partner(self, like: nn.Module) -> nn.Module:
         """The other expert, with its own part of the LoRA, in the dtype and on the device of the one that is sampled."""
         if "partner" not in self._loaded:
             (folder,) = set(EXPERT_FOLDERS.values()) - {self.transformer_folder}

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,12 @@ from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
 from qvgen.training.distributed.cluster import GivenRanks, group_backend
 from qvgen.training.distributed.launcher import guard_world_size
+from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.strategies import DataParallel, OneDevice
 from qvgen.training.tracking.guarded_logger import guard_
 
 log = logging.getLogger(__name__)
-
-COLLECTIVE_TIMEOUT = timedelta(days=7)
-"""How long a process may wait for the others: one that samples long videos, or more of them, is late and not lost.
-
-torch would end all of them after 10 minutes (nccl) or 30 (gloo). It is safe to wait, because the launcher watches the
-processes themselves: whichever dies takes the others along within seconds. A process that lives and hangs is what
-nobody notices any more. torch itself gives gloo at most 2^31 milliseconds, 24 days (distributed/rpc/constants.py).
-
-Other clocks, which waiting does not set off: nccl's TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes) watches the watchdog
-thread of the process itself, which goes on while the process waits or samples; the store, by which processes find each
-other, takes this same time; the launcher's JOIN_SECONDS begin when rank 0 is done, so rank 0 is the last to be (it waits
-for the others' files, see validation.py).
-"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,13 @@ from qvgen.training.distributed.ahead import LOG_FOLDER, WORKER_FILE, run_worker
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.meeting import SAMPLE, START
 from qvgen.training.distributed.meeting import current as current_meeting
+from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.store_exchange import default_store
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import SharedOutputs
 from qvgen.training.shared_start import StartHelpers
-from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes
+from qvgen.training.trainer import Processes
 from qvgen.training.training_run import TrainingOutput, TrainingRun
 
 

@@ -24,7 +24,9 @@ from qvgen.evaluation.suite.video_folder import (
     of_subset,
     read_folder,
 )
+from qvgen.training.distributed.video_group import VideoGroup
 from qvgen.verbs._packed_family import check_sampler, load_family
+from qvgen.verbs._shared_videos import check_shared_videos
 from qvgen.verbs._video_request import Request, read_request
 from qvgen.verbs._video_sampler import VideoSampler, made_from
 
@@ -41,12 +43,14 @@ class Side:
         facts: The model or folder that it is, for evaluation.json.
         clips: The videos.
         load: Loads the model that samples them; None where they are files.
+        group: The processes that sample a video together; None: each does so by itself.
     """
 
     label: str
     facts: dict[str, Any]
     clips: Clips
     load: Callable[[], VideoSampler] | None = None
+    group: VideoGroup | None = None
     _sampler: VideoSampler | None = field(default=None, repr=False)
 
     @property
@@ -55,6 +59,7 @@ class Side:
         if self._sampler is None:
             assert self.load is not None, "its videos are sampled"
             self._sampler = self.load()
+            self._sampler.group = self.group
         return self._sampler
 
     def missing(self, cases: Sequence[Case]) -> dict[Case, Any]:
@@ -121,6 +126,7 @@ def read_compared(config: EvaluateConfig, listed: PromptList | None = None) -> C
         family = load_family(sampling)
         request = read_request(sampling, family)
         check_sampler(packed, family, num_steps=request.num_steps, guidance_scale=request.guidance_scale)
+        check_shared_videos(sampling, family)
     negative = "" if family is None else family.negative_prompt
     if config.videos is not None:
         files = read_folder(config.videos, key="videos")
@@ -173,10 +179,13 @@ def _sampling(config: EvaluateConfig, packed: tuple[Path, ...] | None) -> Genera
         overwrite=False,
         kernel=config.kernel if packed else "auto",
         fused_norms=False,
+        devices=config.devices,
+        context_parallel=config.context_parallel,
         dry_run=False,
         debug=False,
         names=ModelName(model=config.names.model),
         typed=config.typed,
+        plain=config.plain,
     )
 
 

@@ -9,13 +9,11 @@ does the same and a stopped one loses what it was at. Every video is sampled alo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from qvgen import stop_request
 from qvgen.config.evaluate_schema import EvaluateConfig
@@ -32,10 +30,12 @@ from qvgen.evaluation.suite.summary import MeasuredCase
 from qvgen.evaluation.suite.value_file import ValueFiles
 from qvgen.evaluation.vbench_program.dimension import ProgramDimension
 from qvgen.evaluation.vbench_program.program import VBenchProgram
+from qvgen.training.distributed.video_group import VideoGroup
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._evaluated_models import Compared, Side
 from qvgen.verbs._program_share import ProgramShare
+from qvgen.verbs._video_sampler import VideoSampler
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class EvaluationShare:
         metrics: Those that can be measured, by name.
         prompts: The list that says which prompts a dimension of VBench looks at; None: there is none.
         program: VBench's own program, which measures its dimensions; None: nobody named one.
+        group: The processes that sample a video together; None: each does so by itself.
     """
 
     config: EvaluateConfig
@@ -69,10 +70,13 @@ class EvaluationShare:
     metrics: Mapping[str, Metric]
     prompts: PromptList | None = None
     program: VBenchProgram | None = None
+    group: VideoGroup | None = None
 
     def do(self) -> None:
         """Make what is missing and is not made by another process, until all is there."""
         for side in (self.compared.reference, self.compared.model):
+            if side is not None:
+                side.group = self.group
             if side is not None and isinstance(side.clips, SampledClips):
                 self._sample(side, side.clips)
         measured = self.config.out / "measured"
@@ -112,17 +116,28 @@ class EvaluationShare:
             if 0 < shared.num_there < count:
                 log.info("%s: %d of %d videos are there", side.label, shared.num_there, count)
             stop_request.note(f"after {shared.num_there} of {count} {where}")
-            for case in shared:
+            for case in self._together(shared, shared.cases):
                 if not is_ready:
                     opened.enter_context(side.sampler.in_place())
                     is_ready = True
                 assert case.asked is not None, "it is sampled"
                 frames = side.sampler.sample_one(case.asked)
+                if not self._writes:
+                    continue
                 with stop_request.undivided():
                     clips.write(case, frames)
                     log.info("%s: video %d of %d", side.label, shared.num_there + 1, count)
                     stop_request.note(f"after {shared.num_there + 1} of {count} {where}")
         side.free()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process keeps what its group has made."""
+        return self.group is None or self.group.is_first
+
+    def _together(self, taken: Iterable[Case], among: Sequence[Case]) -> Iterable[Case]:
+        """The cases that this process makes with those of its group, which its first one takes."""
+        return taken if self.group is None else self.group.together(taken, among=among)
 
     @cached_property
     def _of_models(self) -> dict[str, ModelMetric]:
@@ -197,21 +212,30 @@ class EvaluationShare:
         files, chosen, cases = self._model_values, self._of_models, self._model_cases
         model, reference = self.compared.model, self.compared.reference
         assert reference is not None, "they compare"
-        for case in self._missing(files, cases, claims, what="predictions"):
+        for case in self._together(self._missing(files, cases, claims, what="predictions"), cases):
             assert case.asked is not None, "it is sampled"
             teacher, asked = reference.sampler, case.asked
-            calls = compared_calls(
-                teacher.transformer,
-                model.sampler.transformer,
-                lambda teacher=teacher, asked=asked: teacher.sample_one(asked),
-                family=teacher.family,
-            )
+            with self._shared(teacher, model.sampler):
+                calls = compared_calls(
+                    teacher.transformer,
+                    model.sampler.transformer,
+                    lambda teacher=teacher, asked=asked: teacher.sample_one(asked),
+                    family=teacher.family,
+                )
+            if not self._writes:
+                continue
             number = cases.index(case)
             values = {name: metric.measure(calls) for name, metric in chosen.items() if number < metric.videos}
             found = {name: value for name, value in values.items() if value is not None}
             files.write(case.name, found, key=self._key(files, case))
         for side in (reference, model):
             side.free()
+
+    def _shared(self, *samplers: VideoSampler) -> AbstractContextManager[None]:
+        """What has calls of their models share a video's tokens out, where processes do."""
+        if self.group is None:
+            return nullcontext()
+        return self.group.shared(list(dict.fromkeys(model for sampler in samplers for model in sampler.transformers)))
 
     def _measure_videos(self, claims: Claims) -> None:
         files, reference = self._video_values, self.compared.reference
@@ -225,9 +249,3 @@ class EvaluationShare:
                 prompts=self.prompts,
             )
             files.write(case.name, values, key=self._key(files, case))
-
-
-def use_own_gpu(rank: int) -> None:
-    """Compute on the GPU of this process's number, where there are any."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -24,20 +24,20 @@ from qvgen.config.leaf_file import foreign_targets
 from qvgen.config.run_config import read_plain
 from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.training.distributed.meeting import SAMPLE, START, Meeting, RankZeroEndedError, current
-from qvgen.training.trainer import COLLECTIVE_TIMEOUT
+from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
+from qvgen.training.distributed.silence import BAD_ENVIRONMENT
 from qvgen.training.whole_run import WORKER_FILE
 from qvgen.verbs import import_verb
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 20.0
-"""How long a process that was stopped waits for rank 0, which has ten seconds to end what it does, to say how it ended."""
+PATIENCE_SECONDS = 20.0
+"""How long a process that was stopped, or failed, waits for rank 0 to say how it ended: that has ten seconds to notice."""
 _BUG = 1
 
 
 def lead(world: LaunchedWorld, run: Callable[[], int]) -> int:
     """Run a command as rank 0; ``run`` says what is wrong, and returns its exit code."""
-    _check_devices(world)
     with Meeting(world) as meeting:
         code = _BUG
         try:
@@ -54,10 +54,9 @@ def follow(world: LaunchedWorld, run: Callable[[], int]) -> int:
         The exit code; rank 0's, where it failed or was stopped.
 
     Raises:
-        UnfitEnvironmentError: What went wrong here and not in rank 0, or that rank 0 ended before training.
+        UnfitEnvironmentError: What went wrong here while rank 0 goes on, or that rank 0 ended before training.
     """
     stop_request.be_silent()
-    _check_devices(world)
     with Meeting(world) as meeting:
         try:
             try:
@@ -65,25 +64,45 @@ def follow(world: LaunchedWorld, run: Callable[[], int]) -> int:
             except RankZeroEndedError:
                 raise
             except stop_request.Stopped:
-                code = meeting.verdict(timeout_s=STOP_SECONDS)
+                code = meeting.verdict(timeout_s=PATIENCE_SECONDS)
                 if code is None:
                     print(f"qvgen: {meeting.me} was stopped, and rank 0 did not end: see its output", file=sys.stderr)
                     return stop_request.say_end()
                 return code
             except Exception as error:
-                code = meeting.verdict()
-                if code:
-                    return code
-                meeting.fail(f"{meeting.me} failed: {one_line(error)}")
-                if isinstance(error, ValueError | OSError | UnfitEnvironmentError):
-                    raise UnfitEnvironmentError(f"{meeting.me}: {one_line(error)}") from error
-                raise
+                return _after_failure(meeting, error)
         except RankZeroEndedError as end:
-            if end.code == 2:
+            if end.code == BAD_ENVIRONMENT:
                 raise UnfitEnvironmentError(str(end)) from end
             return end.code
         finally:
             meeting.leave()
+
+
+def _after_failure(meeting: Meeting, error: Exception) -> int:
+    """Tell rank 0 what went wrong here, at once; it says so, unless the same went wrong there.
+
+    Returns:
+        Rank 0's exit code.
+
+    Raises:
+        UnfitEnvironmentError: Rank 0 does not end, so that it is said here.
+        Exception: The error, where it is a bug that is not rank 0's, too: somebody needs its traceback.
+    """
+    words = one_line(error)
+    said = words if words.startswith(meeting.me) else f"{meeting.me} failed: {words}"
+    meeting.fail(said)
+    is_bug = not isinstance(error, ValueError | OSError | UnfitEnvironmentError)
+    log.log(logging.ERROR if logging.root.handlers else logging.DEBUG, "%s", meeting.me, exc_info=error)
+    try:
+        code = meeting.verdict(timeout_s=PATIENCE_SECONDS)
+    except RankZeroEndedError:  # without a word, so that it is said here
+        code = None
+    if is_bug and code != _BUG:
+        raise error
+    if not code:
+        raise UnfitEnvironmentError(said) from error
+    return code
 
 
 def take_part(verb: str, plain: Mapping[str, Any]) -> int:
@@ -98,6 +117,9 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
     if plain.get("dry_run"):  # rank 0 says the plan
         return meeting.verdict(timeout_s=float("inf")) or 0
     world, module = meeting.world, import_verb(verb)
+    module.look_ahead(
+        build(verb, plain)
+    )  # rank 0 may make its start for hours before this process is asked for anything
 
     @cache
     def config(folder: Path) -> Any:
@@ -116,8 +138,8 @@ def take_part(verb: str, plain: Mapping[str, Any]) -> int:
     return 0
 
 
-def _check_devices(world: LaunchedWorld) -> None:
-    """Each process takes the GPU of its local rank, of all that its node has."""
+def check_devices(world: LaunchedWorld) -> None:
+    """Raise UnfitEnvironmentError where a process does not see its GPU: that of its local rank, of all that its node has."""
     seen = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
     if seen < world.local_size:
         raise UnfitEnvironmentError(

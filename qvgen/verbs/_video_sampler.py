@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.deploy.manifest import read_manifest
 from qvgen.evaluation.placement import placed
 from qvgen.models.base import local_arguments
+from qvgen.training.distributed.video_group import VideoGroup
 from qvgen.training.identity import code_facts
 from qvgen.training.source_checksum import sources_of
 from qvgen.verbs._video_request import Request
@@ -41,11 +42,13 @@ class VideoSampler:
     Attributes:
         family: The model family.
         transformer: The model.
+        group: The processes that sample a video together, where it is set.
         switches: Policies that switch its widths while it samples.
     """
 
     def __init__(self, config: GenerateConfig, family: Any, request: Request) -> None:
         self._config, self.family, self._request = config, family, request
+        self.group: VideoGroup | None = None
         self.transformer = _transformer(config, family)
         if hasattr(family, "to") and torch.cuda.is_available():
             family.to("cuda")
@@ -57,10 +60,12 @@ class VideoSampler:
         if hasattr(family, "tokens_left_out"):
             warn_of_cut_captions(request.texts, tokens_left_out=family.tokens_left_out)
 
-    def sample(self, videos: Mapping[Place, PromptedVideo]) -> Iterator[tuple[Place, PromptedVideo, np.ndarray]]:
+    def sample(
+        self, videos: Iterable[tuple[Place, PromptedVideo]]
+    ) -> Iterator[tuple[Place, PromptedVideo, np.ndarray]]:
         """The videos one after the other, uint8 [F, H, W, 3]: each alone, so that none depends on the others."""
         with self.in_place():
-            for place, asked in videos.items():
+            for place, asked in videos:
                 yield place, asked, self.sample_one(asked).numpy()
 
     @contextmanager
@@ -68,7 +73,14 @@ class VideoSampler:
         """Bring the transformer to where it samples while the block runs, and say by which kernel."""
         with placed(self.transformer) as device:
             self._say_kernel(device)
-            yield
+            with nullcontext() if self.group is None else self.group.shared(self.transformers):
+                yield
+
+    @property
+    def transformers(self) -> list[nn.Module]:
+        """The model, and the second expert that it is sampled with, if there is one, beside it."""
+        partner = [self.family.partner(self.transformer)] if hasattr(self.family, "partner") else []
+        return [self.transformer, *partner]
 
     def sample_one(self, asked: PromptedVideo) -> Tensor:
         """One video, uint8 [F, H, W, 3]; the transformer is in place (:meth:`in_place`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from qvgen.evaluation.vbench.dimension import Dimension, NetworkDimension
 from qvgen.evaluation.vbench.total import summarized_scores
 from qvgen.evaluation.vbench_program.dimension import ProgramDimension
 from qvgen.evaluation.vbench_program.program import VBenchProgram
-from qvgen.run_directory import atomic_write, write_plain
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.run_directory import atomic_write
 from qvgen.training.run_label import was_logged
 from qvgen.verbs._evaluated_models import Compared, read_compared
-from qvgen.verbs._evaluation_share import EvaluationShare, asked_of, measured_by, use_own_gpu
+from qvgen.verbs._evaluation_share import EvaluationShare, asked_of, measured_by
+from qvgen.verbs._shared_videos import groups_said, joined_videos, started_workers, use_own_gpu
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ def run(config: EvaluateConfig) -> None:
 
 def run_worker(config: EvaluateConfig, *, rank: int, world_size: int, port: int) -> None:
     """Do another process's part."""
-    del port  # they need not speak to each other
     assert world_size == config.devices, f"{world_size} processes for devices={config.devices}"
     use_own_gpu(rank)
     prompts, program = _prompts(config), _program(config)
     compared = read_compared(config, prompts)
     metrics, _ = _metrics(config, compared, program)
-    EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts, program=program).do()
+    share = EvaluationShare(config=config, compared=compared, metrics=metrics, prompts=prompts, program=program)
+    _do_share(share, rank=rank, port=port)
 
 
 def _prompts(config: EvaluateConfig) -> PromptList | None:
@@ -111,13 +111,17 @@ def _do_all(config: EvaluateConfig, share: EvaluationShare, world: LaunchedWorld
     if world is not None or config.devices == 1:
         share.do()
         return
-    logs = config.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    write_plain(logs / "worker.yaml", config.plain)
-    command = worker_command("evaluate", logs / "worker.yaml", config.plain)
-    with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
+    with started_workers("evaluate", config) as workers:
+        _do_share(share, rank=0, port=workers.port)
+
+
+def _do_share(share: EvaluationShare, *, rank: int, port: int) -> None:
+    """Do one of several processes' share; those that sample no video together need not speak to each other."""
+    if share.config.context_parallel == 1:
         share.do()
-        group.join()
+        return
+    with joined_videos(share.config, rank=rank, port=port) as group:
+        replace(share, group=group).do()
 
 
 def _metrics(
@@ -203,6 +207,7 @@ def _plan(
 ) -> list[str]:
     prompts = len({case.prompt for case in compared.cases})
     lines = [f"{len(compared.cases)} videos of {prompts} prompts into {config.out}"]
+    lines += groups_said(config.devices, config.context_parallel)
     for side in filter(None, (compared.model, compared.reference)):
         missing = len(side.missing(compared.cases))
         lines.append(f"{side.label}: {missing} of them are to be sampled" if side.load else f"{side.label}: files")

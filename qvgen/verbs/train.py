@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import nn
@@ -28,6 +29,8 @@ from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports,
 from qvgen.verbs._parts import ptq_method, student_design, title, training_run
 from qvgen.verbs._shared_work import shared_work
 from qvgen.verbs._strategy import settle_strategy
+
+log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig) -> int | None:
@@ -144,6 +147,17 @@ def _check_callbacks(config: TrainConfig) -> None:
     schedule = config.method.schedule(config.phi, num_steps=config.steps)
     is_measured = config.method.quantizes and config.evaluation.every_steps is not None
     check_monitors(config.callbacks, columns=metric_columns(schedule)[1:], is_measured=is_measured)
+
+
+def look_ahead(config: TrainConfig) -> None:
+    """As another process of the run, raise for what this one does not see of the run's files, before rank 0 has begun.
+
+    Raises:
+        ValueError: The model or the clips are not there, or do not fit each other.
+    """
+    log.debug("%s: weights %s", config.names.model, config.model.revision)  # raises where there are none
+    config.data.check(config.model)
+    config.data.num_clips()
 
 
 def help_start(config: TrainConfig, *, rank: int) -> None:

@@ -208,10 +208,10 @@ def test_each_expert_gets_its_own_keys(experts: Path, expert: str, tmp_path: Pat
     own, other = ("transformer", "transformer_2") if expert == "high" else ("transformer_2", "transformer")
     teacher, unchanged = family.load_teacher(), plain.load_teacher()
     check_merged(teacher, unchanged, saved[own], scale=SCALE)
-    check_merged(family._partner(teacher), plain._partner(teacher), saved[other], scale=SCALE)
+    check_merged(family.partner(teacher), plain.partner(teacher), saved[other], scale=SCALE)
     arguments = {"num_steps": 3, "guidance_scale": 4.0}
     with_both = family.generate(teacher, CAPTIONS[:1], [1], **arguments)
-    family.use_partner(plain._partner(teacher))
+    family.use_partner(plain.partner(teacher))
     assert not torch.equal(with_both, family.generate(teacher, CAPTIONS[:1], [1], **arguments))
 
 
@@ -223,8 +223,8 @@ def test_keys_of_one_transformer_are_of_the_expert_that_is_trained(experts: Path
         plain = tiny_family("wan2.2-a14b", experts, expert=expert)
         teacher = family.load_teacher()
         check_merged(teacher, plain.load_teacher(), saved, scale=1.0)
-        wanted = plain._partner(teacher).state_dict()
-        assert all(torch.equal(value, wanted[key]) for key, value in family._partner(teacher).state_dict().items())
+        wanted = plain.partner(teacher).state_dict()
+        assert all(torch.equal(value, wanted[key]) for key, value in family.partner(teacher).state_dict().items())
     save_of_experts(experts, path, ["transformer_2"])
     with pytest.raises(
         ValueError, match="it is of transformer_2, transformer is trained; choose the expert that it is of"

@@ -337,7 +337,7 @@ def test_each_expert_has_a_lora_of_its_own(experts: Path, tmp_path: Path, caplog
     for expert in ("high", "low"):
         family, plain = expert_family(experts, expert, **keys), expert_family(experts, expert)
         pairs = [(family.load_teacher(), plain.load_teacher())]
-        pairs.append((family._partner(pairs[0][0]), plain._partner(pairs[0][1])))
+        pairs.append((family.partner(pairs[0][0]), plain.partner(pairs[0][1])))
         for (found, before), one, scale in zip(
             pairs if expert == "high" else pairs[::-1], halves, (2.0, 0.5), strict=True
         ):

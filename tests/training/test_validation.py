@@ -26,7 +26,8 @@ from qvgen.errors import UserError
 from qvgen.evaluation.distance import psnr_db, ssim
 from qvgen.evaluation.suite.paired_metrics import PairedMetrics
 from qvgen.evaluation.validation_files import ValidationFiles, read_validation
-from qvgen.training.trainer import COLLECTIVE_TIMEOUT, Processes, build_trainer
+from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
+from qvgen.training.trainer import Processes, build_trainer
 from qvgen.training.validation import ValidationVideos
 from qvgen.verbs._parts import open_log
 from tests.parts import prepared, video_callback

@@ -25,7 +25,7 @@ def ptq(run_dir: Path, *words: str) -> int:
     return main(["ptq", *keys, "init=rtn", "evaluation.start_videos=false", f"run_dir={run_dir}", *words])
 
 
-def test_the_tiny_models_videos_are_those_of_its_student(tmp_path: Path) -> None:
+def test_the_tiny_models_videos_are_those_of_its_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ptq(tmp_path / "run", "bits=w4a8", *shallow(1), INT8) == DONE
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["attentions_quantized"] == ["blocks.0.attn1", "blocks.0.attn2"]
@@ -39,6 +39,10 @@ def test_the_tiny_models_videos_are_those_of_its_student(tmp_path: Path) -> None
     (of_the_run,) = (tmp_path / "run" / "videos").glob("*-packed.mp4")
     (video,) = out.iterdir()
     assert video.read_bytes() == of_the_run.read_bytes()
+    together = ["devices=2", "context_parallel=2", f"out={tmp_path / 'together'}"]
+    capsys.readouterr()
+    assert main(["generate", f"packed={packed}", f"prompt={PROMPT}", *together]) == BAD_INPUT
+    assert "has 2 attentions in 8 bits, and that of a shared sequence is diffusers' own" in capsys.readouterr().err
 
 
 def test_a_cogvideox_folder_is_packed_and_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

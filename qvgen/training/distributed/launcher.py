@@ -1,17 +1,16 @@
 """The processes of a distributed run on one machine: started, watched and ended by us.
 
-Rank 0 is the process that the user started. The others run a command that the caller gives, in an environment that
-we make. Neither Lightning's launcher nor variables of the environment take part: under --multirun Lightning's children
-would run the whole sweep again, and a LOCAL_RANK that some other program left would turn two processes into one.
+Rank 0 is the process that the user started. The others run a command that the caller gives, in an environment that we make.
+Neither Lightning's launcher nor variables of the environment take part: under --multirun Lightning's children would run the
+whole sweep again, and a LOCAL_RANK that some other program left would turn two processes into one.
 
     user -> rank 0 --- WorkerGroup --- rank 1 `qvgen worker VERB CONFIG --rank 1 --world-size N --port P --parent PID`
                             |                       log: LOG_DIRECTORY/rank1.log
                             +-- a thread that looks after the children
 
-Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too)
-ends the children. Whoever hangs is named after a few steps' time and ends the run after ``hang_minutes``. A request to stop
-(:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in a collective. This module needs
-no torch; what Lightning has to know is in cluster.py.
+Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too) ends the
+children. Whoever hangs is named after a few steps' time and ends the run after ``hang_minutes``. A request to stop
+(:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in a collective. No torch is needed.
 """
 
 from __future__ import annotations
@@ -38,8 +37,10 @@ from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.child import GO, READ, SAMPLE, START
 from qvgen.training.distributed.foreign_launcher import forget_ranks
+from qvgen.training.distributed.plain_group import leave_group
 from qvgen.training.distributed.silence import BAD_ENVIRONMENT, SilenceWatch
 from qvgen.training.distributed.unnamed_file import name_file, unnamed_files
+from qvgen.unfinished import delete_unfinished
 from qvgen.worker_signals import held_back
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class WorkerGroup:
         self.given = (self._command, world_size, log_directory, hang_minutes)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._unnamed_logs: list[BinaryIO] = []
-        self._is_started = False
+        self._is_started = self._is_entered = False
         self._left = threading.Event()
         self._pulse = heartbeat.Pulse()
         self._silence = SilenceWatch(
@@ -136,6 +137,7 @@ class WorkerGroup:
             name_file(log_file, self._log_file(rank))
         self._is_started = True
         self._tell(READ)
+        self._watcher.start()
 
     def start_ahead(self) -> bool:
         """Start the children while this process is still busy: they import, and wait for :meth:`start`.
@@ -161,12 +163,12 @@ class WorkerGroup:
             self.start()
         heartbeat.report_to(self._own_end)
         self._pulse.begin()
+        self._is_entered = True
         self._tell(GO)
         for child in self._children.values():
             assert child.stdin is not None
             with suppress(BrokenPipeError):
                 child.stdin.close()
-        self._watcher.start()
         return self
 
     def ask(self) -> None:
@@ -192,17 +194,16 @@ class WorkerGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
-        self._watcher.join()
+        self._stop_watching()
         heartbeat.report_to(None)
         try:
             if error is None:
                 self.join(timeout_s=JOIN_SECONDS)
-            elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=2.0)):
+            elif isinstance(error, RuntimeError) and (last_words := self._first_failure(wait_seconds=5.0)):
                 raise UnfitEnvironmentError(last_words) from error  # a collective failed because a child is gone
         finally:
             self.end()
-            _leave_process_group()
+            leave_group()
 
     def _start(self, rank: int, log_file: BinaryIO, *, beats: int) -> subprocess.Popen[bytes]:
         ranks = {"rank": rank, "world-size": self.world_size, "port": self.port, "beats": beats, "parent": os.getpid()}
@@ -215,23 +216,29 @@ class WorkerGroup:
         )
 
     def _watch(self) -> None:
-        """End this process if a child died or hangs and the main thread waits for it, for example in a collective."""
+        """End this process if a child died or hangs, and the main thread waits in compiled code, or makes the start."""
         while not self._left.wait(POLL_SECONDS):
-            self._pulse.read()
             if self._first_failure() is None:
-                self._silence.look()
+                if self._is_entered:  # until then nobody has anything to report
+                    self._pulse.read()
+                    self._silence.look()
             elif not self._left.wait(GRACE_SECONDS):
                 sys.stderr.write(f"qvgen: {self._first_failure()}\n")
                 sys.stderr.flush()
-                self.end()
-                os._exit(BAD_ENVIRONMENT)  # the main thread waits in compiled code, where no exception reaches it
+                self._end_children()
+                delete_unfinished()
+                os._exit(BAD_ENVIRONMENT)
+
+    def _stop_watching(self) -> None:
+        self._left.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
 
     def _describe_silence(self) -> str:
         children = [self._children[rank].pid for rank in range(1, self.world_size)]
         return self._pulse.describe([heartbeat.process_words(pid) for pid in [os.getpid(), *children]])
 
-    def _end_now(self, code: int | None, why: str) -> NoReturn:
-        """Without waiting for the children: one that the kernel holds may not end before a disk answers."""
+    def _end_now(self, code: int | None, why: str) -> NoReturn:  # without waiting: the kernel may hold a child
         for child in self._children.values():
             child.kill()
         stop_request.end_now(code, why=why)
@@ -272,6 +279,10 @@ class WorkerGroup:
 
     def end(self) -> None:
         """End the children that still run."""
+        self._stop_watching()
+        self._end_children()
+
+    def _end_children(self) -> None:
         for child in self._children.values():
             if child.poll() is None:
                 child.kill()
@@ -287,12 +298,3 @@ class WorkerGroup:
 
     def _log_file(self, rank: int) -> Path:
         return self._log_directory / f"rank{rank}.log"
-
-
-def _leave_process_group() -> None:
-    """Take this process out of torch's process group: the next job of a --multirun makes its own."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning leaves them
-        os.environ.pop(name, None)

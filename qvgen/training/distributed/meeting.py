@@ -46,8 +46,8 @@ from qvgen.training.distributed.store_watch import END, FAILED, STOP, StoreWatch
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-VERDICT_SECONDS = 10.0
-"""How long a process that failed waits for rank 0 to fail in the same way and to say so."""
+WORDS_SECONDS = 5.0
+"""How long a process whose collective failed waits for what another one says of its end."""
 FAREWELL_SECONDS = 5.0
 """How long rank 0, where it serves the store, stays for the others to read how it ended."""
 MARK_FILE = "launch.txt"
@@ -146,13 +146,7 @@ class Meeting:
 
     def end(self, code: int) -> None:
         """As rank 0: say how the command ended, and stay until the others have read it."""
-        try:
-            self._store.set(END, str(code))
-            deadline = time.monotonic() + FAREWELL_SECONDS
-            while self._serves and self._store.add(_READ, 0) < self.world.size - 1 and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS / 4)
-        except RuntimeError:
-            log.debug("the store is gone")
+        self._say_end(code)
 
     # The others
 
@@ -169,9 +163,8 @@ class Meeting:
         left = dict(helps)
         while not self._store_has(RUN):
             if (code := self.ended()) is not None:
-                raise RankZeroEndedError(
-                    code, f"{self.me} ends: rank 0 ended with exit code {code} before training began"
-                )
+                why = self._failure() or f"rank 0 ended with exit code {code} before training began"
+                raise RankZeroEndedError(code, f"{self.me} ends: {why}")
             for asked in filter(self._store_has, tuple(left)):
                 left.pop(asked)(self._seen_folder(asked))
             time.sleep(POLL_SECONDS)
@@ -196,7 +189,7 @@ class Meeting:
                 BAD_ENVIRONMENT, f"{self.me} ends: rank 0 at {address} is gone; see its output"
             ) from error
 
-    def verdict(self, *, timeout_s: float = VERDICT_SECONDS) -> int | None:
+    def verdict(self, *, timeout_s: float) -> int | None:
         """As another rank that can't go on: rank 0's exit code, if it ends within a time; None: it goes on."""
         deadline = time.monotonic() + timeout_s
         while (code := self.ended()) is None and time.monotonic() < deadline:
@@ -204,8 +197,10 @@ class Meeting:
         return code
 
     def fail(self, message: str) -> None:
-        """As another rank: tell all why this one ends."""
-        self._store.set(FAILED, message)
+        """As another rank: tell all why this one ends; who says it first counts, others may have lost this one."""
+        self._watcher.close()  # it would take this for another one's end
+        with suppress(RuntimeError):  # rank 0 is gone
+            self._store.compare_set(FAILED, "", message)
 
     def leave(self) -> None:
         """As another rank: say that rank 0 need not stay for this one."""
@@ -242,7 +237,7 @@ class Meeting:
         except RuntimeError as error:
             if isinstance(error, UnfitEnvironmentError) or not is_of_network(error):
                 raise
-            why = self._failure(wait_seconds=2.0) or self._links.lost or gone_words(error)
+            why = self._why_lost() or gone_words(error)
             raise UnfitEnvironmentError(f"{self.me} lost the others in step {heartbeat.last_step()}: {why}") from error
         finally:
             self._links.stop_watching_silence()
@@ -260,22 +255,23 @@ class Meeting:
         except RuntimeError:
             log.debug("the store is gone")
 
-    def _failure(self, *, wait_seconds: float = 0.0) -> str | None:
-        deadline = time.monotonic() + wait_seconds
-        try:
-            while not self._store.check([FAILED]):
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(POLL_SECONDS)
-            return self._store.get(FAILED).decode()
-        except RuntimeError:
-            return None
+    def _why_lost(self) -> str | None:
+        """What another process said of its end, or which one is gone, as soon as one of both is known."""
+        deadline = time.monotonic() + WORDS_SECONDS
+        while not (why := self._failure() or self._links.lost) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return why
+
+    def _failure(self) -> str | None:
+        with suppress(RuntimeError):
+            return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
+        return None
 
     def _end_now(self, why: str) -> None:
         self._ending.acquire()  # for good: one line is said, while the main thread waits in compiled code
-        self._say_end(BAD_ENVIRONMENT)
         sys.stderr.write(f"qvgen: {self.me} ends in step {heartbeat.last_step()}: {why}\n")
         sys.stderr.flush()
+        self._say_end(BAD_ENVIRONMENT)
         os._exit(BAD_ENVIRONMENT)
 
     def _end_stopped(self, code: int | None, why: str) -> None:
@@ -283,9 +279,13 @@ class Meeting:
         stop_request.end_now(code, why=why)
 
     def _say_end(self, code: int) -> None:
-        if self.world.rank == 0:
-            with suppress(RuntimeError):
-                self._watched.set(END, str(code))
+        if self.world.rank:
+            return
+        with suppress(RuntimeError):  # the store is gone
+            self._watched.set(END, str(code))
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while self._serves and self._watched.add(_READ, 0) < self.world.size - 1 and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 4)
 
 
 _current: Meeting | None = None

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import Any
 
 from qvgen.training.distributed import heartbeat
+from qvgen.training.distributed.launched_store import CONNECT_SECONDS
 from qvgen.training.distributed.silence import SilenceWatch
 from qvgen.training.distributed.watched_connection import UNREACHABLE_SECONDS, how_it_ended, watch_connection
 
@@ -143,6 +144,7 @@ class LinksToOthers(Links):
         self.told = json.dumps({"port": port, "token": self._token, "host": host, "pid": os.getpid()})
         self._told: dict[int, dict[str, Any]] = {0: {"host": host, "pid": os.getpid()}}
         self._strangers: dict[socket.socket, float] = {}
+        self._began = time.monotonic()
         self._pulse.expect(world_size)
         read_end, self._own_end = os.pipe()
         self._pulse.connect(0, read_end)
@@ -195,6 +197,14 @@ class LinksToOthers(Links):
             assert descriptor is not None
             with suppress(OSError):
                 os.write(descriptor, record)
+
+    def _lose(self) -> None:
+        """Notice besides who never came: a process may fail before it knows where the others meet."""
+        super()._lose()
+        missing = sorted(set(range(len(self._pulse.beats))) - self._told.keys())
+        if missing and self.lost is None and time.monotonic() - self._began > CONNECT_SECONDS:
+            ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            self.lost = f"{ranks} did not come within {CONNECT_SECONDS:.0f} s; see the output of that process"
 
     def _look(self, silence: SilenceWatch) -> None:
         silence.look()

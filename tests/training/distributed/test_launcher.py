@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qvgen.cli import BUG, _guarded
 from qvgen.stop_request import SIGNALS
 from qvgen.training.distributed.foreign_launcher import RANK_VARIABLES
 from qvgen.training.distributed.launcher import WorkerGroup, guard_world_size, worker_command
@@ -86,6 +87,21 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
     assert done.stderr.splitlines() == [
         f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
     ]
+
+
+def test_a_parent_that_makes_the_start_is_ended_when_its_child_dies(tmp_path: Path) -> None:
+    parent = child(
+        "from pathlib import Path\n"
+        "from qvgen.training.distributed import launcher\n"
+        "launcher.GRACE_SECONDS = 0.2\n"
+        "command = [sys.executable, '-c', 'raise SystemExit(\"no such folder\")']\n"
+        f"launcher.WorkerGroup(command, world_size=2, log_directory=Path({str(tmp_path)!r})).start()\n"
+        "time.sleep(100)"
+    )
+    done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qvgen: the process of rank 1 ended with exit code 1: no such folder (see ")
 
 
 def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
@@ -286,3 +302,12 @@ def test_a_child_that_died_before_the_group_was_entered_is_named(tmp_path: Path)
     group._children[1].wait()
     with pytest.raises(RuntimeError, match="rank 1 ended with exit code 1: no module named x"), group:
         pass
+
+
+def test_the_last_line_of_a_worker_is_its_whole_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise TypeError("device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA to know more")  # as torch has it
+
+    assert _guarded(fail, name="worker", show_traceback=True) == BUG
+    line = "qvgen worker: TypeError: device-side assert triggered Compile with TORCH_USE_CUDA_DSA to know more"
+    assert capsys.readouterr().err.splitlines()[-1] == line

@@ -159,3 +159,11 @@ def test_a_stranger_takes_nobodys_place(links: tuple[LinksToOthers, list[str]]) 
         wait_until(lambda: zero._pulse.beats[1].step == 3)
         assert process.communicate("\n") == ("", "")
     assert (zero.lost, ends) == (None, [])
+
+
+def test_a_process_that_never_comes_is_named(
+    links: tuple[LinksToOthers, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_links, "CONNECT_SECONDS", 0.0)
+    wait_until(lambda: bool(links[1]))
+    assert links[1][0] == "rank 1 did not come within 0 s; see the output of that process"
