@@ -49,12 +49,14 @@ class PublishedModel:
         repository: ORG/NAME on the hub; empty for one that is trained here.
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
+        own_classes: Classes of its parts that diffusers does not have.
     """
 
     name: str
     repository: str
     kind: Mapping[str, Any]
     sizes: Mapping[str, Any]
+    own_classes: tuple[type, ...] = ()
 
 
 def check_is_known(configs: Configs, *, name: str, given: str) -> None:
@@ -204,5 +206,6 @@ def known_models() -> tuple[PublishedModel, ...]:
             text_encoder=family.text_encoder_class,
         )
         sizes = _sizes(published["transformer"])
-        models.append(PublishedModel(name=name, repository=spec.get("repository", ""), kind=kind, sizes=sizes))
+        own = {"repository": spec.get("repository", ""), "own_classes": tuple(getattr(family, "own_classes", ()))}
+        models.append(PublishedModel(name=name, kind=kind, sizes=sizes, **own))
     return tuple(models)
