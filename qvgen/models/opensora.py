@@ -277,9 +277,7 @@ class OpenSora(PipelineFamily):
         del parts
         frames = latent_frames(self.sampling_frames, window=self._window)
         shape = (*self.sample_shape[:1], frames, *self.sample_shape[2:])
-        return OpenSoraSampler(
-            predict=self.predict, transformer=transformer, scheduler=self.scheduler(), shape=shape
-        )
+        return OpenSoraSampler(predict=self.predict, transformer=transformer, scheduler=self.scheduler(), shape=shape)
 
     def _sizes(self) -> dict[str, int]:
         return {}  # the sampler knows them

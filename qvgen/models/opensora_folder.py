@@ -106,16 +106,17 @@ class OpenSoraFolder(HubFolder):
         remedy = self.remedy(f"{component}/*")
         config = self.read_json(f"{component}/config.json")
         if (named := config.pop("_class_name", None)) != model_class.__name__:
-            raise ValueError(
-                f"{self.path / component} holds a {named}, needed is a {model_class.__name__}; {remedy}"
-            )
+            raise ValueError(f"{self.path / component} holds a {named}, needed is a {model_class.__name__}; {remedy}")
         files = self.weight_files(component)
         with torch.device("meta"):
             model: nn.Module = model_class(**config)
         kept = tuple(f"{name}." for name in getattr(model_class, "_keep_in_fp32_modules", None) or ())
         state = {name: value for file in files for name, value in load_file(file).items()}
         expected = model.state_dict()
-        for what, names in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
+        for what, names in (
+            ("missing", expected.keys() - state.keys()),
+            ("unexpected", state.keys() - expected.keys()),
+        ):
             if names:
                 raise ValueError(
                     f"{self.path / component}: {len(names)} tensors are {what}, the first is {min(names)}; {remedy}"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -87,9 +87,9 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["STDiT3Block"]
-    _repeated_blocks = ["STDiT3Block"]
-    _keep_in_fp32_modules = ["rope"]
+    _no_split_modules: ClassVar[list[str]] = ["STDiT3Block"]
+    _repeated_blocks: ClassVar[list[str]] = ["STDiT3Block"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["rope"]
 
     @register_to_config  # type: ignore[misc]
     def __init__(
@@ -103,6 +103,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]
         input_sq_size: int = 512,
     ) -> None:
         super().__init__()
+        self.square = input_sq_size
         heads = num_attention_heads
         self.rope = RotaryPositions(hidden_size // heads)
         self.x_embedder = PatchEmbedder(in_channels, hidden_size)
@@ -160,7 +161,7 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]
     def _positions(self, grid: tuple[int, ...], *, like: Tensor) -> Tensor:
         """Sinusoids [S, C] of the places of a frame's patches, in the type of latents [B, C_in, F, h, w]."""
         (rows, columns), (height, width) = grid, like.shape[3:]
-        step = round(math.sqrt(rows * columns)) * self.config.input_sq_size / (PIXELS * math.sqrt(height * width))
+        step = round(math.sqrt(rows * columns)) * self.square / (PIXELS * math.sqrt(height * width))
         across, down = (
             _axis(length, step / length, channels=self.config.hidden_size // 2, device=like.device)
             for length in (columns, rows)

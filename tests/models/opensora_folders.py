@@ -36,7 +36,7 @@ VAE_TEMPORAL = {"filters": 4, "num_res_blocks": 1, "num_groups": 2}
 VAE_CONFIG = {
     "architectures": ["VideoAutoencoderPipeline"], "model_type": "VideoAutoencoderPipeline", "cal_loss": False,
     "freeze_vae_2d": False, "from_pretrained": None, "micro_frame_size": WINDOW,
-    "vae_2d": {"type": "VideoAutoencoderKL", "from_pretrained": "PixArt", "subfolder": "vae", "micro_batch_size": 4, **VAE_2D},
+    "vae_2d": {"type": "VideoAutoencoderKL", "from_pretrained": "PixArt", "micro_batch_size": 4, **VAE_2D},
     "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None, **VAE_TEMPORAL},
     "shift": [-0.10, 0.34, 0.27, 0.98], "scale": [3.85, 2.32, 2.33, 3.06], **OF_TRANSFORMERS,
 }  # fmt: skip
