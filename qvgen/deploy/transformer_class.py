@@ -51,6 +51,23 @@ def check_can_save(model: nn.Module) -> None:
         )
 
 
+def check_can_export(name: str, *, target: str) -> None:
+    """Find out whether another runtime than qvgen can know a transformer's class.
+
+    Args:
+        name: Name of the class.
+        target: Name of the export, for the message.
+
+    Raises:
+        ValueError: diffusers does not have it.
+    """
+    if not hasattr(diffusers, name):
+        raise ValueError(
+            f"export {target} is read by diffusers' own classes, and {name} is one of qvgen's; sample by `qvgen generate "
+            "packed=FOLDER`, or load the packed folder by qvgen.load_packed"
+        )
+
+
 def block_counts(model_class: type[nn.Module], config: dict[str, Any]) -> dict[str, int]:
     """The arguments that say how often blocks are repeated, with their values: the configuration's, or the class's own."""
     known = inspect.signature(model_class.__init__).parameters

@@ -38,9 +38,10 @@ def run(config: TrainConfig) -> None:
 
 def plan(config: TrainConfig, *, num_prompts: int) -> list[str]:
     """What the verb would do; ``num_prompts`` are those of the calibration."""
-    needs = ", ".join(sorted(sampled_needs(config)))
-    calibration = config.calibration
-    steps = sampling_steps(config.model, calibration.steps)
+    needed, calibration = sampled_needs(config), config.calibration
+    needs, steps = ", ".join(sorted(needed)), sampling_steps(config.model, calibration.steps)
+    if "ranges" in needed:  # static tables have an entry for every step of the sampler
+        steps = config.model.num_inference_steps
     return [
         f"model={config.names.model} init={config.names.init} {config.profile.label} ({config.profile.name}), no training",
         f"calibration: {needs} from {calibration.videos} videos of {steps} steps, {num_prompts} prompts"

@@ -5,6 +5,7 @@ The published names and shapes are written out here; there was no published file
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
+import qvgen
+from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
+from qvgen.initializers.prepare import PrepareConfig
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.model_class import model_class
 from qvgen.models.opensora_vae import VideoAutoencoderPipeline
@@ -31,6 +35,8 @@ from tests.models.family_checks import (
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.opensora_folders import OPENSORA_TRANSFORMER, WINDOW, make_opensora_folder
 from tests.models.stdit3_oracle import stdit3, temporal_frames, temporal_mean
+from tests.profiles import make_profile
+from tests.verbs.test_hub_models import tiny_keys
 
 SUFFIX = " aesthetic score: 6.5."
 PUBLISHED = (
@@ -296,6 +302,21 @@ def test_prediction_training_step_and_packed_video(opensora, tmp_path: Path) -> 
         assert torch.equal(picture, -still[:, :4])
     check_one_training_step(family, teacher)
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
+
+
+def test_no_other_runtime_knows_its_class(opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family, teacher, folder = opensora
+    student = copy.deepcopy(teacher)
+    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    qvgen.prepare(student, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    qvgen.fold(student)
+    qvgen.save_packed(student, tmp_path / "packed", base_name=family.name, base_revision=family.revision)
+    asked = ["ptq", *tiny_keys("opensora", folder), "bits=4", "init=rtn", "export=[torchao]", "dry_run=true"]
+    for words in (["export", f"packed={tmp_path / 'packed'}", "target=torchao", f"out={tmp_path / 'out'}"], asked):
+        assert main(words) == BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "export torchao is read by diffusers' own classes, and STDiT3 is one of qvgen's; sample by" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_without_weights() -> None:
