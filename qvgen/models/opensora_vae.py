@@ -39,7 +39,7 @@ FACTOR = 2 ** sum(_HALVES)
 _SPATIAL_SCALE = 0.18215
 _FRAMES_AT_A_TIME = 4
 _ELSEWHERE = ("type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size")
-"""What a published configuration says of its two parts besides their sizes: where the authors' code took them from."""
+"""Keys of a published configuration's two parts that are no sizes: where the authors' code took them from."""
 
 
 def latent_frames(frames: int, *, window: int) -> int:
