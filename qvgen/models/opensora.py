@@ -41,7 +41,7 @@ from qvgen.models.hub_folder import HubFolder
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.opensora_folder import OpenSoraFolder, how_to_download
 from qvgen.models.opensora_sampler import OpenSoraSampler
-from qvgen.models.opensora_vae import VideoAutoencoderPipeline, latent_frames
+from qvgen.models.opensora_vae import WINDOW, VideoAutoencoderPipeline, latent_frames
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.stdit3 import PIXELS, STDiT3
 from qvgen.models.tensor_reader import read_tensors_of
@@ -121,7 +121,7 @@ class OpenSora(PipelineFamily):
 
     @property
     def _window(self) -> int:
-        return int(self._vae_config["micro_frame_size"])
+        return int(self._vae_config.get("micro_frame_size", WINDOW))
 
     def check_clip(self, *, frames: int, height: int, width: int) -> None:
         """Raise ValueError for a number of frames or a size that the VAE does not take."""

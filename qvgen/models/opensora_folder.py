@@ -75,7 +75,7 @@ class OpenSoraFolder(HubFolder):
         content = super().read_json(name)
         kind, own_config = _OWN.get(name.removesuffix("/config.json"), (None, None))
         named = content.get("_class_name") or (content.get("architectures") or [None])[0]
-        if kind is None or own_config is None or named not in (None, kind.__name__):
+        if kind is None or own_config is None or named != kind.__name__:
             return content
         try:
             arguments = own_config({key: value for key, value in content.items() if not key.startswith("_")})
@@ -88,8 +88,8 @@ class OpenSoraFolder(HubFolder):
         if component == "scheduler":
             return {}
         config = super().read_config(component)
-        if component == "vae" and "latent_shift" in config:
-            config["latent_channels"] = len(config["latent_shift"])
+        if config.get("_class_name") == opensora_vae.VideoAutoencoderPipeline.__name__:
+            config["latent_channels"] = len(config.get("latent_shift", opensora_vae.SHIFT))
         return config
 
     def _check(self, content: Mapping[str, Any], *, name: str) -> None:

@@ -36,6 +36,7 @@ _HALVES = (False, True, True)
 """Which levels of the temporal net halve the frames behind them."""
 FACTOR = 2 ** sum(_HALVES)
 """Frames of a latent."""
+WINDOW, SHIFT, SCALE = 17, (-0.10, 0.34, 0.27, 0.98), (3.85, 2.32, 2.33, 3.06)
 _SPATIAL_SCALE = 0.18215
 _FRAMES_AT_A_TIME = 4
 _ELSEWHERE = ("type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size")
@@ -80,9 +81,9 @@ class VideoAutoencoderPipeline(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self,
         vae_2d: dict[str, Any] | None = None,
         vae_temporal: dict[str, Any] | None = None,
-        micro_frame_size: int = 17,
-        latent_shift: Sequence[float] = (-0.10, 0.34, 0.27, 0.98),
-        latent_scale: Sequence[float] = (3.85, 2.32, 2.33, 3.06),
+        micro_frame_size: int = WINDOW,
+        latent_shift: Sequence[float] = SHIFT,
+        latent_scale: Sequence[float] = SCALE,
     ) -> None:
         super().__init__()
         self.window = micro_frame_size
