@@ -63,8 +63,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(size, 3 * size)
-        self.q_norm = nn.RMSNorm(size // heads, eps=_EPS)
-        self.k_norm = nn.RMSNorm(size // heads, eps=_EPS)
+        self.q_norm = HeadNorm(size // heads)
+        self.k_norm = HeadNorm(size // heads)
         self.proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -75,6 +75,19 @@ class SelfAttention(nn.Module):
             query, key = _turn(query, rotary), _turn(key, rotary)
         out = functional.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of the D channels of a head, in float32; torch's own takes no weights of another type than its input's."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize [..., D]."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)).to(x.dtype) * self.weight
 
 
 class CrossAttention(nn.Module):

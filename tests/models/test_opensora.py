@@ -167,6 +167,19 @@ def test_forward_is_the_published_architecture(opensora, frames: int, height: in
     assert not torch.allclose(plain[1], found[1], atol=1e-3)
 
 
+def test_it_runs_in_mixed_and_in_half_precision(opensora) -> None:
+    """Within a few roundings to 8 bits of float32's output, and without a warning."""
+    family, teacher, _ = opensora
+    noisy, timestep, condition = draw(family)
+    half = copy.deepcopy(teacher).to(torch.bfloat16)
+    with torch.no_grad():
+        exact = family.predict(teacher, noisy, timestep, condition)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = family.predict(teacher, noisy, timestep, condition)
+        for found in (mixed, family.predict(half, noisy, timestep, condition)):
+            assert 0 < (found.float() - exact).norm() / exact.norm() < 0.03
+
+
 def test_checkpointed_blocks_have_the_same_gradients(opensora) -> None:
     family, teacher, _ = opensora
     noisy, timestep, condition = draw(family)
