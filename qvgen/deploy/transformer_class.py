@@ -1,7 +1,7 @@
-"""Which classes a packed checkpoint may be of: every transformer of diffusers that is called with a timestep.
+"""Which classes a packed checkpoint may be of: every transformer of diffusers or of a family, called with a timestep.
 
-    a name is looked up in diffusers alone, must be that of a ModelMixin there, and the class must have one argument for each
-    entry of its own configuration: its arguments are what a manifest stores
+    a name is looked up in diffusers and among the installed families' own, must be that of a ModelMixin there, and the class
+    must have one argument for each entry of its own configuration: its arguments are what a manifest stores
 
 There is no list of classes: a transformer that a later diffusers brings is one as soon as it is installed.
 """
@@ -17,17 +17,19 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from qvgen.models.model_class import model_class
+
 _COUNT = re.compile(r"(^|_)(num_|n_)?\w*(layers|blocks)$")
 """Names of the arguments that say how often a block is repeated: num_layers, num_single_layers, n_refiner_layers, ..."""
 
 
 def transformer_class(name: str) -> type[nn.Module]:
-    """The class of diffusers that a manifest names.
+    """The class that a manifest names.
 
     Raises:
         ValueError: diffusers has no model of that name, or one that takes no timestep.
     """
-    model = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    model = model_class(name)
     if not inspect.isclass(model) or not issubclass(model, ModelMixin) or not issubclass(model, ConfigMixin):
         raise ValueError(f"transformer class {name!r} is no model of diffusers {diffusers.__version__}")
     if "timestep" not in inspect.signature(model.forward).parameters:
@@ -46,6 +48,23 @@ def check_can_save(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__module__}.{name} only has the name of diffusers.{name}; a packed checkpoint can be loaded into "
             "classes of diffusers alone"
+        )
+
+
+def check_can_export(name: str, *, target: str) -> None:
+    """Find out whether another runtime than qvgen can know a transformer's class.
+
+    Args:
+        name: Name of the class.
+        target: Name of the export, for the message.
+
+    Raises:
+        ValueError: diffusers does not have it.
+    """
+    if not hasattr(diffusers, name):
+        raise ValueError(
+            f"export {target} is read by diffusers' own classes, and {name} is one of qvgen's; sample by `qvgen generate "
+            "packed=FOLDER`, or load the packed folder by qvgen.load_packed"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qvgen.models.base import TensorReader
 from qvgen.models.folder_family import FolderFamily
+from qvgen.models.model_class import model_class
 from qvgen.models.tensor_reader import read_tensors_of, with_loras
 
 
@@ -171,12 +172,13 @@ class EncoderFamily(FolderFamily):
     def _module(self, component: str, *, device: torch.device | None = None) -> Any:
         """An encoder or the VAE, loaded once, on ``device`` or where :meth:`to` says."""
         if component not in self._loaded:
-            is_vae = component == "vae"
-            library, name = ("diffusers", self.vae_class) if is_vae else ("transformers", self.encoders[component])
-            model_class = getattr(import_module(library), name)  # transformers takes seconds: a plan does without
+            if component == "vae":
+                kind = model_class(self.vae_class)
+            else:  # transformers takes seconds: a plan does without
+                kind = getattr(import_module("transformers"), self.encoders[component])
             sees = component not in self.text_encoders  # the VAE, and the encoder of an image
             dtype = getattr(torch, self.vae_dtype if sees else self.text_encoder_dtype)
-            self._loaded[component] = self._require_folder().load(component, model_class, dtype=dtype)
+            self._loaded[component] = self._require_folder().load(component, kind, dtype=dtype)
         return self._loaded[component].to(device or self._device)
 
     @abc.abstractmethod

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-import diffusers
 import torch
 from torch import nn
 
@@ -29,6 +28,7 @@ from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, re
 from qvgen.models.hub_cache import cached_snapshot
 from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora.merge import Lora, merge_loras_, read_loras
+from qvgen.models.model_class import model_class
 from qvgen.models.published import check_is_known, check_is_of
 from qvgen.models.transformer_build import build_transformer
 
@@ -228,7 +228,7 @@ class FolderFamily(abc.ABC):
         if self._finetune is not None and folder == self.transformer_folder:
             transformer = self._finetune.load(self.transformer_class, self.transformer_config, dtype=dtype)
         else:
-            transformer = self._require_folder().load(folder, getattr(diffusers, self.transformer_class), dtype=dtype)
+            transformer = self._require_folder().load(folder, model_class(self.transformer_class), dtype=dtype)
         merge_loras_(transformer, self._loras, component=folder)
         return transformer
 

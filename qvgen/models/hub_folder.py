@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -107,8 +107,12 @@ class HubFolder:
             raise ValueError(f"{file} is no JSON ({_one_line(error)}); {self.remedy(name)}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file} holds no mapping; {self.remedy(name)}")
-        (check_model_index if name == "model_index.json" else check_config)(content, file=file)
+        self._check(content, name=name)
         return content
+
+    def _check(self, content: Mapping[str, Any], *, name: str) -> None:
+        """Raise ValueError where a file's content names code that would be followed."""
+        (check_model_index if name == "model_index.json" else check_config)(content, file=self.path / name)
 
     def read_config(self, component: str) -> dict[str, Any]:
         """A component's configuration; see :meth:`read_json`."""

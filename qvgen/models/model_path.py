@@ -21,6 +21,7 @@ from qvgen.models.hub_cache import (
     is_repository,
     snapshot_below,
 )
+from qvgen.models.published import known_models
 from qvgen.models.safetensors_header import read_header
 from qvgen.models.weight_set import PICKLES, quantized_already
 
@@ -142,6 +143,8 @@ def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
         return (
             f"holds a transformer alone ({named}), without VAE, text encoder and tokenizer; {_beside(folder, download)}"
         )
+    if name := _model_of_own_class(_json(folder / "transformer" / "config.json")):
+        return f"holds a transformer of another model; use model={name}"
     if (folder / "transformer" / "config.json").is_file():
         place = "" if cache_of(folder) else f" --local-dir {folder}"
         return f"lacks {INDEX}; get it with `hf download {repository} {INDEX}{place}`"
@@ -153,6 +156,12 @@ def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
         if given := sorted(name for name in names if name.endswith(suffixes)):
             return f"holds {given[0]} alone ({what}); {download}"
     return f"holds no {INDEX}; {download}"
+
+
+def _model_of_own_class(config: dict[str, Any]) -> str | None:
+    """The model whose transformer is a class of qvgen, by a transformer's configuration; its folders have no index."""
+    names = {config.get("_class_name"), *(config.get("architectures") or ())}
+    return next((m.name for m in known_models() if any(kind.__name__ in names for kind in m.own_classes)), None)
 
 
 def _header_reason(files: list[Path]) -> str | None:

@@ -50,13 +50,15 @@ class PublishedModel:
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
         takes_image: Whether its videos begin with an image; Wan2.2-TI2V-5B is two models of one folder, with and without.
+        own_classes: Classes of its parts that diffusers does not have.
     """
 
     name: str
     repository: str
     kind: Mapping[str, Any]
     sizes: Mapping[str, Any]
-    takes_image: bool
+    takes_image: bool = False
+    own_classes: tuple[type, ...] = ()
 
 
 def check_is_known(configs: Configs, *, name: str, given: str) -> None:
@@ -208,13 +210,11 @@ def known_models() -> tuple[PublishedModel, ...]:
             class_name=family.transformer_class,
             text_encoder=family.text_encoder_class,
         )
-        models.append(
-            PublishedModel(
-                name=name,
-                repository=spec.get("repository", ""),
-                kind=kind,
-                sizes=_sizes(published["transformer"]),
-                takes_image=getattr(family, "takes_image", False),
-            )
-        )
+        sizes = _sizes(published["transformer"])
+        own = {
+            "repository": spec.get("repository", ""),
+            "takes_image": getattr(family, "takes_image", False),
+            "own_classes": tuple(getattr(family, "own_classes", ())),
+        }
+        models.append(PublishedModel(name=name, kind=kind, sizes=sizes, **own))
     return tuple(models)

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
+
+from qvgen.models.model_class import model_class
 
 MAX_VALUE = 2**20
 """Largest whole number that a configuration may hold: more than any model's width, blocks or positions."""
@@ -23,7 +24,7 @@ def build_transformer(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: for a key that the transformer does not have.
     """
-    transformer_class = getattr(diffusers, class_name)
+    transformer_class = model_class(class_name)
     known = inspect.signature(transformer_class.__init__).parameters
     plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers' annotations
     for key in plain:

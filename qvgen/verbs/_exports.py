@@ -10,6 +10,7 @@ from qvgen.config.export_schema import ExportConfig, ExportNames
 from qvgen.config.schema import TrainConfig
 from qvgen.deploy.exported_model import fits_of
 from qvgen.deploy.exporters.base import Publisher, Target
+from qvgen.deploy.transformer_class import check_can_export
 from qvgen.errors import UserError
 from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.layer_form import LayerForm
@@ -46,6 +47,7 @@ def check_exports(config: TrainConfig, student: Prepared | None) -> None:
     layers = {name: _as_packed(layer, config) for name, layer in quantized_layers(skeleton).items()}
     names, attentions = getattr(type(config.model), "original_names", None), tuple(quantized_attentions(skeleton))
     for name, target in config.export.items():
+        check_can_export(type(skeleton).__name__, target=name)
         if isinstance(target, Publisher):
             target.check_upload()
         fits = fits_of(layers, target, base_name=config.names.model, names=names, attentions=attentions)

@@ -17,6 +17,7 @@ from qvgen.deploy.exporters.base import Exporter, ExportFile, Fit, PackedTarget,
 from qvgen.deploy.parity import Parity, compare, compare_packed
 from qvgen.deploy.staged_folder import SCRATCH, staged
 from qvgen.deploy.tensor_spool import TensorSpool
+from qvgen.deploy.transformer_class import check_can_export
 from qvgen.errors import UserError
 from qvgen.evaluation.parity_report import PARITY_JSON, PARITY_PAGE, ExportRecord, parity_content, parity_page
 from qvgen.verbs._earlier_export import earlier_files
@@ -37,6 +38,7 @@ def run(config: ExportConfig) -> None:
         target.check_upload()
     refuse_earlier(config.out, (PARITY_JSON,), overwrite=config.overwrite)
     source = open_packed(config.packed, names=original_names_of(config.packed))
+    check_can_export(source.manifest.transformer, target=config.target)
     fits = find_fits(source, target)
     misfits = {name: fit for name, fit in fits.items() if fit.reasons}
     if config.dry_run:

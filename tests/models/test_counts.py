@@ -31,6 +31,7 @@ SIZES = {
     "ltx": (1.923, 287, 280, 1.879, 0, 0.0),
     "ltx-13b": (13.043, 487, 480, 12.885, 0, 0.0),
     "latte": (1.057, 454, 448, 1.040, 0, 0.0),
+    "opensora": (1.208, 400, 392, 1.189, 0, 0.0),
     "hunyuanvideo": (12.821, 547, 440, 9.060, 81, 3.416),
     "hunyuanvideo1.5": (8.327, 784, 648, 5.436, 109, 2.726),
     "hunyuanvideo1.5-i2v": (8.327, 784, 648, 5.436, 109, 2.726),
@@ -54,7 +55,7 @@ ENDS = {
 BLOCK_PATTERNS = (
     "*transformer_blocks.*.attn?.*", "*transformer_blocks.*.ff.*", "blocks.*.attn?.*", "blocks.*.ffn.*",
     "transformer_blocks.*.attn.*", "transformer_blocks.*.ff_context.*", "single_transformer_blocks.*.attn.*",
-    "single_transformer_blocks.*.proj_*",
+    "single_transformer_blocks.*.proj_*", "spatial_blocks.*", "temporal_blocks.*",
 )  # fmt: skip
 ADALN_PATTERNS = (
     "transformer_blocks.*.norm?.linear", "norm_out.linear", "transformer_blocks.*.norm1_context.linear*",
@@ -62,7 +63,7 @@ ADALN_PATTERNS = (
 )  # fmt: skip
 ONLY_BLOCKS = {
     "hunyuanvideo": (520, 12.457), "hunyuanvideo1.5": (756, 8.154), "hunyuanvideo1.5-i2v": (756, 8.154),
-    "mochi": (669, 9.928),
+    "mochi": (669, 9.928), "opensora": (392, 1.189),
 }  # fmt: skip
 """Families that leave embedders and the last projection alone: Linears that are quantized and their weights (10^9)."""
 

@@ -29,6 +29,7 @@ WANTED = {
     "ltx": {"self_attention": 112, "cross_attention": 112, "ffn": 56, "other": 7},
     "ltx-13b": {"self_attention": 192, "cross_attention": 192, "ffn": 96, "other": 7},
     "latte": {"self_attention": 112, "cross_attention": 112, "temporal_attention": 112, "ffn": 112, "other": 6},
+    "opensora": {"self_attention": 56, "cross_attention": 168, "temporal_attention": 56, "ffn": 112},
     "cogvideox": {"self_attention": 120, "ffn": 60, "other": 65},
     "cogvideox-5b": {"self_attention": 168, "ffn": 84, "other": 89},
     "cogvideox1.5": {"self_attention": 168, "ffn": 84, "other": 90},
@@ -47,9 +48,12 @@ ATTENTION = {
     "hunyuanvideo1.5": {8},
     "hunyuanvideo1.5-i2v": {8},
     "mochi": {8, 7},
+    "opensora": {2, 3},
     "wan-i2v-14b": {4, 6},
 }
-"""Linears of an attention where they are not four; the last of Mochi makes nothing for the text, Wan's reads an image too."""
+"""Linears of an attention where they are not four; the last of Mochi makes nothing for the text, Wan's reads an image too.
+
+Those of Open-Sora make queries, keys and values, or keys and values, in one."""
 
 
 @pytest.mark.parametrize("model", NAMES)
@@ -67,4 +71,4 @@ def test_every_quantized_layer_is_in_exactly_one_group(model):
         assert unit.group == "other" or transformer.get_submodule(unit.module) is not None
         if unit.group.endswith("_attention"):
             assert len(unit.layers) in ATTENTION.get(model, {4})
-            assert unit.module.rpartition(".")[2] in ("attn", "attn1", "attn2")
+            assert unit.module.rpartition(".")[2] in ("attn", "attn1", "attn2", "cross_attn")

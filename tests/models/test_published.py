@@ -25,6 +25,7 @@ TRANSFORMERS = {
     "hunyuanvideo1.5": "HunyuanVideo15Transformer3DModel",
     "hunyuanvideo": "HunyuanVideoTransformer3DModel",
     "mochi": "MochiTransformer3DModel",
+    "opensora": "STDiT3",
 }
 PIPELINES = {
     "cogvideox": "CogVideoXPipeline", "wan": "WanPipeline", "small": "WanPipeline", "ltx": "LTXPipeline",
@@ -49,6 +50,10 @@ def kin(name: str) -> str:
 def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = None, **changes: Any) -> Path:
     """The configurations of ``conf/model/NAME.yaml`` as the hub lays them out, with changes of the transformer's."""
     published = load_leaf("model", name).published
+    if name == "opensora":  # without an index and a scheduler; configurations are those of transformers
+        contents = {"transformer/config.json": {"architectures": ["STDiT3"], **published["transformer"]}}
+        contents["vae/config.json"] = {"architectures": ["VideoAutoencoderPipeline"]}
+        return write_files(folder, contents)
     contents = {
         "model_index.json": {
             "_class_name": PIPELINES[kin(name)], "text_encoder": ["transformers", ENCODERS[kin(name)]],
@@ -58,6 +63,10 @@ def write_configs(folder: Path, name: str, *, index: dict[str, Any] | None = Non
         "vae/config.json": published["vae"],
         "scheduler/scheduler_config.json": published["scheduler"],
     }  # fmt: skip
+    return write_files(folder, contents)
+
+
+def write_files(folder: Path, contents: dict[str, Any]) -> Path:
     for file, content in contents.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(content))

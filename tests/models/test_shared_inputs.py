@@ -74,6 +74,8 @@ def test_every_block_of_the_published_models_has_its_sets(model):
     sides |= {"latte": 2 * blocks}  # a spatial and a temporal block each
     images = 2 if model == "wan-i2v-14b" else 1  # keys and values of the image besides
     counts = {3: sides.get(model, blocks)} | ({2: images * blocks} if family.transformer_class in pairs else {})
+    if model == "opensora":  # one Linear makes queries, keys and values
+        counts = {}
     assert Counter(map(len, sets)) == counts
     places = [names.index(entry[0]) for entry in sets]
     assert places == sorted(places)

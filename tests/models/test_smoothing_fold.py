@@ -28,9 +28,11 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
 from qvgen.layers.swap import packed_layers, quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
+from qvgen.models.stdit3 import STDiT3
 from tests.models.further_folders import HUNYUAN, HUNYUAN15, MOCHI
 from tests.models.hub_folders import COGVIDEOX_VARIANTS
 from tests.models.ltx_folders import LATTE_TRANSFORMER, LTX_TRANSFORMER
+from tests.models.opensora_folders import OPENSORA_TRANSFORMER
 from tests.profiles import make_profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
@@ -71,6 +73,7 @@ ONCE = {
     "mochi": MOCHI_TEXT_FOLDS | {("proj_out",)},
 }
 """Folds that are not in every block: HunyuanVideo's refiner has one, and Mochi's last block no net for the text."""
+OPENSORA_FOLDS = {(f"{kind}{name}.proj",) for kind in ("", "temporal.") for name in ("attn", "cross_attn")}
 VALUES_ALONE = {("attn1.to_out.0",), ("attn2.to_out.0",)}
 
 # variant: family, changes of the class's tiny configuration, what is folded (names without their block's)
@@ -88,6 +91,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], set[tuple[str, ...]]]] = {
     ),
     "ltx": ("ltx", LTX_TRANSFORMER, VALUES_ALONE),
     "latte": ("latte", LATTE_TRANSFORMER, {*VALUES_ALONE, ("temporal.attn1.to_out.0",)}),
+    "opensora": ("opensora", OPENSORA_TRANSFORMER, OPENSORA_FOLDS),
     "hunyuanvideo": ("hunyuanvideo", HUNYUAN, HUNYUAN_FOLDS),
     "hunyuanvideo1.5": ("hunyuanvideo1.5", HUNYUAN15, HUNYUAN15_FOLDS),
     "mochi": ("mochi", MOCHI, MOCHI_FOLDS),
@@ -160,7 +164,7 @@ def call_of(model: Any) -> dict[str, Any]:
 
 
 def call_with_mask(model: Any) -> dict[str, Any]:
-    """A call of LTX or Latte: the second caption has two tokens fewer."""
+    """A call of LTX, Latte or Open-Sora: the second caption has two tokens fewer."""
     config, own = model.config, torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
     call = {
         "encoder_hidden_states": torch.randn(2, 5, config.caption_channels) * torch.logspace(-1, 1, config.caption_channels),
@@ -169,6 +173,10 @@ def call_with_mask(model: Any) -> dict[str, Any]:
     if isinstance(model, LTXVideoTransformer3DModel):
         tokens = {"hidden_states": torch.randn(2, 12, config.in_channels), "encoder_attention_mask": own}
         return {**call, **tokens, "num_frames": 3, "height": 2, "width": 2, "rope_interpolation_scale": (0.3, 32, 32)}
+    if isinstance(model, STDiT3):
+        rate = torch.tensor([24.0, 8.0])
+        latents = torch.randn(2, config.in_channels, 3, 4, 6)
+        return {**call, "hidden_states": latents, "encoder_attention_mask": own, "fps": rate}
     frames = config.video_length
     mask = ((1 - own) * -1e4).unsqueeze(1).repeat_interleave(frames, dim=0)
     return {**call, "hidden_states": torch.randn(2, config.in_channels, frames, 4, 6), "encoder_attention_mask": mask}

@@ -210,9 +210,20 @@ def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path)
     folder = make_latte_folder(tmp_path / "model")
     torch.manual_seed(0)  # one block of each kind: each unit more is measured eight times
     LatteTransformer3DModel(**{**LATTE_TRANSFORMER, "num_layers": 1}).save_pretrained(folder / "transformer")
+    blocks = {"transformer_blocks.0"}
+    temporal = {f"temporal_{name}" for name in blocks}
+    groups = {
+        "self_attention": blocks, "cross_attention": blocks, "temporal_attention": temporal, "ffn": blocks | temporal,
+        "other": {"caption_projection", "adaln_single", "proj_out"},
+    }  # fmt: skip
+    check_groups_of_vidit_q("latte", folder, tmp_path, groups)
+
+
+def check_groups_of_vidit_q(name: str, folder: Path, tmp_path: Path, groups: dict[str, set[str]]) -> None:
+    """Every block of each group is measured by the group's own metric, and the bits that are chosen are packed."""
     metrics = ("init.visual=ssim", "init.motion=differences", "init.videos=1", "init.steps=1", "init.windows=1")
     keys = [
-        *tiny_keys("latte", folder),
+        *tiny_keys(name, folder),
         f"calibration.cache={tmp_path}",
         *FEW,
         "init=vidit_q_mp",
@@ -222,20 +233,16 @@ def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path)
     assert main(["ptq", *keys, "init.candidates=[4,8]", f"run_dir={tmp_path / 'run'}"]) == 0
     with (tmp_path / "run" / "mixed_precision" / "sensitivity.csv").open() as table:
         rows = list(csv.DictReader(table))
-    blocks = {"transformer_blocks.0"}
-    temporal = {f"temporal_{name}" for name in blocks}
     found: dict[str, set[str]] = {}
     for row in rows:
         found.setdefault(row["group"], set()).add(row["block"])
-    assert found.pop("other") == {"caption_projection", "adaln_single", "proj_out"}
-    assert found == {
-        "self_attention": blocks, "cross_attention": blocks, "temporal_attention": temporal, "ffn": blocks | temporal,
-    }  # fmt: skip
+    assert found == groups
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["mixed_precision"]["metrics"] == {
+    wanted = {
         "cross_attention": "attention output", "temporal_attention": "differences", "self_attention": "ssim", "ffn": "ssim",
         "other": "output error",
     }  # fmt: skip
+    assert report["mixed_precision"]["metrics"] == {group: wanted[group] for group in groups}
     assert float(report["trajectory_psnr_db"]) >= 50
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of LTX-Video, Latte and further variants over tiny folders, and plans at full size, when asked for.
+"""Whole runs of LTX-Video, Latte, Open-Sora and further variants over tiny folders, and plans at full size, when asked for.
 
 QVGEN_LONG_TESTS=1 asks for them.
 """
@@ -16,10 +16,11 @@ from qvgen.config.leaves import load_leaf
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.swap import packed_layers
 from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
+from tests.models.opensora_folders import make_opensora_folder
 from tests.verbs.test_hub_models import MODELS as FAMILIES
-from tests.verbs.test_hub_models import WHOLE_WAY, check_whole_way, write_clips
+from tests.verbs.test_hub_models import WHOLE_WAY, check_groups_of_vidit_q, check_whole_way, write_clips
 
-MODELS: dict[str, Any] = {"ltx": make_ltx_folder, "latte": make_latte_folder}
+MODELS: dict[str, Any] = {"ltx": make_ltx_folder, "latte": make_latte_folder, "opensora": make_opensora_folder}
 OTHERS = {name: partial(make, variant=variant) for name, (make, variant) in FAMILIES.items() if name not in WHOLE_WAY}
 """The variants of Wan and CogVideoX that tests/verbs/test_hub_models.py leaves to this file."""
 
@@ -47,3 +48,12 @@ def test_a_plan_at_full_size_needs_no_weights(name: str, tmp_path: Path, capsys:
     plan = capsys.readouterr().out
     assert "DOES NOT FIT" not in plan
     assert " x ".join(map(str, load_leaf("model", name).sample_shape)) in plan
+
+
+def test_open_sora_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path) -> None:
+    spatial, temporal = ({f"{kind}_blocks.{index}" for index in range(2)} for kind in ("spatial", "temporal"))
+    groups = {
+        "self_attention": spatial, "cross_attention": spatial | temporal, "temporal_attention": temporal,
+        "ffn": spatial | temporal,
+    }  # fmt: skip
+    check_groups_of_vidit_q("opensora", make_opensora_folder(tmp_path / "model"), tmp_path, groups)

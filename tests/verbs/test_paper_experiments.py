@@ -1,6 +1,7 @@
 """The papers' settings of conf/experiment: against values written out here, planned at full size, and one of them run.
 
-The values are those of QVGen (arXiv 2505.11497), DVD-Quant (2505.18663) and ViDiT-Q (2406.02540) and of their authors' code.
+The values are those of QVGen (arXiv 2505.11497), DVD-Quant (2505.18663), ViDiT-Q (2406.02540) and their authors' code, and of
+static quantization (2502.15077).
 No weights are needed for a plan; the run has a tiny CogVideoX folder of the hub's layout.
 """
 
@@ -44,22 +45,69 @@ QVGEN = {
 PTQ = {"names.method": "ptq", "steps": 0, "model.num_inference_steps": 50, **GRID, "profile.activation.clip": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "qvgen_cogvideox": {
-        **QVGEN, "names.model": "cogvideox", "steps": 2000, "batch_size": 64, "loss.level_shift": None,
-        "model.height": 480, "model.width": 720, "model.guidance_scale": 6.0, "model.fps": 8,
+        **QVGEN,
+        "names.model": "cogvideox",
+        "steps": 2000,
+        "batch_size": 64,
+        "loss.level_shift": None,
+        "model.height": 480,
+        "model.width": 720,
+        "model.guidance_scale": 6.0,
+        "model.fps": 8,
     },
     "qvgen_wan": {
-        **QVGEN, "names.model": "wan", "steps": 2667, "batch_size": 48, "loss.level_shift": 1.0, "model.height": 480,
-        "model.width": 832, "model.guidance_scale": 5.0, "model.fps": 16, "model.sampling_frames": 81,
+        **QVGEN,
+        "names.model": "wan",
+        "steps": 2667,
+        "batch_size": 48,
+        "loss.level_shift": 1.0,
+        "model.height": 480,
+        "model.width": 832,
+        "model.guidance_scale": 5.0,
+        "model.fps": 16,
+        "model.sampling_frames": 81,
         "model.published.scheduler.flow_shift": 3.0,
     },
     "dvd_quant_hunyuan": {
-        **PTQ, "names.model": "hunyuanvideo", "names.init": "dvd_quant", "profile.weight_bits": 4,
-        "profile.activation_bits": 4, "profile.weight.zero_point": "integer", "activation_switch.widths": None,
+        **PTQ,
+        "names.model": "hunyuanvideo",
+        "names.init": "dvd_quant",
+        "profile.weight_bits": 4,
+        "profile.activation_bits": 4,
+        "profile.weight.zero_point": "integer",
+        "activation_switch.widths": None,
         "activation_switch.delta": 0.12,
     },
     "vidit_q_latte": {
-        **PTQ, "names.model": "latte", "names.init": "vidit_q", "profile.weight_bits": 4, "profile.activation_bits": 8,
-        "init.alpha": 0.56, "calibration.videos": 10, "calibration.steps": 10,
+        **PTQ,
+        "names.model": "latte",
+        "names.init": "vidit_q",
+        "profile.weight_bits": 4,
+        "profile.activation_bits": 8,
+        "init.alpha": 0.56,
+        "calibration.videos": 10,
+        "calibration.steps": 10,
+    },
+}
+OPENSORA = {
+    **PTQ,
+    "names.model": "opensora",
+    "model.include": ["*_blocks.*"],
+    "model.exclude": [],
+    "model.num_inference_steps": 30,
+    "model.guidance_scale": 7.0,
+    "model.num_frames": 51,
+    "model.fps": 24,
+    "calibration.videos": 10,
+}
+SETTINGS |= {
+    "vidit_q_opensora": {
+        **OPENSORA, "names.init": "vidit_q", "profile.weight_bits": 4, "profile.activation_bits": 8, "init.alpha": 0.56,
+        "calibration.steps": 10,
+    },
+    "static_opensora": {
+        **OPENSORA, "names.init": "static", "profile.weight_bits": 8, "profile.activation_bits": 8, "init.alpha": None,
+        "init.other_steps": "refuse",
     },
 }  # fmt: skip
 """What each experiment has to compose to."""
@@ -67,6 +115,8 @@ PLANS = {
     "qvgen_wan": ("quantized: 306 Linears", "steps: 2667 of 48 samples", "1 from step 2220, 0 from step 2664"),
     "dvd_quant_hunyuan": ("init=dvd_quant w4a4", "calibration: none, nothing is sampled"),
     "vidit_q_latte": ("init=vidit_q w4a8", "from 10 videos of 10 steps"),
+    "vidit_q_opensora": ("init=vidit_q w4a8", "from 10 videos of 10 steps"),
+    "static_opensora": ("init=static w8a8", "abs_max, inputs, ranges from 10 videos of 30 steps"),
 }
 """What the plan of each says; qvgen_cogvideox is run below."""
 
@@ -105,17 +155,28 @@ def test_it_is_planned_with_the_published_configuration(
     assert not (tmp_path / "run").exists()
 
 
-def test_vidit_q_leaves_embedders_adaln_and_the_last_layer_of_latte_alone() -> None:
-    family = build("ptq", compose_plain("ptq", ["experiment=vidit_q_latte"])).model
+LEFT = {
+    "vidit_q_latte": {
+        "proj_out", "caption_projection.linear_1", "caption_projection.linear_2", "adaln_single.linear",
+        "adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.timestep_embedder.linear_2",
+    },
+    "vidit_q_opensora": {
+        "t_embedder.mlp.0", "t_embedder.mlp.2", "fps_embedder.mlp.0", "fps_embedder.mlp.2", "t_block.1",
+        "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "final_layer.linear",
+    },
+}  # fmt: skip
+"""What ViDiT-Q's code leaves in full precision; what it says of Open-Sora 1.0 has no embedder of the rate."""
+
+
+@pytest.mark.parametrize(("name", "count"), {"vidit_q_latte": 448, "vidit_q_opensora": 392}.items())
+def test_vidit_q_leaves_embedders_adaln_and_the_last_layer_alone(name: str, count: int) -> None:
+    family = build("ptq", compose_plain("ptq", [f"experiment={name}"])).model
     with torch.device("meta"):
         transformer = family.build(family.transformer_config)
     selected = set(select_linears(transformer, include=family.include, exclude=family.exclude).quantized)
     left = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)} - selected
-    assert len(selected) == 448
-    assert left == {
-        "proj_out", "caption_projection.linear_1", "caption_projection.linear_2", "adaln_single.linear",
-        "adaln_single.emb.timestep_embedder.linear_1", "adaln_single.emb.timestep_embedder.linear_2",
-    }  # fmt: skip
+    assert len(selected) == count
+    assert left == LEFT[name]
 
 
 def test_the_page_has_a_row_and_a_command_for_each() -> None:
