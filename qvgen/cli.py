@@ -1,6 +1,6 @@
 """`qvgen VERB key=value...`: from the command line to one call of ``qvgen.verbs.VERB.run(config)`` for each job.
 
-A verb is a file in qvgen/verbs with a conf/VERB.yaml; it receives the frozen dataclass of qvgen.config.schema that is
+A verb is a file in qvgen/verbs with a conf/VERB.yaml; it receives the frozen dataclass of qvgen.config.schema.train that is
 named after it. Every job of a --multirun is composed and checked before the first one starts.
 
 Exit codes: 0 all that was asked is done; 3 a dry run that does not fit; 2 bad input or environment (one line on stderr;
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qvgen import __version__, stop_request
-from qvgen.config import launched_world
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
+from qvgen.config.processes import launched_world
 from qvgen.errors import DOES_NOT_FIT, UserError, did_you_mean, is_ours, missing_library, one_line
 from qvgen.verbs import import_verb, import_worker
 
@@ -115,10 +115,10 @@ def _run_jobs(verb: str, arguments: list[str], flags: Namespace, *, show: bool) 
     """Check all jobs, then run them one after another; return the worst exit code."""
     from qvgen.config.build import check, group_sweep
     from qvgen.config.compose import compose_job, expand_sweep
-    from qvgen.config.device_choice import check_presence
+    from qvgen.config.processes.device_choice import check_presence
+    from qvgen.config.processes.visible_gpus import only_gpus
     from qvgen.config.run_exports import with_profile
     from qvgen.config.sweep import separate_folders
-    from qvgen.config.visible_gpus import only_gpus
     from qvgen.verbs._other_ways import answer, launch
 
     about = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
@@ -167,7 +167,7 @@ def _run_here(
 
     Each of ``lines`` is what a job chose by itself, said when it begins unless the one before said the same.
     """
-    from qvgen.config.device_choice import say_later
+    from qvgen.config.processes.device_choice import say_later
     from qvgen.config.sweep import folder_of_job
 
     run = import_verb(verb).run

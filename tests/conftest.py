@@ -17,7 +17,7 @@ from hypothesis import settings
 # Before the hub's client is imported: no test finds what was downloaded to this machine.
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
 
-from qvgen.config import launched_world
+from qvgen.config.processes import launched_world
 from tests.warm_python import WarmPopen, fork_template
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -74,7 +74,7 @@ def block_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packed_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed folder of the first block of the small model, for what is tried on many damaged copies; copy it."""
-    from qvgen.training.student import fold_student
+    from qvgen.training.start.student import fold_student
     from qvgen.verbs._parts import named_family
     from tests import parts, runs
 

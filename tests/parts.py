@@ -11,16 +11,16 @@ from qvgen.config import TrainConfig
 from qvgen.evaluation.mixed_precision_files import Allocation
 from qvgen.layers.swap import SwapReport
 from qvgen.models.base import Encode
-from qvgen.training.calibration import CalibratedModel
-from qvgen.training.meta_model import Prepared, build_student
+from qvgen.training.calibration.statistics import CalibratedModel
+from qvgen.training.callbacks.validation import ValidationVideos, validation_videos
+from qvgen.training.design.meta_model import Prepared, build_student
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.counted_step import StepSettings, count_blocks
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.training_plan import TrainingPlan, plan_training
-from qvgen.training.start_calibration import calibrate_
-from qvgen.training.student import prepare_student
-from qvgen.training.student_check import check_student
-from qvgen.training.validation import ValidationVideos, validation_videos
+from qvgen.training.start.run_calibration import calibrate_
+from qvgen.training.start.student import prepare_student
+from qvgen.training.start.student_check import check_student
 from qvgen.verbs._parts import (
     named_family,
     ptq_method,

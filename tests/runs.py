@@ -21,8 +21,8 @@ from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
 from qvgen.config.leaves import load_leaf
 from qvgen.models.weight_file import save_weights
+from qvgen.training.checkpoint.replaced_folder import remove
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
-from qvgen.training.replaced_folder import remove
 
 STEPS = 12
 BOUNDARIES = (3, 6, 10)

@@ -2,7 +2,7 @@
 
 One file of each kind that a run leaves is damaged, as a disk, another program or a cut copy damages it. Caches have theirs
 in tests/data/test_latent_cache.py and tests/verbs/test_small_model.py, kills and full disks in tests/training/test_resume.py,
-side files in tests/training/test_side_files.py.
+side files in tests/training/checkpoint/test_side_files.py.
 """
 
 from __future__ import annotations

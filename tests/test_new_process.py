@@ -142,7 +142,7 @@ def test_import_qvgen_tells_diffusers_and_costs_nothing(stages: list[dict[str, A
 
 def test_a_dry_run_imports_nothing_that_trains_or_samples_and_no_part_of_a_model(stages: list[dict[str, Any]]) -> None:
     found = set(stages[1]["modules"])
-    assert {"qvgen.training.student_check", "qvgen.data.clip_source"} <= found
+    assert {"qvgen.training.start.student_check", "qvgen.data.clip_source"} <= found
     assert not found & (TRAINING | PARTS)
 
 

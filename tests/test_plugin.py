@@ -21,7 +21,7 @@ from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.plugins import find_plugins
 from qvgen.deploy.packed_fusion import fuse_packed_
 from qvgen.layers import block_fusion
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 from qvgen_kernels import kernel_names, registry
 from tests.runs import UNSEEN, packed_bytes, shallow, train
 

@@ -22,11 +22,11 @@ import torch
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.layers.fused_product import unfused
-from qvgen.training.block_checkpoint import block_checkpoint
-from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
-from qvgen.training.meta_model import narrow_
+from qvgen.training.blocks.checkpointing import block_checkpoint
+from qvgen.training.blocks.compiled import compile_blocks_, release_blocks_
+from qvgen.training.design.meta_model import narrow_
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.bits import Bits
-from qvgen.config.evaluate_schema import EvaluateConfig
-from qvgen.config.export_schema import ExportConfig
-from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_file import foreign_targets, targets_below, targets_of_folder
 from qvgen.config.leaves import build_leaf, build_leaves, load_leaf
 from qvgen.config.named_leaves import build_named, split_logger
 from qvgen.config.quoting import command_word
-from qvgen.config.recipe import check_recipe
 from qvgen.config.run_config import read_config
 from qvgen.config.run_exports import build_exports
 from qvgen.config.runtime_check import check_runtime
-from qvgen.config.schema import FoldConfig, TrainConfig
-from qvgen.config.schemas import SCHEMAS, VerbConfig
-from qvgen.config.strategy_section import SHARDED_DEFAULTS
-from qvgen.config.trainer_options import check_options
+from qvgen.config.schema.by_verb import SCHEMAS, VerbConfig
+from qvgen.config.schema.evaluate import EvaluateConfig
+from qvgen.config.schema.export import ExportConfig
+from qvgen.config.schema.imports import ImportConfig
+from qvgen.config.schema.recipe import check_recipe
+from qvgen.config.schema.strategy import SHARDED_DEFAULTS
+from qvgen.config.schema.train import FoldConfig, TrainConfig
+from qvgen.config.schema.trainer import check_options
+from qvgen.config.schema.verbs import BenchmarkConfig, PrecomputeConfig
 from qvgen.config.typed import from_plain
-from qvgen.config.verb_schema import BenchmarkConfig, PrecomputeConfig
 from qvgen.errors import UserError
 
 _BENCHMARK_KEYS = tuple(field.name for field in fields(BenchmarkConfig) if field.name != "run")

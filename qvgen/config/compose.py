@@ -23,17 +23,17 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from qvgen.config.bits import Bits
 from qvgen.config.composition import choices_of, compose_known
 from qvgen.config.conf_folder import conf_directory, using_directory
-from qvgen.config.device_choice import DeviceChoice
 from qvgen.config.leaf_file import check_choice
 from qvgen.config.leaves import LEAF_GROUPS
 from qvgen.config.named_leaves import NAMED_GROUPS
 from qvgen.config.override import as_one_text, as_written, parse_override
-from qvgen.config.prompt import without_files
+from qvgen.config.processes.device_choice import DeviceChoice
+from qvgen.config.prompts.prompt import without_files
 from qvgen.config.quoting import command_word
 from qvgen.config.resolvers import register_resolvers
+from qvgen.config.schema.trainer import refuse_option
 from qvgen.config.search_path import register_folders
 from qvgen.config.settled import settle_
-from qvgen.config.trainer_options import refuse_option
 from qvgen.errors import UserError, did_you_mean, one_line, unknown_key
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from qvgen.config.conf_folder import conf_directory
-from qvgen.config.ema_section import EmaConfig
 from qvgen.config.leaf_file import leaf_content
-from qvgen.config.loss_options import LossConfig
-from qvgen.config.sections import (
+from qvgen.config.schema.ema import EmaConfig
+from qvgen.config.schema.loss import LossConfig
+from qvgen.config.schema.sections import (
     ActivationSwitchConfig,
     CalibrationConfig,
     CheckpointConfig,
@@ -20,8 +20,8 @@ from qvgen.config.sections import (
     OptimConfig,
     PhiConfig,
 )
-from qvgen.config.strategy_section import StrategyConfig
-from qvgen.config.trainer_options import TrainerConfig
+from qvgen.config.schema.strategy import StrategyConfig
+from qvgen.config.schema.trainer import TrainerConfig
 from qvgen.config.typed import from_plain
 from qvgen.errors import UserError, did_you_mean
 

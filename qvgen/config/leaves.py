@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 from qvgen.config.bits import Bits
 from qvgen.config.conf_folder import conf_directory
-from qvgen.config.export_schema import ExportConfig
-from qvgen.config.import_schema import ImportConfig
 from qvgen.config.leaf_class import check_made, find_class
 from qvgen.config.leaf_file import group_targets, leaf_names, leaf_target, read_leaf, users_targets
 from qvgen.config.plain_json import whole
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import PrecomputeConfig
+from qvgen.config.schema.export import ExportConfig
+from qvgen.config.schema.imports import ImportConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import PrecomputeConfig
 from qvgen.errors import OWN_PACKAGES, UserError, did_you_mean, one_line, unknown_key
 
 __all__ = [

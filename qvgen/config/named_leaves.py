@@ -18,7 +18,7 @@ from typing import Any
 from qvgen.config.leaf_class import check_made
 from qvgen.config.leaf_file import leaf_content
 from qvgen.config.leaves import build_leaf
-from qvgen.config.sections import LoggerConfig
+from qvgen.config.schema.sections import LoggerConfig
 from qvgen.errors import UserError, one_line, unknown_key
 
 NAMED_GROUPS: Mapping[str, str] = {

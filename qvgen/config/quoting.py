@@ -18,8 +18,8 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
-from qvgen.config.prompt import Prompts
-from qvgen.config.schemas import SCHEMAS
+from qvgen.config.prompts.prompt import Prompts
+from qvgen.config.schema.by_verb import SCHEMAS
 
 _CHOICES = ("clips", "kernel", "methods", "names", "profiles", "shapes", "target", "trust", "typed")
 """Keys of text that are no free text: several words of them are a sweep or a list."""

@@ -2,8 +2,8 @@
 
     python -m qvgen.config.reference > docs/configuration.md        (`make reference`)
 
-Defaults are those of conf/, as they stand there; all else is :mod:`qvgen.config.field_docs`. A key of conf/ of which no class
-says anything is an error, so the page is whole.
+Defaults are those of conf/, as they stand there; all else is :mod:`qvgen.config.schema.field_docs`. A key of conf/ of which
+no class says anything is an error, so the page is whole.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from qvgen.config import schemas
 from qvgen.config.conf_folder import conf_directory
-from qvgen.config.field_docs import FieldDoc, field_docs
+from qvgen.config.schema import by_verb as schemas
+from qvgen.config.schema.field_docs import FieldDoc, field_docs
 
 SCHEMAS = {verb: f"{kind.__module__}.{kind.__qualname__}" for verb, kind in schemas.SCHEMAS.items()}
 FIRST_VERBS = (
@@ -48,7 +48,7 @@ _SHOWN_GROUPS = {"generate": ("model",), "evaluate": ("model", "metric")}
 """Verb -> keys of its own file that are groups, and say something of their own there."""
 _OWN_NAMES = {SCHEMAS["assets"]: ("names",)}
 
-_RECIPE = "qvgen.config.recipe.Recipe"
+_RECIPE = "qvgen.config.schema.recipe.Recipe"
 _UNKNOWN = FieldDoc(kind="", limits="", meaning="", section=None)
 _LONGEST_DEFAULT = 72
 _HEADER = """# Configuration

@@ -17,9 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qvgen.config.bits import Bits
-from qvgen.config.device_choice import Batch, choose_devices
-from qvgen.config.launched_world import launched_nodes
 from qvgen.config.leaf_file import leaf_content, leaf_names, leaf_target
+from qvgen.config.processes.device_choice import Batch, choose_devices
+from qvgen.config.processes.launched_world import launched_nodes
 from qvgen.config.run_exports import chosen_targets
 
 _last_start = datetime.min

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.may_differ import MayDiffer, keys_with, marks_of
 from qvgen.config.run_config import CONFIG_FILE, read_config
+from qvgen.config.schema.may_differ import MayDiffer, keys_with, marks_of
 from qvgen.errors import UserError
 
 

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from qvgen.config.leaf_file import leaf_names, read_leaf, users_targets
 from qvgen.config.leaves import build_leaf
 from qvgen.config.override import parse_override
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import UserError, did_you_mean
 
 GROUP = "export"

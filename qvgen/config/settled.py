@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qvgen.config.device_choice import AUTO, Batch, DeviceChoice, choose_devices, choose_shares
 from qvgen.config.leaf_class import find_class
-from qvgen.config.memory_rules import one_process_reason
+from qvgen.config.processes.device_choice import AUTO, Batch, DeviceChoice, choose_devices, choose_shares
 from qvgen.config.run_config import read_config
-from qvgen.config.strategy_section import STRATEGIES
+from qvgen.config.schema.memory_rules import one_process_reason
+from qvgen.config.schema.strategy import STRATEGIES
 from qvgen.errors import OWN_PACKAGES, UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qvgen.config.bits import Bits
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.errors import UserError, did_you_mean, unknown_key
 
 T = TypeVar("T")

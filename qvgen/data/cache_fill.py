@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
 from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, EncodeFirstFrame, Encoders, EncodeVideo
 from qvgen.data.cached_clips import files_of

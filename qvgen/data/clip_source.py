@@ -17,8 +17,8 @@ from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 
-from qvgen.config.may_differ import MayDiffer
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.may_differ import MayDiffer
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.data.cache_fill import MAX_BAD, FillOptions, fill
 from qvgen.data.cached_clips import CachedClips
 from qvgen.data.captions import ClipTable, read_table

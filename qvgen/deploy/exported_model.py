@@ -20,8 +20,8 @@ from qvgen.deploy.packed_model import build_packed, check_values
 from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.original_names import OriginalNames
-from qvgen.models.original_tensors import original_sources
+from qvgen.models.original.names import OriginalNames
+from qvgen.models.original.tensors import original_sources
 from qvgen.quant.finite import check_finite
 
 NO_NAMES = "name its family when it is saved (base_name=...), or choose another target"

@@ -20,7 +20,7 @@ from qvgen.deploy.card_facts import base_repository, license_name, license_of, p
 from qvgen.deploy.card_report import measured_text, read_report, recipe_text, speed_text
 from qvgen.deploy.card_table import card_table
 from qvgen.deploy.manifest import WEIGHTS_FILE, Manifest, read_manifest
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 from qvgen.run_directory import atomic_write
 
 CARD_FILE = "README.md"

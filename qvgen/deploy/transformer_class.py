@@ -17,7 +17,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from qvgen.models.model_class import model_class
+from qvgen.models.folder.model_class import model_class
 
 _COUNT = re.compile(r"(^|_)(num_|n_)?\w*(layers|blocks)$")
 """Names of the arguments that say how often a block is repeated: num_layers, num_single_layers, n_refiner_layers, ..."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import PromptedVideo
+from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.data.video import write_video
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.packed_checks import check_packed

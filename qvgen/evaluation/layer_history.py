@@ -1,4 +1,4 @@
-"""The table of a run's layers over its steps, as a report and a dashboard read it (written by training/layer_metrics.py)."""
+"""The table of a run's layers over its steps, as a report and a dashboard read it (training/callbacks/layer_metrics.py)."""
 
 from __future__ import annotations
 

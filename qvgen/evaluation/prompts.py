@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qvgen.config.prompt import PromptedVideo, Prompts
-from qvgen.config.sections import CalibrationConfig, EvaluationConfig
+from qvgen.config.prompts.prompt import PromptedVideo, Prompts
+from qvgen.config.schema.sections import CalibrationConfig, EvaluationConfig
 from qvgen.models.base import VideoDiT
 
 

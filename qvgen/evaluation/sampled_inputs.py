@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import Prompts
-from qvgen.config.prompt_line import Prompt
+from qvgen.config.prompts.line import Prompt
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.data.source import Split
 from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs

@@ -57,8 +57,8 @@ def load_sentence_encoder(folder: Path) -> tuple[SentenceEncoder, Any]:
     """
     from transformers import BertModel
 
-    from qvgen.models.foreign_code import check_config
-    from qvgen.models.tokenizer_folder import load_tokenizer
+    from qvgen.models.folder.foreign_code import check_config
+    from qvgen.models.folder.tokenizer_folder import load_tokenizer
 
     folder = Path(folder).expanduser()
     try:

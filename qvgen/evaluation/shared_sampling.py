@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qvgen.config.image_prompt import caption_of
-from qvgen.config.prompt import PromptedVideo
+from qvgen.config.prompts.image_prompt import caption_of
+from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.deploy.delta_switch import find_switch
 from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import MeasuredInputs

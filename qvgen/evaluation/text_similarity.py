@@ -34,8 +34,8 @@ class TextSimilarity:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel
 
-        from qvgen.models.foreign_code import check_config
-        from qvgen.models.tokenizer_folder import load_tokenizer
+        from qvgen.models.folder.foreign_code import check_config
+        from qvgen.models.folder.tokenizer_folder import load_tokenizer
 
         folder = Path(folder).expanduser()
         try:

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from qvgen.config.value_range import check_ranges
+from qvgen.config.schema.value_range import check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.quant.hadamard import largest_block, random_signs

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.errors import UserError
 from qvgen.layers.layer_group import GROUPS
 from qvgen.quant.grid import MAX_BITS, MIN_BITS

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import to_grid_input

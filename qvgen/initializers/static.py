@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qvgen.config.value_range import check_ranges
+from qvgen.config.schema.value_range import check_ranges
 from qvgen.initializers.base import LayerStatistics, Need, require
 from qvgen.initializers.smoothing import chosen_scale
 from qvgen.layers.fake_quant_linear import FakeQuantLinear

@@ -33,8 +33,8 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, get_args
 
-from qvgen.config.sections import PHI_DECAY, PhiTailShare
-from qvgen.config.value_range import check_ranges
+from qvgen.config.schema.sections import PHI_DECAY, PhiTailShare
+from qvgen.config.schema.value_range import check_ranges
 
 Anneal = Literal["cosine", "linear", "step"]
 Drop = Literal["smallest", "largest", "random"]

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgen.config.sections import OptimConfig, PhiConfig
-from qvgen.config.value_range import Range
+from qvgen.config.schema.sections import OptimConfig, PhiConfig
+from qvgen.config.schema.value_range import Range
 from qvgen.methods.parameter_group import parameter_groups
 
 Trains = Literal["student", "transformer", "autoencoder", "nothing"]

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from qvgen.config.sections import OptimConfig
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.sections import OptimConfig
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.layers.swap import quantized_layers
 from qvgen.layers.weight_adapter import WeightAdapter, merge_
 from qvgen.methods.base import CaptionDropout, Method

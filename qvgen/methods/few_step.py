@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.methods.base import Method, OdeWindow, Trains
 
 

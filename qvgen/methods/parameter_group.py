@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qvgen.config.sections import OptimConfig
+from qvgen.config.schema.sections import OptimConfig
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

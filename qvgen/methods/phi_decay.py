@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qvgen.config.sections import PhiConfig
+from qvgen.config.schema.sections import PhiConfig
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
 

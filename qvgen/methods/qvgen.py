@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qvgen.config.sections import PhiConfig
+from qvgen.config.schema.sections import PhiConfig
 from qvgen.methods.base import CaptionDropout, Method
 from qvgen.methods.phi_decay import PhiDecay, decay_ranks
 

@@ -86,7 +86,7 @@ class VideoDiT(Protocol):
 
     A class may also have ``local_arguments``, a tuple of names: see :func:`local_arguments`; ``further_condition_shapes``, of
     what a caption becomes besides ``encoder_hidden_states``: see :func:`example_condition`; ``original_names``, by which
-    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original_names`; and
+    a checkpoint is written with the names of the model's own code: see :mod:`qvgen.models.original.names`; and
     ``tensor_reader``, which gives a :data:`TensorReader` of the trained transformer, or None where its weights have to be
     loaded whole; ``own_timesteps``, the few timesteps that the transformer is called at, falling, or None, and
     ``guidance_distilled``, whether its weights hold guidance: see :mod:`qvgen.models.few_step`.

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qvgen.models.base import TensorReader
+from qvgen.models.folder.model_class import model_class
 from qvgen.models.folder_family import FolderFamily
-from qvgen.models.model_class import model_class
 from qvgen.models.tensor_reader import read_tensors_of, with_loras
 
 

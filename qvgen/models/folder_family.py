@@ -20,17 +20,17 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from qvgen.config.may_differ import MayDiffer
+from qvgen.config.schema.may_differ import MayDiffer
 from qvgen.models.clip_size import check_sizes
 from qvgen.models.finetune.place import find_finetune
-from qvgen.models.folder_identity import settings_identity, weights_identity
+from qvgen.models.folder.hub_cache import cached_snapshot
+from qvgen.models.folder.hub_folder import HubFolder, download_remedy
+from qvgen.models.folder.identity import settings_identity, weights_identity
+from qvgen.models.folder.model_class import model_class
+from qvgen.models.folder.published import check_is_known, check_is_of
+from qvgen.models.folder.transformer_build import build_transformer
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, check_negative_prompt, require_number
-from qvgen.models.hub_cache import cached_snapshot
-from qvgen.models.hub_folder import HubFolder, download_remedy
 from qvgen.models.lora.merge import Lora, merge_loras_, read_loras
-from qvgen.models.model_class import model_class
-from qvgen.models.published import check_is_known, check_is_of
-from qvgen.models.transformer_build import build_transformer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -183,7 +183,7 @@ class FolderFamily(abc.ABC):
 
     @cached_property
     def revision(self) -> str:
-        """Content key of the transformer's weights: the folder's, see :mod:`qvgen.models.hub_folder`, LoRAs and their scales.
+        """Content key of the transformer's weights: the folder's, see :mod:`qvgen.models.folder`, LoRAs and their scales.
 
         Raises:
             ValueError: there are none.
@@ -265,7 +265,7 @@ class FolderFamily(abc.ABC):
         )
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build a transformer; see :func:`qvgen.models.transformer_build.build_transformer`."""
+        """Build a transformer; see :func:`qvgen.models.folder.transformer_build.build_transformer`."""
         return build_transformer(self.transformer_class, config)
 
     def to(self, device: torch.device | str) -> Self:

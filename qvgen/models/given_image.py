@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.image_prompt import image_of
+from qvgen.config.prompts.image_prompt import image_of
 from qvgen.errors import UserError
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 
 _LINE = '{"prompt": "a cat runs", "image": "cat.png"}'
 

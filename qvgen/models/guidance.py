@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qvgen.config.prompt import Prompts
-from qvgen.config.value_range import Range
+from qvgen.config.prompts.prompt import Prompts
+from qvgen.config.schema.value_range import Range
 
 
 def check_negative_prompt(value: Any) -> None:

@@ -43,7 +43,7 @@ from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.guidance import GUIDANCE, require_number
 from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.hunyuan_fold import VIDEO, behind, double_folds, refiner_folds
-from qvgen.models.original_names import HUNYUAN_VIDEO_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.original.names import HUNYUAN_VIDEO_ORIGINAL_NAMES, OriginalNames
 
 
 @dataclass(kw_only=True, eq=False)

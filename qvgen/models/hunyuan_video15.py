@@ -44,7 +44,7 @@ from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.hunyuan_family import HunyuanFamily
 from qvgen.models.hunyuan_fold import behind, double_folds, refiner_folds
 from qvgen.models.hunyuan_image import HunyuanEmbeddedImage
-from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.original.names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES, OriginalNames
 
 _IMAGE_TOKENS = 729
 _LETTER_TOKENS = 256

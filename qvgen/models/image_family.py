@@ -3,8 +3,8 @@
     training   the clip's own first frame: ``encode_first_frame`` turns it into what the transformer is told, once, in the
                latent cache (:mod:`qvgen.data.latent_cache`). Dropping a caption leaves the image: the pipelines guide by the
                text alone
-    sampling   the image of :class:`qvgen.config.image_prompt.ImagePrompt`, which the family's pipeline resizes and encodes
-               itself: a video is the plain pipeline's, bit for bit
+    sampling   the image of :class:`qvgen.config.prompts.image_prompt.ImagePrompt`, which the family's pipeline resizes and
+               encodes itself: a video is the plain pipeline's, bit for bit
 
 The VAE's posterior mode stands for the image in training, as it does for the clip.
 """
@@ -22,10 +22,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from qvgen.config.image_prompt import image_of
+from qvgen.config.prompts.image_prompt import image_of
 from qvgen.errors import UserError
+from qvgen.models.folder.hub_folder import HubFolder
 from qvgen.models.given_image import open_image
-from qvgen.models.hub_folder import HubFolder
 from qvgen.models.pipeline_family import PipelineFamily
 
 log = logging.getLogger(__name__)

@@ -34,11 +34,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgen.config.value_range import Range
+from qvgen.config.schema.value_range import Range
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
 from qvgen.models.linear_quadratic import LinearQuadraticFlow
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
-from qvgen.models.original_names import LTX_CAUSAL_ORIGINAL_NAMES, LTX_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.original.names import LTX_CAUSAL_ORIGINAL_NAMES, LTX_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 
 _SHARE = Range("[0, 1]")

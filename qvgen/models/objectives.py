@@ -27,8 +27,8 @@ Noise levels of all are compared by the logarithm of noise over signal, x = log(
 matching and log(b_t / a_t) with the two others. A shift adds log(shift) to it (arXiv 2403.03206, Eq. 23); what
 ``snr_shift_scale`` k does to v-prediction's table before its last entry is moved is a shift of sqrt(k).
 
-Other draws of noise levels are :mod:`qvgen.training.noise_level`, weights over them :mod:`qvgen.training.min_snr`. Left out:
-other beta schedules.
+Other draws of noise levels are :mod:`qvgen.training.loss.noise_level`, weights over them
+:mod:`qvgen.training.loss.min_snr`. Left out: other beta schedules.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Open-Sora 1.2, text to video: STDiT3, a transformer of spatial and temporal blocks in turns.
 
-    transformer   :mod:`qvgen.models.stdit3`; latents as [B, C, F, H, W]. It is told the frames per second (120 of a picture)
+    transformer   :mod:`qvgen.models.stdit3.transformer`; latents as [B, C, F, H, W]. It is told the frames per second
+                  (120 of a picture)
     objective     rectified flow. Its output is clean minus noise; here it is turned round, so that the target is noise minus
                   clean as of every flow. Noise levels are shifted by sqrt(height width / 512^2) sqrt(latent frames): more
                   for larger and longer clips, below 1 for small ones; training and sampling alike
     text          T5 v1.1 XXL, 300 tokens with a mask of the caption's own, lower-cased, and what is said of a caption's
                   looks behind it (``caption_suffix``). No caption is an embedding of the checkpoint's own, not T5's of ""
-    latents       :mod:`qvgen.models.opensora_vae`: 17 frames make 5, a picture 1
+    latents       :mod:`qvgen.models.stdit3.vae`: 17 frames make 5, a picture 1
 
 Source: hpcaitech/Open-Sora (opensora/schedulers/rf, configs/opensora-v1-2/inference/sample.py, opensora/models/text_encoder).
 
@@ -37,13 +38,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
-from qvgen.models.hub_folder import HubFolder
+from qvgen.models.folder.hub_folder import HubFolder
 from qvgen.models.objectives import FlowMatching
-from qvgen.models.opensora_folder import OpenSoraFolder, how_to_download
-from qvgen.models.opensora_sampler import OpenSoraSampler
-from qvgen.models.opensora_vae import WINDOW, VideoAutoencoderPipeline, latent_frames
 from qvgen.models.pipeline_family import PipelineFamily
-from qvgen.models.stdit3 import PIXELS, STDiT3
+from qvgen.models.stdit3.folder import OpenSoraFolder, how_to_download
+from qvgen.models.stdit3.sampler import OpenSoraSampler
+from qvgen.models.stdit3.transformer import PIXELS, STDiT3
+from qvgen.models.stdit3.vae import WINDOW, VideoAutoencoderPipeline, latent_frames
 from qvgen.models.tensor_reader import read_tensors_of
 
 _SQUARE = 512 * 512

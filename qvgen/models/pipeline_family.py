@@ -19,7 +19,7 @@ from diffusers.video_processor import VideoProcessor
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from qvgen.config.image_prompt import image_of
+from qvgen.config.prompts.image_prompt import image_of
 from qvgen.models.base import Encode, Objective
 from qvgen.models.encoder_family import EncoderFamily
 from qvgen.models.few_step import (

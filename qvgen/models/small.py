@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from qvgen.models.hub_folder import HubFolder
+from qvgen.models.folder.hub_folder import HubFolder
 from qvgen.models.wan_family import WanFamily
 
 TRAINING_REMEDY = (

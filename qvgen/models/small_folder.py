@@ -24,8 +24,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import BertModel
 
-from qvgen.models.foreign_code import check_config
-from qvgen.models.tokenizer_folder import load_tokenizer
+from qvgen.models.folder.foreign_code import check_config
+from qvgen.models.folder.tokenizer_folder import load_tokenizer
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 

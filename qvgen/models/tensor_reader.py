@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qvgen.errors import UserError
 from qvgen.models.base import TensorReader, VideoDiT
+from qvgen.models.folder.safetensors_header import read_header
 from qvgen.models.lora.merge import Lora, LoraMerge
-from qvgen.models.safetensors_header import read_header
 from qvgen.quant.finite import check_finite
 
 

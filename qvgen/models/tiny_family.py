@@ -21,16 +21,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from qvgen.config.may_differ import MayDiffer
+from qvgen.config.schema.may_differ import MayDiffer
 from qvgen.layers.smoothing_fold import SmoothingFold
 from qvgen.models.base import Encode, TensorReader
 from qvgen.models.few_step import check_guidance, check_sampler, drawn_objective
+from qvgen.models.folder.transformer_build import build_transformer
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS, SHIFT, check_negative_prompt, negative_texts, require_number
 from qvgen.models.objectives import FlowMatching
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.original.names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.tiny_caption import NUM_TOKENS, embedding_table, token_ids
 from qvgen.models.tiny_sampling import TinySampler, checked_frames
-from qvgen.models.transformer_build import build_transformer
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 from qvgen.models.weight_file import ASSETS_DIRECTORY, check_state, load_weights, read_card, save_weights
 

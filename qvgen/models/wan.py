@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from qvgen.config.may_differ import MayDiffer
+from qvgen.config.schema.may_differ import MayDiffer
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
 from qvgen.models.lora.merge import Lora, read_loras
 from qvgen.models.wan_family import WanFamily

@@ -23,7 +23,7 @@ from qvgen.models.base import Objective
 from qvgen.models.few_step import drawn_objective
 from qvgen.models.guidance import SHIFT, require_number
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES, OriginalNames
+from qvgen.models.original.names import WAN_ORIGINAL_NAMES, OriginalNames
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.wan_fold import WAN_SHARED_INPUTS, wan_folds
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qvgen.config.value_range import Range
+from qvgen.config.schema.value_range import Range
 from qvgen.quant.affine import choose_qparams, fake_quantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.precision import to_float64

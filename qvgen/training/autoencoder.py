@@ -25,21 +25,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from qvgen import stop_request
-from qvgen.config.sections import OptimConfig
+from qvgen.config.schema.sections import OptimConfig
 from qvgen.data.datamodule import StepKeyedData
 from qvgen.data.noise import sample_generator
 from qvgen.data.pixel_clips import pixels_from_bytes
 from qvgen.data.source import Split
 from qvgen.evaluation.distance import psnr_db
-from qvgen.training.callback_rules import CallbackRules
-from qvgen.training.callbacks import begin_table, log_for_callbacks, log_row
-from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
+from qvgen.training.callbacks.rules import CallbackRules
+from qvgen.training.callbacks.steps import begin_table, log_for_callbacks, log_row
+from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
+from qvgen.training.design.training_run import TrainingOutput
+from qvgen.training.design.training_steps import TrainingSteps
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.progress import progress_bar
 from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
-from qvgen.training.training_run import TrainingOutput
-from qvgen.training.training_steps import TrainingSteps
 
 log = logging.getLogger(__name__)
 

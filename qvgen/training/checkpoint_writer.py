@@ -14,16 +14,16 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from qvgen import stop_request
-from qvgen.config.sections import CheckpointConfig
+from qvgen.config.schema.sections import CheckpointConfig
 from qvgen.run_directory import atomic_write
-from qvgen.training.background_save import BackgroundSave
-from qvgen.training.checkpoint_folder_reader import CheckpointFolder
+from qvgen.training.checkpoint.background_save import BackgroundSave
+from qvgen.training.checkpoint.folder_reader import CheckpointFolder
+from qvgen.training.checkpoint.replaced_folder import put_in_place, remove
+from qvgen.training.checkpoint.saved_tensor import whole_values
+from qvgen.training.design.micro_batch import count_micro_batches_
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.sharded_strategy import IN_BACKGROUND, ShardedStrategy
-from qvgen.training.micro_batch import count_micro_batches_
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
-from qvgen.training.replaced_folder import put_in_place, remove
-from qvgen.training.saved_tensor import whole_values
 from qvgen.training.stop_point import agreed
 
 PATIENCE_SECONDS = 60.0

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from qvgen import __version__
-from qvgen.config.image_prompt import facts_of
+from qvgen.config.prompts.image_prompt import facts_of
 from qvgen.data.pixel_clips import PixelClips
 from qvgen.data.source import DataSource
 from qvgen.errors import OWN_PACKAGES, UserError
@@ -38,10 +38,10 @@ from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 from qvgen.run_directory import RunDirectory
 from qvgen.run_identity import RunIdentity, continue_run
-from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, checkpoint_step
+from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY, checkpoint_step
 from qvgen.training.checkpoint_writer import checkpoints
 from qvgen.training.source_checksum import foreign_sources, sources_checksum
-from qvgen.training.start_file import START_FILE
+from qvgen.training.start.file import START_FILE
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
 

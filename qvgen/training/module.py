@@ -1,8 +1,8 @@
 """The LightningModule of every method that trains a transformer; the loss is the method's (:mod:`qvgen.training.loss`).
 
-The student's parameters are float32 masters, or what ``optim.masters`` says (:mod:`qvgen.training.master_precision`); the
-teacher is frozen, in no checkpoint, and not a submodule. All randomness of a step comes from (seed, step, sample id): see
-:mod:`qvgen.data.noise`.
+The student's parameters are float32 masters, or what ``optim.masters`` says (:mod:`qvgen.training.optim.master_precision`);
+the teacher is frozen, in no checkpoint, and not a submodule. All randomness of a step comes from (seed, step, sample id):
+see :mod:`qvgen.data.noise`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from qvgen.methods.base import Method
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.context_parallel import SharedSequence
 from qvgen.models.few_step import caption_dropout
-from qvgen.training.block_features import check_features
-from qvgen.training.compiled_blocks import uncompiled
+from qvgen.training.blocks.compiled import uncompiled
+from qvgen.training.blocks.teacher_offload import OffloadedBlocks
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import add_gradients_by_block_
-from qvgen.training.loss import freeze_the_rest_, prediction_loss
-from qvgen.training.master_precision import narrow_masters_
-from qvgen.training.noise_level import training_objective
-from qvgen.training.ode_window import window_velocity
+from qvgen.training.loss.block_features import check_features
+from qvgen.training.loss.noise_level import training_objective
+from qvgen.training.loss.ode_window import window_velocity
+from qvgen.training.loss.prediction_loss import freeze_the_rest_, prediction_loss
+from qvgen.training.optim.master_precision import narrow_masters_
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.stop_point import interruptible
-from qvgen.training.teacher_offload import OffloadedBlocks
-from qvgen.training.training_run import TrainingRun
 
 
 class VideoTraining(OptimizerModule):

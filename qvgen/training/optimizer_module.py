@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from qvgen.config.sections import OptimConfig
+from qvgen.config.schema.sections import OptimConfig
 from qvgen.lowrank.sharded import shard_group
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.quant.precision import has_float64
-from qvgen.training.optim import build_optimizer
+from qvgen.training.optim.optimizer import build_optimizer
 
 NORM_GROUPS = ("weights", "phi")
 """Groups of the optimizer whose gradients have a norm of their own, so that runs with and without Phi can be compared."""

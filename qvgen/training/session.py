@@ -1,6 +1,6 @@
 """One training session: this process's share of a run.
 
-All begin with the state that start_file.py wrote; a later session of the same run continues from the newest checkpoint.
+All begin with the state that start/file.py wrote; a later session of the same run continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
 from qvgen.methods.base import Schedule
-from qvgen.training.average import AVERAGE_KEY, Average
-from qvgen.training.block_checkpoint import block_checkpoint
-from qvgen.training.callback_rules import CallbackRules, first_end
-from qvgen.training.callbacks import MethodSchedule, StepMetrics
-from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
+from qvgen.training.blocks.checkpointing import block_checkpoint
+from qvgen.training.blocks.compiled import compile_blocks_, release_blocks_
+from qvgen.training.callbacks.average import AVERAGE_KEY, Average
+from qvgen.training.callbacks.layer_metrics import LayerMetrics
+from qvgen.training.callbacks.rules import CallbackRules, first_end
+from qvgen.training.callbacks.steps import MethodSchedule, StepMetrics
+from qvgen.training.callbacks.validation import validation_videos
+from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY, RunMark, check_checkpoint, run_key
+from qvgen.training.checkpoint.saved_tensor import load_tensors_
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
-from qvgen.training.compiled_blocks import compile_blocks_, release_blocks_
+from qvgen.training.design.training_run import TrainingOutput, TrainingRun
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.heartbeat_callback import Heartbeat
 from qvgen.training.distributed.pace import PaceCallback
 from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels, uses_teacher
 from qvgen.training.freed_memory import keep_freed_memory
-from qvgen.training.layer_metrics import LayerMetrics
-from qvgen.training.master_precision import widen_masters_
 from qvgen.training.module import VideoTraining
-from qvgen.training.saved_tensor import load_tensors_
+from qvgen.training.optim.master_precision import widen_masters_
 from qvgen.training.shared_error import SharedError
-from qvgen.training.start_file import START_FILE, restore_layers_
+from qvgen.training.start.file import START_FILE, restore_layers_
 from qvgen.training.step_figures import StepFigures, speed_of
 from qvgen.training.stop_point import interruptible
 from qvgen.training.trainer import (
@@ -44,8 +46,6 @@ from qvgen.training.trainer import (
     restored_settings,
     trainer_arguments,
 )
-from qvgen.training.training_run import TrainingOutput, TrainingRun
-from qvgen.training.validation import validation_videos
 
 
 def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None, averaged: bool = False) -> int:

@@ -26,11 +26,11 @@ import torch
 
 from qvgen.errors import one_line
 from qvgen.models.base import VideoDiT
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.planning.advice import clip_size
 from qvgen.training.planning.counted_step import count_step
 from qvgen.training.planning.memory import Device, find_device
 from qvgen.training.planning.training_plan import step_settings
-from qvgen.training.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from qvgen.config.launched_world import LaunchedWorld
-from qvgen.config.trainer_options import TrainerConfig
+from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.config.schema.trainer import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
 from qvgen.training.distributed.cluster import GivenRanks, group_backend
@@ -82,7 +82,7 @@ def build_trainer(
         steps: Optimizer steps.
         accumulate: Micro-batches per optimizer step.
         processes: This one and the others.
-        callbacks: See :mod:`qvgen.training.callbacks`.
+        callbacks: See :mod:`qvgen.training.callbacks.steps`.
         loggers: See :func:`qvgen.training.tracking.wandb_run.training_log`; rank 0 only.
         options: Further arguments of Lightning's Trainer, see :func:`trainer_arguments`; an accelerator and a strategy for
             another kind of device stand here, too.

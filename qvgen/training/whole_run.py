@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from qvgen.config import launched_world
+from qvgen.config.processes import launched_world
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.run_directory import write_plain
-from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
+from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY, check_checkpoint, run_key
 from qvgen.training.checkpoint_writer import checkpoints
+from qvgen.training.design.training_run import TrainingOutput, TrainingRun
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.ahead import LOG_FOLDER, WORKER_FILE, run_workers
 from qvgen.training.distributed.launcher import WorkerGroup
@@ -25,9 +26,8 @@ from qvgen.training.distributed.store_exchange import default_store
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import SharedOutputs
-from qvgen.training.shared_start import StartHelpers
+from qvgen.training.start.shared import StartHelpers
 from qvgen.training.trainer import Processes
-from qvgen.training.training_run import TrainingOutput, TrainingRun
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qvgen.config import launched_world
-from qvgen.config.schema import TrainConfig
+from qvgen.config.processes import launched_world
+from qvgen.config.schema.train import TrainConfig
 from qvgen.data.assets import find_asset
 from qvgen.data.pixel_clips import PixelClips
 from qvgen.errors import UserError
@@ -19,7 +19,7 @@ from qvgen.evaluation.environment import collect_environment
 from qvgen.models.small_folder import round_to_stored_, write_card
 from qvgen.run_identity import read_changes
 from qvgen.training.autoencoder import fit_autoencoder, latent_statistics, reconstruction_psnr_db
-from qvgen.training.callbacks import total_seconds
+from qvgen.training.callbacks.steps import total_seconds
 from qvgen.verbs._deliver import rerun_command
 from qvgen.verbs._parts import claim, open_log, training_output, training_steps
 

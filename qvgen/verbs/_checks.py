@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import UserError
-from qvgen.training.student_check import why_not_streamed
+from qvgen.training.start.student_check import why_not_streamed
 from qvgen.verbs._exports import refuse_exports
 from qvgen.verbs._parts import ptq_method, sampled_needs, student_design
 

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from qvgen.config.command_line import command_line
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.comparison import FAKE, MEASURED, PACKED, ComparedModels, compare_models
@@ -24,9 +24,9 @@ from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.layers.attention_swap import packed_attentions
-from qvgen.training.callbacks import total_seconds
+from qvgen.training.callbacks.steps import total_seconds
 from qvgen.training.distributed.store_queue import StoreQueue
-from qvgen.training.student import Measured, fold_student
+from qvgen.training.start.student import Measured, fold_student
 from qvgen.verbs._parts import named_family, packed_record
 from qvgen.verbs._sampling import at_start, begin_sampling, start_absent
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from qvgen.config.evaluate_schema import TEACHER, EvaluateConfig
-from qvgen.config.prompt import Prompts
-from qvgen.config.verb_schema import GenerateConfig, ModelName
+from qvgen.config.prompts.prompt import Prompts
+from qvgen.config.schema.evaluate import TEACHER, EvaluateConfig
+from qvgen.config.schema.verbs import GenerateConfig, ModelName
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.prompt_list import PromptList
 from qvgen.evaluation.suite.case import Case, sampled_cases

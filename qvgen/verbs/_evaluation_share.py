@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from qvgen import stop_request
-from qvgen.config.evaluate_schema import EvaluateConfig
+from qvgen.config.schema.evaluate import EvaluateConfig
 from qvgen.data.claims import Claims
 from qvgen.errors import UserError
 from qvgen.evaluation.compared_calls import compared_calls

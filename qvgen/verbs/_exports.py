@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qvgen.config.export_schema import ExportConfig, ExportNames
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.export import ExportConfig, ExportNames
+from qvgen.config.schema.train import TrainConfig
 from qvgen.deploy.exported_model import fits_of
 from qvgen.deploy.exporters.base import Publisher, Target
 from qvgen.deploy.transformer_class import check_can_export
@@ -17,7 +17,7 @@ from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import quantized_layers
 from qvgen.quant.width_table import WidthTable
-from qvgen.training.meta_model import Prepared, build_student
+from qvgen.training.design.meta_model import Prepared, build_student
 from qvgen.verbs import export
 from qvgen.verbs._parts import student_design
 
@@ -36,7 +36,7 @@ def check_exports(config: TrainConfig, student: Prepared | None) -> None:
 
     Args:
         config: The run's.
-        student: What :func:`qvgen.training.student_check.check_student` returned.
+        student: What :func:`qvgen.training.start.student_check.check_student` returned.
 
     Raises:
         UserError: A target that will not, and why; or one that can't upload what it was asked to upload.

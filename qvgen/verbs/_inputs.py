@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.data.source import Split
 from qvgen.errors import UserError
 from qvgen.evaluation.held_out import HeldOut, MeasuredInputs

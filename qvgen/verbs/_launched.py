@@ -19,8 +19,8 @@ import torch
 
 from qvgen import stop_request
 from qvgen.config.build import build
-from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.leaf_file import foreign_targets
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.config.run_config import read_plain
 from qvgen.errors import UnfitEnvironmentError, one_line
 from qvgen.training.distributed.meeting import SAMPLE, START, Meeting, RankZeroEndedError, current

@@ -1,4 +1,4 @@
-"""The original names of a packed checkpoint's family: what its class says (qvgen.models.original_names)."""
+"""The original names of a packed checkpoint's family: what its class says (qvgen.models.original.names)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import UserError
 
 if TYPE_CHECKING:
-    from qvgen.models.original_names import OriginalNames
+    from qvgen.models.original.names import OriginalNames
 
 
 def original_names_of(packed: Path) -> OriginalNames | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.leaves import build_leaf, load_foreign_leaf, load_leaf
-from qvgen.config.verb_schema import GenerateConfig
+from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.deploy.manifest import Manifest, read_manifest
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.environment import collect_environment
@@ -18,7 +18,7 @@ from qvgen.evaluation.packed_checks import bf16_bytes, codes_equal, layer_report
 from qvgen.layers.attention_swap import packed_attentions
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import read_changes
-from qvgen.training.student import fold_student
+from qvgen.training.start.student import fold_student
 from qvgen.verbs._deliver import run_info
 from qvgen.verbs._parts import named_family, packed_record
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from qvgen.config.device_choice import say_chosen
-from qvgen.config.schema import TrainConfig
+from qvgen.config.processes.device_choice import say_chosen
+from qvgen.config.schema.train import TrainConfig
 from qvgen.initializers.base import Need
 from qvgen.models.base import Encode
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.micro_batch import StepBatch
-from qvgen.training.ptq_method import PTQMethod
+from qvgen.training.design.micro_batch import StepBatch
+from qvgen.training.design.student import StudentDesign
+from qvgen.training.design.training_run import TrainingOutput, TrainingRun
+from qvgen.training.design.training_steps import TrainingSteps
 from qvgen.training.run_label import RunLabel
-from qvgen.training.student_design import StudentDesign
-from qvgen.training.training_run import TrainingOutput, TrainingRun
-from qvgen.training.training_steps import TrainingSteps
+from qvgen.training.start.ptq_method import PTQMethod
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

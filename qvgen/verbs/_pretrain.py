@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.data.moving_digits import MovingDigits
 from qvgen.evaluation.classifier import CLASSIFIER_FILE, dataset_accuracy, load_classifier, train_classifier
 from qvgen.evaluation.digit_quality import NUM_VIDEOS, teacher_quality
@@ -25,8 +25,8 @@ from qvgen.models.small_folder import write_small_folder
 from qvgen.models.tiny_family import TinyFamily
 from qvgen.models.weight_file import check_state, save_weights
 from qvgen.run_identity import read_changes
-from qvgen.training.callbacks import total_seconds
-from qvgen.training.start_file import has_start, load_start, save_start
+from qvgen.training.callbacks.steps import total_seconds
+from qvgen.training.start.file import has_start, load_start, save_start
 from qvgen.training.whole_run import trained
 from qvgen.verbs._autoencoder import MODEL_DIRECTORY
 from qvgen.verbs._deliver import rerun_command

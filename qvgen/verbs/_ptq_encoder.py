@@ -25,8 +25,8 @@ from torch.nn import functional
 from qvgen.config.bits import Bits
 from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
 from qvgen.evaluation.sentence_captions import CALIBRATION, HELD_OUT
 from qvgen.evaluation.sentence_encoder import (

@@ -9,25 +9,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qvgen.config import launched_world
-from qvgen.config.schema import TrainConfig
+from qvgen.config.processes import launched_world
+from qvgen.config.schema.train import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.kept_samples import forget_samples
 from qvgen.evaluation.placement import sampling_device
 from qvgen.evaluation.report.writer import write_report
 from qvgen.layers.attention_swap import quantized_attentions
 from qvgen.layers.swap import SwapReport, quantized_layers
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.ahead import LOG_FOLDER
 from qvgen.training.distributed.launched_store import is_shared
 from qvgen.training.distributed.meeting import MARK_FILE
 from qvgen.training.identity import check_worker
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import REFERENCE_FILE, SharedError, read_reference, write_reference
-from qvgen.training.shared_start import set_up_share
-from qvgen.training.start_calibration import sample_share
-from qvgen.training.start_file import load_start
-from qvgen.training.student import Measured, prepare_student, start_student
-from qvgen.training.training_run import TrainingRun
+from qvgen.training.start.file import load_start
+from qvgen.training.start.run_calibration import sample_share
+from qvgen.training.start.shared import set_up_share
+from qvgen.training.start.student import Measured, prepare_student, start_student
 from qvgen.training.whole_run import (
     early_workers,
     processes_of,

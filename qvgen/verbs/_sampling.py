@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.comparison import COMPARED_STAGE, MEASURED, START, START_STAGE, open_compared
 from qvgen.evaluation.held_out import HELD_OUT_SEED, MeasuredInputs
@@ -22,7 +22,7 @@ from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, SharedSamp
 from qvgen.layers.swap import phi_suspended
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.store_queue import StoreQueue
-from qvgen.training.start_file import START_FILE, load_start
+from qvgen.training.start.file import START_FILE, load_start
 from qvgen.training.stop_point import interruptible
 from qvgen.verbs._inputs import open_held_out
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from qvgen.config.evaluate_schema import EvaluateConfig
-from qvgen.config.verb_schema import GenerateConfig
+from qvgen.config.schema.evaluate import EvaluateConfig
+from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.deploy.manifest import read_manifest
 from qvgen.errors import UserError
 from qvgen.evaluation.placement import sampling_device

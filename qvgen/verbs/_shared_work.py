@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qvgen.config.schema import TrainConfig
-from qvgen.training.training_run import TrainingRun
+from qvgen.config.schema.train import TrainConfig
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.verbs._parts import sampled_needs
 
 

@@ -6,10 +6,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from qvgen.config import visible_gpus
-from qvgen.config.schema import TrainConfig
+from qvgen.config.processes import visible_gpus
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import DOES_NOT_FIT, UnfitEnvironmentError
-from qvgen.training.meta_model import Prepared
+from qvgen.training.design.meta_model import Prepared
 from qvgen.training.planning.memory import MemoryCounter, find_device
 from qvgen.training.planning.strategy_choice import choose_strategy
 from qvgen.training.planning.text import verdict

@@ -10,12 +10,12 @@ import logging
 
 from qvgen import stop_request
 from qvgen.config.command_line import command_line
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import UserError
 from qvgen.models.tensor_reader import tensor_reader_of
 from qvgen.training.shared_error import SharedError
-from qvgen.training.start_file import LAYERS_FILE, START_FILE, check_start
-from qvgen.training.streamed_start import make_streamed_start
+from qvgen.training.start.file import LAYERS_FILE, START_FILE, check_start
+from qvgen.training.start.streamed import make_streamed_start
 from qvgen.training.whole_run import early_workers, start_helpers, trained
 from qvgen.verbs._inputs import open_held_out, open_inputs
 from qvgen.verbs._parts import claim, open_log, student_design, training_output, training_run

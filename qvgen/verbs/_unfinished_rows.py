@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.run_comparison import lasting
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.evaluation.environment import collect_machine
 from qvgen.evaluation.sentence_encoder import revision
 from qvgen.training.identity import code_facts

@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qvgen.config.image_prompt import facts_of
-from qvgen.config.prompt import PromptedVideo
+from qvgen.config.prompts.image_prompt import facts_of
+from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.deploy.manifest import file_sha256
 from qvgen.run_directory import atomic_write
 

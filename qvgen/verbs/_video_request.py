@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qvgen.config.image_prompt import image_of, with_image
-from qvgen.config.prompt import PromptedVideo, Prompts
-from qvgen.config.verb_schema import GenerateConfig
+from qvgen.config.prompts.image_prompt import image_of, with_image
+from qvgen.config.prompts.prompt import PromptedVideo, Prompts
+from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.models.few_step import check_sampled_as_distilled
 from qvgen.models.given_image import check_images
 

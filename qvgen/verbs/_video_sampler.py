@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.prompt import PromptedVideo
-from qvgen.config.verb_schema import GenerateConfig
+from qvgen.config.prompts.prompt import PromptedVideo
+from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.data.clip_report import warn_of_cut_captions
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.delta_switch import DeltaSwitch, find_switch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from qvgen import stop_request
-from qvgen.config.machine_schema import AssetsConfig
+from qvgen.config.schema.machine import AssetsConfig
 from qvgen.data.asset_clips import write_clip_table
 from qvgen.data.assets import Asset, assets_directory, fetch, select
 from qvgen.errors import UnfitEnvironmentError

@@ -7,7 +7,7 @@ import logging
 
 from qvgen import stop_request
 from qvgen.config.command_line import command_line
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write

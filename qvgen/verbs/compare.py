@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.command_line import command_line
-from qvgen.config.verb_schema import CompareConfig
+from qvgen.config.schema.verbs import CompareConfig
 from qvgen.errors import did_you_mean
 from qvgen.evaluation.report.compare_page import render_comparison
 from qvgen.evaluation.report.evaluation_comparison import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from qvgen.config.presentation_schema import DashboardConfig
+from qvgen.config.schema.presentation import DashboardConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.tracking.service import wandb_problem
 from qvgen.training.tracking.workspace import PANELS, workspace

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qvgen import stop_request
-from qvgen.config.machine_schema import DoctorConfig
+from qvgen.config.schema.machine import DoctorConfig
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.run_directory import atomic_write
 from qvgen.verbs.diagnosis.layer_kind import LayerKind, chosen_kernels, layer_kinds, layer_shapes

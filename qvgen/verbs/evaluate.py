@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qvgen import stop_request
-from qvgen.config import launched_world
-from qvgen.config.device_choice import say_chosen
-from qvgen.config.evaluate_schema import EvaluateConfig
-from qvgen.config.launched_world import LaunchedWorld
 from qvgen.config.leaves import load_leaf
+from qvgen.config.processes import launched_world
+from qvgen.config.processes.device_choice import say_chosen
+from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.config.schema.evaluate import EvaluateConfig
 from qvgen.evaluation.environment import DISTRIBUTIONS, collect_versions
 from qvgen.evaluation.metrics.base import Metric, ModelMetric
 from qvgen.evaluation.metrics.clip_model import ClipMetric

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qvgen import stop_request
-from qvgen.config.export_schema import ExportConfig
 from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_leaf
+from qvgen.config.schema.export import ExportConfig
 from qvgen.deploy.export_files import write_files
 from qvgen.deploy.exported_model import PackedSource, convert, find_fits, open_packed
 from qvgen.deploy.exporters.base import Exporter, ExportFile, Fit, PackedTarget, Publisher, Target

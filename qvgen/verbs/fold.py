@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from qvgen import stop_request
-from qvgen.config.schema import FoldConfig
+from qvgen.config.schema.train import FoldConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE
@@ -15,7 +15,7 @@ from qvgen.evaluation.packed_checks import codes_equal
 from qvgen.training.identity import check_fold
 from qvgen.training.planning.deployment import plan_fold
 from qvgen.training.session import load_trained
-from qvgen.training.student import fold_student, prepare_student
+from qvgen.training.start.student import fold_student, prepare_student
 from qvgen.verbs._earlier_result import refuse_earlier
 from qvgen.verbs._parts import named_family, packed_record, student_design
 

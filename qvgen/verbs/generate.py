@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qvgen import stop_request
-from qvgen.config.device_choice import say_chosen
-from qvgen.config.prompt import PromptedVideo
-from qvgen.config.verb_schema import GenerateConfig
+from qvgen.config.processes.device_choice import say_chosen
+from qvgen.config.prompts.prompt import PromptedVideo
+from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.data.video import write_video
 from qvgen.deploy.delta_switch import DeltaSwitch
 from qvgen.errors import DOES_NOT_FIT

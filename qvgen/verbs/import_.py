@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qvgen import stop_request
-from qvgen.config.import_schema import ImportConfig
+from qvgen.config.schema.imports import ImportConfig
 from qvgen.deploy.checkpoint import check_packed, save_packed
 from qvgen.deploy.importers.release_check import TOLERANCE
 from qvgen.deploy.importers.release_file import ReleaseFile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qvgen.config.verb_schema import InspectConfig
+from qvgen.config.schema.verbs import InspectConfig
 from qvgen.deploy.attention_entry import AttentionEntry
 from qvgen.deploy.checkpoint import check_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qvgen import stop_request
-from qvgen.config import launched_world
 from qvgen.config.build import build
-from qvgen.config.device_choice import say_chosen
-from qvgen.config.launched_world import LaunchedWorld
-from qvgen.config.prompt import Prompts
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import PrecomputeConfig
+from qvgen.config.processes import launched_world
+from qvgen.config.processes.device_choice import say_chosen
+from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.config.prompts.prompt import Prompts
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import PrecomputeConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.data.clip_report import FillReport
 from qvgen.data.source import DataSource, EncodedSource

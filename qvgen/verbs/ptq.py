@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.evaluation.prompts import calibration_prompts
 from qvgen.initializers.bit_budget import BitBudget
 from qvgen.models.few_step import sampling_steps
-from qvgen.training.student_check import check_student
+from qvgen.training.start.student_check import check_student
 from qvgen.verbs._checks import check_sampling_parts, without_clips
 from qvgen.verbs._exports import check_exports, planned_exports, write_exports
 from qvgen.verbs._parts import ptq_method, sampled_needs, student_design

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from qvgen.config.presentation_schema import ReportCardConfig
+from qvgen.config.schema.presentation import ReportCardConfig
 from qvgen.deploy.kernel_choice import manifest_specs
 from qvgen.deploy.manifest import Manifest, read_manifest
 from qvgen.deploy.model_card import CARD_FILE, CardSources, card_of

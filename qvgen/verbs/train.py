@@ -7,22 +7,22 @@ from functools import partial
 
 from torch import nn
 
-from qvgen.config import launched_world
-from qvgen.config.device_choice import say_chosen
-from qvgen.config.schema import TrainConfig
+from qvgen.config.processes import launched_world
+from qvgen.config.processes.device_choice import say_chosen
+from qvgen.config.schema.train import TrainConfig
 from qvgen.cpu_threads import set_threads
 from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
+from qvgen.training.design.meta_model import Prepared
 from qvgen.training.distributed.context import check_run_context
-from qvgen.training.loss import check_loss, freeze_the_rest_
-from qvgen.training.master_precision import check_masters
-from qvgen.training.meta_model import Prepared
-from qvgen.training.optim import check_optimizer
+from qvgen.training.loss.prediction_loss import check_loss, freeze_the_rest_
+from qvgen.training.optim.master_precision import check_masters
+from qvgen.training.optim.optimizer import check_optimizer
 from qvgen.training.planning.memory import MemoryCounter
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.training.student_check import check_student
+from qvgen.training.start.student_check import check_student
 from qvgen.verbs import importing
 from qvgen.verbs._checks import check_low_host_memory, check_sampling_parts
 from qvgen.verbs._exports import check_exports, planned_exports, refuse_exports, write_exports
@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> int | None:
 
         check_wandb(config.logger)
     if config.strategy.compile:
-        from qvgen.training.compiled_blocks import check_compiler
+        from qvgen.training.blocks.compiled import check_compiler
 
         check_compiler()
     if not config.dry_run:
@@ -141,8 +141,8 @@ def _kernel_line(student: nn.Module, kernel: str) -> str:
 
 def _check_callbacks(config: TrainConfig) -> None:
     """Raise UserError where a callback waits for what this run does not have."""
-    from qvgen.training.callback_rules import check_monitors
-    from qvgen.training.callbacks import metric_columns
+    from qvgen.training.callbacks.rules import check_monitors
+    from qvgen.training.callbacks.steps import metric_columns
 
     schedule = config.method.schedule(config.phi, num_steps=config.steps)
     is_measured = config.method.quantizes and config.evaluation.every_steps is not None

@@ -18,16 +18,16 @@ from qvgen.errors import UserError
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.micro_batch import StepBatch
+from qvgen.training.design.micro_batch import StepBatch
+from qvgen.training.design.student import StudentDesign
+from qvgen.training.design.training_run import TrainingOutput, TrainingRun
+from qvgen.training.design.training_steps import TrainingSteps
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.training.ptq_method import PTQMethod
 from qvgen.training.session import train_share
-from qvgen.training.start_calibration import calibrate_
-from qvgen.training.student import fold_student, prepare_student, set_up_student_
-from qvgen.training.student_check import check_student
-from qvgen.training.student_design import StudentDesign
-from qvgen.training.training_run import TrainingOutput, TrainingRun
-from qvgen.training.training_steps import TrainingSteps
+from qvgen.training.start.ptq_method import PTQMethod
+from qvgen.training.start.run_calibration import calibrate_
+from qvgen.training.start.student import fold_student, prepare_student, set_up_student_
+from qvgen.training.start.student_check import check_student
 from tests.parts import calibrated_model, planned, prepared
 from tests.runs import train_config
 

@@ -114,7 +114,7 @@ def test_loggers_beside_ours_and_in_its_place(mine: Path) -> None:
         (["+callbacks.a._target_=mine.parts.Count", "+callbacks.a.every=0"], "can't be made: every must be 1 or more"),
         (["+callbacks.a._target_=mine.parts.Empty"], "makes a Empty, which is no lightning.pytorch.callbacks.Callback"),
         (["+logger.a._target_=mine.parts.Empty"], "makes a Empty, which is no lightning.pytorch.loggers.Logger"),
-        (["+callbacks.a._target_=qvgen.training.callbacks.StepMetrics"], "is no callbacks.a of qvgen"),
+        (["+callbacks.a._target_=qvgen.training.callbacks.steps.StepMetrics"], "is no callbacks.a of qvgen"),
         (["+logger.projct=x"], "unknown key 'logger.projct'; did you mean 'logger.project'"),
         ([f"{OF_LIGHTNING}.ModelCheckpoint"], "ModelCheckpoint is not taken: a run is continued from its own"),
         ([f"{OF_LIGHTNING}.TQDMProgressBar"], "TQDMProgressBar is not taken: the bar is"),

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from qvgen.config import TrainConfig, device_choice, launched_world, visible_gpus
+from qvgen.config import TrainConfig
 from qvgen.config.build import check
 from qvgen.config.compose import compose_job, compose_plain
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes import device_choice, launched_world, visible_gpus
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import DOES_NOT_FIT, UserError
 from qvgen.run_directory import write_plain
 from qvgen.training.planning import training_plan
@@ -258,7 +259,7 @@ def test_what_was_chosen_is_said_once_a_job_begins(
     machine: Machine, started: list[tuple[int, str | None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     machine(4)
-    with caplog.at_level(logging.INFO, logger="qvgen.config.device_choice"):
+    with caplog.at_level(logging.INFO, logger="qvgen.config.processes.device_choice"):
         assert main(["train", "-m", *KEYS, "seed=1,2", "batch_size=32"]) in (DONE, BAD_INPUT)  # nothing to compare
     assert [line for line in caplog.messages if line.startswith("devices=")] == ["devices=auto: all 4 GPUs"]
     assert [number for number, _ in started] == [4, 4]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from qvgen.config.leaf_file import leaf_content
-from qvgen.config.may_differ import MayDiffer, keys_with, marks_of
 from qvgen.config.run_comparison import check_content, lasting
+from qvgen.config.schema.may_differ import MayDiffer, keys_with, marks_of
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
 
 ARRAY = """
 from dataclasses import dataclass
 from typing import Annotated
-from qvgen.config.may_differ import MayDiffer
+from qvgen.config.schema.may_differ import MayDiffer
 from qvgen.data.source import DataSource
 
 raise RuntimeError("nobody imports this file to read its marks")

@@ -12,9 +12,9 @@ import pytest
 
 from qvgen.config.build import check
 from qvgen.config.compose import compose_plain
-from qvgen.config.prompt import PromptedVideo, Prompts
-from qvgen.config.prompt_line import Prompt
-from qvgen.config.schema import TrainConfig
+from qvgen.config.prompts.line import Prompt
+from qvgen.config.prompts.prompt import PromptedVideo, Prompts
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import UserError
 from tests.runs import train_config
 

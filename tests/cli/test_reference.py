@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from qvgen.cli import main
-from qvgen.config.field_docs import field_docs
 from qvgen.config.leaves import _find, conf_directory
-from qvgen.config.recipe import check_recipe
 from qvgen.config.reference import _table, plain_text, reference, section_rows
+from qvgen.config.schema.field_docs import field_docs
+from qvgen.config.schema.recipe import check_recipe
 from qvgen.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def test_what_is_read_from_the_source_is_what_python_sees(path: Path) -> None:
 
 
 def test_a_key_that_no_class_explains_has_no_meaning_and_stops_the_page() -> None:
-    (row,) = section_rows({"made_up": 3}, "qvgen.config.sections.PhiConfig")
+    (row,) = section_rows({"made_up": 3}, "qvgen.config.schema.sections.PhiConfig")
     assert (row.key, row.default, row.meaning) == ("made_up", "3", "")
     with pytest.raises(ValueError, match="made_up of conf/ has no meaning"):
         _table("default", [(row, row.default)])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import pytest
 
-from qvgen.config.value_range import Range, check_ranges
+from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.errors import UserError
 
 INSIDE_AND_OUTSIDE = {

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qvgen.config.leaves import conf_directory
-from qvgen.config.schemas import SCHEMAS
+from qvgen.config.schema.by_verb import SCHEMAS
 from tests.conftest import LONGEST_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,9 +189,9 @@ def check_takes_parts(path):
 @pytest.mark.parametrize(
     "source",
     [
-        "from qvgen.config.schema import TrainConfig",
+        "from qvgen.config.schema.train import TrainConfig",
         "from qvgen.config import FoldConfig as Config",
-        "if TYPE_CHECKING:\n    from qvgen.config.verb_schema import BenchmarkConfig",
+        "if TYPE_CHECKING:\n    from qvgen.config.schema.verbs import BenchmarkConfig",
         "import qvgen.config\ndef f(run: qvgen.config.TrainConfig): ...",
         "def f(run: 'TrainConfig'): ...",
         "def f():\n    from qvgen.config.build import load_run",

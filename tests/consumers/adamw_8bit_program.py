@@ -16,8 +16,8 @@ from torch import nn
 from torchao.optim import AdamW8bit
 
 from qvgen.methods.phi_decay import forget_moments_
+from qvgen.training.optim.streamed_adamw import StreamedAdamW
 from qvgen.training.planning.stored_state import StoredState
-from qvgen.training.streamed_adamw import StreamedAdamW
 from qvgen.verbs._parts import training_run
 from tests.parts import planned, prepared
 from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, shallow, train, train_config

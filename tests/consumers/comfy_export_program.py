@@ -25,8 +25,8 @@ from qvgen.deploy.exporters.plain_weight import plain_weight
 from qvgen.layers.fake_quant_product import rotated
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers
-from qvgen.models.original_names import ORIGINAL_NAMES
-from qvgen.models.original_tensors import original_sources
+from qvgen.models.original.names import ORIGINAL_NAMES
+from qvgen.models.original.tensors import original_sources
 
 
 def quantized(tensors: dict[str, Tensor], name: str, rows: int, columns: int) -> tuple[QuantizedTensor, dict[str, Any]]:

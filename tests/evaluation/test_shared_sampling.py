@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import HashStore
 
-from qvgen.config.prompt import PromptedVideo
+from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.evaluation.item_queue import OneProcess
 from qvgen.evaluation.kept_samples import KeptSamples
 from qvgen.evaluation.shared_sampling import Asked, ModelAbsentError, OpenModel, SharedSampling

@@ -19,7 +19,7 @@ from gpu import clock, page, part, sanitizer
 from gpu.models import NAMES, read_model
 from gpu.setting import Setting
 
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 from qvgen_kernels.triton.tuned import read_tiles
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import torch
 from qvgen.config.leaves import load_leaf
 from qvgen.methods.base import OdeWindow
 from qvgen.methods.few_step import FewStepDistillation
-from qvgen.training.ode_window import window_velocity
+from qvgen.training.loss.ode_window import window_velocity
 from tests.runs import train_config
 from tests.training.test_module import make_batch, make_module
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.sections import OptimConfig, PhiConfig
+from qvgen.config.schema.sections import OptimConfig, PhiConfig
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.methods.base import Method
 from qvgen.verbs._quantize import quantize

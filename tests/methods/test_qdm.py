@@ -9,7 +9,7 @@ from torch import Tensor
 from qvgen.data.noise import add_noise
 from qvgen.errors import UserError
 from qvgen.models.objectives import EpsilonPrediction, FlowMatching, VPrediction
-from qvgen.training.loss import prediction_loss
+from qvgen.training.loss.prediction_loss import prediction_loss
 from tests.runs import train_config
 
 OBJECTIVES = {"flow": FlowMatching(shift=3.0), "v": VPrediction(snr_shift_scale=3.0), "noise": EpsilonPrediction()}

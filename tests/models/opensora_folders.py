@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from qvgen.models.opensora_vae import VideoAutoencoderPipeline
-from qvgen.models.stdit3 import STDiT3
+from qvgen.models.stdit3.transformer import STDiT3
+from qvgen.models.stdit3.vae import VideoAutoencoderPipeline
 from tests.models.hub_folders import PIECES, TEXT_SIZE, _copy, _text_sizes
 
 WINDOW = 9

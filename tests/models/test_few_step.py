@@ -24,7 +24,7 @@ from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.few_step import FewSteps, caption_dropout, own_timesteps, sampling_steps
 from qvgen.models.objectives import FlowMatching, VPrediction
-from qvgen.training.noise_level import training_objective
+from qvgen.training.loss.noise_level import training_objective
 from tests.models.family_checks import tiny_family
 from tests.models.hub_folders import CAPTIONS, make_cogvideox_folder, make_wan_folder
 from tests.profiles import make_profile

@@ -1,6 +1,6 @@
 """``model.transformer``: a finetune as its owner has it, against the same weights as a whole folder of the base model.
 
-Original names are written by our own rules (:mod:`qvgen.models.original_names`, tested against diffusers' converters).
+Original names are written by our own rules (:mod:`qvgen.models.original.names`, tested against diffusers' converters).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
-from qvgen.models.original_names import ORIGINAL_NAMES
-from qvgen.models.original_tensors import join_original, original_sources
+from qvgen.models.original.names import ORIGINAL_NAMES
+from qvgen.models.original.tensors import join_original, original_sources
 from tests.models.family_checks import CAPTIONS, tiny_family
 from tests.models.further_folders import make_hunyuan_folder
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder

@@ -14,8 +14,8 @@ import torch
 from diffusers import ClassifierFreeGuidance, HunyuanVideo15ImageToVideoPipeline
 from PIL import Image
 
-from qvgen.config.image_prompt import ImagePrompt
 from qvgen.config.leaves import load_leaf
+from qvgen.config.prompts.image_prompt import ImagePrompt
 from qvgen.deploy.fixed_inputs import fixed_inputs
 from qvgen.errors import UserError
 from qvgen.models.base import VideoDiT, example_condition

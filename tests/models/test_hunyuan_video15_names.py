@@ -17,8 +17,8 @@ from qvgen.cli import main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.deploy.exporters.nibbles import unpack_signed_nibbles
 from qvgen.layers.swap import packed_layers
-from qvgen.models.original_names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES
-from qvgen.models.original_tensors import join_original, original_sources
+from qvgen.models.original.names import HUNYUAN_VIDEO_15_ORIGINAL_NAMES
+from qvgen.models.original.tensors import join_original, original_sources
 from tests.deploy.exporters.packed_models import save, tiny_hunyuan_video15
 from tests.models.family_checks import tiny_family
 from tests.models.further_folders import make_hunyuan15_folder

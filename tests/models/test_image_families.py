@@ -15,11 +15,11 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from PIL import Image
 from safetensors.torch import save_file
 
-from qvgen.config.image_prompt import ImagePrompt, facts_of, image_of
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.image_prompt import ImagePrompt, facts_of, image_of
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.models.base import VideoDiT, example_condition
-from qvgen.models.original_names import WAN_ORIGINAL_NAMES
-from qvgen.models.original_tensors import original_sources
+from qvgen.models.original.names import WAN_ORIGINAL_NAMES
+from qvgen.models.original.tensors import original_sources
 from tests.models.family_checks import check_packed_equals_fake_quantized, tiny_family
 from tests.models.hub_folders import CAPTIONS
 from tests.models.image_folders import clip_of, make_cogvideox_image_folder, make_wan_image_folder, write_image

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from qvgen.cli import main
-from qvgen.models.hub_cache import cache_of
+from qvgen.models.folder.hub_cache import cache_of
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.lora_files import make_model, save_diffusers, save_peft, tiny_family
 

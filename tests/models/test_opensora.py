@@ -21,9 +21,9 @@ from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.models.base import VideoDiT, example_condition
-from qvgen.models.model_class import model_class
-from qvgen.models.opensora_vae import VideoAutoencoderPipeline
-from qvgen.models.stdit3 import STDiT3
+from qvgen.models.folder.model_class import model_class
+from qvgen.models.stdit3.transformer import STDiT3
+from qvgen.models.stdit3.vae import VideoAutoencoderPipeline
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from qvgen.config.leaves import load_leaf
 from qvgen.errors import UserError
-from qvgen.models.original_names import (
+from qvgen.models.original.names import (
     HUNYUAN_VIDEO_ORIGINAL_NAMES,
     ORIGINAL_NAMES,
     WAN_ORIGINAL_NAMES,
     OriginalNames,
     original_names,
 )
-from qvgen.models.original_tensors import from_original, join_original, original_sources
+from qvgen.models.original.tensors import from_original, join_original, original_sources
 from tests.deploy.exporters.packed_models import tiny_hunyuan_video, tiny_ltx, tiny_wan
 
 CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {

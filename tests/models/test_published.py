@@ -14,7 +14,7 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.config.leaves import conf_directory, load_leaf
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 
 TRANSFORMERS = {
     "cogvideox": "CogVideoXTransformer3DModel",

@@ -28,7 +28,7 @@ from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.smoothing_fold import SmoothingFold, fold_input_scale_
 from qvgen.layers.swap import packed_layers, quantized_layers, select_linears
 from qvgen.models.base import VideoDiT
-from qvgen.models.stdit3 import STDiT3
+from qvgen.models.stdit3.transformer import STDiT3
 from tests.models.further_folders import HUNYUAN, HUNYUAN15, MOCHI
 from tests.models.hub_folders import COGVIDEOX_VARIANTS
 from tests.models.ltx_folders import LATTE_TRANSFORMER, LTX_TRANSFORMER

@@ -16,9 +16,9 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 import qvgen
-from qvgen.config.image_prompt import ImagePrompt
 from qvgen.config.leaves import load_leaf
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.image_prompt import ImagePrompt
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.data.noise import NoisyBatch
 from qvgen.errors import UserError
 from qvgen.evaluation.compared_calls import compared_calls
@@ -31,8 +31,8 @@ from qvgen.methods.base import OdeWindow
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.given_image import check_images
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.loss import prediction_loss
-from qvgen.training.ode_window import window_velocity
+from qvgen.training.loss.ode_window import window_velocity
+from qvgen.training.loss.prediction_loss import prediction_loss
 from tests.models.family_checks import check_packed_equals_fake_quantized, tiny_family
 from tests.models.hub_folders import CAPTIONS, make_wan_folder
 from tests.models.image_folders import clip_of, write_image

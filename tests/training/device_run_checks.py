@@ -19,11 +19,11 @@ from qvgen.deploy.packed_fusion import kernel_names
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.sampling import generate_videos
 from qvgen.layers.swap import quantized_layers
-from qvgen.training.callbacks import MethodSchedule, StepMetrics
+from qvgen.training.blocks.teacher_offload import OffloadedBlocks
+from qvgen.training.callbacks.steps import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
-from qvgen.training.streamed_adamw import StreamedAdamW
-from qvgen.training.student import fold_student, set_up_student_
-from qvgen.training.teacher_offload import OffloadedBlocks
+from qvgen.training.optim.streamed_adamw import StreamedAdamW
+from qvgen.training.start.student import fold_student, set_up_student_
 from qvgen.training.trainer import Processes, build_trainer, fit, restored_settings, trainer_arguments
 from qvgen.verbs._parts import named_family, ptq_method, sampled_teacher, student_design, training_run
 from tests.conformance.initializer_cases import initialize_, initialized, made_layer, make_weight

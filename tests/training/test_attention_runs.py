@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from qvgen.cli import DONE
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.layers.attention_swap import packed_attentions
-from qvgen.training import compiled_blocks
-from qvgen.training.start_file import START_FILE
+from qvgen.training.blocks import compiled as compiled_blocks
+from qvgen.training.start.file import START_FILE
 from tests.runs import UNSEEN, copy_until, load_state, packed_bytes, read_metrics, shallow, train
 
 STEPS = 4

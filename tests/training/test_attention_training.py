@@ -14,10 +14,10 @@ from qvgen.layers.attention_swap import packed_attentions, quantized_attentions
 from qvgen.layers.swap import folded_copy
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.training.planning.operation_counter import OperationCounter
-from qvgen.training.student import prepare_student
+from qvgen.training.start.student import prepare_student
 from qvgen.verbs._parts import student_design
 from tests.runs import UNSEEN, shallow, train, train_config
-from tests.training.test_block_checkpoint import WAYS, Calls, gradients
+from tests.training.blocks.test_block_checkpoint import WAYS, Calls, gradients
 
 KEYS = ("profile.attention={kind:int8,clips:true}",)
 

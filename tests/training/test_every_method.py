@@ -12,7 +12,7 @@ from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.swap import fold, packed_layers, quantized_layers
 from qvgen.training.module import VideoTraining
-from qvgen.training.student import set_up_student_
+from qvgen.training.start.student import set_up_student_
 from qvgen.verbs._parts import named_family, ptq_method, student_design
 from tests.parts import prepared, training_module
 from tests.runs import shallow, train_config

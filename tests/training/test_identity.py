@@ -23,10 +23,10 @@ from qvgen.data.clip_source import ClipSource
 from qvgen.models.weight_file import load_weights, save_weights
 from qvgen.run_directory import write_plain
 from qvgen.run_identity import IDENTITY_FILE, RunIdentity, read_changes
-from qvgen.training.checkpoint_file import RUN_KEY
+from qvgen.training.checkpoint.file import RUN_KEY
 from qvgen.training.identity import check_worker
 from qvgen.training.source_checksum import sources_checksum
-from qvgen.training.start_file import LAYERS_FILE, START_FILE, load_start
+from qvgen.training.start.file import LAYERS_FILE, START_FILE, load_start
 from qvgen.verbs._parts import claim, run_facts
 from tests.data.pooling_encoder import encode_captions, encode_video
 from tests.data.video_files import write_clip

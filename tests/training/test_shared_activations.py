@@ -20,10 +20,10 @@ from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.shared_input import activation_sharing
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.parameter_group import parameter_groups
-from qvgen.training.layer_setup import input_sets
+from qvgen.training.design.layer_setup import input_sets
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.session import load_trained
-from qvgen.training.start_file import load_start
+from qvgen.training.start.file import load_start
 from tests.models.hub_folders import make_cogvideox_folder
 from tests.parts import planned_student, prepared, training_module
 from tests.runs import (

@@ -25,9 +25,9 @@ from torch import nn
 from qvgen import stop_request
 from qvgen.cli import INTERRUPTED, TERMINATED, main
 from qvgen.config import TrainConfig
-from qvgen.config.sections import CheckpointConfig
+from qvgen.config.schema.sections import CheckpointConfig
 from qvgen.data.datamodule import MeasuredData
-from qvgen.training.callbacks import MethodSchedule, StepMetrics
+from qvgen.training.callbacks.steps import MethodSchedule, StepMetrics
 from qvgen.training.checkpoint_writer import CheckpointWriter, checkpoints
 from qvgen.training.trainer import Processes, build_trainer, fit
 from tests.parts import prepared, training_module, video_callback

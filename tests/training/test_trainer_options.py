@@ -15,7 +15,7 @@ import torch
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config import UserError
 from qvgen.config.build import check
-from qvgen.config.trainer_options import REFUSED, TrainerConfig
+from qvgen.config.schema.trainer import REFUSED, TrainerConfig
 from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.trainer import Processes, build_trainer, restored_settings, trainer_arguments
 from tests.runs import composed, copy_until, one_block, packed_bytes, train, train_config

@@ -7,7 +7,7 @@ from qvgen.layers.fused_product import unfused
 from qvgen.layers.swap import forms, quantized_layers, restore_forms_
 from qvgen.quant.width_table import WidthTable
 from qvgen.run_identity import RunIdentity
-from qvgen.training.meta_model import build_student
+from qvgen.training.design.meta_model import build_student
 from qvgen.verbs._parts import student_design
 from tests.parts import prepared
 from tests.runs import train_config

@@ -25,16 +25,16 @@ from torch.nn import functional
 from qvgen.config.bits import Bits
 from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.evaluation.environment import collect_environment
 from qvgen.evaluation.held_out import relative_error_of
 from qvgen.evaluation.sampled_inputs import SampledInputs
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.ptq_method import PTQMethod
-from qvgen.training.student import prepare_student, set_up_student_
-from qvgen.training.student_design import StudentDesign
+from qvgen.training.design.student import StudentDesign
+from qvgen.training.start.ptq_method import PTQMethod
+from qvgen.training.start.student import prepare_student, set_up_student_
 from tests.models.ltx_folders import LATTE_TRANSFORMER, make_latte_folder
 
 STEPS, SEED, TRAINING_STEPS = 10, 42, 400

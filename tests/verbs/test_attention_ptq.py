@@ -11,8 +11,8 @@ from torch import nn
 from qvgen.config.leaves import leaf_names
 from qvgen.layers.attention_swap import packed_attentions, quantized_attentions
 from qvgen.layers.swap import folded_copy, forms
-from qvgen.training.start_file import load_start, save_start
-from qvgen.training.student import set_up_student_
+from qvgen.training.start.file import load_start, save_start
+from qvgen.training.start.student import set_up_student_
 from qvgen.verbs._parts import ptq_method, sampled_teacher, student_design
 from tests.parts import prepared
 from tests.runs import shallow, train_config

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from qvgen.config import launched_world
 from qvgen.config.leaves import load_leaf
+from qvgen.config.processes import launched_world
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_video
 from qvgen.deploy.checkpoint import load_packed

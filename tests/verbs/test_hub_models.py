@@ -23,8 +23,8 @@ from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 
 from qvgen.cli import BAD_INPUT, main
-from qvgen.config import launched_world
 from qvgen.config.leaf_file import read_leaf
+from qvgen.config.processes import launched_world
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder

@@ -17,7 +17,7 @@ from qvgen.deploy.exporters.plain_weight import plain_weight
 from qvgen.deploy.exporters.svdq_tiles import unpack_down, unpack_up
 from qvgen.deploy.fixed_inputs import fixed_inputs
 from qvgen.layers.swap import folded_copy, packed_layers, quantized_layers
-from qvgen.training.callback_rules import first_end
+from qvgen.training.callbacks.rules import first_end
 from qvgen.verbs._parts import run_label, student_design
 from tests.deploy.exporters.packed_models import svdquant, tiny_wan
 from tests.runs import UNSEEN, copy_until, method_schedule, packed_bytes, read_metrics, shallow, train, train_config

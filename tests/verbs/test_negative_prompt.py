@@ -16,13 +16,13 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config import TrainConfig
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.evaluation.prompts import evaluation_prompts, shown_videos
 from qvgen.evaluation.report.json_content import to_json_dict
 from qvgen.evaluation.report.writer import render_html
 from qvgen.evaluation.sampled_inputs import SampledInputs
 from qvgen.models.guidance import texts_to_encode
-from qvgen.training.calibration import SEED_OFFSET
+from qvgen.training.calibration.statistics import SEED_OFFSET
 from qvgen.training.mixed_precision.trajectory import sampling_of
 from qvgen.verbs._parts import sampled_teacher
 from tests.evaluation.report.example_report import report_data

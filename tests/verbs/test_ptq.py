@@ -17,8 +17,8 @@ from qvgen.deploy.checkpoint import load_packed
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.layers.swap import packed_layers, phi_suspended, quantized_layers
 from qvgen.run_directory import RunDirectory
-from qvgen.training.start_file import load_start
-from qvgen.training.student import Measured, fold_student, start_student
+from qvgen.training.start.file import load_start
+from qvgen.training.start.student import Measured, fold_student, start_student
 from qvgen.verbs._inputs import open_inputs
 from qvgen.verbs._parts import named_family, packed_record, ptq_method, sampled_teacher, student_design
 from tests.parts import prepared

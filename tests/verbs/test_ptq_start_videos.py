@@ -21,7 +21,7 @@ from qvgen.evaluation.prompts import shown_videos
 from qvgen.evaluation.sampling import generate_videos
 from qvgen.evaluation.shared_sampling import Asked, SharedSampling
 from qvgen.layers.swap import phi_suspended
-from qvgen.training.start_file import load_start
+from qvgen.training.start.file import load_start
 from qvgen.verbs._sampling import at_start
 from tests.parts import prepared
 from tests.runs import STEPS, copy_until, packed_bytes, train, train_config

@@ -23,7 +23,7 @@ from qvgen.deploy.manifest import Manifest
 from qvgen.deploy.tensor_spool import TensorSpool
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.original_names import OriginalNames
+from qvgen.models.original.names import OriginalNames
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

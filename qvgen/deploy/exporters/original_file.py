@@ -15,7 +15,7 @@ from torch import Tensor
 from qvgen.deploy.exporters.base import ExportedModel, ExportFile
 from qvgen.deploy.exporters.comfy_marker import MARKER
 from qvgen.errors import UserError
-from qvgen.models.original_tensors import join_original, original_sources
+from qvgen.models.original.tensors import join_original, original_sources
 
 ORIGINAL_FILE = "diffusion_model.safetensors"
 SIZES = (

@@ -20,7 +20,7 @@ from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qvgen.deploy.packed_file import map_tensors
 from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, index_json
 from qvgen.layers.packed_linear import PackedLinear
-from qvgen.models.hub_folder import HubFolder
+from qvgen.models.folder.hub_folder import HubFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from typing import Any
 from qvgen.deploy.exporters.base import ExportFile
 from qvgen.deploy.manifest import Manifest
 from qvgen.errors import UserError
-from qvgen.models.hub_folder import HubFolder
+from qvgen.models.folder.hub_folder import HubFolder
+from qvgen.models.folder.weight_set import PICKLES, find_weights
 from qvgen.models.wan import EXPERT_FOLDERS
-from qvgen.models.weight_set import PICKLES, find_weights
 
 INDEX = "model_index.json"
 _PATH_KEY = "_name_or_path"

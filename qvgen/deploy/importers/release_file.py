@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qvgen.checksum import file_checksum, files_checksum
-from qvgen.models.safetensors_header import read_header
-from qvgen.models.weight_set import PICKLES, MissingWeightsError, find_weights
+from qvgen.models.folder.safetensors_header import read_header
+from qvgen.models.folder.weight_set import PICKLES, MissingWeightsError, find_weights
 from qvgen.quant.finite import check_finite
 
 NUM_GROUPS = 50

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from qvgen.config.value_range import Range
+from qvgen.config.schema.value_range import Range
 from qvgen.evaluation.distance import RelativeError
 from qvgen.evaluation.metrics.base import ComparedCall, ModelMetric
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qvgen.config.may_differ import MayDiffer, keys_with
 from qvgen.config.run_config import CONFIG_FILE, read_config
+from qvgen.config.schema.may_differ import MayDiffer, keys_with
 from qvgen.errors import UserError, one_line
 from qvgen.evaluation.report.canvas import Series
 from qvgen.evaluation.report.charts import read_history

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvgen.config.image_prompt import image_of
-from qvgen.config.prompt import PromptedVideo, Prompts
+from qvgen.config.prompts.image_prompt import image_of
+from qvgen.config.prompts.prompt import PromptedVideo, Prompts
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import prompt_name
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvgen.config.image_prompt import facts_of
+from qvgen.config.prompts.image_prompt import facts_of
 from qvgen.data.sealed_tensors import DamagedFileError, read_seal, read_sealed, write_sealed
 from qvgen.data.video_reader import VideoInfo, probe_video, read_frames
 from qvgen.deploy.manifest import file_sha256

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from qvgen.config.prompt import PromptedVideo, Prompts
+from qvgen.config.prompts.prompt import PromptedVideo, Prompts
 from qvgen.errors import UserError
 from qvgen.evaluation.comparison import VARIANTS, prompt_name
 from qvgen.evaluation.suite.case import Case, shown_names

@@ -23,7 +23,7 @@ class Finetune(abc.ABC):
     @property
     @abc.abstractmethod
     def revision(self) -> str:
-        """Content key, told in milliseconds; see :mod:`qvgen.models.hub_folder`."""
+        """Content key, told in milliseconds; see :mod:`qvgen.models.folder.hub_folder`."""
 
     @property
     @abc.abstractmethod

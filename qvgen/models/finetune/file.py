@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from qvgen.checksum import file_checksum
 from qvgen.models.finetune.base import AGAIN, Finetune
-from qvgen.models.finite_weights import check_finite_weights
-from qvgen.models.original_names import ORIGINAL_NAMES, comfy_names
-from qvgen.models.original_tensors import from_original
-from qvgen.models.safetensors_header import first_bytes, read_header
-from qvgen.models.transformer_build import build_empty, check_weights
-from qvgen.models.weight_set import PICKLES, quantized_already
+from qvgen.models.folder.finite_weights import check_finite_weights
+from qvgen.models.folder.safetensors_header import first_bytes, read_header
+from qvgen.models.folder.transformer_build import build_empty, check_weights
+from qvgen.models.folder.weight_set import PICKLES, quantized_already
+from qvgen.models.original.names import ORIGINAL_NAMES, comfy_names
+from qvgen.models.original.tensors import from_original
 
 log = logging.getLogger(__name__)
 

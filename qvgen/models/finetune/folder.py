@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from qvgen.models.finetune.base import AGAIN, Finetune
-from qvgen.models.hub_folder import HubFolder
-from qvgen.models.safetensors_header import read_header
-from qvgen.models.transformer_build import check_numbers, check_weights
+from qvgen.models.folder.hub_folder import HubFolder
+from qvgen.models.folder.safetensors_header import read_header
+from qvgen.models.folder.transformer_build import check_numbers, check_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qvgen.models.safetensors_header import read_header
-from qvgen.models.weight_set import PICKLES
+from qvgen.models.folder.safetensors_header import read_header
+from qvgen.models.folder.weight_set import PICKLES
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"

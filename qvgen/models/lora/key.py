@@ -26,7 +26,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from qvgen.models.original_names import (
+from qvgen.models.original.names import (
     ORIGINAL_NAMES,
     OriginalNames,
     apart_name,
@@ -35,7 +35,7 @@ from qvgen.models.original_names import (
     has_swapped_halves,
     original_module_name,
 )
-from qvgen.models.original_tensors import swap_halves
+from qvgen.models.original.tensors import swap_halves
 
 Kind = Literal["down", "up", "bias", "alpha", "diff", "diff_b", "diff_m"]
 

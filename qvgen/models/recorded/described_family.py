@@ -18,10 +18,10 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from qvgen.models.base import Objective
+from qvgen.models.folder.published import known_models
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS
 from qvgen.models.lora.merge import merge_loras_
 from qvgen.models.pipeline_family import PipelineFamily
-from qvgen.models.published import known_models
 from qvgen.models.recorded.measured import Measured
 from qvgen.models.recorded.objective import SCHEDULERS, objective_of
 from qvgen.models.recorded.recorded_pipeline import TEXT, RecordedPipeline

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.models.hub_folder import HubFolder
+from qvgen.models.folder.hub_folder import HubFolder
+from qvgen.models.folder.transformer_build import build_empty
 from qvgen.models.recorded.measured import Measured
 from qvgen.models.recorded.outline import Outline, Recording
 from qvgen.models.recorded.signature import PipelineSignature, present_class, present_config
-from qvgen.models.transformer_build import build_empty
 
 TEXT = "encoder_hidden_states"
 """Name of the condition that is a caption's embedding [B, T, D]."""

@@ -1,8 +1,8 @@
 """Which pipeline of diffusers a folder is of, and what that pipeline's call takes and its ``encode_prompt`` returns.
 
 Names are read from diffusers' own classes. A folder's files choose among them and say no code: a pipeline is a name in
-diffusers, a part is a class of diffusers or transformers (:mod:`qvgen.models.foreign_code`). A pipeline that is made from
-more than a caption, or that runs more than one transformer, is refused by that.
+diffusers, a part is a class of diffusers or transformers (:mod:`qvgen.models.folder.foreign_code`). A pipeline that is made
+from more than a caption, or that runs more than one transformer, is refused by that.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PipelineSignature:
         """Read what the ``model_index.json`` of a folder says.
 
         Args:
-            index: Its content, which :mod:`qvgen.models.foreign_code` has let through.
+            index: Its content, which :mod:`qvgen.models.folder.foreign_code` has let through.
             given: How the user named the folder, for messages.
 
         Raises:

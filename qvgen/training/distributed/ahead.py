@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvgen.config import launched_world
-from qvgen.config.device_choice import DeviceChoice
+from qvgen.config.processes import launched_world
+from qvgen.config.processes.device_choice import DeviceChoice
 from qvgen.training.distributed.launcher import WorkerGroup, worker_command
 
 LOG_FOLDER = "logs"

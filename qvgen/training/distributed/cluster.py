@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.training.distributed.launcher import guard_world_size
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from qvgen.errors import UserError
 from qvgen.models.context_parallel import check_context
-from qvgen.training.training_run import TrainingRun
+from qvgen.training.design.training_run import TrainingRun
 
 
 def check_run_context(run: TrainingRun, *, samples: bool) -> None:

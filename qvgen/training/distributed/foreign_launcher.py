@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed.slurm import number, slurm_world
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from qvgen.config.strategy_section import StrategyConfig
+from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.training.distributed.codes_gather import gather_codes_
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError, one_line
 
 POLL_SECONDS = 0.2

@@ -27,7 +27,7 @@ from qvgen.initializers.base import Need
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_form import LayerForm
 from qvgen.run_directory import atomic_write
-from qvgen.training.replaced_folder import remove
+from qvgen.training.checkpoint.replaced_folder import remove
 
 SHARES_DIRECTORY = "start_layers"
 """In the run's folder, while a start is made."""

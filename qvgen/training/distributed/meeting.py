@@ -31,7 +31,7 @@ from torch import distributed
 from torch.distributed import PrefixStore
 
 from qvgen import stop_request
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.run_directory import atomic_write
 from qvgen.training.distributed import heartbeat

@@ -18,7 +18,7 @@ nobody notices any more. torch itself gives gloo at most 2^31 milliseconds, 24 d
 Other clocks, which waiting does not set off: nccl's TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes) watches the watchdog
 thread of the process itself, which goes on while the process waits or samples; the store, by which processes find each
 other, takes this same time; the launcher's JOIN_SECONDS begin when rank 0 is done, so rank 0 is the last to be (it waits
-for the others' files, see validation.py).
+for the others' files, see callbacks/validation.py).
 """
 
 

@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT
 from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.design.meta_model import build_student, build_teacher
+from qvgen.training.design.student import StudentDesign
 from qvgen.training.distributed.file_shares import computed_buffers, share_student_, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import gather_, share_out_
-from qvgen.training.meta_model import build_student, build_teacher
-from qvgen.training.student_design import StudentDesign
 
 
 def uses_teacher(method: Method, *, shows_videos: bool) -> bool:
@@ -55,7 +55,7 @@ class ShardedModels:
         has_teacher: Whether the teacher takes part, see :func:`uses_teacher`.
         whole: What this process holds whole; None: no process has a whole model, rank 0 neither, and all read their rows from
             the start's file and the model's.
-        start: The file of the student's tensors (:mod:`qvgen.training.start_file`). It may be deleted once a checkpoint
+        start: The file of the student's tensors (:mod:`qvgen.training.start.file`). It may be deleted once a checkpoint
             stands in for it: where rank 0 does not find it, it sends what it has.
         how: How blocks are gathered, and where shares lie; None: gathered when they are entered, on the devices.
 

@@ -1,6 +1,6 @@
 """Lightning's strategy for sharded models, with checkpoints that all processes write together.
 
-Each process writes its own rows of weights, moments and average (:mod:`qvgen.training.checkpoint_folder`): none ever holds
+Each process writes its own rows of weights, moments and average (:mod:`qvgen.training.checkpoint.folder`): none ever holds
 more than its share on the device, nor more than one copy of it on the host, from which a thread writes. When a run goes on,
 every process maps the files and reads the rows that are its own now, whoever wrote them; it reads the files of a single
 process or of ``strategy=ddp`` in the same way.
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qvgen.training.background_save import BackgroundSave
-from qvgen.training.checkpoint_file import RUN_KEY
-from qvgen.training.checkpoint_folder import take_snapshot, write_folder
+from qvgen.training.checkpoint.background_save import BackgroundSave
+from qvgen.training.checkpoint.file import RUN_KEY
+from qvgen.training.checkpoint.folder import take_snapshot, write_folder
+from qvgen.training.checkpoint.saved_tensor import SavedTensor
 from qvgen.training.distributed.sharding import grouped_mesh, share_of
 from qvgen.training.distributed.store_exchange import StoreExchange, default_store
 from qvgen.training.distributed.written_rows import written_rows
-from qvgen.training.saved_tensor import SavedTensor
 
 IN_BACKGROUND = "in background"
 """Has a checkpoint written while training goes on."""

@@ -38,8 +38,8 @@ from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.lowrank.sharded import shard_group, whole, write_whole_
+from qvgen.training.checkpoint.saved_tensor import SavedTensor
 from qvgen.training.distributed.gathering import Gathering, gather_by_block_
-from qvgen.training.saved_tensor import SavedTensor
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import UnfitEnvironmentError
 
 _OWN_STEPS = 4_294_967_280

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch.distributed import Store
 
 from qvgen import stop_request
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.errors import one_line
 from qvgen.training.distributed.peer_links import GRACE_SECONDS
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qvgen.training.checkpoint_part import Share
+from qvgen.training.checkpoint.part import Share
 from qvgen.training.distributed.sharding import rows_of
 
 

@@ -35,8 +35,9 @@ from qvgen.quant.bit_allocation import SideProblem, constant_widths, windowed_wi
 from qvgen.quant.grid import Profile
 from qvgen.quant.packing import plane_shapes
 from qvgen.quant.width_table import WidthTable
-from qvgen.training.attention_choice import chosen_attentions
-from qvgen.training.calibration import CalibratedModel
+from qvgen.training.calibration.attention_choice import chosen_attentions
+from qvgen.training.calibration.statistics import CalibratedModel
+from qvgen.training.design.student import StudentDesign
 from qvgen.training.mixed_precision.attention_budget import (
     allocate_attentions_,
     check_attention_budget,
@@ -45,7 +46,6 @@ from qvgen.training.mixed_precision.attention_budget import (
 )
 from qvgen.training.mixed_precision.group_metric import GroupMetrics
 from qvgen.training.mixed_precision.sensitivity import Measured, SensitivityMeasurement, Side, Wanted, with_bits
-from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 from qvgen.layers.noise_window import band_windows
 from qvgen.models.few_step import own_timesteps, sampling_steps
 from qvgen.quant.grid import Profile
-from qvgen.training.calibration import CalibratedModel
+from qvgen.training.calibration.statistics import CalibratedModel
 from qvgen.training.mixed_precision.group_metric import GroupMetrics
 from qvgen.training.mixed_precision.layer_probe import LayerProbe, Side
 from qvgen.training.mixed_precision.probe_session import Session

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.config.image_prompt import image_checksum, image_of
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.image_prompt import image_checksum, image_of
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.evaluation.sampled_teacher import SampledTeacher
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.models.base import Encode, VideoDiT

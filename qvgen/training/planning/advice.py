@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.memory import USABLE_SHARE, MemoryCounter
 from qvgen.training.planning.stored_state import StoredState
-from qvgen.training.training_run import TrainingRun
 
 _SHARES = (0.75, 0.5, 0.25)
 """Of the clip's frames, or of its height and width."""

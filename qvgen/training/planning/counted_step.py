@@ -1,8 +1,8 @@
 """One micro-batch of training on tensors without values: its operations and the bytes that it keeps alive, counted.
 
-The real loss (:mod:`qvgen.training.loss`) and the real backward pass run, with real shapes and dtypes, while operators
-compute nothing (:mod:`qvgen.training.planning.shape_operators`); where that does not suffice, on torch's fake tensors, which
-count the same.
+The real loss (:mod:`qvgen.training.loss.prediction_loss`) and the real backward pass run, with real shapes and dtypes,
+while operators compute nothing (:mod:`qvgen.training.planning.shape_operators`); where that does not suffice, on torch's
+fake tensors, which count the same.
 
 Gradients exist beforehand, as they do from a step's second micro-batch on, so that a new one is a temporary that is added.
 
@@ -25,20 +25,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvgen.config.loss_options import LossConfig
-from qvgen.config.sections import OptimConfig
+from qvgen.config.schema.loss import LossConfig
+from qvgen.config.schema.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
 from qvgen.methods.base import Method
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.block_checkpoint import block_checkpoint
-from qvgen.training.block_features import check_blocks
-from qvgen.training.loss import freeze_the_rest_, prediction_loss
-from qvgen.training.master_precision import narrow_masters_
-from qvgen.training.meta_model import build_student, build_teacher, fill_, num_blocks
+from qvgen.training.blocks.checkpointing import block_checkpoint
+from qvgen.training.design.meta_model import build_student, build_teacher, fill_, num_blocks
+from qvgen.training.design.student import StudentDesign
+from qvgen.training.loss.block_features import check_blocks
+from qvgen.training.loss.prediction_loss import freeze_the_rest_, prediction_loss
+from qvgen.training.optim.master_precision import narrow_masters_
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
 from qvgen.training.planning.shape_operators import ShapeOperators
-from qvgen.training.student_design import StudentDesign
 
 log = logging.getLogger(__name__)
 

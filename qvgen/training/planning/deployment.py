@@ -12,15 +12,15 @@ from qvgen.deploy.kernel_choice import kernel_line
 from qvgen.deploy.manifest import WEIGHTS_FILE, read_manifest
 from qvgen.evaluation.placement import sampling_device
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.checkpoint_file import CHECKPOINT_DIRECTORY
+from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY
 from qvgen.training.checkpoint_writer import checkpoints
-from qvgen.training.meta_model import build_student, build_teacher
+from qvgen.training.design.meta_model import build_student, build_teacher
+from qvgen.training.design.student import StudentDesign
 from qvgen.training.planning.host_memory import preparation_bytes
 from qvgen.training.planning.layer_table import checkpoint_bytes, collapse, free_bytes, packed_bytes, state_bytes
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.memory import host_memory, teacher_dtype
 from qvgen.training.planning.text import format_bytes, format_count
-from qvgen.training.student_design import StudentDesign
 
 
 def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDesign) -> tuple[list[str], bool]:

@@ -24,15 +24,15 @@ from qvgen.layers.layer_threads import num_threads
 from qvgen.layers.swap import quantized_layers
 from qvgen.models.base import VideoDiT
 from qvgen.models.named_family import NamedFamily
+from qvgen.training.design.meta_model import build_student, build_teacher, num_blocks
+from qvgen.training.design.student import StudentDesign
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.layer_shares import balanced_shares, setup_costs
-from qvgen.training.meta_model import build_student, build_teacher, num_blocks
 from qvgen.training.planning.counted_step import COUNTED_BLOCKS, continued
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.stored_state import StoredState
-from qvgen.training.shared_start import COPIES_PER_WEIGHT
-from qvgen.training.student_design import StudentDesign
-from qvgen.training.training_run import TrainingRun
+from qvgen.training.start.shared import COPIES_PER_WEIGHT
 
 DECOMPOSED_PER_WEIGHT = 14
 """Bytes for each weight of a layer whose grid is searched and whose loss is decomposed: the loss in float32 and float64, and

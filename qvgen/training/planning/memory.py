@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvgen.training.blocks.teacher_offload import BLOCKS_ON_DEVICE
+from qvgen.training.design.meta_model import build_teacher
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import blocks_of
-from qvgen.training.meta_model import build_teacher
 from qvgen.training.planning.counted_step import StepSettings, count_step
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.stored_state import StoredState, sized_bytes
-from qvgen.training.teacher_offload import BLOCKS_ON_DEVICE
-from qvgen.training.training_run import TrainingRun
 
 USABLE_SHARE = 0.92
 """Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""

@@ -19,10 +19,10 @@ from __future__ import annotations
 from torch import nn
 
 from qvgen.layers.swap import quantized_layers
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.codes_gather import code_bytes, sends_codes
 from qvgen.training.planning.memory import MemoryPart, share_bytes
 from qvgen.training.planning.stored_state import share_numel, trained
-from qvgen.training.training_run import TrainingRun
 
 FORWARD, BACKWARD, OF_TEACHER = "student's weights, forward", "student's weights, backward", "teacher's weights"
 WEIGHTS = (FORWARD, BACKWARD, OF_TEACHER)

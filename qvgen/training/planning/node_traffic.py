@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.planning.memory import MemoryPart
 from qvgen.training.planning.network import BETWEEN_GROUPS, WEIGHTS
-from qvgen.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)

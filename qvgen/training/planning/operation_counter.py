@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from qvgen.training.block_checkpoint import CheckpointBlock
+from qvgen.training.blocks.checkpointing import CheckpointBlock
 from qvgen.training.planning.live_bytes import LiveBytes
 from qvgen.training.planning.shape_operators import ShapeOperators
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qvgen.training.training_run import TrainingRun
+from qvgen.training.design.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)

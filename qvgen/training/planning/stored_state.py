@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qvgen.training.blocks.teacher_offload import BLOCKS_ON_DEVICE
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import blocks_of, rows_of
-from qvgen.training.master_precision import trained_weights
+from qvgen.training.optim.master_precision import trained_weights
+from qvgen.training.optim.streamed_adamw import EIGHT_BIT_GROUP, moment_shapes
 from qvgen.training.planning.live_bytes import tensor_bytes
-from qvgen.training.streamed_adamw import EIGHT_BIT_GROUP, moment_shapes
-from qvgen.training.teacher_offload import BLOCKS_ON_DEVICE
-from qvgen.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qvgen.config.memory_rules import refused_sharding
-from qvgen.config.strategy_section import StrategyConfig
-from qvgen.training.loss import freeze_the_rest_
-from qvgen.training.meta_model import Prepared, build_student
+from qvgen.config.schema.memory_rules import refused_sharding
+from qvgen.config.schema.strategy import StrategyConfig
+from qvgen.training.design.meta_model import Prepared, build_student
+from qvgen.training.design.training_run import TrainingRun
+from qvgen.training.loss.prediction_loss import freeze_the_rest_
 from qvgen.training.planning.memory import GIB, USABLE_SHARE, Device, MemoryCounter
 from qvgen.training.planning.training_plan import step_settings
-from qvgen.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def choose_strategy(run: TrainingRun, device: Device, *, student: Prepared | Non
     Args:
         run: What is to be trained.
         device: What trains.
-        student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
+        student: Of :func:`qvgen.training.start.student_check.check_student`; None: it is built.
     """
     if run.devices == 1:
         return StrategyChoice(strategy=named(run.strategy, "single"), line="strategy=auto: single, one process")

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvgen.training.loss import freeze_the_rest_
-from qvgen.training.meta_model import Prepared, build_student
+from qvgen.training.design.meta_model import Prepared, build_student
+from qvgen.training.design.training_run import TrainingRun
+from qvgen.training.loss.prediction_loss import freeze_the_rest_
 from qvgen.training.planning.advice import Change, clip_size, find_changes
 from qvgen.training.planning.counted_step import StepSettings
 from qvgen.training.planning.duration import TimeEstimate, estimate_time
@@ -31,7 +32,6 @@ from qvgen.training.planning.network import host_traffic, network_parts
 from qvgen.training.planning.node_traffic import NodeTraffic, node_traffic
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.optimizer_group import ParameterGroup, planned_groups
-from qvgen.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def plan_training(
         run_dir: The folder that the run will write to, which need not be there; its disk is looked at.
         checkpoints_kept: How many of the newest checkpoints are kept there.
         num_clips: Clips of the training data; None: not known.
-        student: Of :func:`qvgen.training.student_check.check_student`; None: it is built.
+        student: Of :func:`qvgen.training.start.student_check.check_student`; None: it is built.
         counter: Of :func:`qvgen.training.planning.strategy_choice.choose_strategy`; None: it counts anew.
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)

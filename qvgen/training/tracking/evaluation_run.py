@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.config.run_config import read_config
-from qvgen.config.sections import LoggerConfig
+from qvgen.config.schema.sections import LoggerConfig
 from qvgen.data.video import write_video
 from qvgen.evaluation.report.evaluation_page import Frames, shown_videos
 from qvgen.training.run_label import RunLabel, logged_as

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from functools import lru_cache
 
-from qvgen.config.sections import LoggerConfig
+from qvgen.config.schema.sections import LoggerConfig
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from qvgen.config.sections import LoggerConfig
+from qvgen.config.schema.sections import LoggerConfig
 from qvgen.run_directory import atomic_write
 from qvgen.training.run_label import RECORD_FILE, RunLabel, logged_as
 from qvgen.training.tracking.layer_panels import log_layer_pictures, log_layer_table

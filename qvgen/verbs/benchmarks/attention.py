@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
 from qvgen_kernels.attention import AttentionSpec, attention, attention_kernels
 

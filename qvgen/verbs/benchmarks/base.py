@@ -24,7 +24,7 @@ from qvgen.config.command_line import parts_of_job
 from qvgen.config.compose import compose_plain
 from qvgen.config.flags import parse_flags
 from qvgen.config.leaves import leaf_names, load_leaf
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
 from qvgen.training.freed_memory import keep_freed_memory
 from qvgen.verbs import benchmarks, import_verb

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.initializers.calibration import MAX_INPUTS
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.fake_quant_product import to_grid_input
@@ -31,8 +31,8 @@ from qvgen.layers.input_kind import input_kinds
 from qvgen.layers.swap import quantized_layers
 from qvgen.quant.clip_start import COLUMNS, TABLE, Clips, initial_clip, output_error, search_clips
 from qvgen.quant.grid import Grid
-from qvgen.training.calibration import CalibratedModel
-from qvgen.training.student import prepare_student
+from qvgen.training.calibration.statistics import CalibratedModel
+from qvgen.training.start.student import prepare_student
 from qvgen.verbs._parts import sampled_teacher, student_design
 from qvgen.verbs.benchmarks.base import Benchmark
 

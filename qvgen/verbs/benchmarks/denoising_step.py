@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.deploy.checkpoint import load_timed, save_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE
 from qvgen.deploy.merged_linear import MergedPackedLinear
@@ -42,7 +42,7 @@ from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import fold, packed_layers
 from qvgen.models.base import example_condition
 from qvgen.quant.grid import Profile
-from qvgen.training.meta_model import num_blocks
+from qvgen.training.design.meta_model import num_blocks
 from qvgen.training.planning.live_bytes import LiveBytes
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel
 from qvgen.verbs.benchmarks.loading import PARTS, profile_of

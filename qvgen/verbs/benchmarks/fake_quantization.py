@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fused_product import unfused

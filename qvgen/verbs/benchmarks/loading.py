@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from qvgen.config.bits import Bits
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.deploy.checkpoint import load_timed, save_packed
 from qvgen.deploy.manifest import WEIGHTS_FILE
 from qvgen.deploy.packed_file import LoadSeconds
@@ -32,7 +32,7 @@ from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, select_linears
 from qvgen.quant.grid import Profile
-from qvgen.training.meta_model import build_transformer
+from qvgen.training.design.meta_model import build_transformer
 from qvgen.verbs._parts import named_family
 from qvgen.verbs.benchmarks.base import Benchmark
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import leaf_names, load_leaf
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
 from qvgen.evaluation.report.charts import read_history
 from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines

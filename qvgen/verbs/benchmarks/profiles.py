@@ -15,7 +15,7 @@ from typing import Any
 from qvgen.config.bits import Bits
 from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_profile
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
 from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
-from qvgen.config.image_prompt import caption_of
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.prompts.image_prompt import caption_of
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.evaluation.distance import psnr_db
 from qvgen.evaluation.held_out import HeldOut
 from qvgen.evaluation.sampling import generate_videos, held_out_items
@@ -24,9 +24,9 @@ from qvgen.initializers.clip_search import start_clips_
 from qvgen.initializers.prepare import initialize_
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import folded_copy, quantized_layers
-from qvgen.training.layer_setup import input_sets
-from qvgen.training.start_calibration import calibrate_
-from qvgen.training.student import prepare_student
+from qvgen.training.design.layer_setup import input_sets
+from qvgen.training.start.run_calibration import calibrate_
+from qvgen.training.start.student import prepare_student
 from qvgen.verbs._parts import ptq_method, sampled_teacher, step_batch, student_design
 from qvgen.verbs._ptq_encoder import ABOUT_ENCODER, encoder_cells, encoder_folder, encoder_methods, encoder_rows
 from qvgen.verbs.benchmarks.base import Benchmark, Row, cells, methods_of

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.initializers.base import LayerStatistics, StepRanges
 from qvgen.initializers.calibration import MAX_INPUTS, RANGE_STEPS, passes, statistics_bytes
 from qvgen.initializers.prepare import PrepareConfig

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
-from qvgen.training.meta_model import build_student, build_teacher, build_transformer, fill_, num_blocks
+from qvgen.training.design.meta_model import build_student, build_teacher, build_transformer, fill_, num_blocks
 from qvgen.training.planning.counted_step import StepSettings, continued, run_step
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.step_traffic import H200, Traffic, TrafficOperators

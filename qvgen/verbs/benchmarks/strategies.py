@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
-from qvgen.training.loss import freeze_the_rest_
-from qvgen.training.meta_model import build_student
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
+from qvgen.training.design.meta_model import build_student
+from qvgen.training.loss.prediction_loss import freeze_the_rest_
 from qvgen.training.planning.memory import GIB, USABLE_SHARE, MemoryCounter, find_device
 from qvgen.training.planning.strategy_choice import named
 from qvgen.training.planning.training_plan import step_settings

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf, load_profile
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.deploy.exporters.svdq_layer import SvdqForm, svdq_half_output, svdq_output
 from qvgen.deploy.exporters.svdq_tiles import GROUP
 from qvgen.evaluation.distance import psnr_db

@@ -19,16 +19,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.swap import quantized_layers, select_linears, swap_fake_quant_
 from qvgen.models.base import example_condition
 from qvgen.models.few_step import own_timesteps
-from qvgen.training.block_checkpoint import block_checkpoint
-from qvgen.training.layer_setup import set_up_phi_
-from qvgen.training.meta_model import narrow_
+from qvgen.training.blocks.checkpointing import block_checkpoint
+from qvgen.training.design.layer_setup import set_up_phi_
+from qvgen.training.design.meta_model import narrow_
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.training_plan import plan_training

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from qvgen.config.bits import Bits
 from qvgen.config.leaves import load_leaf
-from qvgen.config.schema import TrainConfig
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.train import TrainConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.initializers.prepare import PrepareConfig, prepare
 from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear

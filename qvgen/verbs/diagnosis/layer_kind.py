@@ -13,7 +13,7 @@ from qvgen.config.leaves import load_profile
 from qvgen.errors import UserError
 from qvgen.layers.layer_form import LayerForm
 from qvgen.layers.layer_spec import layer_spec
-from qvgen.models.published import known_models
+from qvgen.models.folder.published import known_models
 from qvgen_kernels import LinearSpec, available_kernels, refusals
 
 GRIDS = (

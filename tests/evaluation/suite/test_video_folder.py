@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
 from qvgen.evaluation.suite.case import noise_seed, sampled_cases, spread

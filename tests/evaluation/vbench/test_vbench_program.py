@@ -23,7 +23,7 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.leaves import load_leaf
-from qvgen.config.prompt import PromptedVideo
+from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.data.claims import Claims
 from qvgen.data.video import write_video
 from qvgen.data.video_reader import read_frames

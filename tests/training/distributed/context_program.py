@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.models.base import example_condition
 from qvgen.models.context_parallel import SharedSequence
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.launcher import free_port
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import SharedError
-from qvgen.training.start_file import LAYERS_FILE, save_start
-from qvgen.training.student import Measured
+from qvgen.training.start.file import LAYERS_FILE, save_start
+from qvgen.training.start.student import Measured
 from qvgen.training.trainer import Processes
-from qvgen.training.training_run import TrainingRun
 from qvgen.verbs._inputs import open_held_out
 from qvgen.verbs._parts import training_output, training_run
 from tests.models.image_folders import make_wan_image_folder

@@ -29,7 +29,7 @@ from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.sharded_models import ShardedModels, WholeModels
 from qvgen.training.distributed.sharding import add_gradients_by_block_, blocks_of, share_of
 from qvgen.training.module import VideoTraining
-from qvgen.training.optim import build_optimizer
+from qvgen.training.optim.optimizer import build_optimizer
 from qvgen.training.optimizer_module import total_norm
 from qvgen.training.planning.memory import share_bytes
 from qvgen.training.planning.network import network_parts

@@ -39,18 +39,18 @@ from qvgen.config.bits import Bits
 from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.checkpoint_folder import take_snapshot, write_folder
+from qvgen.training.checkpoint.folder import take_snapshot, write_folder
+from qvgen.training.design.meta_model import build_student
+from qvgen.training.design.student import StudentDesign
 from qvgen.training.distributed.sharded_models import ShardedModels
 from qvgen.training.distributed.sharded_strategy import _shares
 from qvgen.training.distributed.sharding import blocks_of, sharded_as
 from qvgen.training.distributed.store_exchange import StoreExchange, default_store
-from qvgen.training.meta_model import build_student
 from qvgen.training.planning.host_memory import preparation_bytes, setup_bytes
-from qvgen.training.shared_start import StartHelpers, initialize_together_, set_up_share
-from qvgen.training.start_file import START_FILE, restore_layers_, save_start
-from qvgen.training.streamed_start import make_streamed_start
-from qvgen.training.student import prepare_student
-from qvgen.training.student_design import StudentDesign
+from qvgen.training.start.file import START_FILE, restore_layers_, save_start
+from qvgen.training.start.shared import StartHelpers, initialize_together_, set_up_share
+from qvgen.training.start.streamed import make_streamed_start
+from qvgen.training.start.student import prepare_student
 
 HEAD = 128
 RANK, SEED = 32, 0

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from qvgen.cli import BAD_INPUT, TERMINATED, main
 from qvgen.config.compose import compose_plain
-from qvgen.config.launched_world import LaunchedWorld
+from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.training.distributed.cluster import GivenRanks
 from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks
 from qvgen.training.distributed.launched_store import check_shared, wait_for_server

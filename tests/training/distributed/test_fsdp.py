@@ -20,7 +20,7 @@ from qvgen.models.tiny_family import TinyFamily
 from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.distributed.sharding import blocks_of
-from qvgen.training.start_file import LAYERS_FILE, START_FILE
+from qvgen.training.start.file import LAYERS_FILE, START_FILE
 from qvgen.training.trainer import Processes, build_trainer
 from qvgen.verbs._inputs import open_held_out
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qvgen.config.build import build
-from qvgen.config.strategy_section import SHARDED_DEFAULTS
+from qvgen.config.schema.strategy import SHARDED_DEFAULTS
 from qvgen.errors import UserError
 from qvgen.quant.grid import Grid
 from qvgen.quantizers.weight_lsq import WeightLSQ

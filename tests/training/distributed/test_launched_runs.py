@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, TERMINATED
-from qvgen.training.start_file import START_FILE
+from qvgen.training.start.file import START_FILE
 from tests.runs import SHORT, UNSEEN, packed_bytes, read_metrics, shallow, train
 from tests.training.distributed.launchers import codes, said, srun, torchrun
 

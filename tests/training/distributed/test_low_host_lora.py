@@ -19,13 +19,13 @@ from qvgen.cli import BAD_INPUT
 from qvgen.config import TrainConfig
 from qvgen.layers.swap import phi_suspended
 from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.design.meta_model import build_teacher
 from qvgen.training.distributed.file_shares import computed_buffers, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
-from qvgen.training.meta_model import build_teacher
-from qvgen.training.shared_start import StartHelpers
-from qvgen.training.start_file import LAYERS_FILE, START_FILE, save_start
-from qvgen.training.streamed_start import make_streamed_start
-from qvgen.training.student import prepare_student, set_up_student_
+from qvgen.training.start.file import LAYERS_FILE, START_FILE, save_start
+from qvgen.training.start.shared import StartHelpers
+from qvgen.training.start.streamed import make_streamed_start
+from qvgen.training.start.student import prepare_student, set_up_student_
 from qvgen.verbs._parts import ptq_method, sampled_teacher, student_design
 from tests.models.lora_files import Model, make_model, save_diffusers
 from tests.runs import train, train_config

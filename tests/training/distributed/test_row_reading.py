@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from qvgen.models.tensor_reader import tensor_reader_of
+from qvgen.training.design.meta_model import build_teacher
 from qvgen.training.distributed.file_shares import computed_buffers, share_teacher_
 from qvgen.training.distributed.gathering import Gathering
 from qvgen.training.distributed.sharding import share_out_
-from qvgen.training.meta_model import build_teacher
 from tests.models.hub_folders import make_cogvideox_folder, make_wan_folder
 from tests.runs import train_config
 from tests.verbs.test_hub_models import tiny_keys

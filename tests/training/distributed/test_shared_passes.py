@@ -1,6 +1,6 @@
 """A calibration that the processes of torchrun share out where the model is shared out, too: the start of one process.
 
-What each process does is held in tests/training/test_shared_calibration.py.
+What each process does is held in tests/training/calibration/test_shared_calibration.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 
 from qvgen.layers.swap import phi_suspended
 from qvgen.training.distributed.launched_store import is_shared
-from qvgen.training.start_file import LAYERS_FILE, START_FILE, save_start
-from qvgen.training.student import prepare_student, set_up_student_
+from qvgen.training.start.file import LAYERS_FILE, START_FILE, save_start
+from qvgen.training.start.student import prepare_student, set_up_student_
 from qvgen.verbs._parts import ptq_method, sampled_teacher, student_design
 from tests.runs import SHORT, UNSEEN, shallow, train_config
 from tests.training.distributed.launchers import codes, said, torchrun

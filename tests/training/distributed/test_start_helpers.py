@@ -12,7 +12,7 @@ from qvgen.training.distributed import start_watch
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.layer_shares import SHARES_DIRECTORY
 from qvgen.training.distributed.start_watch import StartWatch
-from qvgen.training.start_file import START_FILE
+from qvgen.training.start.file import START_FILE
 from tests.runs import UNSEEN, shallow, train
 
 KEYS = ("steps=2", "phi.ranks=[2]", "devices=2", "strategy=ddp", *UNSEEN, *shallow(1))

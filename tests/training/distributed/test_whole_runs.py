@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import DONE
-from qvgen.training.start_file import START_FILE
+from qvgen.training.start.file import START_FILE
 from tests.runs import UNSEEN, copy_until, packed_bytes, read_metrics, shallow, train
 
 STEPS = 4

@@ -26,12 +26,13 @@ from qvgen import stop_request
 from qvgen.config import TrainConfig
 from qvgen.config.build import build
 from qvgen.data import moving_digits
-from qvgen.training import checkpoint_folder, checkpoint_part
-from qvgen.training.average import Average
+from qvgen.training.callbacks.average import Average
+from qvgen.training.checkpoint import folder as checkpoint_folder
+from qvgen.training.checkpoint import part as checkpoint_part
 from qvgen.training.distributed.child import follow_parent
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.session import train_share
-from qvgen.training.start_file import load_start, save_start
+from qvgen.training.start.file import load_start, save_start
 from qvgen.training.whole_run import processes_of
 from qvgen.verbs._parts import training_output, training_run
 from tests.parts import prepared

@@ -36,7 +36,7 @@ from qvgen.training.mixed_precision.attention_budget import (
     wanted_attentions,
 )
 from qvgen.training.mixed_precision.sensitivity import SEED_OFFSET, Measured, SensitivityMeasurement
-from qvgen.training.start_calibration import sample_share
+from qvgen.training.start.run_calibration import sample_share
 from qvgen.verbs._parts import ptq_method, sampled_teacher
 from tests.parts import calibrated, calibrated_model, prepared
 from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, train, train_config

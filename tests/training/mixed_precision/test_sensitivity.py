@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qvgen.config.prompt import Prompts
+from qvgen.config.prompts.prompt import Prompts
 from qvgen.data.assets import find_asset
 from qvgen.evaluation.damage import motion_damage, visual_damage
 from qvgen.evaluation.distance import relative_error, ssim

@@ -9,9 +9,9 @@ from qvgen.config.bits import Bits
 from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
 from qvgen.models.named_family import NamedFamily
-from qvgen.training.meta_model import build_student
+from qvgen.training.design.meta_model import build_student
+from qvgen.training.design.student import StudentDesign
 from qvgen.training.planning.host_memory import setup_bytes
-from qvgen.training.student_design import StudentDesign
 
 MODULATION, FEED_FORWARD = 5120 * 6 * 5120, 5120 * 13824
 """Weights of the largest Linear, which is outside of the blocks, and of a block's largest."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.training.meta_model import build_student, build_teacher, fill_
+from qvgen.training.design.meta_model import build_student, build_teacher, fill_
 from qvgen.training.planning.counted_step import StepSettings, count_step, run_step
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.operation_counter import OperationCounter

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from qvgen.training.loss import freeze_the_rest_
-from qvgen.training.meta_model import build_student, build_teacher
+from qvgen.training.design.meta_model import build_student, build_teacher
+from qvgen.training.design.training_run import TrainingRun
+from qvgen.training.loss.prediction_loss import freeze_the_rest_
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.network import network_parts
 from qvgen.training.planning.node_traffic import NodeTraffic, node_traffic
 from qvgen.training.planning.text import format_plan
 from qvgen.training.planning.training_plan import plan_training
-from qvgen.training.training_run import TrainingRun
 from qvgen.verbs._parts import training_run
 from tests.runs import shallow, train_config
 from tests.training.planning.test_training_plan import full_size

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from qvgen.data.noise import NoisyBatch
-from qvgen.training.average import Average
-from qvgen.training.meta_model import build_teacher
-from qvgen.training.optim import build_optimizer
+from qvgen.training.blocks.teacher_offload import OffloadedBlocks
+from qvgen.training.callbacks.average import Average
+from qvgen.training.design.meta_model import build_teacher
+from qvgen.training.optim.optimizer import build_optimizer
 from qvgen.training.planning import counted_step
 from qvgen.training.planning.memory import USABLE_SHARE, total_bytes, weight_parts
 from qvgen.training.planning.stored_state import StoredState
 from qvgen.training.planning.text import format_plan
-from qvgen.training.teacher_offload import OffloadedBlocks
 from qvgen.verbs._parts import training_run
 from tests.parts import planned, planned_student, prepared, training_module
 from tests.runs import shallow, train_config

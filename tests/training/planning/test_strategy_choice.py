@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import DONE, main
-from qvgen.training.meta_model import build_student
+from qvgen.training.design.meta_model import build_student
+from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.planning.memory import USABLE_SHARE, Device, MemoryCounter
 from qvgen.training.planning.strategy_choice import StrategyChoice, choose_strategy
 from qvgen.training.planning.training_plan import plan_training, step_settings
-from qvgen.training.training_run import TrainingRun
 from qvgen.verbs._parts import training_run
 from tests.runs import train_config
 

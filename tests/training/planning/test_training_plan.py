@@ -19,12 +19,12 @@ from safetensors import safe_open
 from qvgen.cli import main
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.config.schema import TrainConfig
+from qvgen.config.schema.train import TrainConfig
 from qvgen.errors import UserError
 from qvgen.layers.swap import quantized_layers
 from qvgen.methods.parameter_group import parameter_groups
 from qvgen.run_directory import write_plain
-from qvgen.training.meta_model import build_teacher
+from qvgen.training.design.meta_model import build_teacher
 from qvgen.training.planning import counted_step
 from qvgen.training.planning import deployment as plan_verbs
 from qvgen.training.planning.deployment import plan_fold, plan_generate

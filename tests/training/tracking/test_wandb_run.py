@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from qvgen.config import TrainConfig
-from qvgen.config.sections import LoggerConfig
+from qvgen.config.schema.sections import LoggerConfig
 from qvgen.training.tracking import service, wandb_run
 from qvgen.training.tracking.report_panels import flat_numbers
 from qvgen.training.tracking.service import check_wandb, wandb_problem

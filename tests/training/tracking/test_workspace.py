@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvgen.cli import BAD_INPUT, DONE, main
-from qvgen.training.callbacks import METRIC_COLUMNS
+from qvgen.training.callbacks.steps import METRIC_COLUMNS
 from qvgen.training.tracking.sections import SECTIONS, panel_name
 from qvgen.training.tracking.service import wandb_problem
 from qvgen.training.tracking.workspace import PANELS, workspace

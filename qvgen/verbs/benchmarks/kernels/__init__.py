@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.verbs.benchmarks.base import Benchmark, Group, Row, cpu_kernel
 from qvgen.verbs.benchmarks.kernels.page import kernel_table, plot
 from qvgen.verbs.benchmarks.kernels.rows import kernel_rows

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvgen.config.bits import Bits
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.quant.packing import pack_codes
 from qvgen.verbs.benchmarks.base import Shape, cpu_kernel

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qvgen.config.verb_schema import BenchmarkConfig
+from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
 from qvgen.verbs.benchmarks.base import Shape
 from qvgen_kernels import LinearSpec, get_backend

@@ -1,0 +1,21 @@
+"""The class of a part by its name: diffusers', or one of a family's own, where diffusers does not have it.
+
+A family lists such classes in ``own_classes``. Names come out of data (manifests, configurations), so nothing is imported by
+them: they choose among what diffusers and the installed families have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from qvgen.models.folder.published import known_models
+
+
+def model_class(name: str) -> Any:
+    """The class of a name; None where neither diffusers nor a family has one."""
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    own = (kind for model in known_models() for kind in model.own_classes if kind.__name__ == name)
+    return getattr(diffusers, name, None) or next(own, None)

@@ -1,0 +1,1 @@
+"""What the full-precision model shows a PTQ method: statistics of its layers' inputs, and of its attentions."""
