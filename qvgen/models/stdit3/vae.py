@@ -46,8 +46,8 @@ _ELSEWHERE = ("type", "from_pretrained", "subfolder", "cache_dir", "local_files_
 def latent_frames(frames: int, *, window: int) -> int:
     """Latents of a number of frames.
 
-    >>> [latent_frames(frames, window=17) for frames in (1, 17, 51)]
-    [1, 5, 15]
+    >>> latent_frames(1, window=17), latent_frames(17, window=17), latent_frames(51, window=17)
+    (1, 5, 15)
     """
     whole, rest = divmod(frames, window)
     return whole * -(-window // FACTOR) + -(-rest // FACTOR)
