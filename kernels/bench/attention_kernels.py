@@ -7,6 +7,9 @@ ATTENTION_KERNELS = {
     "attention-64": (64, "none"),
     "attention-128": (128, "none"),
     "attention-128-mask": (128, "all"),
+    "attention-qk-64": (64, "none"),
+    "attention-qk-128": (128, "none"),
+    "attention-qk-128-mask": (128, "all"),
     "attention-sums": (64, "sums"),
     "attention-keys": (64, "keys"),
     "attention-values": (64, "values"),
@@ -18,7 +21,7 @@ def attention_kernel(name, *, rows):
     """Return the kernel of that name, its arguments by type, its tile in words, and its options."""
     head_size, what = ATTENTION_KERNELS[name]
     if what in ("none", "all"):
-        return _attend(head_size, what, rows)
+        return _attend(head_size, what, rows, plain="-qk-" in name)
     own = form.token_form(head_size, sums=what == "sums")
     sizes = form.TokenSizes("i32", "i32", "i32:16", "i32:16", "i32", "i32:16", "i32:16", "i32:16", 1, "fp32")
     mean, vector, codes = "*fp32:16", "*fp32:16", "*i8:16"
@@ -42,13 +45,17 @@ def attention_kernel(name, *, rows):
     return kernel, {"t": t, "sizes": sizes, "form": own}, tile, {"num_warps": 4}
 
 
-def _attend(head_size, mask, tokens):
-    own = form.attend_form(head_size, keys=tokens, mask=mask, interpreted=False)
+def _attend(head_size, mask, tokens, *, plain):
+    own = form.attend_form(head_size, keys=tokens, mask=mask, plain=plain, interpreted=False)
     scales, codes = "*fp32:16", "*i8:16"
-    quantized = form.Codes(codes, scales, codes, scales, codes, "*i32:16", scales, scales)
+    of_values = (None,) * 4 if plain else (codes, "*i32:16", scales, scales)
+    quantized = form.Codes(codes, scales, codes, scales, *of_values)
     strides = (0, 0, 0, 0) if mask == "none" else ("i32:16", 0, "i32:16", 1)
+    strides += ("i32:16", "i32:16", "i32:16") if plain else (0, 0, 0)
     arguments = {
-        "t": form.AttendTensors(quantized, "*bf16:16", None if mask == "none" else "*i1:16"),
+        "t": form.AttendTensors(
+            quantized, "*bf16:16", None if mask == "none" else "*i1:16", "*bf16:16" if plain else None
+        ),
         "sizes": form.AttendSizes("i32", "i32:16", "i32:16", "i32", *strides),
         "form": own,
     }

@@ -99,7 +99,7 @@ def _attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tenso
     if not q.numel() or not k.numel():
         return _gradients_like(grad, *call)
     name, inputs = resolve_attention(kernel, device=q.device), (q, k, v)
-    products: Products = partial(reference_products, mask=mask, spec=spec)
+    products: Products = partial(reference_products, mask=mask, spec=spec, dtype=v.dtype)
     if name in VARIANTS:
         products = partial(cpu_products, inputs=inputs, mask=mask, tensors=named, spec=spec, variant=name)
     with without_autocast(q.device):

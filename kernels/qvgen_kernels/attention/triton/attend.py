@@ -6,6 +6,9 @@ alone. Sums are rescaled in blocks where a query of the tile meets a larger expo
 rescaling changes no bit, because no sum but 0 is below 2^-100: it was kept at that size, or it is a number of 24 bits plus a
 multiple of 2^-64, which leaves nothing below 2^-88.
 
+Plain values (``int8_qk``) are multiplied by probabilities of their type, float32 numbers without TF32. The card adds these
+products in an order of its own, so that their sums are not the reference's to the bit (kernels/attention.md, step 5).
+
 A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
 all that it adds.
 """
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, REACH, SLACK, SPAN, AttentionSpec
+from qvgen_kernels.attention.contract import BLOCK, EXP2, EXP2_FINE, FLUSHED, REACH, SLACK, SPAN, AttentionSpec
 from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
@@ -34,6 +37,7 @@ _FARTHEST = 1 << 24
 
 _BLOCK = tl.constexpr(BLOCK)
 _C0, _C1, _C2 = (tl.constexpr(value) for value in EXP2)
+_F0, _F1, _F2, _F3 = (tl.constexpr(value) for value in EXP2_FINE)
 _STEP = tl.constexpr(0.5 / SPAN)
 _SLACK = tl.constexpr(SLACK)
 _REACH = tl.constexpr(REACH)
@@ -71,13 +75,18 @@ def _dropped(v):
 
 
 @triton.jit
-def _probabilities(z, slope, exponent):
-    """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23."""
+def _probabilities(z, slope, exponent, plain: tl.constexpr):
+    """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23; plain ones as whole float32 numbers."""
     start = exponent * _STEP + 0.5
     below = tl.fma(z, tl.broadcast_to(slope[:, None], z.shape), tl.broadcast_to(start[:, None], z.shape))
     # From 1/2 to 1; to clamp at 0 as well is no instruction of its own on a card.
-    bits = 0x33800000 - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
+    largest: tl.constexpr = 0x37000000 if plain else 0x33800000
+    bits = largest - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
     g = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    if plain:
+        q = tl.fma(tl.fma(g, _constant(_F3, g), _constant(_F2, g)), g, _constant(_F1, g))
+        q = tl.fma(q, g, _constant(_F0, g))
+        return tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC, g)) - MAGIC
     q = tl.fma(tl.fma(g, _constant(_C2, g), _constant(_C1, g)), g, _constant(_C0, g))
     value = tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC - 128.0, g))
     return value.to(tl.int32, bitcast=True)
@@ -109,20 +118,38 @@ def _seen(t, place, index, sizes, form: tl.constexpr):
 
 
 @triton.jit
-def _add_values(totals, p, factors, index, t, form: tl.constexpr):
+def _plain_sums(p, place, index, column, t, sizes, form: tl.constexpr):
+    """Sums of a block's probabilities, of the values' type, times some columns of plain values."""
+    head, _, _ = place
+    first = (index - head * sizes.blocks) * _BLOCK
+    step = tl.arange(0, _BLOCK)
+    start = (head // sizes.heads) * sizes.value_batch + (head % sizes.heads) * sizes.value_head
+    v = t.value + start + first * sizes.value_token + step[:, None] * sizes.value_token + column[None, :]
+    live = (step < (sizes.keys - first).to(tl.int32))[:, None] & (column < form.head_size)[None, :]
+    values = tl.load(v, mask=live, other=0.0)
+    if form.interpreted:  # which multiplies the bits of bfloat16
+        return tl.dot(p.to(tl.float32), values.to(tl.float32))
+    return tl.dot(p, values, out_dtype=tl.float32, input_precision="ieee")
+
+
+@triton.jit
+def _add_values(totals, p, factors, index, place, t, sizes, form: tl.constexpr):
     """The running sums of all parts, rescaled, with a block's sums added."""
     shrink, grow = factors
-    operand = _operand(p)
+    operand = p if form.plain else _operand(p)
     is_rescaled = tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0
     key = tl.arange(0, _BLOCK)[None, :]
     added = ()
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
         column = part * form.part + tl.arange(0, form.part)
-        v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
-        base = tl.load(t.codes.base + index * form.width + column)
-        start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
-        sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+        if form.plain:
+            sums = _plain_sums(p, place, index, column, t, sizes, form)
+        else:
+            v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
+            base = tl.load(t.codes.base + index * form.width + column)
+            start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
+            sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
         total = totals[part]
         if is_rescaled:
             total = _dropped(total * shrink[:, None])
@@ -145,17 +172,21 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
         z = tl.where(seen, z, float("-inf"))
     largest = tl.reduce(z, 1, tl.standard._elementwise_max)
     exponent = _exponent(largest, slope)
-    p = _probabilities(z, slope, exponent)
+    p = _probabilities(z, slope, exponent, form.plain)
     if masked:
-        p = tl.where(seen, p, _MAGIC_BITS - 128)
+        p = tl.where(seen, p, 0.0 if form.plain else _MAGIC_BITS - 128)
         exponent = tl.where(largest > float("-inf"), exponent, _SMALLEST)
 
     highest = tl.maximum(top, exponent)
     shrink, grow = _reach(top - highest), _reach(exponent - highest)
-    # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
-    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)
-    weight = _dropped(weight * shrink) + codes_sum.to(tl.float32) * grow
-    return _add_values(totals, p, (shrink, grow), index, t, form), weight, highest
+    if form.plain:
+        p = to_type(p, t.value.dtype.element_ty, form.interpreted)
+        p_sum = tl.reduce(p.to(tl.float32), 1, tl.standard._sum_combine)  # of whole numbers below 2^22: exact
+    else:
+        # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
+        p_sum = (tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)).to(tl.float32)
+    weight = _dropped(weight * shrink) + p_sum * grow
+    return _add_values(totals, p, (shrink, grow), index, place, t, sizes, form), weight, highest
 
 
 @triton.jit
@@ -171,8 +202,10 @@ def _finish(state, query, t, sizes, form: tl.constexpr):
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
         column = part * form.part + tl.arange(0, form.part)
-        scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
-        y = (totals[part] * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
+        y = totals[part] * inverse[:, None]
+        if not form.plain:
+            scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+            y = y * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
         y = tl.where(is_finite[:, None], tl.where(lonely[:, None], 0.0, y), float("nan"))
         target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
         live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
@@ -211,7 +244,7 @@ def attend_kernel(t, sizes, form: tl.constexpr):
 
 
 def _launch_arguments(
-    codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec
+    codes: Codes, value: Tensor, *, y: Tensor, mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[AttendTensors, AttendSizes, AttendForm]:
     """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
     kind, strides = "none", (0, 0, 0, 0)
@@ -219,21 +252,26 @@ def _launch_arguments(
         mask = mask if max(mask.stride()[2:]) < _FARTHEST else mask.contiguous()
         strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
         kind = "all" if strides[2] else "keys"
-    form = attend_form(spec.head_size, keys=keys, mask=kind, interpreted=INTERPRETED)
-    sizes = AttendSizes(y.shape[1], y.shape[2], keys, codes.value.shape[1], *strides)
-    return AttendTensors(codes, y, mask), sizes, form
+    keys, plain = value.shape[2], codes.value is None
+    form = attend_form(spec.head_size, keys=keys, mask=kind, plain=plain, interpreted=INTERPRETED)
+    sizes = AttendSizes(y.shape[1], y.shape[2], keys, triton.cdiv(keys, BLOCK), *strides)
+    if not plain:
+        return AttendTensors(codes, y, mask), sizes, form
+    value = value if value.stride(3) == 1 and value.stride(2) < _FARTHEST else value.contiguous()
+    sizes = sizes._replace(**dict(zip(("value_batch", "value_head", "value_token"), value.stride()[:3], strict=True)))
+    return AttendTensors(codes, y, mask, value), sizes, form
 
 
-def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec) -> None:
+def attend(codes: Codes, value: Tensor, *, y: Tensor, mask: Tensor | None, spec: AttentionSpec) -> None:
     """Fill y with the outputs.
 
     Args:
         codes: Quantized queries, keys and values.
+        value: Values [B, H, N, D], N > 0; read where they are plain.
         y: Contiguous [B, H, M, D], M > 0.
         mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
-        keys: N > 0.
         spec: The attention.
     """
-    t, sizes, form = _launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
+    t, sizes, form = _launch_arguments(codes, value, y=y, mask=mask, spec=spec)
     grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
     launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)

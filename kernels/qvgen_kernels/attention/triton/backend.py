@@ -57,5 +57,5 @@ def triton_attention(
         return y.zero_()
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         codes = quantize(_rotated(q, spec), _rotated(k, spec), v, tensors=tensors, spec=spec)
-        attend(codes, y=y, mask=mask, keys=k.shape[2], spec=spec)
+        attend(codes, v, y=y, mask=mask, spec=spec)
     return y

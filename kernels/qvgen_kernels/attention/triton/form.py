@@ -18,6 +18,8 @@ lie at 0bFECBDA: there a thread's own probabilities are the operand that it need
 which is exact: hidden keys have p' = -128 and their own part in the second sum takes that back; keys from N on have v = 0.
 ``base`` is the second sum plus the bits of 1.5 * 2^23, and the product starts from it, so that its result is the bits of
 the float32 number 1.5 * 2^23 + a: |a| <= 255 * 127 * 64 < 2^21 leaves it within one binade.
+
+*Plain values* (``int8_qk``) lie where the caller has them: there are no codes of them.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Codes(NamedTuple):
         factor: The factor of a query's scores; NaN where its outputs are.
         key: Codes.
         key_scale: Scales; 0 for tokens from N on.
-        value: Codes.
+        value: Codes; None, as all that follows, where values are plain.
         base: Where the sums of a block start.
         value_scale: float32 [heads, width].
         mean: float32 [heads, width], means of values.
@@ -142,6 +144,7 @@ class AttendForm:
         part: Columns of each.
         ragged: Whether 64 does not divide N.
         mask: "none"; "keys": the same for all queries; "all".
+        plain: Whether values are not quantized.
         interpreted: For Triton's interpreter.
     """
 
@@ -151,19 +154,21 @@ class AttendForm:
     part: int
     ragged: bool
     mask: str
+    plain: bool
     interpreted: bool
 
 
 class AttendTensors(NamedTuple):
-    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous, and bool mask or None."""
+    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous, bool mask or None, and plain values."""
 
     codes: Any
     y: Any
     mask: Any
+    value: Any = None
 
 
 class AttendSizes(NamedTuple):
-    """H, M, N, blocks of 64 keys, and the mask's strides, 0 where it has one for all."""
+    """H, M, N, blocks of 64 keys, the mask's strides, 0 where it has one for all, and plain values', whose columns follow."""
 
     heads: Any
     queries: Any
@@ -173,6 +178,9 @@ class AttendSizes(NamedTuple):
     mask_head: Any
     mask_query: Any
     mask_key: Any
+    value_batch: Any = 0
+    value_head: Any = 0
+    value_token: Any = 0
 
 
 def _width_of(head_size: int) -> int:
@@ -186,15 +194,16 @@ def token_form(head_size: int, *, sums: bool = False) -> TokenForm:
     return TokenForm(head_size, width, (_SUMS_TILE if sums else _TILE) // width)
 
 
-def attend_form(head_size: int, *, keys: int, mask: str, interpreted: bool) -> AttendForm:
+def attend_form(head_size: int, *, keys: int, mask: str, plain: bool, interpreted: bool) -> AttendForm:
     """The constants of the attention's kernel.
 
     Args:
         head_size: D.
         keys: N.
         mask: See :class:`AttendForm`.
+        plain: Likewise.
         interpreted: For Triton's interpreter.
     """
     width = _width_of(head_size)
     part = _MASKED_PART if mask == "all" and width > _PART else min(width, _PART)
-    return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, interpreted)
+    return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, plain, interpreted)
