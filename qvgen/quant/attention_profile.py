@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from qvgen.config.plain_json import flag, items, options_of, text
 
 AttentionKind = Literal["int8", "int8_qk"]
-"""What is computed with 8-bit integers: both products of attention, or q k^T alone."""
+"""The products of attention that 8-bit integers compute: both, or q k^T alone."""
 
 ATTENTION_BITS: Mapping[AttentionKind, int] = {"int8": 8, "int8_qk": 12}
 """Bits of the operands, the mean of both products; 16 in floating point."""

@@ -68,7 +68,9 @@ def block_probabilities(z, factor, plain=None):
     height = (15 if plain else 8) - np.floor((below - 0.5) * 2**24) / 2**19  # above code 1, a multiple of 2^-19
     whole = np.floor(height)
     g = 1 + height - whole
-    *others, quotient = map(np.float64, CUBIC if plain else QUADRATIC)  # of 24 bits, g of 20: sums of products are exact
+    *others, quotient = map(
+        np.float64, CUBIC if plain else QUADRATIC
+    )  # of 24 bits, g of 20: sums of products are exact
     for coefficient in reversed(others):
         quotient = (g * quotient + coefficient).astype(F).astype(np.float64)
     codes = np.where(z == -INFINITY, 0, np.rint(g * np.exp2(whole) * quotient))

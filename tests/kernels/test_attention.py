@@ -292,7 +292,10 @@ def test_texts_that_are_no_spec(text: str) -> None:
 
 
 def test_a_spec_as_text() -> None:
-    for spec in (AttentionSpec(64), AttentionSpec(72, softmax_scale=0.3, smooth_key=False, rotation=72, kind="int8_qk")):
+    for spec in (
+        AttentionSpec(64),
+        AttentionSpec(72, softmax_scale=0.3, smooth_key=False, rotation=72, kind="int8_qk"),
+    ):
         assert AttentionSpec.from_string(spec.to_string()) == spec
 
 

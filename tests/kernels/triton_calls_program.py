@@ -5,6 +5,7 @@ line a kernel.
 """
 
 import sys
+from typing import get_args
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -12,6 +13,7 @@ from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.contract import AttentionKind
 from qvgen_kernels.attention.triton import attend
 from qvgen_kernels.attention.triton import quantize as attention_quantize
 from qvgen_kernels.attention.triton.backend import triton_attention
@@ -101,7 +103,8 @@ def call_attention():
     q, k = torch.ones(1, 1, 1, 72, dtype=torch.float16), torch.ones(1, 1, 70, 72, dtype=torch.float16)
     clips = AttentionTensors(query_clip=torch.ones(1), key_clip=torch.ones(1))
     mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
-    triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72))
+    for kind in get_args(AttentionKind):
+        triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72, kind=kind))
 
 
 def steps_too(backend):

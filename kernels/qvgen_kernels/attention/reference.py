@@ -1,9 +1,9 @@
 """Exact reference of the quantized attention in plain torch (kernels/attention.md): the oracle of every backend.
 
 Integers come from float32 products: 127 * 127 * D and 255 * 127 * 64 are below 2^24, so that no partial sum of any order
-rounds. Products of probabilities with values that are no codes are added one by one. Everything else is elementwise, or a sum whose order is written out here as a loop. Torch has no fused multiply-add,
-so these are made of float64 numbers (:func:`fused`). Memory grows with a block of keys and not with all of them. Nothing
-here is fast.
+rounds. Products of probabilities with plain values are added one by one. Everything else is elementwise, or a sum whose order
+is written out here as a loop. Torch has no fused multiply-add, so these are made of float64 numbers (:func:`fused`). Memory
+grows with a block of keys and not with all of them. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def block_probabilities(z: Tensor, factor: Tensor, dtype: torch.dtype | None) ->
     Args:
         z: Scores times their keys' scales, float32 [.., m, up to 64]; -inf where a key is hidden.
         factor: The factor of a query's scores, [.., m, 1].
-        dtype: Of the probabilities, numbers from 0 to about 2^15; None: codes 0..255.
+        dtype: Type of the probabilities, whole numbers from 0 to about 2^15; None: codes 0..255.
 
     Returns:
         Float32 [.., m, up to 64] and [.., m, 1]; the exponent of a block without keys is -inf.
@@ -242,7 +242,7 @@ def running_sums(
         k: Codes [B, H, N, D] and scales [B, H, N, 1].
         value_codes: [B, H, N, D].
         mask: bool, [B, H, m, N] or 1 in place of any of these sizes; None: every key is seen.
-        dtype: Of probabilities; None: 8-bit codes.
+        dtype: Type of probabilities; None: 8-bit codes.
 
     Returns:
         The sums A and, as the last column, L: float32 [B, H, m, D + 1]; and their exponent E [B, H, m, 1].

@@ -149,8 +149,8 @@ def check_attention_budget(init: BitBudget, *, attention: AttentionProfile | Non
         )
     if mean <= (least := ATTENTION_BITS[attention.kind]):
         raise UserError(
-            f"init.mean_attention_bits={mean:g} leaves nothing to choose: with profile.attention={attention.kind} an attention "
-            f"has {least} or {FLOAT_BITS} bits; write more than {least}, or leave the budget out"
+            f"init.mean_attention_bits={mean:g} leaves nothing to choose: with profile.attention={attention.kind} an "
+            f"attention has {least} or {FLOAT_BITS} bits; write more than {least}, or leave the budget out"
         )
 
 

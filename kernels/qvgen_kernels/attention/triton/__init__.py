@@ -2,6 +2,7 @@
 
     form      constants, pointers and sizes of the kernels, and how codes lie in memory
     quantize  means over tokens; queries, keys and values to codes and scales
+    block     scores of a tile and a block of keys to probabilities
     attend    scores, probabilities and the running sums of a tile of queries
     backend   a call from q, k and v to outputs; what is missing on a machine
 

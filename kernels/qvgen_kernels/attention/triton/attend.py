@@ -19,15 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, EXP2, EXP2_FINE, FLUSHED, REACH, SLACK, SPAN, AttentionSpec
+from qvgen_kernels.attention.contract import BLOCK, SPAN, AttentionSpec
+from qvgen_kernels.attention.triton.block import (
+    ROWS,
+    SMALLEST,
+    block_exponent,
+    constant,
+    dropped,
+    probability_factors,
+    reach,
+    seen_keys,
+)
 from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
 
 __all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel"]
 
-ROWS = 64
-"""Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
 WARPS = 4
 STAGES = 3
 """Blocks of keys and values in flight, and one."""
@@ -36,60 +44,11 @@ _FARTHEST = 1 << 24
 """A mask whose queries or keys lie this far apart is copied: 63 times both are an int32."""
 
 _BLOCK = tl.constexpr(BLOCK)
-_C0, _C1, _C2 = (tl.constexpr(value) for value in EXP2)
-_F0, _F1, _F2, _F3 = (tl.constexpr(value) for value in EXP2_FINE)
 _STEP = tl.constexpr(0.5 / SPAN)
-_SLACK = tl.constexpr(SLACK)
-_REACH = tl.constexpr(REACH)
-_FLUSHED = tl.constexpr(FLUSHED)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _WRAPPED = tl.constexpr((0x4B400000 * BLOCK + 2**31) % 2**32 - 2**31)
 """The sum of the bits of 1.5 * 2^23 over a block, as int32."""
-_SMALLEST = tl.constexpr(-3.4028234663852886e38)
 _ROWS = tl.constexpr(ROWS)
-
-
-@triton.jit
-def _constant(value, like):
-    """A number as a tensor of the shape of another one, for Triton's fma."""
-    return tl.full(like.shape, value, tl.float32)
-
-
-@triton.jit
-def _exponent(largest, slope):
-    """The exponent of a block by its largest product of score and scale: part is -1/32 of the contract's x, no bit less."""
-    part = largest * slope
-    above = tl.fma(tl.abs(part), _constant(_SLACK / _STEP, part), _constant(0.5, part))
-    return (tl.fma(part, _constant(-1.0 / _STEP, part), above) + MAGIC) - MAGIC
-
-
-@triton.jit
-def _reach(z):
-    """2^z of whole numbers z <= 0, but no less than 2^-64."""
-    return ((tl.maximum(z, -_REACH) + (MAGIC + 127.0)).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dropped(v):
-    return tl.where(tl.abs(v) < _FLUSHED, 0.0, v)
-
-
-@triton.jit
-def _probabilities(z, slope, exponent, plain: tl.constexpr):
-    """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23; plain ones as whole float32 numbers."""
-    start = exponent * _STEP + 0.5
-    below = tl.fma(z, tl.broadcast_to(slope[:, None], z.shape), tl.broadcast_to(start[:, None], z.shape))
-    # From 1/2 to 1; to clamp at 0 as well is no instruction of its own on a card.
-    largest: tl.constexpr = 0x37000000 if plain else 0x33800000
-    bits = largest - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
-    g = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    if plain:
-        q = tl.fma(tl.fma(g, _constant(_F3, g), _constant(_F2, g)), g, _constant(_F1, g))
-        q = tl.fma(q, g, _constant(_F0, g))
-        return tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC, g)) - MAGIC
-    q = tl.fma(tl.fma(g, _constant(_C2, g), _constant(_C1, g)), g, _constant(_C0, g))
-    value = tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC - 128.0, g))
-    return value.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -97,24 +56,6 @@ def _operand(p):
     """Codes as signed bytes [rows, 64], in the order of the values' tokens."""
     parts = tl.permute(tl.reshape(p.to(tl.int8), (_ROWS, 4, 2, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(parts, (_ROWS, _BLOCK))
-
-
-@triton.jit
-def _seen(t, place, index, sizes, form: tl.constexpr):
-    """Which keys of a block a query sees: bool [rows or 1, 64]; ``index`` counts the blocks of all heads."""
-    head, row, start = place
-    step = tl.arange(0, _BLOCK)[None, :]
-    first = (index - head * sizes.blocks) * _BLOCK
-    seen = step < (sizes.keys - first).to(tl.int32)
-    # Far offsets are one number of 64 bits; those inside of the tile are small (_launch_arguments).
-    if form.mask == "keys":
-        mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
-        seen = tl.load(mask, mask=seen, other=0) != 0
-    elif form.mask == "all":
-        inside = seen & (row < sizes.queries)[:, None]
-        place = (row % _ROWS)[:, None] * sizes.mask_query + step * sizes.mask_key
-        seen = tl.load(t.mask + start + first * sizes.mask_key + place, mask=inside, other=0) != 0
-    return seen
 
 
 @triton.jit
@@ -127,8 +68,8 @@ def _plain_sums(p, place, index, column, t, sizes, form: tl.constexpr):
     v = t.value + start + first * sizes.value_token + step[:, None] * sizes.value_token + column[None, :]
     live = (step < (sizes.keys - first).to(tl.int32))[:, None] & (column < form.head_size)[None, :]
     values = tl.load(v, mask=live, other=0.0)
-    if form.interpreted:  # which multiplies the bits of bfloat16
-        return tl.dot(p.to(tl.float32), values.to(tl.float32))
+    if form.interpreted:  # the interpreter multiplies the bits of bfloat16
+        p, values = p.to(tl.float32), values.to(tl.float32)
     return tl.dot(p, values, out_dtype=tl.float32, input_precision="ieee")
 
 
@@ -152,7 +93,7 @@ def _add_values(totals, p, factors, index, place, t, sizes, form: tl.constexpr):
             sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
         total = totals[part]
         if is_rescaled:
-            total = _dropped(total * shrink[:, None])
+            total = dropped(total * shrink[:, None])
         added = added + (tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total),)  # noqa: RUF005 - Triton's tuple
     return added
 
@@ -168,24 +109,26 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
     z = scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]
     if masked:
-        seen = _seen(t, place, index, sizes, form)
+        seen = seen_keys(t, place, index, sizes, form)
         z = tl.where(seen, z, float("-inf"))
     largest = tl.reduce(z, 1, tl.standard._elementwise_max)
-    exponent = _exponent(largest, slope)
-    p = _probabilities(z, slope, exponent, form.plain)
+    exponent = block_exponent(largest, slope)
+    power, quotient = probability_factors(z, slope[:, None], exponent[:, None], form.plain)
+    p = tl.fma(power, quotient, constant(MAGIC if form.plain else MAGIC - 128.0, z))
+    p = p - MAGIC if form.plain else p.to(tl.int32, bitcast=True)
     if masked:
         p = tl.where(seen, p, 0.0 if form.plain else _MAGIC_BITS - 128)
-        exponent = tl.where(largest > float("-inf"), exponent, _SMALLEST)
+        exponent = tl.where(largest > float("-inf"), exponent, SMALLEST)
 
     highest = tl.maximum(top, exponent)
-    shrink, grow = _reach(top - highest), _reach(exponent - highest)
+    shrink, grow = reach(top - highest), reach(exponent - highest)
     if form.plain:
         p = to_type(p, t.value.dtype.element_ty, form.interpreted)
         p_sum = tl.reduce(p.to(tl.float32), 1, tl.standard._sum_combine)  # of whole numbers below 2^22: exact
     else:
         # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
         p_sum = (tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)).to(tl.float32)
-    weight = _dropped(weight * shrink) + p_sum * grow
+    weight = dropped(weight * shrink) + p_sum * grow
     return _add_values(totals, p, (shrink, grow), index, place, t, sizes, form), weight, highest
 
 
@@ -232,7 +175,7 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     for _ in tl.static_range(parts):
         totals = totals + (tl.full((_ROWS, form.part), 0.0, tl.float32),)  # noqa: RUF005 - Triton's tuple
     weight = tl.full((_ROWS,), 0.0, tl.float32)
-    top = tl.full((_ROWS,), _SMALLEST, tl.float32)
+    top = tl.full((_ROWS,), SMALLEST, tl.float32)
     state = (totals, weight, top)
     masked: tl.constexpr = form.mask != "none"
     whole = sizes.blocks - 1 if form.ragged else sizes.blocks

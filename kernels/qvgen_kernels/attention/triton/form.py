@@ -49,8 +49,9 @@ _SUMS_TILE = 1024
 """Sums that a program makes, one token after another: more programs hide that better than larger ones."""
 
 
-_PART, _MASKED_PART = 64, 32
-"""Columns whose integer sums a program holds at a time, beside its float32 sums of all columns, and with a mask's tile."""
+_PART, _NARROW_PART = 64, 32
+"""Columns whose sums of a block a program holds at a time, beside its float32 sums of all columns, and fewer where it holds
+more besides: a mask's tile, or probabilities and values of 16 bits."""
 
 
 class Codes(NamedTuple):
@@ -205,5 +206,5 @@ def attend_form(head_size: int, *, keys: int, mask: str, plain: bool, interprete
         interpreted: For Triton's interpreter.
     """
     width = _width_of(head_size)
-    part = _MASKED_PART if mask == "all" and width > _PART else min(width, _PART)
+    part = _NARROW_PART if (mask == "all" or plain) and width > _PART else min(width, _PART)
     return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, plain, interpreted)
