@@ -17,7 +17,7 @@ def _import_interpreted():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from qvgen_kernels.attention.triton import attend  # noqa: F401 - seen by the backend's own import
+        from qvgen_kernels.attention.triton import attend, gradient  # noqa: F401 - seen by the backend's own import
         from qvgen_kernels.attention.triton import quantize as attention_quantize
         from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate, steps
     finally:

@@ -102,6 +102,8 @@ def _attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tenso
     products: Products = partial(reference_products, mask=mask, spec=spec, dtype=v.dtype)
     if name in VARIANTS:
         products = partial(cpu_products, inputs=inputs, mask=mask, tensors=named, spec=spec, variant=name)
+    if name == triton_backend.NAME:
+        products = partial(triton_backend.triton_products, inputs=inputs, mask=mask, tensors=named, spec=spec)
     with without_autocast(q.device):
         return attention_gradients(grad, inputs, tensors=named, spec=spec, products=products)
 

@@ -34,7 +34,7 @@ from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendT
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
 
-__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel"]
+__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_arguments", "attend_kernel"]
 
 WARPS = 4
 STAGES = 3
@@ -74,9 +74,9 @@ def _plain_sums(p, place, index, column, t, sizes, form: tl.constexpr):
 
 
 @triton.jit
-def _add_values(totals, p, factors, index, place, t, sizes, form: tl.constexpr):
+def _add_values(totals, p, factors, where, t, sizes, form: tl.constexpr):
     """The running sums of all parts, rescaled, with a block's sums added."""
-    shrink, grow = factors
+    (shrink, grow), (place, index) = factors, where
     operand = p if form.plain else _operand(p)
     is_rescaled = tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0
     key = tl.arange(0, _BLOCK)[None, :]
@@ -129,7 +129,7 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
         # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
         p_sum = (tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)).to(tl.float32)
     weight = dropped(weight * shrink) + p_sum * grow
-    return _add_values(totals, p, (shrink, grow), index, place, t, sizes, form), weight, highest
+    return _add_values(totals, p, (shrink, grow), (place, index), t, sizes, form), weight, highest
 
 
 @triton.jit
@@ -156,8 +156,31 @@ def _finish(state, query, t, sizes, form: tl.constexpr):
 
 
 @triton.jit
+def _finish_statistics(state, query, t, sizes, form: tl.constexpr):
+    """What a backward pass takes of each query: its exponent, 1 / L, and the sum of P dP over keys (step 8)."""
+    totals, weight, top = state
+    _, _, place = query
+    head, row, _ = place
+    inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(weight == 0.0, 1.0, weight))
+    expected = tl.full((_ROWS,), 0.0, tl.float32)
+    live, here = row < sizes.queries, head * sizes.queries + row
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        y = totals[part] * inverse[:, None]
+        if not form.plain:
+            y = y * tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+        grad = t.statistics.grad + here[:, None] * form.head_size + column[None, :]
+        g = tl.load(grad, mask=live[:, None] & (column < form.head_size)[None, :], other=0.0)
+        expected += tl.reduce(g * y, 1, tl.standard._sum_combine)
+    tl.store(t.statistics.top + here, top, mask=live)
+    tl.store(t.statistics.inverse + here, inverse, mask=live)
+    tl.store(t.statistics.expected + here, expected, mask=live)
+
+
+@triton.jit
 def attend_kernel(t, sizes, form: tl.constexpr):
-    """Outputs of 64 queries of a head; neighbouring programs share its keys and values."""
+    """Outputs of 64 queries of a head, or their statistics; neighbouring programs share its keys and values."""
     tiles = (sizes.queries + _ROWS - 1) // _ROWS
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
@@ -183,13 +206,24 @@ def attend_kernel(t, sizes, form: tl.constexpr):
         state = _add_block(state, query, block, t, sizes, form, masked)
     if form.ragged:
         state = _add_block(state, query, whole, t, sizes, form, True)
-    _finish(state, query, t, sizes, form)
+    if t.statistics is not None:
+        _finish_statistics(state, query, t, sizes, form)
+    else:
+        _finish(state, query, t, sizes, form)
 
 
-def _launch_arguments(
-    codes: Codes, value: Tensor, *, y: Tensor, mask: Tensor | None, spec: AttentionSpec
+def attend_arguments(
+    codes: Codes, value: Tensor, *, queries: int, mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[AttendTensors, AttendSizes, AttendForm]:
-    """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
+    """Pointers, sizes and constants of a launch without what it fills in.
+
+    Args:
+        codes: Quantized queries, keys and values.
+        value: Values [B, H, N, D], N > 0; read where they are plain.
+        queries: M.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        spec: The attention.
+    """
     kind, strides = "none", (0, 0, 0, 0)
     if mask is not None:
         mask = mask if max(mask.stride()[2:]) < _FARTHEST else mask.contiguous()
@@ -197,24 +231,15 @@ def _launch_arguments(
         kind = "all" if strides[2] else "keys"
     keys, plain = value.shape[2], codes.value is None
     form = attend_form(spec.head_size, keys=keys, mask=kind, plain=plain, interpreted=INTERPRETED)
-    sizes = AttendSizes(y.shape[1], y.shape[2], keys, triton.cdiv(keys, BLOCK), *strides)
+    sizes = AttendSizes(value.shape[1], queries, keys, triton.cdiv(keys, BLOCK), *strides)
     if not plain:
-        return AttendTensors(codes, y, mask), sizes, form
+        return AttendTensors(codes, None, mask), sizes, form
     value = value if value.stride(3) == 1 and value.stride(2) < _FARTHEST else value.contiguous()
     sizes = sizes._replace(**dict(zip(("value_batch", "value_head", "value_token"), value.stride()[:3], strict=True)))
-    return AttendTensors(codes, y, mask, value), sizes, form
+    return AttendTensors(codes, None, mask, value), sizes, form
 
 
-def attend(codes: Codes, value: Tensor, *, y: Tensor, mask: Tensor | None, spec: AttentionSpec) -> None:
-    """Fill y with the outputs.
-
-    Args:
-        codes: Quantized queries, keys and values.
-        value: Values [B, H, N, D], N > 0; read where they are plain.
-        y: Contiguous [B, H, M, D], M > 0.
-        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
-        spec: The attention.
-    """
-    t, sizes, form = _launch_arguments(codes, value, y=y, mask=mask, spec=spec)
-    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
-    launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)
+def attend(t: AttendTensors, sizes: AttendSizes, form: AttendForm) -> None:
+    """Fill in the outputs, or the statistics, of arguments that have them."""
+    tiles = t.codes.query.shape[0] * triton.cdiv(sizes.queries, ROWS)
+    launch(attend_kernel, (tiles,), t, sizes, form, on=t.codes.query, num_warps=WARPS, num_stages=STAGES)

@@ -63,7 +63,7 @@ def probability_factors(z, slope, exponent, plain: tl.constexpr):
     Args:
         z: Scores times keys' scales, -inf where a key is hidden.
         slope: Factors of queries times -1/32, of a shape that z broadcasts with.
-        exponent: Of the block, likewise.
+        exponent: Exponents of the block, likewise.
         plain: Whether values are.
     """
     start = exponent * _STEP + 0.5
@@ -87,7 +87,7 @@ def seen_keys(t, place, index, sizes, form: tl.constexpr):
     step = tl.arange(0, _BLOCK)[None, :]
     first = (index - head * sizes.blocks) * _BLOCK
     seen = step < (sizes.keys - first).to(tl.int32)
-    # Far offsets are one number of 64 bits; those inside of the tile are small (_launch_arguments).
+    # Far offsets are one number of 64 bits; those inside of the tile are small (attend_arguments).
     if form.mask == "keys":
         mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
         seen = tl.load(mask, mask=seen, other=0) != 0

@@ -34,6 +34,7 @@ __all__ = [
     "AttendSizes",
     "AttendTensors",
     "Codes",
+    "Statistics",
     "TokenForm",
     "TokenSizes",
     "TokenTensors",
@@ -159,13 +160,30 @@ class AttendForm:
     interpreted: bool
 
 
+class Statistics(NamedTuple):
+    """What a backward pass takes of each query, made of the gradient of its outputs.
+
+    Attributes:
+        grad: That gradient, float32 [B, H, M, D], contiguous.
+        top: Exponents E, float32 [heads, M], and so are the others.
+        inverse: 1 / L; 1 where L is 0.
+        expected: Sums of P dP over keys.
+    """
+
+    grad: Any
+    top: Any
+    inverse: Any
+    expected: Any
+
+
 class AttendTensors(NamedTuple):
-    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous, bool mask or None, and plain values."""
+    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous or statistics, bool mask, plain values."""
 
     codes: Any
     y: Any
     mask: Any
     value: Any = None
+    statistics: Any = None
 
 
 class AttendSizes(NamedTuple):
