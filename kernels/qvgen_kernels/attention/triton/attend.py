@@ -26,6 +26,7 @@ from qvgen_kernels.attention.triton.block import (
     block_exponent,
     constant,
     dropped,
+    eleven_bits,
     probability_factors,
     reach,
     seen_keys,
@@ -109,7 +110,7 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
     z = scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]
     if masked:
-        seen = seen_keys(t, place, index, sizes, form)
+        seen = seen_keys(t, place, index, tl.arange(0, _BLOCK)[None, :], sizes, form)
         z = tl.where(seen, z, float("-inf"))
     largest = tl.reduce(z, 1, tl.standard._elementwise_max)
     exponent = block_exponent(largest, slope)
@@ -167,12 +168,11 @@ def _finish_statistics(state, query, t, sizes, form: tl.constexpr):
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
         column = part * form.part + tl.arange(0, form.part)
-        y = totals[part] * inverse[:, None]
-        if not form.plain:
-            y = y * tl.load(t.codes.value_scale + head * form.width + column)[None, :]
         grad = t.statistics.grad + here[:, None] * form.head_size + column[None, :]
         g = tl.load(grad, mask=live[:, None] & (column < form.head_size)[None, :], other=0.0)
-        expected += tl.reduce(g * y, 1, tl.standard._sum_combine)
+        if not form.plain:
+            g = g * tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+        expected += tl.reduce(eleven_bits(g) * (totals[part] * inverse[:, None]), 1, tl.standard._sum_combine)
     tl.store(t.statistics.top + here, top, mask=live)
     tl.store(t.statistics.inverse + here, inverse, mask=live)
     tl.store(t.statistics.expected + here, expected, mask=live)

@@ -13,7 +13,17 @@ import triton.language as tl
 from qvgen_kernels.attention.contract import BLOCK, EXP2, EXP2_FINE, FLUSHED, REACH, SLACK, SPAN
 from qvgen_kernels.triton.rounding import MAGIC
 
-__all__ = ["ROWS", "SMALLEST", "block_exponent", "constant", "dropped", "probability_factors", "reach", "seen_keys"]
+__all__ = [
+    "ROWS",
+    "SMALLEST",
+    "block_exponent",
+    "constant",
+    "dropped",
+    "eleven_bits",
+    "probability_factors",
+    "reach",
+    "seen_keys",
+]
 
 ROWS = 64
 """Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
@@ -81,10 +91,28 @@ def probability_factors(z, slope, exponent, plain: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(t, place, index, sizes, form: tl.constexpr):
-    """Which keys of a block a query sees: bool [rows or 1, 64]; ``index`` counts the blocks of all heads."""
+def eleven_bits(v):
+    """Float32 numbers of 11 bits, nearest, halves to even: those that TF32 holds."""
+    bits = v.to(tl.int32, bitcast=True)
+    bits = (
+        bits + 0xFFF + ((bits >> 13) & 1)
+    ) & -0x2000  # an infinity stays; a NaN need not, its rows are NaN in the end
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def seen_keys(t, place, index, step, sizes, form: tl.constexpr):
+    """Which keys of a block a query sees: bool [rows or 1, keys].
+
+    Args:
+        t: Has the mask.
+        place: Head, queries, and the mask's offset at the first of the 64 queries that these are of.
+        index: The block's, counted over all heads.
+        step: Keys of the block, [1, keys].
+        sizes: Of the call.
+        form: Of the kernel.
+    """
     head, row, start = place
-    step = tl.arange(0, _BLOCK)[None, :]
     first = (index - head * sizes.blocks) * _BLOCK
     seen = step < (sizes.keys - first).to(tl.int32)
     # Far offsets are one number of 64 bits; those inside of the tile are small (attend_arguments).
