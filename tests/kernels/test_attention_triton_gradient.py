@@ -1,6 +1,7 @@
 """The Triton kernels of the attention's gradient, interpreted on the CPU, against the derivative of a float64 function.
 
-Probabilities are held to the reference's by the sums for values of one query, which are these alone. What the interpreter can't show is the compiled code: test_triton_code.py looks at that. Nothing ran on a GPU.
+Probabilities are held to the reference's by the sums for values of one query, which are these alone. What the interpreter
+can't show is the compiled code: test_triton_code.py looks at that. Nothing ran on a GPU.
 """
 
 from __future__ import annotations

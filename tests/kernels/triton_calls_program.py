@@ -5,6 +5,7 @@ line a kernel.
 """
 
 import sys
+from functools import partial
 from typing import get_args
 
 import torch
@@ -14,9 +15,10 @@ from triton.runtime import driver
 from qvgen_kernels import LinearTensors, get_backend
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors
 from qvgen_kernels.attention.contract import AttentionKind
-from qvgen_kernels.attention.triton import attend
+from qvgen_kernels.attention.gradient import attention_gradients
+from qvgen_kernels.attention.triton import attend, gradient
 from qvgen_kernels.attention.triton import quantize as attention_quantize
-from qvgen_kernels.attention.triton.backend import triton_attention
+from qvgen_kernels.attention.triton.backend import triton_attention, triton_products
 from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.gluon import gemm as gluon_gemm
 from qvgen_kernels.input_steps import InputSteps, InputTensors
@@ -70,7 +72,8 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm, attention_quantize, attend):
+    attentions = (attention_quantize, attend, gradient)
+    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm, *attentions):
         module.launch = compile_only
     name = sys.argv[1] if len(sys.argv) > 1 else "triton"
     backend = get_backend(name)
@@ -105,6 +108,9 @@ def call_attention():
     mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
     for kind in get_args(AttentionKind):
         triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72, kind=kind))
+    inputs, spec = (q, k, k), AttentionSpec(72)
+    products = partial(triton_products, inputs=inputs, mask=mask, tensors=clips, spec=spec)
+    attention_gradients(q, inputs, tensors=clips, spec=spec, products=products)
 
 
 def steps_too(backend):

@@ -45,11 +45,14 @@ from qvgen_kernels.attention.triton.form import Codes, Statistics
 from qvgen_kernels.triton.launch import launch
 from qvgen_kernels.triton.rounding import MAGIC, round_to_type
 
-__all__ = ["GradientForm", "GradientTensors", "key_kernel", "products", "query_kernel", "warps_of"]
+__all__ = ["QUERIES", "GradientForm", "GradientTensors", "key_kernel", "products", "query_kernel", "warps_of"]
 
+
+QUERIES = 16
+"""Queries that a program of keys takes at a time: with 32 registers spill, for heads of 64 on Ampere, of 128 on Hopper."""
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
-_HALF, _QUERIES = tl.constexpr(BLOCK // 2), tl.constexpr(16)
+_HALF, _QUERIES = tl.constexpr(BLOCK // 2), tl.constexpr(QUERIES)
 _STEP = tl.constexpr(0.5 / SPAN)
 
 
