@@ -158,7 +158,7 @@ def _finish(state, query, t, sizes, form: tl.constexpr):
 
 @triton.jit
 def _finish_statistics(state, query, t, sizes, form: tl.constexpr):
-    """What a backward pass takes of each query: its exponent, 1 / L, and the sum of P dP over keys (step 8)."""
+    """Exponents, 1 / L and sums of P dP over keys, which a backward pass takes of each query (step 8)."""
     totals, weight, top = state
     _, _, place = query
     head, row, _ = place
