@@ -109,8 +109,8 @@ def seen_keys(t, place, index, step, sizes, form: tl.constexpr):
         place: Head, queries, and the mask's offset at the first of the 64 queries that these are of.
         index: The block's, counted over all heads.
         step: Keys of the block, [1, keys].
-        sizes: Of the call.
-        form: Of the kernel.
+        sizes: Sizes of the call.
+        form: Constants of the kernel.
     """
     head, row, start = place
     first = (index - head * sizes.blocks) * _BLOCK
