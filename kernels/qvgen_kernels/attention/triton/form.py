@@ -161,7 +161,7 @@ class AttendForm:
 
 
 class Statistics(NamedTuple):
-    """What a backward pass takes of each query, made of the gradient of its outputs.
+    """Numbers of each query that a backward pass takes, made of the gradient of its outputs.
 
     Attributes:
         grad: That gradient, float32 [B, H, M, D], contiguous.
