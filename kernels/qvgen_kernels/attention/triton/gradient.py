@@ -80,7 +80,7 @@ class GradientTensors(NamedTuple):
 
     Attributes:
         codes: Quantized queries and keys.
-        statistics: Those of the queries, and the gradient of the outputs.
+        statistics: Statistics of the queries, and the gradient of the outputs.
         query_scale: float32 [heads, M].
         value: Codes of values, or plain ones, float32 [heads, N, D].
         plain: Values as they came; their type is read.
