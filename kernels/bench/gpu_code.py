@@ -229,7 +229,7 @@ def measure(capability, name):
         "shared_bytes": found.metadata.shared,
         "instructions": len(lines),
         "loop_instructions": len(loop),
-        "loop_products": count(inside, "IMMA", "IGMMA", "UTCIMMA"),
+        "loop_products": count(inside, "IMMA", "IGMMA", "UTCIMMA", "HMMA", "HGMMA", "UTCHMMA"),
         "loop_permutes": count(inside, "PRMT"),
         "loop_local": count(inside, "LDL", "STL"),
         "loop_contractions": count(inside, "FFMA"),

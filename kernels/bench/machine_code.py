@@ -9,7 +9,7 @@ import triton
 
 __all__ = ["EMPTYING", "MATRIX", "disassembled", "inner_loop", "operation"]
 
-MATRIX = re.compile(r"^(IMMA|IGMMA|UTCIMMA)")
+MATRIX = re.compile(r"^(UTC)?[IH]G?MMA")
 EMPTYING = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb\d, 0x0$")
 """A wait for every product that is under way; with 0x1 one may go on."""
 

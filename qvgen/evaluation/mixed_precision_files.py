@@ -140,7 +140,7 @@ class Allocation:
         mean_bits: side -> mean over weights or quantized values, and over the calls of the sampled videos.
         weight_bytes: Bytes of the packed weight codes, all sets of them.
         metrics: group -> names of the metrics that its units were compared by, with " + " between them.
-        attention: Name of an attention -> 8, or 16 where it is left in floating point; empty where they were not weighed.
+        attention: Name of an attention -> 8 or 12, 16 where it is left in floating point; empty where they were not weighed.
     """
 
     sensitivities: tuple[Sensitivity, ...]

@@ -31,8 +31,8 @@ class BitBudget:
         mean_activation_bits: Budget: mean bits over the values that are quantized in a sampling step; None: the run's
             ``bits``.
         weights_mib: Budget of the packed weight codes in MiB, in place of ``mean_weight_bits``; None: that one.
-        mean_attention_bits: Budget of ``profile.attention=int8``: mean bits over the multiply-adds of attention in a step, 8
-            where it is quantized and 16 where it is left in floating point; None: all of it is quantized.
+        mean_attention_bits: Budget of ``profile.attention``: mean bits over the multiply-adds of attention in a step, 8 where
+            it is ``int8``, 12 where it is ``int8_qk`` and 16 where it is left in floating point; None: all is quantized.
         metrics: By which metric the layers of each group (self_attention, cross_attention, temporal_attention, ffn) are
             judged: text, motion, visual or output, or several that count alike, for example [visual,motion]. All other
             layers are judged by the error of the output.

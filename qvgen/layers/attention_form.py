@@ -19,7 +19,7 @@ class AttentionForm:
     """The form of one attention module.
 
     Attributes:
-        kind: ``int8``, as in :class:`~qvgen.quant.attention_profile.AttentionProfile`.
+        kind: ``int8`` or ``int8_qk``, as in :class:`~qvgen.quant.attention_profile.AttentionProfile`.
         heads: Heads H of the queries.
         head_size: Elements D of a query, a key and a value of one head.
         smooth_key: Whether the mean of the keys is subtracted.
@@ -78,6 +78,7 @@ class AttentionForm:
             softmax_scale=softmax_scale,
             smooth_key=self.smooth_key,
             rotation=self.head_size if self.rotation else 0,
+            kind=self.kind,
         )
 
     def _has_matrix(self) -> bool:

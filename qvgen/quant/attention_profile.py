@@ -1,4 +1,4 @@
-"""The attention of a profile: whether softmax(q k^T) v is computed with 8-bit integers, and in which attention modules.
+"""The attention of a profile: whether products of softmax(q k^T) v are computed with 8-bit integers, and in which modules.
 
 The arithmetic is that of kernels/attention.md, to the bit, in training and in deployment. This module says only which of its
 options are used where. A profile without an :class:`AttentionProfile` leaves attention as the model computes it.
@@ -12,7 +12,12 @@ from typing import Any, Literal, get_args
 
 from qvgen.config.plain_json import flag, items, options_of, text
 
-AttentionKind = Literal["int8"]
+AttentionKind = Literal["int8", "int8_qk"]
+"""The products of attention that 8-bit integers compute: both, or q k^T alone."""
+
+ATTENTION_BITS: Mapping[AttentionKind, int] = {"int8": 8, "int8_qk": 12}
+"""Bits of the operands, the mean of both products; 16 in floating point."""
+
 AUTO: Literal["auto"] = "auto"
 """The value of an option that calibration chooses for every attention."""
 
@@ -27,7 +32,8 @@ class AttentionProfile:
     """How attention is quantized.
 
     Attributes:
-        kind: ``int8``: queries, keys, probabilities and values in 8 bits.
+        kind: ``int8``: queries, keys, probabilities and values in 8 bits; ``int8_qk``: queries and keys, and probabilities
+            and values in the type that the model computes in.
         smooth_key: Whether the mean of the keys over all tokens is subtracted before they are quantized (SageAttention,
             arXiv 2410.02367, 4.2); ``auto``: in the attentions whose outputs lose less by it on sampled inputs.
         rotation: Whether queries and keys are rotated by the Hadamard matrix of a head's size first; ``auto``: likewise, and
@@ -51,7 +57,7 @@ class AttentionProfile:
     def __post_init__(self) -> None:
         if self.kind not in get_args(AttentionKind):
             raise ValueError(
-                f"profile.attention={self.kind!r} is unknown; use {NO_ATTENTION} or {', '.join(get_args(AttentionKind))}"
+                f"profile.attention={self.kind!r} is unknown; use {NO_ATTENTION}, {' or '.join(get_args(AttentionKind))}"
             )
 
     @property

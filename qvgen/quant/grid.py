@@ -273,7 +273,7 @@ def profile_from_bits(
             matrices, of the first size that divides them all.
         runtime: The kernels that it is for: name, weight_bits, activation_bits, additions (:class:`Runtime`). Bits and
             methods that they lack are refused. None: qvgen's own, which take all.
-        attention: ``none``, or ``int8``: softmax(q k^T) v with 8-bit integers in every attention that has a quantized Linear;
+        attention: ``none``; ``int8``: softmax(q k^T) v with 8-bit integers where a Linear is quantized; ``int8_qk``: q k^T;
             or ``{kind: int8, smooth_key: true, rotation: false, clips: false, include: [], exclude: []}``; auto: calibrated.
 
     Raises:

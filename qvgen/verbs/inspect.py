@@ -63,7 +63,8 @@ def _row(layer: LayerEntry) -> tuple[str, ...]:
 
 
 def _attention_row(entry: AttentionEntry) -> tuple[str, ...]:
-    return (entry.name, f"{entry.form.heads} x {entry.form.head_size}", "a8", "attention", "", "")
+    label = "qk8" if entry.form.kind == "int8_qk" else "a8"
+    return (entry.name, f"{entry.form.heads} x {entry.form.head_size}", label, "attention", "", "")
 
 
 def _printable(line: str) -> str:

@@ -46,7 +46,7 @@ def make_student(name: str, num_layers: int = 2, **options: Any) -> nn.Module:
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
         profile = make_profile("paper", weight_bits=4, activation_bits=4)
-        attentive = replace(profile, attention=AttentionProfile(kind="int8", **options))
+        attentive = replace(profile, attention=AttentionProfile(**{"kind": "int8", **options}))
         qvgen.prepare(model, profile=attentive, init="rtn", options=qvgen.PrepareOptions(num_noise_bands=5))
         for product in quantized_attentions(model).values():
             for logits in product.parameters():
@@ -84,6 +84,26 @@ def test_what_was_trained_is_what_runs(name: str, saved: Any, monkeypatch: pytes
     with monkeypatch.context() as patch:
         fuse_as_elsewhere(patch)
         assert torch.equal(call(name, loaded), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_in_8_bits_alone_are_packed_too(name: str, tmp_path: Path) -> None:
+    student = make_student(name, num_layers=1, kind="int8_qk", rotation=True, clips=True)
+    wanted, both = call(name, student), call(name, make_student(name, num_layers=1, rotation=True, clips=True))
+    qvgen.fold(student)
+    save_packed(student, tmp_path, base_name=name)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert {entry["kind"] for entry in content["attentions"]} == {"int8_qk"}
+    loaded = load_packed(tmp_path)
+    assert torch.equal(call(name, loaded), wanted)
+    assert torch.equal(call(name, load_packed(tmp_path, kernel="reference")), wanted)
+    assert torch.equal(call(name, MODELS[name][0].from_pretrained(tmp_path)), wanted)
+    assert call(name, loaded.to(torch.bfloat16), torch.bfloat16).isfinite().all()
+    assert not torch.equal(wanted, both)
+    assert any("qk8" in line and "2 x 32" in line for line in table(check_packed(tmp_path), file_bytes=1))
+    source = open_packed(tmp_path, names=None)
+    with pytest.raises(UserError, match="compute it in 8 bits"):
+        find_fits(source, load_leaf("export", "bf16"))
 
 
 def test_half_precision_leaves_factors_alone(saved: Any) -> None:

@@ -19,19 +19,20 @@ def rotation_matrix(size):
     return torch.tensor(np.stack([hadamard(row, size) for row in np.eye(size)]), dtype=torch.float64)
 
 
-def probabilities_of(z, factors):
+def probabilities_of(z, factors, plain=None):
     """Weights float64 [M, N] of the codes, relative to each query's largest exponent.
 
     Args:
         z: Scores times keys' scales, float32 [M, N].
         factors: Of the queries, [M, 1].
+        plain: The type of values that are not quantized.
     """
     codes, exponents = np.zeros(z.shape), np.full(z.shape, -np.inf)
     for row, own in enumerate(z):
         for begin in range(0, z.shape[1], 64):
             here = slice(begin, begin + 64)
             if own[here].max() > -INFINITY:
-                codes[row, here], exponents[row, here] = block_probabilities(own[here], factors[row, 0])
+                codes[row, here], exponents[row, here] = block_probabilities(own[here], factors[row, 0], plain)
     top = exponents.max(1, keepdims=True)
     return codes * np.exp2(np.where(np.isfinite(top), exponents - np.where(np.isfinite(top), top, 0), 0))
 
@@ -42,7 +43,7 @@ class Surrogate:
     Args:
         point: q, k and v, numpy.
         seen: bool [M, N].
-        spec: factor, smooth_key and rotation, by name.
+        spec: factor, smooth_key and rotation, by name; plain: the type of values that are not quantized.
         clips: Factors of queries and of keys.
     """
 
@@ -53,7 +54,8 @@ class Surrogate:
         if spec["rotation"]:
             q, k = (np.stack([np.array(hadamard(row, spec["rotation"]), dtype=F) for row in rows]) for rows in (q, k))
         k = k - mean_of(k) if spec["smooth_key"] else k
-        v = v - mean_of(v)
+        self.plain = spec.get("plain")
+        v = v if self.plain else v - mean_of(v)
         largest = [np.abs(q).max(1, keepdims=True) * F(clips[0]), np.abs(k).max(1, keepdims=True) * F(clips[1])]
         largest.append(np.abs(v).max(0, keepdims=True))
         self.codes, self.inside = [], []
@@ -65,7 +67,7 @@ class Surrogate:
             scales.append(scale)
         z = (self.codes[0].numpy() @ self.codes[1].numpy().T).astype(F) * scales[1][:, 0]
         factors = np.minimum(scales[0] * F(spec["factor"]), F(1) / scales[1].max())
-        self.weights = torch.tensor(probabilities_of(np.where(seen, z, -INFINITY).astype(F), factors))
+        self.weights = torch.tensor(probabilities_of(np.where(seen, z, -INFINITY).astype(F), factors, self.plain))
         self.rest, self.exponents = [None, None, None], None
         tensors = [torch.tensor(part, dtype=torch.float64) for part in (*point, *clips)]
         self(*tensors)
@@ -81,11 +83,11 @@ class Surrogate:
         if self.matrix is not None:
             q, k = q @ self.matrix.T, k @ self.matrix.T
         k = k - k.mean(0) if self.spec["smooth_key"] else k
-        mean = v.mean(0)
+        mean = torch.zeros_like(v[0]) if self.plain else v.mean(0)
         v = v - mean
         query = self.side(0, q, q.abs().amax(1, keepdim=True) * query_clip)
         key = self.side(1, k, k.abs().amax(1, keepdim=True) * key_clip)
-        value = self.side(2, v, v.abs().amax(0, keepdim=True))
+        value = v if self.plain else self.side(2, v, v.abs().amax(0, keepdim=True))
         x = (query @ key.T) * self.spec["factor"]
         if self.exponents is None:
             self.exponents = x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors, attention, attention_kernels, resolve_attention
+from qvgen_kernels.attention.contract import AttentionKind
 from qvgen_kernels.attention.reference import fused
 from qvgen_kernels.errors import KernelUnavailableError
 from tests.kernels.attention_oracle import attend
@@ -65,6 +67,32 @@ def test_outputs_are_those_of_the_oracle(kernel: str, changed: dict[str, object]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_in_8_bits_alone_are_those_of_the_oracle(kernel: str, dtype: torch.dtype) -> None:
+    """Probabilities and values of the inputs' type, and float32 sums in the order of keys."""
+    q, k, v = numbers((1, 2, 6, 150, 12), size=2.0, dtype=dtype)
+    spec = AttentionSpec(12, rotation=12, kind="int8_qk")
+    seen = torch.rand(1, 1, 6, 150, generator=torch.Generator().manual_seed(3)) > 0.4
+    seen[..., 2, :], seen[..., 4, :64] = False, False
+    clips = AttentionTensors(query_clip=torch.tensor([0.7, 1.0]), key_clip=torch.tensor([1.0, 0.8]))
+    found = attention(q, k, v, spec=spec, mask=seen, tensors=clips, kernel=kernel)
+    assert found.dtype is dtype
+    for head in range(2):
+        wanted = attend(
+            *(tensor[0, head].float().numpy() for tensor in (q, k, v)),
+            seen=seen[0, 0].numpy(),
+            factor=spec.score_factor,
+            smooth_key=True,
+            rotation=12,
+            query_clip=clips.query_clip[head].item(),
+            key_clip=clips.key_clip[head].item(),
+            plain=str(dtype).removeprefix("torch."),
+        )
+        assert torch.equal(found[0, head], torch.tensor(wanted).to(dtype))
+    assert not found[:, :, 2].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rise", [1.0, 60.0, 400.0])
 def test_keys_that_outweigh_all_before(kernel: str, rise: float) -> None:
     """Sums shrink by up to 2^-64 at a time, below the smallest float32 in all: they are dropped at a stated size."""
@@ -88,23 +116,29 @@ def test_keys_that_outweigh_all_before(kernel: str, rise: float) -> None:
 def test_kernels_have_the_reference_s_bits(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v = numbers(shape, size=3.0, dtype=dtype)
     hidden = torch.rand(shape[0], 1, 1, shape[3], generator=torch.Generator().manual_seed(1)) > 0.3
-    for mask in (None, hidden):
-        wanted = attention(q, k, v, spec=AttentionSpec(shape[4]), mask=mask, kernel="reference")
-        assert torch.equal(attention(q, k, v, spec=AttentionSpec(shape[4]), mask=mask, kernel=kernel), wanted)
+    plain = AttentionSpec(shape[4], kind="int8_qk")
+    for mask, spec in ((None, AttentionSpec(shape[4])), (hidden, AttentionSpec(shape[4])), (hidden, plain)):
+        wanted = attention(q, k, v, spec=spec, mask=mask, kernel="reference")
+        assert torch.equal(attention(q, k, v, spec=spec, mask=mask, kernel=kernel), wanted)
 
 
 @pytest.mark.parametrize("size", [0.2, 1.0, 3.0])
 def test_distance_to_exact_attention(size: float) -> None:
     q, k, v = numbers((1, 2, 96, 2048, 64), size=size)
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    error = ((attention(q, k, v, spec=AttentionSpec(64)) - exact).norm() / exact.norm()).item()
-    assert error < {0.2: 0.012, 1.0: 0.02, 3.0: 0.03}[size]
+
+    def error(kind: AttentionKind) -> float:
+        return ((attention(q, k, v, spec=AttentionSpec(64, kind=kind)) - exact).norm() / exact.norm()).item()
+
+    assert error("int8") < {0.2: 0.012, 1.0: 0.02, 3.0: 0.03}[size]
+    assert error("int8_qk") < min({0.2: 0.004, 1.0: 0.013, 3.0: 0.023}[size], error("int8"))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_that_are_not_finite(kernel: str) -> None:
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_rows_that_are_not_finite(kernel: str, kind: AttentionKind) -> None:
     q, k, v = numbers((1, 2, 9, 70, 64))
-    spec = AttentionSpec(64)
+    spec = AttentionSpec(64, kind=kind)
     clean = attention(q, k, v, spec=spec, kernel=kernel)
     q[0, 0, 3, 5] = torch.nan
     q[0, 1, 8, 0] = torch.inf
@@ -187,18 +221,20 @@ def _once(a: float, b: float, c: float) -> float:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_strides_and_threads_change_no_bit(kernel: str) -> None:
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_strides_and_threads_change_no_bit(kernel: str, kind: AttentionKind) -> None:
     q, k, v = numbers((2, 3, 130, 65, 64))
-    wanted = attention(q, k, v, spec=AttentionSpec(64), kernel=kernel)
+    spec = AttentionSpec(64, kind=kind)
+    wanted = attention(q, k, v, spec=spec, kernel=kernel)
     moved = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v)]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(attention(*moved, spec=AttentionSpec(64), kernel=kernel), wanted)
+        assert torch.equal(attention(*moved, spec=spec, kernel=kernel), wanted)
     finally:
         torch.set_num_threads(before)
     apart = [tensor.mT.contiguous().mT for tensor in (q, k, v)]
-    assert torch.equal(attention(*apart, spec=AttentionSpec(64), kernel=kernel), wanted)
+    assert torch.equal(attention(*apart, spec=spec, kernel=kernel), wanted)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -240,6 +276,7 @@ def test_compiled_whole() -> None:
         ({"head_size": 64, "rotation": 32}, "rotation=32"),
         ({"head_size": 52, "rotation": 52}, "rotation=52"),
         ({"head_size": 64, "softmax_scale": float("nan")}, "softmax_scale=nan"),
+        ({"head_size": 64, "kind": "int4"}, "kind='int4' is unknown; use int8 or int8_qk"),
     ],
     ids=str,
 )
@@ -255,7 +292,10 @@ def test_texts_that_are_no_spec(text: str) -> None:
 
 
 def test_a_spec_as_text() -> None:
-    for spec in (AttentionSpec(64), AttentionSpec(72, softmax_scale=0.3, smooth_key=False, rotation=72)):
+    for spec in (
+        AttentionSpec(64),
+        AttentionSpec(72, softmax_scale=0.3, smooth_key=False, rotation=72, kind="int8_qk"),
+    ):
         assert AttentionSpec.from_string(spec.to_string()) == spec
 
 

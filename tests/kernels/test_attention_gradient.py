@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors, attention, attention_kernels
+from qvgen_kernels.attention.contract import AttentionKind
 from tests.kernels.attention_gradient_oracle import Surrogate, gradients
 
 KERNELS = [name for name, reason in attention_kernels(torch.device("cpu")).items() if reason is None]
@@ -46,8 +49,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
-def as_spec(spec: AttentionSpec) -> dict[str, object]:
-    return {"factor": spec.score_factor, "smooth_key": spec.smooth_key, "rotation": spec.rotation}
+def as_spec(spec: AttentionSpec, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    kind = spec.probability_type(dtype)
+    plain = None if kind is None else str(kind).removeprefix("torch.")
+    return {"factor": spec.score_factor, "smooth_key": spec.smooth_key, "rotation": spec.rotation, "plain": plain}
 
 
 def test_the_oracle_is_a_derivative() -> None:
@@ -72,8 +77,14 @@ def test_the_oracle_is_a_derivative() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "size"),
-    [({}, 1.0), ({"smooth_key": False}, 3.0), ({"rotation": 12}, 0.2), ({"softmax_scale": 1.5}, 10.0)],
-    ids=["default", "not smooth", "rotated", "peaky"],
+    [
+        ({}, 1.0),
+        ({"smooth_key": False}, 3.0),
+        ({"rotation": 12}, 0.2),
+        ({"softmax_scale": 1.5}, 10.0),
+        ({"kind": "int8_qk"}, 1.0),
+    ],
+    ids=["default", "not smooth", "rotated", "peaky", "scores alone"],
 )
 def test_gradients_are_those_of_the_oracle(changed: dict[str, object], size: float) -> None:
     """With clips that cut, a mask of each query and one query that sees nothing."""
@@ -104,16 +115,24 @@ def test_gradients_are_those_of_the_oracle(changed: dict[str, object], size: flo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 530, 65, 64), (1, 2, 129, 300, 72), (1, 2, 33, 1, 96), (1, 1, 64, 700, 128)], ids=str
+    ("shape", "kind"),
+    [
+        ((1, 1, 530, 65, 64), "int8"),
+        ((1, 2, 129, 300, 72), "int8"),
+        ((1, 2, 33, 1, 96), "int8"),
+        ((1, 1, 64, 700, 128), "int8"),
+        ((1, 1, 66, 130, 64), "int8_qk"),
+    ],
+    ids=str,
 )
-def test_shapes_and_types(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_shapes_and_types(dtype: torch.dtype, shape: tuple[int, ...], kind: AttentionKind) -> None:
     """Half precision: the gradient of the rounded inputs in float32, rounded once, to half a unit in its last place."""
-    tensors, spec = numbers(shape, dtype=dtype), AttentionSpec(shape[4])
+    tensors, spec = numbers(shape, dtype=dtype), AttentionSpec(shape[4], kind=kind)
     results = [backward(tensors, spec=spec, kernel=kernel)[1] for kernel in KERNELS]
     seen = np.ones((shape[2], shape[3]), dtype=bool)
     for head in range(shape[1]):
         *point, grad = (tensor[0, head].float().numpy() for tensor in tensors)
-        _, wanted = gradients(point, grad, seen=seen, spec=as_spec(spec))
+        _, wanted = gradients(point, grad, seen=seen, spec=as_spec(spec, dtype))
         for tensor, part in ((found[number], wanted[number]) for found in results for number in range(3)):
             assert tensor.dtype is dtype
             if shape[3] == 1 and part is not wanted[2]:
@@ -157,8 +176,9 @@ def test_masks_that_are_shared_are_the_same_mask(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_is_not_finite_stays_in_its_head(kernel: str) -> None:
-    tensors, spec = numbers((1, 2, 9, 70, 64)), AttentionSpec(64)
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_what_is_not_finite_stays_in_its_head(kernel: str, kind: AttentionKind) -> None:
+    tensors, spec = numbers((1, 2, 9, 70, 64)), AttentionSpec(64, kind=kind)
     clips = torch.ones(2), torch.ones(2)
     _, clean = backward(tensors, spec=spec, clips=clips, kernel=kernel)
     for place, number in enumerate((torch.nan, torch.inf, -torch.inf)):
@@ -219,8 +239,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
-def test_nothing_of_queries_times_keys_is_made_or_kept(kernel: str) -> None:
-    tokens, spec = 1024, AttentionSpec(4)
+@pytest.mark.parametrize("kind", get_args(AttentionKind))
+def test_nothing_of_queries_times_keys_is_made_or_kept(kernel: str, kind: AttentionKind) -> None:
+    tokens, spec = 1024, AttentionSpec(4, kind=kind)
     *inputs, grad = numbers((1, 1, tokens, tokens, 4))
     leaves, kept = [tensor.requires_grad_() for tensor in inputs], []
 

@@ -66,6 +66,49 @@ def test_outputs_are_the_reference_s(shape, size, dtype, mask):
     check(*numbers(shape, size=size, dtype=dtype), mask=None if mask is None else seen(*mask))
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "dtype", "mask"),
+    [
+        ((1, 1, 5, 130, 64), 6.0, torch.bfloat16, None),
+        ((1, 2, 3, 63, 64), 1.0, torch.float32, (1, 2, 1, 63)),
+        ((2, 1, 3, 65, 72), 0.2, torch.float16, (2, 1, 3, 65)),
+        ((1, 1, 2, 67, 128), 3.0, torch.bfloat16, (1, 1, 1, 67)),
+    ],
+    ids=str,
+)
+def test_plain_values_are_the_reference_s_but_for_the_order_of_sums(shape, size, dtype, mask):
+    """By the stated bound: (64 + blocks) 2^-22 of the sum of |P v|, and a rounding to the inputs' type."""
+    q, k, v = numbers(shape, size=size, dtype=dtype)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    spec, mask = AttentionSpec(shape[4], kind="int8_qk"), None if mask is None else seen(*mask)
+    found = triton_attention(q, k, v, mask=mask, tensors=NOTHING, spec=spec)
+    wanted, magnitude = (
+        attention(q, k, value, spec=spec, mask=mask, kernel="reference").double() for value in (v, v.abs())
+    )
+    assert found.dtype is dtype
+    bound = (64 + -(-shape[3] // 64)) * 2.0**-22 * magnitude + torch.finfo(dtype).eps * wanted.abs()
+    assert ((found.double() - wanted).abs() <= bound).all()
+
+
+def test_plain_values_that_are_whole_numbers_have_the_reference_s_bits():
+    """Sums of whole numbers are exact in any order, so nothing but them is free: codes, exponents, probabilities, weights."""
+    q, k, v = numbers((1, 2, 4, 130, 64), size=3.0)
+    mask = seen(1, 1, 4, 130)
+    mask[..., 2, :], mask[..., 3, :64] = False, False
+    clips = AttentionTensors(query_clip=torch.tensor([0.7, 1.0]), key_clip=torch.tensor([1.0, 0.8]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = [tensor.to(dtype) for tensor in (q, k, (v * 2).round().clamp(-4, 4))]
+        check(*given, spec=AttentionSpec(64, rotation=64, kind="int8_qk"), mask=mask, tensors=clips)
+
+
+def test_plain_values_that_are_not_finite_change_no_other_head():
+    q, k, v = numbers((1, 3, 2, 66, 8))
+    v[0, 0, 9, 6], v[0, 2, 3, 1] = torch.nan, 1e30
+    found = triton_attention(q, k, v, mask=None, tensors=NOTHING, spec=AttentionSpec(8, kind="int8_qk"))
+    assert found.isnan().all(-1).all(-1).tolist() == [[True, False, True]]
+    assert found[0, 1].isfinite().all()
+
+
 def test_outputs_are_the_oracle_s():
     q, k, v = numbers((1, 2, 4, 70, 8), size=2.0)
     spec = AttentionSpec(8, rotation=8)
@@ -175,7 +218,7 @@ def test_codes_are_the_reference_s_and_values_lie_in_the_stated_order():
     spec, tensors = AttentionSpec(36), AttentionTensors(key_clip=torch.tensor([0.6, 1.0]))
     found = attention_quantize.quantize(q, k, v, tensors=tensors, spec=spec)
     query, key = quantize_queries(q, tensors=tensors, spec=spec), quantize_keys(k, tensors=tensors, spec=spec)
-    factor, _ = score_factors(query[1], key[1], quantize_values(v)[1], spec=spec)
+    factor, _ = score_factors(query[1], key[1], quantize_values(v, spec=spec)[1], spec=spec)
     for codes, scale, wanted, count in (
         (found.query, found.factor, (query[0], factor), 3),
         (found.key, found.key_scale, key, 70),
@@ -184,7 +227,7 @@ def test_codes_are_the_reference_s_and_values_lie_in_the_stated_order():
         assert torch.equal(scale[:, :count, None], wanted[1].flatten(0, 1))
         assert not codes[..., 36:].any()
         assert not codes[:, count:].any()
-    codes, scale, mean = (part.flatten(0, 1) for part in quantize_values(v))
+    codes, scale, mean = (part.flatten(0, 1) for part in quantize_values(v, spec=spec))
     token = torch.arange(64)  # 0bFEDCBA lies at 0bFECBDA
     place = (token & 0b110001) | (token & 0b000110) << 1 | (token & 0b001000) >> 2
     lying = found.value[..., place].transpose(2, 3).flatten(1, 2)

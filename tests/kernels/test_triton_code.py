@@ -27,7 +27,8 @@ CHOSEN = (
     "90:gluon-w4a4-gelu-gate-residual", "942:w3a3", "90:quantize", "80:quantize-division",
     "90:norm-modulate-quantize", "80:gelu-quantize",
     "80:fake-quantize", "90:fake-gradient", "120:fake-gradient-weight",
-    "80:attention-64", "90:attention-128",
+    "80:attention-64", "90:attention-128", "80:attention-qk-128", "90:attention-qk-64",
+    "80:attention-gradient-queries-64", "90:attention-gradient-keys-128",
 )  # fmt: skip
 INSTRUCTION = {80: "IMMA.16832.S8.S8", 89: "IMMA.16832.S8.S8", 90: "IGMMA.64x", 100: "UTCIMMA", 120: "IMMA.16832.S8.S8"}
 
@@ -143,7 +144,10 @@ def test_fake_quantization_is_ieees_and_fits_into_registers(measured, name):
     assert row["registers"] <= 168  # three programs of four warps on a multiprocessor, at least
 
 
-@pytest.mark.parametrize("name", [name for name in CHOSEN if "attention" in name])
+BOTH = [name for name in CHOSEN if name.endswith((":attention-64", ":attention-128"))]
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_attention_multiplies_integers_twice_and_keeps_probabilities_in_registers(measured, name):
     """A program multiplies 64 x D x 64 and 64 x 64 x D, an instruction 64 x 64 x 32, or 16 x 8 x 32 in each of four warps."""
     row = measured[name]
@@ -156,7 +160,7 @@ def test_attention_multiplies_integers_twice_and_keeps_probabilities_in_register
     assert (row["loop_local"], row["stack_bytes"]) == (0, 0)
 
 
-@pytest.mark.parametrize("name", [name for name in CHOSEN if "attention" in name])
+@pytest.mark.parametrize("name", BOTH)
 def test_attention_fuses_what_its_contract_says(measured, name):
     """Multiply-adds of the loop, and again of the last block after it; the rest are divisions'.
 
@@ -174,8 +178,34 @@ def test_attention_fuses_what_its_contract_says(measured, name):
     assert (row["divisions_fast"], row["flushed"]) == (0, 0)
 
 
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "-qk-" in name])
+def test_attention_whose_values_are_plain_multiplies_them_as_bfloat16(measured, name):
+    """One product of integers and one of bfloat16, which takes 16 units at a time; one multiply-add more for each score."""
+    row = measured[name]
+    head_size, is_ampere = int(name.rsplit("-", 1)[1]), row["capability"] == 80
+    floats, integers = row["matrix_instruction"].split(", ")
+    assert floats.startswith("HMMA.16816.F32.BF16" if is_ampere else "HGMMA.64x64x16.F32.BF16")
+    assert integers.startswith(INSTRUCTION[row["capability"]])
+    assert row["loop_products"] == 3 * head_size * (8 if is_ampere else 1) // 32
+    scores, sums = 32, 64 * head_size // 128
+    assert row["loop_contractions"] == 5 * scores + sums + 4
+    assert row["multiply_adds"] == 2 * row["loop_contractions"]
+    assert (row["loop_local"], row["stack_bytes"], row["divisions_fast"], row["flushed"]) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in CHOSEN if "-gradient-" in name and "attention" in name])
+def test_the_gradient_of_attention_is_made_by_matrix_units_and_fits_into_registers(measured, name):
+    """Scores as integers again, all else by TF32, from which nothing of a loop is put away; divisions are IEEE's."""
+    row = measured[name]
+    assert {part.split(".")[0][-4:] for part in row["matrix_instruction"].split(", ")} <= {"HMMA", "IMMA", "GMMA"}
+    assert "TF32" in row["matrix_instruction"]
+    assert "S8.S8" in row["matrix_instruction"]
+    assert (row["loop_local"], row["divisions_fast"], row["flushed"]) == (0, 0, 0)
+    assert row["stack_bytes"] <= 40  # registers that are put away outside of its inner loop
+
+
 @pytest.mark.skipif(
-    os.environ.get("QVGEN_LONG_TESTS") != "1", reason="23 kernels are compiled for 20 seconds: QVGEN_LONG_TESTS=1"
+    os.environ.get("QVGEN_LONG_TESTS") != "1", reason="40 kernels are compiled for 35 seconds: QVGEN_LONG_TESTS=1"
 )
 def test_what_calls_launch_compiles(tmp_path):
     lines = output_of(["-m", "tests.kernels.triton_calls_program"], tmp_path).split("\n")
@@ -186,6 +216,7 @@ def test_what_calls_launch_compiles(tmp_path):
     around = ["scale_output_kernel", "scale_gradient_kernel"]
     key, value = ["sums_kernel", "means_kernel", "tokens_kernel"], ["sums_kernel", "means_kernel", "values_kernel"]
     attention = ["tokens_kernel", *key, *value, "attend_kernel"]
+    attention += ["tokens_kernel", *key, "attend_kernel", *attention, "query_kernel", "key_kernel"]
     assert names == [*plain, *rotated, *plain, rotated[0], *plain, *steps, *fake, *fake[:2], *around, *attention]
 
 
@@ -193,8 +224,19 @@ def test_the_table_is_of_all_kernels_and_says_that_nothing_ran():
     text = (ROOT / "docs" / "benchmarks" / "gpu-code.md").read_text()
     assert "**Compiled only: nothing of this has run on a GPU.**" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
-    assert len(rows) == 6 * 25 + 6
-    spilling = [(row[0], row[1], row[6]) for row in rows if row[4].strip() and row[6] != "0"]
-    assert spilling == [("| sm_120 (RTX 5090)", "attention-64", "8")]  # a register that is put away outside of its loop
+    assert len(rows) == 6 * 32 + 6
+    spilling = [(row[0].split()[1], row[1], row[6]) for row in rows if row[4].strip() and row[6] != "0"]
+    masked, queries = "attention-qk-128-mask", "attention-gradient-queries-"
+    assert spilling == [  # registers that are put away outside of a loop
+        ("sm_80", f"{queries}64", "40"),
+        ("sm_80", f"{queries}128", "8"),
+        ("sm_89", masked, "16"),
+        ("sm_89", f"{queries}128", "16"),
+        ("sm_120", "attention-64", "8"),
+        ("sm_120", masked, "32"),
+        ("sm_120", f"{queries}64", "56"),
+        ("sm_120", f"{queries}128", "16"),
+        ("gfx942", f"{queries}128", "240"),
+    ]
     loops = [row[8].strip(" |").split(" / ") for row in rows if "gluon" in row[1]]
     assert [loop[3] for loop in loops] == ["0"] * 6, "a product is waited for"

@@ -5,6 +5,8 @@ line a kernel.
 """
 
 import sys
+from functools import partial
+from typing import get_args
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -12,9 +14,11 @@ from triton.runtime import driver
 
 from qvgen_kernels import LinearTensors, get_backend
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors
-from qvgen_kernels.attention.triton import attend
+from qvgen_kernels.attention.contract import AttentionKind
+from qvgen_kernels.attention.gradient import attention_gradients
+from qvgen_kernels.attention.triton import attend, gradient
 from qvgen_kernels.attention.triton import quantize as attention_quantize
-from qvgen_kernels.attention.triton.backend import triton_attention
+from qvgen_kernels.attention.triton.backend import triton_attention, triton_products
 from qvgen_kernels.fake_quantize import RowSpec
 from qvgen_kernels.gluon import gemm as gluon_gemm
 from qvgen_kernels.input_steps import InputSteps, InputTensors
@@ -68,7 +72,8 @@ def compile_only(kernel, grid, *arguments, on, **options):
 
 def main():
     driver.set_active(Driver())
-    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm, attention_quantize, attend):
+    attentions = (attention_quantize, attend, gradient)
+    for module in (fake_operators, function_choice, gemm, quantize, rotate, gluon_gemm, *attentions):
         module.launch = compile_only
     name = sys.argv[1] if len(sys.argv) > 1 else "triton"
     backend = get_backend(name)
@@ -101,7 +106,11 @@ def call_attention():
     q, k = torch.ones(1, 1, 1, 72, dtype=torch.float16), torch.ones(1, 1, 70, 72, dtype=torch.float16)
     clips = AttentionTensors(query_clip=torch.ones(1), key_clip=torch.ones(1))
     mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
-    triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72))
+    for kind in get_args(AttentionKind):
+        triton_attention(q, k, k, mask=mask, tensors=clips, spec=AttentionSpec(72, kind=kind))
+    inputs, spec = (q, k, k), AttentionSpec(72)
+    products = partial(triton_products, inputs=inputs, mask=mask, tensors=clips, spec=spec)
+    attention_gradients(q, inputs, tensors=clips, spec=spec, products=products)
 
 
 def steps_too(backend):

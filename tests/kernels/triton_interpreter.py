@@ -17,7 +17,8 @@ def _import_interpreted():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from qvgen_kernels.attention.triton import attend  # noqa: F401 - seen by the backend's own import
+        from qvgen_kernels.attention.triton import attend as attention_attend
+        from qvgen_kernels.attention.triton import gradient as attention_gradient
         from qvgen_kernels.attention.triton import quantize as attention_quantize
         from qvgen_kernels.triton import fake_operators, function_choice, gemm, launch, quantize, rotate, steps
     finally:
@@ -26,10 +27,21 @@ def _import_interpreted():
         else:
             os.environ["TRITON_INTERPRET"] = before
     assert launch.INTERPRETED
-    return attention_quantize, fake_operators, function_choice, gemm, quantize, rotate, steps
+    attention = (attention_attend, attention_gradient, attention_quantize)
+    return *attention, fake_operators, function_choice, gemm, quantize, rotate, steps
 
 
-attention_quantize, fake_operators, function_choice, gemm, quantize, rotate, steps = _import_interpreted()
+(
+    attention_attend,
+    attention_gradient,
+    attention_quantize,
+    fake_operators,
+    function_choice,
+    gemm,
+    quantize,
+    rotate,
+    steps,
+) = _import_interpreted()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ BOUND = 0.03
 
 def make_product(**options: Any) -> FakeQuantAttention:
     band = NoiseBand(BANDS)
-    form = AttentionForm.of(AttentionProfile(kind="int8", **options), heads=HEADS, head_size=SIZE)
+    form = AttentionForm.of(AttentionProfile(**{"kind": "int8", **options}), heads=HEADS, head_size=SIZE)
     return FakeQuantAttention(form, noise_band=band, name="blocks.0.attn1")
 
 
@@ -51,7 +51,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("options", [{}, {"smooth_key": False}, {"rotation": True}])
+@pytest.mark.parametrize("options", [{}, {"smooth_key": False}, {"rotation": True}, {"kind": "int8_qk"}])
 def test_a_call_is_the_operator_of_its_form(options: dict[str, Any]) -> None:
     product, (q, k, v) = make_product(**options), make_inputs()
     found = product(AttentionCall(q, k, v))

@@ -20,6 +20,7 @@ from tests.runs import UNSEEN, shallow, train, train_config
 from tests.training.blocks.test_block_checkpoint import WAYS, Calls, gradients
 
 KEYS = ("profile.attention={kind:int8,clips:true}",)
+SCORES_ALONE = ("profile.attention={kind:int8_qk,clips:true}",)
 
 
 def student_and_batch(*keys: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -65,8 +66,9 @@ def test_factors_are_trained_with_the_other_clips() -> None:
     assert (clips["lr"], clips["weight_decay"]) == (config.optim.clip_learning_rate, 0.0)
 
 
-def test_a_step_changes_the_factors_and_fold_keeps_their_bits() -> None:
-    student, batch = student_and_batch(*KEYS, "method=lsq")
+@pytest.mark.parametrize("keys", [KEYS, SCORES_ALONE])
+def test_a_step_changes_the_factors_and_fold_keeps_their_bits(keys: tuple[str, ...]) -> None:
+    student, batch = student_and_batch(*keys, "method=lsq")
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     gradients(student, batch, None)
     optimizer.step()

@@ -73,19 +73,17 @@ def test_a_cogvideox_folder_is_packed_and_sampled(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("profile", [name for name in leaf_names("profile") if name != "paper"])
 def test_profiles_of_other_runtimes_refuse_it(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bits = {"svdq_g64": "4", "convrot": "4"}.get(profile, "w4a8")
-    assert ptq(tmp_path / "run", f"profile={profile}", f"bits={bits}", INT8) == BAD_INPUT
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"profile={profile} is for" in line
-    assert (
-        "profile.attention=int8 computes attention with integers, which that does not have; choose profile=paper"
-        in line
-    )
+    for attention in (INT8, "profile.attention=int8_qk"):
+        assert ptq(tmp_path / "run", f"profile={profile}", f"bits={bits}", attention) == BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"profile={profile} is for" in line
+        assert f"{attention} computes attention with integers, which that does not have; choose profile=paper" in line
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["profile.attention=int4"], "profile.attention='int4' is unknown; use none or int8"),
+        (["profile.attention=int4"], "profile.attention='int4' is unknown; use none, int8 or int8_qk"),
         (["profile.attention={kind:int8,rotate:true}"], "profile.attention.rotate"),
         (["profile.attention={kind:none,clips:true}"], "options of an attention that is not quantized"),
         (["profile.attention={kind:int8,clips:1}"], "profile.attention.clips"),

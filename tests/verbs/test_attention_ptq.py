@@ -18,7 +18,7 @@ from tests.parts import prepared
 from tests.runs import shallow, train_config
 from tests.verbs.test_ptq import QUICK
 
-OPEN = "profile.attention={kind:int8,smooth_key:auto,rotation:auto}"
+OPEN = "profile.attention={{kind:{},smooth_key:auto,rotation:auto}}"
 KEYS = (
     "calibration.videos=1", "calibration.steps=2", "method=ptq", "bits=w4a6",
     "model.include=['*.attn1.to_q','*.attn2.to_k','*.ffn.net.2']", "model.num_inference_steps=2", *shallow(1),
@@ -45,14 +45,17 @@ def started(teacher: nn.Module, cache: Path, *keys: str) -> nn.Module:
     return student.eval()
 
 
-@pytest.mark.parametrize("name", leaf_names("init"))
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "int8") for name in leaf_names("init")), ("rtn", "int8_qk"), ("svdquant", "int8_qk")]
+)
 @torch.no_grad()
 def test_attention_works_without_training(
-    name: str, teacher: nn.Module, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, kind: str, teacher: nn.Module, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     init = (f"init={name}", *QUICK.get(name, ()), *(("init.other_steps=interpolate",) if name == "static" else ()))
-    plain, student = started(teacher, cache, *init), started(teacher, cache, *init, OPEN)
+    attention = OPEN.format(kind)
+    plain, student = started(teacher, cache, *init), started(teacher, cache, *init, attention)
     assert list(quantized_attentions(student)) == ["blocks.0.attn1", "blocks.0.attn2"]
     assert sum(message.startswith("attention: 1 videos") for message in caplog.messages) <= 1  # the first method's
     assert "attention: keys smoothed in" in caplog.text
@@ -70,7 +73,7 @@ def test_attention_works_without_training(
     assert not torch.equal(found[0], found[2])
     if name == "rtn":  # what a run, and fold, go on from
         save_start(student, tmp_path)
-        again, _ = prepared(train_config(*KEYS, *init, OPEN))
+        again, _ = prepared(train_config(*KEYS, *init, attention))
         load_start(again, tmp_path)
         assert forms(again) == forms(student)
         assert any(product.form.rotation for product in quantized_attentions(again).values())

@@ -10,14 +10,17 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from qvgen_kernels.hadamard import has_matrix
 
-__all__ = ["BLOCK", "AttentionSpec", "AttentionTensors", "check_tensors"]
+__all__ = ["BLOCK", "AttentionKind", "AttentionSpec", "AttentionTensors", "check_tensors"]
+
+AttentionKind = Literal["int8", "int8_qk"]
+"""The operands in 8 bits: of both products, or of q k^T alone; of the other one they have the type of v then."""
 
 BLOCK = 64
 """Keys whose probabilities share one exponent, and tokens whose sum is one partial sum of a mean."""
@@ -25,6 +28,13 @@ BLOCK = 64
 EXP2 = (1.4485299587249756, -0.6901440024375916, 0.23233066499233246)
 """254.5 / 256 times 2^(g - 1) / g for g in [1, 2], by rising powers of g: the quadratic of least relative error (3.5e-3),
 each coefficient in float32. Times g 2^n it is a code, and g is the mantissa of that float32 number."""
+
+EXP2_FINE = (1.775614619255066, -1.3773075342178345, 0.7074757218360901, -0.10644568502902985)
+"""The cubic of least relative error (6.6e-4) of 2^(g - 1) / g likewise, for probabilities that are no 8-bit codes."""
+
+FINE_BITS = 15
+"""The largest probability of a block is about 2 to this power where probabilities are no 8-bit codes: a sum of 64 such whole
+numbers is exact in float32, in any order, and float16 holds each."""
 
 WHOLE = 12582912.0
 """1.5 times 2^23: a sum with it is rounded to a whole number, halves to even."""
@@ -38,6 +48,9 @@ SLACK = 2.0**-22
 LARGEST_KEY = 2.0**100
 """A key whose scale is not below this is not finite, so that no score of one that is leaves float32."""
 
+LARGEST_VALUE = 2.0**88
+"""A value that is not below this is not finite where values are not quantized: no sum over 2^24 keys leaves float32."""
+
 REACH = 64.0
 """Powers of two by which sums are rescaled at most: what is further away vanishes beside a float32 number in any case."""
 
@@ -46,7 +59,7 @@ FLUSHED = 2.0**-100
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_KEYS = 1 << 24
-_KEYS = ("head_size", "softmax_scale", "smooth_key", "rotation")
+_KEYS = ("head_size", "kind", "softmax_scale", "smooth_key", "rotation")
 
 
 class AttentionTensors(NamedTuple):
@@ -66,6 +79,7 @@ class AttentionSpec:
         smooth_key: Whether the mean of the keys over all tokens is subtracted. It changes no exact softmax, because it adds
             the same number to all scores of a query (SageAttention, arXiv 2410.02367, section 4.2).
         rotation: D: queries and keys are rotated by the Hadamard matrix of that size, which changes no exact score; 0: not.
+        kind: ``int8``: queries, keys, probabilities and values in 8 bits; ``int8_qk``: queries and keys.
 
     Raises:
         ValueError: a value outside of its range.
@@ -75,6 +89,7 @@ class AttentionSpec:
     softmax_scale: float | None = None
     smooth_key: bool = True
     rotation: int = 0
+    kind: AttentionKind = "int8"
     _text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -88,6 +103,8 @@ class AttentionSpec:
             raise ValueError(
                 f"rotation={self.rotation} must be 0, or head_size={self.head_size} where that has a matrix"
             )
+        if self.kind not in get_args(AttentionKind):
+            raise ValueError(f"kind={self.kind!r} is unknown; use {' or '.join(get_args(AttentionKind))}")
         values = {name: getattr(self, name) for name in _KEYS}
         object.__setattr__(self, "_text", json.dumps(values, sort_keys=True, separators=(",", ":")))
 
@@ -96,6 +113,10 @@ class AttentionSpec:
         """The float32 number that turns scores into exponents of two: softmax_scale times log2(e), rounded once."""
         scale = self.head_size**-0.5 if self.softmax_scale is None else self.softmax_scale
         return float(torch.tensor(scale * math.log2(math.e), dtype=torch.float64, device="cpu").float())
+
+    def probability_type(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The type of probabilities for values of a type: theirs with ``int8_qk``; None: 8-bit codes."""
+        return dtype if self.kind == "int8_qk" else None
 
     def to_string(self) -> str:
         """Canonical JSON (sorted keys, no spaces), equal for equal specs; computed once."""

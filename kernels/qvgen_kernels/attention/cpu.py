@@ -36,7 +36,7 @@ class CAttention(ctypes.Structure):
         *((f"mask_{size}", c_int64) for size in ("batch", "head", "row", "key")),
         *((name, c_void_p) for name in ("query_clip", "key_clip", "work")),
         ("factor", c_float),
-        *((name, c_int32) for name in ("score_dtype", "value_dtype", "smooth_key", "backend", "threads")),
+        *((name, c_int32) for name in ("score_dtype", "value_dtype", "smooth_key", "backend", "threads", "plain")),
     )
 
 
@@ -139,6 +139,7 @@ def _call(
         spec.smooth_key,
         BACKENDS[variant],
         torch.get_num_threads(),
+        spec.probability_type(v.dtype) is not None,
     )
     work_bytes = _functions().qv_attention_work_bytes(ctypes.addressof(call))
     work = torch.empty(work_bytes + _ALIGNMENT, dtype=torch.uint8, device=v.device)

@@ -26,6 +26,7 @@ from qvgen_kernels.attention.reference import (
     block_scores,
     code_rows,
     code_tokens,
+    plain_values,
     reach,
     rotated,
     running_sums,
@@ -47,6 +48,8 @@ class Side(NamedTuple):
         rows: [B, H, T, D], rotated and less their mean where they are.
         codes: [B, H, T, D], whole numbers from -127 to 127.
         scale: [B, H, T, 1] of queries and keys, [B, H, 1, D] of values.
+
+    Values that are not quantized are rows and codes alike, and have the scale 1.
     """
 
     rows: Tensor
@@ -75,16 +78,17 @@ def _operands(inputs: tuple[Tensor, Tensor, Tensor], *, tensors: AttentionTensor
     q, k, v = (x.contiguous() for x in inputs)  # so that strides change no order of sums
     query, key, value = rotated(q, spec=spec).float(), rotated(k, spec=spec).float(), v.float()
     key = key - token_mean(key) if spec.smooth_key else key
-    value = value - token_mean(value)
+    is_plain = spec.probability_type(v.dtype) is not None
+    value = value if is_plain else value - token_mean(value)
     return Operands(
         Side(query, *code_rows(query, tensors.query_clip)),
         Side(key, *code_rows(key, tensors.key_clip)),
-        Side(value, *code_tokens(value)),
+        Side(value, *(plain_values(v) if is_plain else code_tokens(value))),
     )
 
 
 def reference_products(
-    grad: Tensor, operands: Operands, *, mask: Tensor | None, spec: AttentionSpec
+    grad: Tensor, operands: Operands, *, mask: Tensor | None, spec: AttentionSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The :data:`Products` in torch, 512 queries and 64 keys at a time.
 
@@ -93,10 +97,12 @@ def reference_products(
         operands: Quantized queries, keys and values.
         mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every key is seen.
         spec: The attention.
+        dtype: Type of v.
 
     Returns:
         dq^ / lambda, dk^ / lambda and dv^.
     """
+    kind = spec.probability_type(dtype)
     query, key, value = operands
     factor, _ = score_factors(query.scale, key.scale, value.scale, spec=spec)
     keys = (key.codes, key.scale)
@@ -106,13 +112,13 @@ def reference_products(
         rows = slice(begin, begin + QUERIES)
         seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         coded, g = (query.codes[:, :, rows], factor[:, :, rows]), grad[:, :, rows]
-        total, top = running_sums(coded, keys, value.codes, seen)
+        total, top = running_sums(coded, keys, value.codes, seen, kind)
         weight = total[..., -1:]
         inverse = 1.0 / torch.where(weight == 0, 1.0, weight)
         expected = (g * (total[..., :-1] * inverse * value.scale)).sum(-1, keepdim=True)
         for first in range(0, key.codes.shape[2], BLOCK):
             here = slice(first, first + BLOCK)
-            codes, exponent = block_probabilities(block_scores(coded[0], keys, seen, here), coded[1])
+            codes, exponent = block_probabilities(block_scores(coded[0], keys, seen, here), coded[1], kind)
             p = codes * (reach(exponent - top) * inverse)
             of_value[:, :, here] += p.mT @ g
             w = p * (g @ value_rows[:, :, here].mT - expected)
@@ -189,11 +195,13 @@ def attention_gradients(
     slope = spec.score_factor * math.log(2.0)
     query, query_share, query_clip = _through_codes(of_query * slope, operands.query, clip=tensors.query_clip, axis=-1)
     key, key_share, key_clip = _through_codes(of_key * slope, operands.key, clip=tensors.key_clip, axis=-1)
-    value, value_share, _ = _through_codes(of_value, operands.value, clip=None, axis=2)
+    value = of_value
+    if spec.probability_type(inputs[2].dtype) is None:
+        value, share, _ = _through_codes(of_value, operands.value, clip=None, axis=2)
+        value += _less_mean(share)  # the mean comes back with the outputs, so what is common to all tokens stays
     query += query_share
     key += key_share
     key = _less_mean(key) if spec.smooth_key else key
-    value += _less_mean(value_share)  # the mean comes back with the outputs, so what is common to all tokens stays
 
     rows = [
         rotated(query, spec=spec).masked_fill(is_bad, torch.nan),

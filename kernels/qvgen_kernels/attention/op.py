@@ -99,9 +99,11 @@ def _attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tenso
     if not q.numel() or not k.numel():
         return _gradients_like(grad, *call)
     name, inputs = resolve_attention(kernel, device=q.device), (q, k, v)
-    products: Products = partial(reference_products, mask=mask, spec=spec)
+    products: Products = partial(reference_products, mask=mask, spec=spec, dtype=v.dtype)
     if name in VARIANTS:
         products = partial(cpu_products, inputs=inputs, mask=mask, tensors=named, spec=spec, variant=name)
+    if name == triton_backend.NAME:
+        products = partial(triton_backend.triton_products, inputs=inputs, mask=mask, tensors=named, spec=spec)
     with without_autocast(q.device):
         return attention_gradients(grad, inputs, tensors=named, spec=spec, products=products)
 

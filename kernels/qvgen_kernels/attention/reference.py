@@ -1,9 +1,9 @@
 """Exact reference of the quantized attention in plain torch (kernels/attention.md): the oracle of every backend.
 
 Integers come from float32 products: 127 * 127 * D and 255 * 127 * 64 are below 2^24, so that no partial sum of any order
-rounds. Everything else is elementwise, or a sum whose order is written out here as a loop. Torch has no fused multiply-add,
-so these are made of float64 numbers (:func:`fused`). Memory grows with a block of keys and not with all of them. Nothing
-here is fast.
+rounds. Products of probabilities with plain values are added one by one. Everything else is elementwise, or a sum whose order
+is written out here as a loop. Torch has no fused multiply-add, so these are made of float64 numbers (:func:`fused`). Memory
+grows with a block of keys and not with all of them. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from torch import Tensor
 from qvgen_kernels.attention.contract import (
     BLOCK,
     EXP2,
+    EXP2_FINE,
+    FINE_BITS,
     FLUSHED,
     LARGEST_KEY,
+    LARGEST_VALUE,
     REACH,
     SLACK,
     SPAN,
@@ -31,6 +34,7 @@ __all__ = [
     "code_rows",
     "code_tokens",
     "fused",
+    "plain_values",
     "quantize_keys",
     "quantize_queries",
     "quantize_values",
@@ -42,6 +46,9 @@ __all__ = [
     "token_mean",
     "token_sum",
 ]
+
+Coded = tuple[Tensor, Tensor]
+"""Codes of queries or keys, and what their scores are multiplied by."""
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -101,9 +108,18 @@ def quantize_keys(k: Tensor, *, tensors: AttentionTensors, spec: AttentionSpec) 
     return code_rows(rows - token_mean(rows) if spec.smooth_key else rows, tensors.key_clip)
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [B, H, N, D], scales [B, H, 1, D] and means [B, H, 1, D] of values."""
+def plain_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as they are, float32 [B, H, N, D], and scales [B, H, 1, D]: 1, infinite where a column has one too large."""
     rows = v.float()
+    largest = rows.abs().amax(2, keepdim=True)
+    return rows, torch.where(largest < LARGEST_VALUE, 1.0, torch.inf)
+
+
+def quantize_values(v: Tensor, *, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [B, H, N, D], scales [B, H, 1, D] and means [B, H, 1, D] of values; of plain ones 1 and 0."""
+    rows = v.float()
+    if spec.probability_type(v.dtype) is not None:
+        return *plain_values(v), torch.zeros_like(rows[:, :, :1])
     mean = token_mean(rows)
     return *code_tokens(rows - mean), mean
 
@@ -143,12 +159,21 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(is_even, bits + outwards, bits).view(torch.float64).float()
 
 
-def block_probabilities(z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes 0..255 of a block and its exponent.
+def _quotient(g: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """A polynomial of float64 numbers g of 20 bits, each step rounded once to float32: sums of products are exact before."""
+    total = torch.full_like(g, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = (total * g + coefficient).float().double()
+    return total
+
+
+def block_probabilities(z: Tensor, factor: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Probabilities of a block, relative to its exponent, and that exponent.
 
     Args:
         z: Scores times their keys' scales, float32 [.., m, up to 64]; -inf where a key is hidden.
         factor: The factor of a query's scores, [.., m, 1].
+        dtype: Type of the probabilities, whole numbers from 0 to about 2^15; None: codes 0..255.
 
     Returns:
         Float32 [.., m, up to 64] and [.., m, 1]; the exponent of a block without keys is -inf.
@@ -159,12 +184,13 @@ def block_probabilities(z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     top = top.masked_fill(is_hidden.all(-1, keepdim=True), -torch.inf)
     step = 0.5 / SPAN
     below = fused(z, (factor * -step).expand_as(z), (top * step + 0.5).expand_as(z)).clamp_max(1.0)  # 1/2 + d / 32
-    bits = 0x33800000 - (below.view(torch.int32) << 4)  # those of 2^n g, with n + g - 1 = 8 - d
+    largest = 8 if dtype is None else FINE_BITS
+    bits = 0x2F800000 + (largest << 23) - (below.view(torch.int32) << 4)  # those of 2^n g, with n + g - 1 = largest - d
     power = bits.view(torch.float32).double()
     g = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32).double()
-    c0, c1, c2 = EXP2  # g has 20 bits, so the sums are exact in float64 and rounded once
-    quotient = ((g * c2 + c1).float().double() * g + c0).float().double()
-    return (power * quotient).round_().float().masked_fill_(is_hidden, 0.0), top
+    p = (power * _quotient(g, EXP2 if dtype is None else EXP2_FINE)).round_().float()
+    p = p if dtype is None else p.to(dtype).float()
+    return p.masked_fill_(is_hidden, 0.0), top
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -187,7 +213,7 @@ def _add_block(total: Tensor, top: Tensor, *, part: Tensor, exponent: Tensor) ->
     return torch.where(is_empty, total, added), highest
 
 
-def block_scores(q: Tensor, k: tuple[Tensor, Tensor], mask: Tensor | None, here: slice) -> Tensor:
+def block_scores(q: Tensor, k: Coded, mask: Tensor | None, here: slice) -> Tensor:
     """Scores of queries' codes and one block of keys, times these keys' scales, float32 [B, H, m, 64]; hidden ones -inf."""
     codes, scale = k
     z = (q @ codes[:, :, here].mT) * scale[:, :, here].mT
@@ -196,8 +222,18 @@ def block_scores(q: Tensor, k: tuple[Tensor, Tensor], mask: Tensor | None, here:
     return z.masked_fill(~(mask if mask.shape[-1] == 1 else mask[..., here]), -torch.inf)
 
 
+def _block_sums(p: Tensor, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Products of probabilities [B, H, m, n] and the columns of a block's values [B, H, n, D]: integers, or one by one."""
+    if dtype is None:
+        return p @ values
+    total = torch.zeros(*p.shape[:3], values.shape[3], device=p.device)
+    for key in range(p.shape[3]):
+        total += p[..., key : key + 1] * values[:, :, key : key + 1]
+    return total
+
+
 def running_sums(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], value_codes: Tensor, mask: Tensor | None
+    q: Coded, k: Coded, value_codes: Tensor, mask: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Add up all blocks of keys for some queries.
 
@@ -206,6 +242,7 @@ def running_sums(
         k: Codes [B, H, N, D] and scales [B, H, N, 1].
         value_codes: [B, H, N, D].
         mask: bool, [B, H, m, N] or 1 in place of any of these sizes; None: every key is seen.
+        dtype: Type of probabilities; None: 8-bit codes.
 
     Returns:
         The sums A and, as the last column, L: float32 [B, H, m, D + 1]; and their exponent E [B, H, m, 1].
@@ -215,17 +252,18 @@ def running_sums(
     top = torch.full_like(q[1], -torch.inf)
     for begin in range(0, values.shape[2], BLOCK):
         here = slice(begin, begin + BLOCK)
-        probabilities, exponent = block_probabilities(block_scores(q[0], k, mask, here), q[1])
-        total, top = _add_block(total, top, part=probabilities @ values[:, :, here], exponent=exponent)
+        probabilities, exponent = block_probabilities(block_scores(q[0], k, mask, here), q[1], dtype)
+        part = _block_sums(probabilities, values[:, :, here], dtype)
+        total, top = _add_block(total, top, part=part, exponent=exponent)
     return total, top
 
 
 def _head_rows(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
+    q: Coded, k: Coded, v: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor:
     """Outputs float32 [B, H, m, D] of some queries."""
     value_codes, value_scale, mean = v
-    total, _ = running_sums(q, k, value_codes, mask)
+    total, _ = running_sums(q, k, value_codes, mask, dtype)
     sums, weight = total[..., :-1], total[..., -1:]
     is_lonely = weight == 0
     out = sums * (1.0 / torch.where(is_lonely, 1.0, weight)) * value_scale + mean
@@ -250,13 +288,13 @@ def reference_attention(
     """
     if not q.numel() or not k.numel():
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    keys, values = quantize_keys(k, tensors=tensors, spec=spec), quantize_values(v)
+    keys, values = quantize_keys(k, tensors=tensors, spec=spec), quantize_values(v, spec=spec)
     codes, scale = quantize_queries(q, tensors=tensors, spec=spec)
     factor, is_bad = score_factors(scale, keys[1], values[1], spec=spec)
     count = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * (BLOCK + q.shape[3])))
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    out, dtype = torch.empty(q.shape, dtype=torch.float32, device=q.device), spec.probability_type(v.dtype)
     for begin in range(0, q.shape[2], count):
         rows = slice(begin, begin + count)
         seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        out[:, :, rows] = _head_rows((codes[:, :, rows], factor[:, :, rows]), keys, values, seen)
+        out[:, :, rows] = _head_rows((codes[:, :, rows], factor[:, :, rows]), keys, values, seen, dtype)
     return out.masked_fill_(is_bad, torch.nan).to(q.dtype)

@@ -120,7 +120,7 @@ def check_mixed_precision(init: BitBudget, names: Sequence[str], *, design: Stud
             f"init.weight_windows={list(init.weight_windows)} gives layers two sets of weights, and Phi makes up for the "
             "loss of one; use method=lsq or qvgen ptq"
         )
-    check_attention_budget(init, has_attention=design.profile.attention is not None)
+    check_attention_budget(init, attention=design.profile.attention)
     wanted = wanted_measurements(init, names, profile=design.profile, family=family)
     GroupMetrics.load(init, list(dict.fromkeys(unit.group for unit in wanted.units)))
 
@@ -164,7 +164,7 @@ def plan_measurements(init: BitBudget, *, profile: Profile, family: Any) -> str:
     count, steps = sum(1 for _ in wanted.keys(init.windows)), sampling_steps(family, init.steps)
     if init.mean_attention_bits is not None:
         attentions = attention_forms(skeleton, profile.attention, quantized=names)
-        units = wanted_attentions(list(attentions), family=family).units
+        units = wanted_attentions(attentions, family=family).units
         groups[f"attention in {len(units)} blocks"] = len(units)
         count += len(units)
     return (

@@ -2,7 +2,7 @@
 
     unit           attentions of one group in one block
     sensitivity    of the unit's attentions in 8 bits, all else in full precision, in all windows of timesteps at once
-    cost           8 or 16 bits x multiply-adds of both products; floating point counts as 16
+    cost           8, 12 (``int8_qk``: one product in 8) or 16 bits x multiply-adds of both products; 16: floating point
     budget         ``init.mean_attention_bits`` of all multiply-adds
 
 Beside the budgets of weights and activations, because what attention costs is a product of tokens with tokens, which neither
@@ -12,7 +12,7 @@ of them counts. The allocation is theirs: between groups by output error, inside
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -30,6 +30,7 @@ from qvgen.layers.layer_group import LayerUnit, layer_units
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import AttentionProduct
 from qvgen.models.base import VideoDiT
+from qvgen.quant.attention_profile import ATTENTION_BITS, AttentionProfile
 from qvgen.quant.bit_allocation import SideProblem, constant_widths
 from qvgen.training.mixed_precision.layer_probe import Side
 from qvgen.training.mixed_precision.probe_session import Session
@@ -37,8 +38,8 @@ from qvgen.training.mixed_precision.sensitivity import Measured, Quantizing, Sen
 
 log = logging.getLogger(__name__)
 
-FLOAT_BITS, INTEGER_BITS = 16, 8
-"""Bits of an attention's operands in floating point, and of a quantized one's."""
+FLOAT_BITS = 16
+"""Bits of an attention's operands in floating point."""
 
 _SIDE: Side = "attention"
 _END = f".{PRODUCT}"
@@ -90,16 +91,17 @@ def measure_attentions(base: SensitivityMeasurement, forms: Mapping[str, Attenti
         base: Measures the model's Linears.
         forms: Name of an attention -> its form.
     """
-    wanted = wanted_attentions(list(forms), family=base.teacher.family)
+    wanted = wanted_attentions(forms, family=base.teacher.family)
     plain = {name: replace(form, clips=False) for name, form in forms.items()}
     given = {item.name: getattr(base, item.name) for item in fields(base)}
     return wanted, AttentionMeasurement(**given, forms=plain).measure(wanted)
 
 
-def wanted_attentions(names: Sequence[str], *, family: VideoDiT) -> Wanted:
-    """The measurements of these attentions."""
-    units = layer_units([f"{name}{_END}" for name in names], family.layer_groups)
-    return Wanted(units=units, widths={_SIDE: (INTEGER_BITS,)})
+def wanted_attentions(forms: Mapping[str, AttentionForm], *, family: VideoDiT) -> Wanted:
+    """The measurements of these attentions, all of one kind."""
+    units = layer_units([f"{name}{_END}" for name in forms], family.layer_groups)
+    widths = {ATTENTION_BITS[form.kind] for form in forms.values()}
+    return Wanted(units=units, widths={_SIDE: tuple(widths)})
 
 
 def allocate_attentions_(student: nn.Module, base: SensitivityMeasurement, allocation: Allocation) -> Allocation:
@@ -122,7 +124,7 @@ def allocate_attentions_(student: nn.Module, base: SensitivityMeasurement, alloc
     forms = {name: product.form for name, product in quantized_attentions(student).items()}
     wanted, measured = measure_attentions(base, forms)
     bits = allocate_attentions(init, wanted, measured)
-    use_attention_forms_(student, {name: form for name, form in forms.items() if bits[name] == INTEGER_BITS})
+    use_attention_forms_(student, {name: form for name, form in forms.items() if bits[name] < FLOAT_BITS})
     mean = sum(bits[name] * measured.values[f"{name}{_END}"] for name in bits) / sum(measured.values.values())
     log.info("allocated: %.3f bits of attention, budget %g", mean, init.mean_attention_bits)
     return replace(
@@ -135,17 +137,25 @@ def allocate_attentions_(student: nn.Module, base: SensitivityMeasurement, alloc
     )
 
 
-def check_attention_budget(init: BitBudget, *, has_attention: bool) -> None:
-    """Raise UserError where a budget of attention's bits is given and no attention is quantized."""
-    if init.mean_attention_bits is not None and not has_attention:
+def check_attention_budget(init: BitBudget, *, attention: AttentionProfile | None) -> None:
+    """Raise UserError where a budget of attention's bits is given and no attention is quantized, or none fits into it."""
+    mean = init.mean_attention_bits
+    if mean is None:
+        return
+    if attention is None:
         raise UserError(
-            f"init.mean_attention_bits={init.mean_attention_bits:g} chooses among attentions in 8 bits, and "
+            f"init.mean_attention_bits={mean:g} chooses among attentions in 8 bits, and "
             "profile.attention=none has none; write profile.attention=int8, or leave the budget out"
+        )
+    if mean <= (least := ATTENTION_BITS[attention.kind]):
+        raise UserError(
+            f"init.mean_attention_bits={mean:g} leaves nothing to choose: with profile.attention={attention.kind} an "
+            f"attention has {least} or {FLOAT_BITS} bits; write more than {least}, or leave the budget out"
         )
 
 
 def allocate_attentions(init: BitBudget, wanted: Wanted, measured: Measured) -> dict[str, int]:
-    """Bits of every attention by its name, 8 or 16, under ``init.mean_attention_bits``.
+    """Bits of every attention by its name, its kind's or 16, under ``init.mean_attention_bits``.
 
     Args:
         init: The budget.
@@ -153,11 +163,12 @@ def allocate_attentions(init: BitBudget, wanted: Wanted, measured: Measured) -> 
         measured: Sensitivities and multiply-adds.
     """
     assert init.mean_attention_bits is not None
+    (integer_bits,) = wanted.widths[_SIDE]
     sums = [float(sum(measured.values[name] for name in unit.layers)) for unit in wanted.units]
     sizes = torch.tensor(sums, dtype=torch.float64)
     window = ALL_WINDOWS if init.windows > 1 else 0
     scores = combined_scores(measured.rows.values())
-    keys = [(unit.group, unit.block, _SIDE, INTEGER_BITS, window) for unit in wanted.units]
+    keys = [(unit.group, unit.block, _SIDE, integer_bits, window) for unit in wanted.units]
 
     def table(values: list[float]) -> torch.Tensor:  # nothing is lost in floating point
         return torch.tensor([[value, 0.0] for value in values], dtype=torch.float64)
@@ -166,12 +177,12 @@ def allocate_attentions(init: BitBudget, wanted: Wanted, measured: Measured) -> 
     score = table([scores[key] for key in keys])
     problem = SideProblem(
         groups=tuple(unit.group for unit in wanted.units),
-        widths=(INTEGER_BITS, FLOAT_BITS),
+        widths=(integer_bits, FLOAT_BITS),
         output_error=error.unsqueeze(2),
         score=score.unsqueeze(2),
         whole_error=error,
         whole_score=score,
-        cost=sizes.unsqueeze(1) * torch.tensor([INTEGER_BITS, FLOAT_BITS]),
+        cost=sizes.unsqueeze(1) * torch.tensor([integer_bits, FLOAT_BITS]),
         budget=init.mean_attention_bits * float(sizes.sum()),
     )
     chosen = constant_widths(problem)

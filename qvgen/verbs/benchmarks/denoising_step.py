@@ -4,8 +4,8 @@ Everything is bfloat16, or float32 where this processor has no bfloat16: what it
 
 The transformer has its full width, random weights and ``blocks`` of its blocks; a call is measured by block and the blocks'
 time counts for as many as the whole model has (every block does the same work), the rest once. The packed model is what
-users load: prepared, folded, written and read back. With ``profile.attention=int8`` there is one more of each width, whose
-attention computes in 8 bits beside the packed Linears. Each round calls every variant once, one after the other; medians.
+users load: prepared, folded, written and read back. With ``profile.attention=int8`` or ``int8_qk`` there is one more of each
+width, whose attention is quantized too. Each round calls every variant once, one after the other; medians.
 
 One more call runs under torch's profiler, for what linears, attention and norms take of it, and one with every tensor
 followed, for the peak of activations. What of the linears is the quantization of inputs is measured apart: a packed layer of
@@ -56,7 +56,7 @@ _PARTS = {
 }
 """Part -> the operators whose time it is; none of them calls another. The steps before a packed layer are its own time."""
 
-_QUANTIZER_OUTPUTS, _ATTENTION = 32, ", int8 attention"
+_QUANTIZER_OUTPUTS = 32
 
 
 def step_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
@@ -74,7 +74,7 @@ def step_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) -> I
             profile = profile_of(run.profile, width)
             variants[width.label] = _packed(source, run, replace(profile, attention=None), dtype)
             if attention is not None:
-                variants[f"{width.label}{_ATTENTION}"] = _packed(source, run, profile, dtype)
+                variants[f"{width.label}, {attention.kind} attention"] = _packed(source, run, profile, dtype)
         size = sum(dtype.itemsize * p.numel() for p in source.parameters())
         variants[_name(dtype)], before = (source.to(dtype), {"bytes": size}), torch.get_num_threads()
         try:
@@ -284,15 +284,15 @@ def step_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
 
 def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
-    ends = ("",) if config.run.profile.attention is None else ("", _ATTENTION)
+    ends = ("",) if (own := config.run.profile.attention) is None else ("", f", {own.kind} attention")
     variants = ", ".join(["unquantized", *(f"{width.label}{end}" for width in config.widths for end in ends)])
     return f"denoising_step of {config.run.names.model}, {config.blocks} blocks: {variants}"
 
 
 def _subject(config: BenchmarkConfig) -> str:
     """The model, the frames, since attention's share grows with them, and the processor's kernel."""
-    attention = "" if config.run.profile.attention is None else "-int8-attention"
-    return f"{config.run.names.model}-{config.run.model.num_frames}-frames{attention}-{cpu_kernel()}"
+    kind = "" if (own := config.run.profile.attention) is None else f"-{own.kind.replace('_', '-')}-attention"
+    return f"{config.run.names.model}-{config.run.model.num_frames}-frames{kind}-{cpu_kernel()}"
 
 
 BENCHMARK = Benchmark(

@@ -19,6 +19,7 @@ from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.deploy.checkpoint import load_packed
 from qvgen.errors import UserError
 from qvgen.evaluation.mixed_precision_files import Sensitivity, read_allocation
+from qvgen.layers.attention_form import AttentionForm
 from qvgen.layers.attention_swap import (
     attention_forms,
     packed_attentions,
@@ -27,6 +28,7 @@ from qvgen.layers.attention_swap import (
 )
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import PackedAttention
+from qvgen.quant.attention_profile import AttentionKind, AttentionProfile
 from qvgen.training.mixed_precision.allocation import plan_measurements
 from qvgen.training.mixed_precision.attention_budget import (
     AttentionMeasurement,
@@ -143,18 +145,21 @@ def test_what_another_process_measures_is_not_measured_again(tmp_path: Path, cap
     assert "rotated in 1" in caplog.text
 
 
-@pytest.mark.parametrize("mean", [8.5, 11.0, 13.0, 15.9])
-def test_the_allocation_is_the_best_of_all(measured, mean: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "mean"), [("int8", 8.5), ("int8", 11.0), ("int8", 13.0), ("int8", 15.9), ("int8_qk", 13.0)]
+)
+def test_the_allocation_is_the_best_of_all(measured, kind: AttentionKind, mean: float) -> None:
     """Four units of one group, which is one level; against all sixteen allocations."""
     config, *_ = measured
-    names = [f"blocks.{index}.attn1" for index in range(4)]
-    wanted = wanted_attentions(names, family=config.model)
+    names, low = [f"blocks.{index}.attn1" for index in range(4)], {"int8": 8, "int8_qk": 12}[kind]
+    form = AttentionForm.of(AttentionProfile(kind=kind), heads=2, head_size=16)
+    wanted = wanted_attentions(dict.fromkeys(names, form), family=config.model)
     draw = torch.Generator().manual_seed(0)
     losses = [float(torch.rand((), generator=draw)) for _ in names]
     sizes = {f"{name}.attention_product": 10 + 7 * index for index, name in enumerate(names)}
     rows = [
         Sensitivity(
-            group="self_attention", block=f"blocks.{index}", side="attention", bits=8, window=0,
+            group="self_attention", block=f"blocks.{index}", side="attention", bits=low, window=0,
             output_error=loss, scores={"ssim": loss}, seconds=0.0,
         )
         for index, loss in enumerate(losses)
@@ -166,11 +171,11 @@ def test_the_allocation_is_the_best_of_all(measured, mean: float) -> None:
     total = sum(sizes.values())
 
     def lost(choice: tuple[int, ...]) -> float:
-        return sum(loss for loss, width in zip(losses, choice, strict=True) if width == 8)
+        return sum(loss for loss, width in zip(losses, choice, strict=True) if width == low)
 
     fitting = [
         choice
-        for choice in product((8, 16), repeat=4)
+        for choice in product((low, 16), repeat=4)
         if sum(width * size for width, size in zip(choice, sizes.values(), strict=True)) <= mean * total
     ]
     assert tuple(bits[name] for name in names) in fitting
@@ -223,4 +228,7 @@ def test_a_budget_without_attention_in_8_bits_is_one_line(tmp_path: Path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert "init.mean_attention_bits=16" in line
     with pytest.raises(UserError, match="has none"):
-        check_attention_budget(train_config(*FAST, "init.mean_attention_bits=9").init, has_attention=False)
+        check_attention_budget(train_config(*FAST, "init.mean_attention_bits=9").init, attention=None)
+    assert main(["ptq", *words, "bits=w4a8", "profile.attention=int8_qk"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mean_attention_bits=10 leaves nothing to choose: with profile.attention=int8_qk an attention has 12" in line

@@ -6,6 +6,9 @@ alone. Sums are rescaled in blocks where a query of the tile meets a larger expo
 rescaling changes no bit, because no sum but 0 is below 2^-100: it was kept at that size, or it is a number of 24 bits plus a
 multiple of 2^-64, which leaves nothing below 2^-88.
 
+Plain values (``int8_qk``) are multiplied by probabilities of their type, float32 numbers without TF32. The card adds these
+products in an order of its own, so that their sums are not the reference's to the bit (kernels/attention.md, step 5).
+
 A block without a key that a query sees has the exponent -inf, here the smallest finite number: its codes are 0, and so is
 all that it adds.
 """
@@ -16,15 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, EXP2, FLUSHED, REACH, SLACK, SPAN, AttentionSpec
+from qvgen_kernels.attention.contract import BLOCK, SPAN, AttentionSpec
+from qvgen_kernels.attention.triton.block import (
+    ROWS,
+    SMALLEST,
+    block_exponent,
+    constant,
+    dropped,
+    eleven_bits,
+    probability_factors,
+    reach,
+    seen_keys,
+)
 from qvgen_kernels.attention.triton.form import AttendForm, AttendSizes, AttendTensors, Codes, attend_form
 from qvgen_kernels.triton.launch import INTERPRETED, launch
 from qvgen_kernels.triton.rounding import MAGIC, to_type
 
-__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_kernel"]
+__all__ = ["ROWS", "STAGES", "WARPS", "attend", "attend_arguments", "attend_kernel"]
 
-ROWS = 64
-"""Queries of a program: 16 of each warp, which holds all scores of its queries with a block."""
 WARPS = 4
 STAGES = 3
 """Blocks of keys and values in flight, and one."""
@@ -33,54 +45,11 @@ _FARTHEST = 1 << 24
 """A mask whose queries or keys lie this far apart is copied: 63 times both are an int32."""
 
 _BLOCK = tl.constexpr(BLOCK)
-_C0, _C1, _C2 = (tl.constexpr(value) for value in EXP2)
 _STEP = tl.constexpr(0.5 / SPAN)
-_SLACK = tl.constexpr(SLACK)
-_REACH = tl.constexpr(REACH)
-_FLUSHED = tl.constexpr(FLUSHED)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _WRAPPED = tl.constexpr((0x4B400000 * BLOCK + 2**31) % 2**32 - 2**31)
 """The sum of the bits of 1.5 * 2^23 over a block, as int32."""
-_SMALLEST = tl.constexpr(-3.4028234663852886e38)
 _ROWS = tl.constexpr(ROWS)
-
-
-@triton.jit
-def _constant(value, like):
-    """A number as a tensor of the shape of another one, for Triton's fma."""
-    return tl.full(like.shape, value, tl.float32)
-
-
-@triton.jit
-def _exponent(largest, slope):
-    """The exponent of a block by its largest product of score and scale: part is -1/32 of the contract's x, no bit less."""
-    part = largest * slope
-    above = tl.fma(tl.abs(part), _constant(_SLACK / _STEP, part), _constant(0.5, part))
-    return (tl.fma(part, _constant(-1.0 / _STEP, part), above) + MAGIC) - MAGIC
-
-
-@triton.jit
-def _reach(z):
-    """2^z of whole numbers z <= 0, but no less than 2^-64."""
-    return ((tl.maximum(z, -_REACH) + (MAGIC + 127.0)).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dropped(v):
-    return tl.where(tl.abs(v) < _FLUSHED, 0.0, v)
-
-
-@triton.jit
-def _probabilities(z, slope, exponent):
-    """Codes 0..255 of a block, as the bits of these numbers less 128 plus 1.5 * 2^23."""
-    start = exponent * _STEP + 0.5
-    below = tl.fma(z, tl.broadcast_to(slope[:, None], z.shape), tl.broadcast_to(start[:, None], z.shape))
-    # From 1/2 to 1; to clamp at 0 as well is no instruction of its own on a card.
-    bits = 0x33800000 - (tl.clamp(below, 0.0, 1.0).to(tl.int32, bitcast=True) << 4)
-    g = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    q = tl.fma(tl.fma(g, _constant(_C2, g), _constant(_C1, g)), g, _constant(_C0, g))
-    value = tl.fma(bits.to(tl.float32, bitcast=True), q, _constant(MAGIC - 128.0, g))
-    return value.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -91,41 +60,41 @@ def _operand(p):
 
 
 @triton.jit
-def _seen(t, place, index, sizes, form: tl.constexpr):
-    """Which keys of a block a query sees: bool [rows or 1, 64]; ``index`` counts the blocks of all heads."""
-    head, row, start = place
-    step = tl.arange(0, _BLOCK)[None, :]
+def _plain_sums(p, place, index, column, t, sizes, form: tl.constexpr):
+    """Sums of a block's probabilities, of the values' type, times some columns of plain values."""
+    head, _, _ = place
     first = (index - head * sizes.blocks) * _BLOCK
-    seen = step < (sizes.keys - first).to(tl.int32)
-    # Far offsets are one number of 64 bits; those inside of the tile are small (_launch_arguments).
-    if form.mask == "keys":
-        mask = t.mask + start + first * sizes.mask_key + step * sizes.mask_key
-        seen = tl.load(mask, mask=seen, other=0) != 0
-    elif form.mask == "all":
-        inside = seen & (row < sizes.queries)[:, None]
-        place = (row % _ROWS)[:, None] * sizes.mask_query + step * sizes.mask_key
-        seen = tl.load(t.mask + start + first * sizes.mask_key + place, mask=inside, other=0) != 0
-    return seen
+    step = tl.arange(0, _BLOCK)
+    start = (head // sizes.heads) * sizes.value_batch + (head % sizes.heads) * sizes.value_head
+    v = t.value + start + first * sizes.value_token + step[:, None] * sizes.value_token + column[None, :]
+    live = (step < (sizes.keys - first).to(tl.int32))[:, None] & (column < form.head_size)[None, :]
+    values = tl.load(v, mask=live, other=0.0)
+    if form.interpreted:  # the interpreter multiplies the bits of bfloat16
+        p, values = p.to(tl.float32), values.to(tl.float32)
+    return tl.dot(p, values, out_dtype=tl.float32, input_precision="ieee")
 
 
 @triton.jit
-def _add_values(totals, p, factors, index, t, form: tl.constexpr):
+def _add_values(totals, p, factors, where, t, sizes, form: tl.constexpr):
     """The running sums of all parts, rescaled, with a block's sums added."""
-    shrink, grow = factors
-    operand = _operand(p)
+    (shrink, grow), (place, index) = factors, where
+    operand = p if form.plain else _operand(p)
     is_rescaled = tl.reduce(shrink, 0, tl.standard._elementwise_min) < 1.0
     key = tl.arange(0, _BLOCK)[None, :]
     added = ()
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
         column = part * form.part + tl.arange(0, form.part)
-        v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
-        base = tl.load(t.codes.base + index * form.width + column)
-        start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
-        sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+        if form.plain:
+            sums = _plain_sums(p, place, index, column, t, sizes, form)
+        else:
+            v = tl.load(t.codes.value + index * (_BLOCK * form.width) + column[:, None] * _BLOCK + key)
+            base = tl.load(t.codes.base + index * form.width + column)
+            start = tl.broadcast_to(base[None, :], (_ROWS, form.part))
+            sums = tl.dot(operand, v.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
         total = totals[part]
         if is_rescaled:
-            total = _dropped(total * shrink[:, None])
+            total = dropped(total * shrink[:, None])
         added = added + (tl.fma(sums, tl.broadcast_to(grow[:, None], sums.shape), total),)  # noqa: RUF005 - Triton's tuple
     return added
 
@@ -141,21 +110,27 @@ def _add_block(state, query, block, t, sizes, form: tl.constexpr, masked: tl.con
     scores = tl.dot(codes, k.T, out_dtype=tl.int32).to(tl.float32)
     z = scores * tl.load(t.codes.key_scale + index * _BLOCK + key)[None, :]
     if masked:
-        seen = _seen(t, place, index, sizes, form)
+        seen = seen_keys(t, place, index, tl.arange(0, _BLOCK)[None, :], sizes, form)
         z = tl.where(seen, z, float("-inf"))
     largest = tl.reduce(z, 1, tl.standard._elementwise_max)
-    exponent = _exponent(largest, slope)
-    p = _probabilities(z, slope, exponent)
+    exponent = block_exponent(largest, slope)
+    power, quotient = probability_factors(z, slope[:, None], exponent[:, None], form.plain)
+    p = tl.fma(power, quotient, constant(MAGIC if form.plain else MAGIC - 128.0, z))
+    p = p - MAGIC if form.plain else p.to(tl.int32, bitcast=True)
     if masked:
-        p = tl.where(seen, p, _MAGIC_BITS - 128)
-        exponent = tl.where(largest > float("-inf"), exponent, _SMALLEST)
+        p = tl.where(seen, p, 0.0 if form.plain else _MAGIC_BITS - 128)
+        exponent = tl.where(largest > float("-inf"), exponent, SMALLEST)
 
     highest = tl.maximum(top, exponent)
-    shrink, grow = _reach(top - highest), _reach(exponent - highest)
-    # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
-    codes_sum = tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)
-    weight = _dropped(weight * shrink) + codes_sum.to(tl.float32) * grow
-    return _add_values(totals, p, (shrink, grow), index, t, form), weight, highest
+    shrink, grow = reach(top - highest), reach(exponent - highest)
+    if form.plain:
+        p = to_type(p, t.value.dtype.element_ty, form.interpreted)
+        p_sum = tl.reduce(p.to(tl.float32), 1, tl.standard._sum_combine)  # of whole numbers below 2^22: exact
+    else:
+        # 64 times the bits of 1.5 * 2^23 are a multiple of 2^28: what the sum wraps to.
+        p_sum = (tl.reduce(p, 1, tl.standard._sum_combine) + (128 * _BLOCK - _WRAPPED)).to(tl.float32)
+    weight = dropped(weight * shrink) + p_sum * grow
+    return _add_values(totals, p, (shrink, grow), (place, index), t, sizes, form), weight, highest
 
 
 @triton.jit
@@ -171,8 +146,10 @@ def _finish(state, query, t, sizes, form: tl.constexpr):
     parts: tl.constexpr = form.parts
     for part in tl.static_range(parts):
         column = part * form.part + tl.arange(0, form.part)
-        scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
-        y = (totals[part] * inverse[:, None]) * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
+        y = totals[part] * inverse[:, None]
+        if not form.plain:
+            scale = tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+            y = y * scale + tl.load(t.codes.mean + head * form.width + column)[None, :]
         y = tl.where(is_finite[:, None], tl.where(lonely[:, None], 0.0, y), float("nan"))
         target = t.y + (head * sizes.queries + row)[:, None] * form.head_size + column[None, :]
         live = (row < sizes.queries)[:, None] & (column < form.head_size)[None, :]
@@ -180,8 +157,30 @@ def _finish(state, query, t, sizes, form: tl.constexpr):
 
 
 @triton.jit
+def _finish_statistics(state, query, t, sizes, form: tl.constexpr):
+    """Exponents, 1 / L and sums of P dP over keys, which a backward pass takes of each query (step 8)."""
+    totals, weight, top = state
+    _, _, place = query
+    head, row, _ = place
+    inverse = tl.div_rn(tl.full((_ROWS,), 1.0, tl.float32), tl.where(weight == 0.0, 1.0, weight))
+    expected = tl.full((_ROWS,), 0.0, tl.float32)
+    live, here = row < sizes.queries, head * sizes.queries + row
+    parts: tl.constexpr = form.parts
+    for part in tl.static_range(parts):
+        column = part * form.part + tl.arange(0, form.part)
+        grad = t.statistics.grad + here[:, None] * form.head_size + column[None, :]
+        g = tl.load(grad, mask=live[:, None] & (column < form.head_size)[None, :], other=0.0)
+        if not form.plain:
+            g = g * tl.load(t.codes.value_scale + head * form.width + column)[None, :]
+        expected += tl.reduce(eleven_bits(g) * (totals[part] * inverse[:, None]), 1, tl.standard._sum_combine)
+    tl.store(t.statistics.top + here, top, mask=live)
+    tl.store(t.statistics.inverse + here, inverse, mask=live)
+    tl.store(t.statistics.expected + here, expected, mask=live)
+
+
+@triton.jit
 def attend_kernel(t, sizes, form: tl.constexpr):
-    """Outputs of 64 queries of a head; neighbouring programs share its keys and values."""
+    """Outputs of 64 queries of a head, or their statistics; neighbouring programs share its keys and values."""
     tiles = (sizes.queries + _ROWS - 1) // _ROWS
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
@@ -199,7 +198,7 @@ def attend_kernel(t, sizes, form: tl.constexpr):
     for _ in tl.static_range(parts):
         totals = totals + (tl.full((_ROWS, form.part), 0.0, tl.float32),)  # noqa: RUF005 - Triton's tuple
     weight = tl.full((_ROWS,), 0.0, tl.float32)
-    top = tl.full((_ROWS,), _SMALLEST, tl.float32)
+    top = tl.full((_ROWS,), SMALLEST, tl.float32)
     state = (totals, weight, top)
     masked: tl.constexpr = form.mask != "none"
     whole = sizes.blocks - 1 if form.ragged else sizes.blocks
@@ -207,33 +206,40 @@ def attend_kernel(t, sizes, form: tl.constexpr):
         state = _add_block(state, query, block, t, sizes, form, masked)
     if form.ragged:
         state = _add_block(state, query, whole, t, sizes, form, True)
-    _finish(state, query, t, sizes, form)
+    if t.statistics is not None:
+        _finish_statistics(state, query, t, sizes, form)
+    else:
+        _finish(state, query, t, sizes, form)
 
 
-def _launch_arguments(
-    codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec
+def attend_arguments(
+    codes: Codes, value: Tensor, *, queries: int, mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[AttendTensors, AttendSizes, AttendForm]:
-    """Pointers, sizes and constants of a launch; arguments as :func:`attend`."""
+    """Pointers, sizes and constants of a launch without what it fills in.
+
+    Args:
+        codes: Quantized queries, keys and values.
+        value: Values [B, H, N, D], N > 0; read where they are plain.
+        queries: M.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        spec: The attention.
+    """
     kind, strides = "none", (0, 0, 0, 0)
     if mask is not None:
         mask = mask if max(mask.stride()[2:]) < _FARTHEST else mask.contiguous()
         strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
         kind = "all" if strides[2] else "keys"
-    form = attend_form(spec.head_size, keys=keys, mask=kind, interpreted=INTERPRETED)
-    sizes = AttendSizes(y.shape[1], y.shape[2], keys, codes.value.shape[1], *strides)
-    return AttendTensors(codes, y, mask), sizes, form
+    keys, plain = value.shape[2], codes.value is None
+    form = attend_form(spec.head_size, keys=keys, mask=kind, plain=plain, interpreted=INTERPRETED)
+    sizes = AttendSizes(value.shape[1], queries, keys, triton.cdiv(keys, BLOCK), *strides)
+    if not plain:
+        return AttendTensors(codes, None, mask), sizes, form
+    value = value if value.stride(3) == 1 and value.stride(2) < _FARTHEST else value.contiguous()
+    sizes = sizes._replace(**dict(zip(("value_batch", "value_head", "value_token"), value.stride()[:3], strict=True)))
+    return AttendTensors(codes, None, mask, value), sizes, form
 
 
-def attend(codes: Codes, *, y: Tensor, mask: Tensor | None, keys: int, spec: AttentionSpec) -> None:
-    """Fill y with the outputs.
-
-    Args:
-        codes: Quantized queries, keys and values.
-        y: Contiguous [B, H, M, D], M > 0.
-        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
-        keys: N > 0.
-        spec: The attention.
-    """
-    t, sizes, form = _launch_arguments(codes, y=y, mask=mask, keys=keys, spec=spec)
-    grid = (y.shape[0] * y.shape[1] * triton.cdiv(y.shape[2], ROWS),)
-    launch(attend_kernel, grid, t, sizes, form, on=y, num_warps=WARPS, num_stages=STAGES)
+def attend(t: AttendTensors, sizes: AttendSizes, form: AttendForm) -> None:
+    """Fill in the outputs, or the statistics, of arguments that have them."""
+    tiles = t.codes.query.shape[0] * triton.cdiv(sizes.queries, ROWS)
+    launch(attend_kernel, (tiles,), t, sizes, form, on=t.codes.query, num_warps=WARPS, num_stages=STAGES)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from qvgen_kernels.attention.contract import AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.gradient import Operands
 from qvgen_kernels.contract import LinearSpec
 from qvgen_kernels.triton.backend import _card_refusal, _missing
 
-__all__ = ["NAME", "refusal", "triton_attention"]
+__all__ = ["NAME", "refusal", "triton_attention", "triton_products"]
 
 NAME = "triton"
 
@@ -49,7 +50,7 @@ def triton_attention(
     Returns:
         [B, H, M, D] of q's dtype, contiguous.
     """
-    from qvgen_kernels.attention.triton.attend import attend
+    from qvgen_kernels.attention.triton.attend import attend, attend_arguments
     from qvgen_kernels.attention.triton.quantize import quantize
 
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -57,5 +58,36 @@ def triton_attention(
         return y.zero_()
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         codes = quantize(_rotated(q, spec), _rotated(k, spec), v, tensors=tensors, spec=spec)
-        attend(codes, y=y, mask=mask, keys=k.shape[2], spec=spec)
+        t, sizes, form = attend_arguments(codes, v, queries=q.shape[2], mask=mask, spec=spec)
+        attend(t._replace(y=y), sizes, form)
     return y
+
+
+def triton_products(
+    grad: Tensor,
+    operands: Operands,
+    *,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    tensors: AttentionTensors,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the gradient, as :data:`~qvgen_kernels.attention.gradient.Products`. Nothing waits for the device.
+
+    Args:
+        grad: Gradient of the outputs, float32 [B, H, M, D], contiguous.
+        operands: Quantized queries, keys and values.
+        inputs: q, k and v of the forward pass; the codes of probabilities are made of them as there.
+        mask: bool, [B, H, M, N] or 1 in place of any of these sizes; None: every query sees every key.
+        tensors: Clips.
+        spec: The attention.
+
+    Returns:
+        dq^ / lambda, dk^ / lambda and dv^.
+    """
+    from qvgen_kernels.attention.triton.gradient import products
+    from qvgen_kernels.attention.triton.quantize import quantize
+
+    q, k, v = inputs
+    codes = quantize(_rotated(q, spec), _rotated(k, spec), v, tensors=tensors, spec=spec)
+    return products(grad, operands, codes, value=v, mask=mask, spec=spec)

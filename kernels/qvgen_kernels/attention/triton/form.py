@@ -18,6 +18,8 @@ lie at 0bFECBDA: there a thread's own probabilities are the operand that it need
 which is exact: hidden keys have p' = -128 and their own part in the second sum takes that back; keys from N on have v = 0.
 ``base`` is the second sum plus the bits of 1.5 * 2^23, and the product starts from it, so that its result is the bits of
 the float32 number 1.5 * 2^23 + a: |a| <= 255 * 127 * 64 < 2^21 leaves it within one binade.
+
+*Plain values* (``int8_qk``) lie where the caller has them: there are no codes of them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "AttendSizes",
     "AttendTensors",
     "Codes",
+    "Statistics",
     "TokenForm",
     "TokenSizes",
     "TokenTensors",
@@ -47,8 +50,9 @@ _SUMS_TILE = 1024
 """Sums that a program makes, one token after another: more programs hide that better than larger ones."""
 
 
-_PART, _MASKED_PART = 64, 32
-"""Columns whose integer sums a program holds at a time, beside its float32 sums of all columns, and with a mask's tile."""
+_PART, _NARROW_PART = 64, 32
+"""Columns whose sums of a block a program holds at a time, beside its float32 sums of all columns, and fewer where it holds
+more besides: a mask's tile, or probabilities and values of 16 bits."""
 
 
 class Codes(NamedTuple):
@@ -59,7 +63,7 @@ class Codes(NamedTuple):
         factor: The factor of a query's scores; NaN where its outputs are.
         key: Codes.
         key_scale: Scales; 0 for tokens from N on.
-        value: Codes.
+        value: Codes; None, as all that follows, where values are plain.
         base: Where the sums of a block start.
         value_scale: float32 [heads, width].
         mean: float32 [heads, width], means of values.
@@ -142,6 +146,7 @@ class AttendForm:
         part: Columns of each.
         ragged: Whether 64 does not divide N.
         mask: "none"; "keys": the same for all queries; "all".
+        plain: Whether values are not quantized.
         interpreted: For Triton's interpreter.
     """
 
@@ -151,19 +156,38 @@ class AttendForm:
     part: int
     ragged: bool
     mask: str
+    plain: bool
     interpreted: bool
 
 
+class Statistics(NamedTuple):
+    """Numbers of each query that a backward pass takes, made of the gradient of its outputs.
+
+    Attributes:
+        grad: That gradient, float32 [B, H, M, D], contiguous.
+        top: Exponents E, float32 [heads, M], and so are the others.
+        inverse: 1 / L; 1 where L is 0.
+        expected: Sums of P dP over keys.
+    """
+
+    grad: Any
+    top: Any
+    inverse: Any
+    expected: Any
+
+
 class AttendTensors(NamedTuple):
-    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous, and bool mask or None."""
+    """Pointers of the attention's kernel: codes, outputs [B, H, M, D] contiguous or statistics, bool mask, plain values."""
 
     codes: Any
     y: Any
     mask: Any
+    value: Any = None
+    statistics: Any = None
 
 
 class AttendSizes(NamedTuple):
-    """H, M, N, blocks of 64 keys, and the mask's strides, 0 where it has one for all."""
+    """H, M, N, blocks of 64 keys, the mask's strides, 0 where it has one for all, and plain values', whose columns follow."""
 
     heads: Any
     queries: Any
@@ -173,6 +197,9 @@ class AttendSizes(NamedTuple):
     mask_head: Any
     mask_query: Any
     mask_key: Any
+    value_batch: Any = 0
+    value_head: Any = 0
+    value_token: Any = 0
 
 
 def _width_of(head_size: int) -> int:
@@ -186,15 +213,16 @@ def token_form(head_size: int, *, sums: bool = False) -> TokenForm:
     return TokenForm(head_size, width, (_SUMS_TILE if sums else _TILE) // width)
 
 
-def attend_form(head_size: int, *, keys: int, mask: str, interpreted: bool) -> AttendForm:
+def attend_form(head_size: int, *, keys: int, mask: str, plain: bool, interpreted: bool) -> AttendForm:
     """The constants of the attention's kernel.
 
     Args:
         head_size: D.
         keys: N.
         mask: See :class:`AttendForm`.
+        plain: Likewise.
         interpreted: For Triton's interpreter.
     """
     width = _width_of(head_size)
-    part = _MASKED_PART if mask == "all" and width > _PART else min(width, _PART)
-    return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, interpreted)
+    part = _NARROW_PART if (mask == "all" or plain) and width > _PART else min(width, _PART)
+    return AttendForm(head_size, width, width // part, part, keys % BLOCK != 0, mask, plain, interpreted)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvgen_kernels.attention.contract import BLOCK, LARGEST_KEY, AttentionSpec, AttentionTensors
+from qvgen_kernels.attention.contract import BLOCK, LARGEST_KEY, LARGEST_VALUE, AttentionSpec, AttentionTensors
 from qvgen_kernels.attention.triton.form import Codes, TokenForm, TokenSizes, TokenTensors, token_form
 from qvgen_kernels.triton.launch import launch
 from qvgen_kernels.triton.rounding import MAGIC
@@ -192,6 +192,11 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, *, tensors: AttentionTensors, spec
     )
     key_mean = _mean(k) if spec.smooth_key else None
     key, key_scale = _tokens(k, form, padded=padded, mean=key_mean, clip=tensors.key_clip)
+    if spec.probability_type(v.dtype) is not None:
+        largest = torch.linalg.vector_norm(v, ord=float("inf"), dim=(2, 3)).float().view(-1, 1)  # keeps a NaN
+        value_scale = torch.where(largest < LARGEST_VALUE, 1.0, torch.inf)
+        factor = _factors(query_scale, key_scale.amax(1, keepdim=True), value_scale)
+        return Codes(query, factor, key, key_scale, None, None, None, None)
     sizes, new = _sizes(v), v.new_empty
     scale = new(sizes.all_heads, form.width, dtype=torch.float32)
     mean = _mean(v, scale=scale)

@@ -21,6 +21,7 @@ struct Attention {
     float factor;                                       // of scores: softmax scale times log2(e)
     int32_t score_dtype, value_dtype;                   // of q and k, and of v and y: a Dtype
     int32_t smooth_key, backend, threads;
+    int32_t plain;                                      // 1: values are not quantized, and probabilities have their type
 };
 
 // The sums of one call's gradient. Mirrored by CAttentionGradient; "padded" are sizes as padded_head and whole blocks of keys give
@@ -32,7 +33,7 @@ struct AttentionGradient {
     float *grad_query, *grad_key, *grad_value;   // as query, key and key; zeros when the call begins
 };
 
-// What one head's keys and values become. Codes lie as the products of the processor want them.
+// What one head's keys and values become. Codes lie as the products of the processor want them; there are none of plain values.
 struct HeadCodes {
     uint8_t *keys, *values;
     float *key_scale, *value_scale, *value_mean;  // [blocks * 64], [padded head size] twice
@@ -56,7 +57,7 @@ inline int64_t padded_head(const Attention& p) { return (p.head_size + 15) / 16 
 inline int64_t key_blocks(const Attention& p) { return (p.keys + kKeys - 1) / kKeys; }
 
 inline int64_t head_bytes(const Attention& p, int64_t code_bytes) {
-    const int64_t tokens = key_blocks(p) * kKeys, codes = tokens * (p.head_size + padded_head(p)) * code_bytes;
+    const int64_t tokens = key_blocks(p) * kKeys, codes = tokens * (p.head_size + (p.plain ? 0 : padded_head(p))) * code_bytes;
     return (codes + (tokens + 2 * padded_head(p) + 2) * 4 + 127) / 64 * 64;
 }
 
@@ -65,7 +66,7 @@ inline HeadCodes head_codes(const Attention& p, int64_t head, int64_t code_bytes
     HeadCodes h;
     h.keys = p.work + head * head_bytes(p, code_bytes);
     h.values = h.keys + tokens * p.head_size * code_bytes;
-    h.key_scale = reinterpret_cast<float*>(h.values + tokens * padded_head(p) * code_bytes);
+    h.key_scale = reinterpret_cast<float*>(h.values + (p.plain ? 0 : tokens * padded_head(p) * code_bytes));
     h.value_scale = h.key_scale + tokens;
     h.value_mean = h.value_scale + padded_head(p);
     h.steepest = h.value_mean + padded_head(p);

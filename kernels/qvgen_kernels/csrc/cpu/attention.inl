@@ -2,6 +2,7 @@
 
 #include "wide.inl"
 
+
 // The greater of two numbers each, the second where they are equal or one is NaN.
 #if defined(QV_MAX512) && !defined(QV_AVX512_EMULATE)
 QV_INLINE Wide greater(const Wide& a, const Wide& b) {
@@ -36,6 +37,13 @@ QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
     return v;
 }
 #endif
+
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+typedef int32_t HalfMask __attribute__((vector_size(32)));
+typedef int32_t QuarterMask __attribute__((vector_size(16)));
+
+#include "attention_sums.inl"
 
 constexpr float kRound = 12582912.0f;
 
@@ -130,10 +138,25 @@ static void prepare_keys(const Attention& p, int64_t head, const HeadCodes& out,
     *out.steepest = 1.0f / most;
 }
 
+// Whether every value of a head is below 2^88; what is as large, or a NaN, is not finite.
+static bool has_plain_values(const Attention& p, int64_t offset, float* row) {
+    float most = 0.0f;
+    for (int64_t t = 0; t < p.keys; ++t) {
+        load_tokens(p.v, p.value_dtype, offset + t * p.v_row, p.head_size, row);
+        most = largest(row, p.head_size, most);
+    }
+    return most < 3.0948500982134507e26f;
+}
+
 static void prepare_values(const Attention& p, int64_t head, const HeadCodes& out, float* mean, float* row, float* part) {
     const int64_t size = p.head_size, columns = padded_head(p);
     const int64_t offset = head / p.heads * p.v_batch + head % p.heads * p.v_head;
     Code* codes = reinterpret_cast<Code*>(out.values);
+    if (p.plain) {
+        if (!has_plain_values(p, offset, row)) *out.bad = 1.0f;
+        for (int64_t d = 0; d < columns; ++d) out.value_scale[d] = 1.0f, out.value_mean[d] = 0.0f;
+        return;
+    }
     token_mean(p.v, p.value_dtype, offset, p.v_row, p.keys, size, mean, row, part);
     float* most = out.value_scale;
     for (int64_t d = 0; d < columns; ++d) most[d] = out.value_mean[d] = 0.0f;
@@ -172,7 +195,8 @@ struct Rows {
     Code *codes, *probabilities;   // [64][padded head size], [kGroup][64]
     int32_t *scores, *sums, *first;  // [kGroup][64], [kGroup][padded head size], [64]: the shift of keys, times the sum of a query
     float *total, *weight, *top, *scale, *row;  // [64][padded head size], [64] each, one row
-    bool *bad;
+    float *plain, *values, *products;           // of plain values: probabilities [kGroup][64], a block of values [64][padded head
+    bool *bad;                                  // size], their sums [kGroup][padded head size]
 };
 
 static Rows rows_of(const Attention& p) {
@@ -189,6 +213,11 @@ static Rows rows_of(const Attention& p) {
     r.scale = r.top + kQueryRows;
     r.bad = reinterpret_cast<bool*>(r.scale + kQueryRows);
     r.row = r.scale + 2 * kQueryRows;
+    r.plain = r.values = r.products = nullptr;
+    if (!p.plain) return r;
+    r.plain = static_cast<float*>(scratch(kSlotRow, (kGroup * (kKeys + columns) + kKeys * columns) * sizeof(float)));
+    r.values = r.plain + kGroup * kKeys;
+    r.products = r.values + kKeys * columns;
     return r;
 }
 
@@ -213,11 +242,6 @@ static void quantize_query(const Attention& p, int64_t head, int64_t m, int64_t 
     r.weight[slot] = 0.0f;
     for (int64_t d = 0; d < columns; ++d) r.total[slot * columns + d] = 0.0f;
 }
-
-typedef float Half __attribute__((vector_size(32)));
-typedef float Quarter __attribute__((vector_size(16)));
-typedef int32_t HalfMask __attribute__((vector_size(32)));
-typedef int32_t QuarterMask __attribute__((vector_size(16)));
 
 QV_INLINE float largest_lane(const Wide& v) {
     Half low, high;
@@ -247,9 +271,26 @@ QV_INLINE int32_t sum_lanes(const WideMask& v) {
 typedef Code CodeLanes __attribute__((vector_size(16 * sizeof(Code))));
 typedef uint32_t WideBits __attribute__((vector_size(64)));
 
-// Codes of one query's probabilities for a block of keys; their sum, and the exponent that they are relative to.
-QV_INLINE int32_t probabilities(const int32_t* scores, const float* key_scale, float scale, const WideMask* hidden, Code* out,
-                                float* exponent) {
+// 2^(g - 1) / g for g in [1, 2]: times 254.5 / 256 by a quadratic, and by a cubic.
+QV_INLINE Wide quotient(const Wide& g) {
+    return fused(fused(all(0.23233066499233246f), g, all(-0.6901440024375916f)), g, all(1.4485299587249756f));
+}
+
+QV_INLINE Wide fine_quotient(const Wide& g) {
+    const Wide upper = fused(fused(all(-0.10644568502902985f), g, all(0.7074757218360901f)), g, all(-1.3773075342178345f));
+    return fused(upper, g, all(1.775614619255066f));
+}
+
+// Numbers with fewer bits: nearest, halves to even, as a float32 number becomes one of bfloat16 or float16 in their normal range.
+QV_INLINE WideBits rounded_bits(const WideBits& bits, uint32_t dropped) {
+    return (bits + ((1u << dropped >> 1) - 1u) + ((bits >> dropped) & 1u)) & ~((1u << dropped) - 1u);
+}
+
+// One query's probabilities for a block of keys: codes, or whole numbers without their last `dropped` bits as float32. Returns their
+// sum, and the exponent that they are relative to.
+template <bool kPlain>
+QV_INLINE int32_t probabilities(const int32_t* scores, const float* key_scale, float scale, const WideMask* hidden, uint32_t dropped,
+                                void* out, float* exponent) {
     const float lowest = bits_float(0xff800000);
     Wide z[4];
     for (int c = 0; c < 4; ++c) {
@@ -270,18 +311,27 @@ QV_INLINE int32_t probabilities(const int32_t* scores, const float* key_scale, f
         u = u < all(1.0f) ? u : all(1.0f);  // 1/2 + d / 32
         WideBits bits;
         memcpy(&bits, &u, sizeof bits);
-        bits = 0x33800000u - (bits << 4);  // 2^n g, with n + g - 1 = 8 - d
+        bits = (kPlain ? 0x37000000u : 0x33800000u) - (bits << 4);  // 2^n g, with n + g - 1 = 15 - d or 8 - d
         memcpy(&v, &bits, sizeof v);
         bits = (bits & 0x7fffffu) | 0x3f800000u;
         memcpy(&g, &bits, sizeof g);
-        const Wide q = fused(fused(all(0.23233066499233246f), g, all(-0.6901440024375916f)), g, all(1.4485299587249756f));
-        v = fused(v, q, all(kRound));
+        v = fused(v, kPlain ? fine_quotient(g) : quotient(g), all(kRound));
+        if (kPlain) {
+            v = v - all(kRound);
+            memcpy(&bits, &v, sizeof bits);
+            if (dropped) bits = rounded_bits(bits, dropped);
+            if (hidden) bits = hidden[c] ? WideBits{} : bits;
+            memcpy(&v, &bits, sizeof v);
+            keep(static_cast<float*>(out) + c * kLane, v);
+            sum += (WideBits)__builtin_convertvector(v, WideMask);
+            continue;
+        }
         memcpy(&bits, &v, sizeof bits);
         bits &= 0xffu;
         if (hidden) bits = hidden[c] ? WideBits{} : bits;
         sum += bits;
         const CodeLanes codes = __builtin_convertvector(bits, CodeLanes);
-        memcpy(out + c * kLane, &codes, sizeof codes);
+        memcpy(static_cast<Code*>(out) + c * kLane, &codes, sizeof codes);
     }
     return sum_lanes(__builtin_convertvector(sum, WideMask));
 }
@@ -291,8 +341,16 @@ static float power(float z) {
     return bits_float(static_cast<uint32_t>(static_cast<int32_t>(z > -64.0f ? z : -64.0f) + 127) << 23);
 }
 
+QV_INLINE Wide sums_of(const float* sums) { return load(sums); }
+QV_INLINE Wide sums_of(const int32_t* sums) {
+    WideMask whole;
+    memcpy(&whole, sums, sizeof whole);
+    return __builtin_convertvector(whole, Wide);
+}
+
 // Add a block's sums of one query to what is there.
-static void add_block(const Rows& r, int64_t slot, int64_t columns, const int32_t* sums, int32_t weight, float exponent) {
+template <typename Sum>
+static void add_block(const Rows& r, int64_t slot, int64_t columns, const Sum* sums, int32_t weight, float exponent) {
     float* total = r.total + slot * columns;
     const float before = r.top[slot], top = exponent > before ? exponent : before;
     const float factor = power(exponent - top);
@@ -305,11 +363,7 @@ static void add_block(const Rows& r, int64_t slot, int64_t columns, const int32_
         const float kept = r.weight[slot] * shrink;
         r.weight[slot] = kept < least ? 0.0f : kept;
     }
-    for (int64_t d = 0; d < columns; d += kLane) {
-        WideMask whole;
-        memcpy(&whole, sums + d, sizeof whole);
-        keep(total + d, load(total + d) + __builtin_convertvector(whole, Wide) * factor);
-    }
+    for (int64_t d = 0; d < columns; d += kLane) keep(total + d, load(total + d) + sums_of(sums + d) * factor);
     r.weight[slot] += static_cast<float>(weight) * factor;
     r.top[slot] = top;
 }
@@ -326,21 +380,36 @@ static const WideMask* hidden_keys(const Attention& p, int64_t head, int64_t m, 
     return place;
 }
 
-// Codes of the probabilities of `count` queries from `slot` on for one block of keys; their sums and exponents.
+// Bits of float32 that a type of values does not have.
+static uint32_t dropped_bits(const Attention& p) { return p.value_dtype == kFloat32 ? 0 : p.value_dtype == kBfloat16 ? 16 : 13; }
+
+template <bool kPlain>
+static void code_rows(const Attention& p, int64_t head, int64_t m, int64_t slot, int64_t count, int64_t begin, const HeadCodes& h,
+                      const Rows& r, int32_t* weight, float* exponent) {
+    const float* key_scale = h.key_scale + begin;
+    const uint32_t dropped = dropped_bits(p);
+    WideMask place[4];
+    for (int64_t i = 0; i < count; ++i) {
+        const WideMask* hidden = hidden_keys(p, head, m + i, begin, place);
+        const int32_t* row = r.scores + i * kKeys;
+        const float scale = r.scale[slot + i];
+        void* out = kPlain ? static_cast<void*>(r.plain + i * kKeys) : static_cast<void*>(r.probabilities + i * kKeys);
+        weight[i] = hidden ? probabilities<kPlain>(row, key_scale, scale, hidden, dropped, out, exponent + i)
+                           : probabilities<kPlain>(row, key_scale, scale, nullptr, dropped, out, exponent + i);
+        if (!weight[i]) memset(out, 0, kKeys * (kPlain ? sizeof(float) : sizeof(Code)));
+    }
+}
+
+// Probabilities of `count` queries from `slot` on for one block of keys; their sums and exponents.
 static void code_group(const Attention& p, int64_t head, int64_t m, int64_t slot, int64_t count, int64_t begin, const HeadCodes& h,
                        const Rows& r, int32_t* weight, float* exponent) {
     const Code* keys = reinterpret_cast<const Code*>(h.keys) + begin * p.head_size;
     const int64_t columns = padded_head(p);
     scores(r.codes + slot * columns, columns, keys, p.head_size / kPack, r.first + slot, count, r.scores);
-    WideMask place[4];
-    for (int64_t i = 0; i < count; ++i) {
-        const WideMask* hidden = hidden_keys(p, head, m + i, begin, place);
-        const float scale = r.scale[slot + i], *key_scale = h.key_scale + begin;
-        Code* out = r.probabilities + i * kKeys;
-        weight[i] = hidden ? probabilities(r.scores + i * kKeys, key_scale, scale, hidden, out, exponent + i)
-                           : probabilities(r.scores + i * kKeys, key_scale, scale, nullptr, out, exponent + i);
-        if (!weight[i]) memset(out, 0, kKeys * sizeof(Code));
-    }
+    if (p.plain)
+        code_rows<true>(p, head, m, slot, count, begin, h, r, weight, exponent);
+    else
+        code_rows<false>(p, head, m, slot, count, begin, h, r, weight, exponent);
 }
 
 // `count` queries from `slot` on against one block of keys.
@@ -351,17 +420,37 @@ static void attend_group(const Attention& p, int64_t head, int64_t m, int64_t sl
     int32_t weight[kGroup];
     float exponent[kGroup];
     code_group(p, head, m, slot, count, begin, h, r, weight, exponent);
-    sums_of_values(r.probabilities, values, columns, count, r.sums);
-    for (int64_t i = 0; i < count; ++i)
-        if (weight[i]) add_block(r, slot + i, columns, r.sums + i * columns, weight[i], exponent[i]);
+    if (p.plain) {
+        memset(r.products, 0, static_cast<size_t>(count * columns) * sizeof(float));
+        accumulate({r.plain, kKeys, 1}, count, r.values, columns, kKeys, columns, r.products, columns);
+    } else {
+        sums_of_values(r.probabilities, values, columns, count, r.sums);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        if (!weight[i]) continue;
+        if (p.plain)
+            add_block(r, slot + i, columns, r.products + i * columns, weight[i], exponent[i]);
+        else
+            add_block(r, slot + i, columns, r.sums + i * columns, weight[i], exponent[i]);
+    }
+}
+
+// One block of plain values as float32; tokens and columns that there are not are zeros.
+static void load_values(const Attention& p, int64_t head, int64_t begin, const Rows& r) {
+    const int64_t columns = padded_head(p), offset = head / p.heads * p.v_batch + head % p.heads * p.v_head;
+    memset(r.values, 0, static_cast<size_t>(kKeys * columns) * sizeof(float));
+    for (int64_t j = 0; j < kKeys && begin + j < p.keys; ++j)
+        load_tokens(p.v, p.value_dtype, offset + (begin + j) * p.v_row, p.head_size, r.values + j * columns);
 }
 
 // Running sums of `count` queries from `row` on over all blocks of keys.
 static void attend_block(const Attention& p, int64_t head, int64_t row, int64_t count, const HeadCodes& h, const Rows& r) {
     for (int64_t i = 0; i < count; ++i) quantize_query(p, head, row + i, i, h, r);
-    for (int64_t begin = 0; begin < p.keys && *h.bad == 0.0f; begin += kKeys)
+    for (int64_t begin = 0; begin < p.keys && *h.bad == 0.0f; begin += kKeys) {
+        if (p.plain) load_values(p, head, begin, r);
         for (int64_t slot = 0; slot < count; slot += kGroup)
             attend_group(p, head, row + slot, slot, count - slot < kGroup ? count - slot : kGroup, begin, h, r);
+    }
 }
 
 static void finish(const Attention& p, int64_t head, int64_t m, int64_t slot, const HeadCodes& h, const Rows& r) {
