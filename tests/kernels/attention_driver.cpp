@@ -53,7 +53,7 @@ int main() {
             call.q_head = call.y_head = queries * size, call.k_head = call.v_head = keys * size;
             call.q_row = call.k_row = call.v_row = call.y_row = size;
             if (trial % 2) call.mask = mask.data(), call.mask_row = keys, call.mask_key = 1, call.key_clip = clip.data();
-            call.factor = 0.2f, call.smooth_key = trial % 3 != 0, call.backend = backend, call.threads = 2;
+            call.plain = trial % 4 > 1, call.factor = 0.2f, call.smooth_key = trial % 3 != 0, call.backend = backend, call.threads = 2;
             void* work = nullptr;
             if (posix_memalign(&work, 64, static_cast<size_t>(qv_attention_work_bytes(&call)))) return 1;
             call.work = static_cast<uint8_t*>(work);
