@@ -8,7 +8,8 @@ and which changes with the arithmetic of kernels/attention.md: what was trained 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qvgen.layers.attention_form import AttentionForm
 from qvgen.layers.attention_swap import attention_modules, head_sizes, packed_attentions, put_product_
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.quant_attention import PackedAttention
+from qvgen.quant.attention_profile import IN_WORDS
 
 ATTENTION_VERSION = 3
 """Version of manifests with quantized attentions. 2: exponents by a cubic, without fused multiply-adds."""
@@ -40,6 +42,11 @@ class AttentionEntry:
 def attention_entries(model: nn.Module) -> tuple[AttentionEntry, ...]:
     """The entries of a packed model's quantized attentions, in its order."""
     return tuple(AttentionEntry(name=name, form=product.form) for name, product in packed_attentions(model).items())
+
+
+def attention_counts(entries: Iterable[AttentionEntry]) -> dict[str, int]:
+    """What of attentions is quantized, in words -> how many have that."""
+    return dict(Counter(IN_WORDS[entry.form.kind] for entry in entries))
 
 
 def read_attentions(data: Mapping[str, Any]) -> tuple[AttentionEntry, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import yaml
 
+from qvgen.deploy.attention_entry import attention_counts
 from qvgen.deploy.card_evaluation import evaluated_text, read_card_evaluation
 from qvgen.deploy.card_facts import base_repository, license_name, license_of, papers_of
 from qvgen.deploy.card_report import measured_text, read_report, recipe_text, speed_text
@@ -118,7 +119,7 @@ def model_card(manifest: Manifest, measured: Measured, *, repository: str, size:
     """
     base = base_repository(manifest.base_name)
     training = manifest.training
-    bits = _widths(manifest)
+    bits, attentions = _widths(manifest), attention_counts(manifest.attentions)
     sections = [
         _header(manifest, base=base),
         f"# {repository.rpartition('/')[2]}",
@@ -135,7 +136,7 @@ def model_card(manifest: Manifest, measured: Measured, *, repository: str, size:
                 "transformer": manifest.transformer,
                 "bits": bits,
                 "profile": ", ".join(sorted({layer.form.profile.name for layer in manifest.layers})),
-                "attention": f"{len(manifest.attentions)} in 8 bits" if manifest.attentions else None,
+                "attention": ", ".join(f"{count} {words}" for words, count in attentions.items()) or None,
                 "method": training.get("method"),
                 "start (PTQ)": training.get("init"),
                 "steps": training.get("steps"),

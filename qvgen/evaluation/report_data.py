@@ -229,7 +229,8 @@ class ReportData:
         sampling: seconds and memory of each variant; None where nothing was sampled.
         layers: the quantized layers, in the model's order.
         skipped: the Linears that were not quantized.
-        attentions: names of the attentions that compute in 8 bits, in the model's order.
+        attentions: names of the quantized attentions, in the model's order.
+        attention_words: what of them is quantized; empty where there is none.
         seconds: wall-clock seconds by stage, in order; holds at least init, train, fold and generate.
         environment: versions, git revision, machine.
 
@@ -249,6 +250,7 @@ class ReportData:
     seconds: Mapping[str, float]
     environment: Environment
     attentions: tuple[str, ...] = ()
+    attention_words: str = ""
 
     def __post_init__(self) -> None:
         missing = [stage for stage in STAGES if stage not in self.seconds]

@@ -27,6 +27,10 @@ NO_ATTENTION = "none"
 """The value of ``profile.attention`` that leaves attention in floating point."""
 
 
+IN_WORDS: Mapping[str, str] = {"int8": "in 8 bits", "int8_qk": "with queries and keys in 8 bits"}
+"""Kind of a quantized attention -> how a report and a model card call it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionProfile:
     """How attention is quantized.

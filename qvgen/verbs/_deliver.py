@@ -24,6 +24,7 @@ from qvgen.evaluation.quality_data import Quality
 from qvgen.evaluation.report.verdict import judge_all
 from qvgen.evaluation.report_data import HeldOutError, ModelSize, ReportData, RunInfo, SkippedLayer
 from qvgen.layers.attention_swap import packed_attentions
+from qvgen.quant.attention_profile import IN_WORDS
 from qvgen.training.callbacks.steps import total_seconds
 from qvgen.training.distributed.store_queue import StoreQueue
 from qvgen.training.start.student import Measured, fold_student
@@ -101,6 +102,7 @@ def deliver(
         sampling=comparison.sampling,
         layers=layer_reports(packed),
         attentions=tuple(packed_attentions(packed)),
+        attention_words=IN_WORDS[config.profile.attention.kind] if config.profile.attention else "",
         skipped=tuple(
             SkippedLayer(name=name, reason="excluded by the model's patterns")
             for name in read_manifest(path / "packed").skipped

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qvgen.config.schema.verbs import InspectConfig
-from qvgen.deploy.attention_entry import AttentionEntry
+from qvgen.deploy.attention_entry import AttentionEntry, attention_counts
 from qvgen.deploy.checkpoint import check_packed
 from qvgen.deploy.manifest import MANIFEST_FILE, WEIGHTS_FILE, LayerEntry, Manifest, read_manifest
 
@@ -50,7 +50,7 @@ def table(manifest: Manifest, *, file_bytes: int) -> list[str]:
         f"{len(manifest.layers)} layers of {manifest.transformer} ({manifest.base_name}), {weights} weights, "
         f"{layers} bytes ({8 * layers / weights:.2f} bits per weight with scales, clips and biases); file {file_bytes} bytes",
         f"weight error: |Q(W) - W|^2 / |W|^2 against the trained master weight; {training}",
-        *([f"attention in 8 bits: {len(manifest.attentions)}"] if manifest.attentions else []),
+        *(f"attention {words}: {count}" for words, count in attention_counts(manifest.attentions).items()),
         "whole: sha256, names, shapes and values are right",
     ]
     return [_printable(line) for line in lines]

@@ -94,6 +94,10 @@ def test_scores_in_8_bits_alone_are_packed_too(name: str, tmp_path: Path) -> Non
     save_packed(student, tmp_path, base_name=name)
     content = json.loads((tmp_path / "manifest.json").read_text())
     assert {entry["kind"] for entry in content["attentions"]} == {"int8_qk"}
+    number = len(content["attentions"])
+    assert f"attention with queries and keys in 8 bits: {number}" in table(check_packed(tmp_path), file_bytes=1)
+    card = card_of(tmp_path, sources=CardSources(), repository=None)
+    assert f"| attention | {number} with queries and keys in 8 bits |" in card
     loaded = load_packed(tmp_path)
     assert torch.equal(call(name, loaded), wanted)
     assert torch.equal(call(name, load_packed(tmp_path, kernel="reference")), wanted)
