@@ -3,8 +3,9 @@
 #
 #     bash kernels/bench/gpu.sh OUT                 on a machine with a GPU
 #     bash kernels/bench/gpu.sh OUT --rehearse      the same on the CPU: tiny shapes, Triton's interpreter
-#     bash kernels/bench/gpu.sh OUT --parts table   some of it: correctness,table,blocks,attention,attention_times,
-#                                                   fake_quantization,sanitizer,tiles
+#     bash kernels/bench/gpu.sh OUT --parts table   some of it: correctness,table,blocks,attention,
+#                                                   attention_gradient,attention_times,fake_quantization,
+#                                                   sanitizer,tiles
 #
 # It needs torch >= 2.8, triton >= 3.6, numpy, safetensors and this checkout; PYTHON names the interpreter.
 set -euo pipefail

@@ -77,7 +77,7 @@ def rehearsed(blocked):
     """The folder of a rehearsal of the cheap parts but the last, in a process that finds no other packages."""
     out = blocked / "out"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", SCRIPT.parent, blocked)))
-    parts = ["--parts", "correctness,attention,attention_times,fake_quantization"]
+    parts = ["--parts", "correctness,attention,attention_gradient,attention_times,fake_quantization"]
     names = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ONE_PROCESS, str(out), "--rehearse", *parts],
@@ -102,10 +102,14 @@ def test_a_rehearsal_holds_the_kernels_to_the_reference_without_other_packages(r
 
 def test_a_rehearsal_holds_attention_to_the_reference_and_times_it(rehearsed):
     rows = rows_of(rehearsed, "attention")
-    assert len(rows) == 2
-    assert all(row["equal"] and row["steady"] for row in rows)
+    assert [row["kind"] for row in rows] == ["int8", "int8", "int8_qk"]
+    gradients = rows_of(rehearsed, "attention_gradient")
+    assert [(row["kind"], row["of"]) for row in gradients] == [
+        (kind, of) for kind in ("int8", "int8_qk") for of in "qkv"
+    ]
+    assert all(row["equal"] and row["steady"] for row in [*rows, *gradients])
     timed = {row["candidate"] for row in rows_of(rehearsed, "attention_times") if "ms" in row}
-    assert timed >= {"torch bf16, flash", "triton int8", "quantize alone", "attend alone"}
+    assert timed >= {"torch bf16, flash", "triton int8", "triton int8_qk", "quantize alone", "attend alone"}
     assert re.search(r"\| 20 tokens, 1 x 64 \| triton int8 \| \d", (rehearsed / "gpu.md").read_text())
 
 

@@ -9,6 +9,7 @@
     table              M x K -> N of every model beside torch's own products
     blocks             a transformer block in bfloat16 and packed, both compiled
     attention          attention in 8 bits, held to the reference
+    attention_gradient its gradient, held to the reference's
     attention_times    beside torch's attention and SageAttention
     fake_quantization  a training step of one layer, fused and eager
     tiles              the fastest tiles of the card, with the time that is left

@@ -44,6 +44,7 @@ PARTS = (
     Part("table", 150.0, warmers=8),
     Part("blocks", 110.0, warmers=6),
     Part("attention", 60.0, workers=14),
+    Part("attention_gradient", 40.0, workers=14),
     Part("attention_times", 30.0, warmers=4),
     Part("fake_quantization", 40.0),
     Part("sanitizer", 50.0),

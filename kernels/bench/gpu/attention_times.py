@@ -52,6 +52,8 @@ def _times(setting: Setting, tokens: int, size: int, warm: bool) -> Iterator[Row
     if importlib.util.find_spec("sageattention") is not None:
         calls["SageAttention"] = partial(_sage, q, k, v)
     calls["triton int8"] = partial(operator(setting), q, k, v, spec=spec, mask=None, tensors=none)
+    scores = AttentionSpec(size, kind="int8_qk")
+    calls["triton int8_qk"] = partial(operator(setting), q, k, v, spec=scores, mask=None, tensors=none)
     calls["quantize alone"] = partial(quantize, q, k, v, tensors=none, spec=spec)
     calls["attend alone"] = partial(attend, ready, y=y, mask=None, keys=tokens, spec=spec)
     timer = by_wall if setting.rehearse else by_events

@@ -37,7 +37,12 @@ class Results:
         every = [row for rows in self.rows.values() for row in rows]
         return [
             row for row in every if any(row.get(key) is False for key in ("equal", "steady", "bits_equal", "finite"))
-        ] + [row for name in ("correctness", "attention") for row in self.rows.get(name, []) if "error" in row]
+        ] + [
+            row
+            for name in ("correctness", "attention", "attention_gradient")
+            for row in self.rows.get(name, [])
+            if "error" in row
+        ]
 
 
 def read_results(out: Path) -> Results:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qvgen.config.schema.verbs import BenchmarkConfig
+from qvgen.quant.attention_profile import AttentionKind
 from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
 from qvgen_kernels.attention import AttentionSpec, attention, attention_kernels
 
@@ -49,16 +51,15 @@ def attention_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]])
 
 def _candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
     narrow = [tensor.bfloat16() for tensor in (q, k, v)]
-    spec = AttentionSpec(q.shape[-1])
 
-    def packed(kernel: str) -> Callable[[], Tensor]:
-        return lambda: attention(*narrow, spec=spec, kernel=kernel)
+    def packed(kind: AttentionKind, kernel: str) -> Callable[[], Tensor]:
+        return partial(attention, *narrow, spec=AttentionSpec(q.shape[-1], kind=kind), kernel=kernel)
 
-    kernels = attention_kernels(q.device)
+    kernels = [name for name, reason in attention_kernels(q.device).items() if reason is None and name not in _SLOW]
     return {
         _BASE: lambda: scaled_dot_product_attention(*narrow),
         "torch float32": lambda: scaled_dot_product_attention(q, k, v),
-        **{f"int8 {name}": packed(name) for name, reason in kernels.items() if reason is None and name not in _SLOW},
+        **{f"{kind} {name}": packed(kind, name) for kind in get_args(AttentionKind) for name in kernels},
     }
 
 
