@@ -39,13 +39,14 @@ def _by_backend(name: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _times(setting: Setting, tokens: int, size: int, warm: bool) -> Iterator[Row]:
-    from qvgen_kernels.attention.triton.attend import attend
+    from qvgen_kernels.attention.triton.attend import attend, attend_arguments
     from qvgen_kernels.attention.triton.quantize import quantize
 
     heads = 1 if setting.rehearse else _WIDTH // size
     q, k, v = make_numbers(setting, heads, tokens, size)
     spec, none = AttentionSpec(size), AttentionTensors()
-    ready, y = quantize(q, k, v, tensors=none, spec=spec), torch.empty_like(q)
+    codes = quantize(q, k, v, tensors=none, spec=spec)
+    given, sizes, form = attend_arguments(codes, v, queries=tokens, mask=None, spec=spec)
     calls: dict[str, Callable[[], object]] = {FLASH: partial(_by_backend, SDPBackend.FLASH_ATTENTION, q, k, v)}
     if not setting.rehearse:
         calls["torch bf16, cuDNN"] = partial(_by_backend, SDPBackend.CUDNN_ATTENTION, q, k, v)
@@ -55,7 +56,7 @@ def _times(setting: Setting, tokens: int, size: int, warm: bool) -> Iterator[Row
     scores = AttentionSpec(size, kind="int8_qk")
     calls["triton int8_qk"] = partial(operator(setting), q, k, v, spec=scores, mask=None, tensors=none)
     calls["quantize alone"] = partial(quantize, q, k, v, tensors=none, spec=spec)
-    calls["attend alone"] = partial(attend, ready, y=y, mask=None, keys=tokens, spec=spec)
+    calls["attend alone"] = partial(attend, given._replace(y=torch.empty_like(q)), sizes, form)
     timer = by_wall if setting.rehearse else by_events
     found = compare(calls, timer=timer, rounds=1 if warm or setting.rehearse else None)
     for name, times in found.items():
