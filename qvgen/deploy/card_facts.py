@@ -17,6 +17,7 @@ LICENSES: Mapping[str, tuple[str, str]] = {
     "hunyuanvideo-community/HunyuanVideo": ("other", "tencent-hunyuan-community"),
     "genmo/mochi-1": ("apache-2.0", ""),
     "maxin-cn/Latte": ("apache-2.0", ""),
+    "hpcai-tech/OpenSora": ("apache-2.0", ""),
 }
 """Beginning of a repository's name -> the hub's identifier of its licence, and its name where that is ``other``."""
 

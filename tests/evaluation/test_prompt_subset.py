@@ -157,4 +157,4 @@ def test_the_page_has_the_measured_errors() -> None:
         assert row["predicted"] == pytest.approx(row["rms"], rel=0.04)
     parts = [part for row in metrics.values() for part in row["dimensions"].values()]
     within = sum(abs(part["error"]) <= part["predicted"] for part in parts)
-    assert f"of the {len(parts)}\n  errors of one metric in one motion {within} lie within it" in page
+    assert f"of the {len(parts)} errors of one metric in one motion {within} lie within it" in " ".join(page.split())

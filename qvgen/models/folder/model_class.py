@@ -17,5 +17,6 @@ def model_class(name: str) -> Any:
     """The class of a name; None where neither diffusers nor a family has one."""
     if not name.isidentifier() or name.startswith("_"):
         return None
-    own = (kind for model in known_models() for kind in model.own_classes if kind.__name__ == name)
-    return getattr(diffusers, name, None) or next(own, None)
+    if (found := getattr(diffusers, name, None)) is not None:
+        return found  # without a look at the families, whose modules would all be imported
+    return next((kind for model in known_models() for kind in model.own_classes if kind.__name__ == name), None)

@@ -26,7 +26,7 @@ from qvgen.config.leaf_file import installed_names, leaf_path
 Configs = Callable[[str], Mapping[str, Any]]
 """Name of a component (transformer, vae, model_index) -> its configuration."""
 
-_SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+_SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "hidden_size", "ffn_dim")
 _CONDITIONS = (
     "image_dim",
     "added_kv_proj_dim",

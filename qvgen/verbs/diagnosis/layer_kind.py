@@ -75,8 +75,9 @@ def layer_shapes(asked: Sequence[str] | None) -> list[tuple[int, int]]:
         return [(int(match[1]), int(match[2])) for match in found if match is not None]
     shapes = set()
     for model in known_models():
-        hidden = model.sizes["num_attention_heads"] * model.sizes["attention_head_dim"]
-        inner = model.sizes.get("ffn_dim", 4 * hidden)
+        sizes = model.sizes
+        hidden = sizes.get("hidden_size") or sizes["num_attention_heads"] * sizes["attention_head_dim"]
+        inner = sizes.get("ffn_dim", 4 * hidden)
         shapes |= {(hidden, hidden), (hidden, inner), (inner, hidden)}
     return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 

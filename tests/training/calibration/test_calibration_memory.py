@@ -59,7 +59,7 @@ def test_the_documented_totals(skeleton) -> None:
     name, _, sizes = skeleton
     total = sum(4 * size * size + 4 * BANDS * size for _, size in sizes) / GIB
     assert total == pytest.approx(SECOND_MOMENTS_GIB[name], abs=0.05)
-    text = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
     assert f"{total:.1f} GiB" in text
 
 
