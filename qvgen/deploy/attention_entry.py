@@ -45,7 +45,7 @@ def attention_entries(model: nn.Module) -> tuple[AttentionEntry, ...]:
 
 
 def attention_counts(entries: Iterable[AttentionEntry]) -> dict[str, int]:
-    """What of attentions is quantized, in words -> how many have that."""
+    """Quantized parts of attentions, in words -> how many attentions have these."""
     return dict(Counter(IN_WORDS[entry.form.kind] for entry in entries))
 
 

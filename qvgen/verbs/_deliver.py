@@ -103,13 +103,15 @@ def deliver(
         layers=layer_reports(packed),
         attentions=tuple(packed_attentions(packed)),
         attention_words=IN_WORDS[config.profile.attention.kind] if config.profile.attention else "",
-        skipped=tuple(
-            SkippedLayer(name=name, reason="excluded by the model's patterns")
-            for name in read_manifest(path / "packed").skipped
-        ),
+        skipped=_skipped_layers(path / "packed"),
         seconds=seconds,
         environment=collect_environment(),
     )
+
+
+def _skipped_layers(packed: Path) -> tuple[SkippedLayer, ...]:
+    skipped = read_manifest(packed).skipped
+    return tuple(SkippedLayer(name=name, reason="excluded by the model's patterns") for name in skipped)
 
 
 def show_result(data: ReportData, report: Path) -> None:
