@@ -210,7 +210,8 @@ def plot_methods(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             of = [row for row in rows if (row["bits"], row["method"]) == (width, name)]
             errors = [row["error_start"] if row["error"] is None else row["error"] for row in of]
             if errors:
-                low, mean, high = min(errors), fmean(errors), max(errors)
+                low, high = min(errors), max(errors)
+                mean = min(max(fmean(errors), low), high)  # a mean of equal numbers is rounded, too
                 axes.barh(
                     height, mean, xerr=[[mean - low], [high - mean]], color="C7" if of[0]["error"] is None else "C0"
                 )
