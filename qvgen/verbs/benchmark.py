@@ -9,6 +9,7 @@ from qvgen import stop_request
 from qvgen.config.command_line import command_line
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.cpu_threads import set_threads
+from qvgen.errors import UserError
 from qvgen.evaluation.environment import collect_environment
 from qvgen.run_directory import atomic_write
 from qvgen.verbs._earlier_result import refuse_earlier
@@ -22,9 +23,12 @@ def run(config: BenchmarkConfig) -> None:
     """Run the benchmark that ``what`` names; the same command goes on with one that was stopped.
 
     Raises:
+        UserError: ``shapes`` for a benchmark that has none.
         ValueError: Its files are there from another call.
     """
     benchmark = load_benchmark(config.what)
+    if config.shapes is not None and not benchmark.shapes:
+        raise UserError(f"shapes={list(config.shapes)} are not of what={config.what}, which has none; leave shapes out")
     set_threads(config.run.strategy.threads)
     name = f"{config.what.replace('_', '-')}-{benchmark.subject(config)}"
     results, page, picture = (config.out / f"{name}.{suffix}" for suffix in ("json", "md", "svg"))

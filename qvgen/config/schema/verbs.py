@@ -228,7 +228,7 @@ class BenchmarkConfig:
         videos: Videos of each cell of ``ptq``, for the PSNR to the full-precision model's, and of ``svdq_accumulation``.
         timed_steps: Optimizer steps of ``training``, repetitions of ``ptq_cost``, rounds of the others that measure time.
         shapes: Shapes of ``kernels``, ``fake_quantization`` and ``training_ratios``: MxK-N, for ``kernels`` also MxK-H-N,
-            for ``training_ratios`` also block@FxHxW and step. Of ``attention``: TOKENSxD.
+            for ``training_ratios`` also block@FxHxW and step. Of ``attention``: TOKENSxD. None: the benchmark's own.
         tune: True: ``kernels`` looks for the fastest tiles of the GPU's kernels and keeps them in the user's cache.
         threads: Numbers of threads of ``kernels``, ``attention``, ``fake_quantization``, ``denoising_step`` and
             ``loading``.
@@ -248,7 +248,7 @@ class BenchmarkConfig:
     seeds: Annotated[tuple[int, ...], Range("0..4294967295")]
     videos: Annotated[int, Range("> 0")]
     timed_steps: Annotated[int, Range("> 0")]
-    shapes: tuple[str, ...]
+    shapes: tuple[str, ...] | None
     tune: bool
     threads: Annotated[tuple[int, ...], Range("> 0")]
     blocks: Annotated[int, Range("> 0")]

@@ -21,7 +21,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.quant.attention_profile import AttentionKind
-from qvgen.verbs.benchmarks.base import Benchmark, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
+from qvgen.verbs.benchmarks.base import (
+    Benchmark,
+    cpu_kernel,
+    integer_rates,
+    of_rounds,
+    shapes_of,
+    shown_rounds,
+    table_lines,
+    timed_cells,
+)
 from qvgen_kernels.attention import AttentionSpec, attention, attention_kernels
 
 _SLOW = ("reference", "portable")
@@ -41,12 +50,12 @@ def attention_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]])
     Raises:
         ValueError: A shape of another form, or a size of heads that there is no attention for.
     """
-    for text in config.shapes:
+    for text in shapes_of(config):
         _parse(text)
-    first = config.widths[0]
-    for text, width, threads in timed_cells(config, [text for text in config.shapes if (text,) not in done]):
+    first, peak = config.widths[0], max(integer_rates().values())
+    for text, width, threads in timed_cells(config, [text for text in shapes_of(config) if (text,) not in done]):
         if width == first:  # bit-widths are those of Linears
-            yield _measure(text, threads, config)
+            yield {**_measure(text, threads, config), "core_peak_gops": peak}
 
 
 def _candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -97,11 +106,12 @@ def attention_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         f"{head['machine']['cpu']}, torch {head['versions']['torch']}. Quantization of queries, keys and values included. "
         f"Medians of {head['timed_steps']} interleaved rounds in one process. Operations are 4 D a pair of tokens. "
         "The last column is the time of torch's attention in bfloat16 over the candidate's: median of the rounds' ratios "
-        "(lowest to highest).",
+        "(lowest to highest). The peak is what the integer instructions of as many cores do whose operands lie in the "
+        f"first-level cache: {rows[0]['core_peak_gops']:.0f} GOP/s of one core.",
         "",
         f"    {head['command']}",
         "",
-        *table_lines(["tokens x D", "threads", "attention", "ms", "GOP/s", "speedup"], _lines(rows)),
+        *table_lines(["tokens x D", "threads", "attention", "ms", "GOP/s", "of the peak", "speedup"], _lines(rows)),
     ]
 
 
@@ -114,13 +124,14 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
                 name,
                 f"{1000 * median(seconds):.1f}",
                 f"{row['gops'][name]:.0f}",
+                f"{row['gops'][name] / row['core_peak_gops'] / row['threads']:.0%}" if name.startswith("int8") else "-",
                 shown_rounds(row["speedup"][name]),
             ]
 
 
 def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
-    return f"attention: shapes {', '.join(config.shapes)} on {list(config.threads)} threads"
+    return f"attention: shapes {', '.join(shapes_of(config))} on {list(config.threads)} threads"
 
 
 BENCHMARK = Benchmark(
@@ -129,5 +140,6 @@ BENCHMARK = Benchmark(
     describe=_describe,
     subject=lambda _: f"cpu-{cpu_kernel()}",
     group=("shape",),
+    shapes=("4276x64", "4276x128", "17776x64", "17776x128"),
     several_rows=True,
 )

@@ -6,11 +6,11 @@ it is asked for, so that a benchmark whose libraries are missing keeps no other 
 
 from __future__ import annotations
 
-import json
 import pkgutil
 import re
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
@@ -19,16 +19,13 @@ from typing import Any, Protocol
 import torch
 
 from qvgen.config.bits import Bits
-from qvgen.config.build import build, check
-from qvgen.config.command_line import parts_of_job
-from qvgen.config.compose import compose_plain
-from qvgen.config.flags import parse_flags
 from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
 from qvgen.training.freed_memory import keep_freed_memory
-from qvgen.verbs import benchmarks, import_verb
+from qvgen.verbs import benchmarks
 from qvgen_kernels import LinearSpec, resolve_kernel
+from qvgen_kernels.cpu_library import BACKENDS, library, supported
 
 Row = Mapping[str, Any]
 Group = tuple[Any, ...]
@@ -59,71 +56,6 @@ def methods_of(config: BenchmarkConfig) -> list[str]:
 def init_leaves(config: BenchmarkConfig) -> list[object]:
     """The PTQ methods that are compared, without their rotations."""
     return [load_leaf("init", name.partition("+")[0]) for name in methods_of(config)]
-
-
-def run_of_cell(
-    config: BenchmarkConfig,
-    verb: str,
-    cell: Mapping[str, str | int],
-    *,
-    name: str,
-    without: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The configuration of a run that is one cell of a benchmark: what was typed for that, and the cell's own keys.
-
-    Args:
-        config: The benchmark's.
-        verb: ``train`` or ``ptq``.
-        cell: Keys of the run.
-        name: Folder of the run below the benchmark's ``run_dir``.
-        without: Keys and sections that the verb does not have: what was typed for them is left out.
-    """
-    own = {field.name for field in fields(BenchmarkConfig)} | {"run_dir", "resume", *cell}
-    words = [(word.lstrip("+").partition("=")[0], word) for word in parse_flags(config.run.typed).overrides]
-    typed = [word for key, word in words if key not in own and key.partition(".")[0] not in without]
-    alone = {} if verb != "train" or any(key == "devices" for key, _ in words) else {"devices": 1}
-    further = {**alone, **cell, "run_dir": config.run.run_dir / name, "resume": "true"}
-    return compose_plain(verb, [*typed, *(f"{key}={value}" for key, value in further.items())])
-
-
-def run_cell(verb: str, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a cell, or go on with it; its report."""
-    with parts_of_job():
-        import_verb(verb).run(build(verb, plain))
-    report: dict[str, Any] = json.loads((Path(plain["run_dir"]) / "report.json").read_text(encoding="utf-8"))
-    return report
-
-
-Cell = tuple[int, Bits, str]
-"""Seed, bit-width, and the name of what is compared."""
-
-
-def finished_runs(
-    config: BenchmarkConfig,
-    names: Sequence[str],
-    *,
-    plain: Callable[[int, Bits, str], tuple[str, dict[str, Any]]],
-    done: Container[Group],
-) -> Iterator[tuple[Cell, Path, dict[str, Any]]]:
-    """Run the cell of every seed, bit-width and name, in this order.
-
-    Args:
-        config: The benchmark's.
-        names: What is compared.
-        plain: Verb and configuration of a cell, by :func:`run_of_cell`; all are checked before the first one runs for hours.
-        done: Seed, label of the bit-width and name of cells that are left out.
-
-    Yields:
-        A cell, its run's folder and report.
-    """
-    cells = [(seed, width, name) for seed in config.seeds for width in config.widths for name in names]
-    runs = {cell: plain(*cell) for cell in cells}
-    for verb, content in runs.values():
-        check(verb, content)
-    for cell, (verb, content) in runs.items():
-        seed, width, name = cell
-        if (seed, width.label, name) not in done:
-            yield cell, Path(content["run_dir"]), run_cell(verb, content)
 
 
 def timed_cells(config: BenchmarkConfig, subjects: Iterable[str]) -> Iterator[tuple[str, Bits, int]]:
@@ -236,6 +168,7 @@ class Benchmark:
         plot: Rows and path -> a picture beside the page; None: there is none.
         leaves: What is compared besides code of ours: a result of other sources is another result.
         real_weights: Whether the model's own weights are read, so that their revision belongs to the result.
+        shapes: What is measured where no ``shapes`` are asked for, in the benchmark's own form; empty: it has none.
     """
 
     rows: MeasureRows
@@ -247,6 +180,27 @@ class Benchmark:
     plot: Callable[[Sequence[Row], Path], None] | None = None
     leaves: Callable[[BenchmarkConfig], list[object]] = init_leaves
     real_weights: bool = False
+    shapes: tuple[str, ...] = ()
+
+
+def shapes_of(config: BenchmarkConfig) -> tuple[str, ...]:
+    """The shapes that were asked for, or those of the benchmark."""
+    return load_benchmark(config.what).shapes if config.shapes is None else config.shapes
+
+
+def integer_rates() -> dict[str, float]:
+    """GOP/s of one core's integer instructions, operands in the first-level cache, of each CPU backend that runs here."""
+    found = {}
+    for name, number in BACKENDS.items():
+        if supported(name) is None:
+            found[name] = max(_rate(number) for _ in range(5))  # the best: a limit, whatever else the machine did
+    return found
+
+
+def _rate(backend: int) -> float:
+    began = time.process_time()
+    operations = library().qv_exercise(backend, 5000)
+    return float(operations / (time.process_time() - began) / 1e9)
 
 
 def cpu_kernel() -> str:
@@ -257,7 +211,8 @@ def cpu_kernel() -> str:
 def benchmark_names() -> list[str]:
     """Names of all benchmarks."""
     own = __name__.rpartition(".")[2]
-    return sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name != own)
+    names = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    return sorted(name for name in names if name != own and not name.startswith("_"))
 
 
 def load_benchmark(name: str) -> Benchmark:

@@ -22,7 +22,16 @@ from qvgen.initializers.rtn import RoundToNearest
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fused_product import unfused
 from qvgen.layers.noise_band import NoiseBand
-from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
+from qvgen.verbs.benchmarks.base import (
+    Benchmark,
+    Shape,
+    cpu_kernel,
+    of_rounds,
+    shapes_of,
+    shown_rounds,
+    table_lines,
+    timed_cells,
+)
 from qvgen.verbs.benchmarks.loading import profile_of
 
 
@@ -32,10 +41,10 @@ def fake_quantization_rows(config: BenchmarkConfig, *, done: Container[tuple[Any
     Raises:
         ValueError: A shape of two layers.
     """
-    for shape in map(Shape.parse, config.shapes):
+    for shape in map(Shape.parse, shapes_of(config)):
         if len(shape.widths) != 2:
             raise ValueError(f"shapes holds {shape.text!r}; one layer is measured: write MxK-N, as 1024x1920-1920")
-    for text, width, threads in timed_cells(config, [text for text in config.shapes if (text,) not in done]):
+    for text, width, threads in timed_cells(config, [text for text in shapes_of(config) if (text,) not in done]):
         yield _measure(Shape.parse(text), width, threads, config)
 
 
@@ -138,7 +147,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
     widths = ", ".join(width.label for width in config.widths)
-    return f"fake_quantization: shapes {', '.join(config.shapes)} at {widths} on {list(config.threads)} threads"
+    return f"fake_quantization: shapes {', '.join(shapes_of(config))} at {widths} on {list(config.threads)} threads"
 
 
 BENCHMARK = Benchmark(
@@ -147,5 +156,6 @@ BENCHMARK = Benchmark(
     describe=_describe,
     subject=lambda _: f"cpu-{cpu_kernel()}",
     group=("shape",),
+    shapes=("2048x64-64", "1024x1920-1920", "1024x8960-1536"),
     several_rows=True,
 )

@@ -24,7 +24,8 @@ from qvgen.config.leaves import leaf_names, load_leaf
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
 from qvgen.evaluation.report.charts import read_history
-from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines
+from qvgen.verbs.benchmarks._cells import finished_runs, run_of_cell
+from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, mean_and_spread, table_lines
 
 REFERENCE = "kd"
 """The method that others are compared with in pairs, where it is among them; else the first that trains."""

@@ -17,7 +17,8 @@ from qvgen.config.leaf_file import leaf_names
 from qvgen.config.leaves import load_profile
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError, did_you_mean
-from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, finished_runs, mean_and_spread, run_of_cell, table_lines
+from qvgen.verbs.benchmarks._cells import finished_runs, run_of_cell
+from qvgen.verbs.benchmarks.base import Benchmark, about_seeds, mean_and_spread, table_lines
 
 STAGES = {"rtn": "round to nearest", "ptq": "start", "qat": "trained"}
 """Key of a report's relative errors -> what the page calls it."""

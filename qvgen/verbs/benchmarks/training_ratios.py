@@ -36,7 +36,16 @@ from qvgen.models.base import example_condition
 from qvgen.training.module import VideoTraining
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.verbs._parts import step_batch, training_run
-from qvgen.verbs.benchmarks.base import Benchmark, Shape, cpu_kernel, of_rounds, shown_rounds, table_lines, timed_cells
+from qvgen.verbs.benchmarks.base import (
+    Benchmark,
+    Shape,
+    cpu_kernel,
+    of_rounds,
+    shapes_of,
+    shown_rounds,
+    table_lines,
+    timed_cells,
+)
 from qvgen.verbs.benchmarks.loading import profile_of
 
 VARIANTS = ("plain", "quantized", "with Phi")
@@ -64,9 +73,9 @@ def training_ratio_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, .
     Raises:
         ValueError: A subject of another form.
     """
-    for text in config.shapes:
+    for text in shapes_of(config):
         _check_subject(text)
-    for text, width, threads in timed_cells(config, [text for text in config.shapes if (text,) not in done]):
+    for text, width, threads in timed_cells(config, [text for text in shapes_of(config) if (text,) not in done]):
         measured = _measure(_candidates(text, width, config), rounds=config.timed_steps, threads=threads)
         yield {"subject": text, "bits": width.label, "threads": threads, **measured}
 
@@ -256,10 +265,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
-    for text in config.shapes:
+    for text in shapes_of(config):
         _check_subject(text)
     widths = ", ".join(width.label for width in config.widths)
-    return f"training_ratios: {', '.join(config.shapes)} of {config.run.names.model} at {widths}"
+    return f"training_ratios: {', '.join(shapes_of(config))} of {config.run.names.model} at {widths}"
 
 
 BENCHMARK = Benchmark(
@@ -268,5 +277,6 @@ BENCHMARK = Benchmark(
     describe=_describe,
     subject=lambda config: f"{config.run.names.model}-{cpu_kernel()}",
     group=("subject",),
+    shapes=("1024x1920-1920", "4096x1920-1920", "4096x1920-7680", "step"),
     several_rows=True,
 )

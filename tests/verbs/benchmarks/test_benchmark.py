@@ -10,6 +10,7 @@ import pytest
 from qvgen.cli import main
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.verbs.benchmarks import clips, svdq_accumulation
+from qvgen.verbs.benchmarks.base import load_benchmark
 from qvgen_kernels.cpu_library import missing_reason
 from tests.runs import shallow
 
@@ -191,7 +192,22 @@ def test_attention_is_measured_beside_torchs(tmp_path: Path, capsys: pytest.Capt
         assert {"torch bfloat16", "torch float32"} < set(row["seconds"])
         assert all(len(times) == 2 for times in row["seconds"].values())
         assert row["speedup"]["torch bfloat16"] == [1.0, 1.0, 1.0]
+        assert row["core_peak_gops"] > 0
     assert "| 70x64 | 2 | torch float32 |" in page.read_text()
+    assert f"{rows[0]['core_peak_gops']:.0f} GOP/s of one core" in page.read_text()
+
+
+@pytest.mark.parametrize("what", ["kernels", "attention", "fake_quantization", "training_ratios"])
+def test_what_has_shapes_has_some_of_its_own(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", what, f"out={tmp_path}", "logger=csv", "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert load_benchmark(what).shapes
+    assert all(shape in said for shape in load_benchmark(what).shapes)
+
+
+def test_shapes_of_a_benchmark_without_any_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "ptq", f"out={tmp_path}", "logger=csv", "shapes=[70x64]"]) == 2
+    assert "shapes=['70x64'] are not of what=ptq" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def test_every_cell_is_a_run_and_a_finished_one_is_not_run_again(
         assert (config["profile"]["rotation"], config["optim"]["betas"]) == (16, [0.9, 0.99])  # not those of all cells
     assert (tmp_path / "results" / "methods-tiny.md").read_text().startswith("# Methods on tiny")
     assert (tmp_path / "results" / "methods-tiny.svg").is_file()
+    reports = [tmp_path / "runs" / name / "report.json" for name in ("rtn-3-7", "qvgen+r16+optim.betas--.9-.99--3-7")]
+    before = [path.stat().st_mtime_ns for path in reports]
+    reports[0].write_bytes(reports[0].read_bytes() + b" ")  # no longer what the cell wrote: this one is run again
+    assert main(["benchmark", "methods", *keys, f"out={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "methods-tiny.json").read_text())["rows"]
+    assert again[1] == rows[1]
+    assert [path.stat().st_mtime_ns == then for path, then in zip(reports, before, strict=True)] == [False, True]
+    assert not reports[0].read_bytes().endswith(b" ")
 
 
 def test_a_cell_that_was_stopped_goes_on_at_its_last_checkpoint(tmp_path: Path) -> None:

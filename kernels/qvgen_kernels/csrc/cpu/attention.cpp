@@ -14,7 +14,8 @@ AttentionTarget target_of(int32_t backend) {
 #if defined(__x86_64__)
     if (backend == kAmx) return attention_amx();
     if (backend == kVnni) return attention_avx512();
-    if (backend == kAvx2 || backend == kAvxVnni) return attention_avx2();
+    if (backend == kAvxVnni) return attention_avxvnni();
+    if (backend == kAvx2) return attention_avx2();
 #endif
     (void)backend;
     return attention_portable();

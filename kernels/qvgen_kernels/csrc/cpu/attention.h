@@ -50,6 +50,7 @@ struct AttentionTarget {
 
 AttentionTarget attention_portable();
 AttentionTarget attention_avx2();
+AttentionTarget attention_avxvnni();
 AttentionTarget attention_avx512();
 AttentionTarget attention_amx();
 

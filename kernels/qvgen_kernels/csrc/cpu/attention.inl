@@ -18,7 +18,7 @@ QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
     return reinterpret_cast<Wide>(
         _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 }
-#elif defined(QV_MAX512) || defined(QV_MADD)
+#elif defined(QV_MAX512) || defined(QV_AVX2)
 QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
     __m256 x[2], y[2], z[2];
     memcpy(x, &a, sizeof x);

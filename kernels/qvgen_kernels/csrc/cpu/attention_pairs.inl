@@ -5,7 +5,7 @@ constexpr int64_t kPack = 2;
 constexpr int32_t kKeyShift = 0;  // what is added to the codes of keys
 constexpr int64_t kGroup = 4;     // queries whose products are computed together
 
-#if defined(QV_MADD)
+#if defined(QV_AVX2)
 typedef __m256i Lanes;
 constexpr int64_t kWidth = 8;
 

@@ -1,4 +1,4 @@
-// The quantized attention by AVX-512 VNNI and AVX2: the same source around their integer products.
+// The quantized attention by AVX-512 VNNI, AVX-VNNI and AVX2: the same source around their integer products.
 #include "attention.h"
 
 #if defined(__x86_64__)
@@ -31,7 +31,7 @@ QV_TARGET_BEGIN("avx2,fma,f16c")
 namespace qv {
 namespace narrow_attention {
 namespace {
-#define QV_MADD
+#define QV_AVX2
 #include "attention_pairs.inl"
 #include "attention.inl"
 #include "attention_gradient.inl"
@@ -40,6 +40,25 @@ namespace {
 
 AttentionTarget attention_avx2() {
     return {sizeof(narrow_attention::Code), narrow_attention::prepare, narrow_attention::attend, narrow_attention::gradient};
+}
+
+}  // namespace qv
+
+QV_TARGET_END
+QV_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+
+namespace qv {
+namespace quad_attention {
+namespace {
+#include "attention_quads.inl"
+#include "attention.inl"
+#include "attention_gradient.inl"
+#undef QV_AVX2
+}  // namespace
+}  // namespace quad_attention
+
+AttentionTarget attention_avxvnni() {
+    return {sizeof(quad_attention::Code), quad_attention::prepare, quad_attention::attend, quad_attention::gradient};
 }
 
 }  // namespace qv

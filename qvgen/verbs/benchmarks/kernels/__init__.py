@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qvgen.config.schema.verbs import BenchmarkConfig
-from qvgen.verbs.benchmarks.base import Benchmark, Group, Row, cpu_kernel
+from qvgen.verbs.benchmarks.base import Benchmark, Group, Row, cpu_kernel, shapes_of
 from qvgen.verbs.benchmarks.kernels.page import kernel_table, plot
 from qvgen.verbs.benchmarks.kernels.rows import kernel_rows
 from qvgen.verbs.benchmarks.kernels.tiles import tile_rows, tile_table
@@ -19,8 +19,8 @@ def _describe(config: BenchmarkConfig) -> str:
     """What would be measured."""
     if config.tune:
         widths = ", ".join(width.label for width in config.widths)
-        return f"kernels: tiles of the GPU kernels for {', '.join(config.shapes)} at {widths}, for this GPU's table"
-    return f"kernels: shapes {', '.join(config.shapes)} on {list(config.threads)} threads"
+        return f"kernels: tiles of the GPU kernels for {', '.join(shapes_of(config))} at {widths}, for this GPU's table"
+    return f"kernels: shapes {', '.join(shapes_of(config))} on {list(config.threads)} threads"
 
 
 def _subject(config: BenchmarkConfig) -> str:
@@ -54,6 +54,14 @@ BENCHMARK = Benchmark(
     describe=_describe,
     subject=_subject,
     group=("shape",),
+    shapes=(
+        "1024x1920-1920",
+        "4096x1920-1920",
+        "4096x1920-7680",
+        "4096x7680-1920",
+        "17776x1920-7680",
+        "4096x1920-7680-1920",
+    ),
     several_rows=True,
     plot=_plot,
 )

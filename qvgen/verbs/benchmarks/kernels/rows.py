@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from qvgen.config.bits import Bits
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.evaluation.environment import fast_bfloat16
 from qvgen.quant.packing import pack_codes
-from qvgen.verbs.benchmarks.base import Shape, cpu_kernel
+from qvgen.verbs.benchmarks.base import Shape, cpu_kernel, integer_rates, shapes_of
 from qvgen.verbs.benchmarks.kernels import onnx_peers as onnx
 from qvgen.verbs.benchmarks.kernels import torchao_peers as torchao
 from qvgen.verbs.benchmarks.kernels.timing import (
@@ -49,7 +48,6 @@ from qvgen.verbs.benchmarks.kernels.timing import (
     seconds,
 )
 from qvgen_kernels import LinearSpec, LinearTensors, packed_linear, prepack, resolve_kernel
-from qvgen_kernels.cpu_library import BACKENDS, library, supported
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def kernel_rows(config: BenchmarkConfig, *, done: Container[tuple[Any, ...]]) ->
         config: The benchmark's.
         done: Shapes that are not measured again, ``(text,)`` each; ``(None,)`` for the machine and the peers.
     """
-    shapes = [Shape.parse(text) for text in config.shapes]
+    shapes = [Shape.parse(text) for text in shapes_of(config)]
     before = torch.get_num_threads()
     try:
         yield from _all_rows(shapes, config, done)
@@ -103,10 +101,6 @@ def installed_peers() -> dict[str, str | None]:
 
 def _limits(threads: int) -> dict[str, Any]:
     """Rates of one core and of the memory, and the allocation policy."""
-    rates = {}
-    for name, number in BACKENDS.items():
-        if supported(name) is None:
-            rates[name] = max(_tile_gops(number) for _ in range(5))  # the best: a limit, whatever else the machine did
     source, target = torch.ones(2**25), torch.empty(2**25)
     copying = median(sample(lambda: target.copy_(source)).wall for _ in range(5))
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -114,17 +108,11 @@ def _limits(threads: int) -> dict[str, Any]:
         "threads": threads,
         "kernel": cpu_kernel(),
         "vnni": torch.cpu._is_vnni_supported(),
-        "tile_gops_of_one_core": rates,
+        "tile_gops_of_one_core": integer_rates(),
         "copy_gb_s": 2 * source.nbytes / copying / 1e9,
         "huge_pages": pages.read_text().strip() if pages.is_file() else "unknown",
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
     }
-
-
-def _tile_gops(backend: int) -> float:
-    began = time.process_time()
-    operations = library().qv_exercise(backend, 5000)
-    return operations / (time.process_time() - began) / 1e9
 
 
 def _shape_rows(shape: Shape, *, peers: Sequence[str], config: BenchmarkConfig) -> Iterator[dict[str, Any]]:

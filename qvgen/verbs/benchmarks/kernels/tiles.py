@@ -16,7 +16,7 @@ import torch
 
 from qvgen.config.schema.verbs import BenchmarkConfig
 from qvgen.errors import UserError
-from qvgen.verbs.benchmarks.base import Shape
+from qvgen.verbs.benchmarks.base import Shape, shapes_of
 from qvgen_kernels import LinearSpec, get_backend
 from qvgen_kernels.gluon import tile as gluon_tile
 from qvgen_kernels.gluon.tune import GLUON
@@ -65,7 +65,7 @@ def measured_rows(
         timer: What measures a call.
         kernels: Whose tiles are measured.
     """
-    for shape in map(Shape.parse, config.shapes):
+    for shape in map(Shape.parse, shapes_of(config)):
         if (shape.text,) in done:
             continue
         pairs = list(zip(shape.widths, shape.widths[1:], strict=False))
