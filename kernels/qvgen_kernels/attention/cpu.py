@@ -18,7 +18,7 @@ from qvgen_kernels.cpu_library import BACKENDS, library
 
 __all__ = ["VARIANTS", "cpu_attention", "cpu_products"]
 
-VARIANTS = ("amx", "vnni", "avxvnni", "avx2", "portable")
+VARIANTS = ("amx", "vnni", "avxvnni", "avx2", "neon", "portable")
 """Processors that the attention is compiled for, the fastest first."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -16,6 +16,8 @@ AttentionTarget target_of(int32_t backend) {
     if (backend == kVnni) return attention_avx512();
     if (backend == kAvxVnni) return attention_avxvnni();
     if (backend == kAvx2) return attention_avx2();
+#elif defined(__aarch64__)
+    if (backend == kNeon) return attention_neon();
 #endif
     (void)backend;
     return attention_portable();

@@ -53,6 +53,7 @@ AttentionTarget attention_avx2();
 AttentionTarget attention_avxvnni();
 AttentionTarget attention_avx512();
 AttentionTarget attention_amx();
+AttentionTarget attention_neon();
 
 inline int64_t padded_head(const Attention& p) { return (p.head_size + 15) / 16 * 16; }
 inline int64_t key_blocks(const Attention& p) { return (p.keys + kKeys - 1) / kKeys; }

@@ -30,6 +30,17 @@ QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
     memcpy(&v, x, sizeof v);
     return v;
 }
+#elif defined(QV_NEON)
+QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
+    float32x4_t x[4], y[4], z[4];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    memcpy(z, &c, sizeof z);
+    for (int i = 0; i < 4; ++i) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    Wide v;
+    memcpy(&v, z, sizeof v);
+    return v;
+}
 #else  // a call of the C library where the processor has no such instruction
 QV_INLINE Wide fused(const Wide& a, const Wide& b, const Wide& c) {
     Wide v;

@@ -1,38 +1,63 @@
-// Integer products of the attention by VNNI, of AVX-512 or AVX2: four bytes share a lane, one of each product's factors is unsigned.
+// Integer products of the attention where four bytes share a lane: VNNI of AVX-512 or AVX2, and the dot product of 64-bit ARM.
 //
-// vpdpbusd takes the unsigned bytes first. Of the scores these are the keys, 128 added, which a query's sum takes off again; of the
-// sums of values they are the codes of probabilities.
+// vpdpbusd takes unsigned bytes first. Of the scores these are the keys, 128 added, which a query's sum takes off again; of the sums
+// of values they are the codes of probabilities. ARM's sdot takes signed bytes alone: keys stay as they are, and 128 is taken from
+// the codes of probabilities, whose sums with a row of zeros are then what is too little in every row.
 
 typedef uint8_t Code;
 constexpr int64_t kPack = 4;
-constexpr int32_t kKeyShift = 128;
 constexpr int64_t kGroup = 4;  // queries whose products are computed together
 
-#if defined(QV_MAX512)
+#if defined(QV_NEON)
+typedef int8x16_t Lanes;
+typedef int32x4_t Sums;
+constexpr int32_t kKeyShift = 0;  // what is added to the codes of keys
+constexpr int kAtOnce = 4;        // registers of columns beside each other: with kGroup rows 16 of 32 hold sums
+static inline Lanes lanes(const Code* x) { return vld1q_s8(reinterpret_cast<const int8_t*>(x)); }
+static inline Lanes quad_of(const Code* x) { int32_t four; memcpy(&four, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(four)); }
+static inline Lanes with_sign(Lanes x) { return veorq_s8(x, vdupq_n_s8(-128)); }
+static inline Sums start(int32_t x) { return vdupq_n_s32(x); }
+static inline void put(int32_t* out, Sums v) { vst1q_s32(out, v); }
+static inline Sums add_products(Sums sum, Lanes a, Lanes b) {
+#if defined(__clang__) && !defined(__ARM_FEATURE_DOTPROD)
+    // Older clangs declare the intrinsic only where a compiler flag allows it everywhere.
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+#else
+    return vdotq_s32(sum, a, b);
+#endif
+}
+#elif defined(QV_MAX512)
 typedef __m512i Lanes;
-constexpr int kAtOnce = 4;  // registers of columns beside each other: with kGroup rows 16 of 32 hold sums
+typedef __m512i Sums;
+constexpr int32_t kKeyShift = 128;
+constexpr int kAtOnce = 4;
 static inline Lanes lanes(const Code* x) { return _mm512_loadu_si512(x); }
 static inline Lanes quad_of(const Code* x) { int32_t four; memcpy(&four, x, 4); return _mm512_set1_epi32(four); }
-static inline Lanes start(int32_t x) { return _mm512_set1_epi32(x); }
-static inline Lanes add_products(Lanes sum, Lanes plain, Lanes with_sign) { return _mm512_dpbusd_epi32(sum, plain, with_sign); }
-static inline void put(int32_t* out, Lanes v) { _mm512_storeu_si512(out, v); }
+static inline Sums start(int32_t x) { return _mm512_set1_epi32(x); }
+static inline Lanes with_sign(Lanes x) { return x; }
+static inline Sums add_products(Sums sum, Lanes plain, Lanes other) { return _mm512_dpbusd_epi32(sum, plain, other); }
+static inline void put(int32_t* out, Sums v) { _mm512_storeu_si512(out, v); }
 #else
 typedef __m256i Lanes;
+typedef __m256i Sums;
+constexpr int32_t kKeyShift = 128;
 constexpr int kAtOnce = 2;  // with kGroup rows 8 of 16 hold sums
 static inline Lanes lanes(const Code* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 static inline Lanes quad_of(const Code* x) { int32_t four; memcpy(&four, x, 4); return _mm256_set1_epi32(four); }
-static inline Lanes start(int32_t x) { return _mm256_set1_epi32(x); }
-static inline Lanes add_products(Lanes sum, Lanes plain, Lanes with_sign) { return _mm256_dpbusd_avx_epi32(sum, plain, with_sign); }
-static inline void put(int32_t* out, Lanes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), v); }
+static inline Sums start(int32_t x) { return _mm256_set1_epi32(x); }
+static inline Lanes with_sign(Lanes x) { return x; }
+static inline Sums add_products(Sums sum, Lanes plain, Lanes other) { return _mm256_dpbusd_avx_epi32(sum, plain, other); }
+static inline void put(int32_t* out, Sums v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), v); }
 #endif
-constexpr int64_t kWidth = sizeof(Lanes) / sizeof(int32_t);
+constexpr int64_t kWidth = sizeof(Sums) / sizeof(int32_t);
 
 // kRows rows of a (lda bytes apart) times kParts registers of columns of b, whose quads of rows lie `stride` bytes apart; the columns
 // are the unsigned side if kPlainColumns.
 template <int kRows, int kParts, bool kPlainColumns>
 static inline void product_of(const Code* a, int64_t lda, const Code* b, int64_t stride, int64_t quads, const int32_t* first,
                               int32_t* out, int64_t ldo) {
-    Lanes sums[kRows][kParts];
+    Sums sums[kRows][kParts];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -43,7 +68,7 @@ static inline void product_of(const Code* a, int64_t lda, const Code* b, int64_t
         for (int c = 0; c < kParts; ++c) line[c] = lanes(b + u * stride + c * kWidth * kPack);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            const Lanes x = quad_of(a + r * lda + u * kPack);
+            const Lanes quad = quad_of(a + r * lda + u * kPack), x = kPlainColumns ? quad : with_sign(quad);
 #pragma GCC unroll 4
             for (int c = 0; c < kParts; ++c)
                 sums[r][c] = kPlainColumns ? add_products(sums[r][c], line[c], x) : add_products(sums[r][c], x, line[c]);
@@ -75,8 +100,16 @@ static void scores(const Code* q, int64_t ldq, const Code* keys, int64_t units, 
 // Sums of values: the head's elements are the columns, keys are summed.
 static void sums_of_values(const Code* codes, const Code* values, int64_t columns, int64_t count, int32_t* out) {
     constexpr int64_t kQuads = kKeys / kPack;
-    if (count == kGroup) return product<kGroup, false>(codes, kKeys, values, columns, kQuads, nullptr, out);
-    for (int64_t i = 0; i < count; ++i) product<1, false>(codes + i * kKeys, kKeys, values, columns, kQuads, nullptr, out + i * columns);
+    if (count == kGroup) product<kGroup, false>(codes, kKeys, values, columns, kQuads, nullptr, out);
+    for (int64_t i = 0; i < count && count < kGroup; ++i)
+        product<1, false>(codes + i * kKeys, kKeys, values, columns, kQuads, nullptr, out + i * columns);
+#if defined(QV_NEON)
+    const Code zeros[kKeys] = {};
+    int32_t lacking[256];
+    product<1, false>(zeros, kKeys, values, columns, kQuads, nullptr, lacking);
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < columns; ++c) out[i * columns + c] -= lacking[c];
+#endif
 }
 
 static void begin_products(const Attention&) {}

@@ -1,0 +1,33 @@
+// The quantized attention by the dot product of 64-bit ARM: the source of the other processors around its products.
+#include "attention.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "target.h"
+
+#if defined(__clang__)
+QV_TARGET_BEGIN("dotprod")
+#else
+QV_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#endif
+
+namespace qv {
+namespace dot_attention {
+namespace {
+#define QV_NEON
+#include "attention_quads.inl"
+#include "attention.inl"
+#include "attention_gradient.inl"
+#undef QV_NEON
+}  // namespace
+}  // namespace dot_attention
+
+AttentionTarget attention_neon() {
+    return {sizeof(dot_attention::Code), dot_attention::prepare, dot_attention::attend, dot_attention::gradient};
+}
+
+}  // namespace qv
+
+QV_TARGET_END
+#endif
