@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qvgen import stop_request
 from qvgen.config.schema.machine import DoctorConfig
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.run_directory import atomic_write
+from qvgen.verbs.diagnosis.attention import attention_checks, attention_speed, chosen_attention
 from qvgen.verbs.diagnosis.layer_kind import LayerKind, chosen_kernels, layer_kinds, layer_shapes
 from qvgen.verbs.diagnosis.machine import describe_device, describe_software, find_devices, without_paths
 from qvgen.verbs.diagnosis.self_test import Check, self_test
@@ -40,6 +42,7 @@ def run(config: DoctorConfig) -> None:
     if len(devices) == 1 and config.device is None:
         print("no GPU that this torch can use: the CPU's kernels alone are tested")
     found["kernels"] = [line for device in devices for line in _kernels(kinds, shapes, device)]
+    found["attention"] = [_attention(device) for device in devices]
     if config.dry_run:
         print(f"would test {len(kinds)} kinds of layers at {len(shapes)} shapes and time them for {config.seconds:g} s")
         return
@@ -74,9 +77,18 @@ def _kernels(kinds: Sequence[LayerKind], shapes: Shapes, device: torch.device) -
     ]
 
 
+def _attention(device: torch.device) -> dict[str, Any]:
+    """Print which kernel attention in 8 bits gets on a device."""
+    kernel, refused = chosen_attention(device)
+    print(f"attention in 8 bits on {device}: {kernel}")
+    for name, reason in refused.items():
+        print(f"  not {name}: {reason}")
+    return {"device": str(device), "kernel": kernel, "refused": [f"{name}: {why}" for name, why in refused.items()]}
+
+
 def _tested(device: torch.device, kinds: Sequence[LayerKind], shapes: Shapes) -> list[Check]:
     start, checks = time.monotonic(), []
-    for check in self_test(device, kinds, shapes):
+    for check in chain(self_test(device, kinds, shapes), attention_checks(device)):
         stop_request.note(f"after {len(checks)} checks on {device}")
         checks.append(check)
         if check.failure:
@@ -91,13 +103,14 @@ def _tested(device: torch.device, kinds: Sequence[LayerKind], shapes: Shapes) ->
 
 def _timed(device: torch.device, kinds: Sequence[LayerKind], shapes: Shapes, seconds: float) -> list[dict[str, Any]]:
     rows = []
-    for row in speed_rows(device, kinds, shapes, seconds=seconds) if seconds else ():
+    for row in chain(attention_speed(device), speed_rows(device, kinds, shapes, seconds=seconds)) if seconds else ():
         if not rows:
             head = ("device", "layer", "kind", "kernel", "bf16 ms", "packed ms", "x bf16", "B/weight")
-            print("{:<8}{:<20}{:<14}{:<12}{:>10}{:>11}{:>8}{:>10}".format(*head))
+            print("{:<8}{:<20}{:<20}{:<12}{:>10}{:>11}{:>8}{:>10}".format(*head))
         rows.append(row)
+        kept = "-" if row["bytes_per_weight"] is None else f"{row['bytes_per_weight']:.2f}"
         print(
-            f"{row['device']:<8}{row['shape']:<20}{row['kind']:<14}{row['kernel']:<12}{row['bf16_ms']:>10.3f}"
-            f"{row['packed_ms']:>11.3f}{row['times_bf16']:>8.2f}{row['bytes_per_weight']:>10.2f}"
+            f"{row['device']:<8}{row['shape']:<20}{row['kind']:<20}{row['kernel']:<12}{row['bf16_ms']:>10.3f}"
+            f"{row['packed_ms']:>11.3f}{row['times_bf16']:>8.2f}{kept:>10}"
         )
     return rows

@@ -12,6 +12,7 @@ from qvgen.cli import main
 from qvgen.verbs.diagnosis.layer_kind import GRIDS, layer_shapes
 from qvgen.verbs.diagnosis.machine import find_devices, without_paths
 from qvgen_kernels import get_backend, register_backend, registry
+from qvgen_kernels.attention import attention
 from qvgen_kernels.dequantize import DequantizeBackend
 
 SMALL = ("doctor", "shapes=[64x32,256x48]")
@@ -51,13 +52,18 @@ def test_a_sound_machine_is_described_tested_and_timed(tmp_path, capsys):
     kinds = [" ".join(grid) for grid in GRIDS]
     assert sorted(kind for line in found["kernels"] for kind in line["kinds"]) == sorted(kinds)
     checks = found["checks"]
-    assert {check["kind"] for check in checks} == set(kinds)
+    assert {check["kind"] for check in checks} == {*kinds, "attention int8", "attention int8_qk"}
+    assert {check["shape"] for check in checks if check["kind"] == "attention int8"} == {
+        f"5x130x{size}" for size in (64, 72, 128)
+    }
+    assert f"attention in 8 bits on cpu: {found['attention'][0]['kernel']}" in shown
     assert {"portable", "dequantize"} <= {check["kernel"] for check in checks}
     assert {check["what"] for check in checks} == {"accumulators", "outputs of float32", "outputs of bfloat16"}
     assert {check["shape"] for check in checks if check["kind"] == "paper 4"} == {"64x32", "256x48"}
     assert not any(check["failure"] for check in checks)
     assert f"{len(checks)} of {len(checks)} checks hold" in shown
     assert found["speed"][0].keys() >= {"kernel", "bf16_ms", "packed_ms", "bytes_per_weight"}
+    assert [row["kind"] for row in found["speed"][:2]] == ["attention int8", "attention int8_qk"]
     text = shown + out.read_text()
     for private in (socket.gethostname(), str(Path.home()), str(Path.cwd()), str(tmp_path)):
         assert private not in text
@@ -87,6 +93,18 @@ def test_a_kernel_that_computes_something_else_fails_it(with_backend, capsys):
     )
     assert "checks failed, the first on cpu: kernel=faulty, paper 4: " in done.err
     assert done.err.count("\n") == 1
+
+
+def test_attention_that_computes_something_else_fails_it(monkeypatch, capsys):
+    def faulty(q, k, v, *, kernel="auto", **options):
+        y = attention(q, k, v, kernel=kernel, **options)
+        return one_wrong_output(y) if kernel == "portable" else y
+
+    monkeypatch.setattr("qvgen.verbs.diagnosis.attention.attention", faulty)
+    assert main([*SMALL, "device=cpu", "seconds=0"]) == 2
+    done = capsys.readouterr()
+    assert "FAILED on cpu: kernel=portable, attention int8_qk, 5x130x64, outputs of float32: " in done.out
+    assert "checks failed, the first on cpu: kernel=portable, attention int8: " in done.err
 
 
 def test_a_kernel_that_stops_fails_it(with_backend, capsys):
