@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RowSpec", "operators", "refusal", "register_implementation"]
+__all__ = ["RowSpec", "fits_int8", "operators", "refusal", "register_implementation"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXACT = 2**24
 """Whole numbers up to here have an exact float32 sum in any order."""
+_LARGEST_INT8 = 127
 
 SCHEMAS = (
     "quantize_rows(Tensor x, Tensor[] params, Tensor? helper, str spec, ScalarType dtype) "
@@ -168,6 +169,17 @@ def refusal(x: Tensor, spec: RowSpec) -> str | None:
     if alone and torch.get_num_threads() > 1:
         return "torch shares the sum of a single row among threads"
     return missing_reason(x.device.type)
+
+
+def fits_int8(spec: RowSpec) -> bool:
+    """Whether operands may be asked for as int8: whole numbers from -127 to 127, the scale outside.
+
+    A row whose operand would have a NaN has a scale that is NaN then, and its operand is 0 there.
+    """
+    whole = spec.factored and (spec.zero_point != "real" or spec.raw)
+    if spec.zero_point == "integer" and not spec.raw:
+        return whole and spec.qmax - spec.qmin <= _LARGEST_INT8
+    return whole and max(spec.qmax, -spec.qmin) <= _LARGEST_INT8
 
 
 def _quantize_rows_fake(

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 VARIANTS = ("vnni", "avx2", "portable")
 """Backends of the library with code of their own here, best first; vnni stands for AVX-512. One source, the same bits."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _ARITHMETICS = {"reciprocal": 0, "division": 1, "unrounded": 2}
 _KINDS = {"dynamic": 0, "static": 1, "learned": 2}

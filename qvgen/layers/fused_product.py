@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from qvgen.layers import integer_product
 from qvgen.quant.affine import scale_bounds
 from qvgen.quant.grid import Grid
 from qvgen_kernels.fake_quantize import RowSpec, operators, refusal
@@ -45,6 +45,7 @@ class ProductRows:
         input_text: ``input`` as the operators' argument.
         weight_text: ``weight``, likewise.
         operand_text: The weight's rows as the product takes them: raw codes where their real zero point stays outside.
+        whole: Whether without Phi both operands are int8 numbers, and their float32 sums exact.
     """
 
     input: RowSpec
@@ -52,6 +53,7 @@ class ProductRows:
     input_text: str
     weight_text: str
     operand_text: str
+    whole: bool
 
 
 class RowsOfProduct:
@@ -127,9 +129,11 @@ def fused_forward(
         y [M, N] of ``dtype``, and the rows' extremes as :func:`qvgen.quant.affine.row_extremes` has them, or None.
     """
     fused = operators(x)
-    left, left_scale, _, low, high, row_sum = fused.quantize_rows(x, params, None, config.rows.input_text, dtype)
-    right, right_scale, zero = _right(config, weight, dtype=dtype, raw=True)
-    y = functional.linear(left, right)
+    whole = config.rows.whole and config.phi is None and integer_product.runs_here(x, len(weight))
+    operand = torch.int8 if whole else dtype
+    left, left_scale, _, low, high, row_sum = fused.quantize_rows(x, params, None, config.rows.input_text, operand)
+    right, right_scale, zero = _right(config, weight, dtype=operand, raw=True)
+    y = integer_product.product(left, right, dtype=dtype)
     is_real = config.factored and config.weight_quantizer.grid.zero_point == "real"
     scales = (left_scale, right_scale) if config.factored else (None, None)
     zeros = (row_sum, zero) if is_real else (None, None)
@@ -224,7 +228,8 @@ def product_rows(
     own = _row_spec(weight, columns[1], factored, False, factor)
     operand = _row_spec(weight, columns[1], factored, is_real, factor)
     texts = {"input_text": inputs.to_string(), "weight_text": own.to_string(), "operand_text": operand.to_string()}
-    return ProductRows(input=inputs, weight=own, **texts)
+    whole = integer_product.are_whole(inputs, operand, columns=columns[0])
+    return ProductRows(input=inputs, weight=own, whole=whole, **texts)
 
 
 def _row_spec(grid: Grid, columns: int, factored: bool, zero_outside: bool, factor: float | None) -> RowSpec:

@@ -16,6 +16,7 @@ from qvgen import stop_request
 from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
+from qvgen.layers.integer_product import set_int8_products
 from qvgen.methods.base import Schedule
 from qvgen.training.blocks.checkpointing import block_checkpoint
 from qvgen.training.blocks.compiled import compile_blocks_, release_blocks_
@@ -98,6 +99,7 @@ def train_share(
         The optimizer step that training ended with.
     """
     set_threads(run.strategy.threads)
+    set_int8_products(run.strategy.int8_products)
     if not torch.cuda.is_available():
         keep_freed_memory()
     processes = replace(processes or Processes(), shares_on_host=run.strategy.cpu_offload)

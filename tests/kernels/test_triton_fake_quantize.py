@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qvgen_kernels.cpu_library import missing_reason
-from qvgen_kernels.fake_quantize import SCHEMAS, RowSpec, refusal
+from qvgen_kernels.fake_quantize import SCHEMAS, RowSpec, fits_int8, refusal
 from tests.kernels.triton_interpreter import _quiet_numpy, fake_operators
 
 __all__ = ["_quiet_numpy"]
@@ -81,7 +81,10 @@ def test_rows_and_gradients_are_those_of_the_cpu(seed):
 
     expected = ops.quantize_rows(x, params, helper, text, dtype)
     found = fake_operators.quantize_rows(x, params, helper, text, dtype)
-    assert_same(found, expected, ("operand", "scale", "zero", "low", "high", "row_sum"))
+    assert_same(found, expected, names := ("operand", "scale", "zero", "low", "high", "row_sum"))
+    if fits_int8(spec):
+        whole = [made.quantize_rows(x, params, None, text, torch.int8) for made in (fake_operators, ops)]
+        assert_same(*whole, names)
     extremes = expected[3:5] if spec.kind == "dynamic" else []
     if extremes:
         scales = ops.row_scales(extremes, params, text)

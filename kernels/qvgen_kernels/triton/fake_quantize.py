@@ -166,11 +166,13 @@ def fake_quantize_kernel(t, sizes, form: tl.constexpr):
         tl.store(t.low + index, low, mask=live)
         tl.store(t.high + index, high, mask=live)
     scale, divisor, inverse, zero, _, _ = choose_grid(t, index, row, live, low, high, form)
-    tl.store(t.scale + index, scale, mask=live)
+    if t.operand.dtype.element_ty != tl.int8:
+        tl.store(t.scale + index, scale, mask=live)
     if t.zero is not None:
         tl.store(t.zero + index, zero, mask=live)
     columns = tl.arange(0, form.block)[None, :]
     total = tl.full((form.rows, form.block), 0.0, tl.float32)
+    missing = tl.full((form.rows, form.block), 0, tl.int32)
     for start in range(0, form.columns, form.block):
         mask = live[:, None] & (start + columns < form.columns)
         v = load_rows(t, sizes, row, first, start + columns, mask)
@@ -181,7 +183,14 @@ def fake_quantize_kernel(t, sizes, form: tl.constexpr):
         if t.helper is not None:
             helper = tl.load(t.helper + place, mask=mask, other=0.0)
         made = operand_of(centered, scale, zero, helper, form)
-        tl.store(t.operand + place, to_type(made, t.operand.dtype.element_ty, _INTERPRETED), mask=mask)
+        if t.operand.dtype.element_ty == tl.int8:
+            missing += (mask & (made != made)).to(tl.int32)
+            tl.store(t.operand + place, tl.where(made != made, 0.0, made).to(tl.int8), mask=mask)
+        else:
+            tl.store(t.operand + place, to_type(made, t.operand.dtype.element_ty, _INTERPRETED), mask=mask)
+    if t.operand.dtype.element_ty == tl.int8:  # an integer can't be NaN: the scale is
+        has_nan = tl.reduce(missing, 1, tl.standard._sum_combine) > 0
+        tl.store(t.scale + index, tl.where(has_nan, float("nan"), scale), mask=live)
     if t.row_sum is not None:  # whole numbers: exact in any order
         tl.store(t.row_sum + index, tl.reduce(total, 1, tl.standard._sum_combine), mask=live)
 

@@ -55,6 +55,8 @@ class StrategyConfig:
             goes when it is done, for the same bits.
         compile: Run the blocks under ``torch.compile``, one graph for all of them: minutes of compilation at the first step,
             other bits than eager runs, the same among compiled ones. Not run on a GPU yet.
+        int8_products: Where the forward product of a layer without Phi takes codes as 8-bit integers, for the same bits:
+            ``auto``, on CPUs with VNNI; ``always``, on GPUs too (not run on one yet); ``never``.
         threads: CPU threads of each process, from the PTQ start to the report. The last bit of a sum depends on how many
             threads share it, so OMP_NUM_THREADS has no say: a run gives the same bits on every machine, and another number
             of threads trains other bits.
@@ -72,6 +74,7 @@ class StrategyConfig:
     keep_attention: bool
     teacher_offload: bool
     compile: bool
+    int8_products: Annotated[Literal["auto", "always", "never"], MayDiffer.FREE]
     threads: Annotated[int, Range("> 0")]
 
     def __post_init__(self) -> None:
@@ -124,7 +127,7 @@ class StrategyConfig:
         Example:
             >>> def shards(name, size, **world):
             ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
-            ...         teacher_offload=False, compile=False, threads=1, context_parallel=1,
+            ...         teacher_offload=False, compile=False, int8_products="auto", threads=1, context_parallel=1,
             ...         **SHARDED_DEFAULTS).shards(**world)
             >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
             [1, 32, 8, 2]

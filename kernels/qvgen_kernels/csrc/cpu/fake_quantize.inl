@@ -125,6 +125,10 @@ static void store_as(void* out, int64_t k, int64_t count, const float* from, int
         memcpy(static_cast<float*>(out) + k, from, static_cast<size_t>(count) * sizeof(float));
         return;
     }
+    if (dtype == kInt8) {
+        for (int64_t i = 0; i < count; ++i) static_cast<int8_t*>(out)[k + i] = static_cast<int8_t>(from[i] == from[i] ? from[i] : 0.0f);
+        return;
+    }
     uint16_t* half = static_cast<uint16_t*>(out) + k;
     if (dtype == kBfloat16) for (int64_t i = 0; i < count; ++i) half[i] = to_bfloat16(from[i]);
     else for (int64_t i = 0; i < count; ++i) half[i] = to_float16(from[i]);
@@ -149,12 +153,13 @@ QV_INLINE Wide operand_of(const FakeQuantize& p, const Group& g, Wide centered, 
     return centered;
 }
 
-// One group forward: operands from column `at` of the call's row on; x is the group's.
+// One group forward: operands from column `at` of the call's row on; x is the group's. Returns whether an operand is NaN.
 template <int kMode>
-static void quantize_group(const FakeQuantize& p, const Group& g, const float* x, int64_t at, float* sum) {
+static bool quantize_group(const FakeQuantize& p, const Group& g, const float* x, int64_t at, float* sum) {
     const float qmin = static_cast<float>(p.qmin), qmax = static_cast<float>(p.qmax);
     const bool direct = p.operand_dtype == kFloat32;
     Wide total = {};
+    WideMask missing = {};
     for (int64_t k = 0; k < p.columns; k += kRun) {
         const int64_t count = p.columns - k < kRun ? p.columns - k : kRun;
         float in[kRun], help[kRun], out[kRun];
@@ -174,11 +179,14 @@ static void quantize_group(const FakeQuantize& p, const Group& g, const float* x
                 if (!whole) for (int64_t j = 0; j < kLane; ++j) counted[j] = i + j < count ? c[j] : 0.0f;
                 total += counted;
             }
+            missing |= c != c;
             keep(to + i, operand_of<kMode>(p, g, c, helper ? helper + i : nullptr));
         }
         if (to == out) store_as(p.operand, at + k, count, out, p.operand_dtype);
     }
-    for (int64_t i = 0; i < kLane; ++i) *sum += total[i];  // whole numbers: exact in any order
+    int32_t any = 0;
+    for (int64_t i = 0; i < kLane; ++i) *sum += total[i], any |= missing[i];  // whole numbers: exact in any order
+    return any != 0;
 }
 
 #include "fake_gradient.inl"
@@ -223,9 +231,11 @@ static void quantize_rows(const FakeQuantize& p, int64_t begin, int64_t end) {
                 else if (symmetric) differentiate_group<kPlain, true>(p, g, x, at, index, params);
                 else differentiate_group<kPlain, false>(p, g, x, at, index, params);
             } else if (p.operand) {
-                if (mode == kReal) quantize_group<kReal>(p, g, x, at, &row_sum);
-                else if (mode == kDivide) quantize_group<kDivide>(p, g, x, at, &row_sum);
-                else quantize_group<kPlain>(p, g, x, at, &row_sum);
+                const bool missing = mode == kReal     ? quantize_group<kReal>(p, g, x, at, &row_sum)
+                                     : mode == kDivide ? quantize_group<kDivide>(p, g, x, at, &row_sum)
+                                                       : quantize_group<kPlain>(p, g, x, at, &row_sum);
+                // An integer can't be NaN: the scale is, and so is everything that it is multiplied with.
+                if (missing && p.operand_dtype == kInt8) p.scale[index] = bits_float(0x7fc00000);
             }
         }
         if (p.row_sum) p.row_sum[m] = row_sum;

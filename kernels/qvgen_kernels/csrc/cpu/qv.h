@@ -21,7 +21,7 @@
 
 namespace qv {
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };  // int8: operands of fake quantization alone
 enum Backend : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kVnni = 3, kAmx = 4, kNeon = 5 };
 enum Function : int32_t { kIdentity = 0, kGeluTanh = 1, kSilu = 2 };
 enum Arithmetic : int32_t { kReciprocal = 0, kDivision = 1, kUnrounded = 2 };
