@@ -17,7 +17,7 @@ CASES = {
     "blocks": tuple(Case(model="wan-14b", blocks=count) for count in (1, 2, 4)),
 }
 REHEARSED = {
-    "steps": (Case(model="tiny", variants=("plain", "quantized", "with Phi", "unfused")),),
+    "steps": (Case(model="tiny", variants=("plain", "quantized", "integers", "with Phi", "unfused")),),
     "blocks": (Case(model="tiny", blocks=1, variants=("plain", "with Phi")),),
 }
 

@@ -2,6 +2,7 @@
 
 plain        distillation without quantization
 quantized    fake-quantized Linears
+integers     the same, the forward products of their codes by 8-bit integers (strategy.int8_products=always)
 with Phi     and helper modules
 unfused      with Phi, on torch's own operators
 compiled     with Phi, blocks under torch.compile
@@ -24,6 +25,7 @@ from qvgen.config.compose import compose_plain
 from qvgen.config.leaves import load_leaf
 from qvgen.config.schema.train import TrainConfig
 from qvgen.layers.fused_product import unfused
+from qvgen.layers.integer_product import set_int8_products
 from qvgen.training.blocks.checkpointing import block_checkpoint
 from qvgen.training.blocks.compiled import compile_blocks_, release_blocks_
 from qvgen.training.design.meta_model import narrow_
@@ -34,7 +36,9 @@ from qvgen.verbs._parts import training_run
 from qvgen.verbs.benchmarks.step_traffic import count_blocks_traffic, count_traffic
 from qvgen.verbs.benchmarks.training import quantize_untrained_
 
-METHODS = {"plain": "kd", "quantized": "kd", "with Phi": "qvgen", "unfused": "qvgen", "compiled": "qvgen"}
+METHODS = {
+    "plain": "kd", "quantized": "kd", "integers": "kd", "with Phi": "qvgen", "unfused": "qvgen", "compiled": "qvgen",
+}  # fmt: skip
 """Variant -> its method."""
 
 
@@ -109,6 +113,7 @@ class Step:
         self.module.setup("fit")
         if config.strategy.gradient_checkpointing:
             self.student.enable_gradient_checkpointing(block_checkpoint(keep_attention=False))
+        set_int8_products("always" if variant == "integers" else "never")
         if variant == "compiled":
             compile_blocks_(self.student)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
@@ -136,7 +141,8 @@ class Step:
         return middle - began, self.now() - middle
 
     def close(self) -> None:
-        """Give back what a compiled step holds."""
+        """Give back what a compiled step holds, and products as they were."""
+        set_int8_products("auto")
         if self.variant == "compiled":
             release_blocks_(self.student)
 
@@ -182,7 +188,7 @@ def rows(cases: Sequence[Case], device: torch.device, *, rounds: int) -> Iterato
 def expected(case: Case, variant: str) -> dict[str, Any]:
     """What the plan says of memory and the model of a GPU of time, where they know the variant."""
     run, found = configured(case, variant), {}
-    if variant != "compiled":
+    if variant not in ("compiled", "integers"):
         blocks = case.blocks
         counted = count_traffic(run, variant) if blocks is None else count_blocks_traffic(run, variant, blocks=blocks)
         found["predicted_s"] = counted.seconds
