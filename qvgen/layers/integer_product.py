@@ -22,7 +22,7 @@ _EXACT = 2**24
 """Whole numbers up to here have an exact float32 sum in any order."""
 
 _MIN_ROWS, _MULTIPLE = 17, 8
-"""What torch's product on a GPU asks for: so many rows, and columns and outputs that are multiples."""
+"""Least number of rows that torch's product on a GPU takes, and what its columns and outputs are multiples of."""
 
 _mode: dict[str, Mode] = {"products": "auto"}
 
