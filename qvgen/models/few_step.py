@@ -11,9 +11,9 @@ back to the next noise level with new noise. The schedulers are in :mod:`qvgen.m
 video comes from one generator with the video's seed: its first noise, then that of each step.
 
 Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for
-each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
-(:func:`qvgen.models.few_step_scheduler.visiting`). How the model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along
-trajectories, makes no difference to training and calibration.
+each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order. How the
+model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along trajectories, makes no
+difference to training and calibration.
 
 The list is of noise levels, 1000 times each. Most transformers are told these numbers; one may be told others, in its own
 dtype or with time reversed, and then :func:`own_timesteps` has those.
@@ -204,7 +204,7 @@ class FewSteps:
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert noise levels to timesteps, float32 [...]: the model's own, to the bit, where there is no jitter."""
         found: Tensor = self.objective.timestep(sigma)
-        levels = torch.tensor(self.timesteps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS  # on the CPU, which has float64
+        levels = torch.tensor(self.timesteps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
         steps = self.objective.timestep(levels).float().to(sigma.device)
         distance, index = (found[..., None] - steps).abs().min(-1)
         return torch.where(distance < 1e-3, steps[index], found)  # a float32 of 1000 is exact to 6e-5

@@ -3,8 +3,8 @@
     transformer   MochiTransformer3DModel; latents as [B, C, F, H, W]. Attention of each sample reads its own caption's tokens
                   and no padding, so that no batch mate changes it
     text          T5, 256 tokens and their mask
-    objective     a flow whose time is reversed: :class:`ReversedFlow`; teacher and student are told timesteps that are rounded
-                  in ``dtype``, as the pipeline rounds them
+    objective     a flow whose time is reversed: :class:`ReversedFlow`; teacher and student are told timesteps rounded in
+                  ``dtype``, as the pipeline rounds them
     latents       (z - latents_mean) / latents_std times scaling_factor, per channel, of the VAE's configuration
 
 Where a smoothing vector m disappears: norms are RMS norms without an affine part, whose modulation has a scale and no shift.

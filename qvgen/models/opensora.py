@@ -276,11 +276,11 @@ class OpenSora(PipelineFamily):
 
     _denormalize = _normalize
 
-    def _pipeline(self, *, transformer: nn.Module, **parts: Any) -> OpenSoraSampler:
-        del parts
-        frames = latent_frames(self.sampling_frames, window=self._window)
-        shape = (*self.sample_shape[:1], frames, *self.sample_shape[2:])
-        return OpenSoraSampler(predict=self.predict, transformer=transformer, scheduler=self._sampling_scheduler(), shape=shape)
+    def _pipeline(self, *, transformer: nn.Module, **_: Any) -> OpenSoraSampler:
+        channels, _, height, width = self.sample_shape
+        shape = (channels, latent_frames(self.sampling_frames, window=self._window), height, width)
+        given = {"transformer": transformer, "scheduler": self._sampling_scheduler()}
+        return OpenSoraSampler(predict=self.predict, shape=shape, **given)
 
     def _sizes(self) -> dict[str, int]:
         return {}  # the sampler knows them

@@ -11,6 +11,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import diffusers
@@ -107,9 +108,9 @@ class PipelineFamily(EncoderFamily):
     def _all_told(self, levels: Sequence[float]) -> tuple[float, ...]:
         """The numbers that the transformer is told; raises ValueError where two of them are one."""
         told = tuple(map(self._told, levels))
-        if same := [f"{a:g} and {b:g}" for a, b, x, y in zip(levels, levels[1:], told, told[1:], strict=False) if x == y]:
+        if (same := next((index for index, pair in enumerate(pairwise(told)) if pair[0] == pair[1]), None)) is not None:
             raise ValueError(
-                f"{shown_timesteps(levels)}: {same[0]} are one timestep for the transformer of model={self.name}, which is "
+                f"{shown_timesteps(levels)}: {levels[same]:g} and {levels[same + 1]:g} are one timestep for the transformer of model={self.name}, which is "
                 f"told them in {self.dtype}; write others"
             )
         return told

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_flow_is_sampled_trained_and_told_at_its_own_timesteps(case: Case, tmp
         timesteps, inputs, answers = sampled(family, family.load_teacher(dtype=torch.float32))
         assert timesteps == told
         fresh = noises(answers[0])
-        for step, (high, low) in enumerate(zip(STEPS, STEPS[1:], strict=False)):
+        for step, (high, low) in enumerate(pairwise(STEPS)):
             velocity = case.sign * answers[step]
             wanted = inputs[step] + (low - high) / 1000 * velocity
             if sampler == "lcm":
