@@ -108,11 +108,12 @@ class PipelineFamily(EncoderFamily):
     def _all_told(self, levels: Sequence[float]) -> tuple[float, ...]:
         """The numbers that the transformer is told; raises ValueError where two of them are one."""
         told = tuple(map(self._told, levels))
-        if (same := next((index for index, pair in enumerate(pairwise(told)) if pair[0] == pair[1]), None)) is not None:
-            raise ValueError(
-                f"{shown_timesteps(levels)}: {levels[same]:g} and {levels[same + 1]:g} are one timestep for the transformer of model={self.name}, which is "
-                f"told them in {self.dtype}; write others"
-            )
+        for (high, low), (first, second) in zip(pairwise(levels), pairwise(told), strict=True):
+            if first == second:
+                raise ValueError(
+                    f"{shown_timesteps(levels)}: {high:g} and {low:g} are one timestep for the transformer of model="
+                    f"{self.name}, which is told them in {self.dtype}; write others"
+                )
         return told
 
     def _told(self, timestep: float) -> float:
