@@ -57,7 +57,7 @@ def rewrite(packed: Path, *path: Any, value: Any) -> None:
         (("rope_max_seq_len",), 2**26, r"asks for tables of \d+ bytes \(rope.freqs_cos"),
         (("num_layers",), -1, "base.config.num_layers"),
         (("num_layers",), "2", "base.config.num_layers"),
-        (("patch_size",), [2**20] * 3, "patch_embedding.weight would have 2951"),
+        (("patch_size",), [2**12] * 3, "patch_embedding.weight would have 17592186044416 numbers"),
         (("ffn_dim",), 2**40, "ffn.net.0.proj.weight would have 7036"),
         (("num_layers",), 1, "names the layer 'blocks.1."),
         (("out_channels",), 8, "does not fit the model's Linear of shape"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -317,19 +318,47 @@ def test_prediction_training_step_and_packed_video(opensora, tmp_path: Path) -> 
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
 
 
-def test_no_other_runtime_knows_its_class(opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_are_the_packed_folder_and_what_the_authors_code_reads(
+    opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other runtime knows its class. Full weights have the published names and form, and are read as a model again."""
     family, teacher, folder = opensora
     student = copy.deepcopy(teacher)
     profile = make_profile("paper", weight_bits=4, activation_bits=4)
-    qvgen.prepare(student, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    qvgen.prepare(student, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn"), include=family.include))
     qvgen.fold(student)
     qvgen.save_packed(student, tmp_path / "packed", base_name=family.name, base_revision=family.revision)
     asked = ["ptq", *tiny_keys("opensora", folder), "bits=4", "init=rtn", "export=[torchao]", "dry_run=true"]
-    for words in (["export", f"packed={tmp_path / 'packed'}", "target=torchao", f"out={tmp_path / 'out'}"], asked):
+
+    def export(target: str, *words: str) -> list[str]:
+        out = tmp_path / target
+        return ["export", f"packed={tmp_path / 'packed'}", f"target={target}", f"out={out}", *words]
+
+    for words in (export("torchao"), export("hub"), asked):
         assert main(words) == BAD_INPUT
         (line,) = capsys.readouterr().err.splitlines()
-        assert "export torchao is read by diffusers' own classes, and STDiT3 is one of qvgen's; sample by" in line
-    assert not (tmp_path / "out").exists()
+        assert "is read by diffusers' own classes, and STDiT3 is one of qvgen's; sample by" in line
+        assert "or export target=diffusers (the packed folder, for qvgen) or target=bf16" in line
+    assert not (tmp_path / "torchao").exists()
+    assert main(export("diffusers")) == 0
+    copied = qvgen.load_packed(tmp_path / "diffusers").state_dict()
+    assert all(torch.equal(value, copied[name]) for name, value in student.state_dict().items())
+    loaded = STDiT3.from_pretrained(tmp_path / "diffusers").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in student.state_dict().items())
+
+    assert main(export("bf16", "export.dtype=float32")) == 0
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert tensors.keys() == load_file(folder / "transformer" / "model.safetensors").keys()
+    published = json.loads((folder / "transformer" / "config.json").read_text())
+    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert {key: published[key] for key in written} == written
+    again = tmp_path / "again"
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(tmp_path / "bf16", again / "transformer", ignore=shutil.ignore_patterns("parity*"))
+    dequantized = tiny_family("opensora", again).load_teacher()
+    error = (dequantized.spatial_blocks[0].attn.qkv.weight - teacher.spatial_blocks[0].attn.qkv.weight).abs().max()
+    assert 0 < error < 0.2 * teacher.spatial_blocks[0].attn.qkv.weight.abs().max()
+    assert torch.equal(dequantized.y_embedder.y_embedding, teacher.y_embedder.y_embedding)
 
 
 def test_plan_without_weights() -> None:
