@@ -21,10 +21,12 @@ import qvgen
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers.attention_swap import attention_forms
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.folder.model_class import model_class
 from qvgen.models.stdit3.transformer import STDiT3
 from qvgen.models.stdit3.vae import VideoAutoencoderPipeline
+from qvgen.quant.attention_profile import AttentionProfile
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,
@@ -392,6 +394,8 @@ def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
         load_leaf("model", "opensora").check_clip(frames=50, height=240, width=424)
     with pytest.raises(ValueError, match=r"model.transformer=mine: .* write model.path alone"):
         load_leaf("model", "opensora", transformer="mine")
+    with pytest.raises(ValueError, match=r"that are modules of diffusers' form, and STDiT3 has none; write profile.att"):
+        attention_forms(STDiT3(**OPENSORA_TRANSFORMER), AttentionProfile(kind="int8"), quantized=[])
     with pytest.raises(ValueError, match=rf"path={tmp_path} is no folder .* --local-dir {tmp_path}/transformer`, "):
         tiny_family("opensora", tmp_path)
     with pytest.raises(ValueError, match="holds a WanTransformer3DModel, model=opensora is a STDiT3; use model=wan"):
@@ -421,3 +425,18 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=r"config.json: an STDiT3 of qk_norm=False is not there; the published one has True"
     ):
         tiny_family("opensora", folder)
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "transformer.", ""])
+def test_a_lora_is_merged_before_anything_is_quantized(opensora, start: str, tmp_path: Path) -> None:
+    """W + scale alpha / rank B A, under the three kinds of names that have diffusers' or the model's own layers."""
+    _, teacher, folder = opensora
+    name, generator = "spatial_blocks.0.attn.qkv", torch.Generator().manual_seed(0)
+    weight = teacher.get_submodule(name).weight
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((2, weight.shape[1]), (weight.shape[0], 2)))
+    key = f"{start}{name}"
+    lora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    merged = tiny_family("opensora", folder, lora=str(tmp_path / "lora.safetensors"), lora_scale=0.5).load_teacher()
+    assert torch.allclose(merged.get_submodule(name).weight, weight + 0.25 * up @ down, atol=1e-6)
+    assert torch.equal(merged.spatial_blocks[1].attn.qkv.weight, teacher.spatial_blocks[1].attn.qkv.weight)
