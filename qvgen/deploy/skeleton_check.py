@@ -95,7 +95,9 @@ def check_before_building() -> None:
     build = ConfigMixin.from_config.__func__
 
     @wraps(build)
-    def from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_config(
+        cls: Any, config: Mapping[str, Any] | str | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         stored = config.get("quantization_config") if isinstance(config, Mapping) else None
         if isinstance(stored, QvgenConfig) and stored.manifest is not None:
             check_skeleton(cls, config, stored)

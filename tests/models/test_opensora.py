@@ -394,7 +394,9 @@ def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
         load_leaf("model", "opensora").check_clip(frames=50, height=240, width=424)
     with pytest.raises(ValueError, match=r"model.transformer=mine: .* write model.path alone"):
         load_leaf("model", "opensora", transformer="mine")
-    with pytest.raises(ValueError, match=r"that are modules of diffusers' form, and STDiT3 has none; write profile.att"):
+    with pytest.raises(
+        ValueError, match=r"that are modules of diffusers' form, and STDiT3 has none; write profile.att"
+    ):
         attention_forms(STDiT3(**OPENSORA_TRANSFORMER), AttentionProfile(kind="int8"), quantized=[])
     with pytest.raises(ValueError, match=rf"path={tmp_path} is no folder .* --local-dir {tmp_path}/transformer`, "):
         tiny_family("opensora", tmp_path)
