@@ -151,6 +151,16 @@ def _mochi(config: Mapping[str, Any], timestep: float, generator: torch.Generato
     }
 
 
+def _stdit3(config: Mapping[str, Any], timestep: float, generator: torch.Generator) -> dict[str, Tensor]:
+    frames, height, width = NUM_PATCHES
+    sizes = frames, 2 * height, 2 * width
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *sizes, generator=generator),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(1, NUM_TEXT_TOKENS, config["caption_channels"], generator=generator),
+    }
+
+
 _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict[str, Tensor] | None]] = {
     "WanTransformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
@@ -159,4 +169,5 @@ _INPUTS: Mapping[str, Callable[[Mapping[str, Any], float, torch.Generator], dict
     "HunyuanVideo15Transformer3DModel": _hunyuan_video_15,
     "LatteTransformer3DModel": _latte,
     "MochiTransformer3DModel": _mochi,
+    "STDiT3": _stdit3,
 }

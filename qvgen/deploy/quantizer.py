@@ -4,8 +4,8 @@
     compared with the headers of the files --> tensors, each as the file has it --> values checked --> blocks fused
 
 diffusers casts floating tensors to ``torch_dtype`` before a quantizer sees them, which would round float32 scales; so the
-tensors of packed layers are taken from the file's own mapping. What :func:`qvgen.load_packed` refuses is refused here.
-What diffusers does before it asks is its own: the skeleton is built from config.json as for any model.
+tensors of packed layers are taken from the file's own mapping. What :func:`qvgen.load_packed` refuses is refused here. Once
+this module is imported, the skeleton is built from numbers that :mod:`qvgen.deploy.skeleton_check` has seen.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from qvgen.deploy.packed_record import (
 from qvgen.deploy.prepacked_copies import watch_copies_
 from qvgen.deploy.quantization_config import QvgenConfig
 from qvgen.deploy.size_check import DAMAGED
+from qvgen.deploy.skeleton_check import check_before_building
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.quant.finite import check_finite
 
@@ -192,6 +193,9 @@ class QvgenQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers has 
     def is_compileable(self) -> bool:
         """``torch.compile`` takes the layers whole."""
         return True
+
+
+check_before_building()
 
 
 def become_packed_(model: nn.Module, manifest: Manifest) -> None:

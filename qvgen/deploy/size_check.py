@@ -113,7 +113,7 @@ def check_sizes(manifest: Manifest, header: Mapping[str, TensorForm], *, source:
             raise ValueError(
                 f"{weights}: {name!r} has shape {list(form.shape)}, the manifest asks for {list(value.shape)}"
             )
-    _check_tables(one, expected, allowed=TABLE_BYTES + weights.stat().st_size, source=source)
+    check_tables(one, expected, allowed=TABLE_BYTES + weights.stat().st_size, source=source)
 
 
 def _tensors_of_a_block(manifest: Manifest, single: Mapping[str, Any], key: str, *, size: int, source: Path) -> int:
@@ -150,7 +150,8 @@ def _in_some_block(one: nn.Module, name: str, blocks: Sequence[str], *, last: in
     return False
 
 
-def _check_tables(model: nn.Module, stored: Mapping[str, Tensor], *, allowed: int, source: Path) -> None:
+def check_tables(model: nn.Module, stored: Mapping[str, Tensor], *, allowed: int, source: Path) -> None:
+    """Raise ValueError for buffers beside those in ``stored`` that take more than so many bytes together."""
     tables = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
     needed = sum(buffer.numel() * buffer.element_size() for buffer in tables.values())
     if needed > allowed:

@@ -51,20 +51,22 @@ def check_can_save(model: nn.Module) -> None:
         )
 
 
-def check_can_export(name: str, *, target: str) -> None:
-    """Find out whether another runtime than qvgen can know a transformer's class.
+def check_can_export(name: str, exporter: Any, *, target: str) -> None:
+    """Find out whether what reads an export can know a transformer's class.
 
     Args:
         name: Name of the class.
-        target: Name of the export, for the message.
+        exporter: The target; one whose ``takes_own_classes`` is set does not need diffusers' class.
+        target: Its name, for the message.
 
     Raises:
         ValueError: diffusers does not have it.
     """
-    if not hasattr(diffusers, name):
+    if not hasattr(diffusers, name) and not getattr(exporter, "takes_own_classes", False):
         raise ValueError(
             f"export {target} is read by diffusers' own classes, and {name} is one of qvgen's; sample by `qvgen generate "
-            "packed=FOLDER`, or load the packed folder by qvgen.load_packed"
+            "packed=FOLDER`, or export target=diffusers (the packed folder, for qvgen) or target=bf16 (what the model's own "
+            "code reads)"
         )
 
 

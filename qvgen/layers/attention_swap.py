@@ -80,6 +80,11 @@ def attention_forms(
         return any(linear.startswith(f"{name}.") for linear in linears)
 
     names = [name for name in modules if chosen(name)]
+    if not modules:
+        raise ValueError(
+            f"profile.attention={profile.kind} quantizes attentions that are modules of diffusers' form, and "
+            f"{type(model).__name__} has none; write profile.attention=none"
+        )
     if not names:
         raise ValueError(
             f"profile.attention={profile.kind} quantizes none of the {len(modules)} attentions of {type(model).__name__}: "

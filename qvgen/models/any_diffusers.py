@@ -90,12 +90,8 @@ class AnyDiffusers(DescribedFamily):
         outline = self.recorded.outline(transformer.dtype, noisy.device)
         given = self._prompt_arguments(self._typed(condition, dtype=transformer.dtype), None)
         recorded = self.recorded.record(given, size, until="call", outline=outline).calls[0]
-        return self.measured.prediction(transformer(**self.measured.call(recorded, noisy, timestep))[0])
-
-    def _typed(self, condition: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Conditions in the types that ``encode_prompt`` returns: embeddings in the transformer's, masks of whole numbers."""
-        kinds = {name: value.dtype for name, value in self.recorded.encoded.items()}
-        return {name: condition[name].to(dtype if kind.is_floating_point else kind) for name, kind in kinds.items()}
+        told = timestep.to(self._told_dtype).to(timestep.dtype)
+        return self.measured.prediction(transformer(**self.measured.call(recorded, noisy, told))[0])
 
     def _prompt_arguments(
         self, condition: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None

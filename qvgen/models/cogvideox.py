@@ -52,7 +52,6 @@ class CogVideoX(PipelineFamily):
     pipeline_class: ClassVar[str] = "CogVideoXPipeline"
     vae_class: ClassVar[str] = "AutoencoderKLCogVideoX"
     text_encoder_class: ClassVar[str] = "T5EncoderModel"
-    few_step_kinds: ClassVar[tuple[type, ...]] = (str,)
     scheduler_classes: ClassVar[tuple[str, ...]] = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
     max_text_tokens: ClassVar[int] = 226
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {

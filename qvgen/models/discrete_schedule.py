@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,8 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 class DiscreteSchedule(abc.ABC):
     """A schedule of 1000 timesteps that are drawn uniformly."""
+
+    last_timestep: ClassVar[int] = NUM_TRAIN_TIMESTEPS - 1
 
     @property
     @abc.abstractmethod

@@ -4,47 +4,46 @@
                              scheduler visits in ``model.num_inference_steps``
     model.guidance_distilled the weights hold guidance: no call without the caption, neither in sampling nor in training
     model.sampler            ``lcm`` for students that predict the clean sample at each timestep: consistency models and
-                             those of DMD. Null: the model's scheduler, which follows the flow
+                             those of DMD. Null: the model's scheduler
 
-``lcm`` is multistep consistency sampling (arXiv 2303.01469, algorithm 1) of a flow at the noise levels s of the timesteps:
-
-    x0 = x - s v(x, s)          x' = (1 - s') x0 + s' noise, drawn anew in each step; s' = 0 after the last
-
-as diffusers' FlowMatchLCMScheduler does, which is used, and FastVideo's loop for DMD. All noise of a video comes from one
-generator with the video's seed: its first noise, then that of each step.
+``lcm`` is multistep consistency sampling (arXiv 2303.01469, algorithm 1): to the clean sample that the model predicts and
+back to the next noise level with new noise. The schedulers are in :mod:`qvgen.models.few_step_scheduler`. All noise of a
+video comes from one generator with the video's seed: its first noise, then that of each step.
 
 Everything that draws, samples or calibrates asks :func:`own_timesteps`: training and held-out errors draw one of them for
-each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order
-(:func:`visiting`). How the model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along
-trajectories, makes no difference to training and calibration.
+each sample (:class:`FewSteps`), quantized layers have one band for each, and sampling visits them in their order. How the
+model was distilled, by matching distributions (DMD, arXiv 2311.18828), by consistency or along trajectories, makes no
+difference to training and calibration.
 
-Left out: new noise in each step of models that predict noise or v at discrete levels (LCMScheduler).
+The list is of noise levels, 1000 times each. Most transformers are told these numbers; one may be told others, in its own
+dtype or with time reversed, and then :func:`own_timesteps` has those.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qvgen.models.base import Objective
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS
-
-OF_SCHEDULER = "scheduler"
-LCM = "lcm"
+from qvgen.models.few_step_scheduler import LCM, OF_SCHEDULER, shown_timesteps
 
 
 def own_timesteps(family: Any) -> tuple[float, ...] | None:
-    """The timesteps that a family's transformer is called at, falling, in (0, 1000]; None: it is no few-step model."""
+    """The timesteps that a family's transformer is told, in the order of sampling; None: it is no few-step model."""
     found: tuple[float, ...] | None = getattr(family, "own_timesteps", None)
     return found
+
+
+def own_levels(family: Any) -> tuple[float, ...] | None:
+    """1000 times the noise levels of :func:`own_timesteps`, falling, in (0, 1000]: they are told as they are by most."""
+    found: tuple[float, ...] | None = getattr(family, "own_levels", None)
+    return own_timesteps(family) if found is None else found
 
 
 def sampling_steps(family: Any, asked: int, *, needs: Collection[str] = ()) -> int:
@@ -88,7 +87,7 @@ def read_timesteps(value: Any, *, num_steps: int) -> tuple[float, ...] | None:
     found = falling_timesteps(value, key="model.timesteps", other=f", {OF_SCHEDULER} or null")
     if num_steps != len(found):
         raise ValueError(
-            f"model.num_inference_steps={num_steps}, and {_shown('model.timesteps', value)} has {len(found)}; "
+            f"model.num_inference_steps={num_steps}, and {shown_timesteps(value)} has {len(found)}; "
             f"write model.num_inference_steps={len(found)}"
         )
     return found
@@ -108,7 +107,7 @@ def falling_timesteps(value: Any, *, key: str = "timesteps", other: str = "") ->
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not given or any(isinstance(t, bool) or not isinstance(t, int | float) for t in given):
         raise ValueError(f"{key}={value} is no list of numbers; write for example [1000,757,522]{other}")
-    shown = _shown(key, given)
+    shown = shown_timesteps(given, key=key)
     if outside := [t for t in given if not 0 < t <= NUM_TRAIN_TIMESTEPS]:
         raise ValueError(
             f"{shown}: {outside[0]:g} is outside of the schedule; timesteps are above 0 and at most {NUM_TRAIN_TIMESTEPS}"
@@ -120,48 +119,22 @@ def falling_timesteps(value: Any, *, key: str = "timesteps", other: str = "") ->
     return rounded
 
 
-def _shown(key: str, timesteps: Sequence[float]) -> str:
-    return f"{key}=[{','.join(f'{t:g}' for t in timesteps)}]"
-
-
-def check_sampler(family: Any, *, timesteps: Any, is_flow: bool = True) -> None:
-    """Raise ValueError where ``model.sampler`` of a family is none, or none of this model.
+def check_sampler(family: Any, *, timesteps: Any) -> None:
+    """Raise ValueError where ``model.sampler`` of a family is none, or it has no timesteps.
 
     Args:
         family: Its ``sampler`` is looked at.
         timesteps: ``model.timesteps``.
-        is_flow: Whether noise levels of the family's choice can be sampled.
     """
     if family.sampler is None:
         return
     if family.sampler != LCM:
         raise ValueError(f"model.sampler={family.sampler} is not known; write {LCM}, or null for the model's scheduler")
-    if not is_flow:
-        raise ValueError(
-            f"model.sampler={LCM} is for models whose flow can be sampled at any timesteps, and model={family.name} is none; "
-            "leave it out"
-        )
     if timesteps is None:
         raise ValueError(
             f"model.sampler={LCM} draws new noise at the timesteps of a few-step model, and model.timesteps is null; write "
             "for example model.timesteps=[1000,757,522] and model.num_inference_steps=3"
         )
-
-
-def visited_timesteps(scheduler: Any, num_steps: int) -> tuple[float, ...]:
-    """The timesteps that a scheduler visits in so many steps, falling.
-
-    Raises:
-        ValueError: Two steps have one timestep.
-    """
-    scheduler.set_timesteps(num_steps)
-    found = tuple(float(t) for t in scheduler.timesteps)
-    if list(found) != sorted(set(found), reverse=True):
-        raise ValueError(
-            f"model.timesteps={OF_SCHEDULER}: {type(scheduler).__name__} visits {list(found)} in {num_steps} steps, which do "
-            "not fall; write a list"
-        )
-    return found
 
 
 def check_guidance(family: Any) -> None:
@@ -190,51 +163,13 @@ def _refuse_guidance(family: Any, guidance_scale: float, *, key: str) -> None:
         )
 
 
-def visiting(scheduler: Any, timesteps: Sequence[float], *, sampler: str | None = None) -> Any:
-    """Make a flow scheduler that visits these timesteps when it is asked for that many steps.
-
-    Its noise levels are timestep / 1000, and 0 at the end: no shift is applied to them. diffusers' schedulers take noise
-    levels and make timesteps of them, which some round; the transformer has to be told the numbers that it was made for.
-
-    Args:
-        scheduler: The model's own.
-        timesteps: Falling, in (0, 1000].
-        sampler: ``lcm``, or None for the model's own class.
-    """
-    if sampler == LCM:
-        from diffusers import FlowMatchLCMScheduler
-
-        found = FlowMatchLCMScheduler()
-    else:
-        plain = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-        found = type(scheduler).from_config(
-            scheduler.config, **{key: value for key, value in plain.items() if key in scheduler.config}
-        )
-    set_timesteps, levels = found.set_timesteps, np.array(timesteps) / NUM_TRAIN_TIMESTEPS
-
-    def set_own(num_inference_steps: int, device: Any = None) -> None:
-        if num_inference_steps != len(timesteps):
-            raise ValueError(f"{num_inference_steps} steps were asked of a model that has {len(timesteps)} of its own")
-        set_timesteps(num_inference_steps, device=device, sigmas=levels)
-        found.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
-
-    found.set_timesteps = set_own
-    return found
-
-
-def draw_from(scheduler: Any, generator: torch.Generator) -> None:
-    """Let a scheduler draw the noise of its steps from a generator, in place: Wan's pipelines give it none."""
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        scheduler.step = partial(scheduler.step, generator=generator)
-
-
 @dataclass(frozen=True, kw_only=True)
 class FewSteps:
     """An objective whose noise levels are those of a few timesteps; all else is the given one's.
 
     Attributes:
         objective: The model's formula.
-        timesteps: Falling, in (0, 1000]; each is drawn as often as any other.
+        timesteps: 1000 times the noise levels, falling, in (0, 1000]; each is drawn as often as any other.
         jitter: A timestep is moved by a uniform number between minus and plus this, within (0, 1000].
 
     Raises:
@@ -263,12 +198,14 @@ class FewSteps:
         place = torch.rand((), generator=generator).double() * len(self.timesteps)
         index = min(int(place), len(self.timesteps) - 1)
         moved = self.timesteps[index] + (2 * (float(place) - index) - 1) * self.jitter
-        return torch.tensor(min(moved, float(NUM_TRAIN_TIMESTEPS)) / NUM_TRAIN_TIMESTEPS, dtype=torch.float32)
+        last = getattr(self.objective, "last_timestep", NUM_TRAIN_TIMESTEPS)
+        return torch.tensor(min(moved, last) / NUM_TRAIN_TIMESTEPS, dtype=torch.float32)
 
     def timestep(self, sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Convert noise levels to timesteps, float32 [...]: the model's own, to the bit, where there is no jitter."""
         found: Tensor = self.objective.timestep(sigma)
-        steps = torch.tensor(self.timesteps, dtype=torch.float32, device=sigma.device)
+        levels = torch.tensor(self.timesteps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
+        steps = self.objective.timestep(levels).float().to(sigma.device)
         distance, index = (found[..., None] - steps).abs().min(-1)
         return torch.where(distance < 1e-3, steps[index], found)  # a float32 of 1000 is exact to 6e-5
 
@@ -295,6 +232,6 @@ class FewSteps:
 
 def drawn_objective(objective: Any, family: Any) -> Objective:
     """The objective of a family whose formula is ``objective``: with draws of its few timesteps, where it has such."""
-    timesteps = own_timesteps(family)
+    timesteps = own_levels(family)
     found: Objective = objective if timesteps is None else FewSteps(objective=objective, timesteps=timesteps)
     return found

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.flow_scheduler import FLOW_SCHEDULER, check_plain_flow
 from qvgen.models.guidance import SHIFT, require_number
 from qvgen.models.hunyuan_fold import TEXT, VIDEO
@@ -49,16 +52,19 @@ class HunyuanFamily(PipelineFamily):
         scheduler = super().scheduler()
         return scheduler if self.shift is None else scheduler.from_config(scheduler.config, shift=self.shift)
 
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_steps + 1)[:-1])
+
     @cached_property
-    def objective(self) -> FlowMatching:
-        """Flow matching with the shift that the scheduler samples with.
+    def objective(self) -> Objective:
+        """Flow matching with the shift that the scheduler samples with, or at a few-step model's timesteps.
 
         Raises:
             ValueError: the scheduler is of another kind.
         """
         scheduler = self.scheduler()
         check_plain_flow(scheduler, name=self.name, invert_sigmas=False)
-        return FlowMatching(shift=float(scheduler.config["shift"]))
+        return drawn_objective(FlowMatching(shift=float(scheduler.config["shift"])), self)
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -97,6 +97,9 @@ class HunyuanVideo15(HunyuanFamily):
                 "(guidance_scale=1.0 of their guider); write model.guidance_scale=1.0"
             )
 
+    def _told(self, timestep: float) -> float:
+        return float(torch.tensor(timestep).to(getattr(torch, self.dtype)))  # as predict and the pipeline round it
+
     @property
     def latent_channels(self) -> int:
         """Channels of a sample, which are the VAE's."""

@@ -52,7 +52,6 @@ class Latte(PipelineFamily):
     pipeline_class: ClassVar[str] = "LattePipeline"
     vae_class: ClassVar[str] = "AutoencoderKL"
     text_encoder_class: ClassVar[str] = "T5EncoderModel"
-    few_step_kinds: ClassVar[tuple[type, ...]] = (str,)
     scheduler_classes: ClassVar[tuple[str, ...]] = ("DDIMScheduler",)
     max_text_tokens: ClassVar[int] = 120
     frames_argument: ClassVar[str] = "video_length"

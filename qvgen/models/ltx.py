@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 from qvgen.config.schema.value_range import Range
 from qvgen.layers.smoothing_fold import SmoothingFold, behind_values
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.linear_quadratic import LinearQuadraticFlow
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.original.names import LTX_CAUSAL_ORIGINAL_NAMES, LTX_ORIGINAL_NAMES, OriginalNames
@@ -94,9 +97,12 @@ class LTX(PipelineFamily):
             if (size := self.transformer_config.get(key, 1)) != 1:
                 raise ValueError(f"{self.name}'s transformer has {key}={size}; LTXPipeline samples those with 1 alone")
 
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=self._mu(scheduler.config))
+
     @cached_property
-    def objective(self) -> FlowMatching:
-        """Flow matching with the noise levels that a video is sampled with.
+    def objective(self) -> Objective:
+        """Flow matching with the noise levels that a video is sampled with, or at a few-step model's timesteps.
 
         Raises:
             ValueError: The scheduler is of another kind.
@@ -106,15 +112,19 @@ class LTX(PipelineFamily):
         for key, value in wanted.items():
             if config[key] != value:
                 raise ValueError(f"{self.name}'s scheduler has {key}={config[key]}; {value} is supported")
-        return self._flow(config)
+        return drawn_objective(self._flow(config), self)
 
     def _flow(self, levels: Mapping[str, Any]) -> FlowMatching:
         """The objective of a scheduler's noise levels."""
         if not levels["use_dynamic_shifting"]:
             return FlowMatching(shift=float(levels["shift"]))
-        tokens, first = math.prod(self._sampled_grid), levels["base_image_seq_len"]
+        return FlowMatching(shift=math.exp(self._mu(levels)))
+
+    def _mu(self, levels: Mapping[str, Any]) -> float:
+        """Logarithm of a dynamic shift, for the tokens of a sampled video; in the pipeline's order of operations."""
+        first = levels["base_image_seq_len"]
         slope = (levels["max_shift"] - levels["base_shift"]) / (levels["max_image_seq_len"] - first)
-        return FlowMatching(shift=math.exp(levels["base_shift"] + slope * (tokens - first)))
+        return float(math.prod(self._sampled_grid) * slope + (levels["base_shift"] - slope * first))
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -252,6 +262,11 @@ class LTXCondition(LTX):
 
         scheduler.set_timesteps = set_both
         return scheduler
+
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+        scheduler.set_timesteps(timesteps=linear_quadratic_schedule(num_steps) * 1000, device=torch.device("cpu"))
 
     def _flow(self, levels: Mapping[str, Any]) -> FlowMatching:
         if levels["use_dynamic_shifting"] or levels["shift"] != 1:

@@ -3,7 +3,8 @@
     transformer   MochiTransformer3DModel; latents as [B, C, F, H, W]. Attention of each sample reads its own caption's tokens
                   and no padding, so that no batch mate changes it
     text          T5, 256 tokens and their mask
-    objective     a flow whose time is reversed: :class:`ReversedFlow`
+    objective     a flow whose time is reversed: :class:`ReversedFlow`; teacher and student are told timesteps rounded in
+                  ``dtype``, as the pipeline rounds them
     latents       (z - latents_mean) / latents_std times scaling_factor, per channel, of the VAE's configuration
 
 Where a smoothing vector m disappears: norms are RMS norms without an affine part, whose modulation has a scale and no shift.
@@ -26,13 +27,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.flow_scheduler import FLOW_SCHEDULER, check_plain_flow
-from qvgen.models.linear_quadratic import linear_quadratic_level
+from qvgen.models.linear_quadratic import THRESHOLD, linear_quadratic_level
 from qvgen.models.objectives import NUM_TRAIN_TIMESTEPS, FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 
@@ -106,15 +110,27 @@ class Mochi(PipelineFamily):
     }
     shared_inputs: ClassVar[Sequence[Sequence[str]]] = (_VIDEO, _TEXT)
 
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+        scheduler.set_timesteps(sigmas=np.array(linear_quadratic_schedule(num_steps, THRESHOLD)))
+
+    def _told(self, timestep: float) -> float:
+        return float(self._rounded(torch.tensor(NUM_TRAIN_TIMESTEPS - timestep)))
+
+    def _rounded(self, timestep: Tensor) -> Tensor:
+        """Timesteps as the pipeline tells them to a transformer of the teacher's dtype."""
+        return timestep.to(getattr(torch, self.dtype))
+
     @cached_property
-    def objective(self) -> ReversedFlow:
-        """The flow that the scheduler samples.
+    def objective(self) -> Objective:
+        """The flow that the scheduler samples, or at a few-step model's timesteps.
 
         Raises:
             ValueError: the scheduler is of another kind.
         """
         check_plain_flow(self.scheduler(), name=self.name, invert_sigmas=True, shift=1.0)
-        return ReversedFlow()
+        return drawn_objective(ReversedFlow(), self)
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -161,7 +177,7 @@ class Mochi(PipelineFamily):
         """Predict the flow's velocity; see :meth:`qvgen.models.base.VideoDiT.predict`."""
         output: Tensor = transformer(
             hidden_states=noisy.to(transformer.dtype),
-            timestep=timestep,
+            timestep=self._rounded(timestep).to(transformer.dtype),
             **{name: condition[name].to(transformer.dtype) for name in self.condition_arguments},
             return_dict=False,
         )[0]

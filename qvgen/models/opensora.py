@@ -12,15 +12,14 @@
 Source: hpcaitech/Open-Sora (opensora/schedulers/rf, configs/opensora-v1-2/inference/sample.py, opensora/models/text_encoder).
 
 [ours] The dropped caption of training is read whole, all 300 tokens; in sampling it is cut to the caption's number as the
-authors do, and so is a negative prompt. The authors' further cleaning of captions (links, HTML, odd punctuation) needs
-beautifulsoup4 and is off. Sampling is in float32 between calls of the transformer.
+authors do, and so is a negative prompt. The authors' further cleaning of captions needs beautifulsoup4 and is off.
 
 Where smoothing vectors disappear: proj <- the rows of qkv or kv_linear that make values. Where they stay a multiplication:
 qkv, mlp.fc1 and final_layer.linear (their modulations are a table plus an output of t_block that all blocks share);
 cross_attn.q_linear (it reads the residual stream); cross_attn.kv_linear (the text, one for all blocks); mlp.fc2 (GELU).
 
 Left out: given frames (image to video, longer videos piece by piece), LoRA loaders (there is none for it), one file in place
-of the transformer's folder, few-step timesteps, 8-bit attention, sequences shared out over processes.
+of the transformer's folder, 8-bit attention, sequences shared out over processes.
 """
 
 from __future__ import annotations
@@ -38,11 +37,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvgen.layers.smoothing_fold import Producer, SmoothingFold
+from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.folder.hub_folder import HubFolder
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.stdit3.folder import OpenSoraFolder, how_to_download
-from qvgen.models.stdit3.sampler import OpenSoraSampler
+from qvgen.models.stdit3.sampler import OpenSoraSampler, lay_out_steps
 from qvgen.models.stdit3.transformer import PIXELS, STDiT3
 from qvgen.models.stdit3.vae import WINDOW, VideoAutoencoderPipeline, latent_frames
 from qvgen.models.tensor_reader import read_tensors_of
@@ -103,8 +104,8 @@ class OpenSora(PipelineFamily):
     def __post_init__(self) -> None:
         if self.transformer is not None:
             raise ValueError(
-                f"model.transformer={self.transformer}: {self.name} takes a finetune's config.json and safetensors as the "
-                "folder transformer beside the other parts; write model.path alone"
+                f"model.transformer={self.transformer}: {self.name} takes a finetune as the folder transformer beside the "
+                "other parts; write model.path alone"
             )
         super().__post_init__()
         for key in ("num_frames", "sampling_frames"):
@@ -167,13 +168,15 @@ class OpenSora(PipelineFamily):
         return math.sqrt(self.height * self.width / _SQUARE) * math.sqrt(latents)
 
     @cached_property
-    def objective(self) -> ResolutionFlow:
-        """Rectified flow, with the shift of a training clip."""
-        return ResolutionFlow(shift=self._shift(self.num_frames))
+    def objective(self) -> Objective:
+        """Rectified flow, with the shift of a training clip, or at a few-step model's timesteps."""
+        return drawn_objective(ResolutionFlow(shift=self._shift(self.num_frames)), self)
 
     def scheduler(self) -> Any:
         """The Euler steps of the authors' sampler, whose noise levels are those of a sampled video's shift."""
         return FlowMatchEulerDiscreteScheduler(shift=self._shift(self.sampling_frames))
+
+    _lay_out = staticmethod(lay_out_steps)
 
     def predict(
         self,
@@ -220,8 +223,8 @@ class OpenSora(PipelineFamily):
             ValueError: tokenizer or weights are missing.
         """
         rows = [self._encode_one(text) if text else self._no_caption() for text in captions]
-        embeddings, masks = (torch.cat(part).float() for part in zip(*rows, strict=True))
-        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": masks}
+        columns = (torch.cat(part).float() for part in zip(*rows, strict=True))
+        return dict(zip(self.condition_arguments, columns, strict=True))
 
     def _encode_one(self, text: str) -> tuple[Tensor, Tensor]:
         options = {"max_length": self._text_tokens, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -271,14 +274,13 @@ class OpenSora(PipelineFamily):
     def _normalize(self, latents: Tensor) -> Tensor:
         return latents  # the VAE's own encode and decode do it
 
-    def _denormalize(self, latents: Tensor) -> Tensor:
-        return latents
+    _denormalize = _normalize
 
-    def _pipeline(self, *, transformer: nn.Module, **parts: Any) -> OpenSoraSampler:
-        del parts
-        frames = latent_frames(self.sampling_frames, window=self._window)
-        shape = (*self.sample_shape[:1], frames, *self.sample_shape[2:])
-        return OpenSoraSampler(predict=self.predict, transformer=transformer, scheduler=self.scheduler(), shape=shape)
+    def _pipeline(self, *, transformer: nn.Module, **_: Any) -> OpenSoraSampler:
+        channels, _, height, width = self.sample_shape
+        shape = (channels, latent_frames(self.sampling_frames, window=self._window), height, width)
+        given = {"transformer": transformer, "scheduler": self._sampling_scheduler()}
+        return OpenSoraSampler(predict=self.predict, shape=shape, **given)
 
     def _sizes(self) -> dict[str, int]:
         return {}  # the sampler knows them

@@ -11,6 +11,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import diffusers
@@ -22,15 +23,8 @@ from torch import Tensor, nn
 from qvgen.config.prompts.image_prompt import image_of
 from qvgen.models.base import Encode, Objective
 from qvgen.models.encoder_family import EncoderFamily
-from qvgen.models.few_step import (
-    OF_SCHEDULER,
-    check_guidance,
-    check_sampler,
-    draw_from,
-    read_timesteps,
-    visited_timesteps,
-    visiting,
-)
+from qvgen.models.few_step import check_guidance, check_sampler, read_timesteps
+from qvgen.models.few_step_scheduler import OF_SCHEDULER, draw_from, shown_timesteps, visited_timesteps, visiting
 from qvgen.models.guidance import negative_texts
 from qvgen.models.sampled_video import SampledVideo
 
@@ -40,9 +34,9 @@ class PipelineFamily(EncoderFamily):
     """A family that is sampled by a diffusers pipeline; :class:`qvgen.models.base.LatentVideoDiT` but for ``predict``.
 
     Attributes:
-        timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of numbers in (0, 1000], one for each
-            sampling step, which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it is called at
-            any timestep.
+        timesteps: A few-step model's own (:mod:`qvgen.models.few_step`): a falling list of 1000 times the noise level of each
+            sampling step, in (0, 1000], which no shift moves; or ``scheduler``, for those that its scheduler visits. None: it
+            is called at any timestep.
         sampler: A few-step model's: ``lcm`` predicts the clean sample in each step and adds new noise, as students of DMD and
             consistency models are sampled. None: the folder's scheduler.
         guidance_distilled: The weights hold guidance: ``guidance_scale`` is 1, and training drops no caption.
@@ -51,15 +45,13 @@ class PipelineFamily(EncoderFamily):
 
     Raises:
         ValueError: Timesteps that do not fall, are outside of the schedule, or more or fewer than the steps; guidance of a
-            model that holds it; timesteps or a sampler where the family has no such few-step sampling.
+            model that holds it; timesteps that its scheduler can't visit, or that are one number for its transformer.
     """
 
     timesteps: Any = None
     sampler: str | None = None
     guidance_distilled: bool = False
 
-    few_step_kinds: ClassVar[tuple[type, ...]] = ()
-    """Kinds of ``timesteps`` that the family can be sampled with: ``list``, and ``str`` for the scheduler's."""
     pipeline_class: ClassVar[str]
     scheduler_classes: ClassVar[tuple[str, ...]]
     samples_apart: ClassVar[bool] = True
@@ -70,23 +62,27 @@ class PipelineFamily(EncoderFamily):
         super().__post_init__()
         check_guidance(self)
         self._given_timesteps = read_timesteps(self.timesteps, num_steps=self.num_inference_steps)
-        if self.timesteps is not None and (str if self.timesteps == OF_SCHEDULER else list) not in self.few_step_kinds:
-            others = f"write {OF_SCHEDULER}" if str in self.few_step_kinds else "leave it out"
-            raise ValueError(
-                f"model.timesteps={self.timesteps}: few-step sampling of model={self.name} has no such timesteps; {others}"
-            )
-        check_sampler(self, timesteps=self.timesteps, is_flow=list in self.few_step_kinds)
+        check_sampler(self, timesteps=self.timesteps)
+        if self._given_timesteps is not None:
+            visiting(self.scheduler(), self._given_timesteps, sampler=self.sampler)  # whether it can is known now
+            self._all_told(self._given_timesteps)
 
     @cached_property
     def _sampled_timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps of a few-step model's sampling, those of another transformer among them; None: any."""
-        if self.timesteps == OF_SCHEDULER:
-            return visited_timesteps(self.scheduler(), self.num_inference_steps)
-        return self._given_timesteps
+        """1000 times the noise levels of a few-step model's sampling, those of another transformer too; None: any."""
+        if self.timesteps != OF_SCHEDULER:
+            return self._given_timesteps
+        scheduler = self.scheduler()
+        self._lay_out(scheduler, self.num_inference_steps)
+        return visited_timesteps(scheduler, self.num_inference_steps)
+
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        """Have a scheduler of the folder's lay out its steps as the pipeline has it do."""
+        scheduler.set_timesteps(num_steps)
 
     @cached_property
-    def own_timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps that this transformer of a few-step model is called at, falling; None: any.
+    def own_levels(self) -> tuple[float, ...] | None:
+        """1000 times the noise levels that this transformer of a few-step model is called at, falling; None: any.
 
         Raises:
             ValueError: It is called at none of them.
@@ -99,6 +95,30 @@ class PipelineFamily(EncoderFamily):
                 f"model.timesteps={list(steps)}: the transformer that is trained is called at none of them"
             )
         return found
+
+    @cached_property
+    def own_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps that this transformer of a few-step model is told, in the order of sampling; None: any.
+
+        Raises:
+            ValueError: Two of them are one number for it, or it is called at none of them.
+        """
+        return None if self.own_levels is None else self._all_told(self.own_levels)
+
+    def _all_told(self, levels: Sequence[float]) -> tuple[float, ...]:
+        """The numbers that the transformer is told; raises ValueError where two of them are one."""
+        told = tuple(map(self._told, levels))
+        for (high, low), (first, second) in zip(pairwise(levels), pairwise(told), strict=True):
+            if first == second:
+                raise ValueError(
+                    f"{shown_timesteps(levels)}: {high:g} and {low:g} are one timestep for the transformer of model="
+                    f"{self.name}, which is told them in {self.dtype}; write others"
+                )
+        return told
+
+    def _told(self, timestep: float) -> float:
+        """The number that the transformer is told at 1000 times a noise level."""
+        return timestep
 
     def _is_called_at(self, timestep: float) -> bool:
         """Whether the transformer that is trained is the one that the pipeline calls at a timestep."""
@@ -193,14 +213,17 @@ class PipelineFamily(EncoderFamily):
     def _pipeline(self, **components: Any) -> Any:
         """The diffusers pipeline with the components that a call needs."""
         none = dict.fromkeys((*self._tokenizers, *self.text_encoders, "vae", "transformer"))
-        scheduler = self.scheduler()
-        steps = self._given_timesteps if self.sampler is None else self._sampled_timesteps
-        if steps is not None:
-            scheduler = visiting(scheduler, steps, sampler=self.sampler)
+        scheduler = self._sampling_scheduler()
         parts = {**none, **components, "scheduler": scheduler}
         pipeline = self._pipeline_type()(**parts, **self._pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _sampling_scheduler(self) -> Any:
+        """The scheduler that videos are sampled with, new: the folder's, or one of a few-step model's own timesteps."""
+        scheduler = self.scheduler()
+        steps = self._given_timesteps if self.sampler is None else self._sampled_timesteps
+        return scheduler if steps is None else visiting(scheduler, steps, sampler=self.sampler)
 
     def _pipeline_type(self) -> Any:
         """Class of the pipeline."""

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from qvgen.models.few_step import OF_SCHEDULER, read_timesteps, visited_timesteps, visiting
+from qvgen.models.few_step import read_timesteps
+from qvgen.models.few_step_scheduler import OF_SCHEDULER, visited_timesteps, visiting
 from qvgen.models.sampled_video import SampledVideo
 
 
@@ -35,7 +36,9 @@ class TinySampler:
     def own_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps of a few-step model, falling; None: it is none."""
         if self.timesteps == OF_SCHEDULER:
-            return visited_timesteps(self._euler(), self.num_inference_steps)
+            scheduler = self._euler()
+            scheduler.set_timesteps(self.num_inference_steps)
+            return visited_timesteps(scheduler, self.num_inference_steps)
         return read_timesteps(self.timesteps, num_steps=self.num_inference_steps)
 
     def _euler(self) -> Any:

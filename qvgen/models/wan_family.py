@@ -49,7 +49,6 @@ class WanFamily(PipelineFamily):
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     pipeline_class: ClassVar[str] = "WanPipeline"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
-    few_step_kinds: ClassVar[tuple[type, ...]] = (list, str)
     scheduler_classes: ClassVar[tuple[str, ...]] = tuple(_SHIFT_KEYS)
     layer_groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "self_attention": ("blocks.*.attn1.*",),  # over space and time at once

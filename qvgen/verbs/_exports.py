@@ -47,7 +47,7 @@ def check_exports(config: TrainConfig, student: Prepared | None) -> None:
     layers = {name: _as_packed(layer, config) for name, layer in quantized_layers(skeleton).items()}
     names, attentions = getattr(type(config.model), "original_names", None), tuple(quantized_attentions(skeleton))
     for name, target in config.export.items():
-        check_can_export(type(skeleton).__name__, target=name)
+        check_can_export(type(skeleton).__name__, target, target=name)
         if isinstance(target, Publisher):
             target.check_upload()
         fits = fits_of(layers, target, base_name=config.names.model, names=names, attentions=attentions)

@@ -38,7 +38,7 @@ def run(config: ExportConfig) -> None:
         target.check_upload()
     refuse_earlier(config.out, (PARITY_JSON,), overwrite=config.overwrite)
     source = open_packed(config.packed, names=original_names_of(config.packed))
-    check_can_export(source.manifest.transformer, target=config.target)
+    check_can_export(source.manifest.transformer, target, target=str(config.target))
     fits = find_fits(source, target)
     misfits = {name: fit for name, fit in fits.items() if fit.reasons}
     if config.dry_run:

@@ -281,7 +281,9 @@ def test_schedulers_of_other_objectives_are_refused_by_name(tmp_path: Path) -> N
         file.write_text(json.dumps({**config, **entries}))
         return folder
 
-    assert "has the scheduler LCMScheduler; model=diffusers knows" in refusal(changed(_class_name="LCMScheduler"))
+    assert "has the scheduler HeunDiscreteScheduler; model=diffusers knows" in refusal(
+        changed(_class_name="HeunDiscreteScheduler")
+    )
     plain = {"use_flow_sigmas": False, "prediction_type": "epsilon"}
     assert "beta_schedule=scaled_linear; model=diffusers supports linear" in refusal(
         changed(**plain, beta_schedule="scaled_linear")

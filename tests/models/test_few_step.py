@@ -287,10 +287,21 @@ def test_every_timestep_has_a_band_of_its_own() -> None:
         (["model.sampler=lcm"], "model.timesteps is null; write for example model.timesteps=[1000,757,522]"),
         (["model=tiny_fewstep", "model.sampler=lmc"], "model.sampler=lmc is not known; write lcm, or null"),
         (
-            ["model=cogvideox", "model.timesteps=scheduler", "+model.sampler=lcm"],
-            "model.sampler=lcm is for models whose flow can be sampled at any timesteps, and model=cogvideox is none",
+            ["model=cogvideox", "model.timesteps=[999,499]", "model.num_inference_steps=2"],
+            "a CogVideoXDDIMScheduler steps to timesteps of its own; write model.timesteps=scheduler, or model.sampler=lcm",
         ),
-        (["model=cogvideox", "model.timesteps=[999,499]", "model.num_inference_steps=2"], "write scheduler"),
+        (
+            ["model=latte", "model.timesteps=[999,499.5]", "model.num_inference_steps=2", "model.sampler=lcm"],
+            "model.timesteps=[999,499.5]: 499.5 is no whole number up to 999, which this model's timesteps are",
+        ),
+        (
+            ["model=cogvideox", "model.timesteps=[1000,499]", "model.num_inference_steps=2", "model.sampler=lcm"],
+            "1000 is no whole number up to 999",
+        ),
+        (
+            ["model=mochi", "model.timesteps=[500,499.9]", "model.num_inference_steps=2"],
+            "500 and 499.9 are one timestep for the transformer of model=mochi, which is told them in bfloat16; write others",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import qvgen
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.prepare import PrepareConfig
+from qvgen.layers.attention_swap import attention_forms
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.folder.model_class import model_class
 from qvgen.models.stdit3.transformer import STDiT3
 from qvgen.models.stdit3.vae import VideoAutoencoderPipeline
+from qvgen.quant.attention_profile import AttentionProfile
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
     check_one_training_step,
@@ -317,19 +320,47 @@ def test_prediction_training_step_and_packed_video(opensora, tmp_path: Path) -> 
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
 
 
-def test_no_other_runtime_knows_its_class(opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_are_the_packed_folder_and_what_the_authors_code_reads(
+    opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other runtime knows its class. Full weights have the published names and form, and are read as a model again."""
     family, teacher, folder = opensora
     student = copy.deepcopy(teacher)
     profile = make_profile("paper", weight_bits=4, activation_bits=4)
-    qvgen.prepare(student, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn")))
+    qvgen.prepare(student, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn"), include=family.include))
     qvgen.fold(student)
     qvgen.save_packed(student, tmp_path / "packed", base_name=family.name, base_revision=family.revision)
     asked = ["ptq", *tiny_keys("opensora", folder), "bits=4", "init=rtn", "export=[torchao]", "dry_run=true"]
-    for words in (["export", f"packed={tmp_path / 'packed'}", "target=torchao", f"out={tmp_path / 'out'}"], asked):
+
+    def export(target: str, *words: str) -> list[str]:
+        out = tmp_path / target
+        return ["export", f"packed={tmp_path / 'packed'}", f"target={target}", f"out={out}", *words]
+
+    for words in (export("torchao"), export("hub"), asked):
         assert main(words) == BAD_INPUT
         (line,) = capsys.readouterr().err.splitlines()
-        assert "export torchao is read by diffusers' own classes, and STDiT3 is one of qvgen's; sample by" in line
-    assert not (tmp_path / "out").exists()
+        assert "is read by diffusers' own classes, and STDiT3 is one of qvgen's; sample by" in line
+        assert "or export target=diffusers (the packed folder, for qvgen) or target=bf16" in line
+    assert not (tmp_path / "torchao").exists()
+    assert main(export("diffusers")) == 0
+    copied = qvgen.load_packed(tmp_path / "diffusers").state_dict()
+    assert all(torch.equal(value, copied[name]) for name, value in student.state_dict().items())
+    loaded = STDiT3.from_pretrained(tmp_path / "diffusers").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in student.state_dict().items())
+
+    assert main(export("bf16", "export.dtype=float32")) == 0
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert tensors.keys() == load_file(folder / "transformer" / "model.safetensors").keys()
+    published = json.loads((folder / "transformer" / "config.json").read_text())
+    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert {key: published[key] for key in written} == written
+    again = tmp_path / "again"
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(tmp_path / "bf16", again / "transformer", ignore=shutil.ignore_patterns("parity*"))
+    dequantized = tiny_family("opensora", again).load_teacher()
+    error = (dequantized.spatial_blocks[0].attn.qkv.weight - teacher.spatial_blocks[0].attn.qkv.weight).abs().max()
+    assert 0 < error < 0.2 * teacher.spatial_blocks[0].attn.qkv.weight.abs().max()
+    assert torch.equal(dequantized.y_embedder.y_embedding, teacher.y_embedder.y_embedding)
 
 
 def test_plan_without_weights() -> None:
@@ -363,6 +394,10 @@ def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
         load_leaf("model", "opensora").check_clip(frames=50, height=240, width=424)
     with pytest.raises(ValueError, match=r"model.transformer=mine: .* write model.path alone"):
         load_leaf("model", "opensora", transformer="mine")
+    with pytest.raises(
+        ValueError, match=r"that are modules of diffusers' form, and STDiT3 has none; write profile.att"
+    ):
+        attention_forms(STDiT3(**OPENSORA_TRANSFORMER), AttentionProfile(kind="int8"), quantized=[])
     with pytest.raises(ValueError, match=rf"path={tmp_path} is no folder .* --local-dir {tmp_path}/transformer`, "):
         tiny_family("opensora", tmp_path)
     with pytest.raises(ValueError, match="holds a WanTransformer3DModel, model=opensora is a STDiT3; use model=wan"):
@@ -392,3 +427,18 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=r"config.json: an STDiT3 of qk_norm=False is not there; the published one has True"
     ):
         tiny_family("opensora", folder)
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "transformer.", ""])
+def test_a_lora_is_merged_before_anything_is_quantized(opensora, start: str, tmp_path: Path) -> None:
+    """W + scale alpha / rank B A, under the three kinds of names that have diffusers' or the model's own layers."""
+    _, teacher, folder = opensora
+    name, generator = "spatial_blocks.0.attn.qkv", torch.Generator().manual_seed(0)
+    weight = teacher.get_submodule(name).weight
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((2, weight.shape[1]), (weight.shape[0], 2)))
+    key = f"{start}{name}"
+    lora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    merged = tiny_family("opensora", folder, lora=str(tmp_path / "lora.safetensors"), lora_scale=0.5).load_teacher()
+    assert torch.allclose(merged.get_submodule(name).weight, weight + 0.25 * up @ down, atol=1e-6)
+    assert torch.equal(merged.spatial_blocks[1].attn.qkv.weight, teacher.spatial_blocks[1].attn.qkv.weight)

@@ -3,11 +3,15 @@
     layout=diffusers   config.json and diffusion_pytorch_model.safetensors or its shards, as ``from_pretrained`` loads them
     layout=original    one file with the names of the model's own code
 
+A transformer that is a class of qvgen (Open-Sora's) is no diffusers folder: it is config.json and model.safetensors as its
+authors publish them, which their code reads, and ``model.path`` as its folder ``transformer``.
+
 Rotation, smoothing and branch are undone (:mod:`qvgen.deploy.exporters.plain_weight`), so a layer is y = x W^T + bias.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +30,7 @@ from qvgen.deploy.exporters.base import (
 from qvgen.deploy.exporters.diffusers_folder import diffusers_folder
 from qvgen.deploy.exporters.original_file import original_file
 from qvgen.deploy.exporters.plain_weight import plain_weight, weight_changes
+from qvgen.deploy.transformer_class import transformer_class
 from qvgen.errors import UserError
 from qvgen.layers.packed_linear import PackedLinear
 
@@ -39,12 +44,14 @@ class Bf16:
     Attributes:
         dtype: Precision of all weights: float32, bfloat16 or float16; None: as in the packed checkpoint, and float32 for the
             layers that were quantized.
-        layout: ``diffusers`` (a folder), or ``original`` (one file with the names of the model's own code).
+        layout: ``diffusers`` (a folder; of a class of qvgen in the form of its authors), or ``original`` (one file with the
+            names of the model's own code).
     """
 
     dtype: str | None
     layout: str
 
+    takes_own_classes: ClassVar[bool] = True
     profiles: ClassVar[tuple[str, ...]] = ()
     bound: ClassVar[str] = "Inputs are not quantized: it shows what the weights alone cost."
 
@@ -80,4 +87,10 @@ class Bf16:
         """The folder's files, or one."""
         if self.layout == "original":
             return [original_file(model, model.all_tensors)]
-        return diffusers_folder(model, model.all_tensors)
+        kind = transformer_class(model.manifest.transformer)
+        if (published := getattr(kind, "published_config", None)) is None:
+            return diffusers_folder(model, model.all_tensors)
+        config = published(model.manifest.transformer_config)
+        text = json.dumps(config, indent=2) + "\n"
+        weights = ExportFile(path="model.safetensors", content=model.all_tensors, metadata={"format": "pt"})
+        return [ExportFile(path="config.json", content=text.encode()), weights]

@@ -13,3 +13,4 @@ class Diffusers(PackedCopy):
     """The target; it implements :class:`qvgen.deploy.exporters.base.PackedTarget`."""
 
     runtime: ClassVar[str] = "diffusers with qvgen"
+    takes_own_classes: ClassVar[bool] = True  # qvgen brings them along

@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar
 import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.models.base import Objective
+from qvgen.models.few_step import drawn_objective
 from qvgen.models.folder.published import known_models
 from qvgen.models.guidance import GUIDANCE, NUM_STEPS
 from qvgen.models.lora.merge import merge_loras_
@@ -183,7 +184,29 @@ class DescribedFamily(PipelineFamily):
     @cached_property
     def objective(self) -> Objective:
         """The formula that the folder's scheduler undoes; raises ValueError for one that is not known."""
-        return objective_of(self.scheduler(), name=f"model.path={self.path}", mu=self.measured.mu)
+        formula = objective_of(self.scheduler(), name=f"model.path={self.path}", mu=self.measured.mu)
+        return drawn_objective(formula, self)
+
+    def _lay_out(self, scheduler: Any, num_steps: int) -> None:
+        scheduler.timesteps = self.recorded.visited(num_steps)
+
+    def _told(self, timestep: float) -> float:
+        return float(torch.tensor(timestep).to(self._told_dtype))
+
+    @cached_property
+    def _told_dtype(self) -> torch.dtype:
+        """Type in which the pipeline tells a transformer of the teacher's dtype its timesteps; whole numbers are as given."""
+        dtype = getattr(torch, self.dtype)
+        given = self._prompt_arguments(self._typed(self.recorded.encoded, dtype=dtype), None)
+        outline = self.recorded.outline(dtype, torch.device("cpu"))
+        call = self.recorded.record(given, self.recorded.size, until="call", outline=outline).calls[0]
+        found: torch.dtype = call[self.measured.timestep].dtype
+        return found if found.is_floating_point else torch.float32
+
+    def _typed(self, condition: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Conditions in the types that ``encode_prompt`` returns: embeddings in the transformer's, masks of whole numbers."""
+        kinds = {name: value.dtype for name, value in self.recorded.encoded.items()}
+        return {name: condition[name].to(dtype if kind.is_floating_point else kind) for name, kind in kinds.items()}
 
     # What its pipeline does
 

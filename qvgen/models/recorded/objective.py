@@ -2,8 +2,8 @@
 
     FlowMatchEulerDiscreteScheduler                      flow matching, its shift or that of its dynamic shifting
     UniPC, DPMSolverMultistep with use_flow_sigmas       flow matching with flow_shift
-    DDIM, DDPM, PNDM, DPMSolver*, UniPC, DEIS, Euler*    prediction of the noise, betas linear in t; or v-prediction,
-                                                         sqrt(beta) linear in t
+    DDIM, DDPM, PNDM, DPMSolver*, UniPC, DEIS, Euler*,   prediction of the noise, betas linear in t; or v-prediction,
+    LCM                                                  sqrt(beta) linear in t
 
 Solvers of the second and third row differ in how they step; the noisy sample that the transformer sees at t is the same.
 """
@@ -22,7 +22,7 @@ _FLOW_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 _NOISE_SOLVERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "LCMScheduler",
 )  # fmt: skip
 
 SCHEDULERS = tuple(dict.fromkeys((FLOW_SCHEDULER, *_FLOW_SOLVERS, *_NOISE_SOLVERS)))

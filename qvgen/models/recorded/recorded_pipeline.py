@@ -109,6 +109,11 @@ class RecordedPipeline:
                 raise self._refusal("encodes a negative prompt otherwise than a caption")
         return found
 
+    def visited(self, num_steps: int) -> Tensor:
+        """The timesteps of a call of so many steps, [steps], as the scheduler is given them."""
+        recording = self.record({"prompt": _CAPTIONS[0], "num_inference_steps": num_steps}, self.size, until="decode")
+        return torch.stack([torch.as_tensor(timestep) for _, timestep, _ in recording.steps])
+
     def arguments_of(self, conditions: Mapping[str, Tensor]) -> dict[str, str]:
         """Name of a condition -> argument of the pipeline's call."""
         main = next(name for name in self.signature.texts if self._is_caption(name) and name not in conditions)

@@ -20,6 +20,11 @@ Predict = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """A family's ``predict``."""
 
 
+def lay_out_steps(scheduler: Any, num_steps: int, *, device: torch.device | None = None) -> None:
+    """Have the scheduler make steps of equal length before its shift."""
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_steps, endpoint=False), device=device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenSoraSampler:
     """The sampler of one transformer.
@@ -67,7 +72,7 @@ class OpenSoraSampler:
             condition = {name: torch.cat([negative[name], value]) for name, value in condition.items()}
         call = "cond" if negative is None else "cond_uncond"
         count = 1 if negative is None else 2
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps, endpoint=False), device=device)
+        lay_out_steps(self.scheduler, num_inference_steps, device=device)
         for timestep in self.scheduler.timesteps:
             with self.transformer.cache_context(call):
                 many = latents.expand(count, *self.shape)

@@ -73,6 +73,18 @@ def own_config(published: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(key, key): value for key, value in published.items() if key not in left_out}
 
 
+def published_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json that the authors publish for a transformer of these arguments: the inverse of :func:`own_config`.
+
+    >>> published = published_config({"num_layers": 28, "hidden_size": 1152})
+    >>> published["depth"], own_config(published)
+    (28, {'num_layers': 28, 'hidden_size': 1152})
+    """
+    names = {own: theirs for theirs, own in _RENAMED.items()}
+    sizes = {names.get(key, key): value for key, value in arguments.items()}
+    return {"architectures": ["STDiT3"], "model_type": "STDiT3", **_FIXED, **sizes}
+
+
 class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]
     """The transformer.
 
@@ -90,6 +102,9 @@ class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]
     _no_split_modules: ClassVar[list[str]] = ["STDiT3Block"]
     _repeated_blocks: ClassVar[list[str]] = ["STDiT3Block"]
     _keep_in_fp32_modules: ClassVar[list[str]] = ["rope"]
+
+    published_config = staticmethod(published_config)
+    """How its authors' config.json says a configuration: exports of full weights have that form."""
 
     @register_to_config  # type: ignore[misc]
     def __init__(

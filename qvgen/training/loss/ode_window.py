@@ -13,7 +13,7 @@ from qvgen.errors import UserError
 from qvgen.methods.base import Method, OdeWindow
 from qvgen.models.base import Encode, VideoDiT
 from qvgen.models.discrete_schedule import NUM_TRAIN_TIMESTEPS, per_sample
-from qvgen.models.few_step import FewSteps, draws_noise_anew, own_timesteps
+from qvgen.models.few_step import FewSteps, draws_noise_anew, own_levels
 from qvgen.models.objectives import FlowMatching
 
 
@@ -46,7 +46,7 @@ def window_velocity(
     """Mean velocity with which the teacher carries samples from their timesteps to the next ones, or with lcm to the end.
 
     Args:
-        family: Calls the teacher; its ``own_timesteps`` are the student's.
+        family: Calls the teacher; its ``own_levels`` are the student's.
         teacher: Full precision, in its own dtype.
         draw: Noised samples at the student's timesteps.
         condition: Encoded captions, on the samples' device.
@@ -56,7 +56,7 @@ def window_velocity(
     Returns:
         float32 [B, C, F, H, W].
     """
-    ends = torch.tensor([*(own_timesteps(family) or ()), 0.0], device=draw.timestep.device) / NUM_TRAIN_TIMESTEPS
+    ends = torch.tensor([*(own_levels(family) or ()), 0.0], device=draw.timestep.device) / NUM_TRAIN_TIMESTEPS
     start = draw.timestep / NUM_TRAIN_TIMESTEPS
     following = ends[1:][(ends[:-1] - start[:, None]).abs().argmin(1)]
     end = torch.zeros_like(start) if draws_noise_anew(family) else following
