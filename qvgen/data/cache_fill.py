@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from qvgen import work_item
 from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
 from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, EncodeFirstFrame, Encoders, EncodeVideo
@@ -161,6 +162,7 @@ def _settle_all(
             if elsewhere and len(elsewhere) < len(left):
                 log.info("waiting for %d clips that other processes encode at the moment", len(elsewhere))
             elif elsewhere:
+                work_item.wait()
                 time.sleep(POLL_SECONDS)
             left = elsewhere
     return bad
@@ -224,6 +226,7 @@ def _settle(writer: CacheWriter, clip: Clip, known: dict[str, Any] | Future[Read
     if not isinstance(known, Future):
         writer.reused += "latents" in known
         return known
+    work_item.begin(f"clip {clip.name}")
     key = writer.cache.row_key(clip)
     record = writer.make(clip, known.result())
     writer.cache.write_record(key, record)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from qvgen import work_item
 from qvgen.errors import UserError
 
 CLAIMS_FILE = ".claims"
@@ -72,7 +73,10 @@ class Claims:
         waited = False
         while not self.take(key):
             waited = True
+            work_item.wait()
             time.sleep(POLL_SECONDS)
+        if waited:
+            work_item.go_on()
         try:
             yield waited
         finally:

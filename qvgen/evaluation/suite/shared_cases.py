@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+from qvgen import work_item
 from qvgen.data.claims import POLL_SECONDS, Claims
 
 C = TypeVar("C", bound=Hashable)
@@ -62,5 +63,6 @@ class SharedCases(Generic[C]):
                 finally:
                     self._claims.give_back(self._key(case))
             if len(elsewhere) == len(left):
+                work_item.wait()
                 time.sleep(POLL_SECONDS)
             left = elsewhere

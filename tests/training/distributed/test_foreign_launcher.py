@@ -14,10 +14,10 @@ from torch.distributed.run import get_args_parser
 from qvgen.cli import BAD_INPUT, TERMINATED, main
 from qvgen.config.compose import compose_plain
 from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.training.distributed.child_command import free_port
 from qvgen.training.distributed.cluster import GivenRanks
 from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks
 from qvgen.training.distributed.launched_store import check_shared, wait_for_server
-from qvgen.training.distributed.launcher import free_port
 from qvgen.training.distributed.slurm import hosts
 from qvgen.training.trainer import Processes, build_trainer
 
