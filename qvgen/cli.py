@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from qvgen import __version__, stop_request
+from qvgen import __version__, stop_request, work_item
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
 from qvgen.config.processes import launched_world
@@ -37,8 +37,8 @@ INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
 _SHARING_VERBS = ("precompute", "evaluate")
 """Verbs whose tasks share out clips and videos, whoever started them."""
-_KNOWING_VERBS = ("train", "ptq", "fold", *_SHARING_VERBS)
-"""Verbs that have to know of other tasks of a launcher, which would do the same work again, or share it out."""
+_READING_VERBS = ("dashboard", "doctor", "inspect")
+"""Verbs that do no work; tasks of a launcher would do that of any other one several times, or share it out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,7 +226,7 @@ def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
-    world = find_world(os.environ, refuses=verb not in _SHARING_VERBS) if verb in _KNOWING_VERBS else None
+    world = None if verb in _READING_VERBS else find_world(os.environ, refuses=verb not in _SHARING_VERBS)
     launched_world.enter(world if verb in ("train", *_SHARING_VERBS) else None)
     if verb not in ("train", *_SHARING_VERBS):
         refuse_world(verb, world)
@@ -275,7 +275,7 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
             return _show_bug(error, name=name)
         if show_traceback:
             traceback.print_exc()
-        print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
+        print(f"qvgen {name}: {launched_world.whose(work_item.present())}{one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if (remedy := missing_library(error)) is None:

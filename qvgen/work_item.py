@@ -11,11 +11,12 @@ torch is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _listener: Callable[[str | None], None] | None = None
 _present: str | None = None
+_hang_minutes: float | None = None
 
 
 def tell(listener: Callable[[str | None], None] | None) -> None:
@@ -41,6 +42,35 @@ def wait() -> None:
     """Say that this process waits for what another one makes, until it begins or goes on."""
     if _listener is not None:
         _listener(None)
+
+
+def is_watched() -> bool:
+    """Whether another process, or a thread of this one, hears what is said here and looks after who is silent."""
+    return _listener is not None
+
+
+def give_up_after(minutes: float | None) -> None:
+    """Say for how long this process, which nobody watches, waits for one that was stopped; None: as long as it takes."""
+    global _hang_minutes
+    _hang_minutes = minutes
+
+
+def hang_minutes() -> float | None:
+    """See :func:`give_up_after`."""
+    return _hang_minutes
+
+
+def process_state(pid: int) -> str:
+    """The letter by which Linux calls the state of a process of this machine; "" where it says nothing."""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return ""
+
+
+def process_words(pid: int, *, host: str = "") -> str:
+    """A process of this machine, with what Linux says about it where that explains something; with its host, if given."""
+    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}
+    return f"process {pid}{f' on {host}' if host else ''}{state.get(process_state(pid), '')}"
 
 
 def present() -> str | None:

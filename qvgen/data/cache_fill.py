@@ -26,7 +26,8 @@ from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
 from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, EncodeFirstFrame, Encoders, EncodeVideo
 from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.claims import POLL_SECONDS, Claims
+from qvgen.data.claim_wait import ClaimWait
+from qvgen.data.claims import Claims
 from qvgen.data.clip_process import TIMEOUT_S
 from qvgen.data.clip_report import (
     CountTokens,
@@ -145,7 +146,7 @@ def _settle_all(
     """
     bad: list[tuple[str, str]] = []
     last_log = time.monotonic()
-    done, left = 0, list(clips)
+    done, left, wait = 0, list(clips), ClaimWait(writer.claims)
     with ClipsAhead(writer.cache.settings.cut, readers=options.readers, timeout_s=options.timeout_s) as ahead:
         while left:
             elsewhere: list[Clip] = []
@@ -162,8 +163,7 @@ def _settle_all(
             if elsewhere and len(elsewhere) < len(left):
                 log.info("waiting for %d clips that other processes encode at the moment", len(elsewhere))
             elif elsewhere:
-                work_item.wait()
-                time.sleep(POLL_SECONDS)
+                wait.wait(writer.cache.row_key(elsewhere[0]))
             left = elsewhere
     return bad
 

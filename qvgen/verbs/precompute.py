@@ -114,6 +114,7 @@ def fill_all(
     stop_request.note("while encoding, what is encoded is kept")
     stop_request.continue_with({})
     rest = {"captions": _texts(config), "shard": config.shard, "num_shards": config.num_shards}
+    work_item.give_up_after(None if world is None else config.hang_minutes)
     if world is not None:
         mine = _fill_share(config, source, rank=world.rank, size=world.size)
         if world.rank:

@@ -4,6 +4,7 @@
 
 ``QVGEN_TEST_LOST=FILE:HOW``: HOW is ``kill``, ``stop`` or ``fail``; FILE is written with the item just before. Rank 0 waits
 with its own second item for that, and is busy with it for longer than any test: what ends it is the loss of the other one.
+As a task of torchrun's it goes on then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from qvgen.verbs import _shared_videos, precompute
 
 MESSAGE = "/node2/weights: No such file or directory"
 _begin = work_item.begin
+TASK = os.environ.get("RANK")
+"""Of torchrun's; read before the command forgets it."""
 _count = 0
 
 
@@ -35,7 +38,9 @@ def begin(words: str) -> None:
         return
     file, _, how = given.rpartition(":")
     if is_zero():
-        time.sleep(600)
+        while TASK is None or not Path(file).exists():
+            time.sleep(0.05)
+        return
     Path(file).write_text(words)
     if how == "fail":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/node2/weights")
@@ -44,7 +49,7 @@ def begin(words: str) -> None:
 
 def is_zero() -> bool:
     """Whether this is rank 0."""
-    return "worker" not in sys.argv and os.environ.get("RANK", "0") == "0"
+    return "worker" not in sys.argv and TASK in (None, "0")
 
 
 def worker_command(*given: object) -> list[str]:

@@ -280,7 +280,7 @@ class Pulse:
         """One sentence about the ranks that the others wait for: since when, and where they were.
 
         Args:
-            names: The processes of all ranks, as :func:`process_words` has them.
+            names: The processes of all ranks, as :func:`qvgen.work_item.process_words` has them.
         """
         return "; ".join(self.describe_one(rank, names[rank]) for rank in self.who())
 
@@ -289,12 +289,3 @@ class Pulse:
         beat = self.beats[rank]
         clock = time.strftime("%H:%M:%S", time.localtime(time.time() - (ago := time.monotonic() - beat.at)))
         return f"rank {rank} ({name}) has not reported since {clock}, {ago:.0f} s ago: {beat.where}"
-
-
-def process_words(pid: int, *, host: str = "") -> str:
-    """A process of this machine, with what Linux says about it where that explains something; with its host, if given."""
-    letter = ""
-    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-        letter = file.read().rpartition(")")[2].split()[0]
-    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}
-    return f"process {pid}{f' on {host}' if host else ''}{state.get(letter, '')}"

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NoReturn, Self
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.child import GO, READ, SAMPLE, START
@@ -237,7 +237,7 @@ class WorkerGroup:
         return self._pulse.describe([self._process_words(rank) for rank in range(self.world_size)])
 
     def _process_words(self, rank: int) -> str:
-        return heartbeat.process_words(self._children[rank].pid if rank else os.getpid(), host=socket.gethostname())
+        return work_item.process_words(self._children[rank].pid if rank else os.getpid(), host=socket.gethostname())
 
     def _end_now(self, code: int | None, why: str) -> NoReturn:  # without waiting: the kernel may hold a child
         for child in self._children.values():

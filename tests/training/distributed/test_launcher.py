@@ -87,7 +87,8 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
     done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
+        f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no memory "
+        f"(see {tmp_path / 'rank1.log'})"
     ]
 
 
@@ -103,7 +104,9 @@ def test_a_parent_that_makes_the_start_is_ended_when_its_child_dies(tmp_path: Pa
     done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no such folder (")
+    assert line.startswith(
+        f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no such folder ("
+    )
 
 
 def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
@@ -216,7 +219,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
     done = hang(tmp_path, hang_minutes=0.02, then="None")
     assert done.returncode == 2, done.stderr
     *warnings, line = [line for line in done.stderr.splitlines() if line]
-    since = r"rank 1 \(process \d+ on \S+, stopped by a signal\) has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
+    who = r"rank 1 \(process \d+ on \S+, stopped by a signal\)"
+    since = rf"{who} has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
     assert re.fullmatch(rf"{since}: ended after training\.hang_minutes=0\.02; {STOPPED}.*", line), line
     assert re.search(r"has not reported since .*; a step takes \d+\.\d s", warnings[0])
 

@@ -30,7 +30,10 @@ def test_a_process_that_dies_in_the_start_is_named_and_the_run_begins_again(
     with monkeypatch.context() as patch:
         patch.setattr(WorkerGroup, "ask", ask_the_dead)
         assert train(tmp_path / "run", *KEYS) == BAD_INPUT
-    assert f"the process of rank 1 on {gethostname()} was killed by signal SIGKILL" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"the process of rank 1 on {gethostname()} was killed by signal SIGKILL"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert not (tmp_path / "run" / START_FILE).exists()
     assert (tmp_path / "run" / SHARES_DIRECTORY).is_dir()
     assert train(tmp_path / "run", *KEYS, "devices=1", "strategy=single", "resume=true") == DONE
