@@ -37,7 +37,7 @@ def run(config: FoldConfig) -> int | None:
         raise ValueError(f"{config.run_dir} is a run of method={run_config.names.method}: there is nothing to fold")
     model, design = named_family(run_config), student_design(run_config)
     if config.dry_run:
-        lines, can_run = plan_fold(config.run_dir, config.out, model=model, design=design)
+        lines, can_run = plan_fold(config.run_dir, config.out, model=model, design=design, steps=run_config.steps)
         for line in lines:
             print(line)
         return None if can_run else DOES_NOT_FIT
@@ -70,7 +70,7 @@ def _fold_by_layers(config: FoldConfig, model: NamedFamily, design: StudentDesig
         step, trained, average = read_trained(newest, config.run_dir, averaged=_is_averaged(config))
         how = {"trained": trained, "averaged": average, "schedule": schedule, "step": step}
         folding = StreamedFold(model.family, design, config.run_dir, **how)
-        folded = folding.fold_(kernel=config.run.kernel)
+    folded = folding.fold_(kernel=config.run.kernel)
     record = packed_record(config.run, steps=step)
     save_folded(folded, config.out, model=model, training=record, kept=folding.kept_rank)
     del folded, folding

@@ -12,7 +12,7 @@ decay may look at the whole student, which is loaded then (:func:`why_whole`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +30,12 @@ from qvgen.methods.base import Method, Schedule
 from qvgen.methods.phi_decay import PhiDecay
 from qvgen.models.base import VideoDiT
 from qvgen.quant.finite import check_finite
-from qvgen.training.checkpoint.saved_tensor import whole_values
+from qvgen.training.checkpoint.saved_tensor import SavedTensor, whole_values
 from qvgen.training.design.meta_model import build_student
 from qvgen.training.design.student import StudentDesign
 from qvgen.training.start.file import restore_layers_
 
 log = logging.getLogger(__name__)
-
-ReadTensor = Callable[[str], Tensor]
 
 
 def why_whole(design: StudentDesign, steps: int) -> str | None:
@@ -53,6 +51,25 @@ def why_whole(design: StudentDesign, steps: int) -> str | None:
     if schedule is not None and type(schedule) is not PhiDecay:
         return "the method's schedule may look at the whole student"
     return None
+
+
+def folding_threads(student: nn.Module) -> int:
+    """Layers of a student that are packed at a time: those that together take no more than half of it in bfloat16."""
+    weights = [torch.empty(()).expand(layer.weight.shape) for layer in quantized_layers(student).values()]
+    room = sum(value.numel() for value in student.state_dict().values())
+    scratch = PACKING_SCRATCH * max(weight.numel() for weight in weights)
+    return max(1, min(num_threads(weights, scratch_per_weight=PACKING_SCRATCH), room // scratch))
+
+
+def folding_bytes(student: nn.Module, *, packed: int) -> int:
+    """Most bytes on the host at once while a student is folded by layers.
+
+    Args:
+        student: On the meta device.
+        packed: Bytes of the packed model, which is written from a copy.
+    """
+    largest = max(layer.weight.numel() for layer in quantized_layers(student).values())
+    return packed + max(packed, folding_threads(student) * PACKING_SCRATCH * largest)
 
 
 class StreamedFold:
@@ -72,7 +89,8 @@ class StreamedFold:
         kept_rank: The largest rank of a Phi that stays, behind :meth:`fold`.
 
     Raises:
-        ValueError: What the run's folder says of its layers is damaged, or the checkpoint is of another model.
+        ValueError: What the run's folder says of its layers is damaged.
+        KeyError: The checkpoint is of another model; RuntimeError: of one of another size.
     """
 
     def __init__(
@@ -81,8 +99,8 @@ class StreamedFold:
         design: StudentDesign,
         run_dir: Path,
         *,
-        trained: Mapping[str, object],
-        averaged: Mapping[str, object],
+        trained: Mapping[str, Tensor | SavedTensor],
+        averaged: Mapping[str, Tensor | SavedTensor],
         schedule: Schedule | None,
         step: int,
     ) -> None:
@@ -90,11 +108,12 @@ class StreamedFold:
         restore_layers_(self.model, run_dir)
         self.kept_rank = 0
         self._schedule, self._step = schedule, step
-        known = self.model.state_dict().keys()
+        known = self.model.state_dict()
         if unknown := next((name for name in (*trained, *averaged) if name not in known), None):
             raise KeyError(unknown)
-        if missing := next((name for name in known if name not in trained), None):
-            raise KeyError(missing)
+        for name, value in known.items():
+            if trained[name].shape != value.shape:
+                raise RuntimeError(f"{name} has the shape {list(trained[name].shape)} and not {list(value.shape)}")
         self._values = dict(trained)
         for names in _shared_names(self.model):
             for name in names:
@@ -123,7 +142,7 @@ class StreamedFold:
             _forget_(layers[name])
             return packed
 
-        threads = self._threads(layers)
+        threads = folding_threads(self.model)
         made = dict(zip(layers, in_threads((partial(pack, name) for name in layers), threads=threads), strict=True))
         for name, packed in made.items():
             self.model.set_submodule(name, packed)
@@ -142,13 +161,6 @@ class StreamedFold:
             equal, count = equal and same, count + codes
         return equal and list(stored) == list(quantized_layers(self.model)), count
 
-    def _threads(self, layers: Mapping[str, FakeQuantLinear]) -> int:
-        """Layers that are packed at a time: those that together take no more than the model in bfloat16."""
-        weights = [torch.empty(()).expand(layer.weight.shape) for layer in layers.values()]
-        largest = PACKING_SCRATCH * max(weight.numel() for weight in weights)
-        room = 2 * sum(value.numel() for value in self.model.state_dict().values())
-        return max(1, min(num_threads(weights, scratch_per_weight=PACKING_SCRATCH), room // largest))
-
     def _load_(self, name: str, layer: FakeQuantLinear) -> None:
         for own, module in layer.named_modules(remove_duplicate=False):
             self._fill_(f"{name}.{own}" if own else name, module)
@@ -163,8 +175,6 @@ class StreamedFold:
                 if value is None or full not in self._values:  # what no checkpoint holds is made again by who loads
                     continue
                 read = whole_values(self._values[full]).to(value.dtype)
-                if read.shape != value.shape:
-                    raise RuntimeError(f"{full} has the shape {list(read.shape)} and not {list(value.shape)}")
                 check_finite([(full, read)], source="cannot fold", remedy=FOLD_REMEDY)
                 kind[own] = nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
 
