@@ -35,10 +35,9 @@ from qvgen.verbs import import_verb, import_worker
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
-_SHARING_VERBS = ("precompute", "evaluate")
-"""Verbs whose tasks share out clips and videos, whoever started them."""
-_READING_VERBS = ("dashboard", "doctor", "inspect")
-"""Verbs that do no work; tasks of a launcher would do that of any other one several times, or share it out."""
+_SHARING_VERBS, _READING_VERBS = ("precompute", "evaluate"), ("dashboard", "doctor", "inspect")
+"""Verbs whose tasks share out clips and videos, whoever started them; those that do no work. Tasks of a launcher would do
+that of any other one several times."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,6 +230,7 @@ def _own_the_environment(verb: str) -> None:
     if verb not in ("train", *_SHARING_VERBS):
         refuse_world(verb, world)
     forget_ranks(os.environ)
+    work_item.forget()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar
 
 
@@ -275,7 +275,8 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
             return _show_bug(error, name=name)
         if show_traceback:
             traceback.print_exc()
-        print(f"qvgen {name}: {launched_world.whose(work_item.present())}{one_line(error)}", file=sys.stderr)
+        whose = launched_world.whose(work_item.present()) if name in _SHARING_VERBS else ""
+        print(f"qvgen {name}: {whose}{one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if (remedy := missing_library(error)) is None:

@@ -32,6 +32,12 @@ def begin(words: str) -> None:
     go_on()
 
 
+def forget() -> None:
+    """Another command begins in this process, which has begun no item."""
+    global _present, _hang_minutes
+    _present = _hang_minutes = None
+
+
 def go_on() -> None:
     """Say that the item goes on, so that a long one is not taken for one that hangs."""
     if _listener is not None and _present is not None:

@@ -89,7 +89,7 @@ def check(verb: str, how: str, run: Path, folder: Path) -> None:
     after = made(folder / "out")
     kept = {file: date for file, date in after.items() if file in before}
     assert kept == {file: date for file, date in before.items() if file in after}
-    assert len(after) > len(before)
+    assert after.keys() - before.keys()  # parts of a pass are deleted when they are joined
 
 
 @pytest.mark.parametrize(("verb", "how"), CHEAP)
