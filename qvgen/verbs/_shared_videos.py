@@ -46,8 +46,8 @@ def started_workers(verb: str, config: GenerateConfig | EvaluateConfig) -> Itera
     logs.mkdir(parents=True, exist_ok=True)
     write_plain(logs / WORKER_FILE, config.plain)
     command = worker_command(verb, logs / WORKER_FILE, config.plain)
-    given = {"world_size": config.devices, "log_directory": logs, "hang_minutes": config.hang_minutes}
-    with WorkerGroup(command, **given, shares_items=True) as group:
+    size, minutes = config.devices, config.hang_minutes
+    with WorkerGroup(command, world_size=size, log_directory=logs, hang_minutes=minutes, shares_items=True) as group:
         yield group
         work_item.wait()
         group.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from qvgen import stop_request
 from qvgen.config.schema.train import FoldConfig
@@ -68,7 +69,7 @@ def _fold_by_layers(config: FoldConfig, model: NamedFamily, design: StudentDesig
     newest, schedule = newest_checkpoint(config.run_dir), design.schedule(config.run.steps)
     with of_this_model(newest):
         step, trained, average = read_trained(newest, config.run_dir, averaged=_is_averaged(config))
-        how = {"trained": trained, "averaged": average, "schedule": schedule, "step": step}
+        how: dict[str, Any] = {"trained": trained, "averaged": average, "schedule": schedule, "step": step}
         folding = StreamedFold(model.family, design, config.run_dir, **how)
     folded = folding.fold_(kernel=config.run.kernel)
     record = packed_record(config.run, steps=step)

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def why_whole(design: StudentDesign, steps: int) -> str | None:
     schedule = design.schedule(steps)
     if type(design.method).finish_ is not Method.finish_:
         return "the method changes the student behind its last step"
-    if schedule is not None and type(schedule) is not PhiDecay:
+    if not isinstance(schedule, PhiDecay | None):
         return "the method's schedule may look at the whole student"
     return None
 
@@ -56,9 +57,10 @@ def why_whole(design: StudentDesign, steps: int) -> str | None:
 def folding_threads(student: nn.Module) -> int:
     """Layers of a student that are packed at a time: those that together take no more than half of it in bfloat16."""
     weights = [torch.empty(()).expand(layer.weight.shape) for layer in quantized_layers(student).values()]
-    room = sum(value.numel() for value in student.state_dict().values())
+    room: int = sum(value.numel() for value in student.state_dict().values())
     scratch = PACKING_SCRATCH * max(weight.numel() for weight in weights)
-    return max(1, min(num_threads(weights, scratch_per_weight=PACKING_SCRATCH), room // scratch))
+    threads: int = min(num_threads(weights, scratch_per_weight=PACKING_SCRATCH), room // scratch)
+    return max(1, threads)
 
 
 def folding_bytes(student: nn.Module, *, packed: int) -> int:
@@ -169,7 +171,8 @@ class StreamedFold:
 
     def _fill_(self, prefix: str, module: nn.Module) -> None:
         """Give a module the tensors that are its own."""
-        for kind in (module._parameters, module._buffers):
+        kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kind in kinds:
             for own, value in list(kind.items()):
                 full = f"{prefix}.{own}" if prefix else own
                 if value is None or full not in self._values:  # what no checkpoint holds is made again by who loads
@@ -182,7 +185,8 @@ class StreamedFold:
 def _forget_(layer: nn.Module) -> None:
     """Give the memory of a layer's large tensors back; what layers share are few numbers, and stay."""
     for module in layer.modules():
-        for kind in (module._parameters, module._buffers):
+        kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kind in kinds:
             for name, value in list(kind.items()):
                 if value is not None and value.dim() > 1:
                     meta = value.detach().to("meta")
