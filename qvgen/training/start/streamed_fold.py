@@ -47,9 +47,10 @@ def why_whole(design: StudentDesign, steps: int) -> str | None:
         steps: Of its training.
     """
     schedule = design.schedule(steps)
+    kind: Any = type(schedule)
     if type(design.method).finish_ is not Method.finish_:
         return "the method changes the student behind its last step"
-    if not isinstance(schedule, PhiDecay | None):
+    if schedule is not None and kind.apply_ is not PhiDecay.apply_:
         return "the method's schedule may look at the whole student"
     return None
 
