@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from qvgen import __version__, stop_request
+from qvgen import __version__, stop_request, work_item
 from qvgen.config.command_line import begin_job, command_line
 from qvgen.config.conf_folder import using_directory
 from qvgen.config.processes import launched_world
@@ -35,10 +35,9 @@ from qvgen.verbs import import_verb, import_worker
 DONE, BUG, BAD_INPUT = 0, 1, 2
 INTERRUPTED, TERMINATED = stop_request.INTERRUPTED, stop_request.TERMINATED
 _SEVERITY = (DONE, DOES_NOT_FIT, BAD_INPUT, BUG, INTERRUPTED, TERMINATED)
-_SHARING_VERBS = ("precompute", "evaluate")
-"""Verbs whose tasks share out clips and videos, whoever started them."""
-_KNOWING_VERBS = ("train", "ptq", "fold", *_SHARING_VERBS)
-"""Verbs that have to know of other tasks of a launcher, which would do the same work again, or share it out."""
+_SHARING_VERBS, _READING_VERBS = ("precompute", "evaluate"), ("dashboard", "doctor", "inspect")
+"""Verbs whose tasks share out clips and videos, whoever started them; those that do no work. Tasks of a launcher would do
+that of any other one several times."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,11 +225,12 @@ def _own_the_environment(verb: str) -> None:
     """Forget ranks that another launcher left: Lightning would wait for processes that are not there; quieten torch."""
     from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks, refuse_world
 
-    world = find_world(os.environ, refuses=verb not in _SHARING_VERBS) if verb in _KNOWING_VERBS else None
+    world = None if verb in _READING_VERBS else find_world(os.environ, refuses=verb not in _SHARING_VERBS)
     launched_world.enter(world if verb in ("train", *_SHARING_VERBS) else None)
     if verb not in ("train", *_SHARING_VERBS):
         refuse_world(verb, world)
     forget_ranks(os.environ)
+    work_item.forget()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings would land in the progress bar
 
 
@@ -275,7 +275,8 @@ def _guarded(action: Callable[[], int | None], *, name: str, show_traceback: boo
             return _show_bug(error, name=name)
         if show_traceback:
             traceback.print_exc()
-        print(f"qvgen {name}: {one_line(error)}", file=sys.stderr)
+        whose = launched_world.whose(work_item.present()) if name in _SHARING_VERBS else ""
+        print(f"qvgen {name}: {whose}{one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if (remedy := missing_library(error)) is None:

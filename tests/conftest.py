@@ -133,6 +133,7 @@ ONLY_WHEN_ASKED = (
     "test_two_hosts.py", "test_launched_again.py", "test_sweep_of_devices.py", "test_attention_recall.py",
     "test_further_runs.py", "test_ltx_runs.py", "test_image_runs.py", "test_attention_runs.py", "test_any_diffusers_runs.py",
     "test_world_changes.py", "test_adamw_8bit.py", "test_failed_rank.py",
+    "test_lost_tasks.py", "test_shared_videos.py::test_two_groups_of_two_make_the_videos_of_one_process",
     "test_hub_models.py::test_two_processes_share_the_clips_and_train_the_same",
     "test_hub_models.py::test_from_mp4_files_to_videos_of_the_packed_model[wan2.2-ti2v]",
     "test_small_model.py::test_both_trainings_and_a_quantized_student",

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from qvgen import work_item
 from qvgen.config.schema.value_range import Range, check_ranges
 from qvgen.data.cache_index import IndexRows, keep_state, state_of, write_index
 from qvgen.data.cache_writer import CacheWriter, EncodeCaptions, EncodeFirstFrame, Encoders, EncodeVideo
 from qvgen.data.cached_clips import files_of
 from qvgen.data.captions import Clip, ClipTable
-from qvgen.data.claims import POLL_SECONDS, Claims
+from qvgen.data.claim_wait import ClaimWait
+from qvgen.data.claims import Claims
 from qvgen.data.clip_process import TIMEOUT_S
 from qvgen.data.clip_report import (
     CountTokens,
@@ -144,7 +146,7 @@ def _settle_all(
     """
     bad: list[tuple[str, str]] = []
     last_log = time.monotonic()
-    done, left = 0, list(clips)
+    done, left, wait = 0, list(clips), ClaimWait(writer.claims)
     with ClipsAhead(writer.cache.settings.cut, readers=options.readers, timeout_s=options.timeout_s) as ahead:
         while left:
             elsewhere: list[Clip] = []
@@ -161,7 +163,7 @@ def _settle_all(
             if elsewhere and len(elsewhere) < len(left):
                 log.info("waiting for %d clips that other processes encode at the moment", len(elsewhere))
             elif elsewhere:
-                time.sleep(POLL_SECONDS)
+                wait.wait(writer.cache.row_key(elsewhere[0]))
             left = elsewhere
     return bad
 
@@ -224,6 +226,7 @@ def _settle(writer: CacheWriter, clip: Clip, known: dict[str, Any] | Future[Read
     if not isinstance(known, Future):
         writer.reused += "latents" in known
         return known
+    work_item.begin(f"clip {clip.name}")
     key = writer.cache.row_key(clip)
     record = writer.make(clip, known.result())
     writer.cache.write_record(key, record)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvgen import work_item
 from qvgen.data.captions import Clip
 from qvgen.data.claims import Claims
 from qvgen.data.clip_report import CountTokens, left_out, warn_of_cut_captions
@@ -106,6 +107,7 @@ class CacheWriter:
         """Encode captions that belong to no clip, the empty one too; says which ones are too long."""
         warn_of_cut_captions(captions, tokens_left_out=self.encoders.tokens_left_out)
         for caption in dict.fromkeys(["", *captions]):
+            work_item.begin(f"caption {caption!r}")
             self._make_text(caption)
 
     def _make_text(self, caption: str) -> str:

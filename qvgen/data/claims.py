@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from qvgen import work_item
 from qvgen.errors import UserError
 
 CLAIMS_FILE = ".claims"
+_LOCK = "hhqqi"
+"""``struct flock`` of 64-bit Linux: kind, origin, first byte, bytes, process."""
 POLL_SECONDS = 0.1
 _DIGITS = 15
 """Hexadecimal digits of a key that number its byte: 60 bits, within what a lock's offset can be. Two keys of one number only
@@ -58,6 +63,22 @@ class Claims:
             ) from error
         return True
 
+    def holder(self, key: str) -> int | None:
+        """The process of this machine that holds a key; None: none does, or it is another machine's or can't be known."""
+        if sys.platform != "linux":
+            return None
+        asked = struct.pack(_LOCK, fcntl.F_WRLCK, os.SEEK_SET, int(key[:_DIGITS], 16), 1, 0)
+        try:
+            kind, _, _, _, pid = struct.unpack(_LOCK, fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
+        except OSError:
+            return None
+        return pid if kind != fcntl.F_UNLCK and pid > 0 and Path(f"/proc/{pid}").exists() else None
+
+    @property
+    def folder(self) -> Path:
+        """The cache's folder."""
+        return self._path.parent
+
     def give_back(self, key: str) -> None:
         """Let others claim a key again."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, int(key[:_DIGITS], 16))
@@ -72,7 +93,10 @@ class Claims:
         waited = False
         while not self.take(key):
             waited = True
+            work_item.wait()
             time.sleep(POLL_SECONDS)
+        if waited:
+            work_item.go_on()
         try:
             yield waited
         finally:

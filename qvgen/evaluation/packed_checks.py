@@ -52,10 +52,18 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
     equal = list(trained) == list(stored)
     count = 0
     for name in trained.keys() & stored.keys():
-        for bits, quantizer in trained[name].weight_quantizers().items():
-            codes = quantizer.codes(trained[name].weight).cpu()
-            equal = equal and torch.equal(codes, stored[name].weight_of(bits).integer_codes().cpu())
-            count += codes.numel()
+        same, codes = layer_codes_equal(trained[name], stored[name])
+        equal, count = equal and same, count + codes
+    return equal, count
+
+
+def layer_codes_equal(trained: FakeQuantLinear, stored: PackedLinear) -> tuple[bool, int]:
+    """Whether every code of a packed layer is the trained one, and how many were compared."""
+    equal, count = True, 0
+    for bits, quantizer in trained.weight_quantizers().items():
+        codes = quantizer.codes(trained.weight).cpu()
+        equal = equal and torch.equal(codes, stored.weight_of(bits).integer_codes().cpu())
+        count += codes.numel()
     return equal, count
 
 

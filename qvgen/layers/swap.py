@@ -37,10 +37,10 @@ from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
 from qvgen.quant.width_table import WidthTable
 
-_SCRATCH_PER_WEIGHT = 32
+PACKING_SCRATCH = 32
 """Bytes for each weight of a layer that is packed: its error is measured in float64."""
 
-_FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
+FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,19 +274,24 @@ def folded_copy(model: nn.Module, *, kernel: str = "auto") -> nn.Module:
 
 
 def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
-    check_finite(chain(model.named_parameters(), model.named_buffers()), source="cannot fold", remedy=_FOLD_REMEDY)
+    check_finite(chain(model.named_parameters(), model.named_buffers()), source="cannot fold", remedy=FOLD_REMEDY)
     layers = quantized_layers(model)
+    threads = num_threads((layer.weight for layer in layers.values()), scratch_per_weight=PACKING_SCRATCH)
+    jobs = (partial(pack_layer, name, layer, kernel=kernel) for name, layer in layers.items())
+    return dict(zip(layers, in_threads(jobs, threads=threads), strict=True))
 
-    def pack(name: str) -> PackedLinear:
-        if layers[name].adapter is not None:
-            raise ValueError(f"cannot fold {name}: its adapter is not merged; call the training method's finish_ first")
-        try:
-            packed = PackedLinear.from_fake_quant(layers[name], kernel=kernel)
-        except ValueError as error:
-            raise ValueError(f"cannot fold {name}: {error}") from error
-        check_finite(packed.state_dict().items(), source=f"cannot fold {name}", remedy=_FOLD_REMEDY)
-        return packed
 
-    weights = (layer.weight for layer in layers.values())
-    threads = num_threads(weights, scratch_per_weight=_SCRATCH_PER_WEIGHT)
-    return dict(zip(layers, in_threads((partial(pack, name) for name in layers), threads=threads), strict=True))
+def pack_layer(name: str, layer: FakeQuantLinear, *, kernel: str) -> PackedLinear:
+    """The packed layer of a trained one, which is left as it is.
+
+    Raises:
+        ValueError: Its Phi still has rank, or it is not finite; the name is in the message.
+    """
+    if layer.adapter is not None:
+        raise ValueError(f"cannot fold {name}: its adapter is not merged; call the training method's finish_ first")
+    try:
+        packed = PackedLinear.from_fake_quant(layer, kernel=kernel)
+    except ValueError as error:
+        raise ValueError(f"cannot fold {name}: {error}") from error
+    check_finite(packed.state_dict().items(), source=f"cannot fold {name}", remedy=FOLD_REMEDY)
+    return packed

@@ -5,8 +5,11 @@ All begin with the state that start/file.py wrote; a later session of the same r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -16,6 +19,7 @@ from qvgen import stop_request
 from qvgen.cpu_threads import set_threads
 from qvgen.data.datamodule import MeasuredData
 from qvgen.data.source import Split
+from qvgen.errors import is_ours
 from qvgen.layers.integer_product import set_int8_products
 from qvgen.methods.base import Schedule
 from qvgen.training.blocks.checkpointing import block_checkpoint
@@ -64,25 +68,46 @@ def load_trained(student: nn.Module, run_dir: Path, *, schedule: Schedule | None
     Raises:
         ValueError: There is no checkpoint, or it does not fit the student.
     """
-    found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
-    if not found:
-        raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
+    newest = newest_checkpoint(run_dir)
     restore_layers_(student, run_dir)
-    wanted = ("state_dict", AVERAGE_KEY) if averaged else ("state_dict",)
-    state = check_checkpoint(found[-1], run=run_key(run_dir), only=wanted)
-    try:
-        prefix = "student."
-        trained = {name.removeprefix(prefix): value for name, value in state["state_dict"].items()}
+    with of_this_model(newest):
+        step, trained, average = read_trained(newest, run_dir, averaged=averaged)
         load_tensors_(student, trained)
-        if averaged:
-            # After the student's own: tensors that layers share have several names there and one here.
-            load_tensors_(student, state[AVERAGE_KEY], strict=False)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{found[-1]} is of another model ({type(error).__name__}); delete it") from error
-    step = int(state["global_step"])
+        # After the student's own: tensors that layers share have several names there and one here.
+        load_tensors_(student, average, strict=False)
     if schedule is not None:
         schedule.apply_(student, None, step=step)
     return step
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run; raises ValueError where there is none."""
+    if found := checkpoints(run_dir / CHECKPOINT_DIRECTORY):
+        return found[-1]
+    raise ValueError(f"{run_dir / CHECKPOINT_DIRECTORY} holds no checkpoint; train first")
+
+
+@contextmanager
+def of_this_model(path: Path) -> Iterator[None]:
+    """Say of which checkpoint it is that it does not fit the student."""
+    try:
+        yield
+    except (RuntimeError, KeyError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and is_ours(error):
+            raise
+        raise ValueError(f"{path} is of another model ({type(error).__name__}); delete it") from error
+
+
+def read_trained(path: Path, run_dir: Path, *, averaged: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """A checkpoint's step, the student's tensors by name, and those of its average, none unless they are asked for.
+
+    Raises:
+        ValueError: It is damaged, not finite, or of another run.
+    """
+    wanted = ("state_dict", AVERAGE_KEY) if averaged else ("state_dict",)
+    state = check_checkpoint(path, run=run_key(run_dir), only=wanted)
+    trained = {name.removeprefix("student."): value for name, value in state["state_dict"].items()}
+    return int(state["global_step"]), trained, dict(state[AVERAGE_KEY]) if averaged else {}
 
 
 def train_share(

@@ -24,8 +24,8 @@ from qvgen.config.processes.launched_world import LaunchedWorld
 from qvgen.config.schema.trainer import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
+from qvgen.training.distributed.child_command import guard_world_size
 from qvgen.training.distributed.cluster import GivenRanks, group_backend
-from qvgen.training.distributed.launcher import guard_world_size
 from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
 from qvgen.training.strategies import DataParallel, OneDevice

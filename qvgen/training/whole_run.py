@@ -99,12 +99,14 @@ def shared_outputs(run: TrainingRun, inputs: MeasuredInputs) -> SharedOutputs | 
 def early_workers(
     run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], hang_minutes: float | None
 ) -> Iterator[WorkerGroup | None]:
-    """Start a training's other processes before rank 0 has its start: they import meanwhile, and wait.
+    """Start a run's other processes before rank 0 has its start: they import meanwhile, and wait.
+
+    Without training they take part in the start alone, and are ended behind the block.
 
     Yields:
         What :func:`trained` takes as ``workers``; None where there are no others, or another launcher started them.
     """
-    if run.devices == 1 or not run.steps.num_steps or current_meeting() is not None:
+    if run.devices == 1 or current_meeting() is not None:
         yield None
         return
     group = _worker_group(run, run_dir, settings=settings, hang_minutes=hang_minutes)
@@ -118,7 +120,7 @@ def early_workers(
 def start_helpers(
     run: TrainingRun, run_dir: Path, *, settings: Mapping[str, Any], workers: WorkerGroup | None
 ) -> StartHelpers | None:
-    """The processes that take part in a training's start; None where rank 0 makes it by itself.
+    """The processes that take part in a run's start; None where rank 0 makes it by itself.
 
     Args:
         run: What is trained.
@@ -130,7 +132,7 @@ def start_helpers(
     if workers is not None:
         asked = {"ask": workers.ask, "check": workers.check, "ask_calibration": workers.ask_calibration}
         return StartHelpers(**sizes, run_dir=run_dir, **asked)
-    if (meeting := current_meeting()) is None or run.devices == 1 or not run.steps.num_steps:
+    if (meeting := current_meeting()) is None or run.devices == 1:
         return None
 
     def ask(what: str, *, marked: Path | None = None) -> None:

@@ -181,6 +181,7 @@ def _sampling(config: EvaluateConfig, packed: tuple[Path, ...] | None) -> Genera
         fused_norms=False,
         devices=config.devices,
         context_parallel=config.context_parallel,
+        hang_minutes=config.hang_minutes,
         dry_run=False,
         debug=False,
         names=ModelName(model=config.names.model),

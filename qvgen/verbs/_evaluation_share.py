@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.config.schema.evaluate import EvaluateConfig
 from qvgen.data.claims import Claims
 from qvgen.errors import UserError
@@ -121,6 +121,7 @@ class EvaluationShare:
                     opened.enter_context(side.sampler.in_place())
                     is_ready = True
                 assert case.asked is not None, "it is sampled"
+                work_item.begin(f"video {case.name} of {side.label}")
                 frames = side.sampler.sample_one(case.asked)
                 if not self._writes:
                     continue
@@ -204,6 +205,7 @@ class EvaluationShare:
 
         shared = SharedCases(cases, claims=claims, key=key, is_there=is_there)
         for case in shared:
+            work_item.begin(f"{what} of video {case.name}")
             yield case
             log.info("%s of %d of %d videos", what, shared.num_there + 1, len(cases))
             stop_request.note(f"after the {what} of {shared.num_there + 1} of {len(cases)} videos")
@@ -214,6 +216,7 @@ class EvaluationShare:
         assert reference is not None, "they compare"
         for case in self._together(self._missing(files, cases, claims, what="predictions"), cases):
             assert case.asked is not None, "it is sampled"
+            work_item.begin(f"predictions of video {case.name}")
             teacher, asked = reference.sampler, case.asked
             with self._shared(teacher, model.sampler):
                 calls = compared_calls(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.data.claims import Claims
 from qvgen.data.video import write_video
 from qvgen.errors import UserError
@@ -96,6 +96,7 @@ class ProgramShare:
             is_there=lambda task: self._files.read(task.name, key=self._key(task)) is not None,
         )
         for task in shared:
+            work_item.begin(f"{task.name} by VBench's program")
             self._measure(task, claims)
             log.info("VBench's program: %s, %d of %d", task.name, shared.num_there + 1, len(tasks))
             stop_request.note(f"after {shared.num_there + 1} of {len(tasks)} dimensions by VBench's program")

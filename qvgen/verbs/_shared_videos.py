@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qvgen import work_item
 from qvgen.config.schema.evaluate import EvaluateConfig
 from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.deploy.manifest import read_manifest
@@ -21,7 +22,8 @@ from qvgen.evaluation.placement import sampling_device
 from qvgen.models.context_parallel import check_context
 from qvgen.run_directory import write_plain
 from qvgen.training.distributed.ahead import LOG_FOLDER, WORKER_FILE
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.child_command import worker_command
+from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT, joined_group
 from qvgen.training.distributed.video_group import VideoGroup
 
@@ -44,8 +46,10 @@ def started_workers(verb: str, config: GenerateConfig | EvaluateConfig) -> Itera
     logs.mkdir(parents=True, exist_ok=True)
     write_plain(logs / WORKER_FILE, config.plain)
     command = worker_command(verb, logs / WORKER_FILE, config.plain)
-    with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
+    size, minutes = config.devices, config.hang_minutes
+    with WorkerGroup(command, world_size=size, log_directory=logs, hang_minutes=minutes, shares_items=True) as group:
         yield group
+        work_item.wait()
         group.join()
 
 

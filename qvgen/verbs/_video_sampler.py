@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qvgen import work_item
 from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.config.schema.verbs import GenerateConfig
 from qvgen.data.clip_report import warn_of_cut_captions
@@ -66,6 +68,7 @@ class VideoSampler:
         """The videos one after the other, uint8 [F, H, W, 3]: each alone, so that none depends on the others."""
         with self.in_place():
             for place, asked in videos:
+                work_item.begin(f"video {place.name if isinstance(place, Path) else asked.caption}")
                 yield place, asked, self.sample_one(asked).numpy()
 
     @contextmanager
@@ -73,7 +76,8 @@ class VideoSampler:
         """Bring the transformer to where it samples while the block runs, and say by which kernel."""
         with placed(self.transformer) as device:
             self._say_kernel(device)
-            with nullcontext() if self.group is None else self.group.shared(self.transformers):
+            shared = nullcontext() if self.group is None else self.group.shared(self.transformers)
+            with shared, work_item.heard_of(self.transformers):
                 yield
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.config.leaves import load_leaf
 from qvgen.config.processes import launched_world
 from qvgen.config.processes.device_choice import say_chosen
@@ -109,6 +109,7 @@ def _do_all(config: EvaluateConfig, share: EvaluationShare, world: LaunchedWorld
     """Sample and measure everything with this command's other processes, which do the same, or as one task of a launcher."""
     use_own_gpu(0 if world is None else world.local_rank)
     if world is not None or config.devices == 1:
+        work_item.give_up_after(None if world is None else config.hang_minutes)
         share.do()
         return
     with started_workers("evaluate", config) as workers:

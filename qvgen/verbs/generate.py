@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.config.processes.device_choice import say_chosen
 from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.config.schema.verbs import GenerateConfig
@@ -111,6 +111,7 @@ class _Work:
                 yield todo[number]
 
         own = self.do(group.together(taken(), among=todo), group=group)
+        work_item.wait()
         histories = gathered(own if group.is_first else [[] for _ in own])
         return [list(chain.from_iterable(parts)) for parts in zip(*histories, strict=True)]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qvgen import stop_request
+from qvgen import stop_request, work_item
 from qvgen.config.build import build
 from qvgen.config.processes import launched_world
 from qvgen.config.processes.device_choice import say_chosen
@@ -21,7 +21,8 @@ from qvgen.data.clip_report import FillReport
 from qvgen.data.source import DataSource, EncodedSource
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.child_command import worker_command
+from qvgen.training.distributed.launcher import WorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def fill_missing(config: TrainConfig, *, texts: Sequence[str]) -> None:
         "prompts": [{"prompt": str(text)} for text in texts if text] or None,  # the empty one always is encoded
         "shard": 0,
         "num_shards": 1,
+        "hang_minutes": config.training.hang_minutes,
         "threads": config.strategy.threads,
         "run_dir": f"{source.cache}/logs",
         "dry_run": False,
@@ -112,6 +114,7 @@ def fill_all(
     stop_request.note("while encoding, what is encoded is kept")
     stop_request.continue_with({})
     rest = {"captions": _texts(config), "shard": config.shard, "num_shards": config.num_shards}
+    work_item.give_up_after(None if world is None else config.hang_minutes)
     if world is not None:
         mine = _fill_share(config, source, rank=world.rank, size=world.size)
         if world.rank:
@@ -126,8 +129,11 @@ def fill_all(
     logs.mkdir(parents=True, exist_ok=True)
     write_plain(logs / "worker.yaml", config.plain)
     command = worker_command("precompute", logs / "worker.yaml", config.plain)
-    with WorkerGroup(command, world_size=config.devices, log_directory=logs) as group:
+    with WorkerGroup(
+        command, world_size=config.devices, log_directory=logs, hang_minutes=config.hang_minutes, shares_items=True
+    ) as group:
         mine = _fill_share(config, source, rank=0, size=config.devices)
+        work_item.wait()
         group.join()
     # Every clip of this machine has a record now: going through them once more encodes nothing.
     return mine.encoded, source.fill(config.model, **rest)

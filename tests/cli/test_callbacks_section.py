@@ -18,7 +18,7 @@ from qvgen.config.compose import compose_plain
 from qvgen.config.conf_folder import using_directory
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
-from qvgen.training.distributed.launcher import worker_command
+from qvgen.training.distributed.child_command import worker_command
 from qvgen.verbs._parts import run_facts
 
 SOURCE = """

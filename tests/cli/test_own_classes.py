@@ -24,7 +24,7 @@ from qvgen.config.leaves import LEAF_GROUPS, build_leaf, load_leaf
 from qvgen.errors import UserError
 from qvgen.run_directory import write_plain
 from qvgen.training import source_checksum
-from qvgen.training.distributed.launcher import worker_command
+from qvgen.training.distributed.child_command import worker_command
 from qvgen.training.source_checksum import foreign_sources
 from qvgen_kernels import get_backend, registry
 from tests.runs import UNSEEN, copy_until, packed_bytes, shallow, snapshot, train

@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from qvgen.lowrank.svd import refactor
-from qvgen.training.distributed.launcher import free_port
+from qvgen.training.distributed.child_command import free_port
 
 ROWS, COLUMNS, RANK = 24, 16, 4
 STAGES = {"zero2": (2, False), "zero3": (3, False), "zero3 offloaded": (3, True)}

@@ -9,8 +9,12 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.compose import compose_plain
+from qvgen.layers.swap import quantized_layers
 from qvgen.run_directory import write_plain
-from tests.runs import BOUNDARIES, SHORT, copy_until, snapshot
+from qvgen.training.session import newest_checkpoint, read_trained
+from qvgen.training.start.streamed_fold import StreamedFold, why_whole
+from qvgen.verbs._parts import student_design
+from tests.runs import BOUNDARIES, SHORT, copy_until, snapshot, train_config
 
 
 def test_folding_a_finished_run_gives_its_packed_directory(
@@ -94,7 +98,7 @@ def test_runs_without_anything_to_fold_are_refused(
         assert not (folder / "packed").exists()
 
 
-@pytest.mark.parametrize("change", ["one parameter less", "one parameter more"])
+@pytest.mark.parametrize("change", ["one parameter less", "one parameter more", "another shape"])
 def test_a_checkpoint_of_another_model_is_refused(
     change: str, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,9 +107,37 @@ def test_a_checkpoint_of_another_model_is_refused(
     state = torch.load(path, weights_only=True)
     if change == "one parameter less":
         del state["state_dict"]["student.proj_out.bias"]
-    else:
+    elif change == "one parameter more":
         state["state_dict"]["student.blocks.9.ffn.net.2.bias"] = torch.zeros(64)
+    else:
+        state["state_dict"]["student.proj_out.weight"] = torch.zeros(3, 4)
     torch.save(state, path)
     assert main(["fold", f"run_dir={run_dir}"]) == BAD_INPUT
     assert f"{path} is of another model" in capsys.readouterr().err
     assert not (run_dir / "packed").exists()
+
+
+def test_no_layer_is_held_longer_than_it_is_packed(short_run: Path) -> None:
+    """Shares of an average have one of the names of what layers share, and count for all."""
+    run = train_config("accumulate=2")
+    design, family = student_design(run), run.model
+    path = newest_checkpoint(short_run)
+    step, trained, _ = read_trained(path, short_run, averaged=False)
+    (alias, other) = ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k")
+    clip = "activation_quantizer.clip_high"
+    given = {"trained": trained, "schedule": design.schedule(run.steps), "step": step}
+    averaged = {f"{alias}.{clip}": torch.full_like(trained[f"{alias}.{clip}"], 0.75)}
+    folding = StreamedFold(family, design, short_run, averaged=averaged, **given)
+    for name, layer in folding.layers():
+        held = [one for one in quantized_layers(folding.model).values() if not one.weight.is_meta]
+        assert held == [layer]
+        if name in (alias, other):
+            assert torch.equal(layer.get_parameter(clip), averaged[f"{alias}.{clip}"])
+    folded = folding.fold_(kernel="reference")
+    assert not any(value.is_meta for value in folded.state_dict().values())
+    assert folding.kept_rank == 0
+
+
+@pytest.mark.parametrize(("method", "is_whole"), [("qvgen", False), ("lsq", False), ("efficientdm", True)])
+def test_methods_that_may_look_at_the_whole_student_get_it(method: str, is_whole: bool) -> None:
+    assert (why_whole(student_design(train_config(f"method={method}")), 12) is not None) == is_whole

@@ -77,6 +77,27 @@ def test_a_stopped_call_goes_on_behind_the_videos_that_are_there(
         assert not list(out[name].glob(".unfinished*"))
 
 
+def test_two_groups_of_two_make_the_videos_of_one_process(short_run: Path, tmp_path: Path) -> None:
+    groups = ("devices=4", "context_parallel=2")
+    made = []
+    for name, words in (("one", ["devices=1"]), ("four", groups)):
+        out = tmp_path / name
+        prompts = ",".join([*PROMPTS, "a green seven moving down"])
+        command = ["evaluate", f"run_dir={short_run}", f"prompts=[{prompts}]", "seeds=1", "num_steps=2"]
+        command += ["suite.metrics=[psnr]", "wandb=false", f"references={out}/references", f"out={out}"]
+        assert main([*command, *words]) == DONE
+        generated = ["generate", f"packed={short_run / 'packed'}", f"prompt=[{prompts}]", "num_steps=2"]
+        assert main([*generated, f"out={out}/generated", *words]) == DONE
+        files = sorted([*(out / "videos").glob("*.safetensors"), *(out / "references").rglob("*.safetensors")])
+        frames = {str(file.relative_to(out)): load_file(file)["frames"] for file in files}
+        frames |= {file.name: torch.from_numpy(read_video(file)) for file in (out / "generated").glob("*.mp4")}
+        made.append(frames)
+    one, four = made
+    assert one.keys() == four.keys()
+    assert len(one) == 9
+    assert all(torch.equal(one[name], four[name]) for name in one)
+
+
 def test_both_experts_share_a_videos_tokens_out(tmp_path: Path) -> None:
     words = [*tiny_keys("wan2.2-a14b", make_wan_folder(tmp_path / "model", "a14b")), "prompt=a red boat"]
     videos = []

@@ -6,6 +6,7 @@ Found in the environment by :mod:`qvgen.training.distributed.foreign_launcher` a
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,17 @@ def enter(world: LaunchedWorld | None) -> None:
 def current() -> LaunchedWorld | None:
     """The world that another launcher started; None after a plain start."""
     return _current
+
+
+def whose(item: str | None) -> str:
+    """Words in front of what went wrong: which task of a launcher it is, and at what; none after a plain start.
+
+    Args:
+        item: What the process was busy with; None: it had not begun, where all tasks say the same.
+    """
+    if _current is None or item is None:
+        return ""
+    return f"rank {_current.rank} on {socket.gethostname()}, at {item}: "
 
 
 def launched_nodes() -> int:

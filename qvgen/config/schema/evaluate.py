@@ -82,6 +82,8 @@ class EvaluateConfig:
             themselves. Their number changes no byte of the results.
         context_parallel: Processes that sample one video together, each a part of its tokens; a divisor of ``devices``, whose
             groups share out the videos (docs/distributed.md). 1: each samples whole videos.
+        hang_minutes: A command of several ``devices`` ends after so many minutes in which one of its processes reported
+            nothing of its item and waited for no other one; null: it waits for days.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
@@ -109,6 +111,7 @@ class EvaluateConfig:
     kernel: str
     devices: Annotated[int, Range("> 0")]
     context_parallel: Annotated[int, Range("> 0")]
+    hang_minutes: Annotated[float | None, Range("> 0")]
     dry_run: bool
     debug: bool
     names: EvaluateNames

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from qvgen.config.processes import launched_world
 from qvgen.config.prompts.prompt import Prompts
 from qvgen.config.schema.learning_rate_tail import LearningRateTail
 from qvgen.config.schema.may_differ import MayDiffer
@@ -27,6 +28,12 @@ def require(condition: bool, message: str) -> None:
 
 def require_groups(devices: int, context_parallel: int) -> None:
     """Raise UserError where processes can't be divided into groups that sample one video together."""
+    if context_parallel > 1 and (world := launched_world.current()) is not None:
+        raise UserError(
+            f"context_parallel={context_parallel}: {world.launcher} started {world.size} processes, each of which samples "
+            "whole videos; groups are made by a plain start on one machine: start it once, with plain python and "
+            f"devices={context_parallel} context_parallel={context_parallel}, or leave context_parallel out"
+        )
     require(
         devices % context_parallel == 0,
         f"context_parallel={context_parallel}: a plain start on one machine is divided into groups of so many processes, and "

@@ -53,6 +53,8 @@ class GenerateConfig:
             ([0,2]), or ``auto``: all visible GPUs, and 1 without one.
         context_parallel: Processes that sample one video together, each a part of its tokens; a divisor of ``devices``, whose
             groups share out the videos (docs/distributed.md). 1: each samples whole videos.
+        hang_minutes: A command of several ``devices`` ends after so many minutes in which one of its processes reported
+            nothing of its item and waited for no other one; null: it waits for days.
         dry_run: True says what would be done.
         debug: True shows the traceback of an error.
         names: The option that was chosen from each group.
@@ -76,6 +78,7 @@ class GenerateConfig:
     fused_norms: bool
     devices: Annotated[int, Range("> 0")]
     context_parallel: Annotated[int, Range("> 0")]
+    hang_minutes: Annotated[float | None, Range("> 0")]
     dry_run: bool
     debug: bool
     names: ModelName
@@ -177,6 +180,8 @@ class PrecomputeConfig:
             one. A number, or a list of visible GPUs ([0,2]). Tasks of torchrun or SLURM are the processes themselves.
         shard: This machine's share of the clips, 0 .. num_shards - 1, where several machines fill one cache.
         num_shards: Number of machines that share the clips; 1: all processes that fill the cache share them out themselves.
+        hang_minutes: A command of several ``devices`` ends after so many minutes in which one of its processes reported
+            nothing of its item and waited for no other one; null: it waits for days.
         threads: CPU threads of each process, as ``strategy.threads`` of training; another number may encode other last
             bits.
         run_dir: Folder of the logs of the further processes.
@@ -192,6 +197,7 @@ class PrecomputeConfig:
     devices: Annotated[int, Range("> 0")]
     shard: Annotated[int, Range(">= 0")]
     num_shards: Annotated[int, Range("> 0")]
+    hang_minutes: Annotated[float | None, Range("> 0")]
     threads: Annotated[int, Range("> 0")]
     run_dir: Path
     dry_run: bool

@@ -9,11 +9,11 @@ folder. Whoever comes to the end finds every file there; what a killed process h
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from qvgen.data.claims import POLL_SECONDS, Claims
+from qvgen.data.claim_wait import ClaimWait
+from qvgen.data.claims import Claims
 
 C = TypeVar("C", bound=Hashable)
 
@@ -36,6 +36,7 @@ class SharedCases(Generic[C]):
     ) -> None:
         self.cases = tuple(cases)
         self._claims, self._key, self._is_there = claims, key, is_there
+        self._wait = ClaimWait(claims)
         self._there = {case for case in cases if is_there(case)}
 
     @property
@@ -62,5 +63,5 @@ class SharedCases(Generic[C]):
                 finally:
                     self._claims.give_back(self._key(case))
             if len(elsewhere) == len(left):
-                time.sleep(POLL_SECONDS)
+                self._wait.wait(self._key(left[0]))
             left = elsewhere

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qvgen import work_item
 from qvgen.config.prompts.image_prompt import facts_of
 from qvgen.config.prompts.prompt import PromptedVideo
 from qvgen.config.schema.sections import CalibrationConfig
@@ -133,13 +134,14 @@ class CalibratedModel:
             while left:
                 elsewhere = [names for names in left if not sample(names, claims)]
                 if len(elsewhere) == len(left):
+                    work_item.wait()
                     time.sleep(POLL_SECONDS)
                 left = elsewhere
 
     def sample_videos(self, videos: Sequence[PromptedVideo] | None = None) -> None:
         """Let the full-precision model sample the calibration's videos, or these, for whoever watches it."""
         teacher, family = self.teacher, self.teacher.family
-        with placed(teacher.transformer), torch.no_grad():
+        with placed(teacher.transformer), torch.no_grad(), work_item.heard_of([teacher.transformer]):
             for video in self._videos() if videos is None else videos:
                 family.generate(
                     teacher.transformer,
@@ -237,6 +239,9 @@ class CalibratedModel:
     def _collected(self, names: Sequence[str], number: int) -> dict[str, LayerPart]:
         """What one video says of some layers."""
         teacher, video = self.teacher, self._videos()[number]
+        work_item.begin(
+            f"calibration: video {number + 1} of {self.calibration.videos} for {names[0]} and {len(names) - 1} more"
+        )
         model = teacher.transformer
         watch = Calibration(
             model, names=names, needs=self.needs, num_bands=self.num_bands, seed=teacher.seed,

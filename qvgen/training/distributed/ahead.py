@@ -17,7 +17,8 @@ from typing import Any
 
 from qvgen.config.processes import launched_world
 from qvgen.config.processes.device_choice import DeviceChoice
-from qvgen.training.distributed.launcher import WorkerGroup, worker_command
+from qvgen.training.distributed.child_command import worker_command
+from qvgen.training.distributed.launcher import WorkerGroup
 
 LOG_FOLDER = "logs"
 """In a run's folder: what its other processes said."""

@@ -63,7 +63,10 @@ def wait_for_group(*, help_start: Callable[[], None], help_calibration: Callable
         help_calibration: Called where it asks for help with what is sampled for them.
     """
     helps = {START.decode(): help_start, SAMPLE.decode(): help_calibration}
+    heartbeat.report(heartbeat.WAITING)
     while (line := sys.stdin.readline()) != GO.decode():
         if line not in helps:
             sys.exit(1)
         helps[line]()
+        heartbeat.report(heartbeat.WAITING)
+    heartbeat.report(heartbeat.STARTING)

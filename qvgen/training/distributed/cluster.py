@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 from qvgen.config.processes.launched_world import LaunchedWorld
-from qvgen.training.distributed.launcher import guard_world_size
+from qvgen.training.distributed.child_command import guard_world_size
 
 
 class GivenRanks(ClusterEnvironment):

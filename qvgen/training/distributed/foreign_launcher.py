@@ -51,6 +51,9 @@ class _Launcher:
     needs: tuple[str, ...] = ()
 
 
+_STARTING_VERBS = ("generate", "ptq")
+"""Verbs of one process that start others themselves."""
+
 _LAUNCHERS = (
     _Launcher("Open MPI", ("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",)),
     _Launcher("MVAPICH", ("MV2_COMM_WORLD_RANK",), ("MV2_COMM_WORLD_SIZE",)),
@@ -88,7 +91,7 @@ def refuse_world(verb: str, world: LaunchedWorld | None) -> None:
     if world is not None:
         raise UnfitEnvironmentError(
             f"{world.launcher} started {world.size} processes, and qvgen {verb} is the work of one: each would do all of it; "
-            "start it once, with plain python"
+            f"start it once, with plain python{' and devices=N for N GPUs' if verb in _STARTING_VERBS else ''}"
         )
 
 
@@ -134,9 +137,9 @@ def _refuse_others(environment: Mapping[str, str]) -> None:
             ranks, sizes = ([found[name] or 0 for name in names] for names in (launcher.rank, launcher.size))
             if max(*ranks, *(size - 1 for size in sizes)) > 0:
                 raise UnfitEnvironmentError(
-                    f"this is one of several tasks that {launcher.name} started ({shown}), and each would train the whole "
-                    "run alone: start it once, with devices=N strategy=ddp for the N devices of one machine, or torchrun "
-                    "on each of several machines"
+                    f"this is one of several tasks that {launcher.name} started ({shown}), and each would do the whole "
+                    "work alone: start it once, with devices=N for the N devices of one machine, or, to train, torchrun on "
+                    "each of several machines"
                 )
 
 

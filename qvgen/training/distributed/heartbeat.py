@@ -17,14 +17,16 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING, LEFT = range(10)
+from qvgen import work_item
+
+TICK, STARTING, COMPUTING, BACKWARD, DONE, SAVING, MEASURING, WAITING, DELIVERING, LEFT, ITEM = range(11)
 """What a process does; DONE is the end of an optimizer step, MEASURING also samples videos. When training is over, rank 0 is
 DELIVERING, and WAITING when nothing is left but videos of the others. LEFT: it takes part no more, since no video is left to
-take or it ends, and is not missed."""
+take or it ends, and is not missed. ITEM is followed by so many bytes of words as its number says (:mod:`qvgen.work_item`)."""
 
 _NAMES = (
     "",
@@ -37,6 +39,7 @@ _NAMES = (
     "waiting for the others",
     "at the end of the run",
     "left",
+    "at an item",
 )
 _RECORD = struct.Struct("<bq")
 TICK_SECONDS = 1.0
@@ -45,6 +48,9 @@ LOST_SECONDS = 4.0
 
 PAUSE_SECONDS = 3.0
 """A reader that was not there for so long was stopped itself."""
+
+MAX_ITEM_BYTES = 200
+"""Of what is said about an item."""
 
 KEPT_STEPS = 31
 """So many step times make the median."""
@@ -59,18 +65,33 @@ def report_to(descriptor: int | None) -> None:
     """From now on this process writes its reports there; None: nowhere."""
     global _descriptor, _step, _unsent
     _descriptor, _step, _unsent = descriptor, 0, b""
+    work_item.tell(None if descriptor is None else _report_item)
     if descriptor is not None:
         os.set_blocking(descriptor, False)
 
 
 def report(what: int, *, step: int | None = None) -> None:
     """Say what this process does now, in the optimizer step that it said last unless another one is given."""
-    global _step, _what, _unsent
+    global _step, _what
     _step = _step if step is None else step
     _what = _what if what == TICK else what
+    _write(_RECORD.pack(what, _step))
+
+
+def _report_item(words: str | None) -> None:
+    """Say which item this process is busy with; None: it waits for what another one makes."""
+    if words is None:
+        report(WAITING)
+    else:
+        text = words.encode()[:MAX_ITEM_BYTES]
+        _write(_RECORD.pack(ITEM, len(text)) + text)
+
+
+def _write(data: bytes) -> None:
+    global _unsent
     if _descriptor is not None:
         with _writing, suppress(OSError):  # nobody reads now, or any more: whoever waits for the reader sees that
-            data = _unsent + _RECORD.pack(what, _step)
+            data = _unsent + data
             _unsent = data[os.write(_descriptor, data) :]
 
 
@@ -100,6 +121,8 @@ class Beat:
         at: When it reported that, in seconds of the clock of :class:`Pulse`.
         ticked_at: When it gave any sign.
         descriptor: What its reports are read from; None: nothing yet.
+        item: What it is busy with, or was before it waited; "" where that is a step.
+        is_there: Whether it has given any sign.
         end: Why no more reports can come, without an error's words where the other side closed; None: they can.
     """
 
@@ -109,12 +132,34 @@ class Beat:
     step: int = 0
     what: int = STARTING
     rest: bytes = b""
+    is_there: bool = False
+    item: str = ""
     end: str | None = None
 
     @property
     def where(self) -> str:
         """What it did last, in words."""
-        return f"{_NAMES[self.what]}, step {self.step}"
+        if self.item and self.what == WAITING:
+            return f"{_NAMES[WAITING]} behind {self.item}"
+        return self.item or f"{_NAMES[self.what]}, step {self.step}"
+
+    def take(self, received: bytes, now: float) -> Iterator[int]:
+        """Take in what was received; yields what it reported, but for ticks and items."""
+        data = self.rest + received
+        self.ticked_at, self.is_there, place = now, True, 0
+        while place + _RECORD.size <= len(data):
+            what, step = _RECORD.unpack_from(data, place)
+            end = place + _RECORD.size + (step if what == ITEM else 0)
+            if end > len(data):
+                break
+            if what == ITEM:
+                self.item, self.what, self.at = data[place + _RECORD.size : end].decode(errors="replace"), ITEM, now
+            elif what != TICK:
+                self.what, self.step, self.at = what, step, now
+                self.item = self.item if what in (LEFT, WAITING) else ""
+                yield what
+            place = end
+        self.rest = data[place:]
 
 
 @dataclass
@@ -187,14 +232,8 @@ class Pulse:
             if not received:
                 beat.end = ""  # it has ended, which the launcher sees
                 continue
-            beat.ticked_at = now
-            data = beat.rest + received
-            whole = len(data) - len(data) % _RECORD.size
-            beat.rest = data[whole:]
-            for what, step in _RECORD.iter_unpack(data[:whole]):
-                if what != TICK:
-                    beat.what, beat.step, beat.at = what, step, now
-                    self._count(rank, what, now)
+            for what in beat.take(received, now):
+                self._count(rank, what, now)
 
     def _count(self, rank: int, what: int, now: float) -> None:
         """Measure rank 0's steps, from the end of one to the end of the next, but for what lies between them."""
@@ -241,22 +280,12 @@ class Pulse:
         """One sentence about the ranks that the others wait for: since when, and where they were.
 
         Args:
-            names: The processes of all ranks, as :func:`process_words` has them.
+            names: The processes of all ranks, as :func:`qvgen.work_item.process_words` has them.
         """
-        wall, now, sentences = time.time(), time.monotonic(), []
-        for rank in self.who():
-            beat = self.beats[rank]
-            clock = time.strftime("%H:%M:%S", time.localtime(wall - (now - beat.at)))
-            sentences.append(
-                f"rank {rank} ({names[rank]}) has not reported since {clock}, {now - beat.at:.0f} s ago: {beat.where}"
-            )
-        return "; ".join(sentences)
+        return "; ".join(self.describe_one(rank, names[rank]) for rank in self.who())
 
-
-def process_words(pid: int, *, host: str = "") -> str:
-    """A process of this machine, with what Linux says about it where that explains something; with its host, if given."""
-    letter = ""
-    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-        letter = file.read().rpartition(")")[2].split()[0]
-    state = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or network"}
-    return f"process {pid}{f' on {host}' if host else ''}{state.get(letter, '')}"
+    def describe_one(self, rank: int, name: str) -> str:
+        """The same about one rank, whose process is called ``name``."""
+        beat = self.beats[rank]
+        clock = time.strftime("%H:%M:%S", time.localtime(time.time() - (ago := time.monotonic() - beat.at)))
+        return f"rank {rank} ({name}) has not reported since {clock}, {ago:.0f} s ago: {beat.where}"

@@ -9,8 +9,9 @@ whole sweep again, and a LOCAL_RANK that some other program left would turn two 
                             +-- a thread that looks after the children
 
 Whoever dies takes the others along: a dead child ends the parent with its last words, a dead parent (SIGKILL too) ends the
-children. Whoever hangs is named after a few steps' time and ends the run after ``hang_minutes``. A request to stop
-(:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in a collective. No torch is needed.
+children. Whoever hangs is named after a few steps' time (after seconds, where items are shared out) and ends the run after
+``hang_minutes``. A request to stop (:mod:`qvgen.stop_request`) is the parent's alone, and acted on here where rank 0 waits in
+a collective. No torch is needed.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import BinaryIO, NoReturn, Self
 
-from qvgen import stop_request
-from qvgen.config.conf_folder import user_directory
-from qvgen.config.leaf_file import foreign_targets
+from qvgen import stop_request, work_item
 from qvgen.errors import UnfitEnvironmentError
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.child import GO, READ, SAMPLE, START
+from qvgen.training.distributed.child_command import free_port
 from qvgen.training.distributed.foreign_launcher import forget_ranks
+from qvgen.training.distributed.item_watch import ItemWatch
+from qvgen.training.distributed.last_words import last_words
 from qvgen.training.distributed.plain_group import leave_group
 from qvgen.training.distributed.silence import BAD_ENVIRONMENT, SilenceWatch
 from qvgen.training.distributed.unnamed_file import name_file, unnamed_files
@@ -48,39 +49,10 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """How long rank 0 has to notice by itself that a child died (a collective that fails) before it is ended."""
+SHARING_GRACE_SECONDS = 1.0
+"""The same where it is busy with items of its own and waits for nobody: it would notice when the last one is done."""
 JOIN_SECONDS = 60.0
 """How long the children have to end after rank 0 is done."""
-
-
-def guard_world_size(actual: int, *, expected: int) -> None:
-    """Raise RuntimeError unless as many processes take part as were asked for."""
-    if actual != expected:
-        raise UnfitEnvironmentError(
-            f"{actual} processes take part in the training, but devices={expected} were asked for; "
-            "nothing was trained: look for another launcher around this one"
-        )
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def worker_command(verb: str, config_file: Path, plain: Mapping[str, Any]) -> list[str]:
-    """The command of a verb's worker; ranks are added by WorkerGroup.
-
-    Args:
-        verb: The verb.
-        config_file: Holds the configuration.
-        plain: The configuration, which this process composed: the classes that it names may be followed by the worker.
-    """
-    folder = user_directory()
-    further = [] if folder is None else ["--config-dir", str(folder)]
-    further += [word for target in sorted(foreign_targets(plain)) for word in ("--trust", target)]
-    return [sys.executable, "-m", "qvgen.cli", "worker", verb, str(config_file), *further]
 
 
 class WorkerGroup:
@@ -96,6 +68,7 @@ class WorkerGroup:
         log_directory: For ``rank1.log`` and so on.
         hang_minutes: The run is ended after so long without a report of any rank; None: never. It is longer
             before rank 0 has done some steps, because loading and compiling take their time.
+        shares_items: The processes share out videos, clips or measurements, and train nothing.
 
     Attributes:
         world_size: All processes, rank 0 included.
@@ -107,7 +80,13 @@ class WorkerGroup:
     """
 
     def __init__(
-        self, command: Sequence[str], *, world_size: int, log_directory: Path, hang_minutes: float | None = None
+        self,
+        command: Sequence[str],
+        *,
+        world_size: int,
+        log_directory: Path,
+        hang_minutes: float | None = None,
+        shares_items: bool = False,
     ) -> None:
         self.world_size = world_size
         self.port = free_port()
@@ -117,10 +96,19 @@ class WorkerGroup:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._unnamed_logs: list[BinaryIO] = []
         self._is_started = self._is_entered = False
+        self._shares_items = shares_items
+        self._reading = threading.Lock()
         self._left = threading.Event()
         self._pulse = heartbeat.Pulse()
         self._silence = SilenceWatch(
             self._pulse, hang_minutes=hang_minutes, describe=self._describe_silence, end=self._end_now
+        )
+        self._items = ItemWatch(
+            self._pulse,
+            hang_minutes=hang_minutes,
+            key="hang_minutes" if shares_items else "training.hang_minutes",
+            name=self._process_words,
+            end=self._end_now,
         )
         self._own_end: int | None = None
         self._watcher = threading.Thread(target=self._watch, name="watch_workers", daemon=True)
@@ -218,16 +206,27 @@ class WorkerGroup:
     def _watch(self) -> None:
         """End this process if a child died or hangs, and the main thread waits in compiled code, or makes the start."""
         while not self._left.wait(POLL_SECONDS):
+            self._read()
             if self._first_failure() is None:
-                if self._is_entered:  # until then nobody has anything to report
-                    self._pulse.read()
+                if self._is_entered and not self._shares_items:
                     self._silence.look()
-            elif not self._left.wait(GRACE_SECONDS):
+                else:  # rank 0 makes the start meanwhile, and reports nothing
+                    self._items.look(with_rank_0=self._is_entered)
+            elif not self._left.wait(GRACE_SECONDS if self._waits_for_others else SHARING_GRACE_SECONDS):
                 sys.stderr.write(f"qvgen: {self._first_failure()}\n")
                 sys.stderr.flush()
                 self._end_children()
                 delete_unfinished()
                 os._exit(BAD_ENVIRONMENT)
+
+    @property
+    def _waits_for_others(self) -> bool:
+        """Whether rank 0 meets the others in every step, whose collectives fail when one is gone."""
+        return self._is_entered and not self._shares_items
+
+    def _read(self) -> None:
+        with self._reading:  # the main thread asks, too
+            self._pulse.read()
 
     def _stop_watching(self) -> None:
         self._left.set()
@@ -235,8 +234,10 @@ class WorkerGroup:
             self._watcher.join()
 
     def _describe_silence(self) -> str:
-        children = [self._children[rank].pid for rank in range(1, self.world_size)]
-        return self._pulse.describe([heartbeat.process_words(pid) for pid in [os.getpid(), *children]])
+        return self._pulse.describe([self._process_words(rank) for rank in range(self.world_size)])
+
+    def _process_words(self, rank: int) -> str:
+        return work_item.process_words(self._children[rank].pid if rank else os.getpid(), host=socket.gethostname())
 
     def _end_now(self, code: int | None, why: str) -> NoReturn:  # without waiting: the kernel may hold a child
         for child in self._children.values():
@@ -249,16 +250,12 @@ class WorkerGroup:
         while True:
             for rank, child in self._children.items():
                 if child.poll():
-                    return self._last_words(rank, child.returncode)
+                    self._read()
+                    item = self._pulse.beats[rank].item if self._pulse.beats else ""
+                    return last_words(rank, child.returncode, log_file=self._log_file(rank), item=item)
             if time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_SECONDS)
-
-    def _last_words(self, rank: int, code: int) -> str:
-        how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        file = self._log_file(rank)
-        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        return f"the process of rank {rank} {how}: {lines[-1].strip() if lines else 'no output'} (see {file})"
 
     def join(self, *, timeout_s: float | None = None) -> None:
         """Wait until the children are done: as long as they need, or for ``timeout_s`` seconds.

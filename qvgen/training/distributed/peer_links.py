@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from qvgen import work_item
 from qvgen.training.distributed import heartbeat
 from qvgen.training.distributed.launched_store import CONNECT_SECONDS
 from qvgen.training.distributed.silence import SilenceWatch
@@ -219,7 +220,7 @@ class LinksToOthers(Links):
         if rank not in self._told:
             return "not connected"
         host, pid = self._told[rank]["host"], self._told[rank]["pid"]
-        return heartbeat.process_words(pid, host=host) if host == socket.gethostname() else f"process {pid} on {host}"
+        return work_item.process_words(pid, host=host) if host == socket.gethostname() else f"process {pid} on {host}"
 
     def close(self) -> None:
         """Say goodbye, and take nobody in any more."""

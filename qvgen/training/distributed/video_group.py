@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
+from qvgen import work_item
 from qvgen.models.context_parallel import SharedSequence
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ class VideoGroup:
 
     def _tell(self, number: int) -> int:
         """The number that the first process says."""
+        if not self.is_first:
+            work_item.wait()
         box = torch.tensor([number])
         distributed.broadcast(box, src=self._first, group=self._group)
         return int(box.item())

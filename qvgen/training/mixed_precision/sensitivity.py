@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import nn
 
+from qvgen import work_item
 from qvgen.data.claims import Claims
 from qvgen.evaluation.mixed_precision_files import ALL_WINDOWS, Key, Sensitivity, SensitivityStore
 from qvgen.evaluation.placement import placed
@@ -144,7 +145,7 @@ class SensitivityMeasurement:
         band = step_bands(num_bands, own_timesteps(self.teacher.family))
         handle = watch_timestep(transformer, band)
         try:
-            with placed(transformer):
+            with placed(transformer), work_item.heard_of([transformer]):
                 calls, videos = record(transformer, band, sampling, names=names)
                 windows = band_windows([call.band for call in calls], num_windows=init.windows, num_bands=num_bands)
                 session = Session(
@@ -186,6 +187,7 @@ class SensitivityMeasurement:
         turns = shared.missing(missing)
         bar = progress_bar(turns, desc="sensitivity", unit="measurement", total=len(missing)) if missing else turns
         for unit, bits, side, window in map(places.__getitem__, bar):
+            work_item.begin(f"the sensitivity of {unit.name} at {bits} bits, {side}, window {window}")
             quantized = quantizing(unit, bits, side, window)
             began = time.monotonic()
             error, scores = session.measure(unit, quantized, window=window)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from qvgen import work_item
 from qvgen.data.claims import POLL_SECONDS, Claims
 from qvgen.evaluation.mixed_precision_files import Key, Sensitivity, SensitivityStore
 
@@ -48,6 +49,7 @@ class SharedRows:
                     yield key
                 self._claims.give_back(claim)
             if len(elsewhere) == len(left):
+                work_item.wait()
                 time.sleep(POLL_SECONDS)
             self._look()
             left = elsewhere

@@ -21,9 +21,12 @@ from qvgen.training.planning.layer_table import checkpoint_bytes, collapse, free
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.memory import host_memory, teacher_dtype
 from qvgen.training.planning.text import format_bytes, format_count
+from qvgen.training.start.streamed_fold import folding_bytes, why_whole
 
 
-def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDesign) -> tuple[list[str], bool]:
+def plan_fold(
+    run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDesign, steps: int
+) -> tuple[list[str], bool]:
     """What folding a run's newest checkpoint reads, needs and writes.
 
     Args:
@@ -31,6 +34,7 @@ def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDe
         out: The packed directory.
         model: The model that was trained.
         design: The student's layers.
+        steps: Of its training.
 
     Returns:
         Lines of text, and whether this host has the memory and the disk.
@@ -40,7 +44,11 @@ def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDe
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
     state, checkpoint = state_bytes(student), checkpoint_bytes(student)
     packed = packed_bytes(student, phi_kept_rank=design.phi_kept_rank)
-    peak = max(preparation_bytes(model, design), state + checkpoint, 2 * state + packed)
+    if why_whole(design, steps) is None:
+        peak, held = folding_bytes(student, packed=packed), "the packed model, and the layers that are packed at a time"
+    else:
+        peak = max(preparation_bytes(model, design), state + checkpoint, 2 * state + packed)
+        held = "student and checkpoint, or student, its copy and the codes"
     last = found[-1].name if found else "none yet: train first"
     available, free = host_memory()[1], free_bytes(out)
     lines = [
@@ -48,8 +56,7 @@ def plan_fold(run_dir: Path, out: Path, *, model: NamedFamily, design: StudentDe
         f"  checkpoint: {last} ({format_bytes(checkpoint)} with the optimizer's moments)",
         f"  layers: {len(swapped.quantized)} Linears, {format_count(sum(group.weights for group in groups))} weights, to "
         f"codes; {len(swapped.skipped)} Linears stay",
-        f"  host memory: {format_bytes(peak)} (student and checkpoint, or student, its copy and the codes); this host has "
-        f"{format_bytes(available)} left",
+        f"  host memory: {format_bytes(peak)} ({held}); this host has {format_bytes(available)} left",
         f"  output: {out}, {format_bytes(packed)}; {format_bytes(free)} are free there",
     ]
     if peak > available:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qvgen import work_item
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.base import Initializer, LayerStatistics
 from qvgen.initializers.prepare import LayerShare, are_independent, initialize_, initialize_layer_, setup_threads
@@ -206,6 +207,7 @@ def set_up_share(
     def set_up(name: str) -> None:
         if not claim_layer(folder, name):
             return
+        work_item.begin(f"layer {name}")
         layer = _prepared_layer(name, planned[name], design=design, read=read)
         before = tensors_of_the_model(layer)
         seen = None if statistics is None else read_statistics(statistics, name)

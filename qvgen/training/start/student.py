@@ -245,11 +245,26 @@ def fold_student(
     Raises:
         ValueError: Phi has rank and is not to be kept.
     """
+    kept = max(map(kept_rank, quantized_layers(student).values()), default=0)
+    save_folded(folded_copy(student, kernel=kernel), directory, model=model, training=training, kept=kept)
+
+
+def save_folded(
+    folded: nn.Module, directory: Path, *, model: NamedFamily, training: Mapping[str, Any], kept: int
+) -> None:
+    """Write a folded student; arguments as for :func:`fold_student`.
+
+    Args:
+        folded: The packed model.
+        directory: Where the packed checkpoint goes.
+        model: The model that it was made from.
+        training: What the manifest says of how it was made.
+        kept: The largest rank of a Phi that stayed.
+    """
     local = local_arguments(model.family)
     loras = getattr(model.family, "lora_record", None)
-    kept = max(map(kept_rank, quantized_layers(student).values()), default=0)
     save_packed(
-        folded_copy(student, kernel=kernel),
+        folded,
         directory,
         base_name=model.name,
         base_revision=model.family.revision,

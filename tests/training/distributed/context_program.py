@@ -21,7 +21,7 @@ from qvgen.config.schema.train import TrainConfig
 from qvgen.models.base import example_condition
 from qvgen.models.context_parallel import SharedSequence
 from qvgen.training.design.training_run import TrainingRun
-from qvgen.training.distributed.launcher import free_port
+from qvgen.training.distributed.child_command import free_port
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import SharedError
 from qvgen.training.start.file import LAYERS_FILE, save_start

@@ -10,6 +10,9 @@ Then each rank is a process, which runs what a run runs there:
     streamed     the same start with strategy.low_host_memory: no rank has a model
     rows         every rank reads its rows of student and teacher from files, and keeps them on the host (one with GPUs does
                  not); behind `streamed`
+    trained      the start of `streamed`, as a checkpoint that the ranks write together; nothing is measured
+    fold         rank 0 folds the checkpoint of `trained`, writes the packed model, reads it back and compares codes; planned
+                 is one copy of the model in bfloat16; behind `trained`
     checkpoint   shares of the student and of its moments are saved while they stay, by all ranks together
 
 A thread looks at the process's own memory (RssAnon of /proc/self/status: pages of mapped files are the system's to take
@@ -38,8 +41,10 @@ from torch.distributed.tensor import DTensor
 from qvgen.config.bits import Bits
 from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
+from qvgen.deploy.checkpoint import load_packed
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint.folder import take_snapshot, write_folder
+from qvgen.training.checkpoint.folder_reader import CheckpointFolder
 from qvgen.training.design.meta_model import build_student
 from qvgen.training.design.student import StudentDesign
 from qvgen.training.distributed.sharded_models import ShardedModels
@@ -50,10 +55,14 @@ from qvgen.training.planning.host_memory import preparation_bytes, setup_bytes
 from qvgen.training.start.file import START_FILE, restore_layers_, save_start
 from qvgen.training.start.shared import StartHelpers, initialize_together_, set_up_share
 from qvgen.training.start.streamed import make_streamed_start
-from qvgen.training.start.student import prepare_student
+from qvgen.training.start.streamed_fold import StreamedFold
+from qvgen.training.start.student import prepare_student, save_folded
 
 HEAD = 128
 RANK, SEED = 32, 0
+LAST = 24
+"""Steps of the training that the checkpoint of `trained` ends: enough for each phase of Phi."""
+CHECKPOINT = f"step-{LAST:08}.ckpt"
 LOOK_SECONDS = 0.003
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
@@ -275,11 +284,52 @@ def run_rows(given: argparse.Namespace) -> None:
     distributed.destroy_process_group()
 
 
+def run_trained(given: argparse.Namespace) -> None:
+    """One rank's part of a checkpoint that holds the start."""
+    torch.set_num_threads(1)
+    ranks = {"rank": given.rank, "world_size": given.processes}
+    distributed.init_process_group("gloo", init_method=f"file://{given.out.absolute() / 'meet'}", **ranks)
+    models = ShardedModels(
+        model_of(given).family, design_of(), has_teacher=False, whole=None, start=given.out / START_FILE
+    )
+    restore_layers_(models.student, given.out)
+    with Watch() as watch:
+        models.share_out_(init_device_mesh("cpu", (given.processes,)), torch.device("cpu"))
+        state = {"global_step": LAST, "state_dict": models.student.state_dict()}
+        snapshot = take_snapshot(_shares(state), run=None, rank=given.rank)  # no step changes it meanwhile
+        exchange = StoreExchange(default_store(), **ranks)
+        write_folder(given.out / CHECKPOINT, snapshot, **ranks, exchange=exchange)
+    write_result(given, "trained", watch, planned=0)
+    distributed.destroy_process_group()
+
+
+def run_fold(given: argparse.Namespace) -> None:
+    """What `qvgen fold` does with a checkpoint, as rank 0; the others do nothing."""
+    torch.set_num_threads(1)
+    model, design = model_of(given), design_of()
+    with Watch() as watch:
+        if not given.rank:
+            checkpoint = CheckpointFolder(given.out / CHECKPOINT)
+            checkpoint.check(only=["state_dict"])
+            trained = checkpoint.state["state_dict"]
+            how = {"trained": trained, "averaged": {}, "schedule": design.schedule(LAST), "step": LAST}
+            folding = StreamedFold(model.family, design, given.out, **how)
+            save_folded(folding.fold_(kernel="auto"), given.out / "packed", model=model, training={}, kept=0)
+            del folding
+            written = load_packed(given.out / "packed", kernel="reference")
+            equal, count = StreamedFold(model.family, design, given.out, **how).codes_equal(written)
+            assert equal, f"some of {count} codes are others"
+    student, _ = build_student(model.family, design)
+    write_result(given, "fold", watch, planned=2 * sum(value.numel() for value in student.state_dict().values()))
+
+
 PARTS = {
     "folder": write_model,
     "start": run_start,
     "streamed": run_streamed,
     "rows": run_rows,
+    "trained": run_trained,
+    "fold": run_fold,
     "checkpoint": run_checkpoint,
 }
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvgen.training.distributed.launcher import free_port
+from qvgen.training.distributed.child_command import free_port
 from tests.warm_python import ROOT
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]

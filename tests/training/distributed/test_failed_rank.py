@@ -33,6 +33,6 @@ def test_rank_0_says_what_went_wrong_in_a_process_that_it_started(place: str, tm
     assert process.wait() == BAD_INPUT, said(tmp_path)
     (line,) = own_lines(said(tmp_path))
     assert re.search(
-        rf"the process of rank 1 ended with exit code 2: qvgen worker: .*{MESSAGE} \(see .*rank1.log\)$", line
+        rf"the process of rank 1 on \S+ ended with exit code 2: qvgen worker: .*{MESSAGE} \(see .*rank1.log\)$", line
     )
     assert "Traceback" in (tmp_path / "run" / "logs" / "rank1.log").read_text()

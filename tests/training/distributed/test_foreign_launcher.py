@@ -14,10 +14,10 @@ from torch.distributed.run import get_args_parser
 from qvgen.cli import BAD_INPUT, TERMINATED, main
 from qvgen.config.compose import compose_plain
 from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.training.distributed.child_command import free_port
 from qvgen.training.distributed.cluster import GivenRanks
 from qvgen.training.distributed.foreign_launcher import find_world, forget_ranks
 from qvgen.training.distributed.launched_store import check_shared, wait_for_server
-from qvgen.training.distributed.launcher import free_port
 from qvgen.training.distributed.slurm import hosts
 from qvgen.training.trainer import Processes, build_trainer
 
@@ -176,7 +176,7 @@ def test_leftovers_are_forgotten() -> None:
     assert environment == {"HOME": "/home/me"}
 
 
-@pytest.mark.parametrize("verb", ["ptq", "fold"])
+@pytest.mark.parametrize("verb", ["ptq", "fold", "generate", "compare"])
 def test_tasks_do_not_do_the_work_of_one_process(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -185,8 +185,13 @@ def test_tasks_do_not_do_the_work_of_one_process(
     assert main([verb, f"run_dir={tmp_path}/run"]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"qvgen {verb}: SLURM started 2 processes, and qvgen {verb} is the work of one")
+    assert ("devices=N" in line) == (verb in ("ptq", "generate"))
     assert main(["precompute"]) == BAD_INPUT  # its tasks may share out the clips: it goes on to what is missing
     assert "SLURM" not in capsys.readouterr().err
+    assert main(["evaluate", "packed=a", "context_parallel=2"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qvgen evaluate: context_parallel=2: SLURM started 2 processes, each of which samples whole")
+    assert "start it once, with plain python and devices=2 context_parallel=2" in line
 
 
 @pytest.mark.parametrize("environment", ["sbatch", "jsrun -n 1", "srun --ntasks=1"])

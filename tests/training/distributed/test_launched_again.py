@@ -18,7 +18,7 @@ import torch
 
 from qvgen.cli import BAD_INPUT, DONE
 from qvgen.training.checkpoint_writer import checkpoints
-from qvgen.training.distributed.launcher import free_port
+from qvgen.training.distributed.child_command import free_port
 from tests.runs import BOUNDARIES, SHORT, UNSEEN, load_state, packed_bytes, read_metrics, shallow, train
 from tests.training.distributed.launchers import TRAIN, codes, said, srun, start, torchrun
 from tests.training.distributed.test_launched_runs import own_lines, wait_for_rows

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ import pytest
 
 from qvgen.cli import BUG, _guarded
 from qvgen.stop_request import SIGNALS
+from qvgen.training.distributed.child_command import guard_world_size, worker_command
 from qvgen.training.distributed.foreign_launcher import RANK_VARIABLES
-from qvgen.training.distributed.launcher import WorkerGroup, guard_world_size, worker_command
+from qvgen.training.distributed.launcher import WorkerGroup
 
 LEFTOVER = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "7", "MASTER_PORT": "1", "MASTER_ADDR": "10.255.255.1"}
 
@@ -53,12 +55,12 @@ def test_children_get_ranks_by_argument_and_none_from_the_environment(
 def test_a_child_that_died_is_named_with_its_last_words(tmp_path: Path) -> None:
     killed = child("print('weights are gone', flush=True); os.kill(os.getpid(), signal.SIGKILL)")
     with (
-        pytest.raises(RuntimeError, match=r"rank 1 was killed by signal SIGKILL: weights are gone .*rank1\.log"),
+        pytest.raises(RuntimeError, match=r"rank 1 on \S+ was killed by signal SIGKILL: weights are gone .*rank1\.log"),
         WorkerGroup(killed, world_size=2, log_directory=tmp_path),
     ):
         raise RuntimeError("connection closed by peer")  # what a collective of rank 0 makes of it
     with (
-        pytest.raises(RuntimeError, match="rank 1 ended with exit code 3: no output"),
+        pytest.raises(RuntimeError, match=r"rank 1 on \S+ ended with exit code 3: no output"),
         WorkerGroup(child("sys.exit(3)"), world_size=2, log_directory=tmp_path),
     ):
         pass  # rank 0 was done before
@@ -85,7 +87,8 @@ def test_a_parent_that_hangs_is_ended_when_its_child_dies(tmp_path: Path) -> Non
     done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"qvgen: the process of rank 1 ended with exit code 1: no memory (see {tmp_path / 'rank1.log'})"
+        f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no memory "
+        f"(see {tmp_path / 'rank1.log'})"
     ]
 
 
@@ -101,7 +104,9 @@ def test_a_parent_that_makes_the_start_is_ended_when_its_child_dies(tmp_path: Pa
     done = subprocess.run(parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("qvgen: the process of rank 1 ended with exit code 1: no such folder (see ")
+    assert line.startswith(
+        f"qvgen: the process of rank 1 on {socket.gethostname()} ended with exit code 1: no such folder ("
+    )
 
 
 def test_killing_the_parent_ends_the_child(tmp_path: Path) -> None:
@@ -214,7 +219,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
     done = hang(tmp_path, hang_minutes=0.02, then="None")
     assert done.returncode == 2, done.stderr
     *warnings, line = [line for line in done.stderr.splitlines() if line]
-    since = r"rank 1 \(process \d+, stopped by a signal\) has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
+    who = r"rank 1 \(process \d+ on \S+, stopped by a signal\)"
+    since = rf"{who} has not reported since \d\d:\d\d:\d\d, \d+ s ago: computing, step 3"
     assert re.fullmatch(rf"{since}: ended after training\.hang_minutes=0\.02; {STOPPED}.*", line), line
     assert re.search(r"has not reported since .*; a step takes \d+\.\d s", warnings[0])
 
@@ -300,7 +306,7 @@ def test_a_child_that_died_before_the_group_was_entered_is_named(tmp_path: Path)
     group = WorkerGroup(child("sys.exit('no module named x')"), world_size=2, log_directory=tmp_path)
     group.start()
     group._children[1].wait()
-    with pytest.raises(RuntimeError, match="rank 1 ended with exit code 1: no module named x"), group:
+    with pytest.raises(RuntimeError, match=r"rank 1 on \S+ ended with exit code 1: no module named x"), group:
         pass
 
 

@@ -84,7 +84,8 @@ def test_losses_are_those_of_one_process(runs: tuple[Path, Path, dict[str, str]]
 def test_a_process_that_is_killed_while_it_saves_leaves_the_checkpoint_before(
     runs: tuple[Path, Path, dict[str, str]],
 ) -> None:
-    assert "the process of rank 1 was killed by signal SIGKILL" in runs[2]["b"]
+    assert "the process of rank 1 on " in runs[2]["b"]
+    assert "was killed by signal SIGKILL" in runs[2]["b"]
     # The next part began with the last one that was whole, as the other tests see; what was left of this one is gone.
     assert [path.name for path in (runs[1] / "checkpoints").glob(".step-00000003*")] == []
 

@@ -302,11 +302,13 @@ def test_host_memory_holds_student_while_it_is_swapped() -> None:
 
 def test_plan_of_fold_and_generate(short_run: Path) -> None:
     run = train_config("accumulate=2")
-    lines, can_run = plan_fold(short_run, short_run / "packed", model=named_family(run), design=student_design(run))
+    how = {"model": named_family(run), "design": student_design(run), "steps": run.steps}
+    lines, can_run = plan_fold(short_run, short_run / "packed", **how)
     assert can_run
     student, _ = planned_student(run)
     assert "step-00000012.ckpt" in lines[1]
     assert "36 Linears" in lines[2]
+    assert "(the packed model, and the layers that are packed at a time)" in lines[3]
     assert f"{packed_bytes(student) / 1024:.1f} KiB" in lines[4]
 
 
