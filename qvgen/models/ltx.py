@@ -30,7 +30,6 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -178,6 +177,8 @@ class LTX(PipelineFamily):
         return self._decode_raw(self._denormalize(latents))
 
     def _decode_sampled(self, latents: Tensor, *, generator: torch.Generator) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
         latents = self._denormalize(latents)
         if self._vae_config.get("timestep_conditioning", False):
             options = {"device": latents.device, "dtype": latents.dtype}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -123,6 +122,8 @@ class FinetuneFile(Finetune):
             raise ValueError(f"{self.given} can't be read ({' '.join(str(error).split())}); {AGAIN}") from error
         state = self._to_diffusers({name: stored.pop(key) for key, name in self.kept.items()}, class_name, base)
         from accelerate import init_empty_weights
+
+        import diffusers
 
         transformer_class: Any = getattr(diffusers, class_name)
         with _default_dtype(dtype), init_empty_weights(include_buffers=False):
