@@ -121,9 +121,8 @@ class FinetuneFile(Finetune):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.given} can't be read ({' '.join(str(error).split())}); {AGAIN}") from error
         state = self._to_diffusers({name: stored.pop(key) for key, name in self.kept.items()}, class_name, base)
-        from accelerate import init_empty_weights
-
         import diffusers
+        from accelerate import init_empty_weights
 
         transformer_class: Any = getattr(diffusers, class_name)
         with _default_dtype(dtype), init_empty_weights(include_buffers=False):

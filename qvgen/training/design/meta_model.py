@@ -19,6 +19,7 @@ from qvgen.models.few_step import own_timesteps
 from qvgen.training.design.layer_setup import add_configured_switch, choose_gradient_path_, set_up_phi_, share_inputs_
 from qvgen.training.design.student import StudentDesign
 from qvgen.training.records.frame import assemble, describe
+from qvgen.training.records.keys import frame_key
 from qvgen.training.records.store import recorded
 
 Prepared = tuple[nn.Module, SwapReport]
@@ -44,13 +45,8 @@ def planned_transformer(family: Any) -> nn.Module:
     A record spares the import of the model's class, which is most of a plan's seconds. With LoRAs the class itself is built,
     since they are held to it.
     """
-    if getattr(family, "lora", None):
-        return build_transformer(family)
     found: nn.Module = recorded(
-        lambda: {"kind": "frame", "class": family.transformer_class, "config": family.transformer_config},
-        read=assemble,
-        find=lambda: build_transformer(family),
-        write=describe,
+        lambda: frame_key(family), read=assemble, find=lambda: build_transformer(family), write=describe
     )
     return found
 
@@ -111,9 +107,7 @@ def is_recorded(design: StudentDesign) -> bool:
     return not design.method.quantizes or design.profile.attention is None
 
 
-def build_teacher(
-    family: Any, *, dtype: torch.dtype, blocks: int | None = None, is_planned: bool = False
-) -> nn.Module:
+def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None, is_planned: bool = False) -> nn.Module:
     """The teacher on the meta device as diffusers loads it: in a dtype, but for what its class keeps in float32.
 
     Args:

@@ -102,7 +102,9 @@ def count_step(
             "optim": optim,
             "checked": is_checked,
         },
-        read=lambda content: StepCount(**{name: whole(value, name) for name, value in mapping(content, "count").items()}),
+        read=lambda content: StepCount(
+            **{name: whole(value, name) for name, value in mapping(content, "count").items()}
+        ),
         find=lambda: _count_step(model, design, settings, optim=optim, is_checked=is_checked),
         write=asdict,
     )

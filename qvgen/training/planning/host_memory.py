@@ -145,7 +145,9 @@ def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kep
         start = max(start, devices * preparation)
         return HostBytes(needed=max(start, kept_bytes), start=start)
     family = run.model.rebuild()
-    teacher = build_teacher(family, dtype=teacher_dtype(family), is_planned=True) if run.design.method.quantizes else None
+    teacher = (
+        build_teacher(family, dtype=teacher_dtype(family), is_planned=True) if run.design.method.quantizes else None
+    )
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     copied = saved_bytes(student, stored=stored) * min(devices, run.shards) // run.shards
     usual = HostBytes(needed=max(start, kept + copied + kept_bytes), start=start)

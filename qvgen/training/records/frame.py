@@ -87,19 +87,15 @@ def _tensor(value: Tensor) -> tuple[list[int], str]:
 
 
 class _Part(nn.Module):
-    """Stands for a module that never runs."""
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Refuse to run."""
-        raise RuntimeError(f"{type(self).__name__} was made for a plan and has no forward pass")
+    """Stands for a module that never runs: torch's own refusal is what a call meets."""
 
 
 class _Timed(_Part):
     """Stands for a transformer that is told a timestep."""
 
-    def forward(self, timestep: Any, *inputs: Any, **named: Any) -> Any:
+    def forward(self, timestep: Any) -> Any:
         """Refuse to run."""
-        return super().forward(timestep, *inputs, **named)
+        raise RuntimeError(f"{type(self).__name__} was made for a plan and has no forward pass, at timestep {timestep}")
 
 
 def assemble(record: Any) -> nn.Module:

@@ -72,6 +72,21 @@ def family_key(family: Any, section: Mapping[str, Any]) -> dict[str, Any]:
     return {"arguments": arguments, "config": family.transformer_config, "folder": _settings(folder)}
 
 
+def frame_key(family: Any) -> dict[str, Any]:
+    """What the modules and tensors of a family's transformer follow from.
+
+    Raises:
+        NoKeyError: The family is no class of qvgen's, which may build something else from the same configuration.
+    """
+    _check_own(type(family))
+    if getattr(family, "lora", None):
+        raise NoKeyError("LoRAs, which are held to the model itself")
+    name = getattr(family, "transformer_class", None)
+    if not isinstance(name, str):
+        raise NoKeyError("a family that names no class")
+    return {"kind": "frame", "class": name, "config": family.transformer_config}
+
+
 def _settings(folder: Path | None) -> dict[str, str]:
     """Checksums of the configurations that a model's folder holds, by name."""
     if folder is None:

@@ -3,8 +3,8 @@
     shipped.json     key's hash -> content; of conf/model, and held to the models themselves by a test
     FOLDER/*.json    {"sha256", "key", "content"}, one file a record; named by the hash of its key and of qvgen's sources
 
-The folder is ``QVGEN_PLANS``, else the user's cache folder; ``QVGEN_PLANS=off`` looks nothing up and keeps nothing. A file that
-is damaged, of other numbers than its checksum says, or of another key counts as none. Nothing here ever stops a plan: what
+The folder is ``QVGEN_PLANS``, else the user's cache folder; ``QVGEN_PLANS=off`` looks nothing up and keeps nothing. A file
+that is damaged, of other numbers than its checksum says, or of another key counts as none. Nothing here ever stops a plan: what
 can't be read is found out again, and what can't be written is not kept.
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qvgen.config.plain_json import mapping, parse_json, read_bytes, text
-from qvgen.errors import UserError
 from qvgen.run_directory import atomic_write
 from qvgen.training.records.keys import NoKeyError, key_hash, key_text, own_sources
 
@@ -44,7 +43,11 @@ def folder() -> Path | None:
 
 
 def recorded(
-    about: Callable[[], Mapping[str, Any]], *, read: Callable[[Any], T], find: Callable[[], T], write: Callable[[T], Any]
+    about: Callable[[], Mapping[str, Any]],
+    *,
+    read: Callable[[Any], T],
+    find: Callable[[], T],
+    write: Callable[[T], Any],
 ) -> T:
     """What a record says, or what is found out now and recorded.
 
@@ -77,7 +80,7 @@ def recorded(
 def _shipped() -> Mapping[str, Any]:
     try:
         return mapping(parse_json(read_bytes(SHIPPED), source=str(SHIPPED)), "records")
-    except (OSError, UserError, ValueError) as error:
+    except (OSError, ValueError) as error:
         log.debug("no shipped records: %s", error)
         return {}
 
@@ -87,21 +90,26 @@ def _file(key: str) -> Path | None:
     return None if place is None else place / f"{key_hash(key + own_sources())}.json"
 
 
-def _kept(key: str) -> Any:
-    """Content of a record of the user's folder; None where there is none that is whole."""
-    file = _file(key)
-    if file is None:
-        return None
+def whole_record(file: Path) -> dict[str, Any] | None:
+    """A record's file as it was written; None where there is none that is whole."""
     try:
         record = mapping(parse_json(read_bytes(file), source=str(file)), "record")
-        if text(record.get("sha256"), "sha256") != _checksum(record.get("content")) or record.get("key") != key:
+        if text(record.get("sha256"), "sha256") != _checksum(record.get("content")):
             raise ValueError(f"{file} is damaged")
-        return record["content"]
+        _ = text(record.get("key"), "key"), record["content"]
     except FileNotFoundError:
         return None
-    except (OSError, UserError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         log.debug("a record that is none: %s", error)
         return None
+    return record
+
+
+def _kept(key: str) -> Any:
+    """Content of the user's record of a key; None where there is none."""
+    file = _file(key)
+    record = None if file is None else whole_record(file)
+    return record["content"] if record is not None and record["key"] == key else None
 
 
 def _keep(key: str, content: Any) -> None:

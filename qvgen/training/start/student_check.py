@@ -19,7 +19,13 @@ from qvgen.training.start.ptq_method import PTQMethod
 
 
 def check_student(
-    family: Any, design: StudentDesign, ptq: PTQMethod, *, num_steps: int, kernel: str = "auto", is_planned: bool = False
+    family: Any,
+    design: StudentDesign,
+    ptq: PTQMethod,
+    *,
+    num_steps: int,
+    kernel: str = "auto",
+    is_planned: bool = False,
 ) -> Prepared | None:
     """Find out without weights, in seconds, whether a model can be quantized as asked.
 
