@@ -1,7 +1,8 @@
 """Collect the records of a folder into the file that is shipped with qvgen.
 
-QVGEN_PLANS=plans python train.py model=wan bits=4 dry_run=true      and so on, without the shipped file
-python -m qvgen.training.records.shipped plans                       rewrites qvgen/training/records/shipped.json
+python -m qvgen.training.records.shipped                             empties qvgen/training/records/shipped.json
+QVGEN_PLANS=plans python train.py model=wan bits=4 dry_run=true      and so on: each plan finds out what it needs
+python -m qvgen.training.records.shipped plans                       adds what the folder holds
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from qvgen.errors import UserError
 from qvgen.training.records.keys import key_hash
-from qvgen.training.records.store import SHIPPED, whole_record
+from qvgen.training.records.store import SHIPPED, shipped, whole_record
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -35,12 +36,12 @@ def shipped_text(records: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrite the shipped file from the one folder that is named."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m qvgen.training.records.shipped FOLDER\n")
+    """Empty the shipped file, or add the records of the one folder that is named."""
+    if len(arguments) > 1:
+        sys.stderr.write("usage: python -m qvgen.training.records.shipped [FOLDER]\n")
         return 2
     try:
-        records = collect(Path(arguments[0]))
+        records = {**shipped(), **collect(Path(arguments[0]))} if arguments else {}
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -1,7 +1,7 @@
 """Where records lie: some are shipped with qvgen, others are kept in the user's cache folder as plans find them out.
 
     shipped.json     key's hash -> content; of conf/model, and held to the models themselves by a test
-    FOLDER/*.json    {"sha256", "key", "content"}, one file a record; named by the hash of its key and of qvgen's sources
+    FOLDER/*.json    {"sha256", "key", "content"}, a record; named by the hash of its key and of qvgen's sources
 
 The folder is ``QVGEN_PLANS``, else the user's cache folder; ``QVGEN_PLANS=off`` looks nothing up and keeps nothing. A file
 that is damaged, of other numbers than its checksum says, or of another key counts as none. Nothing here ever stops a plan: what
@@ -64,7 +64,7 @@ def recorded(
         key = None
     if key is None:
         return find()
-    for content in (_shipped().get(key_hash(key)), _kept(key)):
+    for content in (shipped().get(key_hash(key)), _kept(key)):
         if content is not None:
             try:
                 return read(content)
@@ -77,7 +77,8 @@ def recorded(
 
 
 @cache
-def _shipped() -> Mapping[str, Any]:
+def shipped() -> Mapping[str, Any]:
+    """The shipped records: key's hash -> content; none where the file is not there or damaged."""
     try:
         return mapping(parse_json(read_bytes(SHIPPED), source=str(SHIPPED)), "records")
     except (OSError, ValueError) as error:

@@ -52,7 +52,7 @@ sys.exit(code)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of records, without the shipped ones."""
     monkeypatch.setenv(store.VARIABLE, str(tmp_path / "plans"))
-    monkeypatch.setattr(store, "_shipped", dict)
+    monkeypatch.setattr(store, "shipped", dict)
     return tmp_path / "plans"
 
 
@@ -86,7 +86,7 @@ def test_a_frame_has_the_modules_and_tensors_of_its_model(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED_MODELS)
 def test_the_shipped_frame_is_the_models_own(name: str) -> None:
     family: Any = NamedFamily.load(name).family
-    content = store._shipped().get(key_hash(key_text(frame_key(family))))
+    content = store.shipped().get(key_hash(key_text(frame_key(family))))
     assert content is not None, "records are missing; see qvgen/training/records/shipped.py"
     assert content == describe(build_transformer(family))
 
