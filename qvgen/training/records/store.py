@@ -3,9 +3,9 @@
     shipped.json     key's hash -> content; of conf/model, and held to the models themselves by a test
     FOLDER/*.json    {"sha256", "key", "content"}, a record; named by the hash of its key and of qvgen's sources
 
-The folder is ``QVGEN_PLANS``, else the user's cache folder; ``QVGEN_PLANS=off`` looks nothing up and keeps nothing. A file
-that is damaged, of other numbers than its checksum says, or of another key counts as none. Nothing here ever stops a plan: what
-can't be read is found out again, and what can't be written is not kept.
+The folder is ``QVGEN_PLANS``, else the user's cache folder; ``QVGEN_PLANS=off`` looks nothing up and keeps nothing. A
+file that is damaged, of other numbers than its checksum says, or of another key counts as none. Nothing here ever stops a
+plan: what can't be read is found out again, and what can't be written is not kept.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def test_a_count_follows_the_settings_that_it_depends_on() -> None:
             {"design": design, "settings": settings},
             {"design": design, "settings": replace(settings, micro_batch=settings.micro_batch + 1)},
             {"design": design, "settings": replace(settings, teacher_dtype=torch.float16)},
-            {"design": replace(design, phi=replace(design.phi, rank=4)), "settings": settings},
+            {"design": replace(design, phi=replace(design.phi, rank=2 * design.phi.rank)), "settings": settings},
         )
     }
     assert len(texts) == 4
