@@ -1,4 +1,4 @@
-"""What torch's compiler is told of our functions, imported once the compiler itself is.
+"""Tells torch's compiler about functions of ours, as soon as the compiler itself is imported.
 
 Its decorators import the compiler, which takes seconds; so :mod:`qvgen.layers.attention_form` leaves them to this module,
 which :func:`qvgen.after_import.after_import` runs when somebody compiles something.

@@ -1,4 +1,4 @@
-"""What plans found out before: a model's layers, and counted steps, so that a plan need not import and run the model.
+"""Findings of earlier plans: a model's layers, and counted steps, so that a plan need not import and run the model.
 
 keys      what a record depends on, as one text
 store     records that are shipped with qvgen, and those of the user's cache folder

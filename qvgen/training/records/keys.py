@@ -1,4 +1,4 @@
-"""What a record depends on, as plain values whose text is its key: equal keys, equal records.
+"""Keys of records: plain values that say all a record depends on, whose text is its key. Equal keys, equal records.
 
 Whatever can't be written down so, a user's own class for example, has no key; then nothing is looked up and nothing is kept.
 """
@@ -53,7 +53,7 @@ def own_sources() -> str:
 
 
 def family_key(family: Any, section: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model family's classes make their answers from, weights aside.
+    """All that a model family's classes make their answers from, weights aside.
 
     Args:
         family: The family.
@@ -73,7 +73,7 @@ def family_key(family: Any, section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frame_key(family: Any) -> dict[str, Any]:
-    """What the modules and tensors of a family's transformer follow from.
+    """All that the modules and tensors of a transformer follow from.
 
     Raises:
         NoKeyError: The family is no class of qvgen's, which may build something else from the same configuration.

@@ -49,7 +49,7 @@ def recorded(
     find: Callable[[], T],
     write: Callable[[T], Any],
 ) -> T:
-    """What a record says, or what is found out now and recorded.
+    """A record's answer, or one that is found out now and recorded.
 
     Args:
         about: Gives all that the answer depends on; see :func:`qvgen.training.records.keys.key_text`.
