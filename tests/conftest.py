@@ -16,6 +16,8 @@ from hypothesis import settings
 
 # Before the hub's client is imported: no test finds what was downloaded to this machine.
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "qvgen-tests-without-hub-cache")
+# Plans are found out anew, and nothing is kept in the user's folder; tests of the records choose folders of their own.
+os.environ["QVGEN_PLANS"] = "off"
 
 from qvgen.config.processes import launched_world
 from tests.warm_python import WarmPopen, fork_template

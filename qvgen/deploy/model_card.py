@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import yaml
 
 from qvgen.deploy.attention_entry import attention_counts
@@ -208,6 +207,8 @@ def pipeline_class(transformer: str, *, image: bool = False) -> str:
         >>> pipeline_class("WanTransformer3DModel"), pipeline_class("LTXVideoTransformer3DModel")
         ('WanPipeline', 'DiffusionPipeline')
     """
+    import diffusers
+
     name = f"{transformer.partition('Transformer')[0]}{'ImageToVideo' if image else ''}Pipeline"
     return name if hasattr(diffusers, name) else "DiffusionPipeline"
 

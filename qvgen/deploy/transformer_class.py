@@ -12,9 +12,6 @@ import inspect
 import re
 from typing import Any, cast
 
-import diffusers
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from qvgen.models.folder.model_class import model_class
@@ -29,6 +26,10 @@ def transformer_class(name: str) -> type[nn.Module]:
     Raises:
         ValueError: diffusers has no model of that name, or one that takes no timestep.
     """
+    import diffusers
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.models.modeling_utils import ModelMixin
+
     model = model_class(name)
     if not inspect.isclass(model) or not issubclass(model, ModelMixin) or not issubclass(model, ConfigMixin):
         raise ValueError(f"transformer class {name!r} is no model of diffusers {diffusers.__version__}")
@@ -62,6 +63,8 @@ def check_can_export(name: str, exporter: Any, *, target: str) -> None:
     Raises:
         ValueError: diffusers does not have it.
     """
+    import diffusers
+
     if not hasattr(diffusers, name) and not getattr(exporter, "takes_own_classes", False):
         raise ValueError(
             f"export {target} is read by diffusers' own classes, and {name} is one of qvgen's; sample by `qvgen generate "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from qvgen.after_import import after_import
 from qvgen.config.plain_json import flag, text, whole
 from qvgen.quant.attention_profile import AUTO, AttentionKind, AttentionProfile
 from qvgen_kernels.attention import AttentionSpec
@@ -106,3 +107,11 @@ class AttentionForm:
         profile = AttentionProfile(kind=text(data["kind"], "kind of an attention"), **options)  # type: ignore[arg-type]
         heads = whole(data["heads"], "heads of an attention", low=1, high=MAX_HEADS)
         return cls.of(profile, heads=heads, head_size=whole(data["head_size"], "head_size of an attention", low=4))
+
+
+def scaled_spec(form: AttentionForm, scale: float) -> AttentionSpec:
+    """A form as the kernels describe it, at a factor of the scores; a constant for torch's compiler."""
+    return form.spec(float(scale))
+
+
+after_import("torch._dynamo", then="qvgen.layers.traced_constants")

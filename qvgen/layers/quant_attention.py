@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qvgen.layers.attention_form import AttentionForm
+from qvgen.layers.attention_form import AttentionForm, scaled_spec
 from qvgen.layers.noise_band import NoiseBand
 from qvgen_kernels.attention import AttentionSpec, AttentionTensors, attention
 
@@ -94,7 +94,7 @@ class AttentionProduct(nn.Module):
                 f"{self.form.head_size}]; {self._instead}"
             )
         mask = None if call.attn_mask is None else self._visible(call.attn_mask)
-        spec = self.spec if call.scale is None else _scaled(self.form, call.scale)
+        spec = self.spec if call.scale is None else scaled_spec(self.form, call.scale)
         tables = self.tables()
         if tables is None:
             return attention(query, key, value, spec=spec, mask=mask, kernel=self.kernel)
@@ -262,11 +262,6 @@ class TakesAttention(TorchFunctionMode):
         if func is torch.Tensor.unflatten:  # torch.compile can't trace it by its class, which calls super()
             return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # it is plain data, made once while a graph is made
-def _scaled(form: AttentionForm, scale: float) -> AttentionSpec:
-    return form.spec(float(scale))
 
 
 def _in_one_type(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

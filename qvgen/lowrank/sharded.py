@@ -6,10 +6,26 @@ collectives for a sharded one: every process of its mesh calls them, in the same
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one of torch's DTensors, told without importing them where it is an ordinary one.
+
+    Their module imports a library of symbolic arithmetic, which takes most of a second.
+    """
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def shard_group(tensor: DTensor) -> ProcessGroup:
@@ -21,7 +37,7 @@ def shard_group(tensor: DTensor) -> ProcessGroup:
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a tensor, on every process; an ordinary tensor itself, not a copy."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
 @torch.no_grad()
@@ -32,6 +48,8 @@ def write_whole_(tensor: Tensor, value: Tensor) -> None:
     one and the same value. (A singular value decomposition may differ in bits between devices that are not alike, and
     shares of two different ones would be no decomposition of anything.)
     """
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
     tensor.copy_(value)

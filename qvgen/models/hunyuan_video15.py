@@ -35,7 +35,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -209,6 +208,8 @@ class HunyuanVideo15(HunyuanFamily):
     def _sampling_parts(self, device: torch.device, guidance_scale: float) -> dict[str, Any]:
         """The parts that run while a video is sampled; a scale of 1 turns the guider off, as one below does elsewhere."""
         self._check_guider()
+        import diffusers
+
         guider = getattr(diffusers, _GUIDER)(guidance_scale=max(1.0, guidance_scale))
         return {**super()._sampling_parts(device, guidance_scale), "guider": guider}
 

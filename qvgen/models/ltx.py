@@ -31,7 +31,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -188,6 +187,8 @@ class LTX(PipelineFamily):
         return self._decode_raw(self._denormalize(latents))
 
     def _decode_sampled(self, latents: Tensor, *, generator: torch.Generator) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
         latents = self._denormalize(latents)
         if self._vae_config.get("timestep_conditioning", False):
             options = {"device": latents.device, "dtype": latents.dtype}

@@ -14,9 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-from diffusers.video_processor import VideoProcessor
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
@@ -186,6 +184,8 @@ class PipelineFamily(EncoderFamily):
         self, pipeline: Any, arguments: Mapping[str, Any], sampled: SampledVideo, *, generator: torch.Generator
     ) -> UInt8[Tensor, "F H W 3"]:
         """Sample one video; raises UnusableVideoError where its latents or pixels are not finite."""
+        from diffusers.video_processor import VideoProcessor  # seconds that a plan does without
+
         latents = pipeline(**arguments, generator=generator, output_type="latent").frames
         sampled.check_finite(latents, name="latents")
         pixels = self._decode_sampled(self._from_pipeline(latents), generator=generator)
@@ -199,6 +199,8 @@ class PipelineFamily(EncoderFamily):
         Raises:
             ValueError: it is of a class that the family is not sampled with.
         """
+        import diffusers
+
         config = self.component_config("scheduler")
         if (name := config.get("_class_name")) not in self.scheduler_classes:
             raise ValueError(
@@ -227,6 +229,8 @@ class PipelineFamily(EncoderFamily):
 
     def _pipeline_type(self) -> Any:
         """Class of the pipeline."""
+        import diffusers
+
         return getattr(diffusers, self.pipeline_class)
 
     def _sampling_parts(self, device: torch.device, guidance_scale: float) -> dict[str, Any]:

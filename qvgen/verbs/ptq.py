@@ -22,7 +22,14 @@ def run(config: TrainConfig) -> None:
     set_threads(config.strategy.threads)
     config.data.check(config.model)
     ptq = ptq_method(config)
-    student = check_student(config.model, student_design(config), ptq, num_steps=config.steps, kernel=config.kernel)
+    student = check_student(
+        config.model,
+        student_design(config),
+        ptq,
+        num_steps=config.steps,
+        kernel=config.kernel,
+        is_planned=config.dry_run,
+    )
     check_exports(config, student)
     check_sampling_parts(config)
     prompts = calibration_prompts(ptq.calibration, config.model) if sampled_needs(config) else []

@@ -125,7 +125,12 @@ def _print_plan(config: TrainConfig, student: Prepared | None, counter: MemoryCo
 def _checked_student(config: TrainConfig) -> Prepared | None:
     """The student without weights, where no widths change while sampling; all that is known of it before a run is checked."""
     student = check_student(
-        config.model, student_design(config), ptq_method(config), num_steps=config.steps, kernel=config.kernel
+        config.model,
+        student_design(config),
+        ptq_method(config),
+        num_steps=config.steps,
+        kernel=config.kernel,
+        is_planned=config.dry_run,
     )
     check_exports(config, student)
     check_sampling_parts(config)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -89,6 +88,8 @@ class ExportedModel:
     @property
     def diffusers_config(self) -> dict[str, Any]:
         """The content of a diffusers transformer's config.json."""
+        import diffusers
+
         head = {"_class_name": self.manifest.transformer, "_diffusers_version": diffusers.__version__}
         return {**head, **self.manifest.transformer_config}
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -122,6 +121,7 @@ class FinetuneFile(Finetune):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.given} can't be read ({' '.join(str(error).split())}); {AGAIN}") from error
         state = self._to_diffusers({name: stored.pop(key) for key, name in self.kept.items()}, class_name, base)
+        import diffusers
         from accelerate import init_empty_weights
 
         transformer_class: Any = getattr(diffusers, class_name)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
@@ -81,4 +80,6 @@ class FinetuneFolder(Finetune):
     def load(self, class_name: str, base: Mapping[str, Any], *, dtype: torch.dtype) -> nn.Module:
         """See :class:`Finetune`."""
         self.check(class_name, base)
+        import diffusers
+
         return self.folder.load(".", getattr(diffusers, class_name), dtype=dtype)

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 LIBRARIES = ("diffusers", "transformers")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "custom_pipeline")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -43,6 +41,8 @@ def check_model_index(index: Mapping[str, Any], *, file: Path) -> None:
     Raises:
         ValueError: the pipeline or a component is of a library that is neither diffusers nor transformers.
     """
+    import diffusers
+
     pipeline = index.get("_class_name", "DiffusionPipeline")
     if not isinstance(pipeline, str) or pipeline not in dir(diffusers):
         raise ValueError(

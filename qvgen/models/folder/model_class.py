@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
-
 from qvgen.models.folder.published import known_models
 
 
@@ -17,6 +15,8 @@ def model_class(name: str) -> Any:
     """The class of a name; None where neither diffusers nor a family has one."""
     if not name.isidentifier() or name.startswith("_"):
         return None
+    import diffusers  # seconds, in which a plan of recorded layers is done
+
     if (found := getattr(diffusers, name, None)) is not None:
         return found  # without a look at the families, whose modules would all be imported
     return next((kind for model in known_models() for kind in model.own_classes if kind.__name__ == name), None)

@@ -18,6 +18,9 @@ from qvgen.models.base import VideoDiT
 from qvgen.models.few_step import own_timesteps
 from qvgen.training.design.layer_setup import add_configured_switch, choose_gradient_path_, set_up_phi_, share_inputs_
 from qvgen.training.design.student import StudentDesign
+from qvgen.training.records.frame import assemble, describe
+from qvgen.training.records.keys import frame_key
+from qvgen.training.records.store import recorded
 
 Prepared = tuple[nn.Module, SwapReport]
 """A student on the meta device, and what is quantized of it."""
@@ -36,18 +39,37 @@ def build_transformer(family: Any, *, blocks: int | None = None) -> nn.Module:
     return transformer
 
 
-def build_student(family: VideoDiT, design: StudentDesign, *, blocks: int | None = None) -> Prepared:
+def planned_transformer(family: Any) -> nn.Module:
+    """The family's whole transformer on the meta device for a plan, which never runs it: from a record where there is one.
+
+    A record spares the import of the model's class, which is most of a plan's seconds. With LoRAs the class itself is built,
+    since they are held to it.
+    """
+    found: nn.Module = recorded(
+        lambda: frame_key(family), read=assemble, find=lambda: build_transformer(family), write=describe
+    )
+    return found
+
+
+def build_student(
+    family: VideoDiT, design: StudentDesign, *, blocks: int | None = None, is_planned: bool = False
+) -> Prepared:
     """The prepared student on the meta device; unquantized for a method that does not quantize.
 
     Args:
         family: The model family.
         design: Its layers.
         blocks: Transformer blocks; None: all.
+        is_planned: Whether it never runs, so that a record of a whole model will do. Attention that is quantized is looked
+            for in the model's own classes all the same.
 
     Raises:
         ValueError: Patterns, a profile or a rank that do not fit the model's layers.
     """
-    student = build_transformer(family, blocks=blocks).train()
+    if is_planned and blocks is None and is_recorded(design):
+        student = planned_transformer(family).train()
+    else:
+        student = build_transformer(family, blocks=blocks).train()
     if not design.method.quantizes:
         linears = tuple(name for name, module in student.named_modules() if isinstance(module, nn.Linear))
         return student, SwapReport(quantized=(), skipped=linears)
@@ -80,9 +102,22 @@ def prepare_(transformer: nn.Module, family: VideoDiT, design: StudentDesign, *,
         design.method.prepare_(transformer)
 
 
-def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
-    """The teacher on the meta device as diffusers loads it: in a dtype, but for what its class keeps in float32."""
-    return narrow_(build_transformer(family, blocks=blocks).requires_grad_(False).eval(), dtype=dtype)
+def is_recorded(design: StudentDesign) -> bool:
+    """Whether a student's layers are found without the model's own classes: quantized attention asks these."""
+    return not design.method.quantizes or design.profile.attention is None
+
+
+def build_teacher(family: Any, *, dtype: torch.dtype, blocks: int | None = None, is_planned: bool = False) -> nn.Module:
+    """The teacher on the meta device as diffusers loads it: in a dtype, but for what its class keeps in float32.
+
+    Args:
+        family: The model family.
+        dtype: Of its weights.
+        blocks: Transformer blocks; None: all.
+        is_planned: Whether it never runs, so that a record of a whole model will do.
+    """
+    built = planned_transformer(family) if is_planned and blocks is None else build_transformer(family, blocks=blocks)
+    return narrow_(built.requires_grad_(False).eval(), dtype=dtype)
 
 
 def narrow_(transformer: nn.Module, *, dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.training.distributed.codes_gather import gather_codes_
@@ -76,6 +75,8 @@ def gather_by_block_(model: nn.Module, *, blocks: list[nn.Module], mesh: DeviceM
         mesh: Processes that share them out.
         how: How they are gathered.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # a second that a plan does without
+
     pinned = mesh.device_type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if how.on_host else OffloadPolicy()
     for unit in (*blocks, model):
@@ -93,6 +94,8 @@ def gather_by_block_(model: nn.Module, *, blocks: list[nn.Module], mesh: DeviceM
 
 def _forget_without_backward(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """Give back what a call without gradients has left whole."""
+    from torch.distributed.fsdp import FSDPModule
+
     del inputs, outputs
     if not torch.is_grad_enabled():
         for unit in model.modules():

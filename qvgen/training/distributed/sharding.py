@@ -26,20 +26,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qvgen.errors import UnfitEnvironmentError
-from qvgen.lowrank.sharded import shard_group, whole, write_whole_
+from qvgen.lowrank.sharded import is_sharded, shard_group, whole, write_whole_
 from qvgen.training.checkpoint.saved_tensor import SavedTensor
 from qvgen.training.distributed.gathering import Gathering, gather_by_block_
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -128,7 +130,7 @@ def read_rows_(model: nn.Module, value_of: Callable[[str], Any]) -> None:
         value_of: Name -> what gives rows for a slice: a tensor, or one that stays in its file.
     """
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not sharded"
+        assert is_sharded(parameter), f"{name} is not sharded"
         share, group = parameter.to_local(), shard_group(parameter)
         place = {"rank": distributed.get_rank(group), "world_size": distributed.get_world_size(group)}
         if share.numel():
@@ -225,6 +227,8 @@ def share_of(value: Tensor | SavedTensor, *, like: DTensor) -> DTensor:
 
 def sharded_as(rows: Tensor, *, like: DTensor) -> DTensor:
     """This process's rows of a tensor that has a row for each row of another one, as a tensor that is sharded as that one."""
+    from torch.distributed.tensor import DTensor
+
     shape = torch.Size([like.shape[0], *rows.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     rows = rows.to(like.to_local().device)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from qvgen.config.schema.learning_rate_tail import LearningRateTail
 from qvgen.config.schema.sections import OptimConfig
+from qvgen.lowrank.sharded import is_sharded
 from qvgen.training.optim.eight_bit import torchao_modules
 from qvgen.training.optim.streamed_adamw import StreamedAdamW
 
@@ -61,7 +61,7 @@ class AdamW(torch.optim.AdamW):
         """Fill torch's lists: parameters, gradients, both moments, their maxima, steps."""
         has_complex: bool = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+            tensors[:] = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
         return has_complex
 
 

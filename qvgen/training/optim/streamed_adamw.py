@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from qvgen.lowrank.sharded import is_sharded
 from qvgen.training.optim.eight_bit import EightBitMoment, block_size, eight_bit_step_
 from qvgen.training.optim.host_stream import HostStream, to_host
 from qvgen.training.optim.stochastic_rounding import round_stochastically, rounding_generator
@@ -152,7 +152,7 @@ class StreamedAdamW(torch.optim.Optimizer):
 
 def local(tensor: Any) -> Any:
     """This process's share of a tensor; an ordinary one itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def moment_shapes(parameter: Tensor, *, eight_bit: bool) -> list[tuple[torch.Size, int]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qvgen.config.plain_json import mapping, whole
 from qvgen.config.schema.loss import LossConfig
 from qvgen.config.schema.sections import OptimConfig
 from qvgen.data.noise import NoisyBatch
@@ -39,6 +40,8 @@ from qvgen.training.loss.prediction_loss import freeze_the_rest_, prediction_los
 from qvgen.training.optim.master_precision import narrow_masters_
 from qvgen.training.planning.operation_counter import OperationCounter, StepCount
 from qvgen.training.planning.shape_operators import ShapeOperators
+from qvgen.training.records.keys import family_key
+from qvgen.training.records.store import recorded
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,30 @@ def count_step(
         is_checked: Count a third short model to see that blocks add equal amounts; False where the same model was
             checked before with other settings, for half the time.
     """
+    if torch.are_deterministic_algorithms_enabled():  # then memory is filled, which is counted too
+        return _count_step(model, design, settings, optim=optim, is_checked=is_checked)
+    found: StepCount = recorded(
+        lambda: {
+            "kind": "step",
+            "family": family_key(model.rebuild(dict(settings.model_changes)), model.section),
+            "design": design,
+            "settings": settings,
+            "optim": optim,
+            "checked": is_checked,
+        },
+        read=lambda content: StepCount(
+            **{name: whole(value, name) for name, value in mapping(content, "count").items()}
+        ),
+        find=lambda: _count_step(model, design, settings, optim=optim, is_checked=is_checked),
+        write=asdict,
+    )
+    return found
+
+
+def _count_step(
+    model: NamedFamily, design: StudentDesign, settings: StepSettings, *, optim: OptimConfig, is_checked: bool
+) -> StepCount:
+    """Count with the model's own code."""
     count = partial(count_blocks, model, design, settings, optim=optim)
     blocks = num_blocks(model.family)
     if blocks <= COUNTED_BLOCKS[-1]:

@@ -39,7 +39,7 @@ def plan_fold(
     Returns:
         Lines of text, and whether this host has the memory and the disk.
     """
-    student, swapped = build_student(model.rebuild(), design)
+    student, swapped = build_student(model.rebuild(), design, is_planned=True)
     groups = collapse(student, swapped.quantized)
     found = checkpoints(run_dir / CHECKPOINT_DIRECTORY)
     state, checkpoint = state_bytes(student), checkpoint_bytes(student)
@@ -101,7 +101,7 @@ def plan_generate(family: Any, *, packed: Sequence[Path], kernel: str = "auto") 
         transformer += size + codes
     if not packed:
         dtype = teacher_dtype(family)
-        teacher = build_teacher(family, dtype=dtype)
+        teacher = build_teacher(family, dtype=dtype, is_planned=True)
         transformer = tensor_bytes([*teacher.parameters(), *teacher.buffers()])
         lines.append(f"memory of the transformer: {format_bytes(transformer)} in {str(dtype).removeprefix('torch.')}")
     component_lines, sizes = _components(family)

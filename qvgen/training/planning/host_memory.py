@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from qvgen.config.plain_json import whole
 from qvgen.initializers.prepare import SCRATCH_PER_WEIGHT
 from qvgen.layers.layer_threads import num_threads
 from qvgen.layers.swap import quantized_layers
@@ -32,6 +33,8 @@ from qvgen.training.planning.counted_step import COUNTED_BLOCKS, continued
 from qvgen.training.planning.live_bytes import LiveBytes, tensor_bytes
 from qvgen.training.planning.memory import teacher_dtype
 from qvgen.training.planning.stored_state import StoredState
+from qvgen.training.records.keys import family_key
+from qvgen.training.records.store import recorded
 from qvgen.training.start.shared import COPIES_PER_WEIGHT
 
 DECOMPOSED_PER_WEIGHT = 14
@@ -46,6 +49,17 @@ def preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
     The order is that of ``qvgen train``: the student is loaded in float32, its Linears are swapped (the new layers copy
     their weights before the old ones go), then the teacher is loaded in its dtype.
     """
+    found: int = recorded(
+        lambda: {"kind": "preparation", "family": family_key(model.rebuild(), model.section), "design": design},
+        read=lambda content: whole(content, "preparation"),
+        find=lambda: _preparation_bytes(model, design),
+        write=int,
+    )
+    return found
+
+
+def _preparation_bytes(model: NamedFamily, design: StudentDesign) -> int:
+    """Count with the model's own classes."""
     blocks = num_blocks(model.family)
     if blocks > COUNTED_BLOCKS[-1]:
         short = [_preparation(model.rebuild(), design, blocks=number) for number in COUNTED_BLOCKS]
@@ -131,7 +145,9 @@ def host_bytes(run: TrainingRun, student: nn.Module, *, stored: StoredState, kep
         start = max(start, devices * preparation)
         return HostBytes(needed=max(start, kept_bytes), start=start)
     family = run.model.rebuild()
-    teacher = build_teacher(family, dtype=teacher_dtype(family)) if run.design.method.quantizes else None
+    teacher = (
+        build_teacher(family, dtype=teacher_dtype(family), is_planned=True) if run.design.method.quantizes else None
+    )
     kept = 0 if teacher is None else tensor_bytes([*teacher.parameters(), *teacher.buffers()])
     copied = saved_bytes(student, stored=stored) * min(devices, run.shards) // run.shards
     usual = HostBytes(needed=max(start, kept + copied + kept_bytes), start=start)

@@ -219,7 +219,7 @@ class MemoryCounter:
     def teacher(self, dtype: torch.dtype) -> nn.Module | None:
         """The teacher on the meta device; None for a method without one."""
         if self.run.design.method.needs_teacher and dtype not in self._teachers:
-            self._teachers[dtype] = build_teacher(self.run.model.rebuild(), dtype=dtype)
+            self._teachers[dtype] = build_teacher(self.run.model.rebuild(), dtype=dtype, is_planned=True)
         return self._teachers.get(dtype)
 
     def total(self, settings: StepSettings, *, shards: int, stored: StoredState | None = None) -> int:

@@ -52,7 +52,7 @@ def choose_strategy(run: TrainingRun, device: Device, *, student: Prepared | Non
         return StrategyChoice(
             strategy=ddp, line=f"strategy=auto: ddp, the {run.devices} processes share a CPU's memory"
         )
-    prepared, _ = student or build_student(run.model.rebuild(), run.design)
+    prepared, _ = student or build_student(run.model.rebuild(), run.design, is_planned=True)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     counter, settings, found = MemoryCounter(run, prepared), step_settings(run, device), []
     for strategy in _candidates(run):

@@ -179,7 +179,7 @@ def plan_training(
     """
     schedule, device = _schedule(run), find_device(device_memory_gib, devices=run.node_devices)
     family: Any = run.model.rebuild(clip_size(run))
-    prepared, swapped = student or build_student(family, run.design)
+    prepared, swapped = student or build_student(family, run.design, is_planned=True)
     freeze_the_rest_(prepared, method=run.design.method, optim=run.steps.optim)
     settings = step_settings(run, device)
     counter = MemoryCounter(run, prepared) if counter is None else counter.of_run(run)

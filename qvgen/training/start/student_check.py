@@ -13,13 +13,19 @@ from qvgen.initializers.prepare import are_independent
 from qvgen.layers.shared_input import unshare_activations_
 from qvgen.layers.swap import add_switch_widths_, quantized_layers, select_linears
 from qvgen.methods.base import Method
-from qvgen.training.design.meta_model import Prepared, build_transformer, prepare_
+from qvgen.training.design.meta_model import Prepared, build_transformer, is_recorded, planned_transformer, prepare_
 from qvgen.training.design.student import StudentDesign
 from qvgen.training.start.ptq_method import PTQMethod
 
 
 def check_student(
-    family: Any, design: StudentDesign, ptq: PTQMethod, *, num_steps: int, kernel: str = "auto"
+    family: Any,
+    design: StudentDesign,
+    ptq: PTQMethod,
+    *,
+    num_steps: int,
+    kernel: str = "auto",
+    is_planned: bool = False,
 ) -> Prepared | None:
     """Find out without weights, in seconds, whether a model can be quantized as asked.
 
@@ -29,6 +35,7 @@ def check_student(
         ptq: The PTQ method that it starts from.
         num_steps: Optimizer steps; 0 for none.
         kernel: Backend that is to run the packed model.
+        is_planned: Whether nothing runs afterwards, so that a record of the model will do.
 
     Returns:
         What :func:`qvgen.training.design.meta_model.build_student` returns, for a plan; None where widths change while
@@ -42,7 +49,7 @@ def check_student(
     widths = design.switch_widths
     if widths is not None and "ranges" in ptq.init.needs:
         raise ValueError(f"init={ptq.name} has one table of scales; activation_switch.widths can't change its bits")
-    skeleton = build_transformer(family)
+    skeleton = planned_transformer(family) if is_planned and is_recorded(design) else build_transformer(family)
     if hasattr(family, "check_transformer"):
         family.check_transformer(skeleton)
     chosen = select_linears(skeleton, include=family.include, exclude=family.exclude)
