@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qvgen.data import claim_wait
 from qvgen.data import claims as claims_module
 from qvgen.data.claims import CLAIMS_FILE, Claims
-from qvgen.evaluation.suite import shared_cases as shared_module
 from qvgen.evaluation.suite.case import Case
 from qvgen.evaluation.suite.shared_cases import SharedCases
 
@@ -49,7 +49,7 @@ def test_what_another_process_holds_comes_last_and_is_taken_when_that_one_is_gon
                 holder.kill()  # without having made what it holds
                 holder.wait()
 
-            monkeypatch.setattr(shared_module.time, "sleep", end_holder)
+            monkeypatch.setattr(claim_wait.time, "sleep", end_holder)
             for case in SharedCases(cases, claims=claims, key=key_of, is_there=lambda case: case.name in made):
                 made.append(case.name)
     assert made == ["b", "c", "a"]

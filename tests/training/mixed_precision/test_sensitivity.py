@@ -304,7 +304,9 @@ def test_more_bits_and_full_precision_lose_less(tmp_path):
         for group, block in (("ffn", "blocks.0"), ("cross_attention", "blocks.0")):
             rows = [[measured.rows[group, block, side, bits, window] for bits in (2, 4, 8)] for window in (0, 1)]
             for low, middle, high in rows:
-                assert low.output_error > 3 * middle.output_error > 9 * high.output_error > 0
+                assert (
+                    low.output_error > 3 * middle.output_error > 9 * high.output_error >= 0
+                )  # none on some processors
                 scores = [next(iter(row.scores.values())) for row in (low, middle, high)]
                 assert scores[0] > scores[1] >= scores[2] >= 0
 
