@@ -88,8 +88,8 @@ class StreamedFold:
         step: Of the checkpoint.
 
     Attributes:
-        model: The student, without memory; the packed model behind :meth:`fold`.
-        kept_rank: The largest rank of a Phi that stays, behind :meth:`fold`.
+        model: The student, without memory; the packed model behind :meth:`fold_`.
+        kept_rank: The largest rank of a Phi that stays, behind :meth:`fold_`.
 
     Raises:
         ValueError: What the run's folder says of its layers is damaged.

@@ -57,7 +57,7 @@ def test_weights_are_those_of_one_process(runs: Path) -> None:
         assert one.keys() == shared.keys()
         for name, value in one.items():
             off = (shared[name].double() - value.double()).abs()
-            assert float((off > 5e-6).double().mean()) < 0.01, f"{name}, step {step}"
+            assert float((off > 5e-6).double().mean()) < (0.01 if step > 1 else 1e-9), f"{name}, step {step}"
             assert float(off.max()) <= 2 * sum(rates[:step]), f"{name}, step {step}"
 
 

@@ -6,15 +6,12 @@
 
 #include "target.h"
 
-#if defined(__clang__)
-QV_TARGET_BEGIN("dotprod")
-#else
-QV_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-#endif
+QV_TARGET_BEGIN(QV_NEON_TARGET)
 
 namespace qv {
 namespace dot_attention {
 namespace {
+#include "neon_dot.inl"
 #define QV_NEON
 #include "attention_quads.inl"
 #include "attention.inl"

@@ -18,15 +18,7 @@ static inline Lanes quad_of(const Code* x) { int32_t four; memcpy(&four, x, 4); 
 static inline Lanes with_sign(Lanes x) { return veorq_s8(x, vdupq_n_s8(-128)); }
 static inline Sums start(int32_t x) { return vdupq_n_s32(x); }
 static inline void put(int32_t* out, Sums v) { vst1q_s32(out, v); }
-static inline Sums add_products(Sums sum, Lanes a, Lanes b) {
-#if defined(__clang__) && !defined(__ARM_FEATURE_DOTPROD)
-    // Older clangs declare the intrinsic only where a compiler flag allows it everywhere.
-    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
-    return sum;
-#else
-    return vdotq_s32(sum, a, b);
-#endif
-}
+static inline Sums add_products(Sums sum, Lanes a, Lanes b) { return dot(sum, a, b); }
 #elif defined(QV_MAX512)
 typedef __m512i Lanes;
 typedef __m512i Sums;

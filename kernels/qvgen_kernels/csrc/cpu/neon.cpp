@@ -6,11 +6,7 @@
 
 #include "target.h"
 
-#if defined(__clang__)
-QV_TARGET_BEGIN("dotprod")
-#else
-QV_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-#endif
+QV_TARGET_BEGIN(QV_NEON_TARGET)
 
 namespace qv {
 namespace neon {
@@ -20,15 +16,7 @@ namespace {
 #define QV_WIDTH 4
 #define QV_UNSIGNED 0
 
-inline int32x4_t dot(int32x4_t sums, int8x16_t w, int8x16_t x) {
-#if defined(__clang__) && !defined(__ARM_FEATURE_DOTPROD)
-    // Older clangs declare the intrinsic only where a compiler flag allows it everywhere.
-    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(w), "w"(x));
-    return sums;
-#else
-    return vdotq_s32(sums, w, x);
-#endif
-}
+#include "neon_dot.inl"
 
 template <int kRows>
 inline void step(int32x4_t (&sums)[kRows][4], const int8x16_t (&w)[4], const int8_t* const (&x)[kRows], int64_t q) {

@@ -7,6 +7,12 @@
 #else
 #define QV_AVX512_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 #endif
+// 64-bit ARM with the dot product, as each compiler spells it.
+#if defined(__clang__)
+#define QV_NEON_TARGET "dotprod"
+#else
+#define QV_NEON_TARGET "arch=armv8.2-a+dotprod"
+#endif
 #define QV_TEXT(x) #x
 #if defined(__clang__)
 #define QV_TARGET_BEGIN(list) _Pragma(QV_TEXT(clang attribute push(__attribute__((target(list))), apply_to = function)))
