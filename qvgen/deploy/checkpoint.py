@@ -30,16 +30,20 @@ from qvgen.deploy.manifest import (
 )
 from qvgen.deploy.packed_file import LoadSeconds, StageClock, file_checked, map_tensors
 from qvgen.deploy.packed_fusion import fuse_packed_, prepack_
-from qvgen.deploy.packed_model import build_packed, check_bytes, check_values, put_packed_layers_
+from qvgen.deploy.packed_model import build_packed, check_bytes, check_value, check_values, put_packed_layers_
 from qvgen.deploy.packed_record import CONFIG_FILE, INDEX_FILE, config_json, describe, index_json, plain_config
 from qvgen.deploy.prepacked_copies import copies_line
 from qvgen.deploy.quantizer import become_packed_
+from qvgen.deploy.tensor_file import TensorFile, TensorWriter
 from qvgen.deploy.transformer_class import check_can_save
 from qvgen.errors import one_line
 from qvgen.layers.swap import packed_layers, quantized_layers
 from qvgen.run_directory import atomic_write
 
 log = logging.getLogger(__name__)
+
+Put = Callable[[str, Tensor], None]
+"""Takes the name and the values of a tensor that is to be written."""
 
 
 def save_packed(
@@ -84,21 +88,57 @@ def save_packed(
         base_arguments=base_arguments,
         training=training,
     )
-    return _write_files(directory, tensors, record)
+    return _write_files(directory, tensors, record, write=lambda temporary: save_file(tensors, temporary))
 
 
-def _write_files(directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest]) -> Manifest:
+def save_packed_parts(model: nn.Module, directory: Path, *, fill: Callable[[Put], None], **about: Any) -> Manifest:
+    """Write a folded transformer whose tensors come one after another, and are nowhere all at once.
+
+    The files are those of :func:`save_packed`, to the byte.
+
+    Args:
+        model: A folded transformer; its tensors may be on the meta device.
+        directory: Made if need be; a checkpoint that is there is replaced.
+        fill: Is called with a function that takes the name and the values of a tensor, and gives it every tensor of the
+            state dict once, in any order, from any thread; behind it the packed layers know their errors.
+        about: The other arguments of :func:`save_packed`.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ValueError: What :func:`save_packed` refuses, or what ``fill`` does; nothing is written then.
+    """
+    _check_folded(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+
+    def write(temporary: Path) -> None:
+        with TensorWriter(temporary, state) as file:
+
+            def put(name: str, value: Tensor) -> None:
+                check_value(model, name, value, source=directory / WEIGHTS_FILE)
+                file.put(name, value)
+
+            fill(put)
+
+    return _write_files(directory, state, partial(describe, model, **about), write=write)
+
+
+def _write_files(
+    directory: Path, tensors: Mapping[str, Tensor], record: Callable[..., Manifest], *, write: Callable[[Path], None]
+) -> Manifest:
     """Write weights and what ``record`` makes of their sha256; a request to stop ends the writing of weights."""
     manifests: list[Manifest] = []
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     with ExitStack() as together:
 
-        def write(temporary: Path) -> None:
-            save_file(tensors, temporary)
+        def write_weights(temporary: Path) -> None:
+            write(temporary)
             manifests.append(record(sha256=file_sha256(temporary)))
             together.enter_context(stop_request.undivided())
 
-        atomic_write(directory / WEIGHTS_FILE, write)
+        atomic_write(directory / WEIGHTS_FILE, write_weights)
         atomic_write(directory / CONFIG_FILE, config_json(manifests[0]))
         atomic_write(directory / INDEX_FILE, index_json(sizes, file=WEIGHTS_FILE))
         atomic_write(directory / MANIFEST_FILE, manifests[0].to_json())
@@ -209,7 +249,7 @@ def _place(device: torch.device | str | None, model: nn.Module | None) -> torch.
 
 
 def check_packed(directory: Path | str) -> Manifest:
-    """Check a packed checkpoint as loading it does, without a kernel and without keeping anything.
+    """Check a packed checkpoint as loading it does, without a kernel, with one of its tensors in memory at a time.
 
     Returns:
         Its manifest.
@@ -217,10 +257,20 @@ def check_packed(directory: Path | str) -> Manifest:
     Raises:
         ValueError: Anything that :func:`load_packed` would refuse, or a layer whose bytes are not what the manifest says.
     """
-    directory = Path(directory)
+    return open_packed(Path(directory))[0]
+
+
+def open_packed(directory: Path) -> tuple[Manifest, nn.Module, TensorFile]:
+    """Do what :func:`check_packed` does, for a caller who reads single tensors then.
+
+    Returns:
+        The manifest; the transformer, without any tensor's values; the file that has them.
+    """
     manifest = read_manifest(directory)
     with file_checked(directory, manifest, StageClock()):
         built = build_packed(directory, manifest, kernel="auto", empty=True)
-    check_values(built, map_tensors(directory), source=directory / WEIGHTS_FILE)
+    file = TensorFile(directory / WEIGHTS_FILE)
+    for name in file.names:
+        check_value(built, name, file.whole(name), source=file.path)
     check_bytes(built, manifest, source=directory / MANIFEST_FILE)
-    return manifest
+    return manifest, built, file

@@ -120,6 +120,15 @@ def check_values(model: nn.Module, tensors: Mapping[str, Tensor], *, source: Pat
             check_range(module, name, tensors[f"{prefix}.{name}"], shown=f"{prefix}.{name}", source=source)
 
 
+def check_value(model: nn.Module, name: str, value: Tensor, *, source: Path) -> None:
+    """Do what :func:`check_values` does for one tensor."""
+    check_finite([(name, value)], source=str(source), remedy=DAMAGED)
+    prefix, _, own = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    if isinstance(module, AS_STORED):
+        check_range(module, own, value, shown=name, source=source)
+
+
 def check_range(module: PackedWeight | PackedAttention, name: str, values: Tensor, *, shown: str, source: Path) -> None:
     """Raise ValueError where a tensor of a packed module holds values that can't mean anything.
 

@@ -20,6 +20,7 @@ from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_input import LayerInput, entered_input
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.layers.weight_rows import stored_codes_equal
 
 WATCHED_TOKENS = 256
 """Tokens of a sample whose codes are compared: all tokens of all layers of a large model would not fit into memory."""
@@ -52,18 +53,8 @@ def codes_equal(fake: nn.Module, packed: nn.Module) -> tuple[bool, int]:
     equal = list(trained) == list(stored)
     count = 0
     for name in trained.keys() & stored.keys():
-        same, codes = layer_codes_equal(trained[name], stored[name])
+        same, codes = stored_codes_equal(stored[name], trained[name], trained[name].weight)
         equal, count = equal and same, count + codes
-    return equal, count
-
-
-def layer_codes_equal(trained: FakeQuantLinear, stored: PackedLinear) -> tuple[bool, int]:
-    """Whether every code of a packed layer is the trained one, and how many were compared."""
-    equal, count = True, 0
-    for bits, quantizer in trained.weight_quantizers().items():
-        codes = quantizer.codes(trained.weight).cpu()
-        equal = equal and torch.equal(codes, stored.weight_of(bits).integer_codes().cpu())
-        count += codes.numel()
     return equal, count
 
 

@@ -27,7 +27,7 @@ from qvgen.layers.layer_spec import layer_spec
 from qvgen.layers.noise_band import NoiseBand
 from qvgen.layers.packed_call import Prepacked, call, call_tensors, equal_weights
 from qvgen.layers.packed_weight import ABOVE_ZERO, PackedWeight
-from qvgen.quant.precision import to_float64
+from qvgen.layers.weight_rows import WeightRows, pack_weight_
 from qvgen.quant.width_table import Widths
 from qvgen.quantizers.activation_static import whole_zero_point
 from qvgen_kernels import LinearSpec, LinearTensors, prepack, resolve_kernel
@@ -123,8 +123,17 @@ class PackedLinear(PackedWeight):
 
     @classmethod
     @torch.no_grad()
-    def from_fake_quant(cls, layer: FakeQuantLinear, *, kernel: str = "auto") -> Self:
+    def from_fake_quant(
+        cls,
+        layer: FakeQuantLinear,
+        *,
+        kernel: str = "auto",
+        weight: WeightRows | None = None,
+        device: str | None = None,
+    ) -> Self:
         """Pack the codes that a layer was trained with. Its Phi must be gone, or one to be kept: it joins the branch.
+
+        ``weight`` stands for the layer's own where that is not in memory. On the ``device`` meta it gets no values.
 
         Raises:
             ValueError: Phi still has rank.
@@ -140,18 +149,17 @@ class PackedLinear(PackedWeight):
             form=LayerForm.folded(layer),
             noise_band=layer.noise_band,
             kernel=kernel,
-            device=layer.weight.device,
+            device=layer.weight_quantizer.scale.device if device is None else device,
         )
-        for bits, quantizer in layer.weight_quantizers().items():
-            packed.weight_of(bits).store_(layer.weight, quantizer)
+        if packed.codes.is_meta:
+            return packed
+        pack_weight_(packed, layer, layer.weight if weight is None else weight)
         for bits, quantizer in layer.activation_quantizers().items():
             for name, table in zip(packed.form.table_names(bits), quantizer.tables(), strict=True):
                 if name is not None:
                     getattr(packed, name).copy_(table)
         for name, value in packed_floats(layer).items():
             getattr(packed, name).copy_(value)
-        error = to_float64(packed.dequantized_weight() - layer.weight).square().sum()
-        packed.weight_error = float(error / to_float64(layer.weight).square().sum().clamp(min=1e-30))
         return packed
 
     def weight_of(self, bits: int) -> PackedWeight:

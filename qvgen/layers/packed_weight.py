@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qvgen.quant.affine import dequantize
 from qvgen.quant.grid import Grid
 from qvgen.quant.packing import pack_codes, unpack_codes
-from qvgen.quantizers.weight_lsq import WeightLSQ
+from qvgen.quantizers.weight_lsq import ALL_ROWS, WeightLSQ
 
 ABOVE_ZERO = (1e-45, math.inf)
 """Range of a scale: from below the smallest float32 above 0."""
@@ -61,17 +61,21 @@ class PackedWeight(nn.Module):
         self.register_buffer("weight_zero_point", zeros)
 
     @torch.no_grad()
-    def store_(self, weight: Tensor, quantizer: WeightLSQ) -> None:
-        """Take over the codes that a weight [N, K] has under its quantizer."""
-        codes = quantizer.codes(weight)
-        if self.weight_grid.symmetric:
-            codes = (codes.to(torch.int16) + 2 ** (self.weight_grid.bits - 1)).to(torch.uint8)
-        for mine, plane in zip(self.planes, pack_codes(codes, bits=self.weight_grid.bits), strict=True):
-            mine.copy_(plane)
+    def store_scales_(self, quantizer: WeightLSQ) -> None:
+        """Take over a quantizer's scales and zero points."""
         scale, zero_point = quantizer.qparams()
         self.weight_scale.copy_(scale.reshape(self.weight_scale.shape))
         if self.weight_zero_point is not None:
             self.weight_zero_point.copy_(zero_point.reshape(self.weight_scale.shape))
+
+    @torch.no_grad()
+    def store_rows_(self, weight: Tensor, quantizer: WeightLSQ, *, rows: slice) -> None:
+        """Take over the codes that some rows [n, K] of a weight have under its quantizer."""
+        codes = quantizer.codes(weight, rows=rows)
+        if self.weight_grid.symmetric:
+            codes = (codes.to(torch.int16) + 2 ** (self.weight_grid.bits - 1)).to(torch.uint8)
+        for mine, plane in zip(self.planes, pack_codes(codes, bits=self.weight_grid.bits), strict=True):
+            mine[rows].copy_(plane)
 
     def value_ranges(self) -> dict[str, tuple[float, float]]:
         """Lowest and highest value that buffers may hold to mean anything, by name; scales are above 0."""
@@ -97,17 +101,17 @@ class PackedWeight(nn.Module):
         return (self.codes,) if self.codes_high is None else (self.codes, self.codes_high)
 
     @torch.no_grad()
-    def integer_codes(self) -> Tensor:
-        """Codes as the grid has them: uint8 (asymmetric) or int8 (symmetric), [N, K]."""
+    def integer_codes(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Codes as the grid has them: uint8 (asymmetric) or int8 (symmetric), [N, K] or some rows of them."""
         grid = self.weight_grid
-        codes = unpack_codes(self.planes, bits=grid.bits, in_features=self.in_features)
+        codes = unpack_codes([plane[rows] for plane in self.planes], bits=grid.bits, in_features=self.in_features)
         return (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8) if grid.symmetric else codes
 
     @torch.no_grad()
-    def dequantized_weight(self) -> Tensor:
-        """float32 [N, K] grid values of the weight, in the layer's own coordinates (rotated, smoothed)."""
-        scale = self.weight_scale.reshape(self.out_features, -1)
+    def dequantized_weight(self, rows: slice = ALL_ROWS) -> Tensor:
+        """float32 [N, K] grid values of the weight or some rows of it, in the layer's own coordinates (rotated, smoothed)."""
+        scale = self.weight_scale.reshape(self.out_features, -1)[rows]
         zero_point = torch.zeros_like(scale)
         if self.weight_zero_point is not None:
-            zero_point = self.weight_zero_point.float().reshape(scale.shape)
-        return dequantize(self.integer_codes(), scale=scale, zero_point=zero_point, grid=self.weight_grid)
+            zero_point = self.weight_zero_point.reshape(self.out_features, -1)[rows].float()
+        return dequantize(self.integer_codes(rows), scale=scale, zero_point=zero_point, grid=self.weight_grid)

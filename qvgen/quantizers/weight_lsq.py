@@ -21,6 +21,8 @@ from qvgen.quant.affine import Rounded, fake_quantize, quantize, round_scale, us
 from qvgen.quant.grid import MIN_SCALE, Grid
 from qvgen.quant.ste import fake_quantize_backward
 
+ALL_ROWS = slice(None)
+
 
 class WeightLSQ(nn.Module):
     """Learned scale and zero point of a weight [N, K].
@@ -70,9 +72,10 @@ class WeightLSQ(nn.Module):
         return scale, usable_zero_point(zero_point.float(), self.grid)
 
     @torch.no_grad()
-    def codes(self, weight: Tensor) -> Tensor:
-        """Codes [N, K] of a weight [N, K], which fold stores."""
-        scale, zero_point = self.qparams()
+    def codes(self, weight: Tensor, *, rows: slice = ALL_ROWS) -> Tensor:
+        """Codes [N, K] of a weight [N, K], which fold stores; of some of its rows, where ``rows`` says which they are."""
+        zeros = None if self.zero_point is None else self.zero_point.detach()[rows]
+        scale, zero_point = self.usable(self.scale.detach()[rows], zeros)
         return quantize(weight, scale=scale, zero_point=zero_point, grid=self.grid)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,10 @@ def _fold_by_layers(config: FoldConfig, model: NamedFamily, design: StudentDesig
         step, trained, average = read_trained(newest, config.run_dir, averaged=_is_averaged(config))
         how: dict[str, Any] = {"trained": trained, "averaged": average, "schedule": schedule, "step": step}
         folding = StreamedFold(model.family, design, config.run_dir, **how)
-    folded = folding.fold_(kernel=config.run.kernel)
-    record = packed_record(config.run, steps=step)
-    save_folded(folded, config.out, model=model, training=record, kept=folding.kept_rank)
-    del folded, folding
-    written = StreamedFold(model.family, design, config.run_dir, **how)
-    return (*written.codes_equal(load_packed(config.out, kernel="reference")), step)
+    kernel, record = config.run.kernel, packed_record(config.run, steps=step)
+    folded, fill = folding.declare_(kernel=kernel), partial(folding.write, kernel=kernel)
+    save_folded(folded, config.out, model=model, training=record, kept=folding.kept_rank, fill=fill)
+    return (*folding.codes_equal(config.out), step)
 
 
 def _fold_whole(config: FoldConfig, model: NamedFamily, design: StudentDesign) -> tuple[bool, int, int]:

@@ -74,9 +74,9 @@ class CheckpointFolder:
     def _check_tensor(self, wanted: tuple[Part, str]) -> None:
         part, name = wanted
         with refused(self.path, part.file):
-            tensor = part.check_tensor(name)
-        if not name.startswith("callbacks/"):
-            check_finite([(name, tensor)], source=str(part.file), remedy=_remedy(self.path))
+            is_finite = part.check_tensor(name)
+        if not is_finite and not name.startswith("callbacks/"):
+            check_finite([(name, part.whole(name))], source=str(part.file), remedy=_remedy(self.path))
 
     def _part(self, name: str, checksum: str) -> Part:
         with refused(self.path, self.path / name):

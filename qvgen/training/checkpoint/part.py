@@ -22,19 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from qvgen.deploy.tensor_file import TYPES, TensorFile, bytes_of
 from qvgen.errors import UserError
+from qvgen.quant.finite import is_finite
 
 PART_FORMAT = "qvgen-checkpoint-part"
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 _CHUNK_BYTES = 1 << 24
 
@@ -72,7 +66,7 @@ def part_name(rank: int, world_size: int) -> str:
 
 def check_kept(name: str, tensor: Tensor) -> None:
     """Raise UserError for a tensor of a kind that no part holds."""
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+    if tensor.dtype not in TYPES or tensor.layout != torch.strided:
         raise UserError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout}, which no sharded checkpoint keeps")
 
 
@@ -93,7 +87,7 @@ def write_part(folder: Path, shares: Mapping[str, Share], *, rank: int, world_si
     """
     name = part_name(rank, world_size)
     for tensor, share in shares.items():
-        if share.rows.dtype not in _DTYPES or share.rows.layout != torch.strided:
+        if share.rows.dtype not in TYPES or share.rows.layout != torch.strided:
             raise UserError(
                 f"{tensor} is a tensor of {share.rows.dtype}, {share.rows.layout}, which no checkpoint keeps"
             )
@@ -141,7 +135,7 @@ def _header(shares: Mapping[str, Share]) -> bytes:
     for name, share in shares.items():
         rows = share.rows
         end = place + rows.numel() * rows.itemsize
-        entries[name] = {"dtype": _DTYPES[rows.dtype], "shape": list(rows.shape), "data_offsets": [place, end]}
+        entries[name] = {"dtype": TYPES[rows.dtype], "shape": list(rows.shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -164,7 +158,7 @@ def _bytes_of(rows: Tensor) -> Iterator[memoryview]:
 
 
 class Part:
-    """A part that is read: mapped to memory, so that only rows that are asked for are read.
+    """A part that is read: a few megabytes at a time where it is checked, and rows that are asked for.
 
     Args:
         folder: The checkpoint's.
@@ -186,7 +180,7 @@ class Part:
         self.file = folder / about["file"]
         self.tensors: dict[str, dict[str, Any]] = about["tensors"]
         self._header_checksum: str = about["header"]
-        self._opened: Any = None
+        self._opened: TensorFile | None = None
 
     def check_header(self) -> None:
         """Raise ValueError unless the file begins as it was written, and names the tensors that the JSON file names."""
@@ -198,46 +192,46 @@ class Part:
             header = start + file.read(size)
         if hashlib.sha256(header).hexdigest() != self._header_checksum:
             raise ValueError("its header does not have its checksum")
-        if set(self._file.keys()) != set(self.tensors):  # opening it compares its length with the header
+        if set(self._file.names) != set(self.tensors):  # opening it compares its length with the header
             raise ValueError("it holds other tensors than its JSON file says")
 
     def rows(self, name: str) -> int:
         """How many rows of a tensor the part has; 1 for a number."""
-        shape = self._file.get_slice(name).get_shape()
-        return int(shape[0]) if shape else 1
+        shape = self.shape(name)
+        return shape[0] if shape else 1
+
+    def shape(self, name: str) -> torch.Size:
+        """Sizes of what the part has of a tensor."""
+        return self._file.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's numbers."""
-        return _TORCH_DTYPES[self._file.get_slice(name).get_dtype()]
+        return self._file.dtype(name)
 
     def whole(self, name: str) -> Tensor:
-        """All rows that the part has, mapped to memory and not read yet."""
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        """All rows that the part has, in memory of their own."""
+        return self._file.whole(name)
 
-    def check_tensor(self, name: str) -> Tensor:
-        """All rows that the part has, as they were written.
+    def check_tensor(self, name: str) -> bool:
+        """Read all rows that the part has, and say whether they are finite.
 
         Raises:
             ValueError: Their checksum is another one.
         """
-        tensor, checksum = self.whole(name), hashlib.sha256()
-        for chunk in _bytes_of(tensor):
-            checksum.update(chunk)
+        checksum, finite = hashlib.sha256(), True
+        for chunk in self._file.chunks(name):
+            checksum.update(bytes_of(chunk))
+            finite = finite and is_finite(chunk)
         if checksum.hexdigest() != self.tensors[name]["sha256"]:
             raise ValueError(f"{name} does not have its checksum")
-        return tensor
+        return finite
 
     def read(self, name: str, begin: int, end: int) -> Tensor:
         """Some of the rows that the part has, in memory of their own."""
-        rows: Tensor = self._file.get_slice(name)[begin:end]
-        return rows
+        return self._file.rows(name, begin, end)
 
     @property
-    def _file(self) -> Any:
+    def _file(self) -> TensorFile:
         if self._opened is None:
-            self._opened = safe_open(self.file, framework="pt")
+            self._opened = TensorFile(self.file)
         return self._opened
-
-
-_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}

@@ -40,7 +40,7 @@ class SavedTensor:
         self.shape, (self.dtype,) = torch.Size(shapes.pop()), dtypes
         place = 0
         for first, rows, part in self._pieces:
-            if first != place or list(part.whole(name).shape[1:]) != list(self.shape[1:]):
+            if first != place or list(part.shape(name)[1:]) != list(self.shape[1:]):
                 raise ValueError(f"row {place} of {name} is in no part, or in several")
             place += rows
         if place != (self.shape[0] if self.shape else 1):
@@ -63,7 +63,7 @@ class SavedTensor:
         if not self._pieces:
             return torch.empty(self.shape, dtype=self.dtype)
         if len(self._pieces) == 1:
-            return self._pieces[0][2].whole(self.name).clone()
+            return self._pieces[0][2].whole(self.name)
         return self[:]
 
 

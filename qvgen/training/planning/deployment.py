@@ -45,7 +45,7 @@ def plan_fold(
     state, checkpoint = state_bytes(student), checkpoint_bytes(student)
     packed = packed_bytes(student, phi_kept_rank=design.phi_kept_rank)
     if why_whole(design, steps) is None:
-        peak, held = folding_bytes(student, packed=packed), "the packed model, and the layers that are packed at a time"
+        peak, held = folding_bytes(student), "what packing the largest layers takes; neither model is held"
     else:
         peak = max(preparation_bytes(model, design), state + checkpoint, 2 * state + packed)
         held = "student and checkpoint, or student, its copy and the codes"

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qvgen.checksum import file_checksum
+from qvgen.deploy.tensor_file import write_tensors
 from qvgen.errors import UserError
 from qvgen.layers.swap import forms, restore_forms_
 from qvgen.quant.finite import check_finite
 from qvgen.run_directory import atomic_write
 from qvgen.run_identity import RunIdentity
 from qvgen.training.checkpoint.file import CHECKPOINT_DIRECTORY
-from qvgen.training.checkpoint.tensor_stream import write_tensors
 from qvgen.training.checkpoint_writer import checkpoints
 
 START_FILE = "start.safetensors"

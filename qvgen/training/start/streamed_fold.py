@@ -1,8 +1,9 @@
-"""A checkpoint that is folded layer by layer: nobody ever holds the student, only what is packed of it and a layer.
+"""A checkpoint that is folded layer by layer, by rows: nobody ever holds the student, a weight of it, or what is packed.
 
     the student's layers without memory
-    for each layer: read its tensors from the checkpoint, bring Phi to the schedule's step, pack it, forget it
-    then: read what is not quantized; write the packed model, read it back, and compare its codes, layer by layer
+    for each layer: read all but its weight, bring Phi to the schedule's step: what it is packed to, without memory
+    for each layer: read its weight by rows, pack it, write it where it belongs in the file, forget it
+    then: write what is not quantized, tensor by tensor; and compare the codes in the file, layer by layer, by rows
 
 The codes, and every other tensor, are those of a student that is loaded whole (:func:`qvgen.layers.swap.folded_copy`): the
 same functions pack each layer, and they ask for nothing but the layer. A method whose schedule or end is another than Phi's
@@ -12,7 +13,7 @@ decay may look at the whole student, which is loaded then (:func:`why_whole`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvgen.evaluation.packed_checks import layer_codes_equal
-from qvgen.layers.attention_swap import pack_attentions
+from qvgen.deploy.checkpoint import Put, open_packed
+from qvgen.layers.attention_swap import PRODUCT, pack_attentions, quantized_attentions
 from qvgen.layers.branch import kept_rank
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_threads import in_threads, num_threads
-from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.swap import FOLD_REMEDY, PACKING_SCRATCH, pack_layer, packed_layers, quantized_layers
+from qvgen.layers.weight_rows import WeightRows, stored_codes_equal
 from qvgen.methods.base import Method, Schedule
 from qvgen.methods.phi_decay import PhiDecay
 from qvgen.models.base import VideoDiT
-from qvgen.quant.finite import check_finite
+from qvgen.quant.finite import check_finite, is_finite
 from qvgen.training.checkpoint.saved_tensor import SavedTensor, whole_values
 from qvgen.training.design.meta_model import build_student
 from qvgen.training.design.student import StudentDesign
@@ -64,15 +65,10 @@ def folding_threads(student: nn.Module) -> int:
     return max(1, threads)
 
 
-def folding_bytes(student: nn.Module, *, packed: int) -> int:
-    """Most bytes on the host at once while a student is folded by layers.
-
-    Args:
-        student: On the meta device.
-        packed: Bytes of the packed model, which is written from a copy.
-    """
+def folding_bytes(student: nn.Module) -> int:
+    """Most bytes on the host at once while a student, on the meta device, is folded by layers: those of its largest ones."""
     largest = max(layer.weight.numel() for layer in quantized_layers(student).values())
-    return packed + max(packed, folding_threads(student) * PACKING_SCRATCH * largest)
+    return folding_threads(student) * PACKING_SCRATCH * largest
 
 
 class StreamedFold:
@@ -88,8 +84,8 @@ class StreamedFold:
         step: Of the checkpoint.
 
     Attributes:
-        model: The student, without memory; the packed model behind :meth:`fold_`.
-        kept_rank: The largest rank of a Phi that stays, behind :meth:`fold_`.
+        model: The student, without memory; the packed model, without memory, behind :meth:`declare_`.
+        kept_rank: The largest rank of a Phi that stays, behind :meth:`declare_`.
 
     Raises:
         ValueError: What the run's folder says of its layers is damaged.
@@ -109,8 +105,8 @@ class StreamedFold:
     ) -> None:
         self.model = build_student(family, design)[0].eval()
         restore_layers_(self.model, run_dir)
-        self.kept_rank = 0
-        self._schedule, self._step = schedule, step
+        self._layers, self.kept_rank = quantized_layers(self.model), 0
+        self._schedule, self._step, self._threads = schedule, step, folding_threads(self.model)
         known = self.model.state_dict()
         if unknown := next((name for name in (*trained, *averaged) if name not in known), None):
             raise KeyError(unknown)
@@ -123,64 +119,99 @@ class StreamedFold:
                 if name in averaged:
                     self._values |= dict.fromkeys(names, averaged[name])
 
-    def layers(self) -> Iterator[tuple[str, FakeQuantLinear]]:
-        """Each layer as it was trained, in order; it has its tensors until the next one is asked for."""
-        for name, layer in quantized_layers(self.model).items():
-            self._load_(name, layer)
-            yield name, layer
+    def layers(self) -> Iterator[tuple[str, FakeQuantLinear, WeightRows]]:
+        """Each layer as it was trained, in order, and its weight, of which rows are read; it has the rest until the next."""
+        for name, layer in self._layers.items():
+            yield name, layer, self._load_(name, layer)
             _forget_(layer)
 
-    def fold_(self, *, kernel: str) -> nn.Module:
-        """Pack all layers, and read what else the model has; the packed model, which is the student no more.
+    def declare_(self, *, kernel: str) -> nn.Module:
+        """Give the model packed layers without memory in place of its own: the packed model, which is the student no more.
 
         Raises:
-            ValueError: Phi has rank in a layer and is not to be kept, or a tensor is not finite.
+            ValueError: Phi has rank in a layer and is not to be kept.
         """
-        layers = quantized_layers(self.model)
-
-        def pack(name: str) -> PackedLinear:
-            self._load_(name, layers[name])
-            packed = pack_layer(name, layers[name], kernel=kernel)
-            self.kept_rank = max(self.kept_rank, kept_rank(layers[name]))
-            _forget_(layers[name])
-            return packed
-
-        threads = folding_threads(self.model)
-        made = dict(zip(layers, in_threads((partial(pack, name) for name in layers), threads=threads), strict=True))
-        for name, packed in made.items():
+        for name, layer, _ in self.layers():
+            self.kept_rank = max(self.kept_rank, kept_rank(layer))
+            self.model.set_submodule(name, pack_layer(name, layer, kernel=kernel, device="meta"))
+        for name, product in quantized_attentions(self.model).items():
+            self._fill_(f"{name}.{PRODUCT}", product)
+        for name, packed in pack_attentions(self.model, kernel=kernel).items():
             self.model.set_submodule(name, packed)
-        for name, module in self.model.named_modules():
-            if not isinstance(module, PackedLinear) and not any(name.startswith(f"{other}.") for other in made):
-                self._fill_(name, module)
-        for name, product in pack_attentions(self.model, kernel=kernel).items():
-            self.model.set_submodule(name, product)
         return self.model
 
-    def codes_equal(self, packed: nn.Module) -> tuple[bool, int]:
-        """Whether every code of a packed model is the trained one, and how many were compared; before :meth:`fold_`."""
-        stored, count, equal = packed_layers(packed), 0, True
-        for name, layer in self.layers():
-            same, codes = layer_codes_equal(layer, stored[name]) if name in stored else (False, 0)
-            equal, count = equal and same, count + codes
-        return equal and list(stored) == list(quantized_layers(self.model)), count
+    def write(self, put: Put, *, kernel: str) -> None:
+        """Behind :meth:`declare_`, pack all layers, and give all tensors of the packed model away by ``put(name, values)``.
 
-    def _load_(self, name: str, layer: FakeQuantLinear) -> None:
-        for own, module in layer.named_modules(remove_duplicate=False):
-            self._fill_(f"{name}.{own}" if own else name, module)
+        Raises:
+            ValueError: A tensor is not finite.
+        """
+        declared = packed_layers(self.model)
+
+        def pack(name: str) -> None:
+            weight = self._load_(name, self._layers[name])
+            packed = pack_layer(name, self._layers[name], kernel=kernel, weight=weight)
+            for own, value in packed.state_dict().items():
+                put(f"{name}.{own}", value)
+            declared[name].weight_error = packed.weight_error
+            _forget_(self._layers[name])
+
+        for _ in in_threads((partial(pack, name) for name in declared), threads=self._threads):
+            pass
+        for name, value in self.model.state_dict().items():
+            if not any(name.startswith(f"{layer}.") for layer in declared):
+                put(name, self._read(name, value.dtype) if value.is_meta else value)
+
+    def codes_equal(self, directory: Path) -> tuple[bool, int]:
+        """Whether every code of a packed directory is the trained one, and how many were compared; it is checked whole."""
+        _, packed, file = open_packed(directory)
+        stored, count, equal = packed_layers(packed), 0, True
+        for name, layer, weight in self.layers():
+            if name in stored:
+                own = {key: file.whole(f"{name}.{key}") for key in stored[name].state_dict()}
+                stored[name].load_state_dict(own, strict=True, assign=True)
+                same, codes = stored_codes_equal(stored[name], layer, weight)
+                equal, count = equal and same, count + codes
+                _forget_(stored[name])
+        return equal and list(stored) == list(self._layers), count
+
+    def _load_(self, name: str, layer: FakeQuantLinear) -> WeightRows:
+        """Give a layer its tensors but for the weight, which comes by rows, at the schedule's step."""
+        self._fill_(name, layer, but=("weight",))
         if self._schedule is not None:
             self._schedule.apply_(_alone(name, layer), None, step=self._step)
+        return _CheckedRows(f"{name}.weight", self._values[f"{name}.weight"], dtype=layer.weight.dtype)
 
-    def _fill_(self, prefix: str, module: nn.Module) -> None:
-        """Give a module the tensors that are its own."""
-        kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for kind in kinds:
-            for own, value in list(kind.items()):
-                full = f"{prefix}.{own}" if prefix else own
-                if value is None or full not in self._values:  # what no checkpoint holds is made again by who loads
-                    continue
-                read = whole_values(self._values[full]).to(value.dtype)
-                check_finite([(full, read)], source="cannot fold", remedy=FOLD_REMEDY)
-                kind[own] = nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
+    def _fill_(self, prefix: str, module: nn.Module, *, but: Collection[str] = ()) -> None:
+        """Give a module its tensors as loading does, so that it knows the rank of its Phi."""
+        found = {own: (f"{prefix}.{own}", like.dtype) for own, like in module.state_dict().items() if own not in but}
+        read = {own: self._read(name, dtype) for own, (name, dtype) in found.items()}
+        module.load_state_dict(read, strict=False, assign=True)
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return _checked(name, whole_values(self._values[name]).to(dtype))
+
+
+class _CheckedRows:
+    """Rows of a trained weight, in the student's type, looked at as they are read."""
+
+    def __init__(self, name: str, value: Tensor | SavedTensor, *, dtype: torch.dtype) -> None:
+        self._name, self._value, self._dtype = name, value, dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._value.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found = self._value[rows].to(self._dtype)
+        if not is_finite(found):
+            _checked(self._name, whole_values(self._value))  # counts over the whole of it
+        return found
+
+
+def _checked(name: str, value: Tensor) -> Tensor:
+    check_finite([(name, value)], source="cannot fold", remedy=FOLD_REMEDY)
+    return value
 
 
 def _forget_(layer: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qvgen import stop_request
 from qvgen.config.leaves import load_leaf
-from qvgen.deploy.checkpoint import save_packed
+from qvgen.deploy.checkpoint import Put, save_packed, save_packed_parts
 from qvgen.evaluation.held_out import MeasuredInputs
 from qvgen.evaluation.mixed_precision_files import Allocation, write_allocation
 from qvgen.evaluation.report.mixed_precision_section import write_heat_maps
@@ -250,7 +250,13 @@ def fold_student(
 
 
 def save_folded(
-    folded: nn.Module, directory: Path, *, model: NamedFamily, training: Mapping[str, Any], kept: int
+    folded: nn.Module,
+    directory: Path,
+    *,
+    model: NamedFamily,
+    training: Mapping[str, Any],
+    kept: int,
+    fill: Callable[[Put], None] | None = None,
 ) -> None:
     """Write a folded student; arguments as for :func:`fold_student`.
 
@@ -260,14 +266,21 @@ def save_folded(
         model: The model that it was made from.
         training: What the manifest says of how it was made.
         kept: The largest rank of a Phi that stayed.
+        fill: Gives the tensors where the packed model has none, see :func:`qvgen.deploy.checkpoint.save_packed_parts`.
     """
     local = local_arguments(model.family)
     loras = getattr(model.family, "lora_record", None)
-    save_packed(
-        folded,
-        directory,
-        base_name=model.name,
-        base_revision=model.family.revision,
-        base_arguments={key: value for key, value in model.section.items() if key not in local},
-        training={**training, **({"phi_kept_rank": kept} if kept else {}), **({"loras": loras} if loras else {})},
-    )
+    about: dict[str, Any] = {
+        "base_name": model.name,
+        "base_revision": model.family.revision,
+        "base_arguments": {key: value for key, value in model.section.items() if key not in local},
+        "training": {
+            **training,
+            **({"phi_kept_rank": kept} if kept else {}),
+            **({"loras": loras} if loras else {}),
+        },
+    }
+    if fill is None:
+        save_packed(folded, directory, **about)
+    else:
+        save_packed_parts(folded, directory, fill=fill, **about)

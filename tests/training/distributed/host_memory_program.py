@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,7 +42,6 @@ from torch.distributed.tensor import DTensor
 from qvgen.config.bits import Bits
 from qvgen.config.defaults import load_section
 from qvgen.config.leaves import load_leaf, load_profile
-from qvgen.deploy.checkpoint import load_packed
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.checkpoint.folder import take_snapshot, write_folder
 from qvgen.training.checkpoint.folder_reader import CheckpointFolder
@@ -314,10 +314,9 @@ def run_fold(given: argparse.Namespace) -> None:
             trained = checkpoint.state["state_dict"]
             how = {"trained": trained, "averaged": {}, "schedule": design.schedule(LAST), "step": LAST}
             folding = StreamedFold(model.family, design, given.out, **how)
-            save_folded(folding.fold_(kernel="auto"), given.out / "packed", model=model, training={}, kept=0)
-            del folding
-            written = load_packed(given.out / "packed", kernel="reference")
-            equal, count = StreamedFold(model.family, design, given.out, **how).codes_equal(written)
+            folded, fill = folding.declare_(kernel="auto"), partial(folding.write, kernel="auto")
+            save_folded(folded, given.out / "packed", model=model, training={}, kept=0, fill=fill)
+            equal, count = folding.codes_equal(given.out / "packed")
             assert equal, f"some of {count} codes are others"
     student, _ = build_student(model.family, design)
     write_result(given, "fold", watch, planned=2 * sum(value.numel() for value in student.state_dict().values()))
