@@ -35,6 +35,14 @@ def kept_rank(layer: FakeQuantLinear) -> int:
     return layer.phi.rank if layer.phi is not None and layer.phi.keep else 0
 
 
+def check_phi_is_gone(layer: FakeQuantLinear) -> None:
+    """Raise ValueError where a Phi that is not to be kept still has rank, so that the layer can't be folded."""
+    if layer.phi is not None and layer.phi.rank and not layer.phi.keep:
+        raise ValueError(
+            f"Phi still has rank {layer.phi.rank}; train until its decay is over, then fold, or with phi.keep=true"
+        )
+
+
 def input_factors(layer: FakeQuantLinear) -> Factors | None:
     """D [r, K] and U [N, r] of a Phi on the input before they are rounded, float32, differentiable; None without one."""
     phi = layer.phi

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qvgen.layers.bit_choice import by_widths, rows_of
-from qvgen.layers.branch import BRANCH_DTYPE, packed_floats
+from qvgen.layers.branch import BRANCH_DTYPE, check_phi_is_gone, packed_floats
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.fake_quant_product import input_codes, to_grid_input
 from qvgen.layers.layer_form import LayerForm
@@ -138,19 +138,11 @@ class PackedLinear(PackedWeight):
         Raises:
             ValueError: Phi still has rank.
         """
-        if layer.phi is not None and layer.phi.rank and not layer.phi.keep:
-            raise ValueError(
-                f"Phi still has rank {layer.phi.rank}; train until its decay is over, then fold, or with phi.keep=true"
-            )
-        packed = cls(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            form=LayerForm.folded(layer),
-            noise_band=layer.noise_band,
-            kernel=kernel,
-            device=layer.weight_quantizer.scale.device if device is None else device,
-        )
+        check_phi_is_gone(layer)
+        device = device or str(layer.weight_quantizer.scale.device)
+        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+        form = LayerForm.folded(layer)
+        packed = cls(**sizes, form=form, noise_band=layer.noise_band, kernel=kernel, device=device)
         if packed.codes.is_meta:
             return packed
         pack_weight_(packed, layer, layer.weight if weight is None else weight)

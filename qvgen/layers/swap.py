@@ -33,13 +33,10 @@ from qvgen.layers.layer_threads import in_threads, num_threads
 from qvgen.layers.noise_band import NoiseBand, step_bands, watch_timestep
 from qvgen.layers.packed_linear import PackedLinear
 from qvgen.layers.shared_input import activation_sharing, tie_activations_, unshare_activations_
-from qvgen.layers.weight_rows import WeightRows
+from qvgen.layers.weight_rows import PACKING_SCRATCH, WeightRows
 from qvgen.quant.finite import check_finite
 from qvgen.quant.grid import Profile
 from qvgen.quant.width_table import WidthTable
-
-PACKING_SCRATCH = 10
-"""Bytes for each weight of a layer that is packed: the squares of its error in float64, and its codes."""
 
 FOLD_REMEDY = "take an earlier checkpoint of the run, or train again with a lower learning rate"
 
@@ -285,14 +282,7 @@ def _pack(model: nn.Module, *, kernel: str) -> dict[str, PackedLinear]:
 def pack_layer(
     name: str, layer: FakeQuantLinear, *, kernel: str, weight: WeightRows | None = None, device: str | None = None
 ) -> PackedLinear:
-    """The packed layer of a trained one, which is left as it is.
-
-    Args:
-        name: Its name, for messages.
-        layer: The trained layer.
-        kernel: Backend of the packed one.
-        weight: What stands for the layer's own weight, where that is not in memory.
-        device: ``meta`` gives the packed layer's form alone; None: it is where the layer is.
+    """The packed layer of a trained one, see :meth:`PackedLinear.from_fake_quant`; the trained one is left as it is.
 
     Raises:
         ValueError: Its Phi still has rank, or it is not finite; the name is in the message.

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 """Weights that are worked on at a time."""
 
+PACKING_SCRATCH = 10
+"""Bytes for each weight of a layer that is packed: the squares of its error in float64, and its codes."""
+
 
 class WeightRows(Protocol):
     """A matrix of which rows are asked for: a tensor, or one that lies in a file."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from qvgen.cli import BAD_INPUT, DONE, main
 from qvgen.config.compose import compose_plain
-from qvgen.layers.swap import quantized_layers
+from qvgen.deploy.tensor_file import TensorWriter
+from qvgen.layers import weight_rows
+from qvgen.layers.packed_linear import PackedLinear
+from qvgen.layers.swap import pack_layer, quantized_layers
 from qvgen.run_directory import write_plain
 from qvgen.training.session import newest_checkpoint, read_trained
+from qvgen.training.start import streamed_fold
 from qvgen.training.start.streamed_fold import StreamedFold, why_whole
 from qvgen.verbs._parts import student_design
 from tests.runs import BOUNDARIES, SHORT, copy_until, snapshot, train_config
@@ -128,14 +134,72 @@ def test_no_layer_is_held_longer_than_it_is_packed(short_run: Path) -> None:
     given = {"trained": trained, "schedule": design.schedule(run.steps), "step": step}
     averaged = {f"{alias}.{clip}": torch.full_like(trained[f"{alias}.{clip}"], 0.75)}
     folding = StreamedFold(family, design, short_run, averaged=averaged, **given)
-    for name, layer in folding.layers():
-        held = [one for one in quantized_layers(folding.model).values() if not one.weight.is_meta]
+    for name, layer, weight in folding.layers():
+        held = [one for one in quantized_layers(folding.model).values() if not one.weight_quantizer.scale.is_meta]
         assert held == [layer]
+        assert layer.weight.is_meta
+        assert torch.equal(weight[1:3], trained[f"{name}.weight"][1:3])
         if name in (alias, other):
             assert torch.equal(layer.get_parameter(clip), averaged[f"{alias}.{clip}"])
-    folded = folding.fold_(kernel="reference")
-    assert not any(value.is_meta for value in folded.state_dict().values())
+    folded = folding.declare_(kernel="reference")
+    assert all(value.is_meta for value in folded.state_dict().values())
     assert folding.kept_rank == 0
+
+
+class Counted:
+    """A trained weight that counts the numbers of all weights that were read and are still alive."""
+
+    alive: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+    most: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, name: str, value: torch.Tensor) -> None:
+        self.name, self.value, self.shape = name, value, value.shape
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        found = self.value[rows].clone()
+        self.alive.append(weakref.ref(found))
+        values = [one for reference in self.alive if (one := reference()) is not None]
+        self.most[self.name] = max(self.most.get(self.name, 0), sum(one.numel() for one in values))
+        return found
+
+
+def test_of_all_weights_a_few_rows_are_in_memory_while_they_are_packed_and_compared(
+    short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No packed layer outlives its writing either, and the bytes are the run's own."""
+    monkeypatch.setattr(weight_rows, "CHUNK", 512)
+    run = train_config("accumulate=2")
+    design, family = student_design(run), run.model
+    step, trained, _ = read_trained(newest_checkpoint(short_run), short_run, averaged=False)
+    counted = {name: Counted(name, value) if name.endswith(".weight") else value for name, value in trained.items()}
+    given = {"trained": counted, "averaged": {}, "schedule": design.schedule(run.steps), "step": step}
+    folding = StreamedFold(family, design, short_run, **given)
+    folding._threads = 1
+    model, packed = folding.declare_(kernel="reference"), short_run / "packed"
+    layers = [name for name, _, _ in folding.layers()]
+    assert not Counted.most  # what a model is packed to is known without one number of a weight
+    made: list[weakref.ref[PackedLinear]] = []
+
+    def pack(*args: Any, **keywords: Any) -> PackedLinear:
+        layer = pack_layer(*args, **keywords)
+        made.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(streamed_fold, "pack_layer", pack)
+    with TensorWriter(tmp_path / "model.safetensors", model.state_dict()) as file:
+
+        def put(name: str, value: torch.Tensor) -> None:
+            file.put(name, value)
+            assert sum(layer() is not None for layer in made) == any(name.startswith(f"{one}.") for one in layers)
+
+        # what is not quantized is asked for whole, and has no rows
+        folding._values |= {name: value for name, value in trained.items() if name.rpartition(".")[0] not in layers}
+        folding.write(put, kernel="reference")
+    assert len(made) == len(layers)
+    assert (tmp_path / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
+    assert folding.codes_equal(packed) == (True, 191488)
+    assert set(Counted.most) == {f"{name}.weight" for name in layers}
+    assert max(Counted.most.values()) <= 2 * max(512, *(trained[name].shape[1] for name in Counted.most))
 
 
 @pytest.mark.parametrize(("method", "is_whole"), [("qvgen", False), ("lsq", False), ("efficientdm", True)])

@@ -83,6 +83,13 @@ def test_a_stopped_run_keeps_what_phi_is(kept_run: Path, tmp_path: Path) -> None
     assert up.shape[1] == 4
 
 
+def test_folding_by_layers_leaves_a_phi_whose_rank_is_reached_as_it_is(kept_run: Path, tmp_path: Path) -> None:
+    """A layer that does not know its rank would decompose Phi once more, to other bits."""
+    assert main(["fold", f"run_dir={kept_run}", f"out={tmp_path / 'folded'}"]) == DONE
+    for name in ("model.safetensors", "manifest.json"):
+        assert (tmp_path / "folded" / name).read_bytes() == (kept_run / "packed" / name).read_bytes()
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(kept_run: Path, tmp_path: Path) -> None:
     run_dir = copy_until(kept_run, tmp_path / "run", step=2)
     assert train(run_dir, *RUN, *shallow(1), "resume=true") == DONE

@@ -26,8 +26,8 @@ from qvgen.layers.attention_swap import PRODUCT, pack_attentions, quantized_atte
 from qvgen.layers.branch import kept_rank
 from qvgen.layers.fake_quant_linear import FakeQuantLinear
 from qvgen.layers.layer_threads import in_threads, num_threads
-from qvgen.layers.swap import FOLD_REMEDY, PACKING_SCRATCH, pack_layer, packed_layers, quantized_layers
-from qvgen.layers.weight_rows import WeightRows, stored_codes_equal
+from qvgen.layers.swap import FOLD_REMEDY, pack_layer, packed_layers, quantized_layers
+from qvgen.layers.weight_rows import PACKING_SCRATCH, WeightRows, stored_codes_equal
 from qvgen.methods.base import Method, Schedule
 from qvgen.methods.phi_decay import PhiDecay
 from qvgen.models.base import VideoDiT
