@@ -308,7 +308,7 @@ def test_plan_of_fold_and_generate(short_run: Path) -> None:
     student, _ = planned_student(run)
     assert "step-00000012.ckpt" in lines[1]
     assert "36 Linears" in lines[2]
-    assert "(the packed model, and the layers that are packed at a time)" in lines[3]
+    assert "(what packing the largest layers takes; neither model is held)" in lines[3]
     assert f"{packed_bytes(student) / 1024:.1f} KiB" in lines[4]
 
 
