@@ -140,9 +140,9 @@ class PackedLinear(PackedWeight):
         """
         check_phi_is_gone(layer)
         device = device or str(layer.weight_quantizer.scale.device)
-        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
-        form = LayerForm.folded(layer)
-        packed = cls(**sizes, form=form, noise_band=layer.noise_band, kernel=kernel, device=device)
+        sizes: dict[str, Any] = {"in_features": layer.in_features, "out_features": layer.out_features}
+        form, bias = LayerForm.folded(layer), layer.bias is not None
+        packed = cls(**sizes, bias=bias, form=form, noise_band=layer.noise_band, kernel=kernel, device=device)
         if packed.codes.is_meta:
             return packed
         pack_weight_(packed, layer, layer.weight if weight is None else weight)
