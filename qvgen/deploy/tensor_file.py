@@ -43,7 +43,7 @@ class TensorFile:
         path: The file.
 
     Attributes:
-        names: Of its tensors.
+        names: The names of its tensors.
 
     Raises:
         ValueError: It is cut off, longer than its header says, or no safetensors file.
