@@ -14,7 +14,15 @@ from PIL import Image
 
 from qvgen.cli import main
 from tests.models.any_folders import VARIANTS, make_any_folder
-from tests.verbs.test_hub_models import CAPTIONS, FEW, check_two_processes, check_whole_way, tiny_keys, write_clips
+from tests.verbs.test_hub_models import (
+    CAPTIONS,
+    FEW,
+    check_groups_of_vidit_q,
+    check_two_processes,
+    check_whole_way,
+    tiny_keys,
+    write_clips,
+)
 
 IMAGES = ("model.num_frames=1", "model.sampling_frames=1")
 SIZES = {"skyreels": (), "sana_video": ("model.width=64",), "pixart_sigma": IMAGES}
@@ -52,6 +60,16 @@ def test_two_processes_train_the_same(variant: str, tmp_path: Path) -> None:
     clips = write_pictures(tmp_path / "pictures") if "pixart" in variant else None
     folder = make_any_folder(tmp_path / "model", variant)
     check_two_processes("diffusers", folder, tmp_path, clips=clips, overrides=SIZES[variant])
+
+
+@pytest.mark.parametrize("variant", ["pixart_alpha", "pixart_sigma"])
+def test_images_have_the_groups_of_vidit_q_with_their_metrics(variant: str, tmp_path: Path) -> None:
+    """All but the temporal one, which an image has not."""
+    blocks = {f"transformer_blocks.{index}" for index in range(2)}
+    groups = {group: blocks for group in ("self_attention", "cross_attention", "ffn")}
+    groups["other"] = {"adaln_single", "caption_projection", "proj_out"}
+    folder = make_any_folder(tmp_path / "model", variant)
+    check_groups_of_vidit_q("diffusers", folder, tmp_path, groups, overrides=IMAGES)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

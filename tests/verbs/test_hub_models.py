@@ -243,7 +243,9 @@ def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path)
     check_groups_of_vidit_q("latte", folder, tmp_path, groups)
 
 
-def check_groups_of_vidit_q(name: str, folder: Path, tmp_path: Path, groups: dict[str, set[str]]) -> None:
+def check_groups_of_vidit_q(
+    name: str, folder: Path, tmp_path: Path, groups: dict[str, set[str]], *, overrides: Sequence[str] = ()
+) -> None:
     """Every block of each group is measured by the group's own metric, and the bits that are chosen are packed."""
     metrics = ("init.visual=ssim", "init.motion=differences", "init.videos=1", "init.steps=1", "init.windows=1")
     keys = [
@@ -252,6 +254,7 @@ def check_groups_of_vidit_q(name: str, folder: Path, tmp_path: Path, groups: dic
         *FEW,
         "init=vidit_q_mp",
         *metrics,
+        *overrides,
         "bits=w4a8",
     ]
     assert main(["ptq", *keys, "init.candidates=[4,8]", f"run_dir={tmp_path / 'run'}"]) == 0
