@@ -66,10 +66,10 @@ def test_two_processes_train_the_same(variant: str, tmp_path: Path) -> None:
 def test_images_have_the_groups_of_vidit_q_with_their_metrics(variant: str, tmp_path: Path) -> None:
     """All but the temporal one, which an image has not."""
     blocks = {f"transformer_blocks.{index}" for index in range(2)}
-    groups = {group: blocks for group in ("self_attention", "cross_attention", "ffn")}
+    groups = dict.fromkeys(("self_attention", "cross_attention", "ffn"), blocks)
     groups["other"] = {"adaln_single", "caption_projection", "proj_out"}
     folder = make_any_folder(tmp_path / "model", variant)
-    check_groups_of_vidit_q("diffusers", folder, tmp_path, groups, overrides=IMAGES)
+    check_groups_of_vidit_q("diffusers", folder, tmp_path, groups, overrides=[*IMAGES, "init.steps=2"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
