@@ -1,7 +1,8 @@
 """Finding a model's attention modules, and having them compute with 8-bit integers.
 
-An attention module is one of diffusers': it has a processor and projections of queries, keys and values. It stays the module
-that it is, of a class that derives from its own, with one submodule more (``attention_product``).
+An attention module is one of diffusers', with a processor and projections of queries, keys and values, or any other that says
+its heads: ``head_shape``, their number and the elements of each (:mod:`qvgen.models.stdit3.layers`). It stays the module that
+it is, of a class that derives from its own, with one submodule more (``attention_product``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from qvgen.quant.attention_profile import AttentionProfile
 
 PRODUCT = "attention_product"
 """Name of the submodule of an attention that computes the product."""
+
+OWN_HEADS = "head_shape"
+"""Attribute of an attention module that is not of diffusers' form: (heads of the queries, elements of each)."""
 
 _PROJECTIONS = ("to_q", "to_qkv", "to_kv")
 
@@ -82,8 +86,8 @@ def attention_forms(
     names = [name for name in modules if chosen(name)]
     if not modules:
         raise ValueError(
-            f"profile.attention={profile.kind} quantizes attentions that are modules of diffusers' form, and "
-            f"{type(model).__name__} has none; write profile.attention=none"
+            f"profile.attention={profile.kind} quantizes attentions that are modules of diffusers' form or have a "
+            f"head_shape, and {type(model).__name__} has none; write profile.attention=none"
         )
     if not names:
         raise ValueError(
@@ -111,6 +115,8 @@ def head_sizes(module: nn.Module, *, name: str) -> tuple[int, int]:
     Raises:
         ValueError: It does not say so.
     """
+    if (own := getattr(module, OWN_HEADS, None)) is not None:
+        return int(own[0]), int(own[1])
     heads, projection = getattr(module, "heads", None), getattr(module, "to_q", None)
     columns = getattr(projection, "out_features", None)
     if columns is None and (projection := getattr(module, "to_qkv", None)) is not None:
@@ -199,12 +205,15 @@ def use_attention_forms_(model: nn.Module, forms: Mapping[str, AttentionForm]) -
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "processor") and any(hasattr(module, name) for name in _PROJECTIONS)
+    has_projections = any(hasattr(module, name) for name in _PROJECTIONS)
+    return hasattr(module, OWN_HEADS) or (hasattr(module, "processor") and has_projections)
 
 
 def _check_class(module: nn.Module, *, name: str) -> None:
     if not _is_attention(module):
-        raise ValueError(f"{name} is {type(module).__name__}, no attention with a processor and projections")
+        raise ValueError(
+            f"{name} is {type(module).__name__}, no attention with a processor and projections, or a head_shape"
+        )
     if hasattr(module, PRODUCT):
         raise ValueError(f"{name} is quantized already; prepare a full-precision model")
     if "forward" in vars(module):
@@ -219,7 +228,8 @@ def quantized_call(
     Raises:
         ValueError: It calls another attention, or shares its sequence out between processes.
     """
-    if getattr(attention.processor, "_parallel_config", None) is not None:
+    caller = getattr(attention, "processor", attention)
+    if getattr(caller, "_parallel_config", None) is not None:
         raise ValueError(
             f"{product.name} shares its sequence out between processes, which 8-bit attention can't; write "
             "profile.attention=none or strategy.context_parallel=1"
@@ -229,8 +239,8 @@ def quantized_call(
         found = plain(*args, **kwargs)
     if not taken:
         raise ValueError(
-            f"{product.name} did not call torch's attention in its processor {type(attention.processor).__name__}, so "
-            f"nothing was quantized; use diffusers' attention backend native, or {product._instead}"
+            f"{product.name} did not call torch's attention in its {type(caller).__name__}, so nothing was quantized; "
+            f"use diffusers' attention backend native, or {product._instead}"
         )
     return found
 

@@ -112,8 +112,21 @@ class AnyDiffusers(DescribedFamily):
     def _sample(
         self, pipeline: Any, arguments: Mapping[str, Any], sampled: SampledVideo, *, generator: torch.Generator
     ) -> UInt8[Tensor, "F H W 3"]:
-        """One video or image, decoded by the pipeline itself."""
-        pixels = torch.from_numpy(pipeline(**arguments, generator=generator)[0])[0]
+        """One video or image, decoded by the pipeline itself.
+
+        Raises:
+            ValueError: Its code and its scheduler's do not fit each other for so many steps: PixArt-alpha's takes what other
+                schedulers do not return where there is a single one.
+        """
+        try:
+            made = pipeline(**arguments, generator=generator)[0]
+        except IndexError as error:
+            steps, scheduler = arguments.get("num_inference_steps"), type(pipeline.scheduler).__name__
+            raise ValueError(
+                f"model.path={self.path}: a {self.pipeline_class} with {scheduler} can't sample {steps} steps ({error}); "
+                "write another number"
+            ) from error
+        pixels = torch.from_numpy(made)[0]
         sampled.check_finite(pixels, name="pixels")
         frames = (pixels * 255).round().to(torch.uint8)
         return frames.unsqueeze(0) if self.measured.is_image else frames

@@ -19,7 +19,7 @@ qkv, mlp.fc1 and final_layer.linear (their modulations are a table plus an outpu
 cross_attn.q_linear (it reads the residual stream); cross_attn.kv_linear (the text, one for all blocks); mlp.fc2 (GELU).
 
 Left out: given frames (image to video, longer videos piece by piece), LoRA loaders (there is none for it), one file in place
-of the transformer's folder, 8-bit attention, sequences shared out over processes.
+of the transformer's folder, sequences shared out over processes.
 """
 
 from __future__ import annotations

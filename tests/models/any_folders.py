@@ -9,10 +9,14 @@ from typing import Any
 from diffusers import (
     AllegroPipeline,
     AllegroTransformer3DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLAllegro,
     AutoencoderKLMagvit,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     DPMSolverMultistepScheduler,
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
@@ -21,6 +25,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
     SkyReelsV2Pipeline,
@@ -53,6 +59,8 @@ def make_any_folder(path: Path, variant: str = "skyreels", *, seed: int = 0) -> 
     easyanimate    EasyAnimatePipeline, Euler over flows, a text encoder that chats
     pixart_sigma   PixArtSigmaPipeline, images, DPM-Solver over the noise, a variance besides
     pixart_alpha   PixArtAlphaPipeline, likewise, and told the size of the image
+    sana           SanaPipeline, images, DPM-Solver over flows, a VAE without a posterior
+    cogview3plus   CogView3PlusPipeline, images, DDIM over v, told sizes beside the image
     allegro        AllegroPipeline, whose VAE makes n of 4 n frames
     """
     return _copy(_save, path, variant, seed)
@@ -65,6 +73,8 @@ def _save(path: Path, variant: str) -> None:
         "easyanimate": _easyanimate,
         "pixart_sigma": _pixart,
         "pixart_alpha": partial(_pixart, PixArtAlphaPipeline, head_size=18, sample_size=128),
+        "sana": _sana,
+        "cogview3plus": _cogview3plus,
         "allegro": _allegro,
     }[variant]().save_pretrained(path)
 
@@ -93,16 +103,18 @@ def _skyreels() -> SkyReelsV2Pipeline:
     )  # fmt: skip
 
 
-def _sana_video() -> SanaVideoPipeline:
+def _gemma() -> dict[str, Any]:
     tokenizer = T5Tokenizer(vocab=PIECES, extra_ids=0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=TEXT_SIZE, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": Gemma2Model(config).eval()}
+
+
+def _sana_video() -> SanaVideoPipeline:
     return SanaVideoPipeline(
-        tokenizer=tokenizer,
-        text_encoder=Gemma2Model(
-            Gemma2Config(
-                vocab_size=len(tokenizer), hidden_size=TEXT_SIZE, intermediate_size=24, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-            )
-        ).eval(),
+        **_gemma(),
         vae=_wan_vae(),
         transformer=SanaVideoTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
@@ -113,15 +125,58 @@ def _sana_video() -> SanaVideoPipeline:
     )  # fmt: skip
 
 
+def _sana() -> SanaPipeline:
+    coder = {
+        "block_types": ("ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8),
+        "qkv_multiscales": ((), (5,)),
+    }
+    return SanaPipeline(
+        **_gemma(),
+        vae=AutoencoderDC(
+            latent_channels=4, attention_head_dim=2, scaling_factor=0.41, encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1), downsample_block_type="conv", upsample_block_type="interpolate",
+            **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in coder.items()},
+        ),
+        transformer=SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=TEXT_SIZE,
+            sample_size=24, patch_size=1,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )  # fmt: skip
+
+
+def _image_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.13025,
+    )  # fmt: skip
+
+
+def _cogview3plus() -> CogView3PlusPipeline:
+    return CogView3PlusPipeline(
+        **_t5(),
+        vae=_image_vae(),
+        transformer=CogView3PlusTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            text_embed_dim=TEXT_SIZE, time_embed_dim=8, condition_dim=4, pos_embed_max_size=8, sample_size=8,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True,
+            snr_shift_scale=4.0,
+        ),
+    )  # fmt: skip
+
+
 def _pixart(kind: Any = PixArtSigmaPipeline, *, head_size: int = 16, sample_size: int = 8) -> Any:
     """A transformer of ``sample_size`` 128 is told the size of the image."""
     return kind(
         **_t5(),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.13025,
-        ),
+        vae=_image_vae(),
         transformer=PixArtTransformer2DModel(
             num_attention_heads=2, attention_head_dim=head_size, in_channels=4, out_channels=8, num_layers=2,
             cross_attention_dim=2 * head_size, caption_channels=TEXT_SIZE, sample_size=sample_size,

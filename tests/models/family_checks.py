@@ -15,6 +15,7 @@ from qvgen.config.leaves import build_leaf, conf_directory, load_leaf
 from qvgen.data.noise import add_noise
 from qvgen.initializers.prepare import PrepareConfig
 from qvgen.layers.swap import packed_layers, quantized_layers
+from qvgen.quant.grid import Profile
 from tests.models.hub_folders import CAPTIONS
 from tests.profiles import make_profile
 
@@ -82,10 +83,19 @@ def check_one_training_step(family: Any, teacher: nn.Module) -> None:
     assert torch.isfinite(loss())
 
 
-def check_packed_equals_fake_quantized(family: Any, teacher: nn.Module, directory: Path) -> None:
-    """Prepare, fold, save, load: the packed pipeline's video is the fake-quantized one's, PSNR >= 50 dB."""
+def check_packed_equals_fake_quantized(
+    family: Any, teacher: nn.Module, directory: Path, *, profile: Profile | None = None
+) -> None:
+    """Prepare, fold, save, load: the packed pipeline's video is the fake-quantized one's, PSNR >= 50 dB.
+
+    Args:
+        family: The family.
+        teacher: Its full-precision model.
+        directory: Where the packed model is written.
+        profile: None: W4A4 of the paper.
+    """
     fake = copy.deepcopy(teacher)
-    profile = make_profile("paper", weight_bits=4, activation_bits=4)
+    profile = profile or make_profile("paper", weight_bits=4, activation_bits=4)
     chosen = {"include": family.include, "exclude": family.exclude}
     qvgen.prepare(fake, PrepareConfig(profile=profile, initializer=load_leaf("init", "rtn"), **chosen))
     folded = copy.deepcopy(fake)

@@ -22,6 +22,7 @@ from qvgen.layers.layer_group import layer_units
 from qvgen.layers.swap import select_linears
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.objectives import EpsilonPrediction, FlowMatching, VPrediction
+from qvgen.models.recorded.signature import PipelineSignature
 from tests.models.any_folders import VARIANTS, make_any_folder
 from tests.models.family_checks import (
     check_guidance_leads_away_from_the_negative_prompt,
@@ -175,14 +176,20 @@ def test_training_step_and_packed_video(model: Any, tmp_path: Path) -> None:
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
 
 
-@pytest.mark.parametrize("variant", ["easyanimate", "pixart_alpha"])
+@pytest.mark.parametrize("variant", ["easyanimate", "pixart_alpha", "sana", "cogview3plus"])
 def test_further_classes_are_packed(variant: str, tmp_path: Path) -> None:
-    """A dynamic shift that the pipeline sets to e; a transformer that is told the size of its images."""
-    sizes = {"pixart_alpha": SIZES["pixart_sigma"]}.get(variant, {})
+    """A dynamic shift that the pipeline sets to e; transformers that are told sizes of images; a VAE without a posterior."""
+    images = SIZES["pixart_sigma"]
+    sizes = {"pixart_alpha": images, "cogview3plus": images, "sana": {**images, "width": 64}}.get(variant, {})
     family = tiny_family("diffusers", make_any_folder(tmp_path / "model", variant), **sizes)
     teacher = family.load_teacher()
     check_prediction_is_per_sample(family, teacher)
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
+    if variant == "pixart_alpha":  # a plain pipeline raises IndexError
+        with pytest.raises(
+            ValueError, match=r"PixArtAlphaPipeline with DPMSolverMultistepScheduler can't sample 1 steps "
+        ):
+            family.generate(teacher, CAPTIONS[:1], [3], num_steps=1, guidance_scale=1.0)
     if variant == "easyanimate":
         assert family.objective == FlowMatching(shift=math.e)
 
@@ -258,6 +265,9 @@ def test_pipelines_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
         "transformer": [None, None],
     }
     assert "denoisers are unet (UNet2DConditionModel)" in changed(**unet)
+    assert "denoisers are transformer (UNet2DConditionModel)" in changed(
+        transformer=["diffusers", "UNet2DConditionModel"]
+    )
     assert "names FlowMatchEulerDiscreteScheduler, which is no pipeline" in changed(
         _class_name="FlowMatchEulerDiscreteScheduler"
     )
@@ -270,6 +280,46 @@ def test_pipelines_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     assert "can't be followed: ValueError: `height` and `width` have to be divisible by 8" in refusal(
         folder, height=33, **images
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "why"),
+    [
+        (
+            "Kandinsky5T2VPipeline",
+            {"transformer": "Kandinsky5Transformer3DModel", "vae": "AutoencoderKLHunyuanVideo"},
+            "captions keep their own numbers of tokens (its call takes prompt_cu_seqlens=)",
+        ),
+        (
+            "HiDreamImagePipeline",
+            {"transformer": "HiDreamImageTransformer2DModel"},
+            "takes a caption as prompt_embeds_t5= and prompt_embeds_llama3=, and none of them is prompt_embeds=",
+        ),
+        (
+            "HunyuanDiTPipeline",  # the class of a transformer need not say so in its name
+            {"transformer": "HunyuanDiT2DModel", "scheduler": "DDPMScheduler"},
+            "takes prompt_embeds_2= and whose encode_prompt does not return prompt_embeds_2",
+        ),
+        (
+            "LTX2Pipeline",
+            {
+                "transformer": "LTX2VideoTransformer3DModel", "vae": "AutoencoderKLLTX2Video",
+                "audio_vae": "AutoencoderKLLTX2Audio", "vocoder": "LTX2Vocoder", "connectors": "LTX2TextConnectors",
+            },
+            "denoises sound beside the video (it has audio_vae and vocoder); clips are trained on without their sound",
+        ),
+    ],
+)  # fmt: skip
+def test_the_true_reason_of_a_pipeline_that_can_not_be_run(name: str, parts: dict[str, str], why: str) -> None:
+    of_diffusers = {"vae": "AutoencoderKL", "scheduler": "FlowMatchEulerDiscreteScheduler", **parts}
+    index = {"_class_name": name, **{part: ["diffusers", kind] for part, kind in of_diffusers.items()}}
+    index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        PipelineSignature.read(index, given="model.path=weights")
+    message = str(caught.value)
+    assert message.startswith(f"model.path=weights holds a {name}, ")
+    assert why in message
+    assert "\n" not in message
 
 
 def test_schedulers_of_other_objectives_are_refused_by_name(tmp_path: Path) -> None:

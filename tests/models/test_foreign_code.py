@@ -16,11 +16,16 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.evaluation.text_similarity import TextSimilarity
+from qvgen.models.folder.foreign_code import check_model_index
 from qvgen.models.small_folder import load_text_encoder
 from tests.models.hub_folders import make_wan_folder
 from tests.models.lora_files import tiny_family
 from tests.models.small_folders import make_text_encoder
 
+IN_A_PIPELINE = {
+    "vocoder": ["ltx2", "LTX2Vocoder"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+}
 AUTO = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
 
 
@@ -136,3 +141,16 @@ def test_text_encoders_outside_of_a_model_s_folder(folder: Path, terminal: Termi
         with pytest.raises(ValueError, match="names code of its own"):
             TextSimilarity(encoder)
     check_untouched(folder, terminal)
+
+
+@pytest.mark.parametrize("part", IN_A_PIPELINE)
+def test_a_part_that_diffusers_has_inside_of_a_pipeline_is_no_foreign_code(part: str, tmp_path: Path) -> None:
+    library, kind = IN_A_PIPELINE[part]
+    with pytest.raises(
+        ValueError, match=f"the {part} of a WanPipeline is {kind}, .* pipeline {library} alone; no family"
+    ):
+        check_model_index({"_class_name": "WanPipeline", part: [library, kind]}, file=tmp_path / "model_index.json")
+    with pytest.raises(ValueError, match="whose code is never run"):
+        check_model_index(
+            {"_class_name": "WanPipeline", part: ["../pipelines", kind]}, file=tmp_path / "model_index.json"
+        )

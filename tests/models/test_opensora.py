@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ import qvgen
 from qvgen.cli import BAD_INPUT, main
 from qvgen.config.leaves import load_leaf
 from qvgen.initializers.prepare import PrepareConfig
-from qvgen.layers.attention_swap import attention_forms
+from qvgen.layers.attention_form import AttentionForm
+from qvgen.layers.attention_swap import packed_attentions
+from qvgen.layers.attention_trial import attending
+from qvgen.layers.noise_band import NoiseBand
+from qvgen.layers.quant_attention import AttentionProduct, FakeQuantAttention
 from qvgen.models.base import VideoDiT, example_condition
 from qvgen.models.folder.model_class import model_class
 from qvgen.models.stdit3.transformer import STDiT3
@@ -320,6 +325,38 @@ def test_prediction_training_step_and_packed_video(opensora, tmp_path: Path) -> 
     check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed")
 
 
+def test_attention_in_8_bits(opensora, tmp_path: Path) -> None:
+    """All four attentions of a pair of blocks: frames by each other, places by each other, and both by the text, masked."""
+    family, teacher, _ = opensora
+    profile = replace(
+        make_profile("paper", weight_bits=4, activation_bits=4), attention=AttentionProfile(kind="int8", clips=True)
+    )
+    check_packed_equals_fake_quantized(family, teacher, tmp_path / "packed", profile=profile)
+    packed = packed_attentions(qvgen.load_packed(tmp_path / "packed"))
+    blocks = [f"{kind}_blocks.{index}" for kind in ("spatial", "temporal") for index in range(2)]
+    assert sorted(packed) == sorted(f"{block}.{name}" for block in blocks for name in ("attn", "cross_attn"))
+    assert {(one.form.heads, one.form.head_size) for one in packed.values()} == {(2, 16)}
+
+    noisy, timestep, condition = draw(family)
+    turned = {name: product_of(AttentionProfile(kind="int8"), name) for name in packed}
+    one_by_one = []
+    with torch.no_grad():
+        exact = family.predict(teacher, noisy, timestep, condition)
+        for names in (*([name] for name in turned), turned):
+            with attending(teacher, {name: turned[name] for name in names}):
+                found = family.predict(teacher, noisy, timestep, condition)
+            one_by_one.append(float((found - exact).norm() / exact.norm()))
+    assert all(0 < error < 0.05 for error in one_by_one), (
+        one_by_one
+    )  # each is heard, and none is another attention's result
+
+
+def product_of(profile: AttentionProfile, name: str) -> AttentionProduct:
+    """The product of one of the tiny model's attentions, before training."""
+    form = AttentionForm.of(profile, heads=2, head_size=16)
+    return FakeQuantAttention(form, noise_band=NoiseBand(num_bands=1), name=name)
+
+
 def test_exports_are_the_packed_folder_and_what_the_authors_code_reads(
     opensora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,10 +431,6 @@ def test_what_it_is_not_made_for_is_refused(tmp_path: Path) -> None:
         load_leaf("model", "opensora").check_clip(frames=50, height=240, width=424)
     with pytest.raises(ValueError, match=r"model.transformer=mine: .* write model.path alone"):
         load_leaf("model", "opensora", transformer="mine")
-    with pytest.raises(
-        ValueError, match=r"that are modules of diffusers' form, and STDiT3 has none; write profile.att"
-    ):
-        attention_forms(STDiT3(**OPENSORA_TRANSFORMER), AttentionProfile(kind="int8"), quantized=[])
     with pytest.raises(ValueError, match=rf"path={tmp_path} is no folder .* --local-dir {tmp_path}/transformer`, "):
         tiny_family("opensora", tmp_path)
     with pytest.raises(ValueError, match="holds a WanTransformer3DModel, model=opensora is a STDiT3; use model=wan"):

@@ -14,7 +14,15 @@ from PIL import Image
 
 from qvgen.cli import main
 from tests.models.any_folders import VARIANTS, make_any_folder
-from tests.verbs.test_hub_models import CAPTIONS, FEW, check_whole_way, tiny_keys, write_clips
+from tests.verbs.test_hub_models import (
+    CAPTIONS,
+    FEW,
+    check_groups_of_vidit_q,
+    check_two_processes,
+    check_whole_way,
+    tiny_keys,
+    write_clips,
+)
 
 IMAGES = ("model.num_frames=1", "model.sampling_frames=1")
 SIZES = {"skyreels": (), "sana_video": ("model.width=64",), "pixart_sigma": IMAGES}
@@ -44,6 +52,24 @@ def test_from_clips_to_videos_of_the_packed_model(
     folder = make_any_folder(tmp_path / "model", variant)
     clips = write_pictures(tmp_path / "pictures") if "pixart" in variant else write_clips(tmp_path / "clips", fps=16)
     check_whole_way("diffusers", folder, tmp_path, capsys, clips=clips, overrides=SIZES[variant])
+
+
+@pytest.mark.parametrize("variant", ["skyreels", "pixart_sigma"])
+def test_two_processes_train_the_same(variant: str, tmp_path: Path) -> None:
+    """Loss and packed bytes of DDP and FSDP are those of one process."""
+    clips = write_pictures(tmp_path / "pictures") if "pixart" in variant else None
+    folder = make_any_folder(tmp_path / "model", variant)
+    check_two_processes("diffusers", folder, tmp_path, clips=clips, overrides=SIZES[variant])
+
+
+@pytest.mark.parametrize("variant", ["pixart_alpha", "pixart_sigma"])
+def test_images_have_the_groups_of_vidit_q_with_their_metrics(variant: str, tmp_path: Path) -> None:
+    """All but the temporal one, which an image has not."""
+    blocks = {f"transformer_blocks.{index}" for index in range(2)}
+    groups = dict.fromkeys(("self_attention", "cross_attention", "ffn"), blocks)
+    groups["other"] = {"adaln_single", "caption_projection", "proj_out"}
+    folder = make_any_folder(tmp_path / "model", variant)
+    check_groups_of_vidit_q("diffusers", folder, tmp_path, groups, overrides=[*IMAGES, "init.steps=2"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,9 +12,8 @@ import pytest
 
 from qvgen.cli import main
 from qvgen.config.leaves import load_leaf
-from tests.runs import UNSEEN, packed_bytes, read_metrics
 from tests.verbs.test_further_models import MODELS
-from tests.verbs.test_hub_models import train_keys, write_clips
+from tests.verbs.test_hub_models import check_two_processes, train_keys, write_clips
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's transformer turns it off, in its own way
 
@@ -51,16 +50,7 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_train_the_same(name: str, tmp_path: Path) -> None:
     make, sizes = MODELS[name]
-    folder = make(tmp_path / "model")
-    clips = write_clips(tmp_path / "clips", fps=load_leaf("model", name).fps)
-    keys = [*train_keys(name, folder, clips, tmp_path), *sizes, *UNSEEN, "method.caption_dropout=0.5"]
-    keys = [key for key in keys if not key.startswith("run_dir")]
-    processes = {"alone": [], "ddp": ["devices=2", "strategy=ddp"], "fsdp": ["devices=2", "strategy=fsdp"]}
-    for run, words in processes.items():
-        assert main(["train", *keys, *words, f"run_dir={tmp_path / run}"]) == 0
-    losses = {run: [row["train/loss"] for row in read_metrics(tmp_path / run)] for run in processes}
-    assert losses["ddp"] == losses["fsdp"] == losses["alone"]
-    assert packed_bytes(tmp_path / "ddp") == packed_bytes(tmp_path / "fsdp") == packed_bytes(tmp_path / "alone")
+    check_two_processes(name, make(tmp_path / "model"), tmp_path, overrides=sizes)
 
 
 @pytest.mark.parametrize(("name", "layers"), [("hunyuanvideo", 520), ("hunyuanvideo1.5", 756), ("mochi", 669)])

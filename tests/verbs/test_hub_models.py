@@ -192,6 +192,30 @@ def check_whole_way(
     assert Path(line).read_bytes() == of_the_run.read_bytes()
 
 
+def check_two_processes(
+    name: str, folder: Path, tmp_path: Path, *, clips: Path | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Losses and packed bytes of two processes, whole students and shards of one, are those of one process.
+
+    Args:
+        name: Name of the model.
+        folder: Its folder.
+        tmp_path: Where everything is written.
+        clips: A folder of eight clips; None: one that is written.
+        overrides: Keys behind those of :func:`train_keys`.
+    """
+    clips = clips or write_clips(tmp_path / "clips", fps=read_leaf("model", name)["fps"])
+    keys = [*train_keys(name, folder, clips, tmp_path), *overrides, *UNSEEN, "method.caption_dropout=0.5"]
+    keys = [key for key in keys if not key.startswith("run_dir")]
+    processes = {"alone": [], "ddp": ["devices=2", "strategy=ddp"], "fsdp": ["devices=2", "strategy=fsdp"]}
+    for run, words in processes.items():
+        assert main(["train", *keys, *words, f"run_dir={tmp_path / run}"]) == 0
+    losses = {run: [row["train/loss"] for row in read_metrics(tmp_path / run)] for run in processes}
+    assert len(losses["alone"]) == 3
+    assert losses["ddp"] == losses["fsdp"] == losses["alone"]
+    assert packed_bytes(tmp_path / "ddp") == packed_bytes(tmp_path / "fsdp") == packed_bytes(tmp_path / "alone")
+
+
 def test_ltx_starts_from_a_calibrated_method_with_its_folds(tmp_path: Path) -> None:
     folder = make_ltx_folder(tmp_path / "model", "13b")
     keys = [*tiny_keys("ltx-13b", folder), f"calibration.cache={tmp_path}", *FEW, "init=smoothquant", "bits=w4a8"]
@@ -219,7 +243,9 @@ def test_latte_has_the_four_groups_of_vidit_q_with_their_metrics(tmp_path: Path)
     check_groups_of_vidit_q("latte", folder, tmp_path, groups)
 
 
-def check_groups_of_vidit_q(name: str, folder: Path, tmp_path: Path, groups: dict[str, set[str]]) -> None:
+def check_groups_of_vidit_q(
+    name: str, folder: Path, tmp_path: Path, groups: dict[str, set[str]], *, overrides: Sequence[str] = ()
+) -> None:
     """Every block of each group is measured by the group's own metric, and the bits that are chosen are packed."""
     metrics = ("init.visual=ssim", "init.motion=differences", "init.videos=1", "init.steps=1", "init.windows=1")
     keys = [
@@ -228,6 +254,7 @@ def check_groups_of_vidit_q(name: str, folder: Path, tmp_path: Path, groups: dic
         *FEW,
         "init=vidit_q_mp",
         *metrics,
+        *overrides,
         "bits=w4a8",
     ]
     assert main(["ptq", *keys, "init.candidates=[4,8]", f"run_dir={tmp_path / 'run'}"]) == 0

@@ -18,8 +18,8 @@ from qvgen.config.leaves import load_leaf
 from tests.models.further_folders import make_hunyuan15_folder
 from tests.models.hub_folders import make_wan_folder
 from tests.models.image_folders import make_cogvideox_image_folder, make_wan_image_folder, write_image, write_prompts
-from tests.runs import UNSEEN, packed_bytes, read_metrics
-from tests.verbs.test_hub_models import tiny_keys, train_keys, write_clips
+from tests.runs import packed_bytes
+from tests.verbs.test_hub_models import check_two_processes, tiny_keys, train_keys, write_clips
 
 MODELS: dict[str, tuple[Any, str]] = {
     "wan-i2v-14b": (make_wan_image_folder, "2.1"),
@@ -64,18 +64,12 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     assert Path(line).read_bytes() == of_the_run.read_bytes()
 
 
-def test_two_processes_train_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_train_the_same(name: str, tmp_path: Path) -> None:
     """Loss and packed bytes of DDP and FSDP are those of one process."""
-    folder = make_wan_image_folder(tmp_path / "model")
-    clips = write_clips(tmp_path / "clips", fps=16)
-    keys = [*train_keys("wan-i2v-14b", folder, clips, tmp_path), *UNSEEN, "method.caption_dropout=0.5"]
-    keys = [*(key for key in keys if not key.startswith("run_dir")), f"evaluation.prompts={write_prompts(tmp_path)}"]
-    processes = {"alone": [], "ddp": ["devices=2", "strategy=ddp"], "fsdp": ["devices=2", "strategy=fsdp"]}
-    for run, words in processes.items():
-        assert main(["train", *keys, *words, f"run_dir={tmp_path / run}"]) == 0
-    losses = {run: [row["train/loss"] for row in read_metrics(tmp_path / run)] for run in processes}
-    assert losses["ddp"] == losses["fsdp"] == losses["alone"]
-    assert packed_bytes(tmp_path / "ddp") == packed_bytes(tmp_path / "fsdp") == packed_bytes(tmp_path / "alone")
+    make, variant = MODELS[name]
+    given = [f"evaluation.prompts={write_prompts(tmp_path)}"]
+    check_two_processes(name, make(tmp_path / "model", variant), tmp_path, overrides=given)
 
 
 def test_ptq_calibrates_on_prompts_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

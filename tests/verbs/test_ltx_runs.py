@@ -18,7 +18,13 @@ from qvgen.layers.swap import packed_layers
 from tests.models.ltx_folders import make_latte_folder, make_ltx_folder
 from tests.models.opensora_folders import make_opensora_folder
 from tests.verbs.test_hub_models import MODELS as FAMILIES
-from tests.verbs.test_hub_models import WHOLE_WAY, check_groups_of_vidit_q, check_whole_way, write_clips
+from tests.verbs.test_hub_models import (
+    WHOLE_WAY,
+    check_groups_of_vidit_q,
+    check_two_processes,
+    check_whole_way,
+    write_clips,
+)
 
 MODELS: dict[str, Any] = {"ltx": make_ltx_folder, "latte": make_latte_folder, "opensora": make_opensora_folder}
 OTHERS = {name: partial(make, variant=variant) for name, (make, variant) in FAMILIES.items() if name not in WHOLE_WAY}
@@ -30,6 +36,12 @@ def test_from_mp4_files_to_videos_of_the_packed_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_whole_way(name, (MODELS | OTHERS)[name](tmp_path / "model"), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_train_the_same(name: str, tmp_path: Path) -> None:
+    """Loss and packed bytes of DDP and FSDP are those of one process."""
+    check_two_processes(name, MODELS[name](tmp_path / "model"), tmp_path)
 
 
 def test_latte_is_trained_from_static_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,8 @@ def check_model_index(index: Mapping[str, Any], *, file: Path) -> None:
     """Look through a model_index.json.
 
     Raises:
-        ValueError: the pipeline or a component is of a library that is neither diffusers nor transformers.
+        ValueError: the pipeline or a component is of a library that is neither diffusers nor transformers, or a component is
+            one that diffusers has inside of a pipeline (LTX-2's vocoder).
     """
     import diffusers
 
@@ -52,12 +53,24 @@ def check_model_index(index: Mapping[str, Any], *, file: Path) -> None:
     for name, value in index.items():
         if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
             continue  # [null, null] is a part that the model does without
+        if _is_of_a_pipeline(value[0]):
+            raise ValueError(
+                f"{file} says that the {name} of a {pipeline} is {_short(value[1])}, which is made for diffusers' pipeline "
+                f"{value[0]} alone; no family of qvgen has such a part"
+            )
         if value[0] not in LIBRARIES or not str(value[1]).isidentifier():
             raise ValueError(
                 f"{file} says that {name} is {'.'.join(map(str, value))[:100]}, whose code is never run; use a folder whose "
                 f"parts are of {' and '.join(LIBRARIES)}"
             )
     check_config(index, file=file)
+
+
+def _is_of_a_pipeline(library: str) -> bool:
+    """Whether a library is the name of one of diffusers' folders of pipelines, which it writes for classes in there."""
+    import diffusers.pipelines
+
+    return library.isidentifier() and (Path(diffusers.pipelines.__path__[0]) / library / "__init__.py").is_file()
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,9 @@ _NEEDED = (
     "prompt_embeds",
 )
 _TOKENIZERS = ("tokenizer", "processor")
+_DENOISERS = ("transformer", "unet", "prior")
+_SOUND = ("audio_vae", "vocoder")
+_EMBEDDINGS = "prompt_embeds"
 
 
 _EARLIER = {("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel"}
@@ -134,10 +137,8 @@ def _sorted_parts(parts: Mapping[str, list[str]], *, name: str, given: str) -> d
         ValueError: There is none of a kind, more than one, or one of no known kind.
     """
     of_diffusers = {key: kind for key, (library, kind) in parts.items() if library == "diffusers"}
-    denoisers = {
-        key: kind for key, kind in of_diffusers.items() if "Transformer" in kind or key.startswith(("unet", "prior"))
-    }
-    if list(denoisers) != ["transformer"] or "Transformer" not in denoisers["transformer"]:
+    denoisers = {key: kind for key, kind in of_diffusers.items() if "Transformer" in kind or key.startswith(_DENOISERS)}
+    if list(denoisers) != ["transformer"] or denoisers["transformer"].startswith("UNet"):
         shown = ", ".join(f"{key} ({kind})" for key, kind in denoisers.items()) or "none"
         raise ValueError(
             f"{given} holds a {name} whose denoisers are {shown}; model=diffusers runs one transformer, named transformer"
@@ -145,6 +146,11 @@ def _sorted_parts(parts: Mapping[str, list[str]], *, name: str, given: str) -> d
     for key in ("vae", "scheduler"):
         if key not in of_diffusers:
             raise ValueError(f"{given} holds a {name} without {key}; model=diffusers needs one of diffusers")
+    if sound := [key for key in _SOUND if key in parts]:
+        raise ValueError(
+            f"{given} holds a {name}, whose transformer denoises sound beside the video (it has {' and '.join(sound)}); "
+            "clips are trained on without their sound, so qvgen has no family of it"
+        )
     of_text = {key: kind for key, (library, kind) in parts.items() if library == "transformers"}
     tokenizers = tuple(key for key in of_text if key.startswith(_TOKENIZERS))
     encoders = {key: kind for key, kind in of_text.items() if key.startswith("text_encoder")}
@@ -187,6 +193,17 @@ def _check_call(call: Mapping[str, Any], *, name: str, given: str) -> None:
                 "images of a caption alone (image to video: wan-i2v-14b, wan2.2-i2v-a14b, wan2.2-i2v-5b, cogvideox-i2v, "
                 "cogvideox1.5-i2v, hunyuanvideo1.5-i2v)"
             )
+    if lengths := [key for key in call if key.endswith("cu_seqlens")]:
+        raise ValueError(
+            f"{given} holds a {name}, whose captions keep their own numbers of tokens (its call takes {lengths[0]}=); "
+            "model=diffusers needs captions that are padded to one length"
+        )
+    own = [key for key in call if key.startswith(_EMBEDDINGS)]
+    if own and _EMBEDDINGS not in own:
+        raise ValueError(
+            f"{given} holds a {name}, whose call takes a caption as {'= and '.join(own)}=, and none of them is "
+            f"{_EMBEDDINGS}=; model=diffusers can't tell which one the transformer's tokens are"
+        )
     for key in _NEEDED:
         if key not in call:
             raise ValueError(f"{given} holds a {name}, whose call has no {key}=; model=diffusers can't run it")
@@ -214,5 +231,11 @@ def _returned_texts(kind: Any, call: Mapping[str, Any], *, given: str) -> tuple[
             raise ValueError(
                 f"{given} holds a {kind.__name__}, whose encode_prompt returns {name} and whose call takes no {name}=; "
                 "captions can't be encoded apart from sampling"
+            )
+    for name in call:
+        if name.startswith(_EMBEDDINGS) and name not in names:
+            raise ValueError(
+                f"{given} holds a {kind.__name__}, whose call takes {name}= and whose encode_prompt does not return "
+                f"{name}; captions can't be encoded apart from sampling"
             )
     return tuple(names)

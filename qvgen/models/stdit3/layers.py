@@ -62,6 +62,7 @@ class SelfAttention(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.head_shape = (heads, size // heads)  # by which its product can be one of 8-bit integers
         self.qkv = nn.Linear(size, 3 * size)
         self.q_norm = HeadNorm(size // heads)
         self.k_norm = HeadNorm(size // heads)
@@ -96,6 +97,7 @@ class CrossAttention(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.head_shape = (heads, size // heads)  # by which its product can be one of 8-bit integers
         self.q_linear = nn.Linear(size, size)
         self.kv_linear = nn.Linear(size, 2 * size)
         self.proj = nn.Linear(size, size)
