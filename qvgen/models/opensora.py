@@ -32,7 +32,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,10 +41,9 @@ from qvgen.models.few_step import drawn_objective
 from qvgen.models.folder.hub_folder import HubFolder
 from qvgen.models.objectives import FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
+from qvgen.models.stdit3.configuration import PIXELS, WINDOW, latent_frames
 from qvgen.models.stdit3.folder import OpenSoraFolder, how_to_download
 from qvgen.models.stdit3.sampler import OpenSoraSampler, lay_out_steps
-from qvgen.models.stdit3.transformer import PIXELS, STDiT3
-from qvgen.models.stdit3.vae import WINDOW, VideoAutoencoderPipeline, latent_frames
 from qvgen.models.tensor_reader import read_tensors_of
 
 _SQUARE = 512 * 512
@@ -84,7 +82,10 @@ class OpenSora(PipelineFamily):
     caption_suffix: str = ""
 
     folder_class: ClassVar[type[HubFolder]] = OpenSoraFolder
-    own_classes: ClassVar[tuple[type, ...]] = (STDiT3, VideoAutoencoderPipeline)
+    own_classes: ClassVar[Mapping[str, str]] = {
+        "STDiT3": "qvgen.models.stdit3.transformer",
+        "VideoAutoencoderPipeline": "qvgen.models.stdit3.vae",
+    }
     transformer_class: ClassVar[str] = "STDiT3"
     vae_class: ClassVar[str] = "VideoAutoencoderPipeline"
     text_encoder_class: ClassVar[str] = "T5EncoderModel"
@@ -174,6 +175,8 @@ class OpenSora(PipelineFamily):
 
     def scheduler(self) -> Any:
         """The Euler steps of the authors' sampler, whose noise levels are those of a sampled video's shift."""
+        from diffusers import FlowMatchEulerDiscreteScheduler  # seconds, in which a plan of a recorded model is done
+
         return FlowMatchEulerDiscreteScheduler(shift=self._shift(self.sampling_frames))
 
     _lay_out = staticmethod(lay_out_steps)

@@ -146,7 +146,7 @@ def test_a_class_in_the_users_folder_is_followed(mine: Path) -> None:
 )
 def test_what_can_not_be_an_init_is_named(target: str, message: str, mine: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        made(f"init._target_={target}")
+        made("init=mse", f"init._target_={target}")
 
 
 def test_a_runs_configuration_names_no_class_unless_the_command_does(
@@ -179,7 +179,7 @@ def test_a_runs_configuration_names_no_class_unless_the_command_does(
 
 
 def test_a_run_is_resumed_by_the_command_that_names_its_class(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["run_dir=run", "logger=csv"]
+    keys = ["run_dir=run", "logger=csv", "init=mse"]
     (mine / "run").mkdir()
     write_plain(mine / "run" / "config.yaml", compose_plain("train", [*keys, "init._target_=mine.leaves.Init"]))
     assert main(["train", *keys, "resume=true"]) == 2

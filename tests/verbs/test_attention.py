@@ -110,11 +110,18 @@ def test_what_has_no_meaning_is_one_line(
     [
         ([INT8, "strategy.context_parallel=2", "devices=2"], "strategy.context_parallel=2 and profile.attention=int8"),
         (
-            ["profile.attention={kind:int8,clips:true}", "strategy=fsdp", "devices=2", "strategy.low_host_memory=true"],
+            [
+                "init=mse",
+                "profile.attention={kind:int8,clips:true}",
+                "strategy=fsdp",
+                "devices=2",
+                "strategy.low_host_memory=true",
+            ],
             "learned clips of attention are in no file",
         ),
         (
             [
+                "init=mse",
                 "profile.attention={kind:int8,rotation:auto}",
                 "strategy=fsdp",
                 "devices=2",

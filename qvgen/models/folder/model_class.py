@@ -1,11 +1,12 @@
 """The class of a part by its name: diffusers', or one of a family's own, where diffusers does not have it.
 
-A family lists such classes in ``own_classes``. Names come out of data (manifests, configurations), so nothing is imported by
-them: they choose among what diffusers and the installed families have.
+A family lists such classes in ``own_classes``, each with its module. Names come out of data (manifests, configurations), so
+nothing is imported by them: they choose among what diffusers and the installed families have.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from qvgen.models.folder.published import known_models
@@ -19,4 +20,5 @@ def model_class(name: str) -> Any:
 
     if (found := getattr(diffusers, name, None)) is not None:
         return found  # without a look at the families, whose modules would all be imported
-    return next((kind for model in known_models() for kind in model.own_classes if kind.__name__ == name), None)
+    module = next((model.own_classes[name] for model in known_models() if name in model.own_classes), None)
+    return None if module is None else getattr(import_module(module), name)

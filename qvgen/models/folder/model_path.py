@@ -161,7 +161,7 @@ def _folder_answer(folder: Path, repository: str, *, download: str) -> str:
 def _model_of_own_class(config: dict[str, Any]) -> str | None:
     """The model whose transformer is a class of qvgen, by a transformer's configuration; its folders have no index."""
     names = {config.get("_class_name"), *(config.get("architectures") or ())}
-    return next((m.name for m in known_models() if any(kind.__name__ in names for kind in m.own_classes)), None)
+    return next((m.name for m in known_models() if names & m.own_classes.keys()), None)
 
 
 def _header_reason(files: list[Path]) -> str | None:

@@ -14,7 +14,7 @@ model has are refused too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -50,7 +50,7 @@ class PublishedModel:
         kind: what its weights have in common with finetunes of any size.
         sizes: what it has of ``_SIZES``.
         takes_image: Whether its videos begin with an image; Wan2.2-TI2V-5B is two models of one folder, with and without.
-        own_classes: Classes of its parts that diffusers does not have.
+        own_classes: Names of its parts' classes that diffusers does not have -> their modules.
     """
 
     name: str
@@ -58,7 +58,7 @@ class PublishedModel:
     kind: Mapping[str, Any]
     sizes: Mapping[str, Any]
     takes_image: bool = False
-    own_classes: tuple[type, ...] = ()
+    own_classes: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_is_known(configs: Configs, *, name: str, given: str) -> None:
@@ -214,7 +214,7 @@ def known_models() -> tuple[PublishedModel, ...]:
         own = {
             "repository": spec.get("repository", ""),
             "takes_image": getattr(family, "takes_image", False),
-            "own_classes": tuple(getattr(family, "own_classes", ())),
+            "own_classes": dict(getattr(family, "own_classes", {})),
         }
         models.append(PublishedModel(name=name, kind=kind, sizes=sizes, **own))
     return tuple(models)

@@ -23,14 +23,14 @@ from torch import nn
 from qvgen.models.folder.finite_weights import check_finite_weights
 from qvgen.models.folder.foreign_code import check_config
 from qvgen.models.folder.hub_folder import HubFolder
-from qvgen.models.stdit3 import transformer as stdit3
-from qvgen.models.stdit3 import vae
+from qvgen.models.stdit3.configuration import SHIFT, own_config, own_vae_config
 
-_OWN: Mapping[str, tuple[type[nn.Module], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
-    "transformer": (stdit3.STDiT3, stdit3.own_config),
-    "vae": (vae.VideoAutoencoderPipeline, vae.own_config),
+_VAE = "VideoAutoencoderPipeline"
+_OWN: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    "transformer": ("STDiT3", own_config),
+    "vae": (_VAE, own_vae_config),
 }
-"""Part -> its class, and how its published configuration becomes arguments."""
+"""Part -> its class's name, and how its published configuration becomes arguments."""
 TEXT_REPOSITORY = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
 _REPOSITORIES = {"transformer": "hpcai-tech/OpenSora-STDiT-v3", "vae": "hpcai-tech/OpenSora-VAE-v1.2"}
 
@@ -74,23 +74,23 @@ class OpenSoraFolder(HubFolder):
         if name == "model_index.json" and not (self.path / name).is_file():
             return {"_class_name": "OpenSora"}
         content = super().read_json(name)
-        kind, own_config = _OWN.get(name.removesuffix("/config.json"), (None, None))
+        kind, read_arguments = _OWN.get(name.removesuffix("/config.json"), (None, None))
         named = content.get("_class_name") or (content.get("architectures") or [None])[0]
-        if kind is None or own_config is None or named != kind.__name__:
+        if kind is None or read_arguments is None or named != kind:
             return content
         try:
-            arguments = own_config({key: value for key, value in content.items() if not key.startswith("_")})
+            arguments = read_arguments({key: value for key, value in content.items() if not key.startswith("_")})
         except ValueError as error:
             raise ValueError(f"{self.path / name}: {error}") from error
-        return {"_class_name": kind.__name__, **arguments}
+        return {"_class_name": kind, **arguments}
 
     def read_config(self, component: str) -> dict[str, Any]:
         """A component's configuration; the scheduler's is none of a folder's, and the VAE's has its channels."""
         if component == "scheduler":
             return {}
         config = super().read_config(component)
-        if config.get("_class_name") == vae.VideoAutoencoderPipeline.__name__:
-            config["latent_channels"] = len(config.get("latent_shift", vae.SHIFT))
+        if config.get("_class_name") == _VAE:
+            config["latent_channels"] = len(config.get("latent_shift", SHIFT))
         return config
 
     def _check(self, content: Mapping[str, Any], *, name: str) -> None:

@@ -7,8 +7,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional
 
-PATCH = (1, 2, 2)
-"""Latents of a patch along time, height and width."""
+from qvgen.models.stdit3.configuration import PATCH
+
 BASE = 10000.0
 """Longest period of sinusoids and rotary positions, over 2 pi."""
 _SINUSOIDS, _EPS = 256, 1e-6

@@ -23,7 +23,6 @@ patches, and embedding captions once for all steps (``skip_y_embedder``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,9 +32,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from qvgen.models.stdit3.configuration import PATCH, PIXELS, published_config
 from qvgen.models.stdit3.layers import (
     BASE,
-    PATCH,
     CaptionEmbedder,
     FinalLayer,
     PatchEmbedder,
@@ -43,46 +42,6 @@ from qvgen.models.stdit3.layers import (
     ScalarEmbedder,
     STDiT3Block,
 )
-
-PIXELS = 8
-"""Pixels of a latent along a side."""
-
-_RENAMED = {"depth": "num_layers", "num_heads": "num_attention_heads"}
-_FIXED = {"patch_size": list(PATCH), "mlp_ratio": 4.0, "pred_sigma": True, "qk_norm": True, "skip_y_embedder": False}
-_OF_TRAINING = (
-    "class_dropout_prob", "drop_path", "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism",
-    "only_train_temporal", "freeze_y_embedder", "input_size", "force_huggingface",
-)  # fmt: skip
-_OF_TRANSFORMERS = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
-
-
-def own_config(published: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`STDiT3` that a published config.json says; what only trains or speeds up is left out.
-
-    Raises:
-        ValueError: It is of a variant that is not there.
-
-    >>> own_config({"depth": 28, "num_heads": 16, "qk_norm": True, "drop_path": 0.0})
-    {'num_layers': 28, 'num_attention_heads': 16}
-    """
-    for key, value in _FIXED.items():
-        found = list(published[key]) if isinstance(published.get(key), tuple) else published.get(key, value)
-        if found != value:
-            raise ValueError(f"an STDiT3 of {key}={found} is not there; the published one has {value}")
-    left_out = {*_FIXED, *_OF_TRAINING, *_OF_TRANSFORMERS}
-    return {_RENAMED.get(key, key): value for key, value in published.items() if key not in left_out}
-
-
-def published_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that the authors publish for a transformer of these arguments: the inverse of :func:`own_config`.
-
-    >>> published = published_config({"num_layers": 28, "hidden_size": 1152})
-    >>> published["depth"], own_config(published)
-    (28, {'num_layers': 28, 'hidden_size': 1152})
-    """
-    names = {own: theirs for theirs, own in _RENAMED.items()}
-    sizes = {names.get(key, key): value for key, value in arguments.items()}
-    return {"architectures": ["STDiT3"], "model_type": "STDiT3", **_FIXED, **sizes}
 
 
 class STDiT3(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]

@@ -27,41 +27,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvgen.models.stdit3.configuration import FACTOR, HALVES, SCALE, SHIFT, WINDOW, latent_frames
+
 _SPATIAL: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 _TEMPORAL = {"filters": 128, "num_res_blocks": 4, "channel_multipliers": (1, 2, 2, 4), "num_groups": 32}
-_HALVES = (False, True, True)
-"""Which levels of the temporal net halve the frames behind them."""
-FACTOR = 2 ** sum(_HALVES)
-"""Frames of a latent."""
-WINDOW, SHIFT, SCALE = 17, (-0.10, 0.34, 0.27, 0.98), (3.85, 2.32, 2.33, 3.06)
 _SPATIAL_SCALE = 0.18215
 _FRAMES_AT_A_TIME = 4
 _ELSEWHERE = ("type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size")
 """Keys of a published configuration's two parts that are no sizes: where the authors' code took them from."""
-
-
-def latent_frames(frames: int, *, window: int) -> int:
-    """Latents of a number of frames.
-
-    >>> latent_frames(1, window=17), latent_frames(17, window=17), latent_frames(51, window=17)
-    (1, 5, 15)
-    """
-    whole, rest = divmod(frames, window)
-    return whole * -(-window // FACTOR) + -(-rest // FACTOR)
-
-
-def own_config(published: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`VideoAutoencoderPipeline` that a published config.json says.
-
-    >>> own_config({"shift": [0.0], "scale": [1.0], "micro_frame_size": 17, "cal_loss": False})
-    {'latent_shift': [0.0], 'latent_scale': [1.0], 'micro_frame_size': 17}
-    """
-    named = {"shift": "latent_shift", "scale": "latent_scale"}
-    known = ("vae_2d", "vae_temporal", "micro_frame_size", *named.values())
-    return {named.get(key, key): value for key, value in published.items() if named.get(key, key) in known}
 
 
 class VideoAutoencoderPipeline(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -131,8 +107,8 @@ class TemporalVAE(nn.Module):
     ) -> None:
         super().__init__()
         widths = [filters * multiplier for multiplier in channel_multipliers]
-        if len(widths) != len(_HALVES) + 1:
-            raise ValueError(f"channel_multipliers={list(channel_multipliers)} has no {len(_HALVES) + 1} levels")
+        if len(widths) != len(HALVES) + 1:
+            raise ValueError(f"channel_multipliers={list(channel_multipliers)} has no {len(HALVES) + 1} levels")
         sizes = {"count": num_res_blocks, "groups": num_groups}
         self.encoder = Encoder(channels, widths, **sizes)
         self.quant_conv = CausalConv(2 * channels, 2 * channels, 1)
@@ -201,7 +177,7 @@ class Encoder(nn.Module):
         )
         self.conv_blocks = nn.ModuleList(
             CausalConv(width, width, 3, step=2) if halves else nn.Identity()
-            for width, halves in zip(widths, _HALVES, strict=False)
+            for width, halves in zip(widths, HALVES, strict=False)
         )
         self.res_blocks = _level(widths[-1], widths[-1], count=count, groups=groups)
         self.norm1 = nn.GroupNorm(groups, widths[-1])
@@ -227,7 +203,7 @@ class Decoder(nn.Module):
         )
         self.conv_blocks = nn.ModuleList(
             CausalConv(width, 2 * width, 3) if halves else nn.Identity()
-            for width, halves in zip(widths[1:], _HALVES, strict=True)
+            for width, halves in zip(widths[1:], HALVES, strict=True)
         )
         self.norm1 = nn.GroupNorm(groups, widths[0])
         self.conv_out = CausalConv(widths[0], channels, 3)
@@ -237,7 +213,7 @@ class Decoder(nn.Module):
         x = _through(self.res_blocks, self.conv1(x))
         for index in reversed(range(len(self.block_res_blocks))):
             x = _through(self.block_res_blocks[index], x)
-            if index and _HALVES[index - 1]:
+            if index and HALVES[index - 1]:
                 pairs = self.conv_blocks[index - 1](x).unflatten(1, (-1, 2))  # B C 2 F h w
                 x = pairs.movedim(2, 3).flatten(2, 3)
         return self.conv_out(functional.silu(self.norm1(x)))  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch import nn
 
 from qvgen.config.build import build
 from qvgen.config.compose import compose_plain
-from qvgen.config.leaf_file import installed_names
+from qvgen.config.leaf_file import installed_names, read_leaf
 from qvgen.errors import UserError
 from qvgen.models.named_family import NamedFamily
 from qvgen.training.design.meta_model import build_teacher, build_transformer, planned_transformer
@@ -281,14 +281,22 @@ def test_records_of_a_folder_become_the_shipped_file(folder: Path) -> None:
 
 
 @OF_THESE_VERSIONS
-def test_a_dry_run_of_a_shipped_model_imports_no_diffusers(tmp_path: Path) -> None:
-    arguments = ["train", "model=wan-14b", "bits=4", "device_memory_gib=80", "dry_run=true"]
+@pytest.mark.parametrize(("model", "linears", "code"), [("wan-14b", 406, 3), ("opensora", 392, 0)])
+def test_a_dry_run_of_a_shipped_model_imports_no_diffusers(model: str, linears: int, code: int, tmp_path: Path) -> None:
+    arguments = ["train", f"model={model}", "bits=4", "device_memory_gib=80", "dry_run=true"]
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, store.VARIABLE: str(tmp_path / "plans"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments], cwd=root, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 3, done.stderr  # it does not fit, and was planned to the end
-    assert "quantized: 406 Linears" in done.stdout
+    assert done.returncode == code, done.stderr  # 3: it does not fit, and was planned to the end
+    assert f"quantized: {linears} Linears" in done.stdout
     assert done.stdout.splitlines()[-1].split() == ["imported:"]
     assert not (tmp_path / "plans").exists()  # all of it is shipped
+
+
+def test_the_module_of_no_family_imports_diffusers() -> None:
+    targets = sorted({read_leaf("model", name)["_target_"] for name in SHIPPED_MODELS})
+    program = "import sys; [__import__(name) for name in sys.argv[1:]]; sys.exit('diffusers' in sys.modules)"
+    assert targets
+    subprocess.run([sys.executable, "-c", program, *(name.rpartition(".")[0] for name in targets)], check=True)
