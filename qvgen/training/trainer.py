@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qvgen.config.processes.launched_world import LaunchedWorld
+from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.config.schema.trainer import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
@@ -28,6 +29,7 @@ from qvgen.training.distributed.child_command import guard_world_size
 from qvgen.training.distributed.cluster import GivenRanks, group_backend
 from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
+from qvgen.training.distributed.zero_strategy import ZeroStrategy
 from qvgen.training.strategies import DataParallel, OneDevice
 from qvgen.training.tracking.guarded_logger import guard_
 
@@ -46,6 +48,7 @@ class Processes:
             whole each; 1: each process holds all.
         shares_on_host: Whether shares lie in the host's memory, so that processes of GPUs talk about tensors there, too.
         launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
+        zero: The run's strategy where DeepSpeed shares out gradients and moments; None: it does not.
     """
 
     rank: int = 0
@@ -54,6 +57,7 @@ class Processes:
     shards: int = 1
     shares_on_host: bool = False
     launched: LaunchedWorld | None = None
+    zero: StrategyConfig | None = None
 
     @property
     def sharded(self) -> bool:
@@ -91,13 +95,15 @@ def build_trainer(
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
         placed = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
+        if processes.zero is not None:
+            del placed["precision"]  # the strategy's own
         given = placed | {"strategy": _strategy(processes, on_gpu=on_gpu), "log_every_n_steps": 1} | dict(options or {})
         # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
         alone = [GivenRanks(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
         trainer = lightning.Trainer(
             devices=processes.world_size // processes.num_nodes,
             num_nodes=processes.num_nodes,
-            plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
+            plugins=[AtomicCheckpointIO(mapped=processes.sharded or processes.zero is not None), *alone],
             **given,
             max_steps=steps,
             max_epochs=-1,
@@ -137,6 +143,14 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         strategy.cluster_environment = cluster  # no argument of it
         strategy.shards, strategy.node_rank = processes.shards, cluster.node_rank()
         return strategy
+    if processes.zero is not None:
+        return ZeroStrategy(
+            processes.zero,
+            on_gpu=on_gpu,
+            cluster_environment=cluster,
+            process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),
+            timeout=COLLECTIVE_TIMEOUT,
+        )
     return DataParallel(
         cluster_environment=cluster,
         process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),

@@ -11,6 +11,9 @@ from qvgen.config.schema.value_range import Range, check_ranges
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """The strategies that ``auto`` can stand for."""
 
+ZERO_DEFAULTS = {"stage": 2, "offload_optimizer": False, "offload_parameters": False}
+"""Keys of ``deepspeed``, which other strategies refuse, and what stands there by default."""
+
 
 SHARDED_DEFAULTS = {
     "reshard_after_forward": True,
@@ -29,7 +32,12 @@ class StrategyConfig:
     Attributes:
         name: ``single``, ``ddp`` (every process holds everything), ``fsdp`` (weights, gradients, moments and teacher are
             shared out over the processes), ``hsdp`` (shared out over the devices of a group, and each group holds
-            everything) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
+            everything), ``deepspeed`` (by that library, which is to be installed; see ``stage``) or ``auto``: the first of
+            single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
+        stage: What ``deepspeed`` shares out over the processes; 2: gradients, moments and the masters that are stepped,
+            beside weights that are whole everywhere; 3: the weights too, which each block gathers. The teacher is whole.
+        offload_optimizer: With ``deepspeed``, keep masters and moments in the host's memory, where the step is computed.
+        offload_parameters: With ``deepspeed`` and ``stage=3``, keep the shares of the weights in the host's memory, too.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
         reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
@@ -62,7 +70,10 @@ class StrategyConfig:
             of threads trains other bits.
     """
 
-    name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp"], MayDiffer.WORLD]
+    name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp", "deepspeed"], MayDiffer.WORLD]
+    stage: Annotated[Literal[2, 3], MayDiffer.WORLD]
+    offload_optimizer: Annotated[bool, MayDiffer.WORLD]
+    offload_parameters: Annotated[bool, MayDiffer.WORLD]
     shard_size: Annotated[int | None, Range("> 0"), MayDiffer.WORLD]
     reshard_after_forward: Annotated[bool | int, MayDiffer.FREE]
     prefetch: Annotated[int | None, Range("> 0"), MayDiffer.FREE]
@@ -91,6 +102,17 @@ class StrategyConfig:
                     f"strategy.{key}={_written(value)} is of strategies that share a model out, fsdp and hsdp, and "
                     f"strategy={self.name}; leave it out, or write strategy=fsdp"
                 )
+        for key, default in ZERO_DEFAULTS.items():
+            if self.name != "deepspeed" and getattr(self, key) != default:
+                raise ValueError(
+                    f"strategy.{key}={_written(getattr(self, key))} is of strategy=deepspeed, and strategy={self.name}; leave "
+                    "it out, or write strategy=deepspeed"
+                )
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(
+                "strategy.offload_parameters=true and strategy.stage=2, which leaves the weights whole on every device; write "
+                "strategy.stage=3, or strategy.offload_optimizer=true"
+            )
         if self.gather == "codes" and self.reshard_after_forward is not True:
             raise ValueError(
                 f"strategy.gather=codes and strategy.reshard_after_forward={_written(self.reshard_after_forward)}: what is "
@@ -113,6 +135,11 @@ class StrategyConfig:
         """Whether parameters are shared out over processes; ``auto`` shares out nothing until a plan has chosen."""
         return self.name in ("fsdp", "hsdp")
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether DeepSpeed gathers blocks for a pass, which all processes have to call alike."""
+        return self.name == "deepspeed" and self.stage == 3
+
     def shards(self, *, devices: int, nodes: int) -> int:
         """Over how many processes parameters are shared out; 1: each holds all of them.
 
@@ -128,7 +155,7 @@ class StrategyConfig:
             >>> def shards(name, size, **world):
             ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
             ...         teacher_offload=False, compile=False, int8_products="auto", threads=1, context_parallel=1,
-            ...         **SHARDED_DEFAULTS).shards(**world)
+            ...         **SHARDED_DEFAULTS, **ZERO_DEFAULTS).shards(**world)
             >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
             [1, 32, 8, 2]
         """

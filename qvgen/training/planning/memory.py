@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qvgen.training.planning.counted_step import StepSettings, count_step
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.stored_state import StoredState, sized_bytes
+from qvgen.training.planning.zero_memory import zero_host_sizes, zero_sizes
 
 USABLE_SHARE = 0.92
 """Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
@@ -210,11 +211,20 @@ class MemoryCounter:
     def weight_parts(
         self, settings: StepSettings, *, shards: int, stored: StoredState | None = None
     ) -> list[MemoryPart]:
-        """All but activations, by part."""
+        """All but activations, by part; ``shards`` is 1 for DeepSpeed's own sharing."""
         dtype = settings.teacher_dtype
+        if self.run.strategy.name == "deepspeed" and shards == 1:
+            return self._zero_parts(dtype, stored=stored or self.stored)
         return weight_parts(
             self.student, teacher=self.teacher(dtype), dtype=dtype, shards=shards, stored=stored or self.stored
         )
+
+    def _zero_parts(self, dtype: torch.dtype, *, stored: StoredState) -> list[MemoryPart]:
+        """See :mod:`qvgen.training.planning.zero_memory`; what DeepSpeed has no part in as with other strategies."""
+        parts = weight_parts(self.student, teacher=self.teacher(dtype), dtype=dtype, stored=stored)
+        others = [part for part in parts if part.name.startswith(("average", "teacher", "student: buffers"))]
+        sizes = zero_sizes(self.run, self.student, stored=stored)
+        return [*(MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()), *others]
 
     def teacher(self, dtype: torch.dtype) -> nn.Module | None:
         """The teacher on the meta device; None for a method without one."""
@@ -229,6 +239,12 @@ class MemoryCounter:
 
     def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
         """What all processes of a node together keep on its host while they train."""
-        found = self.stored.host_parts(self.student, teacher=self.teacher(settings.teacher_dtype))
+        teacher = self.teacher(settings.teacher_dtype)
+        if self.run.strategy.name == "deepspeed":
+            whole = replace(self.stored, moments_on_host=False).host_parts(self.student, teacher=teacher)
+            sizes = zero_host_sizes(self.run, self.student)
+            sizes |= {name: self.run.node_devices * nbytes for name, nbytes in whole.items()}
+            return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
+        found = self.stored.host_parts(self.student, teacher=teacher)
         devices, shards = self.run.node_devices, self.run.shards
         return [MemoryPart(name=name, nbytes=devices * nbytes // shards) for name, nbytes in found.items()]

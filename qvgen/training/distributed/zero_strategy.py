@@ -1,0 +1,283 @@
+"""Lightning's DeepSpeedStrategy (``strategy=deepspeed``): ZeRO-2 and ZeRO-3 over float32 masters, with our checkpoints.
+
+    whole model on each host    from the start's file, or a checkpoint
+    deepspeed.initialize        masters, gradients and moments are shared out; with ZeRO-3 the weights, too
+    training                    steps and clipping by DeepSpeed; Phi's rank through :mod:`qvgen.training.distributed.zero_keeper`
+    checkpoint                  each process writes its rows of weights and moments: the format of every other strategy
+    end of training             the weights are whole on each host again
+
+Weights are float32, and on a GPU the passes are autocast by DeepSpeed's ``torch_autocast``: its ``bf16`` would hand rounded
+weights to the quantizers. DeepSpeed's own checkpoints are pickles, which nothing here reads or writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+
+from qvgen.config.schema.strategy import StrategyConfig
+from qvgen.training.checkpoint.part import Share
+from qvgen.training.checkpoint.saved_tensor import whole_values
+from qvgen.training.distributed.sharding import blocks_of
+from qvgen.training.distributed.writes_folders import WritesFolders
+from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
+from qvgen.training.distributed.zero_options import BUCKET, LIVE
+
+
+class FloatMasters(DeepSpeedPrecision):
+    """Lightning's part of the precision: it leaves modules and batches as they are, and the engine does what it does."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Itself."""
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """Itself."""
+        return data
+
+
+def zero_config(strategy: StrategyConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run, but for the numbers that Lightning adds: accumulation and clipping.
+
+    Args:
+        strategy: Its ``stage``, ``offload_optimizer`` and ``offload_parameters``.
+        on_gpu: Whether passes are autocast to bfloat16, and sent while they compute.
+
+    Example:
+        >>> from qvgen.config.defaults import load_section
+        >>> zero = load_section("strategy", name="deepspeed", stage=3, offload_optimizer=True)
+        >>> zero_config(zero, on_gpu=True)["zero_optimization"]["offload_optimizer"]
+        {'device': 'cpu', 'pin_memory': True}
+    """
+    zero: dict[str, Any] = {
+        "stage": strategy.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,
+        "reduce_scatter": True,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if strategy.stage == 3:  # nothing stays whole: what is written has one place
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "sub_group_size": 10**12,
+        }
+    if strategy.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if strategy.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for its log of clips per second, which is left out
+        "steps_per_print": 2**40,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, whose bits are those of other strategies
+        **({"torch_autocast": autocast} if on_gpu else {}),
+    }
+
+
+class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
+    """ZeRO-2 or ZeRO-3 over the parameters of a LightningModule that is whole in every process.
+
+    Args:
+        strategy: Of the run.
+        on_gpu: Whether processes compute on GPUs.
+        given: Further arguments of Lightning's strategy.
+
+    Attributes:
+        keeper: Reads and writes masters and moments; None outside of training.
+    """
+
+    keeper: ZeroKeeper | None = None
+
+    def __init__(self, strategy: StrategyConfig, *, on_gpu: bool, **given: Any) -> None:
+        super().__init__(
+            config=zero_config(strategy, on_gpu=on_gpu),
+            precision_plugin=FloatMasters(),
+            logging_level=logging.ERROR,
+            **given,
+        )
+        self._stage = strategy.stage
+
+    def setup_environment(self) -> None:
+        """As the strategy that Lightning's derives from; its own refuses CPUs, on which DeepSpeed itself runs."""
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Join the processes' group as with other strategies, and have DeepSpeed take it."""
+        import deepspeed
+
+        DDPStrategy.setup_distributed(self)
+        if self.root_device.type == "cpu":
+            # An operator for shared memory, which DeepSpeed would compile in a folder of the user's: a process that is
+            # killed meanwhile leaves a lock there, for which every later start waits.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=self._process_group_backend, auto_mpi_discovery=False, verbose=False)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: the module is there, and whole."""
+        yield
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        """Remember the groups that the optimizer has, and give what only the engine knows to the keeper."""
+        import deepspeed
+
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        if self._stage == 3:
+            for child in _units(model):
+                deepspeed.utils.set_z3_leaf_module(child, True)
+        with _local_rank(self.local_rank):  # Lightning would give it the number of a GPU, and a CPU has none
+            engine, wrapped, _, _ = deepspeed.initialize(
+                args=Namespace(device_rank=self.local_rank),
+                config=self.config,
+                model=model,
+                model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
+        self.keeper = ZeroKeeper(engine, groups, stage=self._stage)
+        if self._stage == 3:  # what is not shared out: buffers
+            model.to(self.root_device)
+        return engine, wrapped
+
+    def optimizer_step(
+        self, optimizer: Any, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
+    ) -> Any:
+        """One micro-batch, and with the last one a step; raises RuntimeError where a value that was written is lost."""
+        assert self.keeper is not None
+        engine = self.deepspeed_engine
+        before = engine.global_steps
+        self.keeper.before_step()
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if engine.global_steps != before:
+            norm = engine.get_global_grad_norm()
+            assert self.lightning_module is not None
+            self.lightning_module.take_norm(torch.as_tensor(math.inf if norm is None else norm, dtype=torch.float32))
+            self.keeper.after_step()
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of each parameter the rows that this process writes; buffers whole."""
+        assert self.lightning_module is not None
+        found = self.lightning_module.state_dict(keep_vars=True)
+        return {name: self._share(value) for name, value in found.items()}
+
+    def _share(self, value: Tensor) -> Tensor | Share:
+        assert self.keeper is not None
+        if not isinstance(value, nn.Parameter):
+            return value.detach()
+        return self._rows(self.keeper.whole(value), like=value)
+
+    def _rows(self, whole: Tensor, *, like: Tensor) -> Tensor | Share:
+        """What this process writes of a tensor that has a number for each of a parameter."""
+        assert self.keeper is not None
+        if not whole.ndim:
+            return whole
+        rows = self.keeper.rows(like)
+        mine = whole[rows] if self._stage < 3 and whole.data_ptr() == like.data_ptr() else whole[rows].clone()
+        return Share(rows=mine, shape=whole.shape, first_row=rows.start)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """As torch's state dict of the optimizer before DeepSpeed took it, with this process's rows of the moments."""
+        del optimizer
+        assert self.keeper is not None
+        keeper, inner = self.keeper, self.deepspeed_engine.optimizer.optimizer
+        state: dict[int, dict[str, Any]] = {}
+        groups, first = [], 0
+        for number, parameters in enumerate(keeper.groups):
+            places = range(first, first + len(parameters))
+            first += len(parameters)
+            options = {name: value for name, value in inner.param_groups[number].items() if name != "params"}
+            groups.append({**options, "params": list(places)})
+            if (step := keeper.step_count(number)) is None:
+                continue
+            for place, parameter in zip(places, parameters, strict=True):
+                moments = {name: self._rows(keeper.moment(parameter, name), like=parameter) for name in MOMENTS}
+                state[place] = {"step": torch.tensor(step), **moments}
+        return {"state": state, "param_groups": groups}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Fill the module, before DeepSpeed copies its masters."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(whole_values(dict(checkpoint["state_dict"])), strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Fill this process's share of the moments, whoever wrote them."""
+        assert self.keeper is not None
+        (saved,), keeper = checkpoint["optimizer_states"], self.keeper
+        place = 0
+        for number, parameters in enumerate(keeper.groups):
+            entries = [saved["state"].get(place + index, {}) for index in range(len(parameters))]
+            place += len(parameters)
+            options = self.deepspeed_engine.optimizer.optimizer.param_groups[number]
+            given = saved["param_groups"][number]
+            options.update({name: given[name] for name in ("lr", "initial_lr") if name in given})
+            if not any(entries):
+                continue
+            keeper.begin_states_(number, step=max(float(entry["step"]) for entry in entries if entry))
+            for parameter, entry in zip(parameters, entries, strict=True):
+                for name in MOMENTS:
+                    if name in entry:
+                        keeper.set_moment_(parameter, name, whole_values(entry[name]))
+
+    def on_train_end(self) -> None:
+        """Give each process the trained weights, on its host, as Parameters of their own; a collective."""
+        assert self.keeper is not None
+        assert self.lightning_module is not None
+        keeper, engine, module = self.keeper, self.deepspeed_engine, self.lightning_module
+        made: dict[int, nn.Parameter] = {}
+        values = {id(p): keeper.whole(p).to("cpu", copy=True) for p in module.parameters()}
+        flags = {id(p): p.requires_grad for p in module.parameters()}
+        keeper.release()
+        engine.destroy()
+        for parent in module.modules():
+            for name, old in parent._parameters.items():
+                if old is not None:
+                    key = id(old)
+                    made.setdefault(key, nn.Parameter(values[key], requires_grad=flags[key]))
+                    parent._parameters[name] = made[key]
+        self.keeper, self.model = None, module
+
+
+@contextmanager
+def _local_rank(rank: int) -> Iterator[None]:
+    """The variable by which DeepSpeed finds its device; the next job of a sweep must not take it for a launcher's."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """What ZeRO-3 gathers as one: a transformer's blocks, and its other children.
+
+    A quantized layer reads parameters of modules that it holds and does not call, which ZeRO-3 would leave where they are.
+    """
+    found: list[nn.Module] = []
+    for network in module.children():
+        blocks = blocks_of(network)
+        found += [child for child in network.children() if not isinstance(child, nn.ModuleList)] + blocks
+    return found
