@@ -1,6 +1,6 @@
 """Phi's halving through DeepSpeed's own accessors: DeepSpeed itself on gloo, on a CPU, in a process of its own.
 
-DeepSpeed is no strategy of qvgen (docs/log.md says why); what a strategy would rest on is held here.
+What ``strategy=deepspeed`` rests on is held here; runs with it are in test_zero_runs.py.
 """
 
 from __future__ import annotations

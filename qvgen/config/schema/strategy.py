@@ -105,13 +105,13 @@ class StrategyConfig:
         for key, default in ZERO_DEFAULTS.items():
             if self.name != "deepspeed" and getattr(self, key) != default:
                 raise ValueError(
-                    f"strategy.{key}={_written(getattr(self, key))} is of strategy=deepspeed, and strategy={self.name}; leave "
-                    "it out, or write strategy=deepspeed"
+                    f"strategy.{key}={_written(getattr(self, key))} is of strategy=deepspeed, and strategy={self.name}; "
+                    "leave it out, or write strategy=deepspeed"
                 )
         if self.offload_parameters and self.stage != 3:
             raise ValueError(
-                "strategy.offload_parameters=true and strategy.stage=2, which leaves the weights whole on every device; write "
-                "strategy.stage=3, or strategy.offload_optimizer=true"
+                "strategy.offload_parameters=true and strategy.stage=2, which leaves the weights whole on every device; "
+                "write strategy.stage=3, or strategy.offload_optimizer=true"
             )
         if self.gather == "codes" and self.reshard_after_forward is not True:
             raise ValueError(

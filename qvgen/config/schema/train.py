@@ -145,8 +145,8 @@ class TrainConfig:
         if name == "deepspeed":
             require(
                 self.trainer.precision is None and self.trainer.gradient_clip_algorithm == "norm",
-                "trainer.precision and trainer.gradient_clip_algorithm=value are not DeepSpeed's, which clips by the norm over "
-                "float32 masters; leave them out, or write strategy=ddp",
+                "trainer.precision and trainer.gradient_clip_algorithm=value are not DeepSpeed's, which clips by the norm "
+                "over float32 masters; leave them out, or write strategy=ddp",
             )
         self.strategy.shards(devices=self.devices, nodes=self.num_nodes)
         widths = self.activation_switch.widths

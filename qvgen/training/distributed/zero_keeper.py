@@ -54,6 +54,7 @@ class ZeroKeeper:
         self._group_of = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
         self._forgotten: list[set[int]] = [set() for _ in groups]
         self._written: dict[int, _Written] = {}
+        self._linked = False
         self._parameters = list(engine.module.parameters())
         for parameter in self._parameters:
             setattr(parameter, KEEPER, self)
@@ -116,6 +117,10 @@ class ZeroKeeper:
     @torch.no_grad()
     def after_step(self) -> None:
         """Raise RuntimeError where the step did not begin with a value that was written, or the module has another one."""
+        if self._stage < 3 and not self._linked:
+            for group in range(len(self.groups)):
+                self._link(group)
+            self._linked = True
         written, self._written = self._written, {}
         for entry in written.values():
             options, now = self._engine.optimizer.optimizer.param_groups[entry.group], self.whole(entry.parameter)
@@ -162,10 +167,16 @@ class ZeroKeeper:
             state = {name: torch.zeros_like(flat) for name in MOMENTS}
             count = torch.tensor(float(step), device=flat.device if self._is_fused(group) else "cpu")
             optimizer.optimizer.state[flat] = {"step": count, **state}
-            if self._stage < 3:
-                self._deepspeed.utils.lazy_init_hp_params_optimizer_state(
-                    optimizer.bit16_groups[group], flat, optimizer.optimizer.state
-                )
+        if self._stage < 3:
+            self._link(group)
+
+    def _link(self, group: int) -> None:
+        """Have DeepSpeed's accessors find a group's moments: it links all in its first step of one, when others have none."""
+        optimizer = self._engine.optimizer
+        for flat in self._flats(group):
+            self._deepspeed.utils.lazy_init_hp_params_optimizer_state(
+                optimizer.bit16_groups[group], flat, optimizer.optimizer.state
+            )
 
     def _is_fused(self, group: int) -> bool:
         return bool(self._engine.optimizer.optimizer.param_groups[group].get("fused"))

@@ -2,7 +2,7 @@
 
     whole model on each host    from the start's file, or a checkpoint
     deepspeed.initialize        masters, gradients and moments are shared out; with ZeRO-3 the weights, too
-    training                    steps and clipping by DeepSpeed; Phi's rank through :mod:`qvgen.training.distributed.zero_keeper`
+    training                    steps and clipping by DeepSpeed; Phi's rank by :mod:`qvgen.training.distributed.zero_keeper`
     checkpoint                  each process writes its rows of weights and moments: the format of every other strategy
     end of training             the weights are whole on each host again
 
@@ -47,6 +47,10 @@ class FloatMasters(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         """Itself."""
         return data
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Of a loss that Lightning has divided by the micro-batches already: the engine would divide it again."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 def zero_config(strategy: StrategyConfig, *, on_gpu: bool) -> dict[str, Any]:

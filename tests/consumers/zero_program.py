@@ -1,4 +1,4 @@
-"""A program that trains parts of runs with DeepSpeed on two processes of a CPU, and without; run by test_zero.py.
+"""A program that trains parts of runs with DeepSpeed on two processes of a CPU, and without; run by test_zero_runs.py.
 
 `zero_program.py FOLDER` is rank 0, `zero_program.py FOLDER --rank 1 ...` the other. FOLDER/parts.json is a list: a run's
 name, its configuration, and the name of another run from whose checkpoint after step 3 it goes on, or null. Runs of one
