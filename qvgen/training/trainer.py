@@ -219,6 +219,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*_functional_collectives.* is deprecated.*")  # diffusers calls it
+        warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.*")  # DeepSpeed calls it
         # A prediction that is a view may not be changed in place: no family does, and the loss computes out of place.
         warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*")
         try:

@@ -89,9 +89,7 @@ def test_a_run_is_that_of_one_process_within_a_bound(runs: tuple[Path, Any], nam
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_a_checkpoint_is_that_of_every_strategy(runs: tuple[Path, Any], name: str) -> None:
     folder = runs[0]
-    mine, other = (
-        load_checkpoint(folder / run / "checkpoints" / "step-00000003.ckpt") for run in (name, "one")
-    )
+    mine, other = (load_checkpoint(folder / run / "checkpoints" / "step-00000003.ckpt") for run in (name, "one"))
     assert mine["state_dict"].keys() == other["state_dict"].keys()
     assert {key: value.shape for key, value in mine["state_dict"].items()} == {
         key: value.shape for key, value in other["state_dict"].items()

@@ -34,6 +34,10 @@ from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
 from qvgen.training.distributed.zero_options import BUCKET, LIVE
 
 
+LOCAL_RANK = "LOCAL_RANK"
+"""The variable by which DeepSpeed finds its device, whenever it looks for it."""
+
+
 class FloatMasters(DeepSpeedPrecision):
     """Lightning's part of the precision: it leaves modules and batches as they are, and the engine does what it does."""
 
@@ -118,6 +122,7 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
             **given,
         )
         self._stage = strategy.stage
+        self._variable: str | None = None
 
     def setup_environment(self) -> None:
         """As the strategy that Lightning's derives from; its own refuses CPUs, on which DeepSpeed itself runs."""
@@ -128,6 +133,8 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         import deepspeed
 
         DDPStrategy.setup_distributed(self)
+        self._variable = os.environ.get(LOCAL_RANK)
+        os.environ[LOCAL_RANK] = str(self.local_rank)
         if self.root_device.type == "cpu":
             # An operator for shared memory, which DeepSpeed would compile in a folder of the user's: a process that is
             # killed meanwhile leaves a lock there, for which every later start waits.
@@ -147,16 +154,15 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         if self._stage == 3:
             for child in _units(model):
                 deepspeed.utils.set_z3_leaf_module(child, True)
-        with _local_rank(self.local_rank):  # Lightning would give it the number of a GPU, and a CPU has none
-            engine, wrapped, _, _ = deepspeed.initialize(
-                args=Namespace(device_rank=self.local_rank),
-                config=self.config,
-                model=model,
-                model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-                optimizer=optimizer,
-                lr_scheduler=lr_scheduler,
-                dist_init_required=False,
-            )
+        engine, wrapped, _, _ = deepspeed.initialize(  # Lightning would give it the number of a GPU: a CPU has none
+            args=Namespace(device_rank=self.local_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
         self.keeper = ZeroKeeper(engine, groups, stage=self._stage)
         if self._stage == 3:  # what is not shared out: buffers
             model.to(self.root_device)
@@ -260,19 +266,12 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
                     parent._parameters[name] = made[key]
         self.keeper, self.model = None, module
 
-
-@contextmanager
-def _local_rank(rank: int) -> Iterator[None]:
-    """The variable by which DeepSpeed finds its device; the next job of a sweep must not take it for a launcher's."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(rank)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
+    def teardown(self) -> None:
+        """Take back the variable, which the next job of a sweep would take for a launcher's."""
+        super().teardown()
+        os.environ.pop(LOCAL_RANK, None)
+        if self._variable is not None:
+            os.environ[LOCAL_RANK] = self._variable
 
 
 def _units(module: nn.Module) -> list[nn.Module]:
