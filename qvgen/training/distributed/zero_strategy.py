@@ -33,7 +33,6 @@ from qvgen.training.distributed.writes_folders import WritesFolders
 from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
 from qvgen.training.distributed.zero_options import BUCKET, LIVE
 
-
 LOCAL_RANK = "LOCAL_RANK"
 """The variable by which DeepSpeed finds its device, whenever it looks for it."""
 
