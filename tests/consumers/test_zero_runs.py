@@ -30,18 +30,10 @@ OPTIONS = (
 )
 """Phi's rank falls before the steps 2 and 4."""
 ZERO_2 = ("devices=2", "strategy=deepspeed", "evaluation.every_steps=3")
-ZERO_3 = (
-    *ZERO_2,
-    "strategy.stage=3",
-    "strategy.offload_optimizer=true",
-    "strategy.offload_parameters=true",
-)
 RUNS = {
     "one": ((), None),
     "zero2": (ZERO_2, None),
     "zero2 offloaded": ((*ZERO_2, "strategy.offload_optimizer=true", "accumulate=2"), None),
-    "zero3": (ZERO_3, None),
-    "zero3 after zero2": (ZERO_3, "zero2"),
     "one after zero2": ((), "zero2"),
     "zero2 after one": (ZERO_2, "one"),
     "spoiled": (ZERO_2, None),
@@ -68,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return folder, [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero2 offloaded", "zero3", "zero3 after zero2", "zero2 after one"])
+@pytest.mark.parametrize("name", ["zero2", "zero2 offloaded", "zero2 after one"])
 def test_a_run_is_that_of_one_process_within_a_bound(runs: tuple[Path, Any], name: str) -> None:
     folder = runs[0]
     mine, other = read_metrics(folder / name), read_metrics(folder / "one")
@@ -86,7 +78,7 @@ def test_a_run_is_that_of_one_process_within_a_bound(runs: tuple[Path, Any], nam
         assert (trained[0][key].float() - value.float()).abs().max() <= 2e-3, key
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero2 offloaded"])
 def test_a_checkpoint_is_that_of_every_strategy(runs: tuple[Path, Any], name: str) -> None:
     folder = runs[0]
     mine, other = (load_checkpoint(folder / run / "checkpoints" / "step-00000003.ckpt") for run in (name, "one"))
@@ -105,7 +97,7 @@ def test_a_checkpoint_is_that_of_every_strategy(runs: tuple[Path, Any], name: st
 def test_the_state_goes_on_bit_for_bit(runs: tuple[Path, Any]) -> None:
     """The first step after a checkpoint has the loss that the run had there, which saw the same weights."""
     folder = runs[0]
-    for name, before in (("zero3 after zero2", "zero2"), ("one after zero2", "zero2"), ("zero2 after one", "one")):
+    for name, before in (("one after zero2", "zero2"), ("zero2 after one", "one")):
         mine, other = read_metrics(folder / name)[3], read_metrics(folder / before)[3]
         assert float(mine["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-6), name
 

@@ -32,7 +32,7 @@ def refused_sharding(*, optim: OptimConfig, strategy: StrategyConfig) -> str | N
     return None
 
 
-def refused_zero(*, optim: OptimConfig, strategy: StrategyConfig, ema: EmaConfig) -> str | None:
+def refused_zero(*, optim: OptimConfig, strategy: StrategyConfig) -> str | None:
     """The line that says what DeepSpeed can't do with these options, and what to write; None where it can all."""
     shown = "strategy=deepspeed"
     for name in ("masters", "gradients"):
@@ -52,8 +52,6 @@ def refused_zero(*, optim: OptimConfig, strategy: StrategyConfig, ema: EmaConfig
         )
     if strategy.compile:
         return f"strategy.compile=true and {shown}: not built; leave one of them out"
-    if ema.decay is not None and strategy.stage == 3:
-        return f"ema.decay={ema.decay} and strategy.stage=3: not built; write strategy.stage=2, or strategy=fsdp"
     return None
 
 
@@ -68,7 +66,7 @@ def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: E
     """
     if refusal := refused_sharding(optim=optim, strategy=strategy) if strategy.is_sharded else None:
         raise UserError(refusal)
-    if refusal := refused_zero(optim=optim, strategy=strategy, ema=ema) if strategy.name == "deepspeed" else None:
+    if refusal := refused_zero(optim=optim, strategy=strategy) if strategy.name == "deepspeed" else None:
         raise UserError(refusal)
     if strategy.name in ("ddp", "auto") and one_process_reason(gradients=optim.gradients, masters=optim.masters):
         raise UserError(

@@ -35,9 +35,9 @@ class StrategyConfig:
             everything), ``deepspeed`` (by that library, which is to be installed; see ``stage``) or ``auto``: the first of
             single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
         stage: What ``deepspeed`` shares out over the processes; 2: gradients, moments and the masters that are stepped,
-            beside weights that are whole everywhere; 3: the weights too, which each block gathers. The teacher is whole.
+            beside weights that are whole everywhere; 3, the weights too, is refused. The teacher is whole.
         offload_optimizer: With ``deepspeed``, keep masters and moments in the host's memory, where the step is computed.
-        offload_parameters: With ``deepspeed`` and ``stage=3``, keep the shares of the weights in the host's memory, too.
+        offload_parameters: Of ``stage=3``, and refused with it.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
         reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
@@ -108,10 +108,15 @@ class StrategyConfig:
                     f"strategy.{key}={_written(getattr(self, key))} is of strategy=deepspeed, and strategy={self.name}; "
                     "leave it out, or write strategy=deepspeed"
                 )
-        if self.offload_parameters and self.stage != 3:
+        if self.stage == 3:
             raise ValueError(
-                "strategy.offload_parameters=true and strategy.stage=2, which leaves the weights whole on every device; "
-                "write strategy.stage=3, or strategy.offload_optimizer=true"
+                "strategy.stage=3: ZeRO-3 did not get through a backward pass of a quantized student (docs/log.md); write "
+                "strategy.stage=2, or strategy=fsdp, which shares the weights out too"
+            )
+        if self.offload_parameters:
+            raise ValueError(
+                "strategy.offload_parameters=true is of ZeRO-3, which is refused (docs/log.md); write "
+                "strategy.offload_optimizer=true, or strategy=fsdp strategy.cpu_offload=true"
             )
         if self.gather == "codes" and self.reshard_after_forward is not True:
             raise ValueError(

@@ -65,7 +65,7 @@ def zero_config(strategy: StrategyConfig, *, on_gpu: bool) -> dict[str, Any]:
 
     Example:
         >>> from qvgen.config.defaults import load_section
-        >>> zero = load_section("strategy", name="deepspeed", stage=3, offload_optimizer=True)
+        >>> zero = load_section("strategy", name="deepspeed", offload_optimizer=True)
         >>> zero_config(zero, on_gpu=True)["zero_optimization"]["offload_optimizer"]
         {'device': 'cpu', 'pin_memory': True}
     """
