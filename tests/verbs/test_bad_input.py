@@ -97,7 +97,7 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         (ZERO, "is for GPUs, and there is none here; write strategy=ddp or strategy=fsdp"),
         (
             f"{ZERO} strategy.offload_parameters=true",
-            "write strategy.offload_optimizer=true, or strategy=fsdp strategy.cpu_offload=true",
+            "is of ZeRO-3, which is refused (docs/log.md); write",
         ),
         (f"{ZERO} strategy.stage=4", "strategy.stage=4"),
         ("strategy.stage=3", "is of strategy=deepspeed, and strategy=single; leave it out, or write"),
