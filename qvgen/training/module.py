@@ -88,7 +88,7 @@ class VideoTraining(OptimizerModule):
         freeze_the_rest_(student, method=method, optim=self.optim)
         narrow_masters_(student, masters=self.optim.masters, gradients=self.optim.gradients)
         self._handles: list[RemovableHandle] = []
-        self._context, self._together = run.strategy.context_parallel, run.calls_together
+        self._context = run.strategy.context_parallel
         self._sequence: SharedSequence | None = None
         self._offloads_teacher = run.strategy.teacher_offload
         self._offloaded: OffloadedBlocks | None = None
@@ -176,7 +176,7 @@ class VideoTraining(OptimizerModule):
             self.averaged(self.student),
             torch.autocast(self.device.type, enabled=False),
             uncompiled(self.student),
-            interruptible(self.student, together=self._together),
+            interruptible(self.student, together=self._share_out is not None or self._context > 1),
             nullcontext() if self._sequence is None else self._sequence.applied(),
         ):
             self.relative_error = self._validate(self.student)

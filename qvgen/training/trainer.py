@@ -21,7 +21,6 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qvgen.config.processes.launched_world import LaunchedWorld
-from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.config.schema.trainer import TrainerConfig
 from qvgen.errors import UserError, one_line
 from qvgen.training.checkpoint_writer import AtomicCheckpointIO
@@ -48,7 +47,7 @@ class Processes:
             whole each; 1: each process holds all.
         shares_on_host: Whether shares lie in the host's memory, so that processes of GPUs talk about tensors there, too.
         launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
-        zero: The run's strategy where DeepSpeed shares out gradients and moments; None: it does not.
+        zero: Whether DeepSpeed shares out masters, gradients and moments.
     """
 
     rank: int = 0
@@ -57,7 +56,7 @@ class Processes:
     shards: int = 1
     shares_on_host: bool = False
     launched: LaunchedWorld | None = None
-    zero: StrategyConfig | None = None
+    zero: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -95,7 +94,7 @@ def build_trainer(
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
         placed = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
-        if processes.zero is not None:
+        if processes.zero:
             del placed["precision"]  # the strategy's own
         given = placed | {"strategy": _strategy(processes, on_gpu=on_gpu), "log_every_n_steps": 1} | dict(options or {})
         # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
@@ -103,7 +102,7 @@ def build_trainer(
         trainer = lightning.Trainer(
             devices=processes.world_size // processes.num_nodes,
             num_nodes=processes.num_nodes,
-            plugins=[AtomicCheckpointIO(mapped=processes.sharded or processes.zero is not None), *alone],
+            plugins=[AtomicCheckpointIO(mapped=processes.sharded or processes.zero), *alone],
             **given,
             max_steps=steps,
             max_epochs=-1,
@@ -143,9 +142,8 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         strategy.cluster_environment = cluster  # no argument of it
         strategy.shards, strategy.node_rank = processes.shards, cluster.node_rank()
         return strategy
-    if processes.zero is not None:
+    if processes.zero:
         return ZeroStrategy(
-            processes.zero,
             on_gpu=on_gpu,
             cluster_environment=cluster,
             process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),

@@ -22,8 +22,6 @@ def test_a_halving_is_kept_by_the_accessors_and_lost_in_place(tmp_path: Path, mo
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks = json.loads(run_program(REQUIREMENTS, "deepspeed_program.py", str(tmp_path)).splitlines()[-1])
     assert len(ranks) == 2
-    for found in ranks:
-        assert set(found) == {"zero2", "zero3", "zero3 offloaded"}
-        for stage, facts in found.items():
-            assert len(facts) == 4
-            assert all(facts.values()), (stage, facts)
+    for facts in ranks:
+        assert len(facts) == 4
+        assert all(facts.values()), facts

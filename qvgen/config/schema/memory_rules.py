@@ -44,7 +44,10 @@ def refused_zero(*, optim: OptimConfig, strategy: StrategyConfig) -> str | None:
     if optim.name != "adamw":
         return f"optim.name={optim.name} and {shown}, which steps flat pieces of many tensors; write optim.name=adamw"
     if optim.offload:
-        return f"optim.offload=true and {shown}: the masters are DeepSpeed's; write strategy.offload_optimizer=true"
+        return (
+            f"optim.offload=true and {shown}, which has masters and moments of its own; leave it out, or write strategy=fsdp "
+            "strategy.cpu_offload=true"
+        )
     if strategy.context_parallel > 1:
         return (
             f"strategy.context_parallel={strategy.context_parallel} and {shown}: not built; leave one of them out, or write "

@@ -11,9 +11,6 @@ from qvgen.config.schema.value_range import Range, check_ranges
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
 """The strategies that ``auto`` can stand for."""
 
-ZERO_DEFAULTS = {"stage": 2, "offload_optimizer": False, "offload_parameters": False}
-"""Keys of ``deepspeed``, which other strategies refuse, and what stands there by default."""
-
 
 SHARDED_DEFAULTS = {
     "reshard_after_forward": True,
@@ -32,12 +29,9 @@ class StrategyConfig:
     Attributes:
         name: ``single``, ``ddp`` (every process holds everything), ``fsdp`` (weights, gradients, moments and teacher are
             shared out over the processes), ``hsdp`` (shared out over the devices of a group, and each group holds
-            everything), ``deepspeed`` (by that library, which is to be installed; see ``stage``) or ``auto``: the first of
-            single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
-        stage: What ``deepspeed`` shares out over the processes; 2: gradients, moments and the masters that are stepped,
-            beside weights that are whole everywhere; 3, the weights too, is refused. The teacher is whole.
-        offload_optimizer: With ``deepspeed``, keep masters and moments in the host's memory, where the step is computed.
-        offload_parameters: Of ``stage=3``, and refused with it.
+            everything), ``deepspeed`` (by that library, which is to be installed: gradients, moments and the masters that
+            are stepped are shared out, ZeRO-2) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that
+            fits by the run's plan.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
         reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
@@ -71,9 +65,6 @@ class StrategyConfig:
     """
 
     name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp", "deepspeed"], MayDiffer.WORLD]
-    stage: Annotated[Literal[2, 3], MayDiffer.WORLD]
-    offload_optimizer: Annotated[bool, MayDiffer.WORLD]
-    offload_parameters: Annotated[bool, MayDiffer.WORLD]
     shard_size: Annotated[int | None, Range("> 0"), MayDiffer.WORLD]
     reshard_after_forward: Annotated[bool | int, MayDiffer.FREE]
     prefetch: Annotated[int | None, Range("> 0"), MayDiffer.FREE]
@@ -102,22 +93,6 @@ class StrategyConfig:
                     f"strategy.{key}={_written(value)} is of strategies that share a model out, fsdp and hsdp, and "
                     f"strategy={self.name}; leave it out, or write strategy=fsdp"
                 )
-        for key, default in ZERO_DEFAULTS.items():
-            if self.name != "deepspeed" and getattr(self, key) != default:
-                raise ValueError(
-                    f"strategy.{key}={_written(getattr(self, key))} is of strategy=deepspeed, and strategy={self.name}; "
-                    "leave it out, or write strategy=deepspeed"
-                )
-        if self.stage == 3:
-            raise ValueError(
-                "strategy.stage=3: ZeRO-3 did not get through a backward pass of a quantized student (docs/log.md); write "
-                "strategy.stage=2, or strategy=fsdp, which shares the weights out too"
-            )
-        if self.offload_parameters:
-            raise ValueError(
-                "strategy.offload_parameters=true is of ZeRO-3, which is refused (docs/log.md); write "
-                "strategy.offload_optimizer=true, or strategy=fsdp strategy.cpu_offload=true"
-            )
         if self.gather == "codes" and self.reshard_after_forward is not True:
             raise ValueError(
                 f"strategy.gather=codes and strategy.reshard_after_forward={_written(self.reshard_after_forward)}: what is "
@@ -140,11 +115,6 @@ class StrategyConfig:
         """Whether parameters are shared out over processes; ``auto`` shares out nothing until a plan has chosen."""
         return self.name in ("fsdp", "hsdp")
 
-    @property
-    def shares_weights(self) -> bool:
-        """Whether DeepSpeed gathers blocks for a pass, which all processes have to call alike."""
-        return self.name == "deepspeed" and self.stage == 3
-
     def shards(self, *, devices: int, nodes: int) -> int:
         """Over how many processes parameters are shared out; 1: each holds all of them.
 
@@ -160,7 +130,7 @@ class StrategyConfig:
             >>> def shards(name, size, **world):
             ...     return StrategyConfig(name=name, shard_size=size, gradient_checkpointing=False, keep_attention=False,
             ...         teacher_offload=False, compile=False, int8_products="auto", threads=1, context_parallel=1,
-            ...         **SHARDED_DEFAULTS, **ZERO_DEFAULTS).shards(**world)
+            ...         **SHARDED_DEFAULTS).shards(**world)
             >>> [shards(*given, devices=8, nodes=4) for given in (("ddp", None), ("fsdp", None), ("hsdp", None), ("hsdp", 2))]
             [1, 32, 8, 2]
         """

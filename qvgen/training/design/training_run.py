@@ -71,7 +71,7 @@ class TrainingRun:
     @property
     def calls_together(self) -> bool:
         """Whether a call of a model is the work of several processes, so that all call it alike."""
-        return self.is_sharded or self.strategy.context_parallel > 1 or self.strategy.shares_weights
+        return self.is_sharded or self.strategy.context_parallel > 1
 
     @property
     def shares_outputs(self) -> bool:

@@ -1,8 +1,7 @@
-"""Masters and moments that DeepSpeed has (ZeRO-2, ZeRO-3), read and written by its own accessors.
+"""Masters and moments that DeepSpeed has (ZeRO-2), read and written by its own accessors.
 
     rank r of R     float32 masters and both moments of 1/R of each group of parameters, laid out flat, one after another
-    ZeRO-2          the module's Parameters are whole everywhere: copies, which each step fills from the masters
-    ZeRO-3          they are gathered for a pass, of 1/R each
+    every rank      the module's Parameters are whole: copies, which each step fills from the masters
 
 What is written in a Parameter is lost at the next step, since DeepSpeed steps its own masters. So a value goes to both, the
 master and the module's copy; it is read back at once, and again after the next step, where it can have moved no further than
@@ -14,7 +13,7 @@ forgotten together, as Phi's are, of which all layers lose rank in the same step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +42,12 @@ class ZeroKeeper:
     Args:
         engine: ``deepspeed.initialize``'s.
         groups: The parameters of each group of the optimizer, as they were before DeepSpeed took them.
-        stage: 2 or 3.
     """
 
-    def __init__(self, engine: Any, groups: Sequence[Sequence[nn.Parameter]], *, stage: int) -> None:
+    def __init__(self, engine: Any, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         import deepspeed
 
-        self._deepspeed, self._engine, self._stage = deepspeed, engine, stage
+        self._deepspeed, self._engine = deepspeed, engine
         self.groups = [list(group) for group in groups]
         self._group_of = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
         self._forgotten: list[set[int]] = [set() for _ in groups]
@@ -64,13 +62,9 @@ class ZeroKeeper:
         for parameter in self._parameters:
             delattr(parameter, KEEPER)
 
-    @torch.no_grad()
     def whole(self, parameter: Tensor) -> Tensor:
         """See :class:`qvgen.lowrank.sharded.Keeper`."""
-        if self._stage < 3:
-            return parameter.detach()
-        with self._deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+        return parameter.detach()
 
     @torch.no_grad()
     def write_(self, parameter: Tensor, value: Tensor) -> None:
@@ -78,15 +72,9 @@ class ZeroKeeper:
         assert isinstance(parameter, nn.Parameter)
         value = value.detach().to(device=self._engine.device, dtype=torch.float32).contiguous().clone()
         distributed.broadcast(value, src=0)
-        if self._stage < 3:
-            self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-            parameter.copy_(value)
-        else:
-            self._deepspeed.utils.safe_set_local_fp32_param(parameter, self._local(parameter, value))
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if distributed.get_rank() == 0:
-                    parameter.copy_(value)
-        if not (torch.equal(self._master(parameter), value) and torch.equal(self.whole(parameter), value)):
+        self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        parameter.copy_(value)
+        if not (torch.equal(self._master(parameter), value) and torch.equal(parameter, value)):
             raise RuntimeError(f"DeepSpeed did not take a value of a parameter of shape {list(value.shape)}")
         written = _Written(parameter=parameter, value=value, group=self._group_of[id(parameter)])
         self._written[id(parameter)] = written
@@ -95,15 +83,14 @@ class ZeroKeeper:
     def forget_moments_(self, parameter: Tensor) -> None:
         """See :class:`qvgen.lowrank.sharded.Keeper`; the step count goes to 0 with the last parameter of a group."""
         group = self._group_of[id(parameter)]
-        if not self._states(group):
+        if not (state := self._state(group)):
             return
         for name in MOMENTS:
-            self.set_moment_(parameter, name, torch.zeros(self.shape(parameter), device=self._engine.device))
+            self.set_moment_(parameter, name, torch.zeros_like(parameter))
         self._forgotten[group].add(id(parameter))
         if len(self._forgotten[group]) == len(self.groups[group]):
             self._forgotten[group].clear()
-            for state in self._states(group):
-                state["step"].zero_()
+            state["step"].zero_()
 
     def before_step(self) -> None:
         """Raise RuntimeError where some parameters of a group have forgotten their moments, and others have not."""
@@ -117,7 +104,7 @@ class ZeroKeeper:
     @torch.no_grad()
     def after_step(self) -> None:
         """Raise RuntimeError where the step did not begin with a value that was written, or the module has another one."""
-        if self._stage < 3 and not self._linked:
+        if not self._linked:
             for group in range(len(self.groups)):
                 self._link(group)
             self._linked = True
@@ -131,14 +118,9 @@ class ZeroKeeper:
                     f"moved by up to {float((now - entry.value).abs().max()):.3g} at the learning rate {options['lr']:.3g}"
                 )
 
-    def shape(self, parameter: Tensor) -> torch.Size:
-        """Of the whole parameter."""
-        return torch.Size(parameter.ds_shape) if self._stage == 3 else parameter.shape  # type: ignore[attr-defined]
-
     def rows(self, parameter: Tensor) -> slice:
         """Which rows of a parameter this process writes to a checkpoint."""
-        place = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
-        return rows_of(self.shape(parameter)[0], **place)
+        return rows_of(len(parameter), rank=distributed.get_rank(), world_size=distributed.get_world_size())
 
     def moment(self, parameter: Tensor, name: str) -> Tensor:
         """One of :data:`MOMENTS`, whole; a collective."""
@@ -149,61 +131,38 @@ class ZeroKeeper:
     def set_moment_(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Set one of :data:`MOMENTS`; all processes have the same value."""
         value = value.to(device=self._engine.device, dtype=torch.float32)
-        if self._stage < 3:
-            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
-        else:
-            self._deepspeed.utils.safe_set_local_optimizer_state(parameter, self._local(parameter, value), name)
+        self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
 
     def step_count(self, group: int) -> float | None:
         """Steps that a group has done since its moments were forgotten; None before the first."""
-        states = self._states(group)
-        return float(states[0]["step"]) if states else None
+        state = self._state(group)
+        return float(state["step"]) if state else None
 
     @torch.no_grad()
     def begin_states_(self, group: int, *, step: float) -> None:
         """Make the state of a group's moments, all of them 0, as the optimizer does in its first step."""
-        optimizer = self._engine.optimizer
-        for flat in self._flats(group):
-            state = {name: torch.zeros_like(flat) for name in MOMENTS}
-            count = torch.tensor(float(step), device=flat.device if self._is_fused(group) else "cpu")
-            optimizer.optimizer.state[flat] = {"step": count, **state}
-        if self._stage < 3:
-            self._link(group)
+        flat, optimizer = self._flat(group), self._engine.optimizer.optimizer
+        is_fused = optimizer.param_groups[group].get("fused")
+        count = torch.tensor(float(step), device=flat.device if is_fused else "cpu")
+        optimizer.state[flat] = {"step": count, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+        self._link(group)
 
     def _link(self, group: int) -> None:
         """Have DeepSpeed's accessors find a group's moments: it links all in its first step of one, when others have none."""
         optimizer = self._engine.optimizer
-        for flat in self._flats(group):
-            self._deepspeed.utils.lazy_init_hp_params_optimizer_state(
-                optimizer.bit16_groups[group], flat, optimizer.optimizer.state
-            )
-
-    def _is_fused(self, group: int) -> bool:
-        return bool(self._engine.optimizer.optimizer.param_groups[group].get("fused"))
+        self._deepspeed.utils.lazy_init_hp_params_optimizer_state(
+            optimizer.bit16_groups[group], self._flat(group), optimizer.optimizer.state
+        )
 
     def _master(self, parameter: Tensor) -> Tensor:
         found: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
         return found
 
-    def _states(self, group: int) -> list[dict[str, Tensor]]:
+    def _state(self, group: int) -> dict[str, Tensor]:
         """The optimizer's state of a group's flat masters; empty before the first step."""
-        states = self._engine.optimizer.optimizer.state
-        return [states[flat] for flat in self._flats(group) if states.get(flat)]
+        return self._engine.optimizer.optimizer.state.get(self._flat(group)) or {}
 
-    def _flats(self, group: int) -> Iterator[Tensor]:
+    def _flat(self, group: int) -> Tensor:
         """This process's share of a group's masters."""
-        optimizer = self._engine.optimizer
-        if self._stage < 3:
-            yield optimizer.single_partition_of_fp32_groups[group]
-            return
-        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            if optimizer.sub_group_to_group_id[number] == group:
-                yield flat
-
-    def _local(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """This process's part of a value as ZeRO-3 cuts it: equal parts of its numbers, the last one filled up with zeros."""
-        size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        found, begin = torch.zeros(size, device=value.device), distributed.get_rank() * size
-        mine = value.flatten()[begin : begin + size]
-        found[: mine.numel()] = mine
+        found: Tensor = self._engine.optimizer.single_partition_of_fp32_groups[group]
         return found

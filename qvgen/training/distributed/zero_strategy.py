@@ -1,7 +1,7 @@
-"""Lightning's DeepSpeedStrategy (``strategy=deepspeed``): ZeRO-2 and ZeRO-3 over float32 masters, with our checkpoints.
+"""Lightning's DeepSpeedStrategy (``strategy=deepspeed``): ZeRO-2 over float32 masters, with our checkpoints.
 
     whole model on each host    from the start's file, or a checkpoint
-    deepspeed.initialize        masters, gradients and moments are shared out; with ZeRO-3 the weights, too
+    deepspeed.initialize        masters, gradients and moments are shared out
     training                    steps and clipping by DeepSpeed; Phi's rank by :mod:`qvgen.training.distributed.zero_keeper`
     checkpoint                  each process writes its rows of weights and moments: the format of every other strategy
     end of training             the weights are whole on each host again
@@ -25,13 +25,11 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.training.checkpoint.part import Share
 from qvgen.training.checkpoint.saved_tensor import whole_values
-from qvgen.training.distributed.sharding import blocks_of
 from qvgen.training.distributed.writes_folders import WritesFolders
 from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
-from qvgen.training.distributed.zero_options import BUCKET, LIVE
+from qvgen.training.planning.zero_memory import BUCKET
 
 LOCAL_RANK = "LOCAL_RANK"
 """The variable by which DeepSpeed finds its device, whenever it looks for it."""
@@ -56,54 +54,38 @@ class FloatMasters(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def zero_config(strategy: StrategyConfig, *, on_gpu: bool) -> dict[str, Any]:
+def zero_config(*, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of a run, but for the numbers that Lightning adds: accumulation and clipping.
 
     Args:
-        strategy: Its ``stage``, ``offload_optimizer`` and ``offload_parameters``.
-        on_gpu: Whether passes are autocast to bfloat16, and sent while they compute.
+        on_gpu: Whether passes are autocast to bfloat16, and gradients sent while others are computed.
 
     Example:
-        >>> from qvgen.config.defaults import load_section
-        >>> zero = load_section("strategy", name="deepspeed", offload_optimizer=True)
-        >>> zero_config(zero, on_gpu=True)["zero_optimization"]["offload_optimizer"]
-        {'device': 'cpu', 'pin_memory': True}
+        >>> zero_config(on_gpu=True)["zero_optimization"]["stage"]
+        2
     """
-    zero: dict[str, Any] = {
-        "stage": strategy.stage,
+    zero = {
+        "stage": 2,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
         "reduce_scatter": True,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
-    if strategy.stage == 3:  # nothing stays whole: what is written has one place
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": LIVE,
-            "stage3_max_reuse_distance": LIVE,
-            "sub_group_size": 10**12,
-        }
-    if strategy.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    if strategy.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return {
         "train_micro_batch_size_per_gpu": 1,  # for its log of clips per second, which is left out
         "steps_per_print": 2**40,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, whose bits are those of other strategies
         **({"torch_autocast": autocast} if on_gpu else {}),
     }
 
 
 class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
-    """ZeRO-2 or ZeRO-3 over the parameters of a LightningModule that is whole in every process.
+    """ZeRO-2 over the parameters of a LightningModule that is whole in every process.
 
     Args:
-        strategy: Of the run.
         on_gpu: Whether processes compute on GPUs.
         given: Further arguments of Lightning's strategy.
 
@@ -113,14 +95,10 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
 
     keeper: ZeroKeeper | None = None
 
-    def __init__(self, strategy: StrategyConfig, *, on_gpu: bool, **given: Any) -> None:
+    def __init__(self, *, on_gpu: bool, **given: Any) -> None:
         super().__init__(
-            config=zero_config(strategy, on_gpu=on_gpu),
-            precision_plugin=FloatMasters(),
-            logging_level=logging.ERROR,
-            **given,
+            config=zero_config(on_gpu=on_gpu), precision_plugin=FloatMasters(), logging_level=logging.ERROR, **given
         )
-        self._stage = strategy.stage
         self._variable: str | None = None
 
     def setup_environment(self) -> None:
@@ -150,9 +128,6 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         import deepspeed
 
         groups = [list(group["params"]) for group in optimizer.param_groups]
-        if self._stage == 3:
-            for child in _units(model):
-                deepspeed.utils.set_z3_leaf_module(child, True)
         engine, wrapped, _, _ = deepspeed.initialize(  # Lightning would give it the number of a GPU: a CPU has none
             args=Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -162,9 +137,7 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
-        self.keeper = ZeroKeeper(engine, groups, stage=self._stage)
-        if self._stage == 3:  # what is not shared out: buffers
-            model.to(self.root_device)
+        self.keeper = ZeroKeeper(engine, groups)
         return engine, wrapped
 
     def optimizer_step(
@@ -201,7 +174,7 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         if not whole.ndim:
             return whole
         rows = self.keeper.rows(like)
-        mine = whole[rows] if self._stage < 3 and whole.data_ptr() == like.data_ptr() else whole[rows].clone()
+        mine = whole[rows] if whole.data_ptr() == like.data_ptr() else whole[rows].clone()
         return Share(rows=mine, shape=whole.shape, first_row=rows.start)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -271,15 +244,3 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         os.environ.pop(LOCAL_RANK, None)
         if self._variable is not None:
             os.environ[LOCAL_RANK] = self._variable
-
-
-def _units(module: nn.Module) -> list[nn.Module]:
-    """What ZeRO-3 gathers as one: a transformer's blocks, and its other children.
-
-    A quantized layer reads parameters of modules that it holds and does not call, which ZeRO-3 would leave where they are.
-    """
-    found: list[nn.Module] = []
-    for network in module.children():
-        blocks = blocks_of(network)
-        found += [child for child in network.children() if not isinstance(child, nn.ModuleList)] + blocks
-    return found

@@ -120,9 +120,8 @@ def _on_host(run: TrainingRun, step: _Step) -> list[_Step]:
     if not step.settings.autocast or step.shards > 1 or not run.design.method.quantizes:
         return []
     found, overrides, stored = [], step.overrides, step.stored
-    if not stored.moments_on_host:
-        key = "strategy.offload_optimizer" if run.strategy.name == "deepspeed" else "optim.offload"
-        overrides, stored = (*overrides, f"{key}=true"), replace(stored, moments_on_host=True)
+    if not stored.moments_on_host and run.strategy.name != "deepspeed":
+        overrides, stored = (*overrides, "optim.offload=true"), replace(stored, moments_on_host=True)
         found.append(replace(step, overrides=overrides, stored=stored))
     if run.design.method.needs_teacher and not stored.teacher_on_host:
         overrides, stored = (*overrides, "strategy.teacher_offload=true"), replace(stored, teacher_on_host=True)

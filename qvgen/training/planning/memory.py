@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from qvgen.training.planning.counted_step import StepSettings, count_step
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.stored_state import StoredState, sized_bytes
-from qvgen.training.planning.zero_memory import zero_host_sizes, zero_sizes
+from qvgen.training.planning.zero_memory import zero_sizes
 
 USABLE_SHARE = 0.92
 """Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
@@ -223,7 +223,7 @@ class MemoryCounter:
         """See :mod:`qvgen.training.planning.zero_memory`; what DeepSpeed has no part in as with other strategies."""
         parts = weight_parts(self.student, teacher=self.teacher(dtype), dtype=dtype, stored=stored)
         others = [part for part in parts if part.name.startswith(("average", "teacher", "student: buffers"))]
-        sizes = zero_sizes(self.run, self.student, stored=stored)
+        sizes = zero_sizes(self.run, self.student)
         return [*(MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()), *others]
 
     def teacher(self, dtype: torch.dtype) -> nn.Module | None:
@@ -239,12 +239,6 @@ class MemoryCounter:
 
     def host_parts(self, settings: StepSettings) -> list[MemoryPart]:
         """What all processes of a node together keep on its host while they train."""
-        teacher = self.teacher(settings.teacher_dtype)
-        if self.run.strategy.name == "deepspeed":
-            whole = replace(self.stored, moments_on_host=False).host_parts(self.student, teacher=teacher)
-            sizes = zero_host_sizes(self.run, self.student)
-            sizes |= {name: self.run.node_devices * nbytes for name, nbytes in whole.items()}
-            return [MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()]
-        found = self.stored.host_parts(self.student, teacher=teacher)
+        found = self.stored.host_parts(self.student, teacher=self.teacher(settings.teacher_dtype))
         devices, shards = self.run.node_devices, self.run.shards
         return [MemoryPart(name=name, nbytes=devices * nbytes // shards) for name, nbytes in found.items()]

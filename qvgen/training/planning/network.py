@@ -24,7 +24,7 @@ from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.codes_gather import code_bytes, sends_codes
 from qvgen.training.planning.memory import MemoryPart, share_bytes
 from qvgen.training.planning.stored_state import share_numel, trained
-from qvgen.training.planning.zero_memory import AFTER_STEP, zero_host_traffic, zero_traffic
+from qvgen.training.planning.zero_memory import AFTER_STEP, zero_traffic
 
 FORWARD, BACKWARD, OF_TEACHER = "student's weights, forward", "student's weights, backward", "teacher's weights"
 WEIGHTS = (FORWARD, BACKWARD, OF_TEACHER, AFTER_STEP)
@@ -71,8 +71,6 @@ def saved_by_codes(student: nn.Module, *, shards: int) -> int:
 
 def host_traffic(run: TrainingRun, student: nn.Module, *, teacher: nn.Module | None) -> int:
     """Bytes that go between a device and its host in an optimizer step because shares lie there; 0 where they do not."""
-    if run.strategy.name == "deepspeed":
-        return zero_host_traffic(run, student)
     if not run.strategy.cpu_offload:
         return 0
     shares = share_bytes(student.parameters(), shards=run.shards)

@@ -63,7 +63,7 @@ class StoredState:
             masters=optim.masters,
             gradients=optim.gradients,
             eight_bit=eight_bit,
-            moments_on_host=optim.offload or run.strategy.cpu_offload or run.strategy.offload_optimizer,
+            moments_on_host=optim.offload or run.strategy.cpu_offload,
             teacher_on_host=run.strategy.teacher_offload,
             has_average=run.ema.decay is not None,
             average_on_host=run.ema.host or run.strategy.cpu_offload,
