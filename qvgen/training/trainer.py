@@ -218,6 +218,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*_functional_collectives.* is deprecated.*")  # diffusers calls it
         warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.*")  # DeepSpeed calls it
+        warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping.*")  # ours leaves it to it
         # A prediction that is a view may not be changed in place: no family does, and the loss computes out of place.
         warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*")
         try:

@@ -94,6 +94,18 @@ def test_a_checkpoint_is_that_of_every_strategy(runs: tuple[Path, Any], name: st
             assert torch.allclose(states[index][moment], entry[moment], rtol=1e-2, atol=1e-4), (index, moment)
 
 
+def test_the_plan_counts_what_a_process_keeps(runs: tuple[Path, Any]) -> None:
+    """DeepSpeed fills the groups of the optimizer up, each by less than 64 bytes."""
+    for rank in range(2):
+        said = json.loads((runs[0] / "zero2" / f"sizes-{rank}.json").read_text())
+        masters, moments = (
+            said["planned"][f"{name}, float32, 1/2"] for name in ("DeepSpeed: masters", "optimizer: two moments")
+        )
+        assert 0 <= said["found"][0] - masters < 640
+        assert said["found"][1] == 2 * said["found"][0]
+        assert moments == pytest.approx(2 * masters, abs=2)
+
+
 def test_the_state_goes_on_bit_for_bit(runs: tuple[Path, Any]) -> None:
     """The first step after a checkpoint has the loss that the run had there, which saw the same weights."""
     folder = runs[0]

@@ -27,10 +27,12 @@ from qvgen.layers.swap import quantized_layers
 from qvgen.training.distributed.child import follow_parent
 from qvgen.training.distributed.launcher import WorkerGroup
 from qvgen.training.distributed.plain_group import joined_group
+from qvgen.training.distributed.zero_keeper import MOMENTS
+from qvgen.training.distributed.zero_strategy import ZeroStrategy
+from qvgen.training.planning.zero_memory import zero_sizes
 from qvgen.training.session import train_share
 from qvgen.training.shared_error import SharedError
 from qvgen.training.start.file import load_start, save_start
-from qvgen.training.trainer import ZeroStrategy
 from qvgen.training.whole_run import processes_of
 from qvgen.verbs._inputs import open_held_out
 from qvgen.verbs._parts import training_output, training_run
@@ -55,6 +57,19 @@ class Spoil(lightning.Callback):
             setter(phi.left, self.before)
 
 
+class Sizes(lightning.Callback):
+    """Has the bytes of masters and of moments that a process keeps while it trains."""
+
+    found: tuple[int, int] | None = None
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *further: Any) -> None:
+        if isinstance(trainer.strategy, ZeroStrategy):
+            inner = trainer.strategy.deepspeed_engine.optimizer.optimizer
+            flats = [flat for group in inner.param_groups for flat in group["params"]]
+            moments = [inner.state[flat][name] for flat in flats for name in MOMENTS if flat in inner.state]
+            self.found = tuple(sum(tensor.nbytes for tensor in tensors) for tensors in (flats, moments))
+
+
 def work(folder: Path, part: dict[str, Any], *, rank: int, port: int) -> str | None:
     """Train; what went wrong."""
     run_dir = folder / part["name"]
@@ -68,8 +83,9 @@ def work(folder: Path, part: dict[str, Any], *, rank: int, port: int) -> str | N
     if config.evaluation.every_steps is not None:
         validate = SharedError(open_held_out(config), reference=None, together=run.calls_together)
         validate.take_reference_of(teacher)
+    sizes = Sizes()
     output = replace(
-        training_output(config, run_dir, validate=validate), callbacks=[Spoil()] if part["spoiled"] else []
+        training_output(config, run_dir, validate=validate), callbacks=[Spoil()] if part["spoiled"] else [sizes]
     )
     try:
         train_share(run, output, student=student, teacher=teacher, processes=processes_of(run, rank=rank, port=port))
@@ -79,6 +95,8 @@ def work(folder: Path, part: dict[str, Any], *, rank: int, port: int) -> str | N
         return str(error)
     trained = {name: value.detach().clone() for name, value in student.state_dict().items()}
     torch.save(trained, run_dir / f"trained-{rank}.pt")
+    said = {"planned": zero_sizes(run, student), "found": sizes.found}
+    (run_dir / f"sizes-{rank}.json").write_text(json.dumps(said))
     return None
 
 

@@ -95,7 +95,7 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
         (f"{LOW} export=diffusers", "the run ends with a checkpoint, and qvgen fold packs it; leave it out"),
         ("strategy=deepspeed", "devices=1; write devices=8 strategy=deepspeed for example, or strategy=single"),
         (ZERO, "is for GPUs, and there is none here; write strategy=ddp or strategy=fsdp"),
-        (f"{ZERO} strategy.stage=3", "unknown key strategy.stage"),
+        (f"{ZERO} strategy.stage=3", "unknown key 'strategy.stage'"),
         (f"{ZERO} strategy.cpu_offload=true", "is of strategies that share a model out, fsdp and hsdp"),
         (f"{ZERO} optim.offload=true", "leave it out, or write strategy=fsdp strategy.cpu_offload=true"),
         (f"{ZERO} optim.masters=bfloat16", "which shares out float32 masters and gradients; leave it out"),

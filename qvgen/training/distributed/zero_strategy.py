@@ -29,6 +29,7 @@ from qvgen.training.checkpoint.part import Share
 from qvgen.training.checkpoint.saved_tensor import whole_values
 from qvgen.training.distributed.writes_folders import WritesFolders
 from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
+from qvgen.training.optimizer_module import OptimizerModule
 from qvgen.training.planning.zero_memory import BUCKET
 
 LOCAL_RANK = "LOCAL_RANK"
@@ -49,7 +50,7 @@ class FloatMasters(DeepSpeedPrecision):
         """Itself."""
         return data
 
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Of a loss that Lightning has divided by the micro-batches already: the engine would divide it again."""
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
@@ -151,7 +152,7 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if engine.global_steps != before:
             norm = engine.get_global_grad_norm()
-            assert self.lightning_module is not None
+            assert isinstance(self.lightning_module, OptimizerModule)
             self.lightning_module.take_norm(torch.as_tensor(math.inf if norm is None else norm, dtype=torch.float32))
             self.keeper.after_step()
         return result
