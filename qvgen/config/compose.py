@@ -227,15 +227,6 @@ def _options(config: DictConfig) -> dict[str, list[str]]:
     }
 
 
-NOT_BUILT = {
-    ("strategy", "deepspeed"): (
-        "strategy=deepspeed is none of qvgen's: its checkpoints are read by executing what they say (docs/log.md); "
-        "strategy=fsdp shares the same out, with strategy.cpu_offload=true on the hosts"
-    ),
-}
-"""(group, name) of choices that somebody may expect -> what they are and what to use."""
-
-
 def _check_option(override: Override, options: list[str]) -> None:
     group, value = override.key_or_group, override.value()
     if override.is_delete():
@@ -244,8 +235,6 @@ def _check_option(override: Override, options: list[str]) -> None:
     for option in chosen:
         optional = option is None and group in ("experiment", "export")
         if not optional and str(option) not in options:
-            if (reason := NOT_BUILT.get((group, str(option)))) is not None:
-                raise UserError(reason)
             raise UserError(
                 f"unknown {group}={'null' if option is None else option}"
                 f"{did_you_mean(str(option), options)} (there are: {', '.join(options)})"

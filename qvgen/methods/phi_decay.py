@@ -12,6 +12,7 @@ from torch import nn
 from qvgen.config.schema.sections import PhiConfig
 from qvgen.layers.swap import quantized_layers
 from qvgen.lowrank.decay import DecaySchedule, halving_ranks
+from qvgen.lowrank.sharded import keeper_of
 
 
 def decay_ranks(phi: PhiConfig) -> tuple[int, ...]:
@@ -82,6 +83,9 @@ class PhiDecay:
 @torch.no_grad()
 def forget_moments_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     """Set the moments and the step count of a parameter to 0, in place: it now means something else."""
+    if (keeper := keeper_of(parameter)) is not None:
+        keeper.forget_moments_(parameter)
+        return
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, torch.Tensor):
             value.zero_()

@@ -22,7 +22,7 @@ from qvgen.training.checkpoint.replaced_folder import put_in_place, remove
 from qvgen.training.checkpoint.saved_tensor import whole_values
 from qvgen.training.design.micro_batch import count_micro_batches_
 from qvgen.training.distributed import heartbeat
-from qvgen.training.distributed.sharded_strategy import IN_BACKGROUND, ShardedStrategy
+from qvgen.training.distributed.writes_folders import IN_BACKGROUND, WritesFolders
 from qvgen.training.optimizer_module import OptimizerModule, TrainingDivergedError
 from qvgen.training.stop_point import agreed
 
@@ -195,7 +195,7 @@ class CheckpointWriter(lightning.Callback):
 
 def _saving(trainer: lightning.Trainer) -> BackgroundSave | None:
     """The checkpoint that a thread writes or has written."""
-    return trainer.strategy.saving if isinstance(trainer.strategy, ShardedStrategy) else None
+    return trainer.strategy.saving if isinstance(trainer.strategy, WritesFolders) else None
 
 
 def checkpoints(directory: Path) -> list[Path]:

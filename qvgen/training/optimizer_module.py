@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
@@ -70,6 +71,8 @@ class OptimizerModule(lightning.LightningModule):
         """Clip all gradients, by their norm or each entry; keep the norm before (the paper's regret bound) and the rate."""
         del gradient_clip_val
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which clips, and says the norm behind the step
+            return
         trained = [parameter for parameter in self.trained.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         places = {id(parameter): place for place, parameter in enumerate(trained)}
@@ -91,6 +94,15 @@ class OptimizerModule(lightning.LightningModule):
                 gradient.clamp_(-limit, limit)
         else:
             torch._foreach_mul_(local, factor)
+
+    def take_norm(self, norm: Tensor) -> None:
+        """Take the norm of all gradients before clipping from who has them, behind a step.
+
+        Raises:
+            TrainingDivergedError: It, or a loss of the step, is not finite: before any checkpoint has the step.
+        """
+        self.gradient_norm = norm.to(self.device)
+        self._check_finite()
 
     @property
     def norms(self) -> dict[str, Tensor]:

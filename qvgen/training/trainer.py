@@ -28,6 +28,7 @@ from qvgen.training.distributed.child_command import guard_world_size
 from qvgen.training.distributed.cluster import GivenRanks, group_backend
 from qvgen.training.distributed.plain_group import COLLECTIVE_TIMEOUT
 from qvgen.training.distributed.sharded_strategy import ShardedStrategy
+from qvgen.training.distributed.zero_strategy import ZeroStrategy
 from qvgen.training.strategies import DataParallel, OneDevice
 from qvgen.training.tracking.guarded_logger import guard_
 
@@ -46,6 +47,7 @@ class Processes:
             whole each; 1: each process holds all.
         shares_on_host: Whether shares lie in the host's memory, so that processes of GPUs talk about tensors there, too.
         launched: Where they stand, if another launcher started them; None: all on this machine, started by us.
+        zero: Whether DeepSpeed shares out masters, gradients and moments.
     """
 
     rank: int = 0
@@ -54,6 +56,7 @@ class Processes:
     shards: int = 1
     shares_on_host: bool = False
     launched: LaunchedWorld | None = None
+    zero: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -91,13 +94,15 @@ def build_trainer(
     on_gpu = torch.cuda.is_available()
     with quiet_lightning():
         placed = {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16-mixed" if on_gpu else "32-true"}
+        if processes.zero:
+            del placed["precision"]  # the strategy's own
         given = placed | {"strategy": _strategy(processes, on_gpu=on_gpu), "log_every_n_steps": 1} | dict(options or {})
         # A single process has a place for it too: Lightning would look for SLURM, LSF and MPI in the environment.
         alone = [GivenRanks(rank=0, world_size=1, port=0)] if processes.world_size == 1 else []
         trainer = lightning.Trainer(
             devices=processes.world_size // processes.num_nodes,
             num_nodes=processes.num_nodes,
-            plugins=[AtomicCheckpointIO(mapped=processes.sharded), *alone],
+            plugins=[AtomicCheckpointIO(mapped=processes.sharded or processes.zero), *alone],
             **given,
             max_steps=steps,
             max_epochs=-1,
@@ -137,6 +142,13 @@ def _strategy(processes: Processes, *, on_gpu: bool) -> Strategy:
         strategy.cluster_environment = cluster  # no argument of it
         strategy.shards, strategy.node_rank = processes.shards, cluster.node_rank()
         return strategy
+    if processes.zero:
+        return ZeroStrategy(
+            on_gpu=on_gpu,
+            cluster_environment=cluster,
+            process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),
+            timeout=COLLECTIVE_TIMEOUT,
+        )
     return DataParallel(
         cluster_environment=cluster,
         process_group_backend=group_backend(on_gpu=on_gpu, shares_on_host=False),
@@ -205,6 +217,8 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*_functional_collectives.* is deprecated.*")  # diffusers calls it
+        warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.*")  # DeepSpeed calls it
+        warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping.*")  # ours leaves it to it
         # A prediction that is a view may not be changed in place: no family does, and the loss computes out of place.
         warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*")
         try:

@@ -161,4 +161,6 @@ def _write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
 
 def processes_of(run: TrainingRun, *, rank: int, port: int) -> Processes:
     """A run's processes, as one of them sees them."""
-    return Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards, launched=launched_world.current())
+    zero = run.strategy.name == "deepspeed"
+    world = launched_world.current()
+    return Processes(rank=rank, world_size=run.devices, port=port, shards=run.shards, launched=world, zero=zero)

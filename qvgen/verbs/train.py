@@ -16,6 +16,7 @@ from qvgen.errors import DOES_NOT_FIT
 from qvgen.evaluation.placement import sampling_device
 from qvgen.training.design.meta_model import Prepared
 from qvgen.training.distributed.context import check_run_context
+from qvgen.training.distributed.zero_check import check_deepspeed
 from qvgen.training.loss.prediction_loss import check_loss, freeze_the_rest_
 from qvgen.training.optim.master_precision import check_masters
 from qvgen.training.optim.optimizer import check_optimizer
@@ -52,6 +53,7 @@ def run(config: TrainConfig) -> int | None:
         check_compiler()
     if not config.dry_run:
         check_optimizer(config.optim)
+        check_deepspeed(config.strategy)
     if config.callbacks:
         _check_callbacks(config)
     config.data.check(config.model)

@@ -1,6 +1,6 @@
 """Phi's halving through DeepSpeed's own accessors: DeepSpeed itself on gloo, on a CPU, in a process of its own.
 
-DeepSpeed is no strategy of qvgen (docs/log.md says why); what a strategy would rest on is held here.
+What ``strategy=deepspeed`` rests on is held here; runs with it are in test_zero_runs.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ def test_a_halving_is_kept_by_the_accessors_and_lost_in_place(tmp_path: Path, mo
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks = json.loads(run_program(REQUIREMENTS, "deepspeed_program.py", str(tmp_path)).splitlines()[-1])
     assert len(ranks) == 2
-    for found in ranks:
-        assert set(found) == {"zero2", "zero3", "zero3 offloaded"}
-        for stage, facts in found.items():
-            assert len(facts) == 4
-            assert all(facts.values()), (stage, facts)
+    for facts in ranks:
+        assert len(facts) == 4
+        assert all(facts.values()), facts

@@ -13,6 +13,7 @@ from qvgen.models.tiny import TinyVideoDiT
 from qvgen.models.weight_file import ASSETS_DIRECTORY
 from tests.runs import copy_until, load_state, snapshot, train
 
+ZERO = "devices=2 strategy=deepspeed"
 LOW = "devices=2 strategy=fsdp strategy.low_host_memory=true"
 
 
@@ -92,10 +93,16 @@ def all_log_records(caplog: pytest.LogCaptureFixture) -> None:
             "evaluation.every_steps compares with the full-precision model, which method=lsq trains without; leave that",
         ),
         (f"{LOW} export=diffusers", "the run ends with a checkpoint, and qvgen fold packs it; leave it out"),
-        (
-            "strategy=deepspeed",
-            "(docs/log.md); strategy=fsdp shares the same out, with strategy.cpu_offload=true on the",
-        ),
+        ("strategy=deepspeed", "devices=1; write devices=8 strategy=deepspeed for example, or strategy=single"),
+        (ZERO, "is for GPUs, and there is none here; write strategy=ddp or strategy=fsdp"),
+        (f"{ZERO} strategy.stage=3", "unknown key 'strategy.stage'"),
+        (f"{ZERO} strategy.cpu_offload=true", "is of strategies that share a model out, fsdp and hsdp"),
+        (f"{ZERO} optim.offload=true", "leave it out, or write strategy=fsdp strategy.cpu_offload=true"),
+        (f"{ZERO} optim.masters=bfloat16", "which shares out float32 masters and gradients; leave it out"),
+        (f"{ZERO} optim.name=adamw_8bit", "steps flat pieces of many tensors; write optim.name=adamw"),
+        (f"{ZERO} strategy.context_parallel=2", "strategy.context_parallel=2 and strategy=deepspeed: not built"),
+        (f"{ZERO} strategy.compile=true", "strategy.compile=true and strategy=deepspeed: not built"),
+        (f"{ZERO} trainer.precision=bf16-mixed", "leave them out, or write strategy=ddp"),
         ("evaluation.prompts=[a\\ purple\\ cow]", "caption 'a purple cow' is no 'a COLOR DIGIT MOTION'"),
         ("batch_size=30000", "batch_size=30000 is larger than the training data of 20000"),
         ("data.num_frames=4", "data=moving_digits has videos of shape (3, 4, 16, 16), model=tiny takes (3, 8, 16, 16)"),

@@ -32,6 +32,32 @@ def refused_sharding(*, optim: OptimConfig, strategy: StrategyConfig) -> str | N
     return None
 
 
+def refused_zero(*, optim: OptimConfig, strategy: StrategyConfig) -> str | None:
+    """The line that says what DeepSpeed can't do with these options, and what to write; None where it can all."""
+    shown = "strategy=deepspeed"
+    for name in ("masters", "gradients"):
+        if getattr(optim, name) == "bfloat16":
+            return (
+                f"optim.{name}=bfloat16 and {shown}, which shares out float32 masters and gradients; leave it out, or write "
+                "strategy=ddp"
+            )
+    if optim.name != "adamw":
+        return f"optim.name={optim.name} and {shown}, which steps flat pieces of many tensors; write optim.name=adamw"
+    if optim.offload:
+        return (
+            f"optim.offload=true and {shown}, which has masters and moments of its own; leave it out, or write strategy=fsdp "
+            "strategy.cpu_offload=true"
+        )
+    if strategy.context_parallel > 1:
+        return (
+            f"strategy.context_parallel={strategy.context_parallel} and {shown}: not built; leave one of them out, or write "
+            "strategy=fsdp"
+        )
+    if strategy.compile:
+        return f"strategy.compile=true and {shown}: not built; leave one of them out"
+    return None
+
+
 def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: EmaConfig, trains: str | None) -> None:
     """Raise UserError for options that no run can have together.
 
@@ -42,6 +68,8 @@ def check_memory_options(*, optim: OptimConfig, strategy: StrategyConfig, ema: E
         trains: What the method trains (:data:`qvgen.methods.base.Trains`); None where the method is not built yet.
     """
     if refusal := refused_sharding(optim=optim, strategy=strategy) if strategy.is_sharded else None:
+        raise UserError(refusal)
+    if refusal := refused_zero(optim=optim, strategy=strategy) if strategy.name == "deepspeed" else None:
         raise UserError(refusal)
     if strategy.name in ("ddp", "auto") and one_process_reason(gradients=optim.gradients, masters=optim.masters):
         raise UserError(

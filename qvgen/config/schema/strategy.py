@@ -29,7 +29,9 @@ class StrategyConfig:
     Attributes:
         name: ``single``, ``ddp`` (every process holds everything), ``fsdp`` (weights, gradients, moments and teacher are
             shared out over the processes), ``hsdp`` (shared out over the devices of a group, and each group holds
-            everything) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that fits by the run's plan.
+            everything), ``deepspeed`` (by that library, which is to be installed: gradients, moments and the masters that
+            are stepped are shared out, ZeRO-2) or ``auto``: the first of single, ddp, hsdp (several nodes) and fsdp that
+            fits by the run's plan.
         shard_size: Processes of a group of ``hsdp``: a divisor of ``devices``, or a multiple that divides the world; null:
             all devices of a node.
         reshard_after_forward: What ``fsdp`` and ``hsdp`` keep of a gathered block between its two passes; true: their share,
@@ -62,7 +64,7 @@ class StrategyConfig:
             of threads trains other bits.
     """
 
-    name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp"], MayDiffer.WORLD]
+    name: Annotated[Literal["auto", "single", "ddp", "fsdp", "hsdp", "deepspeed"], MayDiffer.WORLD]
     shard_size: Annotated[int | None, Range("> 0"), MayDiffer.WORLD]
     reshard_after_forward: Annotated[bool | int, MayDiffer.FREE]
     prefetch: Annotated[int | None, Range("> 0"), MayDiffer.FREE]

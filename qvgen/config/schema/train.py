@@ -137,6 +137,17 @@ class TrainConfig:
             f"strategy={name} shares one model out over several devices, and devices=1; write devices=8 strategy={name} for "
             "example, or strategy=single",
         )
+        require(
+            self.world_size > 1 or name != "deepspeed",
+            "strategy=deepspeed shares masters out over several devices, and devices=1; write devices=8 strategy=deepspeed "
+            "for example, or strategy=single",
+        )
+        if name == "deepspeed":
+            require(
+                self.trainer.precision is None and self.trainer.gradient_clip_algorithm == "norm",
+                "trainer.precision and trainer.gradient_clip_algorithm=value are not DeepSpeed's, which clips by the norm "
+                "over float32 masters; leave them out, or write strategy=ddp",
+            )
         self.strategy.shards(devices=self.devices, nodes=self.num_nodes)
         widths = self.activation_switch.widths
         require(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,29 +18,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qvgen.training.checkpoint.background_save import BackgroundSave
-from qvgen.training.checkpoint.file import RUN_KEY
-from qvgen.training.checkpoint.folder import take_snapshot, write_folder
 from qvgen.training.checkpoint.saved_tensor import SavedTensor
 from qvgen.training.distributed.sharding import grouped_mesh, share_of
-from qvgen.training.distributed.store_exchange import StoreExchange, default_store
+from qvgen.training.distributed.writes_folders import WritesFolders
 from qvgen.training.distributed.written_rows import written_rows
 
-IN_BACKGROUND = "in background"
-"""Has a checkpoint written while training goes on."""
 
-
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(WritesFolders, ModelParallelStrategy):
     """Data parallel over sharded parameters; arguments as Lightning's, ``data_parallel_size`` must be given.
 
     Attributes:
         shards: Processes of a group that holds a whole model together; 0: all of them.
         node_rank: The node of this process.
-        saving: The checkpoint that a thread writes, or wrote last; None before the first.
     """
 
     shards, node_rank = 0, 0
-    saving: BackgroundSave | None = None
 
     def sharing_mesh(self) -> DeviceMesh:
         """Over which processes parameters are shared out: all, or groups that hold the same; a collective."""
@@ -50,16 +40,6 @@ class ShardedStrategy(ModelParallelStrategy):
             assert self.device_mesh is not None
             return self.device_mesh["data_parallel"]
         return grouped_mesh(self.root_device.type, shards=self.shards, node_rank=self.node_rank)
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """False: configure_model has sharded the model before, and on_fit_start has to find it restored."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """True: it is restored by :meth:`load_optimizer_state_dict`."""
-        return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Sharded tensors, and whole buffers."""
@@ -77,31 +57,10 @@ class ShardedStrategy(ModelParallelStrategy):
         }
         return {**state, "state": found}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a folder, together with all other processes.
-
-        With :data:`IN_BACKGROUND` for ``storage_options`` a thread writes a copy of the state, :attr:`saving`. An earlier one
-        is waited for.
-        """
-        if self.saving is not None:
-            self.saving.wait()
-        snapshot = take_snapshot(_shares(checkpoint), run=checkpoint.get(RUN_KEY), rank=self.global_rank)
-        ranks = {"rank": self.global_rank, "world_size": self.world_size}
-        if storage_options != IN_BACKGROUND:
-            write_folder(Path(filepath), snapshot, **ranks, exchange=self._exchange)
-            return
-        write = partial(write_folder, Path(filepath), snapshot.on_host(), **ranks, exchange=self._exchange)
-        self.saving = BackgroundSave(Path(filepath), write)
-
-    @cached_property
-    def _exchange(self) -> StoreExchange:
-        return StoreExchange(default_store(), rank=self.global_rank, world_size=self.world_size)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the file; tensors are read when their rows are copied."""
-        del weights_only
-        loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
-        return loaded
+    def shares_of(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This process's rows in place of each sharded tensor."""
+        found: Mapping[str, Any] = _shares(checkpoint)
+        return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copy this process's rows into the sharded module."""

@@ -120,7 +120,7 @@ def _on_host(run: TrainingRun, step: _Step) -> list[_Step]:
     if not step.settings.autocast or step.shards > 1 or not run.design.method.quantizes:
         return []
     found, overrides, stored = [], step.overrides, step.stored
-    if not stored.moments_on_host:
+    if not stored.moments_on_host and run.strategy.name != "deepspeed":
         overrides, stored = (*overrides, "optim.offload=true"), replace(stored, moments_on_host=True)
         found.append(replace(step, overrides=overrides, stored=stored))
     if run.design.method.needs_teacher and not stored.teacher_on_host:

@@ -28,6 +28,7 @@ from qvgen.training.planning.counted_step import StepSettings, count_step
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.operation_counter import StepCount
 from qvgen.training.planning.stored_state import StoredState, sized_bytes
+from qvgen.training.planning.zero_memory import zero_sizes
 
 USABLE_SHARE = 0.92
 """Of a device's memory, assumed: the rest is for the CUDA context, workspaces and fragmentation."""
@@ -210,11 +211,20 @@ class MemoryCounter:
     def weight_parts(
         self, settings: StepSettings, *, shards: int, stored: StoredState | None = None
     ) -> list[MemoryPart]:
-        """All but activations, by part."""
+        """All but activations, by part; ``shards`` is 1 for DeepSpeed's own sharing."""
         dtype = settings.teacher_dtype
+        if self.run.strategy.name == "deepspeed" and shards == 1:
+            return self._zero_parts(dtype, stored=stored or self.stored)
         return weight_parts(
             self.student, teacher=self.teacher(dtype), dtype=dtype, shards=shards, stored=stored or self.stored
         )
+
+    def _zero_parts(self, dtype: torch.dtype, *, stored: StoredState) -> list[MemoryPart]:
+        """See :mod:`qvgen.training.planning.zero_memory`; what DeepSpeed has no part in as with other strategies."""
+        parts = weight_parts(self.student, teacher=self.teacher(dtype), dtype=dtype, stored=stored)
+        others = [part for part in parts if part.name.startswith(("average", "teacher", "student: buffers"))]
+        sizes = zero_sizes(self.run, self.student)
+        return [*(MemoryPart(name=name, nbytes=nbytes) for name, nbytes in sizes.items()), *others]
 
     def teacher(self, dtype: torch.dtype) -> nn.Module | None:
         """The teacher on the meta device; None for a method without one."""

@@ -6,6 +6,7 @@ R - 1 of R places, whatever way a library takes through a network:
     fsdp, hsdp     a micro-batch      P forward, P backward, T, and G of gradients, each times (R - 1) / R
                    a step of hsdp     2 G / R (D - 1) / D between D groups, after each micro-batch too
     ddp            a step             2 G (W - 1) / W over all W processes
+    deepspeed      see :mod:`qvgen.training.planning.zero_memory`
 
 A share is as large as the largest one: FSDP2 fills shorter ones up. With ``strategy.gather=codes`` P is smaller in the
 forward pass. With ``strategy.cpu_offload`` a share of all that is gathered comes from the host besides, and one of the
@@ -23,9 +24,10 @@ from qvgen.training.design.training_run import TrainingRun
 from qvgen.training.distributed.codes_gather import code_bytes, sends_codes
 from qvgen.training.planning.memory import MemoryPart, share_bytes
 from qvgen.training.planning.stored_state import share_numel, trained
+from qvgen.training.planning.zero_memory import AFTER_STEP, zero_traffic
 
 FORWARD, BACKWARD, OF_TEACHER = "student's weights, forward", "student's weights, backward", "teacher's weights"
-WEIGHTS = (FORWARD, BACKWARD, OF_TEACHER)
+WEIGHTS = (FORWARD, BACKWARD, OF_TEACHER, AFTER_STEP)
 BETWEEN_GROUPS = "gradients, between groups"
 """Names of parts; all others are gradients too."""
 
@@ -40,6 +42,8 @@ def network_parts(run: TrainingRun, student: nn.Module, *, teacher: nn.Module | 
     """
     if run.devices == 1:
         return []
+    if run.strategy.name == "deepspeed":
+        return _parts(zero_traffic(run, student))
     if not run.is_sharded:
         gradients = sum(parameter.nbytes for parameter in trained(student))
         return _parts({"gradients, averaged": 2 * gradients * (run.devices - 1) // run.devices})
