@@ -39,9 +39,9 @@ from qvgen.layers.smoothing_fold import Producer, SmoothingFold
 from qvgen.models.base import Objective
 from qvgen.models.few_step import drawn_objective
 from qvgen.models.folder.hub_folder import HubFolder
-from qvgen.models.objectives import FlowMatching
 from qvgen.models.pipeline_family import PipelineFamily
 from qvgen.models.stdit3.configuration import PIXELS, WINDOW, latent_frames
+from qvgen.models.stdit3.flow import ResolutionFlow
 from qvgen.models.stdit3.folder import OpenSoraFolder, how_to_download
 from qvgen.models.stdit3.sampler import OpenSoraSampler, lay_out_steps
 from qvgen.models.tensor_reader import read_tensors_of
@@ -51,19 +51,6 @@ _SQUARE = 512 * 512
 _PICTURE_FPS = 120.0
 """Frames per second that the transformer is told of a picture."""
 _NO_CAPTION = "y_embedder.y_embedding"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolutionFlow(FlowMatching):
-    """Flow matching whose shift is that of a clip's size; small clips have one below 1.
-
-    Raises:
-        ValueError: A shift that is not above 0.
-    """
-
-    def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift={self.shift} is not above 0; 1 draws noise levels uniformly")
 
 
 @dataclass(kw_only=True, eq=False)

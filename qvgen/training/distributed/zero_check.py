@@ -1,4 +1,4 @@
-"""Whether DeepSpeed is there, and has something to run on."""
+"""Whether DeepSpeed is there and has something to run on, and how much it sends at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 
 from qvgen.config.schema.strategy import StrategyConfig
 from qvgen.errors import UserError
+
+BUCKET = 50_000_000
+"""Numbers of a bucket of gradients or weights, which is sent at once: 200 MB of float32."""
 
 
 def check_deepspeed(strategy: StrategyConfig) -> None:

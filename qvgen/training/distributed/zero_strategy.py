@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from qvgen.training.checkpoint.part import Share
 from qvgen.training.checkpoint.saved_tensor import whole_values
 from qvgen.training.distributed.writes_folders import WritesFolders
+from qvgen.training.distributed.zero_check import BUCKET
 from qvgen.training.distributed.zero_keeper import MOMENTS, ZeroKeeper
 from qvgen.training.optimizer_module import OptimizerModule
-from qvgen.training.planning.zero_memory import BUCKET
 
 LOCAL_RANK = "LOCAL_RANK"
 """The variable by which DeepSpeed finds its device, whenever it looks for it."""

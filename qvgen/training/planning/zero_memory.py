@@ -11,13 +11,11 @@ from __future__ import annotations
 from torch import nn
 
 from qvgen.training.design.training_run import TrainingRun
+from qvgen.training.distributed.zero_check import BUCKET
 from qvgen.training.planning.live_bytes import tensor_bytes
 from qvgen.training.planning.stored_state import trained
 
 AFTER_STEP = "student's weights, after the step"
-
-BUCKET = 50_000_000
-"""Numbers that are sent at once: 200 MB of float32."""
 
 
 def zero_sizes(run: TrainingRun, student: nn.Module) -> dict[str, int]:
