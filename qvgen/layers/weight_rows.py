@@ -41,8 +41,8 @@ def row_chunks(shape: torch.Size) -> Iterator[slice]:
     """Rows of a matrix [N, K], in order, about ``CHUNK`` numbers at a time.
 
     Example:
-        >>> [(rows.start, rows.stop) for rows in row_chunks(torch.Size([5, 2**19]))]
-        [(0, 2), (2, 4), (4, 5)]
+        >>> tuple((rows.start, rows.stop) for rows in row_chunks(torch.Size([5, 2**19])))
+        ((0, 2), (2, 4), (4, 5))
     """
     step = max(1, CHUNK // max(1, shape[1]))
     yield from (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
