@@ -29,7 +29,6 @@ BOUNDARIES = (3, 6, 10)
 """First steps of rank 2, rank 1 and the tail, with the overrides below."""
 
 SHORT = (
-    "init=mse",
     "logger=csv",
     f"steps={STEPS}",
     "batch_size=4",
@@ -39,7 +38,7 @@ SHORT = (
     "evaluation.quality_videos=1",
     "model.num_inference_steps=2",
 )
-"""A run of seconds: two optimizer steps or more in each phase of Phi, from a start for which nothing is sampled."""
+"""A run of seconds: two optimizer steps or more in each phase of Phi."""
 
 UNSEEN = ("evaluation.videos=0", "evaluation.quality_videos=1", "evaluation.start_videos=false")
 """For a run whose weights and files are looked at and not its videos: few are sampled."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +37,7 @@ class OptimizerModule(lightning.LightningModule):
         gradient_norm: Of all gradients before clipping, in the last step.
         group_norms: The same of the gradients of each of the optimizer's groups in :data:`NORM_GROUPS` that there are.
         learning_rate: Of the last step.
+        clips: Whether gradients are clipped here; False where the strategy clips, and says their norm by :meth:`take_norm`.
     """
 
     def __init__(self, *, optim: OptimConfig, num_steps: int, seed: int) -> None:
@@ -47,6 +47,7 @@ class OptimizerModule(lightning.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.group_norms: dict[str, Tensor] = {}
         self.learning_rate = 0.0
+        self.clips = True
 
     def is_measured(self, step: int) -> bool:
         """Whether a measurement follows an optimizer step, so that its row, checkpoint and videos come after that."""
@@ -71,7 +72,7 @@ class OptimizerModule(lightning.LightningModule):
         """Clip all gradients, by their norm or each entry; keep the norm before (the paper's regret bound) and the rate."""
         del gradient_clip_val
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which clips, and says the norm behind the step
+        if not self.clips:
             return
         trained = [parameter for parameter in self.trained.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]

@@ -143,7 +143,7 @@ def test_all_files_of_conf_compose() -> None:
         train(f"experiment={name}", "devices=1")
     for chosen in zip_longest(*([(group, name) for name in names] for group, names in files.items())):
         words = dict(choice for choice in chosen if choice is not None)
-        processes = {"fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}
+        processes = {"deepspeed": ["devices=2"], "fsdp": ["devices=2"], "hsdp": ["devices=4", "strategy.shard_size=2"]}
         more = processes.get(words.get("strategy", ""), ["devices=1"])
         config = train(*(f"{group}={name}" for group, name in words.items()), *more)
         assert config.bits.label == "3"

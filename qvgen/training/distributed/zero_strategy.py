@@ -128,6 +128,8 @@ class ZeroStrategy(WritesFolders, DeepSpeedStrategy):
         """Remember the groups that the optimizer has, and give what only the engine knows to the keeper."""
         import deepspeed
 
+        assert isinstance(self.lightning_module, OptimizerModule)
+        self.lightning_module.clips = False
         groups = [list(group["params"]) for group in optimizer.param_groups]
         engine, wrapped, _, _ = deepspeed.initialize(  # Lightning would give it the number of a GPU: a CPU has none
             args=Namespace(device_rank=self.local_rank),
