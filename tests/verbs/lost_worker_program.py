@@ -32,6 +32,8 @@ def begin(words: str) -> None:
     """Begin an item, as the module does, and be lost or wait as the module's docstring says."""
     global _count
     _begin(words)
+    if words.startswith("caption "):  # not claimed: nobody would wait for it
+        return
     _count += 1
     given = os.environ.get("QVGEN_TEST_LOST")
     if given is None or (is_zero() and _count < 2):
