@@ -115,16 +115,17 @@ class AnyDiffusers(DescribedFamily):
         """One video or image, decoded by the pipeline itself.
 
         Raises:
-            ValueError: Its code and its scheduler's do not fit each other for so many steps: PixArt-alpha's takes what other
-                schedulers do not return where there is a single one.
+            ValueError: Its code and its scheduler's do not fit each other for a single step: PixArt-alpha's takes what other
+                schedulers do not return there.
         """
         try:
             made = pipeline(**arguments, generator=generator)[0]
         except IndexError as error:
-            steps, scheduler = arguments.get("num_inference_steps"), type(pipeline.scheduler).__name__
+            if len(pipeline.scheduler.timesteps) > 1:
+                raise
             raise ValueError(
-                f"model.path={self.path}: a {self.pipeline_class} with {scheduler} can't sample {steps} steps ({error}); "
-                "write another number"
+                f"model.path={self.path}: a {self.pipeline_class} with {type(pipeline.scheduler).__name__} can't sample in a "
+                f"single step ({error}); write model.num_inference_steps=2 or more"
             ) from error
         pixels = torch.from_numpy(made)[0]
         sampled.check_finite(pixels, name="pixels")
